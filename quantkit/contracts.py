@@ -1,0 +1,311 @@
+"""The words every other module may use: frozen values, and the four contracts a plug-in fills in.
+
+    Method        how codes are chosen        methods/<name>.py        METHOD
+    Format        how codes are stored        formats/<name>.py        FORMAT
+    Architecture  what a model consists of    architectures/<type>.py  ARCHITECTURE
+    InputStats    the one statistic           gram, mean |x|, tokens
+
+Methods make `Quantized`, formats store it, neither knows the other. torch is imported for types only, so that
+`quantkit verify` and `quantkit plan` start without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Literal
+
+from quantkit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPE_BYTES: Mapping[str, int] = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+Role = Literal[
+    "attention", "mlp", "shared_expert", "routed_expert", "router", "embedding", "head", "mtp_projection"
+]
+PROTECTED_ROLES: frozenset[Role] = frozenset({"router", "embedding", "head", "mtp_projection"})
+"""Roles that a rule quantizes only when its pattern names them (recipe.Rule.names)."""
+
+ScaleDtype = Literal["bfloat16", "float16", "float32"]
+
+
+# ---------------------------------------------------------------------------------------------- tensors and models
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """Name, safetensors dtype ("BF16", "F8_E4M3", "I32", ...) and shape of one tensor; no data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def n_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        return self.n_elements * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """The source's config.json with typed access: a missing or mistyped key is one clear error."""
+
+    values: Mapping[str, object]
+    where: str = "config.json"
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """The integer under `key`; `default` when the key is absent."""
+        value = self.values.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int):
+            found = "nothing" if value is None else repr(value)
+            raise CheckpointError(f"{self.where}: {key}: expected an integer, found {found}")
+        return value
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """The boolean under `key`; `default` when the key is absent or null."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self.where}: {key}: expected true or false, found {value!r}")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """The string under `key`; `default` when the key is absent."""
+        value = self.values.get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, str):
+            found = "nothing" if value is None else repr(value)
+            raise CheckpointError(f"{self.where}: {key}: expected a string, found {found}")
+        return value
+
+    def has(self, key: str) -> bool:
+        """Whether `key` is present and not null."""
+        return self.values.get(key) is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Linear:
+    """One weight matrix [out_features, in_features] that a rule can select.
+
+    `name` is the module's full dotted name in the checkpoint, without ".weight".
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    role: Role
+    bias: bool = False
+
+    @property
+    def n_parameters(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadRows:
+    """Which row of an attention projection feeds which input channel of o_proj.
+
+    Channel `head * width + d` of o_proj is made by row `(head // (heads // kv_heads)) * stride + offset + d`.
+    """
+
+    heads: int
+    kv_heads: int
+    width: int  # value channels per head
+    stride: int  # rows per key/value head in the absorbing matrix
+    offset: int  # first value row within a head
+
+    def index(self) -> list[int]:
+        """[in_features of o_proj] row numbers of the absorbing matrix."""
+        repeat = self.heads // self.kv_heads
+        return [
+            (head // repeat) * self.stride + self.offset + d for head in range(self.heads) for d in range(self.width)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Absorber:
+    """The earlier tensor that takes the inverse of a group's scale.
+
+    A norm weight [in] is divided channel by channel; a linear is divided row by row, row c for channel c or, with
+    `rows`, as HeadRows says.
+    """
+
+    module: str
+    rows: HeadRows | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearGroup:
+    """Linears that read the same input, and the earlier tensor that may absorb their scale.
+
+    `readers` lists every module that reads the input, the router included: whoever is forgotten here would silently
+    read a rescaled input. The first reader is where the input is observed. With `routed_experts`, gate and up of
+    every routed expert of the block read it too.
+    """
+
+    name: str
+    readers: tuple[str, ...]
+    absorber: Absorber | None = None
+    routed_experts: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experts:
+    """The routed experts of a block: `count` gated MLPs down(act(gate x) * up x).
+
+    The down projection's input scale is absorbed by the rows of the same expert's up projection.
+    """
+
+    module: str  # "model.layers.3.mlp.experts"; expert e is module.e
+    router: str  # module that picks experts: "model.layers.3.mlp.gate"
+    count: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+    def linear(self, expert: int, projection: str) -> str:
+        """Full module name of one projection of one expert."""
+        return f"{self.module}.{expert}.{projection}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """One repeated block of the model: what is read, calibrated, solved and written together.
+
+    `linears` holds every matrix, the experts' included (experts last, expert by expert); `others` every further
+    tensor (norms, biases of routers); `fused` the sets an engine merges at load, which must share one decision.
+    kind "mtp" is a multi-token-prediction block that transformers does not run.
+    """
+
+    name: str  # "model.layers.3"
+    kind: Literal["decoder", "mtp"]
+    linears: tuple[Linear, ...]
+    others: tuple[TensorSpec, ...]
+    groups: tuple[LinearGroup, ...]
+    fused: tuple[tuple[str, ...], ...]
+    experts: Experts | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Every tensor of a model in checkpoint order: what comes before the blocks, the blocks, what comes after."""
+
+    embedding: Linear
+    blocks: tuple[Block, ...]
+    final_norm: TensorSpec
+    head: Linear | None  # None: tied to the embedding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What quantkit must know of a model family; file name = `model_type`."""
+
+    layout: Callable[[Config], Layout]
+    tiny: Mapping[str, object]  # a config.json small enough for contract tests
+    experts_only: bool = False  # default rules: quantize routed experts only
+    published: Mapping[str, str] | None = None  # hub id -> file in architectures/published/ for offline plans
+    serving_notes: tuple[str, ...] = ()  # flags an operator must know, for the model card
+
+
+# ------------------------------------------------------------------------------------------------- quantization
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scheme:
+    """How a matrix is quantized. Groups run along the input dimension; group_size -1 is one group per row."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    scale_dtype: ScaleDtype
+    kind: Literal["int", "nf4"] = "int"
+
+    def groups(self, in_features: int) -> int:
+        """Number of groups in a row of `in_features` weights."""
+        return 1 if self.group_size == -1 else in_features // self.group_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputStats:
+    """What calibration knows of one group input x: enough for AWQ, GPTQ and the report.
+
+    gram = sum over tokens of x xT, [in, in] float32 (batched: [experts, in, in]); mean_abs = mean |x|, [in] float32
+    (batched: [experts, in]); n_tokens, a number per gram.
+    """
+
+    gram: Tensor
+    mean_abs: Tensor
+    n_tokens: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quantized:
+    """What a method makes and a format stores: w ~ (codes - zero) * scale.
+
+    codes [..., out, in] uint8 in 0 .. 2**bits - 1; scale [..., out, n_groups] in scheme.scale_dtype, rounded before
+    the codes were chosen; zero [..., out, n_groups] uint8, None for symmetric (the middle code).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescale:
+    """AWQ-like input scaling, split so that a group's error can be summed over waves of experts.
+
+    candidates(mean_abs [in]) -> [n, in] float32, the first row all ones;
+    error(weight [..., out, in], gram [..., in, in], candidate [in] or [..., in], scheme or None) -> [...] float64,
+    the error under the gram after scaling, rounding and unscaling; scheme None is a matrix that stays in the source
+    dtype (its rounding counts too).
+    """
+
+    candidates: Callable[[Tensor], Tensor]
+    error: Callable[[Tensor, Tensor, Tensor, Scheme | None], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How codes are chosen. solve(weight [..., out, in] float32, stats or None, scheme) -> Quantized, batched."""
+
+    solve: Callable[[Tensor, InputStats | None, Scheme], Quantized]
+    rescale: Rescale | None = None
+    needs_stats: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How codes are stored, and which engines read them.
+
+    accepts: None, or one sentence why this linear cannot be stored so (naming the engines that would fail);
+    layout: the tensors that store one linear, before any data exists; full names;
+    pack: Quantized of one linear [out, in] -> tensors with local names ("qweight");
+    dequantize: those tensors back to [out, in] float32;
+    quantization_config: (module -> scheme of what is quantized, names of linears that are not) -> the entry for
+    config.json, or None when the artifact is an ordinary unquantized checkpoint.
+    """
+
+    accepts: Callable[[Scheme, Linear], str | None]
+    layout: Callable[[Linear, Scheme], tuple[TensorSpec, ...]]
+    pack: Callable[[Quantized, Scheme], dict[str, Tensor]]
+    dequantize: Callable[[Mapping[str, Tensor], Scheme], Tensor]
+    quantization_config: Callable[[Mapping[str, Scheme], Sequence[str]], dict[str, object] | None]
+    one_scheme: bool  # the config has room for one bits/group_size only
+    engines: Mapping[str, str]  # engine -> the exact command that serves the artifact, "{path}" for its folder

@@ -1,0 +1,65 @@
+"""Every error quantkit raises on purpose, with the exit code the command line turns it into.
+
+    QuantkitError                1   something went wrong while doing what was asked
+    ├── UsageError               2   the command line or the environment was used wrongly
+    │   └── RecipeError          2   a recipe cannot be read, or its plan is refused; lists every fault
+    ├── CheckpointError          1   the source checkpoint is missing, damaged or not what it claims
+    ├── CalibrationError         1   calibration or evaluation text cannot be used
+    ├── NumericsError            1   a computation left the range in which its result can be trusted
+    ├── EvaluationError          1   a benchmark could not be run
+    ├── ArtifactError            1   an artifact is missing, damaged or does not match its manifest
+    └── GateMissed               3   the artifact is complete but misses a gate of its recipe
+
+A message says where (file, key, tensor), what was expected, what was found and what to do. Faults that can be found
+together are collected and raised once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class QuantkitError(Exception):
+    """Root of the tree; `cli` turns it into one message and an exit code."""
+
+    exit_code = 1
+
+
+class UsageError(QuantkitError):
+    """The command line or the environment was used wrongly."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe that cannot be read or planned; `faults` holds one sentence each."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class CheckpointError(QuantkitError):
+    """The source checkpoint is missing, damaged or not what it claims to be."""
+
+
+class CalibrationError(QuantkitError):
+    """Calibration or evaluation text cannot be used."""
+
+
+class NumericsError(QuantkitError):
+    """A computation left the range in which its result can be trusted."""
+
+
+class EvaluationError(QuantkitError):
+    """A benchmark could not be run."""
+
+
+class ArtifactError(QuantkitError):
+    """An artifact is missing, damaged or does not match its manifest."""
+
+
+class GateMissed(QuantkitError):
+    """The artifact is complete but misses a gate of its recipe."""
+
+    exit_code = 3
