@@ -1,0 +1,196 @@
+"""A source checkpoint: logical tensors read one by one, FP8 blocks dequantized on the way, everything checked.
+
+A logical tensor is what the model computes with. An FP8 `X.weight` and its `X.weight_scale_inv` are two stored
+tensors and one logical one; they may lie in two shards. Nothing is kept in memory but names and headers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantkit.contracts import Config, TensorSpec
+from quantkit.errors import CheckpointError
+from quantkit.storage.files import brief, listed, read_bytes, read_json
+from quantkit.storage.fp8 import dequantize
+from quantkit.storage.logical import block_size, logical_specs, pair_faults, scale_name
+from quantkit.storage.shards import Shards, leads_out, open_shards
+from quantkit.storage.tensors import read_rows, read_tensor
+
+CONFIG = "config.json"
+_SIDECARS = (
+    "generation_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template.*",
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "*.py",
+    "LICEN[CS]E*",
+    "NOTICE*",
+)
+"""FORMATS: what an artifact carries over as it is; never weights, indexes, config.json or the model card."""
+
+_SIDECAR_LIMIT_BYTES = 1_000_000_000
+_CHECK_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened source: `config`, the logical tensors in `specs`, and reads by name that any thread may do.
+
+    `specs[name].dtype` is the stored dtype: "F8_E4M3" for an FP8 weight that `read` returns as bfloat16.
+    """
+
+    folder: Path
+    config: Config
+    shards: Shards
+    specs: Mapping[str, TensorSpec]
+    block: tuple[int, int] | None  # rows and columns of an FP8 block; None without FP8 weights
+
+    @staticmethod
+    def open(folder: Path) -> Checkpoint:
+        """Read config.json, the index and every header; raises one CheckpointError with all faults found."""
+        faults: list[str] = []
+        config, shards = None, None
+        try:
+            config = read_config(folder)
+        except CheckpointError as fault:
+            faults.append(str(fault))
+        try:
+            shards = open_shards(folder)
+        except CheckpointError as fault:
+            faults.append(str(fault))
+        if config is None or shards is None:
+            raise CheckpointError(listed(list(dict.fromkeys(faults))))
+        stored = shards.specs
+        block = block_size(config, stored)
+        if faults := pair_faults(stored, block, str(folder)):
+            raise CheckpointError(listed(faults))
+        return Checkpoint(folder, config, shards, logical_specs(stored), block)
+
+    @cached_property
+    def stored_specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor as stored, the FP8 scales included."""
+        return self.shards.specs
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Logical tensors by name: BF16, FP16, FP32 and integers as stored, FP8 blocks as bfloat16.
+
+        Raises CheckpointError for an unknown name, a file that changed, and NaN or infinity among the values.
+        """
+        return {name: self._read(name, 0, None) for name in names}
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start .. stop-1 of one logical tensor, [stop - start, ...]: a vocabulary in pieces. Errors as `read`."""
+        return self._read(name, start, stop)
+
+    def stored(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors bit for bit as stored, by stored name; FP8 and its scale are two. Errors as `read`."""
+        found = {}
+        for name in names:
+            found[name] = read_tensor(*self.shards.locate(name), name)
+            self._check_finite(name, found[name])
+        return found
+
+    @cached_property
+    def sidecars(self) -> tuple[Path, ...]:
+        """The other files an artifact carries over: tokenizer, chat template, generation config, licence, code."""
+        found = {path for pattern in _SIDECARS for path in self.folder.glob(pattern) if path.is_file()}
+        out = sorted(path.name for path in found if leads_out(self.folder, path))
+        if out:
+            raise CheckpointError(
+                f"{self.folder / out[0]}: expected a file inside the folder, found a link that leads out of it; "
+                "copy the file"
+            )
+        return tuple(sorted(found))
+
+    def fingerprint(self) -> str:
+        """sha256 over names, sizes and headers of the weights and the bytes of config and sidecars; cheap."""
+        digest = hashlib.sha256(self.shards.fingerprint().encode())
+        for path in (self.folder / CONFIG, *self.sidecars):
+            content = read_bytes(path, _SIDECAR_LIMIT_BYTES)
+            digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
+        return digest.hexdigest()
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 of each weight file by name; reads every byte, minutes for a large model."""
+        return self.shards.hashes()
+
+    def content_hash(self) -> str:
+        """One sha256 for the whole checkpoint: every weight byte, config and sidecars; as slow as `hashes`."""
+        lines = "".join(f"{value}  {name}\n" for name, value in self.hashes().items())
+        return hashlib.sha256((lines + self.fingerprint()).encode()).hexdigest()
+
+    def _read(self, name: str, start: int, stop: int | None) -> Tensor:
+        spec = self.specs.get(name)
+        if spec is None:
+            near = difflib.get_close_matches(name, self.specs, n=1)
+            hint = f"did you mean {brief(near[0])}?" if near else "check the architecture and the config"
+            raise CheckpointError(f"{self.folder}: expected a tensor {brief(name)}, found none of that name; {hint}")
+        file, header = self.shards.locate(name)
+        if spec.dtype == "F8_E4M3":
+            tensor = self._dequantized(spec, start, spec.shape[0] if stop is None else stop)
+        elif stop is None:
+            tensor = read_tensor(file, header, name)
+        else:
+            tensor = read_rows(file, header, name, start, stop)
+        self._check_finite(name, tensor)
+        return tensor
+
+    def _dequantized(self, spec: TensorSpec, start: int, stop: int) -> Tensor:
+        """Rows of an FP8 weight: [stop - start, in] bfloat16, read strip by strip."""
+        assert self.block is not None  # `open` refuses FP8 weights without a block size
+        file, header = self.shards.locate(spec.name)
+        scale = scale_name(spec.name)
+        scales = read_tensor(*self.shards.locate(scale), scale)  # [block rows, block columns]
+        self._check_finite(scale, scales)
+
+        def rows(first: int, last: int) -> Tensor:
+            return read_rows(file, header, spec.name, first, last)
+
+        return dequantize(rows, scales, self.block, start, stop, spec.shape[1])
+
+    def _check_finite(self, name: str, tensor: Tensor) -> None:
+        if tensor.is_floating_point():
+            flat = tensor.reshape(-1)  # [...] -> [n_elements]
+            for first in range(0, flat.numel(), _CHECK_ELEMENTS):
+                piece = flat[first : first + _CHECK_ELEMENTS]
+                if not _finite(piece):
+                    position = first + int((~torch.isfinite(piece.to(torch.float32))).nonzero()[0])
+                    raise CheckpointError(
+                        f"{self.shards.locate(name)[0]}: tensor {brief(name)}: expected finite values, "
+                        f"found {float(flat[position])} at element {position}; "
+                        "the weights are damaged, fetch the file again"
+                    )
+
+
+def read_config(folder: Path) -> Config:
+    """The parsed config.json of a folder; raises CheckpointError."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{path}: expected the model's configuration, found no file; check the path")
+    if leads_out(folder, path):
+        raise CheckpointError(f"{path}: expected a file inside the folder, found a link out of it; copy the file")
+    return Config(values=read_json(path), where=str(path))
+
+
+def _finite(flat: Tensor) -> bool:
+    """Whether no value is NaN or infinite; minimum and maximum carry both and need no copy."""
+    if flat.dtype == torch.float8_e4m3fn:  # it has NaN (all ones below the sign) and no infinity
+        return not bool(((flat.view(torch.uint8) & 0x7F) == 0x7F).any())
+    low, high = torch.aminmax(flat.to(torch.float32) if flat.dtype == torch.float8_e5m2 else flat)
+    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
