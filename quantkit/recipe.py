@@ -1,0 +1,203 @@
+"""A recipe's text -> Recipe, or every fault of it at once. Pure: files are read by the caller.
+
+A value is never guessed: an unknown key, a wrong type or a name that does not exist is a fault with file and line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from quantkit import registry
+from quantkit.document import Document, Path, dotted, read, shown, value_of
+from quantkit.errors import RecipeError
+from quantkit.rules import PRESETS, pattern_fault
+from quantkit.schema import FIGURES, SECTIONS, Quantize, Recipe, Rule, RuleEntry
+
+__all__ = ["Quantize", "Recipe", "Rule", "parse", "preset"]
+
+_RULE_SHAPE = "a rule is {match: PATTERN, quantize: default} or {match: PATTERN, keep: source}, or {preset: NAME}"
+
+
+def parse(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
+    """The recipe in `text`; RecipeError with every fault, in the order of the lines, otherwise.
+
+    `name` is how messages call the file; `overrides` maps dotted keys to values ("output.path" -> "x") and wins.
+    """
+    document, faults = _overridden(read(text, name), overrides)
+    check = _Check(document=document, faults=faults)
+    recipe = check.model(Recipe, {key: value for key, value in document.values.items() if key != "rules"}, ())
+    default = _Check(document=document, faults=[]).model(Quantize, document.values.get("quantize", {}), ())
+    resolved = check.rules(document.values.get("rules"), default or Quantize())
+    check.gates(document.values.get("gates"), document.values.get("evaluation"))
+    if faults or recipe is None:
+        raise RecipeError([sentence for _, sentence in sorted(faults, key=lambda fault: fault[0])])
+    recipe = recipe.model_copy(update={"rules": resolved})
+    recipe._document = document
+    return recipe
+
+
+def preset(name: str, default: Quantize, line: int | None = None) -> tuple[Rule, ...]:
+    """The rules a preset stands for. `line` None: an architecture chose it and nobody wrote it, so it is optional."""
+    return tuple(
+        Rule(
+            label=f"preset {name}[{index}]",
+            line=line or 0,
+            optional=line is None,
+            match=pattern,
+            quantize=default if action == "quantize" else None,
+            keep="source" if action == "keep" else None,
+        )
+        for index, (pattern, action) in enumerate(PRESETS[name])
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- the parts
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Check:
+    """Turns parts of a document into models; `faults` (line, sentence) fills up on the way."""
+
+    document: Document
+    faults: list[tuple[int, str]]
+
+    def fault(self, path: Path, sentence: str) -> None:
+        self.faults.append((self.document.line(path), f"{self.document.where(path)}: {dotted(path)}: {sentence}"))
+
+    def model(self, model: type[_Model], values: object, path: Path) -> _Model | None:
+        try:
+            return model.model_validate(values)
+        except ValidationError as error:
+            for details in error.errors(include_url=False):
+                place = (*path, *(part for part in details["loc"] if part != "[key]"))
+                self.fault(place, _sentence(place, details))
+            return None
+
+    def rules(self, written: object, default: Quantize) -> tuple[Rule, ...] | None:
+        if written is None:
+            return None
+        if isinstance(written, str):
+            return self.preset(written, ("rules",), default)
+        if not isinstance(written, list) or not written:
+            self.fault(("rules",), f"expected a preset ({', '.join(PRESETS)}) or a list of rules that is not empty")
+            return None
+        return tuple(rule for index, item in enumerate(written) for rule in self.rule(item, ("rules", index), default))
+
+    def rule(self, item: object, path: Path, default: Quantize) -> tuple[Rule, ...]:
+        entry = self.model(RuleEntry, item, path)
+        if entry is None:
+            return ()
+        if entry.preset is not None and entry.model_fields_set == {"preset"}:
+            return self.preset(entry.preset, (*path, "preset"), default)
+        if entry.match is None or entry.preset is not None or (entry.quantize is None) == (entry.keep is None):
+            self.fault(path, _RULE_SHAPE)
+            return ()
+        wrong = pattern_fault(entry.match)
+        if wrong:
+            self.fault((*path, "match"), shown(wrong, 200))
+            return ()
+        scheme = default if entry.quantize == "default" else None
+        if entry.quantize is not None and scheme is None:
+            changes = entry.quantize
+            changed = {**default.model_dump(), **changes} if isinstance(changes, dict) else changes
+            scheme = self.model(Quantize, changed, (*path, "quantize"))
+            if scheme is None:
+                return ()
+        line = self.document.line(path)
+        return (Rule(label=dotted(path), line=line, match=entry.match, quantize=scheme, keep=entry.keep),)
+
+    def preset(self, name: str, path: Path, default: Quantize) -> tuple[Rule, ...]:
+        if name not in PRESETS:
+            self.fault(path, registry.unknown("preset", shown(name), tuple(PRESETS)))
+            return ()
+        return preset(name, default, self.document.line(path))
+
+    def gates(self, gates: object, evaluation: object) -> None:
+        """Gates on figures that do not exist, or bounded in a way that they do not have."""
+        listed = evaluation.get("tasks") if isinstance(evaluation, dict) else None
+        tasks = [task for task in listed if isinstance(task, str)] if isinstance(listed, list) else []
+        known = (*FIGURES, *tasks)
+        for figure, bounds in gates.items() if isinstance(gates, dict) else ():
+            path = ("gates", figure)
+            if figure not in known:
+                self.fault(path, registry.unknown("figure or task of evaluation.tasks", shown(figure), known))
+            elif isinstance(bounds, dict):
+                given = {key for key, value in bounds.items() if value is not None}
+                allowed = {"min_recovery"} if figure in tasks else {"max", "min"}
+                if not given or given & {"max", "min", "min_recovery"} - allowed:
+                    self.fault(path, f"expected {' or '.join(f'{{{key}: NUMBER}}' for key in sorted(allowed))}")
+
+
+def _overridden(document: Document, overrides: Mapping[str, str]) -> tuple[Document, list[tuple[int, str]]]:
+    faults: list[tuple[int, str]] = []
+    for key, text in overrides.items():
+        path = tuple(key.split("."))
+        try:
+            value = text if _is_text(path) else value_of(text, f"override {shown(key)}")
+            document = document.with_value(path, value)
+        except RecipeError as error:
+            faults += [(0, sentence) for sentence in error.faults]
+    return document, faults
+
+
+def _is_text(path: Path) -> bool:
+    """Whether the key takes any text, so that an override of "123" or "[x]" stays what it is."""
+    section = SECTIONS.get(str(path[0])) if len(path) == 2 else None
+    field = section.model_fields.get(str(path[-1])) if section else None
+    return field is not None and field.annotation is str
+
+
+# -------------------------------------------------------------------------------------------- pydantic, in our words
+
+_EXPECTED: Mapping[str, str] = {
+    "int_type": "a whole number", "float_type": "a number", "string_type": "text", "bool_type": "true or false",
+    "model_type": "a mapping of keys", "dict_type": "a mapping of keys", "tuple_type": "a list",
+    "string_too_short": "text that is not empty", "finite_number": "a finite number",
+}  # fmt: skip
+
+
+def _sentence(path: Path, details: ErrorDetails) -> str:
+    """What is wrong, and what was found."""
+    kind, found, context = details["type"], details["input"], details.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _known(path[:-1])
+        return f"unknown key.{registry.did_you_mean(str(path[-1]), known)} Known: {', '.join(known)}."
+    if kind == "missing":
+        return "missing; this key has no default"
+    if kind == "value_error":
+        return str(context["error"])
+    if kind in ("greater_than_equal", "less_than_equal"):
+        expected = f"at least {context['ge']:g}" if "ge" in context else f"at most {context['le']:g}"
+    elif kind == "literal_error":
+        expected = str(context["expected"]).replace("'", "")
+    else:
+        expected = _EXPECTED.get(kind, details["msg"].lower())
+    hint = " (quote it to make it text)" if kind == "string_type" and isinstance(found, int | float) else ""
+    return f"expected {expected}, found {_found(found)}{hint}"
+
+
+def _known(path: Path) -> tuple[str, ...]:
+    """The keys that may stand in the mapping at `path`."""
+    model: type[BaseModel] = Recipe
+    if path and path[-1] == "quantize":
+        model = Quantize
+    elif path:
+        model = SECTIONS.get(str(path[0]), Recipe)
+    return tuple(model.model_fields)
+
+
+def _found(value: object) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    return shown(str(value)) if isinstance(value, int | float) else f"'{shown(str(value))}'"

@@ -1,0 +1,82 @@
+"""What can be named in a recipe: the methods, formats and architectures that quantkit carries.
+
+The file name is the registration: `methods/awq.py` holds `METHOD`, and is found because it is there. Nothing is
+imported until it is asked for, so that `--help` stays fast and a broken optional dependency hurts its own plug-in only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from difflib import get_close_matches
+from types import ModuleType
+from typing import Literal, TypeVar
+
+from quantkit import architectures, formats, methods
+from quantkit.contracts import Architecture, Format, Method
+from quantkit.errors import QuantkitError, UsageError
+
+Kind = Literal["methods", "formats", "architectures"]
+
+Plugin = TypeVar("Plugin")
+
+_PACKAGES = {"methods": methods, "formats": formats, "architectures": architectures}
+
+
+def names(kind: Kind) -> tuple[str, ...]:
+    """Every name of a kind, sorted; imports none of them."""
+    found = (module.name for module in pkgutil.iter_modules(_PACKAGES[kind].__path__))
+    return tuple(sorted(name for name in found if not name.startswith("_")))
+
+
+def method(name: str) -> Method:
+    """The method in methods/<name>.py; UsageError when there is none."""
+    return _get("methods", name, "METHOD", Method)
+
+
+def format(name: str) -> Format:
+    """The format in formats/<name>.py; UsageError when there is none."""
+    return _get("formats", name, "FORMAT", Format)
+
+
+def architecture(model_type: str) -> Architecture:
+    """The architecture in architectures/<model_type>.py; UsageError when there is none."""
+    return _get("architectures", model_type, "ARCHITECTURE", Architecture)
+
+
+def unknown(noun: str, name: str, known: Sequence[str]) -> str:
+    """The sentence for a name that is not known: "no method named 'gtpq'. Did you mean 'gptq'? Known: gptq, rtn."."""
+    return f"no {noun} named {name!r}.{did_you_mean(name, known)} Known: {', '.join(known) or 'none'}."
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """ " Did you mean 'gptq'?" with its leading space, or nothing when no known name is near."""
+    close = get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _get(kind: Kind, name: str, attribute: str, expected: type[Plugin]) -> Plugin:
+    known = names(kind)
+    if name not in known:
+        raise UsageError(unknown(kind.removesuffix("s"), name, known))
+    plugin = getattr(_imported(kind, name), attribute, None)
+    if not isinstance(plugin, expected):
+        found = "nothing" if plugin is None else f"a {type(plugin).__name__}"
+        raise QuantkitError(
+            f"quantkit/{kind}/{name}.py: {attribute}: expected a {expected.__name__}, found {found}; "
+            f"a file in quantkit/{kind}/ must set {attribute}"
+        )
+    return plugin
+
+
+def _imported(kind: Kind, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"quantkit.{kind}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "quantkit":
+            raise  # a mistake in our own imports: aloud
+        raise UsageError(
+            f"{kind.removesuffix('s')} {name!r} needs the package {error.name!r}, which is not installed; "
+            "install it, or choose another"
+        ) from error

@@ -1,0 +1,216 @@
+"""Every key of a recipe, its type and its default; recipes/v3-awq4.yaml says what each means.
+
+Frozen values. `recipe.parse` fills them from text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+
+from quantkit import registry, rules
+from quantkit.document import Document, shown
+
+FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+FIGURES: tuple[str, ...] = (
+    "kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "ppl_ratio", "top1", "mean_delta_p", "rms_delta_p",
+    "router_agreement", "experts_uncalibrated",
+)  # fmt: skip
+"""What a gate may bound with min or max; the tasks of evaluation.tasks take min_recovery. report.gates reads them."""
+
+_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}  # fmt: skip
+
+
+def size_bytes(value: object) -> int:
+    """Bytes of "64GB" (decimal), "512MiB" (binary) or a plain number; ValueError says what was expected."""
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    parts = re.fullmatch(r"(\d{1,19})(\.\d{1,6})? ?([A-Za-z]*)", text) if isinstance(text, str) else None
+    if parts is None or parts[3] not in _UNITS:
+        found = f"'{shown(text)}'" if isinstance(text, str) else type(value).__name__
+        raise ValueError(f"expected a size such as 64GB, 512MiB or a number of bytes, found {found}")
+    total = int(Decimal(parts[1] + (parts[2] or "")) * _UNITS[parts[3]])
+    if not 0 < total < 2**63:
+        raise ValueError(f"expected a size above 0 and below 8 EiB, found '{shown(str(text))}'")
+    return total
+
+
+def _registered(kind: registry.Kind, name: str) -> str:
+    known = registry.names(kind)
+    if name not in known:
+        raise ValueError(registry.unknown(kind.removesuffix("s"), name, known))
+    return name
+
+
+def _distinct(tasks: tuple[str, ...]) -> tuple[str, ...]:
+    twice = sorted({task for task in tasks if tasks.count(task) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)}: listed twice")
+    return tasks
+
+
+Text = Annotated[str, Field(min_length=1, max_length=1000)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Size = Annotated[int, BeforeValidator(size_bytes)]
+MethodName = Annotated[str, AfterValidator(lambda name: _registered("methods", name))]
+FormatName = Annotated[str, AfterValidator(lambda name: _registered("formats", name))]
+TaskNames = Annotated[tuple[Text, ...], Field(strict=False, max_length=1000), AfterValidator(_distinct)]
+
+
+class Source(BaseModel):
+    model_config = FROZEN
+    model: Text
+    revision: Text | None = None
+
+
+class Quantize(BaseModel):
+    """How a selected matrix is quantized: the recipe's default, or that with a rule's changes."""
+
+    model_config = FROZEN
+    method: MethodName = "awq"
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    bits: Annotated[int, Field(ge=2, le=8)] = 4
+    group_size: Literal[32, 64, 128, -1] = 128
+    symmetric: bool = False
+    scale_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
+
+
+class Rule(BaseModel):
+    """One resolved rule; exactly one of `quantize` and `keep` is set. Of a recipe's rules the first match decides."""
+
+    model_config = FROZEN
+    label: str  # "rules[0]" as written, or "preset experts-only[1]"
+    line: int = Field(exclude=True)  # in the recipe; 0 when it came from elsewhere
+    optional: bool = Field(default=False, exclude=True)  # nobody wrote it, so it may match nothing
+    match: Text
+    quantize: Quantize | None = None
+    keep: Literal["source", "bf16"] | None = None
+
+    def matches(self, module: str) -> bool:
+        """Whether the pattern matches the module's full dotted name."""
+        return rules.matches(self.match, module)
+
+    def names(self, module: str) -> bool:
+        """Whether the pattern also spells out the module's last part: what a protected role asks for."""
+        return rules.names(self.match, module)
+
+
+class Calibration(BaseModel):
+    model_config = FROZEN
+    set: Text
+    sequences: Count | None = None
+    length: Count = 2048
+    seed: Seed = 0
+    experts: Literal["routed", "all"] = "routed"
+    min_expert_tokens: Seed = 256
+    under_calibrated: Literal["shared_gram", "rtn"] = "shared_gram"
+
+
+class FidelityText(BaseModel):
+    model_config = FROZEN
+    set: Text
+    windows: Count | None = None
+    length: Count = 2048
+
+
+class Evaluation(BaseModel):
+    model_config = FROZEN
+    tasks: TaskNames = ()
+    limit: Count | None = None
+    backend: Literal["transformers"] = "transformers"
+    batch_size: Count = 128
+
+
+class Gate(BaseModel):
+    model_config = FROZEN
+    max: Number | None = None
+    min: Number | None = None
+    min_recovery: Share | None = None
+
+
+class Output(BaseModel):
+    model_config = FROZEN
+    path: Text
+    shard_bytes: Size = 5 * 10**9
+
+
+class Compute(BaseModel):
+    model_config = FROZEN
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class Recipe(BaseModel):
+    """A whole recipe with its defaults filled in. `rules` None: the architecture's default rules."""
+
+    model_config = FROZEN
+    version: Literal[1]
+    source: Source
+    quantize: Quantize = Quantize()
+    format: FormatName = "awq"
+    rules: tuple[Rule, ...] | None = None
+    calibration: Calibration | None = None
+    fidelity: FidelityText
+    evaluation: Evaluation = Evaluation()
+    gates: dict[str, Gate] = {}
+    output: Output
+    memory: Size | None = None
+    mtp: Literal["keep", "quantize", "drop"] = "keep"
+    propagate: Literal["quantized", "original"] = "quantized"
+    compute: Compute = Compute()
+    _document: Document = PrivateAttr(default=Document(name="recipe", values={}, lines={}))
+
+    @property
+    def name(self) -> str:
+        """How messages call the file."""
+        return self._document.name
+
+    def dump(self) -> dict[str, object]:
+        """The recipe as plain JSON values, every default written out and presets resolved."""
+        return self.model_dump(mode="json")
+
+    def where(self, *path: str | int) -> str:
+        """Where a key stands, for a fault found later: where("quantize", "group_size") -> "recipe.yaml:14"."""
+        return self._document.where(path)
+
+    @property
+    def hash(self) -> str:
+        """sha256 of what decides the artifact's content; where it lies and how much memory makes it do not."""
+        values = self.model_dump(mode="json", exclude={"memory": True, "output": {"path"}})
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+class RuleEntry(BaseModel):
+    """One item of `rules` as written."""
+
+    model_config = FROZEN
+    match: Text | None = None
+    quantize: object = None
+    keep: Literal["source", "bf16"] | None = None
+    preset: str | None = None
+
+
+SECTIONS: Mapping[str, type[BaseModel]] = {
+    "source": Source, "quantize": Quantize, "rules": RuleEntry, "calibration": Calibration, "fidelity": FidelityText,
+    "evaluation": Evaluation, "gates": Gate, "output": Output, "compute": Compute,
+}  # fmt: skip
+"""What holds keys of its own: the sections, one rule, one gate."""
+
+
+def keys() -> tuple[str, ...]:
+    """Every key, dotted: "version", "source.model", ..., "rules.match", "gates.max"."""
+    found: list[str] = []
+    for name in Recipe.model_fields:
+        inner = SECTIONS.get(name)
+        found += [f"{name}.{field}" for field in inner.model_fields] if inner else [name]
+    return tuple(found)
