@@ -65,8 +65,8 @@ def parse_json(text: bytes, where: str, error: type[QuantkitError] = CheckpointE
         ) from None
     except json.JSONDecodeError as fault:
         raise error(
-            f"{where}: expected JSON, found {fault.msg.lower()} at line {fault.lineno} column {fault.colno}; "
-            "repair the file or fetch it again"
+            f"{where}: expected JSON, found an error ({fault.msg.lower()}) at line {fault.lineno} "
+            f"column {fault.colno}; repair or fetch the file"
         ) from None
     except (RecursionError, ValueError):  # nesting bombs; numbers of more than 4300 digits
         raise error(f"{where}: expected JSON, found nesting or a number beyond any real file; fetch it again") from None

@@ -23,7 +23,7 @@ from quantkit.storage.files import brief, parse_json, reason
 HEADER_LIMIT_BYTES = 100_000_000
 """The limit of the `safetensors` library; a longer header is not loadable by anybody."""
 
-_PREFIX_BYTES = 8
+PREFIX_BYTES = 8
 _LARGEST = 2**63 - 1
 _MAX_DIMENSIONS = 64  # torch refuses more
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
@@ -52,27 +52,20 @@ def read_header(path: Path) -> Header:
     try:
         with path.open("rb") as file:
             n_file_bytes = os.fstat(file.fileno()).st_size
-            length = _length(file.read(_PREFIX_BYTES), n_file_bytes, str(path))
+            length = header_length(file.read(PREFIX_BYTES), n_file_bytes, str(path))
             text = file.read(length)
     except OSError as fault:
         raise CheckpointError(f"{path}: expected a readable file, found: {reason(fault)}; check the path") from None
     if len(text) != length:
         raise CheckpointError(f"{path}: header: expected {length} bytes, found {len(text)}; {_AGAIN}")
-    return parse_header(text, str(path), n_file_bytes - _PREFIX_BYTES - length)
+    return parse_header(text, str(path), n_file_bytes - PREFIX_BYTES - length)
 
 
 def parse_header(text: bytes, where: str, n_data_bytes: int) -> Header:
     """Check a header's JSON against the number of data bytes that follow it; raises CheckpointError."""
     if not text.startswith(b"{"):
         raise CheckpointError(f"{where}: header: expected to start with '{{', found {brief(text[:1])}; {_AGAIN}")
-    return check_entries(parse_json(text, f"{where}: header"), where, n_data_bytes, _PREFIX_BYTES + len(text))
-
-
-def check_entries(entries: Mapping[str, object], where: str, n_data_bytes: int | None, data_start: int) -> Header:
-    """Check the parsed JSON of a header; raises CheckpointError.
-
-    `n_data_bytes` None: the length of the data is not known (headers fetched alone), so only holes are refused.
-    """
+    entries = parse_json(text, f"{where}: header")
     _check_metadata(entries.get("__metadata__"), where)
     specs: dict[str, TensorSpec] = {}
     offsets: dict[str, tuple[int, int]] = {}
@@ -80,7 +73,7 @@ def check_entries(entries: Mapping[str, object], where: str, n_data_bytes: int |
         if name != "__metadata__":
             specs[name], offsets[name] = _entry(name, entry, where)
     _check_cover(offsets, where, n_data_bytes)
-    return Header(specs=specs, offsets=offsets, data_start=data_start)
+    return Header(specs=specs, offsets=offsets, data_start=PREFIX_BYTES + len(text))
 
 
 def build_header(specs: Iterable[TensorSpec]) -> bytes:
@@ -104,18 +97,19 @@ def build_header(specs: Iterable[TensorSpec]) -> bytes:
         entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _PREFIX_BYTES)
+    text += b" " * (-len(text) % PREFIX_BYTES)
     if len(text) > HEADER_LIMIT_BYTES:
         raise CheckpointError(
             f"new file: header: expected at most {HEADER_LIMIT_BYTES} bytes, found {len(text)}; use smaller shards"
         )
-    return len(text).to_bytes(_PREFIX_BYTES, "little") + text
+    return len(text).to_bytes(PREFIX_BYTES, "little") + text
 
 
-def _length(prefix: bytes, n_file_bytes: int, where: str) -> int:
-    if len(prefix) < _PREFIX_BYTES:
+def header_length(prefix: bytes, n_file_bytes: int, where: str) -> int:
+    """The length of the JSON by a file's first 8 bytes; raises CheckpointError when it cannot be one."""
+    if len(prefix) < PREFIX_BYTES:
         raise CheckpointError(
-            f"{where}: expected at least {_PREFIX_BYTES} bytes of header length, found {len(prefix)}; {_AGAIN}"
+            f"{where}: expected at least {PREFIX_BYTES} bytes of header length, found {len(prefix)}; {_AGAIN}"
         )
     length = int.from_bytes(prefix, "little")
     if length > HEADER_LIMIT_BYTES:
@@ -123,9 +117,9 @@ def _length(prefix: bytes, n_file_bytes: int, where: str) -> int:
             f"{where}: header length: expected at most {HEADER_LIMIT_BYTES}, found {length}; "
             "this is not a safetensors file"
         )
-    if length > n_file_bytes - _PREFIX_BYTES:
+    if length > n_file_bytes - PREFIX_BYTES:
         raise CheckpointError(
-            f"{where}: header length: expected at most {n_file_bytes - _PREFIX_BYTES} (the rest of the file), "
+            f"{where}: header length: expected at most {n_file_bytes - PREFIX_BYTES} (the rest of the file), "
             f"found {length}; {_AGAIN}"
         )
     return length
@@ -190,12 +184,12 @@ def _entry(name: str, entry: object, where: str) -> tuple[TensorSpec, tuple[int,
 
 def _whole_numbers(values: object, at: str) -> tuple[int, ...]:
     """A list of integers 0 .. 2**63 - 1; JSON's true and 1.0 are none."""
-    if not isinstance(values, list | tuple) or not all(type(v) is int and 0 <= v <= _LARGEST for v in values):
+    if not isinstance(values, list) or not all(type(v) is int and 0 <= v <= _LARGEST for v in values):
         raise CheckpointError(f"{at}: expected whole numbers from 0 to 2**63 - 1, found {brief(values)}; {_AGAIN}")
     return tuple(values)
 
 
-def _check_cover(offsets: Mapping[str, tuple[int, int]], where: str, n_data_bytes: int | None) -> None:
+def _check_cover(offsets: Mapping[str, tuple[int, int]], where: str, n_data_bytes: int) -> None:
     """The tensors cover the data from 0 to its end, each byte once."""
     expected = 0
     for name, (begin, end) in sorted(offsets.items(), key=lambda item: item[1]):
@@ -206,7 +200,7 @@ def _check_cover(offsets: Mapping[str, tuple[int, int]], where: str, n_data_byte
                 f"which {kind}; {_AGAIN}"
             )
         expected = end
-    if n_data_bytes is not None and expected != n_data_bytes:
+    if expected != n_data_bytes:
         kind = "truncated" if n_data_bytes < expected else "longer than its header says"
         raise CheckpointError(
             f"{where}: expected {expected} bytes of tensor data, found {n_data_bytes}; "

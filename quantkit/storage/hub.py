@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -21,15 +21,15 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-    SafetensorsParsingError,
 )
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError
 from quantkit.storage.builtin import PREFIX, resolve_model
 from quantkit.storage.checkpoint import CONFIG, Checkpoint
 from quantkit.storage.files import brief, listed, read_json
-from quantkit.storage.header import Header, check_entries
+from quantkit.storage.header import PREFIX_BYTES, Header, header_length, parse_header
 from quantkit.storage.logical import block_size, logical_specs, pair_faults
 from quantkit.storage.shards import INDEX, SINGLE, index_faults, weight_map
 
@@ -37,6 +37,7 @@ _WANTED = ["*.safetensors", "*.json", "*.model", "*.tiktoken", "*.jinja", "*.txt
 _UNWANTED = ["*/*", "consolidated*"]  # folders of other formats; the same weights a second time
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CONNECTIONS = 8
+_FIRST_BYTES = 100_000  # most headers are shorter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,12 +121,7 @@ def _remote_headers(model: str, revision: str | None) -> SourceHeaders:
         )
 
     def header(file: str) -> Header:
-        parsed = api.parse_safetensors_file_metadata(model, file, revision=commit)
-        entries = {
-            name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": tuple(tensor.data_offsets)}
-            for name, tensor in parsed.tensors.items()
-        }
-        return check_entries(entries, f"{model}: {file}", None, 0)
+        return _remote_header(hf_hub_url(model, file, revision=commit), f"{model}: {file}")
 
     headers = _in_parallel(header, files)
     faults = index_faults(index, headers, f"{model}: {INDEX}") if index is not None else []
@@ -141,6 +137,42 @@ def _small_file(model: str, name: str, commit: str) -> Path:
     return Path(hf_hub_download(model, name, revision=commit))
 
 
+def _remote_header(url: str, where: str) -> Header:
+    """The header of a file on the Hub, by one range request, two when it is long; checked like a local one."""
+    start, n_file_bytes = _range(url, 0, _FIRST_BYTES, where)
+    end = PREFIX_BYTES + header_length(start[:PREFIX_BYTES], n_file_bytes, where)
+    if end > len(start):
+        start += _range(url, len(start), end - len(start), where)[0]
+    if len(start) < end:
+        raise CheckpointError(f"{where}: header: expected {end} bytes, found {len(start)}; try again")
+    return parse_header(start[PREFIX_BYTES:end], where, n_file_bytes - end)
+
+
+def _range(url: str, first: int, n_bytes: int, where: str) -> tuple[bytes, int]:
+    """At most `n_bytes` bytes from `first` on, and the size of the whole file; a server may ignore the range."""
+    headers = {**build_hf_headers(), "Range": f"bytes={first}-{first + n_bytes - 1}", "Accept-Encoding": "identity"}
+    with get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer:
+        if answer.is_error:
+            answer.read()
+        hf_raise_for_status(answer)
+        if answer.status_code != 206:
+            raise CheckpointError(
+                f"{where}: expected the server to send a part of the file (206), found {answer.status_code}; "
+                "download the model and give its folder as source.model"
+            )
+        total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+        if not total.isdecimal():
+            raise CheckpointError(
+                f"{where}: expected the file's size in Content-Range, found {brief(total)}; try again"
+            )
+        found = bytearray()
+        for piece in answer.iter_bytes():
+            found += piece
+            if len(found) >= n_bytes:
+                break
+    return bytes(found[:n_bytes]), int(total)
+
+
 def _in_parallel(header: Callable[[str], Header], files: list[str]) -> dict[str, Header]:
     """Each file's header, a few connections at a time: DeepSeek-V3 has 163 shards."""
     with ThreadPoolExecutor(max_workers=_CONNECTIONS) as pool:
@@ -152,7 +184,6 @@ _ANSWERS: tuple[tuple[type[Exception], str], ...] = (
     (RevisionNotFoundError, "expected this revision on the Hub, found none; check source.revision"),
     (RepositoryNotFoundError, "expected this model on the Hub, found none that this user may see; check source.model"),
     (RemoteEntryNotFoundError, f"expected a {CONFIG} in the repository, found none; use another model"),
-    (SafetensorsParsingError, "expected safetensors files, found a damaged header; use another model or revision"),
     (HFValidationError, "expected a Hub id like org/name and a revision, found something else; check source"),
     (HfHubHTTPError, "expected an answer of the Hub, found an HTTP error; try again later"),
 )

@@ -1,0 +1,428 @@
+"""Source checkpoints: what is refused and how it is said, and FP8 blocks against independent arithmetic."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quantkit.errors import CheckpointError
+from quantkit.storage import builtin
+from quantkit.storage.checkpoint import Checkpoint
+from quantkit.storage.logical import scale_name
+
+CONFIG = {"model_type": "x", "quantization_config": {"quant_method": "fp8", "weight_block_size": [2, 2]}}
+WEIGHT = torch.ones(3, 3).to(torch.float8_e4m3fn)
+SCALE = torch.tensor([[1.0, 2], [3, 4]])
+
+
+def save(folder: Path, *shards: Mapping[str, Tensor], config: object = CONFIG) -> Path:
+    """A checkpoint of one file, or of several with an index."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if len(shards) == 1:
+        save_file(dict(shards[0]), folder / "model.safetensors")
+        return folder
+    for number, shard in enumerate(shards):
+        save_file(dict(shard), folder / f"{number}.safetensors")
+    return index(folder, {name: f"{number}.safetensors" for number, shard in enumerate(shards) for name in shard})
+
+
+def index(folder: Path, weight_map: object) -> Path:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(folder)
+    return str(caught.value).replace(str(folder), "F")
+
+
+# ------------------------------------------------------------------------------------------------- FP8 blocks
+
+
+def test_the_worked_example_of_partial_blocks(tmp_path: Path) -> None:
+    opened = Checkpoint.open(save(tmp_path, {"a.weight": WEIGHT, "a.weight_scale_inv": SCALE}))
+    assert list(opened.specs) == ["a.weight"]
+    assert opened.specs["a.weight"].dtype == "F8_E4M3"
+    assert set(opened.stored_specs) == {"a.weight", "a.weight_scale_inv"}
+    read = opened.read(["a.weight"])["a.weight"]
+    assert read.dtype == torch.bfloat16
+    assert read.tolist() == [[1, 1, 2], [1, 1, 2], [3, 3, 4]]
+    assert opened.read_rows("a.weight", 1, 3).tolist() == [[1, 1, 2], [3, 3, 4]]
+    stored = opened.stored(["a.weight", "a.weight_scale_inv"])
+    assert torch.equal(stored["a.weight"].view(torch.uint8), WEIGHT.view(torch.uint8))
+    assert torch.equal(stored["a.weight_scale_inv"], SCALE)
+
+
+def cast_like_deepseek(weight: Tensor, scale: Tensor, block: int) -> Tensor:
+    """FP8 -> float32, times the scale of its block, -> bfloat16; element by element, sharing no code."""
+    values = weight.to(torch.float32)
+    rows = torch.arange(weight.shape[0])[:, None] // block
+    columns = torch.arange(weight.shape[1])[None, :] // block
+    return (values * scale[rows, columns]).to(torch.bfloat16)
+
+
+def test_every_byte_and_shape_is_dequantized_as_deepseek_does(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 0x7F) != 0x7F]  # all that are numbers
+    for out_features, in_features in ((3, 5), (4, 4), (7, 2), (1, 9)):
+        pick = torch.randint(len(codes), (out_features, in_features), generator=generator)
+        weight = codes[pick].view(torch.float8_e4m3fn)
+        scale = torch.rand(-(-out_features // 2), -(-in_features // 2), generator=generator) * 1e-3
+        opened = Checkpoint.open(save(tmp_path, {"w": weight, "w_scale_inv": scale}))
+        expected = cast_like_deepseek(weight, scale, 2)
+        assert torch.equal(opened.read(["w"])["w"], expected)
+        for start in range(out_features):
+            assert torch.equal(opened.read_rows("w", start, out_features), expected[start:])
+
+
+def test_the_scale_may_lie_in_another_shard(tmp_path: Path) -> None:
+    opened = Checkpoint.open(save(tmp_path, {"a.weight": WEIGHT}, {"a.weight_scale_inv": SCALE}))
+    assert opened.read(["a.weight"])["a.weight"].tolist() == [[1, 1, 2], [1, 1, 2], [3, 3, 4]]
+
+
+@pytest.mark.parametrize("where", ["shared", "package"])
+def test_the_tiny_model_in_fp8_is_close_to_itself_in_bf16(where: str) -> None:
+    shared = Path(__file__).parents[2] / "shared" / "tiny-v3"
+    folder = builtin.resolve_model("builtin:tiny-v3") if where == "package" else shared / "fp8"
+    if not folder.is_dir() or not (shared / "bf16").is_dir():
+        pytest.skip("the BF16 twin of tiny-v3 is not on this machine")
+    opened = Checkpoint.open(folder)
+    original = load_file(shared / "bf16" / "model.safetensors")
+    assert set(opened.specs) == set(original)
+    n_fp8, n_partial = 0, 0
+    for name, spec in opened.specs.items():
+        read = opened.read([name])[name].float()
+        expected = original[name].float()
+        if spec.dtype != "F8_E4M3":
+            assert torch.equal(read, expected)
+            continue
+        n_fp8 += 1
+        n_partial += spec.shape[0] % 128 != 0
+        error = (read - expected).norm() / expected.norm()
+        assert 0.005 < error < 0.04  # three mantissa bits: 2**-4 at most, uniformly spread
+        last = spec.shape[0] // 128 * 128
+        assert last == spec.shape[0] or (read - expected)[last:].norm() < 0.04 * expected[last:].norm()
+    assert n_fp8 > 100
+    assert n_partial > 0
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "message"),
+    [
+        (
+            {"a.weight": WEIGHT},
+            CONFIG,
+            "F: tensor 'a.weight': expected its scale 'a.weight_scale_inv', found none in any file; "
+            "fetch the checkpoint again",
+        ),
+        (
+            {"a.weight": WEIGHT, "a.weight_scale_inv": torch.ones(1, 2)},
+            CONFIG,
+            "F: tensor 'a.weight': expected a scale of shape [2, 2] for [3, 3] in blocks of [2, 2], found [1, 2]; "
+            "fetch the checkpoint again",
+        ),
+        (
+            {"a.weight": WEIGHT, "a.weight_scale_inv": SCALE.to(torch.int32)},
+            CONFIG,
+            "F: tensor 'a.weight': expected a scale of F32, BF16, F16, found I32; fetch the checkpoint again",
+        ),
+        (
+            {"a.weight_scale_inv": SCALE},
+            CONFIG,
+            "F: tensor 'a.weight_scale_inv': expected the weight 'a.weight' of this scale, found none in any file; "
+            "fetch the checkpoint again",
+        ),
+        (
+            {"a.weight": torch.ones(3, 3), "a.weight_scale_inv": SCALE},
+            CONFIG,
+            "F: tensor 'a.weight_scale_inv': expected 'a.weight' of this scale as F8_E4M3, found F32; "
+            "fetch the checkpoint again",
+        ),
+        (
+            {"a.weight": WEIGHT[0]},
+            CONFIG,
+            "F: tensor 'a.weight': expected two dimensions for FP8 blocks, found shape [3]; convert it to BF16",
+        ),
+        (
+            {"a": torch.ones(2).to(torch.float8_e5m2)},
+            CONFIG,
+            "F: tensor 'a': expected FP8 as F8_E4M3, found F8_E5M2; convert it to BF16",
+        ),
+        (
+            {"a.weight": WEIGHT, "a.weight_scale_inv": SCALE},
+            {"quantization_config": {"weight_block_size": [0, True]}},
+            "F/config.json: quantization_config.weight_block_size: expected two positive integers, "
+            "as the weights are FP8, found [0, True]; quantkit reads FP8 in blocks only",
+        ),
+    ],
+)
+def test_weights_and_scales_that_do_not_fit(
+    tmp_path: Path, tensors: dict[str, Tensor], config: object, message: str
+) -> None:
+    assert refused(save(tmp_path, tensors, config=config)) == message
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    folder = save(tmp_path, {f"a{i}.weight": WEIGHT.clone() for i in range(25)})
+    lines = refused(folder).splitlines()
+    assert len(lines) == 21
+    assert lines[-1] == "and 5 more faults of this checkpoint"
+    (folder / "config.json").unlink()
+    os.truncate(folder / "model.safetensors", 3)
+    assert refused(folder).splitlines() == [
+        "F/config.json: expected the model's configuration, found no file; check the path",
+        "F/model.safetensors: expected at least 8 bytes of header length, found 3; "
+        "the file is damaged, fetch or write it again",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_nan_and_infinity_are_found_wherever_they_are(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    tensor = torch.zeros(5, 7, dtype=dtype)
+    tensor[3, 4] = value
+    opened = Checkpoint.open(save(tmp_path, {"w": tensor}))
+    for read in (opened.read, opened.stored):
+        with pytest.raises(CheckpointError) as caught:
+            read(["w"])
+        assert str(caught.value) == (
+            f"{tmp_path}/model.safetensors: tensor 'w': expected finite values, found {value} at element 25; "
+            "the weights are damaged, fetch the file again"
+        )
+
+
+def test_nan_in_fp8_and_in_its_scale(tmp_path: Path) -> None:
+    bad = WEIGHT.clone()
+    bad.view(torch.uint8)[2, 1] = 0xFF
+    opened = Checkpoint.open(save(tmp_path, {"w": bad, "w_scale_inv": SCALE}))
+    for read in (opened.read, opened.stored):
+        with pytest.raises(CheckpointError, match="tensor 'w': expected finite values, found nan at element 7"):
+            read(["w"])
+    opened = Checkpoint.open(save(tmp_path, {"w": WEIGHT, "w_scale_inv": SCALE / 0}))
+    with pytest.raises(CheckpointError, match="tensor 'w_scale_inv': expected finite values, found inf at element 0"):
+        opened.read(["w"])
+
+
+def test_other_dtypes_come_as_stored_and_unknown_names_get_a_suggestion(tmp_path: Path) -> None:
+    tensors = {
+        "half": torch.tensor([1.5]).half(),
+        "single": torch.tensor([1.1]),
+        "brain": torch.tensor([[2.0]]).bfloat16(),
+        "count": torch.tensor(3),
+    }
+    opened = Checkpoint.open(save(tmp_path, tensors))
+    read = opened.read(tensors)
+    assert list(read) == list(tensors)
+    assert all(read[name].dtype == tensors[name].dtype and torch.equal(read[name], tensors[name]) for name in tensors)
+    with pytest.raises(CheckpointError) as caught:
+        opened.read(["singel"])
+    assert str(caught.value) == (
+        f"{tmp_path}: expected a tensor 'singel', found none of that name; did you mean 'single'?"
+    )
+
+
+def test_threads_read_at_once(tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.full((300, 300), float(i)) for i in range(8)}
+    opened = Checkpoint.open(save(tmp_path, tensors))
+    wrong: list[str] = []
+
+    def work() -> None:
+        for _ in range(20):
+            wrong.extend(
+                name for name, tensor in opened.read(tensors).items() if not torch.equal(tensor, tensors[name])
+            )
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+# ------------------------------------------------------------------------------------------------- files and index
+
+
+A, B = {"a": torch.zeros(1)}, {"b": torch.zeros(1)}
+
+
+def test_a_sharded_checkpoint_is_one(tmp_path: Path) -> None:
+    opened = Checkpoint.open(save(tmp_path, A, B))
+    assert list(opened.read(["b", "a"])) == ["b", "a"]
+    assert opened.config.text("model_type") == "x"
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        (
+            {"a": "/etc/x.safetensors"},
+            "F/model.safetensors.index.json: file '/etc/x.safetensors': expected a path inside the folder, "
+            "found one that leads elsewhere; do not use this checkpoint",
+        ),
+        (
+            {"a": "../0.safetensors"},
+            "F/model.safetensors.index.json: file '../0.safetensors': expected a path inside the folder, "
+            "found one that leads elsewhere; do not use this checkpoint",
+        ),
+        (
+            {"a": "0.bin"},
+            "F/model.safetensors.index.json: file '0.bin': expected a .safetensors file, found '.bin'; "
+            "convert the checkpoint",
+        ),
+        (
+            {"a": "0.safetensors", "b": "9.safetensors"},
+            "F/9.safetensors: expected a file named by the checkpoint, found none; fetch the missing file",
+        ),
+        (
+            {"a": "0.safetensors", "b": "1.safetensors", "c": "1.safetensors"},
+            "F/model.safetensors.index.json: tensor 'c': expected in 1.safetensors, found no such tensor there; "
+            "fetch the file again",
+        ),
+        (
+            {"a": "0.safetensors", "x": "1.safetensors"},
+            "F/model.safetensors.index.json: tensor 'b' of 1.safetensors: expected in weight_map, found no entry; "
+            "add it to the index or it would be lost\n"
+            "F/model.safetensors.index.json: tensor 'x': expected in 1.safetensors, found no such tensor there; "
+            "fetch the file again",
+        ),
+        (
+            {},
+            "F/model.safetensors.index.json: weight_map: expected an object of tensor names and file names, found {}; "
+            "fetch the index again",
+        ),
+        (
+            {"a": 1},
+            "F/model.safetensors.index.json: weight_map: expected an object of tensor names and file names, "
+            "found {'a': 1}; fetch the index again",
+        ),
+    ],
+)
+def test_an_index_that_lies(tmp_path: Path, weight_map: object, message: str) -> None:
+    assert refused(index(save(tmp_path, A, B), weight_map)) == message
+
+
+def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+    folder = index(save(tmp_path, A, {**A, **B}), {"a": "0.safetensors", "b": "1.safetensors"})
+    assert refused(folder) == (
+        "F/model.safetensors.index.json: tensor 'a': expected in one file, found in 0.safetensors and 1.safetensors; "
+        "fetch the checkpoint again"
+    )
+
+
+def test_folders_without_weights(tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", A)
+    (folder / "model.safetensors").unlink()
+    expected = "F: expected model.safetensors or model.safetensors.index.json"
+    assert refused(folder) == f"{expected}, found neither; check the path or fetch the checkpoint again"
+    (folder / "pytorch_model.bin").touch()
+    assert refused(folder) == (
+        f"{expected}, found pickled weights (pytorch_model.bin) only; quantkit reads safetensors only, convert them"
+    )
+    (folder / "model-00001-of-00002.safetensors").touch()
+    assert refused(folder) == (
+        f"{expected}, found model-00001-of-00002.safetensors without an index; fetch or write the index"
+    )
+    assert refused(tmp_path / "absent").splitlines()[-1] == ("F: expected a model folder, found none; check the path")
+
+
+def test_two_sets_of_weights(tmp_path: Path) -> None:
+    folder = save(tmp_path, A, B)
+    save_file(A, folder / "model.safetensors")
+    assert refused(folder) == (
+        "F: expected one set of weights, found model.safetensors and an index that does not name it; remove one of them"
+    )
+
+
+def test_links_out_of_the_folder_are_refused_and_the_hub_cache_is_not(tmp_path: Path) -> None:
+    outside = save(tmp_path / "outside", A)
+    folder = save(tmp_path / "m", A)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(outside / "model.safetensors")
+    assert refused(folder) == (
+        "F/model.safetensors: expected a file inside the folder, found a link that leads out of it; copy the file"
+    )
+    snapshot = tmp_path / "models--o--n" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    blobs = tmp_path / "models--o--n" / "blobs"
+    blobs.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (blobs / name).write_bytes((outside / name).read_bytes())
+        (snapshot / name).symlink_to(Path("../../blobs") / name)
+    assert list(Checkpoint.open(snapshot).specs) == ["a"]
+    (snapshot / "tokenizer.json").symlink_to("/etc/hostname")
+    with pytest.raises(CheckpointError, match="tokenizer.json: expected a file inside the folder, found a link"):
+        _ = Checkpoint.open(snapshot).sidecars
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xef\xbb\xbf{}", "expected plain UTF-8, found a byte order mark; save the file without it"),
+        (b'{"a": "\xe9"}', "expected UTF-8, found byte 0xe9 at offset 7; save it as UTF-8"),
+        (b'{"a": 1, "a": 2}', "expected every key once, found 'a' twice in one object; remove one of them"),
+        (b"[]", "expected a JSON object, found list; fetch the file again"),
+        (b'{"a" 1}', "expected JSON, found an error (expecting ':' delimiter) at line 1 column 6; "
+                      "repair or fetch the file"),
+        (b"[" * 100_000, "expected JSON, found nesting or a number beyond any real file; fetch it again"),
+    ],
+)  # fmt: skip
+def test_a_config_that_cannot_be_read(tmp_path: Path, content: bytes, message: str) -> None:
+    folder = save(tmp_path, A)
+    (folder / "config.json").write_bytes(content)
+    assert refused(folder) == f"F/config.json: {message}"
+
+
+def test_sidecars_are_the_files_an_artifact_carries_over(tmp_path: Path) -> None:
+    folder = save(tmp_path, A)
+    kept = [
+        "LICENSE",
+        "chat_template.jinja",
+        "generation_config.json",
+        "merges.txt",
+        "modeling_x.py",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+    ]
+    for name in (
+        *kept,
+        "README.md",
+        "pytorch_model.bin",
+        "x.pt",
+        "adapter.safetensors",
+        "pytorch_model.bin.index.json",
+    ):
+        (folder / name).touch()
+    assert [path.name for path in Checkpoint.open(folder).sidecars] == kept
+
+
+def test_fingerprint_and_content_hash_tell_checkpoints_apart(tmp_path: Path) -> None:
+    one = Checkpoint.open(save(tmp_path / "1", A))
+    same = Checkpoint.open(save(tmp_path / "2", A))
+    values = Checkpoint.open(save(tmp_path / "3", {"a": torch.ones(1)}))
+    names = Checkpoint.open(save(tmp_path / "4", B))
+    config = Checkpoint.open(save(tmp_path / "5", A, config={}))
+    assert one.fingerprint() == same.fingerprint() == values.fingerprint()
+    assert len({one.fingerprint(), names.fingerprint(), config.fingerprint()}) == 3
+    assert one.content_hash() == same.content_hash()
+    assert len({c.content_hash() for c in (one, values, names, config)}) == 4
+    (tmp_path / "1" / "tokenizer.json").write_text("{}")
+    assert Checkpoint.open(tmp_path / "1").fingerprint() != same.fingerprint()
+    assert scale_name("a.weight") == "a.weight_scale_inv"
