@@ -26,9 +26,7 @@ DTYPE_BYTES: Mapping[str, int] = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 
-Role = Literal[
-    "attention", "mlp", "shared_expert", "routed_expert", "router", "embedding", "head", "mtp_projection"
-]
+Role = Literal["attention", "mlp", "shared_expert", "routed_expert", "router", "embedding", "head", "mtp_projection"]
 PROTECTED_ROLES: frozenset[Role] = frozenset({"router", "embedding", "head", "mtp_projection"})
 """Roles that a rule quantizes only when its pattern names them (recipe.Rule.names)."""
 
@@ -211,6 +209,12 @@ class Layout:
     final_norm: TensorSpec
     head: Linear | None  # None: tied to the embedding
 
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Every matrix of the model."""
+        inner = tuple(linear for block in self.blocks for linear in block.linears)
+        return (self.embedding, *inner, *((self.head,) if self.head else ()))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -221,6 +225,7 @@ class Architecture:
     experts_only: bool = False  # default rules: quantize routed experts only
     published: Mapping[str, str] | None = None  # hub id -> file in architectures/published/ for offline plans
     serving_notes: tuple[str, ...] = ()  # flags an operator must know, for the model card
+    dropped: tuple[str, ...] = ()  # globs of checkpoint tensors that no engine reads; the plan lists what it drops
 
 
 # ------------------------------------------------------------------------------------------------- quantization

@@ -1,0 +1,146 @@
+"""An artifact on its way to its name: planned shards, index, config, carried files; the manifest seals it.
+
+Everything is written into `<path>.building`. Sealing writes the index and then the manifest last and renames the
+folder, so that a folder under the final name is complete. Figures that depend on the clock or the machine's load go
+to `quantkit/timings.json`, the one file that the manifest does not hash: two builds of a recipe have the same bytes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from quantkit.contracts import TensorSpec
+from quantkit.errors import ArtifactError, UsageError
+from quantkit.plan import Plan, Shard
+from quantkit.storage.files import sha256_file, sync_folder, write_atomic, write_json
+from quantkit.storage.tensors import ShardWriter, Written
+
+MANIFEST = "quantkit/manifest.json"
+TIMINGS = "quantkit/timings.json"
+INDEX = "model.safetensors.index.json"
+SCHEMA_VERSION = 1
+
+
+class Sink:
+    """The planned shards of one build: takes tensors by name in any order, gives them back as they lie on disk."""
+
+    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
+        self._folder = folder
+        self._shards = {shard.file: shard for shard in shards}
+        self._file = {spec.name: shard.file for shard in shards for spec in shard.tensors}
+        self._specs: dict[str, TensorSpec] = {spec.name: spec for shard in shards for spec in shard.tensors}
+        self._missing = {shard.file: {spec.name for spec in shard.tensors} for shard in shards}
+        self._open: dict[str, ShardWriter] = {}
+        self.written: dict[str, Written] = {}
+
+    def spec(self, name: str) -> TensorSpec:
+        """What the plan says of a tensor."""
+        if name not in self._specs:
+            raise ArtifactError(f"{name}: not in the plan; a format's pack and its layout disagree")
+        return self._specs[name]
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Store tensors in their shards; a shard that is complete is closed, hashed and renamed at once."""
+        for name, tensor in tensors.items():
+            file = self._file[self.spec(name).name]
+            if file not in self._open:
+                self._open[file] = ShardWriter(self._folder / file, self._shards[file].tensors)
+            self._open[file].write(name, tensor)
+            self._missing[file].discard(name)
+            if not self._missing[file]:
+                self.written[file] = self._open.pop(file).finish()
+
+    def close(self) -> dict[str, Written]:
+        """Files by name once every planned tensor was written; ArtifactError naming what is missing."""
+        missing = sorted(name for names in self._missing.values() for name in names)
+        if missing:
+            raise ArtifactError(
+                f"{self._folder}: the build ended without {len(missing)} planned tensors, the first {missing[0]}"
+            )
+        return self.written
+
+    def abandon(self) -> None:
+        """Close what is open after a failure; part files stay where they are."""
+        for writer in self._open.values():
+            writer.close()
+        self._open.clear()
+
+
+def staging(path: Path) -> Path:
+    """Where an artifact is made before it has its name."""
+    return path.with_name(path.name + ".building")
+
+
+def prepare(path: Path, overwrite: bool) -> Path:
+    """An empty staging folder beside `path`; UsageError when something is there that must not be replaced."""
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path}: exists already; choose another output.path or pass --overwrite")
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise UsageError(f"{path}: exists and is not an artifact of quantkit; --overwrite replaces artifacts only")
+    folder = staging(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "quantkit").mkdir(parents=True)
+    return folder
+
+
+def config_values(plan: Plan) -> dict[str, object]:
+    """config.json of the artifact: the source's, with the source's quantization replaced by the artifact's own."""
+    values = {key: value for key, value in plan.source.config.values.items() if key != "quantization_config"}
+    kept = [name for name, decision in plan.decisions.items() if decision.action == "keep"]
+    schemes = {name: d.scheme for name, d in plan.decisions.items() if d.scheme is not None}
+    entry = plan.format.quantization_config(schemes, kept) if schemes else None
+    if entry is not None:
+        values["quantization_config"] = entry
+    dropped = any(decision.action == "drop" for decision in plan.decisions.values())
+    absent = plan.source.config.integer("num_nextn_predict_layers", 0) and not mtp_blocks(plan)
+    if dropped or absent:
+        values["num_nextn_predict_layers"] = 0  # engines look for the MTP tensors when this is not 0
+    return values
+
+
+def mtp_blocks(plan: Plan) -> tuple[str, ...]:
+    """Names of the MTP blocks the artifact holds."""
+    return tuple(block.name for block in plan.layout.blocks if block.kind == "mtp")
+
+
+def write_model_files(folder: Path, plan: Plan, sidecars: Sequence[Path], recipe_text: str) -> None:
+    """config.json, the index (for more than one shard), what the source carries along, recipe.yaml."""
+    for path in sidecars:
+        write_atomic(folder / path.name, path.read_bytes())
+    write_json(folder / "config.json", config_values(plan))
+    write_atomic(folder / "recipe.yaml", recipe_text.encode())
+    if len(plan.shards) > 1:
+        weight_map = {spec.name: shard.file for shard in plan.shards for spec in shard.tensors}
+        total = sum(shard.n_bytes for shard in plan.shards)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def hashes(folder: Path, known: Mapping[str, Written]) -> dict[str, dict[str, object]]:
+    """sha256 and bytes of every file but the manifest and the timings, by relative path in sorted order."""
+    found: dict[str, dict[str, object]] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name in {MANIFEST, TIMINGS}:
+            continue
+        written = known.get(name)
+        size = written.n_bytes if written else path.stat().st_size
+        found[name] = {"sha256": written.sha256 if written else sha256_file(path, ArtifactError), "bytes": size}
+    return found
+
+
+def seal(folder: Path, path: Path, manifest: Mapping[str, object], known: Mapping[str, Written]) -> None:
+    """Write the manifest last and give the folder its name; an artifact under that name is replaced as a whole."""
+    values = {"schema_version": SCHEMA_VERSION, **manifest, "files": hashes(folder, known), "unhashed": [TIMINGS]}
+    write_json(folder / MANIFEST, values)
+    sync_folder(folder)
+    old = path.with_name(path.name + ".replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    folder.rename(path)
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,193 @@
+"""The build loop: block by block, expert by expert in waves; what is measured is what ships.
+
+For each block the original weights tell the grams, scales are chosen and folded, every linear is solved and written,
+and the streams of hidden states move on through the weights as they were stored. This file is a table of contents;
+the steps are in `dense` and `routed`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from quantkit import dense, routed
+from quantkit.artifact import Sink
+from quantkit.contracts import Block
+from quantkit.dense import Folded
+from quantkit.layers import decoder_layer, skeleton
+from quantkit.numerics.fidelity import router_agreement
+from quantkit.plan import Plan
+from quantkit.storage.checkpoint import Checkpoint
+from quantkit.storage.corpora import Tokens
+from quantkit.storage.prefetch import ReadAhead
+from quantkit.storage.spool import Spool, SpoolDtype
+from quantkit.streams import Routing, Stream, StreamName, by_length, chunks, moved, scratch, start
+from quantkit.work import STORED, BlockRecord, Job, Work
+
+Request = tuple[str, ...]
+Streams = dict[StreamName, Stream]
+Texts = Mapping[Literal["calibration", "fidelity"], Tokens]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a long step is: `done` of `total` units of `stage`."""
+
+    stage: str
+    done: float
+    total: float
+    note: str = ""
+
+
+@dataclass(kw_only=True)
+class Built:
+    """What a build leaves behind: the streams behind the last block, and a record per block."""
+
+    streams: Streams
+    blocks: list[BlockRecord] = field(default_factory=list)
+
+
+def build(
+    plan: Plan, source: Checkpoint, texts: Texts, sink: Sink, folder: Path, device: torch.device, dtype: torch.dtype
+) -> Generator[Progress, None, Built]:
+    """Quantize a model into `sink`, with hidden states in `folder`; returns the streams for the fidelity figures.
+
+    Raises CheckpointError for weights that cannot be used and NumericsError when a fold changes a block's output.
+    """
+    bones = skeleton(plan.source.config, device, dtype)
+    total = len(plan.layout.blocks)
+    with closing(in_order(source, requests(plan))) as reads:
+        job = Job(plan=plan, skeleton=bones, activation=ACT2FN[bones.config.hidden_act], sink=sink, reads=reads)
+        built = Built(streams=embed(job, texts, folder))
+        for number, block in enumerate(plan.layout.blocks):
+            began, record = time.monotonic(), BlockRecord(name=block.name)
+            for share in quantize_block(job, block, built.streams, record):
+                yield Progress(stage="blocks", done=number + share, total=total, note=block.name)
+            record.seconds = time.monotonic() - began
+            built.blocks.append(record)
+            yield Progress(stage="blocks", done=number + 1, total=total, note=block.name)
+        for name, tensor in next(reads).items():
+            keep(job, name, tensor)
+    return built
+
+
+def quantize_block(job: Job, block: Block, streams: Streams, record: BlockRecord) -> Iterator[float]:
+    """One block, from its source tensors to the streams behind it; yields the share done."""
+    if dropped(job.plan, block):
+        return
+    tensors = {name: tensor.to(job.skeleton.device).float() for name, tensor in next(job.reads).items()}
+    targets = {name: scratch(stream, block.name) for name, stream in streams.items() if block.kind == "decoder"}
+    work = Work(job=job, block=block, streams=streams, targets=targets, record=record)
+    if block.kind == "mtp":
+        yield from store_unseen(work, tensors)
+        return
+    layer, tap = decoder_layer(job.skeleton, block, job.plan.layout, tensors)
+    reference = dense.reference_pass(work, layer, tap)
+    learned = dense.learn(work, layer, tap, work.calibration) if work.calibration else None
+    del layer, tap
+    found = routed.Survey()
+    for share in routed.survey(work, tensors, learned, reference, found):
+        yield 0.5 * share
+    folded = Folded(tensors=tensors, stats={}, rescaled=frozenset())
+    if learned:
+        folded = dense.fold_groups(work, tensors, learned, found.errors)
+        record.expert_tokens = learned.expert_tokens
+    routings = dense.advance(work, dense.store(work, folded))
+    for share in routed.finish(work, folded, learned, found, routings):
+        yield 0.5 + 0.5 * share
+    measure(work, reference, routings["quantized"])
+    streams.update({name: moved(streams[name], target) for name, target in targets.items()})
+
+
+def store_unseen(work: Work, tensors: Mapping[str, Tensor]) -> Iterator[float]:
+    """A block no forward pass reaches (MTP): stored as decided, methods that learn give way to rounding."""
+    folded = Folded(tensors=tensors, stats={}, rescaled=frozenset())
+    dense.store(work, folded)
+    cut = routed.waves(work.job.plan, work.block)
+    for number, (first, stop) in enumerate(cut):
+        routed.store(work, routed.read_wave(work, first, stop), None, folded, (False,) * (stop - first), None)
+        yield (number + 1) / len(cut)
+
+
+def measure(work: Work, reference: Routing | None, quantized: Routing | None) -> None:
+    """Note how far the block's stored weights lead away from the original ones on the fidelity text."""
+    work.record.output_error = relative_error(work.targets["reference"], work.targets["quantized"])
+    if reference and quantized:
+        work.record.router_agreement = float(router_agreement(reference.index, quantized.index).mean())
+
+
+def relative_error(reference: Spool, quantized: Spool) -> float:
+    """||q - r|| / ||r|| of hidden states [tokens, hidden], summed in float64."""
+    lost, energy = 0.0, 0.0
+    for first, stop in chunks(reference.rows):
+        r, q = reference.read(first, stop).double(), quantized.read(first, stop).double()
+        lost += float((q - r).square().sum())
+        energy += float(r.square().sum())
+    return float((lost / energy) ** 0.5) if energy else 0.0
+
+
+# ------------------------------------------------------------------------------------------- reading and beginning
+
+
+def dropped(plan: Plan, block: Block) -> bool:
+    """Whether the recipe drops the block."""
+    return plan.decisions[block.linears[0].name].action == "drop"
+
+
+def dense_request(block: Block) -> Request:
+    """Names of a block's tensors but for the routed experts'."""
+    linears = [linear for linear in block.linears if linear.role != "routed_expert"]
+    weights = [f"{linear.name}.weight" for linear in linears]
+    biases = [f"{linear.name}.bias" for linear in linears if linear.bias]
+    return (*(spec.name for spec in block.others), *weights, *biases)
+
+
+def wave_request(block: Block, first: int, stop: int) -> Request:
+    """Names of the weights of experts first..stop."""
+    experts = block.experts
+    assert experts is not None  # only blocks with experts have waves
+    projections = (experts.gate, experts.up, experts.down)
+    return tuple(f"{experts.linear(e, p)}.weight" for e in range(first, stop) for p in projections)
+
+
+def requests(plan: Plan) -> list[Request]:
+    """Everything a build reads, in order, so that the next piece is read while this one computes."""
+    found: list[Request] = [(f"{plan.layout.embedding.name}.weight",)]
+    for block in plan.layout.blocks:
+        if not dropped(plan, block):
+            found.append(dense_request(block))
+            found += [wave_request(block, *wave) for wave in routed.waves(plan, block)] * routed.passes(plan, block)
+    head = (f"{plan.layout.head.name}.weight",) if plan.layout.head else ()
+    return [*found, (plan.layout.final_norm.name, *head)]
+
+
+def in_order(source: Checkpoint, wanted: Sequence[Request]) -> Generator[dict[str, Tensor], None, None]:
+    """Read request after request, one ahead of the taker."""
+    with ReadAhead(source.read) as ahead:
+        for request, following in zip(wanted, [*wanted[1:], None]):
+            yield ahead.take(request, following)
+
+
+def embed(job: Job, texts: Texts, folder: Path) -> Streams:
+    """Store the embedding and start the streams with it."""
+    ((name, weight),) = next(job.reads).items()
+    keep(job, name, weight)
+    routed_experts = any(block.experts for block in job.plan.layout.blocks)
+    dtype: SpoolDtype = "float32" if job.skeleton.dtype == torch.float32 else "bfloat16"
+    texts_of: dict[StreamName, Tokens] = {"reference": texts["fidelity"], "quantized": texts["fidelity"]}
+    if job.plan.needs_calibration:
+        texts_of = {"calibration": texts["calibration"], **texts_of}
+    return {n: start(n, by_length(t), weight, folder, routed_experts, dtype) for n, t in texts_of.items()}
+
+
+def keep(job: Job, name: str, tensor: Tensor) -> None:
+    """Store a tensor outside the blocks as it is."""
+    job.sink.write({name: tensor.to(STORED.get(job.plan.specs[name].dtype, tensor.dtype))})

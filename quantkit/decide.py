@@ -1,0 +1,143 @@
+"""Which rule decides over which linear, and what is wrong with the outcome; pure, all faults collected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from quantkit.contracts import PROTECTED_ROLES, Block, Format, Layout, Linear, Scheme, TensorSpec
+from quantkit.schema import Quantize, Recipe, Rule
+
+NO_RULE = "no rule"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """What happens to one linear, and which rule says so."""
+
+    linear: Linear
+    block: str | None  # block name; None outside the blocks
+    action: Literal["quantize", "keep", "drop"]
+    rule: str
+    method: str | None = None
+    rounding: str | None = None
+    scheme: Scheme | None = None
+
+
+def scale_dtype(quantize: Quantize, source_dtype: str) -> Literal["bfloat16", "float16"]:
+    """`auto` follows the source: engines compute in its dtype and would cast another scale after the codes are set."""
+    if quantize.scale_dtype != "auto":
+        return quantize.scale_dtype
+    return "float16" if source_dtype == "F16" else "bfloat16"
+
+
+def scheme_of(quantize: Quantize, source_dtype: str) -> Scheme:
+    """The recipe's words as a Scheme."""
+    return Scheme(
+        bits=quantize.bits,
+        group_size=quantize.group_size,
+        symmetric=quantize.symmetric,
+        scale_dtype=scale_dtype(quantize, source_dtype),
+    )
+
+
+def first_match(rules: Sequence[Rule], linear: Linear) -> Rule | None:
+    """The first rule that matches; a quantize rule reaches protected linears only by naming them."""
+    for rule in rules:
+        protected = rule.quantize is not None and linear.role in PROTECTED_ROLES
+        if rule.matches(linear.name) and (not protected or rule.names(linear.name)):
+            return rule
+    return None
+
+
+def decide_one(linear: Linear, block: Block | None, rules: Sequence[Rule], recipe: Recipe, dtype: str) -> Decision:
+    """The decision over one linear."""
+    name = block.name if block else None
+    if block and block.kind == "mtp" and recipe.mtp != "quantize":
+        action: Literal["keep", "drop"] = "keep" if recipe.mtp == "keep" else "drop"
+        return Decision(linear=linear, block=name, action=action, rule=f"mtp: {recipe.mtp}")
+    rule = first_match(rules, linear)
+    if rule is None or rule.quantize is None:
+        return Decision(linear=linear, block=name, action="keep", rule=rule.label if rule else NO_RULE)
+    return Decision(
+        linear=linear,
+        block=name,
+        action="quantize",
+        rule=rule.label,
+        method=rule.quantize.method,
+        rounding=rule.quantize.rounding,
+        scheme=scheme_of(rule.quantize, dtype),
+    )
+
+
+def decide(
+    layout: Layout, rules: Sequence[Rule], recipe: Recipe, specs: Mapping[str, TensorSpec]
+) -> dict[str, Decision]:
+    """A decision for every linear of the model, by module name, in checkpoint order."""
+    blocks: list[tuple[Block | None, Linear]] = [(None, layout.embedding)]
+    blocks += [(block, linear) for block in layout.blocks for linear in block.linears]
+    blocks += [(None, layout.head)] if layout.head else []
+    return {
+        linear.name: decide_one(linear, block, rules, recipe, specs[f"{linear.name}.weight"].dtype)
+        for block, linear in blocks
+    }
+
+
+def rule_faults(rules: Sequence[Rule], layout: Layout, where: str) -> list[str]:
+    """Rules that match no linear: most likely a typing error in the pattern."""
+    linears = layout.linears
+    return [
+        f"{where}:{rule.line}: {rule.label}: {rule.match!r} matches no linear of this model; "
+        f"expected a glob or re:regex over names like {linears[1].name!r}"
+        for rule in rules
+        if not rule.optional and not any(rule.matches(linear.name) for linear in linears)
+    ]
+
+
+def storage_faults(decisions: Mapping[str, Decision], output: Format, format_name: str) -> list[str]:
+    """Linears that the format cannot hold, one sentence per reason with a count, and schemes it cannot mix."""
+    reasons: dict[str, list[Decision]] = {}
+    schemes: dict[Scheme, Decision] = {}
+    for decision in decisions.values():
+        if decision.scheme is None:
+            continue
+        schemes.setdefault(decision.scheme, decision)
+        reason = group_size_fault(decision) or output.accepts(decision.scheme, decision.linear)
+        if reason:
+            reasons.setdefault(f"{decision.rule}: {reason}", []).append(decision)
+    faults = [
+        f"{reason} ({found[0].linear.name}" + (f" and {len(found) - 1} more)" if len(found) > 1 else ")")
+        for reason, found in reasons.items()
+    ]
+    if output.one_scheme and len(schemes) > 1:
+        told = ", ".join(f"{d.linear.name}: {s.bits} bits, group {s.group_size}" for s, d in schemes.items())
+        faults.append(f"format {format_name} holds one scheme per artifact, found {len(schemes)}: {told}")
+    return faults
+
+
+def group_size_fault(decision: Decision) -> str | None:
+    """A group size that does not divide the row, with the sizes that would."""
+    scheme, width = decision.scheme, decision.linear.in_features
+    if scheme is None or scheme.group_size == -1 or width % scheme.group_size == 0:
+        return None
+    fitting = [size for size in (128, 64, 32) if width % size == 0]
+    use = f"use {' or '.join(map(str, fitting))}" if fitting else "keep this linear"
+    return f"group_size {scheme.group_size} does not divide {width} input features; {use}"
+
+
+def fused_faults(layout: Layout, decisions: Mapping[str, Decision]) -> list[str]:
+    """Linears that engines merge at load but that were decided differently."""
+    faults = []
+    for block in layout.blocks:
+        for members in block.fused:
+            outcomes: dict[tuple[str, Scheme | None], str] = {}
+            for name in members:
+                outcomes.setdefault((decisions[name].action, decisions[name].scheme), name)
+            if len(outcomes) > 1:
+                told = ", ".join(f"{name} ({decisions[name].rule}: {action})" for (action, _), name in outcomes.items())
+                faults.append(
+                    f"{block.name}: vLLM and SGLang merge these linears when loading, so they need one decision, "
+                    f"found {len(outcomes)}: {told}"
+                )
+    return faults

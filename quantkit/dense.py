@@ -1,0 +1,193 @@
+"""Everything of a block but its routed experts: learn, fold, check, solve, store, move on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quantkit import fold
+from quantkit.contracts import InputStats, LinearGroup, Rescale
+from quantkit.experts import tokens_per_expert
+from quantkit.layers import ExpertTap, decoder_layer, relative, run
+from quantkit.numerics import gram as grams
+from quantkit.solve import solve
+from quantkit.streams import Routing, Stream, StreamName, through
+from quantkit.work import STORED, Work
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The first calibration batch at a block: it shows whether folding changed anything.
+
+    rows [tokens, hidden] go in, `out` comes out without routed experts; `seen` and `routing` is what the router asked.
+    """
+
+    rows: Tensor
+    lengths: tuple[int, ...]
+    out: Tensor
+    seen: Tensor | None
+    routing: Routing | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What the calibration stream told of a block before its experts ran."""
+
+    stats: Mapping[str, InputStats]  # by group name
+    routing: Routing | None
+    sample: Sample
+    expert_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folded:
+    """Dense tensors of a block (float32, full names) after folding, with the statistics that go with them."""
+
+    tensors: Tensors
+    stats: Mapping[str, InputStats]
+    rescaled: frozenset[str]  # names of the groups that were scaled
+    expert_scale: Tensor | None = None  # [hidden], what gate and up of the routed experts are multiplied by
+    seen: Tensor | None = None  # what the experts see of the sample after folding [tokens, hidden]
+
+
+class GramSum:
+    """A running sum of the statistics of one group input."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.gram = torch.zeros(width, width, device=device)
+        self.abs_sum = torch.zeros(width, device=device)
+        self.tokens = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Add tokens [n, in]."""
+        grams.accumulate(self.gram, self.abs_sum, rows)
+        self.tokens += len(rows)
+
+    def stats(self) -> InputStats:
+        """The statistics so far."""
+        mean = self.abs_sum / max(self.tokens, 1)
+        return InputStats(gram=self.gram, mean_abs=mean, n_tokens=torch.tensor(self.tokens))
+
+
+def reference_pass(work: Work, layer: nn.Module, tap: ExpertTap | None) -> Routing | None:
+    """Move the reference stream through the original dense part; what its router decided."""
+    return through(work.job.skeleton, layer, tap, work.streams["reference"], work.targets["reference"])
+
+
+def learn(work: Work, layer: nn.Module, tap: ExpertTap | None, stream: Stream) -> Learned:
+    """Run the original dense part over the calibration stream and sum the grams of the groups to be quantized."""
+    groups = work.quantized_groups()
+    widths = {linear.name: linear.in_features for linear in work.block.linears}
+    device, target = work.job.skeleton.device, work.targets["calibration"]
+    sums = {name: GramSum(widths[group.readers[0]], device) for name, group in groups.items()}
+    observe = {name: relative(work.block, group.readers[0]) for name, group in groups.items()}
+    routing = through(work.job.skeleton, layer, tap, stream, target, observe, lambda group, rows: sums[group].add(rows))
+    batch = stream.batches[0]
+    sample = Sample(
+        rows=stream.hidden.read(batch.first, batch.stop),
+        lengths=batch.lengths,
+        out=target.read(batch.first, batch.stop),
+        seen=stream.seen.read(batch.first, batch.stop) if stream.seen and routing else None,
+        routing=routing.part(batch.first, batch.stop) if routing else None,
+    )
+    count = work.block.experts.count if work.block.experts else 0
+    tokens = tuple(tokens_per_expert(routing, count).tolist()) if routing else ()
+    stats = {name: total.stats() for name, total in sums.items()}
+    return Learned(stats=stats, routing=routing, sample=sample, expert_tokens=tokens)
+
+
+def search(
+    work: Work, group: LinearGroup, rescale: Rescale, learned: Learned, tensors: Tensors
+) -> tuple[Tensor, Tensor]:
+    """Candidate scales [n, in] of a group and the summed error [n] of its dense readers, kept ones included."""
+    assert group.absorber is not None  # Work.rescale_of asks for one
+    stats = learned.stats[group.name]
+    scales = fold.candidates(rescale, stats.mean_abs, group.absorber)
+    totals = [
+        fold.errors(rescale, tensors[f"{r}.weight"], stats.gram, scales, work.job.plan.decisions[r].scheme)
+        for r in group.readers
+    ]
+    return scales, torch.stack(totals).sum(0)  # [readers, n] -> [n]
+
+
+def fold_groups(work: Work, tensors: Tensors, learned: Learned, expert_errors: Tensor | None) -> Folded:
+    """Choose a scale per group and fold it. `expert_errors` [n]: what the routed experts add to their group's."""
+    changed, stats, rescaled, expert_scale = dict(tensors), dict(learned.stats), set[str](), None
+    for name, group in work.quantized_groups().items():
+        rescale = work.rescale_of(group)
+        if rescale is None or group.absorber is None:
+            continue
+        scales, totals = search(work, group, rescale, learned, tensors)
+        if group.routed_experts and expert_errors is not None:
+            totals = totals + expert_errors
+        choice = fold.choose(name, totals)
+        work.record.choices.append(choice)
+        if choice.rescaled:
+            dtype = STORED[work.job.plan.specs[f"{group.absorber.module}.weight"].dtype]
+            scale = fold.absorb(changed, group.absorber, scales[choice.candidate], dtype)
+            fold.multiply_readers(changed, group, scale)
+            stats[name] = fold.rescaled_stats(stats[name], scale)
+            rescaled.add(name)
+            expert_scale = scale if group.routed_experts else expert_scale
+    folded = Folded(tensors=changed, stats=stats, rescaled=frozenset(rescaled), expert_scale=expert_scale)
+    return check(work, folded, learned.sample)
+
+
+def check(work: Work, folded: Folded, sample: Sample) -> Folded:
+    """The folded dense part must give what the original gave; adds what its experts see of the sample."""
+    layer, tap = decoder_layer(work.job.skeleton, work.block, work.job.plan.layout, folded.tensors)
+    out, valid = run(work.job.skeleton, layer, sample.rows, sample.lengths)
+    part = "the block's output without its experts" if tap else "the block's output"
+    change = fold.check_unchanged(work.block.name, part, sample.out, out, work.tolerance)
+    work.record.fold_change = max(work.record.fold_change, change)
+    if tap is None or tap.last is None or sample.routing is None or work.block.experts is None:
+        return folded
+    count = work.block.experts.count
+    before = fold.routing_matrix(sample.routing.index, sample.routing.weight, count)
+    after = fold.routing_matrix(tap.last.index[valid], tap.last.weight[valid].float(), count)
+    fold.check_unchanged(work.block.name, "the router's decisions", before, after, fold.ROUTING_TOLERANCE)
+    return Folded(
+        tensors=folded.tensors,
+        stats=folded.stats,
+        rescaled=folded.rescaled,
+        expert_scale=folded.expert_scale,
+        seen=tap.last.hidden[valid],
+    )
+
+
+def store(work: Work, folded: Folded) -> dict[str, Tensor]:
+    """Solve and write everything but the routed experts; the weights as stored, float32, by full name."""
+    group_of = {reader: group.name for group in work.block.groups for reader in group.readers}
+    linears = {f"{x.name}.weight": x for x in work.block.linears if x.role != "routed_expert"}
+    stored: dict[str, Tensor] = {}
+    for name, tensor in folded.tensors.items():
+        decision = work.job.plan.decisions[linears[name].name] if name in linears else None
+        if decision is None or decision.action == "keep":
+            stored[name] = work.keep(name, tensor)
+            continue
+        group = group_of.get(decision.linear.name, "")
+        solved = solve(
+            decision,
+            work.job.plan.format,
+            tensor,
+            folded.stats.get(group),
+            rescaled=group in folded.rescaled,
+            fallbacks=("mtp-rtn",) if work.block.kind == "mtp" else (),
+        )
+        work.write(solved.tensors, solved.record)
+        stored[name] = solved.weight
+    return stored
+
+
+def advance(work: Work, stored: Tensors) -> dict[StreamName, Routing | None]:
+    """Move the streams that see stored weights through the dense part; what their routers decided."""
+    layer, tap = decoder_layer(work.job.skeleton, work.block, work.job.plan.layout, stored)
+    moving: list[StreamName] = ["quantized"]
+    if work.calibration and work.job.plan.recipe.propagate == "quantized":
+        moving.append("calibration")
+    return {name: through(work.job.skeleton, layer, tap, work.streams[name], work.targets[name]) for name in moving}

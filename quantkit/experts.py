@@ -1,0 +1,99 @@
+"""Routed experts in waves: as many at a time as memory holds, over tokens in chunks of fixed size.
+
+Chunks are the outer loop, so each pass over a wave reads the stream once, in order; sums over tokens are formed chunk
+by chunk and over experts in order, so that neither the budget nor the number of threads changes a bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.contracts import InputStats
+from quantkit.numerics import gram as grams
+from quantkit.storage.spool import Spool
+from quantkit.streams import Routing, chunks
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wave:
+    """Experts first .. first + n - 1: gate and up [n, intermediate, hidden], down [n, hidden, intermediate]."""
+
+    first: int
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    def __len__(self) -> int:
+        return self.gate.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaveStats:
+    """Statistics of a wave: the input of gate and up, the input of down; batched [n, in, in]."""
+
+    into: InputStats
+    inner: InputStats
+
+
+def inner(x: Tensor, wave: Wave, e: int, activation: Activation) -> Tensor:
+    """act(gate x) * up x of expert number `e` of the wave: [tokens, hidden] -> [tokens, intermediate]."""
+    return activation(x @ wave.gate[e].T) * (x @ wave.up[e].T)
+
+
+def share(routing: Routing, expert: int) -> tuple[Tensor, Tensor]:
+    """Tokens that the router gave to `expert`, and with which weight: [n], [n]."""
+    hit = routing.index == expert  # [tokens, k]
+    token = hit.any(-1).nonzero(as_tuple=True)[0]  # [n]
+    return token, (routing.weight * hit).sum(-1)[token]
+
+
+def advance(wave: Wave, routing: Routing, seen: Spool, target: Spool, activation: Activation) -> None:
+    """Add the outputs of the wave's experts to the states behind the block, `target` [tokens, hidden]."""
+    for first, stop in chunks(seen.rows):
+        x = seen.read(first, stop).to(wave.gate)  # [tokens, hidden]
+        out = target.read(first, stop).to(x)
+        target.write(first, add_outputs(out, wave, x, routing.part(first, stop), activation))
+
+
+def collect(wave: Wave, routing: Routing, seen: Spool, activation: Activation, everyone: frozenset[int]) -> WaveStats:
+    """Grams of a wave's inputs over the tokens the router sends; over all tokens for the experts in `everyone`."""
+    n, hidden, width = len(wave), wave.gate.shape[-1], wave.down.shape[-1]
+    device = wave.gate.device
+    gram_in, abs_in = torch.zeros(n, hidden, hidden, device=device), torch.zeros(n, hidden, device=device)
+    gram_mid, abs_mid = torch.zeros(n, width, width, device=device), torch.zeros(n, width, device=device)
+    count = torch.zeros(n, dtype=torch.int64, device=device)
+    for first, stop in chunks(seen.rows):
+        x = seen.read(first, stop).to(wave.gate)  # [tokens, hidden]
+        for e in range(n):
+            token, _ = share(routing.part(first, stop), wave.first + e)
+            mine = x if wave.first + e in everyone else x[token]
+            if len(mine):
+                grams.accumulate(gram_in[e], abs_in[e], mine)
+                grams.accumulate(gram_mid[e], abs_mid[e], inner(mine, wave, e, activation))
+                count[e] += len(mine)
+    tokens = count.clamp(min=1)[:, None]
+    return WaveStats(
+        into=InputStats(gram=gram_in, mean_abs=abs_in / tokens, n_tokens=count),
+        inner=InputStats(gram=gram_mid, mean_abs=abs_mid / tokens, n_tokens=count),
+    )
+
+
+def add_outputs(out: Tensor, wave: Wave, x: Tensor, routing: Routing, activation: Activation) -> Tensor:
+    """Add the wave's weighted outputs for x [tokens, hidden], routed as `routing` says, to out [tokens, hidden]."""
+    for e in range(len(wave)):
+        token, weight = share(routing, wave.first + e)
+        if len(token):
+            y = inner(x[token], wave, e, activation) @ wave.down[e].T  # [n, hidden]
+            out.index_add_(0, token, y * weight[:, None].to(y))
+    return out
+
+
+def tokens_per_expert(routing: Routing, count: int) -> Tensor:
+    """How many tokens the router sent to each expert: [experts] int64."""
+    return torch.bincount(routing.index.reshape(-1).cpu(), minlength=count)

@@ -1,0 +1,117 @@
+"""Input scaling of linear groups: choose a scale on the gram, fold its inverse into the tensor that makes the input.
+
+For a group of linears that read x, W x = (W s)(x / s) for any positive s [in]. The readers are multiplied by s, the
+absorber (a norm, or the rows of an earlier linear) is divided by it; every reader must follow, the router and whatever
+stays unquantized included. AWQ (arXiv 2306.00978, section 3.2) chooses s so that rounding W s costs less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.contracts import Absorber, InputStats, LinearGroup, Rescale, Scheme
+from quantkit.errors import NumericsError
+from quantkit.numerics import gram as grams
+
+FLOAT32_TOLERANCE = 1e-3
+BFLOAT16_TOLERANCE = 3e-2
+ROUTING_TOLERANCE = 2e-2
+"""Relative change of a block's output, and of its routing weights, that rounding in the compute dtype explains. A
+token whose two best experts tie may go to the other one, so routing is given more; a router that was forgotten moves
+it by the order of one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What the search found for one group: candidate 0 is "no scaling"."""
+
+    group: str
+    candidate: int
+    error_plain: float
+    error_chosen: float
+
+    @property
+    def rescaled(self) -> bool:
+        return self.candidate != 0
+
+
+def candidates(rescale: Rescale, mean_abs: Tensor, absorber: Absorber) -> Tensor:
+    """[n, in] scales to try. Where one row of the absorber makes several channels, those share their scale."""
+    if absorber.rows is None:
+        return rescale.candidates(mean_abs)
+    index = torch.tensor(absorber.rows.index(), device=mean_abs.device)
+    made, channel = torch.unique(index, return_inverse=True)  # [rows], [in]
+    total = torch.zeros(len(made), device=mean_abs.device).index_add(0, channel, mean_abs)  # [in] -> [rows]
+    repeats = torch.bincount(channel, minlength=len(made))
+    return rescale.candidates(total / repeats)[:, channel]  # [n, rows] -> [n, in]
+
+
+def errors(rescale: Rescale, weight: Tensor, gram: Tensor, scales: Tensor, scheme: Scheme | None) -> Tensor:
+    """Error of one matrix (or a batch) under its gram for every candidate: scales [n, in] -> [n] float64."""
+    return torch.stack([rescale.error(weight, gram, scale, scheme).sum() for scale in scales])
+
+
+def choose(group: str, totals: Tensor) -> Choice:
+    """The candidate with the least summed error; candidate 0 unless another is better."""
+    best = int(totals.argmin())
+    best = best if float(totals[best]) < float(totals[0]) else 0
+    return Choice(group=group, candidate=best, error_plain=float(totals[0]), error_chosen=float(totals[best]))
+
+
+def absorb(tensors: dict[str, Tensor], absorber: Absorber, scale: Tensor, stored: torch.dtype) -> Tensor:
+    """Divide the absorber by `scale` [in] and return the scale [in] its readers must be multiplied by.
+
+    tensors (float32) is changed. A norm is kept in `stored` dtype and not quantized, so it is rounded first and its
+    readers take the scale that really acts: the fold itself then loses nothing.
+    """
+    name = f"{absorber.module}.weight"
+    weight = tensors[name]
+    if weight.dim() == 1:
+        divided = (weight / scale).to(stored).float()  # [in]
+        effective = torch.where(divided == 0, torch.ones_like(scale), weight / divided)
+        tensors[name] = torch.where(divided == 0, weight, divided)
+        return effective
+    rows = torch.arange(len(scale)) if absorber.rows is None else torch.tensor(absorber.rows.index())
+    inverse = torch.ones(weight.shape[0], device=weight.device)
+    inverse[rows.to(weight.device)] = 1 / scale  # channels that share a row share their scale
+    tensors[name] = weight * inverse[:, None]  # [rows, in]
+    bias = f"{absorber.module}.bias"
+    if bias in tensors:
+        tensors[bias] = tensors[bias] * inverse
+    return scale
+
+
+def multiply_readers(tensors: dict[str, Tensor], group: LinearGroup, scale: Tensor) -> None:
+    """Multiply the input channels of every reader of the group: tensors is changed."""
+    for reader in group.readers:
+        tensors[f"{reader}.weight"] = tensors[f"{reader}.weight"] * scale  # [out, in] * [in]
+
+
+def rescaled_stats(stats: InputStats, scale: Tensor) -> InputStats:
+    """Statistics of x / scale."""
+    return InputStats(gram=grams.rescaled(stats.gram, scale), mean_abs=stats.mean_abs / scale, n_tokens=stats.n_tokens)
+
+
+def check_unchanged(where: str, what: str, before: Tensor, after: Tensor, tolerance: float) -> float:
+    """Relative change ||after - before|| / ||before||; NumericsError when rounding cannot explain it."""
+    change = float((after - before).float().norm() / before.float().norm().clamp(min=1e-30))
+    if not change <= tolerance:
+        raise NumericsError(
+            f"{where}: folding the scales changed {what} by {change:.2e} (allowed {tolerance:.0e}): a tensor that "
+            "reads the rescaled input was not rescaled; the architecture table lacks a reader"
+        )
+    return change
+
+
+def routing_matrix(index: Tensor, weight: Tensor, count: int) -> Tensor:
+    """Routing weights as [tokens, experts], comparable whatever the order of the top k."""
+    return torch.zeros(len(index), count, dtype=weight.dtype, device=weight.device).scatter(1, index, weight)
+
+
+def readers_of(groups: Mapping[str, LinearGroup]) -> dict[str, str]:
+    """Module -> the group whose input it reads."""
+    return {reader: name for name, group in groups.items() for reader in group.readers}

@@ -1,0 +1,174 @@
+"""Decoder layers that run without their model: transformers' own modules, our tensors, experts replaced by a tap.
+
+quantkit never holds a model. The skeleton lives on the meta device; one layer at a time is given its tensors. Where
+routed experts would run, `ExpertTap` notes what they were asked and answers zero, so that a layer runs in the memory
+of its dense part and the experts can follow in waves: their output is added to the layer's, because every supported
+family adds it to the residual (the contract tests compare the sum with transformers' own forward).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.masking_utils import create_causal_mask
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from quantkit.contracts import Block, Config, Layout
+from quantkit.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skeleton:
+    """A model without weights and what its layers need to run; made by `skeleton`."""
+
+    config: Any  # transformers PretrainedConfig
+    model: Any  # transformers' causal language model on the meta device
+    rotary: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routed:
+    """What a router asked of the experts: inputs [tokens, hidden], experts [tokens, k], weights [tokens, k]."""
+
+    hidden: Tensor
+    index: Tensor
+    weight: Tensor
+
+
+class ExpertTap(nn.Module):
+    """Stands where routed experts stand: keeps the last request and answers zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Routed | None = None
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[tokens, hidden] -> zeros of the same shape."""
+        self.last = Routed(hidden=hidden_states, index=top_k_index, weight=top_k_weights)
+        return torch.zeros_like(hidden_states)
+
+
+def skeleton(config: Config, device: torch.device, dtype: torch.dtype) -> Skeleton:
+    """The model of `config` on the meta device, computing in `dtype` on `device`. No code of the checkpoint runs."""
+    model_type = config.text("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{config.where}: model_type {model_type!r} is not part of this transformers release; upgrade transformers"
+        )
+    values = {key: value for key, value in config.values.items() if key not in {"quantization_config", "auto_map"}}
+    hf_config = CONFIG_MAPPING[model_type].from_dict(values)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
+    model.eval()
+    # inv_freq is a buffer that no checkpoint stores: on the meta device it would be garbage
+    rotary = type(model.model.rotary_emb)(hf_config).to(device)
+    return Skeleton(config=hf_config, model=model, rotary=rotary, device=device, dtype=dtype)
+
+
+def decoder_layer(
+    skeleton: Skeleton, block: Block, layout: Layout, tensors: Mapping[str, Tensor]
+) -> tuple[nn.Module, ExpertTap | None]:
+    """One decoder layer with `tensors` (full names, routed experts left out) and the tap in place of its experts.
+
+    Floating tensors are cast to the skeleton's dtype, but for buffers the family keeps in float32.
+    """
+    layer: nn.Module = copy.deepcopy(skeleton.model.model.layers[layout.blocks.index(block)])
+    tap = None
+    if block.experts:
+        parent, _, leaf = relative(block, block.experts.module).rpartition(".")
+        tap = ExpertTap()
+        setattr(layer.get_submodule(parent), leaf, tap)
+    buffers = {name for name, _ in layer.named_buffers()}
+    state = {
+        relative(block, name): tensor.to(
+            device=skeleton.device, dtype=torch.float32 if relative(block, name) in buffers else skeleton.dtype
+        )
+        for name, tensor in tensors.items()
+    }
+    load(layer, state, block.name)
+    return layer, tap
+
+
+def load(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Assign a whole state dict; what is missing or left over names itself."""
+    result = module.load_state_dict(state, strict=False, assign=True)
+    if result.missing_keys or result.unexpected_keys:
+        raise CheckpointError(
+            f"{where}: transformers' layer wants other tensors than the architecture table: "
+            f"missing {result.missing_keys}, unexpected {result.unexpected_keys}"
+        )
+
+
+def relative(block: Block, name: str) -> str:
+    """A full tensor or module name as the layer calls it."""
+    return name.removeprefix(f"{block.name}.")
+
+
+@contextmanager
+def observing(layer: nn.Module, modules: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
+    """A dict that holds, after every forward of `layer`, the first input of each module (key -> module path)."""
+    seen: dict[str, Tensor] = {}
+
+    def remember(key: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[key] = args[0].detach()
+
+        return hook
+
+    handles = [layer.get_submodule(path).register_forward_pre_hook(remember(key)) for key, path in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run(skeleton: Skeleton, layer: nn.Module, rows: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Run a layer over sequences that lie one behind the other.
+
+    rows [tokens, hidden] -> (output [tokens, hidden], valid [sequences * longest] bool: which padded position is a
+    token). Sequences are padded on the right: under causal attention no token sees the padding.
+    """
+    valid = padding(lengths, skeleton.device)  # [sequences, longest]
+    hidden = torch.zeros(*valid.shape, rows.shape[-1], dtype=skeleton.dtype, device=skeleton.device)
+    hidden[valid] = rows.to(device=skeleton.device, dtype=skeleton.dtype)  # [tokens, h] -> [sequences, longest, h]
+    positions = torch.arange(valid.shape[1], device=skeleton.device)[None]  # [1, longest]
+    mask = create_causal_mask(
+        config=skeleton.config,
+        inputs_embeds=hidden,
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=positions,
+    )
+    with torch.no_grad():
+        out = layer(
+            hidden,
+            attention_mask=mask,
+            position_ids=positions,
+            position_embeddings=skeleton.rotary(hidden, positions),
+            past_key_values=None,
+            use_cache=False,
+        )
+    return out[valid], valid.reshape(-1)  # [sequences, longest, h] -> [tokens, h]
+
+
+def padding(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """[sequences, longest] bool, true where a token stands."""
+    count = torch.tensor(lengths, device=device)
+    return torch.arange(max(lengths), device=device)[None] < count[:, None]
+
+
+def final_norm(skeleton: Skeleton, weight: Tensor) -> nn.Module:
+    """The norm behind the last block."""
+    norm: nn.Module = copy.deepcopy(skeleton.model.model.norm)
+    load(norm, {"weight": weight.to(device=skeleton.device, dtype=skeleton.dtype)}, "final norm")
+    return norm

@@ -1,0 +1,141 @@
+"""How much host memory and scratch disk a build takes, from shapes alone; pure.
+
+The budget decides one number, how many experts of a block are held at once (a wave). Everything else is fixed by the
+model: the part of a block that is not experts, one batch of hidden states, the language-model head at the end.
+Nothing grows with the number of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from quantkit.contracts import Block, Experts, Layout, Linear
+from quantkit.decide import Decision
+
+BASE_BYTES = 900_000_000
+"""Python, torch and transformers without a model: 620 MB measured on Linux x86-64 with torch 2.13, and a reserve."""
+
+BATCH_TOKENS = 4096
+"""Tokens of one forward batch and of one chunk of a wave. Fixed, so that sums do not depend on the budget."""
+
+SOLVE_COPIES = 6
+"""float32 copies of the matrix at hand that scale search, range search and packing hold at the same time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Peak bytes of the largest block, and what they consist of."""
+
+    budget_bytes: int
+    base_bytes: int
+    dense_bytes: int  # the block without routed experts: source, working copy, grams, solve
+    batch_bytes: int  # activations of one batch
+    expert_bytes: int  # one routed expert in a wave
+    wave_experts: int  # experts per wave; 0 for a dense model
+    head_bytes: int  # final norm, lm_head and one chunk of logits
+    scratch_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The larger of the heaviest block and the head."""
+        block = self.dense_bytes + self.batch_bytes + self.wave_experts * self.expert_bytes
+        return self.base_bytes + max(block, self.head_bytes)
+
+    @property
+    def needed_bytes(self) -> int:
+        """The least budget that works: a wave of one expert."""
+        block = self.dense_bytes + self.batch_bytes + (self.expert_bytes if self.wave_experts else 0)
+        return self.base_bytes + max(block, self.head_bytes)
+
+
+def solve_bytes(linear: Linear) -> int:
+    """Working memory while one matrix is searched, rounded and packed."""
+    return SOLVE_COPIES * 4 * linear.n_parameters
+
+
+def dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: bool) -> int:
+    """The block's linears but for the routed experts: BF16 as read, next block read ahead, float32 twice, grams."""
+    linears = [linear for linear in block.linears if linear.role != "routed_expert"]
+    weights = sum((2 + 2 + 4 + 4) * linear.n_parameters for linear in linears)
+    solving = max((solve_bytes(x) for x in linears if decisions[x.name].action == "quantize"), default=0)
+    if not grams:
+        return weights + solving
+    inputs = {group.readers[0]: group for group in block.groups if any_quantized(block, group.name, decisions)}
+    widths = {linear.name: linear.in_features for linear in linears}
+    return weights + solving + sum(4 * widths[reader] ** 2 for reader in inputs)
+
+
+def any_quantized(block: Block, group: str, decisions: Mapping[str, Decision]) -> bool:
+    """Whether a group has a reader that is quantized, so that its gram is needed."""
+    found = next(g for g in block.groups if g.name == group)
+    experts = found.routed_experts and block.experts and decisions[block.experts.linear(0, block.experts.gate)]
+    if experts and experts.action == "quantize":
+        return True
+    return any(decisions[reader].action == "quantize" for reader in found.readers)
+
+
+def expert_bytes(experts: Experts, quantized: bool, grams: bool, routed: bool) -> int:
+    """One expert of a wave: BF16 as read and read ahead, float32 original and stored; to quantize it, grams and work."""
+    parameters = 3 * experts.hidden * experts.intermediate
+    weights = (2 + 2 + 4 + 4) * parameters
+    if not quantized:
+        return weights
+    solving = SOLVE_COPIES * 4 * experts.hidden * experts.intermediate
+    if not grams:
+        return weights + solving
+    shared = 0 if not routed else 4 * experts.hidden**2
+    return weights + solving + shared + 4 * experts.intermediate**2
+
+
+def batch_bytes(layout: Layout, block: Block) -> int:
+    """Activations of one batch in float32: a few copies of the widest input and output."""
+    linears = [linear for linear in block.linears if linear.role != "routed_expert"]
+    widest = max(max(linear.in_features, linear.out_features) for linear in linears)
+    return BATCH_TOKENS * 4 * (4 * layout.embedding.in_features + 4 * widest)
+
+
+def memory_plan(
+    layout: Layout,
+    decisions: Mapping[str, Decision],
+    *,
+    budget_bytes: int,
+    grams: bool,
+    routed: bool,
+    tokens: Mapping[Literal["calibration", "fidelity"], int],
+    hidden_bytes: Literal[2, 4],
+) -> MemoryPlan:
+    """Wave size and peaks for the heaviest decoder block of the model.
+
+    `tokens` are the lengths of the streams, `hidden_bytes` the width of a stored hidden value. Two states of a stream
+    are on disk at a time, and in a block with experts also what the router saw.
+    """
+    blocks = [block for block in layout.blocks]
+    hidden = layout.embedding.in_features
+    dense = max(dense_bytes(block, decisions, grams) for block in blocks)
+    batch = max(batch_bytes(layout, block) for block in blocks)
+    expert, most = 0, 0
+    for block in blocks:
+        if block.experts:
+            quantized = decisions[block.experts.linear(0, block.experts.gate)].action == "quantize"
+            expert = max(expert, expert_bytes(block.experts, quantized, grams, routed))
+            most = max(most, block.experts.count)
+    room = budget_bytes - BASE_BYTES - dense - batch
+    wave = max(1, min(most, room // expert)) if expert else 0
+    head = layout.head or layout.embedding
+    streams = tokens["calibration"] + 2 * tokens["fidelity"]
+    return MemoryPlan(
+        budget_bytes=budget_bytes,
+        base_bytes=BASE_BYTES,
+        dense_bytes=dense,
+        batch_bytes=batch,
+        expert_bytes=expert,
+        wave_experts=wave,
+        head_bytes=(2 + 4) * head.n_parameters + 4 * 8 * HEAD_CHUNK * head.out_features,
+        scratch_bytes=streams * hidden * hidden_bytes * (3 if expert else 2),
+    )
+
+
+HEAD_CHUNK = 512
+"""Positions whose logits over the whole vocabulary are held at once, for source and artifact, in float64."""

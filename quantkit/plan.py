@@ -1,0 +1,227 @@
+"""Recipe + headers -> everything a build will do, printable, before a weight is read; pure.
+
+The plan names every output tensor, its shard, what each rule decided, the memory peak and the scratch disk. The same
+recipe over the same source and versions gives the same plan, and `Plan.hash` says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from quantkit import registry
+from quantkit.claims import Claimed, claim, fp8_block, stored_bytes
+from quantkit.contracts import Architecture, Block, Config, Format, Layout, TensorSpec
+from quantkit.decide import Decision, decide, fused_faults, rule_faults, storage_faults
+from quantkit.errors import RecipeError
+from quantkit.memory import MemoryPlan, memory_plan
+from quantkit.recipe import preset
+from quantkit.schema import Recipe, Rule
+
+MAX_WAVE_NAMES = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFacts:
+    """What is known of the source before weights are read. `specs` None: assumed from the published config."""
+
+    model: str
+    revision: str | None
+    config: Config
+    specs: Mapping[str, TensorSpec] | None
+    fingerprint: str | None
+    where: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One output file and the tensors it holds, in the order they are written."""
+
+    file: str
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(spec.n_bytes for spec in self.tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that a build needs to know; `build` adds nothing to it but data."""
+
+    recipe: Recipe
+    rules: tuple[Rule, ...]
+    source: SourceFacts
+    architecture: Architecture
+    layout: Layout
+    specs: Mapping[str, TensorSpec]  # logical source tensors
+    dropped: tuple[str, ...]
+    decisions: Mapping[str, Decision]
+    shards: tuple[Shard, ...]
+    memory: MemoryPlan
+    warnings: tuple[str, ...]
+
+    @property
+    def format(self) -> Format:
+        return registry.format(self.recipe.format)
+
+    @property
+    def assumed(self) -> bool:
+        """Whether the tensors were assumed from the published config instead of read from headers."""
+        return self.source.specs is None
+
+    @property
+    def hash(self) -> str:
+        """sha256 over recipe, source and output tensors."""
+        told = [self.recipe.dump(), self.source.model, self.source.revision, self.source.fingerprint]
+        outputs = [[s.file, [[t.name, t.dtype, list(t.shape)] for t in s.tensors]] for s in self.shards]
+        return hashlib.sha256(json.dumps([told, outputs], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any selected method learns from activations."""
+        return needs_calibration(self.decisions)
+
+
+def needs_calibration(decisions: Mapping[str, Decision]) -> bool:
+    """Whether any selected method learns from activations."""
+    used = {d.method for d in decisions.values() if d.method}
+    return any(registry.method(name).needs_stats for name in used)
+
+
+def kept_spec(spec: TensorSpec) -> TensorSpec:
+    """A tensor that is not quantized, as written: FP8 blocks become the BF16 they stand for."""
+    return TensorSpec(name=spec.name, dtype="BF16" if spec.dtype.startswith("F8") else spec.dtype, shape=spec.shape)
+
+
+def block_outputs(
+    block: Block, decisions: Mapping[str, Decision], specs: Mapping[str, TensorSpec], output: Format
+) -> list[TensorSpec]:
+    """What a block leaves behind, in writing order: norms and biases, then its linears, routed experts last."""
+    found = [kept_spec(specs[spec.name]) for spec in block.others]
+    for linear in block.linears:
+        decision = decisions[linear.name]
+        if decision.scheme is not None:
+            found += output.layout(linear, decision.scheme)
+        else:
+            found.append(kept_spec(specs[f"{linear.name}.weight"]))
+        if linear.bias:
+            found.append(kept_spec(specs[f"{linear.name}.bias"]))
+    return [] if any(decisions[x.name].action == "drop" for x in block.linears) else found
+
+
+def outputs(
+    layout: Layout, decisions: Mapping[str, Decision], specs: Mapping[str, TensorSpec], output: Format
+) -> list[TensorSpec]:
+    """Every tensor of the artifact in writing order."""
+    found = [kept_spec(specs[f"{layout.embedding.name}.weight"])]
+    for block in layout.blocks:
+        found += block_outputs(block, decisions, specs, output)
+    found.append(kept_spec(specs[layout.final_norm.name]))
+    return found + ([kept_spec(specs[f"{layout.head.name}.weight"])] if layout.head else [])
+
+
+def shards(tensors: Sequence[TensorSpec], limit_bytes: int) -> tuple[Shard, ...]:
+    """Cut the tensors into files of at most `limit_bytes` (a larger tensor gets a file of its own)."""
+    cut: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in tensors:
+        if cut[-1] and size + spec.n_bytes > limit_bytes:
+            cut.append([])
+            size = 0
+        cut[-1].append(spec)
+        size += spec.n_bytes
+    if len(cut) == 1:
+        return (Shard(file="model.safetensors", tensors=tuple(cut[0])),)
+    return tuple(
+        Shard(file=f"model-{i:05d}-of-{len(cut):05d}.safetensors", tensors=tuple(part)) for i, part in enumerate(cut, 1)
+    )
+
+
+def rules_of(recipe: Recipe, architecture: Architecture) -> tuple[Rule, ...]:
+    """The recipe's rules, or the preset its family calls for."""
+    if recipe.rules is not None:
+        return tuple(recipe.rules)
+    return preset("experts-only" if architecture.experts_only else "all-linear", recipe.quantize)
+
+
+def warnings_of(claimed: Claimed, recipe: Recipe, decisions: Mapping[str, Decision], config: Config) -> list[str]:
+    """What the user should know although the plan works."""
+    told = list(claimed.warnings)
+    if claimed.dropped:
+        told.append(f"{len(claimed.dropped)} tensors no engine reads are left out, e.g. {claimed.dropped[0]}")
+    if not any(decision.action == "quantize" for decision in decisions.values()):
+        told.append("no linear is quantized: the artifact is a copy of the source")
+    if fp8_block(config) and any(d.action == "keep" for d in decisions.values()):
+        told.append(f"format {recipe.format} cannot hold FP8 blocks: what is kept is stored as BF16")
+    mtp = [b.name for b in claimed.layout.blocks if b.kind == "mtp"]
+    if mtp and recipe.mtp == "quantize":
+        told.append(f"{mtp[0]}: no forward pass reaches an MTP block, its linears are rounded to nearest (mtp-rtn)")
+    return told
+
+
+def make_plan(
+    recipe: Recipe,
+    source: SourceFacts,
+    *,
+    budget_bytes: int,
+    tokens: Mapping[Literal["calibration", "fidelity"], int],
+    hidden_bytes: Literal[2, 4],
+) -> Plan:
+    """Decide everything. `tokens` are the lengths of the streams, `hidden_bytes` the width of a hidden value on disk.
+
+    Raises CheckpointError when the tensors do not fit the architecture, RecipeError with every fault of the recipe.
+    """
+    architecture = registry.architecture(source.config.text("model_type"))
+    claimed = claim(architecture, source.config, source.specs, source.where)
+    output, rules = registry.format(recipe.format), rules_of(recipe, architecture)
+    decisions = decide(claimed.layout, rules, recipe, claimed.specs)
+    faults = rule_faults(rules, claimed.layout, recipe.name)
+    faults += [f"{recipe.name}: {fault}" for fault in storage_faults(decisions, output, recipe.format)]
+    faults += [f"{recipe.name}: {fault}" for fault in fused_faults(claimed.layout, decisions)]
+    if needs_calibration(decisions) and recipe.calibration is None:
+        faults.append(
+            f"{recipe.where('calibration')}: calibration: method {recipe.quantize.method} needs a set, found none"
+        )
+    memory = memory_plan(
+        claimed.layout,
+        decisions,
+        budget_bytes=budget_bytes,
+        grams=needs_calibration(decisions),
+        routed=recipe.calibration is None or recipe.calibration.experts == "routed",
+        tokens=tokens,
+        hidden_bytes=hidden_bytes,
+    )
+    if memory.needed_bytes > budget_bytes:
+        faults.append(
+            f"{recipe.where('memory')}: memory: the smallest wave (one expert) needs "
+            f"{memory.needed_bytes / 1e9:.1f} GB: base "
+            f"{memory.base_bytes / 1e9:.1f}, block without experts {memory.dense_bytes / 1e9:.1f}, one batch "
+            f"{memory.batch_bytes / 1e9:.1f}, one expert {memory.expert_bytes / 1e9:.1f}, head "
+            f"{memory.head_bytes / 1e9:.1f}; found {budget_bytes / 1e9:.1f} GB; raise memory or free some"
+        )
+    if faults:
+        raise RecipeError(faults)
+    tensors = outputs(claimed.layout, decisions, claimed.specs, output)
+    return Plan(
+        recipe=recipe,
+        rules=rules,
+        source=source,
+        architecture=architecture,
+        layout=claimed.layout,
+        specs=claimed.specs,
+        dropped=claimed.dropped,
+        decisions=decisions,
+        shards=shards(tensors, recipe.output.shard_bytes),
+        memory=memory,
+        warnings=tuple(warnings_of(claimed, recipe, decisions, source.config)),
+    )
+
+
+def source_bytes(plan: Plan, names: Sequence[str]) -> int:
+    """Bytes of these logical source tensors as stored, scales included."""
+    block = fp8_block(plan.source.config)
+    return sum(stored_bytes(plan.specs[name], block) for name in names)

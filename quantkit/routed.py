@@ -1,0 +1,215 @@
+"""The routed experts of a block, wave by wave, in two passes over their weights.
+
+The first pass runs the original experts: the reference stream moves on and the error of every candidate scale of
+their common input is summed up over all of them. The second pass folds, solves and stores each wave and moves the
+other streams on through what was stored. A single wave that holds all experts is read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quantkit import dense, experts, fold
+from quantkit.contracts import Block, InputStats, Rescale, Scheme
+from quantkit.dense import Folded, Learned
+from quantkit.experts import Wave, WaveStats, add_outputs, collect
+from quantkit.plan import Plan
+from quantkit.solve import Solved, one, solve
+from quantkit.streams import Routing, StreamName
+from quantkit.work import Work
+
+UNDER_CALIBRATED = {"shared_gram": "shared-gram", "rtn": "rtn-too-few-tokens"}
+"""Policy of the recipe -> the name of the fallback in manifest and report."""
+
+
+@dataclass(kw_only=True)
+class Survey:
+    """What the first pass found. `errors` [n]: of each candidate scale; `sample`: the sample's routed output."""
+
+    held: list[tuple[Wave, WaveStats | None]] = field(default_factory=list)
+    errors: Tensor | None = None
+    sample: Tensor | None = None
+
+
+def waves(plan: Plan, block: Block) -> list[tuple[int, int]]:
+    """Expert ranges of a block's waves; none for a dense block."""
+    size, count = plan.memory.wave_experts, block.experts.count if block.experts else 0
+    return [(first, min(first + size, count)) for first in range(0, count, size)] if count else []
+
+
+def passes(plan: Plan, block: Block) -> int:
+    """How often a block's experts are read: once when one wave holds them all, or when no stream runs through."""
+    return 1 if block.kind == "mtp" or len(waves(plan, block)) == 1 else 2
+
+
+def everyone(work: Work, learned: Learned) -> frozenset[int]:
+    """Experts whose grams are taken over all tokens: by recipe, or because the router sent too few."""
+    calibration = work.job.plan.recipe.calibration
+    if calibration and calibration.experts == "all":
+        return frozenset(range(len(learned.expert_tokens)))
+    shared = calibration is not None and calibration.under_calibrated == "shared_gram"
+    return under_calibrated(work, learned) if shared else frozenset()
+
+
+def under_calibrated(work: Work, learned: Learned) -> frozenset[int]:
+    """Experts the router sent fewer tokens than the recipe asks for; none when every expert sees every token."""
+    calibration = work.job.plan.recipe.calibration
+    if calibration is None or calibration.experts == "all":
+        return frozenset()
+    least = calibration.min_expert_tokens
+    return frozenset(e for e, tokens in enumerate(learned.expert_tokens) if tokens < least)
+
+
+def read_wave(work: Work, first: int, stop: int) -> Wave:
+    """Experts first..stop of the source in float32."""
+    names, read = work.experts, next(work.job.reads)
+
+    def stacked(projection: str) -> Tensor:
+        wanted = [f"{names.linear(e, projection)}.weight" for e in range(first, stop)]
+        return torch.stack([read.pop(name).to(work.job.skeleton.device).float() for name in wanted])  # [n, out, in]
+
+    return Wave(first=first, gate=stacked(names.gate), up=stacked(names.up), down=stacked(names.down))
+
+
+def statistics(work: Work, wave: Wave, learned: Learned | None) -> WaveStats | None:
+    """Statistics of a wave over the calibration stream; None when nothing is learned or the experts are kept."""
+    if learned is None or work.expert_scheme is None or work.calibration is None:
+        return None
+    assert learned.routing is not None and work.calibration.seen is not None  # the tap has seen the router
+    return collect(wave, learned.routing, work.calibration.seen, work.job.activation, everyone(work, learned))
+
+
+def survey(
+    work: Work, tensors: Mapping[str, Tensor], learned: Learned | None, routing: Routing | None, found: Survey
+) -> Iterator[float]:
+    """First pass, noted in `found`. Yields the share done; nothing at all for a dense block."""
+    cut, group = waves(work.job.plan, work.block), work.expert_group
+    rescale = work.rescale_of(group) if group and learned and work.expert_scheme else None
+    scales = None
+    if rescale and group and learned:
+        scales, _ = dense.search(work, group, rescale, learned, tensors)
+    for number, (first, stop) in enumerate(cut):
+        wave = read_wave(work, first, stop)
+        advance(work, wave, {"reference": routing})
+        stats = statistics(work, wave, learned)
+        if scales is not None and rescale and stats:
+            found.errors = added(found.errors, wave_errors(rescale, wave, stats, scales, work.expert_scheme))
+        if learned:
+            found.sample = added(found.sample, sample_output(work, wave, learned.sample.seen, learned))
+            if work.job.plan.recipe.propagate == "original":
+                advance(work, wave, {"calibration": learned.routing})
+        if passes(work.job.plan, work.block) == 1:
+            found.held.append((wave, stats))
+        yield (number + 1) / len(cut)
+
+
+def wave_errors(rescale: Rescale, wave: Wave, stats: WaveStats, scales: Tensor, scheme: Scheme | None) -> Tensor:
+    """Summed error [n] of gate and up of a wave for each candidate scale [n, hidden] of their input."""
+    gate = fold.errors(rescale, wave.gate, stats.into.gram, scales, scheme)
+    return gate + fold.errors(rescale, wave.up, stats.into.gram, scales, scheme)
+
+
+def added(total: Tensor | None, share: Tensor) -> Tensor:
+    """A running sum that starts with its first summand."""
+    return share if total is None else total + share
+
+
+def sample_output(work: Work, wave: Wave, seen: Tensor | None, learned: Learned) -> Tensor:
+    """What a wave adds to the sample's output [tokens, hidden], routed as the original router did."""
+    assert seen is not None and learned.sample.routing is not None  # only blocks with experts have waves
+    x = seen.to(wave.gate)
+    return add_outputs(torch.zeros_like(x), wave, x, learned.sample.routing, work.job.activation)
+
+
+def advance(work: Work, wave: Wave, routings: Mapping[StreamName, Routing | None]) -> None:
+    """Add a wave's outputs to the streams behind the block."""
+    for name, routing in routings.items():
+        seen = work.streams[name].seen
+        assert routing is not None and seen is not None  # only blocks with experts have waves
+        experts.advance(wave, routing, seen, work.targets[name], work.job.activation)
+
+
+def finish(
+    work: Work, folded: Folded, learned: Learned | None, found: Survey, routings: Mapping[StreamName, Routing | None]
+) -> Iterator[float]:
+    """Second pass: fold, check, solve, store, and move the streams on. Yields the share done."""
+    cut, sample = waves(work.job.plan, work.block), None
+    for number, (first, stop) in enumerate(cut):
+        if found.held:
+            wave, stats = found.held.pop()
+        else:
+            wave = read_wave(work, first, stop)
+            stats = statistics(work, wave, learned)
+        wave, stats, down = fold_wave(work, wave, stats, folded)
+        if learned:
+            sample = added(sample, sample_output(work, wave, folded.seen, learned))
+        advance(work, store(work, wave, stats, folded, down, learned), routings)
+        yield (number + 1) / len(cut)
+    if sample is not None and found.sample is not None:
+        change = fold.check_unchanged(
+            work.block.name, "the routed experts' output", found.sample, sample, work.tolerance
+        )
+        work.record.fold_change = max(work.record.fold_change, change)
+
+
+def fold_wave(
+    work: Work, wave: Wave, stats: WaveStats | None, folded: Folded
+) -> tuple[Wave, WaveStats | None, tuple[bool, ...]]:
+    """Multiply gate and up by the scale of their input; scale each down projection into the rows of its up."""
+    none = (False,) * len(wave)
+    if stats is None:
+        return wave, None, none
+    scale, into = folded.expert_scale, stats.into
+    if scale is not None:
+        wave = Wave(first=wave.first, gate=wave.gate * scale, up=wave.up * scale, down=wave.down)
+        into = fold.rescaled_stats(into, scale)
+    group, scheme = work.expert_group, work.expert_scheme
+    rescale = work.rescale_of(group) if group else None
+    if rescale is None or scheme is None:
+        return wave, WaveStats(into=into, inner=stats.inner), none
+    best, chosen = torch.ones_like(stats.inner.mean_abs), list[bool]()
+    for e in range(len(wave)):
+        scales = rescale.candidates(stats.inner.mean_abs[e])  # [n, intermediate]
+        choice = fold.choose("down", fold.errors(rescale, wave.down[e], stats.inner.gram[e], scales, scheme))
+        best[e] = scales[choice.candidate]
+        chosen.append(choice.rescaled)
+    up, down = wave.up / best[:, :, None], wave.down * best[:, None, :]  # rows of up make the input of down
+    inner = fold.rescaled_stats(stats.inner, best)
+    return Wave(first=wave.first, gate=wave.gate, up=up, down=down), WaveStats(into=into, inner=inner), tuple(chosen)
+
+
+def store(
+    work: Work, wave: Wave, stats: WaveStats | None, folded: Folded, down: Sequence[bool], learned: Learned | None
+) -> Wave:
+    """Solve and write every projection of a wave; the wave with the weights as stored."""
+    names, group = work.experts, work.expert_group
+    few = under_calibrated(work, learned) if learned else frozenset[int]()
+    stored: dict[str, list[Tensor]] = {names.gate: [], names.up: [], names.down: []}
+    for e in range(len(wave)):
+        for projection, weights in ((names.gate, wave.gate), (names.up, wave.up), (names.down, wave.down)):
+            name = names.linear(wave.first + e, projection)
+            if work.job.plan.decisions[name].action == "keep":
+                stored[projection].append(work.keep(f"{name}.weight", weights[e]))
+                continue
+            inputs = (stats.inner if projection == names.down else stats.into) if stats else None
+            rescaled = down[e] if projection == names.down else group is not None and group.name in folded.rescaled
+            solved = solve_one(work, name, weights[e], one(inputs, e), rescaled, lacking=wave.first + e in few)
+            work.write(solved.tensors, solved.record)
+            stored[projection].append(solved.weight)
+    gate, up, out = (torch.stack(stored[p]) for p in (names.gate, names.up, names.down))  # [n, out, in]
+    return Wave(first=wave.first, gate=gate, up=up, down=out)
+
+
+def solve_one(work: Work, name: str, weight: Tensor, stats: InputStats | None, rescaled: bool, lacking: bool) -> Solved:
+    """One projection of one expert; with too few tokens by the recipe's policy, which names the fallback."""
+    recipe, decision = work.job.plan.recipe, work.job.plan.decisions[name]
+    fallbacks: tuple[str, ...] = ("mtp-rtn",) if work.block.kind == "mtp" else ()
+    if lacking and stats is not None and recipe.calibration:
+        policy = recipe.calibration.under_calibrated
+        fallbacks += (UNDER_CALIBRATED[policy],)
+        stats = None if policy == "rtn" else stats
+    return solve(decision, work.job.plan.format, weight, stats, rescaled=rescaled, fallbacks=fallbacks)

@@ -1,0 +1,97 @@
+"""Codes for one matrix or a batch of them, stored and read back: the error is of what ships."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit import registry
+from quantkit.contracts import Format, InputStats, Method, Quantized, Scheme
+from quantkit.decide import Decision
+from quantkit.numerics import affine
+from quantkit.numerics import gram as grams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """One stored linear: tensors by full name, the weight they stand for [out, in] float32, and its figures."""
+
+    tensors: Mapping[str, Tensor]
+    weight: Tensor
+    record: ModuleRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleRecord:
+    """What the manifest and the report say of one quantized linear. Errors compare stored with original weights.
+
+    relative_error: ||W - Q|| / ||W||; output_error: share of the output's energy that is lost on the calibration
+    inputs, None without statistics; tokens: calibration tokens behind the gram; fallbacks: names, empty when none.
+    """
+
+    module: str
+    rule: str
+    method: str
+    rounding: str
+    scheme: Scheme
+    relative_error: float
+    sqnr_db: float
+    output_error: float | None
+    tokens: int
+    rescaled: bool
+    fallbacks: tuple[str, ...]
+
+
+def one(stats: InputStats | None, e: int) -> InputStats | None:
+    """Statistics of matrix `e` of a batch."""
+    if stats is None:
+        return None
+    return InputStats(gram=stats.gram[e], mean_abs=stats.mean_abs[e], n_tokens=stats.n_tokens[e])
+
+
+def solve(
+    decision: Decision,
+    output: Format,
+    weight: Tensor,
+    stats: InputStats | None,
+    *,
+    rescaled: bool,
+    fallbacks: tuple[str, ...],
+) -> Solved:
+    """Quantize weight [out, in] float32 as decided, pack it, read it back and measure it.
+
+    Without statistics a method that needs them gives way to round-to-nearest; the caller names that fallback.
+    """
+    scheme = decision.scheme
+    assert scheme is not None and decision.method is not None  # only quantize decisions come here
+    method: Method = registry.method(decision.method)
+    if method.needs_stats and stats is None:
+        method = registry.method("rtn")
+    quantized = method.solve(weight, stats, scheme)
+    tensors = output.pack(quantized, scheme)
+    back = output.dequantize(tensors, scheme)  # [out, in]
+    lost = (weight - back).norm() / weight.norm().clamp(min=1e-30)
+    record = ModuleRecord(
+        module=decision.linear.name,
+        rule=decision.rule,
+        method=decision.method,
+        rounding=decision.rounding or "nearest",
+        scheme=scheme,
+        relative_error=float(lost),
+        sqnr_db=float(grams.sqnr_db(weight, back)),
+        output_error=None if stats is None else float(grams.relative_error(weight, back, stats.gram)),
+        tokens=0 if stats is None else int(stats.n_tokens),
+        rescaled=rescaled,
+        fallbacks=fallbacks + found_fallbacks(quantized, scheme),
+    )
+    named = {f"{decision.linear.name}.{local}": tensor for local, tensor in tensors.items()}
+    return Solved(tensors=named, weight=back, record=record)
+
+
+def found_fallbacks(quantized: Quantized, scheme: Scheme) -> tuple[str, ...]:
+    """Fallbacks the rounding itself met, with how many groups: "zero-group x 3"."""
+    counts = affine.fallbacks(quantized, scheme)
+    return tuple(f"{name} x {int(torch.as_tensor(count).sum())}" for name, count in counts.items() if int(count.sum()))

@@ -1,0 +1,117 @@
+"""One block under way: where its tensors come from, where they go, and what is noted about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quantkit.artifact import Sink
+from quantkit.contracts import Block, Experts, LinearGroup, Rescale, Scheme
+from quantkit.experts import Activation
+from quantkit.fold import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, Choice
+from quantkit.layers import Skeleton
+from quantkit.plan import Plan
+from quantkit.registry import method
+from quantkit.solve import ModuleRecord
+from quantkit.storage.spool import Spool
+from quantkit.streams import Stream, StreamName
+
+STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.bfloat16}
+"""Source dtype -> what an unquantized tensor is stored as: FP8 blocks become the BF16 they stand for."""
+
+Stored = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What stays the same for every block of a build."""
+
+    plan: Plan
+    skeleton: Skeleton
+    activation: Activation
+    sink: Sink
+    reads: Iterator[dict[str, Tensor]]  # the source's tensors in the order of `requests`
+
+
+@dataclass(kw_only=True)
+class BlockRecord:
+    """What the report says of one block. `fold_change`: how much folding moved its output, by rounding alone."""
+
+    name: str
+    seconds: float = 0.0
+    modules: list[ModuleRecord] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+    expert_tokens: tuple[int, ...] = ()
+    output_error: float | None = None
+    router_agreement: float | None = None
+    fold_change: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A block with the streams in front of it and the spools behind it. Only `record` is filled in on the way."""
+
+    job: Job
+    block: Block
+    streams: Mapping[StreamName, Stream]
+    targets: Mapping[StreamName, Spool]
+    record: BlockRecord
+
+    @property
+    def calibration(self) -> Stream | None:
+        """The stream methods learn from; None when no method of the recipe learns."""
+        return self.streams.get("calibration")
+
+    @property
+    def tolerance(self) -> float:
+        """How much folding may change the block by rounding in the compute dtype."""
+        return FLOAT32_TOLERANCE if self.job.skeleton.dtype == torch.float32 else BFLOAT16_TOLERANCE
+
+    @property
+    def experts(self) -> Experts:
+        """The routed experts; only asked of blocks that have some."""
+        assert self.block.experts is not None
+        return self.block.experts
+
+    @property
+    def expert_scheme(self) -> Scheme | None:
+        """The scheme of the routed experts; None when they are kept or there are none."""
+        experts = self.block.experts
+        return self.job.plan.decisions[experts.linear(0, experts.gate)].scheme if experts else None
+
+    @property
+    def expert_group(self) -> LinearGroup | None:
+        """The group whose input the routed experts read."""
+        return next((group for group in self.block.groups if group.routed_experts), None)
+
+    def quantized_groups(self) -> dict[str, LinearGroup]:
+        """Groups with a reader, routed experts included, that is quantized: their grams are needed."""
+        decisions = self.job.plan.decisions
+        return {
+            group.name: group
+            for group in self.block.groups
+            if any(decisions[reader].action == "quantize" for reader in group.readers)
+            or (group.routed_experts and self.expert_scheme is not None)
+        }
+
+    def rescale_of(self, group: LinearGroup) -> Rescale | None:
+        """The scale search of the one method that quantizes the group; None without one or without an absorber."""
+        decisions, experts = self.job.plan.decisions, self.block.experts
+        names = [*group.readers, *([experts.linear(0, experts.gate)] if group.routed_experts and experts else [])]
+        used = {name for reader in names if (name := decisions[reader].method)}
+        return method(used.pop()).rescale if len(used) == 1 and group.absorber else None
+
+    def write(self, tensors: Stored, module: ModuleRecord | None = None) -> None:
+        """Store tensors, and note the module they belong to."""
+        self.job.sink.write(tensors)
+        if module:
+            self.record.modules.append(module)
+
+    def keep(self, name: str, tensor: Tensor) -> Tensor:
+        """Store a tensor that is not quantized in its own dtype; what that stands for, in float32."""
+        stored = tensor.to(STORED.get(self.job.plan.specs[name].dtype, tensor.dtype))
+        self.write({name: stored})
+        return stored.float()
