@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantkit.errors import CheckpointError
-from quantkit.storage import builtin
+from quantkit.storage import builtin, fp8
 from quantkit.storage.checkpoint import Checkpoint
 
 CONFIG = {"model_type": "x", "quantization_config": {"quant_method": "fp8", "weight_block_size": [2, 2]}}
@@ -51,7 +51,11 @@ def cast_like_deepseek(weight: Tensor, scale: Tensor, block: int) -> Tensor:
     return (values * scale[rows, columns]).to(torch.bfloat16)
 
 
-def test_every_byte_and_shape_is_dequantized_as_deepseek_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strip_elements", [1, 6, 1 << 17])
+def test_every_byte_and_shape_is_dequantized_as_deepseek_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strip_elements: int
+) -> None:
+    monkeypatch.setattr(fp8, "_STRIP_ELEMENTS", strip_elements)
     generator = torch.Generator().manual_seed(0)
     codes = torch.arange(256, dtype=torch.uint8)
     codes = codes[(codes & 0x7F) != 0x7F]  # all that are numbers
