@@ -18,6 +18,7 @@ WORDS = r"\p{N}|[^\r\n\p{L}\p{N}]?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s
 PROMPT_WEIGHT = 0.2
 SHORTEST = 18  # tokens: a row with less room than this is full
 OPEN_ROWS = 12
+ENCODE_AT_ONCE = 5000  # documents: what the tokenizer returns is large
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -37,7 +38,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{SPECIAL_TOKENS[BOS]} $A",
-        pair=f"{SPECIAL_TOKENS[BOS]} $A $B",
+        pair=f"{SPECIAL_TOKENS[BOS]} $A {SPECIAL_TOKENS[BOS]}:0 $B:0",
         special_tokens=[(SPECIAL_TOKENS[BOS], BOS)],
     )
     return tokenizer
@@ -65,9 +66,13 @@ class _OpenRow:
 
 def encode(items: Sequence[Item], tokenizer: Tokenizer) -> list[Encoded]:
     """Ids of each item, the prompt apart from the answer because they weigh differently."""
-    prompts = tokenizer.encode_batch([item.prompt for item in items], add_special_tokens=False)
-    answers = tokenizer.encode_batch([item.answer for item in items], add_special_tokens=False)
-    return [([BOS, *prompt.ids], [*answer.ids, EOS]) for prompt, answer in zip(prompts, answers)]
+    encoded: list[Encoded] = []
+    for start in range(0, len(items), ENCODE_AT_ONCE):
+        part = items[start : start + ENCODE_AT_ONCE]
+        prompts = tokenizer.encode_batch([item.prompt for item in part], add_special_tokens=False)
+        answers = tokenizer.encode_batch([item.answer for item in part], add_special_tokens=False)
+        encoded += [([BOS, *prompt.ids], [*answer.ids, EOS]) for prompt, answer in zip(prompts, answers)]
+    return encoded
 
 
 def pack(documents: Iterable[Encoded], length: int) -> Rows:
