@@ -111,7 +111,7 @@ def fit(model: TinyV3, rows: Rows, progress_of: Callable[[int], float], report: 
             break
         factor = rate_factor(step, progress)
         loss = weighted_loss(model(batch.ids, batch.positions, batch.mask), batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         adam.param_groups[0]["lr"] = ADAM_RATE * factor
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         adam.step()
