@@ -1,0 +1,55 @@
+"""Pieces of Markdown that the model card is made of. Pure; text from elsewhere ends no cell and starts no HTML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from quantkit.report.tables import Table
+
+ROWS = 100
+CELL = 240
+
+
+def table(made: Table, rows: int = ROWS, cell_limit: int = CELL) -> str:
+    """A GitHub table of at most `rows` rows with its note below; nothing for no rows."""
+    if not made.rows:
+        return ""
+    names = [cell(name.removeprefix(">"), cell_limit) for name in made.columns]
+    rules = ["---:" if name.startswith(">") else "---" for name in made.columns]
+    lines = [names, rules, *([cell(text, cell_limit) for text in row] for row in made.rows[:rows])]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    hidden = len(made.rows) - rows
+    notes = [cell(made.note, 6 * cell_limit)] if made.note else []
+    notes += [f"{hidden:,} more rows in quantkit/fidelity.json."] if hidden > 0 else []
+    return "\n\n".join([text, *notes])
+
+
+def cell(text: str, limit: int = CELL) -> str:
+    """One line that neither ends a cell nor starts HTML."""
+    line = " ".join(text.split())
+    line = line if len(line) <= limit else line[: limit - 1] + "…"
+    return line.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("`", "\\`")
+
+
+def code(text: str, limit: int = 4 * CELL) -> str:
+    """A fenced block of one command."""
+    line = text.replace("```", "'''").strip()
+    line = line if len(line) <= limit else line[: limit - 1] + "…"
+    return f"```bash\n{line}\n```"
+
+
+def front_matter(values: Mapping[str, str | Sequence[str] | None]) -> str:
+    """The YAML head of a model card. Every text is written as a JSON string, which is YAML; None is left out."""
+    lines = ["---"]
+    for key, value in values.items():
+        if isinstance(value, str):
+            lines.append(f"{key}: {_quoted(value)}")
+        elif value:
+            lines += [f"{key}:", *(f"- {_quoted(item)}" for item in value)]
+    return "\n".join([*lines, "---"])
+
+
+def _quoted(text: str) -> str:
+    printable = "".join(character for character in text if character.isprintable())
+    return json.dumps(printable, ensure_ascii=False)

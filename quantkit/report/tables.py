@@ -1,0 +1,265 @@
+"""A report's figures as tables of text, made once for the model card and the terminal alike. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf
+from statistics import median
+
+from quantkit.report import numbers
+from quantkit.report.schema import Distribution, Fidelity, Figure, Module
+
+WORST = 10
+EXAMPLES = 3
+MORE = "quantkit/fidelity.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of text under named columns; a column whose name starts with ">" holds numbers and is set flush right."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+Show = Callable[[Figure | None], str]
+
+_DISTRIBUTION: tuple[tuple[str, str, Show], ...] = (
+    ("KL mean [nats/token]", "kl_mean", numbers.kl),
+    ("KL median", "kl_median", numbers.kl),
+    ("KL 99 %", "kl_p99", numbers.kl),
+    ("KL 99.9 %", "kl_p999", numbers.kl),
+    ("KL max", "kl_max", numbers.kl),
+    ("perplexity, source", "ppl_source", numbers.ratio),
+    ("perplexity, artifact", "ppl_artifact", numbers.ratio),
+    ("perplexity ratio", "ppl_ratio", numbers.ratio),
+    ("same top token", "top1", numbers.share),
+    ("mean Δp", "mean_delta_p", numbers.signed_share),
+    ("RMS Δp", "rms_delta_p", numbers.share),
+)
+
+
+def benchmarks(fidelity: Fidelity) -> Table:
+    """Source against artifact, task by task, paired item by item."""
+    rows: list[tuple[str, ...]] = []
+    for row in fidelity.benchmarks:
+        if row.status == "not run":
+            rows.append((row.task, *(numbers.MISSING,) * 7, f"not run: {row.reason}"))
+            continue
+        changed = numbers.MISSING if row.lost is None or row.gained is None else f"{row.lost}/{row.gained}"
+        rows.append((
+            row.task,
+            numbers.count(row.n),
+            numbers.percent(row.source, 1),
+            numbers.percent(row.artifact, 1),
+            numbers.points(row.delta_pp),
+            numbers.share(row.recovery),
+            changed,
+            numbers.probability(row.mcnemar_p),
+            row.verdict,
+        ))
+    columns = ("task", ">n", ">source", ">artifact", ">Δ pp [95 % CI]", ">recovery", ">lost/gained", ">p", "verdict")
+    note = "Greedy, the same prompts on both; p is McNemar's exact test on the items that changed."
+    note += _rates("Cut at the token limit", [(row.task, row.truncated) for row in fidelity.benchmarks])
+    note += _rates("No result found", [(row.task, row.unparsed) for row in fidelity.benchmarks])
+    return Table(title="Benchmarks", columns=columns, rows=tuple(rows), note=note if rows else "")
+
+
+def distribution(fidelity: Fidelity) -> Table:
+    """Figures down, domains across."""
+    domains = fidelity.distribution
+    rows: list[tuple[str, ...]] = [("tokens", *(numbers.count(row.tokens) for row in domains))] if domains else []
+    for label, name, show in _DISTRIBUTION:
+        figures = [_measured(row, name) for row in domains]
+        if any(figure is not None for figure in figures):
+            rows.append((label, *(show(figure) for figure in figures)))
+    return Table(
+        title="Next-token distributions",
+        columns=("figure", *(f">{row.domain}" for row in domains)),
+        rows=tuple(rows),
+        note=f"Against {fidelity.source.baseline}; ± is one standard error." if rows else "",
+    )
+
+
+def gates(fidelity: Fidelity) -> Table:
+    words = {True: "kept", False: "MISSED", None: "not judged"}
+    rows = tuple(
+        (
+            row.figure,
+            row.bound,
+            numbers.digits(row.value),
+            f"{words[row.ok]}: {row.reason}" if row.reason else words[row.ok],
+        )
+        for row in fidelity.gates
+    )
+    return Table(title="Gates", columns=("figure", ">bound", ">value", "result"), rows=rows)
+
+
+def roles(fidelity: Fidelity) -> Table:
+    """What was quantized, and what was not and why."""
+    rows = tuple(
+        (
+            row.role.replace("_", " "),
+            numbers.count(row.quantized),
+            numbers.count(row.kept),
+            numbers.parameters(row.parameters),
+            row.stored,
+            row.reason,
+        )
+        for row in fidelity.artifact.roles
+    )
+    columns = ("part", ">quantized", ">kept", ">parameters", "stored as", "why")
+    return Table(title="What is quantized", columns=columns, rows=rows)
+
+
+def worst_modules(fidelity: Fidelity, limit: int = WORST) -> Table:
+    """The quantized matrices with the largest relative output error (weight error where that is not known)."""
+    quantized = [row for row in fidelity.modules if row.method is not None]
+    worst = sorted(quantized, key=_badness, reverse=True)[:limit]
+    rows = tuple(
+        (
+            row.name,
+            f"{row.method}+{row.rounding}" if row.rounding else str(row.method),
+            numbers.percent(row.relative_error),
+            numbers.MISSING if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
+            numbers.percent(row.output_relative_error),
+            numbers.count(row.tokens),
+            row.fallback or ("rescaled" if row.rescaled else ""),
+        )
+        for row in worst
+    )
+    columns = ("module", "method", ">weights", ">SQNR dB", ">outputs", ">tokens", "note")
+    note = f"The {len(rows)} worst of {len(quantized):,}; all in {MORE}." if len(rows) < len(quantized) else ""
+    return Table(title="Relative error of weights and of outputs, worst modules", columns=columns, rows=rows, note=note)
+
+
+def worst_blocks(fidelity: Fidelity, limit: int = WORST) -> Table:
+    """Relative error of the hidden states after a block, largest first."""
+    worst = sorted(fidelity.blocks, key=lambda row: _rank(row.relative_error, inf), reverse=True)[:limit]
+    rows = tuple((row.block, _finite(row.relative_error)) for row in worst)
+    note = f"The {len(rows)} worst of {len(fidelity.blocks)} blocks." if len(rows) < len(fidelity.blocks) else ""
+    return Table(
+        title="Relative error of the hidden states after a block", columns=("block", ">error"), rows=rows, note=note
+    )
+
+
+def routers(fidelity: Fidelity, limit: int = WORST) -> Table:
+    """Share of expert choices that agree, least first."""
+    least = sorted(fidelity.routers, key=lambda row: _rank(row.agreement, missing=-1.0))[:limit]
+    rows = tuple((row.block, _finite(row.agreement)) for row in least)
+    note = f"The {len(rows)} lowest of {len(fidelity.routers)} layers." if len(rows) < len(fidelity.routers) else ""
+    return Table(title="Router agreement", columns=("block", ">same experts"), rows=rows, note=note)
+
+
+def experts(fidelity: Fidelity, limit: int = WORST) -> Table:
+    """Calibration tokens per expert and layer; layers with the least fed expert first."""
+    facts = fidelity.experts
+    columns = ("block", ">experts", ">fewest tokens", ">median", ">most", ">under-calibrated")
+    if facts is None or not facts.layers:
+        return Table(title="Calibration tokens per expert", columns=columns, rows=())
+    layers = sorted((row for row in facts.layers if row.tokens), key=lambda row: min(row.tokens))[:limit]
+    rows = tuple(
+        (
+            row.block,
+            str(len(row.tokens)),
+            numbers.count(min(row.tokens)),
+            numbers.count(round(median(row.tokens))),
+            numbers.count(max(row.tokens)),
+            str(sum(tokens < facts.min_tokens for tokens in row.tokens)),
+        )
+        for row in layers
+    )
+    low = facts.uncalibrated()
+    named = ", ".join(f"{block} expert {expert} ({tokens:,})" for block, expert, tokens in low[:limit])
+    note = f"{len(low)} of {sum(len(row.tokens) for row in facts.layers):,} experts saw fewer than {facts.min_tokens} "
+    note += f"tokens and got {facts.policy}: {named}{_more(len(low), limit)}." if low else "tokens."
+    return Table(title="Calibration tokens per expert", columns=columns, rows=rows, note=note)
+
+
+def fallbacks(fidelity: Fidelity) -> Table:
+    """Every named rule that took over, how often, and for what."""
+    rows = tuple(
+        (
+            row.kind,
+            numbers.count(len(row.modules)),
+            row.meaning,
+            ", ".join(row.modules[:EXAMPLES]) + _more(len(row.modules), EXAMPLES),
+        )
+        for row in fidelity.fallbacks
+    )
+    return Table(title="Fallbacks", columns=("kind", ">modules", "what happened", "where"), rows=rows)
+
+
+def texts(fidelity: Fidelity) -> Table:
+    """What was calibrated on and what was measured on."""
+    pairs = (("calibration", fidelity.calibration), ("measured on", fidelity.measured_on))
+    rows = tuple(
+        (
+            use,
+            f"{text.set}: {text.description}" if text.description else text.set,
+            f"{text.sequences:,} x {text.length:,}",
+            numbers.count(text.tokens),
+            text.license,
+            text.sha256[:12],
+        )
+        for use, text in pairs
+        if text is not None
+    )
+    columns = ("use", "set", ">sequences", ">tokens", "licence", "sha256")
+    return Table(title="Text", columns=columns, rows=rows)
+
+
+def origin(fidelity: Fidelity) -> Table:
+    """Versions, seeds and hashes: what to have to make the same bytes again."""
+    pairs = [("source", fidelity.source.model), ("source revision", fidelity.source.revision or numbers.MISSING)]
+    pairs += [("source sha256", fidelity.source.hash)]
+    pairs += [(f"{name} sha256", value) for name, value in fidelity.hashes.items()]
+    pairs += [(f"{row.task} data sha256", row.data_sha256) for row in fidelity.benchmarks if row.data_sha256]
+    pairs += [(name, value) for name, value in fidelity.versions.items()]
+    pairs += [(f"seed, {name}", str(value)) for name, value in fidelity.seeds.items()]
+    return Table(title="Origin", columns=("what", "value"), rows=tuple(pairs))
+
+
+def _rates(what: str, pairs: Sequence[tuple[str, tuple[float | None, float | None] | None]]) -> str:
+    """A sentence on the tasks where a rate is not zero on both sides: source -> artifact."""
+    told = [
+        f"{task} {numbers.percent(rate[0], 1)} -> {numbers.percent(rate[1], 1)}"
+        for task, rate in pairs
+        if rate and any(rate)
+    ]
+    return f" {what}: {', '.join(told)}." if told else ""
+
+
+def _measured(row: Distribution, name: str) -> Figure | None:
+    figure: Figure | None = getattr(row, name)
+    return figure
+
+
+def _badness(row: Module) -> tuple[bool, float]:
+    known = row.output_relative_error if row.output_relative_error is not None else row.relative_error
+    return row.output_relative_error is not None, _rank(known, missing=-1.0)
+
+
+def _rank(value: float | None, missing: float) -> float:
+    return missing if value is None else value
+
+
+def _finite(share: float | None) -> str:
+    """A figure that is always measured."""
+    return numbers.NOT_FINITE if share is None else numbers.percent(share)
+
+
+def _more(total: int, shown: int) -> str:
+    return f" and {total - shown:,} more" if total > shown else ""
+
+
+def tables(fidelity: Fidelity) -> Sequence[Table]:
+    """All of them in the order of a report; empty ones left out."""
+    made = (
+        benchmarks(fidelity), distribution(fidelity), gates(fidelity), roles(fidelity), texts(fidelity),
+        worst_modules(fidelity), worst_blocks(fidelity), routers(fidelity), experts(fidelity), fallbacks(fidelity),
+    )  # fmt: skip
+    return [table for table in made if table.rows]

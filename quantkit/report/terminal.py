@@ -1,0 +1,129 @@
+"""The same tables for a terminal of 100 columns, as rich renderables. Nothing is printed here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rich import box
+from rich.console import Group
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from quantkit.report import card, numbers, tables
+from quantkit.report.schema import Fidelity, PlanSummary
+from quantkit.report.tables import Table
+
+_STYLES = {"accepted": "green", "rejected": "bold red", "not judged": "yellow"}
+SHARDS = 4  # files that a plan shows
+WIDTH = 100  # columns of the terminal these tables are made for
+
+
+def table(made: Table) -> Group:
+    """Title, rows and note of one table. Numbers and words stay whole where a line has room, else they are folded."""
+    shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for name, width in zip(made.columns, widths(made)):
+        flush: Literal["left", "right"] = "right" if name.startswith(">") else "left"
+        shown.add_column(Text(plain(name.removeprefix(">"))), justify=flush, overflow="fold", width=width)
+    for row in made.rows:
+        shown.add_row(*(Text(plain(cell)) for cell in row))
+    note = [Text(plain(made.note), style="dim")] if made.note else []
+    return Group(Text(made.title, style="bold"), shown, *note, Text())
+
+
+def plain(text: str) -> str:
+    """One line without control characters: a name from a checkpoint must not steer the terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def widths(made: Table) -> list[int | None]:
+    """Characters per column: as wide as the cells where a line has room, never narrower than a number or a word.
+
+    [None, ...], for rich to decide, where even that is too much for a line.
+    """
+    names = [name.removeprefix(">") for name in made.columns]
+    cells = [[name, *(row[index] for row in made.rows)] for index, name in enumerate(names)]
+    natural = [max(map(len, column)) for column in cells]
+    least = [
+        full if name.startswith(">") else max(len(word) for cell in column for word in (cell.split() or [""]))
+        for name, column, full in zip(made.columns, cells, natural)
+    ]
+    spare = WIDTH - sum(least) - 2 * len(least) + 1  # a blank and a divider between columns
+    if spare < 0:
+        return [None] * len(least)
+    chosen = list(least)
+    while spare > 0 and chosen != natural:
+        narrowest = min((i for i in range(len(chosen)) if chosen[i] < natural[i]), key=lambda i: chosen[i])
+        chosen[narrowest] += 1
+        spare -= 1
+    return list(chosen)
+
+
+def fidelity_view(fidelity: Fidelity) -> Group:
+    """The report: what came out, the tables, the verdict."""
+    artifact = fidelity.artifact
+    head = Text(plain(f"{artifact.name}: {artifact.scheme}, format {artifact.format}"), style="bold")
+    head.append(
+        f"\n{numbers.size(artifact.bytes_source)} -> {numbers.size(artifact.bytes_artifact)}, "
+        f"{artifact.bits_per_weight:.2f} bits per quantized weight",
+        style="not bold",
+    )
+    verdict = Text(card.verdict(fidelity), style=_STYLES[fidelity.status])
+    return Group(head, Text(), *(table(made) for made in tables.tables(fidelity)), verdict)
+
+
+def plan_view(plan: PlanSummary) -> Group:
+    """What a build will do: source, rules, totals, memory, shards, warnings."""
+    source, memory = plan.source, plan.memory
+    head = Text(plain(f"{source.model} -> {plan.output}"), style="bold")
+    revision = f" at {source.revision}" if source.revision else ""
+    facts = f"{source.architecture}{revision}, {numbers.parameters(source.parameters)} parameters, {source.dtype}, "
+    head.append("\n" + plain(f"{facts}{numbers.size(source.bytes)}; read from {source.read_from}"), style="not bold")
+    fits = memory.peak <= memory.budget
+    waves = f", {memory.experts_per_wave} experts at once" if memory.experts_per_wave else ""
+    parts = ", ".join(f"{name} {numbers.size(n_bytes)}" for name, n_bytes in memory.parts.items())
+    lines = Text(
+        f"memory: {numbers.size(memory.peak)} of {numbers.size(memory.budget)}{waves}"
+        f"{f' ({parts})' if parts else ''}; scratch disk {numbers.size(memory.scratch_disk)}",
+        style="" if fits else "bold red",
+    )
+    warnings = [Text(plain(f"warning: {warning}"), style="yellow") for warning in plan.warnings]
+    return Group(head, Text(), table(plan_rules(plan)), table(plan_shards(plan)), lines, *warnings)
+
+
+def plan_rules(plan: PlanSummary) -> Table:
+    """What each rule decided, with the totals below."""
+    rows = [
+        (
+            rule.label,
+            rule.match,
+            rule.action,
+            numbers.count(rule.modules),
+            numbers.parameters(rule.parameters),
+            numbers.size(rule.bytes_before),
+            numbers.size(rule.bytes_after),
+            f"{rule.bits_per_weight:.2f}",
+        )
+        for rule in plan.rules
+    ]
+    totals = plan.totals
+    rows.append((
+        "total",
+        "",
+        f"{totals.modules_quantized:,} quantized, {totals.modules_kept:,} kept",
+        numbers.count(totals.modules_quantized + totals.modules_kept),
+        numbers.parameters(totals.parameters),
+        numbers.size(totals.bytes_before),
+        numbers.size(totals.bytes_after),
+        f"{totals.bits_per_weight:.2f}",
+    ))
+    columns = ("rule", "matches", "does", ">modules", ">parameters", ">before", ">after", ">bits/weight")
+    return Table(title="Rules", columns=columns, rows=tuple(rows))
+
+
+def plan_shards(plan: PlanSummary) -> Table:
+    """The first and the last output files."""
+    shards = plan.shards
+    shown = shards if len(shards) <= SHARDS else (*shards[: SHARDS - 1], shards[-1])
+    rows = tuple((shard.file, numbers.count(shard.tensors), numbers.size(shard.bytes)) for shard in shown)
+    note = f"{len(shards)} files, {plan.totals.tensors:,} tensors." if len(shards) > len(shown) else ""
+    return Table(title="Output", columns=("file", ">tensors", ">size"), rows=rows, note=note)
