@@ -171,6 +171,7 @@ class _Reader:
     faults: list[str]
 
     def document(self, events: Iterator[Event]) -> dict[str, object]:
+        """The one mapping of the stream; empty text is refused."""
         values: dict[str, object] | None = None
         for event in events:
             if isinstance(event, DocumentStartEvent):
@@ -188,6 +189,7 @@ class _Reader:
         return values or {}
 
     def value(self, event: Event, events: Iterator[Event], path: Path) -> object:
+        """Any node, at most MAX_DEPTH deep."""
         if len(path) > MAX_DEPTH:
             raise RecipeError([f"{self.at(event)}: nested more than {MAX_DEPTH} deep, no recipe is"])
         if isinstance(event, AliasEvent):
@@ -200,6 +202,7 @@ class _Reader:
         return self.scalar(event) if isinstance(event, ScalarEvent) else None
 
     def mapping(self, start: MappingStartEvent, events: Iterator[Event], path: Path) -> dict[str, object]:
+        """The keys and values up to the end of the mapping."""
         self.plain(start)
         values: dict[str, object] = {}
         for event in events:
@@ -217,6 +220,7 @@ class _Reader:
         return values
 
     def sequence(self, start: SequenceStartEvent, events: Iterator[Event], path: Path) -> list[object]:
+        """The items up to the end of the list."""
         self.plain(start)
         items: list[object] = []
         for event in events:
@@ -228,6 +232,7 @@ class _Reader:
         return items
 
     def scalar(self, event: ScalarEvent) -> object:
+        """A plain scalar by its looks; a quoted one as text."""
         self.plain(event)
         text = str(event.value)
         if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
@@ -243,10 +248,13 @@ class _Reader:
             self.fault(event, f"tags ({shown(str(tag))}) are not allowed in a recipe; quote the value to make it text")
 
     def scalar_found(self, event: Event) -> str:
+        """How a message calls a node that is no mapping."""
         return f"'{shown(event.value)}'" if isinstance(event, ScalarEvent) else "an alias"
 
     def fault(self, event: Event, sentence: str) -> None:
+        """Note a fault at the line of an event."""
         self.faults.append(f"{self.at(event)}: {sentence}")
 
     def at(self, event: Event) -> str:
+        """File and line of an event."""
         return f"{self.name}:{event.start_mark.line + 1}"

@@ -69,9 +69,11 @@ class _Check:
     faults: list[tuple[int, str]]
 
     def fault(self, path: Path, sentence: str) -> None:
+        """Note what is wrong with the value at `path`."""
         self.faults.append((self.document.line(path), f"{self.document.where(path)}: {dotted(path)}: {sentence}"))
 
     def model(self, model: type[_Model], values: object, path: Path) -> _Model | None:
+        """`values` as a model, or None and its faults."""
         try:
             return model.model_validate(values)
         except ValidationError as error:
@@ -81,6 +83,7 @@ class _Check:
             return None
 
     def rules(self, written: object, default: Quantize) -> tuple[Rule, ...] | None:
+        """The value of `rules`: None, a preset, or a list."""
         if written is None:
             return None
         if isinstance(written, str):
@@ -91,6 +94,7 @@ class _Check:
         return tuple(rule for index, item in enumerate(written) for rule in self.rule(item, ("rules", index), default))
 
     def rule(self, item: object, path: Path, default: Quantize) -> tuple[Rule, ...]:
+        """One item of the list: one rule, or those of a preset; none when it has faults."""
         entry = self.model(RuleEntry, item, path)
         if entry is None:
             return ()
@@ -114,6 +118,7 @@ class _Check:
         return (Rule(label=dotted(path), line=line, match=entry.match, quantize=scheme, keep=entry.keep),)
 
     def preset(self, name: str, path: Path, default: Quantize) -> tuple[Rule, ...]:
+        """The rules of a preset that the recipe names."""
         if name not in PRESETS:
             self.fault(path, registry.unknown("preset", shown(name), tuple(PRESETS)))
             return ()

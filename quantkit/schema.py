@@ -68,6 +68,8 @@ TaskNames = Annotated[tuple[Text, ...], Field(strict=False, max_length=1000), Af
 
 
 class Source(BaseModel):
+    """What is quantized."""
+
     model_config = FROZEN
     model: Text
     revision: Text | None = None
@@ -106,6 +108,8 @@ class Rule(BaseModel):
 
 
 class Calibration(BaseModel):
+    """The text that tells which weights matter."""
+
     model_config = FROZEN
     set: Text
     sequences: Count | None = None
@@ -117,6 +121,8 @@ class Calibration(BaseModel):
 
 
 class FidelityText(BaseModel):
+    """The text on which source and artifact are compared."""
+
     model_config = FROZEN
     set: Text
     windows: Count | None = None
@@ -124,6 +130,8 @@ class FidelityText(BaseModel):
 
 
 class Evaluation(BaseModel):
+    """The benchmarks, and how they are run."""
+
     model_config = FROZEN
     tasks: TaskNames = ()
     limit: Count | None = None
@@ -132,6 +140,8 @@ class Evaluation(BaseModel):
 
 
 class Gate(BaseModel):
+    """What one figure or task must keep to."""
+
     model_config = FROZEN
     max: Number | None = None
     min: Number | None = None
@@ -139,12 +149,16 @@ class Gate(BaseModel):
 
 
 class Output(BaseModel):
+    """The artifact."""
+
     model_config = FROZEN
     path: Text
     shard_bytes: Size = 5 * 10**9
 
 
 class Compute(BaseModel):
+    """Where and how precisely blocks run."""
+
     model_config = FROZEN
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -58,6 +58,8 @@ class Serving(BaseModel):
 
 
 class Artifact(BaseModel):
+    """What was made."""
+
     model_config = FROZEN
     name: str
     format: str
@@ -83,6 +85,8 @@ class License(BaseModel):
 
 
 class Source(BaseModel):
+    """What it was made from, and what the figures compare with."""
+
     model_config = FROZEN
     model: str
     revision: str | None
@@ -173,6 +177,8 @@ class ExpertLayer(BaseModel):
 
 
 class Experts(BaseModel):
+    """How calibration tokens were shared among the routed experts."""
+
     model_config = FROZEN
     min_tokens: int
     policy: str  # what an expert below min_tokens got
@@ -262,6 +268,8 @@ class Fidelity(BaseModel):
 
 
 class PlanSource(BaseModel):
+    """What is quantized, and how it is known."""
+
     model_config = FROZEN
     model: str
     revision: str | None = None
@@ -287,6 +295,8 @@ class PlanRule(BaseModel):
 
 
 class PlanTotals(BaseModel):
+    """The whole artifact."""
+
     model_config = FROZEN
     modules_quantized: int
     modules_kept: int
@@ -309,6 +319,8 @@ class PlanMemory(BaseModel):
 
 
 class PlanShard(BaseModel):
+    """One output file."""
+
     model_config = FROZEN
     file: str
     tensors: int

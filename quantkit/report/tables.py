@@ -85,6 +85,7 @@ def distribution(fidelity: Fidelity) -> Table:
 
 
 def gates(fidelity: Fidelity) -> Table:
+    """Every bound of the recipe, and whether it was kept."""
     words = {True: "kept", False: "MISSED", None: "not judged"}
     rows = tuple(
         (
