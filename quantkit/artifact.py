@@ -18,11 +18,9 @@ from quantkit.errors import ArtifactError, UsageError
 from quantkit.plan import Plan, Shard
 from quantkit.storage.files import sha256_file, sync_folder, write_atomic, write_json
 from quantkit.storage.tensors import ShardWriter, Written
+from quantkit.verify import INDEX, MANIFEST, SCHEMA_VERSION
 
-MANIFEST = "quantkit/manifest.json"
 TIMINGS = "quantkit/timings.json"
-INDEX = "model.safetensors.index.json"
-SCHEMA_VERSION = 1
 
 
 class Sink:

@@ -106,6 +106,7 @@ def load(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
             f"{where}: transformers' layer wants other tensors than the architecture table: "
             f"missing {result.missing_keys}, unexpected {result.unexpected_keys}"
         )
+    module.requires_grad_(False)
 
 
 def relative(block: Block, name: str) -> str:

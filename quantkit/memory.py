@@ -77,7 +77,7 @@ def any_quantized(block: Block, group: str, decisions: Mapping[str, Decision]) -
 
 
 def expert_bytes(experts: Experts, quantized: bool, grams: bool, routed: bool) -> int:
-    """One expert of a wave: BF16 as read and read ahead, float32 original and stored; to quantize it, grams and work."""
+    """One expert of a wave: BF16 as read and read ahead, float32 original and stored; to quantize it, grams, work."""
     parameters = 3 * experts.hidden * experts.intermediate
     weights = (2 + 2 + 4 + 4) * parameters
     if not quantized:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from quantkit import registry
@@ -13,6 +12,15 @@ from quantkit.contracts import Format, InputStats, Method, Quantized, Scheme
 from quantkit.decide import Decision
 from quantkit.numerics import affine
 from quantkit.numerics import gram as grams
+
+FALLBACKS: Mapping[str, str] = {
+    "zero-group": "a group whose weights all round to its zero point is stored as zeros",
+    "scale-clamped": "a group whose scale leaves the scale dtype's normal range takes the nearest scale inside it",
+    "shared-gram": "an expert with too few calibration tokens learns from all tokens of its layer",
+    "rtn-too-few-tokens": "an expert with too few calibration tokens is rounded to nearest",
+    "mtp-rtn": "no forward pass reaches an MTP block: its linears are rounded to nearest",
+}
+"""Every fallback there is, and what it means: the manifest names them per module, the report counts them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +100,5 @@ def solve(
 
 
 def found_fallbacks(quantized: Quantized, scheme: Scheme) -> tuple[str, ...]:
-    """Fallbacks the rounding itself met, with how many groups: "zero-group x 3"."""
-    counts = affine.fallbacks(quantized, scheme)
-    return tuple(f"{name} x {int(torch.as_tensor(count).sum())}" for name, count in counts.items() if int(count.sum()))
+    """Fallbacks that the rounding itself met in some group."""
+    return tuple(name for name, count in affine.fallbacks(quantized, scheme).items() if int(count.sum()))

@@ -1,0 +1,178 @@
+"""Source and artifact on the same benchmark items, the artifact as read back from its files.
+
+The source's answers are kept in a cache under everything that can change them, so that the second artifact of a model
+costs one run. Whatever keeps a task from running is a row of the report and never stops the artifact.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from quantkit import whole
+from quantkit.build import Progress
+from quantkit.errors import EvaluationError
+from quantkit.evaluate import benchmarks, samples, sandbox, statistics, tasks
+from quantkit.evaluate.samples import ItemPair, ItemResult
+from quantkit.evaluate.tasks import Task
+from quantkit.layers import skeleton
+from quantkit.memory import BASE_BYTES
+from quantkit.plan import Plan
+from quantkit.report.schema import Benchmark, Figure
+from quantkit.sources import Compute
+from quantkit.storage.checkpoint import Checkpoint
+from quantkit.storage.corpora import load_tokenizer
+
+WHOLE_MODEL_COPIES = 1.7
+"""Peak over size of a model that is assembled in memory: its largest stacked tensors exist twice for a moment."""
+
+DEFAULT_RECOVERY = 0.98
+"""The share of the source's score a task must keep for "pass" when the recipe sets no gate of its own."""
+
+Tell = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A row per task, and both answers of every item of the tasks that ran."""
+
+    rows: tuple[Benchmark, ...]
+    pairs: tuple[ItemPair, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What both models are asked, and in which way."""
+
+    plan: Plan
+    compute: Compute
+    tasks: tuple[Task, ...]
+    jail: sandbox.Sandbox
+    tell: Tell
+
+
+def compare(plan: Plan, source: Checkpoint, folder: Path, compute: Compute, *, evaluate: bool, tell: Tell) -> Compared:
+    """Run the recipe's tasks on both models; rows with status "not run" and a reason where that cannot be."""
+    names = plan.recipe.evaluation.tasks
+    if not evaluate:
+        return not_run(names, "skipped by --skip-evaluation")
+    needed = BASE_BYTES + int(WHOLE_MODEL_COPIES * compute.hidden_bytes * whole.parameters(plan.layout))
+    if names and needed > plan.memory.budget_bytes:
+        return not_run(
+            names,
+            f"the whole model needs {needed / 1e9:.0f} GB in {compute.dtype}, memory allows "
+            f"{plan.memory.budget_bytes / 1e9:.0f} GB",
+        )
+    try:
+        loaded = tasks.load(names)
+        jail = sandbox.probe() if any(task.code for task in loaded) else sandbox.Sandbox(kind="none")
+        job = Job(plan=plan, compute=compute, tasks=loaded, jail=jail, tell=tell)
+        baseline = source_items(job, source)
+        schemes = {name: d.scheme for name, d in plan.decisions.items() if d.scheme is not None}
+        candidate = answers(job, "artifact", whole.reader(Checkpoint.open(folder), plan.recipe.format, schemes), source)
+    except EvaluationError as error:
+        return not_run(names, str(error))
+    pairs = samples.pair(baseline, candidate)
+    return Compared(rows=tuple(row(job, task, pairs) for task in loaded), pairs=tuple(pairs))
+
+
+def not_run(names: Sequence[str], reason: str) -> Compared:
+    """Every task with the reason why it has no figures."""
+    return Compared(rows=tuple(Benchmark(task=name, status="not run", reason=reason) for name in names))
+
+
+def source_items(job: Job, source: Checkpoint) -> list[ItemResult]:
+    """The source's answers, from the cache when nothing that could change them has changed."""
+    versions = {name: version(name) for name in ("quantkit", "torch", "transformers", "lm_eval")}
+    key = samples.cache_key(
+        source.content_hash(),
+        {task.name: task.sha256 for task in job.tasks},
+        job.plan.recipe.evaluation.limit,
+        f"{job.compute.dtype} on {job.compute.device}",
+        {**versions, "sandbox": f"{job.jail.kind} {job.jail.python}"},
+    )
+    cached = samples.read_cached(cache_folder(), key)
+    if cached is not None:
+        return cached
+    items = answers(job, "source", whole.reader(source), source)
+    samples.write_cached(cache_folder(), key, items)
+    return items
+
+
+def cache_folder() -> Path:
+    """Where baselines are kept: $QUANTKIT_CACHE, else the user's cache folder."""
+    chosen = os.environ.get("QUANTKIT_CACHE")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (Path(chosen) if chosen else home / "quantkit") / "baselines"
+
+
+def answers(job: Job, name: str, read: whole.Read, source: Checkpoint) -> list[ItemResult]:
+    """Load one model whole, let it answer every item, and let go of it."""
+    device, dtype = torch.device(job.compute.device), getattr(torch, job.compute.dtype)
+    model = whole.model(skeleton(job.plan.source.config, device, dtype), job.plan.layout, read)
+    try:
+        return benchmarks.run(
+            model,
+            load_tokenizer(source.folder),
+            job.tasks,
+            limit=job.plan.recipe.evaluation.limit,
+            batch_size=job.plan.recipe.evaluation.batch_size,
+            sandbox=job.jail,
+            progress=lambda done, total: job.tell(Progress(stage=f"benchmarks, {name}", done=done, total=total)),
+        )
+    finally:
+        del model
+        gc.collect()
+
+
+def row(job: Job, task: Task, pairs: Sequence[ItemPair]) -> Benchmark:
+    """The row of one task, scored by its first filter."""
+    mine = [pair for pair in pairs if pair.baseline.task == task.name and pair.baseline.filter == task.filters[0]]
+    score = benchmarks.scores([pair.candidate for pair in mine])
+    unscored = [pair for pair in mine if pair.baseline.score is None or pair.candidate.score is None]
+    if unscored or len(mine) < 2:
+        reason = score[0].not_run if score and score[0].not_run else f"{len(mine)} items are too few to compare"
+        return Benchmark(task=task.name, status="not run", reason=reason, n=len(mine))
+    gate = job.plan.recipe.gates.get(task.name)
+    found = statistics.compare(
+        [pair.baseline.score or 0.0 for pair in mine],
+        [pair.candidate.score or 0.0 for pair in mine],
+        gate.min_recovery if gate and gate.min_recovery is not None else DEFAULT_RECOVERY,
+    )
+    return Benchmark(
+        task=task.name,
+        metric=task.filters[0],
+        n=found.n,
+        source=found.baseline,
+        artifact=found.candidate,
+        delta_pp=points(found.difference),
+        recovery=share(found),
+        lost=found.lost,
+        gained=found.gained,
+        mcnemar_p=found.p_value,
+        verdict=found.text,
+        data_sha256=task.sha256,
+    )
+
+
+def points(difference: statistics.Difference) -> Figure:
+    """A difference of scores in percentage points."""
+    interval = difference.interval
+    return Figure(
+        value=100 * difference.mean,
+        se=100 * difference.standard_error,
+        ci=(100 * interval.low, 100 * interval.high),
+    )
+
+
+def share(found: statistics.Comparison) -> Figure | None:
+    """Recovery with its interval; None when the source scores nothing."""
+    if found.recovery is None or found.recovery_interval is None:
+        return None
+    return Figure(value=found.recovery, ci=(found.recovery_interval.low, found.recovery_interval.high))

@@ -1,0 +1,220 @@
+"""From what a build measured to the report's values; nothing is computed anew, nothing is rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from platform import python_version
+from typing import Literal
+
+from quantkit.contracts import Role as LinearRole
+from quantkit.decide import NO_RULE, Decision
+from quantkit.evaluate.distribution import Measured
+from quantkit.numerics.fidelity import Estimate
+from quantkit.plan import Plan, source_bytes
+from quantkit.report import schema
+from quantkit.report.schema import Benchmark, Fidelity, Figure
+from quantkit.solve import FALLBACKS, ModuleRecord
+from quantkit.storage.corpora import CorpusSet, Tokens
+from quantkit.summary import bytes_after, scheme_text, source_dtype
+from quantkit.work import BlockRecord
+
+TextName = Literal["calibration", "fidelity"]
+
+PACKAGES = ("quantkit", "torch", "transformers", "safetensors", "tokenizers", "lm_eval")
+
+PROTECTED_REASON = "never quantized unless a rule names it"
+
+
+def versions() -> dict[str, str]:
+    """What computed the artifact."""
+    return {"python": python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def fidelity(
+    plan: Plan,
+    blocks: Sequence[BlockRecord],
+    measured: Measured,
+    texts: Mapping[TextName, schema.Text],
+    benchmarks: Sequence[Benchmark],
+    licence: schema.License | None,
+) -> Fidelity:
+    """The whole report, not judged yet."""
+    records = [record for block in blocks for record in block.modules]
+    return Fidelity(
+        artifact=artifact(plan),
+        source=source(plan, licence),
+        calibration=texts.get("calibration"),
+        measured_on=texts.get("fidelity"),
+        distribution=distribution(measured),
+        blocks=tuple(
+            schema.BlockError(block=block.name, relative_error=block.output_error)
+            for block in blocks
+            if block.output_error is not None
+        ),
+        modules=tuple(module(record) for record in records),
+        routers=tuple(
+            schema.Router(block=block.name, agreement=block.router_agreement)
+            for block in blocks
+            if block.router_agreement is not None
+        ),
+        experts=experts(plan, blocks),
+        fallbacks=fallbacks(records),
+        benchmarks=tuple(benchmarks),
+        versions=versions(),
+        seeds={"calibration": plan.recipe.calibration.seed} if plan.recipe.calibration else {},
+        hashes={"recipe": plan.recipe.hash, "plan": plan.hash},
+        command=f"quantkit build {plan.recipe.name}",
+    )
+
+
+def artifact(plan: Plan) -> schema.Artifact:
+    """What was made, in numbers and in words."""
+    quantized = [decision for decision in plan.decisions.values() if decision.action == "quantize"]
+    weights = sum(decision.linear.n_parameters for decision in quantized)
+    stored = sum(bytes_after(plan, decision) for decision in quantized)
+    bits = f"{plan.recipe.quantize.bits}-bit"
+    name = plan.recipe.output.path.rstrip("/").rpartition("/")[2]
+    return schema.Artifact(
+        name=name,
+        format=plan.recipe.format,
+        scheme="; ".join(schemes(quantized)) or "nothing is quantized",
+        parameters=sum(spec.n_elements for spec in plan.specs.values()),
+        bytes_source=source_bytes(plan, list(plan.specs)),
+        bytes_artifact=sum(shard.n_bytes for shard in plan.shards),
+        bits_per_weight=8 * stored / weights if weights else 16.0,
+        roles=tuple(roles(plan)),
+        serving=tuple(
+            schema.Serving(engine=engine, command=command.format(path=plan.recipe.output.path))
+            for engine, command in plan.format.engines.items()
+        ),
+        notes=plan.architecture.serving_notes,
+        tags=(plan.recipe.format, bits),
+    )
+
+
+def schemes(quantized: Sequence[Decision]) -> list[str]:
+    """ "awq, int4 g128 asymmetric, bfloat16 scales", one per scheme in use."""
+    told = [
+        f"{d.method}{'' if d.rounding == 'nearest' else f' + {d.rounding} rounding'}, {scheme_text(d.scheme)}, "
+        f"{d.scheme.scale_dtype} scales"
+        for d in quantized
+        if d.scheme is not None
+    ]
+    return list(dict.fromkeys(told))
+
+
+def roles(plan: Plan) -> list[schema.Role]:
+    """What happened to the linears of each role, and why."""
+    by_role: dict[LinearRole, list[Decision]] = {}
+    for decision in plan.decisions.values():
+        by_role.setdefault(decision.linear.role, []).append(decision)
+    found = []
+    for role, decisions in by_role.items():
+        kept = [decision for decision in decisions if decision.action != "quantize"]
+        stored = dict.fromkeys(
+            scheme_text(d.scheme) if d.scheme else ("dropped" if d.action == "drop" else kept_dtype(plan, d))
+            for d in decisions
+        )
+        reasons = dict.fromkeys(PROTECTED_REASON if d.rule == NO_RULE else d.rule for d in decisions)
+        found.append(
+            schema.Role(
+                role=role,
+                quantized=len(decisions) - len(kept),
+                kept=len(kept),
+                parameters=sum(decision.linear.n_parameters for decision in decisions),
+                stored=", ".join(stored),
+                reason=", ".join(reasons),
+            )
+        )
+    return found
+
+
+def kept_dtype(plan: Plan, decision: Decision) -> str:
+    """How an unquantized linear is stored."""
+    dtype = plan.specs[f"{decision.linear.name}.weight"].dtype
+    return "BF16" if dtype.startswith("F8") else dtype
+
+
+def source(plan: Plan, licence: schema.License | None) -> schema.Source:
+    """What the artifact is compared with."""
+    dtype = source_dtype(plan)
+    return schema.Source(
+        model=plan.source.model,
+        revision=plan.source.revision,
+        hash=plan.source.fingerprint or "",
+        architecture=plan.source.config.text("model_type"),
+        dtype=dtype,
+        baseline=f"BF16 dequantization of {dtype}" if dtype.startswith("FP8") else dtype,
+        license=licence,
+    )
+
+
+def licence(card: Mapping[str, str]) -> schema.License | None:
+    """The source's licence as its own model card states it; None when it states none."""
+    if "license" not in card:
+        return None
+    return schema.License(id=card["license"], name=card.get("license_name"), link=card.get("license_link"))
+
+
+def text(corpus: CorpusSet, tokens: Tokens, length: int, seed: int | None) -> schema.Text:
+    """Text that was calibrated or measured on."""
+    return schema.Text(
+        set=corpus.name,
+        license=corpus.licence,
+        sha256=corpus.sha256,
+        sequences=tokens.n_sequences,
+        length=length,
+        tokens=tokens.n_tokens,
+        seed=seed,
+        description=corpus.origin,
+    )
+
+
+def figure(estimate: Estimate) -> Figure:
+    """A measured number with its standard error."""
+    return Figure(value=estimate.value, se=estimate.error)
+
+
+def distribution(measured: Measured) -> tuple[schema.Distribution, ...]:
+    """The figures of every domain, all text first."""
+    found = []
+    for domain, figures in measured.summaries().items():
+        values = {name: figure(estimate) for name, estimate in figures.items()}
+        found.append(schema.Distribution(domain=domain, tokens=figures["kl_mean"].n, **values))
+    return tuple(found)
+
+
+def module(record: ModuleRecord) -> schema.Module:
+    """What became of one quantized matrix."""
+    return schema.Module(
+        name=record.module,
+        rule=record.rule,
+        method=record.method,
+        rounding=record.rounding,
+        scheme=scheme_text(record.scheme),
+        relative_error=record.relative_error,
+        sqnr_db=record.sqnr_db,
+        output_relative_error=record.output_error,
+        tokens=record.tokens,
+        fallback=", ".join(record.fallbacks) or None,
+        rescaled=record.rescaled,
+    )
+
+
+def experts(plan: Plan, blocks: Sequence[BlockRecord]) -> schema.Experts | None:
+    """Calibration tokens per expert."""
+    layers = tuple(schema.ExpertLayer(block=b.name, tokens=b.expert_tokens) for b in blocks if b.expert_tokens)
+    calibration = plan.recipe.calibration
+    if not layers or calibration is None:
+        return None
+    return schema.Experts(min_tokens=calibration.min_expert_tokens, policy=calibration.under_calibrated, layers=layers)
+
+
+def fallbacks(records: Sequence[ModuleRecord]) -> tuple[schema.Fallback, ...]:
+    """Every fallback that was taken, with the modules that took it."""
+    taken: dict[str, list[str]] = {}
+    for record in records:
+        for name in record.fallbacks:
+            taken.setdefault(name, []).append(record.module)
+    return tuple(schema.Fallback(kind=k, meaning=FALLBACKS[k], modules=tuple(m)) for k, m in taken.items())

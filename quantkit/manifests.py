@@ -1,0 +1,83 @@
+"""The durable description of an artifact: manifest and resolved plan. No time, no path of this machine is in them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+
+from quantkit import sources
+from quantkit.artifact import config_values
+from quantkit.evidence import versions
+from quantkit.plan import Plan
+from quantkit.report.schema import Fidelity
+from quantkit.solve import ModuleRecord
+from quantkit.storage.checkpoint import Checkpoint
+from quantkit.summary import action_text, plan_summary
+from quantkit.work import BlockRecord
+
+ENVIRONMENT = ("MKL_CBWR", "CUBLAS_WORKSPACE_CONFIG")
+
+
+def manifest(plan: Plan, source: Checkpoint, report: Fidelity, blocks: Sequence[BlockRecord]) -> dict[str, object]:
+    """What `verify` checks and a reviewer traces: `seal` adds the hashes of the files."""
+    return {
+        "status": report.status,
+        "plan": plan.hash,
+        "recipe": plan.recipe.hash,
+        "source": {
+            "model": plan.source.model,
+            "revision": plan.source.revision,
+            "fingerprint": plan.source.fingerprint,
+            "files": source.hashes(),
+        },
+        "quantization_config": config_values(plan).get("quantization_config"),
+        "tensors": {t.name: [t.dtype, list(t.shape)] for shard in plan.shards for t in shard.tensors},
+        "modules": {record.module: module(record) for block in blocks for record in block.modules},
+        "blocks": {block.name: block_values(block) for block in blocks},
+        "versions": versions(),
+        "environment": environment(plan),
+        "seeds": report.seeds,
+    }
+
+
+def module(record: ModuleRecord) -> dict[str, object]:
+    """A quantized linear: rule, method, scheme, errors, tokens and fallbacks."""
+    return {key: value for key, value in asdict(record).items() if key != "module"}
+
+
+def block_values(block: BlockRecord) -> dict[str, object]:
+    """What was chosen and checked for a block as a whole."""
+    return {
+        "fold_change": block.fold_change,
+        "output_error": block.output_error,
+        "router_agreement": block.router_agreement,
+        "expert_tokens": block.expert_tokens,
+        "scales": [asdict(choice) for choice in block.choices],
+    }
+
+
+def environment(plan: Plan) -> dict[str, str]:
+    """What could change a bit: device, dtype, and how the linear algebra libraries were told to sum."""
+    compute = sources.compute(plan.recipe)
+    found = {"device": compute.device, "dtype": compute.dtype, "cpu": torch.backends.cpu.get_cpu_capability()}
+    if compute.device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+    return found | {name: os.environ.get(name, "unset") for name in ENVIRONMENT}
+
+
+def plan_json(plan: Plan) -> str:
+    """quantkit/plan.json: the recipe as resolved, and what it decided over every linear."""
+    summary = plan_summary(plan).model_dump(mode="json", exclude={"memory", "output"})
+    decisions = {name: [action_text(d), d.rule] for name, d in plan.decisions.items()}
+    values = {
+        "hash": plan.hash,
+        "recipe": {**plan.recipe.dump(), "memory": None, "output": {"shard_bytes": plan.recipe.output.shard_bytes}},
+        "summary": summary,
+        "decisions": decisions,
+        "dropped": list(plan.dropped),
+    }
+    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"

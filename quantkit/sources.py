@@ -1,0 +1,125 @@
+"""From a recipe to its plan: resolve the source, read headers or the published config, size up the text."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from quantkit import registry
+from quantkit.contracts import Config
+from quantkit.errors import CheckpointError, UsageError
+from quantkit.plan import Plan, SourceFacts, make_plan
+from quantkit.schema import Recipe
+from quantkit.storage import builtin, hub
+from quantkit.storage.checkpoint import Checkpoint
+from quantkit.storage.machine import memory_available
+
+MEMORY_SHARE = 0.7
+"""Of the memory that is free when a recipe names no budget: the rest is for the page cache and other programs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """Where blocks run and in which dtype, with `auto` resolved."""
+
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "bfloat16"]
+
+    @property
+    def hidden_bytes(self) -> Literal[2, 4]:
+        """Width of a hidden value on disk."""
+        return 4 if self.dtype == "float32" else 2
+
+
+def compute(recipe: Recipe) -> Compute:
+    """The recipe's words, or a GPU in bfloat16 where there is one and else the CPU in float32."""
+    wanted = recipe.compute
+    device = wanted.device
+    if device != "cpu":
+        import torch  # noqa: PLC0415  # seconds; a plan for the CPU does without
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UsageError(f"{recipe.where('compute', 'device')}: compute.device: expected a CUDA device, found none")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = wanted.dtype if wanted.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
+    return Compute(device=device, dtype=dtype)
+
+
+def published(model: str) -> tuple[str, Config] | None:
+    """File and config that a family publishes for a hub id, shipped so that its plan needs no network."""
+    folder = importlib.resources.files("quantkit.architectures") / "published"
+    for name in registry.names("architectures"):
+        files = registry.architecture(name).published or {}
+        if model in files:
+            values = json.loads((folder / files[model]).read_text(encoding="utf-8"))
+            return files[model], Config(values=values, where=files[model])
+    return None
+
+
+def facts(recipe: Recipe) -> SourceFacts:
+    """Headers of the source; for a hub model that cannot be reached, the config its family publishes."""
+    model, revision = recipe.source.model, recipe.source.revision
+    try:
+        headers = hub.resolve_headers(model, revision)
+    except CheckpointError:
+        known = published(model)
+        if known is None:
+            raise
+        return SourceFacts(
+            model=model, revision=revision, config=known[1], specs=None, fingerprint=None, where=known[0]
+        )
+    return SourceFacts(
+        model=model,
+        revision=headers.revision,
+        config=headers.config,
+        specs=headers.specs,
+        fingerprint=None,
+        where=model,
+    )
+
+
+def facts_of(recipe: Recipe, source: Checkpoint, revision: str | None) -> SourceFacts:
+    """What is known of a source whose files are here."""
+    return SourceFacts(
+        model=recipe.source.model,
+        revision=revision,
+        config=source.config,
+        specs=source.specs,
+        fingerprint=source.fingerprint(),
+        where=recipe.source.model,
+    )
+
+
+def budget(recipe: Recipe) -> int:
+    """Bytes of host memory a build may use."""
+    return recipe.memory if recipe.memory is not None else int(MEMORY_SHARE * memory_available())
+
+
+def text_tokens(recipe: Recipe) -> dict[Literal["calibration", "fidelity"], int]:
+    """Upper bounds for the streams' tokens before a tokenizer is loaded: sequences times length, or the text's bytes."""
+    calibration, fidelity = recipe.calibration, recipe.fidelity
+    return {
+        "calibration": most_tokens(calibration.set, calibration.sequences, calibration.length) if calibration else 0,
+        "fidelity": most_tokens(fidelity.set, fidelity.windows, fidelity.length),
+    }
+
+
+def most_tokens(name: str, sequences: int | None, length: int) -> int:
+    """An upper bound of a set's tokens; a token has at least one byte."""
+    if sequences is not None:
+        return sequences * length
+    for path in (builtin.folder("calibration") / f"{name}.jsonl", Path(name).with_suffix(".jsonl")):
+        if path.is_file():
+            return path.stat().st_size
+    return length
+
+
+def plan_recipe(recipe: Recipe, source: SourceFacts, tokens: Mapping[Literal["calibration", "fidelity"], int]) -> Plan:
+    """The plan on this machine."""
+    return make_plan(
+        recipe, source, budget_bytes=budget(recipe), tokens=tokens, hidden_bytes=compute(recipe).hidden_bytes
+    )

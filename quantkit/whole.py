@@ -1,0 +1,90 @@
+"""A whole model in memory, from source or artifact files, as an ordinary transformers model of plain weights.
+
+For benchmarks on models that fit, and for tests: every quantized linear is unpacked from the tensors on disk, so what
+answers is what ships.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit import registry
+from quantkit.contracts import Block, Layout, Scheme
+from quantkit.layers import Skeleton, load
+from quantkit.storage.checkpoint import Checkpoint
+
+Read = Callable[[str], Tensor]
+"""Full name of a logical tensor ("model.layers.0.mlp.up_proj.weight") -> its values, unpacked."""
+
+
+def reader(checkpoint: Checkpoint, format_name: str | None = None, schemes: dict[str, Scheme] | None = None) -> Read:
+    """Reads logical tensors of a source, or of an artifact whose `schemes` say what is packed in which format."""
+    packed = schemes or {}
+    parts: dict[str, list[str]] = {}
+    for name in checkpoint.specs:
+        parts.setdefault(name.rpartition(".")[0], []).append(name)
+
+    def read(name: str) -> Tensor:
+        module, _, kind = name.rpartition(".")
+        if kind != "weight" or module not in packed or format_name is None:
+            return checkpoint.read([name])[name]
+        tensors = {full.removeprefix(f"{module}."): tensor for full, tensor in checkpoint.read(parts[module]).items()}
+        return registry.format(format_name).dequantize(tensors, packed[module])
+
+    return read
+
+
+def parameters(layout: Layout) -> int:
+    """Weights of the model that transformers runs."""
+    skipped = sum(linear.n_parameters for block in layout.blocks if block.kind == "mtp" for linear in block.linears)
+    return sum(linear.n_parameters for linear in layout.linears) - skipped
+
+
+def model(skeleton: Skeleton, layout: Layout, read: Read) -> Any:
+    """The model with its weights, in the skeleton's dtype and on its device."""
+    whole = copy.deepcopy(skeleton.model)
+    whole.model.rotary_emb = skeleton.rotary
+    buffers = {name for name, _ in whole.named_buffers()}
+    state = {
+        name: tensor.to(device=skeleton.device, dtype=torch.float32 if name in buffers else skeleton.dtype)
+        for name, tensor in state_dict(layout, read)
+    }
+    if layout.head is None:
+        state["lm_head.weight"] = state[f"{layout.embedding.name}.weight"]
+    load(whole, state, "the whole model")
+    return whole.eval()
+
+
+def state_dict(layout: Layout, read: Read) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under the name transformers gives it: the experts of a block are stacked."""
+    yield f"{layout.embedding.name}.weight", read(f"{layout.embedding.name}.weight")
+    for block in layout.blocks:
+        if block.kind == "decoder":
+            yield from block_state(block, read)
+    yield layout.final_norm.name, read(layout.final_norm.name)
+    if layout.head:
+        yield f"{layout.head.name}.weight", read(f"{layout.head.name}.weight")
+
+
+def block_state(block: Block, read: Read) -> Iterator[tuple[str, Tensor]]:
+    """A block's tensors; gate and up of all experts as one [experts, 2 * intermediate, hidden]."""
+    names = [spec.name for spec in block.others]
+    names += [f"{linear.name}.weight" for linear in block.linears if linear.role != "routed_expert"]
+    names += [f"{linear.name}.bias" for linear in block.linears if linear.bias]
+    for name in names:
+        yield name, read(name)
+    experts = block.experts
+    if experts is None:
+        return
+
+    def weight(e: int, projection: str) -> Tensor:
+        return read(f"{experts.linear(e, projection)}.weight")
+
+    both = [torch.cat([weight(e, experts.gate), weight(e, experts.up)]) for e in range(experts.count)]
+    yield f"{experts.module}.gate_up_proj", torch.stack(both)  # [experts, 2 * intermediate, hidden]
+    yield f"{experts.module}.down_proj", torch.stack([weight(e, experts.down) for e in range(experts.count)])
