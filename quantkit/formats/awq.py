@@ -1,0 +1,189 @@
+"""AWQ "gemm": four-bit codes as AutoAWQ packs them, which vLLM, SGLang and AutoAWQ read (FORMATS.md, section 1).
+
+    qweight [in, out / 8] int32    eight codes per word along `out`, in the order 0 2 4 6 1 3 5 7
+    qzeros  [n_groups, out / 8] int32    the same packing; W = (code - zero) * scale, without GPTQ's minus one
+    scales  [n_groups, out] float16 or bfloat16
+
+Everything is transposed against a Linear's [out, in].
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from quantkit.contracts import PROTECTED_ROLES, Format, Linear, Quantized, Scheme, TensorSpec
+from quantkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BITS = 4
+PER_WORD = 8
+GROUP_SIZES = (32, 64, 128, -1)
+"""What the Marlin kernels of vLLM and SGLang know; others fall to slow kernels or fail."""
+SCALE_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
+FUSED: Mapping[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+"""Modules that engines make of several at load. SGLang looks for their own names in modules_to_not_convert."""
+
+
+def accepts(scheme: Scheme, linear: Linear) -> str | None:
+    """None, or the first reason why engines could not load this linear, with what to do."""
+    return scheme_fault(scheme) or linear_fault(scheme, linear)
+
+
+def scheme_fault(scheme: Scheme) -> str | None:
+    """Why no linear of this scheme can be stored."""
+    if scheme.kind != "int" or scheme.bits != BITS:
+        found = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
+        return (
+            f"AutoAWQ, vLLM and SGLang read AWQ with 4-bit integers only, found {found}; use format dense to study it"
+        )
+    if scheme.symmetric:
+        return "AutoAWQ, vLLM and SGLang read AWQ with zero points, found symmetric: true; use symmetric: false"
+    if scheme.group_size not in GROUP_SIZES:
+        return f"the AWQ kernels of vLLM and SGLang know group sizes 32, 64, 128 and -1, found {scheme.group_size}"
+    if scheme.scale_dtype not in SCALE_DTYPES:
+        return f"vLLM and SGLang hold AWQ scales in 16 bits, found {scheme.scale_dtype}; use bfloat16 or float16"
+    return None
+
+
+def linear_fault(scheme: Scheme, linear: Linear) -> str | None:
+    """Why this linear cannot be stored in a scheme that others can."""
+    if linear.role in PROTECTED_ROLES:
+        return f"vLLM and SGLang build a {linear.role.replace('_', ' ')} without AWQ and find no weight; keep it"
+    if linear.out_features % PER_WORD:
+        return (
+            f"{linear.out_features} output features do not fill AWQ's words of 8 codes in any engine; keep this linear"
+        )
+    if scheme.group_size == -1:
+        broken = linear.role == "routed_expert"
+        return "vLLM divides experts by the AWQ group size and fails on -1; use 128, 64 or 32" if broken else None
+    if linear.in_features % scheme.group_size:
+        return f"no engine loads AWQ with group_size {scheme.group_size} over {linear.in_features} input features"
+    return None
+
+
+def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
+    """qweight, qzeros and scales of one linear, with full names."""
+    groups, words = scheme.groups(linear.in_features), linear.out_features // PER_WORD
+    dtype = SCALE_DTYPES[scheme.scale_dtype]
+    return (
+        TensorSpec(name=f"{linear.name}.qweight", dtype="I32", shape=(linear.in_features, words)),
+        TensorSpec(name=f"{linear.name}.qzeros", dtype="I32", shape=(groups, words)),
+        TensorSpec(name=f"{linear.name}.scales", dtype=dtype, shape=(groups, linear.out_features)),
+    )
+
+
+def pack(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
+    """codes [out, in], scale and zero [out, n_groups] -> local names; NumericsError when a code has no four bits."""
+    from quantkit.numerics import words  # torch starts when there is something to store
+
+    if quantized.zero is None:
+        raise UsageError("format awq: stores zero points, found a symmetric matrix; use symmetric: false")
+    return {
+        "qweight": words.pack(quantized.codes.T, BITS, axis=1, order=words.AWQ_ORDER),  # [out, in] -> [in, out / 8]
+        "qzeros": words.pack(quantized.zero.T, BITS, axis=1, order=words.AWQ_ORDER),  # -> [n_groups, out / 8]
+        "scales": quantized.scale.T.contiguous(),  # [out, n_groups] -> [n_groups, out]
+    }
+
+
+def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
+    """qweight, qzeros, scales -> the weight [out, in] float32 that engines compute with."""
+    from quantkit.numerics import affine, words
+
+    stored = Quantized(
+        codes=words.unpack(tensors["qweight"], BITS, axis=1, order=words.AWQ_ORDER).T,  # [in, out / 8] -> [out, in]
+        scale=tensors["scales"].T,  # [n_groups, out] -> [out, n_groups]
+        zero=words.unpack(tensors["qzeros"], BITS, axis=1, order=words.AWQ_ORDER).T,  # -> [out, n_groups]
+    )
+    return affine.dequantize(stored, scheme)
+
+
+def quantization_config(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, object]:
+    """The entry for config.json; UsageError when a kept module cannot be named without hitting a quantized one."""
+    found = sorted({scheme.group_size for scheme in schemes.values()})
+    if len(found) != 1:
+        raise UsageError(f"format awq: config.json has room for one group size, found {found}; use one for all rules")
+    return {
+        "quant_method": "awq",
+        "bits": BITS,
+        "group_size": found[0],
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": not_converted(list(schemes), kept),
+    }
+
+
+def not_converted(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
+    """Names that make every loader leave `kept` alone and none of `quantized`.
+
+    Each kept linear is named by its highest parent under which nothing is quantized, as far as no loader takes that
+    name for a quantized module too. Where no parent serves, fused modules are named beside their members.
+    """
+    avoid = lines(engine_names(quantized))
+    safe: dict[str, bool] = {}
+    named: dict[str, None] = {}
+    for name in kept:
+        for form in forms(name):
+            if form not in safe:
+                safe[form] = not hits(form, avoid)
+        entry = next((form for form in forms(name) if safe[form]), None)
+        if entry is None:
+            raise UsageError(
+                f"format awq: {name} is kept, but some engine would take its name in modules_to_not_convert for a "
+                "quantized module too; quantize it, or keep the modules whose names contain it"
+            )
+        named[entry] = None
+    fused = [name for name in engine_names(kept) if not any(hits(entry, lines([name])) for entry in named)]
+    return [*named, *(name for name in fused if not hits(name, avoid))]
+
+
+def forms(name: str) -> list[str]:
+    """Ways to name a module, the highest parent first. A layer keeps its trailing dot: "layers.1" is in "layers.10"."""
+    parts = name.split(".")
+    parents = [".".join(parts[: n + 1]) + ("." if parts[n].isdigit() else "") for n in range(len(parts) - 1)]
+    return [*parents, name]
+
+
+def engine_names(modules: Sequence[str]) -> list[str]:
+    """Names under which engines know these modules: their own, and those of the fused modules they end up in."""
+    found = dict.fromkeys(modules)
+    for module in modules:
+        parent, _, last = module.rpartition(".")
+        found |= dict.fromkeys(f"{parent}.{fused}" for fused, members in FUSED.items() if last in members)
+    return list(found)
+
+
+def lines(names: Sequence[str]) -> str:
+    """Module names as one text, each between line breaks: 45,000 experts are searched at once."""
+    return "\n".join(["", *names, ""])
+
+
+def hits(entry: str, modules: str) -> bool:
+    """Whether some loader takes one of the `modules` (as `lines`) for unconverted because of `entry`.
+
+    AutoAWQ, vLLM and SGLang ask whether a module's name contains the entry. transformers matches the entry as a regular
+    expression from the name's start up to a dot, and its own dots then stand for any character.
+    """
+    return entry in modules or re.search(rf"\n(?:{entry})(?:(?<=\.)|(?=[.\n]))", modules) is not None
+
+
+FORMAT = Format(
+    accepts=accepts,
+    layout=layout,
+    pack=pack,
+    dequantize=dequantize,
+    quantization_config=quantization_config,
+    one_scheme=True,
+    engines={
+        "vLLM": "vllm serve {path}",
+        "SGLang": "python -m sglang.launch_server --model-path {path}",
+    },
+)

@@ -1,0 +1,61 @@
+"""Dense: the dequantized weight as an ordinary BF16 `weight`, in a checkpoint that every engine loads.
+
+It saves nothing. It is for measuring what a scheme costs that no packed format stores (3 bits, say), with any engine
+and any benchmark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from quantkit.contracts import Format, Linear, Quantized, Scheme, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def accepts(scheme: Scheme, linear: Linear) -> str | None:
+    """None for whole groups of integer codes, any bits, any role; else one sentence why not."""
+    if scheme.kind != "int":
+        return f"format dense stores integer schemes, found {scheme.kind}; use a format made for {scheme.kind}"
+    if scheme.group_size != -1 and linear.in_features % scheme.group_size:
+        return f"group_size {scheme.group_size} does not divide {linear.in_features} input features"
+    return None
+
+
+def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
+    """One BF16 tensor, `weight` [out, in]."""
+    shape = (linear.out_features, linear.in_features)
+    return (TensorSpec(name=f"{linear.name}.weight", dtype="BF16", shape=shape),)
+
+
+def pack(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
+    """The weight that the codes [out, in] stand for, rounded to bfloat16 once more."""
+    from quantkit.numerics import affine  # torch starts when there is something to store
+
+    return {"weight": affine.dequantize(quantized, scheme).bfloat16()}
+
+
+def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
+    """The stored weight as float32 [out, in]."""
+    return tensors["weight"].float()
+
+
+def quantization_config(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> None:
+    """None: engines see an unquantized checkpoint."""
+
+
+FORMAT = Format(
+    accepts=accepts,
+    layout=layout,
+    pack=pack,
+    dequantize=dequantize,
+    quantization_config=quantization_config,
+    one_scheme=False,
+    engines={
+        "vLLM": "vllm serve {path}",
+        "SGLang": "python -m sglang.launch_server --model-path {path}",
+        "transformers": "transformers serve {path}",
+    },
+)

@@ -1,0 +1,67 @@
+"""The Gram matrix of a linear's inputs, and what it says about an error in the weights.
+
+For a weight error D [out, in] and inputs X [n, in], ||X D^T||^2 = tr(D G D^T) with G = X^T X: one [in, in] matrix
+replaces every activation in the searches for scales and ranges, and in the report.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROWS = 256
+"""Rows of a weight that are worked on at once, so that temporaries stay small beside the Gram matrix."""
+
+
+def accumulate(gram: Tensor, abs_sum: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
+    """Add tokens x [n, in] to gram [in, in] and to abs_sum [in], both float32, in place.
+
+    weight [n], if given, multiplies each token's share of the gram: with the square of the router's weight the error
+    under the gram is the error in what the expert adds to the block's output.
+    """
+    x = x.float()
+    weighted = x if weight is None else x * weight.float().unsqueeze(-1)  # [n] -> [n, 1]
+    gram.addmm_(weighted.T, x)
+    abs_sum.add_(x.abs().sum(dim=0))  # [n, in] -> [in]
+
+
+def rescaled(gram: Tensor, scale: Tensor) -> Tensor:
+    """The gram of x / scale: gram [..., in, in], scale [in] or [..., in] -> [..., in, in]."""
+    return gram / (scale.unsqueeze(-1) * scale.unsqueeze(-2))  # [..., in, 1] * [..., 1, in]
+
+
+def blocks(gram: Tensor, group_size: int) -> Tensor:
+    """The diagonal blocks of a gram: [..., in, in] -> [..., n_groups, group, group], a copy."""
+    width = gram.shape[-1]
+    group = width if group_size == -1 else group_size
+    tiles = gram.unflatten(-1, (width // group, group)).unflatten(-3, (width // group, group))  # [..., b, g, b, g]
+    diagonal: Tensor = tiles.diagonal(dim1=-4, dim2=-2)  # [..., b, g, b, g] -> [..., g, g, b]
+    return diagonal.movedim(-1, -3).contiguous()  # -> [..., b, g, g]
+
+
+def error(delta: Tensor, gram: Tensor) -> Tensor:
+    """tr(D G D^T), the summed squared output error of a weight error, per matrix.
+
+    delta [..., out, in], gram [..., in, in] float32 -> [...] float64. Sums run in float64: the terms of a matrix of
+    millions of weights span many magnitudes.
+    """
+    total = torch.zeros(delta.shape[:-2], dtype=torch.float64, device=delta.device)
+    for rows in delta.split(ROWS, dim=-2):  # [..., out, in] -> [..., ROWS, in]
+        total += torch.sum((rows @ gram) * rows, dim=(-2, -1), dtype=torch.float64)
+    return total
+
+
+def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> Tensor:
+    """Share of a linear's output energy that an approximate weight loses: [...] float64, 0 for no energy and no loss.
+
+    weight, approximation [..., out, in]; gram [..., in, in]. It is ||X (W - Q)^T||^2 / ||X W^T||^2.
+    """
+    lost, energy = error(weight - approximation, gram), error(weight, gram)
+    return torch.where(lost == 0, lost, lost / energy)
+
+
+def sqnr_db(weight: Tensor, approximation: Tensor) -> Tensor:
+    """Signal to quantization noise of the weights alone, 10 log10(||W||^2 / ||W - Q||^2) in dB: [...] float64."""
+    signal = weight.square().sum(dim=(-2, -1), dtype=torch.float64)  # [..., out, in] -> [...]
+    noise = (weight - approximation).square().sum(dim=(-2, -1), dtype=torch.float64)
+    return 10 * torch.log10(signal / noise)
