@@ -83,12 +83,12 @@ def quantize_block(job: Job, block: Block, streams: Streams, record: BlockRecord
     """One block, from its source tensors to the streams behind it; yields the share done."""
     if dropped(job.plan, block):
         return
-    tensors = {name: tensor.to(job.skeleton.device).float() for name, tensor in next(job.reads).items()}
-    targets = {name: scratch(stream, block.name) for name, stream in streams.items() if block.kind == "decoder"}
-    work = Work(job=job, block=block, streams=streams, targets=targets, record=record)
     if block.kind == "mtp":
-        yield from store_unseen(work, tensors)
+        yield from store_unseen(Work(job=job, block=block, streams={}, targets={}, record=record))
         return
+    tensors = read_dense(job)
+    targets = {name: scratch(stream, block.name) for name, stream in streams.items()}
+    work = Work(job=job, block=block, streams=streams, targets=targets, record=record)
     layer, tap = decoder_layer(job.skeleton, block, job.plan.layout, tensors)
     reference = dense.reference_pass(work, layer, tap)
     learned = dense.learn(work, layer, tap, work.calibration) if work.calibration else None
@@ -107,13 +107,21 @@ def quantize_block(job: Job, block: Block, streams: Streams, record: BlockRecord
     streams.update({name: moved(streams[name], target) for name, target in targets.items()})
 
 
-def store_unseen(work: Work, tensors: Mapping[str, Tensor]) -> Iterator[float]:
-    """A block no forward pass reaches (MTP): stored as decided, methods that learn give way to rounding."""
-    folded = Folded(tensors=tensors, stats={}, rescaled=frozenset())
-    dense.store(work, folded)
-    cut = routed.waves(work.job.plan, work.block)
+def read_dense(job: Job) -> dict[str, Tensor]:
+    """The next request's tensors in float32 on the device."""
+    return {name: tensor.to(job.skeleton.device).float() for name, tensor in next(job.reads).items()}
+
+
+def store_unseen(work: Work) -> Iterator[float]:
+    """A block no forward pass reaches (MTP): stored as decided, methods that learn give way to rounding.
+
+    Tensor by tensor: an MTP block carries an embedding and a head as large as the model's own.
+    """
+    for _ in dense_requests(work.block):
+        dense.store(work, Folded(tensors=read_dense(work.job), stats={}, rescaled=frozenset()))
+    cut, nothing = routed.waves(work.job.plan, work.block), Folded(tensors={}, stats={}, rescaled=frozenset())
     for number, (first, stop) in enumerate(cut):
-        routed.store(work, routed.read_wave(work, first, stop), None, folded, (False,) * (stop - first), None)
+        routed.store(work, routed.read_wave(work, first, stop), None, nothing, (False,) * (stop - first), None)
         yield (number + 1) / len(cut)
 
 
@@ -142,12 +150,13 @@ def dropped(plan: Plan, block: Block) -> bool:
     return plan.decisions[block.linears[0].name].action == "drop"
 
 
-def dense_request(block: Block) -> Request:
-    """Names of a block's tensors but for the routed experts'."""
+def dense_requests(block: Block) -> list[Request]:
+    """Names of a block's tensors but for the routed experts': at once, or one by one where nothing runs them."""
     linears = [linear for linear in block.linears if linear.role != "routed_expert"]
     weights = [f"{linear.name}.weight" for linear in linears]
     biases = [f"{linear.name}.bias" for linear in linears if linear.bias]
-    return (*(spec.name for spec in block.others), *weights, *biases)
+    names = (*(spec.name for spec in block.others), *weights, *biases)
+    return [(name,) for name in names] if block.kind == "mtp" else [names]
 
 
 def wave_request(block: Block, first: int, stop: int) -> Request:
@@ -163,7 +172,7 @@ def requests(plan: Plan) -> list[Request]:
     found: list[Request] = [(f"{plan.layout.embedding.name}.weight",)]
     for block in plan.layout.blocks:
         if not dropped(plan, block):
-            found.append(dense_request(block))
+            found += dense_requests(block)
             found += [wave_request(block, *wave) for wave in routed.waves(plan, block)] * routed.passes(plan, block)
     head = (f"{plan.layout.head.name}.weight",) if plan.layout.head else ()
     return [*found, (plan.layout.final_norm.name, *head)]

@@ -76,7 +76,8 @@ class GramSum:
 
 def reference_pass(work: Work, layer: nn.Module, tap: ExpertTap | None) -> Routing | None:
     """Move the reference stream through the original dense part; what its router decided."""
-    return through(work.job.skeleton, layer, tap, work.streams["reference"], work.targets["reference"])
+    stream = work.streams["reference"]
+    return through(work.job.skeleton, layer, tap, stream, work.targets["reference"], stream.seen)
 
 
 def learn(work: Work, layer: nn.Module, tap: ExpertTap | None, stream: Stream) -> Learned:
@@ -86,13 +87,22 @@ def learn(work: Work, layer: nn.Module, tap: ExpertTap | None, stream: Stream) -
     device, target = work.job.skeleton.device, work.targets["calibration"]
     sums = {name: GramSum(widths[group.readers[0]], device) for name, group in groups.items()}
     observe = {name: relative(work.block, group.readers[0]) for name, group in groups.items()}
-    routing = through(work.job.skeleton, layer, tap, stream, target, observe, lambda group, rows: sums[group].add(rows))
+    routing = through(
+        work.job.skeleton,
+        layer,
+        tap,
+        stream,
+        target,
+        stream.learned,
+        observe,
+        lambda group, rows: sums[group].add(rows),
+    )
     batch = stream.batches[0]
     sample = Sample(
         rows=stream.hidden.read(batch.first, batch.stop),
         lengths=batch.lengths,
         out=target.read(batch.first, batch.stop),
-        seen=stream.seen.read(batch.first, batch.stop) if stream.seen and routing else None,
+        seen=routing.seen.read(batch.first, batch.stop) if routing else None,
         routing=routing.part(batch.first, batch.stop) if routing else None,
     )
     count = work.block.experts.count if work.block.experts else 0
@@ -190,4 +200,7 @@ def advance(work: Work, stored: Tensors) -> dict[StreamName, Routing | None]:
     moving: list[StreamName] = ["quantized"]
     if work.calibration and work.job.plan.recipe.propagate == "quantized":
         moving.append("calibration")
-    return {name: through(work.job.skeleton, layer, tap, work.streams[name], work.targets[name]) for name in moving}
+    return {
+        name: through(work.job.skeleton, layer, tap, work.streams[name], work.targets[name], work.streams[name].seen)
+        for name in moving
+    }

@@ -53,33 +53,39 @@ def share(routing: Routing, expert: int) -> tuple[Tensor, Tensor]:
     return token, (routing.weight * hit).sum(-1)[token]
 
 
-def advance(wave: Wave, routing: Routing, seen: Spool, target: Spool, activation: Activation) -> None:
+def advance(wave: Wave, routing: Routing, target: Spool, activation: Activation) -> None:
     """Add the outputs of the wave's experts to the states behind the block, `target` [tokens, hidden]."""
-    for first, stop in chunks(seen.rows):
-        x = seen.read(first, stop).to(wave.gate)  # [tokens, hidden]
+    for first, stop in chunks(target.rows):
+        x = routing.seen.read(first, stop).to(wave.gate)  # [tokens, hidden]
         out = target.read(first, stop).to(x)
         target.write(first, add_outputs(out, wave, x, routing.part(first, stop), activation))
 
 
-def collect(wave: Wave, routing: Routing, seen: Spool, activation: Activation, everyone: frozenset[int]) -> WaveStats:
-    """Grams of a wave's inputs over the tokens the router sends; over all tokens for the experts in `everyone`."""
-    n, hidden, width = len(wave), wave.gate.shape[-1], wave.down.shape[-1]
-    device = wave.gate.device
-    gram_in, abs_in = torch.zeros(n, hidden, hidden, device=device), torch.zeros(n, hidden, device=device)
+def collect(wave: Wave, routing: Routing, activation: Activation, everyone: frozenset[int]) -> WaveStats:
+    """Statistics of a wave's inputs over the tokens the router sends; over all tokens for the experts in `everyone`.
+
+    If that is every expert of the wave, their common input has one gram: `into` is batched [1, in, in].
+    """
+    n, hidden, width, device = len(wave), wave.gate.shape[-1], wave.down.shape[-1], wave.gate.device
+    common = all(wave.first + e in everyone for e in range(n))
+    inputs = 1 if common else n
+    gram_in, abs_in = torch.zeros(inputs, hidden, hidden, device=device), torch.zeros(inputs, hidden, device=device)
     gram_mid, abs_mid = torch.zeros(n, width, width, device=device), torch.zeros(n, width, device=device)
     count = torch.zeros(n, dtype=torch.int64, device=device)
-    for first, stop in chunks(seen.rows):
-        x = seen.read(first, stop).to(wave.gate)  # [tokens, hidden]
+    for first, stop in chunks(routing.seen.rows):
+        x, decided = routing.seen.read(first, stop).to(wave.gate), routing.part(first, stop)  # [tokens, hidden]
+        if common:
+            grams.accumulate(gram_in[0], abs_in[0], x)
         for e in range(n):
-            token, _ = share(routing.part(first, stop), wave.first + e)
-            mine = x if wave.first + e in everyone else x[token]
+            mine = x if wave.first + e in everyone else x[share(decided, wave.first + e)[0]]
             if len(mine):
-                grams.accumulate(gram_in[e], abs_in[e], mine)
-                grams.accumulate(gram_mid[e], abs_mid[e], inner(mine, wave, e, activation))
                 count[e] += len(mine)
+                grams.accumulate(gram_mid[e], abs_mid[e], inner(mine, wave, e, activation))
+                if not common:
+                    grams.accumulate(gram_in[e], abs_in[e], mine)
     tokens = count.clamp(min=1)[:, None]
     return WaveStats(
-        into=InputStats(gram=gram_in, mean_abs=abs_in / tokens, n_tokens=count),
+        into=InputStats(gram=gram_in, mean_abs=abs_in / tokens[:inputs], n_tokens=count[:inputs]),
         inner=InputStats(gram=gram_mid, mean_abs=abs_mid / tokens, n_tokens=count),
     )
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from quantkit.contracts import Absorber, InputStats, LinearGroup, Rescale, Scheme
 from quantkit.errors import NumericsError
-from quantkit.numerics import gram as grams
 
 FLOAT32_TOLERANCE = 1e-3
 BFLOAT16_TOLERANCE = 3e-2
@@ -92,8 +91,9 @@ def multiply_readers(tensors: dict[str, Tensor], group: LinearGroup, scale: Tens
 
 
 def rescaled_stats(stats: InputStats, scale: Tensor) -> InputStats:
-    """Statistics of x / scale."""
-    return InputStats(gram=grams.rescaled(stats.gram, scale), mean_abs=stats.mean_abs / scale, n_tokens=stats.n_tokens)
+    """Statistics of x / scale [in] or [..., in]. The gram is divided in place: nobody else needs the old one."""
+    gram = stats.gram.div_(scale.unsqueeze(-1)).div_(scale.unsqueeze(-2))  # [..., in, 1], [..., 1, in]
+    return InputStats(gram=gram, mean_abs=stats.mean_abs / scale, n_tokens=stats.n_tokens)
 
 
 def check_unchanged(where: str, what: str, before: Tensor, after: Tensor, tolerance: float) -> float:

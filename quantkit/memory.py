@@ -20,6 +20,9 @@ BASE_BYTES = 900_000_000
 BATCH_TOKENS = 4096
 """Tokens of one forward batch and of one chunk of a wave. Fixed, so that sums do not depend on the budget."""
 
+COPIES_BYTES = 2 + 2 + 4 + 4
+"""Per weight of what is held: BF16 as read, BF16 read ahead, float32 original, float32 stored."""
+
 SOLVE_COPIES = 6
 """float32 copies of the matrix at hand that scale search, range search and packing hold at the same time."""
 
@@ -56,15 +59,18 @@ def solve_bytes(linear: Linear) -> int:
 
 
 def dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: bool) -> int:
-    """The block's linears but for the routed experts: BF16 as read, next block read ahead, float32 twice, grams."""
+    """A block without its routed experts: BF16 as read, the next one read ahead, float32 twice, grams, solving.
+
+    The tensors of an MTP block come one by one.
+    """
     linears = [linear for linear in block.linears if linear.role != "routed_expert"]
-    weights = sum((2 + 2 + 4 + 4) * linear.n_parameters for linear in linears)
-    solving = max((solve_bytes(x) for x in linears if decisions[x.name].action == "quantize"), default=0)
-    if not grams:
-        return weights + solving
-    inputs = {group.readers[0]: group for group in block.groups if any_quantized(block, group.name, decisions)}
+    sizes = [COPIES_BYTES * linear.n_parameters for linear in linears]
+    solving = max((solve_bytes(x) for x in block.linears if decisions[x.name].action == "quantize"), default=0)
+    if block.kind == "mtp":
+        return max(sizes) + solving
+    groups = [group for group in block.groups if grams and any_quantized(block, group.name, decisions)]
     widths = {linear.name: linear.in_features for linear in linears}
-    return weights + solving + sum(4 * widths[reader] ** 2 for reader in inputs)
+    return sum(sizes) + solving + sum(4 * widths[group.readers[0]] ** 2 for group in groups)
 
 
 def any_quantized(block: Block, group: str, decisions: Mapping[str, Decision]) -> bool:
@@ -76,22 +82,17 @@ def any_quantized(block: Block, group: str, decisions: Mapping[str, Decision]) -
     return any(decisions[reader].action == "quantize" for reader in found.readers)
 
 
-def expert_bytes(experts: Experts, quantized: bool, grams: bool, routed: bool) -> int:
-    """One expert of a wave: BF16 as read and read ahead, float32 original and stored; to quantize it, grams, work."""
-    parameters = 3 * experts.hidden * experts.intermediate
-    weights = (2 + 2 + 4 + 4) * parameters
-    if not quantized:
+def expert_bytes(experts: Experts, quantized: bool, grams: bool) -> int:
+    """One expert of a wave: BF16 as read, the next one read ahead, float32 twice; its grams when it is quantized."""
+    weights = COPIES_BYTES * 3 * experts.hidden * experts.intermediate
+    if not (quantized and grams):
         return weights
-    solving = SOLVE_COPIES * 4 * experts.hidden * experts.intermediate
-    if not grams:
-        return weights + solving
-    shared = 0 if not routed else 4 * experts.hidden**2
-    return weights + solving + shared + 4 * experts.intermediate**2
+    return weights + 4 * experts.hidden**2 + 4 * experts.intermediate**2
 
 
 def batch_bytes(layout: Layout, block: Block) -> int:
     """Activations of one batch in float32: a few copies of the widest input and output."""
-    linears = [linear for linear in block.linears if linear.role != "routed_expert"]
+    linears = [linear for linear in block.linears if linear.role in {"attention", "mlp", "shared_expert"}]
     widest = max(max(linear.in_features, linear.out_features) for linear in linears)
     return BATCH_TOKENS * 4 * (4 * layout.embedding.in_features + 4 * widest)
 
@@ -102,7 +103,6 @@ def memory_plan(
     *,
     budget_bytes: int,
     grams: bool,
-    routed: bool,
     tokens: Mapping[Literal["calibration", "fidelity"], int],
     hidden_bytes: Literal[2, 4],
 ) -> MemoryPlan:
@@ -111,7 +111,7 @@ def memory_plan(
     `tokens` are the lengths of the streams, `hidden_bytes` the width of a stored hidden value. Two states of a stream
     are on disk at a time, and in a block with experts also what the router saw.
     """
-    blocks = [block for block in layout.blocks]
+    blocks = layout.blocks
     hidden = layout.embedding.in_features
     dense = max(dense_bytes(block, decisions, grams) for block in blocks)
     batch = max(batch_bytes(layout, block) for block in blocks)
@@ -119,12 +119,14 @@ def memory_plan(
     for block in blocks:
         if block.experts:
             quantized = decisions[block.experts.linear(0, block.experts.gate)].action == "quantize"
-            expert = max(expert, expert_bytes(block.experts, quantized, grams, routed))
+            expert = max(expert, expert_bytes(block.experts, quantized, grams))
             most = max(most, block.experts.count)
     room = budget_bytes - BASE_BYTES - dense - batch
     wave = max(1, min(most, room // expert)) if expert else 0
     head = layout.head or layout.embedding
-    streams = tokens["calibration"] + 2 * tokens["fidelity"]
+    spools = 2 * (tokens["calibration"] + 2 * tokens["fidelity"])  # before and behind a block
+    if expert:  # what the experts see: by original weights, and for calibration also by stored ones
+        spools += 2 * tokens["calibration"] + 2 * tokens["fidelity"]
     return MemoryPlan(
         budget_bytes=budget_bytes,
         base_bytes=BASE_BYTES,
@@ -133,7 +135,7 @@ def memory_plan(
         expert_bytes=expert,
         wave_experts=wave,
         head_bytes=(2 + 4) * head.n_parameters + 4 * 8 * HEAD_CHUNK * head.out_features,
-        scratch_bytes=streams * hidden * hidden_bytes * (3 if expert else 2),
+        scratch_bytes=spools * hidden * hidden_bytes,
     )
 
 

@@ -191,7 +191,6 @@ def make_plan(
         decisions,
         budget_bytes=budget_bytes,
         grams=needs_calibration(decisions),
-        routed=recipe.calibration is None or recipe.calibration.experts == "routed",
         tokens=tokens,
         hidden_bytes=hidden_bytes,
     )

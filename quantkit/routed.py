@@ -79,8 +79,8 @@ def statistics(work: Work, wave: Wave, learned: Learned | None) -> WaveStats | N
     """Statistics of a wave over the calibration stream; None when nothing is learned or the experts are kept."""
     if learned is None or work.expert_scheme is None or work.calibration is None:
         return None
-    assert learned.routing is not None and work.calibration.seen is not None  # the tap has seen the router
-    return collect(wave, learned.routing, work.calibration.seen, work.job.activation, everyone(work, learned))
+    assert learned.routing is not None  # the tap has seen the router
+    return collect(wave, learned.routing, work.job.activation, everyone(work, learned))
 
 
 def survey(
@@ -128,9 +128,8 @@ def sample_output(work: Work, wave: Wave, seen: Tensor | None, learned: Learned)
 def advance(work: Work, wave: Wave, routings: Mapping[StreamName, Routing | None]) -> None:
     """Add a wave's outputs to the streams behind the block."""
     for name, routing in routings.items():
-        seen = work.streams[name].seen
-        assert routing is not None and seen is not None  # only blocks with experts have waves
-        experts.advance(wave, routing, seen, work.targets[name], work.job.activation)
+        assert routing is not None  # only blocks with experts have waves
+        experts.advance(wave, routing, work.targets[name], work.job.activation)
 
 
 def finish(
@@ -164,8 +163,8 @@ def fold_wave(
     if stats is None:
         return wave, None, none
     scale, into = folded.expert_scale, stats.into
-    if scale is not None:
-        wave = Wave(first=wave.first, gate=wave.gate * scale, up=wave.up * scale, down=wave.down)
+    if scale is not None:  # in place: the wave and its grams are the largest things in memory, and ours alone
+        wave = Wave(first=wave.first, gate=wave.gate.mul_(scale), up=wave.up.mul_(scale), down=wave.down)
         into = fold.rescaled_stats(into, scale)
     group, scheme = work.expert_group, work.expert_scheme
     rescale = work.rescale_of(group) if group else None
@@ -177,7 +176,7 @@ def fold_wave(
         choice = fold.choose("down", fold.errors(rescale, wave.down[e], stats.inner.gram[e], scales, scheme))
         best[e] = scales[choice.candidate]
         chosen.append(choice.rescaled)
-    up, down = wave.up / best[:, :, None], wave.down * best[:, None, :]  # rows of up make the input of down
+    up, down = wave.up.div_(best[:, :, None]), wave.down.mul_(best[:, None, :])  # rows of up make down's input
     inner = fold.rescaled_stats(stats.inner, best)
     return Wave(first=wave.first, gate=wave.gate, up=up, down=down), WaveStats(into=into, inner=inner), tuple(chosen)
 

@@ -54,9 +54,10 @@ class ModuleRecord:
 
 
 def one(stats: InputStats | None, e: int) -> InputStats | None:
-    """Statistics of matrix `e` of a batch."""
+    """Statistics of matrix `e` of a batch, or the only ones there are when the matrices share their input."""
     if stats is None:
         return None
+    e = e if len(stats.gram) > 1 else 0
     return InputStats(gram=stats.gram[e], mean_abs=stats.mean_abs[e], n_tokens=stats.n_tokens[e])
 
 

@@ -100,7 +100,7 @@ def budget(recipe: Recipe) -> int:
 
 
 def text_tokens(recipe: Recipe) -> dict[Literal["calibration", "fidelity"], int]:
-    """Upper bounds for the streams' tokens before a tokenizer is loaded: sequences times length, or the text's bytes."""
+    """Upper bounds of the streams, before a tokenizer is loaded: sequences times length, or the text's bytes."""
     calibration, fidelity = recipe.calibration, recipe.fidelity
     return {
         "calibration": most_tokens(calibration.set, calibration.sequences, calibration.length) if calibration else 0,

@@ -33,19 +33,27 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """What the router of one block decided for every token of a stream: experts and weights [tokens, k]."""
+    """What the router of one block decided for every token of a stream: experts and weights [tokens, k].
+
+    `seen` [tokens, hidden] is what those experts are given.
+    """
 
     index: Tensor
     weight: Tensor
+    seen: Spool
 
     def part(self, first: int, stop: int) -> Routing:
         """The decisions for rows first..stop."""
-        return Routing(index=self.index[first:stop], weight=self.weight[first:stop])
+        return Routing(index=self.index[first:stop], weight=self.weight[first:stop], seen=self.seen)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """Tokens and where their hidden states [tokens, hidden] lie. `seen` holds the inputs of the routed experts."""
+    """Tokens and where their hidden states [tokens, hidden] lie.
+
+    `seen` holds what the routed experts of the current block are given; `learned` the same from the block's original
+    weights, which a second pass over the experts still needs when `seen` has moved on (calibration only).
+    """
 
     name: StreamName
     tokens: Tokens
@@ -53,6 +61,7 @@ class Stream:
     folder: Path
     hidden: Spool
     seen: Spool | None
+    learned: Spool | None
 
     @property
     def rows(self) -> int:
@@ -88,9 +97,17 @@ def start(name: StreamName, tokens: Tokens, embedding: Tensor, folder: Path, rou
     hidden = Spool.create(folder / f"{name}.0", len(ids), width, dtype)
     for first, stop in chunks(len(ids)):
         hidden.write(first, embedding[ids[first:stop].long()])  # [n] -> [n, hidden]
-    seen = Spool.create(folder / f"{name}.seen", len(ids), width, dtype) if routed else None
-    cut = batches(tokens.lengths)
-    return Stream(name=name, tokens=tokens, batches=cut, folder=folder, hidden=hidden, seen=seen)
+    spools = ["seen", "learned"] if name == "calibration" else ["seen"]
+    made = [Spool.create(folder / f"{name}.{spool}", len(ids), width, dtype) for spool in spools if routed]
+    return Stream(
+        name=name,
+        tokens=tokens,
+        batches=batches(tokens.lengths),
+        folder=folder,
+        hidden=hidden,
+        seen=made[0] if made else None,
+        learned=made[1] if len(made) > 1 else None,
+    )
 
 
 def through(
@@ -99,26 +116,27 @@ def through(
     tap: ExpertTap | None,
     stream: Stream,
     target: Spool,
+    seen: Spool | None,
     observe: Mapping[str, str] = {},
     learn: Callable[[str, Tensor], None] = lambda key, rows: None,
 ) -> Routing | None:
     """Run a layer without its routed experts over a whole stream, into `target`.
 
     `observe` names module paths whose inputs go, token rows only [tokens, in], to `learn(key, rows)`. What the router
-    asks of the experts goes to `stream.seen` and the returned Routing.
+    asks of the experts goes to `seen` and the returned Routing.
     """
     index, weight = [], []
     with observing(layer, observe) as inputs:
         for batch in stream.batches:
             out, valid = run(skeleton, layer, stream.hidden.read(batch.first, batch.stop), batch.lengths)
             target.write(batch.first, out)
-            for key, seen in inputs.items():
-                learn(key, seen.reshape(-1, seen.shape[-1])[valid])  # [..., in] -> [tokens, in]
-            if tap is not None and tap.last is not None and stream.seen is not None:
-                stream.seen.write(batch.first, tap.last.hidden[valid])
+            for key, x in inputs.items():
+                learn(key, x.reshape(-1, x.shape[-1])[valid])  # [..., in] -> [tokens, in]
+            if tap is not None and tap.last is not None and seen is not None:
+                seen.write(batch.first, tap.last.hidden[valid])
                 index.append(tap.last.index[valid])
                 weight.append(tap.last.weight[valid].float())
-    return Routing(index=torch.cat(index), weight=torch.cat(weight)) if index else None
+    return Routing(index=torch.cat(index), weight=torch.cat(weight), seen=seen) if seen and index else None
 
 
 def scratch(stream: Stream, block: str) -> Spool:
