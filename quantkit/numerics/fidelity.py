@@ -84,7 +84,8 @@ def quantile(values: Tensor, share: float) -> Estimate:
     """The value that `share` of values [n] do not exceed (linear between ranks).
 
     Its standard error is half the distance between the order statistics one binomial standard deviation below and above
-    the rank, which needs no assumption on the distribution; None when those ranks fall outside the sample.
+    the rank, which needs no assumption on the distribution; None when the sample cannot tell
+    those ranks apart or does not reach them.
     """
     ordered = values.double().sort().values
     n = ordered.numel()
@@ -92,7 +93,7 @@ def quantile(values: Tensor, share: float) -> Estimate:
     below = int(rank)
     value = torch.lerp(ordered[below], ordered[min(below + 1, n - 1)], rank - below)
     lower, upper = round(rank - spread), round(rank + spread)
-    inside = spread > 0 and lower >= 0 and upper < n
+    inside = 0 <= lower < upper < n
     return Estimate(value=float(value), error=float(ordered[upper] - ordered[lower]) / 2 if inside else None, n=n)
 
 
@@ -146,11 +147,11 @@ def summary(tokens: TokenFidelity) -> dict[str, Estimate]:
         "kl_p999": quantile(tokens.kl, 0.999),
         "kl_max": maximum(tokens.kl),
         "ppl_source": perplexity(tokens.nll_source),
-        "ppl_quantized": perplexity(tokens.nll_quantized),
+        "ppl_artifact": perplexity(tokens.nll_quantized),
         "ppl_ratio": perplexity(tokens.nll_quantized - tokens.nll_source),
-        "top1_agreement": proportion(tokens.same_top),
-        "delta_p_mean": mean(tokens.delta_p),
-        "delta_p_rms": rms(tokens.delta_p),
+        "top1": proportion(tokens.same_top),
+        "mean_delta_p": mean(tokens.delta_p),
+        "rms_delta_p": rms(tokens.delta_p),
     }
 
 

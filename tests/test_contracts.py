@@ -1,0 +1,151 @@
+"""What every architecture must keep, whoever adds it: found through the registry, run on random TINY checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import recipe_text, tiny_config, write_checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from quantkit import pipeline, registry, verify
+from quantkit.artifact import Sink
+from quantkit.build import Progress
+from quantkit.claims import expected
+from quantkit.contracts import Config
+from quantkit.errors import NumericsError
+from quantkit.evaluate.distribution import Head, scored
+from quantkit.layers import skeleton
+from quantkit.plan import Plan
+from quantkit.recipe import parse
+from quantkit.storage.checkpoint import Checkpoint
+
+VARIANTS = [(name, {}) for name in registry.names("architectures")] + [
+    ("deepseek_v3", {"q_lora_rank": None, "num_nextn_predict_layers": 0}),
+    ("deepseek_v3", {"attention_bias": True, "first_k_dense_replace": 0}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+]
+IDS = [name + "".join(f"-{key}={value}" for key, value in changes.items()) for name, changes in VARIANTS]
+
+
+def ignore(_: Progress | Plan) -> None:
+    """Nobody watches."""
+
+
+def reference(folder: Path) -> torch.nn.Module:
+    """The checkpoint as transformers itself loads it, in float32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=IDS)
+def test_every_tensor_is_claimed_exactly_once(name: str, changes: dict[str, object], tmp_path: Path) -> None:
+    """The table names what transformers saves for the same config, no more and no less (MTP blocks apart)."""
+    config = tiny_config(name, **changes)
+    layout = registry.architecture(name).layout(Config(values=config))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    model.save_pretrained(tmp_path)
+    saved = Checkpoint.open(tmp_path).specs
+    mtp = tuple(f"{block.name}." for block in layout.blocks if block.kind == "mtp")
+    claimed = {
+        n: s.shape for n, s in expected(layout, Config(values=config)).items() if not n.startswith(mtp or ("\0",))
+    }
+    assert claimed == {n: s.shape for n, s in saved.items()}
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=IDS)
+def test_block_by_block_logits_equal_transformers(name: str, changes: dict[str, object], tmp_path: Path) -> None:
+    """The reference stream, run layer by layer and expert by expert, ends where transformers' own forward ends."""
+    folder = write_checkpoint(tmp_path / "source", tiny_config(name, **changes))
+    plan, streams = run_streams(folder, tmp_path, rules='[{match: "*", keep: source}]', quantize="{method: rtn}")
+    stream, source = streams["reference"], Checkpoint.open(folder)
+    bones = skeleton(source.config, torch.device("cpu"), torch.float32)
+    rows, _, _ = scored(stream)
+    ours = Head(bones, plan.layout, source).logits(stream.hidden.gather(rows))
+    model, theirs = reference(folder), []
+    with torch.no_grad():
+        for i in range(stream.tokens.n_sequences):
+            theirs.append(model(stream.tokens.sequence(i).long()[None]).logits[0, :-1])
+    assert torch.allclose(ours, torch.cat(theirs), atol=2e-4, rtol=1e-4)
+    assert torch.equal(stream.hidden.gather(rows), streams["quantized"].hidden.gather(rows))
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=IDS)
+def test_plan_build_verify(name: str, changes: dict[str, object], fp8: bool, tmp_path: Path) -> None:
+    """A whole build of every linear: the artifact verifies and its figures are those of a quantized model."""
+    folder = write_checkpoint(tmp_path / "source", tiny_config(name, **changes), fp8=fp8)
+    outcome = build(folder, tmp_path / "artifact", rules="all-linear")
+    assert verify.verify(outcome.path).status == "not judged"
+    pooled = outcome.fidelity.distribution[0]
+    assert pooled.kl_mean is not None and pooled.kl_mean.value is not None
+    assert 1e-6 < pooled.kl_mean.value < 1
+    assert outcome.fidelity.modules and all(0 < m.relative_error < 0.3 for m in outcome.fidelity.modules)
+    specs = Checkpoint.open(outcome.path).specs
+    assert not any(name.endswith("_scale_inv") or spec.dtype == "F8_E4M3" for name, spec in specs.items())
+
+
+def build(folder: Path, output: Path, **keys: str) -> pipeline.Outcome:
+    """A build without benchmarks."""
+    text = recipe_text(folder, output, **keys)
+    return pipeline.run(parse(text, "test.yaml"), text, overwrite=False, evaluate=False, planned=ignore, tell=ignore)
+
+
+def run_streams(folder: Path, place: Path, **keys: str):  # type: ignore[no-untyped-def]  # streams are internal
+    """The plan and the streams behind the last block, kept on disk."""
+    from quantkit import sources
+    from quantkit.build import build as build_loop
+
+    recipe = parse(recipe_text(folder, place / "unused", **keys), "test.yaml")
+    source = Checkpoint.open(folder)
+    texts = pipeline.tokenize(recipe, folder)
+    counts = {name: tokens.n_tokens for name, tokens in texts.tokens.items()}
+    plan = sources.plan_recipe(recipe, sources.facts_of(recipe, source, None), counts)
+    (place / "out").mkdir()
+    (place / "scratch").mkdir()
+    sink = Sink(place / "out", plan.shards)
+    steps = build_loop(plan, source, texts.tokens, sink, place / "scratch", torch.device("cpu"), torch.float32)
+    built = pipeline.finished(steps, ignore)
+    sink.close()
+    return plan, built.streams
+
+
+def test_a_router_that_is_not_rescaled_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bug that broke published AWQ artifacts: the table forgets that the router reads the rescaled input."""
+    from dataclasses import replace
+
+    from quantkit.architectures import deepseek_v3
+
+    folder = write_checkpoint(tmp_path / "source", tiny_config("deepseek_v3"))
+    correct = deepseek_v3.expert_mlp
+
+    def forgetful(config: Config, name: str):  # type: ignore[no-untyped-def]  # as the function it stands for
+        linears, groups, experts = correct(config, name)
+        shared = tuple(reader for reader in groups[0].readers if not reader.endswith("mlp.gate"))
+        return linears, (replace(groups[0], readers=shared), *groups[1:]), experts
+
+    build(folder, tmp_path / "correct")
+    monkeypatch.setattr(deepseek_v3, "expert_mlp", forgetful)
+    with pytest.raises(NumericsError, match=r"model\.layers\.1: folding the scales changed the router's decisions"):
+        build(folder, tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()
+
+
+def test_a_forgotten_shared_expert_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for a dense reader: the block's output changes."""
+    from dataclasses import replace
+
+    from quantkit.architectures import deepseek_v3
+
+    folder = write_checkpoint(tmp_path / "source", tiny_config("deepseek_v3"))
+    correct = deepseek_v3.expert_mlp
+
+    def forgetful(config: Config, name: str):  # type: ignore[no-untyped-def]  # as the function it stands for
+        linears, groups, experts = correct(config, name)
+        readers = tuple(reader for reader in groups[0].readers if not reader.endswith("shared_experts.up_proj"))
+        return linears, (replace(groups[0], readers=readers), *groups[1:]), experts
+
+    monkeypatch.setattr(deepseek_v3, "expert_mlp", forgetful)
+    with pytest.raises(NumericsError, match="the block's output without its experts"):
+        build(folder, tmp_path / "broken")

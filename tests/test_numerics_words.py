@@ -1,0 +1,53 @@
+"""Packing against FORMATS.md's golden words, and round trips."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantkit.errors import NumericsError
+from quantkit.numerics import words
+
+MATRIX = torch.tensor([[(3 * (8 * k + n) + 1) % 16 for n in range(8)] for k in range(8)])
+"""The example matrix M [in, out] of FORMATS.md."""
+
+
+def test_sequential_words_along_in_are_gptq_s() -> None:
+    """FORMATS.md 2.2."""
+    expected = [-1852730991, -993737532, -134744073, 707406378, 1566399837, -2139062144, -1280068685, -421075226]
+    assert words.pack(MATRIX, 4, axis=0).tolist() == [expected]
+    assert words.pack(MATRIX.T, 4, axis=1).tolist() == [
+        [word] for word in expected
+    ]  # compressed-tensors: [out, in / 8]
+
+
+def test_sequential_zero_points_of_gptq_v2() -> None:
+    """FORMATS.md 2.2: zeros 8 1 2 3 4 5 6 15 are 0xF6543218."""
+    assert words.pack(torch.tensor([[8, 1, 2, 3, 4, 5, 6, 15]]), 4, axis=1).item() & 0xFFFFFFFF == 0xF6543218
+
+
+@given(st.data(), st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([0, 1, -1]))
+def test_unpack_inverts_pack(data: st.DataObject, bits: int, axis: int) -> None:
+    count = 32 // bits
+    order = data.draw(st.permutations(range(count)))
+    shape = [3, 3]
+    shape[axis] = 2 * count
+    codes = torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+    packed = words.pack(codes, bits, axis, order)
+    assert packed.dtype == torch.int32 and packed.shape[axis] == 2
+    assert torch.equal(words.unpack(packed, bits, axis, order).long(), codes)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(NumericsError, match="codes from 0 to 16 do not fit 4 bits"):
+        words.pack(torch.tensor([[0] * 7 + [16]]), 4, axis=1)
+    with pytest.raises(NumericsError, match="codes from -1 to 0 do not fit"):
+        words.pack(torch.tensor([[0] * 7 + [-1]]), 4, axis=1)
+    with pytest.raises(NumericsError, match="axis of 9 codes is no multiple of the 8 codes"):
+        words.pack(torch.zeros(1, 9, dtype=torch.int64), 4, axis=1)
+    with pytest.raises(NumericsError, match="codes of 3 bits do not fill a 32-bit word"):
+        words.pack(torch.zeros(1, 8, dtype=torch.int64), 3, axis=1)
+    with pytest.raises(NumericsError, match="not a permutation of 0 .. 7"):
+        words.pack(torch.zeros(1, 8, dtype=torch.int64), 4, axis=1, order=(0, 1, 2, 3, 4, 5, 6, 6))
