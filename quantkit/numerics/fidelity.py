@@ -84,8 +84,8 @@ def quantile(values: Tensor, share: float) -> Estimate:
     """The value that `share` of values [n] do not exceed (linear between ranks).
 
     Its standard error is half the distance between the order statistics one binomial standard deviation below and above
-    the rank, which needs no assumption on the distribution; None when the sample cannot tell
-    those ranks apart or does not reach them.
+    the rank, which needs no assumption on the distribution; None when the sample cannot tell those ranks apart or does
+    not reach them.
     """
     ordered = values.double().sort().values
     n = ordered.numel()

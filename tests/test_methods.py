@@ -1,0 +1,141 @@
+"""What every method promises, over whatever methods there are; and what AWQ adds."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantkit import registry
+from quantkit.contracts import InputStats, Method, Quantized, ScaleDtype, Scheme
+from quantkit.errors import NumericsError
+from quantkit.methods import awq
+from quantkit.numerics import affine, gram
+
+METHODS = registry.names("methods")
+
+
+def scheme(bits: int = 4, group: int = 32, symmetric: bool = False, dtype: ScaleDtype = "bfloat16") -> Scheme:
+    return Scheme(bits=bits, group_size=group, symmetric=symmetric, scale_dtype=dtype)
+
+
+def problem(*shape: int, seed: int = 0) -> tuple[Tensor, InputStats]:
+    """Weights [..., out, in] and the statistics of 200 tokens with a few large channels."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape[:-2], 200, shape[-1], generator=g)
+    x[..., :3] *= 10
+    counts = torch.full(shape[:-2], 200)
+    return torch.randn(shape, generator=g) * 0.02, InputStats(gram=x.mT @ x, mean_abs=x.abs().mean(-2), n_tokens=counts)
+
+
+def same(first: Quantized, second: Quantized) -> bool:
+    zeros = (first.zero is None and second.zero is None) or (
+        first.zero is not None and second.zero is not None and torch.equal(first.zero, second.zero)
+    )
+    return torch.equal(first.codes, second.codes) and torch.equal(first.scale, second.scale) and zeros
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> Method:
+    return registry.method(request.param)
+
+
+@pytest.mark.parametrize("dtype", get_args(ScaleDtype))
+@pytest.mark.parametrize(("bits", "group", "symmetric"), [(4, 32, False), (3, -1, True), (8, 64, False), (2, 32, True)])
+def test_solve_keeps_its_word(method: Method, bits: int, group: int, symmetric: bool, dtype: ScaleDtype) -> None:
+    weight, stats = problem(2, 10, 64)
+    kept = weight.clone(), stats.gram.clone()
+    chosen = scheme(bits, group, symmetric, dtype)
+    found = method.solve(weight, stats, chosen)
+    groups = chosen.groups(64)
+    assert found.codes.shape == (2, 10, 64) and found.codes.dtype == torch.uint8 and int(found.codes.max()) < 2**bits
+    assert found.scale.shape == (2, 10, groups) and found.scale.dtype == affine.scale_dtype(chosen)
+    assert bool((found.scale > 0).all())
+    assert (found.zero is None) == symmetric
+    if found.zero is not None:
+        assert found.zero.shape == (2, 10, groups) and found.zero.dtype == torch.uint8
+    assert torch.equal(weight, kept[0]) and torch.equal(stats.gram, kept[1]), "inputs were changed"
+    assert same(found, method.solve(weight, stats, chosen)), "not deterministic"
+
+
+def test_solve_of_a_batch_is_its_matrices(method: Method) -> None:
+    weight, stats = problem(3, 8, 64)
+    found = method.solve(weight, stats, scheme())
+    for e in range(3):
+        one = InputStats(gram=stats.gram[e], mean_abs=stats.mean_abs[e], n_tokens=stats.n_tokens[e])
+        single = method.solve(weight[e], one, scheme())
+        zero = None if found.zero is None else found.zero[e]
+        assert same(Quantized(codes=found.codes[e], scale=found.scale[e], zero=zero), single)
+
+
+def test_solve_is_never_worse_than_rtn(method: Method) -> None:
+    weight, stats = problem(4, 32, 128, seed=1)
+    for bits in (3, 4):
+        chosen = scheme(bits, 64)
+        plain = registry.method("rtn").solve(weight, None, chosen)
+        found = method.solve(weight, stats, chosen)
+        ours, theirs = (gram.error(affine.dequantize(q, chosen) - weight, stats.gram) for q in (found, plain))
+        assert bool((ours <= 1.001 * theirs).all())
+
+
+def test_methods_without_statistics(method: Method) -> None:
+    weight, _ = problem(8, 64)
+    if method.needs_stats:
+        with pytest.raises(NumericsError, match="use method rtn"):
+            method.solve(weight, None, scheme())
+    else:
+        assert method.solve(weight, None, scheme()).codes.shape == weight.shape
+
+
+def test_awq_without_tokens_is_rtn() -> None:
+    weight, stats = problem(8, 64)
+    blank = InputStats(gram=torch.zeros_like(stats.gram), mean_abs=torch.zeros(64), n_tokens=torch.tensor(0))
+    assert same(awq.METHOD.solve(weight, blank, scheme()), registry.method("rtn").solve(weight, None, scheme()))
+
+
+def test_awq_lowers_the_error_by_a_third() -> None:
+    weight, stats = problem(64, 256, seed=2)
+    chosen = scheme(4, 128)
+    ours, theirs = (
+        gram.error(affine.dequantize(m.solve(weight, stats, chosen), chosen) - weight, stats.gram)
+        for m in (awq.METHOD, registry.method("rtn"))
+    )
+    assert float(ours) < 0.67 * float(theirs)
+
+
+def test_awq_rescale_scores_no_scaling_first() -> None:
+    assert awq.METHOD.rescale is not None
+    weight, stats = problem(64, 256, seed=3)
+    tried = awq.METHOD.rescale.candidates(stats.mean_abs)
+    assert torch.equal(tried[0], torch.ones(256))
+    losses = [float(awq.METHOD.rescale.error(weight, stats.gram, scale, scheme(group=128))) for scale in tried]
+    assert min(losses) < losses[0]
+
+
+@pytest.mark.parametrize(("out", "width", "group"), [(64, 1024, 128), (2048, 512, 128), (300, 512, -1), (4096, 64, 32)])
+def test_awq_workspace_holds(out: int, width: int, group: int) -> None:
+    """The bound is not exceeded, and not far above what is used."""
+    weight, stats = problem(out, width, seed=4)
+    chosen = scheme(4, group)
+    candidate = awq.candidates(stats.mean_abs)[5]
+    bound = awq.workspace_bytes(out, width, group)
+    peaks = [
+        peak_bytes(lambda: awq.solve(weight, stats, chosen)),
+        peak_bytes(lambda: awq.error(weight, stats.gram, candidate, chosen)),
+    ]
+    assert max(peaks) <= bound < 2.5 * max(peaks)
+
+
+def peak_bytes(work: object) -> int:
+    """Largest sum of bytes that torch held at once while `work` ran, beyond what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()  # type: ignore[operator]
+    held = peak = 0
+    for event in sorted(
+        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
