@@ -156,6 +156,16 @@ def test_candidates_are_positive_and_finite(values: list[float]) -> None:
     assert torch.equal(found[0], torch.ones(3))
 
 
+def test_powers_of_two_fold_without_rounding() -> None:
+    tried = rescale.candidates(tokens(5, 50, 64).abs().mean(0))
+    exact = rescale.powers_of_two(tried)
+    assert bool((torch.log2(exact / tried).abs() <= 0.5001).all()) and torch.equal(exact[0], torch.ones(64))
+    norm, kept = weights(5, 64).bfloat16(), weights(6, 8, 64).bfloat16()
+    for scale in exact:
+        assert torch.equal((norm.float() / scale).bfloat16().float() * scale, norm.float())
+        assert float(rescale.error(kept.float(), gram_of(tokens(5, 50, 64)), scale, None)) == 0
+
+
 def test_candidates_of_a_batch() -> None:
     mean_abs = torch.stack([tokens(seed, 50, 64).abs().mean(0) for seed in range(3)])
     batch = rescale.candidates(mean_abs)

@@ -27,7 +27,7 @@ def accumulate(gram: Tensor, abs_sum: Tensor, x: Tensor, weight: Tensor | None =
 
 def rescaled(gram: Tensor, scale: Tensor) -> Tensor:
     """The gram of x / scale: gram [..., in, in], scale [in] or [..., in] -> [..., in, in]."""
-    return gram / (scale.unsqueeze(-1) * scale.unsqueeze(-2))  # [..., in, 1] * [..., 1, in]
+    return (gram / scale.unsqueeze(-1)).div_(scale.unsqueeze(-2))  # by [..., in, 1] and [..., 1, in]
 
 
 def blocks(gram: Tensor, group_size: int) -> Tensor:

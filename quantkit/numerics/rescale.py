@@ -33,6 +33,15 @@ def candidates(mean_abs: Tensor) -> Tensor:
     ])
 
 
+def powers_of_two(scale: Tensor) -> Tensor:
+    """Positive scales rounded to the nearest power of two, on a logarithmic scale; same shape and dtype.
+
+    Such a scale changes exponents alone: a norm divided by it and a kept matrix multiplied by it are exact in any float
+    dtype, so the fold costs nothing where nothing is quantized, and a router picks the very same experts.
+    """
+    return torch.exp2(torch.round(torch.log2(scale)))
+
+
 def error(weight: Tensor, stats: Tensor, candidate: Tensor, scheme: Scheme | None) -> Tensor:
     """Output error of a weight that is scaled, rounded and unscaled: [...] float64, tr(D G D^T).
 
