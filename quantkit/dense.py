@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,16 +125,16 @@ def search(
     return scales, torch.stack(totals).sum(0)  # [readers, n] -> [n]
 
 
-def fold_groups(work: Work, tensors: Tensors, learned: Learned, expert_errors: Tensor | None) -> Folded:
-    """Choose a scale per group and fold it. `expert_errors` [n]: what the routed experts add to their group's."""
+def fold_groups(work: Work, tensors: Tensors, learned: Learned, expert_errors: Sequence[Tensor]) -> Folded:
+    """Choose a scale per group and fold it. `expert_errors` [n, experts]: what the routed experts add."""
     changed, stats, rescaled, expert_scale = dict(tensors), dict(learned.stats), set[str](), None
     for name, group in work.quantized_groups().items():
         rescale = work.rescale_of(group)
         if rescale is None or group.absorber is None:
             continue
         scales, totals = search(work, group, rescale, learned, tensors)
-        if group.routed_experts and expert_errors is not None:
-            totals = totals + expert_errors
+        if group.routed_experts and expert_errors:  # summed at once: the cut into waves must not change the sum
+            totals = totals + torch.cat(list(expert_errors), dim=1).sum(1)  # [n, experts] -> [n]
         choice = fold.choose(name, totals)
         work.record.choices.append(choice)
         if choice.rescaled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import PurePath
 from platform import python_version
 from typing import Literal
 
@@ -64,7 +65,7 @@ def fidelity(
         versions=versions(),
         seeds={"calibration": plan.recipe.calibration.seed} if plan.recipe.calibration else {},
         hashes={"recipe": plan.recipe.hash, "plan": plan.hash},
-        command=f"quantkit build {plan.recipe.name}",
+        command=f"quantkit build {PurePath(plan.recipe.name).name}",
     )
 
 
@@ -74,7 +75,7 @@ def artifact(plan: Plan) -> schema.Artifact:
     weights = sum(decision.linear.n_parameters for decision in quantized)
     stored = sum(bytes_after(plan, decision) for decision in quantized)
     bits = f"{plan.recipe.quantize.bits}-bit"
-    name = plan.recipe.output.path.rstrip("/").rpartition("/")[2]
+    name = PurePath(plan.recipe.output.path).name
     return schema.Artifact(
         name=name,
         format=plan.recipe.format,
@@ -85,7 +86,7 @@ def artifact(plan: Plan) -> schema.Artifact:
         bits_per_weight=8 * stored / weights if weights else 16.0,
         roles=tuple(roles(plan)),
         serving=tuple(
-            schema.Serving(engine=engine, command=command.format(path=plan.recipe.output.path))
+            schema.Serving(engine=engine, command=command.format(path=name))
             for engine, command in plan.format.engines.items()
         ),
         notes=plan.architecture.serving_notes,

@@ -50,8 +50,8 @@ def candidates(rescale: Rescale, mean_abs: Tensor, absorber: Absorber) -> Tensor
 
 
 def errors(rescale: Rescale, weight: Tensor, gram: Tensor, scales: Tensor, scheme: Scheme | None) -> Tensor:
-    """Error of one matrix (or a batch) under its gram for every candidate: scales [n, in] -> [n] float64."""
-    return torch.stack([rescale.error(weight, gram, scale, scheme).sum() for scale in scales])
+    """Error of a matrix, or of each of a batch, under its gram per candidate: scales [n, in] -> [n, ...] float64."""
+    return torch.stack([rescale.error(weight, gram, scale, scheme) for scale in scales])
 
 
 def choose(group: str, totals: Tensor) -> Choice:

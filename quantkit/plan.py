@@ -75,8 +75,8 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """sha256 over recipe, source and output tensors."""
-        told = [self.recipe.dump(), self.source.model, self.source.revision, self.source.fingerprint]
+        """sha256 over what the recipe asks of the content, the source and the output tensors."""
+        told = [self.recipe.hash, self.source.model, self.source.revision, self.source.fingerprint]
         outputs = [[s.file, [[t.name, t.dtype, list(t.shape)] for t in s.tensors]] for s in self.shards]
         return hashlib.sha256(json.dumps([told, outputs], sort_keys=True).encode()).hexdigest()
 

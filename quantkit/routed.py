@@ -28,10 +28,13 @@ UNDER_CALIBRATED = {"shared_gram": "shared-gram", "rtn": "rtn-too-few-tokens"}
 
 @dataclass(kw_only=True)
 class Survey:
-    """What the first pass found. `errors` [n]: of each candidate scale; `sample`: the sample's routed output."""
+    """What the first pass found.
+
+    `errors`: [n, experts] of each candidate scale, a part per wave; `sample`: the sample's routed output.
+    """
 
     held: list[tuple[Wave, WaveStats | None]] = field(default_factory=list)
-    errors: Tensor | None = None
+    errors: list[Tensor] = field(default_factory=list)
     sample: Tensor | None = None
 
 
@@ -97,7 +100,7 @@ def survey(
         advance(work, wave, {"reference": routing})
         stats = statistics(work, wave, learned)
         if scales is not None and rescale and stats:
-            found.errors = added(found.errors, wave_errors(rescale, wave, stats, scales, work.expert_scheme))
+            found.errors.append(wave_errors(rescale, wave, stats, scales, work.expert_scheme))
         if learned:
             found.sample = added(found.sample, sample_output(work, wave, learned.sample.seen, learned))
             if work.job.plan.recipe.propagate == "original":
@@ -108,7 +111,7 @@ def survey(
 
 
 def wave_errors(rescale: Rescale, wave: Wave, stats: WaveStats, scales: Tensor, scheme: Scheme | None) -> Tensor:
-    """Summed error [n] of gate and up of a wave for each candidate scale [n, hidden] of their input."""
+    """Error [n, experts] of gate and up of a wave for each candidate scale [n, hidden] of their input."""
     gate = fold.errors(rescale, wave.gate, stats.into.gram, scales, scheme)
     return gate + fold.errors(rescale, wave.up, stats.into.gram, scales, scheme)
 
