@@ -89,7 +89,8 @@ def unhashed(manifest: Mapping[str, object]) -> frozenset[str]:
 
 def file_faults(path: Path, files: Mapping[str, object], free: frozenset[str]) -> Iterator[str]:
     """Files that are missing, changed, or not in the manifest."""
-    present = {found.relative_to(path).as_posix() for found in path.rglob("*") if not found.is_dir()}
+    found_here = (found for found in path.rglob("*") if found.is_symlink() or not found.is_dir())
+    present = {found.relative_to(path).as_posix() for found in found_here}
     for name in sorted(present - set(files) - free - {MANIFEST}):
         yield f"{name}: not in the manifest"
     for name, entry in sorted(files.items()):
@@ -120,7 +121,11 @@ def index_faults(path: Path, specs: Mapping[str, TensorSpec], files: Mapping[str
         if len(shards) > 1:
             yield f"{name}: missing, with {len(shards)} shards"
         return
-    index = read_json(path / name, ArtifactError)
+    try:
+        index = read_json(path / name, ArtifactError)
+    except ArtifactError as fault:
+        yield str(fault)
+        return
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
     held = {tensor: file for file in shards if (path / file).is_file() for tensor in header_names(path / file)}
     if not isinstance(weight_map, Mapping) or dict(weight_map) != held:
@@ -142,6 +147,10 @@ def config_faults(path: Path, manifest: Mapping[str, object]) -> Iterator[str]:
     """A config.json whose quantization_config is not the one the artifact was written with."""
     if not (path / "config.json").is_file():
         return  # reported as a missing file
-    found = read_json(path / "config.json", ArtifactError).get("quantization_config")
-    if found != manifest.get("quantization_config"):
+    try:
+        found = read_json(path / "config.json", ArtifactError)
+    except ArtifactError as fault:
+        yield str(fault)
+        return
+    if found.get("quantization_config") != manifest.get("quantization_config"):
         yield "config.json: quantization_config is not the one the artifact was built with"
