@@ -1,0 +1,38 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from quantkit.storage.builtin import folder
+
+FAST = {
+    "quantize.method": "rtn",
+    "calibration.sequences": "32",
+    "fidelity.windows": "8",
+    "output.shard_bytes": "3MB",
+    "compute.device": "cpu",
+}
+"""Overrides that make tiny-v3-awq4 build in half a second, in three shards."""
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sealed artifact of tiny-v3 that nobody may change; `artifact` is a copy for those who do."""
+    from quantkit import pipeline
+    from quantkit.recipe import parse
+
+    path = tmp_path_factory.mktemp("built") / "tiny"
+    text = (folder("recipes") / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
+    recipe = parse(text, "tiny-v3-awq4.yaml", {**FAST, "output.path": str(path)})
+    pipeline.run(recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None)
+    return path
+
+
+@pytest.fixture
+def artifact(built: Path, tmp_path: Path) -> Path:
+    """A copy of the built artifact, to be damaged."""
+    return Path(shutil.copytree(built, tmp_path / "artifact"))
