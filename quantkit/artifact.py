@@ -16,7 +16,7 @@ from torch import Tensor
 from quantkit.contracts import TensorSpec
 from quantkit.errors import ArtifactError, UsageError
 from quantkit.plan import Plan, Shard
-from quantkit.storage.files import sha256_file, sync_folder, write_atomic, write_json
+from quantkit.storage.files import sha256_file, sync_folder, unwritable, write_atomic, write_json
 from quantkit.storage.tensors import ShardWriter, Written
 from quantkit.verify import INDEX, MANIFEST, SCHEMA_VERSION
 
@@ -81,7 +81,10 @@ def prepare(path: Path, overwrite: bool) -> Path:
         raise UsageError(f"{path}: exists and is not an artifact of quantkit; --overwrite replaces artifacts only")
     folder = staging(path)
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "quantkit").mkdir(parents=True)
+    try:
+        (folder / "quantkit").mkdir(parents=True)
+    except OSError as fault:
+        raise unwritable(folder, fault) from fault
     return folder
 
 
