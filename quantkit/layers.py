@@ -65,12 +65,18 @@ def skeleton(config: Config, device: torch.device, dtype: torch.dtype) -> Skelet
             f"{config.where}: model_type {model_type!r} is not part of this transformers release; upgrade transformers"
         )
     values = {key: value for key, value in config.values.items() if key not in {"quantization_config", "auto_map"}}
-    hf_config = CONFIG_MAPPING[model_type].from_dict(values)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
+    try:
+        hf_config = CONFIG_MAPPING[model_type].from_dict(values)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
+        # inv_freq is a buffer that no checkpoint stores: on the meta device it would be garbage
+        rotary = type(model.model.rotary_emb)(hf_config).to(device)
+    except Exception as fault:  # a wrong value surfaces as whatever it first breaks in transformers
+        raise CheckpointError(
+            f"{config.where}: expected a configuration that transformers makes a {model_type} of, found: "
+            f"{type(fault).__name__}: {fault}; repair the value, or upgrade transformers"
+        ) from fault
     model.eval()
-    # inv_freq is a buffer that no checkpoint stores: on the meta device it would be garbage
-    rotary = type(model.model.rotary_emb)(hf_config).to(device)
     return Skeleton(config=hf_config, model=model, rotary=rotary, device=device, dtype=dtype)
 
 

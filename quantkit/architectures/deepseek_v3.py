@@ -16,6 +16,7 @@ from quantkit.contracts import (
     LinearGroup,
     TensorSpec,
 )
+from quantkit.errors import CheckpointError
 
 
 def attention_linears(config: Config, module: str) -> tuple[Linear, ...]:
@@ -86,8 +87,20 @@ def dense_mlp(config: Config, name: str) -> tuple[tuple[Linear, ...], tuple[Line
     )
 
 
+def check_routing(config: Config) -> None:
+    """CheckpointError when the router's numbers contradict each other: its top-k would fail in the first block."""
+    count, top_k = config.integer("n_routed_experts"), config.integer("num_experts_per_tok")
+    groups, top_groups = config.integer("n_group", 1), config.integer("topk_group", 1)
+    if not (1 <= top_k <= count and 1 <= top_groups <= groups and count % groups == 0):
+        raise CheckpointError(
+            f"{config.where}: expected num_experts_per_tok <= n_routed_experts, topk_group <= n_group and n_group that "
+            f"divides n_routed_experts, found {top_k} of {count} experts, {top_groups} of {groups} groups; repair it"
+        )
+
+
 def expert_mlp(config: Config, name: str) -> tuple[tuple[Linear, ...], tuple[LinearGroup, ...], Experts]:
     """Router, shared experts and routed experts. The router reads the same input as they do, so it is a reader."""
+    check_routing(config)
     mlp, hidden = f"{name}.mlp", config.integer("hidden_size")
     count, width = config.integer("n_routed_experts"), config.integer("moe_intermediate_size")
     shared = gated_mlp(f"{mlp}.shared_experts", hidden, width * config.integer("n_shared_experts", 1), "shared_expert")
