@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from quantkit.errors import CheckpointError
 from quantkit.layers import ExpertTap, Skeleton, observing, run
 from quantkit.memory import BATCH_TOKENS
 from quantkit.storage.corpora import Tokens, pack_tokens
@@ -92,8 +93,13 @@ def by_length(tokens: Tokens) -> Tokens:
 
 
 def start(name: StreamName, tokens: Tokens, embedding: Tensor, folder: Path, routed: bool, dtype: SpoolDtype) -> Stream:
-    """Look the tokens up in `embedding` [vocabulary, hidden]."""
+    """Look the tokens up in `embedding` [vocabulary, hidden]; CheckpointError for a token it does not have."""
     ids, width = tokens.ids, embedding.shape[1]
+    if len(ids) and int(ids.max()) >= len(embedding):
+        raise CheckpointError(
+            f"tokenizer: expected token ids below {len(embedding)}, the rows of the embedding, found {int(ids.max())}; "
+            "the tokenizer belongs to another model, copy this model's there"
+        )
     hidden = Spool.create(folder / f"{name}.0", len(ids), width, dtype)
     for first, stop in chunks(len(ids)):
         hidden.write(first, embedding[ids[first:stop].long()])  # [n] -> [n, hidden]
