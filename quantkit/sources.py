@@ -6,16 +6,16 @@ import importlib.resources
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from quantkit import registry
 from quantkit.contracts import Config
-from quantkit.errors import CheckpointError, UsageError
+from quantkit.errors import CheckpointError, RecipeError, UsageError
 from quantkit.plan import Plan, SourceFacts, make_plan
 from quantkit.schema import Recipe
-from quantkit.storage import builtin, hub
+from quantkit.storage import builtin, evals, hub
 from quantkit.storage.checkpoint import Checkpoint
+from quantkit.storage.corpus_spec import read_spec
 from quantkit.storage.machine import memory_available
 
 MEMORY_SHARE = 0.7
@@ -109,17 +109,29 @@ def text_tokens(recipe: Recipe) -> dict[Literal["calibration", "fidelity"], int]
 
 
 def most_tokens(name: str, sequences: int | None, length: int) -> int:
-    """An upper bound of a set's tokens; a token has at least one byte."""
+    """An upper bound of a set's tokens; a token has at least one byte. CalibrationError when there is no such set."""
+    spec = read_spec(name, builtin.folder("calibration"))
     if sequences is not None:
         return sequences * length
-    for path in (builtin.folder("calibration") / f"{name}.jsonl", Path(name).with_suffix(".jsonl")):
-        if path.is_file():
-            return path.stat().st_size
-    return length
+    return spec.file.stat().st_size if spec.file and spec.file.is_file() else length
 
 
 def plan_recipe(recipe: Recipe, source: SourceFacts, tokens: Mapping[Literal["calibration", "fidelity"], int]) -> Plan:
-    """The plan on this machine."""
-    return make_plan(
-        recipe, source, budget_bytes=budget(recipe), tokens=tokens, hidden_bytes=compute(recipe).hidden_bytes
-    )
+    """The plan on this machine; RecipeError with every fault of the recipe, benchmarks that do not exist among them."""
+    faults = task_faults(recipe)
+    try:
+        plan = make_plan(
+            recipe, source, budget_bytes=budget(recipe), tokens=tokens, hidden_bytes=compute(recipe).hidden_bytes
+        )
+    except RecipeError as error:
+        raise RecipeError([*error.faults, *faults]) from None
+    if faults:
+        raise RecipeError(faults)
+    return plan
+
+
+def task_faults(recipe: Recipe) -> list[str]:
+    """Benchmarks that do not exist: known before hours are spent on the model they should judge."""
+    where, known = recipe.where("evaluation", "tasks"), evals.task_names()
+    missing = [name for name in recipe.evaluation.tasks if not evals.task_path(name).is_file()]
+    return [f"{where}: evaluation.tasks: {registry.unknown('benchmark', name, known)}" for name in missing]
