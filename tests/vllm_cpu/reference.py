@@ -1,0 +1,80 @@
+"""What the dequantized model says: an artifact unpacked into plain float32 weights, run greedily by transformers.
+
+The answers that vLLM is compared with. Beside every token stands what else was likely there, so that a difference can
+be told from a near-tie.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm_cpu.compare import Answer, Step
+
+from quantkit import sources, whole
+from quantkit.layers import skeleton
+from quantkit.recipe import parse
+from quantkit.storage import builtin
+from quantkit.storage.checkpoint import Checkpoint
+from quantkit.storage.corpora import load_tokenizer
+
+TASKS = ("tiny-v3-math", "tiny-v3-code")
+NEW_TOKENS = 80
+"""The longest reference answer of both tasks has 62 tokens, so that a sound answer ends by itself."""
+CANDIDATES = 20
+"""Tokens per step whose log-probability is kept; a token that is not among them is no near-tie."""
+
+
+def prompts(count: int) -> list[tuple[str, str]]:
+    """(task id, prompt) of held-out items, the first count / 2 of each task."""
+    found = []
+    for task in TASKS:
+        lines = (builtin.folder("evals") / "data" / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
+        items = [json.loads(line) for line in lines[: count // len(TASKS)]]
+        found += [(item["task_id"], item["prompt"]) for item in items]
+    return found
+
+
+def dequantized(artifact: Path) -> Any:
+    """The artifact as a transformers model of float32 weights, from the tensors on disk."""
+    recipe_path = artifact / "recipe.yaml"
+    recipe = parse(recipe_path.read_text(encoding="utf-8"), str(recipe_path), {})
+    plan = sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))
+    schemes = {name: found.scheme for name, found in plan.decisions.items() if found.scheme is not None}
+    bones = skeleton(plan.source.config, torch.device("cpu"), torch.float32)
+    return whole.model(bones, plan.layout, whole.reader(Checkpoint.open(artifact), plan.recipe.format, schemes))
+
+
+def answer(model: Any, tokenizer: Any, task_id: str, prompt: str) -> Answer:
+    """Generate greedily until EOS, at most NEW_TOKENS."""
+    encoded = tokenizer(prompt, return_tensors="pt")["input_ids"]  # [1, prompt tokens]
+    with torch.no_grad():
+        made = model.generate(
+            encoded,
+            attention_mask=torch.ones_like(encoded),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    tokens = made.sequences[0, encoded.shape[1] :].tolist()  # [1, prompt + new] -> [new]
+    steps = [step(token, logits[0]) for token, logits in zip(tokens, made.logits, strict=True)]
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return Answer(task_id=task_id, prompt=prompt, prompt_tokens=encoded[0].tolist(), text=text, steps=steps)
+
+
+def step(token: int, logits: Tensor) -> Step:
+    """Logits [vocabulary] at the place of `token`, as the log-probabilities of its likeliest tokens."""
+    best = torch.log_softmax(logits.float(), dim=-1).topk(CANDIDATES)
+    return Step(token=token, logprobs=dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+
+
+def answers(artifact: Path, count: int) -> list[Answer]:
+    """The dequantized model's answers to `count` held-out prompts."""
+    model, tokenizer = dequantized(artifact), load_tokenizer(artifact)
+    return [answer(model, tokenizer, task_id, prompt) for task_id, prompt in prompts(count)]
