@@ -47,9 +47,18 @@ def source(plan: Plan) -> PlanSource:
         architecture=plan.source.config.text("model_type"),
         dtype=source_dtype(plan),
         parameters=sum(spec.n_elements for spec in plan.specs.values()),
+        parameters_without_mtp=without_mtp(plan),
         bytes=source_bytes(plan, list(plan.specs)),
         read_from="the published config; sizes are computed, no header was read" if plan.assumed else "headers",
     )
+
+
+def without_mtp(plan: Plan) -> int | None:
+    """Parameters outside the MTP layers, the number a model is named by ("671 B"); None when it has none."""
+    inside = tuple(f"{block.name}." for block in plan.layout.blocks if block.kind == "mtp")
+    if not inside:
+        return None
+    return sum(spec.n_elements for name, spec in plan.specs.items() if not name.startswith(inside))
 
 
 def source_dtype(plan: Plan) -> str:

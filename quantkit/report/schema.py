@@ -276,6 +276,7 @@ class PlanSource(BaseModel):
     architecture: str
     dtype: str
     parameters: int
+    parameters_without_mtp: int | None = None  # what a model is named by; None when it has no MTP layer
     bytes: int
     read_from: str  # "headers", or "the published config, offline: sizes are computed"
 

@@ -76,7 +76,9 @@ def plan_view(plan: PlanSummary) -> Group:
     source, memory = plan.source, plan.memory
     head = Text(plain(f"{source.model} -> {plan.output}"), style="bold")
     revision = f" at {source.revision}" if source.revision else ""
-    facts = f"{source.architecture}{revision}, {numbers.parameters(source.parameters)} parameters, {source.dtype}, "
+    weights, bare = numbers.parameters(source.parameters), source.parameters_without_mtp
+    mtp = f" ({numbers.parameters(bare)} without the MTP layer)" if bare is not None else ""
+    facts = f"{source.architecture}{revision}, {weights} parameters{mtp}, {source.dtype}, "
     head.append("\n" + plain(f"{facts}{numbers.size(source.bytes)}; read from {source.read_from}"), style="not bold")
     fits = memory.peak <= memory.budget
     waves = f", {memory.experts_per_wave} experts at once" if memory.experts_per_wave else ""
