@@ -95,6 +95,17 @@ def rule_faults(rules: Sequence[Rule], layout: Layout, where: str) -> list[str]:
     ]
 
 
+def idle_rules(rules: Sequence[Rule], decisions: Mapping[str, Decision]) -> list[str]:
+    """Rules that match linears and decide over none of them: not wrong, but hardly what was meant."""
+    deciding = {decision.rule for decision in decisions.values()}
+    return [
+        f"{rule.label}: {rule.match!r} decides over nothing: all that it matches was decided by an earlier rule or by "
+        "mtp, or is a router, an embedding or a head, which a rule quantizes only by its name"
+        for rule in rules
+        if not rule.optional and rule.label not in deciding and any(rule.matches(name) for name in decisions)
+    ]
+
+
 def storage_faults(decisions: Mapping[str, Decision], output: Format, format_name: str) -> list[str]:
     """Linears that the format cannot hold, one sentence per reason with a count, and schemes it cannot mix."""
     reasons: dict[str, list[Decision]] = {}

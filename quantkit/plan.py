@@ -10,12 +10,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from quantkit import registry
 from quantkit.claims import Claimed, claim, fp8_block, stored_bytes
 from quantkit.contracts import Architecture, Block, Config, Format, Layout, TensorSpec
-from quantkit.decide import Decision, decide, fused_faults, rule_faults, storage_faults
+from quantkit.decide import Decision, decide, fused_faults, idle_rules, rule_faults, storage_faults
 from quantkit.errors import RecipeError
 from quantkit.memory import MemoryPlan, memory_plan
 from quantkit.recipe import preset
@@ -64,7 +65,7 @@ class Plan:
     memory: MemoryPlan
     warnings: tuple[str, ...]
 
-    @property
+    @cached_property  # asked for once per linear, 45,000 times for DeepSeek-V3
     def format(self) -> Format:
         return registry.format(self.recipe.format)
 
@@ -195,13 +196,7 @@ def make_plan(
         hidden_bytes=hidden_bytes,
     )
     if memory.needed_bytes > budget_bytes:
-        faults.append(
-            f"{recipe.where('memory')}: memory: the smallest wave (one expert) needs "
-            f"{memory.needed_bytes / 1e9:.1f} GB: base "
-            f"{memory.base_bytes / 1e9:.1f}, block without experts {memory.dense_bytes / 1e9:.1f}, one batch "
-            f"{memory.batch_bytes / 1e9:.1f}, one expert {memory.expert_bytes / 1e9:.1f}, head "
-            f"{memory.head_bytes / 1e9:.1f}; found {budget_bytes / 1e9:.1f} GB; raise memory or free some"
-        )
+        faults.append(f"{recipe.where('memory')}: memory: {memory_fault(memory)}")
     if faults:
         raise RecipeError(faults)
     tensors = outputs(claimed.layout, decisions, claimed.specs, output)
@@ -216,7 +211,24 @@ def make_plan(
         decisions=decisions,
         shards=shards(tensors, recipe.output.shard_bytes),
         memory=memory,
-        warnings=tuple(warnings_of(claimed, recipe, decisions, source.config)),
+        warnings=(*warnings_of(claimed, recipe, decisions, source.config), *idle_rules(rules, decisions)),
+    )
+
+
+def memory_fault(memory: MemoryPlan) -> str:
+    """Why the budget is too small, part by part; what is needed is rounded up, so that it suffices as printed."""
+    parts = {
+        "base": memory.base_bytes,
+        "block without experts": memory.dense_bytes,
+        "one batch": memory.batch_bytes,
+        "one expert": memory.expert_bytes,
+        "head": memory.head_bytes,
+    }
+    told = ", ".join(f"{name} {n_bytes / 1e9:.2f}" for name, n_bytes in parts.items() if n_bytes)
+    smallest = "the smallest wave (one expert)" if memory.expert_bytes else "the largest block"
+    return (
+        f"{smallest} needs {-(-memory.needed_bytes // 10**7) / 100:.2f} GB ({told}), found "
+        f"{memory.budget_bytes // 10**7 / 100:.2f} GB; raise memory or free some"
     )
 
 
