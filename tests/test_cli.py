@@ -280,6 +280,16 @@ def test_kept_gates_accept(tmp_path: Path) -> None:
     assert verify(tmp_path / "artifact").status == "accepted"
 
 
+def test_an_interrupted_build_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quantkit.pipeline.quantize", interrupted)
+    result = build(tmp_path / "artifact")
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+    assert not (tmp_path / "artifact").exists()
+
+
 # ---------------------------------------------------------------------------------------------- what is there already
 
 
