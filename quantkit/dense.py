@@ -117,7 +117,8 @@ def search(
     """Candidate scales [n, in] of a group and the summed error [n] of its dense readers, kept ones included."""
     assert group.absorber is not None  # Work.rescale_of asks for one
     stats = learned.stats[group.name]
-    scales = fold.candidates(rescale, stats.mean_abs, group.absorber)
+    into_norm = tensors[f"{group.absorber.module}.weight"].dim() == 1
+    scales = fold.candidates(rescale, stats.mean_abs, group.absorber, into_norm)
     totals = [
         fold.errors(rescale, tensors[f"{r}.weight"], stats.gram, scales, work.job.plan.decisions[r].scheme)
         for r in group.readers

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantkit.contracts import Absorber, InputStats, LinearGroup, Rescale, Scheme
 from quantkit.errors import NumericsError
+from quantkit.numerics.rescale import powers_of_two
 
 FLOAT32_TOLERANCE = 1e-3
 BFLOAT16_TOLERANCE = 3e-2
@@ -38,8 +39,15 @@ class Choice:
         return self.candidate != 0
 
 
-def candidates(rescale: Rescale, mean_abs: Tensor, absorber: Absorber) -> Tensor:
-    """[n, in] scales to try. Where one row of the absorber makes several channels, those share their scale."""
+def candidates(rescale: Rescale, mean_abs: Tensor, absorber: Absorber, into_norm: bool) -> Tensor:
+    """[n, in] scales to try.
+
+    What a norm absorbs is rounded to powers of two: norm, router and every other kept reader then change exponents
+    alone, and the fold costs nothing where nothing is quantized. Where one row of a linear makes several channels,
+    those share their scale.
+    """
+    if into_norm:
+        return powers_of_two(rescale.candidates(mean_abs))
     if absorber.rows is None:
         return rescale.candidates(mean_abs)
     index = torch.tensor(absorber.rows.index(), device=mean_abs.device)

@@ -18,7 +18,7 @@ SHAPE = {
     "hidden_size": 512,
     "intermediate_size": 1024,
     "moe_intermediate_size": 256,
-    "n_routed_experts": 16,
+    "n_routed_experts": 8,
     "num_experts_per_tok": 2,
     "num_nextn_predict_layers": 0,
     "first_k_dense_replace": 1,
