@@ -6,7 +6,7 @@
     InputStats    the one statistic           gram, mean |x|, tokens
 
 Methods make `Quantized`, formats store it, neither knows the other. torch is imported for types only, so that
-`quantkit verify` and `quantkit plan` start without it.
+`quantkit verify` starts without it.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
     ├── UsageError               2   the command line or the environment was used wrongly
     │   └── RecipeError          2   a recipe cannot be read, or its plan is refused; lists every fault
     ├── CheckpointError          1   the source checkpoint is missing, damaged or not what it claims
+    │   └── HubUnreachable       1   the hub did not answer; whether the model is good is not known
     ├── CalibrationError         1   calibration or evaluation text cannot be used
     ├── NumericsError            1   a computation left the range in which its result can be trusted
     ├── EvaluationError          1   a benchmark could not be run
@@ -41,6 +42,10 @@ class RecipeError(UsageError):
 
 class CheckpointError(QuantkitError):
     """The source checkpoint is missing, damaged or not what it claims to be."""
+
+
+class HubUnreachable(CheckpointError):
+    """The hub did not answer: whether the model is good is not known, so a plan may go by the published config."""
 
 
 class CalibrationError(QuantkitError):

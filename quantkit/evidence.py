@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import PurePath
@@ -65,8 +66,14 @@ def fidelity(
         versions=versions(),
         seeds={"calibration": plan.recipe.calibration.seed} if plan.recipe.calibration else {},
         hashes={"recipe": plan.recipe.hash, "plan": plan.hash},
-        command=f"quantkit build {PurePath(plan.recipe.name).name}",
+        command=command(plan),
     )
+
+
+def command(plan: Plan) -> str:
+    """What makes the artifact again."""
+    changes = [f"--set {shlex.quote(f'{key}={text}')}" for key, text in plan.recipe.overrides]
+    return " ".join(["quantkit build", PurePath(plan.recipe.name).name, *changes])
 
 
 def artifact(plan: Plan) -> schema.Artifact:

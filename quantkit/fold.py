@@ -7,7 +7,6 @@ stays unquantized included. AWQ (arXiv 2306.00978, section 3.2) chooses s so tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -118,8 +117,3 @@ def check_unchanged(where: str, what: str, before: Tensor, after: Tensor, tolera
 def routing_matrix(index: Tensor, weight: Tensor, count: int) -> Tensor:
     """Routing weights as [tokens, experts], comparable whatever the order of the top k."""
     return torch.zeros(len(index), count, dtype=weight.dtype, device=weight.device).scatter(1, index, weight)
-
-
-def readers_of(groups: Mapping[str, LinearGroup]) -> dict[str, str]:
-    """Module -> the group whose input it reads."""
-    return {reader: name for name, group in groups.items() for reader in group.readers}

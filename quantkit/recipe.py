@@ -38,6 +38,7 @@ def parse(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
         raise RecipeError([sentence for _, sentence in sorted(faults, key=lambda fault: fault[0])])
     recipe = recipe.model_copy(update={"rules": resolved})
     recipe._document = document
+    recipe._overrides = tuple(overrides.items())
     return recipe
 
 

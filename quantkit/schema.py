@@ -183,11 +183,17 @@ class Recipe(BaseModel):
     propagate: Literal["quantized", "original"] = "quantized"
     compute: Compute = Compute()
     _document: Document = PrivateAttr(default=Document(name="recipe", values={}, lines={}))
+    _overrides: tuple[tuple[str, str], ...] = PrivateAttr(default=())
 
     @property
     def name(self) -> str:
         """How messages call the file."""
         return self._document.name
+
+    @property
+    def overrides(self) -> tuple[tuple[str, str], ...]:
+        """Keys that were set beside the file, with the text they were given; but for those that change no content."""
+        return tuple(pair for pair in self._overrides if pair[0] not in {"memory", "output.path"})
 
     def dump(self) -> dict[str, object]:
         """The recipe as plain JSON values, every default written out and presets resolved."""

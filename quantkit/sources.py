@@ -10,13 +10,16 @@ from typing import Literal
 
 from quantkit import registry
 from quantkit.contracts import Config
-from quantkit.errors import CheckpointError, RecipeError, UsageError
+from quantkit.errors import HubUnreachable, RecipeError, UsageError
 from quantkit.plan import Plan, SourceFacts, make_plan
 from quantkit.schema import Recipe
 from quantkit.storage import builtin, evals, hub
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.corpus_spec import read_spec
 from quantkit.storage.machine import memory_available
+
+UNKNOWN_SEQUENCES = 1024
+"""Sequences a plan assumes of a hub set that a recipe takes whole."""
 
 MEMORY_SHARE = 0.7
 """Of the memory that is free when a recipe names no budget: the rest is for the page cache and other programs."""
@@ -65,7 +68,7 @@ def facts(recipe: Recipe) -> SourceFacts:
     model, revision = recipe.source.model, recipe.source.revision
     try:
         headers = hub.resolve_headers(model, revision)
-    except CheckpointError:
+    except HubUnreachable:
         known = published(model)
         if known is None:
             raise
@@ -109,11 +112,14 @@ def text_tokens(recipe: Recipe) -> dict[Literal["calibration", "fidelity"], int]
 
 
 def most_tokens(name: str, sequences: int | None, length: int) -> int:
-    """An upper bound of a set's tokens; a token has at least one byte. CalibrationError when there is no such set."""
+    """An upper bound of a set's tokens; a token has at least one byte. CalibrationError when there is no such set.
+
+    The size of a set that is not here is not known: UNKNOWN_SEQUENCES are assumed.
+    """
     spec = read_spec(name, builtin.folder("calibration"))
     if sequences is not None:
         return sequences * length
-    return spec.file.stat().st_size if spec.file and spec.file.is_file() else length
+    return spec.file.stat().st_size if spec.file and spec.file.is_file() else UNKNOWN_SEQUENCES * length
 
 
 def plan_recipe(recipe: Recipe, source: SourceFacts, tokens: Mapping[Literal["calibration", "fidelity"], int]) -> Plan:

@@ -132,9 +132,7 @@ class _Rules:
     def of(cls, kwargs: Mapping[str, Any], task: str) -> _Rules:
         until, limit = kwargs.get("until", []), kwargs.get("max_gen_toks")
         if kwargs.get("do_sample"):
-            raise EvaluationError(
-                f"{task}: generation_kwargs.do_sample: expected false, found true"
-            )
+            raise EvaluationError(f"{task}: generation_kwargs.do_sample: expected false, found true")
         if not isinstance(limit, int) or limit < 1:
             raise EvaluationError(f"{task}: generation_kwargs.max_gen_toks: expected a whole number, found {limit!r}")
         strings = [until] if isinstance(until, str) else until

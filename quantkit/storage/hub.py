@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from quantkit.contracts import Config, TensorSpec
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, HubUnreachable
 from quantkit.storage.builtin import PREFIX, resolve_model
 from quantkit.storage.checkpoint import CONFIG, Checkpoint
 from quantkit.storage.files import brief, listed, read_json
@@ -210,11 +210,11 @@ def _hub_faults(model: str, revision: str | None) -> Iterator[None]:
         raise
 
 
-def _unreachable(at: str, fault: Exception) -> CheckpointError:
+def _unreachable(at: str, fault: Exception) -> HubUnreachable:
     """The Hub's own transport errors differ between its versions; what the user can do does not."""
     endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
     state = "offline mode (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else f"no connection ({type(fault).__name__})"
-    return CheckpointError(
+    return HubUnreachable(
         f"{at}: expected to reach {endpoint} or find the model in the local cache, found {state}; "
         "connect, or download the model elsewhere and give its folder as source.model"
     )
