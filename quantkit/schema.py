@@ -80,7 +80,7 @@ class Quantize(BaseModel):
 
     model_config = FROZEN
     method: MethodName = "awq"
-    rounding: Literal["nearest", "gptq"] = "nearest"
+    rounding: Literal["nearest"] = "nearest"
     bits: Annotated[int, Field(ge=2, le=8)] = 4
     group_size: Literal[32, 64, 128, -1] = 128
     symmetric: bool = False

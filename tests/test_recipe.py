@@ -78,7 +78,7 @@ def test_the_flagship_is_what_the_project_promises() -> None:
         (pattern, None if action == "quantize" else "source") for pattern, action in PRESETS["experts-only"]
     ]
     assert recipe.calibration is not None and recipe.calibration.set == "general-math-code"
-    assert (recipe.fidelity.set, recipe.fidelity.windows, recipe.fidelity.length) == ("general-heldout", 64, 2048)
+    assert (recipe.fidelity.set, recipe.fidelity.windows, recipe.fidelity.length) == ("general-heldout", 32, 2048)
     assert recipe.evaluation.tasks == ("gsm8k", "humaneval", "mbpp")
     assert (recipe.memory, recipe.mtp) == (64 * 10**9, "keep")
 
