@@ -105,7 +105,8 @@ def rescaled_stats(stats: InputStats, scale: Tensor) -> InputStats:
 
 def check_unchanged(where: str, what: str, before: Tensor, after: Tensor, tolerance: float) -> float:
     """Relative change ||after - before|| / ||before||; NumericsError when rounding cannot explain it."""
-    change = float((after - before).float().norm() / before.float().norm().clamp(min=1e-30))
+    before = before.to(after.device, torch.float32)
+    change = float((after.float() - before).norm() / before.norm().clamp(min=1e-30))
     if not change <= tolerance:
         raise NumericsError(
             f"{where}: folding the scales changed {what} by {change:.2e} (allowed {tolerance:.0e}): a tensor that "
