@@ -30,7 +30,7 @@ from quantkit.storage.corpora import Tokens
 from quantkit.storage.prefetch import ReadAhead
 from quantkit.storage.spool import Spool, SpoolDtype
 from quantkit.streams import Routing, Stream, StreamName, by_length, chunks, moved, scratch, start
-from quantkit.work import STORED, BlockRecord, Job, Work
+from quantkit.work import BlockRecord, Job, Work
 
 Request = tuple[str, ...]
 Streams = dict[StreamName, Stream]
@@ -75,7 +75,7 @@ def build(
             built.blocks.append(record)
             yield Progress(stage="blocks", done=number + 1, total=total, note=block.name)
         for name, tensor in next(reads).items():
-            keep(job, name, tensor)
+            job.keep(name, tensor)
     return built
 
 
@@ -188,15 +188,10 @@ def in_order(source: Checkpoint, wanted: Sequence[Request]) -> Generator[dict[st
 def embed(job: Job, texts: Texts, folder: Path) -> Streams:
     """Store the embedding and start the streams with it."""
     ((name, weight),) = next(job.reads).items()
-    keep(job, name, weight)
+    job.keep(name, weight)
     routed_experts = any(block.experts for block in job.plan.layout.blocks)
     dtype: SpoolDtype = "float32" if job.skeleton.dtype == torch.float32 else "bfloat16"
     texts_of: dict[StreamName, Tokens] = {"reference": texts["fidelity"], "quantized": texts["fidelity"]}
     if job.plan.needs_calibration:
         texts_of = {"calibration": texts["calibration"], **texts_of}
     return {n: start(n, by_length(t), weight, folder, routed_experts, dtype) for n, t in texts_of.items()}
-
-
-def keep(job: Job, name: str, tensor: Tensor) -> None:
-    """Store a tensor outside the blocks as it is."""
-    job.sink.write({name: tensor.to(STORED.get(job.plan.specs[name].dtype, tensor.dtype))})

@@ -20,6 +20,7 @@ class Decision:
     block: str | None  # block name; None outside the blocks
     action: Literal["quantize", "keep", "drop"]
     rule: str
+    keep: Literal["source", "bf16"] = "source"  # how a kept weight is stored
     method: str | None = None
     rounding: str | None = None
     scheme: Scheme | None = None
@@ -59,7 +60,8 @@ def decide_one(linear: Linear, block: Block | None, rules: Sequence[Rule], recip
         return Decision(linear=linear, block=name, action=action, rule=f"mtp: {recipe.mtp}")
     rule = first_match(rules, linear)
     if rule is None or rule.quantize is None:
-        return Decision(linear=linear, block=name, action="keep", rule=rule.label if rule else NO_RULE)
+        keep = rule.keep if rule and rule.keep else "source"
+        return Decision(linear=linear, block=name, action="keep", rule=rule.label if rule else NO_RULE, keep=keep)
     return Decision(
         linear=linear,
         block=name,

@@ -15,7 +15,7 @@ from quantkit.layers import ExpertTap, decoder_layer, relative, run
 from quantkit.numerics import gram as grams
 from quantkit.solve import solve
 from quantkit.streams import Routing, Stream, StreamName, through
-from quantkit.work import STORED, Work
+from quantkit.work import Work
 
 Tensors = Mapping[str, Tensor]
 
@@ -139,8 +139,8 @@ def fold_groups(work: Work, tensors: Tensors, learned: Learned, expert_errors: S
         choice = fold.choose(name, totals)
         work.record.choices.append(choice)
         if choice.rescaled:
-            dtype = STORED[work.job.plan.specs[f"{group.absorber.module}.weight"].dtype]
-            scale = fold.absorb(changed, group.absorber, scales[choice.candidate], dtype)
+            scale = scales[choice.candidate]
+            fold.absorb(changed, group.absorber, scale)
             fold.multiply_readers(changed, group, scale)
             stats[name] = fold.rescaled_stats(stats[name], scale)
             rescaled.add(name)

@@ -13,7 +13,7 @@ from quantkit.contracts import Role as LinearRole
 from quantkit.decide import NO_RULE, Decision
 from quantkit.evaluate.distribution import Measured
 from quantkit.numerics.fidelity import Estimate
-from quantkit.plan import Plan, source_bytes
+from quantkit.plan import Plan, kept_weight, source_bytes
 from quantkit.report import schema
 from quantkit.report.schema import Benchmark, Fidelity, Figure
 from quantkit.solve import FALLBACKS, ModuleRecord
@@ -121,7 +121,9 @@ def roles(plan: Plan) -> list[schema.Role]:
     for role, decisions in by_role.items():
         kept = [decision for decision in decisions if decision.action != "quantize"]
         stored = dict.fromkeys(
-            scheme_text(d.scheme) if d.scheme else ("dropped" if d.action == "drop" else kept_dtype(plan, d))
+            scheme_text(d.scheme)
+            if d.scheme
+            else ("dropped" if d.action == "drop" else kept_weight(d, plan.specs).dtype)
             for d in decisions
         )
         reasons = dict.fromkeys(PROTECTED_REASON if d.rule == NO_RULE else d.rule for d in decisions)
@@ -136,12 +138,6 @@ def roles(plan: Plan) -> list[schema.Role]:
             )
         )
     return found
-
-
-def kept_dtype(plan: Plan, decision: Decision) -> str:
-    """How an unquantized linear is stored."""
-    dtype = plan.specs[f"{decision.linear.name}.weight"].dtype
-    return "BF16" if dtype.startswith("F8") else dtype
 
 
 def source(plan: Plan, licence: schema.License | None) -> schema.Source:

@@ -68,19 +68,16 @@ def choose(group: str, totals: Tensor) -> Choice:
     return Choice(group=group, candidate=best, error_plain=float(totals[0]), error_chosen=float(totals[best]))
 
 
-def absorb(tensors: dict[str, Tensor], absorber: Absorber, scale: Tensor, stored: torch.dtype) -> Tensor:
-    """Divide the absorber by `scale` [in] and return the scale [in] its readers must be multiplied by.
+def absorb(tensors: dict[str, Tensor], absorber: Absorber, scale: Tensor) -> None:
+    """Divide the absorber by `scale` [in]: tensors (float32, full names) is changed.
 
-    tensors (float32) is changed. A norm is kept in `stored` dtype and not quantized, so it is rounded first and its
-    readers take the scale that really acts: the fold itself then loses nothing.
+    A norm loses nothing when it is stored in its own dtype, because its scales are powers of two.
     """
     name = f"{absorber.module}.weight"
     weight = tensors[name]
     if weight.dim() == 1:
-        divided = (weight / scale).to(stored).float()  # [in]
-        effective = torch.where(divided == 0, torch.ones_like(scale), weight / divided)
-        tensors[name] = torch.where(divided == 0, weight, divided)
-        return effective
+        tensors[name] = weight / scale  # [in]
+        return
     rows = torch.arange(len(scale)) if absorber.rows is None else torch.tensor(absorber.rows.index())
     inverse = torch.ones(weight.shape[0], device=weight.device)
     inverse[rows.to(weight.device)] = 1 / scale  # channels that share a row share their scale
@@ -88,7 +85,6 @@ def absorb(tensors: dict[str, Tensor], absorber: Absorber, scale: Tensor, stored
     bias = f"{absorber.module}.bias"
     if bias in tensors:
         tensors[bias] = tensors[bias] * inverse
-    return scale
 
 
 def multiply_readers(tensors: dict[str, Tensor], group: LinearGroup, scale: Tensor) -> None:

@@ -93,9 +93,15 @@ def needs_calibration(decisions: Mapping[str, Decision]) -> bool:
     return any(registry.method(name).needs_stats for name in used)
 
 
-def kept_spec(spec: TensorSpec) -> TensorSpec:
-    """A tensor that is not quantized, as written: FP8 blocks become the BF16 they stand for."""
-    return TensorSpec(name=spec.name, dtype="BF16" if spec.dtype.startswith("F8") else spec.dtype, shape=spec.shape)
+def kept_spec(spec: TensorSpec, keep: Literal["source", "bf16"] = "source") -> TensorSpec:
+    """A tensor that is not quantized, as written: FP8 blocks become the BF16 they stand for, whatever else if asked."""
+    as_bf16 = keep == "bf16" or spec.dtype.startswith("F8")
+    return TensorSpec(name=spec.name, dtype="BF16" if as_bf16 else spec.dtype, shape=spec.shape)
+
+
+def kept_weight(decision: Decision, specs: Mapping[str, TensorSpec]) -> TensorSpec:
+    """The weight of a kept linear, as its rule has it stored."""
+    return kept_spec(specs[f"{decision.linear.name}.weight"], decision.keep)
 
 
 def block_outputs(
@@ -108,7 +114,7 @@ def block_outputs(
         if decision.scheme is not None:
             found += output.layout(linear, decision.scheme)
         else:
-            found.append(kept_spec(specs[f"{linear.name}.weight"]))
+            found.append(kept_weight(decision, specs))
         if linear.bias:
             found.append(kept_spec(specs[f"{linear.name}.bias"]))
     return [] if any(decisions[x.name].action == "drop" for x in block.linears) else found
@@ -118,11 +124,11 @@ def outputs(
     layout: Layout, decisions: Mapping[str, Decision], specs: Mapping[str, TensorSpec], output: Format
 ) -> list[TensorSpec]:
     """Every tensor of the artifact in writing order."""
-    found = [kept_spec(specs[f"{layout.embedding.name}.weight"])]
+    found = [kept_weight(decisions[layout.embedding.name], specs)]
     for block in layout.blocks:
         found += block_outputs(block, decisions, specs, output)
     found.append(kept_spec(specs[layout.final_norm.name]))
-    return found + ([kept_spec(specs[f"{layout.head.name}.weight"])] if layout.head else [])
+    return found + ([kept_weight(decisions[layout.head.name], specs)] if layout.head else [])
 
 
 def shards(tensors: Sequence[TensorSpec], limit_bytes: int) -> tuple[Shard, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from quantkit.claims import fp8_block
 from quantkit.contracts import Scheme
 from quantkit.decide import Decision
-from quantkit.plan import Plan, kept_spec, source_bytes
+from quantkit.plan import Plan, kept_weight, source_bytes
 from quantkit.report.schema import PlanMemory, PlanRule, PlanShard, PlanSource, PlanSummary, PlanTotals
 
 
@@ -89,7 +89,7 @@ def bytes_after(plan: Plan, decision: Decision) -> int:
         return 0
     if decision.scheme is not None:
         return sum(spec.n_bytes for spec in plan.format.layout(decision.linear, decision.scheme))
-    return kept_spec(plan.specs[f"{decision.linear.name}.weight"]).n_bytes
+    return kept_weight(decision, plan.specs).n_bytes
 
 
 def rules(plan: Plan) -> list[PlanRule]:

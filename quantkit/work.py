@@ -17,10 +17,8 @@ from quantkit.plan import Plan
 from quantkit.registry import method
 from quantkit.solve import ModuleRecord
 from quantkit.storage.spool import Spool
+from quantkit.storage.tensors import TORCH_DTYPES
 from quantkit.streams import Stream, StreamName
-
-STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.bfloat16}
-"""Source dtype -> what an unquantized tensor is stored as: FP8 blocks become the BF16 they stand for."""
 
 Stored = Mapping[str, Tensor]
 
@@ -34,6 +32,12 @@ class Job:
     activation: Activation
     sink: Sink
     reads: Iterator[dict[str, Tensor]]  # the source's tensors in the order of `requests`
+
+    def keep(self, name: str, tensor: Tensor) -> Tensor:
+        """Store a tensor that is not quantized in the dtype the plan gives it; what was stored."""
+        stored = tensor.to(TORCH_DTYPES[self.sink.spec(name).dtype])
+        self.sink.write({name: stored})
+        return stored
 
 
 @dataclass(kw_only=True)
@@ -111,7 +115,5 @@ class Work:
             self.record.modules.append(module)
 
     def keep(self, name: str, tensor: Tensor) -> Tensor:
-        """Store a tensor that is not quantized in its own dtype; what that stands for, in float32."""
-        stored = tensor.to(STORED.get(self.job.plan.specs[name].dtype, tensor.dtype))
-        self.write({name: stored})
-        return stored.float()
+        """Store a tensor that is not quantized; what was stored, in float32."""
+        return self.job.keep(name, tensor).float()

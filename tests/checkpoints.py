@@ -13,6 +13,7 @@ from quantkit import registry
 from quantkit.claims import STORED_AS_FP8, expected
 from quantkit.contracts import Config
 from quantkit.storage.builtin import resolve_model
+from quantkit.storage.tensors import TORCH_DTYPES
 
 BLOCK = 128
 
@@ -40,7 +41,7 @@ def write_checkpoint(folder: Path, config: dict[str, object], *, fp8: bool = Fal
         if name in fp8_names:
             tensors[name], tensors[f"{name}_scale_inv"] = to_fp8(value)
         else:
-            tensors[name] = value if spec.dtype == "F32" else value.bfloat16()
+            tensors[name] = value.to(TORCH_DTYPES[spec.dtype])
     if fp8:
         entry = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
         config = {**config, "quantization_config": entry}

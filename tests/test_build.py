@@ -139,3 +139,21 @@ def test_a_weight_that_is_not_finite_stops_the_build(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         build(folder, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_kept_weight_is_stored_as_its_rule_says(tmp_path: Path) -> None:
+    """keep: bf16 halves a float32 source's weights, keep: source leaves them; scales follow the source's dtype."""
+    folder = write_checkpoint(tmp_path / "source", tiny_config("llama", torch_dtype="float32"))
+    rules = '[{match: "*.q_proj", keep: bf16}, {match: "*.k_proj", keep: bf16}, {match: "*.v_proj", keep: bf16}, '
+    rules += (
+        '{match: "*.self_attn.*", keep: source}, {match: "*.mlp.*", quantize: default}, {match: "*", keep: source}]'
+    )
+    build(folder, tmp_path / "a", rules=rules)
+    specs = Checkpoint.open(tmp_path / "a").specs
+    assert specs["model.layers.0.self_attn.q_proj.weight"].dtype == "BF16"
+    assert specs["model.layers.0.self_attn.o_proj.weight"].dtype == "F32"
+    assert specs["model.layers.0.mlp.up_proj.scales"].dtype == "BF16"
+    half = write_checkpoint(tmp_path / "half", tiny_config("llama", torch_dtype="float16"))
+    build(half, tmp_path / "b", rules="all-linear")
+    assert Checkpoint.open(tmp_path / "b").specs["model.layers.0.mlp.up_proj.scales"].dtype == "F16"
+    verify(tmp_path / "b")
