@@ -46,7 +46,7 @@ def preset(name: str, default: Quantize, line: int | None = None) -> tuple[Rule,
     """The rules a preset stands for. `line` None: an architecture chose it and nobody wrote it, so it is optional."""
     return tuple(
         Rule(
-            label=f"preset {name}[{index}]",
+            label=f"{name}[{index}]",
             line=line or 0,
             optional=line is None,
             match=pattern,

@@ -91,7 +91,7 @@ class Rule(BaseModel):
     """One resolved rule; exactly one of `quantize` and `keep` is set. Of a recipe's rules the first match decides."""
 
     model_config = FROZEN
-    label: str  # "rules[0]" as written, or "preset experts-only[1]"
+    label: str  # "rules[0]" as written, or "experts-only[1]"
     line: int = Field(exclude=True)  # in the recipe; 0 when it came from elsewhere
     optional: bool = Field(default=False, exclude=True)  # nobody wrote it, so it may match nothing
     match: Text

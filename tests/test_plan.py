@@ -242,7 +242,7 @@ def test_presets_by_family() -> None:
     deepseek, llama = plan_of(), plan_of("llama")
     assert {deepseek.decisions[name].linear.role for name in quantized(deepseek)} == {"routed_expert"}
     assert {llama.decisions[name].linear.role for name in quantized(llama)} == {"attention", "mlp"}
-    assert [rule.label for rule in deepseek.rules] == ["preset experts-only[0]", "preset experts-only[1]"]
+    assert [rule.label for rule in deepseek.rules] == ["experts-only[0]", "experts-only[1]"]
     assert llama.decisions["lm_head"].action == llama.decisions["model.embed_tokens"].action == "keep"
 
 
@@ -311,13 +311,13 @@ def test_a_rule_that_matches_nothing() -> None:
 def test_a_written_preset_that_matches_nothing() -> None:
     """experts-only on a dense model: refused when written, never chosen unasked."""
     [fault] = faults_of(model_type="llama", rules="experts-only")
-    assert fault.startswith(r"r.yaml:8: preset experts-only[0]: 're:.*\\.experts\\.\\d+\\.[^.]+' matches no linear of")
+    assert fault.startswith(r"r.yaml:8: experts-only[0]: 're:.*\\.experts\\.\\d+\\.[^.]+' matches no linear of")
 
 
 def test_a_group_size_that_does_not_divide() -> None:
     [fault] = faults_of(quantize="{group_size: 128}", config={"moe_intermediate_size": 192})
     assert fault == (
-        "r.yaml: preset experts-only[0]: group_size 128 does not divide 192 input features; use 64 or 32 "
+        "r.yaml: experts-only[0]: group_size 128 does not divide 192 input features; use 64 or 32 "
         "(model.layers.1.mlp.experts.0.down_proj and 7 more)"
     )
 
@@ -359,7 +359,7 @@ def test_two_schemes_in_a_format_that_holds_one() -> None:
 )
 def test_what_awq_cannot_hold(change: str, words: str) -> None:
     [fault] = faults_of(quantize=f"{{{change}}}")
-    assert fault.startswith("r.yaml: preset experts-only[0]: ") and words in fault
+    assert fault.startswith("r.yaml: experts-only[0]: ") and words in fault
     assert fault.endswith(" (model.layers.1.mlp.experts.0.gate_proj and 23 more)")  # one sentence for all of them
 
 

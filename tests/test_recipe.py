@@ -133,7 +133,7 @@ def test_a_rule_changes_some_keys_of_the_default() -> None:
 def test_presets_alone_and_in_a_list() -> None:
     alone = parse(SMALLEST + "rules: experts-only\n", "x.yaml").rules
     assert alone is not None
-    assert [rule.label for rule in alone] == ["preset experts-only[0]", "preset experts-only[1]"]
+    assert [rule.label for rule in alone] == ["experts-only[0]", "experts-only[1]"]
     assert [rule.optional for rule in alone] == [False, False]
     mixed = parse(
         SMALLEST + "rules:\n  - {match: '*.down_proj', keep: source}\n  - preset: attention-source\n", "x.yaml"
@@ -141,8 +141,8 @@ def test_presets_alone_and_in_a_list() -> None:
     assert mixed is not None
     assert [(rule.label, rule.line) for rule in mixed] == [
         ("rules[0]", 6),
-        ("preset attention-source[0]", 7),
-        ("preset attention-source[1]", 7),
+        ("attention-source[0]", 7),
+        ("attention-source[1]", 7),
     ]
 
 

@@ -15,6 +15,7 @@ from quantkit.report.tables import Table
 
 _STYLES = {"accepted": "green", "rejected": "bold red", "not judged": "yellow"}
 SHARDS = 4  # files that a plan shows
+NARROWEST = 12  # characters that a column of text keeps
 WIDTH = 100  # columns of the terminal these tables are made for
 
 
@@ -36,7 +37,7 @@ def plain(text: str) -> str:
 
 
 def widths(made: Table) -> list[int | None]:
-    """Characters per column: as wide as the cells where a line has room, never narrower than a number or a word.
+    """Characters per column: as wide as the cells where a line has room, else no narrower than a number or a word.
 
     [None, ...], for rich to decide, where even that is too much for a line.
     """
@@ -48,8 +49,13 @@ def widths(made: Table) -> list[int | None]:
         for name, column, full in zip(made.columns, cells, natural)
     ]
     spare = WIDTH - sum(least) - 2 * len(least) + 1  # a blank and a divider between columns
-    if spare < 0:
-        return [None] * len(least)
+    texts = [index for index, name in enumerate(made.columns) if not name.startswith(">")]
+    while spare < 0:  # a pattern or a path without blanks: the widest column folds in the middle of its words
+        widest = max(texts, key=lambda index: least[index], default=None)
+        if widest is None or least[widest] <= NARROWEST:
+            return [None] * len(least)
+        least[widest] -= 1
+        spare += 1
     chosen = list(least)
     while spare > 0 and chosen != natural:
         narrowest = min((i for i in range(len(chosen)) if chosen[i] < natural[i]), key=lambda i: chosen[i])
