@@ -188,7 +188,8 @@ class Block:
 
     `linears` holds every matrix, the experts' included (experts last, expert by expert); `others` every further
     tensor (norms, biases of routers); `fused` the sets an engine merges at load, which must share one decision.
-    kind "mtp" is a multi-token-prediction block that transformers does not run.
+    kind "mtp" is a multi-token-prediction block that transformers does not run. `renames`: modules of the block that
+    transformers calls otherwise than the checkpoint, ("block_sparse_moe", "mlp").
     """
 
     name: str  # "model.layers.3"
@@ -198,6 +199,7 @@ class Block:
     groups: tuple[LinearGroup, ...]
     fused: tuple[tuple[str, ...], ...]
     experts: Experts | None = None
+    renames: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

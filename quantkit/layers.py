@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quantkit.contracts import Block, Config, Layout
@@ -76,6 +76,7 @@ def skeleton(config: Config, device: torch.device, dtype: torch.dtype) -> Skelet
             f"{config.where}: expected a configuration that transformers makes a {model_type} of, found: "
             f"{type(fault).__name__}: {fault}; repair the value, or upgrade transformers"
         ) from fault
+    check_patterns(hf_config, config.where)
     model.eval()
     return Skeleton(config=hf_config, model=model, rotary=rotary, device=device, dtype=dtype)
 
@@ -116,8 +117,12 @@ def load(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
 
 
 def relative(block: Block, name: str) -> str:
-    """A full tensor or module name as the layer calls it."""
-    return name.removeprefix(f"{block.name}.")
+    """A full tensor or module name as transformers' layer calls it."""
+    inner = name.removeprefix(f"{block.name}.")
+    for stored, called in block.renames:
+        if inner.startswith(f"{stored}."):
+            inner = called + inner.removeprefix(stored)
+    return inner
 
 
 @contextmanager
@@ -149,7 +154,8 @@ def run(skeleton: Skeleton, layer: nn.Module, rows: Tensor, lengths: Sequence[in
     hidden = torch.zeros(*valid.shape, rows.shape[-1], dtype=skeleton.dtype, device=skeleton.device)
     hidden[valid] = rows.to(device=skeleton.device, dtype=skeleton.dtype)  # [tokens, h] -> [sequences, longest, h]
     positions = torch.arange(valid.shape[1], device=skeleton.device)[None]  # [1, longest]
-    mask = create_causal_mask(
+    make_mask = create_sliding_window_causal_mask if slides(skeleton, layer) else create_causal_mask
+    mask = make_mask(
         config=skeleton.config,
         inputs_embeds=hidden,
         attention_mask=None,
@@ -166,6 +172,29 @@ def run(skeleton: Skeleton, layer: nn.Module, rows: Tensor, lengths: Sequence[in
             use_cache=False,
         )
     return out[valid], valid.reshape(-1)  # [sequences, longest, h] -> [tokens, h]
+
+
+def check_patterns(hf_config: Any, where: str) -> None:
+    """CheckpointError for a layer that attends in another pattern than `run` has a mask for."""
+    patterns = hf_config.layer_types if "layer_types" in type(hf_config).__dataclass_fields__ else None
+    for number, pattern in enumerate(patterns or ()):
+        if pattern not in {"full_attention", "sliding_attention"}:
+            raise CheckpointError(
+                f"{where}: layer_types[{number}]: expected full_attention or sliding_attention, found {pattern!r}; "
+                "no other attention pattern can be run block by block"
+            )
+
+
+def slides(skeleton: Skeleton, layer: nn.Module) -> bool:
+    """Whether the layer sees only the last `sliding_window` tokens.
+
+    A family whose config class has no field for layer types or for a window ignores both, whatever config.json says.
+    """
+    config, known = skeleton.config, type(skeleton.config).__dataclass_fields__
+    if "layer_types" in known:
+        attention: Any = layer.get_submodule("self_attn")
+        return bool(config.layer_types[attention.layer_idx] == "sliding_attention")
+    return "sliding_window" in known and config.sliding_window is not None
 
 
 def padding(lengths: Sequence[int], device: torch.device) -> Tensor:

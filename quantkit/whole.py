@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantkit import registry
 from quantkit.contracts import Block, Layout, Scheme
-from quantkit.layers import Skeleton, load
+from quantkit.layers import Skeleton, load, relative
 from quantkit.storage.checkpoint import Checkpoint
 
 Read = Callable[[str], Tensor]
@@ -72,12 +72,12 @@ def state_dict(layout: Layout, read: Read) -> Iterator[tuple[str, Tensor]]:
 
 
 def block_state(block: Block, read: Read) -> Iterator[tuple[str, Tensor]]:
-    """A block's tensors; gate and up of all experts as one [experts, 2 * intermediate, hidden]."""
+    """A block's tensors as transformers names them; gate and up of all experts are one [experts, 2 * width, hidden]."""
     names = [spec.name for spec in block.others]
     names += [f"{linear.name}.weight" for linear in block.linears if linear.role != "routed_expert"]
     names += [f"{linear.name}.bias" for linear in block.linears if linear.bias]
     for name in names:
-        yield name, read(name)
+        yield f"{block.name}.{relative(block, name)}", read(name)
     experts = block.experts
     if experts is None:
         return
@@ -86,5 +86,6 @@ def block_state(block: Block, read: Read) -> Iterator[tuple[str, Tensor]]:
         return read(f"{experts.linear(e, projection)}.weight")
 
     both = [torch.cat([weight(e, experts.gate), weight(e, experts.up)]) for e in range(experts.count)]
-    yield f"{experts.module}.gate_up_proj", torch.stack(both)  # [experts, 2 * intermediate, hidden]
-    yield f"{experts.module}.down_proj", torch.stack([weight(e, experts.down) for e in range(experts.count)])
+    called = f"{block.name}.{relative(block, experts.module)}"
+    yield f"{called}.gate_up_proj", torch.stack(both)  # [experts, 2 * intermediate, hidden]
+    yield f"{called}.down_proj", torch.stack([weight(e, experts.down) for e in range(experts.count)])

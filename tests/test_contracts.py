@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,12 @@ import torch
 from checkpoints import recipe_text, tiny_config, write_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quantkit import pipeline, registry, verify
+from quantkit import pipeline, registry, verify, whole
 from quantkit.artifact import Sink
 from quantkit.build import Progress
 from quantkit.claims import expected
 from quantkit.contracts import Config
-from quantkit.errors import NumericsError
+from quantkit.errors import CheckpointError, NumericsError
 from quantkit.evaluate.distribution import Head, scored
 from quantkit.layers import skeleton
 from quantkit.plan import Plan
@@ -26,6 +27,12 @@ VARIANTS = [(name, {}) for name in registry.names("architectures")] + [
     ("deepseek_v3", {"attention_bias": True, "first_k_dense_replace": 0}),
     ("llama", {"tie_word_embeddings": True}),
     ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+    ("qwen3_moe", {"mlp_only_layers": [0], "use_sliding_window": True, "sliding_window": 16}),
+    ("qwen3_moe", {"decoder_sparse_step": 2, "attention_bias": True}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "tie_word_embeddings": True}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "attention_bias": True}),
+    ("qwen3", {"tie_word_embeddings": True}),
+    ("mistral", {"sliding_window": 16}),
 ]
 IDS = [name + "".join(f"-{key}={value}" for key, value in changes.items()) for name, changes in VARIANTS]
 
@@ -71,8 +78,12 @@ def test_block_by_block_logits_equal_transformers(name: str, changes: dict[str, 
     assert torch.equal(stream.hidden.gather(rows), streams["quantized"].hidden.gather(rows))
 
 
-@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-@pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=IDS)
+STORED = [(*variant, False) for variant in VARIANTS] + [(name, {}, True) for name in registry.names("architectures")]
+"""What is built: every variant from BF16, and every family from FP8, whose reading does not depend on the variant."""
+STORED_IDS = [f"{name}-bf16" for name in IDS] + [f"{name}-fp8" for name in registry.names("architectures")]
+
+
+@pytest.mark.parametrize(("name", "changes", "fp8"), STORED, ids=STORED_IDS)
 def test_plan_build_verify(name: str, changes: dict[str, object], fp8: bool, tmp_path: Path) -> None:
     """A whole build of every linear: the artifact verifies and its figures are those of a quantized model."""
     folder = write_checkpoint(tmp_path / "source", tiny_config(name, **changes), fp8=fp8)
@@ -84,6 +95,30 @@ def test_plan_build_verify(name: str, changes: dict[str, object], fp8: bool, tmp
     assert outcome.fidelity.modules and all(0 < m.relative_error < 0.3 for m in outcome.fidelity.modules)
     specs = Checkpoint.open(outcome.path).specs
     assert not any(name.endswith("_scale_inv") or spec.dtype == "F8_E4M3" for name, spec in specs.items())
+    config = json.loads((outcome.path / "config.json").read_text(encoding="utf-8"))
+    left = config["quantization_config"]["modules_to_not_convert"]
+    for linear in registry.architecture(name).layout(Config(values=config)).linears:
+        if linear.role == "router":  # a linear to vLLM, which asks whether an entry is part of its name
+            assert f"{linear.name}.weight" in specs and any(entry in linear.name for entry in left)
+
+
+@pytest.mark.parametrize("name", registry.names("architectures"))
+def test_the_whole_model_answers_as_transformers(name: str, tmp_path: Path) -> None:
+    """What benchmarks run, put together from the files, is the model transformers loads."""
+    folder = write_checkpoint(tmp_path / "source", tiny_config(name))
+    source = Checkpoint.open(folder)
+    bones = skeleton(source.config, torch.device("cpu"), torch.float32)
+    ours = whole.model(bones, registry.architecture(name).layout(source.config), whole.reader(source))
+    ids = torch.arange(2, 66)[None]  # [1, 64]
+    with torch.no_grad():
+        assert torch.allclose(ours(ids).logits, reference(folder)(ids).logits, atol=2e-4, rtol=1e-4)
+
+
+def test_an_attention_pattern_without_a_mask_is_an_error() -> None:
+    """A layer that attends in chunks would be run as if it saw everything."""
+    config = tiny_config("qwen2", layer_types=["full_attention", "chunked_attention"])
+    with pytest.raises(CheckpointError, match=r"config\.json: layer_types\[1\]: expected full_attention or sliding"):
+        skeleton(Config(values=config), torch.device("cpu"), torch.float32)
 
 
 def build(folder: Path, output: Path, **keys: str) -> pipeline.Outcome:
@@ -121,9 +156,9 @@ def test_a_router_that_is_not_rescaled_is_an_error(tmp_path: Path, monkeypatch: 
     correct = deepseek_v3.expert_mlp
 
     def forgetful(config: Config, name: str):  # type: ignore[no-untyped-def]  # as the function it stands for
-        linears, groups, experts = correct(config, name)
-        shared = tuple(reader for reader in groups[0].readers if not reader.endswith("mlp.gate"))
-        return linears, (replace(groups[0], readers=shared), *groups[1:]), experts
+        part = correct(config, name)
+        shared = tuple(reader for reader in part.groups[0].readers if not reader.endswith("mlp.gate"))
+        return replace(part, groups=(replace(part.groups[0], readers=shared), *part.groups[1:]))
 
     build(folder, tmp_path / "correct")
     monkeypatch.setattr(deepseek_v3, "expert_mlp", forgetful)
@@ -142,9 +177,9 @@ def test_a_forgotten_shared_expert_is_an_error(tmp_path: Path, monkeypatch: pyte
     correct = deepseek_v3.expert_mlp
 
     def forgetful(config: Config, name: str):  # type: ignore[no-untyped-def]  # as the function it stands for
-        linears, groups, experts = correct(config, name)
-        readers = tuple(reader for reader in groups[0].readers if not reader.endswith("shared_experts.up_proj"))
-        return linears, (replace(groups[0], readers=readers), *groups[1:]), experts
+        part = correct(config, name)
+        readers = tuple(r for r in part.groups[0].readers if not r.endswith("shared_experts.up_proj"))
+        return replace(part, groups=(replace(part.groups[0], readers=readers), *part.groups[1:]))
 
     monkeypatch.setattr(deepseek_v3, "expert_mlp", forgetful)
     with pytest.raises(NumericsError, match="the block's output without its experts"):

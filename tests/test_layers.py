@@ -15,6 +15,7 @@ ROWS = (
     "__init__ errors",
     "contracts",
     "numerics/ storage/ anatomy rules",
+    "mixture",
     "methods/ formats/ architectures/ document verify",
     "registry",
     "schema",

@@ -1,0 +1,29 @@
+"""Qwen3, dense: a norm on the queries and keys of each head, small models tie their head to the embedding."""
+
+from __future__ import annotations
+
+from quantkit import anatomy
+from quantkit.contracts import Architecture, Block, Config, Layout
+
+
+def block(config: Config, layer: int) -> Block:
+    """Decoder block `layer`."""
+    name = f"model.layers.{layer}"
+    bias = config.flag("attention_bias")
+    attention = anatomy.grouped_attention(config, name, qkv_bias=bias, o_bias=bias, qk_norm=True)
+    return anatomy.decoder(config, name, attention, anatomy.dense_mlp(config, name))
+
+
+def layout(config: Config) -> Layout:
+    """Every tensor of a Qwen3 checkpoint."""
+    return anatomy.model(config, block)
+
+
+TINY = {
+    **anatomy.TINY,
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "head_dim": 64,
+}
+
+ARCHITECTURE = Architecture(layout=layout, tiny=TINY)
