@@ -33,6 +33,7 @@ VARIANTS = [(name, {}) for name in registry.names("architectures")] + [
     ("qwen3", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "attention_bias": True}),
     ("qwen3", {"tie_word_embeddings": True}),
     ("mistral", {"sliding_window": 16}),
+    ("mixtral", {"sliding_window": 16, "head_dim": 64}),
 ]
 IDS = [name + "".join(f"-{key}={value}" for key, value in changes.items()) for name, changes in VARIANTS]
 

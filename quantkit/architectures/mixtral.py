@@ -1,0 +1,38 @@
+"""Mixtral: grouped-query attention and routed experts in every block. The checkpoint keeps the release's own names,
+`block_sparse_moe` and w1, w3, w2 for gate, up and down, as do vLLM and SGLang; transformers calls the module `mlp`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from quantkit import anatomy, mixture
+from quantkit.contracts import Architecture, Block, Config, Layout
+
+MODULE = "block_sparse_moe"
+
+
+def block(config: Config, layer: int) -> Block:
+    """Decoder block `layer`."""
+    name = f"model.layers.{layer}"
+    found = mixture.experts_of(config, f"{name}.{MODULE}", "num_local_experts", "intermediate_size")
+    mlp = mixture.routed_mlp(name, replace(found, gate="w1", up="w3", down="w2"))
+    made = anatomy.decoder(config, name, anatomy.grouped_attention(config, name), mlp)
+    return replace(made, renames=((MODULE, "mlp"),))
+
+
+def layout(config: Config) -> Layout:
+    """Every tensor of a Mixtral checkpoint."""
+    return anatomy.model(config, block)
+
+
+TINY = {
+    **anatomy.TINY,
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "intermediate_size": 128,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": None,
+}
+
+ARCHITECTURE = Architecture(layout=layout, tiny=TINY, experts_only=True)
