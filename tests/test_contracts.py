@@ -33,7 +33,10 @@ VARIANTS = [(name, {}) for name in registry.names("architectures")] + [
     ("qwen3", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "attention_bias": True}),
     ("qwen3", {"tie_word_embeddings": True}),
     ("mistral", {"sliding_window": 16}),
+    ("deepseek_v2", {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1}),
     ("mixtral", {"sliding_window": 16, "head_dim": 64}),
+    ("qwen2_moe", {"mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 16, "qkv_bias": False}),
+    ("glm4_moe", {"use_qk_norm": False, "n_group": 2, "num_nextn_predict_layers": 0}),
 ]
 IDS = [name + "".join(f"-{key}={value}" for key, value in changes.items()) for name, changes in VARIANTS]
 

@@ -1,0 +1,44 @@
+"""GLM-4.5, 4.5-Air and 4.6: grouped-query attention (the large ones with a norm on queries and keys), and from there on
+as DeepSeek-V3: dense first blocks, routed and shared experts, a balancing bias in the router, an MTP block."""
+
+from __future__ import annotations
+
+from quantkit import anatomy, mixture
+from quantkit.contracts import Architecture, Block, Config, Layout
+
+
+def block(config: Config, layer: int) -> Block:
+    """Block `layer`: dense below `first_k_dense_replace`, experts from there on, in MTP blocks too."""
+    name, bias = f"model.layers.{layer}", config.flag("attention_bias")
+    attention = anatomy.grouped_attention(config, name, qkv_bias=bias, qk_norm=config.flag("use_qk_norm"))
+    if layer < config.integer("first_k_dense_replace", 1):
+        return anatomy.decoder(config, name, attention, anatomy.dense_mlp(config, name))
+    return anatomy.decoder(config, name, attention, mixture.deepseek_experts(config, name, correction=True))
+
+
+def layout(config: Config) -> Layout:
+    """Every tensor of a GLM-4 MoE checkpoint, the MTP block included."""
+    return anatomy.model(config, block, predictions=config.integer("num_nextn_predict_layers", 0))
+
+
+TINY = {
+    **anatomy.TINY,
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "head_dim": 64,
+    "partial_rotary_factor": 0.5,
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 128,
+    "num_nextn_predict_layers": 1,
+    "n_shared_experts": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+}
+
+ARCHITECTURE = Architecture(layout=layout, tiny=TINY, experts_only=True)
