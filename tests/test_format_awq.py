@@ -80,7 +80,14 @@ def test_layout_is_what_pack_makes(name: str, out: int, width: int, group: int) 
     weight = torch.randn(out, width, generator=torch.Generator().manual_seed(out)) * 0.03
     quantized = rtn.METHOD.solve(weight, None, chosen)
     tensors = found.pack(quantized, chosen)
-    names = {torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.float32: "F32"}
+    names = {
+        torch.int32: "I32",
+        torch.int64: "I64",
+        torch.bfloat16: "BF16",
+        torch.float16: "F16",
+        torch.uint8: "U8",
+        torch.float32: "F32",
+    }
     made = {f"{one.name}.{local}": (names[tensor.dtype], tuple(tensor.shape)) for local, tensor in tensors.items()}
     assert made == {spec.name: (spec.dtype, spec.shape) for spec in found.layout(one, chosen)}
     assert all(tensor.is_contiguous() for tensor in tensors.values())

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "quantkit"
 ROWS = (
     "__init__ errors",
     "contracts",
-    "numerics/ storage/ anatomy rules",
+    "numerics/ storage/ anatomy engine_names rules",
     "mixture",
     "methods/ formats/ architectures/ document verify",
     "registry",

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import PROTECTED_ROLES, Format, Linear, Quantized, Scheme, TensorSpec
+from quantkit.engine_names import engine_names, lines
 from quantkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,13 +25,6 @@ PER_WORD = 8
 GROUP_SIZES = (32, 64, 128, -1)
 """What the Marlin kernels of vLLM and SGLang know; others fall to slow kernels or fail."""
 SCALE_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
-FUSED: Mapping[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-}
-"""Modules that engines make of several at load. SGLang looks for their own names in modules_to_not_convert."""
 
 
 def accepts(scheme: Scheme, linear: Linear) -> str | None:
@@ -150,20 +144,6 @@ def forms(name: str) -> list[str]:
     parts = name.split(".")
     parents = [".".join(parts[: n + 1]) + ("." if parts[n].isdigit() else "") for n in range(len(parts) - 1)]
     return [*parents, name]
-
-
-def engine_names(modules: Sequence[str]) -> list[str]:
-    """Names under which engines know these modules: their own, and those of the fused modules they end up in."""
-    found = dict.fromkeys(modules)
-    for module in modules:
-        parent, _, last = module.rpartition(".")
-        found |= dict.fromkeys(f"{parent}.{fused}" for fused, members in FUSED.items() if last in members)
-    return list(found)
-
-
-def lines(names: Sequence[str]) -> str:
-    """Module names as one text, each between line breaks: 45,000 experts are searched at once."""
-    return "\n".join(["", *names, ""])
 
 
 def hits(entry: str, modules: str) -> bool:

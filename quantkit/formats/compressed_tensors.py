@@ -1,0 +1,192 @@
+"""compressed-tensors, "pack-quantized": integer codes of 4 or 8 bits beside ordinary BF16 weights (FORMATS.md, 3).
+
+    weight_packed      [out, in / per_word] int32    sequential codes, lowest first; not transposed
+    weight_scale       [out, n_groups] float16 or bfloat16
+    weight_zero_point  [out / per_word, n_groups] int32    asymmetric only; packed along `out`
+    weight_shape       [2] int64    out, in
+
+Read by vLLM, SGLang and transformers (with the package compressed-tensors), the experts of symmetric mixtures included.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from quantkit.contracts import PROTECTED_ROLES, Format, Linear, Quantized, Scheme, TensorSpec
+from quantkit.engine_names import kept_patterns
+from quantkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BITS = (4, 8)
+GROUP_SIZES = (32, 64, 128, -1)
+"""What the Marlin kernels of vLLM and SGLang know; others fall to slow kernels or fail."""
+SCALE_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
+
+
+def per_word(scheme: Scheme) -> int:
+    """Codes in one 32-bit word."""
+    return 32 // scheme.bits
+
+
+def accepts(scheme: Scheme, linear: Linear) -> str | None:
+    """None, or the first reason why engines could not load this linear, with what to do."""
+    return scheme_fault(scheme) or linear_fault(scheme, linear)
+
+
+def scheme_fault(scheme: Scheme) -> str | None:
+    """Why no linear of this scheme can be stored."""
+    if scheme.kind != "int" or scheme.bits not in BITS:
+        found = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
+        return (
+            f"vLLM and SGLang read compressed-tensors with 4-bit or 8-bit integers, found {found}; use format dense to "
+            "study it"
+        )
+    if not scheme.symmetric and scheme.bits != 4:
+        return f"vLLM's kernels know zero points with 4 bits only, found {scheme.bits} bits; use symmetric: true"
+    if scheme.group_size not in GROUP_SIZES:
+        return (
+            "the compressed-tensors kernels of vLLM and SGLang know group sizes 32, 64, 128 and -1, found "
+            f"{scheme.group_size}"
+        )
+    if scheme.scale_dtype not in SCALE_DTYPES:
+        return (
+            f"vLLM and SGLang hold compressed-tensors scales in 16 bits, found {scheme.scale_dtype}; use bfloat16 or "
+            "float16"
+        )
+    return None
+
+
+def linear_fault(scheme: Scheme, linear: Linear) -> str | None:
+    """Why this linear cannot be stored in a scheme that others can."""
+    count = per_word(scheme)
+    if linear.role in PROTECTED_ROLES:
+        return f"vLLM and SGLang build this {linear.role.replace('_', ' ')} without codes and find no weight; keep it"
+    if linear.role == "routed_expert" and not scheme.symmetric:
+        return (
+            "transformers cannot load experts with zero points from compressed-tensors, and SGLang unpacks them in "
+            "AWQ's order; use symmetric: true, or format awq"
+        )
+    if linear.name.endswith(".kv_b_proj"):
+        return "SGLang looks for kv_b_proj's plain weight in compressed-tensors files; keep it, or use format awq"
+    if linear.in_features % count or (not scheme.symmetric and linear.out_features % count):
+        return (
+            f"{linear.out_features} x {linear.in_features} features do not fill the words of {count} codes that vLLM "
+            "and SGLang read; keep this linear"
+        )
+    if scheme.group_size != -1 and linear.in_features % scheme.group_size:
+        return (
+            f"no engine loads compressed-tensors with group_size {scheme.group_size} over {linear.in_features} input "
+            "features"
+        )
+    return None
+
+
+def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
+    """weight_packed, weight_scale, weight_zero_point if asymmetric, and weight_shape of one linear, with full names."""
+    out, groups, count = linear.out_features, scheme.groups(linear.in_features), per_word(scheme)
+    dtype, name = SCALE_DTYPES[scheme.scale_dtype], f"{linear.name}.weight"
+    zero = TensorSpec(name=f"{name}_zero_point", dtype="I32", shape=(out // count, groups))
+    return (
+        TensorSpec(name=f"{name}_packed", dtype="I32", shape=(out, linear.in_features // count)),
+        TensorSpec(name=f"{name}_scale", dtype=dtype, shape=(out, groups)),
+        *(() if scheme.symmetric else (zero,)),
+        TensorSpec(name=f"{name}_shape", dtype="I64", shape=(2,)),
+    )
+
+
+def pack(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
+    """codes [out, in], scale and zero [out, n_groups] -> local names.
+
+    Raises NumericsError when a code does not fit, UsageError when zero points and scheme.symmetric contradict.
+    """
+    import torch  # starts when there is something to store
+
+    from quantkit.numerics import words
+
+    if (quantized.zero is None) != scheme.symmetric:
+        raise UsageError(
+            f"format compressed_tensors: the scheme says symmetric: {str(scheme.symmetric).lower()}, found a matrix "
+            f"{'without' if quantized.zero is None else 'with'} zero points; method and scheme must agree"
+        )
+    found = {
+        "weight_packed": words.pack(quantized.codes, scheme.bits, axis=1),  # [out, in] -> [out, in / per_word]
+        "weight_scale": quantized.scale.contiguous(),
+    }
+    if quantized.zero is not None:
+        found["weight_zero_point"] = words.pack(
+            quantized.zero, scheme.bits, axis=0
+        )  # [out, ...] -> [out / per_word, ...]
+    return {**found, "weight_shape": torch.tensor(quantized.codes.shape, dtype=torch.int64)}
+
+
+def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
+    """The tensors of `pack` -> the weight [out, in] float32 that engines compute with."""
+    from quantkit.numerics import affine, words
+
+    zero = None if scheme.symmetric else words.unpack(tensors["weight_zero_point"], scheme.bits, axis=0)
+    codes = words.unpack(tensors["weight_packed"], scheme.bits, axis=1)  # [out, in / per_word] -> [out, in]
+    return affine.dequantize(Quantized(codes=codes, scale=tensors["weight_scale"], zero=zero), scheme)
+
+
+def quantization_config(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, object]:
+    """The entry for config.json; UsageError when several schemes are asked for.
+
+    One group whose target is every linear: SGLang then sees by itself that it must not fuse a shared expert that is
+    stored otherwise than the routed ones, and llama.cpp converts it. Whatever is kept must be in `ignore`.
+    """
+    found = set(schemes.values())
+    if len(found) != 1:
+        told = ", ".join(sorted(f"{scheme.bits} bits group {scheme.group_size}" for scheme in found))
+        raise UsageError(
+            f"format compressed_tensors: holds one scheme per artifact, found {told}; use one for all rules"
+        )
+    (scheme,) = found
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "ignore": ignored(list(schemes), kept),
+        "config_groups": {
+            "group_0": {
+                "format": "pack-quantized",
+                "targets": ["Linear"],
+                "weights": weights(scheme),
+                "input_activations": None,
+                "output_activations": None,
+            }
+        },
+    }
+
+
+def weights(scheme: Scheme) -> dict[str, object]:
+    """The arguments of a group; readers refuse keys they do not know, so there are no others."""
+    strategy = {"strategy": "channel"} if scheme.group_size == -1 else {"strategy": "group"}
+    size = {} if scheme.group_size == -1 else {"group_size": scheme.group_size}
+    return {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, **strategy, **size, "dynamic": False}
+
+
+def ignored(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
+    """Every kept module by its name where it stands alone ("lm_head" is looked for so), else by "re:" and a pattern."""
+    plain = {f"{re.escape(name)}$": name for name in kept}
+    return [plain.get(pattern, f"re:{pattern}") for pattern in kept_patterns(quantized, kept)]
+
+
+FORMAT = Format(
+    accepts=accepts,
+    layout=layout,
+    pack=pack,
+    dequantize=dequantize,
+    quantization_config=quantization_config,
+    one_scheme=True,
+    engines={
+        "vLLM": "vllm serve {path}",
+        "SGLang": "python -m sglang.launch_server --model-path {path}",
+        "transformers": "transformers serve {path}",
+    },
+)
