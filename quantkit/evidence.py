@@ -104,8 +104,8 @@ def artifact(plan: Plan) -> schema.Artifact:
 def schemes(quantized: Sequence[Decision]) -> list[str]:
     """ "awq, int4 g128 asymmetric, bfloat16 scales", one per scheme in use."""
     told = [
-        f"{d.method}{'' if d.rounding == 'nearest' else f' + {d.rounding} rounding'}, {scheme_text(d.scheme)}, "
-        f"{d.scheme.scale_dtype} scales"
+        f"{d.method}{'' if d.rounding in ('nearest', d.method) else f' + {d.rounding} rounding'}, "
+        f"{scheme_text(d.scheme)}, {d.scheme.scale_dtype} scales"
         for d in quantized
         if d.scheme is not None
     ]

@@ -26,6 +26,9 @@ COPIES_BYTES = 2 + 2 + 4 + 4
 SOLVE_COPIES = 6
 """float32 copies of the matrix at hand that scale search, range search and packing hold at the same time."""
 
+FEEDBACK_GRAMS = 3
+"""float32 copies of a Gram matrix that rounding gptq holds beside it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
@@ -53,9 +56,10 @@ class MemoryPlan:
         return self.base_bytes + max(block, self.head_bytes)
 
 
-def solve_bytes(linear: Linear) -> int:
-    """Working memory while one matrix is searched, rounded and packed."""
-    return SOLVE_COPIES * 4 * linear.n_parameters
+def solve_bytes(linear: Linear, rounding: str | None) -> int:
+    """Working memory while one matrix is searched, rounded and packed; error feedback also factorizes the gram."""
+    grams = FEEDBACK_GRAMS * 4 * linear.in_features**2 if rounding == "gptq" else 0
+    return SOLVE_COPIES * 4 * linear.n_parameters + grams
 
 
 def dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: bool) -> int:
@@ -65,7 +69,8 @@ def dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: bool) ->
     """
     linears = [linear for linear in block.linears if linear.role != "routed_expert"]
     sizes = [COPIES_BYTES * linear.n_parameters for linear in linears]
-    solving = max((solve_bytes(x) for x in block.linears if decisions[x.name].action == "quantize"), default=0)
+    chosen = [(linear, decisions[linear.name]) for linear in block.linears]
+    solving = max((solve_bytes(x, d.rounding) for x, d in chosen if d.action == "quantize"), default=0)
     if block.kind == "mtp":
         return max(sizes) + solving
     groups = [group for group in block.groups if grams and any_quantized(block, group.name, decisions)]

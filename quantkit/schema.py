@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from quantkit import registry, rules
 from quantkit.document import Document, shown
@@ -80,11 +80,33 @@ class Quantize(BaseModel):
 
     model_config = FROZEN
     method: MethodName = "awq"
-    rounding: Literal["nearest"] = "nearest"
+    rounding: Literal["nearest", "gptq"] = "nearest"  # method gptq has no other than gptq
     bits: Annotated[int, Field(ge=2, le=8)] = 4
     group_size: Literal[32, 64, 128, -1] = 128
     symmetric: bool = False
     scale_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_rounding(cls, values: object) -> object:
+        """Method gptq is its rounding: a recipe need not say it twice."""
+        if isinstance(values, dict) and values.get("method") == "gptq":
+            return {"rounding": "gptq", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _rounding_fits(self) -> Quantize:
+        if self.method == "gptq" and self.rounding != "gptq":
+            raise ValueError(
+                f"method gptq is a rounding, found rounding: {self.rounding}; set rounding: gptq, or method: awq for "
+                "ranges by calibration and codes by plain rounding"
+            )
+        if self.rounding == "gptq" and not registry.method(self.method).needs_stats:
+            raise ValueError(
+                f"rounding gptq learns from calibration, and method {self.method} does without; set rounding: nearest, "
+                "or method: gptq"
+            )
+        return self
 
 
 class Rule(BaseModel):

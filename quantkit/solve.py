@@ -10,6 +10,7 @@ from torch import Tensor
 from quantkit import registry
 from quantkit.contracts import Format, InputStats, Method, Quantized, Scheme
 from quantkit.decide import Decision
+from quantkit.methods import gptq
 from quantkit.numerics import affine
 from quantkit.numerics import gram as grams
 
@@ -18,6 +19,8 @@ FALLBACKS: Mapping[str, str] = {
     "scale-clamped": "a group whose scale leaves the scale dtype's normal range takes the nearest scale inside it",
     "shared-gram": "an expert with too few calibration tokens learns from all tokens of its layer",
     "rtn-too-few-tokens": "an expert with too few calibration tokens is rounded to nearest",
+    "damping-raised": "a Gram matrix had no Cholesky factor with 1 % of its mean diagonal added: ten times as much was "
+    "added until it had one",
     "mtp-rtn": "no forward pass reaches an MTP block: its linears are rounded to nearest",
 }
 """Every fallback there is, and what it means: the manifest names them per module, the report counts them."""
@@ -76,10 +79,8 @@ def solve(
     """
     scheme = decision.scheme
     assert scheme is not None and decision.method is not None  # only quantize decisions come here
-    method: Method = registry.method(decision.method)
-    if method.needs_stats and stats is None:
-        method = registry.method("rtn")
-    quantized = method.solve(weight, stats, scheme)
+    rounding = "nearest" if stats is None or decision.rounding is None else decision.rounding
+    quantized, found = chosen(decision.method, rounding, weight, stats, scheme)
     tensors = output.pack(quantized, scheme)
     back = output.dequantize(tensors, scheme)  # [out, in]
     lost = (weight - back).norm() / weight.norm().clamp(min=1e-30)
@@ -87,17 +88,30 @@ def solve(
         module=decision.linear.name,
         rule=decision.rule,
         method=decision.method,
-        rounding=decision.rounding or "nearest",
+        rounding=rounding,
         scheme=scheme,
         relative_error=float(lost),
         sqnr_db=float(grams.sqnr_db(weight, back)),
         output_error=None if stats is None else float(grams.relative_error(weight, back, stats.gram)),
         tokens=0 if stats is None else int(stats.n_tokens),
         rescaled=rescaled,
-        fallbacks=fallbacks + found_fallbacks(quantized, scheme),
+        fallbacks=fallbacks + found + found_fallbacks(quantized, scheme),
     )
     named = {f"{decision.linear.name}.{local}": tensor for local, tensor in tensors.items()}
     return Solved(tensors=named, weight=back, record=record)
+
+
+def chosen(
+    name: str, rounding: str, weight: Tensor, stats: InputStats | None, scheme: Scheme
+) -> tuple[Quantized, tuple[str, ...]]:
+    """The codes of a method with a rounding, and the fallbacks it took on the way."""
+    if rounding == "gptq":  # whatever the method did to the weight before
+        rounded = gptq.round_weight(weight, stats, scheme)
+        return rounded.quantized, ("damping-raised",) if rounded.damping_raised else ()
+    method: Method = registry.method(name)
+    if method.needs_stats and stats is None:
+        method = registry.method("rtn")
+    return method.solve(weight, stats, scheme), ()
 
 
 def found_fallbacks(quantized: Quantized, scheme: Scheme) -> tuple[str, ...]:

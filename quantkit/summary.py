@@ -79,7 +79,7 @@ def action_text(decision: Decision) -> str:
     """ "awq int4 g128 asymmetric", "keep", "drop"."""
     if decision.scheme is None:
         return decision.action
-    rounding = f"+{decision.rounding}" if decision.rounding not in {None, "nearest"} else ""
+    rounding = f"+{decision.rounding}" if decision.rounding not in {None, "nearest", decision.method} else ""
     return f"{decision.method}{rounding} {scheme_text(decision.scheme)}"
 
 

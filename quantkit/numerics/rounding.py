@@ -1,0 +1,193 @@
+"""GPTQ (arXiv 2210.17323): columns are rounded one after the other, each making up for the errors of those before it.
+
+For an error d = w - q of a row the output loses d H d^T. With H = R R^T, R upper triangular, U = R / diag(R) column by
+column, that is the sum over columns k of R_kk^2 (d_k + sum over j < k of d_j U_jk)^2. Column k is therefore rounded at
+
+    w_k + sum over j < k of (w_j - q_j) U_jk
+
+which is GPTQ's update written on the factor of H itself: equation 3 there on the Cholesky factor of H's inverse gives
+the same codes (the LDLQ form, arXiv 2307.13304, theorem 6). R is the Cholesky factor of H with its rows and columns
+reversed; nothing is inverted.
+
+Columns are visited by falling diagonal of H, so that what matters is rounded while much is left to make up for it.
+Scales belong to groups of the original order and are chosen before, on the original weights: engines need no g_idx.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.contracts import Quantized, Scheme
+from quantkit.errors import NumericsError
+from quantkit.numerics import affine
+from quantkit.numerics import gram as grams
+
+DAMPING = 0.01
+"""Share of the gram's mean diagonal that is added to its diagonal: GPTQ's own."""
+GROWTH = 10.0
+"""What the damping is multiplied with after each factorization that fails."""
+MOST_DAMPING = 1e4
+"""A gram that needs more is no sum of x x^T."""
+LAZY = 128
+"""Columns rounded before their errors reach the columns behind them, in one product."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounded:
+    """Codes, and the damping [...] float32 that each matrix's factorization took, as a share of the mean diagonal."""
+
+    quantized: Quantized
+    damping: Tensor
+
+    @property
+    def damping_raised(self) -> bool:
+        """Whether some matrix needed more than DAMPING."""
+        return bool((self.damping > DAMPING * 1.5).any())
+
+
+def feedback(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How the error of an earlier column moves a later one: U, the order of columns, and the damping it took.
+
+    gram [..., in, in] float32 -> U [..., in, in] float32 strictly upper triangular in the new order, order [..., in]
+    int64, damping [...] float32. Columns that were never used (diagonal 0) come last and neither give nor take: they
+    are rounded to nearest. Raises NumericsError for a gram that is not finite or not positive semi-definite.
+    """
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)  # [..., in, in] -> [..., in]
+    if not bool(torch.isfinite(gram.sum(dim=-1)).all()):
+        raise NumericsError(
+            "a Gram matrix holds NaN or infinity, every value must be finite: check the calibration text and the "
+            "activations of this block, or use rounding nearest"
+        )
+    order = diagonal.argsort(dim=-1, descending=True, stable=True)
+    mean = diagonal.double().mean(dim=-1).float()  # [..., in] -> [...]
+    unit = torch.where(mean > 0, mean, torch.ones_like(mean))
+    # reversed: Cholesky gives a lower factor, and what is lower in the reversed order is upper in this one
+    lower, damping = damped_factor(gram, order.flip(-1), unit)
+    upper = lower.flip((-2, -1))
+    upper.div_(upper.diagonal(dim1=-2, dim2=-1).unsqueeze(-2).clone())  # column by column
+    return upper, order, damping
+
+
+def ordered(gram: Tensor, order: Tensor) -> Tensor:
+    """A gram [..., in, in] with rows and columns in another order [..., in], a copy."""
+    width = gram.shape[-1]
+    pairs = zip(gram.reshape(-1, width, width), order.reshape(-1, width), strict=True)
+    # one by one: gathering a batch would need its indices in full, twice the size of the gram
+    return torch.stack([one[index][:, index] for one, index in pairs]).reshape(gram.shape)
+
+
+def damped_factor(gram: Tensor, order: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factor of a gram [..., in, in] in another order [..., in], with damping * unit [...] on its diagonal.
+
+    The damping starts at DAMPING and grows by GROWTH, for the matrices that need it alone. Result: lower [..., in, in]
+    and damping [...].
+    """
+    damping = torch.full_like(unit, DAMPING)
+    while True:
+        work = ordered(gram, order)
+        work.diagonal(dim1=-2, dim2=-1).add_((damping * unit).unsqueeze(-1))
+        failed = cholesky(work)
+        if not bool(failed.any()):
+            return work, damping
+        if bool((damping > MOST_DAMPING).any()):
+            raise NumericsError(
+                f"a Gram matrix is far from positive semi-definite: {MOST_DAMPING:g} times its mean diagonal was added "
+                "and it still has no Cholesky factor; check the calibration of this block, or use rounding nearest"
+            )
+        damping = torch.where(failed, damping * GROWTH, damping)
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """Replace symmetric matrices [..., n, n] by their lower Cholesky factor; [...] bool, true where there is none.
+
+    LAZY columns at a time, each in products whose sums do not depend on the number of threads, which LAPACK's
+    factorization of a whole matrix does not promise. It takes no second matrix, either.
+    """
+    failed = torch.zeros(matrix.shape[:-2], dtype=torch.bool, device=matrix.device)
+    for start in range(0, matrix.shape[-1], LAZY):
+        here, before = slice(start, start + LAZY), slice(0, start)
+        panel = matrix[..., start:, here]  # [..., n - start, LAZY]
+        panel -= matrix[..., start:, before] @ matrix[..., here, before].mT
+        lower, status = torch.linalg.cholesky_ex(panel[..., :LAZY, :])
+        failed |= status != 0
+        panel[..., :LAZY, :] = lower
+        below = panel[..., LAZY:, :]
+        below.copy_(torch.linalg.solve_triangular(lower.mT, below, upper=True, left=False))
+    matrix.tril_()
+    return failed
+
+
+def per_column(values: Tensor, order: Tensor, group: int) -> Tensor:
+    """Values of groups, for columns in visiting order: [..., out, n_groups] -> [..., in, out] float32."""
+    index = (order // group).unsqueeze(-2).expand(*values.shape[:-1], order.shape[-1])  # [..., in] -> [..., out, in]
+    return values.float().gather(-1, index).mT.contiguous()  # -> [..., in, out]
+
+
+def with_feedback(weight: Tensor, gram: Tensor, ranges: tuple[Tensor, Tensor | None], scheme: Scheme) -> Rounded:
+    """Round weights [..., out, in] float32 under given scale and zero [..., out, n_groups], errors fed back.
+
+    gram [..., in, in] float32 of the input. Rows that end worse than RTN (clamped codes pass on what they cannot hold)
+    take RTN's codes and ranges: no row ends above it. Temporaries are [in, in] and [out, in] float32, three and fewer
+    than six of them. Raises NumericsError as `feedback` does.
+    """
+    scale, zero = ranges
+    lead, width = weight.shape[:-2], weight.shape[-1]
+    upper, order, damping = feedback(gram)
+    upper, order = upper.expand(*lead, width, width), order.expand(*lead, width)  # one gram may serve a batch
+    # [..., out, in] -> [..., in, out], in visiting order: a column is a row in memory
+    visited = weight.mT.take_along_dim(order.unsqueeze(-1), dim=-2)
+    chosen = visited_codes(visited, upper, order, ranges, width // scale.shape[-1], scheme)
+    del upper, visited
+    back = order.argsort(dim=-1)
+    codes = chosen.mT.take_along_dim(back.unsqueeze(-2), dim=-1)  # [..., in, out] -> [..., out, in]
+    fed = Quantized(codes=codes, scale=scale, zero=zero)
+    plain = affine.quantize(weight, *affine.qparams(*affine.ranges(weight, scheme.group_size), scheme), scheme)
+    return Rounded(quantized=better_rows(weight, gram, fed, plain, scheme), damping=damping)
+
+
+def better_rows(weight: Tensor, gram: Tensor, first: Quantized, second: Quantized, scheme: Scheme) -> Quantized:
+    """Row by row the one that loses less under the gram, the first where both lose the same."""
+    lost = [row_error(affine.dequantize(each, scheme).sub_(weight), gram) for each in (first, second)]
+    better = (lost[0] <= lost[1]).unsqueeze(-1)  # [..., out] -> [..., out, 1]
+    zero = None
+    if first.zero is not None and second.zero is not None:
+        zero = torch.where(better, first.zero, second.zero)
+    codes, scale = torch.where(better, first.codes, second.codes), torch.where(better, first.scale, second.scale)
+    return Quantized(codes=codes, scale=scale, zero=zero)
+
+
+def visited_codes(
+    visited: Tensor, upper: Tensor, order: Tensor, ranges: tuple[Tensor, Tensor | None], group: int, scheme: Scheme
+) -> Tensor:
+    """Codes [..., in, out] uint8 of columns in visiting order: visited [..., in, out], upper [..., in, in].
+
+    LAZY columns at a time: within them errors move on column by column, to the columns behind them in one product.
+    """
+    scale, zero = ranges
+    top = float(2**scheme.bits - 1)
+    errors, codes = torch.empty_like(visited), torch.empty_like(visited, dtype=torch.uint8)
+    for start in range(0, visited.shape[-2], LAZY):
+        here = slice(start, start + LAZY)
+        original = visited[..., here, :]
+        target = original + upper[..., :start, here].mT @ errors[..., :start, :]  # [..., LAZY, in] @ [..., in, out]
+        step = per_column(scale, order[..., here], group)
+        offset = affine.middle(scheme) if zero is None else per_column(zero, order[..., here], group)
+        weights = upper[..., here, here]
+        for k in range(target.shape[-2]):
+            middle = offset if isinstance(offset, int) else offset[..., k, :]
+            code = (target[..., k, :] / step[..., k, :]).round_().add_(middle).clamp_(0, top)
+            codes[..., start + k, :] = code
+            error = torch.sub(original[..., k, :], code.sub_(middle).mul_(step[..., k, :]))
+            errors[..., start + k, :] = error
+            later = weights[..., k, k + 1 :].unsqueeze(-1)  # [..., LAZY - k - 1, 1]
+            target[..., k + 1 :, :].addcmul_(later, error.unsqueeze(-2))
+    return codes
+
+
+def row_error(delta: Tensor, gram: Tensor) -> Tensor:
+    """d G d^T of each row: delta [..., out, in], gram [..., in, in] -> [..., out] float32."""
+    rows = delta.split(grams.ROWS, dim=-2)  # [..., ROWS, in]
+    return torch.cat([(part @ gram).mul_(part).sum(dim=-1) for part in rows], dim=-1)

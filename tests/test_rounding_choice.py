@@ -1,0 +1,75 @@
+"""`rounding: nearest | gptq` as a key of a recipe: what fits together, what is refused, what is recorded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from quantkit import registry
+from quantkit.contracts import InputStats, Linear, Scheme
+from quantkit.decide import Decision
+from quantkit.methods import gptq
+from quantkit.numerics import affine
+from quantkit.schema import Quantize
+from quantkit.solve import FALLBACKS, solve
+
+SCHEME = Scheme(bits=4, group_size=32, symmetric=False, scale_dtype="bfloat16")
+
+
+def decision(method: str, rounding: str) -> Decision:
+    linear = Linear(name="x", out_features=32, in_features=64, role="mlp")
+    return Decision(
+        linear=linear, block="b", action="quantize", rule="r", method=method, rounding=rounding, scheme=SCHEME
+    )
+
+
+def problem() -> tuple[torch.Tensor, InputStats]:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 64, generator=g)
+    stats = InputStats(gram=x.T @ x, mean_abs=x.abs().mean(0), n_tokens=torch.tensor(200))
+    return torch.randn(32, 64, generator=g), stats
+
+
+def test_what_fits_together() -> None:
+    assert Quantize().rounding == "nearest"
+    assert Quantize(method="awq", rounding="gptq").rounding == "gptq"
+    assert Quantize(method="gptq").rounding == "gptq"
+
+
+@pytest.mark.parametrize(
+    ("method", "rounding", "told"),
+    [
+        ("rtn", "gptq", "rounding gptq learns from calibration, and method rtn does without; set rounding: nearest"),
+        ("gptq", "nearest", "method gptq is a rounding, found rounding: nearest; set rounding: gptq"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(method: str, rounding: str, told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        Quantize.model_validate({"method": method, "rounding": rounding})
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_solve_takes_the_rounding_of_the_decision(method: str) -> None:
+    weight, stats = problem()
+    output = registry.format("dense")
+    found = solve(decision(method, "gptq"), output, weight, stats, rescaled=False, fallbacks=())
+    told = affine.dequantize(gptq.solve(weight, stats, SCHEME), SCHEME).bfloat16().float()
+    assert torch.equal(found.weight, told)
+    assert found.record.rounding == "gptq" and found.record.fallbacks == ()
+
+
+def test_without_statistics_codes_are_the_nearest_and_the_record_says_so() -> None:
+    weight, _ = problem()
+    output = registry.format("dense")
+    found = solve(decision("awq", "gptq"), output, weight, None, rescaled=False, fallbacks=("mtp-rtn",))
+    plain = solve(decision("rtn", "nearest"), output, weight, None, rescaled=False, fallbacks=())
+    assert torch.equal(found.weight, plain.weight)
+    assert found.record.rounding == "nearest" and found.record.fallbacks == ("mtp-rtn",)
+
+
+def test_raised_damping_is_a_named_fallback() -> None:
+    weight, stats = problem()
+    stats.gram[0, 1] = stats.gram[1, 0] = 1.3 * stats.gram.diagonal().max()
+    found = solve(decision("awq", "gptq"), registry.format("dense"), weight, stats, rescaled=False, fallbacks=())
+    assert "damping-raised" in found.record.fallbacks and "damping-raised" in FALLBACKS
