@@ -111,19 +111,23 @@ def learn(work: Work, layer: nn.Module, tap: ExpertTap | None, stream: Stream) -
     return Learned(stats=stats, routing=routing, sample=sample, expert_tokens=tokens)
 
 
-def search(
-    work: Work, group: LinearGroup, rescale: Rescale, learned: Learned, tensors: Tensors
-) -> tuple[Tensor, Tensor]:
-    """Candidate scales [n, in] of a group and the summed error [n] of its dense readers, kept ones included."""
+def scales_of(group: LinearGroup, rescale: Rescale, learned: Learned, tensors: Tensors) -> Tensor:
+    """Candidate scales [n, in] of a group's input."""
     assert group.absorber is not None  # Work.rescale_of asks for one
-    stats = learned.stats[group.name]
     into_norm = tensors[f"{group.absorber.module}.weight"].dim() == 1
-    scales = fold.candidates(rescale, stats.mean_abs, group.absorber, into_norm)
+    return fold.candidates(rescale, learned.stats[group.name].mean_abs, group.absorber, into_norm)
+
+
+def reader_errors(
+    work: Work, group: LinearGroup, rescale: Rescale, learned: Learned, tensors: Tensors, scales: Tensor
+) -> Tensor:
+    """Summed error [n] of a group's dense readers, kept ones included, for each of the scales [n, in]."""
+    gram, decisions = learned.stats[group.name].gram, work.job.plan.decisions
     totals = [
-        fold.errors(rescale, tensors[f"{r}.weight"], stats.gram, scales, work.job.plan.decisions[r].scheme)
-        for r in group.readers
+        fold.errors(rescale, tensors[f"{reader}.weight"], gram, scales, decisions[reader].scheme)
+        for reader in group.readers
     ]
-    return scales, torch.stack(totals).sum(0)  # [readers, n] -> [n]
+    return torch.stack(totals).sum(0)  # [readers, n] -> [n]
 
 
 def fold_groups(work: Work, tensors: Tensors, learned: Learned, expert_errors: Sequence[Tensor]) -> Folded:
@@ -133,7 +137,8 @@ def fold_groups(work: Work, tensors: Tensors, learned: Learned, expert_errors: S
         rescale = work.rescale_of(group)
         if rescale is None or group.absorber is None:
             continue
-        scales, totals = search(work, group, rescale, learned, tensors)
+        scales = scales_of(group, rescale, learned, tensors)
+        totals = reader_errors(work, group, rescale, learned, tensors, scales)
         if group.routed_experts and expert_errors:  # summed at once: the cut into waves must not change the sum
             totals = totals + torch.cat(list(expert_errors), dim=1).sum(1)  # [n, experts] -> [n]
         choice = fold.choose(name, totals)

@@ -94,7 +94,7 @@ def survey(
     rescale = work.rescale_of(group) if group and learned and work.expert_scheme else None
     scales = None
     if rescale and group and learned:
-        scales, _ = dense.search(work, group, rescale, learned, tensors)
+        scales = dense.scales_of(group, rescale, learned, tensors)
     for number, (first, stop) in enumerate(cut):
         wave = read_wave(work, first, stop)
         advance(work, wave, {"reference": routing})

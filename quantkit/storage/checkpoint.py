@@ -127,7 +127,11 @@ class Checkpoint:
         return digest.hexdigest()
 
     def hashes(self) -> dict[str, str]:
-        """sha256 of each weight file by name; reads every byte, minutes for a large model."""
+        """sha256 of each weight file by name; the first call reads every byte, minutes for a large model."""
+        return dict(self._hashes)
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
         return self.shards.hashes()
 
     def content_hash(self) -> str:
