@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from quantkit.contracts import TensorSpec
+from quantkit.contracts import Contents, TensorSpec
 from quantkit.errors import ArtifactError, UsageError
 from quantkit.plan import Plan, Shard
 from quantkit.storage.files import sha256_file, sync_folder, unwritable, write_atomic, write_json
@@ -93,7 +93,7 @@ def config_values(plan: Plan) -> dict[str, object]:
     values = {key: value for key, value in plan.source.config.values.items() if key != "quantization_config"}
     kept = [name for name, decision in plan.decisions.items() if decision.action == "keep"]
     schemes = {name: d.scheme for name, d in plan.decisions.items() if d.scheme is not None}
-    entry = plan.format.quantization_config(schemes, kept) if schemes else None
+    entry = plan.format.quantization_config(Contents(schemes=schemes, kept=kept)) if schemes else None
     if entry is not None:
         values["quantization_config"] = entry
     dropped = any(decision.action == "drop" for decision in plan.decisions.values())

@@ -235,13 +235,17 @@ class Architecture:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scheme:
-    """How a matrix is quantized. Groups run along the input dimension; group_size -1 is one group per row."""
+    """How a matrix is quantized. Groups run along the input dimension; group_size -1 is one group per row.
+
+    `double_quant` (nf4): the format stores the scales themselves in 8 bits.
+    """
 
     bits: int
     group_size: int
     symmetric: bool
     scale_dtype: ScaleDtype
     kind: Literal["int", "nf4"] = "int"
+    double_quant: bool = False
 
     def groups(self, in_features: int) -> int:
         """Number of groups in a row of `in_features` weights."""
@@ -297,6 +301,20 @@ class Method:
     needs_stats: bool = True
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contents:
+    """What an artifact holds, for the format's entry in config.json.
+
+    schemes: the scheme of each quantized linear, by name; kept: names of linears that are not quantized; fp8: those of
+    `kept` that stay in the source's FP8 blocks of `fp8_block` rows and columns, bit for bit.
+    """
+
+    schemes: Mapping[str, Scheme]
+    kept: Sequence[str]
+    fp8: Sequence[str] = ()
+    fp8_block: int | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Format:
     """How codes are stored, and which engines read them.
@@ -305,14 +323,19 @@ class Format:
     layout: the tensors that store one linear, before any data exists; full names;
     pack: Quantized of one linear [out, in] -> tensors with local names ("qweight");
     dequantize: those tensors back to [out, in] float32;
-    quantization_config: (module -> scheme of what is quantized, names of linears that are not) -> the entry for
-    config.json, or None when the artifact is an ordinary unquantized checkpoint.
+    quantization_config: the entry for config.json, or None when the artifact is an ordinary unquantized checkpoint;
+    fp8_scale: local name under which block scales lie beside a source's FP8 `weight` that is kept bit for bit; None:
+    the format holds no FP8 blocks, what is kept becomes BF16;
+    holds_codes: what `dequantize` returns is (codes - zero) * scale in float32, so that formats that hold the same
+    codes hold the same weights.
     """
 
     accepts: Callable[[Scheme, Linear], str | None]
     layout: Callable[[Linear, Scheme], tuple[TensorSpec, ...]]
     pack: Callable[[Quantized, Scheme], dict[str, Tensor]]
     dequantize: Callable[[Mapping[str, Tensor], Scheme], Tensor]
-    quantization_config: Callable[[Mapping[str, Scheme], Sequence[str]], dict[str, object] | None]
+    quantization_config: Callable[[Contents], dict[str, object] | None]
     one_scheme: bool  # the config has room for one bits/group_size only
     engines: Mapping[str, str]  # engine -> the exact command that serves the artifact, "{path}" for its folder
+    fp8_scale: str | None = None
+    holds_codes: bool = True

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantkit import registry
-from quantkit.contracts import Config, Linear, Quantized, Role, Scheme
+from quantkit.contracts import Config, Contents, Linear, Quantized, Role, Scheme
 from quantkit.errors import NumericsError, UsageError
 from quantkit.formats import awq, dense
 from quantkit.methods import rtn
@@ -163,7 +163,7 @@ def test_dense_stores_any_integer_scheme() -> None:
             Scheme(bits=4, group_size=64, symmetric=False, scale_dtype="float16", kind="nf4"), linear()
         )
     )
-    assert dense.FORMAT.quantization_config({"a": scheme()}, []) is None
+    assert dense.FORMAT.quantization_config(Contents(schemes={"a": scheme()}, kept=[])) is None
 
 
 # ------------------------------------------------------------------------------------ modules_to_not_convert
@@ -286,7 +286,7 @@ def test_a_name_that_hits_a_quantized_module_is_refused() -> None:
 
 
 def test_config_entry() -> None:
-    found = awq.FORMAT.quantization_config({"model.layers.0.mlp.up_proj": scheme()}, ["lm_head"])
+    found = awq.FORMAT.quantization_config(Contents(schemes={"model.layers.0.mlp.up_proj": scheme()}, kept=["lm_head"]))
     assert found == {
         "quant_method": "awq",
         "bits": 4,
@@ -296,7 +296,7 @@ def test_config_entry() -> None:
         "modules_to_not_convert": ["lm_head"],
     }
     with pytest.raises(UsageError, match="room for one group size, found \\[64, 128\\]"):
-        awq.FORMAT.quantization_config({"a": scheme(), "b": scheme(group=64)}, [])
+        awq.FORMAT.quantization_config(Contents(schemes={"a": scheme(), "b": scheme(group=64)}, kept=[]))
 
 
 def test_the_whole_of_deepseek_v3_takes_seconds() -> None:

@@ -17,7 +17,7 @@ from test_format_awq import SELECTIONS, linear, model_modules
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from quantkit import sources, whole
-from quantkit.contracts import Linear, Quantized, Scheme
+from quantkit.contracts import Contents, Linear, Quantized, Scheme
 from quantkit.engine_names import FUSED
 from quantkit.errors import NumericsError, UsageError
 from quantkit.formats import compressed_tensors as ct
@@ -162,7 +162,7 @@ def test_config_entry() -> None:
     modules = model_modules(layers=3, dense_layers=1)
     quantized = [name for name in modules if ".experts." in name]
     kept = [name for name in modules if name not in quantized]
-    entry = ct.FORMAT.quantization_config(dict.fromkeys(quantized, scheme()), kept)
+    entry = ct.FORMAT.quantization_config(Contents(schemes=dict.fromkeys(quantized, scheme()), kept=kept))
     assert entry == {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -197,7 +197,7 @@ def test_config_entry() -> None:
     channel = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
     assert ct.weights(scheme(8, -1)) == channel
     with pytest.raises(UsageError, match="one scheme per artifact, found 4 bits group 128, 4 bits group 64"):
-        ct.FORMAT.quantization_config({"a": scheme(), "b": scheme(group=64)}, [])
+        ct.FORMAT.quantization_config(Contents(schemes={"a": scheme(), "b": scheme(group=64)}, kept=[]))
 
 
 # --------------------------------------------------------------------------------- artifacts in transformers

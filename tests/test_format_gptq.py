@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_contracts import build
 from test_format_awq import SELECTIONS, linear, model_modules
 
-from quantkit.contracts import Quantized, Scheme
+from quantkit.contracts import Contents, Quantized, Scheme
 from quantkit.engine_names import FUSED
 from quantkit.errors import NumericsError, UsageError
 from quantkit.formats import gptq
@@ -145,7 +145,7 @@ def test_every_loader_quantizes_exactly_what_is_quantized(selection: str) -> Non
     modules = model_modules()
     quantized = [name for name in modules if re.search(selection, name)]
     kept = [name for name in modules if name not in quantized]
-    entry = gptq.FORMAT.quantization_config(dict.fromkeys(quantized, scheme()), kept)
+    entry = gptq.FORMAT.quantization_config(Contents(schemes=dict.fromkeys(quantized, scheme()), kept=kept))
     assert entry is not None
     (inner,) = entry["modules_in_block_to_quantize"]  # type: ignore[misc]
     for name in modules:
@@ -165,7 +165,7 @@ def test_config_entry() -> None:
     modules = model_modules(layers=3, dense_layers=1)
     quantized = [name for name in modules if ".experts.0" in name or ".experts.1" in name or ".experts.2" in name]
     kept = [name for name in modules if name not in quantized]
-    assert gptq.FORMAT.quantization_config(dict.fromkeys(quantized, scheme()), kept) == {
+    assert gptq.FORMAT.quantization_config(Contents(schemes=dict.fromkeys(quantized, scheme()), kept=kept)) == {
         "quant_method": "gptq",
         "bits": 4,
         "group_size": 128,
@@ -187,7 +187,7 @@ def test_config_entry() -> None:
         ],
     }
     with pytest.raises(UsageError, match="room for one scheme, found 4 bits group 64, 4 bits group 128"):
-        gptq.FORMAT.quantization_config({"a": scheme(), "b": scheme(group=64)}, [])
+        gptq.FORMAT.quantization_config(Contents(schemes={"a": scheme(), "b": scheme(group=64)}, kept=[]))
 
 
 # --------------------------------------------------------------------------------------------- whole artifacts

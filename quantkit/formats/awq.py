@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from quantkit.contracts import PROTECTED_ROLES, Format, Linear, Quantized, Scheme, TensorSpec
+from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme, TensorSpec
 from quantkit.engine_names import engine_names, lines
 from quantkit.errors import UsageError
 
@@ -100,9 +100,9 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
     return affine.dequantize(stored, scheme)
 
 
-def quantization_config(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, object]:
+def quantization_config(contents: Contents) -> dict[str, object]:
     """The entry for config.json; UsageError when a kept module cannot be named without hitting a quantized one."""
-    found = sorted({scheme.group_size for scheme in schemes.values()})
+    found = sorted({scheme.group_size for scheme in contents.schemes.values()})
     if len(found) != 1:
         raise UsageError(f"format awq: config.json has room for one group size, found {found}; use one for all rules")
     return {
@@ -111,7 +111,7 @@ def quantization_config(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> d
         "group_size": found[0],
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": not_converted(list(schemes), kept),
+        "modules_to_not_convert": not_converted(list(contents.schemes), contents.kept),
     }
 
 

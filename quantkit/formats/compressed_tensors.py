@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from quantkit.contracts import PROTECTED_ROLES, Format, Linear, Quantized, Scheme, TensorSpec
+from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme, TensorSpec
 from quantkit.engine_names import kept_patterns
 from quantkit.errors import UsageError
 
@@ -132,13 +132,13 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
     return affine.dequantize(Quantized(codes=codes, scale=tensors["weight_scale"], zero=zero), scheme)
 
 
-def quantization_config(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, object]:
+def quantization_config(contents: Contents) -> dict[str, object]:
     """The entry for config.json; UsageError when several schemes are asked for.
 
     One group whose target is every linear: SGLang then sees by itself that it must not fuse a shared expert that is
     stored otherwise than the routed ones, and llama.cpp converts it. Whatever is kept must be in `ignore`.
     """
-    found = set(schemes.values())
+    found = set(contents.schemes.values())
     if len(found) != 1:
         told = ", ".join(sorted(f"{scheme.bits} bits group {scheme.group_size}" for scheme in found))
         raise UsageError(
@@ -151,7 +151,7 @@ def quantization_config(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> d
         "quantization_status": "compressed",
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
-        "ignore": ignored(list(schemes), kept),
+        "ignore": ignored(list(contents.schemes), contents.kept),
         "config_groups": {
             "group_0": {
                 "format": "pack-quantized",

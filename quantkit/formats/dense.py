@@ -6,10 +6,10 @@ and any benchmark.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from quantkit.contracts import Format, Linear, Quantized, Scheme, TensorSpec
+from quantkit.contracts import Contents, Format, Linear, Quantized, Scheme, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
     return tensors["weight"].float()
 
 
-def quantization_config(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> None:
+def quantization_config(contents: Contents) -> None:
     """None: engines see an unquantized checkpoint."""
 
 
@@ -53,6 +53,7 @@ FORMAT = Format(
     dequantize=dequantize,
     quantization_config=quantization_config,
     one_scheme=False,
+    holds_codes=False,
     engines={
         "vLLM": "vllm serve {path}",
         "SGLang": "python -m sglang.launch_server --model-path {path}",

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from quantkit.contracts import PROTECTED_ROLES, Format, Linear, Quantized, Scheme, TensorSpec
+from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme, TensorSpec
 from quantkit.engine_names import engine_names, kept_patterns, lines, split_layer
 from quantkit.errors import UsageError
 
@@ -119,12 +119,12 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
     return affine.dequantize(stored, scheme)
 
 
-def quantization_config(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, object]:
+def quantization_config(contents: Contents) -> dict[str, object]:
     """The entry for config.json. `dynamic` is what SGLang and GPTQModel read, the module list what transformers does.
 
     vLLM reads both. UsageError when several schemes are asked for.
     """
-    found = {(scheme.bits, scheme.group_size) for scheme in schemes.values()}
+    found = {(scheme.bits, scheme.group_size) for scheme in contents.schemes.values()}
     if len(found) != 1:
         told = ", ".join(f"{bits} bits group {group}" for bits, group in sorted(found))
         raise UsageError(f"format gptq: config.json has room for one scheme, found {told}; use one for all rules")
@@ -138,8 +138,8 @@ def quantization_config(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> d
         "checkpoint_format": "gptq",
         "pack_dtype": "int32",
         "lm_head": False,
-        "dynamic": {f"-:{pattern}": {} for pattern in kept_patterns(list(schemes), kept)},
-        "modules_in_block_to_quantize": [quantized_suffixes(list(schemes), kept)],
+        "dynamic": {f"-:{pattern}": {} for pattern in kept_patterns(list(contents.schemes), contents.kept)},
+        "modules_in_block_to_quantize": [quantized_suffixes(list(contents.schemes), contents.kept)],
     }
 
 
