@@ -49,13 +49,20 @@ class Words:
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
 
+    puts_bos = True
+
     def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> dict[str, list[list[int]]]:
-        assert not add_special_tokens
-        return {"input_ids": [[len(word) + 10 for word in line.split()] for line in text]}
+        front = [1] if add_special_tokens and self.puts_bos else []
+        return {"input_ids": [front + [len(word) + 10 for word in line.split()] for line in text]}
 
 
 class WordsWithoutBos(Words):
     bos_token_id = None
+    puts_bos = False
+
+
+class WordsWithUnusedBos(Words):
+    puts_bos = False
 
 
 def write_set(folder: Path, rows: bytes = ROWS, spec: str = SPEC) -> Path:
@@ -187,6 +194,7 @@ def test_documents_without_eos_and_tokenizers_without_bos() -> None:
     corpus = corpus_of({"prose": ["aa b"]}, end=False)
     assert token_batches(corpus, Words(), None, 9, 0).ids.tolist() == [1, 12, 11]
     assert token_batches(corpus, WordsWithoutBos(), None, 9, 0).ids.tolist() == [12, 11]
+    assert token_batches(corpus, WordsWithUnusedBos(), None, 9, 0).ids.tolist() == [12, 11]
 
 
 def test_windows_are_full_do_not_overlap_and_start_with_bos() -> None:

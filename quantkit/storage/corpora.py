@@ -132,8 +132,8 @@ def token_batches(corpus: CorpusSet, tokenizer: Tokenizer, sequences: int | None
 
     packing documents: one document each, truncated, EOS behind it where the set says so. packing windows: the
     documents of a domain are joined and cut into windows of exactly `length`, none overlapping. Either way exactly
-    one BOS stands in front, if the tokenizer has one. The domains keep their proportion, and each has at least one
-    sequence if there is room. CalibrationError when the set has fewer sequences than were asked for.
+    one BOS stands in front, if the tokenizer puts one there. The domains keep their proportion, and each has at least
+    one sequence if there is room. CalibrationError when the set has fewer sequences than were asked for.
     """
     if length < 2 or (sequences is not None and sequences < 1):
         raise CalibrationError(
@@ -167,13 +167,19 @@ def pack_tokens(rows: Sequence[tuple[str, Sequence[int]]]) -> Tokens:
 def _candidates(corpus: CorpusSet, domain: str, tokenizer: Tokenizer, length: int) -> list[list[int]]:
     """Every sequence that the documents of a domain give."""
     texts = [document.text for document in corpus.documents if document.domain == domain]
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = _bos(tokenizer)
     if corpus.packing == "documents":
         eos = [tokenizer.eos_token_id] if corpus.end_of_document and tokenizer.eos_token_id is not None else []
         return [[*bos, *ids, *eos][:length] for ids in _encode(tokenizer, texts)]
     stream = _encode(tokenizer, [WINDOW_JOIN.join(texts)])[0]
     room = length - len(bos)
     return [[*bos, *stream[start : start + room]] for start in range(0, len(stream) - room + 1, room)]
+
+
+def _bos(tokenizer: Tokenizer) -> list[int]:
+    """The BOS that the tokenizer itself puts in front of a text; many name one and put none (GPT-2's, SmolLM2's)."""
+    first = tokenizer(["a"], add_special_tokens=True, verbose=False)["input_ids"][0][:1]
+    return list(first) if first == [tokenizer.bos_token_id] else []
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
