@@ -200,6 +200,12 @@ def transformers(entries: list[str], module: str) -> bool:
     return any(re.match(rf"(?:{entry}){boundary}", module) or module.endswith(entry) for entry in entries)
 
 
+def gptqmodel(dynamic: object, module: str) -> bool:
+    """GPTQModel's loader reads `dynamic` alone, for AWQ too: "-:" and a pattern, matched from the name's start."""
+    assert isinstance(dynamic, dict) and all(pattern.startswith("-:") for pattern in dynamic)
+    return any(re.match(pattern.removeprefix("-:"), module) for pattern in dynamic)
+
+
 def block_modules(layer: int, moe: bool, experts: int = 3) -> list[str]:
     """Names of a DeepSeek block's linears."""
     name = f"model.layers.{layer}"
@@ -257,6 +263,9 @@ def test_every_loader_leaves_exactly_the_kept_modules(selection: str) -> None:
     for layer in range(3, 24):
         whole = f"model.layers.{layer}.mlp.experts"
         assert vllm(entries, whole) == (f"{whole}.0.up_proj" in kept)
+    dynamic = awq.quantization_config(Contents(schemes=dict.fromkeys(quantized, scheme()), kept=kept))["dynamic"]
+    for name in modules:
+        assert gptqmodel(dynamic, name) == (name in kept), f"GPTQModel: {name}"
 
 
 def test_names_are_as_high_as_they_can_be() -> None:
@@ -294,6 +303,7 @@ def test_config_entry() -> None:
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": ["lm_head"],
+        "dynamic": {r"-:lm_head$": {}},
     }
     with pytest.raises(UsageError, match="room for one group size, found \\[64, 128\\]"):
         awq.FORMAT.quantization_config(Contents(schemes={"a": scheme(), "b": scheme(group=64)}, kept=[]))

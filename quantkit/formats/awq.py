@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme, TensorSpec
-from quantkit.engine_names import engine_names, lines
+from quantkit.engine_names import engine_names, kept_patterns, lines
 from quantkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -101,7 +101,10 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
 
 
 def quantization_config(contents: Contents) -> dict[str, object]:
-    """The entry for config.json; UsageError when a kept module cannot be named without hitting a quantized one."""
+    """The entry for config.json; UsageError when a kept module cannot be named without hitting a quantized one.
+
+    `dynamic` says the same to GPTQModel's own loader, which reads no other list.
+    """
     found = sorted({scheme.group_size for scheme in contents.schemes.values()})
     if len(found) != 1:
         raise UsageError(f"format awq: config.json has room for one group size, found {found}; use one for all rules")
@@ -112,6 +115,7 @@ def quantization_config(contents: Contents) -> dict[str, object]:
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": not_converted(list(contents.schemes), contents.kept),
+        "dynamic": {f"-:{pattern}": {} for pattern in kept_patterns(list(contents.schemes), contents.kept)},
     }
 
 
