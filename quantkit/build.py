@@ -56,16 +56,30 @@ class Built:
 
 
 def build(
-    plan: Plan, source: Checkpoint, texts: Texts, sink: Sink, folder: Path, device: torch.device, dtype: torch.dtype
+    plans: Sequence[Plan],
+    source: Checkpoint,
+    texts: Texts,
+    sinks: Sequence[Sink],
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Generator[Progress, None, Built]:
-    """Quantize a model into `sink`, with hidden states in `folder`; returns the streams for the fidelity figures.
+    """Quantize a model into the sink of each plan, with hidden states in `folder`; returns the streams for the figures.
 
-    Raises CheckpointError for weights that cannot be used and NumericsError when a fold changes a block's output.
+    The plans differ in their format alone. Raises CheckpointError for weights that cannot be used and NumericsError
+    when a fold changes a block's output.
     """
-    bones = skeleton(plan.source.config, device, dtype)
+    plan, bones = plans[0], skeleton(plans[0].source.config, device, dtype)
     total = len(plan.layout.blocks)
     with closing(in_order(source, requests(plan))) as reads:
-        job = Job(plan=plan, skeleton=bones, activation=ACT2FN[bones.config.hidden_act], sink=sink, reads=reads)
+        job = Job(
+            plan=plan,
+            skeleton=bones,
+            activation=ACT2FN[bones.config.hidden_act],
+            formats=tuple(each.format for each in plans),
+            sinks=tuple(sinks),
+            reads=reads,
+        )
         built = Built(streams=embed(job, texts, folder))
         for number, block in enumerate(plan.layout.blocks):
             began, record = time.monotonic(), BlockRecord(name=block.name)
@@ -83,7 +97,7 @@ def quantize_block(job: Job, block: Block, streams: Streams, record: BlockRecord
     """One block, from its source tensors to the streams behind it; yields the share done."""
     if dropped(job.plan, block):
         return
-    if block.kind == "mtp":
+    if routed.unseen(job.plan, block):
         yield from store_unseen(Work(job=job, block=block, streams={}, targets={}, record=record))
         return
     tensors = read_dense(job)
@@ -103,7 +117,8 @@ def quantize_block(job: Job, block: Block, streams: Streams, record: BlockRecord
     routings = dense.advance(work, dense.store(work, folded))
     for share in routed.finish(work, folded, learned, found, routings):
         yield 0.5 + 0.5 * share
-    measure(work, reference, routings["quantized"])
+    if "reference" in streams:
+        measure(work, reference, routings["quantized"])
     streams.update({name: moved(streams[name], target) for name, target in targets.items()})
 
 
@@ -113,11 +128,11 @@ def read_dense(job: Job) -> dict[str, Tensor]:
 
 
 def store_unseen(work: Work) -> Iterator[float]:
-    """A block no forward pass reaches (MTP): stored as decided, methods that learn give way to rounding.
+    """A block no forward pass reaches: stored as decided; in an MTP block methods that learn give way to rounding.
 
     Tensor by tensor: an MTP block carries an embedding and a head as large as the model's own.
     """
-    for _ in dense_requests(work.block):
+    for _ in dense_requests(work.job.plan, work.block):
         dense.store(work, Folded(tensors=read_dense(work.job), stats={}, rescaled=frozenset()))
     cut, nothing = routed.waves(work.job.plan, work.block), Folded(tensors={}, stats={}, rescaled=frozenset())
     for number, (first, stop) in enumerate(cut):
@@ -150,13 +165,13 @@ def dropped(plan: Plan, block: Block) -> bool:
     return plan.decisions[block.linears[0].name].action == "drop"
 
 
-def dense_requests(block: Block) -> list[Request]:
+def dense_requests(plan: Plan, block: Block) -> list[Request]:
     """Names of a block's tensors but for the routed experts': at once, or one by one where nothing runs them."""
     linears = [linear for linear in block.linears if linear.role != "routed_expert"]
     weights = [f"{linear.name}.weight" for linear in linears]
     biases = [f"{linear.name}.bias" for linear in linears if linear.bias]
     names = (*(spec.name for spec in block.others), *weights, *biases)
-    return [(name,) for name in names] if block.kind == "mtp" else [names]
+    return [(name,) for name in names] if routed.unseen(plan, block) else [names]
 
 
 def wave_request(block: Block, first: int, stop: int) -> Request:
@@ -172,7 +187,7 @@ def requests(plan: Plan) -> list[Request]:
     found: list[Request] = [(f"{plan.layout.embedding.name}.weight",)]
     for block in plan.layout.blocks:
         if not dropped(plan, block):
-            found += dense_requests(block)
+            found += dense_requests(plan, block)
             found += [wave_request(block, *wave) for wave in routed.waves(plan, block)] * routed.passes(plan, block)
     head = (f"{plan.layout.head.name}.weight",) if plan.layout.head else ()
     return [*found, (plan.layout.final_norm.name, *head)]
@@ -186,12 +201,12 @@ def in_order(source: Checkpoint, wanted: Sequence[Request]) -> Generator[dict[st
 
 
 def embed(job: Job, texts: Texts, folder: Path) -> Streams:
-    """Store the embedding and start the streams with it."""
+    """Store the embedding and start the streams with it: none for a text there is not."""
     ((name, weight),) = next(job.reads).items()
     job.keep(name, weight)
     routed_experts = any(block.experts for block in job.plan.layout.blocks)
     dtype: SpoolDtype = "float32" if job.skeleton.dtype == torch.float32 else "bfloat16"
-    texts_of: dict[StreamName, Tokens] = {"reference": texts["fidelity"], "quantized": texts["fidelity"]}
-    if job.plan.needs_calibration:
-        texts_of = {"calibration": texts["calibration"], **texts_of}
+    texts_of: dict[StreamName, Tokens] = {"calibration": texts["calibration"]} if job.plan.needs_calibration else {}
+    if job.plan.recipe.fidelity:
+        texts_of |= {"reference": texts["fidelity"], "quantized": texts["fidelity"]}
     return {n: start(n, by_length(t), weight, folder, routed_experts, dtype) for n, t in texts_of.items()}

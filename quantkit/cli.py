@@ -79,6 +79,11 @@ def show(*renderables: RenderableType) -> None:
         console.print(renderable)
 
 
+def as_json_list(found: list[Any]) -> None:
+    """Print what a recipe gives: one object, or a list of them when it names several formats."""
+    as_json(found[0] if len(found) == 1 else found)
+
+
 def as_json(values: Any) -> None:
     """Print JSON to stdout."""
     click.echo(json.dumps(values, indent=1, ensure_ascii=False))
@@ -154,11 +159,11 @@ def plan(recipe: str, overrides: tuple[str, ...], json_out: bool) -> None:
     from quantkit.summary import plan_summary
 
     _, parsed = read_recipe(recipe, overrides)
-    summary = plan_summary(plan_recipe(parsed, facts(parsed), text_tokens(parsed)))
+    found = [plan_summary(made) for made in plan_recipe(parsed, facts(parsed), text_tokens(parsed))]
     if json_out:
-        as_json(summary.model_dump(mode="json"))
+        as_json_list([summary.model_dump(mode="json") for summary in found])
     else:
-        show(plan_view(summary))
+        show(*map(plan_view, found))
 
 
 @main.command()
@@ -181,23 +186,26 @@ def build(recipe: str, overrides: tuple[str, ...], overwrite: bool, skip_evaluat
 
     text, parsed = read_recipe(recipe, overrides)
     with Meter(sys.stderr.isatty() and not json_out) as meter:
-        outcome = run(
+        outcomes = run(
             parsed,
             text,
             overwrite=overwrite,
             evaluate=not skip_evaluation,
-            planned=lambda made: None if json_out else show(plan_view(plan_summary(made))),
+            planned=lambda plans: None if json_out else show(*(plan_view(plan_summary(made)) for made in plans)),
             tell=meter.tell,
         )
     if json_out:
-        as_json(outcome.fidelity.model_dump(mode="json"))
+        as_json_list([outcome.fidelity.model_dump(mode="json") for outcome in outcomes])
     else:
-        show(fidelity_view(outcome.fidelity))
-        told = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in outcome.seconds.items())
-        click.echo(f"{outcome.path}: {outcome.fidelity.status} ({told}; peak memory {outcome.peak_bytes / 1e9:.2f} GB)")
-    if outcome.fidelity.status == "rejected":
-        missed = [gate for gate in outcome.fidelity.gates if gate.ok is False]
-        raise GateMissed("; ".join(f"gate {g.figure} {g.bound}: found {g.value}" for g in missed))
+        show(*(fidelity_view(outcome.fidelity) for outcome in outcomes))
+        for outcome in outcomes:
+            told = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in outcome.seconds.items())
+            peak = f"peak memory {outcome.peak_bytes / 1e9:.2f} GB"
+            click.echo(f"{outcome.path}: {outcome.fidelity.status} ({told}; {peak})")
+    missed = [(o.path.name, gate) for o in outcomes for gate in o.fidelity.gates if gate.ok is False]
+    if missed:
+        of = {name: f"{name}: " if len(outcomes) > 1 else "" for name, _ in missed}
+        raise GateMissed("; ".join(f"{of[name]}gate {g.figure} {g.bound}: found {g.value}" for name, g in missed))
 
 
 @main.command()

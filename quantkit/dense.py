@@ -75,8 +75,10 @@ class GramSum:
 
 
 def reference_pass(work: Work, layer: nn.Module, tap: ExpertTap | None) -> Routing | None:
-    """Move the reference stream through the original dense part; what its router decided."""
-    stream = work.streams["reference"]
+    """Move the reference stream, if there is one, through the original dense part; what its router decided."""
+    stream = work.streams.get("reference")
+    if stream is None:
+        return None
     return through(work.job.skeleton, layer, tap, stream, work.targets["reference"], stream.seen)
 
 
@@ -189,13 +191,13 @@ def store(work: Work, folded: Folded) -> dict[str, Tensor]:
         group = group_of.get(decision.linear.name, "")
         solved = solve(
             decision,
-            work.job.plan.format,
+            work.job.formats,
             tensor,
             folded.stats.get(group),
             rescaled=group in folded.rescaled,
             fallbacks=("mtp-rtn",) if work.block.kind == "mtp" else (),
         )
-        work.write(solved.tensors, solved.record)
+        work.write(solved)
         stored[name] = solved.weight
     return stored
 
@@ -203,7 +205,7 @@ def store(work: Work, folded: Folded) -> dict[str, Tensor]:
 def advance(work: Work, stored: Tensors) -> dict[StreamName, Routing | None]:
     """Move the streams that see stored weights through the dense part; what their routers decided."""
     layer, tap = decoder_layer(work.job.skeleton, work.block, work.job.plan.layout, stored)
-    moving: list[StreamName] = ["quantized"]
+    moving: list[StreamName] = ["quantized"] if "quantized" in work.streams else []
     if work.calibration and work.job.plan.recipe.propagate == "quantized":
         moving.append("calibration")
     return {

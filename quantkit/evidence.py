@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 def fidelity(
     plan: Plan,
     blocks: Sequence[BlockRecord],
-    measured: Measured,
+    measured: Measured | None,
     texts: Mapping[TextName, schema.Text],
     benchmarks: Sequence[Benchmark],
     licence: schema.License | None,
@@ -48,7 +48,7 @@ def fidelity(
         source=source(plan, licence),
         calibration=texts.get("calibration"),
         measured_on=texts.get("fidelity"),
-        distribution=distribution(measured),
+        distribution=distribution(measured) if measured else (),
         blocks=tuple(
             schema.BlockError(block=block.name, relative_error=block.output_error)
             for block in blocks
@@ -82,10 +82,10 @@ def artifact(plan: Plan) -> schema.Artifact:
     weights = sum(decision.linear.n_parameters for decision in quantized)
     stored = sum(bytes_after(plan, decision) for decision in quantized)
     bits = f"{plan.recipe.quantize.bits}-bit"
-    name = PurePath(plan.recipe.output.path).name
+    name = PurePath(plan.path).name
     return schema.Artifact(
         name=name,
-        format=plan.recipe.format,
+        format=plan.format_name,
         scheme="; ".join(schemes(quantized)) or "nothing is quantized",
         parameters=sum(spec.n_elements for spec in plan.specs.values()),
         bytes_source=source_bytes(plan, list(plan.specs)),
@@ -97,7 +97,7 @@ def artifact(plan: Plan) -> schema.Artifact:
             for engine, command in plan.format.engines.items()
         ),
         notes=plan.architecture.serving_notes,
-        tags=(plan.recipe.format, bits),
+        tags=(plan.format_name, bits),
     )
 
 

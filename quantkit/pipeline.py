@@ -1,7 +1,8 @@
-"""From a recipe to a sealed artifact with its evidence: plan, build, measure, benchmark, report, judge, seal.
+"""From a recipe to sealed artifacts with their evidence: plan, build, measure, benchmark, report, judge, seal.
 
-Each step takes what the one before left. `tell` hears how far long steps are; nothing else leaves this module before
-its result.
+A recipe with several formats gives one artifact each. Formats that hold the same codes share one solve and its figures;
+one that stores something else (`dense` rounds once more) is built by itself. Each step takes what the one before left.
+`tell` hears how far long steps are; nothing else leaves this module before its result.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,7 @@ Returned = TypeVar("Returned")
 class Outcome:
     """A sealed artifact, its report, and how long each step took."""
 
+    format_name: str
     path: Path
     fidelity: Fidelity
     seconds: Mapping[str, float]
@@ -57,6 +59,14 @@ class Texts:
 
     tokens: Mapping[TextName, Tokens]
     told: Mapping[TextName, Text]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """An artifact under way: what it will be, and the folder it is made in."""
+
+    plan: Plan
+    folder: Path
 
 
 @dataclass(kw_only=True)
@@ -74,33 +84,69 @@ class Clock:
 
 
 def run(
-    recipe: Recipe, text: str, *, overwrite: bool, evaluate: bool, planned: Callable[[Plan], None], tell: Tell
-) -> Outcome:
-    """Build the artifact of `recipe` (`text` is its file) and seal it under output.path; `planned` sees the plan first.
+    recipe: Recipe,
+    text: str,
+    *,
+    overwrite: bool,
+    evaluate: bool,
+    planned: Callable[[Sequence[Plan]], None],
+    tell: Tell,
+) -> tuple[Outcome, ...]:
+    """Build the artifacts of `recipe` (`text` is its file), one per format, and seal them under their names.
 
-    A failure leaves what was made in `<path>.building`, never under the final name. Raises QuantkitError.
+    `planned` sees the plans first. A failure leaves what was made in `<path>.building`, never under the final name.
+    Raises QuantkitError.
     """
     return_freed_memory()
-    clock, path = Clock(), Path(recipe.output.path)
+    clock = Clock()
     located = hub.resolve(recipe.source.model, recipe.source.revision)
     source = Checkpoint.open(located.folder)
     texts = tokenize(recipe, located.folder)
     counts = {name: tokens.n_tokens for name, tokens in texts.tokens.items()}
-    plan = sources.plan_recipe(recipe, sources.facts_of(recipe, source, located.revision), counts)
-    folder = artifact.prepare(path, overwrite)
-    planned(plan)
+    plans = sources.plan_recipe(recipe, sources.facts_of(recipe, source, located.revision), counts)
+    folders = {plan.format_name: artifact.prepare(Path(plan.path), overwrite) for plan in plans}
+    planned(plans)
     clock.lap("plan")
-    built, written, measured = quantize(plan, source, texts, folder, text, tell, clock)
-    compared = compare(plan, source, folder, sources.compute(recipe), evaluate=evaluate, tell=tell)
+    outcomes: dict[str, Outcome] = {}
+    for together in sharing(plans):
+        made = [Made(plan=plan, folder=folders[plan.format_name]) for plan in together]
+        for outcome in run_once(made, source, texts, text, clock, evaluate=evaluate, tell=tell):
+            outcomes[outcome.format_name] = outcome
+    return tuple(outcomes[plan.format_name] for plan in plans)
+
+
+def sharing(plans: Sequence[Plan]) -> list[list[Plan]]:
+    """The plans that one solve serves, together."""
+    same = [plan for plan in plans if plan.format.holds_codes]
+    return [*([same] if same else []), *([plan] for plan in plans if not plan.format.holds_codes)]
+
+
+def run_once(
+    made: Sequence[Made], source: Checkpoint, texts: Texts, text: str, clock: Clock, *, evaluate: bool, tell: Tell
+) -> Iterator[Outcome]:
+    """One solve and its artifacts, sealed one after the other. Figures and benchmarks are those of the first.
+
+    The others store the same weights bit for bit (`solve` has compared them).
+    """
+    plan, folder = made[0].plan, made[0].folder
+    built, written, measured = quantize(made, source, texts, text, tell, clock)
+    compared = compare(plan, source, folder, sources.compute(plan.recipe), evaluate=evaluate, tell=tell)
     clock.lap("benchmarks")
-    report = evidence.fidelity(
-        plan, built.blocks, measured, texts.told, compared.rows, evidence.licence(front_matter(located.folder))
-    )
-    report = gates.judged(recipe.gates, report)
-    write_evidence(plan, folder, report, measured, compared)
-    write_timings(folder, built, clock)
-    artifact.seal(folder, path, manifests.manifest(plan, source, report, built.blocks), written)
-    return Outcome(path=path, fidelity=report, seconds=clock.laps, peak_bytes=peak_resident_bytes())
+    licence = evidence.licence(front_matter(source.folder))
+    for each, files in zip(made, written, strict=True):
+        report = evidence.fidelity(each.plan, built.blocks, measured, texts.told, compared.rows, licence)
+        report = gates.judged(each.plan.recipe.gates, report)
+        write_evidence(each.plan, each.folder, report, measured, compared)
+        write_timings(each.folder, built, clock)
+        path = Path(each.plan.path)
+        artifact.seal(each.folder, path, manifests.manifest(each.plan, source, report, built.blocks), files)
+        yield Outcome(
+            format_name=each.plan.format_name,
+            path=path,
+            fidelity=report,
+            seconds=dict(clock.laps),
+            peak_bytes=peak_resident_bytes(),
+        )
 
 
 def tokenize(recipe: Recipe, folder: Path) -> Texts:
@@ -109,37 +155,42 @@ def tokenize(recipe: Recipe, folder: Path) -> Texts:
     wanted: list[tuple[TextName, str, int | None, int, int]] = []
     if calibration := recipe.calibration:
         wanted.append(("calibration", calibration.set, calibration.sequences, calibration.length, calibration.seed))
-    fidelity = recipe.fidelity
-    wanted.append(("fidelity", fidelity.set, fidelity.windows, fidelity.length, 0))
+    if fidelity := recipe.fidelity:
+        wanted.append(("fidelity", fidelity.set, fidelity.windows, fidelity.length, 0))
     tokens, told = dict[TextName, Tokens](), dict[TextName, Text]()
     for name, set_name, sequences, length, seed in wanted:
         corpus = corpora.load_set(set_name, sets)
         tokens[name] = corpora.token_batches(corpus, tokenizer, sequences, length, seed)
         told[name] = evidence.text(corpus, tokens[name], length, seed)
-    tokens.setdefault("calibration", corpora.pack_tokens([]))
-    return Texts(tokens=tokens, told=told)
+    nothing = corpora.pack_tokens([])
+    return Texts(tokens={"calibration": nothing, "fidelity": nothing, **tokens}, told=told)
 
 
 def quantize(
-    plan: Plan, source: Checkpoint, texts: Texts, folder: Path, text: str, tell: Tell, clock: Clock
-) -> tuple[Built, dict[str, Written], Measured]:
-    """Build into `folder`, then compare the streams behind the last block, the artifact's head read from its files."""
-    compute = sources.compute(plan.recipe)
+    made: Sequence[Made], source: Checkpoint, texts: Texts, text: str, tell: Tell, clock: Clock
+) -> tuple[Built, list[dict[str, Written]], Measured | None]:
+    """Build into every folder, then compare the streams behind the last block, the head read from the first's files.
+
+    Nothing is compared when the recipe says `fidelity: none`.
+    """
+    plans, folder = [each.plan for each in made], made[0].folder
+    compute = sources.compute(plans[0].recipe)
     device, dtype = torch.device(compute.device), getattr(torch, compute.dtype)
-    sink = Sink(folder, plan.shards)
+    sinks = [Sink(each.folder, each.plan.shards) for each in made]
     with scratch(folder) as place:
         try:
-            built = finished(build(plan, source, texts.tokens, sink, place, device, dtype), tell)
-            written = sink.close()
+            built = finished(build(plans, source, texts.tokens, sinks, place, device, dtype), tell)
+            written = [sink.close() for sink in sinks]
         finally:
-            sink.abandon()
-        artifact.write_model_files(folder, plan, source.sidecars, text)
+            for sink in sinks:
+                sink.abandon()
+        for each in made:
+            artifact.write_model_files(each.folder, each.plan, source.sidecars, text)
         clock.lap("quantize")
-        bones = skeleton(plan.source.config, device, dtype)
-        streams = built.streams
-        measured = measure(
-            bones, plan.layout, source, Checkpoint.open(folder), streams["reference"], streams["quantized"]
-        )
+        measured, streams = None, built.streams
+        if "reference" in streams:
+            bones, head = skeleton(plans[0].source.config, device, dtype), Checkpoint.open(folder)
+            measured = measure(bones, plans[0].layout, source, head, streams["reference"], streams["quantized"])
     clock.lap("distribution")
     return built, written, measured
 
@@ -166,13 +217,14 @@ def scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def write_evidence(plan: Plan, folder: Path, report: Fidelity, measured: Measured, compared: Compared) -> None:
+def write_evidence(plan: Plan, folder: Path, report: Fidelity, measured: Measured | None, compared: Compared) -> None:
     """fidelity.json, the model card, plan.json and the samples."""
     (folder / "quantkit" / "samples").mkdir(exist_ok=True)
     write_atomic(folder / "quantkit" / "fidelity.json", report.to_json().encode())
     write_atomic(folder / "README.md", card.render(report).encode())
     write_atomic(folder / "quantkit" / "plan.json", manifests.plan_json(plan).encode())
-    tokens_to_parquet(measured, folder / "quantkit" / "samples" / "tokens.parquet")
+    if measured:
+        tokens_to_parquet(measured, folder / "quantkit" / "samples" / "tokens.parquet")
     if compared.pairs:
         pairs_to_parquet(compared.pairs, folder / "quantkit" / "samples" / "benchmarks.parquet")
 

@@ -54,6 +54,7 @@ class Plan:
     """All that a build needs to know; `build` adds nothing to it but data."""
 
     recipe: Recipe
+    format_name: str  # one of the recipe's
     rules: tuple[Rule, ...]
     source: SourceFacts
     architecture: Architecture
@@ -67,7 +68,12 @@ class Plan:
 
     @cached_property  # asked for once per linear, 45,000 times for DeepSeek-V3
     def format(self) -> Format:
-        return registry.format(self.recipe.format)
+        return registry.format(self.format_name)
+
+    @property
+    def path(self) -> str:
+        """Where the artifact goes."""
+        return self.recipe.path(self.format_name)
 
     @property
     def assumed(self) -> bool:
@@ -85,6 +91,11 @@ class Plan:
     def needs_calibration(self) -> bool:
         """Whether any selected method learns from activations."""
         return needs_calibration(self.decisions)
+
+    @property
+    def needs_forward(self) -> bool:
+        """Whether any stream runs through the blocks: for calibration, or for the fidelity figures."""
+        return self.recipe.fidelity is not None or self.needs_calibration
 
 
 def needs_calibration(decisions: Mapping[str, Decision]) -> bool:
@@ -155,15 +166,19 @@ def rules_of(recipe: Recipe, architecture: Architecture) -> tuple[Rule, ...]:
     return preset("experts-only" if architecture.experts_only else "all-linear", recipe.quantize)
 
 
-def warnings_of(claimed: Claimed, recipe: Recipe, decisions: Mapping[str, Decision], config: Config) -> list[str]:
+def warnings_of(
+    claimed: Claimed, recipe: Recipe, format_name: str, decisions: Mapping[str, Decision], config: Config
+) -> list[str]:
     """What the user should know although the plan works."""
     told = list(claimed.warnings)
+    if recipe.fidelity is None:
+        told.append("fidelity: none: nobody will know what this artifact lost against its source")
     if claimed.dropped:
         told.append(f"{len(claimed.dropped)} tensors no engine reads are left out, e.g. {claimed.dropped[0]}")
     if not any(decision.action == "quantize" for decision in decisions.values()):
         told.append("no linear is quantized: the artifact is a copy of the source")
     if fp8_block(config) and any(d.action == "keep" for d in decisions.values()):
-        told.append(f"format {recipe.format} cannot hold FP8 blocks: what is kept is stored as BF16")
+        told.append(f"format {format_name} cannot hold FP8 blocks: what is kept is stored as BF16")
     mtp = [b.name for b in claimed.layout.blocks if b.kind == "mtp"]
     if mtp and recipe.mtp == "quantize":
         told.append(f"{mtp[0]}: no forward pass reaches an MTP block, its linears are rounded to nearest (mtp-rtn)")
@@ -173,21 +188,24 @@ def warnings_of(claimed: Claimed, recipe: Recipe, decisions: Mapping[str, Decisi
 def make_plan(
     recipe: Recipe,
     source: SourceFacts,
+    format_name: str,
     *,
     budget_bytes: int,
     tokens: Mapping[Literal["calibration", "fidelity"], int],
     hidden_bytes: Literal[2, 4],
 ) -> Plan:
-    """Decide everything. `tokens` are the lengths of the streams, `hidden_bytes` the width of a hidden value on disk.
+    """Decide everything about the artifact in one format.
+
+    `tokens` are the lengths of the streams, `hidden_bytes` the width of a hidden value on disk.
 
     Raises CheckpointError when the tensors do not fit the architecture, RecipeError with every fault of the recipe.
     """
     architecture = registry.architecture(source.config.text("model_type"))
     claimed = claim(architecture, source.config, source.specs, source.where)
-    output, rules = registry.format(recipe.format), rules_of(recipe, architecture)
+    output, rules = registry.format(format_name), rules_of(recipe, architecture)
     decisions = decide(claimed.layout, rules, recipe, claimed.specs)
     faults = rule_faults(rules, claimed.layout, recipe.name)
-    faults += [f"{recipe.name}: {fault}" for fault in storage_faults(decisions, output, recipe.format)]
+    faults += [f"{recipe.name}: {fault}" for fault in storage_faults(decisions, output, format_name)]
     faults += [f"{recipe.name}: {fault}" for fault in fused_faults(claimed.layout, decisions)]
     if needs_calibration(decisions) and recipe.calibration is None:
         faults.append(
@@ -208,6 +226,7 @@ def make_plan(
     tensors = outputs(claimed.layout, decisions, claimed.specs, output)
     return Plan(
         recipe=recipe,
+        format_name=format_name,
         rules=rules,
         source=source,
         architecture=architecture,
@@ -217,7 +236,7 @@ def make_plan(
         decisions=decisions,
         shards=shards(tensors, recipe.output.shard_bytes),
         memory=memory,
-        warnings=(*warnings_of(claimed, recipe, decisions, source.config), *idle_rules(rules, decisions)),
+        warnings=(*warnings_of(claimed, recipe, format_name, decisions, source.config), *idle_rules(rules, decisions)),
     )
 
 

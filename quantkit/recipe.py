@@ -16,7 +16,7 @@ from quantkit import registry
 from quantkit.document import Document, Path, dotted, read, shown, value_of
 from quantkit.errors import RecipeError
 from quantkit.rules import PRESETS, pattern_fault
-from quantkit.schema import FIGURES, SECTIONS, Quantize, Recipe, Rule, RuleEntry
+from quantkit.schema import FIGURES, MEASURED, SECTIONS, Quantize, Recipe, Rule, RuleEntry
 
 __all__ = ["Quantize", "Recipe", "Rule", "parse", "preset"]
 
@@ -33,7 +33,7 @@ def parse(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
     recipe = check.model(Recipe, {key: value for key, value in document.values.items() if key != "rules"}, ())
     default = _Check(document=document, faults=[]).model(Quantize, document.values.get("quantize", {}), ())
     resolved = check.rules(document.values.get("rules"), default or Quantize())
-    check.gates(document.values.get("gates"), document.values.get("evaluation"))
+    check.gates(document.values.get("gates"), document.values.get("evaluation"), document.values.get("fidelity", {}))
     if faults or recipe is None:
         raise RecipeError([sentence for _, sentence in sorted(faults, key=lambda fault: fault[0])])
     recipe = recipe.model_copy(update={"rules": resolved})
@@ -111,7 +111,7 @@ class _Check:
         scheme = default if entry.quantize == "default" else None
         if entry.quantize is not None and scheme is None:
             changes = entry.quantize
-            changed = {**default.model_dump(), **changes} if isinstance(changes, dict) else changes
+            changed = default.changed(changes) if isinstance(changes, dict) else changes
             scheme = self.model(Quantize, changed, (*path, "quantize"))
             if scheme is None:
                 return ()
@@ -125,8 +125,8 @@ class _Check:
             return ()
         return preset(name, default, self.document.line(path))
 
-    def gates(self, gates: object, evaluation: object) -> None:
-        """Gates on figures that do not exist, or bounded in a way that they do not have."""
+    def gates(self, gates: object, evaluation: object, fidelity: object) -> None:
+        """Gates on figures that do not exist or that nothing measures, or bounded in a way that they do not have."""
         listed = evaluation.get("tasks") if isinstance(evaluation, dict) else None
         tasks = [task for task in listed if isinstance(task, str)] if isinstance(listed, list) else []
         known = (*FIGURES, *tasks)
@@ -134,6 +134,8 @@ class _Check:
             path = ("gates", figure)
             if figure not in known:
                 self.fault(path, registry.unknown("figure or task of evaluation.tasks", shown(figure), known))
+            elif figure in MEASURED and fidelity in (None, "none"):
+                self.fault(path, "needs a fidelity text, found fidelity: none; name a set, or drop this gate")
             elif isinstance(bounds, dict):
                 given = {key for key, value in bounds.items() if value is not None}
                 allowed = {"min_recovery"} if figure in tasks else {"max", "min"}

@@ -46,7 +46,12 @@ def waves(plan: Plan, block: Block) -> list[tuple[int, int]]:
 
 def passes(plan: Plan, block: Block) -> int:
     """How often a block's experts are read: once when one wave holds them all, or when no stream runs through."""
-    return 1 if block.kind == "mtp" or len(waves(plan, block)) == 1 else 2
+    return 1 if unseen(plan, block) or len(waves(plan, block)) == 1 else 2
+
+
+def unseen(plan: Plan, block: Block) -> bool:
+    """Whether no stream runs through a block: an MTP block, or any when nothing is learned and nothing measured."""
+    return block.kind == "mtp" or not plan.needs_forward
 
 
 def everyone(work: Work, learned: Learned) -> frozenset[int]:
@@ -97,7 +102,8 @@ def survey(
         scales = dense.scales_of(group, rescale, learned, tensors)
     for number, (first, stop) in enumerate(cut):
         wave = read_wave(work, first, stop)
-        advance(work, wave, {"reference": routing})
+        if routing is not None:
+            advance(work, wave, {"reference": routing})
         stats = statistics(work, wave, learned)
         if scales is not None and rescale and stats:
             found.errors.append(wave_errors(rescale, wave, stats, scales, work.expert_scheme))
@@ -200,7 +206,7 @@ def store(
             inputs = (stats.inner if projection == names.down else stats.into) if stats else None
             rescaled = down[e] if projection == names.down else group is not None and group.name in folded.rescaled
             solved = solve_one(work, name, weights[e], one(inputs, e), rescaled, lacking=wave.first + e in few)
-            work.write(solved.tensors, solved.record)
+            work.write(solved)
             stored[projection].append(solved.weight)
     gate, up, out = (torch.stack(stored[p]) for p in (names.gate, names.up, names.down))  # [n, out, in]
     return Wave(first=wave.first, gate=gate, up=up, down=out)
@@ -214,4 +220,4 @@ def solve_one(work: Work, name: str, weight: Tensor, stats: InputStats | None, r
         policy = recipe.calibration.under_calibrated
         fallbacks += (UNDER_CALIBRATED[policy],)
         stats = None if policy == "rtn" else stats
-    return solve(decision, work.job.plan.format, weight, stats, rescaled=rescaled, fallbacks=fallbacks)
+    return solve(decision, work.job.formats, weight, stats, rescaled=rescaled, fallbacks=fallbacks)

@@ -25,6 +25,9 @@ FIGURES: tuple[str, ...] = (
 )  # fmt: skip
 """What a gate may bound with min or max; the tasks of evaluation.tasks take min_recovery. report.gates reads them."""
 
+MEASURED = frozenset(FIGURES) - {"experts_uncalibrated"}
+"""Those that come from the fidelity text."""
+
 _UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}  # fmt: skip
 
@@ -49,11 +52,19 @@ def _registered(kind: registry.Kind, name: str) -> str:
     return name
 
 
-def _distinct(tasks: tuple[str, ...]) -> tuple[str, ...]:
-    twice = sorted({task for task in tasks if tasks.count(task) > 1})
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{', '.join(twice)}: listed twice")
-    return tasks
+    return names
+
+
+def _listed(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+def _absent(value: object) -> object:
+    return None if value == "none" else value
 
 
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -64,6 +75,12 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Size = Annotated[int, BeforeValidator(size_bytes)]
 MethodName = Annotated[str, AfterValidator(lambda name: _registered("methods", name))]
 FormatName = Annotated[str, AfterValidator(lambda name: _registered("formats", name))]
+FormatNames = Annotated[
+    tuple[FormatName, ...],
+    Field(strict=False, min_length=1, max_length=8),
+    BeforeValidator(_listed),
+    AfterValidator(_distinct),
+]
 TaskNames = Annotated[tuple[Text, ...], Field(strict=False, max_length=1000), AfterValidator(_distinct)]
 
 
@@ -73,6 +90,16 @@ class Source(BaseModel):
     model_config = FROZEN
     model: Text
     revision: Text | None = None
+
+
+OWN: Mapping[str, Mapping[str, object]] = {
+    "gptq": {"rounding": "gptq"},
+    "nf4": {
+        "rounding": "nearest", "bits": 4, "group_size": 64, "symmetric": True, "scale_dtype": "auto",
+        "double_quant": True,
+    },
+}  # fmt: skip
+"""What a method is by itself, so that a recipe need not say it: defaults of its own."""
 
 
 class Quantize(BaseModel):
@@ -85,14 +112,38 @@ class Quantize(BaseModel):
     group_size: Literal[32, 64, 128, -1] = 128
     symmetric: bool = False
     scale_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
+    double_quant: bool | None = None  # method nf4 only
 
     @model_validator(mode="before")
     @classmethod
-    def _own_rounding(cls, values: object) -> object:
-        """Method gptq is its rounding: a recipe need not say it twice."""
-        if isinstance(values, dict) and values.get("method") == "gptq":
-            return {"rounding": "gptq", **values}
-        return values
+    def _own_values(cls, values: object) -> object:
+        """What follows from the method need not be said twice."""
+        method = values.get("method") if isinstance(values, dict) else None
+        return {**OWN[method], **values} if isinstance(values, dict) and method in OWN else values
+
+    def changed(self, changes: Mapping[object, object]) -> dict[object, object]:
+        """The keys of a rule that says `changes`; what belongs to one method alone does not pass to another."""
+        method = changes.get("method", self.method)
+        left = () if method == self.method else (*OWN.get(self.method, ()), *OWN.get(str(method), ()))
+        return {key: value for key, value in self.model_dump().items() if key not in left} | changes
+
+    @model_validator(mode="after")
+    def _nf4_fits(self) -> Quantize:
+        if self.method != "nf4":
+            if self.double_quant is not None:
+                raise ValueError(
+                    f"double_quant is for method nf4, found method: {self.method}; leave it out, or set method: nf4"
+                )
+            return self
+        fixed = {key: value for key, value in OWN["nf4"].items() if key != "double_quant"}
+        wrong = {key: value for key in fixed if (value := getattr(self, key)) != fixed[key]}
+        if wrong:
+            raise ValueError(
+                f"method nf4 is {_told(fixed)}, found {_told(wrong)}; leave these keys out, or choose another method"
+            )
+        if self.double_quant is None:
+            raise ValueError("double_quant: method nf4 expects true or false, found nothing; leave it out for true")
+        return self
 
     @model_validator(mode="after")
     def _rounding_fits(self) -> Quantize:
@@ -193,10 +244,10 @@ class Recipe(BaseModel):
     version: Literal[1]
     source: Source
     quantize: Quantize = Quantize()
-    format: FormatName = "awq"
+    format: FormatNames = ("awq",)  # several: one artifact each, from one solve
     rules: tuple[Rule, ...] | None = None
     calibration: Calibration | None = None
-    fidelity: FidelityText
+    fidelity: Annotated[FidelityText | None, BeforeValidator(_absent)]  # no default: whoever wants none says "none"
     evaluation: Evaluation = Evaluation()
     gates: dict[str, Gate] = {}
     output: Output
@@ -224,6 +275,10 @@ class Recipe(BaseModel):
     def where(self, *path: str | int) -> str:
         """Where a key stands, for a fault found later: where("quantize", "group_size") -> "recipe.yaml:14"."""
         return self._document.where(path)
+
+    def path(self, format_name: str) -> str:
+        """Where the artifact in a format goes: output.path, and with several formats a folder of its own in there."""
+        return self.output.path if len(self.format) == 1 else f"{self.output.path}/{format_name}"
 
     @property
     def hash(self) -> str:

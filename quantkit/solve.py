@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from quantkit import registry
 from quantkit.contracts import Format, InputStats, Method, Quantized, Scheme
 from quantkit.decide import Decision
+from quantkit.errors import NumericsError
 from quantkit.methods import gptq
 from quantkit.numerics import affine
 from quantkit.numerics import gram as grams
@@ -28,9 +30,9 @@ FALLBACKS: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Solved:
-    """One stored linear: tensors by full name, the weight they stand for [out, in] float32, and its figures."""
+    """One stored linear: tensors by full name, for each format; their weight [out, in] float32, and its figures."""
 
-    tensors: Mapping[str, Tensor]
+    tensors: tuple[Mapping[str, Tensor], ...]
     weight: Tensor
     record: ModuleRecord
 
@@ -66,23 +68,28 @@ def one(stats: InputStats | None, e: int) -> InputStats | None:
 
 def solve(
     decision: Decision,
-    output: Format,
+    outputs: Sequence[Format],
     weight: Tensor,
     stats: InputStats | None,
     *,
     rescaled: bool,
     fallbacks: tuple[str, ...],
 ) -> Solved:
-    """Quantize weight [out, in] float32 as decided, pack it, read it back and measure it.
+    """Quantize weight [out, in] float32 as decided, pack it in each format, read it back and measure it.
 
+    Raises NumericsError when two formats would not hold the same weight: their artifacts share one set of figures.
     Without statistics a method that needs them gives way to round-to-nearest; the caller names that fallback.
     """
     scheme = decision.scheme
     assert scheme is not None and decision.method is not None  # only quantize decisions come here
     rounding = "nearest" if stats is None or decision.rounding is None else decision.rounding
     quantized, found = chosen(decision.method, rounding, weight, stats, scheme)
-    tensors = output.pack(quantized, scheme)
-    back = output.dequantize(tensors, scheme)  # [out, in]
+    tensors = [output.pack(quantized, scheme) for output in outputs]
+    back, *others = (output.dequantize(packed, scheme) for output, packed in zip(outputs, tensors))  # [out, in]
+    if not all(torch.equal(back, other) for other in others):
+        raise NumericsError(
+            f"{decision.linear.name}: the recipe's formats do not store the same weight; build each on its own"
+        )
     lost = (weight - back).norm() / weight.norm().clamp(min=1e-30)
     record = ModuleRecord(
         module=decision.linear.name,
@@ -97,7 +104,8 @@ def solve(
         rescaled=rescaled,
         fallbacks=fallbacks + found + found_fallbacks(quantized, scheme),
     )
-    named = {f"{decision.linear.name}.{local}": tensor for local, tensor in tensors.items()}
+    name = decision.linear.name
+    named = tuple({f"{name}.{local}": tensor for local, tensor in packed.items()} for packed in tensors)
     return Solved(tensors=named, weight=back, record=record)
 
 

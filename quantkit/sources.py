@@ -107,7 +107,7 @@ def text_tokens(recipe: Recipe) -> dict[Literal["calibration", "fidelity"], int]
     calibration, fidelity = recipe.calibration, recipe.fidelity
     return {
         "calibration": most_tokens(calibration.set, calibration.sequences, calibration.length) if calibration else 0,
-        "fidelity": most_tokens(fidelity.set, fidelity.windows, fidelity.length),
+        "fidelity": most_tokens(fidelity.set, fidelity.windows, fidelity.length) if fidelity else 0,
     }
 
 
@@ -122,18 +122,26 @@ def most_tokens(name: str, sequences: int | None, length: int) -> int:
     return spec.file.stat().st_size if spec.file and spec.file.is_file() else UNKNOWN_SEQUENCES * length
 
 
-def plan_recipe(recipe: Recipe, source: SourceFacts, tokens: Mapping[Literal["calibration", "fidelity"], int]) -> Plan:
-    """The plan on this machine; RecipeError with every fault of the recipe, benchmarks that do not exist among them."""
-    faults = task_faults(recipe)
-    try:
-        plan = make_plan(
-            recipe, source, budget_bytes=budget(recipe), tokens=tokens, hidden_bytes=compute(recipe).hidden_bytes
-        )
-    except RecipeError as error:
-        raise RecipeError([*error.faults, *faults]) from None
+def plan_recipe(
+    recipe: Recipe, source: SourceFacts, tokens: Mapping[Literal["calibration", "fidelity"], int]
+) -> tuple[Plan, ...]:
+    """A plan per format of the recipe, on this machine.
+
+    RecipeError with every fault of the recipe, benchmarks that do not exist among them.
+    """
+    plans, faults = list[Plan](), list[str]()
+    budget_bytes, hidden_bytes = budget(recipe), compute(recipe).hidden_bytes
+    for name in recipe.format:
+        try:
+            plans.append(
+                make_plan(recipe, source, name, budget_bytes=budget_bytes, tokens=tokens, hidden_bytes=hidden_bytes)
+            )
+        except RecipeError as error:
+            faults += error.faults
+    faults += task_faults(recipe)
     if faults:
-        raise RecipeError(faults)
-    return plan
+        raise RecipeError(list(dict.fromkeys(faults)))
+    return tuple(plans)
 
 
 def task_faults(recipe: Recipe) -> list[str]:

@@ -23,7 +23,7 @@ def plan_summary(plan: Plan) -> PlanSummary:
         parts |= {f"wave of {memory.wave_experts} experts": block - memory.dense_bytes - memory.batch_bytes}
     return PlanSummary(
         recipe=plan.recipe.name,
-        output=plan.recipe.output.path,
+        output=plan.path,
         source=source(plan),
         rules=tuple(rules(plan)),
         totals=totals(plan),

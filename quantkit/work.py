@@ -9,18 +9,16 @@ import torch
 from torch import Tensor
 
 from quantkit.artifact import Sink
-from quantkit.contracts import Block, Experts, LinearGroup, Rescale, Scheme
+from quantkit.contracts import Block, Experts, Format, LinearGroup, Rescale, Scheme
 from quantkit.experts import Activation
 from quantkit.fold import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, Choice
 from quantkit.layers import Skeleton
 from quantkit.plan import Plan
 from quantkit.registry import method
-from quantkit.solve import ModuleRecord
+from quantkit.solve import ModuleRecord, Solved
 from quantkit.storage.spool import Spool
 from quantkit.storage.tensors import TORCH_DTYPES
 from quantkit.streams import Stream, StreamName
-
-Stored = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +28,16 @@ class Job:
     plan: Plan
     skeleton: Skeleton
     activation: Activation
-    sink: Sink
+    formats: tuple[Format, ...]  # of the plan first; with more, each has a sink
+    sinks: tuple[Sink, ...]
     reads: Iterator[dict[str, Tensor]]  # the source's tensors in the order of `requests`
 
     def keep(self, name: str, tensor: Tensor) -> Tensor:
-        """Store a tensor that is not quantized in the dtype the plan gives it; what was stored."""
-        stored = tensor.to(TORCH_DTYPES[self.sink.spec(name).dtype])
-        self.sink.write({name: stored})
-        return stored
+        """Store a tensor that is not quantized in the dtype the plans give it; what was stored."""
+        stored = [tensor.to(TORCH_DTYPES[sink.spec(name).dtype]) for sink in self.sinks]
+        for sink, mine in zip(self.sinks, stored, strict=True):
+            sink.write({name: mine})
+        return stored[0]
 
 
 @dataclass(kw_only=True)
@@ -108,11 +108,11 @@ class Work:
         used = {name for reader in names if (name := decisions[reader].method)}
         return method(used.pop()).rescale if len(used) == 1 and group.absorber else None
 
-    def write(self, tensors: Stored, module: ModuleRecord | None = None) -> None:
-        """Store tensors, and note the module they belong to."""
-        self.job.sink.write(tensors)
-        if module:
-            self.record.modules.append(module)
+    def write(self, solved: Solved) -> None:
+        """Store a solved linear in every format, and note what became of it."""
+        for sink, tensors in zip(self.job.sinks, solved.tensors, strict=True):
+            sink.write(tensors)
+        self.record.modules.append(solved.record)
 
     def keep(self, name: str, tensor: Tensor) -> Tensor:
         """Store a tensor that is not quantized; what was stored, in float32."""

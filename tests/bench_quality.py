@@ -67,7 +67,7 @@ def measure(place: Path, text: Path, method: str, bits: int, rules: str, seed: s
         "output.path": str(place / f"{method}{bits}-{rules}-{seed}"),
     }
     recipe = parse(recipe_text, "tiny-v3-awq4.yaml", changes)
-    outcome = run(recipe, recipe_text, overwrite=False, evaluate=False, planned=ignore, tell=ignore)
+    (outcome,) = run(recipe, recipe_text, overwrite=False, evaluate=False, planned=ignore, tell=ignore)
     return outcome.fidelity.distribution[0]
 
 

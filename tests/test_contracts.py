@@ -127,6 +127,12 @@ def test_an_attention_pattern_without_a_mask_is_an_error() -> None:
 
 def build(folder: Path, output: Path, **keys: str) -> pipeline.Outcome:
     """A build without benchmarks."""
+    (outcome,) = build_all(folder, output, **keys)
+    return outcome
+
+
+def build_all(folder: Path, output: Path, **keys: str) -> tuple[pipeline.Outcome, ...]:
+    """The artifacts of a small recipe, one per format."""
     text = recipe_text(folder, output, **keys)
     return pipeline.run(parse(text, "test.yaml"), text, overwrite=False, evaluate=False, planned=ignore, tell=ignore)
 
@@ -140,11 +146,11 @@ def run_streams(folder: Path, place: Path, **keys: str):  # type: ignore[no-unty
     source = Checkpoint.open(folder)
     texts = pipeline.tokenize(recipe, folder)
     counts = {name: tokens.n_tokens for name, tokens in texts.tokens.items()}
-    plan = sources.plan_recipe(recipe, sources.facts_of(recipe, source, None), counts)
+    (plan,) = sources.plan_recipe(recipe, sources.facts_of(recipe, source, None), counts)
     (place / "out").mkdir()
     (place / "scratch").mkdir()
     sink = Sink(place / "out", plan.shards)
-    steps = build_loop(plan, source, texts.tokens, sink, place / "scratch", torch.device("cpu"), torch.float32)
+    steps = build_loop([plan], source, texts.tokens, [sink], place / "scratch", torch.device("cpu"), torch.float32)
     built = pipeline.finished(steps, ignore)
     sink.close()
     return plan, built.streams

@@ -86,7 +86,7 @@ def test_streaming_figures_equal_whole_models(rules: str, tmp_path: Path) -> Non
     recipe = parse(
         text, "tiny-v3-awq4.yaml", {"output.path": str(tmp_path / "a"), "rules": rules, "calibration.sequences": "100"}
     )
-    outcome = pipeline.run(recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore)
+    (outcome,) = pipeline.run(recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore)
     source = builtin.resolve_model("builtin:tiny-v3")
     first, second = whole_model(source, fp8_weights(source)), whole_model(outcome.path, awq_weights(outcome.path))
     corpus = corpora.load_set(recipe.fidelity.set, builtin.folder("calibration"))

@@ -80,7 +80,8 @@ def plan_of(
         where="org/name",
     )
     tokens = {"calibration": 1024, "fidelity": 1024}
-    return make_plan(parse(text, "r.yaml"), facts, budget_bytes=budget, tokens=tokens, hidden_bytes=4)
+    recipe = parse(text, "r.yaml")
+    return make_plan(recipe, facts, recipe.format[0], budget_bytes=budget, tokens=tokens, hidden_bytes=4)
 
 
 def faults_of(**keys: Any) -> tuple[str, ...]:
@@ -112,7 +113,8 @@ def flagship() -> Plan:
     facts = SourceFacts(
         model=recipe.source.model, revision=None, config=found[1], specs=None, fingerprint=None, where=found[0]
     )
-    return sources.plan_recipe(recipe, facts, sources.text_tokens(recipe))
+    (plan,) = sources.plan_recipe(recipe, facts, sources.text_tokens(recipe))
+    return plan
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def test_the_smallest_recipe_has_every_default() -> None:
             "symmetric": False,
             "scale_dtype": "auto",
         },
-        "format": "awq",
+        "format": ["awq"],
         "rules": None,
         "calibration": None,
         "fidelity": {"set": "tiny-v3-heldout", "windows": None, "length": 2048},

@@ -42,10 +42,10 @@ def dequantized(artifact: Path) -> Any:
     """The artifact as a transformers model of float32 weights, from the tensors on disk."""
     recipe_path = artifact / "recipe.yaml"
     recipe = parse(recipe_path.read_text(encoding="utf-8"), str(recipe_path), {})
-    plan = sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))
+    (plan,) = sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))
     schemes = {name: found.scheme for name, found in plan.decisions.items() if found.scheme is not None}
     bones = skeleton(plan.source.config, torch.device("cpu"), torch.float32)
-    return whole.model(bones, plan.layout, whole.reader(Checkpoint.open(artifact), plan.recipe.format, schemes))
+    return whole.model(bones, plan.layout, whole.reader(Checkpoint.open(artifact), plan.format_name, schemes))
 
 
 def answer(model: Any, tokenizer: Any, task_id: str, prompt: str) -> Answer:
