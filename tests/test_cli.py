@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from quantkit import registry
 from quantkit.cli import main
 from quantkit.report.schema import Fidelity, PlanSummary
-from quantkit.storage.builtin import resolve_model
+from quantkit.storage.builtin import folder, resolve_model
 from quantkit.verify import verify
 
 RECIPE = "tiny-v3-awq4"
@@ -119,8 +119,10 @@ def test_help_does_not_start_torch(arguments: list[str]) -> None:
 
 
 def test_an_unknown_recipe() -> None:
+    shipped = ", ".join(sorted(path.stem for path in folder("recipes").glob("*.yaml")))
+    assert "v3-awq4" in shipped
     assert fault(run("plan", "tiny-v3-awq5"), 2) == (
-        "tiny-v3-awq5: no such recipe file; recipes that ship with quantkit: tiny-v3-awq4, v3-awq4"
+        f"tiny-v3-awq5: no such recipe file; recipes that ship with quantkit: {shipped}"
     )
 
 

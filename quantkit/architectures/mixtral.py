@@ -35,4 +35,12 @@ TINY = {
     "sliding_window": None,
 }
 
-ARCHITECTURE = Architecture(layout=layout, tiny=TINY, experts_only=True)
+ARCHITECTURE = Architecture(
+    layout=layout,
+    tiny=TINY,
+    experts_only=True,
+    published={
+        "mistralai/Mixtral-8x7B-v0.1": "mixtral-8x7b.json",
+        "mistralai/Mixtral-8x7B-Instruct-v0.1": "mixtral-8x7b.json",
+    },
+)

@@ -28,4 +28,8 @@ TINY = {
     "max_window_layers": 1,
 }
 
-ARCHITECTURE = Architecture(layout=layout, tiny=TINY)
+ARCHITECTURE = Architecture(
+    layout=layout,
+    tiny=TINY,
+    published={"deepseek-ai/DeepSeek-R1-Distill-Qwen-32B": "r1-distill-qwen-32b.json"},
+)

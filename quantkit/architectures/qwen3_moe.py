@@ -28,4 +28,9 @@ TINY = {
     "norm_topk_prob": True,
 }
 
-ARCHITECTURE = Architecture(layout=layout, tiny=TINY, experts_only=True)
+ARCHITECTURE = Architecture(
+    layout=layout,
+    tiny=TINY,
+    experts_only=True,
+    published={"Qwen/Qwen3-30B-A3B": "qwen3-30b-a3b.json"},
+)
