@@ -326,6 +326,8 @@ class Format:
     quantization_config: the entry for config.json, or None when the artifact is an ordinary unquantized checkpoint;
     fp8_scale: local name under which block scales lie beside a source's FP8 `weight` that is kept bit for bit; None:
     the format holds no FP8 blocks, what is kept becomes BF16;
+    accepts_fp8: None, or one sentence why this linear of a block that transformers runs cannot be kept in FP8 blocks
+    of that many rows and columns;
     holds_codes: what `dequantize` returns is (codes - zero) * scale in float32, so that formats that hold the same
     codes hold the same weights.
     """
@@ -338,4 +340,5 @@ class Format:
     one_scheme: bool  # the config has room for one bits/group_size only
     engines: Mapping[str, str]  # engine -> the exact command that serves the artifact, "{path}" for its folder
     fp8_scale: str | None = None
+    accepts_fp8: Callable[[Linear, int], str | None] | None = None
     holds_codes: bool = True

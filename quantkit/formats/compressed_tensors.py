@@ -5,6 +5,11 @@
     weight_zero_point  [out / per_word, n_groups] int32    asymmetric only; packed along `out`
     weight_shape       [2] int64    out, in
 
+Beside them may lie linears of an FP8 source, "float-quantized" and bit for bit:
+
+    weight        [out, in] float8_e4m3fn
+    weight_scale  [ceil(out / 128), ceil(in / 128)] float32    the source's weight_scale_inv under another name
+
 Read by vLLM, SGLang and transformers (with the package compressed-tensors), the experts of symmetric mixtures included.
 """
 
@@ -25,6 +30,7 @@ BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128, -1)
 """What the Marlin kernels of vLLM and SGLang know; others fall to slow kernels or fail."""
 SCALE_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
+FP8_BLOCK = 128
 
 
 def per_word(scheme: Scheme) -> int:
@@ -132,11 +138,24 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
     return affine.dequantize(Quantized(codes=codes, scale=tensors["weight_scale"], zero=zero), scheme)
 
 
-def quantization_config(contents: Contents) -> dict[str, object]:
-    """The entry for config.json; UsageError when several schemes are asked for.
+def accepts_fp8(linear: Linear, block: int) -> str | None:
+    """None, or why a linear of a block that transformers runs cannot stay in the source's FP8 blocks."""
+    if block != FP8_BLOCK:
+        return f"vLLM and SGLang read FP8 in blocks of 128 x 128, found {block} x {block}; use keep: bf16"
+    if linear.role == "routed_expert":
+        return (
+            "transformers multiplies an expert's FP8 weight by its block scales as if there were one per weight; "
+            "quantize the routed experts, or use keep: bf16"
+        )
+    return None
 
-    One group whose target is every linear: SGLang then sees by itself that it must not fuse a shared expert that is
-    stored otherwise than the routed ones, and llama.cpp converts it. Whatever is kept must be in `ignore`.
+
+def quantization_config(contents: Contents) -> dict[str, object]:
+    """The entry for config.json; UsageError when several schemes are asked for. What stays BF16 must be in `ignore`.
+
+    Without FP8, one group whose target is every linear: SGLang then sees by itself that it must not fuse a shared
+    expert that is stored otherwise than the routed ones, and llama.cpp converts it. Beside FP8 there are two groups;
+    each names its own format, and the one on top stays "pack-quantized" because SGLang asks it about experts.
     """
     found = set(contents.schemes.values())
     if len(found) != 1:
@@ -145,23 +164,57 @@ def quantization_config(contents: Contents) -> dict[str, object]:
             f"format compressed_tensors: holds one scheme per artifact, found {told}; use one for all rules"
         )
     (scheme,) = found
+    codes, every = list(contents.schemes), ["Linear"]
+    blocks = set(contents.fp8)
+    plain = [name for name in contents.kept if name not in blocks]
+    if any(name.endswith(".kv_b_proj") for name in blocks):  # SGLang looks for its block size in the group of "Linear"
+        named = [f"re:{pattern}" for pattern in kept_patterns([*blocks, *plain], codes)]
+        groups = [packed_group(named, scheme), fp8_group(every)]
+    elif blocks:
+        groups = [packed_group(every, scheme), fp8_group(fp8_targets([*codes, *plain], contents.fp8))]
+    else:
+        groups = [packed_group(every, scheme)]
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
-        "ignore": ignored(list(contents.schemes), contents.kept),
-        "config_groups": {
-            "group_0": {
-                "format": "pack-quantized",
-                "targets": ["Linear"],
-                "weights": weights(scheme),
-                "input_activations": None,
-                "output_activations": None,
-            }
-        },
+        "ignore": ignored([*codes, *contents.fp8], plain),
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
     }
+
+
+def packed_group(targets: Sequence[str], scheme: Scheme) -> dict[str, object]:
+    """The group of integer codes. It comes first: readers take the first group that an expert's name fits."""
+    return {
+        "format": "pack-quantized",
+        "targets": list(targets),
+        "weights": weights(scheme),
+        "input_activations": None,
+        "output_activations": None,
+    }
+
+
+def fp8_group(targets: Sequence[str]) -> dict[str, object]:
+    """The group of FP8 blocks; engines round its inputs to FP8 too, 128 channels of a token by one scale."""
+    eight = {"num_bits": 8, "type": "float", "symmetric": True}
+    return {
+        "format": "float-quantized",
+        "targets": list(targets),
+        "weights": {**eight, "strategy": "block", "block_structure": [FP8_BLOCK, FP8_BLOCK], "dynamic": False},
+        "input_activations": {**eight, "strategy": "group", "group_size": FP8_BLOCK, "dynamic": True},
+        "output_activations": None,
+    }
+
+
+def fp8_targets(others: Sequence[str], fp8: Sequence[str]) -> list[str]:
+    """Expressions that match what stays FP8 and nothing else, fused modules included.
+
+    transformers takes a group for that of the routed experts when the text "experts" is in an expression of it, and a
+    shared expert has it in its name: there it is spelled otherwise.
+    """
+    return [f"re:{pattern}".replace("experts", "exp[e]rts") for pattern in kept_patterns(others, fp8)]
 
 
 def weights(scheme: Scheme) -> dict[str, object]:
@@ -184,6 +237,8 @@ FORMAT = Format(
     dequantize=dequantize,
     quantization_config=quantization_config,
     one_scheme=True,
+    fp8_scale="weight_scale",
+    accepts_fp8=accepts_fp8,
     engines={
         "vLLM": "vllm serve {path}",
         "SGLang": "python -m sglang.launch_server --model-path {path}",
