@@ -16,7 +16,6 @@ from torch import Tensor
 
 from quantkit.errors import CheckpointError
 from quantkit.storage.checkpoint import Checkpoint
-from quantkit.storage.logical import scale_name
 
 CONFIG = {"model_type": "x", "quantization_config": {"quant_method": "fp8", "weight_block_size": [2, 2]}}
 WEIGHT = torch.ones(3, 3).to(torch.float8_e4m3fn)
@@ -297,4 +296,3 @@ def test_fingerprint_and_content_hash_tell_checkpoints_apart(tmp_path: Path) -> 
     assert len({c.content_hash() for c in (one, values, names, config)}) == 4
     (tmp_path / "1" / "tokenizer.json").write_text("{}")
     assert Checkpoint.open(tmp_path / "1").fingerprint() != same.fingerprint()
-    assert scale_name("a.weight") == "a.weight_scale_inv"

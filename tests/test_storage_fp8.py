@@ -43,6 +43,40 @@ def test_the_worked_example_of_partial_blocks(tmp_path: Path) -> None:
     assert torch.equal(stored["a.weight_scale_inv"], SCALE)
 
 
+def compressed(*structures: list[int]) -> dict[str, object]:
+    """config.json of a compressed-tensors artifact: a group of codes, and one per block structure."""
+    weights: list[dict[str, object]] = [{"num_bits": 4}, *({"block_structure": size} for size in structures)]
+    groups = {f"group_{number}": {"weights": found} for number, found in enumerate(weights)}
+    return {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
+
+
+def test_an_artifact_names_its_block_scales_otherwise(tmp_path: Path) -> None:
+    """compressed-tensors: weight_scale, which packed codes have too; those stay tensors of their own."""
+    tensors = {"a.weight": WEIGHT, "a.weight_scale": SCALE, "b.weight_packed": torch.ones(2, 2, dtype=torch.int32)}
+    shards = tensors, {"b.weight_scale": torch.ones(2, 2).bfloat16()}
+    opened = Checkpoint.open(save(tmp_path, *shards, config=compressed([2, 2])))
+    assert sorted(opened.specs) == ["a.weight", "b.weight_packed", "b.weight_scale"]
+    assert opened.read(["a.weight"])["a.weight"].tolist() == [[1, 1, 2], [1, 1, 2], [3, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        ({"a.weight_scale": None}, compressed([2, 2]), "expected its scale 'a.weight_scale', found none"),
+        ({"a.weight_scale": SCALE[:1]}, compressed([2, 2]), r"expected a scale of shape \[2, 2\]"),
+        ({"a.weight": WEIGHT.float()}, compressed([2, 2]), "expected 'a.weight' of this scale as F8_E4M3, found F32"),
+        ({}, compressed(), "config_groups: block_structure: expected two positive integers"),
+    ],
+)
+def test_faults_of_an_artifact_name_its_tensors(
+    tmp_path: Path, change: dict[str, Tensor | None], config: object, message: str
+) -> None:
+    tensors = {"a.weight": WEIGHT, "a.weight_scale": SCALE, **change}
+    shard = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(save(tmp_path, shard, config=config))
+
+
 def cast_like_deepseek(weight: Tensor, scale: Tensor, block: int) -> Tensor:
     """FP8 -> float32, times the scale of its block, -> bfloat16; element by element, sharing no code."""
     values = weight.to(torch.float32)

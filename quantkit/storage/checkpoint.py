@@ -1,7 +1,8 @@
 """A source checkpoint: logical tensors read one by one, FP8 blocks dequantized on the way, everything checked.
 
-A logical tensor is what the model computes with. An FP8 `X.weight` and its `X.weight_scale_inv` are two stored
-tensors and one logical one; they may lie in two shards. Nothing is kept in memory but names and headers.
+A logical tensor is what the model computes with. An FP8 `X.weight` and its `X.weight_scale_inv` (`X.weight_scale` in an
+artifact of format compressed_tensors) are two stored tensors and one logical one; they may lie in two shards. Nothing
+is kept in memory but names and headers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError
 from quantkit.storage.files import brief, listed, read_bytes, read_json
 from quantkit.storage.fp8 import dequantize
-from quantkit.storage.logical import block_size, logical_specs, pair_faults, scale_name
+from quantkit.storage.logical import block_size, logical_specs, pair_faults, scale_suffix
 from quantkit.storage.shards import Shards, leads_out, open_shards
 from quantkit.storage.tensors import read_rows, read_tensor
 
@@ -60,6 +61,7 @@ class Checkpoint:
     shards: Shards
     specs: Mapping[str, TensorSpec]
     block: tuple[int, int] | None  # rows and columns of an FP8 block; None without FP8 weights
+    scale_suffix: str  # what follows an FP8 weight's name in that of its scales
 
     @staticmethod
     def open(folder: Path) -> Checkpoint:
@@ -77,10 +79,10 @@ class Checkpoint:
         if config is None or shards is None:
             raise CheckpointError(listed(list(dict.fromkeys(faults))))
         stored = shards.specs
-        block = block_size(config, stored)
-        if faults := pair_faults(stored, block, str(folder)):
+        block, suffix = block_size(config, stored), scale_suffix(config)
+        if faults := pair_faults(stored, block, str(folder), suffix):
             raise CheckpointError(listed(faults))
-        return Checkpoint(folder, config, shards, logical_specs(stored), block)
+        return Checkpoint(folder, config, shards, logical_specs(stored, suffix), block, suffix)
 
     @cached_property
     def stored_specs(self) -> Mapping[str, TensorSpec]:
@@ -159,7 +161,7 @@ class Checkpoint:
         """Rows of an FP8 weight: [stop - start, in] bfloat16, read strip by strip."""
         assert self.block is not None  # `open` refuses FP8 weights without a block size
         file, header = self.shards.locate(spec.name)
-        scale = scale_name(spec.name)
+        scale = spec.name + self.scale_suffix
         scales = read_tensor(*self.shards.locate(scale), scale)  # [block rows, block columns]
         self._check_finite(scale, scales)
 

@@ -30,7 +30,7 @@ from quantkit.storage.builtin import PREFIX, resolve_model
 from quantkit.storage.checkpoint import CONFIG, Checkpoint
 from quantkit.storage.files import brief, listed, read_json
 from quantkit.storage.header import PREFIX_BYTES, Header, header_length, parse_header
-from quantkit.storage.logical import block_size, logical_specs, pair_faults
+from quantkit.storage.logical import block_size, logical_specs, pair_faults, scale_suffix
 from quantkit.storage.shards import INDEX, SINGLE, index_faults, weight_map
 
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.tiktoken", "*.jinja", "*.txt", "*.py", "LICEN*", "NOTICE*"]
@@ -127,10 +127,11 @@ def _remote_headers(model: str, revision: str | None) -> SourceHeaders:
     faults = index_faults(index, headers, f"{model}: {INDEX}") if index is not None else []
     order = index if index is not None else dict.fromkeys(headers[SINGLE].specs, SINGLE)
     stored = {name: headers[file].specs[name] for name, file in order.items() if name in headers[file].specs}
-    faults = faults or pair_faults(stored, block_size(config, stored), model)
+    suffix = scale_suffix(config)
+    faults = faults or pair_faults(stored, block_size(config, stored), model, suffix)
     if faults:
         raise CheckpointError(listed(faults))
-    return SourceHeaders(config=config, specs=logical_specs(stored), stored_specs=stored, revision=commit)
+    return SourceHeaders(config=config, specs=logical_specs(stored, suffix), stored_specs=stored, revision=commit)
 
 
 def _small_file(model: str, name: str, commit: str) -> Path:
