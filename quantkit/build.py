@@ -103,7 +103,7 @@ def quantize_block(job: Job, block: Block, streams: Streams, record: BlockRecord
     tensors = read_dense(job)
     targets = {name: scratch(stream, block.name) for name, stream in streams.items()}
     work = Work(job=job, block=block, streams=streams, targets=targets, record=record)
-    layer, tap = decoder_layer(job.skeleton, block, job.plan.layout, tensors)
+    layer, tap = decoder_layer(job.skeleton, block, tensors)
     reference = dense.reference_pass(work, layer, tap)
     learned = dense.learn(work, layer, tap, work.calibration) if work.calibration else None
     del layer, tap
@@ -190,7 +190,7 @@ def requests(plan: Plan) -> list[Request]:
             found += dense_requests(plan, block)
             found += [wave_request(block, *wave) for wave in routed.waves(plan, block)] * routed.passes(plan, block)
     head = (f"{plan.layout.head.name}.weight",) if plan.layout.head else ()
-    return [*found, (plan.layout.final_norm.name, *head)]
+    return [*found, (*(spec.name for spec in plan.layout.final_tensors), *head)]
 
 
 def in_order(source: Checkpoint, wanted: Sequence[Request]) -> Generator[dict[str, Tensor], None, None]:

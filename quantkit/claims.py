@@ -64,7 +64,7 @@ def expected(layout: Layout, config: Config) -> dict[str, TensorSpec]:
     )
     fp8 = fp8_block(config) is not None
     specs: dict[str, TensorSpec] = {}
-    others = [layout.final_norm, *(spec for block in layout.blocks for spec in block.others)]
+    others = [*layout.final_tensors, *(spec for block in layout.blocks for spec in block.others)]
     found = [replace(spec, dtype=plain) if spec.dtype == "BF16" else spec for spec in others]
     for linear in layout.linears:
         found += linear_specs(linear, "F8_E4M3" if fp8 and linear.role in STORED_AS_FP8 else plain)

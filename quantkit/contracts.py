@@ -210,6 +210,12 @@ class Layout:
     blocks: tuple[Block, ...]
     final_norm: TensorSpec
     head: Linear | None  # None: tied to the embedding
+    final_norm_bias: TensorSpec | None = None
+
+    @property
+    def final_tensors(self) -> tuple[TensorSpec, ...]:
+        """Weight and, where it has one, bias of the final norm."""
+        return (self.final_norm, *((self.final_norm_bias,) if self.final_norm_bias else ()))
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -228,6 +234,7 @@ class Architecture:
     published: Mapping[str, str] | None = None  # hub id -> file in architectures/published/ for offline plans
     serving_notes: tuple[str, ...] = ()  # flags an operator must know, for the model card
     dropped: tuple[str, ...] = ()  # globs of checkpoint tensors that no engine reads; the plan lists what it drops
+    derived: str | None = None  # of a family without a table: what the layout was derived from and proven by
 
 
 # ------------------------------------------------------------------------------------------------- quantization

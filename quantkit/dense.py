@@ -158,7 +158,7 @@ def fold_groups(work: Work, tensors: Tensors, learned: Learned, expert_errors: S
 
 def check(work: Work, folded: Folded, sample: Sample) -> Folded:
     """The folded dense part must give what the original gave; adds what its experts see of the sample."""
-    layer, tap = decoder_layer(work.job.skeleton, work.block, work.job.plan.layout, folded.tensors)
+    layer, tap = decoder_layer(work.job.skeleton, work.block, folded.tensors)
     out, valid = run(work.job.skeleton, layer, sample.rows, sample.lengths)
     part = "the block's output without its experts" if tap else "the block's output"
     change = fold.check_unchanged(work.block.name, part, sample.out, out, work.tolerance)
@@ -204,7 +204,7 @@ def store(work: Work, folded: Folded) -> dict[str, Tensor]:
 
 def advance(work: Work, stored: Tensors) -> dict[StreamName, Routing | None]:
     """Move the streams that see stored weights through the dense part; what their routers decided."""
-    layer, tap = decoder_layer(work.job.skeleton, work.block, work.job.plan.layout, stored)
+    layer, tap = decoder_layer(work.job.skeleton, work.block, stored)
     moving: list[StreamName] = ["quantized"] if "quantized" in work.streams else []
     if work.calibration and work.job.plan.recipe.propagate == "quantized":
         moving.append("calibration")

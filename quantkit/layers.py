@@ -70,7 +70,7 @@ def skeleton(config: Config, device: torch.device, dtype: torch.dtype) -> Skelet
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
         # inv_freq is a buffer that no checkpoint stores: on the meta device it would be garbage
-        rotary = type(model.model.rotary_emb)(hf_config).to(device)
+        rotary = type(model.base_model.rotary_emb)(hf_config).to(device)
     except Exception as fault:  # a wrong value surfaces as whatever it first breaks in transformers
         raise CheckpointError(
             f"{config.where}: expected a configuration that transformers makes a {model_type} of, found: "
@@ -82,13 +82,13 @@ def skeleton(config: Config, device: torch.device, dtype: torch.dtype) -> Skelet
 
 
 def decoder_layer(
-    skeleton: Skeleton, block: Block, layout: Layout, tensors: Mapping[str, Tensor]
+    skeleton: Skeleton, block: Block, tensors: Mapping[str, Tensor]
 ) -> tuple[nn.Module, ExpertTap | None]:
     """One decoder layer with `tensors` (full names, routed experts left out) and the tap in place of its experts.
 
     Floating tensors are cast to the skeleton's dtype, but for buffers the family keeps in float32.
     """
-    layer: nn.Module = copy.deepcopy(skeleton.model.model.layers[layout.blocks.index(block)])
+    layer: nn.Module = copy.deepcopy(skeleton.model.get_submodule(block.name))
     tap = None
     if block.experts:
         parent, _, leaf = relative(block, block.experts.module).rpartition(".")
@@ -203,8 +203,11 @@ def padding(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.arange(max(lengths), device=device)[None] < count[:, None]
 
 
-def final_norm(skeleton: Skeleton, weight: Tensor) -> nn.Module:
-    """The norm behind the last block."""
-    norm: nn.Module = copy.deepcopy(skeleton.model.model.norm)
-    load(norm, {"weight": weight.to(device=skeleton.device, dtype=skeleton.dtype)}, "final norm")
+def final_norm(skeleton: Skeleton, layout: Layout, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The norm behind the last block, with its tensors by full name."""
+    module = layout.final_norm.name.rpartition(".")[0]
+    norm: nn.Module = copy.deepcopy(skeleton.model.get_submodule(module))
+    state = {spec.name.removeprefix(f"{module}."): tensors[spec.name] for spec in layout.final_tensors}
+    cast = {name: tensor.to(device=skeleton.device, dtype=skeleton.dtype) for name, tensor in state.items()}
+    load(norm, cast, "final norm")
     return norm

@@ -138,7 +138,7 @@ def outputs(
     found = [kept_weight(decisions[layout.embedding.name], specs)]
     for block in layout.blocks:
         found += block_outputs(block, decisions, specs, output)
-    found.append(kept_spec(specs[layout.final_norm.name]))
+    found += [kept_spec(specs[spec.name]) for spec in layout.final_tensors]
     return found + ([kept_weight(decisions[layout.head.name], specs)] if layout.head else [])
 
 

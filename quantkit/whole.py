@@ -48,14 +48,15 @@ def parameters(layout: Layout) -> int:
 def model(skeleton: Skeleton, layout: Layout, read: Read) -> Any:
     """The model with its weights, in the skeleton's dtype and on its device."""
     whole = copy.deepcopy(skeleton.model)
-    whole.model.rotary_emb = skeleton.rotary
+    whole.base_model.rotary_emb = skeleton.rotary
     buffers = {name for name, _ in whole.named_buffers()}
     state = {
         name: tensor.to(device=skeleton.device, dtype=torch.float32 if name in buffers else skeleton.dtype)
         for name, tensor in state_dict(layout, read)
     }
     if layout.head is None:
-        state["lm_head.weight"] = state[f"{layout.embedding.name}.weight"]
+        head = next(name for name, module in whole.named_modules() if module is whole.get_output_embeddings())
+        state[f"{head}.weight"] = state[f"{layout.embedding.name}.weight"]
     load(whole, state, "the whole model")
     return whole.eval()
 
@@ -66,7 +67,8 @@ def state_dict(layout: Layout, read: Read) -> Iterator[tuple[str, Tensor]]:
     for block in layout.blocks:
         if block.kind == "decoder":
             yield from block_state(block, read)
-    yield layout.final_norm.name, read(layout.final_norm.name)
+    for spec in layout.final_tensors:
+        yield spec.name, read(spec.name)
     if layout.head:
         yield f"{layout.head.name}.weight", read(f"{layout.head.name}.weight")
 

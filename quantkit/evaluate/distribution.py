@@ -67,9 +67,10 @@ class Head:
 
     def __init__(self, skeleton: Skeleton, layout: Layout, checkpoint: Checkpoint) -> None:
         head = layout.head or layout.embedding
-        read = checkpoint.read([layout.final_norm.name, f"{head.name}.weight"])
-        self._norm = final_norm(skeleton, read[layout.final_norm.name])
-        self._weight = read[f"{head.name}.weight"].to(device=skeleton.device, dtype=skeleton.dtype)
+        weight = f"{head.name}.weight"
+        read = checkpoint.read([*(spec.name for spec in layout.final_tensors), weight])
+        self._norm = final_norm(skeleton, layout, read)
+        self._weight = read[weight].to(device=skeleton.device, dtype=skeleton.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> [n, vocabulary]."""
