@@ -154,7 +154,7 @@ def plan(recipe: str, overrides: tuple[str, ...], json_out: bool) -> None:
 
     Example: quantkit plan v3-awq4
     """
-    from quantkit.report.terminal import plan_view
+    from quantkit.report.terminal import plans_view
     from quantkit.sources import facts, plan_recipe, text_tokens
     from quantkit.summary import plan_summary
 
@@ -163,7 +163,7 @@ def plan(recipe: str, overrides: tuple[str, ...], json_out: bool) -> None:
     if json_out:
         as_json_list([summary.model_dump(mode="json") for summary in found])
     else:
-        show(*map(plan_view, found))
+        show(plans_view(found))
 
 
 @main.command()
@@ -181,7 +181,7 @@ def build(recipe: str, overrides: tuple[str, ...], overwrite: bool, skip_evaluat
     Example: quantkit build tiny-v3-awq4
     """
     from quantkit.pipeline import run
-    from quantkit.report.terminal import fidelity_view, plan_view
+    from quantkit.report.terminal import fidelities_view, plans_view
     from quantkit.summary import plan_summary
 
     text, parsed = read_recipe(recipe, overrides)
@@ -191,13 +191,13 @@ def build(recipe: str, overrides: tuple[str, ...], overwrite: bool, skip_evaluat
             text,
             overwrite=overwrite,
             evaluate=not skip_evaluation,
-            planned=lambda plans: None if json_out else show(*(plan_view(plan_summary(made)) for made in plans)),
+            planned=lambda plans: None if json_out else show(plans_view([plan_summary(made) for made in plans])),
             tell=meter.tell,
         )
     if json_out:
         as_json_list([outcome.fidelity.model_dump(mode="json") for outcome in outcomes])
     else:
-        show(*(fidelity_view(outcome.fidelity) for outcome in outcomes))
+        show(fidelities_view([outcome.fidelity for outcome in outcomes]))
         for outcome in outcomes:
             told = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in outcome.seconds.items())
             peak = f"peak memory {outcome.peak_bytes / 1e9:.2f} GB"

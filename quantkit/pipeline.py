@@ -153,7 +153,8 @@ def tokenize(recipe: Recipe, folder: Path) -> Texts:
     """Load the recipe's text sets and cut them into token sequences with the source's tokenizer."""
     tokenizer, sets = corpora.load_tokenizer(folder), builtin.folder("calibration")
     wanted: list[tuple[TextName, str, int | None, int, int]] = []
-    if calibration := recipe.calibration:
+    calibration = recipe.calibration if recipe.learns else None
+    if calibration:
         wanted.append(("calibration", calibration.set, calibration.sequences, calibration.length, calibration.seed))
     if fidelity := recipe.fidelity:
         wanted.append(("fidelity", fidelity.set, fidelity.windows, fidelity.length, 0))
@@ -219,7 +220,8 @@ def scratch(folder: Path) -> Iterator[Path]:
 
 def write_evidence(plan: Plan, folder: Path, report: Fidelity, measured: Measured | None, compared: Compared) -> None:
     """fidelity.json, the model card, plan.json and the samples."""
-    (folder / "quantkit" / "samples").mkdir(exist_ok=True)
+    if measured or compared.pairs:
+        (folder / "quantkit" / "samples").mkdir(exist_ok=True)
     write_atomic(folder / "quantkit" / "fidelity.json", report.to_json().encode())
     write_atomic(folder / "README.md", card.render(report).encode())
     write_atomic(folder / "quantkit" / "plan.json", manifests.plan_json(plan).encode())

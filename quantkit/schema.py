@@ -277,8 +277,14 @@ class Recipe(BaseModel):
         return self._document.where(path)
 
     def path(self, format_name: str) -> str:
-        """Where the artifact in a format goes: output.path, and with several formats a folder of its own in there."""
-        return self.output.path if len(self.format) == 1 else f"{self.output.path}/{format_name}"
+        """Where the artifact in a format goes: output.path, with "-<format>" behind it when there are several."""
+        return self.output.path if len(self.format) == 1 else f"{self.output.path}-{format_name.replace('_', '-')}"
+
+    @property
+    def learns(self) -> bool:
+        """Whether any method of the recipe learns from calibration text."""
+        used = {self.quantize.method, *(rule.quantize.method for rule in self.rules or () if rule.quantize)}
+        return any(registry.method(name).needs_stats for name in used)
 
     @property
     def hash(self) -> str:

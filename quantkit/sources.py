@@ -104,7 +104,7 @@ def budget(recipe: Recipe) -> int:
 
 def text_tokens(recipe: Recipe) -> dict[Literal["calibration", "fidelity"], int]:
     """Upper bounds of the streams, before a tokenizer is loaded: sequences times length, or the text's bytes."""
-    calibration, fidelity = recipe.calibration, recipe.fidelity
+    calibration, fidelity = recipe.calibration if recipe.learns else None, recipe.fidelity
     return {
         "calibration": most_tokens(calibration.set, calibration.sequences, calibration.length) if calibration else 0,
         "fidelity": most_tokens(fidelity.set, fidelity.windows, fidelity.length) if fidelity else 0,

@@ -11,6 +11,7 @@ from quantkit.storage.builtin import folder
 
 FAST = {
     "quantize.method": "rtn",
+    "quantize.rounding": "nearest",
     "calibration.sequences": "32",
     "fidelity.windows": "8",
     "output.shard_bytes": "3MB",

@@ -244,7 +244,7 @@ def test_transformers_loads_what_was_stored(name: str, rules: str, wanted: str, 
 def unpacked(artifact: Path) -> Any:
     """The artifact as quantkit reads it, in float32."""
     recipe = parse((artifact / "recipe.yaml").read_text(), "recipe.yaml")
-    plan = sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))
+    (plan,) = sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))
     schemes = {name: found.scheme for name, found in plan.decisions.items() if found.scheme is not None}
     bones = skeleton(plan.source.config, torch.device("cpu"), torch.float32)
     read = whole.reader(Checkpoint.open(artifact), "compressed_tensors", schemes)

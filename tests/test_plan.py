@@ -146,7 +146,7 @@ def test_the_flagship_quantizes_every_routed_expert_and_nothing_else(flagship: P
 def test_the_flagship_in_bytes(flagship: Plan, flagship_summary: PlanSummary) -> None:
     experts, others, mtp = flagship_summary.rules
     weights = EXPERTS * 2048 * 7168
-    assert (experts.label, experts.action, experts.modules) == ("rules[0]", "awq int4 g128 asymmetric", EXPERTS)
+    assert (experts.label, experts.action, experts.modules) == ("rules[0]", "awq+gptq int4 g128 asymmetric", EXPERTS)
     assert experts.parameters == weights
     assert experts.bytes_before == weights + EXPERTS * 4 * 16 * 56  # FP8, and a float32 scale per 128x128 block
     groups = weights // 128

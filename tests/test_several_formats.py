@@ -34,7 +34,7 @@ def test_formats_that_hold_the_same_codes_share_a_solve(
     loops = []
     monkeypatch.setattr(pipeline, "build", lambda *a, build=pipeline.build: loops.append(a) or build(*a))
     both = build_all(source, tmp_path / "x", format="[gptq, compressed_tensors]", quantize=SYMMETRIC)
-    assert [o.path for o in both] == [tmp_path / "x" / "gptq", tmp_path / "x" / "compressed_tensors"]
+    assert [o.path for o in both] == [tmp_path / "x-gptq", tmp_path / "x-compressed-tensors"]
     assert len(loops) == 1
     alone = build(source, tmp_path / "alone", format="compressed_tensors", quantize=SYMMETRIC)
     one, other = load_file(both[1].path / "model.safetensors"), load_file(alone.path / "model.safetensors")
@@ -44,7 +44,7 @@ def test_formats_that_hold_the_same_codes_share_a_solve(
         assert outcome.fidelity.artifact.format == outcome.format_name
         assert outcome.fidelity.distribution == alone.fidelity.distribution
         assert outcome.fidelity.modules == alone.fidelity.modules
-        assert f"{outcome.format_name}\n" in (outcome.path / "README.md").read_text(encoding="utf-8")
+        assert f"format `{outcome.format_name}`" in (outcome.path / "README.md").read_text(encoding="utf-8")
     methods = [json.loads((o.path / "config.json").read_text())["quantization_config"]["quant_method"] for o in both]
     assert methods == ["gptq", "compressed-tensors"]
     module = both[0].fidelity.modules[0]
@@ -82,7 +82,7 @@ def test_formats_that_would_differ_are_an_error(source: Path, tmp_path: Path, mo
     monkeypatch.setattr(registry, "format", lambda name, real=registry.format: lying if name == "dense" else real(name))
     with pytest.raises(NumericsError, match=r"the recipe's formats do not store the same weight"):
         build_all(source, tmp_path / "x", format="[awq, dense]")
-    assert not (tmp_path / "x" / "awq").exists()
+    assert not (tmp_path / "x-awq").exists()
 
 
 def test_faults_of_every_format_are_shown_once(source: Path, tmp_path: Path) -> None:

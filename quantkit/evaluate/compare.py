@@ -60,10 +60,10 @@ class Job:
 def compare(plan: Plan, source: Checkpoint, folder: Path, compute: Compute, *, evaluate: bool, tell: Tell) -> Compared:
     """Run the recipe's tasks on both models; rows with status "not run" and a reason where that cannot be."""
     names = plan.recipe.evaluation.tasks
-    if not evaluate:
+    if not names or not evaluate:
         return not_run(names, "skipped by --skip-evaluation")
     needed = BASE_BYTES + int(WHOLE_MODEL_COPIES * compute.hidden_bytes * whole.parameters(plan.layout))
-    if names and needed > plan.memory.budget_bytes:
+    if needed > plan.memory.budget_bytes:
         return not_run(
             names,
             f"the whole model needs {needed / 1e9:.0f} GB in {compute.dtype}, memory allows "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from rich import box
@@ -96,6 +97,26 @@ def plan_view(plan: PlanSummary) -> Group:
     )
     warnings = [Text(plain(f"warning: {warning}"), style="yellow") for warning in plan.warnings]
     return Group(head, Text(), table(plan_rules(plan)), table(plan_shards(plan)), lines, *warnings)
+
+
+def plans_view(plans: Sequence[PlanSummary]) -> Group:
+    """The plans of a recipe with several formats: the first in full, of the others what differs."""
+    first, lines = plans[0], list[Text]()
+    for plan in plans[1:]:
+        told = f"and {plan.output}: {numbers.size(plan.totals.bytes_after)} in {len(plan.shards)} files"
+        lines.append(Text(plain(told), style="bold"))
+        new = [warning for warning in plan.warnings if warning not in first.warnings]
+        lines += [Text(plain(f"warning: {warning}"), style="yellow") for warning in new]
+    return Group(plan_view(first), *lines)
+
+
+def fidelities_view(reports: Sequence[Fidelity]) -> Group:
+    """The reports of a recipe with several formats; figures that are those of one before are not shown again."""
+    shown: list[Fidelity] = []
+    for report in reports:
+        if not any(report.modules == other.modules for other in shown):
+            shown.append(report)
+    return Group(*map(fidelity_view, shown))
 
 
 def plan_rules(plan: PlanSummary) -> Table:
