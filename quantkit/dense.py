@@ -69,9 +69,9 @@ class GramSum:
         self.tokens += len(rows)
 
     def stats(self) -> InputStats:
-        """The statistics so far."""
+        """The statistics of all tokens, once they were added."""
         mean = self.abs_sum / max(self.tokens, 1)
-        return InputStats(gram=self.gram, mean_abs=mean, n_tokens=torch.tensor(self.tokens))
+        return InputStats(gram=grams.complete(self.gram), mean_abs=mean, n_tokens=torch.tensor(self.tokens))
 
 
 def reference_pass(work: Work, layer: nn.Module, tap: ExpertTap | None) -> Routing | None:
@@ -195,7 +195,7 @@ def store(work: Work, folded: Folded) -> dict[str, Tensor]:
             tensor,
             folded.stats.get(group),
             rescaled=group in folded.rescaled,
-            fallbacks=("mtp-rtn",) if work.block.kind == "mtp" else (),
+            fallbacks=work.fallbacks_of(decision.linear.name),
         )
         work.write(solved)
         stored[name] = solved.weight

@@ -85,8 +85,8 @@ def collect(wave: Wave, routing: Routing, activation: Activation, everyone: froz
                     grams.accumulate(gram_in[e], abs_in[e], mine)
     tokens = count.clamp(min=1)[:, None]
     return WaveStats(
-        into=InputStats(gram=gram_in, mean_abs=abs_in / tokens[:inputs], n_tokens=count[:inputs]),
-        inner=InputStats(gram=gram_mid, mean_abs=abs_mid / tokens, n_tokens=count),
+        into=InputStats(gram=grams.complete(gram_in), mean_abs=abs_in / tokens[:inputs], n_tokens=count[:inputs]),
+        inner=InputStats(gram=grams.complete(gram_mid), mean_abs=abs_mid / tokens, n_tokens=count),
     )
 
 

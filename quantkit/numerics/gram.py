@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantkit.numerics import products
+
 ROWS = 256
 """Rows of a weight that are worked on at once, so that temporaries stay small beside the Gram matrix."""
 
@@ -16,13 +18,18 @@ ROWS = 256
 def accumulate(gram: Tensor, abs_sum: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
     """Add tokens x [n, in] to gram [in, in] and to abs_sum [in], both float32, in place.
 
-    weight [n], if given, multiplies each token's share of the gram: with the square of the router's weight the error
-    under the gram is the error in what the expert adds to the block's output.
+    On a CPU the gram's lower triangle waits for `complete`. weight [n], if given, multiplies each token's share of the
+    gram: with the square of the router's weight the error under the gram is the error in what the expert adds to the
+    block's output.
     """
-    x = x.float()
-    weighted = x if weight is None else x * weight.float().unsqueeze(-1)  # [n] -> [n, 1]
-    gram.addmm_(weighted.T, x)
-    abs_sum.add_(x.abs().sum(dim=0))  # [n, in] -> [in]
+    abs_sum.add_(x.abs().sum(dim=0, dtype=torch.float32))  # [n, in] -> [in]
+    x = x.float().T.contiguous()  # [n, in] -> [in, n]
+    products.add_symmetric(gram, x if weight is None else x * weight.float(), x)
+
+
+def complete(gram: Tensor) -> Tensor:
+    """A gram [..., in, in] to which everything was added, its lower triangle filled in; in place."""
+    return products.mirror(gram)
 
 
 def rescaled(gram: Tensor, scale: Tensor) -> Tensor:
@@ -47,7 +54,7 @@ def error(delta: Tensor, gram: Tensor) -> Tensor:
     """
     total = torch.zeros(delta.shape[:-2], dtype=torch.float64, device=delta.device)
     for rows in delta.split(ROWS, dim=-2):  # [..., out, in] -> [..., ROWS, in]
-        total += torch.sum((rows @ gram) * rows, dim=(-2, -1), dtype=torch.float64)
+        total += torch.sum(products.times_transposed(rows, gram) * rows, dim=(-2, -1), dtype=torch.float64)
     return total
 
 

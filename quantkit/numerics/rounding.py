@@ -22,7 +22,7 @@ from torch import Tensor
 
 from quantkit.contracts import Quantized, Scheme
 from quantkit.errors import NumericsError
-from quantkit.numerics import affine
+from quantkit.numerics import affine, products
 from quantkit.numerics import gram as grams
 
 DAMPING = 0.01
@@ -190,4 +190,4 @@ def visited_codes(
 def row_error(delta: Tensor, gram: Tensor) -> Tensor:
     """d G d^T of each row: delta [..., out, in], gram [..., in, in] -> [..., out] float32."""
     rows = delta.split(grams.ROWS, dim=-2)  # [..., ROWS, in]
-    return torch.cat([(part @ gram).mul_(part).sum(dim=-1) for part in rows], dim=-1)
+    return torch.cat([products.times_transposed(part, gram).mul_(part).sum(dim=-1) for part in rows], dim=-1)
