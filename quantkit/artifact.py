@@ -93,7 +93,9 @@ def config_values(plan: Plan) -> dict[str, object]:
     values = {key: value for key, value in plan.source.config.values.items() if key != "quantization_config"}
     kept = [name for name, decision in plan.decisions.items() if decision.action == "keep"]
     schemes = {name: d.scheme for name, d in plan.decisions.items() if d.scheme is not None}
-    entry = plan.format.quantization_config(Contents(schemes=schemes, kept=kept)) if schemes else None
+    fp8 = [name for name in kept if plan.decisions[name].keep == "fp8"]
+    contents = Contents(schemes=schemes, kept=kept, fp8=fp8, fp8_block=plan.kept.side)
+    entry = plan.format.quantization_config(contents) if schemes else None
     if entry is not None:
         values["quantization_config"] = entry
     dropped = any(decision.action == "drop" for decision in plan.decisions.values())

@@ -78,6 +78,8 @@ def build(
             activation=ACT2FN[bones.config.hidden_act],
             formats=tuple(each.format for each in plans),
             sinks=tuple(sinks),
+            decisions=tuple(each.decisions for each in plans),
+            source=source,
             reads=reads,
         )
         built = Built(streams=embed(job, texts, folder))

@@ -333,8 +333,7 @@ class Format:
     quantization_config: the entry for config.json, or None when the artifact is an ordinary unquantized checkpoint;
     fp8_scale: local name under which block scales lie beside a source's FP8 `weight` that is kept bit for bit; None:
     the format holds no FP8 blocks, what is kept becomes BF16;
-    accepts_fp8: None, or one sentence why this linear of a block that transformers runs cannot be kept in FP8 blocks
-    of that many rows and columns;
+    accepts_fp8: None, or why this linear of a block that transformers runs cannot stay in FP8 blocks of that side;
     holds_codes: what `dequantize` returns is (codes - zero) * scale in float32, so that formats that hold the same
     codes hold the same weights.
     """

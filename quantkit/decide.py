@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from quantkit.contracts import PROTECTED_ROLES, Block, Format, Layout, Linear, Scheme, TensorSpec
+from quantkit.contracts import PROTECTED_ROLES, Block, Format, Layout, Linear, LinearGroup, Scheme, TensorSpec
 from quantkit.schema import Quantize, Recipe, Rule
 
 NO_RULE = "no rule"
+FP8 = "F8_E4M3"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +21,7 @@ class Decision:
     block: str | None  # block name; None outside the blocks
     action: Literal["quantize", "keep", "drop"]
     rule: str
-    keep: Literal["source", "bf16"] = "source"  # how a kept weight is stored
+    keep: Literal["source", "bf16", "fp8"] = "source"  # how a kept weight is stored; fp8: as the source's blocks
     method: str | None = None
     rounding: str | None = None
     scheme: Scheme | None = None
@@ -54,13 +55,12 @@ def first_match(rules: Sequence[Rule], linear: Linear) -> Rule | None:
 
 def decide_one(linear: Linear, block: Block | None, rules: Sequence[Rule], recipe: Recipe, dtype: str) -> Decision:
     """The decision over one linear."""
-    name = block.name if block else None
+    name, rule = block.name if block else None, first_match(rules, linear)
+    keep = rule.keep if rule and rule.keep else "source"
     if block and block.kind == "mtp" and recipe.mtp != "quantize":
         action: Literal["keep", "drop"] = "keep" if recipe.mtp == "keep" else "drop"
-        return Decision(linear=linear, block=name, action=action, rule=f"mtp: {recipe.mtp}")
-    rule = first_match(rules, linear)
+        return Decision(linear=linear, block=name, action=action, rule=f"mtp: {recipe.mtp}", keep=keep)
     if rule is None or rule.quantize is None:
-        keep = rule.keep if rule and rule.keep else "source"
         return Decision(linear=linear, block=name, action="keep", rule=rule.label if rule else NO_RULE, keep=keep)
     return Decision(
         linear=linear,
@@ -76,7 +76,7 @@ def decide_one(linear: Linear, block: Block | None, rules: Sequence[Rule], recip
 def decide(
     layout: Layout, rules: Sequence[Rule], recipe: Recipe, specs: Mapping[str, TensorSpec]
 ) -> dict[str, Decision]:
-    """A decision for every linear of the model, by module name, in checkpoint order."""
+    """A decision for every linear of the model, by module name, in checkpoint order; `in_blocks` has the last word."""
     blocks: list[tuple[Block | None, Linear]] = [(None, layout.embedding)]
     blocks += [(block, linear) for block in layout.blocks for linear in block.linears]
     blocks += [(None, layout.head)] if layout.head else []
@@ -84,6 +84,28 @@ def decide(
         linear.name: decide_one(linear, block, rules, recipe, specs[f"{linear.name}.weight"].dtype)
         for block, linear in blocks
     }
+
+
+def in_blocks(
+    decisions: Mapping[str, Decision], specs: Mapping[str, TensorSpec], output: Format
+) -> dict[str, Decision]:
+    """The decisions with keep "fp8" for weights that lie in FP8 blocks and may stay so in a format that holds them.
+
+    In an artifact where nothing is quantized nothing stays: a format's config describes its codes first.
+    """
+    holds = output.fp8_scale is not None and any(decision.action == "quantize" for decision in decisions.values())
+
+    def stays(name: str, decision: Decision) -> bool:
+        return decision.action == "keep" and decision.keep == "source" and specs[f"{name}.weight"].dtype == FP8
+
+    return {n: replace(d, keep="fp8") if holds and stays(n, d) else d for n, d in decisions.items()}
+
+
+def touches_fp8(group: LinearGroup, decisions: Mapping[str, Decision]) -> bool:
+    """Whether rescaling a group would change bits that are kept: those of a reader, or of what makes its input."""
+    absorber = (group.absorber.module,) if group.absorber else ()
+    names = (*group.readers, *absorber)
+    return any(name in decisions and decisions[name].keep == "fp8" for name in names)
 
 
 def rule_faults(rules: Sequence[Rule], layout: Layout, where: str) -> list[str]:
@@ -129,6 +151,29 @@ def storage_faults(decisions: Mapping[str, Decision], output: Format, format_nam
     return faults
 
 
+def fp8_faults(layout: Layout, decisions: Mapping[str, Decision], output: Format, side: int) -> list[str]:
+    """Linears that cannot stay in FP8 blocks of `side` rows and columns: one sentence per reason, with a count."""
+    reasons: dict[str, list[str]] = {}
+    for block in (block for block in layout.blocks if block.kind == "decoder"):
+        for linear in (linear for linear in block.linears if decisions[linear.name].keep == "fp8"):
+            reason = output.accepts_fp8(linear, side) if output.accepts_fp8 else None
+            if reason:
+                reasons.setdefault(f"{decisions[linear.name].rule}: {reason}", []).append(linear.name)
+    for block in layout.blocks:
+        rows = {linear.name: linear.out_features for linear in block.linears if linear.role != "routed_expert"}
+        for name in (name for members in block.fused for name in members[:-1] if rows.get(name, 0) % side):
+            if decisions[name].keep == "fp8":
+                reason = (
+                    f"vLLM and SGLang merge this linear with others when loading, which its {rows[name]} rows in FP8 "
+                    f"blocks of {side} forbid; use keep: bf16 for them"
+                )
+                reasons.setdefault(f"{decisions[name].rule}: {reason}", []).append(name)
+    return [
+        f"{reason} ({found[0]}" + (f" and {len(found) - 1} more)" if len(found) > 1 else ")")
+        for reason, found in reasons.items()
+    ]
+
+
 def group_size_fault(decision: Decision) -> str | None:
     """A group size that does not divide the row, with the sizes that would."""
     scheme, width = decision.scheme, decision.linear.in_features
@@ -146,7 +191,8 @@ def fused_faults(layout: Layout, decisions: Mapping[str, Decision]) -> list[str]
         for members in block.fused:
             outcomes: dict[tuple[str, Scheme | None], str] = {}
             for name in members:
-                outcomes.setdefault((decisions[name].action, decisions[name].scheme), name)
+                kept = " in FP8" if decisions[name].keep == "fp8" else ""
+                outcomes.setdefault((decisions[name].action + kept, decisions[name].scheme), name)
             if len(outcomes) > 1:
                 told = ", ".join(f"{name} ({decisions[name].rule}: {action})" for (action, _), name in outcomes.items())
                 faults.append(

@@ -13,12 +13,12 @@ from quantkit.contracts import Role as LinearRole
 from quantkit.decide import NO_RULE, Decision
 from quantkit.evaluate.distribution import Measured
 from quantkit.numerics.fidelity import Estimate
-from quantkit.plan import Plan, kept_weight, source_bytes
+from quantkit.plan import Plan, source_bytes
 from quantkit.report import schema
 from quantkit.report.schema import Benchmark, Fidelity, Figure
 from quantkit.solve import FALLBACKS, ModuleRecord
 from quantkit.storage.corpora import CorpusSet, Tokens
-from quantkit.summary import bytes_after, scheme_text, source_dtype
+from quantkit.summary import bytes_after, kept_text, scheme_text, source_dtype
 from quantkit.work import BlockRecord
 
 TextName = Literal["calibration", "fidelity"]
@@ -121,9 +121,7 @@ def roles(plan: Plan) -> list[schema.Role]:
     for role, decisions in by_role.items():
         kept = [decision for decision in decisions if decision.action != "quantize"]
         stored = dict.fromkeys(
-            scheme_text(d.scheme)
-            if d.scheme
-            else ("dropped" if d.action == "drop" else kept_weight(d, plan.specs).dtype)
+            scheme_text(d.scheme) if d.scheme else ("dropped" if d.action == "drop" else kept_text(plan, d))
             for d in decisions
         )
         reasons = dict.fromkeys(PROTECTED_REASON if d.rule == NO_RULE else d.rule for d in decisions)

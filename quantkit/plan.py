@@ -11,12 +11,24 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 from typing import Literal
 
 from quantkit import registry
 from quantkit.claims import Claimed, claim, fp8_block, stored_bytes
-from quantkit.contracts import Architecture, Block, Config, Format, Layout, TensorSpec
-from quantkit.decide import Decision, decide, fused_faults, idle_rules, rule_faults, storage_faults
+from quantkit.contracts import Architecture, Block, Config, Format, Layout, LinearGroup, TensorSpec
+from quantkit.decide import (
+    FP8,
+    Decision,
+    decide,
+    fp8_faults,
+    fused_faults,
+    idle_rules,
+    in_blocks,
+    rule_faults,
+    storage_faults,
+    touches_fp8,
+)
 from quantkit.errors import RecipeError
 from quantkit.memory import MemoryPlan, memory_plan
 from quantkit.recipe import preset
@@ -71,6 +83,11 @@ class Plan:
         return registry.format(self.format_name)
 
     @property
+    def kept(self) -> Kept:
+        """How what is not quantized is stored."""
+        return Kept(specs=self.specs, scale=self.format.fp8_scale, side=fp8_block(self.source.config))
+
+    @property
     def path(self) -> str:
         """Where the artifact goes."""
         return self.recipe.path(self.format_name)
@@ -110,36 +127,45 @@ def kept_spec(spec: TensorSpec, keep: Literal["source", "bf16"] = "source") -> T
     return TensorSpec(name=spec.name, dtype="BF16" if as_bf16 else spec.dtype, shape=spec.shape)
 
 
-def kept_weight(decision: Decision, specs: Mapping[str, TensorSpec]) -> TensorSpec:
-    """The weight of a kept linear, as its rule has it stored."""
-    return kept_spec(specs[f"{decision.linear.name}.weight"], decision.keep)
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """How weights that are not quantized are stored: `scale` and `side` of FP8 blocks where the format holds them."""
+
+    specs: Mapping[str, TensorSpec]
+    scale: str | None
+    side: int | None
+
+    def weight(self, decision: Decision) -> tuple[TensorSpec, ...]:
+        """The weight of a kept linear as its rule has it stored; with FP8 blocks, their scales too."""
+        spec = self.specs[f"{decision.linear.name}.weight"]
+        if decision.keep != "fp8":
+            return (kept_spec(spec, decision.keep),)
+        assert self.scale is not None and self.side is not None  # `in_blocks` asks for both
+        shape = tuple(ceil(size / self.side) for size in spec.shape)  # [out, in] -> [block rows, block columns]
+        return spec, TensorSpec(name=f"{decision.linear.name}.{self.scale}", dtype="F32", shape=shape)
 
 
-def block_outputs(
-    block: Block, decisions: Mapping[str, Decision], specs: Mapping[str, TensorSpec], output: Format
-) -> list[TensorSpec]:
+def block_outputs(block: Block, decisions: Mapping[str, Decision], kept: Kept, output: Format) -> list[TensorSpec]:
     """What a block leaves behind, in writing order: norms and biases, then its linears, routed experts last."""
-    found = [kept_spec(specs[spec.name]) for spec in block.others]
+    found = [kept_spec(kept.specs[spec.name]) for spec in block.others]
     for linear in block.linears:
         decision = decisions[linear.name]
         if decision.scheme is not None:
             found += output.layout(linear, decision.scheme)
         else:
-            found.append(kept_weight(decision, specs))
+            found += kept.weight(decision)
         if linear.bias:
-            found.append(kept_spec(specs[f"{linear.name}.bias"]))
+            found.append(kept_spec(kept.specs[f"{linear.name}.bias"]))
     return [] if any(decisions[x.name].action == "drop" for x in block.linears) else found
 
 
-def outputs(
-    layout: Layout, decisions: Mapping[str, Decision], specs: Mapping[str, TensorSpec], output: Format
-) -> list[TensorSpec]:
+def outputs(layout: Layout, decisions: Mapping[str, Decision], kept: Kept, output: Format) -> list[TensorSpec]:
     """Every tensor of the artifact in writing order."""
-    found = [kept_weight(decisions[layout.embedding.name], specs)]
+    found = [*kept.weight(decisions[layout.embedding.name])]
     for block in layout.blocks:
-        found += block_outputs(block, decisions, specs, output)
-    found += [kept_spec(specs[spec.name]) for spec in layout.final_tensors]
-    return found + ([kept_weight(decisions[layout.head.name], specs)] if layout.head else [])
+        found += block_outputs(block, decisions, kept, output)
+    found += [kept_spec(kept.specs[spec.name]) for spec in layout.final_tensors]
+    return found + ([*kept.weight(decisions[layout.head.name])] if layout.head else [])
 
 
 def shards(tensors: Sequence[TensorSpec], limit_bytes: int) -> tuple[Shard, ...]:
@@ -166,9 +192,7 @@ def rules_of(recipe: Recipe, architecture: Architecture) -> tuple[Rule, ...]:
     return preset("experts-only" if architecture.experts_only else "all-linear", recipe.quantize)
 
 
-def warnings_of(
-    claimed: Claimed, recipe: Recipe, format_name: str, decisions: Mapping[str, Decision], config: Config
-) -> list[str]:
+def warnings_of(claimed: Claimed, recipe: Recipe, format_name: str, decisions: Mapping[str, Decision]) -> list[str]:
     """What the user should know although the plan works."""
     told = list(claimed.warnings)
     if recipe.fidelity is None:
@@ -177,12 +201,37 @@ def warnings_of(
         told.append(f"{len(claimed.dropped)} tensors no engine reads are left out, e.g. {claimed.dropped[0]}")
     if not any(decision.action == "quantize" for decision in decisions.values()):
         told.append("no linear is quantized: the artifact is a copy of the source")
-    if fp8_block(config) and any(d.action == "keep" for d in decisions.values()):
-        told.append(f"format {format_name} cannot hold FP8 blocks: what is kept is stored as BF16")
+    told += fp8_warnings(claimed, format_name, decisions)
     mtp = [b.name for b in claimed.layout.blocks if b.kind == "mtp"]
     if mtp and recipe.mtp == "quantize":
         told.append(f"{mtp[0]}: no forward pass reaches an MTP block, its linears are rounded to nearest (mtp-rtn)")
     return told
+
+
+def fp8_warnings(claimed: Claimed, format_name: str, decisions: Mapping[str, Decision]) -> list[str]:
+    """FP8 weights that become BF16 although nobody asked for it, and inputs that FP8 weights keep from being scaled."""
+    told = []
+    unasked = (f"{name}.weight" for name, d in decisions.items() if d.action == "keep" and d.keep == "source")
+    if any(claimed.specs[name].dtype == FP8 for name in unasked):
+        told.append(f"format {format_name} cannot hold FP8 blocks: what is kept is stored as BF16")
+    held = [
+        group.name for block in claimed.layout.blocks for group in block.groups if held_by_fp8(block, group, decisions)
+    ]
+    if held:
+        told.append(
+            f"{len(held)} inputs are not rescaled, because a linear that reads or makes them stays in FP8 blocks, e.g. "
+            f"{held[0]}: keep: bf16 for such linears, or method gptq, loses less"
+        )
+    return told
+
+
+def held_by_fp8(block: Block, group: LinearGroup, decisions: Mapping[str, Decision]) -> bool:
+    """Whether a method would rescale the input of a group if no kept FP8 bits had to change with it."""
+    experts = block.experts
+    names = [*group.readers, *([experts.linear(0, experts.gate)] if group.routed_experts and experts else [])]
+    used = {name for reader in names if (name := decisions[reader].method)}
+    scaled = block.kind == "decoder" and len(used) == 1 and registry.method(min(used)).rescale is not None
+    return scaled and group.absorber is not None and touches_fp8(group, decisions)
 
 
 def make_plan(
@@ -203,10 +252,13 @@ def make_plan(
     architecture = registry.architecture(source.config.text("model_type"))
     claimed = claim(architecture, source.config, source.specs, source.where)
     output, rules = registry.format(format_name), rules_of(recipe, architecture)
-    decisions = decide(claimed.layout, rules, recipe, claimed.specs)
+    decisions = in_blocks(decide(claimed.layout, rules, recipe, claimed.specs), claimed.specs, output)
+    side = fp8_block(source.config)
     faults = rule_faults(rules, claimed.layout, recipe.name)
     faults += [f"{recipe.name}: {fault}" for fault in storage_faults(decisions, output, format_name)]
     faults += [f"{recipe.name}: {fault}" for fault in fused_faults(claimed.layout, decisions)]
+    if side is not None:
+        faults += [f"{recipe.name}: {fault}" for fault in fp8_faults(claimed.layout, decisions, output, side)]
     if needs_calibration(decisions) and recipe.calibration is None:
         faults.append(
             f"{recipe.where('calibration')}: calibration: method {recipe.quantize.method} needs a set, found none"
@@ -223,7 +275,8 @@ def make_plan(
         faults.append(f"{recipe.where('memory')}: memory: {memory_fault(memory)}")
     if faults:
         raise RecipeError(faults)
-    tensors = outputs(claimed.layout, decisions, claimed.specs, output)
+    kept = Kept(specs=claimed.specs, scale=output.fp8_scale, side=side)
+    tensors = outputs(claimed.layout, decisions, kept, output)
     return Plan(
         recipe=recipe,
         format_name=format_name,
@@ -236,7 +289,7 @@ def make_plan(
         decisions=decisions,
         shards=shards(tensors, recipe.output.shard_bytes),
         memory=memory,
-        warnings=(*warnings_of(claimed, recipe, format_name, decisions, source.config), *idle_rules(rules, decisions)),
+        warnings=(*warnings_of(claimed, recipe, format_name, decisions), *idle_rules(rules, decisions)),
     )
 
 

@@ -176,7 +176,7 @@ def fold_wave(
         wave = Wave(first=wave.first, gate=wave.gate.mul_(scale), up=wave.up.mul_(scale), down=wave.down)
         into = fold.rescaled_stats(into, scale)
     group, scheme = work.expert_group, work.expert_scheme
-    rescale = work.rescale_of(group) if group else None
+    rescale = work.search_of(group) if group else None  # of the experts themselves, whatever holds their input
     if rescale is None or scheme is None:
         return wave, WaveStats(into=into, inner=stats.inner), none
     best, chosen = torch.ones_like(stats.inner.mean_abs), list[bool]()
@@ -215,7 +215,7 @@ def store(
 def solve_one(work: Work, name: str, weight: Tensor, stats: InputStats | None, rescaled: bool, lacking: bool) -> Solved:
     """One projection of one expert; with too few tokens by the recipe's policy, which names the fallback."""
     recipe, decision = work.job.plan.recipe, work.job.plan.decisions[name]
-    fallbacks: tuple[str, ...] = ("mtp-rtn",) if work.block.kind == "mtp" else ()
+    fallbacks = work.fallbacks_of(name)
     if lacking and stats is not None and recipe.calibration:
         policy = recipe.calibration.under_calibrated
         fallbacks += (UNDER_CALIBRATED[policy],)

@@ -23,6 +23,7 @@ FALLBACKS: Mapping[str, str] = {
     "rtn-too-few-tokens": "an expert with too few calibration tokens is rounded to nearest",
     "damping-raised": "a Gram matrix had no Cholesky factor with 1 % of its mean diagonal added: ten times as much was "
     "added until it had one",
+    "fp8-unscaled": "an input that a linear reads or makes whose FP8 bits are kept is not rescaled",
     "mtp-rtn": "no forward pass reaches an MTP block: its linears are rounded to nearest",
 }
 """Every fallback there is, and what it means: the manifest names them per module, the report counts them."""

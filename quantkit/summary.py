@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from quantkit.claims import fp8_block
 from quantkit.contracts import Scheme
 from quantkit.decide import Decision
-from quantkit.plan import Plan, kept_weight, source_bytes
+from quantkit.plan import Plan, source_bytes
 from quantkit.report.schema import PlanMemory, PlanRule, PlanShard, PlanSource, PlanSummary, PlanTotals
 
 
@@ -76,9 +76,9 @@ def scheme_text(scheme: Scheme) -> str:
 
 
 def action_text(decision: Decision) -> str:
-    """ "awq int4 g128 asymmetric", "keep", "drop"."""
+    """ "awq int4 g128 asymmetric", "keep", "keep FP8", "drop"."""
     if decision.scheme is None:
-        return decision.action
+        return f"{decision.action} FP8" if decision.keep == "fp8" else decision.action
     rounding = f"+{decision.rounding}" if decision.rounding not in {None, "nearest", decision.method} else ""
     return f"{decision.method}{rounding} {scheme_text(decision.scheme)}"
 
@@ -89,7 +89,13 @@ def bytes_after(plan: Plan, decision: Decision) -> int:
         return 0
     if decision.scheme is not None:
         return sum(spec.n_bytes for spec in plan.format.layout(decision.linear, decision.scheme))
-    return kept_weight(decision, plan.specs).n_bytes
+    return sum(spec.n_bytes for spec in plan.kept.weight(decision))
+
+
+def kept_text(plan: Plan, decision: Decision) -> str:
+    """How a kept weight lies in the artifact: "BF16", "F8_E4M3 128x128"."""
+    dtype = plan.kept.weight(decision)[0].dtype
+    return f"{dtype} {plan.kept.side}x{plan.kept.side}" if decision.keep == "fp8" else dtype
 
 
 def rules(plan: Plan) -> list[PlanRule]:

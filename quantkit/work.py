@@ -10,12 +10,15 @@ from torch import Tensor
 
 from quantkit.artifact import Sink
 from quantkit.contracts import Block, Experts, Format, LinearGroup, Rescale, Scheme
+from quantkit.decide import FP8, Decision, touches_fp8
+from quantkit.errors import NumericsError
 from quantkit.experts import Activation
 from quantkit.fold import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, Choice
 from quantkit.layers import Skeleton
 from quantkit.plan import Plan
 from quantkit.registry import method
 from quantkit.solve import ModuleRecord, Solved
+from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.spool import Spool
 from quantkit.storage.tensors import TORCH_DTYPES
 from quantkit.streams import Stream, StreamName
@@ -30,14 +33,34 @@ class Job:
     activation: Activation
     formats: tuple[Format, ...]  # of the plan first; with more, each has a sink
     sinks: tuple[Sink, ...]
+    decisions: tuple[Mapping[str, Decision], ...]  # of each plan; they differ in what stays FP8
     reads: Iterator[dict[str, Tensor]]  # the source's tensors in the order of `requests`
 
+    source: Checkpoint
+
     def keep(self, name: str, tensor: Tensor) -> Tensor:
-        """Store a tensor that is not quantized in the dtype the plans give it; what was stored."""
-        stored = [tensor.to(TORCH_DTYPES[sink.spec(name).dtype]) for sink in self.sinks]
-        for sink, mine in zip(self.sinks, stored, strict=True):
-            sink.write({name: mine})
+        """Store a tensor that is not quantized in the dtype the plans give it; the values that were stored."""
+        stored = []
+        for sink, output in zip(self.sinks, self.formats, strict=True):
+            if sink.spec(name).dtype == FP8:
+                stored.append(self.keep_blocks(name, tensor, sink, output))
+                continue
+            stored.append(tensor.to(TORCH_DTYPES[sink.spec(name).dtype]))
+            sink.write({name: stored[-1]})
         return stored[0]
+
+    def keep_blocks(self, name: str, tensor: Tensor, sink: Sink, output: Format) -> Tensor:
+        """Copy the source's FP8 blocks of `name` bit for bit; NumericsError unless they stand for `tensor`."""
+        values, scale = self.source.read([name])[name], name + self.source.scale_suffix
+        if not torch.equal(values.to(tensor), tensor):
+            raise NumericsError(
+                f"{name}: expected the source's values, as its FP8 blocks are kept, found others: its input or its "
+                "rows were rescaled; decide.touches_fp8 lacks a group"
+            )
+        blocks = self.source.stored([name, scale])
+        beside = f"{name.removesuffix('weight')}{output.fp8_scale}"
+        sink.write({name: blocks[name], beside: blocks[scale].float()})
+        return values.to(tensor.device)
 
 
 @dataclass(kw_only=True)
@@ -102,11 +125,35 @@ class Work:
         }
 
     def rescale_of(self, group: LinearGroup) -> Rescale | None:
-        """The scale search of the one method that quantizes the group; None without one or without an absorber."""
+        """The scale search of the one method that quantizes the group; None without one or without an absorber.
+
+        None too when a format keeps bits that the scale would change.
+        """
+        return None if self.held(group) else self.search_of(group)
+
+    def search_of(self, group: LinearGroup) -> Rescale | None:
+        """The scale search that the group's method asks for."""
         decisions, experts = self.job.plan.decisions, self.block.experts
         names = [*group.readers, *([experts.linear(0, experts.gate)] if group.routed_experts and experts else [])]
         used = {name for reader in names if (name := decisions[reader].method)}
         return method(used.pop()).rescale if len(used) == 1 and group.absorber else None
+
+    def held(self, group: LinearGroup) -> bool:
+        """Whether the input of a group keeps its scale although its method would change it."""
+        return self.search_of(group) is not None and any(touches_fp8(group, found) for found in self.job.decisions)
+
+    def fallbacks_of(self, module: str) -> tuple[str, ...]:
+        """Fallbacks that a quantized linear takes because of what it is, whatever its weights."""
+        if self.block.kind == "mtp":
+            return ("mtp-rtn",)
+        experts = self.block.experts
+        into = {experts.gate, experts.up} if experts and module.startswith(f"{experts.module}.") else set[str]()
+        reads = (
+            group
+            for group in self.block.groups
+            if module in group.readers or (group.routed_experts and module.rpartition(".")[2] in into)
+        )
+        return ("fp8-unscaled",) if any(self.held(group) for group in reads) else ()
 
     def write(self, solved: Solved) -> None:
         """Store a solved linear in every format, and note what became of it."""
