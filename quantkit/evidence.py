@@ -18,7 +18,7 @@ from quantkit.report import schema
 from quantkit.report.schema import Benchmark, Fidelity, Figure
 from quantkit.solve import FALLBACKS, ModuleRecord
 from quantkit.storage.corpora import CorpusSet, Tokens
-from quantkit.summary import bytes_after, kept_text, scheme_text, source_dtype
+from quantkit.summary import bytes_after, kept_text, rules, scheme_text, source_dtype
 from quantkit.work import BlockRecord
 
 TextName = Literal["calibration", "fidelity"]
@@ -91,6 +91,7 @@ def artifact(plan: Plan) -> schema.Artifact:
         bytes_source=source_bytes(plan, list(plan.specs)),
         bytes_artifact=sum(shard.n_bytes for shard in plan.shards),
         bits_per_weight=8 * stored / weights if weights else 16.0,
+        rules=tuple(rules(plan)),
         roles=tuple(roles(plan)),
         serving=tuple(
             schema.Serving(engine=engine, command=command.format(path=name))

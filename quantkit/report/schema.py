@@ -49,6 +49,20 @@ class Role(BaseModel):
     reason: str  # the rule that decided, or why a role is never quantized unasked
 
 
+class PlanRule(BaseModel):
+    """What one rule of the recipe decided, and what it costs in bytes."""
+
+    model_config = FROZEN
+    label: str
+    match: str
+    action: str  # "awq int4 g128", "keep source"
+    modules: int
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+
+
 class Serving(BaseModel):
     """How an engine serves the artifact: the exact command."""
 
@@ -68,6 +82,7 @@ class Artifact(BaseModel):
     bytes_source: int
     bytes_artifact: int
     bits_per_weight: float  # over the quantized weights, scales and zero points included
+    rules: tuple[PlanRule, ...] = ()
     roles: tuple[Role, ...] = ()
     serving: tuple[Serving, ...] = ()
     notes: tuple[str, ...] = ()  # what an operator must know
@@ -279,20 +294,6 @@ class PlanSource(BaseModel):
     parameters_without_mtp: int | None = None  # what a model is named by; None when it has no MTP layer
     bytes: int
     read_from: str  # "headers", or "the published config, offline: sizes are computed"
-
-
-class PlanRule(BaseModel):
-    """What one rule decided."""
-
-    model_config = FROZEN
-    label: str
-    match: str
-    action: str  # "awq int4 g128", "keep source"
-    modules: int
-    parameters: int
-    bytes_before: int
-    bytes_after: int
-    bits_per_weight: float
 
 
 class PlanTotals(BaseModel):
