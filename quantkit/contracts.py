@@ -5,8 +5,7 @@
     Architecture  what a model consists of    architectures/<type>.py  ARCHITECTURE
     InputStats    the one statistic           gram, mean |x|, tokens
 
-Methods make `Quantized`, formats store it, neither knows the other. torch is imported for types only, so that
-`quantkit verify` starts without it.
+Methods make `Quantized`, formats store it, neither knows the other. torch, slow to start, is imported for types only.
 """
 
 from __future__ import annotations
@@ -96,12 +95,9 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Linear:
-    """One weight matrix [out_features, in_features] that a rule can select.
+    """One weight matrix [out_features, in_features] that a rule can select."""
 
-    `name` is the module's full dotted name in the checkpoint, without ".weight".
-    """
-
-    name: str
+    name: str  # the module's full dotted name in the checkpoint, without ".weight"
     out_features: int
     in_features: int
     role: Role
@@ -244,7 +240,7 @@ class Architecture:
 class Scheme:
     """How a matrix is quantized. Groups run along the input dimension; group_size -1 is one group per row.
 
-    `double_quant` (nf4): the format stores the scales themselves in 8 bits.
+    nf4 only: `double_quant`, the format stores the scales in 8 bits; `source_dtype`, what the weight was before.
     """
 
     bits: int
@@ -253,6 +249,7 @@ class Scheme:
     scale_dtype: ScaleDtype
     kind: Literal["int", "nf4"] = "int"
     double_quant: bool = False
+    source_dtype: ScaleDtype | None = None
 
     def groups(self, in_features: int) -> int:
         """Number of groups in a row of `in_features` weights."""
@@ -274,7 +271,7 @@ class InputStats:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quantized:
-    """What a method makes and a format stores: w ~ (codes - zero) * scale.
+    """What a method makes and a format stores: w ~ (codes - zero) * scale; of kind nf4 it is codebook[codes] * scale.
 
     codes [..., out, in] uint8 in 0 .. 2**bits - 1; scale [..., out, n_groups] in scheme.scale_dtype, rounded before
     the codes were chosen; zero [..., out, n_groups] uint8, None for symmetric (the middle code).
@@ -312,8 +309,8 @@ class Method:
 class Contents:
     """What an artifact holds, for the format's entry in config.json.
 
-    schemes: the scheme of each quantized linear, by name; kept: names of linears that are not quantized; fp8: those of
-    `kept` that stay in the source's FP8 blocks of `fp8_block` rows and columns, bit for bit.
+    schemes: the scheme of each quantized linear; kept: linears that are not; fp8: those of `kept` that stay in the
+    source's FP8 blocks of `fp8_block` rows and columns, bit for bit.
     """
 
     schemes: Mapping[str, Scheme]
@@ -330,12 +327,12 @@ class Format:
     layout: the tensors that store one linear, before any data exists; full names;
     pack: Quantized of one linear [out, in] -> tensors with local names ("qweight");
     dequantize: those tensors back to [out, in] float32;
-    quantization_config: the entry for config.json, or None when the artifact is an ordinary unquantized checkpoint;
-    fp8_scale: local name under which block scales lie beside a source's FP8 `weight` that is kept bit for bit; None:
-    the format holds no FP8 blocks, what is kept becomes BF16;
+    quantization_config: the entry for config.json, or None for an ordinary unquantized checkpoint;
+    fp8_scale: local name of the block scales of a kept FP8 `weight`; None: the format holds none, it becomes BF16;
     accepts_fp8: None, or why this linear of a block that transformers runs cannot stay in FP8 blocks of that side;
-    holds_codes: what `dequantize` returns is (codes - zero) * scale in float32, so that formats that hold the same
-    codes hold the same weights.
+    holds_codes: `dequantize` gives (codes - zero) * scale in float32: equal codes are equal weights in such formats;
+    limits: engines that cannot load these linears quantized, with the reason: a warning of the plan;
+    packages: what `pack` and `dequantize` import beyond quantkit's own dependencies.
     """
 
     accepts: Callable[[Scheme, Linear], str | None]
@@ -348,3 +345,5 @@ class Format:
     fp8_scale: str | None = None
     accepts_fp8: Callable[[Linear, int], str | None] | None = None
     holds_codes: bool = True
+    limits: Callable[[Sequence[Linear]], Mapping[str, str]] | None = None
+    packages: tuple[str, ...] = ()

@@ -36,6 +36,16 @@ def scale_dtype(quantize: Quantize, source_dtype: str) -> Literal["bfloat16", "f
 
 def scheme_of(quantize: Quantize, source_dtype: str) -> Scheme:
     """The recipe's words as a Scheme."""
+    if quantize.method == "nf4":
+        return Scheme(
+            bits=quantize.bits,
+            group_size=quantize.group_size,
+            symmetric=quantize.symmetric,
+            scale_dtype="float32",
+            kind="nf4",
+            double_quant=bool(quantize.double_quant),
+            source_dtype="float32" if source_dtype == "F32" else scale_dtype(quantize, source_dtype),
+        )
     return Scheme(
         bits=quantize.bits,
         group_size=quantize.group_size,
@@ -179,7 +189,7 @@ def group_size_fault(decision: Decision) -> str | None:
     scheme, width = decision.scheme, decision.linear.in_features
     if scheme is None or scheme.group_size == -1 or width % scheme.group_size == 0:
         return None
-    fitting = [size for size in (128, 64, 32) if width % size == 0]
+    fitting = [size for size in (128, 64, 32) if width % size == 0 and scheme.kind == "int"]
     use = f"use {' or '.join(map(str, fitting))}" if fitting else "keep this linear"
     return f"group_size {scheme.group_size} does not divide {width} input features; {use}"
 

@@ -13,7 +13,7 @@ from quantkit.contracts import Role as LinearRole
 from quantkit.decide import NO_RULE, Decision
 from quantkit.evaluate.distribution import Measured
 from quantkit.numerics.fidelity import Estimate
-from quantkit.plan import Plan, source_bytes
+from quantkit.plan import Plan, source_bytes, unserved
 from quantkit.report import schema
 from quantkit.report.schema import Benchmark, Fidelity, Figure
 from quantkit.solve import FALLBACKS, ModuleRecord
@@ -28,9 +28,9 @@ PACKAGES = ("quantkit", "torch", "transformers", "safetensors", "tokenizers", "l
 PROTECTED_REASON = "never quantized unless a rule names it"
 
 
-def versions() -> dict[str, str]:
+def versions(plan: Plan) -> dict[str, str]:
     """What computed the artifact."""
-    return {"python": python_version(), **{name: version(name) for name in PACKAGES}}
+    return {"python": python_version(), **{name: version(name) for name in (*PACKAGES, *plan.format.packages)}}
 
 
 def fidelity(
@@ -63,7 +63,7 @@ def fidelity(
         experts=experts(plan, blocks),
         fallbacks=fallbacks(records),
         benchmarks=tuple(benchmarks),
-        versions=versions(),
+        versions=versions(plan),
         seeds={"calibration": plan.recipe.calibration.seed} if plan.recipe.calibration else {},
         hashes={"recipe": plan.recipe.hash, "plan": plan.hash},
         command=command(plan),
@@ -96,6 +96,7 @@ def artifact(plan: Plan) -> schema.Artifact:
         serving=tuple(
             schema.Serving(engine=engine, command=command.format(path=name))
             for engine, command in plan.format.engines.items()
+            if not any(engine in engines for engines in unserved(plan.format, plan.decisions).values())
         ),
         notes=plan.architecture.serving_notes,
         tags=(plan.format_name, bits),
@@ -106,7 +107,7 @@ def schemes(quantized: Sequence[Decision]) -> list[str]:
     """ "awq, int4 g128 asymmetric, bfloat16 scales", one per scheme in use."""
     told = [
         f"{d.method}{'' if d.rounding in ('nearest', d.method) else f' + {d.rounding} rounding'}, "
-        f"{scheme_text(d.scheme)}, {d.scheme.scale_dtype} scales"
+        f"{scheme_text(d.scheme)}, {'8-bit' if d.scheme.double_quant else d.scheme.scale_dtype} scales"
         for d in quantized
         if d.scheme is not None
     ]

@@ -38,7 +38,7 @@ def manifest(plan: Plan, source: Checkpoint, report: Fidelity, blocks: Sequence[
         "tensors": {t.name: [t.dtype, list(t.shape)] for shard in plan.shards for t in shard.tensors},
         "modules": {record.module: module(record) for block in blocks for record in block.modules},
         "blocks": {block.name: block_values(block) for block in blocks},
-        "versions": versions(),
+        "versions": versions(plan),
         "environment": environment(plan),
         "seeds": report.seeds,
     }

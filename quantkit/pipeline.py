@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import torch
 
-from quantkit import artifact, evidence, manifests, sources
+from quantkit import artifact, evidence, manifests, registry, sources
 from quantkit.artifact import Sink
 from quantkit.build import Built, Progress, build
 from quantkit.evaluate.compare import Compared, compare
@@ -98,6 +98,8 @@ def run(
     Raises QuantkitError.
     """
     return_freed_memory()
+    for format_name in recipe.format:
+        registry.require(format_name)
     clock = Clock()
     located = hub.resolve(recipe.source.model, recipe.source.revision)
     source = Checkpoint.open(located.folder)

@@ -203,9 +203,19 @@ def warnings_of(claimed: Claimed, recipe: Recipe, format_name: str, decisions: M
         told.append("no linear is quantized: the artifact is a copy of the source")
     told += fp8_warnings(claimed, format_name, decisions)
     mtp = [b.name for b in claimed.layout.blocks if b.kind == "mtp"]
-    if mtp and recipe.mtp == "quantize":
+    if mtp and recipe.mtp == "quantize" and needs_calibration(decisions):
         told.append(f"{mtp[0]}: no forward pass reaches an MTP block, its linears are rounded to nearest (mtp-rtn)")
-    return told
+    reasons = unserved(registry.format(format_name), decisions)
+    return told + [f"{', '.join(engines)}: {why}" for why, engines in reasons.items()]
+
+
+def unserved(output: Format, decisions: Mapping[str, Decision]) -> dict[str, list[str]]:
+    """Engines that cannot load what is quantized in this format, by reason."""
+    quantized = [decision.linear for decision in decisions.values() if decision.action == "quantize"]
+    found: dict[str, list[str]] = {}
+    for engine, why in (output.limits(quantized) if output.limits else {}).items():
+        found.setdefault(why, []).append(engine)
+    return found
 
 
 def fp8_warnings(claimed: Claimed, format_name: str, decisions: Mapping[str, Decision]) -> list[str]:

@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 from collections.abc import Sequence
 from difflib import get_close_matches
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal, TypeVar
 
@@ -43,6 +44,16 @@ def format(name: str) -> Format:
 def architecture(model_type: str) -> Architecture:
     """The architecture in architectures/<model_type>.py; UsageError when there is none."""
     return _get("architectures", model_type, "ARCHITECTURE", Architecture)
+
+
+def require(format_name: str) -> None:
+    """UsageError when a format computes with a package that is not installed: before any weight is read."""
+    missing = [package for package in format(format_name).packages if find_spec(package) is None]
+    if missing:
+        raise UsageError(
+            f"format {format_name} needs the package {missing[0]}, which is not installed; "
+            f"pip install 'quantkit[{missing[0]}]', or choose another format"
+        )
 
 
 def unknown(noun: str, name: str, known: Sequence[str]) -> str:

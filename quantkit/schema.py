@@ -99,7 +99,7 @@ OWN: Mapping[str, Mapping[str, object]] = {
         "double_quant": True,
     },
 }  # fmt: skip
-"""What a method is by itself, so that a recipe need not say it: defaults of its own."""
+"""What a method is by itself, so that a recipe need not say it; of nf4 only double_quant can be another."""
 
 
 class Quantize(BaseModel):
@@ -112,20 +112,19 @@ class Quantize(BaseModel):
     group_size: Literal[32, 64, 128, -1] = 128
     symmetric: bool = False
     scale_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
-    double_quant: bool | None = None  # method nf4 only
+    double_quant: bool | None = None  # method nf4 only, and never null there
 
     @model_validator(mode="before")
     @classmethod
     def _own_values(cls, values: object) -> object:
         """What follows from the method need not be said twice."""
-        method = values.get("method") if isinstance(values, dict) else None
-        return {**OWN[method], **values} if isinstance(values, dict) and method in OWN else values
+        return {**OWN.get(str(values.get("method")), {}), **values} if isinstance(values, dict) else values
 
-    def changed(self, changes: Mapping[object, object]) -> dict[object, object]:
-        """The keys of a rule that says `changes`; what belongs to one method alone does not pass to another."""
-        method = changes.get("method", self.method)
-        left = () if method == self.method else (*OWN.get(self.method, ()), *OWN.get(str(method), ()))
-        return {key: value for key, value in self.model_dump().items() if key not in left} | changes
+    def changed(self, changes: Mapping[str, object]) -> dict[str, object]:
+        """These keys with the `changes` of a rule; what one method is by itself does not pass to another."""
+        method = str(changes.get("method", self.method))
+        left = () if method == self.method else (*OWN.get(self.method, {}), *OWN.get(method, {}))
+        return {key: value for key, value in self.model_dump().items() if key not in left} | {**changes}
 
     @model_validator(mode="after")
     def _nf4_fits(self) -> Quantize:
@@ -136,11 +135,12 @@ class Quantize(BaseModel):
                 )
             return self
         fixed = {key: value for key, value in OWN["nf4"].items() if key != "double_quant"}
-        wrong = {key: value for key in fixed if (value := getattr(self, key)) != fixed[key]}
+        wrong = {key: getattr(self, key) for key in fixed if getattr(self, key) != fixed[key]}
         if wrong:
-            raise ValueError(
-                f"method nf4 is {_told(fixed)}, found {_told(wrong)}; leave these keys out, or choose another method"
+            expected, found = (
+                ", ".join(f"{key}: {str(value).lower()}" for key, value in values.items()) for values in (fixed, wrong)
             )
+            raise ValueError(f"method nf4 is {expected}, found {found}; leave that out, or choose another method")
         if self.double_quant is None:
             raise ValueError("double_quant: method nf4 expects true or false, found nothing; leave it out for true")
         return self

@@ -13,11 +13,11 @@ from quantkit.contracts import Format, InputStats, Method, Quantized, Scheme
 from quantkit.decide import Decision
 from quantkit.errors import NumericsError
 from quantkit.methods import gptq
-from quantkit.numerics import affine
+from quantkit.numerics import affine, codebook
 from quantkit.numerics import gram as grams
 
 FALLBACKS: Mapping[str, str] = {
-    "zero-group": "a group whose weights all round to its zero point is stored as zeros",
+    "zero-group": "a group whose weights all round to zero is stored as zeros",
     "scale-clamped": "a group whose scale leaves the scale dtype's normal range takes the nearest scale inside it",
     "shared-gram": "an expert with too few calibration tokens learns from all tokens of its layer",
     "rtn-too-few-tokens": "an expert with too few calibration tokens is rounded to nearest",
@@ -91,15 +91,15 @@ def solve(
         raise NumericsError(
             f"{decision.linear.name}: the recipe's formats do not store the same weight; build each on its own"
         )
-    lost = (weight - back).norm() / weight.norm().clamp(min=1e-30)
+    sqnr_db = float(grams.sqnr_db(weight, back))
     record = ModuleRecord(
         module=decision.linear.name,
         rule=decision.rule,
         method=decision.method,
         rounding=rounding,
         scheme=scheme,
-        relative_error=float(lost),
-        sqnr_db=float(grams.sqnr_db(weight, back)),
+        relative_error=10 ** (-sqnr_db / 20),
+        sqnr_db=sqnr_db,
         output_error=None if stats is None else float(grams.relative_error(weight, back, stats.gram)),
         tokens=0 if stats is None else int(stats.n_tokens),
         rescaled=rescaled,
@@ -125,4 +125,5 @@ def chosen(
 
 def found_fallbacks(quantized: Quantized, scheme: Scheme) -> tuple[str, ...]:
     """Fallbacks that the rounding itself met in some group."""
-    return tuple(name for name, count in affine.fallbacks(quantized, scheme).items() if int(count.sum()))
+    met = codebook.fallbacks(quantized) if scheme.kind == "nf4" else affine.fallbacks(quantized, scheme)
+    return tuple(name for name, count in met.items() if int(count.sum()))

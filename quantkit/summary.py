@@ -70,7 +70,9 @@ def source_dtype(plan: Plan) -> str:
 
 
 def scheme_text(scheme: Scheme) -> str:
-    """ "int4 g128 asymmetric"."""
+    """ "int4 g128 asymmetric", "nf4 g64 double quant"."""
+    if scheme.kind == "nf4":
+        return f"nf4 g{scheme.group_size}{' double quant' if scheme.double_quant else ''}"
     group = "per row" if scheme.group_size == -1 else f"g{scheme.group_size}"
     return f"int{scheme.bits} {group} {'symmetric' if scheme.symmetric else 'asymmetric'}"
 
@@ -80,7 +82,8 @@ def action_text(decision: Decision) -> str:
     if decision.scheme is None:
         return f"{decision.action} FP8" if decision.keep == "fp8" else decision.action
     rounding = f"+{decision.rounding}" if decision.rounding not in {None, "nearest", decision.method} else ""
-    return f"{decision.method}{rounding} {scheme_text(decision.scheme)}"
+    method = "" if decision.method == decision.scheme.kind else f"{decision.method}{rounding} "
+    return method + scheme_text(decision.scheme)
 
 
 def bytes_after(plan: Plan, decision: Decision) -> int:

@@ -7,7 +7,7 @@ answers is what ships.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,7 +27,10 @@ def reader(checkpoint: Checkpoint, format_name: str | None = None, schemes: dict
     packed = schemes or {}
     parts: dict[str, list[str]] = {}
     for name in checkpoint.specs:
-        parts.setdefault(name.rpartition(".")[0], []).append(name)
+        module = name.rpartition(".")[0]
+        while module and module not in packed:  # a format may store P.weight and P.weight.absmax
+            module = module.rpartition(".")[0]
+        parts.setdefault(module, []).append(name)
 
     def read(name: str) -> Tensor:
         module, _, kind = name.rpartition(".")
@@ -49,39 +52,49 @@ def model(skeleton: Skeleton, layout: Layout, read: Read) -> Any:
     """The model with its weights, in the skeleton's dtype and on its device."""
     whole = copy.deepcopy(skeleton.model)
     whole.base_model.rotary_emb = skeleton.rotary
-    buffers = {name for name, _ in whole.named_buffers()}
-    state = {
-        name: tensor.to(device=skeleton.device, dtype=torch.float32 if name in buffers else skeleton.dtype)
-        for name, tensor in state_dict(layout, read)
-    }
-    if layout.head is None:
-        head = next(name for name, module in whole.named_modules() if module is whole.get_output_embeddings())
-        state[f"{head}.weight"] = state[f"{layout.embedding.name}.weight"]
+    state = cast(whole, skeleton, layout, state_dict(layout, read))
     load(whole, state, "the whole model")
     return whole.eval()
 
 
-def state_dict(layout: Layout, read: Read) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under the name transformers gives it: the experts of a block are stacked."""
+def cast(whole: Any, skeleton: Skeleton, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors in the skeleton's dtype and on its device, buffers in float32; a head that is tied is the embedding."""
+    buffers = {name for name, _ in whole.named_buffers()}
+    state = {
+        name: tensor.to(device=skeleton.device, dtype=torch.float32 if name in buffers else skeleton.dtype)
+        for name, tensor in tensors
+    }
+    if layout.head is None:
+        head = next(name for name, module in whole.named_modules() if module is whole.get_output_embeddings())
+        state[f"{head}.weight"] = state[f"{layout.embedding.name}.weight"]
+    return state
+
+
+def state_dict(layout: Layout, read: Read, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under the name transformers gives it: the experts of a block are stacked.
+
+    But for the weights of the linears in `without`: all routed experts of a block, or none.
+    """
     yield f"{layout.embedding.name}.weight", read(f"{layout.embedding.name}.weight")
     for block in layout.blocks:
         if block.kind == "decoder":
-            yield from block_state(block, read)
+            yield from block_state(block, read, without)
     for spec in layout.final_tensors:
         yield spec.name, read(spec.name)
     if layout.head:
         yield f"{layout.head.name}.weight", read(f"{layout.head.name}.weight")
 
 
-def block_state(block: Block, read: Read) -> Iterator[tuple[str, Tensor]]:
+def block_state(block: Block, read: Read, without: Collection[str]) -> Iterator[tuple[str, Tensor]]:
     """A block's tensors as transformers names them; gate and up of all experts are one [experts, 2 * width, hidden]."""
     names = [spec.name for spec in block.others]
-    names += [f"{linear.name}.weight" for linear in block.linears if linear.role != "routed_expert"]
+    plain = [linear for linear in block.linears if linear.role != "routed_expert" and linear.name not in without]
+    names += [f"{linear.name}.weight" for linear in plain]
     names += [f"{linear.name}.bias" for linear in block.linears if linear.bias]
     for name in names:
         yield f"{block.name}.{relative(block, name)}", read(name)
     experts = block.experts
-    if experts is None:
+    if experts is None or experts.linear(0, experts.gate) in without:
         return
 
     def weight(e: int, projection: str) -> Tensor:

@@ -145,7 +145,8 @@ class Work:
     def fallbacks_of(self, module: str) -> tuple[str, ...]:
         """Fallbacks that a quantized linear takes because of what it is, whatever its weights."""
         if self.block.kind == "mtp":
-            return ("mtp-rtn",)
+            used = self.job.plan.decisions[module].method
+            return ("mtp-rtn",) if used and method(used).needs_stats else ()
         experts = self.block.experts
         into = {experts.gate, experts.up} if experts and module.startswith(f"{experts.module}.") else set[str]()
         reads = (

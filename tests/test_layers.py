@@ -25,7 +25,7 @@ ROWS = (
     "artifact sources summary",
     "layers",
     "streams whole",
-    "experts fold solve",
+    "experts fold solve loading",
     "work",
     "dense",
     "routed",

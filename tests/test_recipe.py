@@ -46,6 +46,7 @@ def test_the_smallest_recipe_has_every_default() -> None:
             "group_size": 128,
             "symmetric": False,
             "scale_dtype": "auto",
+            "double_quant": None,
         },
         "format": ["awq"],
         "rules": None,
@@ -128,6 +129,44 @@ def test_a_rule_changes_some_keys_of_the_default() -> None:
     assert [rule.label for rule in recipe.rules] == ["rules[0]", "rules[1]", "rules[2]"]
     assert [rule.line for rule in recipe.rules] == [7, 8, 9]
     assert "line" not in recipe.rules[0].model_dump()
+
+
+def test_what_a_method_is_by_itself_need_not_be_said() -> None:
+    nf4 = Quantize(method="nf4")
+    assert (nf4.bits, nf4.group_size, nf4.symmetric, nf4.scale_dtype, nf4.double_quant) == (4, 64, True, "auto", True)
+    assert Quantize(method="nf4", double_quant=False).double_quant is False
+    assert Quantize(method="awq").double_quant is None
+    recipe = parse(
+        SMALLEST + "quantize: {method: nf4, double_quant: false}\n"
+        "rules:\n  - {match: '*.q_proj', quantize: {method: rtn, bits: 3}}\n  - {match: '*', quantize: {}}\n",
+        "x.yaml",
+    )
+    assert recipe.rules is not None
+    assert [rule.quantize for rule in recipe.rules] == [Quantize(method="rtn", bits=3), recipe.quantize]
+    other = parse(
+        SMALLEST + "quantize: {group_size: 128, rounding: gptq}\nrules: [{match: '*', quantize: {method: nf4}}]\n",
+        "x.yaml",
+    )
+    assert other.rules is not None and other.rules[0].quantize == nf4
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        (
+            "{method: nf4, bits: 3, group_size: 128}",
+            "method nf4 is rounding: nearest, bits: 4, group_size: 64, symmetric: true, scale_dtype: auto, "
+            "found bits: 3, group_size: 128; leave that out, or choose another method",
+        ),
+        ("{method: nf4, rounding: gptq}", "found rounding: gptq; leave that out"),
+        ("{method: nf4, double_quant: null}", "double_quant: method nf4 expects true or false, found nothing"),
+        ("{method: rtn, double_quant: true}", "double_quant is for method nf4, found method: rtn; leave it out"),
+    ],
+)
+def test_what_contradicts_nf4_is_one_fault(written: str, told: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        parse(SMALLEST + f"quantize: {written}\n", "x.yaml")
+    assert len(refused.value.faults) == 1 and told in refused.value.faults[0]
 
 
 def test_presets_alone_and_in_a_list() -> None:
@@ -238,7 +277,7 @@ fidelty: {}
         "x.yaml:7: rules[2].keep: expected source or bf16, found 'sorce'",
         "x.yaml:8: rules[3].quantize.bits: expected at most 8, found 17",
         "x.yaml:8: rules[3].quantize.bitts: unknown key. Did you mean 'bits'? Known: method, rounding, bits, "
-        "group_size, symmetric, scale_dtype.",
+        "group_size, symmetric, scale_dtype, double_quant.",
         "x.yaml:9: rules[4]: a rule is {match: PATTERN, quantize: default} or {match: PATTERN, keep: source}, "
         "or {preset: NAME}",
         "x.yaml:10: rules[5].preset: no preset named 'expert-only'. Did you mean 'experts-only'? "

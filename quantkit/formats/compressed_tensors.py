@@ -47,10 +47,8 @@ def scheme_fault(scheme: Scheme) -> str | None:
     """Why no linear of this scheme can be stored."""
     if scheme.kind != "int" or scheme.bits not in BITS:
         found = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
-        return (
-            f"vLLM and SGLang read compressed-tensors with 4-bit or 8-bit integers, found {found}; use format dense to "
-            "study it"
-        )
+        use = "format dense to study it" if scheme.kind == "int" else "format bitsandbytes"
+        return f"vLLM and SGLang read compressed-tensors with 4-bit or 8-bit integers, found {found}; use {use}"
     if not scheme.symmetric and scheme.bits != 4:
         return f"vLLM's kernels know zero points with 4 bits only, found {scheme.bits} bits; use symmetric: true"
     if scheme.group_size not in GROUP_SIZES:

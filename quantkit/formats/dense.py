@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def accepts(scheme: Scheme, linear: Linear) -> str | None:
     """None for whole groups of integer codes, any bits, any role; else one sentence why not."""
     if scheme.kind != "int":
-        return f"format dense stores integer schemes, found {scheme.kind}; use a format made for {scheme.kind}"
+        return f"format dense stores integer schemes, found {scheme.kind}; use format bitsandbytes"
     if scheme.group_size != -1 and linear.in_features % scheme.group_size:
         return f"group_size {scheme.group_size} does not divide {linear.in_features} input features"
     return None

@@ -43,7 +43,8 @@ def scheme_fault(scheme: Scheme) -> str | None:
     """Why no linear of this scheme can be stored."""
     if scheme.kind != "int" or scheme.bits not in BITS:
         found = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
-        return f"vLLM and SGLang read GPTQ with 4-bit or 8-bit integers, found {found}; use format dense to study it"
+        use = "format dense to study it" if scheme.kind == "int" else "format bitsandbytes"
+        return f"vLLM and SGLang read GPTQ with 4-bit or 8-bit integers, found {found}; use {use}"
     if not scheme.symmetric:
         return (
             "vLLM and SGLang read GPTQ without zero points, and its files cannot hold the zero point 0, found "

@@ -122,10 +122,8 @@ def fallbacks(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
     zero-group: every code is the zero point, so the group is stored as exact zeros.
     scale-clamped: the scale is the smallest normal or the largest finite number of its dtype.
     """
-    groups = split(quantized.codes, scheme.group_size).float()
-    limits = torch.finfo(quantized.scale.dtype)
-    empty = (groups == offset(quantized.zero, scheme)).all(
-        dim=-1
-    )  # [..., out, n_groups, group] -> [..., out, n_groups]
+    groups, limits = split(quantized.codes, scheme.group_size), torch.finfo(quantized.scale.dtype)
+    zero = middle(scheme) if quantized.zero is None else quantized.zero.unsqueeze(-1)
+    empty = (groups == zero).all(dim=-1)  # [..., out, n_groups, group] -> [..., out, n_groups]
     clamped = (quantized.scale == limits.tiny) | (quantized.scale == limits.max)
     return {"zero-group": empty.sum(dim=(-2, -1)), "scale-clamped": clamped.sum(dim=(-2, -1))}  # -> [...]

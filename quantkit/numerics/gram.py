@@ -68,7 +68,15 @@ def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> Tenso
 
 
 def sqnr_db(weight: Tensor, approximation: Tensor) -> Tensor:
-    """Signal to quantization noise of the weights alone, 10 log10(||W||^2 / ||W - Q||^2) in dB: [...] float64."""
-    signal = weight.square().sum(dim=(-2, -1), dtype=torch.float64)  # [..., out, in] -> [...]
-    noise = (weight - approximation).square().sum(dim=(-2, -1), dtype=torch.float64)
-    return 10 * torch.log10(signal / noise)
+    """Signal to quantization noise of the weights alone, 10 log10(||W||^2 / ||W - Q||^2) in dB: [...] float64.
+
+    Infinite where nothing is lost, a matrix of zeros included.
+    """
+    noise = energy(weight - approximation)
+    return 10 * torch.log10(energy(weight) / noise).masked_fill(noise == 0, torch.inf)
+
+
+def energy(weight: Tensor) -> Tensor:
+    """||W||^2 of weight [..., out, in]: [...] float64. A row is summed in float32, the rows in float64."""
+    rows: Tensor = torch.linalg.vector_norm(weight, dim=-1)  # [..., out, in] -> [..., out]
+    return rows.double().square().sum(dim=-1)
