@@ -75,7 +75,7 @@ def build(
         job = Job(
             plan=plan,
             skeleton=bones,
-            activation=ACT2FN[bones.config.hidden_act],
+            activation=ACT2FN[getattr(bones.config, "hidden_act", "silu")],  # of experts; who has some has the key
             formats=tuple(each.format for each in plans),
             sinks=tuple(sinks),
             decisions=tuple(each.decisions for each in plans),

@@ -89,9 +89,9 @@ def claim(architecture: Architecture, config: Config, specs: Mapping[str, Tensor
     Raises CheckpointError listing tensors that are missing, unclaimed or of another shape. An announced MTP block
     of which nothing is stored (common in re-uploads) is left out with a warning.
     """
-    layout = architecture.layout(config)
+    layout, told = architecture.layout(config), (architecture.derived,) if architecture.derived else ()
     if specs is None:
-        return Claimed(layout=layout, specs=expected(layout, config), dropped=(), warnings=())
+        return Claimed(layout=layout, specs=expected(layout, config), dropped=(), warnings=told)
     absent = tuple(b for b in layout.blocks if b.kind == "mtp" and not any(n.startswith(f"{b.name}.") for n in specs))
     layout = replace(layout, blocks=tuple(block for block in layout.blocks if block not in absent))
     wanted = expected(layout, config)
@@ -113,7 +113,7 @@ def claim(architecture: Architecture, config: Config, specs: Mapping[str, Tensor
         layout=layout,
         specs={name: specs[name] for name in wanted},
         dropped=dropped,
-        warnings=tuple(absent_warning(block) for block in absent),
+        warnings=(*told, *(absent_warning(block) for block in absent)),
     )
 
 

@@ -75,14 +75,16 @@ def absorb(tensors: dict[str, Tensor], absorber: Absorber, scale: Tensor) -> Non
     """
     name = f"{absorber.module}.weight"
     weight = tensors[name]
+    bias = f"{absorber.module}.bias"
     if weight.dim() == 1:
         tensors[name] = weight / scale  # [in]
+        if bias in tensors:
+            tensors[bias] = tensors[bias] / scale
         return
     rows = torch.arange(len(scale)) if absorber.rows is None else torch.tensor(absorber.rows.index())
     inverse = torch.ones(weight.shape[0], device=weight.device)
     inverse[rows.to(weight.device)] = 1 / scale  # channels that share a row share their scale
     tensors[name] = weight * inverse[:, None]  # [rows, in]
-    bias = f"{absorber.module}.bias"
     if bias in tensors:
         tensors[bias] = tensors[bias] * inverse
 

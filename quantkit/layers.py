@@ -70,7 +70,9 @@ def skeleton(config: Config, device: torch.device, dtype: torch.dtype) -> Skelet
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
         # inv_freq is a buffer that no checkpoint stores: on the meta device it would be garbage
-        rotary = type(model.base_model.rotary_emb)(hf_config).to(device)
+        rotary = rotary_class(model)(hf_config).to(device)
+    except CheckpointError as fault:
+        raise CheckpointError(f"{config.where}: {fault}") from fault
     except Exception as fault:  # a wrong value surfaces as whatever it first breaks in transformers
         raise CheckpointError(
             f"{config.where}: expected a configuration that transformers makes a {model_type} of, found: "
@@ -79,6 +81,17 @@ def skeleton(config: Config, device: torch.device, dtype: torch.dtype) -> Skelet
     check_patterns(hf_config, config.where)
     model.eval()
     return Skeleton(config=hf_config, model=model, rotary=rotary, device=device, dtype=dtype)
+
+
+def rotary_class(model: Any) -> type[nn.Module]:
+    """The module that makes the rotary position embeddings; CheckpointError for a model whose layers get none."""
+    found = getattr(model.base_model, "rotary_emb", None)
+    if not isinstance(found, nn.Module):
+        raise CheckpointError(
+            f"expected layers that are given rotary position embeddings, found {type(model).__name__} without; only "
+            "such layers can be run one by one"
+        )
+    return type(found)
 
 
 def decoder_layer(

@@ -25,6 +25,7 @@ from quantkit.formats import bitsandbytes as nf4
 from quantkit.layers import Skeleton, relative, skeleton
 from quantkit.layers import load as assign
 from quantkit.numerics import codebook
+from quantkit.plan import architecture_of
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.files import read_json
 from quantkit.verify import mapping, read_manifest
@@ -54,7 +55,7 @@ def load(folder: str | Path, *, device: str | None = None, dtype: str | None = N
     if named not in DTYPES:
         raise UsageError(f"dtype: expected {', '.join(DTYPES)}, found {named!r}; name one of them")
     bones = skeleton(config, chosen_device(where), DTYPES[named])
-    layout = registry.architecture(config.text("model_type")).layout(config)
+    layout = architecture_of(config).layout(config)
     if format_name == "bitsandbytes":
         model = packed_model(bones, layout, checkpoint, schemes)
     else:

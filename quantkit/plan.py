@@ -185,6 +185,19 @@ def shards(tensors: Sequence[TensorSpec], limit_bytes: int) -> tuple[Shard, ...]
     )
 
 
+def architecture_of(config: Config) -> Architecture:
+    """The table of the model's family, or what can be proven of a model without one.
+
+    Raises UsageError for a model type that nobody knows, CheckpointError for one of which no table can be derived.
+    """
+    model_type = config.text("model_type")
+    if model_type in registry.names("architectures"):
+        return registry.architecture(model_type)
+    from quantkit import generic  # transformers takes seconds to start, which a plan by a table does without
+
+    return generic.architecture(config)
+
+
 def rules_of(recipe: Recipe, architecture: Architecture) -> tuple[Rule, ...]:
     """The recipe's rules, or the preset its family calls for."""
     if recipe.rules is not None:
@@ -259,7 +272,7 @@ def make_plan(
 
     Raises CheckpointError when the tensors do not fit the architecture, RecipeError with every fault of the recipe.
     """
-    architecture = registry.architecture(source.config.text("model_type"))
+    architecture = architecture_of(source.config)
     claimed = claim(architecture, source.config, source.specs, source.where)
     output, rules = registry.format(format_name), rules_of(recipe, architecture)
     decisions = in_blocks(decide(claimed.layout, rules, recipe, claimed.specs), claimed.specs, output)
