@@ -98,8 +98,18 @@ def artifact(plan: Plan) -> schema.Artifact:
             for engine, command in plan.format.engines.items()
             if not any(engine in engines for engines in unserved(plan.format, plan.decisions).values())
         ),
-        notes=plan.architecture.serving_notes,
+        notes=(*plan.architecture.serving_notes, *fp8_notes(plan)),
         tags=(plan.format_name, bits),
+    )
+
+
+def fp8_notes(plan: Plan) -> tuple[str, ...]:
+    """What an operator must know of FP8 blocks that were kept."""
+    if not any(decision.keep == "fp8" for decision in plan.decisions.values()):
+        return ()
+    return (
+        "Layers kept in FP8 are run as engines run the FP8 source, with inputs rounded to FP8 on the way (natively on "
+        "GPUs from Ada and Hopper on); the figures here are of the weights alone.",
     )
 
 

@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 from test_contracts import build_all
 from test_format_compressed_tensors import unpacked
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quantkit import pipeline, sources, work
+from quantkit import pipeline, registry, sources, whole, work
 from quantkit.contracts import Config
 from quantkit.errors import NumericsError, RecipeError
+from quantkit.layers import skeleton
 from quantkit.plan import Plan, SourceFacts
 from quantkit.recipe import parse
+from quantkit.storage import builtin
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.verify import verify
 
@@ -94,6 +96,7 @@ def test_every_kept_bit_is_the_sources(source: Path, tmp_path: Path, rules: str,
     assert stored["mlp"] == "F8_E4M3 128x128"
     assert stored["attention"] == ("F8_E4M3 128x128, BF16" if bf16 else "F8_E4M3 128x128")
     assert outcome.fidelity.fallbacks == ()
+    assert any("inputs rounded to FP8 on the way" in note for note in outcome.fidelity.artifact.notes)
 
 
 @pytest.mark.parametrize("rules", ["experts-only", LATENT], ids=["A", "B"])
@@ -127,6 +130,40 @@ def test_a_format_without_fp8_stores_the_same_weights(source: Path, tmp_path: Pa
     held = {name for name, spec in mixed.specs.items() if spec.dtype == "F8_E4M3"}
     assert held and all(gptq.specs[name].dtype == "BF16" for name in held)
     assert all(torch.equal(gptq.read([name])[name], mixed.read([name])[name]) for name in held)
+
+
+@pytest.mark.slow
+def test_the_demo_in_fp8_end_to_end(tmp_path: Path) -> None:
+    """recipes/tiny-v3-gptq4-fp8.yaml as it ships: its figures, and what transformers makes of the artifact.
+
+    transformers rounds the inputs of FP8 layers to FP8, as engines do: that costs about as much again.
+    """
+    text = (builtin.folder("recipes") / "tiny-v3-gptq4-fp8.yaml").read_text()
+    recipe = parse(text, "tiny-v3-gptq4-fp8.yaml", {"output.path": str(tmp_path / "a"), "compute.device": "cpu"})
+    done = pipeline.run(recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None)
+    (outcome,) = done
+    kl = outcome.fidelity.distribution[0].kl_mean
+    assert kl is not None and kl.value is not None and 0.00005 < kl.value < 0.0004
+    assert (outcome.path / "model.safetensors").stat().st_size < 5_600_000  # 7.9 MB with BF16 in place of FP8
+    source = builtin.resolve_model("builtin:tiny-v3")
+    kept, wanted = fp8_bits(outcome.path), fp8_bits(source)
+    assert len(kept) == 2 * 32 and all(torch.equal(bits, wanted[name]) for name, bits in kept.items())
+    theirs: Any
+    theirs, told = AutoModelForCausalLM.from_pretrained(outcome.path, dtype=torch.float32, output_loading_info=True)
+    assert not any(told.values()), told
+    for weight in theirs.parameters():
+        weight.data = weight.data.float() if weight.dtype == torch.bfloat16 else weight.data
+    opened = Checkpoint.open(source)
+    bones = skeleton(opened.config, torch.device("cpu"), torch.float32)
+    original = whole.model(bones, registry.architecture("deepseek_v3").layout(opened.config), whole.reader(opened))
+    tokenizer = AutoTokenizer.from_pretrained(outcome.path)
+    lines = (builtin.folder("calibration") / "tiny-v3-heldout.jsonl").read_text().splitlines()[:60]
+    batches = [torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"][:200]]) for line in lines]
+    with torch.no_grad():
+        p = torch.cat([original(ids).logits[0] for ids in batches]).log_softmax(-1)  # [tokens, vocabulary]
+        q = torch.cat([theirs(ids).logits[0] for ids in batches]).log_softmax(-1)
+    assert 0.0001 < float((p.exp() * (p - q)).sum(-1).mean()) < 0.001
+    assert float((p.argmax(-1) == q.argmax(-1)).float().mean()) > 0.98
 
 
 # --------------------------------------------------------------------------------------------------------- folding
