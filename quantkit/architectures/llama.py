@@ -21,5 +21,6 @@ def layout(config: Config) -> Layout:
 ARCHITECTURE = Architecture(
     layout=layout,
     tiny={**anatomy.TINY, "architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+    published={"HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m.json"},
     dropped=("*.self_attn.rotary_emb.inv_freq",),  # a buffer that old Llama 1/2 uploads carry; engines recompute it
 )
