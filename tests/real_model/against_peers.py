@@ -37,8 +37,8 @@ from real_model.bench import (
 )
 from real_model.measure import Judge
 
-SYMMETRIC = Build(name="GPTQ sym", recipe="smollm2-135m-gptq4", changes={}, bits="4.25")
-ASYMMETRIC = Build(name="AWQ+GPTQ asym", recipe="smollm2-135m-awq4", changes={}, bits="4.31")
+SYMMETRIC = Build(name="GPTQ sym", recipe="smollm2-135m-gptq4", changes={})
+ASYMMETRIC = Build(name="AWQ+GPTQ asym", recipe="smollm2-135m-awq4", changes={})
 CPU_GOAL, KL_GOALS = 0.25, {SYMMETRIC.name: 0.5, ASYMMETRIC.name: 0.4}
 
 

@@ -35,7 +35,6 @@ class Build:
     name: str
     recipe: str
     changes: Mapping[str, str]
-    bits: str
 
     @property
     def calibrated(self) -> bool:

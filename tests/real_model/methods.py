@@ -15,10 +15,9 @@ import time
 from pathlib import Path
 
 from quantkit.report.read import read_report
-from quantkit.report.schema import Distribution
+from quantkit.report.schema import Fidelity
 from real_model.bench import (
     PLACE,
-    ROOT,
     Bench,
     Build,
     Cost,
@@ -31,32 +30,28 @@ from real_model.bench import (
     weight_bytes,
 )
 
-DATA_FREE = {"calibration": "null", "quantize.rounding": "nearest"}
+NO_TEXT = {"calibration": "null"}
+RTN = {"quantize.method": "rtn", "quantize.rounding": "nearest", **NO_TEXT}
 BUILDS = (
-    Build(name="RTN sym", recipe="smollm2-135m-gptq4", changes={"quantize.method": "rtn", **DATA_FREE}, bits="4.25"),
-    Build(name="RTN asym", recipe="smollm2-135m-awq4", changes={"quantize.method": "rtn", **DATA_FREE}, bits="4.31"),
-    Build(name="GPTQ sym", recipe="smollm2-135m-gptq4", changes={}, bits="4.25"),
-    Build(name="AWQ", recipe="smollm2-135m-awq4", changes={"quantize.rounding": "nearest"}, bits="4.31"),
-    Build(name="AWQ+GPTQ", recipe="smollm2-135m-awq4", changes={}, bits="4.31"),
+    Build(name="RTN sym", recipe="smollm2-135m-gptq4", changes=RTN),
+    Build(name="RTN asym", recipe="smollm2-135m-awq4", changes=RTN),
+    Build(name="GPTQ sym", recipe="smollm2-135m-gptq4", changes={}),
+    Build(name="AWQ", recipe="smollm2-135m-awq4", changes={"quantize.rounding": "nearest"}),
+    Build(name="AWQ+GPTQ", recipe="smollm2-135m-awq4", changes={}),
+    Build(name="NF4", recipe="smollm2-135m-nf4", changes={"quantize.double_quant": "false", **NO_TEXT}),
+    Build(name="NF4 double", recipe="smollm2-135m-nf4", changes=NO_TEXT),
 )
-NF4 = Build(name="NF4", recipe="smollm2-135m-nf4", changes={"calibration": "null"}, bits="4.5")
 REPEATS = 5
 
 
-def builds() -> tuple[Build, ...]:
-    """Those whose recipe is there."""
-    return tuple(build for build in (*BUILDS, NF4) if (ROOT / "recipes" / f"{build.recipe}.yaml").is_file())
-
-
-def figures(bench: Bench, build: Build) -> tuple[Distribution, Cost]:
+def figures(bench: Bench, build: Build) -> tuple[Fidelity, Cost]:
     """The report of a measured build and the cost of an unmeasured one, once both have the same weights."""
     cost = quantkit(bench, build, measured=False)
     quantkit(bench, build, measured=True)
     same = {digest(artifact(bench, build, measured=measured)) for measured in (False, True)}
     if len(same) != 1:
         raise SystemExit(f"{build.name}: expected the same weights with and without fidelity, found others")
-    report = read_report(artifact(bench, build, measured=True))
-    return report.distribution[0], cost
+    return read_report(artifact(bench, build, measured=True)), cost
 
 
 def copied(source: Path, folder: Path) -> Cost:
@@ -81,14 +76,15 @@ def children_cpu() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def row(build: Build, found: Distribution, cost: Cost, n_bytes: int) -> list[str]:
+def row(build: Build, report: Fidelity, cost: Cost, n_bytes: int) -> list[str]:
     """A line of the table."""
-    kl, ratio, top = found.kl_mean, found.ppl_ratio, found.top1
+    pooled = report.distribution[0]
+    kl, ratio, top = pooled.kl_mean, pooled.ppl_ratio, pooled.top1
     if not (kl and ratio and top) or kl.value is None or ratio.value is None or top.value is None:
         raise SystemExit(f"{build.name}: expected figures in the report, found none")
     return [
         build.name,
-        build.bits,
+        f"{report.artifact.bits_per_weight:.2f}",
         f"{kl.value:.4f} ±{kl.se:.4f}",
         f"{ratio.value:.4f}",
         f"{100 * top.value:.1f} %",
@@ -109,7 +105,7 @@ def main() -> None:
     if bench is None:
         return
     rows, copies, costs = [], dict[str, Cost](), dict[str, Cost]()
-    for build in (build for build in builds() if not given.only or build.name in given.only):
+    for build in (build for build in BUILDS if not given.only or build.name in given.only):
         say(f"{build.name} ...")
         found, costs[build.name] = figures(bench, build)
         folder = artifact(bench, build, measured=True)
