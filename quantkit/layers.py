@@ -66,7 +66,7 @@ def skeleton(config: Config, device: torch.device, dtype: torch.dtype) -> Skelet
         )
     values = {key: value for key, value in config.values.items() if key not in {"quantization_config", "auto_map"}}
     try:
-        hf_config = CONFIG_MAPPING[model_type].from_dict(values)
+        hf_config = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(values))  # it writes into nested values
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
         # inv_freq is a buffer that no checkpoint stores: on the meta device it would be garbage

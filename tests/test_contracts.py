@@ -118,6 +118,14 @@ def test_the_whole_model_answers_as_transformers(name: str, tmp_path: Path) -> N
         assert torch.allclose(ours(ids).logits, reference(folder)(ids).logits, atol=2e-4, rtol=1e-4)
 
 
+def test_the_config_of_the_source_stays_as_it_was_read() -> None:
+    """transformers adds keys to rope_scaling where it finds it; the artifact's config.json is the source's."""
+    scaling = {"type": "yarn", "factor": 2, "original_max_position_embeddings": 128}
+    config = tiny_config("deepseek_v3", rope_scaling=scaling)
+    skeleton(Config(values=config), torch.device("cpu"), torch.float32)
+    assert config["rope_scaling"] == {"type": "yarn", "factor": 2, "original_max_position_embeddings": 128}
+
+
 def test_an_attention_pattern_without_a_mask_is_an_error() -> None:
     """A layer that attends in chunks would be run as if it saw everything."""
     config = tiny_config("qwen2", layer_types=["full_attention", "chunked_attention"])
