@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import quantkit
-from quantkit import registry, whole
+from quantkit import pipeline, registry, whole
 from quantkit.contracts import Contents, Linear, Quantized, Scheme
 from quantkit.errors import ArtifactError, NumericsError, RecipeError, UsageError
 from quantkit.formats import bitsandbytes as nf4
@@ -33,6 +33,8 @@ from quantkit.layers import skeleton
 from quantkit.loading import Experts4bit, stored_as
 from quantkit.methods.nf4 import METHOD
 from quantkit.numerics import codebook
+from quantkit.recipe import parse
+from quantkit.storage import builtin
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.verify import read_manifest, verify
 
@@ -405,3 +407,21 @@ def test_importing_quantkit_does_not_start_torch() -> None:
         check=True,
     )
     assert told.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("name", ["tiny-v3-nf4", "tiny-v3-rtn4"])
+def test_recipes_without_calibration(name: str, tmp_path: Path) -> None:
+    """As shipped, but with less text and no benchmarks: no calibration stream, the bound on the KL, and what loads."""
+    text = (builtin.folder("recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+    shorter = {"fidelity.windows": "60", "compute.device": "cpu", "output.path": str(tmp_path / "out")}
+    recipe = parse(text, f"{name}.yaml", shorter)
+    (outcome,) = pipeline.run(
+        recipe, text, overwrite=False, evaluate=False, planned=lambda plans: None, tell=lambda progress: None
+    )
+    assert outcome.fidelity.calibration is None and recipe.gates["kl_mean"].max is not None
+    measured = outcome.fidelity.distribution[0].kl_mean
+    assert measured is not None and measured.value is not None
+    assert recipe.gates["kl_mean"].max / 10 < measured.value < recipe.gates["kl_mean"].max
+    loaded = quantkit.load(outcome.path, device="cpu", dtype="float32")
+    assert torch.allclose(logits(loaded), logits(dequantized(outcome.path)), atol=1e-4, rtol=1e-4)
+    assert len(packed_linears(loaded)) == (144 if name == "tiny-v3-nf4" else 0)

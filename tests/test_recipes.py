@@ -30,6 +30,7 @@ CARDS = {
     "qwen3-30b-a3b-gptq4": 30.53,
     "mixtral-8x7b-awq4": 46.70,
     "v3-gptq4-fp8": 684.49,
+    "v3-nf4": 684.49,
 }
 """Billions of parameters, as the models' cards have them (32.8, 30.5, 46.7, 685 with MTP), with a digit more."""
 

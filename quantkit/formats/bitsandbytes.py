@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme, TensorSpec
@@ -64,7 +65,7 @@ def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
     """The packed weight and its quantization state, with full names."""
     size = linear.n_parameters
     blocks = size // BLOCK
-    text = len(state_text((linear.out_features, linear.in_features), scheme, 0.0 if scheme.double_quant else None))
+    text = state_length(linear.out_features, linear.in_features, scheme)
     shapes: dict[str, tuple[str, int]] = {"absmax": ("F32", blocks), "quant_map": ("F32", 16)}
     if scheme.double_quant:
         shapes["absmax"] = ("U8", blocks)
@@ -74,6 +75,12 @@ def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
         *(TensorSpec(name=f"{linear.name}.weight.{n}", dtype=d, shape=(s,)) for n, (d, s) in shapes.items()),
         TensorSpec(name=f"{linear.name}.{STATE}", dtype="U8", shape=(text,)),
     )
+
+
+@cache  # asked for once per linear, 45,000 times for DeepSeek-V3
+def state_length(out_features: int, in_features: int, scheme: Scheme) -> int:
+    """Bytes of the JSON blob, whatever the offset."""
+    return len(state_text((out_features, in_features), scheme, 0.0 if scheme.double_quant else None))
 
 
 def state_text(shape: Sequence[int], scheme: Scheme, offset: float | None) -> bytes:
