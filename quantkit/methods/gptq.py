@@ -1,7 +1,8 @@
-"""GPTQ (arXiv 2210.17323): ranges by the gram's diagonal, then each column makes up for the rounding before it."""
+"""GPTQ (arXiv 2210.17323): each column makes up for the rounding before it; then codes and scales improve in turn."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import InputStats, Method, Quantized, Scheme
@@ -10,26 +11,39 @@ from quantkit.errors import NumericsError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantkit.numerics.rounding import Rounded
+
+@dataclass(frozen=True, kw_only=True)
+class Rounded:
+    """Codes, and whether some matrix's gram needed more damping than others to have a factor."""
+
+    quantized: Quantized
+    damping_raised: bool
 
 
 def round_weight(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Rounded:
-    """Ranges by `clip.weighted`, codes by `rounding.with_feedback`, and the damping that took.
+    """Ranges for the feedback to come, codes with errors fed back, then codes and scales improved in turn.
 
     weight [..., out, in] float32, scaled if the recipe's method scales; stats of the input it reads, gram
-    [..., in, in]. The error under the gram is never above RTN's; an input that was never seen (a gram of zeros) gives
-    RTN. Raises NumericsError without statistics, or for a gram that is not finite or not positive semi-definite.
+    [..., in, in]. A row that ends above RTN's error under the gram takes RTN's codes, so an input that was never seen
+    (a gram of zeros) gives RTN. Raises NumericsError without statistics, or for a gram that is not finite or not
+    positive semi-definite.
     """
-    from quantkit.numerics import clip, rounding  # torch starts when there is something to round
+    from quantkit.numerics import affine, clip, refine, rounding  # torch starts when there is something to round
 
     if stats is None:
         raise NumericsError("gptq rounds by calibration statistics, found none; use method rtn for this linear")
-    ranges = clip.weighted(weight, stats.gram, scheme)
-    return rounding.with_feedback(weight, stats.gram, ranges, scheme)
+    factor = rounding.feedback(stats.gram)
+    damping = factor.damping
+    fed = rounding.with_feedback(weight, factor, clip.weighted(weight, factor.own, scheme), scheme)
+    del factor  # as large as the gram
+    better = refine.improved(weight, refine.damped(stats.gram, damping), fed, scheme)
+    plain = affine.quantize(weight, *affine.qparams(*affine.ranges(weight, scheme.group_size), scheme), scheme)
+    quantized = rounding.better_rows(weight, stats.gram, better, plain, scheme)
+    return Rounded(quantized=quantized, damping_raised=bool((damping > rounding.DAMPING * 1.5).any()))
 
 
 def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized:
-    """What `round_weight` chose, without the damping."""
+    """What `round_weight` chose."""
     return round_weight(weight, stats, scheme).quantized
 
 
