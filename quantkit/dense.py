@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import fold
-from quantkit.contracts import InputStats, LinearGroup, Rescale
+from quantkit.contracts import InputStats, LinearGroup, Rescale, Scheme
 from quantkit.experts import tokens_per_expert
 from quantkit.layers import ExpertTap, decoder_layer, relative, run
 from quantkit.numerics import gram as grams
@@ -120,16 +120,13 @@ def scales_of(group: LinearGroup, rescale: Rescale, learned: Learned, tensors: T
     return fold.candidates(rescale, learned.stats[group.name].mean_abs, group.absorber, into_norm)
 
 
-def reader_errors(
-    work: Work, group: LinearGroup, rescale: Rescale, learned: Learned, tensors: Tensors, scales: Tensor
-) -> Tensor:
-    """Summed error [n] of a group's dense readers, kept ones included, for each of the scales [n, in]."""
-    gram, decisions = learned.stats[group.name].gram, work.job.plan.decisions
-    totals = [
-        fold.errors(rescale, tensors[f"{reader}.weight"], gram, scales, decisions[reader].scheme)
-        for reader in group.readers
-    ]
-    return torch.stack(totals).sum(0)  # [readers, n] -> [n]
+def alike(work: Work, group: LinearGroup, tensors: Tensors) -> list[tuple[Tensor, Scheme | None]]:
+    """The weights of a group's dense readers, kept ones included: equal shapes of one scheme as one batch."""
+    found: dict[tuple[torch.Size, Scheme | None], list[Tensor]] = {}
+    for reader in group.readers:
+        weight = tensors[f"{reader}.weight"]
+        found.setdefault((weight.shape, work.job.plan.decisions[reader].scheme), []).append(weight)
+    return [(torch.stack(weights), scheme) for (_, scheme), weights in found.items()]  # [readers, out, in]
 
 
 def fold_groups(work: Work, tensors: Tensors, learned: Learned, expert_errors: Sequence[Tensor]) -> Folded:
@@ -140,10 +137,11 @@ def fold_groups(work: Work, tensors: Tensors, learned: Learned, expert_errors: S
         if rescale is None or group.absorber is None:
             continue
         scales = scales_of(group, rescale, learned, tensors)
-        totals = reader_errors(work, group, rescale, learned, tensors, scales)
+        batches, gram = alike(work, group, tensors), learned.stats[name].gram
+        added = torch.zeros(len(scales), dtype=torch.float64, device=gram.device)
         if group.routed_experts and expert_errors:  # summed at once: the cut into waves must not change the sum
-            totals = totals + torch.cat(list(expert_errors), dim=1).sum(1)  # [n, experts] -> [n]
-        choice = fold.choose(name, totals)
+            added = torch.cat(list(expert_errors), dim=1).sum(1)  # [n, experts] -> [n]
+        choice = fold.search(name, added, batches, gram, rescale, scales)
         work.record.choices.append(choice)
         if choice.rescaled:
             scale = scales[choice.candidate]

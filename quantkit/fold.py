@@ -7,6 +7,7 @@ stays unquantized included. AWQ (arXiv 2306.00978, section 3.2) chooses s so tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,9 @@ ROUTING_TOLERANCE = 2e-2
 """Relative change of a block's output, and of its routing weights, that rounding in the compute dtype explains. A
 token whose two best experts tie may go to the other one, so routing is given more; a router that was forgotten moves
 it by the order of one."""
+
+STRIDE = 4
+"""Distance of the candidates that are tried first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +65,28 @@ def errors(rescale: Rescale, weight: Tensor, gram: Tensor, scales: Tensor, schem
     return torch.stack([rescale.error(weight, gram, scale, scheme) for scale in scales])
 
 
-def choose(group: str, totals: Tensor) -> Choice:
-    """The candidate with the least summed error; candidate 0 unless another is better."""
-    best = int(totals.argmin())
-    best = best if float(totals[best]) < float(totals[0]) else 0
-    return Choice(group=group, candidate=best, error_plain=float(totals[0]), error_chosen=float(totals[best]))
+def search(
+    group: str,
+    added: Tensor,
+    batches: Sequence[tuple[Tensor, Scheme | None]],
+    gram: Tensor,
+    rescale: Rescale,
+    scales: Tensor,
+) -> Choice:
+    """The best of the scales [n, in] for readers of one input: every STRIDE-th, then closer around the best.
+
+    The error over AWQ's ratios has one valley, so that 9 of 20 scales find it. batches: weights [..., out, in] with
+    their scheme; added [n] float64 is what other readers lose. Candidate 0 unless another is better.
+    """
+    found: dict[int, float] = {}
+    tried, stride = list(range(0, len(scales), STRIDE)), STRIDE
+    while tried:
+        for n in tried:
+            lost = [rescale.error(weights, gram, scales[n], scheme).sum() for weights, scheme in batches]
+            found[n] = float(added[n]) + sum(map(float, lost))
+        best, stride = min(found, key=lambda n: (found[n], n)), stride // 2
+        tried = [n for n in (best - stride, best + stride) if stride and 0 <= n < len(scales)]
+    return Choice(group=group, candidate=best, error_plain=found[0], error_chosen=found[best])
 
 
 def absorb(tensors: dict[str, Tensor], absorber: Absorber, scale: Tensor) -> None:

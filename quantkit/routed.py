@@ -182,7 +182,8 @@ def fold_wave(
     best, chosen = torch.ones_like(stats.inner.mean_abs), list[bool]()
     for e in range(len(wave)):
         scales = rescale.candidates(stats.inner.mean_abs[e])  # [n, intermediate]
-        choice = fold.choose("down", fold.errors(rescale, wave.down[e], stats.inner.gram[e], scales, scheme))
+        alone, batch = torch.zeros(len(scales), dtype=torch.float64), [(wave.down[e], scheme)]
+        choice = fold.search("down", alone, batch, stats.inner.gram[e], rescale, scales)
         best[e] = scales[choice.candidate]
         chosen.append(choice.rescaled)
     up, down = wave.up.div_(best[:, :, None]), wave.down.mul_(best[:, None, :])  # rows of up make down's input

@@ -106,15 +106,15 @@ def awq_scales(mean_abs: Array) -> Array:
 
 
 def awq_error(weight: Array, x: Array, scale: Array, bits: int, group: int, symmetric: bool, dtype: str) -> float:
-    """Output error after scaling, rounding with each group's range shrunk for its own inputs, and unscaling."""
+    """Output error after scaling, rounding with each group's range shrunk by its inputs' energies, and unscaling."""
     wide, result = weight * scale, np.empty_like(weight)
     for row in range(weight.shape[0]):
         for start in range(0, weight.shape[1], group):
             part = slice(start, start + group)
-            values, inputs = wide[row, part], x[:, part] / scale[part]
+            values, energy = wide[row, part], np.square(x[:, part] / scale[part]).sum(0)
             first, zero = scale_and_zero(values, bits, symmetric, dtype)
-            tried = [back(values, stored(first * (1 - 0.05 * i), dtype), zero, bits) for i in range(11)]
-            losses = [output_error((new - values)[None], inputs) for new in tried]
+            tried = [back(values, stored(first * (1 - 0.1 * i), dtype), zero, bits) for i in range(5)]
+            losses = [float(energy @ np.square(new - values)) for new in tried]
             result[row, part] = tried[int(np.argmin(losses))]
     return output_error(result / scale - weight, x)
 

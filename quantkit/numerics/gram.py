@@ -54,7 +54,7 @@ def error(delta: Tensor, gram: Tensor) -> Tensor:
     """
     total = torch.zeros(delta.shape[:-2], dtype=torch.float64, device=delta.device)
     for rows in delta.split(ROWS, dim=-2):  # [..., out, in] -> [..., ROWS, in]
-        total += torch.sum(products.times_transposed(rows, gram) * rows, dim=(-2, -1), dtype=torch.float64)
+        total += products.row_forms(rows, gram).sum(dim=-1)
     return total
 
 

@@ -21,6 +21,8 @@ def times_transposed(left: Tensor, right: Tensor) -> Tensor:
     if left.dim() == 2 and right.dim() == 2:
         product: Tensor = linear(left.to_mkldnn(), right).to_dense()
         return product
+    if right.dim() == 2:  # one matrix for all: one product
+        return times_transposed(left.flatten(0, -2), right).view(*left.shape[:-1], right.shape[0])  # by [.. * m, k]
     lead = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     lefts = left.expand(*lead, *left.shape[-2:]).reshape(-1, *left.shape[-2:])
     rights = right.expand(*lead, *right.shape[-2:]).reshape(-1, *right.shape[-2:])
@@ -39,6 +41,11 @@ def add_symmetric(total: Tensor, x: Tensor, y: Tensor) -> None:
     for start in range(0, total.shape[0], TILE):
         here = slice(start, start + TILE)
         total[here, start:].add_(times_transposed(x[here], y[start:]))  # [TILE, k] @ [k, n - start]
+
+
+def row_forms(x: Tensor, symmetric: Tensor) -> Tensor:
+    """x S x^T of each row: x [..., n, k], S [..., k, k] symmetric, float32 -> [..., n] float64."""
+    return times_transposed(x, symmetric).mul_(x).sum(dim=-1, dtype=torch.float64)
 
 
 def mirror(total: Tensor) -> Tensor:

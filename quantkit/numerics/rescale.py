@@ -18,6 +18,11 @@ RATIOS = tuple(step / 20 for step in range(20))
 SMALLEST = 1e-4
 """Share of the largest mean |x| below which a channel counts as this share: a dead channel must not make s 0."""
 
+SHARES = (1, 0.9, 0.8, 0.7, 0.6)
+"""Shares of the min/max range that a candidate is judged with."""
+JUDGES = 128
+"""Rows of a matrix that judge a scale: a sixteenth of DeepSeek-V3's experts, and of the cost."""
+
 
 def candidates(mean_abs: Tensor) -> Tensor:
     """Scales to try for an input: mean_abs [in] -> [n, in] float32, or [..., in] -> [n, ..., in]; the first all ones.
@@ -46,36 +51,31 @@ def error(weight: Tensor, stats: Tensor, candidate: Tensor, scheme: Scheme | Non
     """Output error of a weight that is scaled, rounded and unscaled: [...] float64, tr(D G D^T).
 
     weight [..., out, in] float32; stats [..., in, in], the gram of the unscaled input; candidate [in] or [..., in].
-    With a scheme, each group's range is shrunk to what loses least under its own block of the gram, a coarse version of
-    what the method does in the end: judged on min/max ranges, the scales would compensate for what clipping does
-    better. Scheme None is a matrix kept in bfloat16, whose rounding counts too. Rows are worked on in chunks: extra
-    memory is about TEMPORARIES * gram.ROWS * in float32 values per matrix.
+    With a scheme, each group's range is shrunk to what loses least by the gram's diagonal, a coarse version of what the
+    method does in the end: judged on min/max ranges, the scales would compensate for what clipping does better. Scheme
+    None is a matrix kept in bfloat16, whose rounding counts too. Of a matrix with more than JUDGES rows as many, evenly
+    spread, stand for all. Extra memory: about TEMPORARIES * JUDGES * in float32 values per matrix.
     """
+    judges = weight[..., judging(weight.shape[-2]).to(weight.device), :]  # [..., out, in] -> [..., JUDGES, in]
     scale = candidate.unsqueeze(-2)  # [in] -> [1, in]; [..., in] -> [..., 1, in]
-    blocks = None if scheme is None else scaled_blocks(stats, candidate, scheme)
-    total = torch.zeros(weight.shape[:-2], dtype=torch.float64, device=weight.device)
-    for rows in weight.split(gram.ROWS, dim=-2):  # [..., out, in] -> [..., ROWS, in]
-        wide = rows * scale
-        if scheme is None or blocks is None:
-            back = wide.bfloat16().float()
-        else:
-            back = round_coarsely(wide, blocks, scheme)
-        total += gram.error(back.div_(scale).sub_(rows), stats)
-    return total
+    diagonal = stats.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) / scale.square()  # [..., 1, in]
+    lost = [unscaled_error(rows, scale, diagonal, scheme) for rows in clip.in_cache(judges)]
+    return gram.error(torch.cat(lost, dim=-2), stats) * (weight.shape[-2] / judges.shape[-2])
 
 
-def scaled_blocks(stats: Tensor, candidate: Tensor, scheme: Scheme) -> Tensor:
-    """Diagonal blocks of the gram of x / candidate: [..., in, in] -> [..., n_groups, group, group]."""
-    inverse = affine.split(candidate, scheme.group_size).reciprocal()  # [..., in] -> [..., n_groups, group]
-    return gram.blocks(stats, scheme.group_size) * (inverse.unsqueeze(-1) * inverse.unsqueeze(-2))
+def judging(rows: int) -> Tensor:
+    """Numbers of the rows that judge a scale: all, or JUDGES of them, evenly spread; int64."""
+    return torch.arange(rows) if rows <= JUDGES else torch.arange(JUDGES) * rows // JUDGES
 
 
-def round_coarsely(weight: Tensor, blocks: Tensor, scheme: Scheme) -> Tensor:
-    """Weights [..., out, in] after rounding with ranges shrunk on blocks [..., n_groups, group, group]; same shape."""
-    groups = affine.split(weight, scheme.group_size).transpose(
-        -3, -2
-    )  # [..., out, n_groups, group] -> [..., n_groups, out, group]
-    low, high = affine.ranges(weight, scheme.group_size)
-    scale, zero = affine.qparams(low.mT, high.mT, scheme)  # [..., out, n_groups] -> [..., n_groups, out]
-    scale, zero = clip.improve(groups, blocks, None, (scale, zero), clip.COARSE, scheme, shifts=(0,))
-    return affine.fake(groups, scale, zero, scheme).transpose(-3, -2).flatten(-2)  # -> [..., out, in]
+def unscaled_error(weight: Tensor, scale: Tensor, diagonal: Tensor, scheme: Scheme | None) -> Tensor:
+    """What scaling, rounding and unscaling does to rows [..., rows, in]; scale and diagonal [..., 1, in]."""
+    wide = weight * scale
+    if scheme is None:
+        return wide.bfloat16().float().div_(scale).sub_(weight)
+    weighing = affine.split(diagonal, scheme.group_size)  # [..., 1, in] -> [..., 1, n_groups, group]
+    groups = affine.split(wide, scheme.group_size)
+    ranges = affine.qparams(*affine.ranges(wide, scheme.group_size), scheme)
+    none = torch.full_like(ranges[0], torch.inf, dtype=torch.float32)
+    best, _ = clip.nearer(groups, weighing, (ranges, none), SHARES, (0,), scheme)
+    return affine.fake(groups, *best, scheme).flatten(-2).div_(scale).sub_(weight)  # -> [..., rows, in]
