@@ -345,5 +345,5 @@ class Format:
     fp8_scale: str | None = None
     accepts_fp8: Callable[[Linear, int], str | None] | None = None
     holds_codes: bool = True
-    limits: Callable[[Sequence[Linear]], Mapping[str, str]] | None = None
+    limits: Callable[[Sequence[Linear], Sequence[Scheme]], Mapping[str, str]] | None = None
     packages: tuple[str, ...] = ()

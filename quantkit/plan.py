@@ -225,8 +225,9 @@ def warnings_of(claimed: Claimed, recipe: Recipe, format_name: str, decisions: M
 def unserved(output: Format, decisions: Mapping[str, Decision]) -> dict[str, list[str]]:
     """Engines that cannot load what is quantized in this format, by reason."""
     quantized = [decision.linear for decision in decisions.values() if decision.action == "quantize"]
+    schemes = list(dict.fromkeys(decision.scheme for decision in decisions.values() if decision.scheme))
     found: dict[str, list[str]] = {}
-    for engine, why in (output.limits(quantized) if output.limits else {}).items():
+    for engine, why in (output.limits(quantized, schemes) if output.limits else {}).items():
         found.setdefault(why, []).append(engine)
     return found
 

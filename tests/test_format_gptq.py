@@ -99,8 +99,12 @@ def test_what_has_no_place_is_refused_while_packing() -> None:
 @pytest.mark.parametrize(
     ("chosen", "one", "reason"),
     [
-        (scheme(bits=3), linear(), "vLLM and SGLang read GPTQ with 4-bit or 8-bit integers, found 3 bits"),
-        (scheme(kind="nf4"), linear(), "found nf4; use format dense"),
+        (
+            scheme(bits=3),
+            linear(),
+            "vLLM and SGLang read GPTQ with 4-bit or 8-bit integers, found 3 bits; use format gptq_v2",
+        ),
+        (scheme(kind="nf4"), linear(), "found nf4; use format bitsandbytes"),
         (
             scheme(symmetric=False),
             linear(),
@@ -186,7 +190,7 @@ def test_config_entry() -> None:
             [f"mlp.experts.{e}.{x}" for e in range(3) for x in ("gate_proj", "up_proj", "down_proj")]
         ],
     }
-    with pytest.raises(UsageError, match="room for one scheme, found 4 bits group 64, 4 bits group 128"):
+    with pytest.raises(UsageError, match="room for one scheme, found 4 bits group 128, 4 bits group 64"):
         gptq.FORMAT.quantization_config(Contents(schemes={"a": scheme(), "b": scheme(group=64)}, kept=[]))
 
 

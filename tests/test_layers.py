@@ -15,7 +15,7 @@ ROWS = (
     "__init__ errors",
     "contracts",
     "numerics/ storage/ anatomy engine_names rules",
-    "mixture fold layers",
+    "mixture fold layers gptq_tensors",
     "methods/ formats/ architectures/ document verify",
     "registry",
     "structure whole",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,6 +43,33 @@ def test_unpack_inverts_pack(data: st.DataObject, bits: int, axis: int) -> None:
     assert torch.equal(words.unpack(packed, bits, axis, order).long(), codes)
 
 
+def gptq_three_bits(codes: list[int]) -> list[int]:
+    """32 codes in three words as AutoGPTQ writes them, spelled out: ten, one across the end, ten, one across, ten."""
+    first = sum(codes[i] << 3 * i for i in range(11)) & 0xFFFFFFFF
+    second = codes[10] >> 2 | sum(codes[11 + i] << 3 * i + 1 for i in range(11)) & 0xFFFFFFFF
+    third = codes[21] >> 1 | sum(codes[22 + i] << 3 * i + 2 for i in range(10))
+    return [first, second, third]
+
+
+@given(st.lists(st.integers(0, 7), min_size=64, max_size=64))
+def test_three_bits_run_on_over_the_words(codes: list[int]) -> None:
+    packed = words.pack(torch.tensor([codes]), 3, axis=1)
+    assert [word & 0xFFFFFFFF for word in packed[0].tolist()] == gptq_three_bits(codes[:32]) + gptq_three_bits(
+        codes[32:]
+    )
+    assert words.unpack(packed, 3, axis=1)[0].tolist() == codes
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_compressed_tensors_packs_any_width_alike(bits: int, axis: Literal[0, 1]) -> None:
+    """Its codes are signed, with the middle of the range taken off."""
+    codes = torch.randint(0, 2**bits, (64, 96), generator=torch.Generator().manual_seed(bits))
+    packed = words.pack(codes, bits, axis)
+    assert torch.equal(packed, pack_to_int32((codes - 2 ** (bits - 1)).to(torch.int8), bits, packed_dim=axis))
+    assert torch.equal(words.unpack(packed, bits, axis).long(), codes)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(NumericsError, match="codes from 0 to 16 do not fit 4 bits"):
         words.pack(torch.tensor([[0] * 7 + [16]]), 4, axis=1)
@@ -47,7 +77,11 @@ def test_what_does_not_fit_is_refused() -> None:
         words.pack(torch.tensor([[0] * 7 + [-1]]), 4, axis=1)
     with pytest.raises(NumericsError, match="axis of 9 codes is no multiple of the 8 codes"):
         words.pack(torch.zeros(1, 9, dtype=torch.int64), 4, axis=1)
-    with pytest.raises(NumericsError, match="codes of 3 bits do not fill a 32-bit word"):
+    with pytest.raises(
+        NumericsError, match=r"axis of 8 codes is no multiple of the 32 codes in a 32-bit word \(3 words"
+    ):
         words.pack(torch.zeros(1, 8, dtype=torch.int64), 3, axis=1)
+    with pytest.raises(NumericsError, match="codes of 3 bits do not fill a 32-bit word"):
+        words.pack(torch.zeros(1, 32, dtype=torch.int64), 3, axis=1, order=tuple(range(32)))
     with pytest.raises(NumericsError, match="not a permutation of 0 .. 7"):
         words.pack(torch.zeros(1, 8, dtype=torch.int64), 4, axis=1, order=(0, 1, 2, 3, 4, 5, 6, 6))

@@ -53,7 +53,7 @@ def accepts(scheme: Scheme, linear: Linear) -> str | None:
     return None
 
 
-def limits(linears: Sequence[Linear]) -> dict[str, str]:
+def limits(linears: Sequence[Linear], schemes: Sequence[Scheme]) -> dict[str, str]:
     """Engines that do not load an artifact in which these linears are quantized, and why."""
     if not any(linear.role == "routed_expert" for linear in linears):
         return {}
