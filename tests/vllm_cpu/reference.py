@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dequantized import Stored
 from torch import Tensor
 from vllm_cpu.compare import Answer, Step
 
-from quantkit import sources, whole
-from quantkit.layers import skeleton
-from quantkit.recipe import parse
 from quantkit.storage import builtin
-from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.corpora import load_tokenizer
 
 TASKS = ("tiny-v3-math", "tiny-v3-code")
@@ -36,16 +33,6 @@ def prompts(count: int) -> list[tuple[str, str]]:
         items = [json.loads(line) for line in lines[: count // len(TASKS)]]
         found += [(item["task_id"], item["prompt"]) for item in items]
     return found
-
-
-def dequantized(artifact: Path) -> Any:
-    """The artifact as a transformers model of float32 weights, from the tensors on disk."""
-    recipe_path = artifact / "recipe.yaml"
-    recipe = parse(recipe_path.read_text(encoding="utf-8"), str(recipe_path), {})
-    (plan,) = sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))
-    schemes = {name: found.scheme for name, found in plan.decisions.items() if found.scheme is not None}
-    bones = skeleton(plan.source.config, torch.device("cpu"), torch.float32)
-    return whole.model(bones, plan.layout, whole.reader(Checkpoint.open(artifact), plan.format_name, schemes))
 
 
 def answer(model: Any, tokenizer: Any, task_id: str, prompt: str) -> Answer:
@@ -76,5 +63,5 @@ def step(token: int, logits: Tensor) -> Step:
 
 def answers(artifact: Path, count: int) -> list[Answer]:
     """The dequantized model's answers to `count` held-out prompts."""
-    model, tokenizer = dequantized(artifact), load_tokenizer(artifact)
+    model, tokenizer = Stored.open(artifact).model(), load_tokenizer(artifact)
     return [answer(model, tokenizer, task_id, prompt) for task_id, prompt in prompts(count)]

@@ -1,9 +1,9 @@
-"""Does vLLM load an artifact, and does it say what the dequantized model says? Run by `make test-vllm`.
+"""Does vLLM load our artifacts, and does it say what the dequantized models say? Run by `make test-vllm`.
 
-    PYTHONPATH=tests .venv/bin/python -m vllm_cpu.run .venv-vllm/bin/python [--artifact PATH]
+    PYTHONPATH=tests .venv/bin/python -m vllm_cpu.run .venv-vllm/bin/python [--only TEXT] [--artifact PATH ...]
 
-Builds the demo's artifact into a temporary folder unless one is given. Exits with 1 when vLLM fails or says something
-else.
+Builds the artifacts of cases.py into a temporary folder, or takes those that are given; asks vLLM and the dequantized
+model the same prompts, and prints one table. Exits with 1 when vLLM fails or says something else.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vllm_cpu.compare import compare, read_answers, write_answers
+from vllm_cpu.cases import NOT_RUN, REAL, Case, cases
+from vllm_cpu.compare import Comparison, compare, read_answers, write_answers
 
-RECIPE = "tiny-v3-awq4"
-PROMPTS = 20
+PROMPTS = {REAL: 10}
+"""Prompts per model; others are asked 20."""
 LOG_LINES = 30
 GENERATE = Path(__file__).parent / "generate.py"
+PLACE, REAL_FOLDER = Path("artifacts/vllm"), Path("artifacts/real")
 
 
 def say(line: str) -> None:
@@ -31,28 +33,33 @@ def say(line: str) -> None:
 
 
 def quietly(command: Sequence[str]) -> list[str]:
-    """Run a command and hand back the lines it printed; on failure the last of them are the message."""
+    """Run a command and hand back the lines it printed; RuntimeError with the last of them when it fails."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     lines = done.stdout.splitlines()
     if done.returncode != 0:
-        sys.exit("\n".join([*lines[-LOG_LINES:], f"{' '.join(command)}: exit code {done.returncode}"]))
+        raise RuntimeError("\n".join([*lines[-LOG_LINES:], f"{' '.join(command)}: exit code {done.returncode}"]))
     return lines
 
 
-def check(vllm_python: str, artifact: Path | None, folder: Path) -> bool:
-    """Build where no artifact is given, ask both models, compare, and print what was found."""
-    began = time.monotonic()
-    if artifact is None:
-        artifact = folder / RECIPE
-        target = f"output.path={artifact}"
-        quietly([sys.executable, "-m", "quantkit", "build", RECIPE, "--skip-evaluation", "--set", target])
-        say(f"built {RECIPE} in {time.monotonic() - began:.0f} s")
+def built(case: Case, folder: Path) -> Path:
+    """The artifact of a case, made by the command line as users make it."""
+    began, recipe = time.monotonic(), folder / f"{case.name}.yaml"
+    place = REAL_FOLDER if case.model == REAL else PLACE
+    place.mkdir(parents=True, exist_ok=True)
+    recipe.write_text(case.recipe(place.resolve(), folder / case.name), encoding="utf-8")
+    quietly([sys.executable, "-m", "quantkit", "build", str(recipe), "--skip-evaluation"])
+    say(f"{case.name}: built in {time.monotonic() - began:.0f} s")
+    return folder / case.name
+
+
+def check(vllm_python: str, artifact: Path, prompts: int, folder: Path) -> Comparison:
+    """Ask both models, compare, and print what was found."""
     from vllm_cpu import reference  # seconds of torch and transformers, after the build has had the memory
 
     began = time.monotonic()
     expected, found = folder / "reference.json", folder / "vllm.json"
-    write_answers(reference.answers(artifact, PROMPTS), expected)
-    say(f"dequantized model, transformers in float32: {PROMPTS} answers in {time.monotonic() - began:.0f} s")
+    write_answers(reference.answers(artifact, prompts), expected)
+    say(f"dequantized model, transformers in float32: {prompts} answers in {time.monotonic() - began:.0f} s")
     began = time.monotonic()
     log = quietly([vllm_python, str(GENERATE), str(artifact), str(expected), str(found)])
     told = next((line for line in reversed(log) if line.startswith("vLLM ")), "vLLM: no timing")
@@ -60,17 +67,54 @@ def check(vllm_python: str, artifact: Path | None, folder: Path) -> bool:
     result = compare(read_answers(expected), read_answers(found))
     for line in [*result.lines(), *(f"FAILED: {fault}" for fault in result.faults)]:
         say(line)
-    return not result.faults
+    return result
+
+
+def artifacts(given: Sequence[Path], only: str, folder: Path) -> Iterator[tuple[str, int, Path | Case]]:
+    """Name, number of prompts, and what is to be read: the artifacts given, else the cases that contain `only`."""
+    for path in given:
+        yield path.name, 20, path
+    for case in cases((REAL_FOLDER / REAL).exists()):
+        if not given and only in case.name:
+            yield case.name, PROMPTS.get(case.model, 20), case
+
+
+def row(name: str, result: Comparison | None, fault: str = "") -> str:
+    """A line of the table."""
+    if result is None:
+        return f"{name:<40}  not read: {fault}"
+    ties = sum(d.near_tie for d in result.differences)
+    equal = f"{result.answers - len(result.differences)} of {result.answers}"
+    verdict = "FAILED" if result.faults else "passed"
+    return f"{name:<40}  loaded  {equal:>9} equal  {ties:>2} near-ties  {result.moved:>6}  {verdict}"
 
 
 def main() -> None:
-    """Parse the command line and check one artifact."""
-    parser = argparse.ArgumentParser(description="Compare an artifact in vLLM with its dequantized weights.")
+    """Parse the command line, check every artifact, print the table."""
+    parser = argparse.ArgumentParser(description="Compare artifacts in vLLM with their dequantized weights.")
     parser.add_argument("vllm_python", help="Python of the environment that has vLLM")
-    parser.add_argument("--artifact", type=Path, help=f"an artifact; {RECIPE} is built when there is none")
+    parser.add_argument("--artifact", type=Path, nargs="+", default=[], help="artifacts; without, those of cases.py")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        sys.exit(0 if check(given.vllm_python, given.artifact, Path(folder)) else 1)
+    rows, failed = [], False
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for name, prompts, what in artifacts(given.artifact, given.only, folder):
+            result, fault = None, ""
+            try:
+                path = built(what, folder) if isinstance(what, Case) else what
+                result = check(given.vllm_python, path, prompts, folder)
+            except RuntimeError as error:
+                say(str(error))
+                fault = str(error).splitlines()[-2:][0]
+            failed |= result is None or bool(result.faults)
+            rows.append(row(name, result, fault))
+    rows += [f"{name:<40}  not run: {reason}" for name, reason in NOT_RUN.items()]
+    if not (REAL_FOLDER / REAL).exists():
+        rows.append(f"{REAL:<40}  not run: no {REAL_FOLDER / REAL}; `make real-model` makes it")
+    for line in ["", *rows]:
+        say(line)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
