@@ -261,12 +261,14 @@ class InputStats:
     """What calibration knows of one group input x: enough for AWQ, GPTQ and the report.
 
     gram = sum over tokens of x xT, [in, in] float32 (batched: [experts, in, in]); mean_abs = mean |x|, [in] float32
-    (batched: [experts, in]); n_tokens, a number per gram.
+    (batched: [experts, in]); n_tokens, a number per gram. cross = sum over tokens of (o - x) xT, shaped as the gram,
+    where o is the same input in the original model; None where nobody ran it beside.
     """
 
     gram: Tensor
     mean_abs: Tensor
     n_tokens: Tensor
+    cross: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

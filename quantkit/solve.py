@@ -64,7 +64,8 @@ def one(stats: InputStats | None, e: int) -> InputStats | None:
     if stats is None:
         return None
     e = e if len(stats.gram) > 1 else 0
-    return InputStats(gram=stats.gram[e], mean_abs=stats.mean_abs[e], n_tokens=stats.n_tokens[e])
+    cross = None if stats.cross is None else stats.cross[e]
+    return InputStats(gram=stats.gram[e], mean_abs=stats.mean_abs[e], n_tokens=stats.n_tokens[e], cross=cross)
 
 
 def solve(

@@ -24,16 +24,18 @@ def round_weight(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Ro
     """Ranges for the feedback to come, codes with errors fed back, then codes and scales improved in turn.
 
     weight [..., out, in] float32, scaled if the recipe's method scales; stats of the input it reads, gram
-    [..., in, in]. A row that ends above RTN's error under the gram takes RTN's codes, so an input that was never seen
-    (a gram of zeros) gives RTN. Raises NumericsError without statistics, or for a gram that is not finite or not
-    positive semi-definite.
+    [..., in, in]. With their cross the weight is corrected first, and what is rounded is the corrected one. A row that
+    ends above RTN's error under the gram takes RTN's codes, so an input that was never seen (a gram of zeros) gives
+    RTN. Raises NumericsError without statistics, or for a gram that is not finite or not positive semi-definite.
     """
-    from quantkit.numerics import affine, clip, refine, rounding  # torch starts when there is something to round
+    from quantkit.numerics import affine, clip, correct, refine, rounding  # torch starts when there is work for it
 
     if stats is None:
         raise NumericsError("gptq rounds by calibration statistics, found none; use method rtn for this linear")
     factor = rounding.feedback(stats.gram)
     damping = factor.damping
+    if stats.cross is not None:
+        weight = correct.corrected(weight, stats.cross, factor)
     fed = rounding.with_feedback(weight, factor, clip.weighted(weight, factor.own, scheme), scheme)
     del factor  # as large as the gram
     better = refine.improved(weight, refine.damped(stats.gram, damping), fed, scheme)

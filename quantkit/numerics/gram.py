@@ -27,6 +27,12 @@ def accumulate(gram: Tensor, abs_sum: Tensor, x: Tensor, weight: Tensor | None =
     products.add_symmetric(gram, x if weight is None else x * weight.float(), x)
 
 
+def accumulate_cross(cross: Tensor, x: Tensor, original: Tensor) -> None:
+    """Add tokens to cross [in, in] float32, sum of (o - x) x^T, in place: x and original [n, in]."""
+    x = x.float().T.contiguous()  # [n, in] -> [in, n]
+    cross.add_(products.times_transposed(original.float().T - x, x))
+
+
 def complete(gram: Tensor) -> Tensor:
     """A gram [..., in, in] to which everything was added, its lower triangle filled in; in place."""
     return products.mirror(gram)

@@ -1,0 +1,117 @@
+"""The correction for what earlier blocks did to the input, against least squares on activations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_numerics_rounding import correlated, scheme
+from torch import Tensor
+
+from quantkit import fold
+from quantkit.contracts import InputStats
+from quantkit.methods import gptq
+from quantkit.numerics import affine, correct, gram, rounding
+
+
+def changed(x: Tensor, size: float = 0.1, seed: int = 5) -> Tensor:
+    """The inputs as quantized blocks would make them: every token off by something that goes with the others."""
+    g = torch.Generator().manual_seed(seed)
+    width = x.shape[1]
+    return x + size * x @ torch.randn(width, width, generator=g) / width**0.5 + size * torch.randn(x.shape, generator=g)
+
+
+def stats_of(original: Tensor, x: Tensor) -> InputStats:
+    width = x.shape[1]
+    total, cross, absolute = torch.zeros(width, width), torch.zeros(width, width), torch.zeros(width)
+    for now, before in zip(x.split(70), original.split(70), strict=True):
+        gram.accumulate(total, absolute, now)
+        gram.accumulate_cross(cross, now, before)
+    counts = torch.tensor(len(x))
+    return InputStats(gram=gram.complete(total), mean_abs=absolute / len(x), n_tokens=counts, cross=cross)
+
+
+def output_loss(weight: Tensor, original: Tensor, stored: Tensor, x: Tensor) -> float:
+    """Squared distance of the outputs from those of the original model, in float64."""
+    return float((original.double() @ weight.double().T - x.double() @ stored.double().T).square().sum())
+
+
+def test_cross_is_the_sum_over_tokens() -> None:
+    _, original = correlated(4, 48)
+    x = changed(original)
+    o, q = original.double().numpy(), x.double().numpy()
+    found = stats_of(original, x).cross
+    assert found is not None
+    assert np.allclose(found.numpy(), (o - q).T @ q, rtol=1e-4, atol=1e-3 * np.abs((o - q).T @ q).max())
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_it_is_ridge_regression_on_the_changed_inputs(share: float) -> None:
+    weight, original = correlated(8, 192)  # more columns than one lazy batch
+    x = changed(original)
+    stats = stats_of(original, x)
+    assert stats.cross is not None
+    found = correct.corrected(weight, stats.cross, rounding.feedback(stats.gram), share)
+    o, q, w = (tensor.double().numpy() for tensor in (original, x, weight))
+    ridge = np.sqrt(0.01 * np.square(q).sum() / 192) * np.eye(192)
+    # W o is wanted of x; the ridge holds the weights near W
+    told = np.linalg.lstsq(np.vstack([q, ridge]), np.vstack([o @ w.T, ridge @ w.T]), rcond=None)[0].T
+    assert np.allclose(found.double().numpy() - w, share * (told - w), atol=2e-3 * np.abs(told - w).max())
+
+
+def test_inputs_that_did_not_change_and_inputs_never_seen_leave_the_weight() -> None:
+    weight, x = correlated(8, 64)
+    stats = stats_of(x, x)
+    assert stats.cross is not None
+    assert torch.equal(correct.corrected(weight, stats.cross, rounding.feedback(stats.gram)), weight)
+    blank = torch.zeros(64, 64)
+    assert torch.equal(correct.corrected(weight, blank, rounding.feedback(blank)), weight)
+
+
+def test_a_batch_is_its_matrices_and_may_share_a_gram() -> None:
+    _, original = correlated(8, 64)
+    stats = stats_of(original, changed(original))
+    assert stats.cross is not None
+    weight = torch.stack([correlated(8, 64, seed=s)[0] for s in (1, 2)])
+    factor = rounding.feedback(stats.gram)
+    shared = correct.corrected(weight, stats.cross, factor)
+    for e in range(2):
+        assert torch.allclose(shared[e], correct.corrected(weight[e], stats.cross, factor), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_gptq_with_the_cross_is_nearer_to_the_original_outputs(bits: int) -> None:
+    weight, original = correlated(64, 128, tokens=1000)
+    x, chosen = changed(original), scheme(bits, 64)
+    stats = stats_of(original, x)
+    blind = InputStats(gram=stats.gram, mean_abs=stats.mean_abs, n_tokens=stats.n_tokens)
+    seeing, without = (affine.dequantize(gptq.solve(weight, s, chosen), chosen) for s in (stats, blind))
+    assert output_loss(weight, original, seeing, x) < 0.7 * output_loss(weight, original, without, x)
+
+
+def test_scaling_the_input_and_correcting_go_in_any_order() -> None:
+    """But for the damping, which is a share of the diagonal that scaling changes."""
+    weight, original = correlated(8, 64, tokens=2000)
+    x = changed(original)
+    scale = torch.exp2(torch.randint(-1, 2, (64,), generator=torch.Generator().manual_seed(0)).float())
+    stats = stats_of(original, x)
+    assert stats.cross is not None
+    first = correct.corrected(weight, stats.cross, rounding.feedback(stats.gram)) * scale
+    wide = fold.rescaled_stats(stats, scale)
+    assert wide.cross is not None
+    second = correct.corrected(weight * scale, wide.cross, rounding.feedback(wide.gram))
+    apart, step = ((x @ (each / scale).T).square().sum() for each in (second - first, first - weight * scale))
+    assert float(apart) < 0.01 * float(step)
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    weight, original = correlated(256, 512, tokens=600)
+    stats, before, found = stats_of(original, changed(original)), torch.get_num_threads(), []
+    assert stats.cross is not None
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(correct.corrected(weight, stats.cross, rounding.feedback(stats.gram)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
