@@ -61,12 +61,13 @@ def test_signed_codes_are_stored_with_an_offset_of_eight() -> None:
     assert ct.FORMAT.dequantize(found, scheme(group=-1)).tolist() == [[-4, -3.5, 0, 0.5, 1, 1.5, 2, 2.5]]
 
 
-@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True)])
-@pytest.mark.parametrize("group", [32, 128, -1])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("group", [32, -1])
 def test_the_library_finds_the_same_weights(bits: int, symmetric: bool, group: int) -> None:
     """Unpacked by compressed-tensors itself, in float32 and so exactly; its group is made from our config.json."""
-    chosen, one = scheme(bits, group, symmetric), linear(out=40, width=256)
-    weight = torch.randn(40, 256, generator=torch.Generator().manual_seed(bits)) * 0.03
+    chosen, one = scheme(bits, group, symmetric), linear(out=96, width=256)
+    weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(bits)) * 0.03
     quantized = rtn.METHOD.solve(weight, None, chosen)
     tensors = ct.FORMAT.pack(quantized, chosen)
     dtypes = {torch.int32: "I32", torch.int64: "I64", torch.bfloat16: "BF16"}
@@ -97,9 +98,9 @@ def test_what_has_no_place_is_refused_while_packing() -> None:
 @pytest.mark.parametrize(
     ("chosen", "one", "reason"),
     [
-        (scheme(bits=3), linear(), "read compressed-tensors with 4-bit or 8-bit integers, found 3 bits"),
-        (scheme(kind="nf4"), linear(), "found nf4; use format dense"),
-        (scheme(bits=8, symmetric=False), linear(), "know zero points with 4 bits only, found 8 bits"),
+        (scheme(bits=9), linear(), "read compressed-tensors with 2 to 8 bits, found 9 bits; use format dense"),
+        (scheme(kind="nf4"), linear(), "found nf4; use format bitsandbytes"),
+        (scheme(bits=3, group=-1), linear(width=208), "256 x 208 features do not fill the words of 32 codes"),
         (scheme(group=16), linear(), "know group sizes 32, 64, 128 and -1, found 16"),
         (scheme(), linear(width=192), "no engine loads compressed-tensors with group_size 128 over 192 input features"),
         (scheme(symmetric=False), linear(out=12), "12 x 256 features do not fill the words of 8 codes"),
@@ -128,6 +129,21 @@ def test_what_engines_load_is_accepted(bits: int, symmetric: bool, group: int) -
     for role in ("attention", "mlp", "shared_expert"):
         assert ct.FORMAT.accepts(scheme(bits, group, symmetric), linear(role=role)) is None  # type: ignore[arg-type]
     assert ct.FORMAT.accepts(scheme(bits, group), linear(out=12, role="routed_expert")) is None
+
+
+@pytest.mark.parametrize(
+    ("chosen", "left"),
+    [
+        (scheme(), {"vLLM", "SGLang", "transformers"}),
+        (scheme(8), {"vLLM", "SGLang", "transformers"}),
+        (scheme(symmetric=False), {"vLLM", "SGLang", "transformers"}),
+        (scheme(8, symmetric=False), {"transformers"}),
+        (scheme(3), {"transformers"}),
+    ],
+)
+def test_who_does_not_read_it_is_told(chosen: Scheme, left: set[str]) -> None:
+    assert ct.FORMAT.accepts(chosen, linear()) is None and ct.FORMAT.limits is not None
+    assert set(ct.FORMAT.engines) - set(ct.FORMAT.limits([linear()], [chosen])) == left
 
 
 # ------------------------------------------------------------------------------------------------- config.json
@@ -207,6 +223,8 @@ CASES = {
     "llama": ("llama", "all-linear", "bits: 4, group_size: 64, symmetric: true"),
     "llama-channel-8": ("llama", "all-linear", "bits: 8, group_size: -1, symmetric: true"),
     "llama-asymmetric": ("llama", "all-linear", "bits: 4, group_size: 32, symmetric: false"),
+    "llama-3": ("llama", "all-linear", "bits: 3, group_size: 64, symmetric: true"),
+    "deepseek_v3-experts-6": ("deepseek_v3", "experts-only", "bits: 6, group_size: 32, symmetric: true"),
     "deepseek_v3-experts": ("deepseek_v3", "experts-only", "bits: 4, group_size: 64, symmetric: true"),
     "deepseek_v3-all": (
         "deepseek_v3",

@@ -1,8 +1,8 @@
-"""compressed-tensors, "pack-quantized": integer codes of 4 or 8 bits beside ordinary BF16 weights (FORMATS.md, 3).
+"""compressed-tensors, "pack-quantized": integer codes of 2 to 8 bits beside ordinary BF16 weights (FORMATS.md, 3).
 
-    weight_packed      [out, in / per_word] int32    sequential codes, lowest first; not transposed
+    weight_packed      [out, in * bits / 32] int32    sequential codes, lowest first; not transposed
     weight_scale       [out, n_groups] float16 or bfloat16
-    weight_zero_point  [out / per_word, n_groups] int32    asymmetric only; packed along `out`
+    weight_zero_point  [out * bits / 32, n_groups] int32    asymmetric only; packed along `out`
     weight_shape       [2] int64    out, in
 
 Beside them may lie linears of an FP8 source, "float-quantized" and bit for bit:
@@ -10,13 +10,15 @@ Beside them may lie linears of an FP8 source, "float-quantized" and bit for bit:
     weight        [out, in] float8_e4m3fn
     weight_scale  [ceil(out / 128), ceil(in / 128)] float32    the source's weight_scale_inv under another name
 
-Read by vLLM, SGLang and transformers (with the package compressed-tensors), the experts of symmetric mixtures included.
+Read by vLLM, SGLang and transformers (with the package compressed-tensors), the experts of symmetric mixtures included;
+widths other than 4 and 8 bits, and zero points of other than 4, by transformers alone.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from math import gcd
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme, TensorSpec
@@ -26,16 +28,17 @@ from quantkit.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-BITS = (4, 8)
+BITS = range(2, 9)
+SERVED_BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128, -1)
 """What the Marlin kernels of vLLM and SGLang know; others fall to slow kernels or fail."""
 SCALE_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
 FP8_BLOCK = 128
 
 
-def per_word(scheme: Scheme) -> int:
-    """Codes in one 32-bit word."""
-    return 32 // scheme.bits
+def per_run(scheme: Scheme) -> int:
+    """Codes in the shortest run that ends with a 32-bit word."""
+    return 32 // gcd(scheme.bits, 32)
 
 
 def accepts(scheme: Scheme, linear: Linear) -> str | None:
@@ -47,10 +50,10 @@ def scheme_fault(scheme: Scheme) -> str | None:
     """Why no linear of this scheme can be stored."""
     if scheme.kind != "int" or scheme.bits not in BITS:
         found = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
-        use = "format dense to study it" if scheme.kind == "int" else "format bitsandbytes"
-        return f"vLLM and SGLang read compressed-tensors with 4-bit or 8-bit integers, found {found}; use {use}"
-    if not scheme.symmetric and scheme.bits != 4:
-        return f"vLLM's kernels know zero points with 4 bits only, found {scheme.bits} bits; use symmetric: true"
+        use = "dense to study it" if scheme.kind == "int" else "bitsandbytes"
+        return (
+            f"vLLM, SGLang and transformers read compressed-tensors with 2 to 8 bits, found {found}; use format {use}"
+        )
     if scheme.group_size not in GROUP_SIZES:
         return (
             "the compressed-tensors kernels of vLLM and SGLang know group sizes 32, 64, 128 and -1, found "
@@ -66,7 +69,7 @@ def scheme_fault(scheme: Scheme) -> str | None:
 
 def linear_fault(scheme: Scheme, linear: Linear) -> str | None:
     """Why this linear cannot be stored in a scheme that others can."""
-    count = per_word(scheme)
+    count = per_run(scheme)
     if linear.role in PROTECTED_ROLES:
         return f"vLLM and SGLang build this {linear.role.replace('_', ' ')} without codes and find no weight; keep it"
     if linear.role == "routed_expert" and not scheme.symmetric:
@@ -89,13 +92,23 @@ def linear_fault(scheme: Scheme, linear: Linear) -> str | None:
     return None
 
 
+def limits(linears: Sequence[Linear], schemes: Sequence[Scheme]) -> dict[str, str]:
+    """Engines that do not load an artifact in which these linears are quantized so, and why."""
+    servers = ("vLLM", "SGLang")
+    if any(scheme.bits not in SERVED_BITS for scheme in schemes):
+        return dict.fromkeys(servers, "no kernels for compressed-tensors but of 4 or 8 bits")
+    if any(not scheme.symmetric and scheme.bits != 4 for scheme in schemes):
+        return dict.fromkeys(servers, "no kernels for zero points but with 4 bits")
+    return {}
+
+
 def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
     """weight_packed, weight_scale, weight_zero_point if asymmetric, and weight_shape of one linear, with full names."""
-    out, groups, count = linear.out_features, scheme.groups(linear.in_features), per_word(scheme)
+    out, groups, bits = linear.out_features, scheme.groups(linear.in_features), scheme.bits
     dtype, name = SCALE_DTYPES[scheme.scale_dtype], f"{linear.name}.weight"
-    zero = TensorSpec(name=f"{name}_zero_point", dtype="I32", shape=(out // count, groups))
+    zero = TensorSpec(name=f"{name}_zero_point", dtype="I32", shape=(out * bits // 32, groups))
     return (
-        TensorSpec(name=f"{name}_packed", dtype="I32", shape=(out, linear.in_features // count)),
+        TensorSpec(name=f"{name}_packed", dtype="I32", shape=(out, linear.in_features * bits // 32)),
         TensorSpec(name=f"{name}_scale", dtype=dtype, shape=(out, groups)),
         *(() if scheme.symmetric else (zero,)),
         TensorSpec(name=f"{name}_shape", dtype="I64", shape=(2,)),
@@ -117,13 +130,13 @@ def pack(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
             f"{'without' if quantized.zero is None else 'with'} zero points; method and scheme must agree"
         )
     found = {
-        "weight_packed": words.pack(quantized.codes, scheme.bits, axis=1),  # [out, in] -> [out, in / per_word]
+        "weight_packed": words.pack(quantized.codes, scheme.bits, axis=1),  # [out, in] -> [out, in * bits / 32]
         "weight_scale": quantized.scale.contiguous(),
     }
     if quantized.zero is not None:
         found["weight_zero_point"] = words.pack(
             quantized.zero, scheme.bits, axis=0
-        )  # [out, ...] -> [out / per_word, ...]
+        )  # [out, ...] -> [out * bits / 32, ...]
     return {**found, "weight_shape": torch.tensor(quantized.codes.shape, dtype=torch.int64)}
 
 
@@ -132,7 +145,7 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
     from quantkit.numerics import affine, words
 
     zero = None if scheme.symmetric else words.unpack(tensors["weight_zero_point"], scheme.bits, axis=0)
-    codes = words.unpack(tensors["weight_packed"], scheme.bits, axis=1)  # [out, in / per_word] -> [out, in]
+    codes = words.unpack(tensors["weight_packed"], scheme.bits, axis=1)  # [out, in * bits / 32] -> [out, in]
     return affine.dequantize(Quantized(codes=codes, scale=tensors["weight_scale"], zero=zero), scheme)
 
 
@@ -237,6 +250,7 @@ FORMAT = Format(
     one_scheme=True,
     fp8_scale="weight_scale",
     accepts_fp8=accepts_fp8,
+    limits=limits,
     engines={
         "vLLM": "vllm serve {path}",
         "SGLang": "python -m sglang.launch_server --model-path {path}",
