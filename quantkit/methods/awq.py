@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 TEMPORARIES = 8
 """float32 values per weight of one group that the range search holds at its peak."""
-SEARCHED_ROWS = 256
-"""Rows of a matrix that the scale search works on at once (numerics.gram.ROWS)."""
+SEARCHED_ROWS = 128
+"""Rows of a matrix that judge a scale (numerics.rescale.JUDGES)."""
 
 
 def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized:
@@ -52,12 +52,11 @@ def workspace_bytes(out_features: int, in_features: int, group_size: int) -> int
     """Most bytes that `solve` or `error` hold for one matrix beside its weight, its gram and the result.
 
     solve: the error of the whole matrix and TEMPORARIES values per weight of the group being searched; rounding
-    afterwards needs no more. error: TEMPORARIES + 2 copies of SEARCHED_ROWS rows, and the gram's diagonal blocks twice.
+    afterwards needs no more. error: TEMPORARIES copies of SEARCHED_ROWS rows.
     """
     group = in_features if group_size == -1 else group_size
     solving = out_features * in_features + TEMPORARIES * out_features * group
-    rows = min(out_features, SEARCHED_ROWS)
-    searching = (TEMPORARIES + 2) * rows * in_features + 2 * group * in_features
+    searching = TEMPORARIES * min(out_features, SEARCHED_ROWS) * in_features
     return 4 * max(solving, searching)
 
 
