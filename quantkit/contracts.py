@@ -311,8 +311,7 @@ class Method:
 class Contents:
     """What an artifact holds, for the format's entry in config.json.
 
-    schemes: the scheme of each quantized linear; kept: linears that are not; fp8: those of `kept` that stay in the
-    source's FP8 blocks of `fp8_block` rows and columns, bit for bit.
+    schemes: of each quantized linear; kept: the others; fp8: those of `kept` in FP8 blocks of `fp8_block` x `fp8_block`.
     """
 
     schemes: Mapping[str, Scheme]
