@@ -311,7 +311,7 @@ class Method:
 class Contents:
     """What an artifact holds, for the format's entry in config.json.
 
-    schemes: of each quantized linear; kept: the others; fp8: those of `kept` in FP8 blocks of `fp8_block` x `fp8_block`.
+    schemes: of each quantized linear; kept: the others; fp8: those of `kept` in FP8 blocks, `fp8_block` by `fp8_block`.
     """
 
     schemes: Mapping[str, Scheme]
