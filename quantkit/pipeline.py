@@ -27,7 +27,7 @@ from quantkit.evaluate.samples import pairs_to_parquet
 from quantkit.evidence import TextName
 from quantkit.layers import skeleton
 from quantkit.plan import Plan
-from quantkit.report import card, gates
+from quantkit.report import card, gates, html
 from quantkit.report.schema import Fidelity, Text
 from quantkit.schema import Recipe
 from quantkit.storage import builtin, corpora, hub
@@ -221,7 +221,7 @@ def scratch(folder: Path) -> Iterator[Path]:
 
 
 def write_evidence(plan: Plan, folder: Path, report: Fidelity, measured: Measured | None, compared: Compared) -> None:
-    """fidelity.json, the model card, plan.json and the samples."""
+    """fidelity.json, the model card, plan.json, the samples, and the page made of what was written."""
     if measured or compared.pairs:
         (folder / "quantkit" / "samples").mkdir(exist_ok=True)
     write_atomic(folder / "quantkit" / "fidelity.json", report.to_json().encode())
@@ -231,6 +231,7 @@ def write_evidence(plan: Plan, folder: Path, report: Fidelity, measured: Measure
         tokens_to_parquet(measured, folder / "quantkit" / "samples" / "tokens.parquet")
     if compared.pairs:
         pairs_to_parquet(compared.pairs, folder / "quantkit" / "samples" / "benchmarks.parquet")
+    write_atomic(folder / html.HTML, html.page(folder).encode())
 
 
 def write_timings(folder: Path, built: Built, clock: Clock) -> None:

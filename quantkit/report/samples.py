@@ -1,0 +1,164 @@
+"""What an artifact's samples add to its report: how KL is spread over the tokens, and the items that changed.
+
+Read from quantkit/samples/*.parquet alone; a sample that was not taken is None or empty.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import ArtifactError
+
+TOKENS = "quantkit/samples/tokens.parquet"
+BENCHMARKS = "quantkit/samples/benchmarks.parquet"
+
+FLOOR = -9.0  # log10 of a KL that float32 logits cannot tell from 0
+BINS_PER_DECADE = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """Tokens per bin of log10(KL), domain by domain. The first bin also holds everything below it."""
+
+    start: float
+    step: float
+    counts: Mapping[str, tuple[int, ...]]
+    not_finite: int
+
+    @property
+    def bins(self) -> int:
+        """Bins of every domain."""
+        return max(map(len, self.counts.values()), default=0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all bins."""
+        return sum(map(sum, self.counts.values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What one model said to one item, and what came of it."""
+
+    text: str
+    score: float
+    outcome: str
+    n_tokens: int
+    truncated: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changed:
+    """An item whose score differs between source and artifact."""
+
+    task: str
+    item: int
+    prompt: str
+    target: str
+    source: Answer
+    artifact: Answer
+
+    @property
+    def lost(self) -> bool:
+        """The artifact scores less than the source."""
+        return self.artifact.score < self.source.score
+
+    @property
+    def divergence(self) -> int:
+        """The first character at which the answers differ; the length of both when they are equal."""
+        return len(os.path.commonprefix([self.source.text, self.artifact.text]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """All that the report shows beyond fidelity.json."""
+
+    histogram: Histogram | None = None
+    changed: tuple[Changed, ...] = ()  # regressions first
+    reworded: int = 0  # items whose answers differ and whose outcome does not
+    items: int = 0
+
+
+def read_samples(artifact: Path, filters: Mapping[str, str]) -> Samples:
+    """The samples in an artifact's folder; `filters`: task -> the filter it is scored by.
+
+    Raises ArtifactError for a file that is not what quantkit wrote.
+    """
+    histogram = _histogram(artifact / TOKENS) if (artifact / TOKENS).is_file() else None
+    if not (artifact / BENCHMARKS).is_file():
+        return Samples(histogram=histogram)
+    names = ["task", "filter", "doc_id", "prompt", "target"]
+    names += [f"{who}_{name}" for who in ("base", "quant") for name in ("response", "score", "outcome")]
+    names += [f"{who}_{name}" for who in ("base", "quant") for name in ("n_tokens", "truncated")]
+    rows: list[dict[str, Any]] = _read(artifact / BENCHMARKS, names).to_pylist()
+    present = {row["task"]: row["filter"] for row in reversed(rows)}  # its first filter
+    known = {(row["task"], row["filter"]) for row in rows}
+    chosen = {task: name if (task, name := filters.get(task, "")) in known else present[task] for task in present}
+    mine = [row for row in rows if row["filter"] == chosen[row["task"]]]
+    scored = [row for row in mine if row["base_score"] is not None and row["quant_score"] is not None]
+    same = [row for row in scored if row["base_score"] == row["quant_score"]]
+    changed = [_changed(row) for row in scored if row["base_score"] != row["quant_score"]]
+    return Samples(
+        histogram=histogram,
+        changed=tuple(sorted(changed, key=lambda item: (not item.lost, item.task, item.item))),
+        reworded=sum(row["base_response"] != row["quant_response"] for row in same),
+        items=len(scored),
+    )
+
+
+def _histogram(path: Path) -> Histogram:
+    import numpy as np
+
+    table = _read(path, ["domain", "kl"])
+    kl = table["kl"].to_numpy().astype(np.float64)
+    domains: Sequence[str] = table["domain"].to_pylist()
+    finite = np.isfinite(kl)
+    logs = np.log10(np.maximum(kl, 10**FLOOR), where=finite, out=np.full(len(kl), FLOOR))
+    highest = float(logs[finite].max()) if finite.any() else FLOOR
+    bins = max(1, ceil((highest - FLOOR) * BINS_PER_DECADE + 1e-9))
+    place = np.minimum(((logs - FLOOR) * BINS_PER_DECADE).astype(int), bins - 1)
+    counts = {}
+    for domain in sorted(set(domains)):
+        picked = finite & np.array([name == domain for name in domains])
+        counts[domain] = tuple(int(n) for n in np.bincount(place[picked], minlength=bins))
+    return Histogram(start=FLOOR, step=1 / BINS_PER_DECADE, counts=counts, not_finite=int((~finite).sum()))
+
+
+def _changed(row: Mapping[str, Any]) -> Changed:
+    return Changed(
+        task=row["task"],
+        item=row["doc_id"],
+        prompt=row["prompt"],
+        target=row["target"],
+        source=_answer(row, "base"),
+        artifact=_answer(row, "quant"),
+    )
+
+
+def _answer(row: Mapping[str, Any], who: str) -> Answer:
+    return Answer(
+        text=row[f"{who}_response"],
+        score=row[f"{who}_score"],
+        outcome=row[f"{who}_outcome"],
+        n_tokens=row[f"{who}_n_tokens"],
+        truncated=row[f"{who}_truncated"],
+    )
+
+
+def _read(path: Path, columns: Sequence[str]) -> Any:
+    import pyarrow as arrow  # heavy
+    import pyarrow.parquet as parquet
+
+    try:
+        table = parquet.read_table(path)
+        return table.select(list(columns))
+    except (OSError, KeyError, arrow.ArrowException) as fault:
+        raise ArtifactError(
+            f"{path}: expected samples with the columns {', '.join(columns)}, found: {str(fault)[:200]}; pull or "
+            "build the artifact again"
+        ) from None
