@@ -84,7 +84,8 @@ def stored_as(
     entry = checkpoint.config.values.get("quantization_config")
     if not isinstance(entry, dict):
         return None, {}
-    name = str(entry.get("quant_method")).replace("-", "_")
+    # gptq and gptq_v2 share the method's name
+    name = str(entry.get("checkpoint_format") or entry.get("quant_method")).replace("-", "_")
     registry.require(name)
     try:
         modules = mapping(manifest, "modules", path)

@@ -14,6 +14,7 @@ from test_contracts import build
 from test_format_awq import linear
 from test_format_gptq import M_WORDS, M, as_numpy
 
+import quantkit
 from quantkit import sources
 from quantkit.contracts import Contents, Linear, Quantized, Scheme
 from quantkit.errors import NumericsError, UsageError
@@ -147,12 +148,14 @@ def test_an_artifact_of_three_bits(tmp_path: Path) -> None:
     assert (entry["bits"], entry["sym"], entry["checkpoint_format"]) == (3, False, "gptq_v2")
     packed = [full.removesuffix(".qweight") for full in stored if full.endswith(".qweight")]
     assert len(packed) == 14
+    loaded = quantkit.load(outcome.path, device="cpu", dtype="float32")
     for module in packed:
         tensors = as_numpy({x: stored[f"{module}.{x}"] for x in ("qweight", "qzeros", "scales", "g_idx")})
         original = source.read([f"{module}.weight"])[f"{module}.weight"].double().numpy()
         step = tensors["scales"].astype(np.float64)[tensors["g_idx"]].T
         # the zero point is rounded too: the end of a range may lie half a step outside
         assert (np.abs(unpacked(tensors, 3) - original) <= 1.03 * step).all(), module
+        assert np.array_equal(loaded.get_submodule(module).weight.detach().numpy(), unpacked(tensors, 3)), module
 
 
 def plan_of(folder: Path, **keys: str) -> Plan:
