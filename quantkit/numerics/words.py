@@ -50,8 +50,8 @@ def pack(codes: Tensor, bits: int, axis: int, order: Sequence[int] | None = None
     """
     order = slots(bits, order)
     if codes.shape[axis] % len(order):
-        words = f"a 32-bit word{'' if WORD_BITS % bits == 0 else f' ({bits} words)'}"
-        raise NumericsError(f"axis of {codes.shape[axis]} codes is no multiple of the {len(order)} codes in {words}")
+        run = "a 32-bit word" if WORD_BITS % bits == 0 else f"{bits} 32-bit words"
+        raise NumericsError(f"axis of {codes.shape[axis]} codes is no multiple of the {len(order)} codes in {run}")
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >> bits):
         raise NumericsError(f"codes from {int(codes.min())} to {int(codes.max())} do not fit {bits} bits")
     runs = codes.movedim(axis, -1).unflatten(-1, (-1, len(order)))  # [..., n] -> [..., runs, codes of a run]
@@ -60,9 +60,7 @@ def pack(codes: Tensor, bits: int, axis: int, order: Sequence[int] | None = None
     for slot, code in enumerate(order):
         word, shift = divmod(slot * bits, WORD_BITS)
         value = runs[..., code].to(torch.int32)
-        words[..., word] |= (
-            value << shift
-        )  # what leaves the word at its top is cut off, into the sign bit as engines do
+        words[..., word] |= value << shift  # what leaves a word at its top is cut off; the sign is its last bit
         if shift + bits > WORD_BITS:
             words[..., word + 1] |= value >> WORD_BITS - shift
     return words.flatten(-2).movedim(-1, axis).contiguous()  # [..., runs, words] -> [..., words]
