@@ -16,7 +16,7 @@ from test_format_compressed_tensors import unpacked
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quantkit import pipeline, registry, sources, whole, work
+from quantkit import loading, pipeline, registry, sources, whole, work
 from quantkit.contracts import Config
 from quantkit.errors import NumericsError, RecipeError
 from quantkit.layers import skeleton
@@ -106,6 +106,8 @@ def test_transformers_loads_codes_beside_fp8(rules: str, tmp_path: Path) -> None
     plain = "{method: rtn, bits: 4, group_size: 64, symmetric: true}"
     outcome = build(folder, tmp_path / "a", rules=rules, quantize=plain)
     ours = unpacked(outcome.path)
+    own = loading.load(outcome.path, device="cpu", dtype="float32").state_dict()
+    assert all(torch.equal(own[key], value) for key, value in ours.state_dict().items())
     theirs: Any
     theirs, told = AutoModelForCausalLM.from_pretrained(
         outcome.path, dtype=torch.float32, output_loading_info=True, use_safetensors=True

@@ -135,6 +135,13 @@ def test_worst_modules_come_first_and_the_rest_is_counted() -> None:
     assert len(tables.worst_modules(example({"modules": modules}), limit=200).rows) == 200
 
 
+def test_a_method_that_is_its_rounding_is_named_once() -> None:
+    pairs = (("gptq", "gptq"), ("awq", "gptq"), ("awq", "nearest"))
+    modules = [Module(name="m", rule="r", method=method, rounding=rounding, scheme="s") for method, rounding in pairs]
+    told = [tables.worst_modules(example({"modules": [module]})).rows[0][1] for module in modules]
+    assert told == ["gptq", "awq+gptq", "awq+nearest"]
+
+
 def test_a_card_stays_under_its_limit_whatever_the_names_are() -> None:
     long = "a|b<c`*\\ " * 400
     wide = gates.judged(

@@ -123,7 +123,7 @@ def worst_modules(fidelity: Fidelity, limit: int = WORST) -> Table:
     rows = tuple(
         (
             row.name,
-            f"{row.method}+{row.rounding}" if row.rounding else str(row.method),
+            f"{row.method}+{row.rounding}" if row.rounding not in (None, row.method) else str(row.method),
             numbers.percent(row.relative_error),
             numbers.MISSING if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
             numbers.percent(row.output_relative_error),
