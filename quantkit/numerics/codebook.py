@@ -7,6 +7,7 @@ code is the number of midpoints between neighbouring values that lie below weigh
 from __future__ import annotations
 
 import logging
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -79,6 +80,7 @@ def by_kernel(weight: Tensor) -> tuple[Tensor, Tensor]:
     return pairs.reshape(-1, BLOCK), state.absmax
 
 
+@cache  # asked for twice per matrix
 def library(part: str) -> Any:
     """bitsandbytes.functional or bitsandbytes.nn; heavy, so imported where it is used.
 
@@ -95,8 +97,8 @@ def library(part: str) -> Any:
 
 def pair(codes: Tensor) -> Tensor:
     """Two codes in a byte, the first in its high bits: [..., out, in] uint8 -> [n / 2, 1] uint8, row behind row."""
-    halves = codes.reshape(-1, 2)
-    return ((halves[:, 0] << 4) | halves[:, 1]).unsqueeze(1)
+    both = codes.reshape(-1).view(torch.int16)  # [n / 2], the first code in the low byte; faster than every second byte
+    return ((both << 4) | (both >> 8)).to(torch.uint8).unsqueeze(1)
 
 
 def mean(values: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from quantkit.numerics import products
 
 ROWS = 256
 """Rows of a weight that are worked on at once, so that temporaries stay small beside the Gram matrix."""
+ENERGY_WEIGHTS = 1 << 17
+"""Weights of a difference that are held at once: fresh memory costs more than the sum (storage.machine)."""
 
 
 def accumulate(gram: Tensor, abs_sum: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
@@ -78,11 +80,18 @@ def sqnr_db(weight: Tensor, approximation: Tensor) -> Tensor:
 
     Infinite where nothing is lost, a matrix of zeros included.
     """
-    noise = energy(weight - approximation)
+    noise = energy(weight, approximation)
     return 10 * torch.log10(energy(weight) / noise).masked_fill(noise == 0, torch.inf)
 
 
-def energy(weight: Tensor) -> Tensor:
-    """||W||^2 of weight [..., out, in]: [...] float64. A row is summed in float32, the rows in float64."""
-    rows: Tensor = torch.linalg.vector_norm(weight, dim=-1)  # [..., out, in] -> [..., out]
+def energy(weight: Tensor, approximation: Tensor | None = None) -> Tensor:
+    """||W||^2 of weight [..., out, in], or ||W - Q||^2: [...] float64. A row is summed in float32, rows in float64."""
+    count = max(1, ENERGY_WEIGHTS // max(1, weight.shape[-1]))
+    pieces = weight.flatten(end_dim=-2).split(count)  # [..., out, in] -> [count, in]
+    if approximation is not None:
+        others = approximation.flatten(end_dim=-2).split(count)
+        norms = [torch.linalg.vector_norm(piece - other, dim=-1) for piece, other in zip(pieces, others)]
+    else:
+        norms = [torch.linalg.vector_norm(piece, dim=-1) for piece in pieces]
+    rows: Tensor = torch.cat(norms).reshape(weight.shape[:-1])  # [count] -> [..., out]
     return rows.double().square().sum(dim=-1)
