@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,8 +28,8 @@ from quantkit.plan import Plan
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.corpora import Tokens
 from quantkit.storage.prefetch import ReadAhead
-from quantkit.storage.spool import Spool, SpoolDtype
-from quantkit.streams import Routing, Stream, StreamName, by_length, chunks, moved, scratch, start
+from quantkit.storage.spool import Spool
+from quantkit.streams import Routing, Stream, StreamName, by_length, chunks, moved, scratch, spool_dtype, start
 from quantkit.work import BlockRecord, Job, Work
 
 Request = tuple[str, ...]
@@ -63,9 +63,11 @@ def build(
     folder: Path,
     device: torch.device,
     dtype: torch.dtype,
+    learning: torch.dtype,
 ) -> Generator[Progress, None, Built]:
     """Quantize a model into the sink of each plan, with hidden states in `folder`; returns the streams for the figures.
 
+    `learning` is the dtype of the calibration stream, `dtype` that of the streams behind the figures.
     The plans differ in their format alone. Raises CheckpointError for weights that cannot be used and NumericsError
     when a fold changes a block's output.
     """
@@ -75,6 +77,7 @@ def build(
         job = Job(
             plan=plan,
             skeleton=bones,
+            learning=replace(bones, dtype=learning),
             activation=ACT2FN[getattr(bones.config, "hidden_act", "silu")],  # of experts; who has some has the key
             formats=tuple(each.format for each in plans),
             sinks=tuple(sinks),
@@ -107,7 +110,7 @@ def quantize_block(job: Job, block: Block, streams: Streams, record: BlockRecord
     work = Work(job=job, block=block, streams=streams, targets=targets, record=record)
     layer, tap = decoder_layer(job.skeleton, block, tensors)
     reference = dense.reference_pass(work, layer, tap)
-    learned = dense.learn(work, layer, tap, work.calibration) if work.calibration else None
+    learned = dense.learn(work, tensors, dense.sampled(work, layer, tap)) if work.calibration else None
     del layer, tap
     found = routed.Survey()
     for share in routed.survey(work, tensors, learned, reference, found):
@@ -207,8 +210,13 @@ def embed(job: Job, texts: Texts, folder: Path) -> Streams:
     ((name, weight),) = next(job.reads).items()
     job.keep(name, weight)
     routed_experts = any(block.experts for block in job.plan.layout.blocks)
-    dtype: SpoolDtype = "float32" if job.skeleton.dtype == torch.float32 else "bfloat16"
+    dtypes: dict[StreamName, torch.dtype] = {"calibration": job.learning.dtype, "original": job.learning.dtype}
     texts_of: dict[StreamName, Tokens] = {"calibration": texts["calibration"]} if job.plan.needs_calibration else {}
+    if job.plan.needs_calibration and job.plan.recipe.propagate == "both":
+        texts_of["original"] = texts["calibration"]
     if job.plan.recipe.fidelity:
         texts_of |= {"reference": texts["fidelity"], "quantized": texts["fidelity"]}
-    return {n: start(n, by_length(t), weight, folder, routed_experts, dtype) for n, t in texts_of.items()}
+    return {
+        n: start(n, by_length(t), weight, folder, routed_experts, spool_dtype(dtypes.get(n, job.skeleton.dtype)))
+        for n, t in texts_of.items()
+    }

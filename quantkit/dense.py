@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,35 +11,42 @@ from torch import Tensor, nn
 from quantkit import fold
 from quantkit.contracts import InputStats, LinearGroup, Rescale, Scheme
 from quantkit.experts import tokens_per_expert
-from quantkit.layers import ExpertTap, decoder_layer, relative, run
+from quantkit.layers import ExpertTap, Routed, Skeleton, decoder_layer, observing, relative, run
 from quantkit.numerics import gram as grams
 from quantkit.solve import solve
-from quantkit.streams import Routing, Stream, StreamName, through
+from quantkit.streams import Routing, StreamName, step, through
 from quantkit.work import Work
 
 Tensors = Mapping[str, Tensor]
 
 
+SAMPLE_TOKENS = 512
+"""Calibration tokens that show whether folding changed anything; a sequence that is longer stands whole."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """The first calibration batch at a block: it shows whether folding changed anything.
+    """The first calibration sequences at a block, run in the precision of the figures, not in calibration's.
 
-    rows [tokens, hidden] go in, `out` comes out without routed experts; `seen` and `routing` is what the router asked.
+    rows [tokens, hidden] go in, `out` comes out without routed experts; `asked` is what the router asked of those.
     """
 
     rows: Tensor
     lengths: tuple[int, ...]
     out: Tensor
-    seen: Tensor | None
-    routing: Routing | None
+    asked: Routed | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
-    """What the calibration stream told of a block before its experts ran."""
+    """What the calibration stream told of a block before its experts ran.
+
+    `original` is what the router decided for the same text in the original model, None where that does not run beside.
+    """
 
     stats: Mapping[str, InputStats]  # by group name
     routing: Routing | None
+    original: Routing | None = None
     sample: Sample
     expert_tokens: tuple[int, ...]
 
@@ -58,20 +65,23 @@ class Folded:
 class GramSum:
     """A running sum of the statistics of one group input."""
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, width: int, device: torch.device, crossed: bool = False) -> None:
         self.gram = torch.zeros(width, width, device=device)
+        self.cross = torch.zeros_like(self.gram) if crossed else None
         self.abs_sum = torch.zeros(width, device=device)
         self.tokens = 0
 
-    def add(self, rows: Tensor) -> None:
-        """Add tokens [n, in]."""
+    def add(self, rows: Tensor, original: Tensor | None = None) -> None:
+        """Add tokens [n, in], with what the original model has in their place."""
         grams.accumulate(self.gram, self.abs_sum, rows)
+        if self.cross is not None and original is not None:
+            grams.accumulate_cross(self.cross, rows, original)
         self.tokens += len(rows)
 
     def stats(self) -> InputStats:
         """The statistics of all tokens, once they were added."""
-        mean = self.abs_sum / max(self.tokens, 1)
-        return InputStats(gram=grams.complete(self.gram), mean_abs=mean, n_tokens=torch.tensor(self.tokens))
+        gram, mean = grams.complete(self.gram), self.abs_sum / max(self.tokens, 1)
+        return InputStats(gram=gram, mean_abs=mean, n_tokens=torch.tensor(self.tokens), cross=self.cross)
 
 
 def reference_pass(work: Work, layer: nn.Module, tap: ExpertTap | None) -> Routing | None:
@@ -82,35 +92,57 @@ def reference_pass(work: Work, layer: nn.Module, tap: ExpertTap | None) -> Routi
     return through(work.job.skeleton, layer, tap, stream, work.targets["reference"], stream.seen)
 
 
-def learn(work: Work, layer: nn.Module, tap: ExpertTap | None, stream: Stream) -> Learned:
-    """Run the original dense part over the calibration stream and sum the grams of the groups to be quantized."""
-    groups = work.quantized_groups()
+def sampled(work: Work, layer: nn.Module, tap: ExpertTap | None) -> Sample:
+    """Run the original dense part over the first calibration sequences."""
+    stream = work.streams["calibration"]
+    longest = stream.batches[0].lengths
+    lengths = longest[: max(1, SAMPLE_TOKENS // longest[0])]
+    rows = stream.hidden.read(0, sum(lengths))
+    out, valid = run(work.job.skeleton, layer, rows, lengths)
+    return Sample(rows=rows, lengths=lengths, out=out, asked=asked(tap, valid))
+
+
+def asked(tap: ExpertTap | None, valid: Tensor) -> Routed | None:
+    """The tap's last request, token rows only; None where there are no routed experts."""
+    if tap is None or tap.last is None:
+        return None
+    last = tap.last
+    return Routed(hidden=last.hidden[valid], index=last.index[valid], weight=last.weight[valid].float())
+
+
+def learn(work: Work, tensors: Tensors, sample: Sample) -> Learned:
+    """Run the original dense part over the calibration stream and sum the grams of the groups to be quantized.
+
+    With `propagate: both` the same text in the original model runs beside it, batch by batch.
+    """
+    stream, bones, groups = work.streams["calibration"], work.job.learning, work.quantized_groups()
+    beside = work.streams.get("original")
+    layer, tap = decoder_layer(bones, work.block, tensors)
     widths = {linear.name: linear.in_features for linear in work.block.linears}
-    device, target = work.job.skeleton.device, work.targets["calibration"]
-    sums = {name: GramSum(widths[group.readers[0]], device) for name, group in groups.items()}
+    crossed = beside is not None
+    sums = {name: GramSum(widths[group.readers[0]], bones.device, crossed=crossed) for name, group in groups.items()}
     observe = {name: relative(work.block, group.readers[0]) for name, group in groups.items()}
-    routing = through(
-        work.job.skeleton,
-        layer,
-        tap,
-        stream,
-        target,
-        stream.learned,
-        observe,
-        lambda group, rows: sums[group].add(rows),
-    )
-    batch = stream.batches[0]
-    sample = Sample(
-        rows=stream.hidden.read(batch.first, batch.stop),
-        lengths=batch.lengths,
-        out=target.read(batch.first, batch.stop),
-        seen=routing.seen.read(batch.first, batch.stop) if routing else None,
-        routing=routing.part(batch.first, batch.stop) if routing else None,
-    )
+    here, there = list[Routing](), list[Routing]()
+    with observing(layer, observe) as inputs:
+        for batch in stream.batches:
+            original: dict[str, Tensor] = {}
+            if beside is not None:
+                valid, routing = step(bones, layer, tap, beside, batch, work.targets["original"], beside.seen)
+                original = {name: x.reshape(-1, x.shape[-1])[valid] for name, x in inputs.items()}
+                there += [routing] if routing else []
+            valid, routing = step(bones, layer, tap, stream, batch, work.targets["calibration"], stream.learned)
+            here += [routing] if routing else []
+            for name, x in inputs.items():
+                sums[name].add(x.reshape(-1, x.shape[-1])[valid], original.get(name))  # [..., in] -> [tokens, in]
     count = work.block.experts.count if work.block.experts else 0
-    tokens = tuple(tokens_per_expert(routing, count).tolist()) if routing else ()
-    stats = {name: total.stats() for name, total in sums.items()}
-    return Learned(stats=stats, routing=routing, sample=sample, expert_tokens=tokens)
+    decided, stats = Routing.joined(here), {name: total.stats() for name, total in sums.items()}
+    return Learned(
+        stats=stats,
+        routing=decided,
+        original=Routing.joined(there),
+        sample=sample,
+        expert_tokens=tuple(tokens_per_expert(decided, count).tolist()) if decided else (),
+    )
 
 
 def scales_of(group: LinearGroup, rescale: Rescale, learned: Learned, tensors: Tensors) -> Tensor:
@@ -161,19 +193,13 @@ def check(work: Work, folded: Folded, sample: Sample) -> Folded:
     part = "the block's output without its experts" if tap else "the block's output"
     change = fold.check_unchanged(work.block.name, part, sample.out, out, work.tolerance)
     work.record.fold_change = max(work.record.fold_change, change)
-    if tap is None or tap.last is None or sample.routing is None or work.block.experts is None:
+    now = asked(tap, valid)
+    if now is None or sample.asked is None or work.block.experts is None:
         return folded
     count = work.block.experts.count
-    before = fold.routing_matrix(sample.routing.index, sample.routing.weight, count)
-    after = fold.routing_matrix(tap.last.index[valid], tap.last.weight[valid].float(), count)
+    before, after = (fold.routing_matrix(request.index, request.weight, count) for request in (sample.asked, now))
     fold.check_unchanged(work.block.name, "the router's decisions", before, after, fold.ROUTING_TOLERANCE)
-    return Folded(
-        tensors=folded.tensors,
-        stats=folded.stats,
-        rescaled=folded.rescaled,
-        expert_scale=folded.expert_scale,
-        seen=tap.last.hidden[valid],
-    )
+    return replace(folded, seen=now.hidden)
 
 
 def store(work: Work, folded: Folded) -> dict[str, Tensor]:
@@ -202,11 +228,11 @@ def store(work: Work, folded: Folded) -> dict[str, Tensor]:
 
 def advance(work: Work, stored: Tensors) -> dict[StreamName, Routing | None]:
     """Move the streams that see stored weights through the dense part; what their routers decided."""
-    layer, tap = decoder_layer(work.job.skeleton, work.block, stored)
-    moving: list[StreamName] = ["quantized"] if "quantized" in work.streams else []
-    if work.calibration and work.job.plan.recipe.propagate == "quantized":
-        moving.append("calibration")
-    return {
-        name: through(work.job.skeleton, layer, tap, work.streams[name], work.targets[name], work.streams[name].seen)
-        for name in moving
-    }
+    moving: dict[StreamName, Skeleton] = {"quantized": work.job.skeleton} if "quantized" in work.streams else {}
+    if work.calibration and work.job.plan.recipe.propagate != "original":
+        moving["calibration"] = work.job.learning
+    found: dict[StreamName, Routing | None] = {}
+    for name, bones in moving.items():
+        layer, tap = decoder_layer(bones, work.block, stored)
+        found[name] = through(bones, layer, tap, work.streams[name], work.targets[name], work.streams[name].seen)
+    return found

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.contracts import InputStats
+from quantkit.layers import Routed
 from quantkit.numerics import gram as grams
 from quantkit.storage.spool import Spool
 from quantkit.streams import Routing, chunks
@@ -46,7 +47,7 @@ def inner(x: Tensor, wave: Wave, e: int, activation: Activation) -> Tensor:
     return activation(x @ wave.gate[e].T) * (x @ wave.up[e].T)
 
 
-def share(routing: Routing, expert: int) -> tuple[Tensor, Tensor]:
+def share(routing: Routing | Routed, expert: int) -> tuple[Tensor, Tensor]:
     """Tokens that the router gave to `expert`, and with which weight: [n], [n]."""
     hit = routing.index == expert  # [tokens, k]
     token = hit.any(-1).nonzero(as_tuple=True)[0]  # [n]
@@ -61,10 +62,14 @@ def advance(wave: Wave, routing: Routing, target: Spool, activation: Activation)
         target.write(first, add_outputs(out, wave, x, routing.part(first, stop), activation))
 
 
-def collect(wave: Wave, routing: Routing, activation: Activation, everyone: frozenset[int]) -> WaveStats:
+def collect(
+    wave: Wave, routing: Routing, activation: Activation, everyone: frozenset[int], original: Spool | None = None
+) -> WaveStats:
     """Statistics of a wave's inputs over the tokens the router sends; over all tokens for the experts in `everyone`.
 
-    If that is every expert of the wave, their common input has one gram: `into` is batched [1, in, in].
+    If that is every expert of the wave, their common input has one gram: `into` is batched [1, in, in]. `original`
+    [tokens, hidden] is what experts are given in the original model, for the cross of the statistics: routed as here,
+    so that an expert learns what its own tokens would have been.
     """
     n, hidden, width, device = len(wave), wave.gate.shape[-1], wave.down.shape[-1], wave.gate.device
     common = all(wave.first + e in everyone for e in range(n))
@@ -72,25 +77,37 @@ def collect(wave: Wave, routing: Routing, activation: Activation, everyone: froz
     gram_in, abs_in = torch.zeros(inputs, hidden, hidden, device=device), torch.zeros(inputs, hidden, device=device)
     gram_mid, abs_mid = torch.zeros(n, width, width, device=device), torch.zeros(n, width, device=device)
     count = torch.zeros(n, dtype=torch.int64, device=device)
+    cross_in, cross_mid = (torch.zeros_like(gram) if original else None for gram in (gram_in, gram_mid))
     for first, stop in chunks(routing.seen.rows):
         x, decided = routing.seen.read(first, stop).to(wave.gate), routing.part(first, stop)  # [tokens, hidden]
+        other = original.read(first, stop).to(x) if original else None
         if common:
             grams.accumulate(gram_in[0], abs_in[0], x)
+            if cross_in is not None and other is not None:
+                grams.accumulate_cross(cross_in[0], x, other)
         for e in range(n):
-            mine = x if wave.first + e in everyone else x[share(decided, wave.first + e)[0]]
-            if len(mine):
-                count[e] += len(mine)
-                grams.accumulate(gram_mid[e], abs_mid[e], inner(mine, wave, e, activation))
+            token = slice(None) if wave.first + e in everyone else share(decided, wave.first + e)[0]
+            mine = x[token]  # [tokens, hidden] -> [n, hidden]
+            if not len(mine):
+                continue
+            made = inner(mine, wave, e, activation)  # [n, hidden] -> [n, intermediate]
+            count[e] += len(mine)
+            grams.accumulate(gram_mid[e], abs_mid[e], made)
+            if not common:
+                grams.accumulate(gram_in[e], abs_in[e], mine)
+            if other is not None and cross_in is not None and cross_mid is not None:
+                grams.accumulate_cross(cross_mid[e], made, inner(other[token], wave, e, activation))
                 if not common:
-                    grams.accumulate(gram_in[e], abs_in[e], mine)
+                    grams.accumulate_cross(cross_in[e], mine, other[token])
     tokens = count.clamp(min=1)[:, None]
+    into, inside = grams.complete(gram_in), grams.complete(gram_mid)
     return WaveStats(
-        into=InputStats(gram=grams.complete(gram_in), mean_abs=abs_in / tokens[:inputs], n_tokens=count[:inputs]),
-        inner=InputStats(gram=grams.complete(gram_mid), mean_abs=abs_mid / tokens, n_tokens=count),
+        into=InputStats(gram=into, mean_abs=abs_in / tokens[:inputs], n_tokens=count[:inputs], cross=cross_in),
+        inner=InputStats(gram=inside, mean_abs=abs_mid / tokens, n_tokens=count, cross=cross_mid),
     )
 
 
-def add_outputs(out: Tensor, wave: Wave, x: Tensor, routing: Routing, activation: Activation) -> Tensor:
+def add_outputs(out: Tensor, wave: Wave, x: Tensor, routing: Routing | Routed, activation: Activation) -> Tensor:
     """Add the wave's weighted outputs for x [tokens, hidden], routed as `routing` says, to out [tokens, hidden]."""
     for e in range(len(wave)):
         token, weight = share(routing, wave.first + e)

@@ -63,7 +63,8 @@ def block_values(block: BlockRecord) -> dict[str, object]:
 def environment(plan: Plan) -> dict[str, str]:
     """What could change a bit: device, dtype, and how the linear algebra libraries were told to sum."""
     compute = sources.compute(plan.recipe)
-    found = {"device": compute.device, "dtype": compute.dtype, "cpu": torch.backends.cpu.get_cpu_capability()}
+    found: dict[str, str] = {"device": compute.device, "dtype": compute.dtype, "calibration_dtype": compute.calibration}
+    found["cpu"] = torch.backends.cpu.get_cpu_capability()
     if compute.device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
     return found | {name: os.environ.get(name, "unset") for name in ENVIRONMENT}

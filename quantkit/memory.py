@@ -62,10 +62,11 @@ def solve_bytes(linear: Linear, rounding: str | None) -> int:
     return SOLVE_COPIES * 4 * linear.n_parameters + grams
 
 
-def dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: bool) -> int:
+def dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: int) -> int:
     """A block without its routed experts: BF16 as read, the next one read ahead, float32 twice, grams, solving.
 
-    The tensors of an MTP block come one by one.
+    `grams` matrices are summed for each input: none, the gram, or with it the cross of two streams, which also needs a
+    batch of every input twice. The tensors of an MTP block come one by one.
     """
     linears = [linear for linear in block.linears if linear.role != "routed_expert"]
     sizes = [COPIES_BYTES * linear.n_parameters for linear in linears]
@@ -75,7 +76,9 @@ def dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: bool) ->
         return max(sizes) + solving
     groups = [group for group in block.groups if grams and any_quantized(block, group.name, decisions)]
     widths = {linear.name: linear.in_features for linear in linears}
-    return sum(sizes) + solving + sum(4 * widths[group.readers[0]] ** 2 for group in groups)
+    inputs = [widths[group.readers[0]] for group in groups]
+    pairs = 2 * BATCH_TOKENS * 4 * sum(inputs) if grams > 1 else 0
+    return sum(sizes) + solving + sum(4 * grams * width**2 for width in inputs) + pairs
 
 
 def any_quantized(block: Block, group: str, decisions: Mapping[str, Decision]) -> bool:
@@ -87,12 +90,12 @@ def any_quantized(block: Block, group: str, decisions: Mapping[str, Decision]) -
     return any(decisions[reader].action == "quantize" for reader in found.readers)
 
 
-def expert_bytes(experts: Experts, quantized: bool, grams: bool) -> int:
+def expert_bytes(experts: Experts, quantized: bool, grams: int) -> int:
     """One expert of a wave: BF16 as read, the next one read ahead, float32 twice; its grams when it is quantized."""
     weights = COPIES_BYTES * 3 * experts.hidden * experts.intermediate
     if not (quantized and grams):
         return weights
-    return weights + 4 * experts.hidden**2 + 4 * experts.intermediate**2
+    return weights + 4 * grams * (experts.hidden**2 + experts.intermediate**2)
 
 
 def batch_bytes(layout: Layout, block: Block) -> int:
@@ -107,13 +110,14 @@ def memory_plan(
     decisions: Mapping[str, Decision],
     *,
     budget_bytes: int,
-    grams: bool,
+    grams: int,
     tokens: Mapping[Literal["calibration", "fidelity"], int],
     hidden_bytes: Literal[2, 4],
 ) -> MemoryPlan:
     """Wave size and peaks for the heaviest decoder block of the model.
 
-    `tokens` are the lengths of the streams, `hidden_bytes` the width of a stored hidden value. Two states of a stream
+    `grams` is how many matrices are summed for each input (`dense_bytes`), `tokens` are the lengths of the streams,
+    `hidden_bytes` the width of a stored hidden value. Two states of a stream
     are on disk at a time, and in a block with experts also what the router saw.
     """
     blocks = layout.blocks
@@ -132,6 +136,8 @@ def memory_plan(
     spools = 2 * (tokens["calibration"] + 2 * tokens["fidelity"])  # before and behind a block
     if expert:  # what the experts see: by original weights, and for calibration also by stored ones
         spools += 2 * tokens["calibration"] + 2 * tokens["fidelity"]
+    if grams > 1:  # the calibration text in the original model
+        spools += (3 if expert else 2) * tokens["calibration"]
     return MemoryPlan(
         budget_bytes=budget_bytes,
         base_bytes=BASE_BYTES,

@@ -178,11 +178,15 @@ def quantize(
     """
     plans, folder = [each.plan for each in made], made[0].folder
     compute = sources.compute(plans[0].recipe)
-    device, dtype = torch.device(compute.device), getattr(torch, compute.dtype)
+    device, dtype, learning = (
+        torch.device(compute.device),
+        getattr(torch, compute.dtype),
+        getattr(torch, compute.calibration),
+    )
     sinks = [Sink(each.folder, each.plan.shards) for each in made]
     with scratch(folder) as place:
         try:
-            built = finished(build(plans, source, texts.tokens, sinks, place, device, dtype), tell)
+            built = finished(build(plans, source, texts.tokens, sinks, place, device, dtype, learning), tell)
             written = [sink.close() for sink in sinks]
         finally:
             for sink in sinks:

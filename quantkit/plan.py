@@ -291,7 +291,7 @@ def make_plan(
         claimed.layout,
         decisions,
         budget_bytes=budget_bytes,
-        grams=needs_calibration(decisions),
+        grams=needs_calibration(decisions) * (2 if recipe.propagate == "both" else 1),
         tokens=tokens,
         hidden_bytes=hidden_bytes,
     )

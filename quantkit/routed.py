@@ -88,7 +88,8 @@ def statistics(work: Work, wave: Wave, learned: Learned | None) -> WaveStats | N
     if learned is None or work.expert_scheme is None or work.calibration is None:
         return None
     assert learned.routing is not None  # the tap has seen the router
-    return collect(wave, learned.routing, work.job.activation, everyone(work, learned))
+    original = None if learned.original is None else learned.original.seen
+    return collect(wave, learned.routing, work.job.activation, everyone(work, learned), original)
 
 
 def survey(
@@ -104,11 +105,16 @@ def survey(
         wave = read_wave(work, first, stop)
         if routing is not None:
             advance(work, wave, {"reference": routing})
+        if learned and learned.original is not None:
+            advance(work, wave, {"original": learned.original})
         stats = statistics(work, wave, learned)
         if scales is not None and rescale and stats:
             found.errors.append(wave_errors(rescale, wave, stats, scales, work.expert_scheme))
         if learned:
-            found.sample = added(found.sample, sample_output(work, wave, learned.sample.seen, learned))
+            found.sample = added(
+                found.sample,
+                sample_output(work, wave, learned.sample.asked.hidden if learned.sample.asked else None, learned),
+            )
             if work.job.plan.recipe.propagate == "original":
                 advance(work, wave, {"calibration": learned.routing})
         if passes(work.job.plan, work.block) == 1:
@@ -129,9 +135,9 @@ def added(total: Tensor | None, share: Tensor) -> Tensor:
 
 def sample_output(work: Work, wave: Wave, seen: Tensor | None, learned: Learned) -> Tensor:
     """What a wave adds to the sample's output [tokens, hidden], routed as the original router did."""
-    assert seen is not None and learned.sample.routing is not None  # only blocks with experts have waves
+    assert seen is not None and learned.sample.asked is not None  # only blocks with experts have waves
     x = seen.to(wave.gate)
-    return add_outputs(torch.zeros_like(x), wave, x, learned.sample.routing, work.job.activation)
+    return add_outputs(torch.zeros_like(x), wave, x, learned.sample.asked, work.job.activation)
 
 
 def advance(work: Work, wave: Wave, routings: Mapping[StreamName, Routing | None]) -> None:

@@ -235,6 +235,7 @@ class Compute(BaseModel):
     model_config = FROZEN
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    calibration: Literal["auto", "float32", "bfloat16"] = "auto"  # the stream methods learn from
 
 
 class Recipe(BaseModel):
@@ -253,7 +254,7 @@ class Recipe(BaseModel):
     output: Output
     memory: Size | None = None
     mtp: Literal["keep", "quantize", "drop"] = "keep"
-    propagate: Literal["quantized", "original"] = "quantized"
+    propagate: Literal["quantized", "original", "both"] = "quantized"
     compute: Compute = Compute()
     _document: Document = PrivateAttr(default=Document(name="recipe", values={}, lines={}))
     _overrides: tuple[tuple[str, str], ...] = PrivateAttr(default=())

@@ -16,7 +16,7 @@ from quantkit.schema import Recipe
 from quantkit.storage import builtin, evals, hub
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.corpus_spec import read_spec
-from quantkit.storage.machine import memory_available
+from quantkit.storage.machine import memory_available, multiplies_bfloat16
 
 UNKNOWN_SEQUENCES = 1024
 """Sequences a plan assumes of a hub set that a recipe takes whole."""
@@ -31,15 +31,19 @@ class Compute:
 
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "bfloat16"]
+    calibration: Literal["float32", "bfloat16"]
 
     @property
     def hidden_bytes(self) -> Literal[2, 4]:
-        """Width of a hidden value on disk."""
-        return 4 if self.dtype == "float32" else 2
+        """Width of the widest hidden value on disk."""
+        return 4 if "float32" in (self.dtype, self.calibration) else 2
 
 
 def compute(recipe: Recipe) -> Compute:
-    """The recipe's words, or a GPU in bfloat16 where there is one and else the CPU in float32."""
+    """The recipe's words, or a GPU in bfloat16 where there is one and else the CPU in float32.
+
+    The calibration stream takes bfloat16 on a CPU too, if it multiplies bfloat16 by itself.
+    """
     wanted = recipe.compute
     device = wanted.device
     if device != "cpu":
@@ -49,7 +53,10 @@ def compute(recipe: Recipe) -> Compute:
             raise UsageError(f"{recipe.where('compute', 'device')}: compute.device: expected a CUDA device, found none")
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = wanted.dtype if wanted.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
-    return Compute(device=device, dtype=dtype)
+    calibration = wanted.calibration
+    if calibration == "auto":
+        calibration = "bfloat16" if dtype == "bfloat16" or multiplies_bfloat16() else "float32"
+    return Compute(device=device, dtype=dtype, calibration=calibration)
 
 
 def published(model: str) -> tuple[str, Config] | None:

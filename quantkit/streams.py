@@ -1,12 +1,13 @@
 """Hidden states of token sequences on their way through the blocks, on disk between blocks.
 
 Three streams run: `calibration` (what methods learn from), `reference` (original weights) and `quantized` (the stored
-weights). A stream is a flat run of tokens, sequence behind sequence, without padding.
+weights); with `propagate: both` also `original`, the calibration text under original weights. A stream is a flat run of
+tokens, sequence behind sequence, without padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import CheckpointError
-from quantkit.layers import ExpertTap, Skeleton, observing, run
+from quantkit.layers import ExpertTap, Skeleton, run
 from quantkit.memory import BATCH_TOKENS
 from quantkit.storage.corpora import Tokens, pack_tokens
 from quantkit.storage.spool import Spool, SpoolDtype
 
-StreamName = Literal["calibration", "reference", "quantized"]
+StreamName = Literal["calibration", "original", "reference", "quantized"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,14 @@ class Routing:
     index: Tensor
     weight: Tensor
     seen: Spool
+
+    @staticmethod
+    def joined(parts: Sequence[Routing]) -> Routing | None:
+        """What was decided batch after batch; None for no batch."""
+        if not parts:
+            return None
+        index, weight = torch.cat([part.index for part in parts]), torch.cat([part.weight for part in parts])
+        return Routing(index=index, weight=weight, seen=parts[0].seen)
 
     def part(self, first: int, stop: int) -> Routing:
         """The decisions for rows first..stop."""
@@ -116,39 +125,45 @@ def start(name: StreamName, tokens: Tokens, embedding: Tensor, folder: Path, rou
     )
 
 
-def through(
+def step(
     skeleton: Skeleton,
     layer: nn.Module,
     tap: ExpertTap | None,
     stream: Stream,
+    batch: Batch,
     target: Spool,
     seen: Spool | None,
-    observe: Mapping[str, str] = {},
-    learn: Callable[[str, Tensor], None] = lambda key, rows: None,
-) -> Routing | None:
-    """Run a layer without its routed experts over a whole stream, into `target`.
+) -> tuple[Tensor, Routing | None]:
+    """Run a layer without its routed experts over one batch of a stream, into `target`.
 
-    `observe` names module paths whose inputs go, token rows only [tokens, in], to `learn(key, rows)`. What the router
-    asks of the experts goes to `seen` and the returned Routing.
+    Returns which padded position [sequences * longest] is a token, and what the router asks of the experts, whose
+    inputs go to `seen`.
     """
-    index, weight = [], []
-    with observing(layer, observe) as inputs:
-        for batch in stream.batches:
-            out, valid = run(skeleton, layer, stream.hidden.read(batch.first, batch.stop), batch.lengths)
-            target.write(batch.first, out)
-            for key, x in inputs.items():
-                learn(key, x.reshape(-1, x.shape[-1])[valid])  # [..., in] -> [tokens, in]
-            if tap is not None and tap.last is not None and seen is not None:
-                seen.write(batch.first, tap.last.hidden[valid])
-                index.append(tap.last.index[valid])
-                weight.append(tap.last.weight[valid].float())
-    return Routing(index=torch.cat(index), weight=torch.cat(weight), seen=seen) if seen and index else None
+    out, valid = run(skeleton, layer, stream.hidden.read(batch.first, batch.stop), batch.lengths)
+    target.write(batch.first, out)
+    if tap is None or tap.last is None or seen is None:
+        return valid, None
+    seen.write(batch.first, tap.last.hidden[valid])
+    return valid, Routing(index=tap.last.index[valid], weight=tap.last.weight[valid].float(), seen=seen)
+
+
+def through(
+    skeleton: Skeleton, layer: nn.Module, tap: ExpertTap | None, stream: Stream, target: Spool, seen: Spool | None
+) -> Routing | None:
+    """Run a layer without its routed experts over a whole stream, into `target`; what the router asked of them."""
+    routings = [step(skeleton, layer, tap, stream, batch, target, seen)[1] for batch in stream.batches]
+    return Routing.joined([routing for routing in routings if routing])
 
 
 def scratch(stream: Stream, block: str) -> Spool:
     """Where a stream's states behind the block go."""
-    dtype: SpoolDtype = "bfloat16" if stream.hidden.dtype == torch.bfloat16 else "float32"
+    dtype = spool_dtype(stream.hidden.dtype)
     return Spool.create(stream.folder / f"{stream.name}.{block}", stream.rows, stream.hidden.width, dtype)
+
+
+def spool_dtype(dtype: torch.dtype) -> SpoolDtype:
+    """How hidden states computed in `dtype` are stored."""
+    return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
 def moved(stream: Stream, target: Spool) -> Stream:

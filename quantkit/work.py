@@ -30,6 +30,7 @@ class Job:
 
     plan: Plan
     skeleton: Skeleton
+    learning: Skeleton  # the same in the dtype of the calibration stream
     activation: Activation
     formats: tuple[Format, ...]  # of the plan first; with more, each has a sink
     sinks: tuple[Sink, ...]

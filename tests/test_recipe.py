@@ -58,7 +58,7 @@ def test_the_smallest_recipe_has_every_default() -> None:
         "memory": None,
         "mtp": "keep",
         "propagate": "quantized",
-        "compute": {"device": "auto", "dtype": "auto"},
+        "compute": {"device": "auto", "dtype": "auto", "calibration": "auto"},
     }
     assert json.loads(json.dumps(recipe.dump())) == recipe.dump()
     assert recipe.name == "x.yaml"

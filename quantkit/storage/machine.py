@@ -37,6 +37,14 @@ def memory_available() -> int:
     return min([machine, *container])
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 (AVX512-BF16 or AMX)."""
+    try:
+        return not {"avx512_bf16", "amx_bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+
+
 def resident_bytes() -> int:
     """Resident memory of this process now, in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
