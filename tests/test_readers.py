@@ -24,9 +24,9 @@ from test_contracts import build
 pytestmark = pytest.mark.slow
 
 READER = Path(__file__).parent / "readers" / "gptqmodel_cpu.py"
-KERNEL_TOLERANCE = 0.02
-"""Relative error of a token's logits, in the median: the kernels compute in 16 bits. Measured: 0.003 to 0.011; weights
-rounded by other codes are 0.1 away."""
+KERNEL_TOLERANCE = 0.03
+"""Relative error of a token's logits, in the median: the kernels compute in 16 bits. Measured: 0.003 to 0.011 where the
+rest of the model computes in float32; weights rounded by other codes are 0.1 away."""
 MLP_ONLY = '[{match: "*.mlp.*", quantize: {}}, {match: "*", keep: source}]'
 ALL_EXPERTS_ANSWER = {"num_experts_per_tok": 8, "num_nextn_predict_layers": 0, "n_group": 1, "topk_group": 1}
 """Every expert answers every token, so that no rounding decides who does."""
@@ -42,6 +42,7 @@ class Case:
     loader: str | None
     rules: str = "all-linear"
     changes: dict[str, object] = field(default_factory=dict)
+    dtype: str = "float32"
 
 
 AWQ, GPTQ = "method: awq, bits: 4, group_size: 64", "method: gptq, bits: 4, group_size: 64, symmetric: true"
@@ -70,6 +71,17 @@ CASES = {
         quantize="method: rtn, bits: 4, group_size: -1, symmetric: true",
         loader="transformers",
         rules=MLP_ONLY,
+    ),
+    "llama-gptq_v2-3": Case(
+        family="llama", format="gptq_v2", quantize="method: rtn, bits: 3, group_size: 64", loader="transformers"
+    ),
+    "qwen3_moe-gptq_v2": Case(
+        family="qwen3_moe",
+        format="gptq_v2",
+        quantize="method: rtn, bits: 4, group_size: 32",
+        loader="gptqmodel",
+        changes=ALL_EXPERTS_ANSWER,
+        dtype="bfloat16",  # in float32 GPTQModel 7.6 takes TorchFusedLinear, which on a CPU drops zero points
     ),
     **{
         f"{family}-{name}": Case(
@@ -123,13 +135,8 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Read]:
         source = write_checkpoint(place / f"{name}-source", config)
         keys = {"format": case.format, "quantize": f"{{{case.quantize}}}", "rules": case.rules}
         artifact = build(source, place / name, **keys).path
-        job = {
-            "artifact": artifact,
-            "loader": case.loader,
-            "tokens": place / "tokens",
-            "found": place / f"{name}-found",
-        }
-        jobs.append({key: value and str(value) for key, value in job.items()})
+        paths = {"artifact": artifact, "tokens": place / "tokens", "found": place / f"{name}-found"}
+        jobs.append({"loader": case.loader, "dtype": case.dtype, **{key: str(path) for key, path in paths.items()}})
     (place / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run([reader, READER, place / "jobs.json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

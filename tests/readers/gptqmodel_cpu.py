@@ -2,10 +2,10 @@
 
     python tests/readers/gptqmodel_cpu.py JOBS.json
 
-JOBS.json is a list of {"artifact", "loader": "transformers" | "gptqmodel" | null, "tokens", "found"}. For each job the
-weights that GPTQModel unpacks from the stored tensors and, with a loader, the logits of the tokens and the kernel of
-each module that the loader made quantized go to the safetensors file `found`. Imports nothing of quantkit, and runs in
-a process of its own: importing gptqmodel replaces parts of transformers for every model that is made afterwards.
+JOBS.json is a list of {"artifact", "loader": "transformers" | "gptqmodel" | null, "dtype", "tokens", "found"}. To the
+safetensors file `found` go the weights that GPTQModel unpacks from the stored tensors and, with a loader, the logits of
+the tokens and the kernel of each module that the loader made quantized. Imports nothing of quantkit, and runs in a
+process of its own: importing gptqmodel replaces parts of transformers for every model that is made afterwards.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 
-def loaded(artifact: Path, loader: str) -> Any:
-    """The artifact as a model, in float32 but for what its kernels compute in 16 bits."""
+def loaded(artifact: Path, loader: str, dtype: torch.dtype) -> Any:
+    """The artifact as a model, in `dtype` but for what its kernels compute in 16 bits."""
     if loader == "gptqmodel":
-        return GPTQModel.load(str(artifact), device="cpu", dtype=torch.float32).model
+        return GPTQModel.load(str(artifact), device="cpu", dtype=dtype).model
     model, told = AutoModelForCausalLM.from_pretrained(
-        artifact, dtype=torch.float32, device_map="cpu", output_loading_info=True
+        artifact, dtype=dtype, device_map="cpu", output_loading_info=True
     )
     if any(told.values()):
         sys.exit(f"{artifact}: transformers says {told}")
@@ -78,7 +78,8 @@ def gptq(tensors: dict[str, torch.Tensor], entry: dict[str, Any]) -> torch.Tenso
     ).eval()
     for key, tensor in tensors.items():
         setattr(module, key, tensor.clone())
-    convert_gptq_v1_to_v2_format_module(module, bits=entry["bits"], pack_dtype=torch.int32)
+    if entry["checkpoint_format"] == "gptq":
+        convert_gptq_v1_to_v2_format_module(module, bits=entry["bits"], pack_dtype=torch.int32)
     return module.dequantize_weight().T  # [in, out] -> [out, in]
 
 
@@ -89,7 +90,7 @@ def main(jobs: str) -> None:
         artifact, kernels = Path(job["artifact"]), dict[str, str]()
         tensors = unpacked(artifact)
         if job["loader"]:
-            model = loaded(artifact, job["loader"])
+            model = loaded(artifact, job["loader"], getattr(torch, job["dtype"]))
             with torch.no_grad():
                 tensors["logits"] = model(load_file(job["tokens"])["tokens"]).logits.float()  # [rows, tokens, words]
             kernels = {name: type(x).__name__ for name, x in model.named_modules() if isinstance(x, BaseQuantLinear)}
