@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from quantkit import registry, whole
-from quantkit.contracts import Layout, Scheme
+from quantkit import whole
+from quantkit.contracts import Layout
 from quantkit.layers import skeleton
+from quantkit.loading import stored_as
+from quantkit.plan import architecture_of
 from quantkit.storage.checkpoint import Checkpoint
+from quantkit.verify import read_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +32,12 @@ class Stored:
     @staticmethod
     def open(artifact: Path) -> Stored:
         """Read the artifact's headers and its description."""
-        manifest = json.loads((artifact / "quantkit" / "manifest.json").read_text(encoding="utf-8"))
-        schemes = {module: Scheme(**told["scheme"]) for module, told in manifest["modules"].items()}
-        entry = manifest["quantization_config"] or {"quant_method": "dense"}
         checkpoint = Checkpoint.open(artifact)
+        name, schemes = stored_as(read_manifest(artifact), checkpoint, artifact)
         return Stored(
             checkpoint=checkpoint,
-            layout=registry.architecture(checkpoint.config.text("model_type")).layout(checkpoint.config),
-            read=whole.reader(checkpoint, entry["quant_method"].replace("-", "_"), schemes),
+            layout=architecture_of(checkpoint.config).layout(checkpoint.config),
+            read=whole.reader(checkpoint, name, schemes),
             quantized=frozenset(schemes),
         )
 
