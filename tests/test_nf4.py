@@ -27,13 +27,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 import quantkit
 from quantkit import pipeline, registry, whole
 from quantkit.contracts import Contents, Linear, Quantized, Scheme
+from quantkit.decide import scheme_of
 from quantkit.errors import ArtifactError, NumericsError, RecipeError, UsageError
 from quantkit.formats import bitsandbytes as nf4
 from quantkit.layers import skeleton
 from quantkit.loading import Experts4bit, stored_as
 from quantkit.methods.nf4 import METHOD
 from quantkit.numerics import codebook
-from quantkit.recipe import parse
+from quantkit.recipe import Quantize, parse
 from quantkit.storage import builtin
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.verify import read_manifest, verify
@@ -198,6 +199,19 @@ def test_the_mean_of_scales(count: int) -> None:
     assert float(codebook.mean(values)) == pytest.approx(float(values.double().mean()), rel=1e-7)
 
 
+def test_threads_change_no_byte() -> None:
+    """Enough blocks for torch to share a sum among threads."""
+    weight = weights(4096, 1024)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(nf4.FORMAT.pack(solved(weight, True), scheme(True)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -270,6 +284,17 @@ def test_the_plan_says_which_engines_do_not_load_experts() -> None:
     assert not experts.needs_calibration
     attention = "[{match: '*.self_attn.*', quantize: default}, {match: '*', keep: source}]"
     assert told not in plan_of("deepseek_v3", rules=attention, **KEYS).warnings
+
+
+@pytest.mark.parametrize(("stored", "told"), [("BF16", "bfloat16"), ("F16", "float16"), ("F32", "float32")])
+def test_the_dtype_of_the_source_is_noted(stored: str, told: str) -> None:
+    """In the state of each linear, and as what engines compute in; FP8 blocks are read as bfloat16."""
+    found = scheme_of(Quantize(method="nf4"), stored)
+    assert (found.source_dtype, found.scale_dtype, found.kind, found.double_quant) == (told, "float32", "nf4", True)
+    assert json.loads(nf4.state_text((64, 64), found, 0.1))["dtype"] == told
+    entry = nf4.FORMAT.quantization_config(Contents(schemes={"model.layers.0.a": found}, kept=[]))
+    assert entry is not None and entry["bnb_4bit_compute_dtype"] == told
+    assert scheme_of(Quantize(method="nf4"), "F8_E4M3").source_dtype == "bfloat16"
 
 
 def test_an_mtp_layer_is_nothing_special_to_a_method_without_data() -> None:
