@@ -438,7 +438,7 @@ def test_importing_quantkit_does_not_start_torch() -> None:
 def test_recipes_without_calibration(name: str, tmp_path: Path) -> None:
     """As shipped, but with less text and no benchmarks: no calibration stream, the bound on the KL, and what loads."""
     text = (builtin.folder("recipes") / f"{name}.yaml").read_text(encoding="utf-8")
-    shorter = {"fidelity.windows": "60", "compute.device": "cpu", "output.path": str(tmp_path / "out")}
+    shorter = {"fidelity.windows": "24", "compute.device": "cpu", "output.path": str(tmp_path / "out")}
     recipe = parse(text, f"{name}.yaml", shorter)
     (outcome,) = pipeline.run(
         recipe, text, overwrite=False, evaluate=False, planned=lambda plans: None, tell=lambda progress: None
