@@ -148,7 +148,9 @@ def storage_faults(decisions: Mapping[str, Decision], output: Format, format_nam
         if decision.scheme is None:
             continue
         schemes.setdefault(decision.scheme, decision)
-        reason = group_size_fault(decision) or output.accepts(decision.scheme, decision.linear)
+        reason = (
+            outside_fault(decision) or group_size_fault(decision) or output.accepts(decision.scheme, decision.linear)
+        )
         if reason:
             reasons.setdefault(f"{decision.rule}: {reason}", []).append(decision)
     faults = [
@@ -182,6 +184,13 @@ def fp8_faults(layout: Layout, decisions: Mapping[str, Decision], output: Format
         f"{reason} ({found[0]}" + (f" and {len(found) - 1} more)" if len(found) > 1 else ")")
         for reason, found in reasons.items()
     ]
+
+
+def outside_fault(decision: Decision) -> str | None:
+    """An embedding or a head: the build stores what lies outside the blocks as it is."""
+    if decision.block is not None:
+        return None
+    return f"the build quantizes inside blocks only, found the {decision.linear.role}; keep it"
 
 
 def group_size_fault(decision: Decision) -> str | None:

@@ -77,9 +77,7 @@ def test_what_does_not_fit_is_refused() -> None:
         words.pack(torch.tensor([[0] * 7 + [-1]]), 4, axis=1)
     with pytest.raises(NumericsError, match="axis of 9 codes is no multiple of the 8 codes"):
         words.pack(torch.zeros(1, 9, dtype=torch.int64), 4, axis=1)
-    with pytest.raises(
-        NumericsError, match=r"axis of 8 codes is no multiple of the 32 codes in 3 32-bit words"
-    ):
+    with pytest.raises(NumericsError, match=r"axis of 8 codes is no multiple of the 32 codes in 3 32-bit words"):
         words.pack(torch.zeros(1, 8, dtype=torch.int64), 3, axis=1)
     with pytest.raises(NumericsError, match="codes of 3 bits do not fill a 32-bit word"):
         words.pack(torch.zeros(1, 32, dtype=torch.int64), 3, axis=1, order=tuple(range(32)))

@@ -277,6 +277,9 @@ def test_router_embedding_and_head_only_by_name() -> None:
         named = f'[{{match: "*{module.rpartition(".")[2]}", quantize: default}}, {wide}]'
         [fault] = faults_of(rules=named)
         assert fault.startswith("r.yaml: rules[0]: ") and role in fault and f"({module})" in fault
+        if role != "router":  # no format changes that the build stores them as they are
+            [fault] = faults_of(rules=named, format="dense")
+            assert "the build quantizes inside blocks only" in fault
 
 
 def test_a_rule_that_decides_nothing_is_told() -> None:
