@@ -138,7 +138,7 @@ def test_a_format_without_fp8_stores_the_same_weights(source: Path, tmp_path: Pa
 def test_the_demo_in_fp8_end_to_end(tmp_path: Path) -> None:
     """recipes/tiny-v3-gptq4-fp8.yaml as it ships: its figures, and what transformers makes of the artifact.
 
-    transformers rounds the inputs of FP8 layers to FP8, as engines do: that costs about as much again.
+    transformers rounds the inputs of FP8 layers to FP8, as engines do: that costs as much again, or twice as much.
     """
     text = (builtin.folder("recipes") / "tiny-v3-gptq4-fp8.yaml").read_text()
     recipe = parse(text, "tiny-v3-gptq4-fp8.yaml", {"output.path": str(tmp_path / "a"), "compute.device": "cpu"})
@@ -164,7 +164,8 @@ def test_the_demo_in_fp8_end_to_end(tmp_path: Path) -> None:
     with torch.no_grad():
         p = torch.cat([original(ids).logits[0] for ids in batches]).log_softmax(-1)  # [tokens, vocabulary]
         q = torch.cat([theirs(ids).logits[0] for ids in batches]).log_softmax(-1)
-    assert 0.0001 < float((p.exp() * (p - q)).sum(-1).mean()) < 0.001
+    lost = (p.exp() * (p - q)).sum(-1)  # [tokens]; a few near-ties of the router make up most of the mean
+    assert 0.0001 < float(lost.mean()) < 0.003 and 1e-7 < float(lost.median()) < 1e-5
     assert float((p.argmax(-1) == q.argmax(-1)).float().mean()) > 0.98
 
 
