@@ -33,10 +33,10 @@ from quantkit.storage.builtin import folder
 
 ROWS = (("all-linear", 4), ("all-linear", 3), ("experts-only", 4), ("experts-only", 3))
 COLUMNS = {
-    "RTN": {"quantize.method": "rtn", "quantize.rounding": "nearest"},
-    "AWQ": {"quantize.method": "awq", "quantize.rounding": "nearest"},
-    "GPTQ": {"quantize.method": "gptq", "quantize.rounding": "gptq"},
-    "AWQ+GPTQ": {"quantize.method": "awq", "quantize.rounding": "gptq"},
+    "RTN": {"quantize.method": "rtn", "quantize.rounding": "nearest", "propagate": "quantized"},
+    "AWQ": {"quantize.method": "awq", "quantize.rounding": "nearest", "propagate": "quantized"},
+    "GPTQ": {"quantize.method": "gptq", "quantize.rounding": "gptq", "propagate": "both"},
+    "AWQ+GPTQ": {"quantize.method": "awq", "quantize.rounding": "gptq", "propagate": "both"},
 }
 """What is compared: every key that decides codes is written out, whatever the recipe says."""
 GOALS = {
