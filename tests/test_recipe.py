@@ -73,7 +73,7 @@ def test_every_recipe_of_the_project_parses(path: Path) -> None:
 def test_the_flagship_is_what_the_project_promises() -> None:
     recipe = parse((RECIPES / "v3-awq4.yaml").read_text(), "v3-awq4.yaml")
     assert recipe.source.model == "deepseek-ai/DeepSeek-V3"
-    assert recipe.quantize == Quantize(method="awq", bits=4, group_size=128, symmetric=False)
+    assert recipe.quantize == Quantize(method="awq", rounding="gptq", bits=4, group_size=128, symmetric=False)
     assert recipe.rules is not None
     assert [(rule.match, rule.keep) for rule in recipe.rules] == [
         (pattern, None if action == "quantize" else "source") for pattern, action in PRESETS["experts-only"]
