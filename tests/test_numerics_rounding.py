@@ -206,15 +206,17 @@ def test_threads_do_not_change_a_code() -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("crossed", [False, True])
 @pytest.mark.parametrize(("out", "width"), [(64, 1024), (1024, 512)])
-def test_working_memory_is_as_planned(out: int, width: int) -> None:
+def test_working_memory_is_as_planned(out: int, width: int, crossed: bool) -> None:
     from test_methods import peak_bytes
 
     from quantkit.contracts import Linear
 
     weight, x = correlated(out, width)
     seen = x.T @ x
-    stats = InputStats(gram=seen, mean_abs=x.abs().mean(0), n_tokens=torch.tensor(len(x)))
+    cross = 0.01 * seen if crossed else None
+    stats = InputStats(gram=seen, mean_abs=x.abs().mean(0), n_tokens=torch.tensor(len(x)), cross=cross)
     peak = peak_bytes(lambda: gptq.solve(weight, stats, scheme(group=128)))
     linear = Linear(name="x", out_features=out, in_features=width, role="mlp")
     assert peak <= solve_bytes(linear, "gptq") and SOLVE_COPIES * 4 * weight.numel() == solve_bytes(linear, "nearest")
