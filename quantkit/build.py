@@ -37,6 +37,10 @@ Streams = dict[StreamName, Stream]
 Texts = Mapping[Literal["calibration", "fidelity"], Tokens]
 
 
+ONE_THREAD = 1 << 14
+"""Values that torch sums on one thread: larger sums are cut as there are threads, and end in another last digit."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """How far a long step is: `done` of `total` units of `stage`."""
@@ -157,8 +161,9 @@ def relative_error(reference: Spool, quantized: Spool) -> float:
     lost, energy = 0.0, 0.0
     for first, stop in chunks(reference.rows):
         r, q = reference.read(first, stop).double(), quantized.read(first, stop).double()
-        lost += float((q - r).square().sum())
-        energy += float(r.square().sum())
+        for apart, part in zip((q - r).flatten().split(ONE_THREAD), r.flatten().split(ONE_THREAD), strict=True):
+            lost += float(apart.square().sum())
+            energy += float(part.square().sum())
     return float((lost / energy) ** 0.5) if energy else 0.0
 
 
@@ -216,6 +221,8 @@ def embed(job: Job, texts: Texts, folder: Path) -> Streams:
         texts_of["original"] = texts["calibration"]
     if job.plan.recipe.fidelity:
         texts_of |= {"reference": texts["fidelity"], "quantized": texts["fidelity"]}
+    if routed_experts:  # wave after wave is added to the states: rounded in between, they would tell the waves' size
+        dtypes = dict.fromkeys(texts_of, torch.float32)
     return {
         n: start(n, by_length(t), weight, folder, routed_experts, spool_dtype(dtypes.get(n, job.skeleton.dtype)))
         for n, t in texts_of.items()

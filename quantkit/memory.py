@@ -146,7 +146,7 @@ def memory_plan(
         expert_bytes=expert,
         wave_experts=wave,
         head_bytes=(2 + 4) * head.n_parameters + 4 * 8 * HEAD_CHUNK * head.out_features,
-        scratch_bytes=spools * hidden * hidden_bytes,
+        scratch_bytes=spools * hidden * (4 if expert else hidden_bytes),  # waves add up in float32
     )
 
 
