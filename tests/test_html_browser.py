@@ -250,7 +250,8 @@ def test_hostile_text_runs_nothing(browser: Any, tmp_path: Path) -> None:
     (artifact / "quantkit/samples").mkdir()
     parquet.write_table(arrow.Table.from_pylist(items), artifact / "quantkit/samples/benchmarks.parquet")
     (tmp_path / "page.html").write_text(html.page(artifact), encoding="utf-8")
-    tab = Tab(browser, tmp_path / "page.html")
+    tab = Tab(browser, tmp_path / "page.html", viewport=NARROW)
+    assert tab.all("document.documentElement.scrollWidth") == NARROW["width"]
     tab.page.locator("figure[data-plot=bits] .mark-rect path").first.hover()
     tab.page.locator("#vg-tooltip-element.visible").wait_for(timeout=10_000)
     tab.page.locator("#t-modules thead button").first.click()

@@ -269,7 +269,7 @@ def _bits(rules: Sequence[PlanRule]) -> Spec:
     mark = {"type": "tick", "color": "var(--ink)", "thickness": 2, "size": 20}
     before = {"mark": mark, "encoding": {"x": {"field": "before", "type": "quantitative"}, "tooltip": tooltip}}
     words = {
-        "mark": {"type": "text", "align": "left", "dy": -15},
+        "mark": {"type": "text", "align": "left", "dy": -15, "limit": {"expr": "width"}},
         "encoding": {"x": {"datum": 0}, "text": _text("name")},
     }
     value = {
@@ -313,4 +313,10 @@ def _colour(field: str, names: Sequence[str]) -> Spec:
 
 
 def _chart(rows: Sequence[Mapping[str, Any]], parts: Spec) -> Spec:
-    return {"width": "container", "height": 220, "data": {"values": list(rows)}, **parts}
+    values = [{name: _short(value) for name, value in row.items()} for row in rows]
+    return {"width": "container", "height": 220, "data": {"values": values}, **parts}
+
+
+def _short(value: object) -> object:
+    """Six digits are more than a plot shows."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -148,7 +148,7 @@ def csp_hash(script: str) -> str:
 
 def as_json(value: object) -> Markup:
     """JSON that ends no script element."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(_visible_all(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
@@ -157,6 +157,12 @@ def visible(value: object) -> object:
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     return "".join(c if c.isprintable() or c in _KEPT or (c > "\x9f" and c.isspace()) else "\ufffd" for c in value)
+
+
+def _visible_all(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _visible_all(each) for key, each in value.items()}
+    return [_visible_all(each) for each in value] if isinstance(value, list | tuple) else visible(value)
 
 
 def tone(text: str) -> str:
