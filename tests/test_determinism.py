@@ -49,6 +49,20 @@ def test_threads_and_memory_change_no_byte(tmp_path: Path) -> None:
     assert [name for name in one if one[name] != two[name]] == []
 
 
+@pytest.mark.slow
+def test_error_feedback_gives_the_same_bytes_with_any_number_of_threads(tmp_path: Path) -> None:
+    """Rounding gptq on every linear, with the original model's inputs beside: factors, corrections, refinement."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "y").mkdir()
+    learned = ("quantize.method=awq", "quantize.rounding=gptq", "rules=all-linear", "propagate=both")
+    changes = [word for change in learned for word in ("--set", change)]
+    one, two = (
+        files(build(tmp_path / place, "artifact", threads, *changes)) for place, threads in (("x", 1), ("y", 2))
+    )
+    assert one.keys() == two.keys()
+    assert [name for name in one if one[name] != two[name]] == []
+
+
 def test_shard_size_changes_no_tensor(tmp_path: Path) -> None:
     """Many shards and an index hold what one file holds."""
     one = build(tmp_path, "one", 2, "--set", "rules=all-linear")
