@@ -20,7 +20,7 @@ NEAR_TIE_NATS = 0.4
 """Each of two logits differs by up to 0.19 between exact bfloat16 implementations of tiny-v3, so that their distance
 moves by up to 0.38; measured against vLLM over 200 prompts: 0.32."""
 CLOSE_NATS = 0.1
-"""A margin below this falls to either side by bfloat16 alone: margins of dense and MoE students move by up to 0.14."""
+"""A margin below this falls to either side by bfloat16 alone: margins of the dense student move by up to 0.14."""
 MAX_DIFFERENT = 0.1
 """Share of answers that near-ties of a larger margin may change; on tiny-v3, ties of any margin changed 1 of 200."""
 MARGIN_NATS = 0.12
