@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 THREADS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit test-slow bench bench-quality bench-memory test-vllm wheel clean
+.PHONY: help demo test lint types unit test-slow readers test-readers bench bench-quality bench-memory test-vllm wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,6 +35,20 @@ unit: $(VENV)/.installed
 test-slow: $(VENV)/.installed  ## the tests that take longer than half a minute each
 	$(BIN)/python -m pytest -m slow
 
+# GPTQModel, the reader of AWQ and GPTQ in transformers, in an environment of its own: exact versions, complete.
+READERS := .venv-readers
+
+readers: $(READERS)/.installed  ## the environment with GPTQModel
+
+test-readers: $(VENV)/.installed $(READERS)/.installed  ## awq and gptq as transformers and GPTQModel load them
+	QUANTKIT_REQUIRE_READERS=1 QUANTKIT_READERS=$(READERS)/bin/python $(BIN)/python -m pytest tests/test_readers.py
+
+$(READERS)/.installed: tests/readers/requirements.txt
+	rm -rf $(READERS)
+	$(PYTHON) -m venv $(READERS)
+	$(READERS)/bin/python -m pip install --quiet --no-deps -r $<
+	touch $@
+
 bench: bench-quality bench-memory  ## the figures of the README
 
 bench-quality: $(VENV)/.installed  ## KL of AWQ against RTN on tiny-v3, 4 and 3 bits
@@ -46,7 +60,7 @@ bench-memory: $(VENV)/.installed  ## peak memory with 8 and with 32 MoE blocks
 # vLLM for CPUs in an environment of its own: exact versions, complete, and so without dependency resolution.
 VLLM := .venv-vllm
 
-test-vllm: $(VENV)/.installed $(VLLM)/.installed  ## vLLM on CPU loads the demo's artifact and says what its weights say
+test-vllm: $(VENV)/.installed $(VLLM)/.installed  ## vLLM on CPU reads every format: dense, Qwen3-MoE, DeepSeek-V3
 	PYTHONPATH=tests $(BIN)/python -m vllm_cpu.run $(VLLM)/bin/python
 
 $(VLLM)/.installed: tests/vllm_cpu/requirements.txt
