@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 THREADS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit test-slow readers test-readers bench bench-quality bench-memory test-vllm wheel clean
+.PHONY: help demo test lint types unit test-slow readers test-readers bench bench-quality bench-memory bench-gpu test-vllm wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -56,6 +56,9 @@ bench-quality: $(VENV)/.installed  ## KL of AWQ against RTN on tiny-v3, 4 and 3 
 
 bench-memory: $(VENV)/.installed  ## peak memory with 8 and with 32 MoE blocks
 	$(BIN)/python tests/bench_memory.py
+
+bench-gpu: $(VENV)/.installed  ## one MoE block of DeepSeek-V3's shape on a GPU: seconds and flop/s per phase
+	$(BIN)/python tests/bench_gpu.py
 
 # vLLM for CPUs in an environment of its own: exact versions, complete, and so without dependency resolution.
 VLLM := .venv-vllm
