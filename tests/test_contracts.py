@@ -158,7 +158,8 @@ def run_streams(folder: Path, place: Path, **keys: str):  # type: ignore[no-unty
     (place / "out").mkdir()
     (place / "scratch").mkdir()
     sink = Sink(place / "out", plan.shards)
-    steps = build_loop([plan], source, texts.tokens, [sink], place / "scratch", torch.device("cpu"), torch.float32)
+    device, dtype = torch.device("cpu"), torch.float32
+    steps = build_loop([plan], source, texts.tokens, [sink], place / "scratch", device, dtype, dtype)
     built = pipeline.finished(steps, ignore)
     sink.close()
     return plan, built.streams
