@@ -52,7 +52,7 @@ def test_what_makes_no_sense_is_refused(method: str, rounding: str, told: str) -
 @pytest.mark.parametrize("method", ["awq", "gptq"])
 def test_solve_takes_the_rounding_of_the_decision(method: str) -> None:
     weight, stats = problem()
-    output = registry.format("dense")
+    output = (registry.format("dense"),)
     found = solve(decision(method, "gptq"), output, weight, stats, rescaled=False, fallbacks=())
     told = affine.dequantize(gptq.solve(weight, stats, SCHEME), SCHEME).bfloat16().float()
     assert torch.equal(found.weight, told)
@@ -61,7 +61,7 @@ def test_solve_takes_the_rounding_of_the_decision(method: str) -> None:
 
 def test_without_statistics_codes_are_the_nearest_and_the_record_says_so() -> None:
     weight, _ = problem()
-    output = registry.format("dense")
+    output = (registry.format("dense"),)
     found = solve(decision("awq", "gptq"), output, weight, None, rescaled=False, fallbacks=("mtp-rtn",))
     plain = solve(decision("rtn", "nearest"), output, weight, None, rescaled=False, fallbacks=())
     assert torch.equal(found.weight, plain.weight)
@@ -71,5 +71,5 @@ def test_without_statistics_codes_are_the_nearest_and_the_record_says_so() -> No
 def test_raised_damping_is_a_named_fallback() -> None:
     weight, stats = problem()
     stats.gram[0, 1] = stats.gram[1, 0] = 1.3 * stats.gram.diagonal().max()
-    found = solve(decision("awq", "gptq"), registry.format("dense"), weight, stats, rescaled=False, fallbacks=())
+    found = solve(decision("awq", "gptq"), (registry.format("dense"),), weight, stats, rescaled=False, fallbacks=())
     assert "damping-raised" in found.record.fallbacks and "damping-raised" in FALLBACKS
