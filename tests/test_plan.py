@@ -33,11 +33,12 @@ DEEPSEEK_V3 = 671_026_419_200
 EXPERTS = 58 * 256 * 3
 
 PLAN_PROGRAM = """
-import resource, sys, time
+import sys, time
 began = time.monotonic()
 from quantkit.cli import main
 main(["plan", sys.argv[1], "--json"], standalone_mode=False)
-used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from quantkit.storage.machine import peak_resident_bytes
+used = peak_resident_bytes()
 print(f"{time.monotonic() - began} {used}", file=sys.stderr)
 """
 
