@@ -181,18 +181,6 @@ def test_own_is_what_later_columns_cannot_make_up_for(tokens: int) -> None:
         assert float(factor.own[column]) == pytest.approx(left, rel=1e-3)
 
 
-def test_ranges_by_own_lose_less_than_by_the_diagonal() -> None:
-    """On inputs whose columns explain one another to very different degrees."""
-    weight, x = correlated(64, 256)
-    seen, chosen = x.T @ x, scheme(4, 64)
-    factor = rounding.feedback(seen)
-    lost = [
-        float(gram.error(affine.dequantize(rounding.with_feedback(weight, factor, r, chosen), chosen) - weight, seen))
-        for r in (clip.weighted(weight, factor.own, chosen), clip.weighted(weight, seen.diagonal(), chosen))
-    ]
-    assert lost[0] < lost[1]
-
-
 def test_threads_do_not_change_a_code() -> None:
     weight, x = correlated(256, 768, tokens=1000)
     seen, before, found = x.T @ x, torch.get_num_threads(), []

@@ -36,7 +36,8 @@ def round_weight(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Ro
     damping = factor.damping
     if stats.cross is not None:
         weight = correct.corrected(weight, stats.cross, factor)
-    fed = rounding.with_feedback(weight, factor, clip.weighted(weight, factor.own, scheme), scheme)
+    ranges = clip.weighted(weight, stats.gram.diagonal(dim1=-2, dim2=-1), scheme)
+    fed = rounding.with_feedback(weight, factor, ranges, scheme)
     del factor  # as large as the gram
     better = refine.improved(weight, refine.damped(stats.gram, damping), fed, scheme)
     plain = affine.quantize(weight, *affine.qparams(*affine.ranges(weight, scheme.group_size), scheme), scheme)

@@ -65,9 +65,9 @@ def search(weight: Tensor, gram: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor
 def weighted(weight: Tensor, columns: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point of each group by the squared error of its weights, each column's times what it counts.
 
-    weight [..., out, in] and columns [..., in] float32, none negative; result as in `search`. For rounding with error
-    feedback, which settles by itself what columns do to one another (rounding.Feedback.own): on tiny-v3 its error under
-    the gram ends below that with the ranges of `search` even when columns count by the gram's diagonal.
+    weight [..., out, in] and columns [..., in] float32, none negative (the gram's diagonal); result as in `search`. For
+    rounding with error feedback, which settles by itself what columns do to one another: on tiny-v3 its error under the
+    gram ends below that with the ranges of `search`.
     """
     diagonal = affine.split(columns.unsqueeze(-2), scheme.group_size)  # [..., in] -> [..., 1, n_groups, group]
     scales, zeros = list[Tensor](), list[Tensor]()

@@ -11,8 +11,8 @@ reversed; nothing is inverted.
 
 Columns are visited by falling diagonal of H, so that what matters is rounded while much is left to make up for it.
 Scales belong to groups of the original order and are chosen before, on the original weights: engines need no g_idx.
-What a column's own rounding costs in the end is R_kk^2, not H_kk: later columns make up for the rest. Ranges that are
-weighted so lose 6 % less on text that was not calibrated on (SmolLM2-135M, 4 bits).
+What a column's own rounding costs in the end is R_kk^2: later columns make up for the rest. Ranges are weighted with
+H_kk all the same: with R_kk^2 the error under the gram was 6 % lower and the model's KL 19 % higher (SmolLM2-135M).
 """
 
 from __future__ import annotations
