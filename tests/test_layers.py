@@ -36,6 +36,8 @@ ROWS = (
     "evidence",
     "manifests",
     "pipeline",
+    "console options",
+    "commands/",
     "cli",
     "__main__",
 )
@@ -49,7 +51,7 @@ SIBLINGS = ("numerics/", "storage/", "report/", "evaluate/", *TOOLS)
 
 MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "artifact.py": frozenset({"mkdir", "read_bytes", "rename", "rmtree"}),  # the staging folder and its renaming
-    "cli.py": frozenset({"read_text"}),  # the recipe
+    "options.py": frozenset({"read_text"}),  # the recipe
     "sources.py": frozenset({"read_text"}),  # the published config, package data
     "pipeline.py": frozenset({"mkdir", "rmtree"}),  # the scratch folder and samples/
     "evaluate/distribution.py": frozenset({"write_table"}),  # pyarrow writes its own files
@@ -169,11 +171,11 @@ def touches(node: ast.AST) -> str | None:
 
 
 def talking(tree: Tree) -> list[str]:
-    """Printing, exiting and click outside cli.py."""
+    """Printing, exiting and click outside the command line."""
     loud = {"print", "input", "click.echo", "click.secho", "sys.exit", "exit", "quit"}
     found = []
     for file, module in tree.items():
-        if file == "cli.py" or unit(file) in TOOLS:
+        if unit(file) in {"cli", "console", "options", "commands/"} or unit(file) in TOOLS:
             continue
         for node in ast.walk(module):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in loud:

@@ -1,0 +1,53 @@
+"""`quantkit build`: the artifact of a recipe."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from quantkit.console import Meter, as_json_list, failing_well, show
+from quantkit.errors import GateMissed
+from quantkit.options import JSON, SET, read_recipe
+
+
+@click.command()
+@click.argument("recipe")
+@SET
+@click.option("--overwrite", is_flag=True, help="Replace an artifact under output.path once the new one is done.")
+@click.option("--skip-evaluation", is_flag=True, help="Leave the benchmarks out; the report says so.")
+@JSON
+@failing_well
+def COMMAND(recipe: str, overrides: tuple[str, ...], overwrite: bool, skip_evaluation: bool, json_out: bool) -> None:
+    """Plan, quantize, measure and report: make the artifact of a recipe.
+
+    RECIPE is a file or the name of one that ships with quantkit. Exits with 3 when a gate is missed.
+
+    Example: quantkit build tiny-v3-awq4
+    """
+    from quantkit.pipeline import run
+    from quantkit.report.terminal import fidelities_view, plans_view
+    from quantkit.summary import plan_summary
+
+    text, parsed = read_recipe(recipe, overrides)
+    with Meter(sys.stderr.isatty() and not json_out) as meter:
+        outcomes = run(
+            parsed,
+            text,
+            overwrite=overwrite,
+            evaluate=not skip_evaluation,
+            planned=lambda plans: None if json_out else show(plans_view([plan_summary(made) for made in plans])),
+            tell=meter.tell,
+        )
+    if json_out:
+        as_json_list([outcome.fidelity.model_dump(mode="json") for outcome in outcomes])
+    else:
+        show(fidelities_view([outcome.fidelity for outcome in outcomes]))
+        for outcome in outcomes:
+            told = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in outcome.seconds.items())
+            peak = f"peak memory {outcome.peak_bytes / 1e9:.2f} GB"
+            click.echo(f"{outcome.path}: {outcome.fidelity.status} ({told}; {peak})")
+    missed = [(o.path.name, gate) for o in outcomes for gate in o.fidelity.gates if gate.ok is False]
+    if missed:
+        of = {name: f"{name}: " if len(outcomes) > 1 else "" for name, _ in missed}
+        raise GateMissed("; ".join(f"{of[name]}gate {g.figure} {g.bound}: found {g.value}" for name, g in missed))

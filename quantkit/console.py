@@ -1,0 +1,95 @@
+"""What every command says and how: data to stdout, progress to stderr, errors as one message with their exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import click
+
+from quantkit.errors import QuantkitError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from quantkit.build import Progress
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def failing_well(command: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Turn quantkit's own errors into one message and their exit code."""
+
+    @wraps(command)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:  # a decorator's relay, typed by ParamSpec
+        try:
+            return command(*args, **kwargs)
+        except QuantkitError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            sys.exit(130)
+
+    return run
+
+
+def show(*renderables: RenderableType) -> None:
+    """Print to stdout, 100 columns wide when it is not a terminal."""
+    from rich.console import Console
+
+    console = Console() if sys.stdout.isatty() else Console(width=100)
+    for renderable in renderables:
+        console.print(renderable)
+
+
+def as_json_list(found: list[Any]) -> None:
+    """Print what a recipe gives: one object, or a list of them when it names several formats."""
+    as_json(found[0] if len(found) == 1 else found)
+
+
+def as_json(values: Any) -> None:
+    """Print JSON to stdout."""
+    click.echo(json.dumps(values, indent=1, ensure_ascii=False))
+
+
+class Meter:
+    """Progress with ETA on stderr: a bar per stage on a terminal, a line per tenth of a stage elsewhere."""
+
+    def __init__(self, bars: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+        times = (TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        console = Console(stderr=True)
+        self._bars = Bars(*columns, *times, TextColumn("{task.fields[note]}"), console=console) if bars else None
+        self._tasks: dict[str, TaskID] = {}
+        self._tenths: dict[str, int] = {}
+
+    def __enter__(self) -> Meter:
+        if self._bars:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def tell(self, progress: Progress) -> None:
+        """Show how far a stage is."""
+        if self._bars:
+            task = self._tasks.get(progress.stage)
+            if task is None:
+                task = self._tasks[progress.stage] = self._bars.add_task(progress.stage, note="")
+            self._bars.update(task, completed=progress.done, total=progress.total, note=progress.note)
+            return
+        tenth = int(10 * progress.done / progress.total) if progress.total else 10
+        if tenth > self._tenths.get(progress.stage, 0):
+            self._tenths[progress.stage] = tenth
+            click.echo(f"{progress.stage}: {10 * tenth} % {progress.note}".rstrip(), err=True)
