@@ -1,9 +1,16 @@
-"""Module names as serving engines know them: which linears they merge, and one pattern for many layers."""
+"""Serving engines: their commands, and module names as they know them, merged linears and layers in one pattern."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+
+SERVERS: Mapping[str, str] = {
+    "vLLM": "vllm serve {path}",
+    "SGLang": "python -m sglang.launch_server --model-path {path}",
+}
+TRANSFORMERS: Mapping[str, str] = {"transformers": "transformers serve {path}"}
+"""Engine -> the exact command that serves an artifact, as Format.engines has it."""
 
 FUSED: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),

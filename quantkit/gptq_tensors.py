@@ -11,22 +11,18 @@ The activation order of a solver leaves no trace: groups stay where they are, de
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import gcd
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import Contents, Linear, Quantized, Scheme, TensorSpec
 from quantkit.engine_names import engine_names, kept_patterns, lines, split_layer
 from quantkit.errors import UsageError
+from quantkit.packed import SCALE_DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCALE_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
-
-
-def per_run(bits: int) -> int:
-    """Codes in the shortest run that ends with a 32-bit word."""
-    return 32 // gcd(bits, 32)
+MLA = ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+"""DeepSeek's compressed attention: SGLang joins the first two along the wrong axis and unpacks the last as AWQ."""
 
 
 def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 
 import pytest
 import torch
@@ -94,6 +95,23 @@ def test_layout_is_what_pack_makes(name: str, out: int, width: int, group: int) 
     back = found.dequantize(tensors, chosen)
     expected = affine.dequantize(quantized, chosen)
     assert back.shape == (out, width) and torch.allclose(back, expected, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in registry.names("formats") if name != "bitsandbytes"])
+def test_what_pack_cannot_hold_is_not_planned(name: str) -> None:
+    """Every width of codes, over rows and columns that end within a word or a run of words."""
+    found, packed = registry.format(name), 0
+    sizes = [(64, size) for size in range(4, 65, 4)] + [(size, 64) for size in range(4, 65, 4)]
+    for bits, symmetric, (out, width) in product(range(2, 9), (True, False), sizes):
+        chosen, one = scheme(bits, -1, symmetric), linear(out=out, width=width)
+        if found.accepts(chosen, one) is None:
+            zero = None if symmetric else torch.zeros(out, 1, dtype=torch.uint8)
+            codes, scale = torch.zeros(out, width, dtype=torch.uint8), torch.ones(out, 1, dtype=torch.bfloat16)
+            tensors = found.pack(Quantized(codes=codes, scale=scale, zero=zero), chosen)
+            shapes = {f"{one.name}.{local}": tuple(tensor.shape) for local, tensor in tensors.items()}
+            assert shapes == {spec.name: spec.shape for spec in found.layout(one, chosen)}
+            packed += 1
+    assert packed
 
 
 def test_awq_keeps_the_codes_exactly() -> None:

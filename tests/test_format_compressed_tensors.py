@@ -101,6 +101,7 @@ def test_what_has_no_place_is_refused_while_packing() -> None:
         (scheme(bits=9), linear(), "read compressed-tensors with 2 to 8 bits, found 9 bits; use format dense"),
         (scheme(kind="nf4"), linear(), "found nf4; use format bitsandbytes"),
         (scheme(bits=3, group=-1), linear(width=208), "256 x 208 features do not fill the words of 32 codes"),
+        (scheme(bits=6, group=-1), linear(width=208), "256 x 208 features do not fill the words of 32 codes"),
         (scheme(group=16), linear(), "know group sizes 32, 64, 128 and -1, found 16"),
         (scheme(), linear(width=192), "no engine loads compressed-tensors with group_size 128 over 192 input features"),
         (scheme(symmetric=False), linear(out=12), "12 x 256 features do not fill the words of 8 codes"),

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "quantkit"
 ROWS = (
     "__init__ errors",
     "contracts",
+    "packed",
     "numerics/ storage/ anatomy engine_names rules",
     "mixture fold layers gptq_tensors",
     "methods/ formats/ architectures/ document verify",

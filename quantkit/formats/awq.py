@@ -14,17 +14,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme, TensorSpec
-from quantkit.engine_names import engine_names, kept_patterns, lines
+from quantkit.engine_names import SERVERS, engine_names, kept_patterns, lines
 from quantkit.errors import UsageError
+from quantkit.packed import GROUP_SIZES, SCALE_DTYPES, per_run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BITS = 4
-PER_WORD = 8
-GROUP_SIZES = (32, 64, 128, -1)
-"""What the Marlin kernels of vLLM and SGLang know; others fall to slow kernels or fail."""
-SCALE_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
+PER_WORD = per_run(BITS)
 
 
 def accepts(scheme: Scheme, linear: Linear) -> str | None:
@@ -165,8 +163,5 @@ FORMAT = Format(
     dequantize=dequantize,
     quantization_config=quantization_config,
     one_scheme=True,
-    engines={
-        "vLLM": "vllm serve {path}",
-        "SGLang": "python -m sglang.launch_server --model-path {path}",
-    },
+    engines=SERVERS,
 )

@@ -24,7 +24,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme, TensorSpec
-from quantkit.engine_names import lines, parents
+from quantkit.engine_names import TRANSFORMERS, lines, parents
 from quantkit.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ FORMAT = Format(
     one_scheme=True,
     holds_codes=False,
     engines={
-        "transformers": "transformers serve {path}",
+        **TRANSFORMERS,
         "quantkit.load": "python -ic \"import quantkit; model = quantkit.load('{path}')\"",
     },
     limits=limits,

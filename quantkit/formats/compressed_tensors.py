@@ -18,27 +18,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from math import gcd
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme, TensorSpec
-from quantkit.engine_names import kept_patterns
+from quantkit.engine_names import SERVERS, TRANSFORMERS, kept_patterns
 from quantkit.errors import UsageError
+from quantkit.packed import GROUP_SIZES, SCALE_DTYPES, per_run, require_agreement
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BITS = range(2, 9)
 SERVED_BITS = (4, 8)
-GROUP_SIZES = (32, 64, 128, -1)
-"""What the Marlin kernels of vLLM and SGLang know; others fall to slow kernels or fail."""
-SCALE_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
 FP8_BLOCK = 128
-
-
-def per_run(scheme: Scheme) -> int:
-    """Codes in the shortest run that ends with a 32-bit word."""
-    return 32 // gcd(scheme.bits, 32)
 
 
 def accepts(scheme: Scheme, linear: Linear) -> str | None:
@@ -69,7 +61,7 @@ def scheme_fault(scheme: Scheme) -> str | None:
 
 def linear_fault(scheme: Scheme, linear: Linear) -> str | None:
     """Why this linear cannot be stored in a scheme that others can."""
-    count = per_run(scheme)
+    count = per_run(scheme.bits)
     if linear.role in PROTECTED_ROLES:
         return f"vLLM and SGLang build this {linear.role.replace('_', ' ')} without codes and find no weight; keep it"
     if linear.role == "routed_expert" and not scheme.symmetric:
@@ -124,11 +116,7 @@ def pack(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
 
     from quantkit.numerics import words
 
-    if (quantized.zero is None) != scheme.symmetric:
-        raise UsageError(
-            f"format compressed_tensors: the scheme says symmetric: {str(scheme.symmetric).lower()}, found a matrix "
-            f"{'without' if quantized.zero is None else 'with'} zero points; method and scheme must agree"
-        )
+    require_agreement(quantized, scheme, "compressed_tensors")
     found = {
         "weight_packed": words.pack(quantized.codes, scheme.bits, axis=1),  # [out, in] -> [out, in * bits / 32]
         "weight_scale": quantized.scale.contiguous(),
@@ -251,9 +239,5 @@ FORMAT = Format(
     fp8_scale="weight_scale",
     accepts_fp8=accepts_fp8,
     limits=limits,
-    engines={
-        "vLLM": "vllm serve {path}",
-        "SGLang": "python -m sglang.launch_server --model-path {path}",
-        "transformers": "transformers serve {path}",
-    },
+    engines={**SERVERS, **TRANSFORMERS},
 )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import Contents, Format, Linear, Quantized, Scheme, TensorSpec
+from quantkit.engine_names import SERVERS, TRANSFORMERS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,9 +55,5 @@ FORMAT = Format(
     quantization_config=quantization_config,
     one_scheme=False,
     holds_codes=False,
-    engines={
-        "vLLM": "vllm serve {path}",
-        "SGLang": "python -m sglang.launch_server --model-path {path}",
-        "transformers": "transformers serve {path}",
-    },
+    engines={**SERVERS, **TRANSFORMERS},
 )

@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING
 
 from quantkit import gptq_tensors
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme
+from quantkit.engine_names import SERVERS
 from quantkit.errors import UsageError
+from quantkit.packed import GROUP_SIZES, SCALE_DTYPES, per_run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BITS = (4, 8)
-GROUP_SIZES = (32, 64, 128, -1)
-"""What the Marlin kernels of vLLM and SGLang know; others fall to slow kernels or fail."""
-MLA = ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj")
-"""DeepSeek's compressed attention: SGLang joins the first two along the wrong axis and unpacks the last as AWQ."""
 
 
 def accepts(scheme: Scheme, linear: Linear) -> str | None:
@@ -42,17 +40,17 @@ def scheme_fault(scheme: Scheme) -> str | None:
         )
     if scheme.group_size not in GROUP_SIZES:
         return f"the GPTQ kernels of vLLM and SGLang know group sizes 32, 64, 128 and -1, found {scheme.group_size}"
-    if scheme.scale_dtype not in gptq_tensors.SCALE_DTYPES:
+    if scheme.scale_dtype not in SCALE_DTYPES:
         return f"vLLM and SGLang hold GPTQ scales in 16 bits, found {scheme.scale_dtype}; use bfloat16 or float16"
     return None
 
 
 def linear_fault(scheme: Scheme, linear: Linear) -> str | None:
     """Why this linear cannot be stored in a scheme that others can."""
-    count, last = gptq_tensors.per_run(scheme.bits), linear.name.rpartition(".")[2]
+    count, last = per_run(scheme.bits), linear.name.rpartition(".")[2]
     if linear.role in PROTECTED_ROLES:
         return f"vLLM and SGLang build this {linear.role.replace('_', ' ')} without GPTQ and find no weight; keep it"
-    if last in MLA:
+    if last in gptq_tensors.MLA:
         return f"SGLang reads {last} wrongly from GPTQ files; keep it, or use format awq"
     if linear.out_features % count or linear.in_features % count:
         return (
@@ -93,8 +91,5 @@ FORMAT = Format(
     dequantize=dequantize,
     quantization_config=quantization_config,
     one_scheme=True,
-    engines={
-        "vLLM": "vllm serve {path}",
-        "SGLang": "python -m sglang.launch_server --model-path {path}",
-    },
+    engines=SERVERS,
 )

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING
 
 from quantkit import gptq_tensors
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme
-from quantkit.errors import UsageError
+from quantkit.engine_names import SERVERS, TRANSFORMERS
+from quantkit.packed import SCALE_DTYPES, per_run, require_agreement
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BITS = (2, 3, 4, 8)
 SERVED_BITS = (4, 8)
-MLA = ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj")
-"""DeepSeek's compressed attention: SGLang joins the first two along the wrong axis and unpacks the last as AWQ."""
 
 
 def accepts(scheme: Scheme, linear: Linear) -> str | None:
@@ -29,11 +28,11 @@ def accepts(scheme: Scheme, linear: Linear) -> str | None:
         found = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
         use = "format dense to study it" if scheme.kind == "int" else "format bitsandbytes"
         return f"GPTQModel reads GPTQ with 2, 3, 4 or 8 bits, found {found}; use {use}"
-    if scheme.scale_dtype not in gptq_tensors.SCALE_DTYPES:
+    if scheme.scale_dtype not in SCALE_DTYPES:
         return f"GPTQModel holds GPTQ scales in 16 bits, found {scheme.scale_dtype}; use bfloat16 or float16"
     if linear.role in PROTECTED_ROLES:
         return f"GPTQModel builds this {linear.role.replace('_', ' ')} without GPTQ and finds no weight; keep it"
-    run = 32 if scheme.bits == 3 else gptq_tensors.per_run(scheme.bits)
+    run = per_run(scheme.bits)
     if linear.out_features % run or linear.in_features % run:
         return (
             f"{linear.out_features} x {linear.in_features} features do not fill the words that GPTQModel reads, {run} "
@@ -49,7 +48,7 @@ def limits(linears: Sequence[Linear], schemes: Sequence[Scheme]) -> dict[str, st
     found: dict[str, str] = {}
     if not all(scheme.symmetric and scheme.bits in SERVED_BITS for scheme in schemes):
         found |= dict.fromkeys(("vLLM", "SGLang"), "no GPTQ but symmetric codes of 4 or 8 bits")
-    elif any(linear.name.endswith(MLA) for linear in linears):
+    elif any(linear.name.endswith(gptq_tensors.MLA) for linear in linears):
         found["SGLang"] = "no multi-head latent attention in GPTQ"
     if any(scheme.bits == 3 for scheme in schemes):
         found["llama.cpp"] = "no GPTQ of 3 bits"
@@ -63,11 +62,7 @@ def pack(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
 
     Raises NumericsError when a code does not fit, UsageError when zero points and scheme.symmetric contradict.
     """
-    if (quantized.zero is None) != scheme.symmetric:
-        raise UsageError(
-            f"format gptq_v2: the scheme says symmetric: {str(scheme.symmetric).lower()}, found a matrix "
-            f"{'without' if quantized.zero is None else 'with'} zero points; method and scheme must agree"
-        )
+    require_agreement(quantized, scheme, "gptq_v2")
     return gptq_tensors.pack(quantized, scheme, less=0)
 
 
@@ -89,9 +84,8 @@ FORMAT = Format(
     quantization_config=quantization_config,
     one_scheme=True,
     engines={
-        "vLLM": "vllm serve {path}",
-        "SGLang": "python -m sglang.launch_server --model-path {path}",
-        "transformers": "transformers serve {path}",
+        **SERVERS,
+        **TRANSFORMERS,
         "GPTQModel": "python -ic \"from gptqmodel import GPTQModel; model = GPTQModel.load('{path}')\"",
         "llama.cpp": "python convert_hf_to_gguf.py {path}",
     },

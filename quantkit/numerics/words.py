@@ -14,15 +14,10 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
+from quantkit.packed import WORD_BITS, per_run
 
-WORD_BITS = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """AutoAWQ's "gemm" layout: the order in which its kernel wants the eight codes of a word."""
-
-
-def per_run(bits: int) -> int:
-    """Codes in the shortest run that ends with a word: one word's, or 32 in `bits` words."""
-    return WORD_BITS if WORD_BITS % bits else WORD_BITS // bits
 
 
 def per_word(bits: int) -> int:
