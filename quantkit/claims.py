@@ -20,6 +20,7 @@ SHOWN_FAULTS = 8
 class Claimed:
     """A layout whose tensors were all found (or assumed), with what was left aside."""
 
+    architecture: Architecture
     layout: Layout
     specs: Mapping[str, TensorSpec]  # every logical tensor, by full name
     dropped: tuple[str, ...]  # tensors no engine reads
@@ -91,7 +92,8 @@ def claim(architecture: Architecture, config: Config, specs: Mapping[str, Tensor
     """
     layout, told = architecture.layout(config), (architecture.derived,) if architecture.derived else ()
     if specs is None:
-        return Claimed(layout=layout, specs=expected(layout, config), dropped=(), warnings=told)
+        specs = expected(layout, config)
+        return Claimed(architecture=architecture, layout=layout, specs=specs, dropped=(), warnings=told)
     absent = tuple(b for b in layout.blocks if b.kind == "mtp" and not any(n.startswith(f"{b.name}.") for n in specs))
     layout = replace(layout, blocks=tuple(block for block in layout.blocks if block not in absent))
     wanted = expected(layout, config)
@@ -110,6 +112,7 @@ def claim(architecture: Architecture, config: Config, specs: Mapping[str, Tensor
             + "; ".join(faults[:SHOWN_FAULTS]) + more + "; check that config.json and weights belong together"
         )  # fmt: skip
     return Claimed(
+        architecture=architecture,
         layout=layout,
         specs={name: specs[name] for name in wanted},
         dropped=dropped,

@@ -6,7 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from quantkit.contracts import PROTECTED_ROLES, Block, Format, Layout, Linear, LinearGroup, Scheme, TensorSpec
+from quantkit import registry
+from quantkit.contracts import (
+    PROTECTED_ROLES,
+    Block,
+    Format,
+    Layout,
+    Linear,
+    LinearGroup,
+    Rescale,
+    Scheme,
+    TensorSpec,
+)
 from quantkit.schema import Quantize, Recipe, Rule
 
 NO_RULE = "no rule"
@@ -116,6 +127,24 @@ def touches_fp8(group: LinearGroup, decisions: Mapping[str, Decision]) -> bool:
     absorber = (group.absorber.module,) if group.absorber else ()
     names = (*group.readers, *absorber)
     return any(name in decisions and decisions[name].keep == "fp8" for name in names)
+
+
+def search_of(block: Block, group: LinearGroup, decisions: Mapping[str, Decision]) -> Rescale | None:
+    """The scale search of the one method that quantizes the readers of a group, routed experts included.
+
+    None when several methods do, when nothing absorbs the scale, or in an MTP block, whose inputs nobody sees.
+    """
+    experts = block.experts
+    names = [*group.readers, *([experts.linear(0, experts.gate)] if group.routed_experts and experts else [])]
+    used = {method for reader in names if (method := decisions[reader].method)}
+    if block.kind == "mtp" or group.absorber is None or len(used) != 1:
+        return None
+    return registry.method(used.pop()).rescale
+
+
+def held_by_fp8(block: Block, group: LinearGroup, decisions: Mapping[str, Decision]) -> bool:
+    """Whether the input of a group keeps its scale only because kept FP8 bits would have to change with it."""
+    return search_of(block, group, decisions) is not None and touches_fp8(group, decisions)
 
 
 def rule_faults(rules: Sequence[Rule], layout: Layout, where: str) -> list[str]:

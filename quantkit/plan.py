@@ -16,18 +16,18 @@ from typing import Literal
 
 from quantkit import registry
 from quantkit.claims import Claimed, claim, fp8_block, stored_bytes
-from quantkit.contracts import Architecture, Block, Config, Format, Layout, LinearGroup, TensorSpec
+from quantkit.contracts import Architecture, Block, Config, Format, Layout, TensorSpec
 from quantkit.decide import (
     FP8,
     Decision,
     decide,
     fp8_faults,
     fused_faults,
+    held_by_fp8,
     idle_rules,
     in_blocks,
     rule_faults,
     storage_faults,
-    touches_fp8,
 )
 from quantkit.errors import RecipeError
 from quantkit.memory import MemoryPlan, memory_plan
@@ -198,6 +198,14 @@ def architecture_of(config: Config) -> Architecture:
     return generic.architecture(config)
 
 
+def claimed_of(source: SourceFacts) -> Claimed:
+    """What the source is made of: the same for every format, and for a family without a table seconds of proof.
+
+    Raises as `architecture_of`, and CheckpointError when the tensors do not fit the architecture.
+    """
+    return claim(architecture_of(source.config), source.config, source.specs, source.where)
+
+
 def rules_of(recipe: Recipe, architecture: Architecture) -> tuple[Rule, ...]:
     """The recipe's rules, or the preset its family calls for."""
     if recipe.rules is not None:
@@ -249,18 +257,10 @@ def fp8_warnings(claimed: Claimed, format_name: str, decisions: Mapping[str, Dec
     return told
 
 
-def held_by_fp8(block: Block, group: LinearGroup, decisions: Mapping[str, Decision]) -> bool:
-    """Whether a method would rescale the input of a group if no kept FP8 bits had to change with it."""
-    experts = block.experts
-    names = [*group.readers, *([experts.linear(0, experts.gate)] if group.routed_experts and experts else [])]
-    used = {name for reader in names if (name := decisions[reader].method)}
-    scaled = block.kind == "decoder" and len(used) == 1 and registry.method(min(used)).rescale is not None
-    return scaled and group.absorber is not None and touches_fp8(group, decisions)
-
-
 def make_plan(
     recipe: Recipe,
     source: SourceFacts,
+    claimed: Claimed,
     format_name: str,
     *,
     budget_bytes: int,
@@ -269,13 +269,12 @@ def make_plan(
 ) -> Plan:
     """Decide everything about the artifact in one format.
 
-    `tokens` are the lengths of the streams, `hidden_bytes` the width of a hidden value on disk.
+    `claimed` is what `claimed_of` says of the source, `tokens` are the lengths of the streams, `hidden_bytes` the width
+    of a hidden value on disk.
 
-    Raises CheckpointError when the tensors do not fit the architecture, RecipeError with every fault of the recipe.
+    Raises RecipeError with every fault of the recipe.
     """
-    architecture = architecture_of(source.config)
-    claimed = claim(architecture, source.config, source.specs, source.where)
-    output, rules = registry.format(format_name), rules_of(recipe, architecture)
+    output, rules = registry.format(format_name), rules_of(recipe, claimed.architecture)
     decisions = in_blocks(decide(claimed.layout, rules, recipe, claimed.specs), claimed.specs, output)
     side = fp8_block(source.config)
     faults = rule_faults(rules, claimed.layout, recipe.name)
@@ -306,7 +305,7 @@ def make_plan(
         format_name=format_name,
         rules=rules,
         source=source,
-        architecture=architecture,
+        architecture=claimed.architecture,
         layout=claimed.layout,
         specs=claimed.specs,
         dropped=claimed.dropped,

@@ -11,7 +11,7 @@ from typing import Literal
 from quantkit import registry
 from quantkit.contracts import Config
 from quantkit.errors import HubUnreachable, RecipeError, UsageError
-from quantkit.plan import Plan, SourceFacts, make_plan
+from quantkit.plan import Plan, SourceFacts, claimed_of, make_plan
 from quantkit.schema import Recipe
 from quantkit.storage import builtin, evals, hub
 from quantkit.storage.checkpoint import Checkpoint
@@ -137,14 +137,16 @@ def plan_recipe(
     RecipeError with every fault of the recipe, benchmarks that do not exist among them.
     """
     plans, faults = list[Plan](), list[str]()
-    budget_bytes, hidden_bytes = budget(recipe), compute(recipe).hidden_bytes
+    claimed, budget_bytes, hidden_bytes = claimed_of(source), budget(recipe), compute(recipe).hidden_bytes
     for name in recipe.format:
         try:
-            plans.append(
-                make_plan(recipe, source, name, budget_bytes=budget_bytes, tokens=tokens, hidden_bytes=hidden_bytes)
+            made = make_plan(
+                recipe, source, claimed, name, budget_bytes=budget_bytes, tokens=tokens, hidden_bytes=hidden_bytes
             )
         except RecipeError as error:
             faults += error.faults
+        else:
+            plans.append(made)
     faults += task_faults(recipe)
     if faults:
         raise RecipeError(list(dict.fromkeys(faults)))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantkit.artifact import Sink
 from quantkit.contracts import Block, Experts, Format, LinearGroup, Rescale, Scheme
-from quantkit.decide import FP8, Decision, touches_fp8
+from quantkit.decide import FP8, Decision, held_by_fp8, search_of
 from quantkit.errors import NumericsError
 from quantkit.experts import Activation
 from quantkit.fold import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, Choice
@@ -134,14 +134,11 @@ class Work:
 
     def search_of(self, group: LinearGroup) -> Rescale | None:
         """The scale search that the group's method asks for."""
-        decisions, experts = self.job.plan.decisions, self.block.experts
-        names = [*group.readers, *([experts.linear(0, experts.gate)] if group.routed_experts and experts else [])]
-        used = {name for reader in names if (name := decisions[reader].method)}
-        return method(used.pop()).rescale if len(used) == 1 and group.absorber else None
+        return search_of(self.block, group, self.job.plan.decisions)
 
     def held(self, group: LinearGroup) -> bool:
         """Whether the input of a group keeps its scale although its method would change it."""
-        return self.search_of(group) is not None and any(touches_fp8(group, found) for found in self.job.decisions)
+        return any(held_by_fp8(self.block, group, found) for found in self.job.decisions)
 
     def fallbacks_of(self, module: str) -> tuple[str, ...]:
         """Fallbacks that a quantized linear takes because of what it is, whatever its weights."""

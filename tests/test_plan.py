@@ -19,7 +19,7 @@ from quantkit.artifact import config_values
 from quantkit.claims import expected
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, RecipeError, UsageError
-from quantkit.plan import Plan, SourceFacts, make_plan, shards
+from quantkit.plan import Plan, SourceFacts, claimed_of, make_plan, shards
 from quantkit.recipe import parse
 from quantkit.report.schema import PlanSummary
 from quantkit.summary import plan_summary
@@ -82,7 +82,8 @@ def plan_of(
     )
     tokens = {"calibration": 1024, "fidelity": 1024}
     recipe = parse(text, "r.yaml")
-    return make_plan(recipe, facts, recipe.format[0], budget_bytes=budget, tokens=tokens, hidden_bytes=4)
+    claimed, name = claimed_of(facts), recipe.format[0]
+    return make_plan(recipe, facts, claimed, name, budget_bytes=budget, tokens=tokens, hidden_bytes=4)
 
 
 def faults_of(**keys: Any) -> tuple[str, ...]:

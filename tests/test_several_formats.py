@@ -14,6 +14,7 @@ from test_contracts import build, build_all
 from quantkit import pipeline, registry, sources
 from quantkit.errors import NumericsError, RecipeError
 from quantkit.formats import compressed_tensors, gptq
+from quantkit.plan import architecture_of
 from quantkit.recipe import parse
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.verify import verify
@@ -93,6 +94,17 @@ def test_faults_of_every_format_are_shown_once(source: Path, tmp_path: Path) -> 
         sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))
     assert sum("symmetric: false" in fault for fault in caught.value.faults) == 1
     assert len(caught.value.faults) == len(set(caught.value.faults))
+
+
+def test_a_family_is_looked_up_once_for_all_formats(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof of a family without a table takes seconds."""
+    asked = []
+    monkeypatch.setattr("quantkit.plan.architecture_of", lambda config: asked.append(config) or architecture_of(config))
+    recipe = parse(recipe_text(source, tmp_path / "x", format="[awq, dense]"), "r.yaml")
+    assert len(sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))) == 2
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(("method", "reads"), [("rtn", 0), ("awq", 1)])
