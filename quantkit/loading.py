@@ -21,8 +21,9 @@ from transformers.activations import ACT2FN
 from quantkit import contracts, registry, whole
 from quantkit.contracts import Layout, Linear, Scheme
 from quantkit.errors import ArtifactError, UsageError
+from quantkit.experts import share
 from quantkit.formats import bitsandbytes as nf4
-from quantkit.layers import Skeleton, relative, skeleton
+from quantkit.layers import Routed, Skeleton, relative, skeleton
 from quantkit.layers import load as assign
 from quantkit.numerics import codebook
 from quantkit.plan import architecture_of
@@ -166,13 +167,12 @@ class Experts4bit(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """What the router asked of the experts: hidden [tokens, hidden], index and weights [tokens, k]."""
+        routed = Routed(hidden=hidden_states, index=top_k_index, weight=top_k_weights)
         out = torch.zeros_like(hidden_states)
         for e in top_k_index.unique().tolist():
-            hit = top_k_index == e  # [tokens, k]
-            token = hit.any(dim=-1).nonzero(as_tuple=True)[0]  # [n]
+            token, weight = share(routed, e)  # [n], [n]
             expert: Any = self.get_submodule(str(e))
             x = hidden_states[token]  # [tokens, hidden] -> [n, hidden]
             inner = self.activation(expert[self.names.gate](x)) * expert[self.names.up](x)  # -> [n, intermediate]
-            weight = (top_k_weights * hit).sum(dim=-1)[token]  # [n]
             out.index_add_(0, token, expert[self.names.down](inner) * weight[:, None].to(inner))
         return out
