@@ -52,16 +52,15 @@ class Job:
 
     def keep_blocks(self, name: str, tensor: Tensor, sink: Sink, output: Format) -> Tensor:
         """Copy the source's FP8 blocks of `name` bit for bit; NumericsError unless they stand for `tensor`."""
-        values, scale = self.source.read([name])[name], name + self.source.scale_suffix
-        if not torch.equal(values.to(tensor), tensor):
+        blocks = self.source.blocks(name)
+        if not torch.equal(blocks.values.to(tensor), tensor):
             raise NumericsError(
                 f"{name}: expected the source's values, as its FP8 blocks are kept, found others: its input or its "
                 "rows were rescaled; decide.touches_fp8 lacks a group"
             )
-        blocks = self.source.stored([name, scale])
         beside = f"{name.removesuffix('weight')}{output.fp8_scale}"
-        sink.write({name: blocks[name], beside: blocks[scale].float()})
-        return values.to(tensor.device)
+        sink.write({name: blocks.codes, beside: blocks.scale.float()})
+        return blocks.values.to(tensor.device)
 
 
 @dataclass(kw_only=True)

@@ -68,25 +68,33 @@ def test_nan_and_infinity_are_found_wherever_they_are(tmp_path: Path, value: flo
     tensor = torch.zeros(5, 7, dtype=dtype)
     tensor[3, 4] = value
     opened = Checkpoint.open(save(tmp_path, {"w": tensor}))
-    for read in (opened.read, opened.stored):
-        with pytest.raises(CheckpointError) as caught:
-            read(["w"])
-        assert str(caught.value) == (
-            f"{tmp_path}/model.safetensors: tensor 'w': expected finite values, found {value} at element 25; "
-            "the weights are damaged, fetch the file again"
-        )
+    with pytest.raises(CheckpointError) as caught:
+        opened.read(["w"])
+    assert str(caught.value) == (
+        f"{tmp_path}/model.safetensors: tensor 'w': expected finite values, found {value} at element 25; "
+        "the weights are damaged, fetch the file again"
+    )
 
 
 def test_nan_in_fp8_and_in_its_scale(tmp_path: Path) -> None:
     bad = WEIGHT.clone()
     bad.view(torch.uint8)[2, 1] = 0xFF
     opened = Checkpoint.open(save(tmp_path, {"w": bad, "w_scale_inv": SCALE}))
-    for read in (opened.read, opened.stored):
+    for read in (lambda: opened.read(["w"]), lambda: opened.blocks("w")):
         with pytest.raises(CheckpointError, match="tensor 'w': expected finite values, found nan at element 7"):
-            read(["w"])
+            read()
     opened = Checkpoint.open(save(tmp_path, {"w": WEIGHT, "w_scale_inv": SCALE / 0}))
-    with pytest.raises(CheckpointError, match="tensor 'w_scale_inv': expected finite values, found inf at element 0"):
-        opened.read(["w"])
+    for read in (lambda: opened.read(["w"]), lambda: opened.blocks("w")):
+        with pytest.raises(CheckpointError, match="tensor 'w_scale_inv': expected finite values, found inf at elem"):
+            read()
+
+
+def test_only_fp8_weights_have_blocks(tmp_path: Path) -> None:
+    opened = Checkpoint.open(save(tmp_path, {"w": WEIGHT, "w_scale_inv": SCALE, "v": SCALE + 1}))
+    with pytest.raises(CheckpointError, match="tensor 'v': expected F8_E4M3 blocks, found F32"):
+        opened.blocks("v")
+    with pytest.raises(CheckpointError, match="expected a tensor 'x', found none of that name"):
+        opened.blocks("x")
 
 
 def test_other_dtypes_come_as_stored_and_unknown_names_get_a_suggestion(tmp_path: Path) -> None:

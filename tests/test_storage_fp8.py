@@ -38,9 +38,10 @@ def test_the_worked_example_of_partial_blocks(tmp_path: Path) -> None:
     assert read.dtype == torch.bfloat16
     assert read.tolist() == [[1, 1, 2], [1, 1, 2], [3, 3, 4]]
     assert opened.read_rows("a.weight", 1, 3).tolist() == [[1, 1, 2], [3, 3, 4]]
-    stored = opened.stored(["a.weight", "a.weight_scale_inv"])
-    assert torch.equal(stored["a.weight"].view(torch.uint8), WEIGHT.view(torch.uint8))
-    assert torch.equal(stored["a.weight_scale_inv"], SCALE)
+    blocks = opened.blocks("a.weight")
+    assert torch.equal(blocks.codes.view(torch.uint8), WEIGHT.view(torch.uint8))
+    assert torch.equal(blocks.scale, SCALE)
+    assert torch.equal(blocks.values, read)
 
 
 def compressed(*structures: list[int]) -> dict[str, object]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError
 from quantkit.storage.files import brief, listed, read_bytes, read_json
 from quantkit.storage.fp8 import dequantize
-from quantkit.storage.logical import block_size, logical_specs, pair_faults, scale_suffix
+from quantkit.storage.logical import FP8, block_size, logical_specs, pair_faults, scale_suffix
 from quantkit.storage.shards import Shards, leads_out, open_shards
 from quantkit.storage.tensors import read_rows, read_tensor
 
@@ -47,6 +47,18 @@ _SIDECARS = (
 
 _SIDECAR_LIMIT_BYTES = 1_000_000_000
 _CHECK_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """An FP8 weight as stored and as computed with.
+
+    codes [out, in] float8_e4m3fn and scale [block rows, block columns], bit for bit; values [out, in] bfloat16.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    values: Tensor
 
 
 @dataclass(frozen=True)
@@ -100,13 +112,18 @@ class Checkpoint:
         """Rows start .. stop-1 of one logical tensor, [stop - start, ...]: a vocabulary in pieces. Errors as `read`."""
         return self._read(name, start, stop)
 
-    def stored(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors bit for bit as stored, by stored name; FP8 and its scale are two. Errors as `read`."""
-        found = {}
-        for name in names:
-            found[name] = read_tensor(*self.shards.locate(name), name)
-            self._check_finite(name, found[name])
-        return found
+    def blocks(self, name: str) -> Blocks:
+        """The FP8 blocks of a weight and what they stand for, from one read. Errors as `read`, and for other dtypes."""
+        spec = self._spec(name)
+        if spec.dtype != FP8:
+            raise CheckpointError(
+                f"{self.folder}: tensor {brief(name)}: expected {FP8} blocks, found {spec.dtype}; read it as it is"
+            )
+        codes = read_tensor(*self.shards.locate(name), name)
+        scale = self._scale(name)
+        values = self._dequantized(spec, lambda first, last: codes[first:last], scale, 0, spec.shape[0])
+        self._check_finite(name, values)
+        return Blocks(codes=codes, scale=scale, values=values)
 
     @cached_property
     def sidecars(self) -> tuple[Path, ...]:
@@ -141,15 +158,20 @@ class Checkpoint:
         lines = "".join(f"{value}  {name}\n" for name, value in self.hashes().items())
         return hashlib.sha256((lines + self.fingerprint()).encode()).hexdigest()
 
-    def _read(self, name: str, start: int, stop: int | None) -> Tensor:
+    def _spec(self, name: str) -> TensorSpec:
         spec = self.specs.get(name)
         if spec is None:
             near = difflib.get_close_matches(name, self.specs, n=1)
             hint = f"did you mean {brief(near[0])}?" if near else "check the architecture and the config"
             raise CheckpointError(f"{self.folder}: expected a tensor {brief(name)}, found none of that name; {hint}")
+        return spec
+
+    def _read(self, name: str, start: int, stop: int | None) -> Tensor:
+        spec = self._spec(name)
         file, header = self.shards.locate(name)
-        if spec.dtype == "F8_E4M3":
-            tensor = self._dequantized(spec, start, spec.shape[0] if stop is None else stop)
+        if spec.dtype == FP8:
+            last = spec.shape[0] if stop is None else stop
+            tensor = self._dequantized(spec, partial(read_rows, file, header, name), self._scale(name), start, last)
         elif stop is None:
             tensor = read_tensor(file, header, name)
         else:
@@ -157,17 +179,18 @@ class Checkpoint:
         self._check_finite(name, tensor)
         return tensor
 
-    def _dequantized(self, spec: TensorSpec, start: int, stop: int) -> Tensor:
-        """Rows of an FP8 weight: [stop - start, in] bfloat16, read strip by strip."""
-        assert self.block is not None  # `open` refuses FP8 weights without a block size
-        file, header = self.shards.locate(spec.name)
-        scale = spec.name + self.scale_suffix
-        scales = read_tensor(*self.shards.locate(scale), scale)  # [block rows, block columns]
+    def _scale(self, name: str) -> Tensor:
+        """The scales of an FP8 weight's blocks as stored: [block rows, block columns]."""
+        scale = name + self.scale_suffix
+        scales = read_tensor(*self.shards.locate(scale), scale)
         self._check_finite(scale, scales)
+        return scales
 
-        def rows(first: int, last: int) -> Tensor:
-            return read_rows(file, header, spec.name, first, last)
-
+    def _dequantized(
+        self, spec: TensorSpec, rows: Callable[[int, int], Tensor], scales: Tensor, start: int, stop: int
+    ) -> Tensor:
+        """Rows start .. stop-1 of an FP8 weight: [stop - start, in] bfloat16; `rows` gives them strip by strip."""
+        assert self.block is not None  # `open` refuses FP8 weights without a block size
         return dequantize(rows, scales, self.block, start, stop, spec.shape[1])
 
     def _check_finite(self, name: str, tensor: Tensor) -> None:
