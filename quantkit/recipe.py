@@ -5,7 +5,7 @@ A value is never guessed: an unknown key, a wrong type or a name that does not e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,9 +16,22 @@ from quantkit import registry
 from quantkit.document import Document, Path, dotted, read, shown, value_of
 from quantkit.errors import RecipeError
 from quantkit.rules import PRESETS, pattern_fault
-from quantkit.schema import FIGURES, MEASURED, SECTIONS, Quantize, Recipe, Rule, RuleEntry
+from quantkit.schema import (
+    FIGURES,
+    MEASURED,
+    POOLED,
+    SECTIONS,
+    TASK_BOUNDS,
+    Gate,
+    Gates,
+    Quantize,
+    Recipe,
+    Rule,
+    RuleEntry,
+)
+from quantkit.storage.corpus_spec import DOMAINS
 
-__all__ = ["Quantize", "Recipe", "Rule", "parse", "preset"]
+__all__ = ["Quantize", "Recipe", "Rule", "parse", "parse_gates", "preset"]
 
 _RULE_SHAPE = "a rule is {match: PATTERN, quantize: default} or {match: PATTERN, keep: source}, or {preset: NAME}"
 
@@ -40,6 +53,22 @@ def parse(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
     recipe._document = document
     recipe._overrides = tuple(overrides.items())
     return recipe
+
+
+def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
+    """The `gates:` of a YAML file, which may be a whole recipe; RecipeError with every fault of them.
+
+    `tasks`: the benchmarks that the report to be judged has.
+    """
+    document = read(text, name)
+    check = _Check(document=document, faults=[])
+    for key in document.values.keys() - Recipe.model_fields.keys():
+        check.fault((key,), f"unknown key.{registry.did_you_mean(key, tuple(Recipe.model_fields))} Expected gates.")
+    found = check.model(Gates, {"gates": document.values.get("gates")}, ())
+    check.gates(document.values.get("gates"), {"tasks": list(tasks)}, {})
+    if check.faults or found is None:
+        raise RecipeError([sentence for _, sentence in sorted(check.faults, key=lambda fault: fault[0])])
+    return found.gates
 
 
 def preset(name: str, default: Quantize, line: int | None = None) -> tuple[Rule, ...]:
@@ -129,18 +158,29 @@ class _Check:
         """Gates on figures that do not exist or that nothing measures, or bounded in a way that they do not have."""
         listed = evaluation.get("tasks") if isinstance(evaluation, dict) else None
         tasks = [task for task in listed if isinstance(task, str)] if isinstance(listed, list) else []
-        known = (*FIGURES, *tasks)
         for figure, bounds in gates.items() if isinstance(gates, dict) else ():
             path = ("gates", figure)
-            if figure not in known:
-                self.fault(path, registry.unknown("figure or task of evaluation.tasks", shown(figure), known))
-            elif figure in MEASURED and fidelity in (None, "none"):
+            base, _, domain = str(figure).partition("@")
+            if figure not in (*FIGURES, *tasks) and not (base in POOLED and domain in DOMAINS):
+                self.fault(path, _unknown_figure(str(figure), tasks))
+            elif base in MEASURED and fidelity in (None, "none"):
                 self.fault(path, "needs a fidelity text, found fidelity: none; name a set, or drop this gate")
             elif isinstance(bounds, dict):
+                allowed = TASK_BOUNDS if figure in tasks else ("max", "min")
                 given = {key for key, value in bounds.items() if value is not None}
-                allowed = {"min_recovery"} if figure in tasks else {"max", "min"}
-                if not given or given & {"max", "min", "min_recovery"} - allowed:
-                    self.fault(path, f"expected {' or '.join(f'{{{key}: NUMBER}}' for key in sorted(allowed))}")
+                if not given or given & set(Gate.model_fields) - set(allowed):
+                    self.fault(path, f"expected {' or '.join(f'{{{key}: NUMBER}}' for key in allowed)}")
+                if figure != "size" and any(isinstance(bounds.get(key), str) for key in ("max", "min")):
+                    self.fault(path, "expected a number; only size takes one such as 400GB")
+
+
+def _unknown_figure(figure: str, tasks: Sequence[str]) -> str:
+    """Why a gate names nothing, with what it may have meant."""
+    base, at, domain = figure.partition("@")
+    if at and base in POOLED:
+        return registry.unknown("domain", shown(domain), DOMAINS)
+    sentence = registry.unknown("figure or task of evaluation.tasks", shown(figure), (*FIGURES, *tasks))
+    return f"{sentence} Of one domain: kl_mean@{DOMAINS[-1]}."
 
 
 def _overridden(document: Document, overrides: Mapping[str, str]) -> tuple[Document, list[tuple[int, str]]]:

@@ -19,13 +19,21 @@ from quantkit.document import Document, shown
 
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-FIGURES: tuple[str, ...] = (
-    "kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "ppl_ratio", "top1", "mean_delta_p", "rms_delta_p",
-    "router_agreement", "experts_uncalibrated",
+POOLED: tuple[str, ...] = (
+    "kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "ppl_source", "ppl_artifact", "ppl_ratio", "top1",
+    "mean_delta_p", "rms_delta_p",
 )  # fmt: skip
-"""What a gate may bound with min or max; the tasks of evaluation.tasks take min_recovery. report.gates reads them."""
+"""Figures of the fidelity text: over all of it, or with "@math" behind the name over one of its domains."""
 
-MEASURED = frozenset(FIGURES) - {"experts_uncalibrated"}
+FIGURES: tuple[str, ...] = (
+    *POOLED, "router_agreement", "block_error", "module_error", "module_output_error", "experts_uncalibrated",
+    "fallbacks", "lost_items", "bits_per_weight", "size",
+)  # fmt: skip
+"""What a gate may bound with min or max; a task of evaluation.tasks takes TASK_BOUNDS. report.gates reads them."""
+
+TASK_BOUNDS = ("min_recovery", "margin_pp", "max_lost", "min_score")
+
+MEASURED = frozenset({*POOLED, "router_agreement", "block_error"})
 """Those that come from the fidelity text."""
 
 _UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -67,12 +75,18 @@ def _absent(value: object) -> object:
     return None if value == "none" else value
 
 
+def _sized(value: object) -> object:
+    """A bound on a size may be written as one: "400GB"."""
+    return float(size_bytes(value)) if isinstance(value, str) and value[:1].isdigit() else value
+
+
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Size = Annotated[int, BeforeValidator(size_bytes)]
+Bound = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_sized)]
 MethodName = Annotated[str, AfterValidator(lambda name: _registered("methods", name))]
 FormatName = Annotated[str, AfterValidator(lambda name: _registered("formats", name))]
 FormatNames = Annotated[
@@ -216,9 +230,19 @@ class Gate(BaseModel):
     """What one figure or task must keep to."""
 
     model_config = FROZEN
-    max: Number | None = None
-    min: Number | None = None
-    min_recovery: Share | None = None
+    max: Bound | None = None
+    min: Bound | None = None
+    min_recovery: Share | None = None  # the artifact's score as a share of the source's
+    margin_pp: Annotated[float, Field(ge=0, le=100)] | None = None  # the interval of the difference lies above -margin
+    max_lost: Seed | None = None  # items right in the source and wrong in the artifact
+    min_score: Share | None = None  # the artifact's own
+
+
+class Gates(BaseModel):
+    """A file of gates alone."""
+
+    model_config = FROZEN
+    gates: Annotated[dict[str, Gate], Field(min_length=1)]
 
 
 class Output(BaseModel):

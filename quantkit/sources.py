@@ -147,7 +147,7 @@ def plan_recipe(
             faults += error.faults
         else:
             plans.append(made)
-    faults += task_faults(recipe)
+    faults += task_faults(recipe) + gate_faults(recipe)
     if faults:
         raise RecipeError(list(dict.fromkeys(faults)))
     return tuple(plans)
@@ -158,3 +158,17 @@ def task_faults(recipe: Recipe) -> list[str]:
     where, known = recipe.where("evaluation", "tasks"), evals.task_names()
     missing = [name for name in recipe.evaluation.tasks if not evals.task_path(name).is_file()]
     return [f"{where}: evaluation.tasks: {registry.unknown('benchmark', name, known)}" for name in missing]
+
+
+def gate_faults(recipe: Recipe) -> list[str]:
+    """Gates on a domain that the fidelity text does not have: they would never be judged."""
+    text = recipe.fidelity
+    asked = [figure for figure in recipe.gates if "@" in figure and figure not in recipe.evaluation.tasks]
+    if text is None or not asked:
+        return []
+    domains = read_spec(text.set, builtin.folder("calibration")).domains
+    return [
+        f"{recipe.where('gates', figure)}: gates.{figure}: {registry.unknown(f'domain of {text.set}', found, domains)}"
+        for figure in asked
+        if (found := figure.partition("@")[2]) not in domains
+    ]

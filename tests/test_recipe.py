@@ -286,9 +286,11 @@ fidelty: {}
         "x.yaml:12: evaluation.tasks[1]: expected text, found 3 (quote it to make it text)",
         "x.yaml:13: gates.top1: expected a mapping of keys, found 5",
         "x.yaml:13: gates.kl_maen: no figure or task of evaluation.tasks named 'kl_maen'. Did you mean 'kl_mean'? "
-        "Known: kl_mean, kl_median, kl_p99, kl_p999, kl_max, ppl_ratio, top1, mean_delta_p, rms_delta_p, "
-        "router_agreement, experts_uncalibrated, gsm8k.",
-        "x.yaml:13: gates.gsm8k: expected {min_recovery: NUMBER}",
+        "Known: kl_mean, kl_median, kl_p99, kl_p999, kl_max, ppl_source, ppl_artifact, ppl_ratio, top1, mean_delta_p, "
+        "rms_delta_p, router_agreement, block_error, module_error, module_output_error, experts_uncalibrated, "
+        "fallbacks, lost_items, bits_per_weight, size, gsm8k. Of one domain: kl_mean@code.",
+        "x.yaml:13: gates.gsm8k: expected {min_recovery: NUMBER} or {margin_pp: NUMBER} or {max_lost: NUMBER} or "
+        "{min_score: NUMBER}",
         "x.yaml:13: gates.kl_mean: expected {max: NUMBER} or {min: NUMBER}",
         "x.yaml:14: memory: expected a size such as 64GB, 512MiB or a number of bytes, found '64 gigabytes'",
         "x.yaml:15: output.shard_bytes: expected a size above 0 and below 8 EiB, found '0'",
@@ -344,6 +346,13 @@ def test_yaml_that_is_refused(text: str, fault: str) -> None:
         ("gates", "{kl_mean: {max: 1e999}}", "gates.kl_mean.max: expected a finite number, found inf"),
         ("gates", "{gsm8k: {min_recovery: 98}}", "gates.gsm8k.min_recovery: expected at most 1, found 98"),
         ("gates", "{kl_mean: {min_recovery: 0.9}}", "gates.kl_mean: expected {max: NUMBER} or {min: NUMBER}"),
+        ("gates", "{kl_mean@maths: {max: 1}}", "gates.kl_mean@maths: no domain named 'maths'. Did you mean 'math'? "),
+        ("gates", "{size@math: {max: 1}}", "gates.size@math: no figure or task of evaluation.tasks named 'size@math'"),
+        ("gates", "{kl_mean: {max: 5GB}}", "gates.kl_mean: expected a number; only size takes one such as 400GB"),
+        ("gates", "{size: {max: 5 tons}}", "gates.size.max: expected a size such as 64GB, 512MiB or a number of"),
+        ("gates", "{gsm8k: {margin_pp: -1}}", "gates.gsm8k.margin_pp: expected at least 0, found -1"),
+        ("gates", "{gsm8k: {max_lost: 0.5}}", "gates.gsm8k.max_lost: expected a whole number, found 0.5"),
+        ("gates", "{gsm8k: {margin: 1}}", "gates.gsm8k.margin: unknown key. Did you mean 'margin_pp'? Known: max, min"),
         ("evaluation", "{tasks: [a, a]}", "evaluation.tasks: a: listed twice"),
         ("rules", "[]", "rules: expected a preset (experts-only, all-linear, attention-source) or a list of rules"),
         ("rules", "[{match: a, quantize: default, keep: source}]", "rules[0]: a rule is {match: PATTERN, quantize"),

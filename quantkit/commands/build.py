@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
 
 from quantkit.console import Meter, as_json_list, failing_well, show
 from quantkit.errors import GateMissed
-from quantkit.options import JSON, SET, read_recipe
+from quantkit.options import JSON, JUNIT, SET, read_recipe
 
 
 @click.command()
@@ -16,9 +17,17 @@ from quantkit.options import JSON, SET, read_recipe
 @SET
 @click.option("--overwrite", is_flag=True, help="Replace an artifact under output.path once the new one is done.")
 @click.option("--skip-evaluation", is_flag=True, help="Leave the benchmarks out; the report says so.")
+@JUNIT
 @JSON
 @failing_well
-def COMMAND(recipe: str, overrides: tuple[str, ...], overwrite: bool, skip_evaluation: bool, json_out: bool) -> None:
+def COMMAND(
+    recipe: str,
+    overrides: tuple[str, ...],
+    overwrite: bool,
+    skip_evaluation: bool,
+    junit: Path | None,
+    json_out: bool,
+) -> None:
     """Plan, quantize, measure and report: make the artifact of a recipe.
 
     RECIPE is a file or the name of one that ships with quantkit. Exits with 3 when a gate is missed.
@@ -26,7 +35,9 @@ def COMMAND(recipe: str, overrides: tuple[str, ...], overwrite: bool, skip_evalu
     Example: quantkit build tiny-v3-awq4
     """
     from quantkit.pipeline import run
+    from quantkit.report.junit import junit as junit_bytes
     from quantkit.report.terminal import fidelities_view, plans_view
+    from quantkit.storage.files import write_atomic
     from quantkit.summary import plan_summary
 
     text, parsed = read_recipe(recipe, overrides)
@@ -39,6 +50,8 @@ def COMMAND(recipe: str, overrides: tuple[str, ...], overwrite: bool, skip_evalu
             planned=lambda plans: None if json_out else show(plans_view([plan_summary(made) for made in plans])),
             tell=meter.tell,
         )
+    if junit:
+        write_atomic(junit, junit_bytes([outcome.fidelity for outcome in outcomes]))
     if json_out:
         as_json_list([outcome.fidelity.model_dump(mode="json") for outcome in outcomes])
     else:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from quantkit.errors import ArtifactError
 from quantkit.report.schema import Fidelity
-from quantkit.storage.files import read_json
+from quantkit.storage.files import read_json, sha256_file
+from quantkit.verify import MANIFEST, mapping, read_manifest
 
 FIDELITY = "quantkit/fidelity.json"
+EVIDENCE = "quantkit/"
 
 
 def read_report(artifact: Path) -> Fidelity:
@@ -18,6 +21,11 @@ def read_report(artifact: Path) -> Fidelity:
     path = artifact / FIDELITY
     if not path.is_file():
         raise ArtifactError(f"{artifact}: no {FIDELITY}: not an artifact of quantkit, or its build did not finish")
+    return read_file(path)
+
+
+def read_file(path: Path) -> Fidelity:
+    """The report in a file; ArtifactError when it cannot be read."""
     try:
         return Fidelity.model_validate(read_json(path, ArtifactError))
     except ValidationError as error:
@@ -26,3 +34,21 @@ def read_report(artifact: Path) -> Fidelity:
         raise ArtifactError(
             f"{path}: {where}: {first['msg']}; use the quantkit that made it, or pull it again"
         ) from None
+
+
+def read_sealed(artifact: Path) -> tuple[Fidelity, Mapping[str, object]]:
+    """Report and manifest of an artifact whose evidence is what was sealed; the weights are left to `verify`.
+
+    Raises ArtifactError: a gate or a comparison must not go by figures that somebody changed after the build.
+    """
+    manifest = read_manifest(artifact)
+    for name, entry in mapping(manifest, "files", artifact).items():
+        if not name.startswith(EVIDENCE):
+            continue
+        expected = entry.get("sha256") if isinstance(entry, Mapping) else None
+        if not (artifact / name).is_file() or sha256_file(artifact / name, ArtifactError) != expected:
+            raise ArtifactError(
+                f"{artifact / name}: expected the file that {MANIFEST} names, found "
+                f"{'another' if (artifact / name).is_file() else 'none'}; pull or build the artifact again"
+            )
+    return read_report(artifact), manifest

@@ -91,7 +91,7 @@ def gates(fidelity: Fidelity) -> Table:
         (
             row.figure,
             row.bound,
-            numbers.digits(row.value),
+            numbers.size(round(row.value)) if row.figure == "size" and row.value else numbers.digits(row.value),
             f"{words[row.ok]}: {row.reason}" if row.reason else words[row.ok],
         )
         for row in fidelity.gates

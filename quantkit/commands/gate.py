@@ -1,0 +1,51 @@
+"""`quantkit gate`: an artifact judged anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from quantkit.console import as_json, failing_well, show
+from quantkit.errors import GateMissed
+from quantkit.options import JSON, JUNIT, read_gates
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--gates",
+    "gates_file",
+    type=click.Path(path_type=Path),
+    help="A YAML file with `gates:`, a recipe too; else the artifact's own recipe.",
+)
+@JUNIT
+@JSON
+@failing_well
+def COMMAND(artifact: Path, gates_file: Path | None, junit: Path | None, json_out: bool) -> None:
+    """Judge an artifact's figures by other gates, or by its recipe's again. Changes nothing in the artifact.
+
+    Exits with 3 when a gate is missed.
+
+    Example: quantkit gate artifacts/tiny-v3-awq4 --gates strict.yaml --junit gates.xml
+    """
+    from quantkit.report import gates, tables, terminal
+    from quantkit.report.junit import junit as junit_bytes
+    from quantkit.report.read import read_sealed
+    from quantkit.storage.files import write_atomic
+
+    report, _ = read_sealed(artifact)
+    found = gates.judged(read_gates(gates_file, artifact, report), report)
+    missed = [gate for gate in found.gates if gate.ok is False]
+    if junit:
+        write_atomic(junit, junit_bytes([found]))
+    if json_out:
+        results = [gate.model_dump(mode="json") for gate in found.gates]
+        as_json({"artifact": str(artifact), "status": found.status, "built": report.status, "gates": results})
+    else:
+        show(terminal.table(tables.gates(found)))
+        kept, open_ = sum(gate.ok is True for gate in found.gates), sum(gate.ok is None for gate in found.gates)
+        told = f"{kept} of {len(found.gates)} gates kept, {len(missed)} missed, {open_} without a figure"
+        click.echo(f"{artifact}: {found.status}: {told} (when built: {report.status})")
+    if missed:
+        raise GateMissed("; ".join(f"gate {g.figure} {g.bound}: found {g.value}" for g in missed))
