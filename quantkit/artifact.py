@@ -92,10 +92,9 @@ def config_values(plan: Plan) -> dict[str, object]:
     """config.json of the artifact: the source's, with the source's quantization replaced by the artifact's own."""
     values = {key: value for key, value in plan.source.config.values.items() if key != "quantization_config"}
     kept = [name for name, decision in plan.decisions.items() if decision.action == "keep"]
-    schemes = {name: d.scheme for name, d in plan.decisions.items() if d.scheme is not None}
     fp8 = [name for name in kept if plan.decisions[name].keep == "fp8"]
-    contents = Contents(schemes=schemes, kept=kept, fp8=fp8, fp8_block=plan.kept.side)
-    entry = plan.format.quantization_config(contents) if schemes else None
+    contents = Contents(schemes=plan.schemes, kept=kept, fp8=fp8, fp8_block=plan.kept.side)
+    entry = plan.format.quantization_config(contents) if contents.schemes else None
     if entry is not None:
         values["quantization_config"] = entry
     dropped = any(decision.action == "drop" for decision in plan.decisions.values())

@@ -16,7 +16,7 @@ from typing import Literal
 
 from quantkit import registry
 from quantkit.claims import Claimed, claim, fp8_block, stored_bytes
-from quantkit.contracts import Architecture, Block, Config, Format, Layout, TensorSpec
+from quantkit.contracts import Architecture, Block, Config, Format, Layout, Scheme, TensorSpec
 from quantkit.decide import (
     FP8,
     Decision,
@@ -86,6 +86,11 @@ class Plan:
     def kept(self) -> Kept:
         """How what is not quantized is stored."""
         return Kept(specs=self.specs, scale=self.format.fp8_scale, side=fp8_block(self.source.config))
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """The scheme of each linear that is quantized, by module name."""
+        return {name: decision.scheme for name, decision in self.decisions.items() if decision.scheme is not None}
 
     @property
     def path(self) -> str:

@@ -264,7 +264,6 @@ def unpacked(artifact: Path) -> Any:
     """The artifact as quantkit reads it, in float32."""
     recipe = parse((artifact / "recipe.yaml").read_text(), "recipe.yaml")
     (plan,) = sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))
-    schemes = {name: found.scheme for name, found in plan.decisions.items() if found.scheme is not None}
     bones = skeleton(plan.source.config, torch.device("cpu"), torch.float32)
-    read = whole.reader(Checkpoint.open(artifact), "compressed_tensors", schemes)
+    read = whole.reader(Checkpoint.open(artifact), "compressed_tensors", plan.schemes)
     return whole.model(bones, plan.layout, read)

@@ -74,8 +74,8 @@ def compare(plan: Plan, source: Checkpoint, folder: Path, compute: Compute, *, e
         jail = sandbox.probe() if any(task.code for task in loaded) else sandbox.Sandbox(kind="none")
         job = Job(plan=plan, compute=compute, tasks=loaded, jail=jail, tell=tell)
         baseline = source_items(job, source)
-        schemes = {name: d.scheme for name, d in plan.decisions.items() if d.scheme is not None}
-        candidate = answers(job, "artifact", whole.reader(Checkpoint.open(folder), plan.format_name, schemes), source)
+        stored = whole.reader(Checkpoint.open(folder), plan.format_name, plan.schemes)
+        candidate = answers(job, "artifact", stored, source)
     except EvaluationError as error:
         return not_run(names, str(error))
     pairs = samples.pair(baseline, candidate)
