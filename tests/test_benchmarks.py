@@ -144,7 +144,7 @@ def test_both_tiny_tasks_run_offline_and_silently(model, tokenizer, offline, cap
     )  # fmt: skip
     assert [(item.task, item.doc_id) for item in items] == [(name, doc) for name in TINY for doc in (0, 1)]
     assert all(1 <= item.n_tokens <= 80 for item in items)
-    assert seen == [(2, 4), (4, 4)]
+    assert seen == [(0, 4), (2, 4), (4, 4)]
     assert offline == []
     assert capfd.readouterr() == ("", "")
     assert [score.task for score in benchmarks.scores(items)] == list(TINY)
@@ -228,14 +228,14 @@ def test_no_tasks_and_no_items(model, tokenizer):
 def test_prompts_start_with_exactly_one_bos(model, tokenizer):
     from quantkit.evaluate.generation import LocalModel
 
-    language_model = LocalModel(model, tokenizer, 4, None)
+    language_model = LocalModel(model, tokenizer, 4)
     for text in ("Question: 1 + 1 = ?\nAnswer:", "<|bos|>Question: 1 + 1 = ?\nAnswer:"):
         assert language_model.tok_encode(text).count(tokenizer.bos_token_id) == 1
         assert language_model.tok_encode(text)[0] == tokenizer.bos_token_id
 
 
 def test_greedy_equals_transformers_generate(model):
-    from quantkit.evaluate.generation import greedy
+    from quantkit.evaluate.generation import decode
 
     torch.manual_seed(1)
     lengths, longest = [3, 9, 17, 20, 5], 20
@@ -246,7 +246,7 @@ def test_greedy_equals_transformers_generate(model):
         input_ids=ids, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=sorted(enders),
         pad_token_id=2,
     )[:, longest:].tolist()  # fmt: skip
-    found = greedy(model, ids, mask, 24, lambda tokens: tokens[-1] in enders)
+    found = decode(model, ids, mask, 24, lambda tokens: tokens[-1] in enders)
     assert len({len(row) for row in found}) > 1
     for row, reference in zip(found, expected, strict=True):
         assert row == reference[: len(row)]

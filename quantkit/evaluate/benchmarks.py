@@ -1,4 +1,4 @@
-"""Math and code benchmarks through lm-eval, on a model that is already in memory.
+"""Benchmarks through lm-eval: `run` on a model that is already in memory, `ask` on any backend.
 
 lm-eval makes the prompts, applies the filters and scores math; it never runs code. Completions of code tasks are
 collected first and judged together in the sandbox afterwards. lm-eval's `evaluate` is called below its
@@ -10,30 +10,29 @@ A model that decodes greedily in float32 gives the same answers whatever the bat
 from __future__ import annotations
 
 import ast
-import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined, TemplateError
 
 from quantkit.errors import EvaluationError
+from quantkit.evaluate import harness
 from quantkit.evaluate import sandbox as jails
+from quantkit.evaluate.harness import Opened
 from quantkit.evaluate.samples import ItemResult
-from quantkit.evaluate.tasks import DATA_VARIABLE, CodeRules, Task, rendered
+from quantkit.evaluate.tasks import CodeRules, Task
+from quantkit.storage import journal
 
 if TYPE_CHECKING:
-    from quantkit.evaluate.generation import Answer, LocalModel
+    from quantkit.evaluate.recorded import Answer, Recorder
 
 BATCH_SIZE = 64
 """Rows decoded together; a large model on a small machine wants fewer."""
 
 _INVALID = "[invalid]"  # what lm-eval's regex filter makes of a text without a match
-_FEWSHOT_SEED = 1234  # lm-eval's own; the tasks that ship with quantkit draw nothing
 _NOT_RUN = "not run: "
 _TEMPLATES = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # as lm-eval's: code, not HTML
 
@@ -79,14 +78,51 @@ def run(
         return []
     if limit is not None and limit < 1:
         raise EvaluationError(f"evaluation.limit: expected 1 or more items, found {limit}")
-    answers, samples = _answer(model, tokenizer, tasks, limit, batch_size, progress)
+    with harness.opened(tasks) as opened, journal.opened(None) as book:
+        from quantkit.evaluate.generation import LocalModel
+        from quantkit.evaluate.recorded import Recorder
+
+        if opened.failed:
+            raise EvaluationError("\n".join(opened.failed.values()))
+        recorder = Recorder(LocalModel(model, tokenizer, batch_size), book, "", progress)
+        return ask(recorder, opened, limit=limit, sandbox=sandbox)
+
+
+def ask(
+    recorder: Recorder,
+    opened: Opened,
+    *,
+    limit: int | None = None,
+    chat: bool = False,
+    sandbox: jails.Sandbox | None = None,
+) -> list[ItemResult]:
+    """Every item of the opened tasks, answered by a backend behind its recorder and scored. See `run`.
+
+    chat: prompts become conversations, worked examples turns of them.
+    """
+    from lm_eval.evaluator import evaluate  # seconds to import
+
+    try:
+        results = evaluate(
+            lm=recorder,
+            task_dict={"tasks": dict(opened.loaded), "groups": {}, "group_map": {}},
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=True,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+        )
+    except TemplateError as fault:
+        names = ", ".join(task.name for task in opened.tasks)
+        raise EvaluationError(f"evaluation tasks {names}: {fault}; correct the task's file") from fault
     jail = sandbox
     items: list[ItemResult] = []
-    for task in tasks:
-        found = [_item(task, sample, answers[task.name, sample["doc_id"]]) for sample in samples[task.name]]
+    for task in opened.tasks:
+        samples = results["samples"][task.name]
+        found = [_item(task, sample, recorder.answers.get((task.name, sample["doc_id"]))) for sample in samples]
         if task.code is not None:
             jail = jail or jails.probe()
-            found = _judged(found, samples[task.name], task.code, jail)
+            found = _judged(found, samples, task.code, jail)
         items += found
     return items
 
@@ -120,60 +156,27 @@ def _score(group: Sequence[ItemResult], *, is_primary: bool) -> TaskScore:
     )  # fmt: skip
 
 
-def _answer(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[Task],
-    limit: int | None,
-    batch_size: int,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[dict[tuple[str, int], Answer], dict[str, list[dict[str, Any]]]]:
-    """Every answer by (task, doc_id), and lm-eval's sample records by task."""
-    with _quiet(offline=all(task.is_local for task in tasks)), rendered(tasks) as folder:
-        from lm_eval.evaluator import evaluate  # seconds to import
-        from lm_eval.tasks import TaskManager
+def _item(task: Task, sample: Mapping[str, Any], answer: Answer | None) -> ItemResult:
+    """lm-eval's record of one item under one filter; code tasks get their score from `_judged`.
 
-        from quantkit.evaluate.generation import LocalModel
-
-        language_model: LocalModel = LocalModel(model, tokenizer, batch_size, progress)
-        manager = TaskManager(include_path=str(folder), include_defaults=False)
-        try:
-            loaded = manager.load([task.name for task in tasks])
-        except Exception as fault:
-            raise _unloadable(tasks, fault) from fault
-        for task in loaded["tasks"].values():
-            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-        try:
-            results = evaluate(lm=language_model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
-        except TemplateError as fault:
-            raise _unloadable(tasks, fault) from fault
-    return language_model.answers, results["samples"]
-
-
-def _unloadable(tasks: Sequence[Task], fault: Exception) -> EvaluationError:
-    """lm-eval and datasets raise a dozen unrelated types here; their text is the information."""
-    said = " ".join(f"{type(fault).__name__}: {fault}".split())[:300]
-    remote = [task.name for task in tasks if not task.is_local]
-    advice = (
-        f"{', '.join(remote)}: the data comes from the hub; connect, or set {DATA_VARIABLE} to a folder that has it"
-        if remote else "correct the task's file"
-    )  # fmt: skip
-    names = ", ".join(task.name for task in tasks)
-    return EvaluationError(f"evaluation tasks {names}: lm-eval cannot load them ({said}); {advice}")
-
-
-def _item(task: Task, sample: Mapping[str, Any], answer: Answer) -> ItemResult:
-    """lm-eval's record of one item under one filter; code tasks get their score from `_judged`."""
+    Without an answer the item compared likelihoods: the response is the continuation that was the most likely.
+    """
     filtered = str(sample["filtered_resps"][0])
     value = sample[sample["metrics"][0]] if task.code is None else None
     if value is not None and not isinstance(value, int | float):
         raise EvaluationError(f"{task.name}: metric {sample['metrics'][0]} gives no number per item; use another one")
+    if answer is None:
+        likelihoods = [responses[0][0] for responses in sample["resps"]]
+        filtered = response = str(sample["arguments"][likelihoods.index(max(likelihoods))][1])
+    else:
+        response = answer.text
     return ItemResult(
         task=task.name, domain=task.domain, filter=sample["filter"], doc_id=sample["doc_id"],
         doc_hash=sample["doc_hash"], prompt_hash=sample["prompt_hash"], target_hash=sample["target_hash"],
-        prompt=sample["arguments"][0][0], target=str(sample["target"]), response=answer.text,
-        score=None if value is None else float(value), outcome=filtered[:200], n_tokens=answer.n_tokens,
-        truncated=answer.truncated, parsed=filtered != _INVALID,
+        prompt=sample["arguments"][0][0], target=str(sample["target"]), response=response,
+        score=None if value is None else float(value), outcome=filtered[:200],
+        n_tokens=answer.n_tokens if answer else 0, truncated=answer.truncated if answer else False,
+        parsed=filtered != _INVALID,
     )  # fmt: skip
 
 
@@ -223,29 +226,3 @@ def _is_python(source: str) -> bool:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return True
-
-
-@contextmanager
-def _quiet(*, offline: bool) -> Iterator[None]:
-    """lm-eval and datasets without logs and bars; without a socket, when nothing has to be fetched.
-
-    datasets asks a server to count even a local file, with 3 s of timeout, unless its own constant says offline; the
-    environment variables are read at import only.
-    """
-    import datasets  # seconds to import
-    import lm_eval.api.task as lm_eval_task
-
-    logger, bars = logging.getLogger("lm_eval"), datasets.is_progress_bar_enabled()
-    level, was_offline, bar = logger.level, datasets.config.HF_HUB_OFFLINE, lm_eval_task.tqdm
-    logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    datasets.config.HF_HUB_OFFLINE = offline or was_offline
-    lm_eval_task.tqdm = partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        lm_eval_task.tqdm = bar
-        datasets.config.HF_HUB_OFFLINE = was_offline
-        if bars:
-            datasets.enable_progress_bars()

@@ -1,4 +1,4 @@
-"""Greedy decoding for lm-eval, made for many short answers on few cores.
+"""Decoding for lm-eval, made for many short answers on few cores: greedy, or sampled at a temperature.
 
 lm-eval's own generator keeps a batch until its last row is done. Attention over the cache is what decoding costs (MLA
 expands the whole cache at every step), so here a row leaves the batch, and its cache, as soon as it has stopped; the
@@ -10,30 +10,21 @@ Imported only when a benchmark runs: lm-eval takes seconds to import.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+from transformers import TopPLogitsWarper
 
 from quantkit.errors import EvaluationError
+from quantkit.evaluate.recorded import Answer, Likelihood, Rules
 
-Progress = Callable[[int, int], None]
-"""Called with the number of answers that are complete, and of all."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """What a model wrote: text before the stop string, tokens including the one that stopped it.
-
-    `truncated`: neither EOS nor a stop string came within the limit.
-    """
-
-    text: str
-    n_tokens: int
-    truncated: bool
+Choose = Callable[[Tensor, Sequence[int]], Tensor]
+"""(logits [rows, vocabulary], places of the rows in their batch) -> the next token of each [rows, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,36 +55,36 @@ class _Stop:
 
 
 class LocalModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
-    """lm-eval's transformers backend with this module's `generate_until`; `answers` keeps what it returned."""
+    """lm-eval's transformers backend with this module's decoding."""
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int, progress: Progress | None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        self.answers: dict[tuple[str, int], Answer] = {}
-        self._progress = progress
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """One text per request, in the order of the requests."""
+    def generate(self, requests: Sequence[Any], finished: Callable[[Sequence[tuple[int, Answer]]], None]) -> None:
+        """An answer per request, told batch by batch."""
         # Requests with equal limits share a batch; short prompts go first.
         encoded = [self.tok_encode(request.args[0]) for request in requests]
-        rules = [_Rules.of(request.args[1], request.task_name) for request in requests]
+        rules = [Rules.of(request.args[1], request.task_name) for request in requests]
         order = sorted(range(len(requests)), key=lambda index: (rules[index].key, len(encoded[index])))
-        texts, done, start = [""] * len(requests), 0, 0
+        start = 0
         while start < len(order):
             batch = [
                 index for index in order[start : start + self.batch_size]
                 if rules[index] == rules[order[start]]
             ]  # fmt: skip
             answers = self._batch([encoded[index] for index in batch], rules[batch[0]])
-            for index, answer in zip(batch, answers, strict=True):
-                self.answers[requests[index].task_name, requests[index].doc_id] = answer
-                texts[index] = answer.text
+            finished([*zip(batch, answers, strict=True)])
             start += len(batch)
-            done += len(batch)
-            if self._progress is not None:
-                self._progress(done, len(requests))
-        return texts
 
-    def _batch(self, prompts: Sequence[Sequence[int]], rules: _Rules) -> list[Answer]:
+    def likelihoods(
+        self, requests: Sequence[Any], finished: Callable[[Sequence[tuple[int, Likelihood]]], None]
+    ) -> None:
+        """lm-eval's own, told batch by batch; requests about one prompt follow each other and share its work."""
+        for start in range(0, len(requests), self.batch_size):
+            some = self.loglikelihood(requests[start : start + self.batch_size], disable_tqdm=True)
+            finished([*enumerate(some, start)])
+
+    def _batch(self, prompts: Sequence[Sequence[int]], rules: Rules) -> list[Answer]:
         longest = max(len(prompt) for prompt in prompts)
         if longest + rules.max_tokens > self.max_length:
             raise EvaluationError(
@@ -104,8 +95,9 @@ class LocalModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])  # [batch, longest]
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         stop = _Stop(tokenizer=self.tokenizer, eos=self._eos(), strings=rules.until)
+        choose = sampled(prompts, rules.temperature, rules.top_p, rules.seed) if rules.temperature else most_probable
         device = self.model.device
-        rows = greedy(self.model, ids.to(device), mask.to(device), rules.max_tokens, stop.reached)
+        rows = decode(self.model, ids.to(device), mask.to(device), rules.max_tokens, stop.reached, choose)
         return [stop.answer(row) for row in rows]
 
     def _eos(self) -> frozenset[int]:
@@ -115,35 +107,37 @@ class LocalModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         return frozenset(token for token in (*several, self.tokenizer.eos_token_id) if token is not None)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Rules:
-    """A task's generation_kwargs, checked."""
+def most_probable(logits: Tensor, places: Sequence[int]) -> Tensor:
+    """Greedy: the token with the largest logit, [rows, vocabulary] -> [rows, 1]."""
+    return logits.argmax(-1, keepdim=True)
 
-    task: str
-    until: tuple[str, ...]
-    max_tokens: int
 
-    @property
-    def key(self) -> tuple[str, int]:
-        """What requests are grouped by."""
-        return self.task, self.max_tokens
+def sampled(prompts: Sequence[Sequence[int]], temperature: float, top_p: float, seed: int) -> Choose:
+    """Draws from softmax(logits / temperature), cut to the most probable tokens that make up `top_p`.
 
-    @classmethod
-    def of(cls, kwargs: Mapping[str, Any], task: str) -> _Rules:
-        until, limit = kwargs.get("until", []), kwargs.get("max_gen_toks")
-        if kwargs.get("do_sample"):
-            raise EvaluationError(f"{task}: generation_kwargs.do_sample: expected false, found true")
-        if not isinstance(limit, int) or limit < 1:
-            raise EvaluationError(f"{task}: generation_kwargs.max_gen_toks: expected a whole number, found {limit!r}")
-        strings = [until] if isinstance(until, str) else until
-        return cls(task=task, until=tuple(string for string in strings if string), max_tokens=limit)
+    Each row has a generator of its own, seeded by its prompt and `seed`: a batch of other rows changes no draw.
+    """
+    generators = []
+    for prompt in prompts:
+        digest = hashlib.sha256(f"{seed} {list(prompt)}".encode()).digest()
+        generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True)))
+    nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
+
+    def choose(logits: Tensor, places: Sequence[int]) -> Tensor:
+        scores = logits.float().cpu() / temperature  # [rows, vocabulary]
+        chances = torch.softmax(nucleus(None, scores) if nucleus else scores, dim=-1)
+        drawn = [torch.multinomial(row, 1, generator=generators[at]) for row, at in zip(chances, places, strict=True)]
+        return torch.stack(drawn).to(logits.device)
+
+    return choose
 
 
 @torch.inference_mode()
-def greedy(
-    model: Any, ids: Tensor, mask: Tensor, max_tokens: int, stopped: Callable[[list[int]], bool]
-) -> list[list[int]]:
-    """The most probable continuation of each row, up to `max_tokens` tokens or until `stopped` says so.
+def decode(
+    model: Any, ids: Tensor, mask: Tensor, max_tokens: int, stopped: Callable[[list[int]], bool],
+    choose: Choose = most_probable,
+) -> list[list[int]]:  # fmt: skip
+    """A continuation of each row, up to `max_tokens` tokens or until `stopped` says so; `choose` picks every token.
 
     ids, mask [batch, length] int64, padded on the left. Returns the new tokens per row, the stopping one included.
     """
@@ -153,8 +147,8 @@ def greedy(
     output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
     cache = output.past_key_values
     while True:
-        chosen = output.logits[:, -1].argmax(-1)  # [alive, 1, vocabulary] -> [alive]
-        for row, token in zip(alive, chosen.tolist(), strict=True):
+        chosen = choose(output.logits[:, -1], alive)  # [alive, vocabulary] -> [alive, 1]
+        for row, token in zip(alive, chosen[:, 0].tolist(), strict=True):
             rows[row].append(token)
         keep = [place for place, row in enumerate(alive) if not stopped(rows[row])]
         if not keep or len(rows[alive[keep[0]]]) == max_tokens:
@@ -166,6 +160,6 @@ def greedy(
             chosen, mask = chosen[kept], mask[kept]
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)  # [alive, length + 1]
         output = model(
-            input_ids=chosen[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+            input_ids=chosen, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
             past_key_values=cache, use_cache=True, logits_to_keep=1,
         )  # fmt: skip

@@ -1,0 +1,92 @@
+"""Answers as they come, in one SQLite file: an evaluation that was killed goes on with what it had not asked yet.
+
+A row is one answer to one question; SQLite commits it whole or not at all, whenever the process dies. The primary key
+is everything that can change the answer, so that nothing is asked, or counted, twice.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from quantkit.errors import EvaluationError
+
+_SCHEMA = """create table if not exists answers (
+ task text, doc_hash text, prompt_hash text, settings text, model text, turn integer, value text not null,
+ primary key (task, doc_hash, prompt_hash, settings, model, turn)) without rowid"""
+_WAIT_SECONDS = 5
+
+
+class Question(NamedTuple):
+    """What an answer is stored under; `turn` counts equal questions, which sampling answers differently."""
+
+    task: str
+    doc_hash: str
+    prompt_hash: str
+    settings: str
+    model: str
+    turn: int
+
+
+Value = list[object]
+"""An answer as JSON keeps it."""
+
+
+class Journal:
+    """The answers in one file; every `put` is on disk when it returns."""
+
+    def __init__(self, connection: sqlite3.Connection, path: str) -> None:
+        self._connection, self._path = connection, path
+
+    def get(self, question: Question) -> Value | None:
+        """The stored answer; None when there is none."""
+        row = self._connection.execute(
+            "select value from answers where (task, doc_hash, prompt_hash, settings, model, turn) = (?, ?, ?, ?, ?, ?)",
+            question,
+        ).fetchone()
+        return None if row is None else list(json.loads(row[0]))
+
+    def put(self, answers: Sequence[tuple[Question, Value]]) -> None:
+        """Store answers, all of them or none; the first answer to a question stays."""
+        rows = [(*question, json.dumps(value)) for question, value in answers]
+        try:
+            with self._connection:
+                self._connection.executemany("insert or ignore into answers values (?, ?, ?, ?, ?, ?, ?)", rows)
+        except sqlite3.Error as fault:
+            raise EvaluationError(
+                f"{self._path}: an answer cannot be stored: {fault}; make room, then continue with --resume"
+            ) from None
+
+    def __len__(self) -> int:
+        return int(self._connection.execute("select count(*) from answers").fetchone()[0])
+
+
+@contextmanager
+def opened(path: Path | None) -> Iterator[Journal]:
+    """The journal in a file, which is made when it is not there; without a path one that is gone afterwards.
+
+    EvaluationError when the file is no journal, or when another process has it open.
+    """
+    name = ":memory:" if path is None else str(path)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        connection = sqlite3.connect(name, timeout=_WAIT_SECONDS)
+        connection.execute("pragma locking_mode = exclusive")  # a lock that dies with the process
+        connection.execute("begin exclusive")
+        connection.execute(_SCHEMA)
+        connection.commit()
+    except sqlite3.OperationalError as fault:
+        raise EvaluationError(
+            f"{name}: answers cannot be stored: {fault}; wait for the evaluation that uses it, or name another place"
+        ) from None
+    except sqlite3.DatabaseError as fault:
+        raise EvaluationError(f"{name}: expected the answers of an evaluation, found: {fault}; remove it") from None
+    try:
+        yield Journal(connection, name)
+    finally:
+        connection.close()
