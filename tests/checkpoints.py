@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from quantkit import registry
+from quantkit import registry, sources
 from quantkit.claims import STORED_AS_FP8, expected
 from quantkit.contracts import Config
+from quantkit.plan import Plan
+from quantkit.recipe import parse
 from quantkit.storage.builtin import resolve_model
 from quantkit.storage.tensors import TORCH_DTYPES
 
@@ -79,3 +81,10 @@ def recipe_text(model: Path | str, output: Path, **keys: str) -> str:
         "compute": "{device: cpu}",
     }
     return "\n".join(f"{key}: {value}" for key, value in (lines | keys).items()) + "\n"
+
+
+def planned(folder: Path, **keys: str) -> Plan:
+    """The plan of `recipe_text` over the files of a checkpoint."""
+    recipe = parse(recipe_text(folder, folder.parent / "out", **keys), "r.yaml")
+    (plan,) = sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))
+    return plan

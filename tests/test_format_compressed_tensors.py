@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,20 +11,17 @@ from checkpoints import tiny_config, write_checkpoint
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from dequantized import Stored
 from test_contracts import build
 from test_format_awq import SELECTIONS, linear, model_modules
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from quantkit import sources, whole
 from quantkit.contracts import Contents, Linear, Quantized, Scheme
 from quantkit.engine_names import FUSED
 from quantkit.errors import NumericsError, UsageError
 from quantkit.formats import compressed_tensors as ct
-from quantkit.layers import skeleton
 from quantkit.methods import rtn
 from quantkit.numerics import affine
-from quantkit.recipe import parse
-from quantkit.storage.checkpoint import Checkpoint
 
 M = torch.tensor([[(3 * (8 * k + n) + 1) % 16 for n in range(8)] for k in range(8)], dtype=torch.uint8)
 """FORMATS.md's example, [in, out]."""
@@ -241,7 +237,7 @@ def test_transformers_loads_what_was_stored(name: str, rules: str, wanted: str, 
     folder = write_checkpoint(tmp_path / "source", tiny_config(name, num_nextn_predict_layers=0))
     quantize = f"{{method: rtn, {wanted}}}"
     outcome = build(folder, tmp_path / "artifact", rules=rules, quantize=quantize, format="compressed_tensors")
-    ours = unpacked(outcome.path)
+    ours = Stored.open(outcome.path).model()
     # compressed-tensors 0.20 expects zero points of another shape when it is to unpack them after loading
     at_once = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if "symmetric: false" in wanted else {}
     theirs, told = AutoModelForCausalLM.from_pretrained(
@@ -258,12 +254,3 @@ def test_transformers_loads_what_was_stored(name: str, rules: str, wanted: str, 
         assert not different
         ours.load_state_dict({key: loaded[key] for key in stored})
         assert torch.allclose(logits, ours(tokens).logits, atol=1e-4, rtol=1e-4)
-
-
-def unpacked(artifact: Path) -> Any:
-    """The artifact as quantkit reads it, in float32."""
-    recipe = parse((artifact / "recipe.yaml").read_text(), "recipe.yaml")
-    (plan,) = sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))
-    bones = skeleton(plan.source.config, torch.device("cpu"), torch.float32)
-    read = whole.reader(Checkpoint.open(artifact), "compressed_tensors", plan.schemes)
-    return whole.model(bones, plan.layout, read)

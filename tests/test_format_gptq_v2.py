@@ -8,21 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import recipe_text, tiny_config, write_checkpoint
+from checkpoints import planned, tiny_config, write_checkpoint
 from safetensors.torch import load_file
 from test_contracts import build
 from test_format_awq import linear
 from test_format_gptq import M_WORDS, M, as_numpy
 
 import quantkit
-from quantkit import sources
 from quantkit.contracts import Contents, Linear, Quantized, Scheme
 from quantkit.errors import NumericsError, UsageError
 from quantkit.formats import gptq, gptq_v2
 from quantkit.methods import rtn
 from quantkit.numerics import affine
-from quantkit.plan import Plan
-from quantkit.recipe import parse
 from quantkit.storage.checkpoint import Checkpoint
 
 
@@ -140,7 +137,7 @@ def test_an_artifact_of_three_bits(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "source", tiny_config("llama"))
     quantize = "{method: rtn, bits: 3, group_size: 64, symmetric: false}"
     keys = {"format": "gptq_v2", "quantize": quantize, "rules": "all-linear"}
-    assert "vLLM, SGLang: no GPTQ but symmetric codes of 4 or 8 bits" in plan_of(folder, **keys).warnings
+    assert "vLLM, SGLang: no GPTQ but symmetric codes of 4 or 8 bits" in planned(folder, **keys).warnings
     outcome = build(folder, tmp_path / "artifact", **keys)
     assert [serving.engine for serving in outcome.fidelity.artifact.serving] == ["transformers", "GPTQModel"]
     stored, source = load_file(outcome.path / "model.safetensors"), Checkpoint.open(folder)
@@ -156,10 +153,3 @@ def test_an_artifact_of_three_bits(tmp_path: Path) -> None:
         # the zero point is rounded too: the end of a range may lie half a step outside
         assert (np.abs(unpacked(tensors, 3) - original) <= 1.03 * step).all(), module
         assert np.array_equal(loaded.get_submodule(module).weight.detach().numpy(), unpacked(tensors, 3)), module
-
-
-def plan_of(folder: Path, **keys: str) -> Plan:
-    """The plan of a small recipe."""
-    recipe = parse(recipe_text(folder, folder.parent / "out", **keys), "r.yaml")
-    (plan,) = sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))
-    return plan

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import recipe_text, tiny_config, write_checkpoint
+from checkpoints import planned, recipe_text, tiny_config, write_checkpoint
 from compressed_tensors.quantization import disable_quantization
+from dequantized import Stored
 from safetensors.torch import load_file
 from test_contracts import build_all
-from test_format_compressed_tensors import unpacked
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,10 +51,7 @@ def build(folder: Path, output: Path, **keys: str) -> pipeline.Outcome:
 
 def plan_of(folder: Path, **keys: str) -> Plan:
     """The plan of a small recipe for compressed_tensors."""
-    found = {"quantize": GPTQ, "format": "compressed_tensors", **keys}
-    recipe = parse(recipe_text(folder, folder.parent / "out", **found), "r.yaml")
-    (plan,) = sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))
-    return plan
+    return planned(folder, **{"quantize": GPTQ, "format": "compressed_tensors", **keys})
 
 
 def faults_of(folder: Path, **keys: str) -> list[str]:
@@ -105,7 +102,7 @@ def test_transformers_loads_codes_beside_fp8(rules: str, tmp_path: Path) -> None
     folder = write_checkpoint(tmp_path / "s", tiny_config("deepseek_v3", num_nextn_predict_layers=0), fp8=True)
     plain = "{method: rtn, bits: 4, group_size: 64, symmetric: true}"
     outcome = build(folder, tmp_path / "a", rules=rules, quantize=plain)
-    ours = unpacked(outcome.path)
+    ours = Stored.open(outcome.path).model()
     own = loading.load(outcome.path, device="cpu", dtype="float32").state_dict()
     assert all(torch.equal(own[key], value) for key, value in ours.state_dict().items())
     theirs: Any

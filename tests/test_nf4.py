@@ -15,6 +15,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from checkpoints import tiny_config, write_checkpoint
+from dequantized import Stored
 from hypothesis import given
 from hypothesis import strategies as st
 from test_contracts import build
@@ -25,12 +26,11 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import quantkit
-from quantkit import pipeline, registry, whole
+from quantkit import pipeline, registry
 from quantkit.contracts import Contents, Linear, Quantized, Scheme
 from quantkit.decide import scheme_of
 from quantkit.errors import ArtifactError, NumericsError, RecipeError, UsageError
 from quantkit.formats import bitsandbytes as nf4
-from quantkit.layers import skeleton
 from quantkit.loading import Experts4bit, stored_as
 from quantkit.methods.nf4 import METHOD
 from quantkit.numerics import codebook
@@ -330,15 +330,6 @@ def built(
     return outcome.path
 
 
-def dequantized(artifact: Path) -> Any:
-    """The artifact as quantkit reads it, in float32."""
-    checkpoint = Checkpoint.open(artifact)
-    format_name, schemes = stored_as(read_manifest(artifact), checkpoint, artifact)
-    bones = skeleton(checkpoint.config, torch.device("cpu"), torch.float32)
-    layout = registry.architecture(checkpoint.config.text("model_type")).layout(checkpoint.config)
-    return whole.model(bones, layout, whole.reader(checkpoint, format_name, schemes))
-
-
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(IDS).logits
@@ -363,7 +354,7 @@ def test_transformers_loads_what_was_stored(name: str, rules: str, double_quant:
     path = built(tmp_path, name, double_quant=double_quant, rules=rules)
     theirs, told = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     assert not any(told.values()), told
-    ours = dequantized(path)
+    ours = Stored.open(path).model()
     found = packed_linears(theirs)
     assert set(found) == set(stored_as(read_manifest(path), Checkpoint.open(path), path)[1])
     for module_name, module in found.items():
@@ -389,7 +380,7 @@ def test_load_runs_experts_in_nf4(name: str, double_quant: bool, fp8: bool, tmp_
     quantized = stored_as(read_manifest(path), Checkpoint.open(path), path)[1]
     assert len(packed_linears(model)) == len(quantized) and not model.training
     assert any(isinstance(module, Experts4bit) for module in model.modules()) == (name != "llama")
-    expected = logits(dequantized(path))
+    expected = logits(Stored.open(path).model())
     assert torch.allclose(logits(model), expected, atol=1e-5, rtol=1e-5)
     answer = model.generate(IDS[:, :4], max_new_tokens=3, do_sample=False)
     assert answer.shape == (1, 7)
@@ -404,7 +395,7 @@ def test_load_unpacks_other_formats(tmp_path: Path) -> None:
     for name, quantize in (("awq", "{method: rtn, group_size: 64}"), ("dense", "{method: rtn, bits: 3}")):
         path = build(source, tmp_path / name, quantize=quantize, format=name, calibration="null").path
         model = quantkit.load(path, dtype="float32", device="cpu")
-        assert not packed_linears(model) and torch.allclose(logits(model), logits(dequantized(path)), atol=1e-5)
+        assert not packed_linears(model) and torch.allclose(logits(model), logits(Stored.open(path).model()), atol=1e-5)
     kept = build(source, tmp_path / "kept", rules="[{match: '*', keep: source}]", calibration="null").path
     assert logits(quantkit.load(kept)).shape == (1, 64, 768)
 
@@ -448,5 +439,5 @@ def test_recipes_without_calibration(name: str, tmp_path: Path) -> None:
     assert measured is not None and measured.value is not None
     assert recipe.gates["kl_mean"].max / 10 < measured.value < recipe.gates["kl_mean"].max
     loaded = quantkit.load(outcome.path, device="cpu", dtype="float32")
-    assert torch.allclose(logits(loaded), logits(dequantized(outcome.path)), atol=1e-4, rtol=1e-4)
+    assert torch.allclose(logits(loaded), logits(Stored.open(outcome.path).model()), atol=1e-4, rtol=1e-4)
     assert len(packed_linears(loaded)) == (144 if name == "tiny-v3-nf4" else 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import recipe_text, tiny_config, write_checkpoint
+from checkpoints import planned, recipe_text, tiny_config, write_checkpoint
 from safetensors.torch import load_file
 from test_contracts import build, build_all
 
@@ -50,7 +50,7 @@ def test_formats_that_hold_the_same_codes_share_a_solve(
     assert methods == ["gptq", "compressed-tensors"]
     module = both[0].fidelity.modules[0]
     name = module.name
-    plan = plan_of(source, tmp_path, "gptq")
+    plan = planned(source, format="gptq", quantize=SYMMETRIC)
     scheme = plan.decisions[name].scheme
     first = load_file(both[0].path / "model.safetensors")
     weights = [
@@ -58,13 +58,6 @@ def test_formats_that_hold_the_same_codes_share_a_solve(
         for f, t in ((gptq, first), (compressed_tensors, one))
     ]
     assert torch.equal(*weights)
-
-
-def plan_of(source: Path, place: Path, name: str) -> sources.Plan:
-    """The plan of the recipe above in one format."""
-    recipe = parse(recipe_text(source, place, format=name, quantize=SYMMETRIC), "r.yaml")
-    (plan,) = sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))
-    return plan
 
 
 def test_a_format_that_rounds_once_more_is_built_alone(source: Path, tmp_path: Path) -> None:
@@ -125,13 +118,12 @@ def test_without_a_fidelity_text_nothing_is_measured(
     measured = build(source, tmp_path / "y", quantize=quantize)
     mine, theirs = (load_file(o.path / "model.safetensors") for o in (found, measured))
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
-    plan = plan_of(source, tmp_path, "gptq")
+    plan = planned(source, format="gptq", quantize=SYMMETRIC)
     assert Checkpoint.open(found.path).config.values["model_type"] == plan.source.config.values["model_type"]
 
 
-def test_a_plan_says_that_nothing_will_be_measured(source: Path, tmp_path: Path) -> None:
-    recipe = parse(recipe_text(source, tmp_path / "x", fidelity="none"), "r.yaml")
-    (plan,) = sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))
+def test_a_plan_says_that_nothing_will_be_measured(source: Path) -> None:
+    plan = planned(source, fidelity="none")
     assert any("nobody will know what this artifact lost" in warning for warning in plan.warnings)
 
 
