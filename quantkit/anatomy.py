@@ -115,6 +115,7 @@ def grouped_attention(
                 absorber=Absorber(
                     module=v, rows=HeadRows(heads=heads, kv_heads=kv_heads, width=width, stride=width, offset=0)
                 ),
+                adds_to=f"{name}.input_layernorm",
             ),
         ),
         fused=((q, k, v),),
@@ -165,6 +166,7 @@ def latent_attention(config: Config, name: str) -> Part:
         name=f"{module}.o",
         readers=(f"{module}.o_proj",),
         absorber=Absorber(module=f"{module}.kv_b_proj", rows=values),
+        adds_to=f"{name}.input_layernorm",
     )
     kv_norm = norm(f"{module}.kv_a_layernorm", config.integer("kv_lora_rank"))
     linears = latent_linears(config, module)
@@ -182,12 +184,12 @@ def dense_mlp(config: Config, name: str, bias: bool = False) -> Part:
     module = f"{name}.mlp"
     linears = gated_mlp(module, config.integer("hidden_size"), config.integer("intermediate_size"), "mlp", bias)
     gate, up, down = (linear.name for linear in linears)
-    absorber = Absorber(module=f"{name}.post_attention_layernorm")
+    before = f"{name}.post_attention_layernorm"
     return Part(
         linears=linears,
         groups=(
-            LinearGroup(name=f"{module}.in", readers=(gate, up), absorber=absorber),
-            LinearGroup(name=f"{module}.down", readers=(down,), absorber=Absorber(module=up)),
+            LinearGroup(name=f"{module}.in", readers=(gate, up), absorber=Absorber(module=before)),
+            LinearGroup(name=f"{module}.down", readers=(down,), absorber=Absorber(module=up), adds_to=before),
         ),
         fused=((gate, up),),
     )

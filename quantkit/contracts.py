@@ -147,13 +147,15 @@ class LinearGroup:
 
     `readers` lists every module that reads the input, the router included: whoever is forgotten here would silently
     read a rescaled input. The first reader is where the input is observed. With `routed_experts`, gate and up of
-    every routed expert of the block read it too.
+    every routed expert of the block read it too. `adds_to` is the norm whose input, the residual stream, the readers'
+    output is added to as it is; None where something lies between.
     """
 
     name: str
     readers: tuple[str, ...]
     absorber: Absorber | None = None
     routed_experts: bool = False
+    adds_to: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -262,13 +264,15 @@ class InputStats:
 
     gram = sum over tokens of x xT, [in, in] float32 (batched: [experts, in, in]); mean_abs = mean |x|, [in] float32
     (batched: [experts, in]); n_tokens, a number per gram. cross = sum over tokens of (o - x) xT, shaped as the gram,
-    where o is the same input in the original model; None where nobody ran it beside.
+    where o is the same input in the original model; None where nobody ran it beside. residual = sum over tokens of
+    (s - r) xT, [out, in], where r is the residual stream that the readers' output is added to, and s the original's.
     """
 
     gram: Tensor
     mean_abs: Tensor
     n_tokens: Tensor
     cross: Tensor | None = None
+    residual: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -63,25 +63,33 @@ class Folded:
 
 
 class GramSum:
-    """A running sum of the statistics of one group input."""
+    """A running sum of the statistics of one group input, of `width` channels.
 
-    def __init__(self, width: int, device: torch.device, crossed: bool = False) -> None:
+    With `crossed` the original model's inputs come beside; with `stream`, too, the stream of so many channels that the
+    group's output is added to.
+    """
+
+    def __init__(self, width: int, device: torch.device, crossed: bool = False, stream: int = 0) -> None:
         self.gram = torch.zeros(width, width, device=device)
         self.cross = torch.zeros_like(self.gram) if crossed else None
+        self.residual = torch.zeros(stream, width, device=device) if crossed and stream else None
         self.abs_sum = torch.zeros(width, device=device)
         self.tokens = 0
 
-    def add(self, rows: Tensor, original: Tensor | None = None) -> None:
-        """Add tokens [n, in], with what the original model has in their place."""
+    def add(self, rows: Tensor, original: Tensor | None = None, gap: Tensor | None = None) -> None:
+        """Add tokens [n, in], what the original model has in their place, and what the stream lacks [n, stream]."""
         grams.accumulate(self.gram, self.abs_sum, rows)
         if self.cross is not None and original is not None:
             grams.accumulate_cross(self.cross, rows, original)
+        if self.residual is not None and gap is not None:
+            grams.accumulate_residual(self.residual, rows, gap)
         self.tokens += len(rows)
 
     def stats(self) -> InputStats:
         """The statistics of all tokens, once they were added."""
         gram, mean = grams.complete(self.gram), self.abs_sum / max(self.tokens, 1)
-        return InputStats(gram=gram, mean_abs=mean, n_tokens=torch.tensor(self.tokens), cross=self.cross)
+        count = torch.tensor(self.tokens)
+        return InputStats(gram=gram, mean_abs=mean, n_tokens=count, cross=self.cross, residual=self.residual)
 
 
 def reference_pass(work: Work, layer: nn.Module, tap: ExpertTap | None) -> Routing | None:
@@ -110,6 +118,11 @@ def asked(tap: ExpertTap | None, valid: Tensor) -> Routed | None:
     return Routed(hidden=last.hidden[valid], index=last.index[valid], weight=last.weight[valid].float())
 
 
+def tokens(x: Tensor, valid: Tensor) -> Tensor:
+    """What was observed without its padding: [sequences, longest, n], valid [sequences * longest] -> [tokens, n]."""
+    return x.reshape(-1, x.shape[-1])[valid]
+
+
 def learn(work: Work, tensors: Tensors, sample: Sample) -> Learned:
     """Run the original dense part over the calibration stream and sum the grams of the groups to be quantized.
 
@@ -119,21 +132,28 @@ def learn(work: Work, tensors: Tensors, sample: Sample) -> Learned:
     beside = work.streams.get("original")
     layer, tap = decoder_layer(bones, work.block, tensors)
     widths = {linear.name: linear.in_features for linear in work.block.linears}
-    crossed = beside is not None
-    sums = {name: GramSum(widths[group.readers[0]], bones.device, crossed=crossed) for name, group in groups.items()}
+    crossed, hidden = beside is not None, stream.hidden.width
+    sums = {
+        name: GramSum(widths[group.readers[0]], bones.device, crossed=crossed, stream=hidden if group.adds_to else 0)
+        for name, group in groups.items()
+    }
     observe = {name: relative(work.block, group.readers[0]) for name, group in groups.items()}
+    if crossed:
+        observe |= {group.adds_to: relative(work.block, group.adds_to) for group in groups.values() if group.adds_to}
     here, there = list[Routing](), list[Routing]()
     with observing(layer, observe) as inputs:
         for batch in stream.batches:
             original: dict[str, Tensor] = {}
             if beside is not None:
                 valid, routing = step(bones, layer, tap, beside, batch, work.targets["original"], beside.seen)
-                original = {name: x.reshape(-1, x.shape[-1])[valid] for name, x in inputs.items()}
+                original = {name: tokens(x, valid) for name, x in inputs.items()}
                 there += [routing] if routing else []
             valid, routing = step(bones, layer, tap, stream, batch, work.targets["calibration"], stream.learned)
             here += [routing] if routing else []
-            for name, x in inputs.items():
-                sums[name].add(x.reshape(-1, x.shape[-1])[valid], original.get(name))  # [..., in] -> [tokens, in]
+            for name, total in sums.items():
+                meant = original.get(groups[name].adds_to or "")
+                gap = None if meant is None else meant - tokens(inputs[groups[name].adds_to or ""], valid)
+                total.add(tokens(inputs[name], valid), original.get(name), gap)
     count = work.block.experts.count if work.block.experts else 0
     decided, stats = Routing.joined(here), {name: total.stats() for name, total in sums.items()}
     return Learned(

@@ -119,10 +119,13 @@ def multiply_readers(tensors: dict[str, Tensor], group: LinearGroup, scale: Tens
 def rescaled_stats(stats: InputStats, scale: Tensor) -> InputStats:
     """Statistics of x / scale [in] or [..., in]. The gram is divided in place: nobody else needs the old one."""
     gram = stats.gram.div_(scale.unsqueeze(-1)).div_(scale.unsqueeze(-2))  # [..., in, 1], [..., 1, in]
-    cross = stats.cross
+    cross, residual = stats.cross, stats.residual
     if cross is not None:
         cross = cross.div_(scale.unsqueeze(-1)).div_(scale.unsqueeze(-2))
-    return InputStats(gram=gram, mean_abs=stats.mean_abs / scale, n_tokens=stats.n_tokens, cross=cross)
+    if residual is not None:
+        residual = residual.div_(scale.unsqueeze(-2))  # [out, in] / [1, in]
+    mean = stats.mean_abs / scale
+    return InputStats(gram=gram, mean_abs=mean, n_tokens=stats.n_tokens, cross=cross, residual=residual)
 
 
 def check_unchanged(where: str, what: str, before: Tensor, after: Tensor, tolerance: float) -> float:

@@ -75,10 +75,14 @@ def dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: int) -> 
     if block.kind == "mtp":
         return max(sizes) + solving
     groups = [group for group in block.groups if grams and any_quantized(block, group.name, decisions)]
-    widths = {linear.name: linear.in_features for linear in linears}
-    inputs = [widths[group.readers[0]] for group in groups]
-    pairs = 2 * BATCH_TOKENS * 4 * sum(inputs) if grams > 1 else 0
-    return sum(sizes) + solving + sum(4 * grams * width**2 for width in inputs) + pairs
+    sized = {linear.name: linear for linear in linears}
+    readers = [sized[group.readers[0]] for group in groups]
+    summed = sum(4 * grams * reader.in_features**2 for reader in readers)
+    if grams > 1:  # both inputs of a batch, both streams, and what the stream lacks beside each gram
+        adding = [reader for reader, group in zip(readers, groups) if group.adds_to]
+        summed += 2 * BATCH_TOKENS * 4 * sum(reader.in_features for reader in readers)
+        summed += sum(4 * x.n_parameters + 2 * BATCH_TOKENS * 4 * x.out_features for x in adding)
+    return sum(sizes) + solving + summed
 
 
 def any_quantized(block: Block, group: str, decisions: Mapping[str, Decision]) -> bool:

@@ -59,17 +59,19 @@ def routed_mlp(
             f"{experts.module}.{e}", hidden, experts.intermediate, "routed_expert", projections=projections
         )
     )
+    before = f"{name}.post_attention_layernorm"
     into = LinearGroup(
         name=f"{experts.module.rpartition('.')[0]}.in",
         readers=tuple(linear.name for linear in (router, *shared[:2], *gates)),
-        absorber=Absorber(module=f"{name}.post_attention_layernorm"),
+        absorber=Absorber(module=before),
         routed_experts=True,
     )
     groups, fused = [into], [tuple(linear.name for linear in routed)]
     if shared:
         gate, up, down = (linear.name for linear in shared)
         owner = down.rpartition(".")[0]
-        groups.append(LinearGroup(name=f"{owner}.down", readers=(down,), absorber=Absorber(module=up)))
+        adds_to = None if gates else before  # a gated output is not added as it is
+        groups.append(LinearGroup(name=f"{owner}.down", readers=(down,), absorber=Absorber(module=up), adds_to=adds_to))
         fused.insert(0, (gate, up))
     return anatomy.Part(
         linears=(router, *shared, *gates, *routed),

@@ -17,7 +17,7 @@ from quantkit.claims import expected
 from quantkit.contracts import Config
 from quantkit.errors import CheckpointError, NumericsError
 from quantkit.evaluate.distribution import Head, scored
-from quantkit.layers import skeleton
+from quantkit.layers import Skeleton, decoder_layer, observing, relative, run, skeleton
 from quantkit.plan import Plan
 from quantkit.recipe import parse
 from quantkit.storage.checkpoint import Checkpoint
@@ -80,6 +80,35 @@ def test_block_by_block_logits_equal_transformers(name: str, changes: dict[str, 
             theirs.append(model(stream.tokens.sequence(i).long()[None]).logits[0, :-1])
     assert torch.allclose(ours, torch.cat(theirs), atol=2e-4, rtol=1e-4)
     assert torch.equal(stream.hidden.gather(rows), streams["quantized"].hidden.gather(rows))
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=IDS)
+def test_what_is_said_to_add_to_the_residual_stream_does(name: str, changes: dict[str, object], tmp_path: Path) -> None:
+    """The norm's input and the reader's output make the stream's next state; attention's output is always named."""
+    source = Checkpoint.open(write_checkpoint(tmp_path / "source", tiny_config(name, **changes)))
+    bones = skeleton(source.config, torch.device("cpu"), torch.float32)
+    layout = registry.architecture(name).layout(source.config)
+    for block in (found for found in layout.blocks if found.kind == "decoder"):
+        adding = {group.readers[0]: group.adds_to for group in block.groups if group.adds_to}
+        assert f"{block.name}.self_attn.o_proj" in adding
+        routed = f"{block.experts.module}." if block.experts else "\0"
+        names = [n for n in source.specs if n.startswith(f"{block.name}.") and not n.startswith(routed)]
+        layer, _ = decoder_layer(bones, block, source.read(names))
+        for reader, norm in adding.items():
+            before, made, after = around(bones, layer, relative(block, reader), relative(block, norm))
+            assert torch.allclose(before + made, after, atol=1e-5)
+
+
+def around(bones: Skeleton, layer: torch.nn.Module, reader: str, norm: str) -> tuple[torch.Tensor, ...]:
+    """The stream before a reader's output, that output, and the stream behind it, for random rows."""
+    hidden, made = bones.config.hidden_size, list[torch.Tensor]()
+    rows = torch.randn(24, hidden, generator=torch.Generator().manual_seed(0))
+    handle = layer.get_submodule(reader).register_forward_hook(lambda _m, _i, out: made.append(out))
+    with observing(layer, {"this": norm, "next": "post_attention_layernorm"}) as inputs:
+        out, _ = run(bones, layer, rows, (24,))
+    handle.remove()
+    after = inputs["next"] if norm == "input_layernorm" else out
+    return inputs["this"].reshape(-1, hidden), made[0].reshape(-1, hidden), after.reshape(-1, hidden)
 
 
 STORED = [(*variant, False) for variant in VARIANTS] + [(name, {}, True) for name in registry.names("architectures")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -57,6 +59,25 @@ def test_it_is_ridge_regression_on_the_changed_inputs(share: float) -> None:
     # W o is wanted of x; the ridge holds the weights near W
     told = np.linalg.lstsq(np.vstack([q, ridge]), np.vstack([o @ w.T, ridge @ w.T]), rcond=None)[0].T
     assert np.allclose(found.double().numpy() - w, share * (told - w), atol=2e-3 * np.abs(told - w).max())
+
+
+def test_what_the_stream_lacks_is_made_up_for() -> None:
+    """|W o + s - V x - r|^2 by least squares on the tokens, whatever the batches of the sums."""
+    weight, original = correlated(8, 192)
+    x, g = changed(original), torch.Generator().manual_seed(9)
+    gap = original @ torch.randn(192, 8, generator=g) * 0.05 + 0.1 * torch.randn(len(x), 8, generator=g)
+    stats, residual = stats_of(original, x), torch.zeros(8, 192)
+    for now, lacking in zip(x.split(70), gap.split(70), strict=True):
+        gram.accumulate_residual(residual, now, lacking)
+    assert stats.cross is not None
+    found = correct.corrected(weight, stats.cross, rounding.feedback(stats.gram), 1.0, residual)
+    o, q, w, e = (tensor.double().numpy() for tensor in (original, x, weight, gap))
+    ridge = np.sqrt(0.01 * np.square(q).sum() / 192) * np.eye(192)
+    told = np.linalg.lstsq(np.vstack([q, ridge]), np.vstack([o @ w.T + e, ridge @ w.T]), rcond=None)[0].T
+    assert np.allclose(found.double().numpy() - w, told - w, atol=2e-3 * np.abs(told - w).max())
+    scale = torch.rand(192, generator=g) + 0.5
+    scaled = fold.rescaled_stats(replace(stats, residual=residual.clone()), scale).residual
+    assert scaled is not None and torch.allclose(scaled * scale, residual, rtol=1e-5)
 
 
 def test_inputs_that_did_not_change_and_inputs_never_seen_leave_the_weight() -> None:

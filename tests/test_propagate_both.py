@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from quantkit.contracts import Experts
+from quantkit.dense import GramSum
 from quantkit.experts import Wave, collect, share
 from quantkit.memory import expert_bytes
 from quantkit.storage.spool import Spool
@@ -54,6 +55,19 @@ def test_crosses_of_experts_are_sums_over_their_tokens(tmp_path: Path, everyone:
         into = found.into.cross[0 if len(everyone) == EXPERTS else e]
         assert torch.allclose(into.double(), (before - now).T @ now, rtol=1e-3, atol=1e-3)
         assert torch.allclose(found.inner.cross[e].double(), (meant - inner).T @ inner, rtol=1e-3, atol=1e-3)
+
+
+def test_the_streams_gap_is_summed_where_a_linear_adds_to_it() -> None:
+    g = torch.Generator().manual_seed(1)
+    x, original, gap = (torch.randn(70, width, generator=g) for width in (16, 16, 24))
+    total = GramSum(16, x.device, crossed=True, stream=24)
+    for part in range(0, 70, 32):
+        here = slice(part, part + 32)
+        total.add(x[here], original[here], gap[here])
+    found = total.stats()
+    assert found.residual is not None and found.cross is not None
+    assert torch.allclose(found.residual.double(), gap.double().T @ x.double(), rtol=1e-4, atol=1e-4)
+    assert GramSum(16, x.device, stream=24).stats().residual is None
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])

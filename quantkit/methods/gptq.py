@@ -24,9 +24,10 @@ def round_weight(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Ro
     """Ranges for the feedback to come, codes with errors fed back, then codes and scales improved in turn.
 
     weight [..., out, in] float32, scaled if the recipe's method scales; stats of the input it reads, gram
-    [..., in, in]. With their cross the weight is corrected first, and what is rounded is the corrected one. A row that
-    ends above RTN's error under the gram takes RTN's codes, so an input that was never seen (a gram of zeros) gives
-    RTN. Raises NumericsError without statistics, or for a gram that is not finite or not positive semi-definite.
+    [..., in, in]. With their cross (and residual) the weight is corrected first, and what is rounded is the corrected
+    one. A row that ends above RTN's error under the gram takes RTN's codes, so an input that was never seen (a gram of
+    zeros) gives RTN. Raises NumericsError without statistics, or for a gram that is not finite or not positive
+    semi-definite.
     """
     from quantkit.numerics import affine, clip, correct, refine, rounding  # torch starts when there is work for it
 
@@ -35,7 +36,7 @@ def round_weight(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Ro
     factor = rounding.feedback(stats.gram)
     damping = factor.damping
     if stats.cross is not None:
-        weight = correct.corrected(weight, stats.cross, factor)
+        weight = correct.corrected(weight, stats.cross, factor, residual=stats.residual)
     ranges = clip.weighted(weight, stats.gram.diagonal(dim1=-2, dim2=-1), scheme)
     fed = rounding.with_feedback(weight, factor, ranges, scheme)
     del factor  # as large as the gram

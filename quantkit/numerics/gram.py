@@ -35,6 +35,11 @@ def accumulate_cross(cross: Tensor, x: Tensor, original: Tensor) -> None:
     cross.add_(products.times_transposed(original.float().T - x, x))
 
 
+def accumulate_residual(residual: Tensor, x: Tensor, gap: Tensor) -> None:
+    """Add tokens to residual [out, in] float32, sum of (s - r) x^T, in place: x [n, in], gap = s - r [n, out]."""
+    residual.add_(products.times_transposed(gap.float().T.contiguous(), x.float().T.contiguous()))
+
+
 def complete(gram: Tensor) -> Tensor:
     """A gram [..., in, in] to which everything was added, its lower triangle filled in; in place."""
     return products.mirror(gram)
