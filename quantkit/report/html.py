@@ -98,22 +98,11 @@ def page(artifact: Path) -> str:
 
 def render(fidelity: Fidelity, samples: Samples) -> str:
     """The whole page."""
-    environment = Environment(
-        loader=PackageLoader("quantkit.report", "templates"),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=visible,
-    )
-    environment.filters |= {
-        "size": numbers.size, "parameters": numbers.parameters, "count": numbers.count, "tone": tone, "json": as_json,
-        "folded": names.folded,
-    }  # fmt: skip
+    made = environment(autoescape=True)
     plots = charts(fidelity, samples.histogram)
     items = shown_items(samples.changed)
-    vega, own, style = library(), _template(environment, "fidelity.js"), _template(environment, "fidelity.css")
-    return environment.get_template("fidelity.html.j2").render(
+    vega, own, style = library(), template_text(made, "fidelity.js"), template_text(made, "fidelity.css")
+    return made.get_template("fidelity.html.j2").render(
         fidelity=fidelity,
         samples=samples,
         items=items,
@@ -131,6 +120,23 @@ def render(fidelity: Fidelity, samples: Samples) -> str:
         worst=WORST,
         folded_lines=FOLDED,
     )
+
+
+def environment(*, autoescape: bool) -> Environment:
+    """What templates may call; text that cannot be shown becomes a replacement sign."""
+    made = Environment(
+        loader=PackageLoader("quantkit.report", "templates"),
+        undefined=StrictUndefined,
+        autoescape=autoescape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=visible,
+    )
+    made.filters |= {
+        "size": numbers.size, "parameters": numbers.parameters, "count": numbers.count, "tone": tone, "json": as_json,
+        "folded": names.folded,
+    }  # fmt: skip
+    return made
 
 
 @cache
@@ -268,7 +274,8 @@ def _word(sign: str) -> bool:
     return bool(re.fullmatch(r"[^\W\u3040-\u9fff]", sign))
 
 
-def _template(environment: Environment, name: str) -> str:
+def template_text(environment: Environment, name: str) -> str:
+    """A file beside the templates as it is."""
     loader = environment.loader
     assert loader is not None  # given above
     return loader.get_source(environment, name)[0]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from quantkit.report.tables import Table
+from quantkit.report.tables import MORE, Table
 
 ROWS = 100
 CELL = 240
 
 
-def table(made: Table, rows: int = ROWS, cell_limit: int = CELL) -> str:
-    """A GitHub table of at most `rows` rows with its note below; nothing for no rows."""
+def table(made: Table, rows: int = ROWS, cell_limit: int = CELL, more: str = MORE) -> str:
+    """A GitHub table of at most `rows` rows with its note below; nothing for no rows. `more`: what holds the rest."""
     if not made.rows:
         return ""
     names = [cell(name.removeprefix(">"), cell_limit) for name in made.columns]
@@ -21,7 +21,7 @@ def table(made: Table, rows: int = ROWS, cell_limit: int = CELL) -> str:
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     hidden = len(made.rows) - rows
     notes = [cell(made.note, 6 * cell_limit)] if made.note else []
-    notes += [f"{hidden:,} more rows in quantkit/fidelity.json."] if hidden > 0 else []
+    notes += [f"{hidden:,} more rows in {more}."] if hidden > 0 else []
     return "\n\n".join([text, *notes])
 
 

@@ -71,7 +71,7 @@ class Changed:
     @property
     def divergence(self) -> int:
         """The first character at which the answers differ; the length of both when they are equal."""
-        return len(os.path.commonprefix([self.source.text, self.artifact.text]))
+        return divergence(self.source.text, self.artifact.text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,11 @@ class Samples:
     changed: tuple[Changed, ...] = ()  # regressions first
     reworded: int = 0  # items whose answers differ and whose outcome does not
     items: int = 0
+
+
+def divergence(first: str, second: str) -> int:
+    """The first character at which two texts differ; the length of both when they are equal."""
+    return len(os.path.commonprefix([first, second]))
 
 
 def read_samples(artifact: Path, filters: Mapping[str, str]) -> Samples:
@@ -95,7 +100,7 @@ def read_samples(artifact: Path, filters: Mapping[str, str]) -> Samples:
     names = ["task", "filter", "doc_id", "prompt", "target"]
     names += [f"{who}_{name}" for who in ("base", "quant") for name in ("response", "score", "outcome")]
     names += [f"{who}_{name}" for who in ("base", "quant") for name in ("n_tokens", "truncated")]
-    rows: list[dict[str, Any]] = _read(artifact / BENCHMARKS, names).to_pylist()
+    rows: list[dict[str, Any]] = read_columns(artifact / BENCHMARKS, names).to_pylist()
     present = {row["task"]: row["filter"] for row in reversed(rows)}  # its first filter
     known = {(row["task"], row["filter"]) for row in rows}
     chosen = {task: name if (task, name := filters.get(task, "")) in known else present[task] for task in present}
@@ -114,7 +119,7 @@ def read_samples(artifact: Path, filters: Mapping[str, str]) -> Samples:
 def _histogram(path: Path) -> Histogram:
     import numpy as np
 
-    table = _read(path, ["domain", "kl"])
+    table = read_columns(path, ["domain", "kl"])
     kl = table["kl"].to_numpy().astype(np.float64)
     domains: Sequence[str] = table["domain"].to_pylist()
     finite = np.isfinite(kl)
@@ -150,7 +155,8 @@ def _answer(row: Mapping[str, Any], who: str) -> Answer:
     )
 
 
-def _read(path: Path, columns: Sequence[str]) -> Any:
+def read_columns(path: Path, columns: Sequence[str]) -> Any:
+    """The columns of a Parquet file as an Arrow table; ArtifactError when it is something else."""
     import pyarrow as arrow  # heavy
     import pyarrow.parquet as parquet
 
