@@ -16,6 +16,7 @@ from torch import Tensor
 from quantkit.contracts import Contents, TensorSpec
 from quantkit.errors import ArtifactError, UsageError
 from quantkit.plan import Plan, Shard
+from quantkit.recipe import with_overrides
 from quantkit.storage.files import sha256_file, sync_folder, unwritable, write_atomic, write_json
 from quantkit.storage.tensors import ShardWriter, Written
 from quantkit.verify import INDEX, MANIFEST, SCHEMA_VERSION
@@ -110,11 +111,14 @@ def mtp_blocks(plan: Plan) -> tuple[str, ...]:
 
 
 def write_model_files(folder: Path, plan: Plan, sidecars: Sequence[Path], recipe_text: str) -> None:
-    """config.json, the index (for more than one shard), what the source carries along, recipe.yaml."""
+    """config.json, the index (for more than one shard), what the source carries along, recipe.yaml.
+
+    `recipe_text` is the recipe's file; what was set beside it is written in, so that it makes the artifact again.
+    """
     for path in sidecars:
         write_atomic(folder / path.name, path.read_bytes())
     write_json(folder / "config.json", config_values(plan))
-    write_atomic(folder / "recipe.yaml", recipe_text.encode())
+    write_atomic(folder / "recipe.yaml", with_overrides(recipe_text, plan.recipe).encode())
     if len(plan.shards) > 1:
         weight_map = {spec.name: shard.file for shard in plan.shards for spec in shard.tensors}
         total = sum(shard.n_bytes for shard in plan.shards)

@@ -33,6 +33,7 @@ Path = tuple[str | int, ...]
 MAX_CHARACTERS = 200_000
 MAX_DEPTH = 16
 MAX_DIGITS = 18
+NO_TEXT = "text must not contain NUL or half a surrogate pair"
 
 _WORDS: Mapping[str, bool | None] = {
     "": None, "~": None, "null": None, "Null": None, "NULL": None,
@@ -45,7 +46,7 @@ _SPECIAL = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 # What ruamel's scanner raises on hostile text besides its own errors: chr() out of range, int() of nothing, a missing
 # token. All of them say the same to a user.
-_PARSER_FAULTS = (
+PARSER_FAULTS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 )  # fmt: skip
 
@@ -124,6 +125,11 @@ def scalar(text: str) -> str | int | float | bool | None:
     return text
 
 
+def not_text(text: str) -> bool:
+    """Whether no file in UTF-8 can hold this, or none should."""
+    return "\0" in text or any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def dotted(path: Path) -> str:
     """("rules", 0, "match") -> "rules[0].match"."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
@@ -152,7 +158,7 @@ def _events(text: str, name: str) -> Iterator[Event]:
             raise RecipeError([f"{name}:{line}: not valid YAML: {problem}"]) from None
         except YAMLError as error:
             raise RecipeError([f"{name}: not valid YAML: {shown(_first_line(error), 200)}"]) from None
-        except _PARSER_FAULTS as error:
+        except PARSER_FAULTS as error:
             raise RecipeError([f"{name}: not valid YAML: {shown(_first_line(error), 200)}"]) from None
         yield event
 
@@ -235,8 +241,8 @@ class _Reader:
         """A plain scalar by its looks; a quoted one as text."""
         self.plain(event)
         text = str(event.value)
-        if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-            self.fault(event, "text must not contain NUL or half a surrogate pair")
+        if not_text(text):
+            self.fault(event, NO_TEXT)
         return scalar(text) if event.implicit[0] else text
 
     def plain(self, event: NodeEvent) -> None:

@@ -13,8 +13,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from quantkit import registry
-from quantkit.document import Document, Path, dotted, read, shown, value_of
+from quantkit.document import NO_TEXT, Document, Path, dotted, not_text, read, shown, value_of
 from quantkit.errors import RecipeError
+from quantkit.rewrite import rewritten
 from quantkit.rules import PRESETS, pattern_fault
 from quantkit.schema import (
     FIGURES,
@@ -31,7 +32,7 @@ from quantkit.schema import (
 )
 from quantkit.storage.corpus_spec import DOMAINS
 
-__all__ = ["Quantize", "Recipe", "Rule", "parse", "parse_gates", "preset"]
+__all__ = ["Quantize", "Recipe", "Rule", "parse", "parse_gates", "preset", "with_overrides"]
 
 _RULE_SHAPE = "a rule is {match: PATTERN, quantize: default} or {match: PATTERN, keep: source}, or {preset: NAME}"
 
@@ -53,6 +54,14 @@ def parse(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
     recipe._document = document
     recipe._overrides = tuple(overrides.items())
     return recipe
+
+
+def with_overrides(text: str, recipe: Recipe) -> str:
+    """`text`, the recipe's file, with what was set beside it written in: it makes the same artifact by itself.
+
+    But for `Recipe.overrides`, where and in how much memory it is made.
+    """
+    return rewritten(text, [_change(key, value) for key, value in recipe.overrides])
 
 
 def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
@@ -186,13 +195,19 @@ def _unknown_figure(figure: str, tasks: Sequence[str]) -> str:
 def _overridden(document: Document, overrides: Mapping[str, str]) -> tuple[Document, list[tuple[int, str]]]:
     faults: list[tuple[int, str]] = []
     for key, text in overrides.items():
-        path = tuple(key.split("."))
         try:
-            value = text if _is_text(path) else value_of(text, f"override {shown(key)}")
-            document = document.with_value(path, value)
+            document = document.with_value(*_change(key, text))
         except RecipeError as error:
             faults += [(0, sentence) for sentence in error.faults]
     return document, faults
+
+
+def _change(key: str, text: str) -> tuple[Path, object]:
+    """Path and value of an override; RecipeError when it is no text."""
+    path = tuple(key.split("."))
+    if not_text(text):
+        raise RecipeError([f"override {shown(key)}: {NO_TEXT}"])
+    return path, text if _is_text(path) else value_of(text, f"override {shown(key)}")
 
 
 def _is_text(path: Path) -> bool:

@@ -21,7 +21,7 @@ from quantkit import registry
 from quantkit.cli import main
 from quantkit.report.schema import Fidelity, PlanSummary
 from quantkit.storage.builtin import folder, resolve_model
-from quantkit.verify import verify
+from quantkit.verify import read_manifest, verify
 
 RECIPE = "tiny-v3-awq4"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -226,6 +226,19 @@ def test_build_json_is_alone_on_stdout(tmp_path: Path) -> None:
     assert Fidelity.model_validate(json.loads(done.stdout)).status == "not judged"
     assert "Traceback" not in done.stderr
     assert json.loads(done.stdout) == json.loads((tmp_path / "artifact/quantkit/fidelity.json").read_text())
+
+
+def test_the_recipe_in_an_artifact_builds_it_again(built: Path, tmp_path: Path) -> None:
+    """With every --set of its build, and none beside."""
+    again = tmp_path / "again"
+    done = run("build", built / "recipe.yaml", "--skip-evaluation", "--set", f"output.path={again}")
+    assert done.exit_code == 0, done.output
+    shards = [path.name for path in built.glob("*.safetensors")]
+    assert len(shards) == 3
+    for name in (*shards, "config.json", "recipe.yaml", "quantkit/samples/tokens.parquet"):
+        assert (again / name).read_bytes() == (built / name).read_bytes(), name
+    manifests = [read_manifest(path) for path in (built, again)]
+    assert manifests[0]["plan"] == manifests[1]["plan"] and manifests[0]["modules"] == manifests[1]["modules"]
 
 
 def test_report_prints_the_figures_again(built: Path) -> None:

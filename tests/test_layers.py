@@ -18,7 +18,7 @@ ROWS = (
     "numerics/ storage/ anatomy engine_names rules",
     "mixture fold layers gptq_tensors",
     "methods/ formats/ architectures/ document verify",
-    "registry",
+    "registry rewrite",
     "structure whole",
     "proofs",
     "generic",

@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from quantkit.document import MAX_CHARACTERS, read, scalar
 from quantkit.errors import RecipeError
-from quantkit.recipe import Quantize, Recipe, parse, preset
+from quantkit.recipe import Quantize, Recipe, parse, preset, with_overrides
 from quantkit.rules import PRESETS, matches, names
 from quantkit.schema import keys, size_bytes
 
@@ -422,6 +422,55 @@ def test_an_override_with_a_typing_error_is_answered_like_a_key() -> None:
     )
 
 
+def test_an_override_that_no_file_could_hold() -> None:
+    assert faults(SMALLEST, {"source.model": "\ud800"}) == (
+        "override source.model: text must not contain NUL or half a surrogate pair",
+    )
+
+
+def test_overrides_are_written_into_the_text() -> None:
+    """Comments, order and all other lines stay; a new key comes first in its section. Place and memory are not told."""
+    text = (RECIPES / "tiny-v3-awq4.yaml").read_text()
+    changes = {"quantize.bits": "8", "gates.kl_mean.max": "1e-5", "source.revision": "a: b", "gates.top1.min": "0.9"}
+    recipe = parse(text, "x.yaml", {**changes, "memory": "1GB", "output.path": "y", "quantize.double_quant": "null"})
+    found = with_overrides(text, recipe)
+    before, after = text.splitlines(), found.splitlines()
+    assert [line for line in after if line not in before] == [
+        "  revision: 'a: b'                    # text or null, null: a hub commit; a built-in model has none",
+        "  double_quant: null",
+        "  bits: 8                             # 2 .. 8, 4: bits of a weight",
+        "    max: 1e-05                        # plain rounding of the experts costs about 0.0006",
+        "  top1:",
+        "    min: 0.9",
+    ]
+    assert len([line for line in before if line not in after]) == 3
+    assert parse(found, "x.yaml").hash == recipe.hash
+    assert with_overrides(text, parse(text, "x.yaml", {"memory": "1GB", "output.path": "y"})) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{version: 1, source: {model: x, revision: }, fidelity: none, output: {path: y}}",
+        "version: 1\nsource: {model: 2024-13-45}\nfidelity: ~\noutput:\n  path: 'y'\ncalibration:\nquantize: {}\n",
+        "version: 1\nsource: {model: 0x1F_}\nfidelity: none\noutput:\n  path: >-\n    a\n\n    b\n# end",
+    ],
+)
+def test_overrides_are_written_into_any_layout(text: str) -> None:
+    """Empty values, dates that are none, JSON: what ruamel would change is written out."""
+    for key, value in {"quantize.method": "rtn", "calibration.set": "true", "rules": "[{preset: all-linear}]"}.items():
+        recipe = parse(text, "x.yaml", {key: value})
+        again = parse(with_overrides(text, recipe), "x.yaml")
+        assert again.dump() == recipe.dump() != parse(text, "x.yaml").dump()
+
+
+def test_the_later_override_wins_in_the_text_too() -> None:
+    for order in (1, -1):
+        overrides = dict([("quantize.bits", "8"), ("quantize", "{method: rtn, bits: 2}")][::order])
+        recipe = parse(SMALLEST, "x.yaml", overrides)
+        assert parse(with_overrides(SMALLEST, recipe), "x.yaml").dump() == recipe.dump()
+
+
 def test_the_hash_ignores_comments_place_and_memory_and_nothing_else() -> None:
     base = parse(SMALLEST, "x.yaml").hash
     assert parse("# a comment\n" + SMALLEST, "other.yaml", {"output.path": "y", "memory": "1GB"}).hash == base
@@ -486,6 +535,37 @@ def test_fuzz_well_formed_values(values: dict[str, object]) -> None:
 @given(st.dictionaries(st.text(max_size=12) | st.sampled_from(keys()), st.text(max_size=12) | WORDS, max_size=3))
 def test_fuzz_overrides(overrides: dict[str, str]) -> None:
     only_recipe_errors(SMALLEST, overrides)
+
+
+CHANGES = st.fixed_dictionaries(
+    {},
+    optional={
+        "source.model": st.text(min_size=1, max_size=12) | WORDS,
+        "calibration.set": st.text(min_size=1, max_size=12) | WORDS,
+        "source.revision": st.text(max_size=8) | WORDS,
+        "quantize.bits": st.sampled_from(["2", "0x8", "+4"]),
+        "quantize": st.just("{method: rtn, bits: 3, symmetric: true}"),
+        "evaluation.tasks": st.lists(WORDS, max_size=3).map(lambda found: json.dumps(found, ensure_ascii=False)),
+        "gates.kl_max.max": st.floats(0, 1e9).map(repr),
+        "rules": st.sampled_from([
+            "all-linear",
+            "[{match: 're:a: b', keep: bf16}]",
+            "[{match: '#', quantize: default}]",
+        ]),
+        "fidelity": st.sampled_from(["none", "{set: 'null', length: 12}"]),
+    },
+)
+
+
+@QUICK
+@given(CHANGES)
+def test_fuzz_overrides_written_into_the_text(overrides: dict[str, str]) -> None:
+    text = SMALLEST + "# why\nquantize:  # this\n  bits: 4  # is\n\nmtp: drop\n"
+    try:
+        recipe = parse(text, "x.yaml", overrides)
+    except RecipeError:
+        reject()
+    assert parse(with_overrides(text, recipe), "x.yaml").dump() == recipe.dump()
 
 
 @QUICK
