@@ -79,7 +79,11 @@ def compare(plan: Plan, source: Checkpoint, folder: Path, compute: Compute, *, e
     except EvaluationError as error:
         return not_run(names, str(error))
     pairs = samples.pair(baseline, candidate)
-    return Compared(rows=tuple(row(job, task, pairs) for task in loaded), pairs=tuple(pairs))
+    gates = plan.recipe.gates
+    wanted = {name: gate.min_recovery for name, gate in gates.items() if gate.min_recovery is not None}
+    return Compared(
+        rows=tuple(row(task, pairs, wanted.get(task.name, DEFAULT_RECOVERY)) for task in loaded), pairs=tuple(pairs)
+    )
 
 
 def not_run(names: Sequence[str], reason: str) -> Compared:
@@ -89,20 +93,28 @@ def not_run(names: Sequence[str], reason: str) -> Compared:
 
 def source_items(job: Job, source: Checkpoint) -> list[ItemResult]:
     """The source's answers, from the cache when nothing that could change them has changed."""
-    versions = {name: version(name) for name in ("quantkit", "torch", "transformers", "lm_eval")}
-    key = samples.cache_key(
-        source.content_hash(),
-        {task.name: task.sha256 for task in job.tasks},
-        job.plan.recipe.evaluation.limit,
-        f"{job.compute.dtype} on {job.compute.device}",
-        {**versions, "sandbox": f"{job.jail.kind} {job.jail.python}"},
-    )
+    where = f"{job.compute.dtype} on {job.compute.device}"
+    key = baseline_key(source, job.tasks, job.plan.recipe.evaluation.limit, where, job.jail)
     cached = samples.read_cached(cache_folder(), key)
     if cached is not None:
         return cached
     items = answers(job, "source", whole.reader(source), source)
     samples.write_cached(cache_folder(), key, items)
     return items
+
+
+def baseline_key(
+    source: Checkpoint, asked: Sequence[Task], limit: int | None, where: str, jail: sandbox.Sandbox
+) -> str:
+    """The name of a source's greedy answers in the cache. where: "float32 on cpu", what changes the sums."""
+    versions = {name: version(name) for name in ("quantkit", "torch", "transformers", "lm_eval")}
+    return samples.cache_key(
+        source.content_hash(),
+        {task.name: task.sha256 for task in asked},
+        limit,
+        where,
+        {**versions, "sandbox": f"{jail.kind} {jail.python}"},
+    )
 
 
 def cache_folder() -> Path:
@@ -131,19 +143,18 @@ def answers(job: Job, name: str, read: whole.Read, source: Checkpoint) -> list[I
         gc.collect()
 
 
-def row(job: Job, task: Task, pairs: Sequence[ItemPair]) -> Benchmark:
-    """The row of one task, scored by its first filter."""
+def row(task: Task, pairs: Sequence[ItemPair], smallest_recovery: float) -> Benchmark:
+    """The row of one task, scored by its first filter; smallest_recovery: the share of the source's score to keep."""
     mine = [pair for pair in pairs if pair.baseline.task == task.name and pair.baseline.filter == task.filters[0]]
     score = benchmarks.scores([pair.candidate for pair in mine])
     unscored = [pair for pair in mine if pair.baseline.score is None or pair.candidate.score is None]
     if unscored or len(mine) < 2:
         reason = score[0].not_run if score and score[0].not_run else f"{len(mine)} items are too few to compare"
         return Benchmark(task=task.name, status="not run", reason=reason, n=len(mine))
-    gate = job.plan.recipe.gates.get(task.name)
     found = statistics.compare(
         [pair.baseline.score or 0.0 for pair in mine],
         [pair.candidate.score or 0.0 for pair in mine],
-        gate.min_recovery if gate and gate.min_recovery is not None else DEFAULT_RECOVERY,
+        smallest_recovery,
     )
     return Benchmark(
         task=task.name,

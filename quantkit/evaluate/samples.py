@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from quantkit.errors import EvaluationError
@@ -86,6 +86,33 @@ def pair(baseline: Sequence[ItemResult], candidate: Sequence[ItemResult]) -> lis
                     "the same task, data and chat template"
                 )
     return [ItemPair(baseline=item, candidate=second[key]) for key, item in first.items()]
+
+
+def average(runs: Sequence[Sequence[ItemResult]]) -> list[ItemResult]:
+    """One item per question from a run per seed, for statistics over items: the seeds of an item are not independent.
+
+    The score is the mean, None when a seed has none; the response is the first seed's; truncated: one of them was cut;
+    parsed: all of them were.
+    """
+    first, *others = runs
+    if not others:
+        return list(first)
+    by_key = [{item.key: item for item in run} for run in runs]
+    found = []
+    for item in first:
+        same = [run[item.key] for run in by_key]
+        known = [one.score for one in same if one.score is not None]
+        found.append(
+            replace(
+                item,
+                score=sum(known) / len(same) if len(known) == len(same) else None,
+                outcome=item.outcome if len(known) < len(same) else f"mean of {len(same)} answers",
+                n_tokens=round(sum(one.n_tokens for one in same) / len(same)),
+                truncated=any(one.truncated for one in same),
+                parsed=all(one.parsed for one in same),
+            )
+        )
+    return found
 
 
 def to_parquet(items: Sequence[ItemResult], path: Path) -> None:

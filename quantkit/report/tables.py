@@ -8,7 +8,7 @@ from math import inf
 from statistics import median
 
 from quantkit.report import numbers
-from quantkit.report.schema import Distribution, Fidelity, Figure, Module
+from quantkit.report.schema import Benchmark, Distribution, Fidelity, Figure, Module
 
 WORST = 10
 EXAMPLES = 3
@@ -44,8 +44,13 @@ _DISTRIBUTION: tuple[tuple[str, str, Show], ...] = (
 
 def benchmarks(fidelity: Fidelity) -> Table:
     """Source against artifact, task by task, paired item by item."""
+    return compared(fidelity.benchmarks, "Greedy, the same prompts on both")
+
+
+def compared(found: Sequence[Benchmark], how: str) -> Table:
+    """Rows of two models on the same items; `how` says how both answered."""
     rows: list[tuple[str, ...]] = []
-    for row in fidelity.benchmarks:
+    for row in found:
         if row.status == "not run":
             rows.append((row.task, *(numbers.MISSING,) * 7, f"not run: {row.reason}"))
             continue
@@ -62,9 +67,9 @@ def benchmarks(fidelity: Fidelity) -> Table:
             row.verdict,
         ))
     columns = ("task", ">n", ">source", ">artifact", ">Δ pp [95 % CI]", ">recovery", ">lost/gained", ">p", "verdict")
-    note = "Greedy, the same prompts on both; p is McNemar's exact test on the items that changed."
-    note += _rates("Cut at the token limit", [(row.task, row.truncated) for row in fidelity.benchmarks])
-    note += _rates("No result found", [(row.task, row.unparsed) for row in fidelity.benchmarks])
+    note = f"{how}; p is McNemar's exact test on the items that changed."
+    note += _rates("Cut at the token limit", [(row.task, row.truncated) for row in found])
+    note += _rates("No result found", [(row.task, row.unparsed) for row in found])
     return Table(title="Benchmarks", columns=columns, rows=tuple(rows), note=note if rows else "")
 
 

@@ -18,7 +18,7 @@ from quantkit.errors import EvaluationError
 _SCHEMA = """create table if not exists answers (
  task text, doc_hash text, prompt_hash text, settings text, model text, turn integer, value text not null,
  primary key (task, doc_hash, prompt_hash, settings, model, turn)) without rowid"""
-_WAIT_SECONDS = 5
+_WAIT_SECONDS = 1
 
 
 class Question(NamedTuple):
