@@ -85,14 +85,18 @@ def stored_as(
     entry = checkpoint.config.values.get("quantization_config")
     if not isinstance(entry, dict):
         return None, {}
-    # gptq and gptq_v2 share the method's name
-    name = str(entry.get("checkpoint_format") or entry.get("quant_method")).replace("-", "_")
+    name = str(manifest.get("format") or format_told(entry))
     registry.require(name)
     try:
         modules = mapping(manifest, "modules", path)
         return name, {module: Scheme(**values["scheme"]) for module, values in modules.items()}  # type: ignore[index]
     except (KeyError, TypeError) as fault:
         raise ArtifactError(f"{path}: its manifest does not say how modules are quantized: {fault}") from fault
+
+
+def format_told(entry: Mapping[str, object]) -> str:
+    """The format by config.json, for artifacts of before manifests named it; gptq_v2 shares its method with gptq."""
+    return str(entry.get("checkpoint_format") or entry.get("quant_method")).replace("-", "_")
 
 
 # ------------------------------------------------------------------------------------------------------------ NF4

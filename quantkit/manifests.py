@@ -26,6 +26,7 @@ def manifest(plan: Plan, source: Checkpoint, report: Fidelity, blocks: Sequence[
     """What `verify` checks and a reviewer traces: `seal` adds the hashes of the files."""
     return {
         "status": report.status,
+        "format": plan.format_name,
         "plan": plan.hash,
         "recipe": plan.recipe.hash,
         "source": {

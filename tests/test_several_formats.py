@@ -14,10 +14,11 @@ from test_contracts import build, build_all
 from quantkit import pipeline, registry, sources
 from quantkit.errors import NumericsError, RecipeError
 from quantkit.formats import compressed_tensors, gptq
+from quantkit.loading import stored_as
 from quantkit.plan import architecture_of
 from quantkit.recipe import parse
 from quantkit.storage.checkpoint import Checkpoint
-from quantkit.verify import verify
+from quantkit.verify import read_manifest, verify
 
 SYMMETRIC = "{method: awq, rounding: gptq, bits: 4, group_size: 64, symmetric: true}"
 
@@ -46,6 +47,11 @@ def test_formats_that_hold_the_same_codes_share_a_solve(
         assert outcome.fidelity.distribution == alone.fidelity.distribution
         assert outcome.fidelity.modules == alone.fidelity.modules
         assert f"format `{outcome.format_name}`" in (outcome.path / "README.md").read_text(encoding="utf-8")
+        manifest, checkpoint = read_manifest(outcome.path), Checkpoint.open(outcome.path)
+        told = stored_as(manifest, checkpoint, outcome.path)
+        assert manifest["format"] == told[0] == outcome.format_name
+        older = {key: value for key, value in manifest.items() if key != "format"}
+        assert stored_as(older, checkpoint, outcome.path) == told
     methods = [json.loads((o.path / "config.json").read_text())["quantization_config"]["quant_method"] for o in both]
     assert methods == ["gptq", "compressed-tensors"]
     module = both[0].fidelity.modules[0]
