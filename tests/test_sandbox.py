@@ -51,7 +51,6 @@ def test_the_probe_says_which_python_runs_the_programs(jail):
         ("import os; os._exit(0)", "ended before its tests finished"),
         ("raise KeyboardInterrupt", "KeyboardInterrupt"),
         ("print('0' * 32)\nimport os; os._exit(0)", "ended before its tests finished"),
-        ('import os\nos.write(4, b\'{"sentinel": "\' + b\'0\' * 32 + b\'", "python": "3"}\'); os._exit(0)', "ended"),
         ("print(input())", "EOFError"),
         ("while True: pass", "used more than 1 s of processor time"),
         ("x = []\nwhile True: x.append(bytearray(1 << 26))", "MemoryError"),
@@ -124,16 +123,6 @@ def test_programs_do_not_meet(jail):
     leave = Program(source="open('/tmp/left', 'w').write('x')", tests="pass")
     look = Program(source="import os\nleft = os.path.exists('/tmp/left')", tests="assert not left")
     assert all(found.passed for found in run_programs([leave, look, leave, look], jail, 2))
-
-
-def test_the_sentinel_is_out_of_reach_while_the_program_runs(jail):
-    source = """
-import gc, re, sys
-texts = [str(sys._getframe(depth).f_locals) for depth in range(1, 3)]
-texts += [str(thing) for thing in gc.get_objects() if isinstance(thing, dict)]
-found = [text for text in texts if re.search("(?=[0-9]*[a-f])[0-9a-f]{32}", text)]
-"""
-    assert verdict(source, jail, "assert not found").passed
 
 
 def test_many_programs_keep_their_order(jail):

@@ -2,11 +2,17 @@
 
 The ladder is bubblewrap, then a jail of Linux namespaces made with util-linux, then nothing: without a jail no
 generated program is run. Each program gets a jail of its own: no network, no file of the host but a read-only /usr,
-an empty environment, no capabilities, a private 16 MiB /tmp, and limits on processor time, memory, processes and
-file size. Run as root, it first becomes `nobody`, because the kernel does not limit root's processes. The jail has no
-/proc: no program of a benchmark needs it, and many containers do not allow a second one.
+an empty environment, no capabilities, a private 16 MiB /tmp, a system-call filter (syscalls.py), limits on processor
+time, memory, processes, descriptors and file size, and limits over the whole jail (watch.py). Run as root, it first
+becomes `nobody`, because the kernel does not limit root's processes. The jail has no /proc: no program of a benchmark
+needs it, and many containers do not allow a second one.
 
-What it is not: there is no system-call filter, and programs share the host's kernel.
+Its tests run in a second jail, and only that one is given the sentinel that makes a pass (jail.py). Arguments and
+results are copied between the two as plain data: changes that a program makes to its arguments are not seen by its
+tests, and an object of a class of its own equals nothing but itself.
+
+What it is not: programs share the host's kernel, and without privileges memory and files of a whole jail are looked
+at every 50 ms, so that they may pass their limits for as long.
 """
 
 from __future__ import annotations
@@ -14,29 +20,35 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import platform
 import secrets
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Literal
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluate import jail
+from quantkit.evaluate import jail, syscalls, watch
 
 Kind = Literal["bubblewrap", "namespaces"]
 
-AT_ONCE = 2  # jails in flight
-MEMORY_BYTES = 1 << 30
+AT_ONCE = 2  # programs in flight
+MEMORY_BYTES = 1 << 30  # of a process's address space, and of all memory of a jail
 PROCESSES = 16
+DESCRIPTORS = 64
 FILE_BYTES = 1 << 20
 SCRATCH_BYTES = 16 << 20
+SCRATCH_FILES = 4096
 NOBODY = 65534
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -48,29 +60,33 @@ def refused(action):
     except OSError:
         return True
     return False
+usr = refused(lambda: open("/usr/quantkit-probe", "w"))
+network = refused(lambda: socket.create_connection(("192.0.2.1", 9), timeout=0.2))
+environment = set(os.environ) <= {"PATH", "HOME", "LANG", "LC_CTYPE", "PWD"}
+hidden = not os.path.exists("/home") and not os.path.exists("/root")
 """
 _PROBE_TESTS = """
-assert refused(lambda: open("/usr/quantkit-probe", "w")), "/usr is writable"
-assert refused(lambda: socket.create_connection(("192.0.2.1", 9), timeout=0.2)), "the network is reachable"
-assert set(os.environ) <= {"PATH", "HOME", "LANG", "LC_CTYPE", "PWD"}, "the environment leaks in"
-assert not os.path.exists("/home") and not os.path.exists("/root"), "the host's files are visible"
+assert usr, "/usr is writable"
+assert network, "the network is reachable"
+assert environment, "the environment leaks in"
+assert hidden, "the host's files are visible"
 """
 
 _JAIL_SCRIPT = """set -eu
-mount -t tmpfs -o size={scratch},mode=755,nosuid,nodev tmpfs /tmp
+mount -t tmpfs -o size={scratch},nr_inodes={files},mode=755,nosuid,nodev tmpfs /tmp
 cd /tmp
 mkdir dev tmp
 chmod 1777 tmp
 {binds}
 for device in null zero urandom; do : >dev/$device; mount --bind /dev/$device dev/$device; done
 exec chroot . {setpriv} --no-new-privs --inh-caps=-all --bounding-set=-all \
- /usr/bin/env -i PATH=/usr/bin:/bin HOME=/tmp LANG=C.UTF-8 {python} -I -S -c "$1"
+ /usr/bin/env -i PATH=/usr/bin:/bin HOME=/tmp LANG=C.UTF-8 {python} -I -S -c "$@"
 """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Program:
-    """One generated program and the tests that decide on it, which run in the program's own module."""
+    """One generated program and the tests that decide on it, which find the program's names as if in its module."""
 
     source: str
     tests: str
@@ -104,6 +120,10 @@ def probe(search: str | None = None, kinds: Sequence[Kind] = ("bubblewrap", "nam
     `search` is the PATH on which the tools are looked for (default: the process's own, then the system's folders);
     `kinds` are tried in their order.
     """
+    if platform.machine() not in syscalls.AUDIT:
+        return Sandbox(kind="none", reason=f"no system-call filter for {platform.machine()}")
+    if not watch.works():
+        return Sandbox(kind="none", reason="this kernel does not name a process's children (CONFIG_PROC_CHILDREN)")
     path = search if search is not None else os.environ.get("PATH", "") + ":" + SYSTEM_PATH
     reasons = []
     for kind in kinds:
@@ -145,47 +165,94 @@ def _judge(program: Program, sandbox: Sandbox, seconds: int) -> Outcome:
 
 
 def _start(sandbox: Sandbox, program: Program, seconds: int) -> tuple[dict[str, str], str]:
-    """What the jail reported, and what was written to its standard error or why it was stopped.
+    """What the tests' jail reported, and why the program's was stopped or what either wrote to its standard error.
 
-    A report that claims a pass without this run's sentinel comes back empty. Output goes to files and not to pipes:
-    the file size limit then bounds what a program can make the host keep.
+    A report that claims a pass without this run's sentinel comes back empty. Reports go to files and not to pipes:
+    the file size limit then bounds what the host keeps.
     """
     sentinel = secrets.token_hex(16)
-    frames = _frames(program, sentinel, seconds)
-    command = (*sandbox.command, inspect.getsource(jail))
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        started = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=output, stderr=errors, env={"PATH": SYSTEM_PATH}, cwd="/",
-            start_new_session=True,
-        )  # fmt: skip
-        complaint = ""
-        try:
-            started.communicate(frames, timeout=3 * seconds + 5)
-        except subprocess.TimeoutExpired:
-            complaint = f"ran longer than {3 * seconds + 5} s"
-        finally:
-            _kill(started)
-        report = _report(output)
-        complaint = complaint or _text(errors).strip().replace("\n", "; ")[-300:]
+    limits = _limits(seconds)
+    jobs = {
+        "program": limits,
+        "tests": {**limits, "source": program.source, "tests": program.tests, "sentinel": sentinel},
+    }
+    with ExitStack() as stack:
+        ends = dict(zip(jobs, socket.socketpair(), strict=True))
+        running = {}
+        for role, job in jobs.items():
+            running[role] = stack.enter_context(_Jail(sandbox, role, job, ends[role]))
+            ends[role].close()
+        complaint = _wait(running["tests"], running["program"], 3 * seconds + 5)
+        report = _report(running["tests"].output)
+        if "gone" in report and not complaint:  # the program's own jail knows why
+            running["program"].settle()
+            report = {"error": _report(running["program"].output).get("error", report["gone"])}
+        errors = (_text(running[role].errors).strip().replace("\n", "; ")[-300:] for role in jobs)
+        complaint = complaint or next(filter(None, errors), "")
     if "sentinel" in report and report["sentinel"] != sentinel:
         return {}, complaint
     return report, complaint
 
 
-def _frames(program: Program, sentinel: str, seconds: int) -> bytes:
-    job = {
-        "source": program.source, "cpu_seconds": seconds, "memory_bytes": MEMORY_BYTES, "processes": PROCESSES,
-        "file_bytes": FILE_BYTES,
+class _Jail:
+    """One jail at work: started on entry, with everything in it ended on exit."""
+
+    def __init__(self, sandbox: Sandbox, role: str, job: dict[str, str | int], channel: socket.socket) -> None:
+        self.output, self.errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  # see __exit__
+        with tempfile.TemporaryFile() as given:
+            given.write(json.dumps(job).encode())
+            given.seek(0)
+            self._started = subprocess.Popen(
+                (*sandbox.command, inspect.getsource(jail), role, str(channel.fileno())), stdin=given,
+                stdout=self.output, stderr=self.errors, env={"PATH": SYSTEM_PATH}, cwd="/", start_new_session=True,
+                pass_fds=(channel.fileno(),),
+            )  # fmt: skip
+
+    def __enter__(self) -> _Jail:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Its first process dies with the one that started it, and all others with its first."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._started.pid, signal.SIGKILL)
+        self._started.wait()
+        self.output.close()
+        self.errors.close()
+
+    @property
+    def pid(self) -> int:
+        """Of the process that started the jail."""
+        return self._started.pid
+
+    def settle(self) -> None:
+        """Give a jail whose program has gone a moment to report why."""
+        with suppress(subprocess.TimeoutExpired):
+            self._started.wait(timeout=1)
+
+
+def _wait(tests: _Jail, program: _Jail, seconds: float) -> str:
+    """Until the tests have ended; why they were not waited for, or an empty text."""
+    until = time.monotonic() + seconds
+    ended = os.pidfd_open(tests.pid)
+    try:
+        while not select.select([ended], [], [], watch.EVERY_SECONDS)[0]:
+            if time.monotonic() > until:
+                return f"ran longer than {seconds:.0f} s"
+            for watched in (program, tests):
+                fault = watch.fault(watched.pid, MEMORY_BYTES, SCRATCH_BYTES, SCRATCH_FILES)
+                if fault:
+                    return fault
+        return ""
+    finally:
+        os.close(ended)
+
+
+def _limits(seconds: int) -> dict[str, str | int]:
+    """What jail.limit and jail.refuse set."""
+    return {
+        "cpu_seconds": seconds, "AS": MEMORY_BYTES, "NPROC": PROCESSES, "FSIZE": FILE_BYTES, "NOFILE": DESCRIPTORS,
+        "CORE": 0, "MSGQUEUE": 0, "MEMLOCK": 0, "SIGPENDING": 128, "filter": syscalls.program(platform.machine()).hex(),
     }  # fmt: skip
-    texts = [json.dumps(frame).encode() for frame in (job, {"tests": program.tests, "sentinel": sentinel})]
-    return b"".join(f"{len(text):0{jail.PREFIX_BYTES}d}".encode() + text for text in texts)
-
-
-def _kill(started: subprocess.Popen[bytes]) -> None:
-    """End the jail and whatever is left of it: its first process dies with the one that started it."""
-    with suppress(ProcessLookupError):
-        os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
 
 
 def _text(file: IO[bytes]) -> str:
@@ -263,7 +330,9 @@ def _namespaces(path: str, python: str) -> tuple[str, ...] | str:
     for name, target in _root_links().items():
         link = f"ln -s {target} .{name}"
         binds.append(link if target else f"mkdir .{name}; mount --rbind -o ro,nosuid,nodev {name} .{name}")
-    script = _JAIL_SCRIPT.format(scratch=SCRATCH_BYTES, binds="\n".join(binds), setpriv=tools["setpriv"], python=python)
+    script = _JAIL_SCRIPT.format(
+        scratch=SCRATCH_BYTES, files=SCRATCH_FILES, binds="\n".join(binds), setpriv=tools["setpriv"], python=python
+    )
     return (
         *prefix, str(tools["unshare"]), "--user", "--map-root-user", "--net", "--mount", "--pid", "--fork", "--ipc",
         "--uts", "--kill-child", "--", str(tools["sh"]), "-c", script, "jail",
