@@ -9,6 +9,7 @@ from math import ceil
 
 from quantkit.contracts import Architecture, Block, Config, Layout, Linear, Role, TensorSpec
 from quantkit.errors import CheckpointError
+from quantkit.storage.logical import FP8
 
 STORED_AS_FP8: frozenset[Role] = frozenset({"attention", "mlp", "shared_expert", "routed_expert"})
 """What an FP8 DeepSeek checkpoint stores in 128x128 blocks; routers, embeddings, heads and eh_proj stay BF16."""
@@ -68,7 +69,7 @@ def expected(layout: Layout, config: Config) -> dict[str, TensorSpec]:
     others = [*layout.final_tensors, *(spec for block in layout.blocks for spec in block.others)]
     found = [replace(spec, dtype=plain) if spec.dtype == "BF16" else spec for spec in others]
     for linear in layout.linears:
-        found += linear_specs(linear, "F8_E4M3" if fp8 and linear.role in STORED_AS_FP8 else plain)
+        found += linear_specs(linear, FP8 if fp8 and linear.role in STORED_AS_FP8 else plain)
     for spec in found:
         if spec.name in specs:
             raise CheckpointError(f"architecture table: {spec.name} is claimed twice")
@@ -78,7 +79,7 @@ def expected(layout: Layout, config: Config) -> dict[str, TensorSpec]:
 
 def stored_bytes(spec: TensorSpec, block: int | None) -> int:
     """Bytes in the source, the FP8 scales included."""
-    if spec.dtype != "F8_E4M3" or block is None:
+    if spec.dtype != FP8 or block is None:
         return spec.n_bytes
     rows, columns = spec.shape
     return spec.n_bytes + 4 * ceil(rows / block) * ceil(columns / block)

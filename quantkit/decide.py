@@ -19,9 +19,9 @@ from quantkit.contracts import (
     TensorSpec,
 )
 from quantkit.schema import Quantize, Recipe, Rule
+from quantkit.storage.logical import FP8
 
 NO_RULE = "no rule"
-FP8 = "F8_E4M3"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,7 +171,7 @@ def idle_rules(rules: Sequence[Rule], decisions: Mapping[str, Decision]) -> list
 
 def storage_faults(decisions: Mapping[str, Decision], output: Format, format_name: str) -> list[str]:
     """Linears that the format cannot hold, one sentence per reason with a count, and schemes it cannot mix."""
-    reasons: dict[str, list[Decision]] = {}
+    reasons: dict[str, list[str]] = {}
     schemes: dict[Scheme, Decision] = {}
     for decision in decisions.values():
         if decision.scheme is None:
@@ -181,11 +181,8 @@ def storage_faults(decisions: Mapping[str, Decision], output: Format, format_nam
             outside_fault(decision) or group_size_fault(decision) or output.accepts(decision.scheme, decision.linear)
         )
         if reason:
-            reasons.setdefault(f"{decision.rule}: {reason}", []).append(decision)
-    faults = [
-        f"{reason} ({found[0].linear.name}" + (f" and {len(found) - 1} more)" if len(found) > 1 else ")")
-        for reason, found in reasons.items()
-    ]
+            reasons.setdefault(f"{decision.rule}: {reason}", []).append(decision.linear.name)
+    faults = counted(reasons)
     if output.one_scheme and len(schemes) > 1:
         told = ", ".join(f"{d.linear.name}: {s.bits} bits, group {s.group_size}" for s, d in schemes.items())
         faults.append(f"format {format_name} holds one scheme per artifact, found {len(schemes)}: {told}")
@@ -209,9 +206,14 @@ def fp8_faults(layout: Layout, decisions: Mapping[str, Decision], output: Format
                     f"blocks of {side} forbid; use keep: bf16 for them"
                 )
                 reasons.setdefault(f"{decisions[name].rule}: {reason}", []).append(name)
+    return counted(reasons)
+
+
+def counted(reasons: Mapping[str, Sequence[str]]) -> list[str]:
+    """One sentence per reason, with the first module that it is about and how many more there are."""
     return [
-        f"{reason} ({found[0]}" + (f" and {len(found) - 1} more)" if len(found) > 1 else ")")
-        for reason, found in reasons.items()
+        f"{reason} ({names[0]}" + (f" and {len(names) - 1} more)" if len(names) > 1 else ")")
+        for reason, names in reasons.items()
     ]
 
 

@@ -60,7 +60,7 @@ def load(folder: str | Path, *, device: str | None = None, dtype: str | None = N
     if format_name == "bitsandbytes":
         model = packed_model(bones, layout, checkpoint, schemes)
     else:
-        model = whole.model(bones, layout, whole.reader(checkpoint, format_name, dict(schemes)))
+        model = whole.model(bones, layout, whole.reader(checkpoint, format_name, schemes))
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_dict(
             dict(read_json(path / "generation_config.json", ArtifactError))

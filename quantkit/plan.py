@@ -18,7 +18,6 @@ from quantkit import registry
 from quantkit.claims import Claimed, claim, fp8_block, stored_bytes
 from quantkit.contracts import Architecture, Block, Config, Format, Layout, Scheme, TensorSpec
 from quantkit.decide import (
-    FP8,
     Decision,
     decide,
     fp8_faults,
@@ -33,6 +32,7 @@ from quantkit.errors import RecipeError
 from quantkit.memory import MemoryPlan, memory_plan
 from quantkit.recipe import preset
 from quantkit.schema import Recipe, Rule
+from quantkit.storage.logical import FP8
 
 MAX_WAVE_NAMES = 12
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantkit.artifact import Sink
 from quantkit.contracts import Block, Experts, Format, LinearGroup, Rescale, Scheme
-from quantkit.decide import FP8, Decision, held_by_fp8, search_of
+from quantkit.decide import Decision, held_by_fp8, search_of
 from quantkit.errors import NumericsError
 from quantkit.experts import Activation
 from quantkit.fold import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, Choice
@@ -19,6 +19,7 @@ from quantkit.plan import Plan
 from quantkit.registry import method
 from quantkit.solve import ModuleRecord, Solved
 from quantkit.storage.checkpoint import Checkpoint
+from quantkit.storage.logical import FP8
 from quantkit.storage.spool import Spool
 from quantkit.storage.tensors import TORCH_DTYPES
 from quantkit.streams import Stream, StreamName
