@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from math import isclose
 
+import numpy as np
 import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
+from statsmodels.stats.power import NormalIndPower
+from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.weightstats import DescrStatsW
 
 from quantkit.evaluate.statistics import (
     Interval,
@@ -38,6 +44,20 @@ def test_wilson_equals_scipy(case):
     assert isclose(found.high, expected.high, abs_tol=1e-12)
 
 
+@given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_equals_statsmodels_at_any_level(case):
+    for level in (0.8, 0.95, 0.999):
+        found, expected = wilson(*case, level=level), proportion_confint(*case, alpha=1 - level, method="wilson")
+        assert (found.low, found.high) == pytest.approx(expected, abs=1e-12)
+
+
+@given(st.integers(0, 500), st.integers(0, 500))
+@settings(deadline=None)
+def test_mcnemar_equals_statsmodels(lost, gained):
+    expected = statsmodels_mcnemar([[9, lost], [gained, 9]], exact=True).pvalue if lost + gained else 1.0
+    assert mcnemar(lost, gained) == pytest.approx(expected, rel=1e-8, abs=1e-12)
+
+
 @given(st.integers(0, 700), st.integers(0, 700))
 @settings(deadline=None)
 def test_mcnemar_equals_scipy(lost, gained):
@@ -59,14 +79,69 @@ def test_paired_error_equals_scipy(pairs):
     assert isclose(found.standard_error, float(scipy.stats.sem(changes)), rel_tol=1e-6, abs_tol=1e-9)
 
 
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=50))
+def test_the_paired_interval_equals_statsmodels(pairs):
+    first, second = np.array(pairs).T
+    found, expected = paired(first.tolist(), second.tolist()), DescrStatsW(second - first).zconfint_mean()
+    assert (found.interval.low, found.interval.high) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(30, 300), st.floats(0.3, 0.95), st.floats(0.02, 0.3))
+def test_the_bootstrap_equals_scipys(seed, n, accuracy, flipped):
+    generator = np.random.default_rng(seed)
+    first = (generator.random(n) < accuracy).astype(float)
+    second = np.where(generator.random(n) < flipped, 1 - first, first)
+    first[0] = 1.0  # recovery needs a baseline above zero
+    statistics = {
+        "difference": lambda x, y, axis: y.mean(axis=axis) - x.mean(axis=axis),
+        "recovery": lambda x, y, axis: y.mean(axis=axis) / x.mean(axis=axis),
+    }
+    for name, statistic in statistics.items():
+        expected = scipy.stats.bootstrap(
+            (first, second), statistic, paired=True, n_resamples=4000, method="percentile", rng=generator
+        )
+        found = bootstrap(first.tolist(), second.tolist(), name, resamples=4000)
+        noise = 0.4 * expected.standard_error  # of a 2.5 % quantile of 4,000 draws: six standard errors of it and more
+        assert found.low == pytest.approx(expected.confidence_interval.low, abs=noise + 1 / n)
+        assert found.high == pytest.approx(expected.confidence_interval.high, abs=noise + 1 / n)
+
+
+@given(st.integers(20, 5000), st.floats(0.005, 0.5), st.floats(0.5, 0.95))
+@settings(deadline=None, max_examples=40)
+def test_the_detectable_difference_equals_statsmodels(n, flips, power):
+    found = minimum_detectable(flips, n, power=power)
+    # one sample of differences with variance `flips`; nobody counts the power in the wrong tail
+    reached = NormalIndPower().power(found / flips**0.5, nobs1=n, alpha=0.025, ratio=0, alternative="larger")
+    assert reached == pytest.approx(power, abs=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(2, 400))
+def test_the_interval_of_paired_shares_is_an_adjusted_walds(lost, gained, unchanged):
+    # Bonett and Price: Wald's interval of the mean of -1, 0, 1, with one item more on each side
+    n = lost + gained + unchanged
+    changes = np.array([-1.0] * (lost + 1) + [1.0] * (gained + 1) + [0.0] * unchanged)
+    half = scipy.stats.norm.ppf(0.975) * changes.std(ddof=0) / len(changes) ** 0.5
+    found = paired_shares(lost, gained, n)
+    assert (found.low, found.high) == pytest.approx(
+        np.clip([changes.mean() - half, changes.mean() + half], -1, 1), abs=1e-12
+    )
+
+
 def test_a_gsm8k_like_case():
-    # 30 items lost and 18 gained of 1,319, with a baseline of 1,263 right answers
-    first, second = outcomes(both=1233, lost=30, gained=18, neither=38)
+    # 30 items lost and 18 gained of 1,319, with a baseline of 1,260 right answers
+    first, second = outcomes(both=1230, lost=30, gained=18, neither=41)
     found = compare(first, second, smallest_recovery=0.99)
     assert 100 * found.difference.mean == pytest.approx(-0.91, abs=0.005)
     assert 100 * found.difference.standard_error == pytest.approx(0.52, abs=0.005)
     assert 100 * found.recovery == pytest.approx(99.05, abs=0.005)
     assert 100 * found.flips == pytest.approx(3.6, abs=0.05)
+    unpaired = (found.baseline * (1 - found.baseline) + found.candidate * (1 - found.candidate)) / found.n
+    assert 100 * unpaired**0.5 == pytest.approx(0.84, abs=0.005), "what throwing the pairing away would cost"
+    share = found.baseline  # the worked interval of the difference, as a share of the baseline
+    assert 100 * found.recovery_interval.low == pytest.approx(100 - 1.97 / share, abs=0.1)
+    assert 100 * found.recovery_interval.high == pytest.approx(100 + 0.08 / share, abs=0.1)
     drawn = bootstrap(first, second)
     assert 100 * drawn.low == pytest.approx(-1.97, abs=0.08)
     assert 100 * drawn.high == pytest.approx(0.08, abs=0.08)
@@ -103,7 +178,7 @@ def test_the_interval_holds_the_difference_and_mirrors(both, lost, gained, neith
 
 def test_bonett_price_covers_the_truth():
     # 4 % lost and 2 % gained of 300 items, drawn 400 times
-    generator = __import__("random").Random(1)
+    generator = random.Random(1)
     inside = 0
     for _ in range(400):
         drawn = generator.choices((-1, 1, 0), weights=(4, 2, 94), k=300)
