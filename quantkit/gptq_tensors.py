@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 
 from quantkit.contracts import Contents, Linear, Quantized, Scheme, TensorSpec
 from quantkit.engine_names import engine_names, kept_patterns, lines, split_layer
-from quantkit.errors import UsageError
-from quantkit.packed import SCALE_DTYPES
+from quantkit.packed import SCALE_DTYPES, one_scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,13 +75,7 @@ def quantization_config(contents: Contents, format_name: str) -> dict[str, objec
 
     vLLM reads both. UsageError when several schemes are asked for. `format_name` is the value of checkpoint_format.
     """
-    found = set(contents.schemes.values())
-    if len(found) != 1:
-        told = ", ".join(sorted(f"{scheme.bits} bits group {scheme.group_size}" for scheme in found))
-        raise UsageError(
-            f"format {format_name}: config.json has room for one scheme, found {told}; use one for all rules"
-        )
-    (scheme,) = found
+    scheme = one_scheme(contents, format_name)
     return {
         "quant_method": "gptq",
         "bits": scheme.bits,

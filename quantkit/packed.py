@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantkit.contracts import Quantized, Scheme
+from quantkit.contracts import Contents, Quantized, Scheme
 from quantkit.errors import UsageError
 
 WORD_BITS = 32
 SCALE_DTYPES: Mapping[str, str] = {"float16": "F16", "bfloat16": "BF16"}
 """The scales that engines hold beside codes, as safetensors calls them."""
 GROUP_SIZES = (32, 64, 128, -1)
-"""What the Marlin kernels of vLLM and SGLang know; others fall to slow kernels or fail."""
+SERVED_BITS = (4, 8)
+"""What the Marlin kernels of vLLM and SGLang know; other group sizes fall to slow kernels or fail."""
 
 
 def per_run(bits: int) -> int:
@@ -26,3 +27,14 @@ def require_agreement(quantized: Quantized, scheme: Scheme, format_name: str) ->
             f"format {format_name}: the scheme says symmetric: {str(scheme.symmetric).lower()}, found a matrix "
             f"{'without' if quantized.zero is None else 'with'} zero points; method and scheme must agree"
         )
+
+
+def one_scheme(contents: Contents, format_name: str) -> Scheme:
+    """The scheme of all that is quantized; UsageError when there are several."""
+    found = set(contents.schemes.values())
+    if len(found) != 1:
+        told = ", ".join(sorted(f"{scheme.bits} bits group {scheme.group_size}" for scheme in found))
+        raise UsageError(
+            f"format {format_name}: config.json has room for one scheme, found {told}; use one for all rules"
+        )
+    return found.pop()

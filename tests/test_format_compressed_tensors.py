@@ -209,7 +209,7 @@ def test_config_entry() -> None:
     }
     channel = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
     assert ct.weights(scheme(8, -1)) == channel
-    with pytest.raises(UsageError, match="one scheme per artifact, found 4 bits group 128, 4 bits group 64"):
+    with pytest.raises(UsageError, match="room for one scheme, found 4 bits group 128, 4 bits group 64"):
         ct.FORMAT.quantization_config(Contents(schemes={"a": scheme(), "b": scheme(group=64)}, kept=[]))
 
 

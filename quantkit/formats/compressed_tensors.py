@@ -22,14 +22,12 @@ from typing import TYPE_CHECKING
 
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme, TensorSpec
 from quantkit.engine_names import SERVERS, TRANSFORMERS, kept_patterns
-from quantkit.errors import UsageError
-from quantkit.packed import GROUP_SIZES, SCALE_DTYPES, per_run, require_agreement
+from quantkit.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, one_scheme, per_run, require_agreement
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BITS = range(2, 9)
-SERVED_BITS = (4, 8)
 FP8_BLOCK = 128
 
 
@@ -156,13 +154,7 @@ def quantization_config(contents: Contents) -> dict[str, object]:
     expert that is stored otherwise than the routed ones, and llama.cpp converts it. Beside FP8 there are two groups;
     each names its own format, and the one on top stays "pack-quantized" because SGLang asks it about experts.
     """
-    found = set(contents.schemes.values())
-    if len(found) != 1:
-        told = ", ".join(sorted(f"{scheme.bits} bits group {scheme.group_size}" for scheme in found))
-        raise UsageError(
-            f"format compressed_tensors: holds one scheme per artifact, found {told}; use one for all rules"
-        )
-    (scheme,) = found
+    scheme = one_scheme(contents, "compressed_tensors")
     codes, every = list(contents.schemes), ["Linear"]
     blocks = set(contents.fp8)
     plain = [name for name in contents.kept if name not in blocks]

@@ -14,12 +14,10 @@ from quantkit import gptq_tensors
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme
 from quantkit.engine_names import SERVERS
 from quantkit.errors import UsageError
-from quantkit.packed import GROUP_SIZES, SCALE_DTYPES, per_run
+from quantkit.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, per_run
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-BITS = (4, 8)
 
 
 def accepts(scheme: Scheme, linear: Linear) -> str | None:
@@ -29,9 +27,9 @@ def accepts(scheme: Scheme, linear: Linear) -> str | None:
 
 def scheme_fault(scheme: Scheme) -> str | None:
     """Why no linear of this scheme can be stored."""
-    if scheme.kind != "int" or scheme.bits not in BITS:
+    if scheme.kind != "int" or scheme.bits not in SERVED_BITS:
         found = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
-        use = "bitsandbytes" if scheme.kind == "nf4" else "gptq_v2" if scheme.bits < BITS[0] else "dense to study it"
+        use = "bitsandbytes" if scheme.kind == "nf4" else "gptq_v2" if scheme.bits < 4 else "dense to study it"
         return f"vLLM and SGLang read GPTQ with 4-bit or 8-bit integers, found {found}; use format {use}"
     if not scheme.symmetric:
         return (

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 from quantkit import gptq_tensors
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme
 from quantkit.engine_names import SERVERS, TRANSFORMERS
-from quantkit.packed import SCALE_DTYPES, per_run, require_agreement
+from quantkit.packed import SCALE_DTYPES, SERVED_BITS, per_run, require_agreement
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BITS = (2, 3, 4, 8)
-SERVED_BITS = (4, 8)
 
 
 def accepts(scheme: Scheme, linear: Linear) -> str | None:
