@@ -13,7 +13,7 @@ from quantkit.contracts import InputStats, LinearGroup, Rescale, Scheme
 from quantkit.experts import tokens_per_expert
 from quantkit.layers import ExpertTap, Routed, Skeleton, decoder_layer, observing, relative, run
 from quantkit.numerics import gram as grams
-from quantkit.solve import solve
+from quantkit.solve import Asked, Solved, solve
 from quantkit.streams import Routing, StreamName, step, through
 from quantkit.work import Work
 
@@ -224,26 +224,37 @@ def check(work: Work, folded: Folded, sample: Sample) -> Folded:
 
 def store(work: Work, folded: Folded) -> dict[str, Tensor]:
     """Solve and write everything but the routed experts; the weights as stored, float32, by full name."""
-    group_of = {reader: group.name for group in work.block.groups for reader in group.readers}
+    group_of = {reader: group for group in work.block.groups for reader in group.readers}
     linears = {f"{x.name}.weight": x for x in work.block.linears if x.role != "routed_expert"}
-    stored: dict[str, Tensor] = {}
+    stored, ready = dict[str, Tensor](), dict[str, Solved]()
     for name, tensor in folded.tensors.items():
         decision = work.job.plan.decisions[linears[name].name] if name in linears else None
         if decision is None or decision.action == "keep":
             stored[name] = work.keep(name, tensor)
             continue
-        group = group_of.get(decision.linear.name, "")
-        solved = solve(
-            decision,
-            work.job.formats,
-            tensor,
-            folded.stats.get(group),
-            rescaled=group in folded.rescaled,
-            fallbacks=work.fallbacks_of(decision.linear.name),
-        )
-        work.write(solved)
-        stored[name] = solved.weight
+        if name not in ready:  # the first of those that read its input
+            ready |= solved(work, folded, decision.linear.name, group_of.get(decision.linear.name))
+        done = ready.pop(name)
+        work.write(done)
+        stored[name] = done.weight
     return stored
+
+
+def solved(work: Work, folded: Folded, linear: str, group: LinearGroup | None) -> dict[str, Solved]:
+    """A linear and the others of its group that are quantized, by the names of their weights."""
+    decisions, name = work.job.plan.decisions, group.name if group else ""
+    readers = [reader for reader in group.readers if decisions[reader].action == "quantize"] if group else [linear]
+    asked = [
+        Asked(
+            decision=decisions[reader],
+            weight=folded.tensors[f"{reader}.weight"],
+            stats=folded.stats.get(name),
+            rescaled=name in folded.rescaled,
+            fallbacks=work.fallbacks_of(reader),
+        )
+        for reader in readers
+    ]
+    return {f"{x.decision.linear.name}.weight": found for x, found in zip(asked, solve(asked, work.job.formats))}
 
 
 def advance(work: Work, stored: Tensors) -> dict[StreamName, Routing | None]:

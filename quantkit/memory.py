@@ -7,7 +7,7 @@ Nothing grows with the number of blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,10 +56,23 @@ class MemoryPlan:
         return self.base_bytes + max(block, self.head_bytes)
 
 
-def solve_bytes(linear: Linear, rounding: str | None) -> int:
-    """Working memory while one matrix is searched, rounded and packed; error feedback also factorizes the gram."""
-    grams = FEEDBACK_GRAMS * 4 * linear.in_features**2 if rounding == "gptq" else 0
-    return SOLVE_COPIES * 4 * linear.n_parameters + grams
+def solved_together(block: Block, decisions: Mapping[str, Decision]) -> Iterator[tuple[Linear, ...]]:
+    """Quantized linears of one input, solved as one matrix: of a group, gate and up of an expert, or one alone."""
+    sized = {linear.name: linear for linear in block.linears}
+    sets = [group.readers for group in block.groups]
+    if block.experts:  # all are of one size, and mostly of one rule
+        first = [block.experts.linear(e, block.experts.gate) for e in range(block.experts.count)]
+        second = [block.experts.linear(e, block.experts.up) for e in range(block.experts.count)]
+        sets += zip(first, second)
+    for names in (*sets, *((name,) for name in sized)):
+        if found := tuple(sized[name] for name in names if decisions[name].action == "quantize"):
+            yield found
+
+
+def solve_bytes(linears: Sequence[Linear], feedback: bool) -> int:
+    """Working memory while matrices of one input are searched, rounded and packed; feedback factorizes their gram."""
+    grams = FEEDBACK_GRAMS * 4 * linears[0].in_features ** 2 if feedback else 0
+    return SOLVE_COPIES * 4 * sum(linear.n_parameters for linear in linears) + grams
 
 
 def dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: int) -> int:
@@ -70,8 +83,8 @@ def dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: int) -> 
     """
     linears = [linear for linear in block.linears if linear.role != "routed_expert"]
     sizes = [COPIES_BYTES * linear.n_parameters for linear in linears]
-    chosen = [(linear, decisions[linear.name]) for linear in block.linears]
-    solving = max((solve_bytes(x, d.rounding) for x, d in chosen if d.action == "quantize"), default=0)
+    together = solved_together(block, decisions)
+    solving = max((solve_bytes(x, any(decisions[y.name].rounding == "gptq" for y in x)) for x in together), default=0)
     if block.kind == "mtp":
         return max(sizes) + solving
     groups = [group for group in block.groups if grams and any_quantized(block, group.name, decisions)]

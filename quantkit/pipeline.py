@@ -34,7 +34,7 @@ from quantkit.storage import builtin, corpora, hub
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.corpora import Tokens
 from quantkit.storage.files import write_atomic, write_json
-from quantkit.storage.machine import peak_resident_bytes, return_freed_memory
+from quantkit.storage.machine import HEAP_BYTES, keep_freed_memory, peak_resident_bytes, return_freed_memory
 from quantkit.storage.model_card import front_matter
 from quantkit.storage.tensors import Written
 
@@ -109,6 +109,8 @@ def run(
     folders = {plan.format_name: artifact.prepare(Path(plan.path), overwrite) for plan in plans}
     planned(plans)
     clock.lap("plan")
+    if all(plan.memory.budget_bytes - plan.memory.peak_bytes >= HEAP_BYTES for plan in plans):
+        keep_freed_memory()
     outcomes: dict[str, Outcome] = {}
     for together in sharing(plans):
         made = [Made(plan=plan, folder=folders[plan.format_name]) for plan in together]

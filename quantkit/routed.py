@@ -18,7 +18,7 @@ from quantkit.contracts import Block, InputStats, Rescale, Scheme
 from quantkit.dense import Folded, Learned
 from quantkit.experts import Wave, WaveStats, add_outputs, collect
 from quantkit.plan import Plan
-from quantkit.solve import Solved, one, solve
+from quantkit.solve import Asked, one, solve
 from quantkit.streams import Routing, StreamName
 from quantkit.work import Work
 
@@ -203,28 +203,39 @@ def store(
     """Solve and write every projection of a wave; the wave with the weights as stored."""
     names, group = work.experts, work.expert_group
     few = under_calibrated(work, learned) if learned else frozenset[int]()
+    into_rescaled = group is not None and group.name in folded.rescaled
     stored: dict[str, list[Tensor]] = {names.gate: [], names.up: [], names.down: []}
     for e in range(len(wave)):
-        for projection, weights in ((names.gate, wave.gate), (names.up, wave.up), (names.down, wave.down)):
-            name = names.linear(wave.first + e, projection)
-            if work.job.plan.decisions[name].action == "keep":
-                stored[projection].append(work.keep(f"{name}.weight", weights[e]))
-                continue
-            inputs = (stats.inner if projection == names.down else stats.into) if stats else None
-            rescaled = down[e] if projection == names.down else group is not None and group.name in folded.rescaled
-            solved = solve_one(work, name, weights[e], one(inputs, e), rescaled, lacking=wave.first + e in few)
-            work.write(solved)
-            stored[projection].append(solved.weight)
+        into, inner = (one(stats.into, e), one(stats.inner, e)) if stats else (None, None)
+        lacking = wave.first + e in few
+        both = {names.gate: wave.gate[e], names.up: wave.up[e]}  # they read the same input
+        for weights, inputs, rescaled in ((both, into, into_rescaled), ({names.down: wave.down[e]}, inner, down[e])):
+            for projection, found in store_some(work, wave.first + e, weights, inputs, rescaled, lacking).items():
+                stored[projection].append(found)
     gate, up, out = (torch.stack(stored[p]) for p in (names.gate, names.up, names.down))  # [n, out, in]
     return Wave(first=wave.first, gate=gate, up=up, down=out)
 
 
-def solve_one(work: Work, name: str, weight: Tensor, stats: InputStats | None, rescaled: bool, lacking: bool) -> Solved:
-    """One projection of one expert; with too few tokens by the recipe's policy, which names the fallback."""
-    recipe, decision = work.job.plan.recipe, work.job.plan.decisions[name]
-    fallbacks = work.fallbacks_of(name)
+def store_some(
+    work: Work, expert: int, weights: Mapping[str, Tensor], stats: InputStats | None, rescaled: bool, lacking: bool
+) -> dict[str, Tensor]:
+    """Write projections of one expert that read the same input; their weights as stored.
+
+    With too few tokens they are solved by the recipe's policy, which names the fallback.
+    """
+    recipe, used, given = work.job.plan.recipe, stats, tuple[str, ...]()
     if lacking and stats is not None and recipe.calibration:
         policy = recipe.calibration.under_calibrated
-        fallbacks += (UNDER_CALIBRATED[policy],)
-        stats = None if policy == "rtn" else stats
-    return solve(decision, work.job.formats, weight, stats, rescaled=rescaled, fallbacks=fallbacks)
+        given, used = (UNDER_CALIBRATED[policy],), None if policy == "rtn" else stats
+    found, asked = dict[str, Tensor](), dict[str, Asked]()
+    for projection, weight in weights.items():
+        name = work.experts.linear(expert, projection)
+        decision, fallbacks = work.job.plan.decisions[name], work.fallbacks_of(name) + given
+        if decision.action == "keep":
+            found[projection] = work.keep(f"{name}.weight", weight)
+            continue
+        asked[projection] = Asked(decision=decision, weight=weight, stats=used, rescaled=rescaled, fallbacks=fallbacks)
+    for projection, solved in zip(asked, solve(list(asked.values()), work.job.formats)):
+        work.write(solved)
+        found[projection] = solved.weight
+    return found

@@ -68,24 +68,65 @@ def one(stats: InputStats | None, e: int) -> InputStats | None:
     return InputStats(gram=stats.gram[e], mean_abs=stats.mean_abs[e], n_tokens=stats.n_tokens[e], cross=cross)
 
 
-def solve(
-    decision: Decision,
-    outputs: Sequence[Format],
-    weight: Tensor,
-    stats: InputStats | None,
-    *,
-    rescaled: bool,
-    fallbacks: tuple[str, ...],
-) -> Solved:
-    """Quantize weight [out, in] float32 as decided, pack it in each format, read it back and measure it.
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A linear to be quantized: weight [out, in] float32, statistics of its input or None, and what is known of it."""
 
+    decision: Decision
+    weight: Tensor
+    stats: InputStats | None
+    rescaled: bool
+    fallbacks: tuple[str, ...]
+
+    @property
+    def scheme(self) -> Scheme:
+        """How it is stored: only quantize decisions are asked for."""
+        assert self.decision.scheme is not None
+        return self.decision.scheme
+
+    @property
+    def method(self) -> str:
+        """Who chooses its codes."""
+        assert self.decision.method is not None
+        return self.decision.method
+
+    @property
+    def rounding(self) -> str:
+        """How its weights are rounded: to nearest, too, where nothing is known of its input."""
+        return "nearest" if self.stats is None or self.decision.rounding is None else self.decision.rounding
+
+
+def solve(asked: Sequence[Asked], outputs: Sequence[Format]) -> list[Solved]:
+    """Quantize linears that read the same input, pack them in each format, read them back and measure them.
+
+    What depends on their input alone, the factor of its gram first of all, is computed once: rows of a weight are
+    quantized independently of each other, so linears of one scheme, method and statistics are solved as one matrix.
     Raises NumericsError when two formats would not hold the same weight: their artifacts share one set of figures.
     Without statistics a method that needs them gives way to round-to-nearest; the caller names that fallback.
     """
-    scheme = decision.scheme
-    assert scheme is not None and decision.method is not None  # only quantize decisions come here
-    rounding = "nearest" if stats is None or decision.rounding is None else decision.rounding
-    quantized, found = chosen(decision.method, rounding, weight, stats, scheme)
+    alike: dict[tuple[Scheme, str, str, int], list[int]] = {}
+    for index, each in enumerate(asked):
+        alike.setdefault((each.scheme, each.method, each.rounding, id(each.stats)), []).append(index)
+    found: dict[int, Solved] = {}
+    for indices in alike.values():
+        first, rows = asked[indices[0]], [len(asked[index].weight) for index in indices]
+        together = first.weight if len(rows) == 1 else torch.cat([asked[i].weight for i in indices])  # [sum of out, in]
+        quantized, met = chosen(first.method, first.rounding, together, first.stats, first.scheme)
+        for index, part in zip(indices, split(quantized, rows), strict=True):
+            found[index] = stored(asked[index], part, met, outputs)
+    return [found[index] for index in range(len(asked))]
+
+
+def split(quantized: Quantized, rows: Sequence[int]) -> list[Quantized]:
+    """Codes of matrices that lie one under the other, matrix by matrix."""
+    codes, scales = quantized.codes.split(list(rows)), quantized.scale.split(list(rows))
+    zeros = [None] * len(rows) if quantized.zero is None else quantized.zero.split(list(rows))
+    return [Quantized(codes=c, scale=s, zero=z) for c, s, z in zip(codes, scales, zeros, strict=True)]
+
+
+def stored(asked: Asked, quantized: Quantized, found: tuple[str, ...], outputs: Sequence[Format]) -> Solved:
+    """One linear with its codes, packed, read back and measured; `found` are the fallbacks its method took."""
+    decision, weight, stats, scheme = asked.decision, asked.weight, asked.stats, asked.scheme
     tensors = [output.pack(quantized, scheme) for output in outputs]
     back, *others = (output.dequantize(packed, scheme) for output, packed in zip(outputs, tensors))  # [out, in]
     if not all(torch.equal(back, other) for other in others):
@@ -96,15 +137,15 @@ def solve(
     record = ModuleRecord(
         module=decision.linear.name,
         rule=decision.rule,
-        method=decision.method,
-        rounding=rounding,
+        method=asked.method,
+        rounding=asked.rounding,
         scheme=scheme,
         relative_error=10 ** (-sqnr_db / 20),
         sqnr_db=sqnr_db,
         output_error=None if stats is None else float(grams.relative_error(weight, back, stats.gram)),
         tokens=0 if stats is None else int(stats.n_tokens),
-        rescaled=rescaled,
-        fallbacks=fallbacks + found + found_fallbacks(quantized, scheme),
+        rescaled=asked.rescaled,
+        fallbacks=asked.fallbacks + found + found_fallbacks(quantized, scheme),
     )
     name = decision.linear.name
     named = tuple({f"{name}.{local}": tensor for local, tensor in packed.items()} for packed in tensors)

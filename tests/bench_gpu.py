@@ -97,7 +97,7 @@ def wave_size(shape: Shape, device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     linear = Linear(name="x", out_features=shape.intermediate, in_features=shape.hidden, role="routed_expert")
-    free = SHARE * torch.cuda.mem_get_info(device)[0] - solve_bytes(linear, "gptq")
+    free = SHARE * torch.cuda.mem_get_info(device)[0] - solve_bytes([linear], True)
     return max(1, min(shape.experts, int(free // expert_bytes(shape.block, True, True))))
 
 

@@ -207,4 +207,4 @@ def test_working_memory_is_as_planned(out: int, width: int, crossed: bool) -> No
     stats = InputStats(gram=seen, mean_abs=x.abs().mean(0), n_tokens=torch.tensor(len(x)), cross=cross)
     peak = peak_bytes(lambda: gptq.solve(weight, stats, scheme(group=128)))
     linear = Linear(name="x", out_features=out, in_features=width, role="mlp")
-    assert peak <= solve_bytes(linear, "gptq") and SOLVE_COPIES * 4 * weight.numel() == solve_bytes(linear, "nearest")
+    assert peak <= solve_bytes([linear], True) and SOLVE_COPIES * 4 * weight.numel() == solve_bytes([linear], False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -12,7 +14,7 @@ from quantkit.decide import Decision
 from quantkit.methods import gptq
 from quantkit.numerics import affine
 from quantkit.schema import Quantize
-from quantkit.solve import FALLBACKS, solve
+from quantkit.solve import FALLBACKS, Asked, Solved, solve
 
 SCHEME = Scheme(bits=4, group_size=32, symmetric=False, scale_dtype="bfloat16")
 
@@ -22,6 +24,12 @@ def decision(method: str, rounding: str) -> Decision:
     return Decision(
         linear=linear, block="b", action="quantize", rule="r", method=method, rounding=rounding, scheme=SCHEME
     )
+
+
+def solved(chosen: Decision, weight: torch.Tensor, stats: InputStats | None, fallbacks: tuple[str, ...] = ()) -> Solved:
+    asked = Asked(decision=chosen, weight=weight, stats=stats, rescaled=False, fallbacks=fallbacks)
+    (found,) = solve([asked], (registry.format("dense"),))
+    return found
 
 
 def problem() -> tuple[torch.Tensor, InputStats]:
@@ -52,8 +60,7 @@ def test_what_makes_no_sense_is_refused(method: str, rounding: str, told: str) -
 @pytest.mark.parametrize("method", ["awq", "gptq"])
 def test_solve_takes_the_rounding_of_the_decision(method: str) -> None:
     weight, stats = problem()
-    output = (registry.format("dense"),)
-    found = solve(decision(method, "gptq"), output, weight, stats, rescaled=False, fallbacks=())
+    found = solved(decision(method, "gptq"), weight, stats)
     told = affine.dequantize(gptq.solve(weight, stats, SCHEME), SCHEME).bfloat16().float()
     assert torch.equal(found.weight, told)
     assert found.record.rounding == "gptq" and found.record.fallbacks == ()
@@ -61,15 +68,28 @@ def test_solve_takes_the_rounding_of_the_decision(method: str) -> None:
 
 def test_without_statistics_codes_are_the_nearest_and_the_record_says_so() -> None:
     weight, _ = problem()
-    output = (registry.format("dense"),)
-    found = solve(decision("awq", "gptq"), output, weight, None, rescaled=False, fallbacks=("mtp-rtn",))
-    plain = solve(decision("rtn", "nearest"), output, weight, None, rescaled=False, fallbacks=())
+    found = solved(decision("awq", "gptq"), weight, None, fallbacks=("mtp-rtn",))
+    plain = solved(decision("rtn", "nearest"), weight, None)
     assert torch.equal(found.weight, plain.weight)
     assert found.record.rounding == "nearest" and found.record.fallbacks == ("mtp-rtn",)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_linears_that_read_one_input_are_solved_as_if_alone(rounding: str) -> None:
+    """Together or not, in any order, beside one of another scheme: the same codes."""
+    weight, stats = problem()
+    other = replace(decision("awq", rounding), scheme=replace(SCHEME, bits=3))
+    chosen = [decision("awq", rounding), other, decision("awq", rounding)]
+    weights = [weight[:12], weight[:8], weight[12:]]
+    asked = [Asked(decision=d, weight=w, stats=stats, rescaled=False, fallbacks=()) for d, w in zip(chosen, weights)]
+    together = solve(asked, (registry.format("dense"),))
+    for found, one in zip(together, asked):
+        alone = solved(one.decision, one.weight, stats)
+        assert torch.equal(found.weight, alone.weight) and found.record == alone.record
 
 
 def test_raised_damping_is_a_named_fallback() -> None:
     weight, stats = problem()
     stats.gram[0, 1] = stats.gram[1, 0] = 1.3 * stats.gram.diagonal().max()
-    found = solve(decision("awq", "gptq"), (registry.format("dense"),), weight, stats, rescaled=False, fallbacks=())
+    found = solved(decision("awq", "gptq"), weight, stats)
     assert "damping-raised" in found.record.fallbacks and "damping-raised" in FALLBACKS

@@ -182,6 +182,28 @@ print(peak_resident_bytes() - before)
 """
 
 
+FAULTS = """
+import resource, sys
+import torch
+from quantkit.storage import machine
+assert getattr(machine, sys.argv[1])()
+torch.ones(1 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(100):
+    torch.ones(2 << 20)  # 8 MiB, freed at once
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.parametrize(("how", "pages"), [("keep_freed_memory", 20_000), ("return_freed_memory", 205_000)])
+def test_freed_memory_is_kept_or_returned(how: str, pages: int) -> None:
+    """Pages that 100 tensors of 2,048 pages touch for the first time; the C library may use huge ones of 512."""
+    found = int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, check=True).stdout)
+    assert found <= pages
+    if how == "return_freed_memory":
+        assert found >= 100 * 2048 // 512
+
+
 def test_reading_a_large_file_costs_one_tensor_of_memory(tmp_path: Path) -> None:
     """200 MB in ten tensors, read one by one in a fresh process: resident memory rises by about one of them."""
     path = tmp_path / "x.safetensors"

@@ -6,7 +6,9 @@ import ctypes
 import os
 from pathlib import Path
 
-_M_MMAP_THRESHOLD = -3  # malloc.h of glibc
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+HEAP_BYTES = 256 << 20
+"""What a heap that keeps freed blocks may hold beside what is in use."""
 _LIMITS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
     (
@@ -26,6 +28,19 @@ def return_freed_memory() -> bool:
     """
     try:
         return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20))
+    except (AttributeError, OSError):
+        return False
+
+
+def keep_freed_memory() -> bool:
+    """Make the C library keep up to HEAP_BYTES of freed blocks below 32 MiB for the next ones; False where it cannot.
+
+    The opposite of `return_freed_memory`, for a build whose memory is far from its budget: fresh pages are cleared by
+    the kernel, which took 17 % of the CPU time of a model with small layers.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        return bool(libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, HEAP_BYTES))
     except (AttributeError, OSError):
         return False
 
