@@ -15,7 +15,8 @@ from torch import Tensor
 
 from quantkit.contracts import Contents, TensorSpec
 from quantkit.errors import ArtifactError, UsageError
-from quantkit.plan import Plan, Shard
+from quantkit.outputs import Shard
+from quantkit.plan import Plan
 from quantkit.recipe import with_overrides
 from quantkit.storage.files import sha256_file, sync_folder, unwritable, write_atomic, write_json
 from quantkit.storage.tensors import ShardWriter, Written
@@ -121,8 +122,7 @@ def write_model_files(folder: Path, plan: Plan, sidecars: Sequence[Path], recipe
     write_atomic(folder / "recipe.yaml", with_overrides(recipe_text, plan.recipe).encode())
     if len(plan.shards) > 1:
         weight_map = {spec.name: shard.file for shard in plan.shards for spec in shard.tensors}
-        total = sum(shard.n_bytes for shard in plan.shards)
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": plan.n_bytes}, "weight_map": weight_map})
 
 
 def hashes(folder: Path, known: Mapping[str, Written]) -> dict[str, dict[str, object]]:

@@ -13,7 +13,7 @@ from quantkit.contracts import Role as LinearRole
 from quantkit.decide import NO_RULE, Decision
 from quantkit.evaluate.distribution import Measured
 from quantkit.numerics.fidelity import Estimate
-from quantkit.plan import Plan, source_bytes, unserved
+from quantkit.plan import Plan, unserved
 from quantkit.report import schema
 from quantkit.report.schema import Benchmark, Fidelity, Figure
 from quantkit.solve import FALLBACKS, ModuleRecord
@@ -81,25 +81,24 @@ def artifact(plan: Plan) -> schema.Artifact:
     quantized = [decision for decision in plan.decisions.values() if decision.action == "quantize"]
     weights = sum(decision.linear.n_parameters for decision in quantized)
     stored = sum(bytes_after(plan, decision) for decision in quantized)
-    bits = f"{plan.recipe.quantize.bits}-bit"
-    name = PurePath(plan.path).name
+    refusing, name = unserved(plan.format, plan.decisions), PurePath(plan.path).name
     return schema.Artifact(
         name=name,
         format=plan.format_name,
         scheme="; ".join(schemes(quantized)) or "nothing is quantized",
-        parameters=sum(spec.n_elements for spec in plan.specs.values()),
-        bytes_source=source_bytes(plan, list(plan.specs)),
-        bytes_artifact=sum(shard.n_bytes for shard in plan.shards),
+        parameters=plan.parameters,
+        bytes_source=plan.source_bytes(),
+        bytes_artifact=plan.n_bytes,
         bits_per_weight=8 * stored / weights if weights else 16.0,
         rules=tuple(rules(plan)),
         roles=tuple(roles(plan)),
         serving=tuple(
             schema.Serving(engine=engine, command=command.format(path=name))
             for engine, command in plan.format.engines.items()
-            if not any(engine in engines for engines in unserved(plan.format, plan.decisions).values())
+            if engine not in refusing
         ),
         notes=(*plan.architecture.serving_notes, *fp8_notes(plan)),
-        tags=(plan.format_name, bits),
+        tags=(plan.format_name, f"{plan.recipe.quantize.bits}-bit"),
     )
 
 

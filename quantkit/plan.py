@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil
 from typing import Literal
 
 from quantkit import registry
 from quantkit.claims import Claimed, claim, fp8_block, stored_bytes
-from quantkit.contracts import Architecture, Block, Config, Format, Layout, Scheme, TensorSpec
+from quantkit.contracts import Architecture, Config, Format, Layout, Scheme, TensorSpec
 from quantkit.decide import (
     Decision,
     decide,
@@ -30,11 +29,10 @@ from quantkit.decide import (
 )
 from quantkit.errors import RecipeError
 from quantkit.memory import MemoryPlan, memory_plan
+from quantkit.outputs import Kept, Shard, outputs, shards
 from quantkit.recipe import preset
 from quantkit.schema import Recipe, Rule
 from quantkit.storage.logical import FP8
-
-MAX_WAVE_NAMES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +45,6 @@ class SourceFacts:
     specs: Mapping[str, TensorSpec] | None
     fingerprint: str | None
     where: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One output file and the tensors it holds, in the order they are written."""
-
-    file: str
-    tensors: tuple[TensorSpec, ...]
-
-    @property
-    def n_bytes(self) -> int:
-        return sum(spec.n_bytes for spec in self.tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +79,21 @@ class Plan:
         return {name: decision.scheme for name, decision in self.decisions.items() if decision.scheme is not None}
 
     @property
+    def parameters(self) -> int:
+        """Elements of every source tensor that the plan reads."""
+        return sum(spec.n_elements for spec in self.specs.values())
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the artifact's tensors."""
+        return sum(shard.n_bytes for shard in self.shards)
+
+    def source_bytes(self, names: Iterable[str] | None = None) -> int:
+        """Bytes of these logical source tensors as stored, scales included; of all of them without names."""
+        side = fp8_block(self.source.config)
+        return sum(stored_bytes(self.specs[name], side) for name in (self.specs if names is None else names))
+
+    @property
     def path(self) -> str:
         """Where the artifact goes."""
         return self.recipe.path(self.format_name)
@@ -124,70 +125,6 @@ def needs_calibration(decisions: Mapping[str, Decision]) -> bool:
     """Whether any selected method learns from activations."""
     used = {d.method for d in decisions.values() if d.method}
     return any(registry.method(name).needs_stats for name in used)
-
-
-def kept_spec(spec: TensorSpec, keep: Literal["source", "bf16"] = "source") -> TensorSpec:
-    """A tensor that is not quantized, as written: FP8 blocks become the BF16 they stand for, whatever else if asked."""
-    as_bf16 = keep == "bf16" or spec.dtype.startswith("F8")
-    return TensorSpec(name=spec.name, dtype="BF16" if as_bf16 else spec.dtype, shape=spec.shape)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kept:
-    """How weights that are not quantized are stored: `scale` and `side` of FP8 blocks where the format holds them."""
-
-    specs: Mapping[str, TensorSpec]
-    scale: str | None
-    side: int | None
-
-    def weight(self, decision: Decision) -> tuple[TensorSpec, ...]:
-        """The weight of a kept linear as its rule has it stored; with FP8 blocks, their scales too."""
-        spec = self.specs[f"{decision.linear.name}.weight"]
-        if decision.keep != "fp8":
-            return (kept_spec(spec, decision.keep),)
-        assert self.scale is not None and self.side is not None  # `in_blocks` asks for both
-        shape = tuple(ceil(size / self.side) for size in spec.shape)  # [out, in] -> [block rows, block columns]
-        return spec, TensorSpec(name=f"{decision.linear.name}.{self.scale}", dtype="F32", shape=shape)
-
-
-def block_outputs(block: Block, decisions: Mapping[str, Decision], kept: Kept, output: Format) -> list[TensorSpec]:
-    """What a block leaves behind, in writing order: norms and biases, then its linears, routed experts last."""
-    found = [kept_spec(kept.specs[spec.name]) for spec in block.others]
-    for linear in block.linears:
-        decision = decisions[linear.name]
-        if decision.scheme is not None:
-            found += output.layout(linear, decision.scheme)
-        else:
-            found += kept.weight(decision)
-        if linear.bias:
-            found.append(kept_spec(kept.specs[f"{linear.name}.bias"]))
-    return [] if any(decisions[x.name].action == "drop" for x in block.linears) else found
-
-
-def outputs(layout: Layout, decisions: Mapping[str, Decision], kept: Kept, output: Format) -> list[TensorSpec]:
-    """Every tensor of the artifact in writing order."""
-    found = [*kept.weight(decisions[layout.embedding.name])]
-    for block in layout.blocks:
-        found += block_outputs(block, decisions, kept, output)
-    found += [kept_spec(kept.specs[spec.name]) for spec in layout.final_tensors]
-    return found + ([*kept.weight(decisions[layout.head.name])] if layout.head else [])
-
-
-def shards(tensors: Sequence[TensorSpec], limit_bytes: int) -> tuple[Shard, ...]:
-    """Cut the tensors into files of at most `limit_bytes` (a larger tensor gets a file of its own)."""
-    cut: list[list[TensorSpec]] = [[]]
-    size = 0
-    for spec in tensors:
-        if cut[-1] and size + spec.n_bytes > limit_bytes:
-            cut.append([])
-            size = 0
-        cut[-1].append(spec)
-        size += spec.n_bytes
-    if len(cut) == 1:
-        return (Shard(file="model.safetensors", tensors=tuple(cut[0])),)
-    return tuple(
-        Shard(file=f"model-{i:05d}-of-{len(cut):05d}.safetensors", tensors=tuple(part)) for i, part in enumerate(cut, 1)
-    )
 
 
 def architecture_of(config: Config) -> Architecture:
@@ -231,18 +168,17 @@ def warnings_of(claimed: Claimed, recipe: Recipe, format_name: str, decisions: M
     mtp = [b.name for b in claimed.layout.blocks if b.kind == "mtp"]
     if mtp and recipe.mtp == "quantize" and needs_calibration(decisions):
         told.append(f"{mtp[0]}: no forward pass reaches an MTP block, its linears are rounded to nearest (mtp-rtn)")
-    reasons = unserved(registry.format(format_name), decisions)
-    return told + [f"{', '.join(engines)}: {why}" for why, engines in reasons.items()]
+    engines: dict[str, list[str]] = {}
+    for engine, why in unserved(registry.format(format_name), decisions).items():
+        engines.setdefault(why, []).append(engine)
+    return told + [f"{', '.join(names)}: {why}" for why, names in engines.items()]
 
 
-def unserved(output: Format, decisions: Mapping[str, Decision]) -> dict[str, list[str]]:
-    """Engines that cannot load what is quantized in this format, by reason."""
+def unserved(output: Format, decisions: Mapping[str, Decision]) -> Mapping[str, str]:
+    """Engines that cannot load what is quantized in this format, and why."""
     quantized = [decision.linear for decision in decisions.values() if decision.action == "quantize"]
     schemes = list(dict.fromkeys(decision.scheme for decision in decisions.values() if decision.scheme))
-    found: dict[str, list[str]] = {}
-    for engine, why in (output.limits(quantized, schemes) if output.limits else {}).items():
-        found.setdefault(why, []).append(engine)
-    return found
+    return output.limits(quantized, schemes) if output.limits else {}
 
 
 def fp8_warnings(claimed: Claimed, format_name: str, decisions: Mapping[str, Decision]) -> list[str]:
@@ -336,9 +272,3 @@ def memory_fault(memory: MemoryPlan) -> str:
         f"{smallest} needs {-(-memory.needed_bytes // 10**7) / 100:.2f} GB ({told}), found "
         f"{memory.budget_bytes // 10**7 / 100:.2f} GB; raise memory or free some"
     )
-
-
-def source_bytes(plan: Plan, names: Sequence[str]) -> int:
-    """Bytes of these logical source tensors as stored, scales included."""
-    block = fp8_block(plan.source.config)
-    return sum(stored_bytes(plan.specs[name], block) for name in names)

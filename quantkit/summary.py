@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from quantkit.claims import fp8_block
 from quantkit.contracts import Scheme
 from quantkit.decide import Decision
-from quantkit.plan import Plan, source_bytes
+from quantkit.plan import Plan
 from quantkit.report.schema import PlanMemory, PlanRule, PlanShard, PlanSource, PlanSummary, PlanTotals
 
 
@@ -46,9 +46,9 @@ def source(plan: Plan) -> PlanSource:
         revision=plan.source.revision,
         architecture=plan.source.config.text("model_type"),
         dtype=source_dtype(plan),
-        parameters=sum(spec.n_elements for spec in plan.specs.values()),
+        parameters=plan.parameters,
         parameters_without_mtp=without_mtp(plan),
-        bytes=source_bytes(plan, list(plan.specs)),
+        bytes=plan.source_bytes(),
         read_from="the published config; sizes are computed, no header was read" if plan.assumed else "headers",
     )
 
@@ -122,7 +122,7 @@ def rule_row(plan: Plan, label: str, match: str, action: str, decisions: Sequenc
         action=action,
         modules=len(decisions),
         parameters=parameters,
-        bytes_before=source_bytes(plan, [f"{decision.linear.name}.weight" for decision in decisions]),
+        bytes_before=plan.source_bytes(f"{decision.linear.name}.weight" for decision in decisions),
         bytes_after=after,
         bits_per_weight=8 * after / parameters,
     )
@@ -130,15 +130,13 @@ def rule_row(plan: Plan, label: str, match: str, action: str, decisions: Sequenc
 
 def totals(plan: Plan) -> PlanTotals:
     """The whole artifact."""
-    parameters = sum(spec.n_elements for spec in plan.specs.values())
-    after = sum(shard.n_bytes for shard in plan.shards)
     quantized = sum(decision.action == "quantize" for decision in plan.decisions.values())
     return PlanTotals(
         modules_quantized=quantized,
         modules_kept=sum(decision.action == "keep" for decision in plan.decisions.values()),
-        parameters=parameters,
+        parameters=plan.parameters,
         tensors=sum(len(shard.tensors) for shard in plan.shards),
-        bytes_before=source_bytes(plan, list(plan.specs)),
-        bytes_after=after,
-        bits_per_weight=8 * after / parameters,
+        bytes_before=plan.source_bytes(),
+        bytes_after=plan.n_bytes,
+        bits_per_weight=8 * plan.n_bytes / plan.parameters,
     )

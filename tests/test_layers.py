@@ -24,7 +24,7 @@ ROWS = (
     "generic",
     "schema",
     "recipe claims decide report/",
-    "memory",
+    "memory outputs",
     "plan",
     "artifact sources summary",
     "streams",

@@ -19,7 +19,8 @@ from quantkit.artifact import config_values
 from quantkit.claims import expected
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, RecipeError, UsageError
-from quantkit.plan import Plan, SourceFacts, claimed_of, make_plan, shards
+from quantkit.outputs import shards
+from quantkit.plan import Plan, SourceFacts, claimed_of, make_plan
 from quantkit.recipe import parse
 from quantkit.report.schema import PlanSummary
 from quantkit.summary import plan_summary
