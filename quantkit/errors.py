@@ -9,6 +9,7 @@
     ├── NumericsError            1   a computation left the range in which its result can be trusted
     ├── EvaluationError          1   a benchmark could not be run
     ├── ArtifactError            1   an artifact is missing, damaged or does not match its manifest
+    ├── NotComparable            1   two artifacts were measured on other sources, texts or prompts
     └── GateMissed               3   the artifact is complete but misses a gate of its recipe
 
 A message says where (file, key, tensor), what was expected, what was found and what to do. Faults that can be found
@@ -62,6 +63,10 @@ class EvaluationError(QuantkitError):
 
 class ArtifactError(QuantkitError):
     """An artifact is missing, damaged or does not match its manifest."""
+
+
+class NotComparable(QuantkitError):
+    """Two artifacts were measured on other sources, texts or prompts: their figures say nothing about each other."""
 
 
 class GateMissed(QuantkitError):

@@ -34,6 +34,7 @@ ROWS = (
     "routed",
     "build",
     "evaluate/",
+    "diff/",
     "evidence evaluation",
     "manifests results",
     "pipeline",
@@ -47,7 +48,7 @@ ROWS = (
 TOOLS = ("builtin_models/", "calibration_sets/")
 """Developer tools: they made the data that ships. They may use everything, nothing of quantkit uses them."""
 
-SIBLINGS = ("numerics/", "storage/", "report/", "evaluate/", *TOOLS)
+SIBLINGS = ("numerics/", "storage/", "report/", "evaluate/", "diff/", *TOOLS)
 """Folders whose files may import each other; plug-ins do not know one another."""
 
 MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {

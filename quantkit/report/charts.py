@@ -101,11 +101,11 @@ def _layers(rows: list[Spec]) -> Spec:
         *({"field": name, "format": ".3%"} for name in ("median", "low", "high", "worst")),
         {"field": "matrices", "format": ","},
     ]
-    colour = _colour("kind", ["weights", "outputs"])
-    x = {"field": "layer", "type": "quantitative", "axis": _whole(row["layer"] for row in rows), "scale": _TIGHT}
+    colour = colour_by("kind", ["weights", "outputs"])
+    x = {"field": "layer", "type": "quantitative", "axis": layer_axis(row["layer"] for row in rows), "scale": TIGHT}
     ends = [row[name] for row in rows for name in ("low", "high")]
     scale = {"type": "log", "domain": [min(ends) / 1.3, max(ends) * 1.3], "nice": False}
-    y = {**_percent("median"), "scale": scale, "axis": {"format": "~%", "values": _steps(min(ends), max(ends))}}
+    y = {**percent_axis("median"), "scale": scale, "axis": {"format": "~%", "values": log_steps(min(ends), max(ends))}}
     band = {"y": {**y, "field": "low"}, "y2": {"field": "high"}}
     single = len({row["layer"] for row in rows}) == 1
     spread = {"type": "rule", "strokeWidth": 6} if single else {"type": "area"}
@@ -114,7 +114,7 @@ def _layers(rows: list[Spec]) -> Spec:
         {"mark": {**spread, "opacity": 0.16}, "encoding": band},
         {"mark": line, "encoding": {"y": y, "tooltip": tooltip}},
     ]
-    return _chart(rows, {"encoding": {"x": x, "color": colour}, "layer": layer})
+    return chart(rows, {"encoding": {"x": x, "color": colour}, "layer": layer})
 
 
 def _blocks(fidelity: Fidelity) -> Spec:
@@ -123,9 +123,9 @@ def _blocks(fidelity: Fidelity) -> Spec:
         for place, row in enumerate(fidelity.blocks)
     ]
     tooltip = [{"field": "block"}, {"field": "error", "format": ".3%"}]
-    x = {"field": "layer", "type": "quantitative", "axis": _whole(row["layer"] for row in rows), "scale": _TIGHT}
+    x = {"field": "layer", "type": "quantitative", "axis": layer_axis(row["layer"] for row in rows), "scale": TIGHT}
     mark = {"type": "line", "color": SERIES[0], "strokeWidth": 1.8, "point": {"color": SERIES[0], "size": 26}}
-    return _chart(rows, {"mark": mark, "encoding": {"x": x, "y": _percent("error"), "tooltip": tooltip}})
+    return chart(rows, {"mark": mark, "encoding": {"x": x, "y": percent_axis("error"), "tooltip": tooltip}})
 
 
 def _histogram(found: Histogram, distribution: Sequence[Distribution]) -> Spec:
@@ -152,12 +152,12 @@ def _histogram(found: Histogram, distribution: Sequence[Distribution]) -> Spec:
         "encoding": {
             "x": {"field": "from", "type": "quantitative", "bin": "binned", "axis": axis},
             "x2": {"field": "to"},
-            "y": {**_percent("share", "share of tokens", "~%"), "stack": True, "scale": headroom},
-            "color": _colour("domain", list(found.counts)),
+            "y": {**percent_axis("share", "share of tokens", "~%"), "stack": True, "scale": headroom},
+            "color": colour_by("domain", list(found.counts)),
             "tooltip": tooltip,
         },
     }
-    return _chart(rows, {"layer": [bars, *_marked(distribution)]})
+    return chart(rows, {"layer": [bars, *_marked(distribution)]})
 
 
 def _marked(distribution: Sequence[Distribution]) -> list[Spec]:
@@ -230,7 +230,7 @@ def _experts(experts: Experts) -> Spec:
         {"calculate": shade, "as": "shade"},
     ]
     return {
-        **_chart(layers, {"encoding": {"x": x, "y": y}, "layer": [cells, crosses]}),
+        **chart(layers, {"encoding": {"x": x, "y": y}, "layer": [cells, crosses]}),
         "transform": rows,
         "height": height * len(layers),
     }
@@ -277,42 +277,45 @@ def _bits(rules: Sequence[PlanRule]) -> Spec:
         "encoding": {"x": x, "text": {"field": "after", "format": ".2f"}},
     }
     return {
-        **_chart(rows, {"encoding": {"y": {**y, "scale": inner}}, "layer": [bar, before, words, value]}),
+        **chart(rows, {"encoding": {"y": {**y, "scale": inner}}, "layer": [bar, before, words, value]}),
         "height": 46 * len(rows),
     }
 
 
-def _steps(low: float, high: float) -> list[float]:
+def log_steps(low: float, high: float) -> list[float]:
     """Few round numbers for a logarithmic axis: powers of ten over a wide range, with 2 and 5 over a narrow one."""
     between = (1, 2, 5) if high / low < 30 else (1, 3) if high / low < 300 else (1,)
     powers = range(floor(log10(low)) - 1, ceil(log10(high)) + 1)
     return [float(f"{step}e{power}") for power in powers for step in between]
 
 
-_TIGHT = {"nice": False, "padding": 12}
+TIGHT = {"nice": False, "padding": 12}
 
 
 def _text(field: str) -> Spec:
     return {"field": field, "type": "nominal"}
 
 
-def _whole(numbers: Any) -> Spec:
+def layer_axis(numbers: Any) -> Spec:
     """An axis of layer numbers with few enough labels."""
     known = sorted(set(numbers))
     step = max(1, -(-len(known) // 16))
     return {"title": "layer", "values": known[::step], "format": "d", "grid": False}
 
 
-def _percent(field: str, title: str = "relative error", form: str = "~%") -> Spec:
+def percent_axis(field: str, title: str = "relative error", form: str = "~%") -> Spec:
+    """A vertical axis of shares."""
     return {"field": field, "type": "quantitative", "title": title, "axis": {"format": form, "tickCount": 5}}
 
 
-def _colour(field: str, names: Sequence[str]) -> Spec:
+def colour_by(field: str, names: Sequence[str]) -> Spec:
+    """A colour per name, with a legend."""
     scale = {"domain": list(names), "range": [SERIES[n % len(SERIES)] for n in range(len(names))]}
     return {"field": field, "type": "nominal", "title": None, "scale": scale}
 
 
-def _chart(rows: Sequence[Mapping[str, Any]], parts: Spec) -> Spec:
+def chart(rows: Sequence[Mapping[str, Any]], parts: Spec) -> Spec:
+    """A plot as wide as its place, with its data."""
     values = [{name: _short(value) for name, value in row.items()} for row in rows]
     return {"width": "container", "height": 220, "data": {"values": values}, **parts}
 

@@ -25,7 +25,7 @@ from quantkit.report import card, names, numbers, tables
 from quantkit.report.charts import CONFIG, charts
 from quantkit.report.read import read_report
 from quantkit.report.samples import Answer, Changed, Samples, read_samples
-from quantkit.report.schema import Benchmark, Distribution, Fidelity
+from quantkit.report.schema import Distribution, Fidelity, Figure
 from quantkit.storage.files import write_atomic
 from quantkit.verify import MANIFEST, mapping, read_manifest
 
@@ -110,7 +110,7 @@ def render(fidelity: Fidelity, samples: Samples) -> str:
         tables=tables,
         tiles=tiles(fidelity),
         verdict=card.verdict(fidelity),
-        intervals=intervals(fidelity.benchmarks),
+        intervals=intervals([row.delta_pp for row in fidelity.benchmarks]),
         plots=plots,
         drawings={"config": CONFIG, "specs": {name: spec for name, (_, _, spec) in plots.items()}},
         vega=Markup(vega),
@@ -213,13 +213,13 @@ def _distribution_tiles(pooled: Distribution) -> list[Tile]:
     return found
 
 
-def intervals(rows: Sequence[Benchmark]) -> dict[int, Markup]:
+def intervals(differences: Sequence[Figure | None]) -> dict[int, Markup]:
     """A drawing of each benchmark's difference and its interval on one common scale; by row."""
     known = {
-        n: (low, row.delta_pp.value, high)
-        for n, row in enumerate(rows)
-        if row.delta_pp and row.delta_pp.value is not None and row.delta_pp.ci
-        for low, high in [row.delta_pp.ci]
+        n: (low, found.value, high)
+        for n, found in enumerate(differences)
+        if found and found.value is not None and found.ci
+        for low, high in [found.ci]
         if low is not None and high is not None
     }
     limit = max((max(abs(low), abs(high)) for low, _, high in known.values()), default=1.0) or 1.0

@@ -1,0 +1,101 @@
+"""Two sides in, all that differs out, or one refusal that says why they do not compare."""
+
+from __future__ import annotations
+
+from quantkit.diff import evidence, structure
+from quantkit.diff.comparable import BASELINE_NOISE, Comparable, baseline_gap, comparable, same_text
+from quantkit.diff.sides import Side
+from quantkit.diff.values import Diff, Party
+from quantkit.errors import NotComparable
+
+
+def compare(a: Side, b: Side, *, partial: bool = False) -> Diff:
+    """B compared with A.
+
+    Raises NotComparable for another source, other text or other prompts; `partial` leaves such parts out instead.
+    """
+    allowed = comparable(a, b)
+    if allowed.reasons and not partial:
+        raise NotComparable("\n".join(f"{reason}; --partial compares the rest" for reason in allowed.reasons))
+    items, reworded = evidence.counts(a, b, allowed)
+    return Diff(
+        a=_party(a),
+        b=_party(b),
+        left_out=allowed.reasons,
+        notes=_notes(a, b, allowed),
+        sizes=structure.sizes(a, b),
+        recipe=structure.recipe(a, b),
+        made_with=structure.changes(a.versions, b.versions) if a.versions and b.versions else (),
+        gates=structure.gates(a, b),
+        decisions=structure.decisions(a, b) or structure.schemes(a, b),
+        tensors=structure.tensors(a, b),
+        distribution=evidence.distribution(a, b, allowed),
+        benchmarks=evidence.benchmarks(a, b, allowed),
+        blocks=evidence.blocks(a, b, allowed),
+        routers=evidence.routers(a, b, allowed),
+        modules=evidence.modules(a, b, allowed),
+        fallbacks=structure.fallbacks(a, b),
+        flips=evidence.flips(a, b, allowed),
+        compared_items=items,
+        reworded=reworded,
+    )
+
+
+def _party(side: Side) -> Party:
+    fidelity = side.fidelity
+    return Party(
+        name=side.name,
+        kind=side.kind,
+        status="source" if side.kind == "source" else fidelity.status,
+        scheme=fidelity.artifact.scheme,
+        format=fidelity.artifact.format,
+        source=fidelity.source.model,
+    )
+
+
+def _notes(a: Side, b: Side, allowed: Comparable) -> tuple[str, ...]:
+    """What a reader must know before believing the tables."""
+    found = []
+    if structure.same_weights(a, b):
+        found.append("The weight files of both are the same bytes.")
+    for side in (a, b):
+        if side.kind == "report":
+            found.append(
+                f"{side.name} is a fidelity.json alone: no recipe, no tensors, no items and no tokens to pair."
+            )
+        elif side.kind == "source" and side.tensors is None:
+            found.append(f"{side.name} cannot be reached, so its tensors are not compared.")
+    if allowed.source:
+        return tuple(found)
+    if "source" not in (a.kind, b.kind) and not same_text(a.fidelity.calibration, b.fidelity.calibration):
+        found.append(
+            "They learned from other calibration text, so modules are compared by the error of their weights; a method "
+            "that learns lets that grow to make the error of the outputs smaller."
+        )
+    gap = baseline_gap(a, b)
+    if gap > BASELINE_NOISE and not allowed.text:
+        found.append(
+            f"The source's own losses differ by up to {gap:.2g} nats between the two builds: another device, dtype or "
+            "version computed them."
+        )
+    found += _asked(a, b, allowed)
+    return tuple(found)
+
+
+def _asked(a: Side, b: Side, allowed: Comparable) -> list[str]:
+    """Items that only one side was asked, and items on which the source itself was scored otherwise."""
+    if a.items is None or b.items is None:
+        return []
+    found, first, second = [], a.items, b.items
+    for task in dict.fromkeys(task for task, _, _ in (*first, *second)):
+        ours, theirs = ({key for key in items if key[0] == task} for items in (first, second))
+        if ours and theirs and ours != theirs and task not in allowed.tasks:
+            found.append(f"{task}: {len(ours & theirs):,} items are in both, {len(ours ^ theirs):,} in one only.")
+    moved = 0
+    for key, item in first.items():
+        other = second[key].source if key in second else None
+        if key[0] not in allowed.tasks and item.source and other and item.source.score != other.score:
+            moved += 1
+    if moved:
+        found.append(f"The source itself was scored otherwise on {moved:,} items: another device or version answered.")
+    return found

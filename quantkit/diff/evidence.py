@@ -1,0 +1,301 @@
+"""Figures of two sides beside each other, paired token by token and item by item. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import exp, isfinite
+from typing import Literal
+
+from quantkit.diff.comparable import Comparable, same_text
+from quantkit.diff.sides import Key, Side, Tokens
+from quantkit.diff.values import Benchmark, Distribution, Flip, Shift
+from quantkit.evaluate import statistics
+from quantkit.report import schema
+from quantkit.report.schema import Figure
+
+RECOVERY = 0.98
+"""Of A's score B must keep for "as good", as benchmarks of an artifact against its source."""
+
+ALL_TASKS = "all tasks"
+Resolved = Literal["better", "worse", "not resolved", ""]
+
+FIGURES = (
+    "kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "ppl_artifact", "top1", "mean_delta_p", "rms_delta_p",
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ distributions
+
+
+def distribution(a: Side, b: Side, allowed: Comparable) -> tuple[Distribution, ...]:
+    """Every figure on every domain that both have; means with the paired interval where both kept their tokens."""
+    if allowed.source or allowed.text:
+        return ()
+    second = {row.domain: row for row in b.fidelity.distribution}
+    rows: list[Distribution] = []
+    for first in a.fidelity.distribution:
+        other = second.get(first.domain)
+        pairs = _paired_tokens(a.tokens, b.tokens, first) if other and other.tokens == first.tokens else {}
+        for name in FIGURES:
+            values = [_value(row, name) for row in (first, other)]
+            if None in values and not any(value is not None for value in values):
+                continue
+            difference = pairs.get(name)
+            rows.append(
+                Distribution(
+                    domain=first.domain,
+                    tokens=first.tokens,
+                    figure=name,
+                    a=values[0],
+                    b=values[1],
+                    difference=difference,
+                    resolved=_resolved(name, difference),
+                )
+            )
+    return tuple(rows)
+
+
+def paired_tokens(a: Tokens, b: Tokens) -> bool:
+    """Whether both hold the same tokens of the same domains in the same order."""
+    return list(a.domains) == list(b.domains)
+
+
+def _value(row: schema.Distribution | None, name: str) -> float | None:
+    figure: Figure | None = getattr(row, name, None)
+    return figure.value if figure else None
+
+
+def _paired_tokens(a: Tokens | None, b: Tokens | None, row: schema.Distribution) -> dict[str, Figure]:
+    """Mean differences over the tokens of a domain, if the row counts as many; of the perplexity the ratio."""
+    if a is None or b is None or not paired_tokens(a, b):
+        return {}
+    places = [n for n, name in enumerate(a.domains) if row.domain in ("all", name)]
+    if len(places) < 2 or len(places) != row.tokens:
+        return {}
+
+    def picked(values: Sequence[float]) -> list[float]:
+        return [float(values[n]) for n in places]
+
+    first_p, second_p = ([exp(-nll) for nll in picked(side.nll)] for side in (a, b))
+    log_ratio = _mean(picked(a.nll), picked(b.nll))
+    hits = [(bool(a.same_top[n]), bool(b.same_top[n])) for n in places]
+    lost, gained = sum(one and not two for one, two in hits), sum(two and not one for one, two in hits)
+    shares = statistics.paired_shares(lost, gained, len(places))
+    found = {
+        "kl_mean": _mean(picked(a.kl), picked(b.kl)),
+        "ppl_artifact": Figure(value=exp(log_ratio.value), ci=(_exp(log_ratio, 0), _exp(log_ratio, 1)))
+        if log_ratio.value is not None
+        else None,
+        "top1": Figure(value=(gained - lost) / len(places), ci=(shares.low, shares.high)),
+        "mean_delta_p": _mean(first_p, second_p),
+    }
+    return {name: figure for name, figure in found.items() if figure is not None and figure.value is not None}
+
+
+def _mean(first: Sequence[float], second: Sequence[float]) -> Figure:
+    """Paired mean difference; value None where a token is not finite."""
+    if not all(map(isfinite, (*first, *second))):
+        return Figure(value=None)
+    found = statistics.paired(first, second)
+    return Figure(value=found.mean, se=found.standard_error, ci=(found.interval.low, found.interval.high))
+
+
+def _exp(figure: Figure, end: int) -> float | None:
+    bound = figure.ci[end] if figure.ci else None
+    return None if bound is None else exp(bound)
+
+
+def _resolved(name: str, difference: Figure | None) -> Resolved:
+    """Which way the interval excludes "no change"; mean_delta_p has no better or worse direction of its own."""
+    low, high = (difference.ci if difference else None) or (None, None)
+    if low is None or high is None:
+        return ""
+    middle, sign = (1.0 if name == "ppl_artifact" else 0.0), (-1 if name in ("kl_mean", "ppl_artifact") else 1)
+    if low <= middle <= high:
+        return "not resolved"
+    return "better" if (low > middle) == (sign > 0) else "worse"
+
+
+# --------------------------------------------------------------------------------------------------------- benchmarks
+
+
+def benchmarks(a: Side, b: Side, allowed: Comparable) -> tuple[Benchmark, ...]:
+    """Every task that both ran, under every filter, paired over the items both were asked; last all tasks together."""
+    if allowed.source:
+        return ()
+    keys = [key for key in common_items(a, b) if key[0] not in allowed.tasks]
+    rows: list[Benchmark] = []
+    for task, name in dict.fromkeys((task, name) for task, name, _ in keys):
+        mine = [key for key in keys if key[:2] == (task, name)]
+        rows.append(_paired_row(task, name, a, b, mine))
+    scored = scoring(a, b)
+    pooled = [key for key in keys if scored.get(key[0]) == key[1]]
+    if len({task for task, _, _ in pooled}) > 1:
+        rows.append(_paired_row(ALL_TASKS, "", a, b, pooled))
+    return (*rows, *_unpaired(a, b, {row.task for row in rows} | allowed.tasks.keys()))
+
+
+def scoring(a: Side, b: Side) -> dict[str, str]:
+    """Task -> the filter it is scored by: the report's, else the first in the samples."""
+    found: dict[str, str] = {}
+    for task, name, _ in (*(a.items or {}), *(b.items or {})):
+        found.setdefault(task, name)
+    known = {(task, name) for task, name, _ in a.items or {}}
+    told = {row.task: row.metric for row in a.fidelity.benchmarks}
+    return {task: told[task] if (task, told.get(task)) in known else name for task, name in found.items()}
+
+
+def common_items(a: Side, b: Side) -> list[Key]:
+    """Items that both were asked and that both could be scored on, in A's order."""
+    first, second = a.items or {}, b.items or {}
+    return [key for key, item in first.items() if item.answer and key in second and second[key].answer]
+
+
+def _scores(side: Side, keys: Iterable[Key]) -> list[float]:
+    items = side.items or {}
+    return [answer.score for key in keys if (answer := items[key].answer)]
+
+
+def _paired_row(task: str, name: str, a: Side, b: Side, keys: Sequence[Key]) -> Benchmark:
+    """One line of the table."""
+    if len(keys) < 2:
+        return Benchmark(task=task, filter=name, n=len(keys), verdict=f"{len(keys)} items are too few to compare")
+    found = statistics.compare(_scores(a, keys), _scores(b, keys), RECOVERY)
+    source = [answer.score for key in keys if (answer := (a.items or {})[key].source)]
+    interval = found.difference.interval
+    return Benchmark(
+        task=task,
+        filter=name,
+        n=found.n,
+        source=sum(source) / len(source) if len(source) == len(keys) else None,
+        a=found.baseline,
+        b=found.candidate,
+        delta_pp=Figure(
+            value=100 * found.difference.mean,
+            se=100 * found.difference.standard_error,
+            ci=(100 * interval.low, 100 * interval.high),
+        ),
+        lost=found.lost,
+        gained=found.gained,
+        mcnemar_p=found.p_value,
+        verdict=_verdict(found),
+    )
+
+
+def _verdict(found: statistics.Comparison) -> str:
+    """In words: which way the interval points, or what it excludes."""
+    interval = found.difference.interval
+    if interval.low > 0:
+        return "better"
+    if interval.high < 0:
+        return "worse"
+    return f"as good: a loss of {100 * (1 - RECOVERY):.0f} % is excluded" if found.verdict == "pass" else found.text
+
+
+def _unpaired(a: Side, b: Side, told: set[str]) -> list[Benchmark]:
+    """Tasks that cannot be paired: the scores, and why there is no more."""
+    first, second = ({row.task: row for row in side.fidelity.benchmarks} for side in (a, b))
+    rows = []
+    for task in dict.fromkeys((*first, *second)):
+        if task in told:
+            continue
+        scores = [rows_of[task].artifact if task in rows_of else None for rows_of in (first, second)]
+        ran = [side.name for side, score in zip((a, b), scores, strict=True) if score is not None]
+        if not ran:
+            continue
+        why = "not paired: no samples beside fidelity.json" if len(ran) == 2 else f"only {ran[0]} was asked"
+        rows.append(Benchmark(task=task, a=scores[0], b=scores[1], verdict=why))
+    return rows
+
+
+def flips(a: Side, b: Side, allowed: Comparable) -> tuple[Flip, ...]:
+    """Items whose score differs, those that B lost first."""
+    if allowed.source:
+        return ()
+    scored, first, second = scoring(a, b), a.items or {}, b.items or {}
+    found = []
+    for key in common_items(a, b):
+        task, name, item = key
+        one, two = first[key].answer, second[key].answer
+        if task in allowed.tasks or scored[task] != name or one is None or two is None or one.score == two.score:
+            continue
+        source = first[key].source
+        found.append(
+            Flip(
+                task=task,
+                item=item,
+                prompt=first[key].prompt,
+                target=first[key].target,
+                source_score=source.score if source else None,
+                a=one,
+                b=two,
+            )
+        )
+    return tuple(sorted(found, key=lambda flip: (not flip.lost, flip.task, flip.item)))
+
+
+def counts(a: Side, b: Side, allowed: Comparable) -> tuple[int, int]:
+    """Items compared under the filter that scores them, and how many of them have other words and the same score."""
+    if allowed.source:
+        return 0, 0
+    scored, first, second = scoring(a, b), a.items or {}, b.items or {}
+    keys = [key for key in common_items(a, b) if key[0] not in allowed.tasks and scored[key[0]] == key[1]]
+    pairs = [(one, two) for key in keys if (one := first[key].answer) and (two := second[key].answer)]
+    return len(pairs), sum(one.score == two.score and one.text != two.text for one, two in pairs)
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def modules(a: Side, b: Side, allowed: Comparable) -> tuple[Shift, ...]:
+    """Every matrix that either has quantized, the largest shift of its error first; what was kept has no error.
+
+    Errors of outputs are those over the calibration text, so they compare where both learned from the same one.
+    """
+    if allowed.source:
+        return ()
+    first, second = ({m.name: m for m in side.fidelity.modules if m.method} for side in (a, b))
+    same = "source" in (a.kind, b.kind) or same_text(a.fidelity.calibration, b.fidelity.calibration)
+    found = []
+    for name in {**first, **second}:
+        pair = first.get(name), second.get(name)
+        outputs = [0.0 if m is None else m.output_relative_error for m in pair]
+        weights = [0.0 if m is None else m.relative_error for m in pair]
+        by: Literal["outputs", "weights"] = "outputs" if same and None not in outputs else "weights"
+        one, two = outputs if by == "outputs" else weights
+        found.append(_shift(name, by, one, two))
+    return _largest_first(found)
+
+
+def blocks(a: Side, b: Side, allowed: Comparable) -> tuple[Shift, ...]:
+    """Error of the hidden states after each block, in the order of the model."""
+    if allowed.source or allowed.text:
+        return ()
+    second = {row.block: row.relative_error for row in b.fidelity.blocks}
+    return tuple(
+        _shift(row.block, "hidden states", row.relative_error, second[row.block])
+        for row in a.fidelity.blocks
+        if row.block in second
+    )
+
+
+def routers(a: Side, b: Side, allowed: Comparable) -> tuple[Shift, ...]:
+    """Share of expert choices that agree with the source's, layer by layer."""
+    if allowed.source or allowed.text:
+        return ()
+    second = {row.block: row.agreement for row in b.fidelity.routers}
+    return tuple(
+        _shift(row.block, "same experts", row.agreement, second[row.block])
+        for row in a.fidelity.routers
+        if row.block in second
+    )
+
+
+def _shift(
+    name: str, by: Literal["outputs", "weights", "hidden states", "same experts"], a: float | None, b: float | None
+) -> Shift:
+    return Shift(name=name, by=by, a=a, b=b, shift=None if a is None or b is None else b - a)
+
+
+def _largest_first(found: Iterable[Shift]) -> tuple[Shift, ...]:
+    return tuple(sorted(found, key=lambda row: -abs(row.shift) if row.shift is not None else float("inf")))

@@ -1,0 +1,257 @@
+"""The two sides of a comparison, read: an artifact with its evidence, a fidelity.json alone, or an artifact's source.
+
+A source is what its artifact measured of it: the answers and tokens of the samples, and no error at all. So all that
+compares two artifacts compares an artifact with its source too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.diff.values import Kind
+from quantkit.errors import ArtifactError, HubUnreachable, UsageError
+from quantkit.report.read import read_file, read_sealed
+from quantkit.report.samples import BENCHMARKS, TOKENS, Answer, read_columns
+from quantkit.report.schema import Benchmark, Distribution, Fidelity, Figure
+from quantkit.storage.builtin import PREFIX
+from quantkit.storage.files import read_json
+from quantkit.verify import MANIFEST, mapping
+
+if TYPE_CHECKING:
+    from quantkit.contracts import TensorSpec
+
+PLAN = "quantkit/plan.json"
+HASHES = ("doc_hash", "prompt_hash", "target_hash")
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
+Key = tuple[str, str, int]  # task, filter, item
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A benchmark item and what one side answered; `source` is the baseline's answer to it."""
+
+    hashes: tuple[str, str, str]
+    prompt: str
+    target: str
+    answer: Answer | None  # None: it could not be scored
+    source: Answer | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Figures of every scored token, in the order of the text."""
+
+    domains: Sequence[str]
+    kl: Sequence[float]
+    nll_source: Sequence[float]
+    nll: Sequence[float]
+    same_top: Sequence[bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """What is known of one side; None where nobody wrote it down."""
+
+    name: str
+    kind: Kind
+    fidelity: Fidelity
+    recipe: Mapping[str, object] | None = None
+    decisions: Mapping[str, str] | None = None  # linear -> "awq int4 g128 asymmetric"
+    tensors: Tensors | None = None
+    files: Mapping[str, tuple[str, int]] | None = None  # of the artifact: sha256, bytes
+    source_files: Mapping[str, str] | None = None  # weight file of the source -> sha256
+    versions: Mapping[str, str] | None = None
+    items: Mapping[Key, Item] | None = None
+    tokens: Tokens | None = None
+
+
+def read_sides(a: str, b: str) -> tuple[Side, Side]:
+    """Both sides; raises QuantkitError for what is neither artifact, fidelity.json nor the other's source."""
+    first, second = _read(a), _read(b)
+    if first is None and second is None:
+        raise UsageError(
+            f"{a}, {b}: expected an artifact or a fidelity.json among the two, found none; check the paths"
+        )
+    if first is None:
+        assert second is not None
+        return _source(a, second), second
+    return first, second if second is not None else _source(b, first)
+
+
+def _read(text: str) -> Side | None:
+    """An artifact or a report; None for what can only be a source."""
+    path = Path(text)
+    if (path / MANIFEST).is_file() or (path / "quantkit").is_dir():
+        return _artifact(path)
+    if path.is_file():
+        found = read_file(path)
+        return Side(name=found.artifact.name, kind="report", fidelity=found, versions=found.versions)
+    if (path / "config.json").is_file() or not path.exists():
+        return None
+    raise ArtifactError(
+        f"{path}: expected an artifact, a fidelity.json or a source model, found a folder of none of them"
+    )
+
+
+def _artifact(path: Path) -> Side:
+    fidelity, manifest = read_sealed(path)
+    plan = read_json(path / PLAN, ArtifactError)
+    decisions = mapping(plan, "decisions", path)
+    files = {name: entry for name, entry in mapping(manifest, "files", path).items() if isinstance(entry, Mapping)}
+    return Side(
+        name=path.absolute().name,
+        kind="artifact",
+        fidelity=fidelity,
+        recipe=mapping(plan, "recipe", path),
+        decisions={name: str(row[0]) for name, row in decisions.items() if isinstance(row, list) and row},
+        tensors={name: _spec(row, path) for name, row in mapping(manifest, "tensors", path).items()},
+        files={name: (str(entry.get("sha256")), int(entry.get("bytes") or 0)) for name, entry in files.items()},
+        source_files={k: str(v) for k, v in mapping(mapping(manifest, "source", path), "files", path).items()},
+        versions={key: str(value) for key, value in mapping(manifest, "versions", path).items()},
+        items=_items(path / BENCHMARKS) if (path / BENCHMARKS).is_file() else None,
+        tokens=_tokens(path / TOKENS) if (path / TOKENS).is_file() else None,
+    )
+
+
+def _spec(row: object, path: Path) -> tuple[str, tuple[int, ...]]:
+    if isinstance(row, list) and len(row) == 2 and isinstance(row[1], list):
+        return str(row[0]), tuple(int(n) for n in row[1])
+    raise ArtifactError(f"{path / MANIFEST}: tensors: expected [dtype, shape], found {row!r:.60}; pull it again")
+
+
+def _items(path: Path) -> dict[Key, Item]:
+    names = ["task", "filter", "doc_id", *HASHES, "prompt", "target"]
+    own = ("response", "score", "outcome", "n_tokens", "truncated")
+    rows = read_columns(path, names + [f"{who}_{name}" for who in ("base", "quant") for name in own]).to_pylist()
+    return {
+        (row["task"], row["filter"], row["doc_id"]): Item(
+            hashes=(row["doc_hash"], row["prompt_hash"], row["target_hash"]),
+            prompt=row["prompt"],
+            target=row["target"],
+            answer=_answer(row, "quant"),
+            source=_answer(row, "base"),
+        )
+        for row in rows
+    }
+
+
+def _answer(row: Mapping[str, Any], who: str) -> Answer | None:
+    if row[f"{who}_score"] is None:
+        return None
+    return Answer(
+        text=row[f"{who}_response"],
+        score=row[f"{who}_score"],
+        outcome=row[f"{who}_outcome"],
+        n_tokens=row[f"{who}_n_tokens"],
+        truncated=row[f"{who}_truncated"],
+    )
+
+
+def _tokens(path: Path) -> Tokens:
+    table = read_columns(path, ["domain", "kl", "nll_source", "nll_artifact", "same_top"]).to_pydict()
+    return Tokens(
+        domains=table["domain"],
+        kl=table["kl"],
+        nll_source=table["nll_source"],
+        nll=table["nll_artifact"],
+        same_top=table["same_top"],
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- the source
+
+
+def _source(text: str, artifact: Side) -> Side:
+    """The source of an artifact; UsageError when `text` is another model."""
+    told = artifact.fidelity.source
+    tensors: Tensors | None = None
+    if Path(text).is_dir() or text.startswith(PREFIX):
+        tensors = _local_source(text, artifact)
+    elif text != told.model:
+        raise UsageError(
+            f"{text}: expected an artifact, a fidelity.json or {artifact.name}'s source {told.model}, found none; "
+            "check the path"
+        )
+    else:
+        from quantkit.storage import hub
+
+        try:
+            tensors = _specs(hub.resolve_headers(told.model, told.revision).stored_specs)
+        except HubUnreachable:
+            tensors = None  # all else is in the artifact
+    tokens = artifact.tokens
+    return Side(
+        name=told.model,
+        kind="source",
+        fidelity=_unquantized(artifact.fidelity),
+        tensors=tensors,
+        source_files=artifact.source_files,
+        items={key: replace(item, answer=item.source) for key, item in artifact.items.items()}
+        if artifact.items
+        else None,
+        tokens=replace(tokens, kl=[0.0] * len(tokens.kl), nll=tokens.nll_source, same_top=[True] * len(tokens.kl))
+        if tokens
+        else None,
+    )
+
+
+def _local_source(text: str, artifact: Side) -> Tensors:
+    """Tensors of a source whose files are here, if they are those that the artifact was made from."""
+    from quantkit.storage.builtin import resolve_model
+    from quantkit.storage.checkpoint import Checkpoint  # torch
+
+    told = artifact.fidelity.source
+    opened = Checkpoint.open(resolve_model(text) if text.startswith(PREFIX) else Path(text))
+    if opened.fingerprint() != told.hash:
+        raise UsageError(
+            f"{text}: expected {artifact.name}'s source {told.model} ({told.hash[:12]}), found another model "
+            f"({opened.fingerprint()[:12]}); only its own source can be compared with an artifact"
+        )
+    return _specs(opened.stored_specs)
+
+
+def _specs(specs: Mapping[str, TensorSpec]) -> Tensors:
+    return {name: (spec.dtype, spec.shape) for name, spec in specs.items()}
+
+
+def _unquantized(fidelity: Fidelity) -> Fidelity:
+    """The report of an artifact that would be its source: nothing quantized, nothing lost."""
+    source, zero = fidelity.source, Figure(value=0.0)
+    artifact = fidelity.artifact.model_copy(
+        update={
+            "name": source.model,
+            "format": "as published",
+            "scheme": f"stored as {source.dtype}",
+            "bytes_artifact": fidelity.artifact.bytes_source,
+        }
+    )
+    none = dict.fromkeys(("kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "mean_delta_p", "rms_delta_p"), zero)
+    one = dict.fromkeys(("ppl_ratio", "top1"), Figure(value=1.0))
+    distribution = [
+        Distribution.model_validate({
+            **row.model_dump(exclude_none=True),
+            **{name: figure for name, figure in (none | one).items() if getattr(row, name) is not None},
+            "ppl_artifact": row.ppl_source,
+        })
+        for row in fidelity.distribution
+    ]
+    return fidelity.model_copy(
+        update={
+            "artifact": artifact,
+            "distribution": tuple(distribution),
+            "blocks": tuple(row.model_copy(update={"relative_error": 0.0}) for row in fidelity.blocks),
+            "modules": (),
+            "routers": tuple(row.model_copy(update={"agreement": 1.0}) for row in fidelity.routers),
+            "fallbacks": (),
+            "gates": (),
+            "benchmarks": tuple(_own(row) for row in fidelity.benchmarks),
+            "status": "not judged",
+        }
+    )
+
+
+def _own(row: Benchmark) -> Benchmark:
+    return row.model_copy(update={"artifact": row.source, "delta_pp": None, "recovery": None, "lost": 0, "gained": 0})

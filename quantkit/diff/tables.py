@@ -1,0 +1,294 @@
+"""A comparison as tables of text, made once for the terminal, Markdown and the page. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from quantkit.diff.evidence import ALL_TASKS
+from quantkit.diff.values import Change, Diff, Distribution, Group, Quantity, Shift
+from quantkit.report import numbers
+from quantkit.report.schema import Figure
+from quantkit.report.tables import Table
+
+MORE = "--json has all"
+PAIRED = ("kl_mean", "ppl_artifact", "top1", "mean_delta_p")  # shown of every domain; the others of all text
+NAMES = {
+    "kl_mean": "KL mean [nats/token]", "kl_median": "KL median", "kl_p99": "KL 99 %", "kl_p999": "KL 99.9 %",
+    "kl_max": "KL max", "ppl_artifact": "perplexity", "top1": "same top token", "mean_delta_p": "mean Δp",
+    "rms_delta_p": "RMS Δp",
+}  # fmt: skip
+
+
+def headline(diff: Diff) -> str:
+    """What a reviewer wants to know first, in one or two sentences."""
+    told = [_size_told(diff.sizes)]
+    kl = next((row for row in diff.distribution if row.domain == "all" and row.figure == "kl_mean"), None)
+    if kl and kl.a is not None and kl.b is not None:
+        change = f" ({100 * (kl.b / kl.a - 1):+.0f} %)" if kl.a else ""
+        sure = {"better": ", lower beyond doubt", "worse": ", higher beyond doubt", "not resolved": ", not resolved"}
+        told.append(f"mean KL {numbers.digits(kl.a)} -> {numbers.digits(kl.b)}{change}{sure.get(kl.resolved, '')}")
+    paired = [row for row in diff.benchmarks if row.delta_pp and row.task != ALL_TASKS]
+    if paired:
+        words = {word: [row.task for row in paired if row.verdict == word] for word in ("worse", "better")}
+        sides = [f"{word} on {', '.join(tasks)}" for word, tasks in words.items() if tasks]
+        told.append(
+            "B is " + " and ".join(sides)
+            if sides
+            else f"no resolved difference on {_counted(len(paired), 'benchmark')}"
+        )
+        lost = sum(flip.lost for flip in diff.flips)
+        told.append(f"{_counted(lost, 'item')} lost, {len(diff.flips) - lost:,} gained")
+    return "; ".join(part for part in told if part) + "."
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def _size_told(rows: Sequence[Quantity]) -> str:
+    row = next((row for row in rows if row.name == "weights"), None)
+    if row is None or row.a is None or row.b is None:
+        return ""
+    if row.a == row.b:
+        return f"Both have {numbers.size(round(row.a))} of weights"
+    return f"Weights {numbers.size(round(row.a))} -> {numbers.size(round(row.b))} ({_relative(row.a, row.b)})"
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def sizes(diff: Diff) -> Table:
+    """Bytes, bits and counts."""
+    show: dict[str, Callable[[float], str]] = {
+        "B": lambda value: numbers.size(round(value)),
+        "bits": "{:.2f}".format,
+        "": lambda value: numbers.count(round(value)),
+    }
+    rows = tuple(
+        (
+            row.name,
+            numbers.MISSING if row.a is None else show[row.unit](row.a),
+            numbers.MISSING if row.b is None else show[row.unit](row.b),
+            numbers.MISSING if row.a is None or row.b is None else _relative(row.a, row.b),
+        )
+        for row in diff.sizes
+    )
+    return Table(title="Size", columns=("what", ">A", ">B", ">change"), rows=rows)
+
+
+def benchmarks(diff: Diff) -> Table:
+    """Task by task, paired item by item."""
+    several = {row.task for row in diff.benchmarks if row.filter and _filters(diff, row.task) > 1}
+    rows = tuple(
+        (
+            f"{row.task} ({row.filter})" if row.task in several else row.task,
+            numbers.count(row.n or None),
+            numbers.percent(row.source, 1),
+            numbers.percent(row.a, 1),
+            numbers.percent(row.b, 1),
+            numbers.points(row.delta_pp),
+            numbers.MISSING if row.lost is None else f"{row.lost}/{row.gained}",
+            numbers.probability(row.mcnemar_p),
+            row.verdict,
+        )
+        for row in diff.benchmarks
+    )
+    columns = ("task", ">n", ">source", ">A", ">B", ">Δ pp [95 % CI]", ">lost/gained", ">p", "verdict")
+    note = "B against A on the same items; p is McNemar's exact test on the items that flipped." if rows else ""
+    return Table(title="Benchmarks", columns=columns, rows=rows, note=note)
+
+
+def _filters(diff: Diff, task: str) -> int:
+    return len({row.filter for row in diff.benchmarks if row.task == task})
+
+
+def distribution(diff: Diff, domain: str | None = None) -> Table:
+    """Figures of all text, and the paired means of every domain; or the paired means of one."""
+    shown = [row for row in diff.distribution if row.domain == "all" or row.figure in PAIRED]
+    if domain:
+        shown = [row for row in shown if row.domain == domain and row.figure in PAIRED]
+    rows = tuple(
+        (
+            NAMES[row.figure],
+            row.domain,
+            _value(row, row.a),
+            _value(row, row.b),
+            _difference(row),
+            row.resolved,
+        )
+        for row in shown
+    )
+    note = ""
+    if any(row.difference for row in shown):
+        n = max(row.tokens for row in shown)
+        sure = sum(row.resolved != "" for row in shown)
+        note = (
+            f"Differences are means over the same {n:,} tokens, each taken as independent; of the perplexity, B / A. "
+        )
+        note += f"Of {sure} intervals at 95 % about one in twenty misses by chance." if sure > 1 else ""
+    elif rows:
+        note = "The tokens of both are not at hand, so the differences have no interval."
+    columns = ("figure", "text", ">A", ">B", ">B - A [95 % CI]", "B is")
+    return Table(title="Next-token distributions", columns=columns, rows=rows, note=note)
+
+
+def recipe(diff: Diff) -> Table:
+    """Keys of the recipes, as resolved."""
+    return _changes("Recipe", "key", diff.recipe)
+
+
+def made_with(diff: Diff) -> Table:
+    """Versions that differ."""
+    return _changes("Made with", "package", diff.made_with)
+
+
+def gates(diff: Diff) -> Table:
+    """Every bound of either recipe."""
+    return _changes("Gates", "bound", diff.gates)
+
+
+def fallbacks(diff: Diff) -> Table:
+    """Modules that took each fallback."""
+    return _changes("Fallbacks", "kind", diff.fallbacks)
+
+
+def decisions(diff: Diff) -> Table:
+    """What the plans do otherwise."""
+    return _groups("Plan: matrices stored otherwise", ">matrices", diff.decisions, 12, with_change=False)
+
+
+def tensors(diff: Diff, names: int = 12) -> Table:
+    """What lies in the files; at most `names` lines of folded names per group."""
+    return _groups("Tensors", ">tensors", diff.tensors, names, with_change=True)
+
+
+def modules(diff: Diff, limit: int) -> Table:
+    """The largest shifts of a matrix's error, either way."""
+    moved = [row for row in diff.modules if row.shift != 0]
+    return _shifts("Error of modules, largest shift first", "module", moved, limit, rising="larger")
+
+
+def blocks(diff: Diff, limit: int) -> Table:
+    """Hidden states after each block."""
+    return _shifts("Error of the hidden states", "block", diff.blocks, limit, rising="larger")
+
+
+def routers(diff: Diff, limit: int) -> Table:
+    """Choices of experts."""
+    moved = [row for row in diff.routers if row.shift != 0]
+    return _shifts("Router agreement with the source", "block", moved, limit, rising="higher")
+
+
+def flips(diff: Diff, limit: int) -> Table:
+    """Items that one has right and the other wrong: results only."""
+    rows = tuple(
+        (
+            "lost" if flip.lost else "gained",
+            flip.task,
+            str(flip.item),
+            _result(flip.a.outcome, flip.a.score),
+            _result(flip.b.outcome, flip.b.score),
+            _brief(flip.target),
+        )
+        for flip in diff.flips[:limit]
+    )
+    note = f"{len(diff.flips):,} of {diff.compared_items:,} items flipped; {diff.reworded:,} more differ in words only."
+    note += f" The first {limit} are shown; {MORE}, with both answers." if len(diff.flips) > limit else ""
+    columns = ("B", "task", ">item", "A's result", "B's result", "expected")
+    return Table(title="Items that flipped", columns=columns, rows=rows, note=note if rows else "")
+
+
+# ------------------------------------------------------------------------------------------------------------- pieces
+
+
+def _changes(title: str, what: str, found: Sequence[Change]) -> Table:
+    rows = tuple((row.key, row.a or numbers.MISSING, row.b or numbers.MISSING) for row in found)
+    return Table(title=title, columns=(what, "A", "B"), rows=rows)
+
+
+def _groups(title: str, counted: str, found: Iterable[Group], names: int, *, with_change: bool) -> Table:
+    rows = tuple(
+        (*((row.change,) if with_change else ()), row.a, row.b, numbers.count(row.count), _listed(row.names, names))
+        for row in found
+    )
+    columns = (*(("change",) if with_change else ()), "A", "B", counted, "which")
+    return Table(title=title, columns=columns, rows=rows)
+
+
+def _shifts(title: str, what: str, found: Sequence[Shift], limit: int, rising: str) -> Table:
+    rows = tuple(
+        (row.name, row.by, numbers.percent(row.a, 3), numbers.percent(row.b, 3), _points(row.shift))
+        for row in found[:limit]
+    )
+    up = sum(row.shift is not None and row.shift > 0 for row in found)
+    note = f"{rising} in B: {up:,} of {len(found):,}." if rows else ""
+    note += f" {len(found) - limit:,} more; {MORE}." if len(found) > limit else ""
+    columns = (what, "of", ">A", ">B", ">B - A [points]")
+    return Table(title=title, columns=columns, rows=rows, note=note[:1].upper() + note[1:])
+
+
+def _listed(names: Sequence[str], limit: int) -> str:
+    more = f" and {len(names) - limit:,} more patterns" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _points(shift: float | None) -> str:
+    return numbers.NOT_FINITE if shift is None else f"{100 * shift:+.3f}"
+
+
+def _relative(a: float, b: float) -> str:
+    if a == b:
+        return "="
+    return f"{100 * (b / a - 1):+.2f} %" if a else f"{b - a:+,.0f}"
+
+
+_SHOWN: dict[str, tuple[Callable[[float], str], Callable[[float], str]]] = {
+    "kl": (numbers.digits, lambda value: f"{'+' if value > 0 else ''}{numbers.digits(value)}"),
+    "ppl": ("{:.4f}".format, "x{:.4f}".format),
+    "top": (numbers.percent, lambda value: f"{100 * value:+.2f}"),
+    "mean": (lambda value: f"{100 * value:+.3f} %", lambda value: f"{100 * value:+.3f}"),
+    "rms": (numbers.percent, lambda value: f"{100 * value:+.2f}"),
+}  # a figure's kind -> how itself and its difference are written
+
+
+def _kind(figure: str) -> str:
+    return "top" if figure == "top1" else figure.partition("_")[0]
+
+
+def _value(row: Distribution, value: float | None) -> str:
+    return numbers.MISSING if value is None else _SHOWN[_kind(row.figure)][0](value)
+
+
+def _difference(row: Distribution) -> str:
+    """ "+0.000378 [+0.000279, +0.000478]"; without an interval where the tokens are not paired."""
+    show = _SHOWN[_kind(row.figure)][1]
+    found: Figure | None = row.difference
+    if found is None or found.value is None:
+        return (
+            numbers.MISSING if row.a is None or row.b is None or row.figure == "ppl_artifact" else show(row.b - row.a)
+        )
+    low, high = found.ci or (None, None)
+    return (
+        f"{show(found.value)} [{show(low)}, {show(high)}]"
+        if low is not None and high is not None
+        else show(found.value)
+    )
+
+
+def _result(outcome: str, score: float) -> str:
+    return f"{_brief(outcome)} ({score:g})" if outcome else f"scores {score:g}"
+
+
+def _brief(text: str, limit: int = 60) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def tables(diff: Diff, limit: int) -> list[Table]:
+    """All of them in the order of a review; empty ones left out. `limit`: rows of the long ones."""
+    made = (
+        sizes(diff), benchmarks(diff), distribution(diff), gates(diff), recipe(diff), decisions(diff), tensors(diff),
+        blocks(diff, limit), modules(diff, limit), routers(diff, limit), fallbacks(diff), made_with(diff),
+        flips(diff, limit),
+    )  # fmt: skip
+    return [table for table in made if table.rows]

@@ -1,0 +1,75 @@
+"""A comparison for a terminal and for a pull request's comment. Nothing is printed here."""
+
+from __future__ import annotations
+
+import re
+
+from rich.console import Group
+from rich.text import Text
+
+from quantkit.diff import tables
+from quantkit.diff.values import Diff, Flip, Party
+from quantkit.report import html, markdown, terminal
+from quantkit.report.samples import divergence
+
+MAX_CHARACTERS = 60_000
+"""GitHub takes 65,536 in a comment."""
+
+TERMINAL_ROWS = 10
+STYLES = {"better": "green", "worse": "bold red"}
+_LIMITS = ((60, 240, 40, 1_200), (40, 160, 20, 700), (20, 120, 10, 400), (8, 60, 3, 200), (3, 30, 0, 0))
+"""Rows of a table, characters of a cell, flipped items, characters of an answer: the first that fits."""
+
+
+def party_text(party: Party) -> str:
+    """ "tiny-v3-awq4: awq, int4 g128 asymmetric, bfloat16 scales, format awq; accepted"."""
+    status = "" if party.status == "source" else f"; {party.status}"
+    return f"{party.name}: {party.scheme}, format {party.format}{status}"
+
+
+def terminal_view(diff: Diff) -> Group:
+    """Who is compared, what matters, then the tables."""
+    head = Text(f"A  {terminal.plain(party_text(diff.a))}\nB  {terminal.plain(party_text(diff.b))}", style="bold")
+    lines = [Text(terminal.plain(f"left out: {reason}"), style="yellow") for reason in diff.left_out]
+    lines += [Text(terminal.plain(note), style="dim") for note in diff.notes]
+    made = [terminal.table(table) for table in tables.tables(diff, TERMINAL_ROWS)]
+    return Group(head, Text(), *lines, *([Text()] if lines else []), *made, Text(terminal.plain(tables.headline(diff))))
+
+
+def markdown_view(diff: Diff) -> str:
+    """A comment of fewer than 60,000 characters: tables and answers are cut where they must be, and say so."""
+    text = ""
+    for rows, cell, items, answer in _LIMITS:
+        text = _markdown(diff, rows, cell, items, answer)
+        if len(text) < MAX_CHARACTERS:
+            break
+    return text
+
+
+def _markdown(diff: Diff, rows: int, cell: int, items: int, answer: int) -> str:
+    environment = html.environment(autoescape=False)  # Markdown: the filters take care of text from elsewhere
+    environment.filters["table"] = lambda made: markdown.table(made, rows, cell, "quantkit diff --json")
+    environment.filters["cell"] = lambda text: markdown.cell(text, 4 * cell)
+    environment.filters["answer"] = lambda text: fenced(text, answer)
+    text = environment.get_template("diff.md.j2").render(
+        diff=diff, tables=tables, headline=tables.headline(diff), party=party_text, rows=rows, items=diff.flips[:items],
+        around=around_first,
+    )  # fmt: skip
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def around_first(flip: Flip, limit: int = 300) -> tuple[str, str]:
+    """Both answers from shortly before the first character in which they differ."""
+    place = divergence(flip.a.text, flip.b.text)
+    start = max(0, place - limit)
+    cut = f"[{start:,} characters before] … " if start else ""
+    return cut + flip.a.text[start:], cut + flip.b.text[start:]
+
+
+def fenced(text: str, limit: int) -> str:
+    """A block that the text in it cannot end."""
+    kept = "".join(sign if sign.isprintable() or sign in "\n\t" else "\ufffd" for sign in text)
+    kept = kept if len(kept) <= limit else kept[:limit] + " …"
+    longest = max((len(run) for run in re.findall(r"`+", kept)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{kept}\n{fence}"

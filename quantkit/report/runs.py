@@ -1,0 +1,200 @@
+"""Artifacts of a folder side by side: key figures, which of them nobody beats in size and KL, and what is broken.
+
+KL compares only between artifacts of one source measured on one text, so each such group has a front of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from quantkit import registry
+from quantkit.errors import ArtifactError, UsageError
+from quantkit.report import numbers
+from quantkit.report.read import read_sealed
+from quantkit.report.schema import Fidelity, Figure
+from quantkit.report.tables import Table
+from quantkit.verify import MANIFEST
+
+DEPTH = 3  # folders below the one that is listed
+BUILDING, SCRATCH = ".building", ".scratch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One artifact; `fault` says why it has no figures."""
+
+    name: str  # its folder below the one that is listed
+    fidelity: Fidelity | None = None
+    fault: str = ""
+    front: bool = False  # none in its group is both smaller and closer to the source
+
+    def values(self) -> dict[str, object]:
+        """The key figures under the names of the columns; None where there is none."""
+        if self.fidelity is None:
+            return {"name": self.name, "status": "broken", "fault": self.fault}
+        artifact = self.fidelity.artifact
+        return {
+            "name": self.name,
+            "status": self.fidelity.status,
+            "source": self.fidelity.source.model,
+            "format": artifact.format,
+            "size": artifact.bytes_artifact,
+            "bits": artifact.bits_per_weight,
+            "kl": _pooled(self.fidelity, "kl_mean"),
+            "ppl": _pooled(self.fidelity, "ppl_ratio"),
+            "top1": _pooled(self.fidelity, "top1"),
+            "tasks": {row.task: row.artifact for row in self.fidelity.benchmarks},
+            "front": self.front,
+            "fault": "",
+        }
+
+
+COLUMNS = ("name", "status", "source", "format", "size", "bits", "kl", "ppl", "top1")
+BEST_IS_MOST = frozenset({"top1"})  # and every benchmark; of the others the smallest comes first
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """Every artifact in a folder and up to three below, sorted by name; what is broken is listed with its reason."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: expected a folder of artifacts, found none; check the path")
+    found = [_run(path, folder) for path in _candidates(folder, DEPTH)]
+    return marked(sorted(found, key=lambda run: run.name))
+
+
+def sort_runs(runs: Sequence[Run], column: str, *, reverse: bool = False) -> list[Run]:
+    """By a column: the best first, then those without that figure, then the broken; UsageError for an unknown one."""
+    tasks = task_names(runs)
+    if column not in (*COLUMNS, *tasks):
+        raise UsageError(f"--sort: {registry.unknown('column', column, (*COLUMNS, *tasks))}")
+
+    def value(run: Run) -> object:
+        values = run.values()
+        known = values.get("tasks")
+        return known.get(column) if column in tasks and isinstance(known, dict) else values.get(column)
+
+    rows = [(value(run), run) for run in runs]
+    numeric = [(float(v), run) for v, run in rows if isinstance(v, int | float)]
+    most = column in BEST_IS_MOST or column in tasks
+    numeric.sort(key=lambda row: row[0], reverse=most is not reverse)
+    words = sorted(((v, run) for v, run in rows if isinstance(v, str)), key=lambda row: row[0], reverse=reverse)
+    rest = [run for v, run in rows if v is None]
+    return [*(r for _, r in numeric), *(r for _, r in words), *sorted(rest, key=lambda r: (bool(r.fault), r.name))]
+
+
+def marked(runs: Sequence[Run]) -> list[Run]:
+    """The runs with the front of each group marked: smaller, or closer to the source, than every other."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for run in runs:
+        if (place := _place(run)) is not None:
+            points.setdefault(_group(run), []).append(place)
+    return [
+        replace(run, front=on_front(place, points[_group(run)]) if (place := _place(run)) else False) for run in runs
+    ]
+
+
+def on_front(place: tuple[int, float], others: Sequence[tuple[int, float]]) -> bool:
+    """Whether none of the others is at least as small and as close, and better in one of both (Pareto)."""
+    size, kl = place
+    return not any(s <= size and k <= kl and (s, k) != place for s, k in others)
+
+
+def task_names(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Benchmarks of any of the runs."""
+    names = (row.task for run in runs if run.fidelity for row in run.fidelity.benchmarks)
+    return tuple(dict.fromkeys(names))
+
+
+def table(runs: Sequence[Run]) -> Table:
+    """The runs for a terminal; "*" marks the front."""
+    sources = {_group(run) for run in runs if run.fidelity}
+    rows = tuple(_row(run) for run in runs if run.fidelity)
+    columns = (" ", "name", "status", "format", ">size", ">bits", ">KL", ">ppl ratio", ">top-1")
+    note = "* nobody of the same source and text is both smaller and closer to it (size, mean KL)."
+    note += f" {len(sources)} sources or texts: their KL does not compare." if len(sources) > 1 else ""
+    return Table(title="Artifacts", columns=columns, rows=rows, note=note if rows else "")
+
+
+def scores(runs: Sequence[Run]) -> Table:
+    """The artifacts' scores, benchmark by benchmark."""
+    tasks, rows = task_names(runs), list[tuple[str, ...]]()
+    for run in runs:
+        told = {row.task: row for row in run.fidelity.benchmarks} if run.fidelity else {}
+        if told:
+            found = [told.get(task) for task in tasks]
+            cells = [numbers.percent(row.artifact, 1) if row else numbers.MISSING for row in found]
+            rows.append((run.name, *cells))
+    columns = ("name", *(f">{task}" for task in tasks))
+    return Table(title="Benchmarks", columns=columns, rows=tuple(rows))
+
+
+def faults(runs: Sequence[Run]) -> Table:
+    """What is no artifact, and why."""
+    rows = tuple((run.name, run.fault) for run in runs if run.fidelity is None)
+    return Table(title="Broken", columns=("name", "why"), rows=rows)
+
+
+def _row(run: Run) -> tuple[str, ...]:
+    fidelity = run.fidelity
+    assert fidelity is not None  # the caller's
+    show: tuple[tuple[str, Callable[[float], str]], ...] = (
+        ("kl_mean", numbers.digits), ("ppl_ratio", "{:.4f}".format), ("top1", numbers.percent),
+    )  # fmt: skip
+    figures = [numbers.MISSING if (v := _pooled(fidelity, name)) is None else told(v) for name, told in show]
+    return (
+        "*" if run.front else " ",
+        run.name,
+        fidelity.status,
+        fidelity.artifact.format,
+        numbers.size(fidelity.artifact.bytes_artifact),
+        f"{fidelity.artifact.bits_per_weight:.2f}",
+        *figures,
+    )
+
+
+def _candidates(folder: Path, depth: int) -> Iterator[Path]:
+    """Folders that are artifacts, or began to be: not what lies inside them."""
+    for path in sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
+        if path.name.endswith(SCRATCH):
+            continue
+        if (path / "quantkit").is_dir() or path.name.endswith(BUILDING) or any(path.glob("*.safetensors")):
+            yield path
+        elif depth > 1:
+            yield from _candidates(path, depth - 1)
+
+
+def _run(path: Path, folder: Path) -> Run:
+    name = path.relative_to(folder).as_posix()
+    if path.name.endswith(BUILDING):
+        return Run(name=name, fault="an interrupted build, or one under way")
+    try:
+        fidelity, manifest = read_sealed(path)
+    except (ArtifactError, OSError) as fault:
+        return Run(name=name, fault=str(fault).splitlines()[0].removeprefix(f"{path}: "))
+    if manifest.get("status") != fidelity.status:
+        told = json.dumps(manifest.get("status"))
+        return Run(name=name, fault=f"{MANIFEST} says {told}, fidelity.json {fidelity.status}; pull or build it again")
+    return Run(name=name, fidelity=fidelity)
+
+
+def _pooled(fidelity: Fidelity, name: str) -> float | None:
+    row = next((row for row in fidelity.distribution if row.domain == "all"), None)
+    figure: Figure | None = getattr(row, name, None)
+    return figure.value if figure else None
+
+
+def _place(run: Run) -> tuple[int, float] | None:
+    kl = _pooled(run.fidelity, "kl_mean") if run.fidelity else None
+    return (run.fidelity.artifact.bytes_artifact, kl) if run.fidelity and kl is not None else None
+
+
+def _group(run: Run) -> str:
+    """What KL depends on beside the artifact: the source and the text."""
+    if run.fidelity is None:
+        return ""
+    text = run.fidelity.measured_on
+    return (
+        f"{run.fidelity.source.hash} {text.sha256} {text.sequences} {text.length}" if text else run.fidelity.source.hash
+    )
