@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from quantkit.build import Progress
 from quantkit.errors import ArtifactError, EvaluationError, UsageError
 from quantkit.evaluate import benchmarks, compare, harness, samples, sandbox
-from quantkit.evaluate.harness import Decoding, Opened
+from quantkit.evaluate.harness import Decoding, Opened, UnsuitedError
 from quantkit.evaluate.samples import ItemResult
 from quantkit.report.read import FIDELITY, read_report
 from quantkit.storage import hub, journal
@@ -159,15 +159,35 @@ def ask(who: Subject, names: Sequence[str], setup: Setup, book: Path, tell: Tell
         told = identity(who, setup)
         key = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
         jail = sandbox.probe() if any(task.code for task in opened.tasks) else None
-        runs = []
-        for seed in range(setup.seeds):
-            setup.decoding.apply(opened, seed)
-            stage = f"{who.name}, seed {seed + 1} of {setup.seeds}" if setup.seeds > 1 else who.name
-            recorder = Recorder(model, answers, key, telling(tell, stage), setup.decoding.think_end)
-            run = benchmarks.ask(recorder, opened, limit=setup.limit, chat=setup.decoding.chat, sandbox=jail)
-            runs.append(tuple(run))
-    items = tuple(samples.average(runs))
-    return Asked(runs=tuple(runs), items=items, opened=opened, backend=told)
+        runs: list[list[ItemResult]] = [[] for _ in range(setup.seeds)]
+        unsuited = dict(opened.failed)
+        for each in opened.single():
+            found_items = []
+            try:
+                for seed in range(setup.seeds):
+                    setup.decoding.apply(each, seed)
+                    told_as = telling(tell, stage(who.name, each.tasks[0].name, seed, setup.seeds))
+                    recorder = Recorder(model, answers, key, told_as, setup.decoding.think_end)
+                    found_items.append(
+                        benchmarks.ask(recorder, each, limit=setup.limit, chat=setup.decoding.chat, sandbox=jail)
+                    )
+            except UnsuitedError as fault:
+                unsuited[each.tasks[0].name] = str(fault)
+            else:
+                for run, new in zip(runs, found_items, strict=True):
+                    run += new
+    if not runs[0]:
+        raise EvaluationError("\n".join(unsuited.values()))
+    done = tuple(task for task in opened.tasks if task.name not in unsuited)
+    opened = replace(opened, tasks=done, failed=unsuited)
+    return Asked(
+        runs=tuple(tuple(run) for run in runs), items=tuple(samples.average(runs)), opened=opened, backend=told
+    )
+
+
+def stage(model: str, task: str, seed: int, seeds: int) -> str:
+    """What progress is about."""
+    return f"{model}, {task}" + (f", seed {seed + 1} of {seeds}" if seeds > 1 else "")
 
 
 def telling(tell: Tell, stage: str) -> Callable[[int, int], None]:

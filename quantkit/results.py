@@ -192,7 +192,8 @@ def tables(outcome: Outcome, setup: Setup) -> list[Table]:
     ]
     columns = ("task", "filter", ">n", ">score", ">95 %", ">cut", ">no result", ">tokens")
     note = "cut: answers ended by the token limit; no result: answers in which none was found; tokens per answer."
-    rows += [(name, "", "0", "not run", reason, "", "", "") for name, reason in outcome.not_run.items()]
+    note += "".join(f"\nNot run: {reason}." for reason in outcome.not_run.values())
+    rows += [(name, "", "0", "not run", "", "", "", "") for name in outcome.not_run]
     found = [Table(title="Scores", columns=columns, rows=tuple(rows), note=note)]
     how = f"{setup.seeds} answers per item at temperature {setup.decoding.temperature}, averaged per item"
     if not setup.decoding.temperature:

@@ -37,9 +37,11 @@ class Server:
     answer: Callable[[str, dict], str]
     fault: Callable[[str, int], str] = lambda prompt, nth: ""
     pause: float = 0.0
+    piece: int = 3  # characters
     models: Sequence[str] = ("tiny",)
     key: str = ""
-    logprobs: Callable[[list[int]], list[float]] | None = None
+    # tokens -> of each but the first: its log probability, and that of the most probable token there
+    logprobs: Callable[[list[int]], list[tuple[float, float]]] | None = None
     records: list[Record] = field(default_factory=list)
     most_at_once: int = 0
     at_once: int = 0
@@ -127,12 +129,12 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(text)
 
     def stream(self, text: str, body: dict, chat: bool, fault: str) -> None:
-        """The answer in pieces of three characters, as server-sent events in chunks."""
+        """The answer in pieces, which count as tokens, as server-sent events in chunks."""
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        words = [text[start : start + 3] for start in range(0, len(text), 3)]
+        words = [text[start : start + self.owner.piece] for start in range(0, len(text), self.owner.piece)]
         kept = words[: body["max_tokens"]]
         broken = fault in ("cut", "end", "error")
         for word in kept[: len(kept) // 2] if broken else kept:
@@ -172,8 +174,9 @@ class Handler(BaseHTTPRequestHandler):
     def echo(self, tokens: str | list[int]) -> None:
         """Log probabilities of the prompt's tokens and of one more, as /v1/completions gives them for echo."""
         assert self.owner.logprobs is not None
-        values = [None, *self.owner.logprobs(tokens)[1:], -0.5]
-        top = [None if value is None else {"best": max(value, -1.0)} for value in values]
+        both = [*self.owner.logprobs(tokens), (-0.5, -0.5)]
+        values = [None, *(value for value, _ in both)]
+        top = [None, *({"best": best} for _, best in both)]
         probs = {
             "tokens": [""] * len(values),
             "token_logprobs": values,

@@ -21,7 +21,7 @@ from jinja2 import Environment, StrictUndefined, TemplateError
 from quantkit.errors import EvaluationError
 from quantkit.evaluate import harness
 from quantkit.evaluate import sandbox as jails
-from quantkit.evaluate.harness import Opened
+from quantkit.evaluate.harness import Opened, UnsuitedError
 from quantkit.evaluate.samples import ItemResult
 from quantkit.evaluate.tasks import CodeRules, Task
 from quantkit.storage import journal
@@ -164,7 +164,7 @@ def _item(task: Task, sample: Mapping[str, Any], answer: Answer | None) -> ItemR
     filtered = str(sample["filtered_resps"][0])
     value = sample[sample["metrics"][0]] if task.code is None else None
     if value is not None and not isinstance(value, int | float):
-        raise EvaluationError(f"{task.name}: metric {sample['metrics'][0]} gives no number per item; use another one")
+        raise UnsuitedError(f"{task.name}: metric {sample['metrics'][0]} gives no number per item; use another one")
     if answer is None:
         likelihoods = [responses[0][0] for responses in sample["resps"]]
         filtered = response = str(sample["arguments"][likelihoods.index(max(likelihoods))][1])

@@ -28,6 +28,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from openai import AsyncOpenAI
 
 from quantkit.errors import EvaluationError, UsageError
+from quantkit.evaluate.harness import UnsuitedError
 from quantkit.evaluate.recorded import Answer, Likelihood, Rules
 
 Result = TypeVar("Result")
@@ -113,11 +114,11 @@ class Endpoint:
     ) -> None:
         """(log probability, greedy) per request, told one by one, from the echoed prompt's log probabilities."""
         if self._server.chat:
-            raise EvaluationError(
+            raise UnsuitedError(
                 f"{requests[0].task_name}: it compares likelihoods, which no chat tells; leave out --chat-template"
             )
         if self._tokenizer is None:
-            raise EvaluationError(
+            raise UnsuitedError(
                 f"{requests[0].task_name}: it compares likelihoods, which needs the model's tokenizer; name the folder "
                 "of the artifact"
             )
@@ -163,7 +164,7 @@ class Endpoint:
         told = reply.choices[0].logprobs if reply.choices else None
         n_tokens = len(context) + len(continuation) + 1
         if told is None or len(told.token_logprobs or ()) != n_tokens or len(told.top_logprobs or ()) != n_tokens:
-            raise EvaluationError(
+            raise UnsuitedError(
                 f"{self._server.url}: expected log probabilities of {n_tokens - 1} echoed tokens and one more, found "
                 f"{len(told.token_logprobs or ()) if told else 0}; this server cannot score likelihoods"
             )

@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import TopPLogitsWarper
 
-from quantkit.errors import EvaluationError
+from quantkit.evaluate.harness import UnsuitedError
 from quantkit.evaluate.recorded import Answer, Likelihood, Rules
 
 Choose = Callable[[Tensor, Sequence[int]], Tensor]
@@ -87,7 +87,7 @@ class LocalModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     def _batch(self, prompts: Sequence[Sequence[int]], rules: Rules) -> list[Answer]:
         longest = max(len(prompt) for prompt in prompts)
         if longest + rules.max_tokens > self.max_length:
-            raise EvaluationError(
+            raise UnsuitedError(
                 f"{rules.task}: a prompt of {longest} tokens and {rules.max_tokens} new ones do not fit into the "
                 f"model's context of {self.max_length}; use fewer examples or a model with more context"
             )

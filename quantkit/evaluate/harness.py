@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,12 @@ SETS: Mapping[str, tuple[str, ...]] = {
 """Task sets: names, or patterns of names, of tasks."""
 
 _FEWSHOT_SEED = 1234  # lm-eval's own; the tasks that ship with quantkit draw nothing
-_LOGGERS = ("lm_eval", "huggingface_hub.utils._http", "datasets")
+_LOGGERS = ("lm_eval", "huggingface_hub.utils._http", "datasets", "transformers.tokenization_utils_base")
 _SHORTCUTS = {"mgsm": "mgsm_native_cot_*"}
+
+
+class UnsuitedError(EvaluationError):
+    """A task that this model, or this way of asking it, cannot answer; others may be asked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +50,11 @@ class Opened:
     tasks: tuple[Task, ...]
     loaded: Mapping[str, Any]
     failed: Mapping[str, str]
+
+    def single(self) -> Iterator[Opened]:
+        """The tasks one by one: what keeps one from being asked stops no other."""
+        for task in self.tasks:
+            yield Opened(tasks=(task,), loaded={task.name: self.loaded[task.name]}, failed={})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,18 +98,16 @@ def opened(own: Sequence[Task], names: Sequence[str] = ()) -> Iterator[Opened]:
         found: dict[str, Task] = {}
         loaded: dict[str, Any] = {}
         failed: dict[str, str] = {}
-        manager = None
         for task in own:
             try:
-                loaded |= _managed(_manager(folder), task.name)
+                loaded |= _managed(_index(folder), task.name)
             except Exception as fault:  # noqa: BLE001  # lm-eval and datasets raise a dozen unrelated types
                 failed[task.name] = _unloadable(task.name, fault, hub=not task.is_local, local=True)
             else:
                 found[task.name] = task
         for name in names:
             try:
-                manager = manager or _manager(None)
-                theirs = _managed(manager, name)
+                theirs = _managed(_collection(), name)
                 found |= {leaf: _described(leaf, task) for leaf, task in theirs.items() if leaf not in loaded}
             except EvaluationError as fault:
                 failed[name] = str(fault)
@@ -127,11 +134,19 @@ def split(names: Sequence[str], data_folder: Path | None = None) -> tuple[list[T
     return own, theirs, failed
 
 
-def _manager(folder: Path | None) -> Any:
-    """lm-eval's index of the tasks in a folder; without one, of its own collection."""
+def _index(folder: Path) -> Any:
+    """lm-eval's index of the tasks in a folder."""
     from lm_eval.tasks import TaskManager  # seconds to import
 
-    return TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
+    return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+@cache
+def _collection() -> Any:
+    """lm-eval's index of its own thousands of tasks; seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _managed(manager: Any, name: str) -> dict[str, Any]:

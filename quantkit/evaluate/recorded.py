@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.utils import handle_non_serializable, hash_string
 
-from quantkit.errors import EvaluationError
+from quantkit.evaluate.harness import UnsuitedError
 from quantkit.storage.journal import Journal, Question, Value
 
 Progress = Callable[[int, int], None]
@@ -56,13 +56,13 @@ class Rules:
     def of(cls, kwargs: Mapping[str, Any], task: str) -> Rules:
         until, limit = kwargs.get("until", []), kwargs.get("max_gen_toks", DEFAULT_TOKENS)
         if not isinstance(limit, int) or limit < 1:
-            raise EvaluationError(f"{task}: generation_kwargs.max_gen_toks: expected a whole number, found {limit!r}")
+            raise UnsuitedError(f"{task}: generation_kwargs.max_gen_toks: expected a whole number, found {limit!r}")
         strings = tuple(string for string in ([until] if isinstance(until, str) else until) if string)
         if not kwargs.get("do_sample"):
             return cls(task=task, until=strings, max_tokens=limit)
         temperature, top_p = kwargs.get("temperature"), kwargs.get("top_p", 1.0)
         if not isinstance(temperature, int | float) or temperature <= 0:
-            raise EvaluationError(
+            raise UnsuitedError(
                 f"{task}: generation_kwargs.temperature: expected more than 0 with do_sample, found {temperature!r}; "
                 "name a temperature"
             )
@@ -136,7 +136,7 @@ class Recorder(LM):  # type: ignore[misc]  # lm-eval is untyped
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Perplexity of whole texts is not measured here."""
-        raise EvaluationError(
+        raise UnsuitedError(
             f"{requests[0].task_name}: it measures perplexity, which has no score per item; the fidelity report has it"
         )
 
