@@ -8,7 +8,6 @@ runs, and nothing is compared with the manifest's hashes: `quantkit verify` does
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from quantkit.errors import ArtifactError, UsageError
 from quantkit.experts import share
 from quantkit.formats import bitsandbytes as nf4
 from quantkit.layers import Routed, Skeleton, relative, skeleton
-from quantkit.layers import load as assign
 from quantkit.numerics import codebook
 from quantkit.plan import architecture_of
 from quantkit.storage.checkpoint import Checkpoint
@@ -104,8 +102,7 @@ def format_told(entry: Mapping[str, object]) -> str:
 
 def packed_model(bones: Skeleton, layout: Layout, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> Any:
     """The model of `bones` with a Linear4bit for every linear in `schemes` that transformers runs."""
-    model = copy.deepcopy(bones.model)
-    model.base_model.rotary_emb = bones.rotary
+    model = whole.empty(bones)
     for block in layout.blocks:
         if block.kind != "decoder":
             continue
@@ -123,9 +120,7 @@ def packed_model(bones: Skeleton, layout: Layout, checkpoint: Checkpoint, scheme
                 model.set_submodule(f"{block.name}.{relative(block, linear.name)}", made[linear.name])
     kind = codebook.library("nn").Linear4bit
     packed = {f"{name}.weight": module.weight for name, module in model.named_modules() if type(module) is kind}
-    state = whole.cast(model, bones, layout, whole.state_dict(layout, whole.reader(checkpoint), schemes))
-    assign(model, {**state, **packed}, "the whole model")
-    return model.eval()
+    return whole.filled(model, bones, layout, whole.state_dict(layout, whole.reader(checkpoint), schemes), packed)
 
 
 def linear4bit(bones: Skeleton, linear: Linear, checkpoint: Checkpoint, scheme: Scheme) -> nn.Module:

@@ -7,7 +7,7 @@ answers is what ships.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -50,10 +50,25 @@ def parameters(layout: Layout) -> int:
 
 def model(skeleton: Skeleton, layout: Layout, read: Read) -> Any:
     """The model with its weights, in the skeleton's dtype and on its device."""
+    return filled(empty(skeleton), skeleton, layout, state_dict(layout, read))
+
+
+def empty(skeleton: Skeleton) -> Any:
+    """The model without weights."""
     whole = copy.deepcopy(skeleton.model)
     whole.base_model.rotary_emb = skeleton.rotary
-    state = cast(whole, skeleton, layout, state_dict(layout, read))
-    load(whole, state, "the whole model")
+    return whole
+
+
+def filled(
+    whole: Any,
+    skeleton: Skeleton,
+    layout: Layout,
+    tensors: Iterable[tuple[str, Tensor]],
+    beside: Mapping[str, Tensor] = {},
+) -> Any:
+    """An `empty` model with its weights, ready to run: `tensors` are cast, those `beside` them taken as they are."""
+    load(whole, {**cast(whole, skeleton, layout, tensors), **beside}, "the whole model")
     return whole.eval()
 
 
