@@ -231,7 +231,7 @@ def test_other_calibration_text_leaves_the_weights() -> None:
     b = b_side()
     found = compare(a_side(), replace(b, fidelity=b.fidelity.model_copy(update={"calibration": None})))
     assert {row.by for row in found.modules} == {"weights"}
-    assert any("other calibration text" in note for note in found.notes)
+    assert any("did not learn from the same calibration text" in note for note in found.notes)
 
 
 # ------------------------------------------------------------------------------------------------- what is comparable

@@ -69,8 +69,8 @@ def _notes(a: Side, b: Side, allowed: Comparable) -> tuple[str, ...]:
         return tuple(found)
     if "source" not in (a.kind, b.kind) and not same_text(a.fidelity.calibration, b.fidelity.calibration):
         found.append(
-            "They learned from other calibration text, so modules are compared by the error of their weights; a method "
-            "that learns lets that grow to make the error of the outputs smaller."
+            "They did not learn from the same calibration text, so modules are compared by the error of their weights; "
+            "a method that learns lets that grow to make the error of the outputs smaller."
         )
     gap = baseline_gap(a, b)
     if gap > BASELINE_NOISE and not allowed.text:
