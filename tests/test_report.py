@@ -14,7 +14,8 @@ from rich.console import Console, RenderableType
 from ruamel.yaml import YAML
 
 from quantkit.report import card, gates, markdown, numbers, tables, terminal
-from quantkit.report.schema import Benchmark, Distribution, Experts, Fidelity, Figure, Module, PlanSummary
+from quantkit.report.planned import PlanSummary
+from quantkit.report.schema import Benchmark, Distribution, Experts, Fidelity, Figure, Module
 from quantkit.schema import FIGURES, Gate
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -81,6 +82,7 @@ def test_the_front_matter_is_yaml_that_says_where_the_model_comes_from() -> None
     source["license"] = {"id": "other", "name": 'dee"p: #seek', "link": "LICENSE-MODEL"}
     text = card.render(example({"source": source}))
     head = YAML(typ="safe", pure=True).load(text.split("---")[1])
+    assert head.pop("model-index")
     assert head == {
         "license": "other",
         "license_name": 'dee"p: #seek',
@@ -92,6 +94,21 @@ def test_the_front_matter_is_yaml_that_says_where_the_model_comes_from() -> None
         "pipeline_tag": "text-generation",
         "tags": ["awq", "4-bit", "quantkit"],
     }
+
+
+def test_the_model_hub_reads_the_benchmarks_of_the_card() -> None:
+    """By the hub's own parser, which knows `model-index` alone; what was not run has no figure there."""
+    from huggingface_hub import ModelCard
+
+    rows = [*FIDELITY["benchmarks"], {"task": 'a "b": c', "metric": "m", "n": 3, "artifact": 0.5}]  # type: ignore[misc]
+    found = {row.dataset_name: row for row in ModelCard(card.render(example({"benchmarks": rows}))).data.eval_results}
+    scored = {row["task"]: row for row in rows if row.get("status", "ok") == "ok"}
+    assert found.keys() == scored.keys()
+    assert len(scored) < len(rows)
+    for task, row in scored.items():
+        assert (found[task].metric_value, found[task].metric_type) == (row["artifact"], row["metric"])
+        assert found[task].task_type == "text-generation"
+    assert "model-index" not in card.render(emptied())
 
 
 def test_a_source_without_licence_gets_none() -> None:

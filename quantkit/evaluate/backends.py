@@ -61,8 +61,13 @@ class Vllm:
                 "--backend vllm: expected vLLM in this environment, found none; install vllm, or start `vllm serve` "
                 "and name it with --backend openai --endpoint http://HOST:8000/v1"
             )
-        from lm_eval.models.vllm_causallms import VLLM
-
+        try:
+            from lm_eval.models.vllm_causallms import VLLM
+        except ImportError as fault:  # also for a build for CPUs that is called otherwise
+            raise UsageError(
+                f"--backend vllm: lm-eval cannot use this vLLM ({fault}); install vllm, or start `vllm serve` and name "
+                "it with --backend openai --endpoint http://HOST:8000/v1"
+            ) from None
         try:
             self._engine = VLLM(pretrained=str(folder), **arguments)
         except (TypeError, ValueError, RuntimeError, NotImplementedError) as fault:

@@ -13,6 +13,7 @@ MAX_CHARACTERS = 60_000
 """A model card should also fit into a comment on GitHub, which takes 65,536."""
 
 _LIMITS = ((markdown.ROWS, markdown.CELL), (40, 160), (12, 100), (4, 40))  # rows of a table, characters of a cell
+_MOST_RESULTS = 40
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
@@ -63,7 +64,28 @@ def front_matter(fidelity: Fidelity, limit: int = markdown.CELL) -> str:
         "library_name": source.library_name[:limit],
         "pipeline_tag": source.pipeline_tag[:limit],
         "tags": [tag[:limit] for tag in (*artifact.tags, "quantkit")][-40:],
+        "model-index": model_index(fidelity, limit),
     })
+
+
+def model_index(fidelity: Fidelity, limit: int = markdown.CELL) -> list[dict[str, object]] | None:
+    """The benchmarks as the model hub shows them, scores from 0 to 1; None where nothing was scored."""
+    results = [
+        {
+            "task": {"type": fidelity.source.pipeline_tag[:limit]},
+            "dataset": {"type": row.task[:limit], "name": row.task[:limit]},
+            "metrics": [
+                {
+                    "type": (row.metric or "score")[:limit],
+                    "value": row.artifact,
+                    "name": f"{row.metric[:limit] or 'score'}, {row.n} items",
+                }
+            ],
+        }
+        for row in fidelity.benchmarks
+        if row.status == "ok" and row.artifact is not None
+    ]
+    return [{"name": fidelity.artifact.name[:limit], "results": results[:_MOST_RESULTS]}] if results else None
 
 
 def verdict(fidelity: Fidelity) -> str:

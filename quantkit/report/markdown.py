@@ -39,8 +39,8 @@ def code(text: str, limit: int = 4 * CELL) -> str:
     return f"```bash\n{line}\n```"
 
 
-def front_matter(values: Mapping[str, str | Sequence[str] | None]) -> str:
-    """The YAML head of a model card. Every text is written as a JSON string, which is YAML; None is left out."""
+def front_matter(values: Mapping[str, str | Sequence[str] | list[dict[str, object]] | None]) -> str:
+    """The YAML head of a model card. Texts and objects are written as JSON, which is YAML; None is left out."""
     lines = ["---"]
     for key, value in values.items():
         if isinstance(value, str):
@@ -50,6 +50,9 @@ def front_matter(values: Mapping[str, str | Sequence[str] | None]) -> str:
     return "\n".join([*lines, "---"])
 
 
-def _quoted(text: str) -> str:
-    printable = "".join(character for character in text if character.isprintable())
-    return json.dumps(printable, ensure_ascii=False)
+def _quoted(value: str | dict[str, object]) -> str:
+    """JSON on one line without characters that a terminal obeys; what JSON escapes, line ends above all, stays."""
+    if isinstance(value, str):
+        value = "".join(character for character in value if character.isprintable())
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(character for character in text if character.isprintable())
