@@ -124,17 +124,15 @@ class HeadRows:
     def index(self) -> list[int]:
         """[in_features of o_proj] row numbers of the absorbing matrix."""
         repeat = self.heads // self.kv_heads
-        return [
-            (head // repeat) * self.stride + self.offset + d for head in range(self.heads) for d in range(self.width)
-        ]
+        first = [head // repeat * self.stride + self.offset for head in range(self.heads)]
+        return [row + d for row in first for d in range(self.width)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Absorber:
     """The earlier tensor that takes the inverse of a group's scale.
 
-    A norm weight [in] is divided channel by channel; a linear is divided row by row, row c for channel c or, with
-    `rows`, as HeadRows says.
+    A norm weight [in] is divided channel by channel, a linear row by row: row c for channel c, or as `rows` says.
     """
 
     module: str
@@ -218,7 +216,7 @@ class Layout:
     @property
     def linears(self) -> tuple[Linear, ...]:
         """Every matrix of the model."""
-        inner = tuple(linear for block in self.blocks for linear in block.linears)
+        inner = (linear for block in self.blocks for linear in block.linears)
         return (self.embedding, *inner, *((self.head,) if self.head else ()))
 
 
@@ -260,12 +258,11 @@ class Scheme:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputStats:
-    """What calibration knows of one group input x: enough for AWQ, GPTQ and the report.
+    """What calibration knows of one group input x, in sums over tokens; float32, batched with [experts] in front.
 
-    gram = sum over tokens of x xT, [in, in] float32 (batched: [experts, in, in]); mean_abs = mean |x|, [in] float32
-    (batched: [experts, in]); n_tokens, a number per gram. cross = sum over tokens of (o - x) xT, shaped as the gram,
-    where o is the same input in the original model; None where nobody ran it beside. residual = sum over tokens of
-    (s - r) xT, [out, in], where r is the residual stream that the readers' output is added to, and s the original's.
+    gram: x xT, [in, in]; mean_abs: mean |x|, [in]; n_tokens: a number per gram. Where the original model ran beside,
+    with input o and residual stream s, r being the stream that the readers' output is added to: cross: (o - x) xT,
+    [in, in]; residual: (s - r) xT, [out, in].
     """
 
     gram: Tensor
@@ -330,8 +327,7 @@ class Format:
 
     accepts: None, or one sentence why this linear cannot be stored so (naming the engines that would fail);
     layout: the tensors that store one linear, before any data exists; full names;
-    pack: Quantized of one linear [out, in] -> tensors with local names ("qweight");
-    dequantize: those tensors back to [out, in] float32;
+    pack: Quantized of one linear [out, in] -> tensors by local name ("qweight"); dequantize: back to [out, in] float32;
     quantization_config: the entry for config.json, or None for an ordinary unquantized checkpoint;
     fp8_scale: local name of the block scales of a kept FP8 `weight`; None: the format holds none, it becomes BF16;
     accepts_fp8: None, or why this linear of a block that transformers runs cannot stay in FP8 blocks of that side;
