@@ -79,6 +79,7 @@ def a_side() -> Side:
         kind="artifact",
         fidelity=report(),
         recipe=RECIPE,
+        plan={"rules": [{"label": "rules[0]", "modules": 2, "bytes_after": 4_000_000}], "totals": {"tensors": 4}},
         decisions={EXPERT.format(n): "awq int4 g128 asymmetric" for n in range(2)} | {"lm_head": "keep"},
         tensors={
             **{f"{EXPERT.format(n)}.qweight": ("I32", (256, 16)) for n in range(2)},
@@ -126,6 +127,7 @@ def b_side() -> Side:
             "calibration": None,
             "format": ["dense"],
         },
+        plan={"rules": [{"label": "rules[0]", "modules": 3, "bytes_after": 2_700_000}], "totals": {"tensors": 4}},
         decisions={EXPERT.format(n): "rtn int3 g128 asymmetric" for n in range(2)}
         | {"lm_head": "rtn int3 g128 asymmetric"},
         tensors={

@@ -78,6 +78,13 @@ def test_recipe_keys_are_told_once(diff: Diff) -> None:
     ]
 
 
+def test_plans_are_compared_key_by_key(diff: Diff) -> None:
+    assert [(row.key, row.a, row.b) for row in diff.plan] == [
+        ("rules[0].modules", "2", "3"),
+        ("rules[0].bytes_after", "4000000", "2700000"),
+    ]
+
+
 def test_a_rule_that_changed_by_itself_is_told() -> None:
     other = b_side()
     rules = [{"label": "rules[0]", "match": "*", "quantize": {"method": "rtn", "bits": 8}, "keep": None}]

@@ -91,6 +91,9 @@ def test_what_differs_is_what_was_changed(both: tuple[Path, Path]) -> None:
     }
     changed = {(row["change"], row["a"], row["b"]): row["count"] for row in told["tensors"]}
     assert changed["removed", "I32", "none"] == 2 * 144 and changed["added", "none", "BF16"] == 144
+    plan = {row["key"]: (row["a"], row["b"]) for row in told["plan"]}
+    assert plan["rules[0].action"] == ("rtn int4 g128 asymmetric", "rtn int2 g128 asymmetric")
+    assert plan["totals.tensors"] == ("489", "201") and "totals.parameters" not in plan
     (packed,) = told["decisions"]
     assert (packed["a"], packed["b"], packed["count"]) == ("rtn int4 g128 asymmetric", "rtn int2 g128 asymmetric", 144)
     assert packed["names"][0] == "model.layers.{1-3}.mlp.experts.{0-15}.gate_proj"
@@ -107,6 +110,7 @@ def test_every_view_says_the_same(both: tuple[Path, Path], tmp_path: Path) -> No
     html = (tmp_path / "diff.html").read_text()
     for words in ("four", "quantize.bits", "int2 g128", "higher beyond doubt", "worse"):
         assert words in shown.stdout.replace("\n", " ") and words in comment.stdout and words in html, words
+    assert run("diff", *both, "--html").stdout == html
     written = run("diff", *both, "--markdown", "--output", tmp_path / "diff.md")
     assert (written.exit_code, (tmp_path / "diff.md").read_text()) == (0, comment.stdout)
 
@@ -182,7 +186,7 @@ def test_what_is_no_side(both: tuple[Path, Path], tmp_path: Path) -> None:
     assert "x.json: artifact: Field required" in fault(run("diff", both[0], tmp_path / "x.json"), 1)
     message = fault(run("diff", both[0], tmp_path / "absent"), 2)
     assert f"or four's source {SOURCE}, found none" in message
-    for options in (["--html"], ["--json", "--markdown"], ["--output", "x"]):
+    for options in (["--html", "--json"], ["--json", "--markdown"], ["--output", "x"]):
         assert ": expected " in fault(run("diff", *both, *options), 2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -15,7 +16,7 @@ from quantkit.options import JSON
 @click.argument("a")
 @click.argument("b")
 @click.option("--markdown", "markdown_out", is_flag=True, help="Print Markdown for a pull request's comment.")
-@click.option("--html", "html_out", is_flag=True, help="Write one page for people; needs --output.")
+@click.option("--html", "html_out", is_flag=True, help="Make one page for people.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write here instead of to the standard output.")
 @click.option("--partial", is_flag=True, help="Leave out what does not compare, and say so, instead of refusing.")
 @JSON
@@ -37,21 +38,20 @@ def COMMAND(
 
     if markdown_out + html_out + json_out > 1:
         raise UsageError("--markdown, --html, --json: expected one of them at most")
-    if html_out and output is None:
-        raise UsageError("--html: expected --output FILE with it, for the page")
+    if html_out and output is None and sys.stdout.isatty():
+        raise UsageError("--html: expected --output FILE with it, or a redirection; a terminal shows no page")
     if output and not (markdown_out or html_out):
         raise UsageError("--output: expected --markdown or --html with it; tables and JSON go to the standard output")
     first, second = read_sides(a, b)
     found = compare(first, second, partial=partial)
-    if output:
+    if json_out:
+        as_json(found.model_dump(mode="json"))
+    elif markdown_out or html_out:
         from quantkit.diff.page import render
 
         text = render(found, first.tokens, second.tokens) if html_out else markdown_view(found)
-        write_atomic(output, text.encode())
-        click.echo(output)
-    elif json_out:
-        as_json(found.model_dump(mode="json"))
-    elif markdown_out:
-        click.echo(markdown_view(found), nl=False)
+        if output:
+            write_atomic(output, text.encode())
+        click.echo(output if output else text, nl=output is not None)
     else:
         show(terminal_view(found))

@@ -25,6 +25,7 @@ def compare(a: Side, b: Side, *, partial: bool = False) -> Diff:
         notes=_notes(a, b, allowed),
         sizes=structure.sizes(a, b),
         recipe=structure.recipe(a, b),
+        plan=structure.plan(a, b),
         made_with=structure.changes(a.versions, b.versions) if a.versions and b.versions else (),
         gates=structure.gates(a, b),
         decisions=structure.decisions(a, b) or structure.schemes(a, b),

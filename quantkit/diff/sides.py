@@ -59,6 +59,7 @@ class Side:
     kind: Kind
     fidelity: Fidelity
     recipe: Mapping[str, object] | None = None
+    plan: Mapping[str, object] | None = None  # what its rules came to, and the totals
     decisions: Mapping[str, str] | None = None  # linear -> "awq int4 g128 asymmetric"
     tensors: Tensors | None = None
     files: Mapping[str, tuple[str, int]] | None = None  # of the artifact: sha256, bytes
@@ -106,14 +107,26 @@ def _artifact(path: Path) -> Side:
         kind="artifact",
         fidelity=fidelity,
         recipe=mapping(plan, "recipe", path),
+        plan=_totals(mapping(plan, "summary", path), plan.get("dropped")),
         decisions={name: str(row[0]) for name, row in decisions.items() if isinstance(row, list) and row},
         tensors={name: _spec(row, path) for name, row in mapping(manifest, "tensors", path).items()},
         files={name: (str(entry.get("sha256")), int(entry.get("bytes") or 0)) for name, entry in files.items()},
         source_files={k: str(v) for k, v in mapping(mapping(manifest, "source", path), "files", path).items()},
-        versions={key: str(value) for key, value in mapping(manifest, "versions", path).items()},
+        versions={
+            key: str(value)
+            for part in ("versions", "environment")
+            for key, value in mapping(manifest, part, path).items()
+        },
         items=_items(path / BENCHMARKS) if (path / BENCHMARKS).is_file() else None,
         tokens=_tokens(path / TOKENS) if (path / TOKENS).is_file() else None,
     )
+
+
+def _totals(summary: Mapping[str, object], dropped: object) -> dict[str, object]:
+    """The parts of a plan that say what comes out: of the output files only how many there are."""
+    shards = summary.get("shards")
+    kept = {key: summary.get(key) for key in ("rules", "totals", "warnings")}
+    return {**kept, "files": len(shards) if isinstance(shards, list) else None, "dropped": dropped}
 
 
 def _spec(row: object, path: Path) -> tuple[str, tuple[int, ...]]:

@@ -35,6 +35,11 @@ def recipe(a: Side, b: Side) -> tuple[Change, ...]:
     return tuple(change for change in found if not inherited(change))
 
 
+def plan(a: Side, b: Side) -> tuple[Change, ...]:
+    """Keys of the plans that differ: what each rule came to, and the totals."""
+    return () if a.plan is None or b.plan is None else changes(_flat(a.plan), _flat(b.plan))
+
+
 def changes(first: Mapping[str, str], second: Mapping[str, str]) -> tuple[Change, ...]:
     """Keys whose text differs, in the order of the first, then of the second."""
     keys = dict.fromkeys((*first, *second))
@@ -146,7 +151,8 @@ def _flat(values: object, path: str = "") -> dict[str, str]:
     elif isinstance(values, list) and any(isinstance(value, Mapping) for value in values):
         items = ((f"{path}[{place}]", value) for place, value in enumerate(values))
     else:
-        return {} if values is None else {path: values if isinstance(values, str) else json.dumps(values)}
+        told = f"{values:.10g}" if isinstance(values, float) else json.dumps(values)
+        return {} if values is None else {path: values if isinstance(values, str) else told}
     return {key: text for name, value in items for key, text in _flat(value, name).items()}
 
 

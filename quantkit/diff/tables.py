@@ -137,9 +137,14 @@ def recipe(diff: Diff) -> Table:
     return _changes("Recipe", "key", diff.recipe)
 
 
+def plan(diff: Diff) -> Table:
+    """What the rules came to."""
+    return _changes("Plan", "key", diff.plan)
+
+
 def made_with(diff: Diff) -> Table:
-    """Versions that differ."""
-    return _changes("Made with", "package", diff.made_with)
+    """Versions and machines that differ."""
+    return _changes("Made with", "what", diff.made_with)
 
 
 def gates(diff: Diff) -> Table:
@@ -154,7 +159,7 @@ def fallbacks(diff: Diff) -> Table:
 
 def decisions(diff: Diff) -> Table:
     """What the plans do otherwise."""
-    return _groups("Plan: matrices stored otherwise", ">matrices", diff.decisions, 12, with_change=False)
+    return _groups("Matrices stored otherwise", ">matrices", diff.decisions, 12, with_change=False)
 
 
 def tensors(diff: Diff, names: int = 12) -> Table:
@@ -287,8 +292,8 @@ def _brief(text: str, limit: int = 60) -> str:
 def tables(diff: Diff, limit: int) -> list[Table]:
     """All of them in the order of a review; empty ones left out. `limit`: rows of the long ones."""
     made = (
-        sizes(diff), benchmarks(diff), distribution(diff), gates(diff), recipe(diff), decisions(diff), tensors(diff),
-        blocks(diff, limit), modules(diff, limit), routers(diff, limit), fallbacks(diff), made_with(diff),
-        flips(diff, limit),
+        sizes(diff), benchmarks(diff), distribution(diff), gates(diff), recipe(diff), plan(diff), decisions(diff),
+        tensors(diff), blocks(diff, limit), modules(diff, limit), routers(diff, limit), fallbacks(diff),
+        made_with(diff), flips(diff, limit),
     )  # fmt: skip
     return [table for table in made if table.rows]

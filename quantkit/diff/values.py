@@ -131,6 +131,7 @@ class Diff(BaseModel):
     notes: tuple[str, ...] = ()  # what a reader must know of the comparison
     sizes: tuple[Quantity, ...] = ()
     recipe: tuple[Change, ...] = ()
+    plan: tuple[Change, ...] = ()
     made_with: tuple[Change, ...] = ()
     gates: tuple[Change, ...] = ()
     decisions: tuple[Group, ...] = ()
