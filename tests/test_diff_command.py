@@ -178,6 +178,51 @@ def test_evidence_that_was_changed_is_refused(both: tuple[Path, Path], tmp_path:
     assert fault(run("diff", both[0], other), 1).startswith(f"{other / BENCHMARKS}: expected the file that")
 
 
+def manifest_with(part: str, value: object) -> Callable[[Path], None]:
+    """A change of the manifest alone."""
+
+    def change(path: Path) -> None:
+        manifest = json.loads((path / "quantkit/manifest.json").read_text())
+        (path / "quantkit/manifest.json").write_text(json.dumps({**manifest, part: value}))
+
+    return change
+
+
+def plan_with(part: str, value: object) -> Callable[[Path], None]:
+    """A change of the plan."""
+
+    def change(path: Path) -> None:
+        plan = json.loads((path / "quantkit/plan.json").read_text())
+        (path / "quantkit/plan.json").write_text(json.dumps({**plan, part: value}))
+
+    return change
+
+
+def no_parquet(path: Path) -> None:
+    """Tokens that are no table."""
+    (path / TOKENS).write_bytes(b"PAR1")
+
+
+DAMAGED: list[tuple[Callable[[Path], None], str]] = [
+    (manifest_with("tensors", {"x": ["BF16", ["a"]]}), "tensors: expected whole numbers, found 'a'"),
+    (manifest_with("tensors", {"x": "BF16"}), "tensors: expected [dtype, shape], found 'BF16'"),
+    (manifest_with("versions", []), "versions: expected an object, found list"),
+    (plan_with("recipe", 3), "recipe: expected an object, found int"),
+    (plan_with("decisions", None), "decisions: expected an object, found NoneType"),
+    (lambda path: column(path / BENCHMARKS, "quant_score", ["1"] * 24), "quant_score: expected double, found string"),
+    (lambda path: column(path / BENCHMARKS, "prompt", ["x"] * 23 + [None]), "prompt: expected no empty cell"),
+    (no_parquet, "expected samples with the columns"),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), DAMAGED, ids=range(len(DAMAGED)))
+def test_damaged_evidence_is_named(
+    both: tuple[Path, Path], tmp_path: Path, change: Callable[[Path], None], sentence: str
+) -> None:
+    """Also where the manifest agrees with it; never a traceback."""
+    assert sentence in fault(run("diff", both[0], resealed(both[1], tmp_path / "other", change)), 1)
+
+
 def test_what_is_no_side(both: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.json").write_text("{}")

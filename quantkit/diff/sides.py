@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 PLAN = "quantkit/plan.json"
 HASHES = ("doc_hash", "prompt_hash", "target_hash")
+_ITEM = {"doc_id": "int64"} | dict.fromkeys(("task", "filter", *HASHES, "prompt", "target"), "string")
+_ANSWER = {
+    "response": "string", "score": "double", "outcome": "string", "n_tokens": "int64", "truncated": "bool",
+}  # fmt: skip
+_TOKEN = {"domain": "string", "kl": "double", "nll_source": "double", "nll_artifact": "double", "same_top": "bool"}
+
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
 Key = tuple[str, str, int]  # task, filter, item
 
@@ -110,7 +116,9 @@ def _artifact(path: Path) -> Side:
         plan=_totals(mapping(plan, "summary", path), plan.get("dropped")),
         decisions={name: str(row[0]) for name, row in decisions.items() if isinstance(row, list) and row},
         tensors={name: _spec(row, path) for name, row in mapping(manifest, "tensors", path).items()},
-        files={name: (str(entry.get("sha256")), int(entry.get("bytes") or 0)) for name, entry in files.items()},
+        files={
+            name: (str(entry.get("sha256")), _whole(entry.get("bytes"), name, path)) for name, entry in files.items()
+        },
         source_files={k: str(v) for k, v in mapping(mapping(manifest, "source", path), "files", path).items()},
         versions={
             key: str(value)
@@ -131,14 +139,31 @@ def _totals(summary: Mapping[str, object], dropped: object) -> dict[str, object]
 
 def _spec(row: object, path: Path) -> tuple[str, tuple[int, ...]]:
     if isinstance(row, list) and len(row) == 2 and isinstance(row[1], list):
-        return str(row[0]), tuple(int(n) for n in row[1])
+        return str(row[0]), tuple(_whole(n, "tensors", path) for n in row[1])
     raise ArtifactError(f"{path / MANIFEST}: tensors: expected [dtype, shape], found {row!r:.60}; pull it again")
 
 
+def _whole(value: object, what: str, path: Path) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ArtifactError(f"{path / MANIFEST}: {what}: expected whole numbers, found {value!r:.60}; pull it again")
+
+
+def _typed(path: Path, types: Mapping[str, str]) -> Any:
+    """Columns of these Arrow types, complete but for scores; ArtifactError otherwise."""
+    table = read_columns(path, list(types))
+    for name, expected in types.items():
+        found = str(table.schema.field(name).type)
+        if found != expected:
+            raise ArtifactError(f"{path}: {name}: expected {expected}, found {found}; pull or build the artifact again")
+        if table[name].null_count and not name.endswith("_score"):
+            raise ArtifactError(f"{path}: {name}: expected no empty cell, found some; pull or build the artifact again")
+    return table
+
+
 def _items(path: Path) -> dict[Key, Item]:
-    names = ["task", "filter", "doc_id", *HASHES, "prompt", "target"]
-    own = ("response", "score", "outcome", "n_tokens", "truncated")
-    rows = read_columns(path, names + [f"{who}_{name}" for who in ("base", "quant") for name in own]).to_pylist()
+    rows = _typed(path, _ITEM | {f"{who}_{name}": kind for who in ("base", "quant") for name, kind in _ANSWER.items()})
+    rows = rows.to_pylist()
     return {
         (row["task"], row["filter"], row["doc_id"]): Item(
             hashes=(row["doc_hash"], row["prompt_hash"], row["target_hash"]),
@@ -164,7 +189,7 @@ def _answer(row: Mapping[str, Any], who: str) -> Answer | None:
 
 
 def _tokens(path: Path) -> Tokens:
-    table = read_columns(path, ["domain", "kl", "nll_source", "nll_artifact", "same_top"]).to_pydict()
+    table = _typed(path, _TOKEN).to_pydict()
     return Tokens(
         domains=table["domain"],
         kl=table["kl"],
