@@ -406,6 +406,21 @@ def test_text_from_elsewhere_ends_nothing(text: str) -> None:
     assert "\x1b" not in drawn(views.terminal_view(found))
 
 
+def test_an_answer_calls_nobody_and_links_nothing() -> None:
+    """GitHub would read @name and #12 in a table; in a fence it does not."""
+    b = a_side()
+    key = ("tiny-v3-math", "answer", 5)
+    said = replace(answer("#12 @staticmethod", 0.0), outcome="@staticmethod #12 kl@math")
+    found = compare(
+        a_side(), replace(b, name="@team", items={**(b.items or {}), key: replace((b.items or {})[key], answer=said)})
+    )
+    lines = [line for line in views.markdown_view(found).splitlines() if "static" in line or "team" in line]
+    fenced = [line for line in lines if line == "#12 @staticmethod"]
+    assert len(fenced) == 1 and len(lines) == 4
+    for line in set(lines) - set(fenced):
+        assert not re.search(r"(?<!\w)[@#]\w", line) and ("kl@math" in line) == ("static" in line)
+
+
 def test_kl_of_a_source_is_zero_and_its_ratio_has_no_percent() -> None:
     """Nothing divides by the source's KL of 0."""
     a = a_side()

@@ -48,8 +48,8 @@ def markdown_view(diff: Diff) -> str:
 
 def _markdown(diff: Diff, rows: int, cell: int, items: int, answer: int) -> str:
     environment = html.environment(autoescape=False)  # Markdown: the filters take care of text from elsewhere
-    environment.filters["table"] = lambda made: markdown.table(made, rows, cell, "quantkit diff --json")
-    environment.filters["cell"] = lambda text: markdown.cell(text, 4 * cell)
+    environment.filters["table"] = lambda made: unlinked(markdown.table(made, rows, cell, "quantkit diff --json"))
+    environment.filters["cell"] = lambda text: unlinked(markdown.cell(text, 4 * cell))
     environment.filters["answer"] = lambda text: fenced(text, answer)
     text = environment.get_template("diff.md.j2").render(
         diff=diff, tables=tables, headline=tables.headline(diff), party=party_text, rows=rows, items=diff.flips[:items],
@@ -64,6 +64,11 @@ def around_first(flip: Flip, limit: int = 300) -> tuple[str, str]:
     start = max(0, place - limit)
     cut = f"[{start:,} characters before] … " if start else ""
     return cut + flip.a.text[start:], cut + flip.b.text[start:]
+
+
+def unlinked(text: str) -> str:
+    """Without mentions and issue numbers: a decorator in an answer must call nobody to the pull request."""
+    return re.sub(r"(?<![\w])([@#])(?=\w)", "\\1\u200b", text)
 
 
 def fenced(text: str, limit: int) -> str:
