@@ -29,12 +29,12 @@ from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.corpora import Tokens
 from quantkit.storage.prefetch import ReadAhead
 from quantkit.storage.spool import Spool
-from quantkit.streams import Routing, Stream, StreamName, by_length, chunks, moved, scratch, spool_dtype, start
+from quantkit.streams import Routing, Stream, StreamName, chunks, moved, scratch, spool_dtype, start
 from quantkit.work import BlockRecord, Job, Work
 
 Request = tuple[str, ...]
 Streams = dict[StreamName, Stream]
-Texts = Mapping[Literal["calibration", "fidelity"], Tokens]
+Texts = Mapping[Literal["calibration", "fidelity", "solutions"], Tokens]
 
 
 ONE_THREAD = 1 << 14
@@ -151,15 +151,17 @@ def store_unseen(work: Work) -> Iterator[float]:
 
 def measure(work: Work, reference: Routing | None, quantized: Routing | None) -> None:
     """Note how far the block's stored weights lead away from the original ones on the fidelity text."""
-    work.record.output_error = relative_error(work.targets["reference"], work.targets["quantized"])
+    rows = work.streams["reference"].text_rows
+    work.record.output_error = relative_error(work.targets["reference"], work.targets["quantized"], rows)
     if reference and quantized:
-        work.record.router_agreement = float(router_agreement(reference.index, quantized.index).mean())
+        agreement = router_agreement(reference.index[:rows], quantized.index[:rows])
+        work.record.router_agreement = float(agreement.mean())
 
 
-def relative_error(reference: Spool, quantized: Spool) -> float:
-    """||q - r|| / ||r|| of hidden states [tokens, hidden], summed in float64."""
+def relative_error(reference: Spool, quantized: Spool, rows: int) -> float:
+    """||q - r|| / ||r|| of the first `rows` hidden states [tokens, hidden], summed in float64."""
     lost, energy = 0.0, 0.0
-    for first, stop in chunks(reference.rows):
+    for first, stop in chunks(rows):
         r, q = reference.read(first, stop).double(), quantized.read(first, stop).double()
         for apart, part in zip((q - r).flatten().split(ONE_THREAD), r.flatten().split(ONE_THREAD), strict=True):
             lost += float(apart.square().sum())
@@ -223,7 +225,8 @@ def embed(job: Job, texts: Texts, folder: Path) -> Streams:
         texts_of |= {"reference": texts["fidelity"], "quantized": texts["fidelity"]}
     if routed_experts:  # wave after wave is added to the states: rounded in between, they would tell the waves' size
         dtypes = dict.fromkeys(texts_of, torch.float32)
+    behind: dict[StreamName, Tokens] = dict.fromkeys(("reference", "quantized"), texts["solutions"])
     return {
-        n: start(n, by_length(t), weight, folder, routed_experts, spool_dtype(dtypes.get(n, job.skeleton.dtype)))
+        n: start(n, t, behind.get(n), weight, folder, routed_experts, spool_dtype(dtypes.get(n, job.skeleton.dtype)))
         for n, t in texts_of.items()
     }

@@ -38,6 +38,7 @@ def fidelity(
     blocks: Sequence[BlockRecord],
     measured: Measured | None,
     texts: Mapping[TextName, schema.Text],
+    likelihood: Sequence[schema.Likelihood],
     benchmarks: Sequence[Benchmark],
     licence: schema.License | None,
 ) -> Fidelity:
@@ -49,6 +50,7 @@ def fidelity(
         calibration=texts.get("calibration"),
         measured_on=texts.get("fidelity"),
         distribution=distribution(measured) if measured else (),
+        likelihood=tuple(likelihood),
         blocks=tuple(
             schema.BlockError(block=block.name, relative_error=block.output_error)
             for block in blocks

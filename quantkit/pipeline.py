@@ -21,8 +21,11 @@ import torch
 from quantkit import artifact, evidence, manifests, registry, sources
 from quantkit.artifact import Sink
 from quantkit.build import Built, Progress, build
+from quantkit.build import Texts as StreamTexts
+from quantkit.evaluate import likelihood
 from quantkit.evaluate.compare import Compared, compare
-from quantkit.evaluate.distribution import Measured, measure, tokens_to_parquet
+from quantkit.evaluate.distribution import Measured, measure, sides, tokens_to_parquet
+from quantkit.evaluate.likelihood import Scored, Solutions
 from quantkit.evaluate.samples import pairs_to_parquet
 from quantkit.evidence import TextName
 from quantkit.layers import skeleton
@@ -59,6 +62,27 @@ class Texts:
 
     tokens: Mapping[TextName, Tokens]
     told: Mapping[TextName, Text]
+    solutions: Solutions  # run behind the fidelity text
+
+    def streamed(self) -> StreamTexts:
+        """What the build takes."""
+        text = self.tokens
+        return {
+            "calibration": text["calibration"], "fidelity": text["fidelity"], "solutions": self.solutions.tokens
+        }  # fmt: skip
+
+    def counts(self) -> dict[TextName, int]:
+        """Tokens per stream."""
+        found = {name: tokens.n_tokens for name, tokens in self.tokens.items()}
+        return {**found, "fidelity": found["fidelity"] + self.solutions.tokens.n_tokens}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What the streams behind the last block say; `tokens` None when the recipe says `fidelity: none`."""
+
+    tokens: Measured | None = None
+    solutions: Sequence[Scored] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +128,7 @@ def run(
     located = hub.resolve(recipe.source.model, recipe.source.revision)
     source = Checkpoint.open(located.folder)
     texts = tokenize(recipe, located.folder)
-    counts = {name: tokens.n_tokens for name, tokens in texts.tokens.items()}
-    plans = sources.plan_recipe(recipe, sources.facts_of(recipe, source, located.revision), counts)
+    plans = sources.plan_recipe(recipe, sources.facts_of(recipe, source, located.revision), texts.counts())
     folders = {plan.format_name: artifact.prepare(Path(plan.path), overwrite) for plan in plans}
     planned(plans)
     clock.lap("plan")
@@ -133,14 +156,15 @@ def run_once(
     The others store the same weights bit for bit (`solve` has compared them).
     """
     plan, folder = made[0].plan, made[0].folder
-    built, written, measured = quantize(made, source, texts, text, tell, clock)
+    built, written, figures = quantize(made, source, texts, text, tell, clock)
     compared = compare(plan, source, folder, sources.compute(plan.recipe), evaluate=evaluate, tell=tell)
     clock.lap("benchmarks")
     licence = evidence.licence(front_matter(source.folder))
+    likely = likelihood.rows(plan.recipe.evaluation.tasks, texts.solutions, figures.solutions)
     for each, files in zip(made, written, strict=True):
-        report = evidence.fidelity(each.plan, built.blocks, measured, texts.told, compared.rows, licence)
+        report = evidence.fidelity(each.plan, built.blocks, figures.tokens, texts.told, likely, compared.rows, licence)
         report = gates.judged(each.plan.recipe.gates, report)
-        write_evidence(each.plan, each.folder, report, measured, compared)
+        write_evidence(each.plan, each.folder, report, figures, compared)
         write_timings(each.folder, built, clock)
         path = Path(each.plan.path)
         artifact.seal(each.folder, path, manifests.manifest(each.plan, source, report, built.blocks), files)
@@ -168,12 +192,16 @@ def tokenize(recipe: Recipe, folder: Path) -> Texts:
         tokens[name] = corpora.token_batches(corpus, tokenizer, sequences, length, seed)
         told[name] = evidence.text(corpus, tokens[name], length, seed)
     nothing = corpora.pack_tokens([])
-    return Texts(tokens={"calibration": nothing, "fidelity": nothing, **tokens}, told=told)
+    asked, wanted_items = recipe.evaluation.tasks, recipe.evaluation.likelihood
+    solutions = likelihood.none()
+    if fidelity:
+        solutions = likelihood.tokenize(asked, tokenizer, items=wanted_items, length=fidelity.length)
+    return Texts(tokens={"calibration": nothing, "fidelity": nothing, **tokens}, told=told, solutions=solutions)
 
 
 def quantize(
     made: Sequence[Made], source: Checkpoint, texts: Texts, text: str, tell: Tell, clock: Clock
-) -> tuple[Built, list[dict[str, Written]], Measured | None]:
+) -> tuple[Built, list[dict[str, Written]], Figures]:
     """Build into every folder, then compare the streams behind the last block, the head read from the first's files.
 
     Nothing is compared when the recipe says `fidelity: none`.
@@ -188,7 +216,7 @@ def quantize(
     sinks = [Sink(each.folder, each.plan.shards) for each in made]
     with scratch(folder) as place:
         try:
-            built = finished(build(plans, source, texts.tokens, sinks, place, device, dtype, learning), tell)
+            built = finished(build(plans, source, texts.streamed(), sinks, place, device, dtype, learning), tell)
             written = [sink.close() for sink in sinks]
         finally:
             for sink in sinks:
@@ -196,12 +224,13 @@ def quantize(
         for each in made:
             artifact.write_model_files(each.folder, each.plan, source.sidecars, text)
         clock.lap("quantize")
-        measured, streams = None, built.streams
+        figures, streams = Figures(), built.streams
         if "reference" in streams:
             bones, head = skeleton(plans[0].source.config, device, dtype), Checkpoint.open(folder)
-            measured = measure(bones, plans[0].layout, source, head, streams["reference"], streams["quantized"])
+            both = sides(bones, plans[0].layout, source, head, streams["reference"], streams["quantized"])
+            figures = Figures(tokens=measure(both), solutions=likelihood.score(both, texts.solutions.items))
     clock.lap("distribution")
-    return built, written, measured
+    return built, written, figures
 
 
 def finished(steps: Generator[Progress, None, Returned], tell: Tell) -> Returned:
@@ -226,15 +255,17 @@ def scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def write_evidence(plan: Plan, folder: Path, report: Fidelity, measured: Measured | None, compared: Compared) -> None:
+def write_evidence(plan: Plan, folder: Path, report: Fidelity, figures: Figures, compared: Compared) -> None:
     """fidelity.json, the model card, plan.json, the samples, and the page made of what was written."""
-    if measured or compared.pairs:
+    if figures.tokens or compared.pairs:
         (folder / "quantkit" / "samples").mkdir(exist_ok=True)
     write_atomic(folder / "quantkit" / "fidelity.json", report.to_json().encode())
     write_atomic(folder / "README.md", card.render(report).encode())
     write_atomic(folder / "quantkit" / "plan.json", manifests.plan_json(plan).encode())
-    if measured:
-        tokens_to_parquet(measured, folder / "quantkit" / "samples" / "tokens.parquet")
+    if figures.tokens:
+        tokens_to_parquet(figures.tokens, folder / "quantkit" / "samples" / "tokens.parquet")
+    if figures.solutions:
+        likelihood.to_parquet(figures.solutions, folder / "quantkit" / "samples" / "solutions.parquet")
     if compared.pairs:
         pairs_to_parquet(compared.pairs, folder / "quantkit" / "samples" / "benchmarks.parquet")
     write_atomic(folder / html.HTML, html.page(folder).encode())

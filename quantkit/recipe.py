@@ -170,7 +170,8 @@ class _Check:
         for figure, bounds in gates.items() if isinstance(gates, dict) else ():
             path = ("gates", figure)
             base, _, domain = str(figure).partition("@")
-            if figure not in (*FIGURES, *tasks) and not (base in POOLED and domain in DOMAINS):
+            of_part = domain in (DOMAINS if base in POOLED else tasks if base == "likelihood" else ())
+            if figure not in (*FIGURES, *tasks) and not of_part:
                 self.fault(path, _unknown_figure(str(figure), tasks))
             elif base in MEASURED and fidelity in (None, "none"):
                 self.fault(path, "needs a fidelity text, found fidelity: none; name a set, or drop this gate")

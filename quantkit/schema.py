@@ -27,14 +27,14 @@ POOLED: tuple[str, ...] = (
 
 FIGURES: tuple[str, ...] = (
     *POOLED, "router_agreement", "block_error", "module_error", "module_output_error", "experts_uncalibrated",
-    "fallbacks", "lost_items", "bits_per_weight", "size",
+    "fallbacks", "lost_items", "bits_per_weight", "size", "likelihood",
 )  # fmt: skip
 """What a gate may bound with min or max; a task of evaluation.tasks takes TASK_BOUNDS. report.gates reads them."""
 
 TASK_BOUNDS = ("min_recovery", "margin_pp", "max_lost", "min_score")
 
-MEASURED = frozenset({*POOLED, "router_agreement", "block_error"})
-"""Those that come from the fidelity text."""
+MEASURED = frozenset({*POOLED, "router_agreement", "block_error", "likelihood"})
+"""Those that come from the streams behind the fidelity text."""
 
 _UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}  # fmt: skip
@@ -222,6 +222,7 @@ class Evaluation(BaseModel):
     model_config = FROZEN
     tasks: TaskNames = ()
     limit: Count | None = None
+    likelihood: Seed = 64  # items of each task whose gold solution is scored in the streaming pass
     backend: Literal["transformers"] = "transformers"
     batch_size: Count = 128
 

@@ -12,7 +12,7 @@ from quantkit import registry
 from quantkit.contracts import Config
 from quantkit.errors import HubUnreachable, RecipeError, UsageError
 from quantkit.plan import Plan, SourceFacts, claimed_of, make_plan
-from quantkit.schema import Recipe
+from quantkit.schema import POOLED, Recipe
 from quantkit.storage import builtin, evals, hub
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.corpus_spec import read_spec
@@ -110,11 +110,16 @@ def budget(recipe: Recipe) -> int:
 
 
 def text_tokens(recipe: Recipe) -> dict[Literal["calibration", "fidelity"], int]:
-    """Upper bounds of the streams, before a tokenizer is loaded: sequences times length, or the text's bytes."""
+    """Upper bounds of the streams, before a tokenizer is loaded: sequences times length, or the text's bytes.
+
+    Gold solutions of the recipe's tasks run behind the fidelity text.
+    """
     calibration, fidelity = recipe.calibration if recipe.learns else None, recipe.fidelity
+    items = recipe.evaluation.likelihood * len(recipe.evaluation.tasks)
+    solutions = items * fidelity.length if fidelity else 0  # of which most use a small part
     return {
         "calibration": most_tokens(calibration.set, calibration.sequences, calibration.length) if calibration else 0,
-        "fidelity": most_tokens(fidelity.set, fidelity.windows, fidelity.length) if fidelity else 0,
+        "fidelity": most_tokens(fidelity.set, fidelity.windows, fidelity.length) + solutions if fidelity else 0,
     }
 
 
@@ -163,7 +168,11 @@ def task_faults(recipe: Recipe) -> list[str]:
 def gate_faults(recipe: Recipe) -> list[str]:
     """Gates on a domain that the fidelity text does not have: they would never be judged."""
     text = recipe.fidelity
-    asked = [figure for figure in recipe.gates if "@" in figure and figure not in recipe.evaluation.tasks]
+    asked = [
+        figure
+        for figure in recipe.gates
+        if figure.partition("@")[0] in POOLED and "@" in figure and figure not in recipe.evaluation.tasks
+    ]
     if text is None or not asked:
         return []
     domains = read_spec(text.set, builtin.folder("calibration")).domains

@@ -67,6 +67,7 @@ class Stream:
 
     name: StreamName
     tokens: Tokens
+    text_rows: int  # tokens of the text; solutions that are scored stand behind them
     batches: tuple[Batch, ...]
     folder: Path
     hidden: Spool
@@ -101,8 +102,26 @@ def by_length(tokens: Tokens) -> Tokens:
     return pack_tokens([(tokens.domains[i], tokens.sequence(i).tolist()) for i in order])
 
 
-def start(name: StreamName, tokens: Tokens, embedding: Tensor, folder: Path, routed: bool, dtype: SpoolDtype) -> Stream:
-    """Look the tokens up in `embedding` [vocabulary, hidden]; CheckpointError for a token it does not have."""
+def joined(first: Tokens, second: Tokens) -> Tokens:
+    """The sequences of both, one behind the other."""
+    both = ((tokens, i) for tokens in (first, second) for i in range(tokens.n_sequences))
+    return pack_tokens([(tokens.domains[i], tokens.sequence(i).tolist()) for tokens, i in both])
+
+
+def start(
+    name: StreamName,
+    text: Tokens,
+    solutions: Tokens | None,
+    embedding: Tensor,
+    folder: Path,
+    routed: bool,
+    dtype: SpoolDtype,
+) -> Stream:
+    """Look a text's tokens up in `embedding` [vocabulary, hidden], longest sequence first, `solutions` behind them.
+
+    CheckpointError for a token that the embedding does not have.
+    """
+    tokens = joined(by_length(text), solutions) if solutions else by_length(text)
     ids, width = tokens.ids, embedding.shape[1]
     if len(ids) and int(ids.max()) >= len(embedding):
         raise CheckpointError(
@@ -117,6 +136,7 @@ def start(name: StreamName, tokens: Tokens, embedding: Tensor, folder: Path, rou
     return Stream(
         name=name,
         tokens=tokens,
+        text_rows=text.n_tokens,
         batches=batches(tokens.lengths),
         folder=folder,
         hidden=hidden,

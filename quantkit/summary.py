@@ -8,7 +8,8 @@ from quantkit.claims import fp8_block
 from quantkit.contracts import Scheme
 from quantkit.decide import Decision
 from quantkit.plan import Plan
-from quantkit.report.schema import PlanMemory, PlanRule, PlanShard, PlanSource, PlanSummary, PlanTotals
+from quantkit.report.planned import PlanMemory, PlanShard, PlanSource, PlanSummary, PlanTotals
+from quantkit.report.schema import PlanRule
 
 
 def plan_summary(plan: Plan) -> PlanSummary:

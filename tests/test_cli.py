@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from quantkit import registry
 from quantkit.cli import main
-from quantkit.report.schema import Fidelity, PlanSummary
+from quantkit.report.planned import PlanSummary
+from quantkit.report.schema import Fidelity
 from quantkit.storage.builtin import folder, resolve_model
 from quantkit.verify import read_manifest, verify
 

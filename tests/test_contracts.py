@@ -72,7 +72,7 @@ def test_block_by_block_logits_equal_transformers(name: str, changes: dict[str, 
     plan, streams = run_streams(folder, tmp_path, rules='[{match: "*", keep: source}]', quantize="{method: rtn}")
     stream, source = streams["reference"], Checkpoint.open(folder)
     bones = skeleton(source.config, torch.device("cpu"), torch.float32)
-    rows, _, _ = scored(stream)
+    rows, _ = scored(stream)
     ours = Head(bones, plan.layout, source).logits(stream.hidden.gather(rows))
     model, theirs = reference(folder), []
     with torch.no_grad():
@@ -182,13 +182,12 @@ def run_streams(folder: Path, place: Path, **keys: str):  # type: ignore[no-unty
     recipe = parse(recipe_text(folder, place / "unused", **keys), "test.yaml")
     source = Checkpoint.open(folder)
     texts = pipeline.tokenize(recipe, folder)
-    counts = {name: tokens.n_tokens for name, tokens in texts.tokens.items()}
-    (plan,) = sources.plan_recipe(recipe, sources.facts_of(recipe, source, None), counts)
+    (plan,) = sources.plan_recipe(recipe, sources.facts_of(recipe, source, None), texts.counts())
     (place / "out").mkdir()
     (place / "scratch").mkdir()
     sink = Sink(place / "out", plan.shards)
     device, dtype = torch.device("cpu"), torch.float32
-    steps = build_loop([plan], source, texts.tokens, [sink], place / "scratch", device, dtype, dtype)
+    steps = build_loop([plan], source, texts.streamed(), [sink], place / "scratch", device, dtype, dtype)
     built = pipeline.finished(steps, ignore)
     sink.close()
     return plan, built.streams

@@ -58,6 +58,7 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "pipeline.py": frozenset({"mkdir", "rmtree"}),  # the scratch folder and samples/
     "results.py": frozenset({"mkdir"}),  # the folder of an evaluation
     "evaluate/distribution.py": frozenset({"write_table"}),  # pyarrow writes its own files
+    "evaluate/likelihood.py": frozenset({"write_table"}),  # the same
     "evaluate/samples.py": frozenset({"write_table", "os.replace", "unlink", "mkdir"}),  # and its cache
     "evaluate/backends.py": frozenset({"from_pretrained"}),  # transformers reads its own files
     "evaluate/endpoint.py": frozenset({"openai", "urllib.parse"}),  # the official client of an API; no file

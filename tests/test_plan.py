@@ -22,7 +22,7 @@ from quantkit.errors import CheckpointError, RecipeError, UsageError
 from quantkit.outputs import shards
 from quantkit.plan import Plan, SourceFacts, claimed_of, make_plan
 from quantkit.recipe import parse
-from quantkit.report.schema import PlanSummary
+from quantkit.report.planned import PlanSummary
 from quantkit.summary import plan_summary
 
 ROOT = Path(__file__).parent.parent

@@ -52,7 +52,7 @@ def test_the_smallest_recipe_has_every_default() -> None:
         "rules": None,
         "calibration": None,
         "fidelity": {"set": "tiny-v3-heldout", "windows": None, "length": 2048},
-        "evaluation": {"tasks": [], "limit": None, "backend": "transformers", "batch_size": 128},
+        "evaluation": {"tasks": [], "limit": None, "likelihood": 64, "backend": "transformers", "batch_size": 128},
         "gates": {},
         "output": {"path": "artifacts/x", "shard_bytes": 5_000_000_000},
         "memory": None,
@@ -288,7 +288,7 @@ fidelty: {}
         "x.yaml:13: gates.kl_maen: no figure or task of evaluation.tasks named 'kl_maen'. Did you mean 'kl_mean'? "
         "Known: kl_mean, kl_median, kl_p99, kl_p999, kl_max, ppl_source, ppl_artifact, ppl_ratio, top1, mean_delta_p, "
         "rms_delta_p, router_agreement, block_error, module_error, module_output_error, experts_uncalibrated, "
-        "fallbacks, lost_items, bits_per_weight, size, gsm8k. Of one domain: kl_mean@code.",
+        "fallbacks, lost_items, bits_per_weight, size, likelihood, gsm8k. Of one domain: kl_mean@code.",
         "x.yaml:13: gates.gsm8k: expected {min_recovery: NUMBER} or {margin_pp: NUMBER} or {max_lost: NUMBER} or "
         "{min_score: NUMBER}",
         "x.yaml:13: gates.kl_mean: expected {max: NUMBER} or {min: NUMBER}",

@@ -16,7 +16,7 @@ from quantkit.claims import expected
 from quantkit.cli import main
 from quantkit.contracts import Config
 from quantkit.errors import HubUnreachable
-from quantkit.report.schema import PlanSummary
+from quantkit.report.planned import PlanSummary
 from quantkit.storage import hub
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))

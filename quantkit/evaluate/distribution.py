@@ -78,31 +78,55 @@ class Head:
         return normed @ self._weight.T
 
 
-def measure(
+@dataclass(frozen=True, kw_only=True)
+class Sides:
+    """The two streams behind the last block, each with the head it ends in."""
+
+    reference: Stream
+    quantized: Stream
+    source: Head
+    artifact: Head
+
+    def compare(self, rows: Tensor) -> TokenFidelity:
+        """The two models' predictions of the token behind each of `rows` [n] of the streams."""
+        ids, parts = self.reference.tokens.ids.long(), list[TokenFidelity]()
+        for row in rows.split(HEAD_CHUNK):
+            p = self.source.logits(self.reference.hidden.gather(row))
+            q = self.artifact.logits(self.quantized.hidden.gather(row))
+            parts.append(fidelity.compare(p.cpu(), q.cpu(), ids[row + 1]))
+        return fidelity.concatenate(parts)
+
+
+def sides(
     skeleton: Skeleton,
     layout: Layout,
     source: Checkpoint,
     artifact: Checkpoint,
     reference: Stream,
     quantized: Stream,
-) -> Measured:
-    """Compare the two streams at every position that has a next token."""
-    first, second = Head(skeleton, layout, source), Head(skeleton, layout, artifact)
-    rows, targets, domains = scored(reference)
-    parts = []
-    for row, target in zip(rows.split(HEAD_CHUNK), targets.split(HEAD_CHUNK)):
-        p = first.logits(reference.hidden.gather(row))
-        q = second.logits(quantized.hidden.gather(row))
-        parts.append(fidelity.compare(p.cpu(), q.cpu(), target))
-    return Measured(tokens=fidelity.concatenate(parts), domains=domains)
+) -> Sides:
+    """Read both heads."""
+    return Sides(
+        reference=reference,
+        quantized=quantized,
+        source=Head(skeleton, layout, source),
+        artifact=Head(skeleton, layout, artifact),
+    )
 
 
-def scored(stream: Stream) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Rows that have a next token in their sequence, that token, and the sequence's domain: [n], [n], n names."""
-    ids, tokens = stream.tokens.ids.long(), stream.tokens
-    rows = [
-        torch.arange(start, start + length - 1) for start, length in zip(tokens.starts, tokens.lengths, strict=True)
+def measure(both: Sides) -> Measured:
+    """Compare the two streams at every position of the text that has a next token."""
+    rows, domains = scored(both.reference)
+    return Measured(tokens=both.compare(rows), domains=domains)
+
+
+def scored(stream: Stream) -> tuple[Tensor, tuple[str, ...]]:
+    """Rows of the text that have a next token in their sequence, and the sequence's domain: [n], n names."""
+    tokens = stream.tokens
+    sequences = zip(tokens.starts, tokens.lengths, tokens.domains, strict=True)
+    found = [
+        (torch.arange(start, start + length - 1), domain)
+        for start, length, domain in sequences
+        if start < stream.text_rows
     ]
-    row = torch.cat(rows)
-    domains = tuple(domain for part, domain in zip(rows, tokens.domains, strict=True) for _ in range(len(part)))
-    return row, ids[row + 1], domains
+    return torch.cat([rows for rows, _ in found]), tuple(domain for rows, domain in found for _ in range(len(rows)))

@@ -24,7 +24,7 @@ from quantkit.storage.files import sha256_file
 
 DATA_VARIABLE = "QUANTKIT_DATA"
 _BLOCK = "quantkit"
-_KEYS = ("domain", "local", "hub", "code")
+_KEYS = ("domain", "local", "hub", "gold", "code")
 _CODE_KEYS = ("source", "tests", "cut", "seconds")
 _CUTS = ("none", "first_unindented_line")
 
@@ -51,7 +51,8 @@ class LocalFile:
 class Task:
     """One checked task. `files` is split -> file; empty means that the data comes from `hub`.
 
-    `config` is lm-eval's part as written; `sha256` covers the file's text and its data.
+    `config` is lm-eval's part as written; `gold` a Jinja template of what follows the prompt in a right answer;
+    `sha256` covers the file's text and its data.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Task:
     hub: Mapping[str, str]
     code: CodeRules | None
     sha256: str
+    gold: str | None = None
 
     @property
     def is_local(self) -> bool:
@@ -149,11 +151,13 @@ def _load(name: str, data_folder: Path | None) -> Task:
         check.faults.append(f"{path}: output_type: expected generate_until, found {config.get('output_type')!r}")
     domain = check.text(block, "domain", _BLOCK)
     code = check.code(block.get("code"))
+    gold = check.text(block, "gold", _BLOCK) if "gold" in block else None
     if check.faults:
         raise EvaluationError("\n".join(check.faults))
     files = {} if missing else files
     return Task(
-        name=path.stem, domain=domain, config=config, files=files, hub=hub, code=code, sha256=_hash(text, files, hub)
+        name=path.stem, domain=domain, config=config, files=files, hub=hub, code=code, gold=gold,
+        sha256=_hash(text, files, hub),
     )  # fmt: skip
 
 

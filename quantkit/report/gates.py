@@ -60,6 +60,8 @@ def _figure(figure: str, fidelity: Fidelity) -> Found:
     name, _, domain = figure.partition("@")
     if name in POOLED:
         return _pooled(name, domain or "all", fidelity)
+    if name == "likelihood":
+        return _likelihood(domain, fidelity)
     artifact, experts = fidelity.artifact, fidelity.experts
     worst: dict[str, Found] = {
         "bits_per_weight": (artifact.bits_per_weight, ""),
@@ -88,6 +90,15 @@ def _pooled(name: str, domain: str, fidelity: Fidelity) -> Found:
         return None, f"{NOT_MEASURED}: the text has {', '.join(row.domain for row in fidelity.distribution)}"
     measured = getattr(row, name, None)
     return (None, NOT_MEASURED) if measured is None else (measured.value, NOT_FINITE)
+
+
+def _likelihood(task: str, fidelity: Fidelity) -> Found:
+    """The difference of a task's gold solutions, or the lowest of all tasks."""
+    rows = [row for row in fidelity.likelihood if task in ("", row.task)]
+    silent = [row for row in rows if row.difference is None]
+    if silent or not rows:
+        return None, f"{NOT_MEASURED}: {silent[0].reason}" if silent else NOT_MEASURED
+    return _extreme([row.difference.value for row in rows if row.difference], sign=-1)
 
 
 def _extreme(values: Sequence[float | None], sign: int) -> Found:

@@ -75,9 +75,20 @@ def signed_share(figure: Figure | None) -> str:
 
 def points(figure: Figure | None) -> str:
     """Percentage points with the 95 % interval: "-0.91 [-1.97, +0.08]"."""
+    return _change(figure, 2)
+
+
+def nats(figure: Figure | None) -> str:
+    """A difference in nats per token, to two digits of its 95 % interval: "-0.0121 [-0.0203, -0.0041]"."""
     low, high = (figure.ci if figure else None) or (None, None)
-    interval = f" [{low:+.2f}, {high:+.2f}]" if low is not None and high is not None else ""
-    return _figure(figure, lambda value: f"{value:+.2f}{interval}", lambda error: "")
+    width = high - low if low is not None and high is not None else 0.0
+    return _change(figure, min(9, max(2, 1 - _exponent(width / 2))) if width > 0 else 4)
+
+
+def _change(figure: Figure | None, places: int) -> str:
+    low, high = (figure.ci if figure else None) or (None, None)
+    interval = f" [{low:+.{places}f}, {high:+.{places}f}]" if low is not None and high is not None else ""
+    return _figure(figure, lambda value: f"{value:+.{places}f}{interval}", lambda error: "")
 
 
 def _figure(figure: Figure | None, value: Callable[[float], str], error: Callable[[float], str]) -> str:

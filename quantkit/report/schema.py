@@ -1,4 +1,4 @@
-"""quantkit/fidelity.json, version 1, and the summary of a plan: all that a report shows, as plain frozen values.
+"""quantkit/fidelity.json, version 1: all that a report shows, as plain frozen values. Of a plan see planned.py.
 
 Shares (top-1, recovery, scores, agreement, errors) are 0 .. 1; KL is in nats per token; differences of scores are in
 percentage points; sizes are in bytes. A figure that was measured and is not finite has value None; a figure that was
@@ -150,6 +150,25 @@ class Distribution(BaseModel):
     rms_delta_p: Figure | None = None
 
 
+class Likelihood(BaseModel):
+    """Log-likelihood of a task's gold solutions behind their prompts, teacher-forced; nothing is generated.
+
+    source, artifact: mean over items of the log-likelihood per token of the solution, nats; difference: artifact -
+    source, paired by item.
+    """
+
+    model_config = FROZEN
+    task: str
+    status: Literal["ok", "not run"] = "ok"
+    reason: str = ""  # why it was not run
+    n: int = 0  # items
+    tokens: int = 0  # of all solutions
+    source: Number = None
+    artifact: Number = None
+    difference: Figure | None = None
+    data_sha256: str = ""
+
+
 class BlockError(BaseModel):
     """||artifact - source|| / ||source|| of the hidden states after a block."""
 
@@ -262,6 +281,7 @@ class Fidelity(BaseModel):
     calibration: Text | None = None
     measured_on: Text | None = None
     distribution: tuple[Distribution, ...] = ()
+    likelihood: tuple[Likelihood, ...] = ()
     blocks: tuple[BlockError, ...] = ()
     modules: tuple[Module, ...] = ()
     routers: tuple[Router, ...] = ()
@@ -277,67 +297,3 @@ class Fidelity(BaseModel):
     def to_json(self) -> str:
         """The text of quantkit/fidelity.json: the same report is the same bytes."""
         return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-# -------------------------------------------------------------------------------------------------------------- plan
-
-
-class PlanSource(BaseModel):
-    """What is quantized, and how it is known."""
-
-    model_config = FROZEN
-    model: str
-    revision: str | None = None
-    architecture: str
-    dtype: str
-    parameters: int
-    parameters_without_mtp: int | None = None  # what a model is named by; None when it has no MTP layer
-    bytes: int
-    read_from: str  # "headers", or "the published config, offline: sizes are computed"
-
-
-class PlanTotals(BaseModel):
-    """The whole artifact."""
-
-    model_config = FROZEN
-    modules_quantized: int
-    modules_kept: int
-    parameters: int
-    tensors: int
-    bytes_before: int
-    bytes_after: int
-    bits_per_weight: float
-
-
-class PlanMemory(BaseModel):
-    """Bytes of host memory and scratch disk; `parts` add up to the peak."""
-
-    model_config = FROZEN
-    budget: int
-    peak: int
-    parts: dict[str, int] = {}
-    scratch_disk: int = 0
-    experts_per_wave: int | None = None
-
-
-class PlanShard(BaseModel):
-    """One output file."""
-
-    model_config = FROZEN
-    file: str
-    tensors: int
-    bytes: int
-
-
-class PlanSummary(BaseModel):
-    """What `quantkit plan` shows."""
-
-    model_config = FROZEN
-    recipe: str
-    output: str
-    source: PlanSource
-    rules: tuple[PlanRule, ...]
-    totals: PlanTotals
-    memory: PlanMemory
-    shards: tuple[PlanShard, ...]
-    warnings: tuple[str, ...] = ()

@@ -89,6 +89,29 @@ def distribution(fidelity: Fidelity) -> Table:
     )
 
 
+def likelihood(fidelity: Fidelity) -> Table:
+    """Log-likelihood of gold solutions, task by task, paired item by item."""
+    rows = tuple(
+        (
+            row.task,
+            numbers.count(row.n),
+            numbers.count(row.tokens),
+            numbers.digits(row.source, 4),
+            numbers.digits(row.artifact, 4),
+            numbers.nats(row.difference),
+        )
+        for row in fidelity.likelihood
+    )
+    silent = (f" {row.task} was not run: {row.reason}." for row in fidelity.likelihood if row.status == "not run")
+    note = "Log-likelihood of a right answer behind its prompt, nats per token; nothing is generated."
+    return Table(
+        title="Gold solutions (teacher-forced)",
+        columns=("task", ">items", ">tokens", ">source", ">artifact", ">difference [95 % CI]"),
+        rows=rows,
+        note=note + "".join(silent) if rows else "",
+    )
+
+
 def gates(fidelity: Fidelity) -> Table:
     """Every bound of the recipe, and whether it was kept."""
     words = {True: "kept", False: "MISSED", None: "not judged"}
@@ -265,7 +288,8 @@ def _more(total: int, shown: int) -> str:
 def tables(fidelity: Fidelity) -> Sequence[Table]:
     """All of them in the order of a report; empty ones left out."""
     made = (
-        benchmarks(fidelity), distribution(fidelity), gates(fidelity), roles(fidelity), texts(fidelity),
-        worst_modules(fidelity), worst_blocks(fidelity), routers(fidelity), experts(fidelity), fallbacks(fidelity),
+        benchmarks(fidelity), distribution(fidelity), likelihood(fidelity), gates(fidelity), roles(fidelity),
+        texts(fidelity), worst_modules(fidelity), worst_blocks(fidelity), routers(fidelity), experts(fidelity),
+        fallbacks(fidelity),
     )  # fmt: skip
     return [table for table in made if table.rows]

@@ -11,7 +11,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from quantkit.report import card, numbers, tables
-from quantkit.report.schema import Fidelity, PlanSummary
+from quantkit.report.planned import PlanSummary
+from quantkit.report.schema import Fidelity
 from quantkit.report.tables import Table
 
 _STYLES = {"accepted": "green", "rejected": "bold red", "not judged": "yellow"}

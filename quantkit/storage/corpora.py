@@ -164,6 +164,23 @@ def pack_tokens(rows: Sequence[tuple[str, Sequence[int]]]) -> Tokens:
     )
 
 
+def continued(tokenizer: Tokenizer, prompt: str, text: str, length: int) -> tuple[list[int], int]:
+    """Ids of a prompt with `text` behind it, and how many of them, the last, are the text's.
+
+    A prompt that does not fit into `length` tokens loses its beginning, but for BOS; nothing is left of a text that
+    does not fit with one token in front. The two are tokenized together, blanks between them being the text's, and the
+    text's tokens are those that stand behind as many as the prompt has alone: one that spans both is the prompt's.
+    """
+    bare = prompt.rstrip()
+    before, both = _encode(tokenizer, [bare, prompt + text])
+    own, first = both[len(before) :], _bos(tokenizer)
+    room = length - len(first) - len(own)
+    if not own or room < 0 or len(first) + min(room, len(before)) < 1:
+        return [], 0
+    kept = both[max(0, len(before) - room) : len(before)]
+    return [*first, *kept, *own], len(own)
+
+
 def _candidates(corpus: CorpusSet, domain: str, tokenizer: Tokenizer, length: int) -> list[list[int]]:
     """Every sequence that the documents of a domain give."""
     texts = [document.text for document in corpus.documents if document.domain == domain]
