@@ -135,6 +135,14 @@ def test_the_numbers_are_the_kernels(machine):
     assert {name: found.get(name) for name in expected} == expected
 
 
+def test_a_jail_that_nobody_can_watch_is_not_used(monkeypatch):
+    def refuse(pid: int) -> int:
+        raise OSError
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    assert probe().reason == "this kernel has no pidfd_open"
+
+
 def test_an_unknown_machine_has_no_sandbox(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "vax")
     assert probe().reason == "no system-call filter for vax"

@@ -122,8 +122,8 @@ def probe(search: str | None = None, kinds: Sequence[Kind] = ("bubblewrap", "nam
     """
     if platform.machine() not in syscalls.AUDIT:
         return Sandbox(kind="none", reason=f"no system-call filter for {platform.machine()}")
-    if not watch.works():
-        return Sandbox(kind="none", reason="this kernel does not name a process's children (CONFIG_PROC_CHILDREN)")
+    if lack := watch.missing():
+        return Sandbox(kind="none", reason=lack)
     path = search if search is not None else os.environ.get("PATH", "") + ":" + SYSTEM_PATH
     reasons = []
     for kind in kinds:
@@ -233,9 +233,10 @@ class _Jail:
 def _wait(tests: _Jail, program: _Jail, seconds: float) -> str:
     """Until the tests have ended; why they were not waited for, or an empty text."""
     until = time.monotonic() + seconds
-    ended = os.pidfd_open(tests.pid)
+    ended, waiting = os.pidfd_open(tests.pid), select.poll()
+    waiting.register(ended, select.POLLIN)
     try:
-        while not select.select([ended], [], [], watch.EVERY_SECONDS)[0]:
+        while not waiting.poll(1000 * watch.EVERY_SECONDS):
             if time.monotonic() > until:
                 return f"ran longer than {seconds:.0f} s"
             for watched in (program, tests):

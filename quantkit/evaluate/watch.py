@@ -15,9 +15,14 @@ EVERY_SECONDS = 0.05
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def works() -> bool:
-    """Whether this kernel names a process's children."""
-    return Path(f"/proc/self/task/{os.getpid()}/children").exists()
+def missing() -> str:
+    """What this kernel lacks for a jail to be watched; empty for nothing."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        return "this kernel has no pidfd_open"
+    named = Path(f"/proc/self/task/{os.getpid()}/children").exists()
+    return "" if named else "this kernel does not name a process's children (CONFIG_PROC_CHILDREN)"
 
 
 def tree(pid: int) -> list[int]:
