@@ -143,6 +143,11 @@ def test_killed_it_goes_on_and_asks_nothing_twice(tmp_path):
         assert len(server.records) == asked, "a finished evaluation asks nothing"
         evaluate(server, folder, "--limit", "5", "--resume", "--max-tokens", "30")
         assert len(server.records) == asked + 5, "other settings are other questions"
+        evaluate(server, folder, "--limit", "5", "--resume", "--think-end", "</think>")
+        assert len(server.records) == asked + 10, "without stop strings it is another question"
+    with Server(answer=answer) as moved:
+        assert evaluate(moved, folder, "--limit", "5", "--resume")["tasks"][0]["n"] == 5
+        assert moved.records == [], "a server that moved is the same model"
 
 
 def test_a_dead_server_is_one_sentence_and_keeps_what_was_answered(tmp_path, monkeypatch):

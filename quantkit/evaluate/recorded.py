@@ -106,14 +106,15 @@ class Recorder(LM):  # type: ignore[misc]  # lm-eval is untyped
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """One text per request, in the order of the requests."""
+        asked = [self._unstopped(request) if self._think_end else request for request in requests]
 
         def ask(missing: Sequence[int], store: Callable[[Sequence[tuple[int, Value]]], None]) -> None:
-            asked = [self._unstopped(requests[index]) if self._think_end else requests[index] for index in missing]
             self._backend.generate(
-                asked, lambda some: store([(missing[at], [a.text, a.n_tokens, a.truncated]) for at, a in some])
+                [asked[index] for index in missing],
+                lambda some: store([(missing[at], [a.text, a.n_tokens, a.truncated]) for at, a in some]),
             )
 
-        questions = _questions(requests, [json.dumps(request.args[1], sort_keys=True) for request in requests])
+        questions = _questions(asked, [json.dumps(request.args[1], sort_keys=True) for request in asked])
         values = self._complete(questions, ask)
         texts = []
         for request, (text, n_tokens, truncated) in zip(requests, values, strict=True):
