@@ -82,7 +82,7 @@ try:
     queue = libc.msgget(0, 0o1600) < 0
 except AttributeError:
     segment = queue = True""", "assert memory_file and segment and queue"),
-    fails("flood of standard output", "while True: print('x' * 65536)", CPU, WALL),
+    fails("flood of standard output", "while True: print('x' * 65536)", CPU, WALL, slow=True),
     fails("flood of standard error", "import sys\nwhile True: sys.stderr.write('x' * 65536)", CPU, WALL, slow=True),
     fails("flood of every descriptor", """
 import os
@@ -104,7 +104,7 @@ while True:
     fails("recursion without a limit", "import sys\nsys.setrecursionlimit(1 << 30)\ndef f(x): return [f([x])]\nf(1)",
           "killed by SIGSEGV", "MemoryError", "RecursionError", CPU, slow=True),
     fails("endless loop", "while True: pass", CPU, slow=True),
-    fails("endless loop in C", "import re\nre.match('(a+)+b', 'a' * 99)", CPU),
+    fails("endless loop in C", "import re\nre.match('(a+)+b', 'a' * 99)", CPU, slow=True),
     fails("sleep", "import time\ntime.sleep(999)", WALL, slow=True),
     fails("large file", "open('/tmp/big', 'wb').write(bytes(1 << 22))", "OSError"),
     fails("full disk", "for n in range(99): open('/tmp/%d' % n, 'wb').write(bytes(1 << 20))", "No space left"),

@@ -32,8 +32,8 @@ TEXT = (builtin.folder("recipes") / "tiny-v3-awq4.yaml").read_text()
 def built(place: Path, **changes: str) -> pipeline.Outcome:
     """A quick artifact of tiny-v3 without generated benchmarks."""
     keys = {
-        "calibration.sequences": "40", "fidelity.windows": "12", "gates.tiny-v3-math": "{min_score: 0}",
-        "evaluation.likelihood": str(ITEMS), "output.path": str(place),
+        "quantize.method": "rtn", "quantize.rounding": "nearest", "fidelity.windows": "12",
+        "gates.tiny-v3-math": "{min_score: 0}", "evaluation.likelihood": str(ITEMS), "output.path": str(place),
     }  # fmt: skip
     recipe = parse(TEXT, "tiny-v3-awq4.yaml", keys | {key.replace("__", "."): text for key, text in changes.items()})
     (outcome,) = pipeline.run(recipe, TEXT, overwrite=False, evaluate=False, planned=ignore, tell=ignore)
@@ -130,8 +130,7 @@ def test_it_changes_no_other_figure(outcome: pipeline.Outcome, tmp_path: Path) -
 
 
 def test_worse_weights_make_gold_less_likely(outcome: pipeline.Outcome, tmp_path: Path) -> None:
-    worse = built(tmp_path / "c", quantize__method="rtn", quantize__rounding="nearest", quantize__bits="2",
-                  rules="all-linear", format="dense").fidelity  # fmt: skip
+    worse = built(tmp_path / "c", quantize__bits="2", rules="all-linear", format="dense").fidelity
     for better, bad in zip(outcome.fidelity.likelihood, worse.likelihood, strict=True):
         assert bad.difference.ci[1] < better.difference.ci[0], bad.task  # type: ignore[union-attr, index]
 
