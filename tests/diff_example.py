@@ -10,7 +10,7 @@ from typing import Any
 
 from report_example import FIDELITY
 
-from quantkit.diff.sides import Item, Key, Side, Tokens
+from quantkit.diff.sides import Item, Key, Side, Solution, Tokens
 from quantkit.report.samples import Answer
 from quantkit.report.schema import Fidelity
 
@@ -67,6 +67,28 @@ def distribution() -> list[dict[str, Any]]:
     return [{**rows[0], "tokens": N_TOKENS}, {**rows[1], "tokens": 2 * N_TOKENS // 3}]
 
 
+def gold(artifact: float) -> list[dict[str, Any]]:
+    """The report's row on gold solutions."""
+    row = {
+        "task": "tiny-v3-math",
+        "n": 20,
+        "tokens": 100,
+        "source": -0.5,
+        "artifact": artifact,
+        "data_sha256": "12" * 32,
+    }
+    return [row]
+
+
+def solutions(lost: float) -> dict[tuple[str, int], Solution]:
+    """Twenty solutions, each of which is `lost` nats per token less likely, some more, some less."""
+    found = {}
+    for n in range(20):
+        at = -0.4 - 0.01 * n
+        found["tiny-v3-math", n] = Solution(n_tokens=5, source=at, value=at - lost * (1 + n % 3))
+    return found
+
+
 SOURCE = [1.0] * 45 + [0.0] * 15
 A_SCORES = [1.0] * 42 + [0.0] * 15 + [1.0] * 3  # 3 lost, 3 gained
 B_SCORES = [1.0] * 30 + [0.0] * 27 + [1.0] * 3  # 12 more lost
@@ -77,7 +99,7 @@ def a_side() -> Side:
     return Side(
         name="first",
         kind="artifact",
-        fidelity=report(),
+        fidelity=report(likelihood=gold(-0.502)),
         recipe=RECIPE,
         plan={"rules": [{"label": "rules[0]", "modules": 2, "bytes_after": 4_000_000}], "totals": {"tensors": 4}},
         decisions={EXPERT.format(n): "awq int4 g128 asymmetric" for n in range(2)} | {"lm_head": "keep"},
@@ -91,6 +113,7 @@ def a_side() -> Side:
         versions={"python": "3.11.7", "torch": "2.13.0"},
         items=items(A_SCORES, SOURCE),
         tokens=tokens(0.0004, seed=1),
+        solutions=solutions(0.001),
     )
 
 
@@ -109,6 +132,7 @@ def b_side() -> Side:
         kind="artifact",
         fidelity=report(
             status="rejected",
+            likelihood=gold(-0.54),
             artifact={**artifact, "name": "second", "scheme": "RTN, 3 bits", "format": "dense"},
             modules=[*modules[:2], head, *modules[2:]],
             distribution=measured,
@@ -140,4 +164,5 @@ def b_side() -> Side:
         versions={"python": "3.11.7", "torch": "2.14.0"},
         items=items(B_SCORES, SOURCE),
         tokens=tokens(0.004, seed=2),
+        solutions=solutions(0.02),
     )

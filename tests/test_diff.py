@@ -200,6 +200,30 @@ def test_token_differences_agree_with_scipy(domain: str) -> None:
     assert found["kl_mean"].resolved == "worse" and found["top1"].resolved == "worse"
 
 
+def test_gold_solutions_are_paired_and_agree_with_scipy(diff: Diff) -> None:
+    (row,) = diff.likelihood
+    first, second = a_side().solutions or {}, b_side().solutions or {}
+    change = [second[key].value - first[key].value for key in first]
+    assert row.difference is not None and row.difference.ci is not None
+    half = float(stats.norm.ppf(0.975) * stats.sem(change))
+    assert row.difference.ci == pytest.approx((sum(change) / 20 - half, sum(change) / 20 + half))
+    assert (row.task, row.n, row.source, row.a, row.b, row.resolved) == (
+        "tiny-v3-math",
+        20,
+        -0.5,
+        -0.502,
+        -0.54,
+        "worse",
+    )
+    alone = compare(replace(a_side(), solutions=None), b_side()).likelihood[0]
+    assert (alone.difference, alone.n, alone.b) == (None, 20, -0.54)
+
+
+def test_two_that_learned_from_nothing_are_not_told_to_differ() -> None:
+    sides = [replace(s, fidelity=s.fidelity.model_copy(update={"calibration": None})) for s in (a_side(), b_side())]
+    assert not any("calibration" in note for note in compare(*sides).notes)
+
+
 def test_all_tasks_are_put_together() -> None:
     """Items of two tasks count as one sample, and each task keeps its own line."""
     a, b = (
@@ -280,6 +304,12 @@ def other_data(side: Side) -> Side:
     return replace(side, fidelity=side.fidelity.model_copy(update={"benchmarks": tuple(rows)}))
 
 
+def other_solutions(side: Side) -> Side:
+    """Scored on another version of the gold solutions."""
+    rows = [row.model_copy(update={"data_sha256": "21" * 32}) for row in side.fidelity.likelihood]
+    return replace(side, fidelity=side.fidelity.model_copy(update={"likelihood": tuple(rows)}))
+
+
 REFUSED: Mapping[str, tuple[Change, str, tuple[str, ...]]] = {
     "source": (
         other_source,
@@ -305,7 +335,12 @@ REFUSED: Mapping[str, tuple[Change, str, tuple[str, ...]]] = {
         r"scores do not compare",
         ("flips",),
     ),
-    "data": (other_data, r"tiny-v3-math: first was asked other data \(1212.*\) than second \(2121.*\)", ("flips",)),
+    "data": (
+        other_data,
+        r"tiny-v3-math: first was asked other data \(1212.*\) than second \(2121.*\)",
+        ("flips", "likelihood"),
+    ),
+    "solutions": (other_solutions, r"tiny-v3-math: first was asked other data", ("flips", "likelihood")),
 }
 
 

@@ -57,7 +57,8 @@ def test_a_figure_is_the_reports(figure: str, value: float) -> None:
 
 def test_every_figure_has_a_value_in_a_full_report() -> None:
     pooled = {**dict(FIDELITY["distribution"][0]), "ppl_source": {"value": 3.1}, "ppl_artifact": {"value": 3.2}}  # type: ignore[index]
-    report = example({"distribution": [pooled], "benchmarks": [TASK]})
+    gold = {"task": "t", "n": 9, "source": -0.5, "artifact": -0.6, "difference": {"value": -0.1}}
+    report = example({"distribution": [pooled], "benchmarks": [TASK], "likelihood": [gold]})
     values = {figure: one(figure, Gate(max=1e12), report)[0] for figure in FIGURES}
     assert [figure for figure, value in values.items() if value is None] == []
     assert values["lost_items"] == 5

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quantkit.diff.sides import HASHES, Key, Side
-from quantkit.report.schema import Text
+from quantkit.report.schema import Benchmark, Likelihood, Text
+
+Asked = Benchmark | Likelihood
+"""What a task gave: generated answers, or the likelihood of its gold solutions."""
 
 BASELINE_NOISE = 1e-6
 """Nats by which the source's own losses may differ between two builds: another order of sums in float32."""
@@ -81,10 +84,15 @@ def _text(a: Side, b: Side) -> str | None:
 def _tasks(a: Side, b: Side) -> dict[str, str]:
     """Tasks whose data or items differ, each with the reason."""
     found: dict[str, str] = {}
-    second = {row.task: row for row in b.fidelity.benchmarks}
-    for row in a.fidelity.benchmarks:
-        other = second.get(row.task)
-        if other and row.status == other.status == "ok" and row.data_sha256 != other.data_sha256:
+    rows: list[tuple[Asked, Asked]] = []
+    for first, second in (
+        (a.fidelity.benchmarks, b.fidelity.benchmarks),
+        (a.fidelity.likelihood, b.fidelity.likelihood),
+    ):
+        other_rows: dict[str, Asked] = {row.task: row for row in second}
+        rows += [(row, other_rows[row.task]) for row in first if row.task in other_rows]
+    for row, other in rows:
+        if row.task not in found and row.status == other.status == "ok" and row.data_sha256 != other.data_sha256:
             found[row.task] = (
                 f"{row.task}: {a.name} was asked other data ({row.data_sha256[:12]}) than {b.name} "
                 f"({other.data_sha256[:12]}): the scores do not compare"

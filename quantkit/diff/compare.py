@@ -31,6 +31,7 @@ def compare(a: Side, b: Side, *, partial: bool = False) -> Diff:
         decisions=structure.decisions(a, b) or structure.schemes(a, b),
         tensors=structure.tensors(a, b),
         distribution=evidence.distribution(a, b, allowed),
+        likelihood=evidence.likelihood(a, b, allowed),
         benchmarks=evidence.benchmarks(a, b, allowed),
         blocks=evidence.blocks(a, b, allowed),
         routers=evidence.routers(a, b, allowed),
@@ -68,7 +69,8 @@ def _notes(a: Side, b: Side, allowed: Comparable) -> tuple[str, ...]:
             found.append(f"{side.name} cannot be reached, so its tensors are not compared.")
     if allowed.source:
         return tuple(found)
-    if "source" not in (a.kind, b.kind) and not same_text(a.fidelity.calibration, b.fidelity.calibration):
+    texts = a.fidelity.calibration, b.fidelity.calibration
+    if "source" not in (a.kind, b.kind) and any(texts) and not same_text(*texts):
         found.append(
             "They did not learn from the same calibration text, so modules are compared by the error of their weights; "
             "a method that learns lets that grow to make the error of the outputs smaller."

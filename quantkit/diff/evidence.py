@@ -8,7 +8,7 @@ from typing import Literal
 
 from quantkit.diff.comparable import Comparable, same_text
 from quantkit.diff.sides import Key, Side, Tokens
-from quantkit.diff.values import Benchmark, Distribution, Flip, Shift
+from quantkit.diff.values import Benchmark, Distribution, Flip, Likelihood, Shift
 from quantkit.evaluate import statistics
 from quantkit.report import schema
 from quantkit.report.schema import Figure
@@ -114,6 +114,40 @@ def _resolved(name: str, difference: Figure | None) -> Resolved:
     if low <= middle <= high:
         return "not resolved"
     return "better" if (low > middle) == (sign > 0) else "worse"
+
+
+# ---------------------------------------------------------------------------------------------------- gold solutions
+
+
+def likelihood(a: Side, b: Side, allowed: Comparable) -> tuple[Likelihood, ...]:
+    """Gold solutions of every task that both scored, paired where both kept the solutions' figures."""
+    if allowed.source:
+        return ()
+    second = {row.task: row for row in b.fidelity.likelihood}
+    rows = []
+    for row in a.fidelity.likelihood:
+        other = second.get(row.task)
+        if other is None or row.task in allowed.tasks or "not run" in (row.status, other.status):
+            continue
+        pairs = _paired_solutions(a, b, row.task)
+        found = _mean([one for one, _ in pairs], [two for _, two in pairs]) if len(pairs) > 1 else None
+        rows.append(
+            Likelihood(
+                task=row.task, n=len(pairs) or row.n, source=row.source, a=row.artifact, b=other.artifact,
+                difference=found, resolved=_resolved("likelihood", found),
+            )
+        )  # fmt: skip
+    return tuple(rows)
+
+
+def _paired_solutions(a: Side, b: Side, task: str) -> list[tuple[float, float]]:
+    """The same solutions, cut into as many tokens, under both."""
+    first, second = a.solutions or {}, b.solutions or {}
+    return [
+        (one.value, two.value)
+        for key, one in first.items()
+        if key[0] == task and (two := second.get(key)) and two.n_tokens == one.n_tokens
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------- benchmarks

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from quantkit.contracts import TensorSpec
 
 PLAN = "quantkit/plan.json"
+SOLUTIONS = "quantkit/samples/solutions.parquet"
 HASHES = ("doc_hash", "prompt_hash", "target_hash")
 _ITEM = {"doc_id": "int64"} | dict.fromkeys(("task", "filter", *HASHES, "prompt", "target"), "string")
 _ANSWER = {
     "response": "string", "score": "double", "outcome": "string", "n_tokens": "int64", "truncated": "bool",
 }  # fmt: skip
 _TOKEN = {"domain": "string", "kl": "double", "nll_source": "double", "nll_artifact": "double", "same_top": "bool"}
+_SOLUTION = {"task": "string", "doc_id": "int64", "n_tokens": "int64", "source": "double", "artifact": "double"}
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
 Key = tuple[str, str, int]  # task, filter, item
@@ -58,6 +60,15 @@ class Tokens:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Solution:
+    """Log-likelihood per token of an item's gold solution, nats; `source`: under the baseline."""
+
+    n_tokens: int
+    source: float
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Side:
     """What is known of one side; None where nobody wrote it down."""
 
@@ -73,6 +84,7 @@ class Side:
     versions: Mapping[str, str] | None = None
     items: Mapping[Key, Item] | None = None
     tokens: Tokens | None = None
+    solutions: Mapping[tuple[str, int], Solution] | None = None  # by task and item
 
 
 def read_sides(a: str, b: str) -> tuple[Side, Side]:
@@ -127,6 +139,7 @@ def _artifact(path: Path) -> Side:
         },
         items=_items(path / BENCHMARKS) if (path / BENCHMARKS).is_file() else None,
         tokens=_tokens(path / TOKENS) if (path / TOKENS).is_file() else None,
+        solutions=_solutions(path / SOLUTIONS) if (path / SOLUTIONS).is_file() else None,
     )
 
 
@@ -199,6 +212,13 @@ def _tokens(path: Path) -> Tokens:
     )
 
 
+def _solutions(path: Path) -> dict[tuple[str, int], Solution]:
+    return {
+        (row["task"], row["doc_id"]): Solution(n_tokens=row["n_tokens"], source=row["source"], value=row["artifact"])
+        for row in _typed(path, _SOLUTION).to_pylist()
+    }
+
+
 # --------------------------------------------------------------------------------------------------------- the source
 
 
@@ -220,7 +240,7 @@ def _source(text: str, artifact: Side) -> Side:
             tensors = _specs(hub.resolve_headers(told.model, told.revision).stored_specs)
         except HubUnreachable:
             tensors = None  # all else is in the artifact
-    tokens = artifact.tokens
+    tokens, solutions = artifact.tokens, artifact.solutions
     return Side(
         name=told.model,
         kind="source",
@@ -233,6 +253,7 @@ def _source(text: str, artifact: Side) -> Side:
         tokens=replace(tokens, kl=[0.0] * len(tokens.kl), nll=tokens.nll_source, same_top=[True] * len(tokens.kl))
         if tokens
         else None,
+        solutions={key: replace(row, value=row.source) for key, row in solutions.items()} if solutions else None,
     )
 
 
@@ -286,6 +307,7 @@ def _unquantized(fidelity: Fidelity) -> Fidelity:
             "fallbacks": (),
             "gates": (),
             "benchmarks": tuple(_own(row) for row in fidelity.benchmarks),
+            "likelihood": tuple(row.model_copy(update={"artifact": row.source}) for row in fidelity.likelihood),
             "status": "not judged",
         }
     )

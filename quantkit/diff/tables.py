@@ -132,6 +132,20 @@ def distribution(diff: Diff, domain: str | None = None) -> Table:
     return Table(title="Next-token distributions", columns=columns, rows=rows, note=note)
 
 
+def likelihood(diff: Diff) -> Table:
+    """Right answers behind their prompts, task by task."""
+    rows = tuple(
+        (
+            row.task, numbers.count(row.n), numbers.digits(row.source, 4), numbers.digits(row.a, 4),
+            numbers.digits(row.b, 4), numbers.nats(row.difference), row.resolved,
+        )
+        for row in diff.likelihood
+    )  # fmt: skip
+    columns = ("task", ">n", ">source", ">A", ">B", ">B - A [95 % CI]", "B is")
+    note = "Log-likelihood of a right answer behind its prompt, nats per token; nothing is generated." if rows else ""
+    return Table(title="Gold solutions (teacher-forced)", columns=columns, rows=rows, note=note)
+
+
 def recipe(diff: Diff) -> Table:
     """Keys of the recipes, as resolved."""
     return _changes("Recipe", "key", diff.recipe)
@@ -292,8 +306,8 @@ def _brief(text: str, limit: int = 60) -> str:
 def tables(diff: Diff, limit: int) -> list[Table]:
     """All of them in the order of a review; empty ones left out. `limit`: rows of the long ones."""
     made = (
-        sizes(diff), benchmarks(diff), distribution(diff), gates(diff), recipe(diff), plan(diff), decisions(diff),
-        tensors(diff), blocks(diff, limit), modules(diff, limit), routers(diff, limit), fallbacks(diff),
-        made_with(diff), flips(diff, limit),
+        sizes(diff), benchmarks(diff), distribution(diff), likelihood(diff), gates(diff), recipe(diff), plan(diff),
+        decisions(diff), tensors(diff), blocks(diff, limit), modules(diff, limit), routers(diff, limit),
+        fallbacks(diff), made_with(diff), flips(diff, limit),
     )  # fmt: skip
     return [table for table in made if table.rows]

@@ -85,6 +85,19 @@ class Distribution(BaseModel):
     resolved: Literal["better", "worse", "not resolved", ""] = ""
 
 
+class Likelihood(BaseModel):
+    """Log-likelihood per token of a task's gold solutions, nats; the difference is paired solution by solution."""
+
+    model_config = FROZEN
+    task: str
+    n: int
+    source: Number = None
+    a: Number = None
+    b: Number = None
+    difference: Figure | None = None
+    resolved: Literal["better", "worse", "not resolved", ""] = ""
+
+
 class Benchmark(BaseModel):
     """One task, item by item. lost: items that A has right and B wrong; gained: the other way round."""
 
@@ -137,6 +150,7 @@ class Diff(BaseModel):
     decisions: tuple[Group, ...] = ()
     tensors: tuple[Group, ...] = ()
     distribution: tuple[Distribution, ...] = ()
+    likelihood: tuple[Likelihood, ...] = ()
     benchmarks: tuple[Benchmark, ...] = ()
     blocks: tuple[Shift, ...] = ()
     routers: tuple[Shift, ...] = ()
