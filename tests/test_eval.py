@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,6 +139,18 @@ def test_what_cannot_be_asked_is_named_and_the_rest_is_asked(folder, data):
     assert result.exit_code == 1
     assert "error: not run: gsm9k" in result.stderr
     assert json.loads((data / "o" / "results.json").read_text())["tasks"][0]["n"] == 2
+
+
+def test_a_conversation_needs_a_template_and_takes_it(folder, data):
+    said = run(str(folder), "--tasks", "tiny-v3-math", "--limit", "1", "--chat-template", "--output", "no", code=1)
+    assert "expected a chat template in the model's tokenizer" in said
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    tokenizer.save_pretrained(shutil.copytree(folder, data / "chatty"))
+    run("chatty", "--tasks", "tiny-v3-math", "--limit", "1", "--max-tokens", "5", "--chat-template", "--output", "yes")
+    (item,) = from_parquet(data / "yes" / "items.parquet")
+    assert item.prompt.startswith("<user>Question: ")
+    assert item.prompt.endswith("Answer:<assistant>")
 
 
 def test_code_outside_the_sandbox_is_refused():

@@ -19,7 +19,9 @@ from quantkit.options import JSON
 @click.option(
     "--tasks", multiple=True, metavar="NAME[,NAME]", help="math, code, general, a task or a task's YAML file."
 )
-@click.option("--backend", type=click.Choice(["transformers", "vllm", "openai"]), default="transformers")
+@click.option(
+    "--backend", type=click.Choice(["transformers", "vllm", "openai"]), default="transformers", help="Who answers."
+)
 @click.option("--endpoint", metavar="URL", help="openai: the server's API, e.g. http://localhost:8000/v1.")
 @click.option("--model", metavar="NAME", help="openai: the served model's name; default: the only one.")
 @click.option("--concurrency", type=click.IntRange(1), default=16, help="openai: requests at once (16).")
@@ -38,7 +40,7 @@ from quantkit.options import JSON
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Share of probability kept.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Tokens of an answer; default: the task's.")
 @click.option("--think-end", default="", metavar="TEXT", help="Score what follows this, e.g. '</think>'.")
-@click.option("--source", is_flag=False, flag_value="", help="Ask the artifact's source too, and compare.")
+@click.option("--source", is_flag=False, flag_value="", metavar="[MODEL]", help="Ask the source too, and compare.")
 @click.option("--baseline", type=click.Path(path_type=Path), help="Compare with this folder of an earlier evaluation.")
 @click.option("--output", type=click.Path(path_type=Path), help="Where results go; default: ARTIFACT.eval.")
 @click.option("--resume", is_flag=True, help="Go on with the answers that are there.")

@@ -15,6 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.utils import handle_non_serializable, hash_string
 
+from quantkit.errors import EvaluationError
 from quantkit.evaluate.harness import UnsuitedError
 from quantkit.storage.journal import Journal, Question, Value
 
@@ -143,7 +144,13 @@ class Recorder(LM):  # type: ignore[misc]  # lm-eval is untyped
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The backend's own words for a conversation."""
-        return self._backend.apply_chat_template(chat_history, add_generation_prompt)
+        try:
+            return self._backend.apply_chat_template(chat_history, add_generation_prompt)
+        except ValueError as fault:
+            said = " ".join(str(fault).split())[:120]
+            raise EvaluationError(
+                f"--chat-template: expected a chat template in the model's tokenizer, found none ({said}); leave it out"
+            ) from None
 
     @property
     def tokenizer_name(self) -> str:
