@@ -16,6 +16,7 @@ from conftest import FAST
 from scipy import stats
 from test_cli import build, fault, run
 
+from quantkit.diff.sides import SOLUTIONS
 from quantkit.report.samples import BENCHMARKS, TOKENS
 from quantkit.storage.builtin import folder
 
@@ -35,6 +36,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
         patch.setenv("QUANTKIT_CACHE", str(place / "cache"))
         for path, changes in zip(paths, ({}, {"quantize.bits": "2", "format": "dense"}), strict=True):
             keys = {**FAST, "evaluation.tasks": "[tiny-v3-math]", "evaluation.limit": "24", "output.path": str(path)}
+            keys["evaluation.likelihood"] = "8"
             gates = {"gates": "{kl_mean: {max: 0.01}, tiny-v3-math: {margin_pp: 20}}"}
             recipe = parse(text, "tiny-v3-awq4.yaml", {**keys, **gates, **changes})
             pipeline.run(recipe, text, overwrite=False, evaluate=True, planned=lambda _: None, tell=lambda _: None)
@@ -80,6 +82,9 @@ def test_figures_are_those_of_the_samples(both: tuple[Path, Path]) -> None:
     assert pooled["difference"]["value"] == pytest.approx((kl[1] - kl[0]).mean())
     assert pooled["difference"]["se"] == pytest.approx(stats.sem(kl[1] - kl[0]))
     assert pooled["resolved"] == "worse"
+    (gold,) = told["likelihood"]
+    pairs = [parquet.read_table(path / SOLUTIONS)["artifact"].to_numpy() for path in both]
+    assert gold["difference"]["value"] == pytest.approx((pairs[1] - pairs[0]).mean()) and gold["n"] == 8
     assert told["b"]["status"] == "rejected" and told["a"]["status"] == "accepted"
 
 
