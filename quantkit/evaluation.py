@@ -116,7 +116,8 @@ def subject(name: str, backend: BackendName) -> Subject:
     if backend == "openai" and not folder.is_dir() and not name.startswith("builtin:"):
         return Subject(name=name, kind="served", folder=None, hash=hashlib.sha256(name.encode()).hexdigest())
     found = hub.resolve(name).folder
-    return Subject(name=name, kind="model", folder=found, hash=Checkpoint.open(found).content_hash())
+    told = folder.resolve().name if folder.is_dir() else name
+    return Subject(name=told, kind="model", folder=found, hash=Checkpoint.open(found).content_hash())
 
 
 def source_of(asked: Subject, given: str) -> Subject:
@@ -133,7 +134,8 @@ def source_of(asked: Subject, given: str) -> Subject:
             f"{name}: not the model that {asked.name} was made from: fingerprint {source.fingerprint()[:12]}, the "
             f"manifest has {str(told.get('fingerprint'))[:12]}; name its folder with --source"
         )
-    return Subject(name=name, kind="model", folder=folder, hash=source.content_hash())
+    shown = Path(name).resolve().name if Path(name).is_dir() else name
+    return Subject(name=shown, kind="model", folder=folder, hash=source.content_hash())
 
 
 def default_tasks(asked: Subject) -> tuple[str, ...]:

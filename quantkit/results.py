@@ -56,6 +56,11 @@ class Outcome:
     rows: tuple[Benchmark, ...]
     told: Mapping[str, object]
 
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Tasks without a score: those that could not be asked, and those whose programs could not be run."""
+        return (*self.not_run, *dict.fromkeys(row.task for row in self.scores if row.score is None))
+
 
 def evaluate(
     who: Subject,

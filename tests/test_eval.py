@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from quantkit import evaluation, results
 from quantkit.cli import main
 from quantkit.errors import EvaluationError, UsageError
-from quantkit.evaluate import compare, harness, samples
+from quantkit.evaluate import compare, harness, samples, sandbox
 from quantkit.evaluate.samples import from_parquet
 from quantkit.evaluation import Setup
 from quantkit.storage import builtin
@@ -139,6 +139,14 @@ def test_what_cannot_be_asked_is_named_and_the_rest_is_asked(folder, data):
     assert result.exit_code == 1
     assert "error: not run: gsm9k" in result.stderr
     assert json.loads((data / "o" / "results.json").read_text())["tasks"][0]["n"] == 2
+
+
+def test_without_a_sandbox_code_is_answered_and_not_judged(folder, data, monkeypatch):
+    monkeypatch.setattr(sandbox, "probe", lambda: sandbox.Sandbox(kind="none", reason="a test said so"))
+    tasks = ["--tasks", "tiny-v3-math,tiny-v3-code", "--limit", "2", "--max-tokens", "4", "--output", "o"]
+    assert "not run: tiny-v3-code; results.json says why" in run(str(folder), *tasks, code=1)
+    math, code = json.loads((data / "o" / "results.json").read_text())["tasks"]
+    assert (math["score"], code["score"], code["not_run"]) == (0.0, None, "a test said so")
 
 
 def test_a_conversation_needs_a_template_and_takes_it(folder, data):

@@ -90,8 +90,8 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
     else:
         show(*(table(made) for made in results.tables(outcome, setup)))
         click.echo(outcome.folder)
-    if outcome.not_run:
-        raise EvaluationError(f"not run: {', '.join(outcome.not_run)}; results.json says why")
+    if outcome.missing:
+        raise EvaluationError(f"not run: {', '.join(outcome.missing)}; results.json says why")
 
 
 def arguments(pairs: tuple[str, ...]) -> dict[str, object]:
