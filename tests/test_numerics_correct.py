@@ -53,7 +53,7 @@ def test_it_is_ridge_regression_on_the_changed_inputs(share: float) -> None:
     x = changed(original)
     stats = stats_of(original, x)
     assert stats.cross is not None
-    found = correct.corrected(weight, stats.cross, rounding.feedback(stats.gram), share)
+    found = correct.corrected(weight, stats.cross, rounding.feedback(stats.gram), None, (share, 0.0))
     o, q, w = (tensor.double().numpy() for tensor in (original, x, weight))
     ridge = np.sqrt(0.01 * np.square(q).sum() / 192) * np.eye(192)
     # W o is wanted of x; the ridge holds the weights near W
@@ -70,7 +70,7 @@ def test_what_the_stream_lacks_is_made_up_for() -> None:
     for now, lacking in zip(x.split(70), gap.split(70), strict=True):
         gram.accumulate_residual(residual, now, lacking)
     assert stats.cross is not None
-    found = correct.corrected(weight, stats.cross, rounding.feedback(stats.gram), 1.0, residual)
+    found = correct.corrected(weight, stats.cross, rounding.feedback(stats.gram), residual, (1.0, 1.0))
     o, q, w, e = (tensor.double().numpy() for tensor in (original, x, weight, gap))
     ridge = np.sqrt(0.01 * np.square(q).sum() / 192) * np.eye(192)
     told = np.linalg.lstsq(np.vstack([q, ridge]), np.vstack([o @ w.T + e, ridge @ w.T]), rcond=None)[0].T

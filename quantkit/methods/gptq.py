@@ -36,7 +36,7 @@ def round_weight(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Ro
     factor = rounding.feedback(stats.gram)
     damping = factor.damping
     if stats.cross is not None:
-        weight = correct.corrected(weight, stats.cross, factor, residual=stats.residual)
+        weight = correct.corrected(weight, stats.cross, factor, stats.residual)
     ranges = clip.weighted(weight, stats.gram.diagonal(dim1=-2, dim2=-1), scheme)
     fed = rounding.with_feedback(weight, factor, ranges, scheme)
     del factor  # as large as the gram
