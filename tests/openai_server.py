@@ -2,7 +2,8 @@
 
 Answers are a function of the prompt. Faults are a function of (prompt, how often it was asked): "429", "500", "drop"
 (no response at all), "cut" (the connection breaks inside the stream), "end" (the stream ends politely before its answer
-does), "error" (an error told inside the stream), "slow" (pieces with pauses), "silent" (nothing for a long time).
+does), "error" (an error told inside the stream), "slow" (pieces with pauses), "silent" (nothing for a long time),
+"html" (a page of another program).
 """
 
 from __future__ import annotations
@@ -108,6 +109,12 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(int(fault), {"error": {"message": "something broke"}})
         elif fault == "drop":
             self.close_connection = True
+        elif fault == "html":
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", "13")
+            self.end_headers()
+            self.wfile.write(b"<html></html>")
         elif fault == "silent":
             time.sleep(SILENCE)
             self.close_connection = True

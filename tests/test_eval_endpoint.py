@@ -163,6 +163,9 @@ def test_a_dead_server_is_one_sentence_and_keeps_what_was_answered(tmp_path, mon
         server.fault = lambda name, nth: ""
         assert evaluate(server, tmp_path / "out", "--limit", "12", "--resume")["tasks"][0]["n"] == 12
         assert set(server.served().values()) == {1}
+    with Server(answer=answer, fault=lambda name, nth: "html") as server:
+        said = evaluate(server, tmp_path / "page", "--limit", "2", "--tries", "2", code=1)
+        assert "the stream ended before the answer did" in said
     gone = evaluate(server, tmp_path / "none", "--model", "tiny", "--limit", "1", "--tries", "2", code=1)
     assert "no answer in 2 tries" in gone
 

@@ -1,8 +1,8 @@
 """GSM8K, HumanEval and MBPP on SmolLM2-135M, source against artifact: real prompts, real code, the real sandbox.
 
-Three items and 48 tokens each: five minutes of one core for four methods; `make eval-real` is the whole. Skipped without
-the model (QUANTKIT_SMOLLM2, else artifacts/real/smollm2-135m, which `make real-model` makes) or without the data
-(QUANTKIT_DATA, else ../shared/data).
+Three items and 48 tokens each: five minutes of one core for four methods; `make eval-real` is the whole. Skipped
+without the model (QUANTKIT_SMOLLM2, else artifacts/real/smollm2-135m, which `make real-model` makes) or without the
+data (QUANTKIT_DATA, else ../shared/data).
 """
 
 from __future__ import annotations

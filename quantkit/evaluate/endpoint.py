@@ -26,6 +26,7 @@ import openai
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from openai import AsyncOpenAI
+from openai.types import Completion
 
 from quantkit.errors import EvaluationError, UsageError
 from quantkit.evaluate.harness import UnsuitedError
@@ -90,7 +91,7 @@ def served_model(server: Server) -> str:
     async def ask() -> list[str]:
         async with server.client() as client:
             found = await _patiently(server, lambda: client.models.list())
-            return [model.id for model in found.data]
+            return [model.id for model in getattr(found, "data", None) or ()]  # a page of another program has none
 
     names = asyncio.run(ask())
     if len(names) != 1:
@@ -144,7 +145,7 @@ class Endpoint:
         async with stream:
             async for chunk in stream:
                 tokens = chunk.usage.completion_tokens if chunk.usage else tokens
-                for choice in chunk.choices:
+                for choice in chunk.choices or ():  # some servers send a chunk of usage alone without any
                     pieces.append((choice.delta.content if self._server.chat else choice.text) or "")
                     reason = choice.finish_reason or reason
         if reason is None:
@@ -161,7 +162,7 @@ class Endpoint:
             model=self._server.model, prompt=[*context, *continuation], max_tokens=1, temperature=0, logprobs=1,
             echo=True,
         )  # fmt: skip
-        told = reply.choices[0].logprobs if reply.choices else None
+        told = reply.choices[0].logprobs if isinstance(reply, Completion) and reply.choices else None
         n_tokens = len(context) + len(continuation) + 1
         if told is None or len(told.token_logprobs or ()) != n_tokens or len(told.top_logprobs or ()) != n_tokens:
             raise UnsuitedError(
