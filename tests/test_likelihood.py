@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -17,7 +21,7 @@ from transformers import AutoTokenizer
 
 from quantkit import pipeline, sources
 from quantkit.errors import RecipeError
-from quantkit.evaluate import likelihood, statistics
+from quantkit.evaluate import likelihood, statistics, tasks
 from quantkit.recipe import parse
 from quantkit.report import gates, tables
 from quantkit.report.schema import Fidelity, Figure, Likelihood
@@ -25,6 +29,7 @@ from quantkit.schema import Gate
 from quantkit.storage import builtin
 from quantkit.storage.corpora import continued, load_tokenizer
 
+ROOT = Path(__file__).resolve().parent.parent
 ITEMS = 12
 TEXT = (builtin.folder("recipes") / "tiny-v3-awq4.yaml").read_text()
 
@@ -156,6 +161,37 @@ def test_a_prompt_that_is_too_long_loses_its_beginning() -> None:
     assert (len(cut), same) == (own + 4, own)
     assert cut == [whole[0], *whole[-own - 3 :]]
     assert continued(tokenizer, prompt, solution, own) == ([], 0)
+
+
+@pytest.mark.parametrize("name", ["tiny-v3-math", "tiny-v3-code", "gsm8k", "humaneval", "mbpp"])
+def test_prompts_are_lm_evals(name: str) -> None:
+    """Worked examples, blanks and all."""
+    data = Path(os.environ.get("QUANTKIT_DATA", ROOT.parent / "shared" / "data"))
+    if not name.startswith("tiny-v3") and not (data / name).is_dir():
+        pytest.skip(f"{name} is not on this machine")
+    (task,) = tasks.load([name], data)
+    ours = likelihood.written(task, 5)
+    assert len(ours) == 5
+    assert ours == likelihood.asked(task, 5)
+
+
+def test_what_is_not_plain_is_lm_evals_to_make() -> None:
+    (task,) = tasks.load(["tiny-v3-math"])
+    for change in ({"description": "Solve."}, {"doc_to_text": None}, {"num_fewshot": 2}):
+        assert likelihood.written(replace(task, config={**task.config, **change}), 3) == []
+    assert likelihood.written(replace(task, files={}), 3) == []
+
+
+def test_a_build_does_not_import_lm_eval(tmp_path: Path) -> None:
+    """It would take 130 MB of the recipe's memory."""
+    code = (
+        "import sys; from quantkit import pipeline; from quantkit.recipe import parse;"
+        "from quantkit.storage import builtin; text = open(sys.argv[1]).read();"
+        "found = pipeline.tokenize(parse(text, 'x'), builtin.resolve_model('builtin:tiny-v3'));"
+        "assert len(found.solutions.items) == 128; assert not {'lm_eval', 'datasets'} & sys.modules.keys()"
+    )
+    recipe = builtin.folder("recipes") / "tiny-v3-awq4.yaml"
+    subprocess.run([sys.executable, "-c", code, str(recipe)], check=True, cwd=tmp_path)
 
 
 def test_sequences_are_sorted_and_keep_their_items() -> None:

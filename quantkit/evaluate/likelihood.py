@@ -18,9 +18,14 @@ from quantkit.evaluate import harness, statistics, tasks
 from quantkit.evaluate.distribution import Sides
 from quantkit.evaluate.tasks import Task
 from quantkit.report.schema import Figure, Likelihood
+from quantkit.storage import evals
 from quantkit.storage.corpora import Tokenizer, Tokens, continued, pack_tokens
 
-_TEMPLATES = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # code, not HTML
+Prompt = tuple[int, str, dict[str, object]]
+"""Number of an item, its prompt, and its columns."""
+
+_TEMPLATES = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # as lm-eval's: code, not HTML
+_SPECIAL = frozenset({"description", "process_docs", "doc_to_choice", "use_prompt", "gen_prefix", "custom_dataset"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,21 +91,60 @@ def _sequences(
 ) -> list[tuple[Solution, list[int]]]:
     """One sequence per item; items whose solution alone is too long are left out."""
     found = []
-    with harness.opened([task]) as opened:
-        if opened.failed:
-            raise EvaluationError("; ".join(opened.failed.values()))
-        loaded = opened.loaded[task.name]
-        try:
-            loaded.build_all_requests(limit=items)
-            texts = [(each.doc_id, each.args[0], each.doc) for each in loaded.instances]
-            pairs = [(doc, prompt, _TEMPLATES.from_string(gold).render(columns)) for doc, prompt, columns in texts]
-        except TemplateError as fault:
-            raise EvaluationError(f"{task.name}: {fault}; correct the task's file") from fault
+    try:
+        texts = written(task, items) or asked(task, items)
+        pairs = [(doc_id, prompt, _TEMPLATES.from_string(gold).render(row)) for doc_id, prompt, row in texts]
+    except TemplateError as fault:
+        raise EvaluationError(f"{task.name}: {fault}; correct the task's file") from fault
     for doc_id, prompt, solution in pairs:
         ids, own = continued(tokenizer, prompt, solution, length)
         if own:
             found.append((Solution(task=task.name, doc_id=doc_id, n_tokens=own), ids))
     return found
+
+
+def written(task: Task, items: int) -> list[Prompt]:
+    """The prompts that lm-eval would make of a plain task with local data; none for any other.
+
+    Made here, because lm-eval and what it imports hold 130 MB that the recipe's `memory` has no room for.
+    """
+    plain, data, shots = task.config, _local(task, items), _shots(task)
+    if data is None or shots is None or not isinstance(plain.get("doc_to_text"), str) or _SPECIAL & plain.keys():
+        return []
+    ask, answer = (_TEMPLATES.from_string(str(plain[key])) for key in ("doc_to_text", "doc_to_target"))
+    delimiter, gap = plain.get("target_delimiter", " "), plain.get("fewshot_delimiter", "\n\n")
+    front = "".join(f"{ask.render(row)}{delimiter}{answer.render(row)}{gap}" for row in shots)
+    return [(number, front + ask.render(row), row) for number, row in enumerate(data)]
+
+
+def _local(task: Task, items: int) -> list[dict[str, object]] | None:
+    """The first rows of the split that is scored."""
+    file = task.files.get(str(task.config.get("test_split")))
+    return None if file is None else evals.first_rows(file.path, file.rows, items)
+
+
+def _shots(task: Task) -> list[dict[str, object]] | None:
+    """The rows of the worked examples, where it is plain which they are."""
+    count, how = task.config.get("num_fewshot", 0), task.config.get("fewshot_config", {})
+    if not count:
+        return []
+    if not isinstance(count, int) or not isinstance(how, dict) or how.get("sampler") != "first_n":
+        return None
+    if isinstance(samples := how.get("samples"), list):
+        return samples[:count]
+    split = task.config.get("fewshot_split")
+    file = None if split == task.config.get("test_split") else task.files.get(str(split))
+    return None if file is None else evals.first_rows(file.path, file.rows, count)
+
+
+def asked(task: Task, items: int) -> list[Prompt]:
+    """The prompts of any task, by lm-eval."""
+    with harness.opened([task]) as opened:
+        if opened.failed:
+            raise EvaluationError("; ".join(opened.failed.values()))
+        loaded = opened.loaded[task.name]
+        loaded.build_all_requests(limit=items)
+        return [(each.doc_id, each.args[0], each.doc) for each in loaded.instances]
 
 
 def score(both: Sides, items: Sequence[Solution]) -> list[Scored]:

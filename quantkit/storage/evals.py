@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +55,19 @@ def rows_of(path: Path, start: int, end: int) -> str:
             "fetch the whole file"
         )
     return "".join(rows)
+
+
+def first_rows(path: Path, rows: tuple[int, int] | None, count: int) -> list[dict[str, object]]:
+    """The first `count` rows, or all there are, of a JSONL file or of the rows [from, to) of it."""
+    start, end = rows or (0, count)
+    try:
+        with path.open(encoding="utf-8") as file:
+            found = [json.loads(line) for line in islice(file, start, min(end, start + count))]
+    except (OSError, ValueError) as fault:
+        raise EvaluationError(f"{path}: expected a readable JSONL file, found: {fault}; fetch it again") from None
+    if not all(isinstance(row, dict) for row in found):
+        raise EvaluationError(f"{path}: expected one JSON object a line, found something else; fetch it again")
+    return found
 
 
 @contextmanager
