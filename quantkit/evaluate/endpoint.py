@@ -26,7 +26,6 @@ import openai
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from openai import AsyncOpenAI
-from openai.types import Completion
 
 from quantkit.errors import EvaluationError, UsageError
 from quantkit.evaluate.harness import UnsuitedError
@@ -162,7 +161,7 @@ class Endpoint:
             model=self._server.model, prompt=[*context, *continuation], max_tokens=1, temperature=0, logprobs=1,
             echo=True,
         )  # fmt: skip
-        told = reply.choices[0].logprobs if isinstance(reply, Completion) and reply.choices else None
+        told = reply.choices[0].logprobs if isinstance(reply, openai.types.Completion) and reply.choices else None
         n_tokens = len(context) + len(continuation) + 1
         if told is None or len(told.token_logprobs or ()) != n_tokens or len(told.top_logprobs or ()) != n_tokens:
             raise UnsuitedError(
