@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 THREADS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit test-slow readers test-readers bench bench-quality bench-memory bench-gpu bench-peers real-model test-vllm wheel clean
+.PHONY: help demo test lint types unit test-slow readers test-readers bench bench-quality bench-likelihood bench-memory bench-gpu bench-peers \
+	real-model test-vllm wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -53,6 +54,9 @@ bench: bench-quality bench-memory  ## the figures of the README
 
 bench-quality: $(VENV)/.installed  ## KL of AWQ against RTN on tiny-v3, 4 and 3 bits
 	$(BIN)/python tests/bench_quality.py
+
+bench-likelihood: $(VENV)/.installed  ## how gold solutions' likelihood goes with generated scores
+	$(BIN)/python tests/bench_likelihood.py
 
 bench-memory: $(VENV)/.installed  ## peak memory with 8 and with 32 MoE blocks
 	$(BIN)/python tests/bench_memory.py
