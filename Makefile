@@ -7,7 +7,7 @@ THREADS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types unit test-slow readers test-readers bench bench-quality bench-likelihood bench-memory bench-gpu bench-peers \
-	real-model test-vllm wheel clean
+	real-model eval-real test-vllm wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -75,6 +75,10 @@ real-model: $(VENV)/.installed $(REAL)/.installed  ## SmolLM2-135M by each metho
 bench-peers: $(VENV)/.installed $(REAL)/.installed $(PEERS:=/.installed)  ## quantkit beside GPTQModel and llm-compressor
 	$(REAL)/bin/python tests/real_model/make_smollm2.py
 	PYTHONPATH=tests $(BIN)/python -m real_model.against_peers $(PEERS:=/bin/python)
+
+eval-real: $(VENV)/.installed $(REAL)/.installed  ## GSM8K, HumanEval, MBPP: SmolLM2-135M beside each method (hours)
+	test -d artifacts/real/smollm2-135m || $(REAL)/bin/python tests/real_model/make_smollm2.py
+	PYTHONPATH=tests $(BIN)/python -m real_model.scores
 
 $(REAL)/.installed: tests/real_model/requirements.txt
 	rm -rf $(@D)

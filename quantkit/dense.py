@@ -241,9 +241,10 @@ def store(work: Work, folded: Folded) -> dict[str, Tensor]:
 
 
 def solved(work: Work, folded: Folded, linear: str, group: LinearGroup | None) -> dict[str, Solved]:
-    """A linear and the others of its group that are quantized, by the names of their weights."""
+    """A linear and the others of its group that are quantized and at hand, by the names of their weights."""
     decisions, name = work.job.plan.decisions, group.name if group else ""
-    readers = [reader for reader in group.readers if decisions[reader].action == "quantize"] if group else [linear]
+    here = [reader for reader in group.readers if f"{reader}.weight" in folded.tensors] if group else [linear]
+    readers = [reader for reader in here if decisions[reader].action == "quantize"]
     asked = [
         Asked(
             decision=decisions[reader],

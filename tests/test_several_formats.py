@@ -106,9 +106,11 @@ def test_a_family_is_looked_up_once_for_all_formats(
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize(("method", "reads"), [("rtn", 0), ("awq", 1)])
+@pytest.mark.parametrize(
+    ("method", "reads", "rules"), [("rtn", 0, "experts-only"), ("rtn", 0, "all-linear"), ("awq", 1, "all-linear")]
+)
 def test_without_a_fidelity_text_nothing_is_measured(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, reads: int
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, reads: int, rules: str
 ) -> None:
     """RTN then runs no forward pass at all; what is stored does not depend on it."""
     import quantkit.build as loop
@@ -116,12 +118,12 @@ def test_without_a_fidelity_text_nothing_is_measured(
     started: list[str] = []
     monkeypatch.setattr(loop, "start", lambda name, *rest, real=loop.start: started.append(name) or real(name, *rest))
     quantize = f"{{method: {method}, bits: 4, group_size: 64}}"
-    found = build(source, tmp_path / "x", quantize=quantize, fidelity="none")
+    found = build(source, tmp_path / "x", quantize=quantize, rules=rules, fidelity="none")
     assert started == ["calibration"] * reads
     assert found.fidelity.distribution == () and found.fidelity.measured_on is None and not found.fidelity.blocks
     assert not (found.path / "quantkit" / "samples" / "tokens.parquet").exists()
     assert verify(found.path).status == "not judged"
-    measured = build(source, tmp_path / "y", quantize=quantize)
+    measured = build(source, tmp_path / "y", quantize=quantize, rules=rules)
     mine, theirs = (load_file(o.path / "model.safetensors") for o in (found, measured))
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     plan = planned(source, format="gptq", quantize=SYMMETRIC)
