@@ -8,6 +8,7 @@
     ├── CalibrationError         1   calibration or evaluation text cannot be used
     ├── NumericsError            1   a computation left the range in which its result can be trusted
     ├── EvaluationError          1   a benchmark could not be run
+    │   └── UnsuitedError        1   a task that this model cannot be asked; others may be
     ├── ArtifactError            1   an artifact is missing, damaged or does not match its manifest
     ├── NotComparable            1   two artifacts were measured on other sources, texts or prompts
     └── GateMissed               3   the artifact is complete but misses a gate of its recipe
@@ -59,6 +60,10 @@ class NumericsError(QuantkitError):
 
 class EvaluationError(QuantkitError):
     """A benchmark could not be run."""
+
+
+class UnsuitedError(EvaluationError):
+    """A task that this model, or this way of asking it, cannot answer; others may be asked."""
 
 
 class ArtifactError(QuantkitError):

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from quantkit.build import Progress
-from quantkit.errors import ArtifactError, EvaluationError, UsageError
+from quantkit.errors import ArtifactError, EvaluationError, UnsuitedError, UsageError
 from quantkit.evaluate import benchmarks, compare, harness, samples, sandbox
-from quantkit.evaluate.harness import Decoding, Opened, UnsuitedError
+from quantkit.evaluate.harness import Decoding, Opened
 from quantkit.evaluate.samples import ItemResult
 from quantkit.report.read import FIDELITY, read_report
 from quantkit.storage import hub, journal

@@ -59,7 +59,8 @@ def spelled(value: object) -> object:
     if isinstance(value, list):
         return [spelled(inner) for inner in value]
     if isinstance(value, str):
-        return value if scalar(value) == value else DoubleQuotedScalarString(value)
+        plain = scalar(value) == value and value.isprintable()  # YAML folds line breaks that Unicode knows, too
+        return value if plain else DoubleQuotedScalarString(value)
     return "null" if value is None else str(value).lower()
 
 

@@ -86,11 +86,11 @@ except AttributeError:
     fails("flood of standard error", "import sys\nwhile True: sys.stderr.write('x' * 65536)", CPU, WALL, slow=True),
     fails("flood of every descriptor", """
 import os
-for fd in range(64):
+for fd in range(1024):
     try: os.set_blocking(fd, False)
     except OSError: pass
 while True:
-    for fd in range(64):
+    for fd in range(1024):
         try: os.write(fd, b"x" * 65536)
         except OSError: pass""", "answered with no message", CPU),
     fails("flood of a result", "def answer(): return 'x' * (200 << 20)", "answered with no message", "MemoryError"),
@@ -231,14 +231,14 @@ def answer(): time.sleep(2)""", ENDED),
     fails("printing a forged report", f"print({_FORGED!r} % ('0' * 32), flush=True)\nimport os\nos._exit(0)", ENDED),
     fails("a forged report on every descriptor", f"""
 import os
-for fd in range(64):
+for fd in range(1024):
     try: os.write(fd, ({_FORGED!r} % ("0" * 32)).encode())
     except OSError: pass
 os._exit(0)""", "answered with no message"),
     fails("a forged message", """
 import os
 text = b'{"sentinel": "00", "python": "3", "value": []}'
-for fd in range(64):
+for fd in range(1024):
     try: os.write(fd, b"%010d" % len(text) + text)
     except OSError: pass
 os._exit(0)""", "NameError", ENDED),
@@ -309,7 +309,7 @@ while frame:
     frame = frame.f_back
 texts += [str(thing) for thing in gc.get_objects() if isinstance(thing, (dict, list, tuple))]
 texts += [str(sys.argv), str(dict(os.environ))]
-for fd in range(64):
+for fd in range(1024):
     try:
         os.set_blocking(fd, False)
         texts.append(str(os.pread(fd, 1 << 20, 0)))
@@ -326,7 +326,7 @@ seen = [canary in text for text in texts]
     refused("reading what was inherited", """
 import os, stat
 kinds = []
-for fd in range(64):
+for fd in range(1024):
     try: kinds.append(stat.S_IFMT(os.fstat(fd).st_mode))
     except OSError: pass
 files = sum(kind == stat.S_IFREG for kind in kinds)
@@ -343,7 +343,7 @@ class Loud(Exception):
     def __str__(self): raise SystemExit(0)
 def answer(): raise Loud""", ENDED, "SystemExit"),
     fails("an exception that ends loops", "def answer(): raise StopIteration", "Ended"),
-    fails("no answer", "import os\nos.closerange(3, 64)\ndef answer(): return 42", ENDED, "Bad file"),
+    fails("no answer", "import os\nos.closerange(3, 1024)\ndef answer(): return 42", ENDED, "Bad file"),
 )  # fmt: skip
 
 DAEMON = """

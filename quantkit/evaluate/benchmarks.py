@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined, TemplateError
 
-from quantkit.errors import EvaluationError
+from quantkit.errors import EvaluationError, UnsuitedError
 from quantkit.evaluate import harness
 from quantkit.evaluate import sandbox as jails
-from quantkit.evaluate.harness import Opened, UnsuitedError
+from quantkit.evaluate.harness import Opened
 from quantkit.evaluate.samples import ItemResult
 from quantkit.evaluate.tasks import CodeRules, Task
 from quantkit.storage import journal

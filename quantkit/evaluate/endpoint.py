@@ -27,8 +27,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from openai import AsyncOpenAI
 
-from quantkit.errors import EvaluationError, UsageError
-from quantkit.evaluate.harness import UnsuitedError
+from quantkit.errors import EvaluationError, UnsuitedError, UsageError
 from quantkit.evaluate.recorded import Answer, Likelihood, Rules
 
 Result = TypeVar("Result")

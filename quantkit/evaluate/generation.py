@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import TopPLogitsWarper
 
-from quantkit.evaluate.harness import UnsuitedError
+from quantkit.errors import UnsuitedError
 from quantkit.evaluate.recorded import Answer, Likelihood, Rules
 
 Choose = Callable[[Tensor, Sequence[int]], Tensor]

@@ -39,10 +39,6 @@ _LOGGERS = ("lm_eval", "huggingface_hub.utils._http", "datasets", "transformers.
 _SHORTCUTS = {"mgsm": "mgsm_native_cot_*"}
 
 
-class UnsuitedError(EvaluationError):
-    """A task that this model, or this way of asking it, cannot answer; others may be asked."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Opened:
     """Tasks that can be asked: `tasks` for the report, `loaded` as lm-eval has them; `failed`: name -> why not."""

@@ -15,8 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.utils import handle_non_serializable, hash_string
 
-from quantkit.errors import EvaluationError
-from quantkit.evaluate.harness import UnsuitedError
+from quantkit.errors import EvaluationError, UnsuitedError
 from quantkit.storage.journal import Journal, Question, Value
 
 Progress = Callable[[int, int], None]
