@@ -186,9 +186,8 @@ def test_the_goals_are_against_the_best_of_the_peers(kl: float, cpu_s: float, pe
     others = against_peers.peers("a", "b")
     theirs = [result(peer.name, 0.2 + index / 10, 100 + index, 100 + index) for index, peer in enumerate(others)]
     symmetric = result(against_peers.SYMMETRIC.name, kl, cpu_s, peak)
-    rows, found = against_peers.against(
-        [symmetric, result(against_peers.ASYMMETRIC.name, 0.1, 20, 90), *theirs], others
-    )
+    ours = [result(build.name, 0.1, 20, 90) for build in (against_peers.ASYMMETRIC, against_peers.ONE_STREAM)]
+    rows, found = against_peers.against([symmetric, *ours, *theirs], others)
     assert found is reached
     assert rows[0][1:4] == [f"{kl / 0.2:.3f}", f"{cpu_s / 100:.3f}", f"{peak / 100:.3f}"]
     assert rows[1][1] == f"{0.1 / 0.4:.3f}"  # its rival is the third peer
