@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -18,24 +19,42 @@ from quantkit.errors import ArtifactError, UsageError
 from quantkit.outputs import Shard
 from quantkit.plan import Plan
 from quantkit.recipe import with_overrides
-from quantkit.storage.files import sha256_file, sync_folder, unwritable, write_atomic, write_json
+from quantkit.storage.files import PART, make_folder, sha256_file, sync_folder, unwritable, write_atomic, write_json
 from quantkit.storage.tensors import ShardWriter, Written
 from quantkit.verify import INDEX, MANIFEST, SCHEMA_VERSION
 
 TIMINGS = "quantkit/timings.json"
 
 
-class Sink:
-    """The planned shards of one build: takes tensors by name in any order, gives them back as they lie on disk."""
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What of an artifact is on disk for good: tensors by name, and the files that are complete."""
 
-    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
+    tensors: tuple[str, ...] = ()
+    files: Mapping[str, Written] = field(default_factory=dict)
+
+
+class Sink:
+    """The planned shards of one build: takes tensors by name in any order, gives them back as they lie on disk.
+
+    `stored` is what an interrupted build has committed: the other tensors are still to come.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[Shard], stored: Stored | None = None) -> None:
         self._folder = folder
         self._shards = {shard.file: shard for shard in shards}
         self._file = {spec.name: shard.file for shard in shards for spec in shard.tensors}
         self._specs: dict[str, TensorSpec] = {spec.name: spec for shard in shards for spec in shard.tensors}
-        self._missing = {shard.file: {spec.name for spec in shard.tensors} for shard in shards}
+        done = stored or Stored()
+        there = set(done.tensors)
+        self._done = {shard.file: {spec.name for spec in shard.tensors} & there for shard in shards}
+        self._missing = {shard.file: {spec.name for spec in shard.tensors} - there for shard in shards}
         self._open: dict[str, ShardWriter] = {}
-        self.written: dict[str, Written] = {}
+        self._new: list[str] = []  # since the last commit
+        self._told = set(done.files)
+        self.written: dict[str, Written] = dict(done.files)
+        for file, written in self.written.items():
+            check_size(folder / file, written)
 
     def spec(self, name: str) -> TensorSpec:
         """What the plan says of a tensor."""
@@ -48,11 +67,23 @@ class Sink:
         for name, tensor in tensors.items():
             file = self._file[self.spec(name).name]
             if file not in self._open:
-                self._open[file] = ShardWriter(self._folder / file, self._shards[file].tensors)
+                self._open[file] = ShardWriter(self._folder / file, self._shards[file].tensors, self._done[file])
             self._open[file].write(name, tensor)
+            self._new.append(name)
             self._missing[file].discard(name)
             if not self._missing[file]:
                 self.written[file] = self._open.pop(file).finish()
+
+    def commit(self) -> Stored:
+        """Make all that was written survive a crash; what is new since the last time."""
+        for writer in self._open.values():
+            writer.flush()
+        sync_folder(self._folder)
+        files = {file: written for file, written in self.written.items() if file not in self._told}
+        found = Stored(tensors=tuple(self._new), files=files)
+        self._new = []
+        self._told |= set(files)
+        return found
 
     def close(self) -> dict[str, Written]:
         """Files by name once every planned tensor was written; ArtifactError naming what is missing."""
@@ -70,23 +101,42 @@ class Sink:
         self._open.clear()
 
 
+def check_size(path: Path, written: Written) -> None:
+    """ArtifactError unless a file of an interrupted build is as long as it was."""
+    found = path.stat().st_size if path.is_file() else None
+    if found != written.n_bytes:
+        raise ArtifactError(
+            f"{path}: expected the {written.n_bytes} bytes that were written, found "
+            f"{'no file' if found is None else f'{found}'}; begin anew with --restart"
+        )
+
+
 def staging(path: Path) -> Path:
     """Where an artifact is made before it has its name."""
     return path.with_name(path.name + ".building")
 
 
-def prepare(path: Path, overwrite: bool) -> Path:
-    """An empty staging folder beside `path`; UsageError when something is there that must not be replaced."""
+def check_free(path: Path, overwrite: bool) -> None:
+    """UsageError when something is at `path` that must not be replaced."""
     if path.exists() and not overwrite:
         raise UsageError(f"{path}: exists already; choose another output.path or pass --overwrite")
     if path.exists() and not (path / MANIFEST).is_file():
         raise UsageError(f"{path}: exists and is not an artifact of quantkit; --overwrite replaces artifacts only")
-    folder = staging(path)
-    shutil.rmtree(folder, ignore_errors=True)
+
+
+def prepare(plan: Plan, stored: Stored) -> Path:
+    """The staging folder of a plan, with nothing in it but the shards that hold what was `stored`."""
+    folder, there = staging(Path(plan.path)), set(stored.tensors)
+    begun = {shard.file for shard in plan.shards if any(spec.name in there for spec in shard.tensors)}
+    keep = {*begun, *(file + PART for file in begun)}
     try:
-        (folder / "quantkit").mkdir(parents=True)
+        for path in folder.rglob("*"):
+            if path.is_file() and path.relative_to(folder).as_posix() not in keep:
+                path.unlink()
     except OSError as fault:
         raise unwritable(folder, fault) from fault
+    make_folder(folder / "quantkit")
+    sync_folder(folder.parent)
     return folder
 
 
@@ -138,15 +188,31 @@ def hashes(folder: Path, known: Mapping[str, Written]) -> dict[str, dict[str, ob
     return found
 
 
-def seal(folder: Path, path: Path, manifest: Mapping[str, object], known: Mapping[str, Written]) -> None:
-    """Write the manifest last and give the folder its name; an artifact under that name is replaced as a whole."""
+def seal(folder: Path, manifest: Mapping[str, object], known: Mapping[str, Written]) -> str:
+    """Write the manifest, after everything else; its sha256."""
     values = {"schema_version": SCHEMA_VERSION, **manifest, "files": hashes(folder, known), "unhashed": [TIMINGS]}
     write_json(folder / MANIFEST, values)
     sync_folder(folder)
+    return sha256_file(folder / MANIFEST, ArtifactError)
+
+
+def is_sealed(path: Path, manifest: str) -> bool:
+    """Whether the artifact at `path` is the one whose manifest has this sha256."""
+    return (path / MANIFEST).is_file() and sha256_file(path / MANIFEST, ArtifactError) == manifest
+
+
+def give_name(folder: Path, path: Path, manifest: str) -> None:
+    """Give a sealed folder its name, if it has not got it yet; an artifact under that name is replaced as a whole.
+
+    ArtifactError when neither place holds the artifact whose manifest has this sha256.
+    """
     old = path.with_name(path.name + ".replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    folder.rename(path)
-    sync_folder(path.parent)
+    if is_sealed(folder, manifest):
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        folder.rename(path)
+        sync_folder(path.parent)
+    elif not is_sealed(path, manifest):
+        raise ArtifactError(f"{path}: expected the artifact that was built, found none; begin anew with --restart")
     shutil.rmtree(old, ignore_errors=True)

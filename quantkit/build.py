@@ -25,11 +25,12 @@ from quantkit.dense import Folded
 from quantkit.layers import decoder_layer, skeleton
 from quantkit.numerics.fidelity import router_agreement
 from quantkit.plan import Plan
+from quantkit.standing import Standing
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.corpora import Tokens
 from quantkit.storage.prefetch import ReadAhead
 from quantkit.storage.spool import Spool
-from quantkit.streams import Routing, Stream, StreamName, chunks, moved, scratch, spool_dtype, start
+from quantkit.streams import Routing, Stream, StreamName, again, chunks, moved, scratch, spool_dtype, start
 from quantkit.work import BlockRecord, Job, Work
 
 Request = tuple[str, ...]
@@ -68,16 +69,19 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     learning: torch.dtype,
+    standing: Standing | None = None,
 ) -> Generator[Progress, None, Built]:
     """Quantize a model into the sink of each plan, with hidden states in `folder`; returns the streams for the figures.
 
-    `learning` is the dtype of the calibration stream, `dtype` that of the streams behind the figures.
+    `learning` is the dtype of the calibration stream, `dtype` that of the streams behind the figures; `standing` tells
+    what an earlier build has done, and hears of each step.
     The plans differ in their format alone. Raises CheckpointError for weights that cannot be used and NumericsError
     when a fold changes a block's output.
     """
+    standing = standing or Standing()
     plan, bones = plans[0], skeleton(plans[0].source.config, device, dtype)
     total = len(plan.layout.blocks)
-    with closing(in_order(source, requests(plan))) as reads:
+    with closing(in_order(source, requests(plan, standing.done))) as reads:
         job = Job(
             plan=plan,
             skeleton=bones,
@@ -89,16 +93,19 @@ def build(
             source=source,
             reads=reads,
         )
-        built = Built(streams=embed(job, texts, folder))
-        for number, block in enumerate(plan.layout.blocks):
-            began, record = time.monotonic(), BlockRecord(name=block.name)
+        built = Built(streams=begin(job, texts, folder, standing), blocks=standing.blocks)
+        for number, block in enumerate(plan.layout.blocks[len(built.blocks) :], len(built.blocks)):
+            began, record, before = time.monotonic(), BlockRecord(name=block.name), dict(built.streams)
             for share in quantize_block(job, block, built.streams, record):
                 yield Progress(stage="blocks", done=number + share, total=total, note=block.name)
             record.seconds = time.monotonic() - began
             built.blocks.append(record)
+            standing.commit(sinks, before, built.streams, folder, record)
             yield Progress(stage="blocks", done=number + 1, total=total, note=block.name)
-        for name, tensor in next(reads).items():
-            job.keep(name, tensor)
+        if standing.done < total + 2:  # steps: the embedding, the blocks, and what follows them
+            for name, tensor in next(reads).items():
+                job.keep(name, tensor)
+            standing.commit(sinks, built.streams, built.streams, folder)
     return built
 
 
@@ -194,15 +201,18 @@ def wave_request(block: Block, first: int, stop: int) -> Request:
     return tuple(f"{experts.linear(e, p)}.weight" for e in range(first, stop) for p in projections)
 
 
-def requests(plan: Plan) -> list[Request]:
-    """Everything a build reads, in order, so that the next piece is read while this one computes."""
-    found: list[Request] = [(f"{plan.layout.embedding.name}.weight",)]
+def requests(plan: Plan, done: int = 0) -> list[Request]:
+    """Everything a build reads behind the first `done` steps, in order: the next is read while this one computes."""
+    steps: list[list[Request]] = [[(f"{plan.layout.embedding.name}.weight",)]]
     for block in plan.layout.blocks:
+        found = list[Request]()
         if not dropped(plan, block):
             found += dense_requests(plan, block)
             found += [wave_request(block, *wave) for wave in routed.waves(plan, block)] * routed.passes(plan, block)
+        steps.append(found)
     head = (f"{plan.layout.head.name}.weight",) if plan.layout.head else ()
-    return [*found, (*(spec.name for spec in plan.layout.final_tensors), *head)]
+    steps.append([(*(spec.name for spec in plan.layout.final_tensors), *head)])
+    return [request for step in steps[done:] for request in step]
 
 
 def in_order(source: Checkpoint, wanted: Sequence[Request]) -> Generator[dict[str, Tensor], None, None]:
@@ -212,10 +222,8 @@ def in_order(source: Checkpoint, wanted: Sequence[Request]) -> Generator[dict[st
             yield ahead.take(request, following)
 
 
-def embed(job: Job, texts: Texts, folder: Path) -> Streams:
-    """Store the embedding and start the streams with it: none for a text there is not."""
-    ((name, weight),) = next(job.reads).items()
-    job.keep(name, weight)
+def begin(job: Job, texts: Texts, folder: Path, standing: Standing) -> Streams:
+    """Store the embedding and start the streams with it, none for a text there is not; or take them up again."""
     routed_experts = any(block.experts for block in job.plan.layout.blocks)
     dtypes: dict[StreamName, torch.dtype] = {"calibration": job.learning.dtype, "original": job.learning.dtype}
     texts_of: dict[StreamName, Tokens] = {"calibration": texts["calibration"]} if job.plan.needs_calibration else {}
@@ -226,7 +234,14 @@ def embed(job: Job, texts: Texts, folder: Path) -> Streams:
     if routed_experts:  # wave after wave is added to the states: rounded in between, they would tell the waves' size
         dtypes = dict.fromkeys(texts_of, torch.float32)
     behind: dict[StreamName, Tokens] = dict.fromkeys(("reference", "quantized"), texts["solutions"])
-    return {
-        n: start(n, t, behind.get(n), weight, folder, routed_experts, spool_dtype(dtypes.get(n, job.skeleton.dtype)))
-        for n, t in texts_of.items()
-    }
+    stored = {name: spool_dtype(dtypes.get(name, job.skeleton.dtype)) for name in texts_of}
+    if standing.done:
+        width, at = job.plan.layout.embedding.in_features, {n: folder / file for n, file in standing.states.items()}
+        return {
+            n: again(n, t, behind.get(n), at[n], width, routed_experts, stored[n]) for n, t in texts_of.items()
+        }  # fmt: skip
+    ((name, weight),) = next(job.reads).items()
+    job.keep(name, weight)
+    streams = {n: start(n, t, behind.get(n), weight, folder, routed_experts, stored[n]) for n, t in texts_of.items()}
+    standing.commit(job.sinks, {}, streams, folder)
+    return streams

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 import click
 
@@ -21,21 +24,50 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
+class Terminated(KeyboardInterrupt):
+    """Somebody asked the process to end (SIGTERM); treated as Ctrl-C is, with an exit code of its own."""
+
+
 def failing_well(command: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Turn quantkit's own errors into one message and their exit code."""
+    """Turn quantkit's own errors into one message and their exit code, and so Ctrl-C (130) and SIGTERM (143)."""
 
     @wraps(command)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:  # a decorator's relay, typed by ParamSpec
         try:
-            return command(*args, **kwargs)
+            with terminable():
+                return command(*args, **kwargs)
         except QuantkitError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            sys.exit(130)
+            leave(f"error: {error}", error, error.exit_code)
+        except Terminated as error:
+            leave("terminated", error, 128 + signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            leave("interrupted", error, 128 + signal.SIGINT)
 
     return run
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does; only the main thread may say so."""
+
+    def terminate(_number: int, _frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def leave(message: str, error: BaseException, code: int) -> NoReturn:
+    """Say why the command ends, and below it what was noted on the way out."""
+    for line in (message, *getattr(error, "__notes__", ())):
+        click.echo(line, err=True)
+    sys.exit(code)
 
 
 def show(*renderables: RenderableType) -> None:

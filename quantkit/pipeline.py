@@ -8,20 +8,20 @@ one that stores something else (`dense` rounds once more) is built by itself. Ea
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from pydantic import BaseModel
 
-from quantkit import artifact, evidence, manifests, registry, sources
-from quantkit.artifact import Sink
+from quantkit import artifact, evidence, manifests, registry, resume, sources
+from quantkit.artifact import Sink, Stored
 from quantkit.build import Built, Progress, build
 from quantkit.build import Texts as StreamTexts
+from quantkit.errors import ArtifactError
 from quantkit.evaluate import likelihood
 from quantkit.evaluate.compare import Compared, compare
 from quantkit.evaluate.distribution import Measured, measure, sides, tokens_to_parquet
@@ -31,12 +31,15 @@ from quantkit.evidence import TextName
 from quantkit.layers import skeleton
 from quantkit.plan import Plan
 from quantkit.report import card, gates, html
+from quantkit.report.read import read_report
 from quantkit.report.schema import Fidelity, Text
+from quantkit.resume import Begun
 from quantkit.schema import Recipe
+from quantkit.standing import Standing
 from quantkit.storage import builtin, corpora, hub
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.corpora import Tokens
-from quantkit.storage.files import write_atomic, write_json
+from quantkit.storage.files import read_json, write_atomic, write_json
 from quantkit.storage.machine import HEAP_BYTES, keep_freed_memory, peak_resident_bytes, return_freed_memory
 from quantkit.storage.model_card import front_matter
 from quantkit.storage.tensors import Written
@@ -76,6 +79,10 @@ class Texts:
         found = {name: tokens.n_tokens for name, tokens in self.tokens.items()}
         return {**found, "fidelity": found["fidelity"] + self.solutions.tokens.n_tokens}
 
+    def hashes(self) -> dict[str, str]:
+        """sha256 of each stream's tokens."""
+        return {name: tokens.hash for name, tokens in self.tokens.items()} | {"solutions": self.solutions.tokens.hash}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
@@ -91,6 +98,17 @@ class Made:
 
     plan: Plan
     folder: Path
+    stored: Stored  # by an earlier, interrupted run
+
+
+class Timings(BaseModel):
+    """What depends on the clock and the machine's load: the one file the manifest does not hash."""
+
+    seconds: dict[str, float]
+    blocks: dict[str, float]
+    threads: int
+    cpus: int | None
+    peak_rss_bytes: int
 
 
 @dataclass(kw_only=True)
@@ -115,11 +133,14 @@ def run(
     evaluate: bool,
     planned: Callable[[Sequence[Plan]], None],
     tell: Tell,
+    restart: bool = False,
+    resumed: Callable[[str], None] | None = None,
 ) -> tuple[Outcome, ...]:
     """Build the artifacts of `recipe` (`text` is its file), one per format, and seal them under their names.
 
-    `planned` sees the plans first. A failure leaves what was made in `<path>.building`, never under the final name.
-    Raises QuantkitError.
+    `planned` sees the plans first. A failure leaves what was made in `<path>.building`, never under the final name,
+    and a note on the exception that says how to go on; the next run does, and `resumed` hears from where, unless
+    `restart` drops what there is. Raises QuantkitError.
     """
     return_freed_memory()
     for format_name in recipe.format:
@@ -129,52 +150,69 @@ def run(
     source = Checkpoint.open(located.folder)
     texts = tokenize(recipe, located.folder)
     plans = sources.plan_recipe(recipe, sources.facts_of(recipe, source, located.revision), texts.counts())
-    folders = {plan.format_name: artifact.prepare(Path(plan.path), overwrite) for plan in plans}
-    planned(plans)
-    clock.lap("plan")
     if all(plan.memory.budget_bytes - plan.memory.peak_bytes >= HEAP_BYTES for plan in plans):
         keep_freed_memory()
-    outcomes: dict[str, Outcome] = {}
-    for together in sharing(plans):
-        made = [Made(plan=plan, folder=folders[plan.format_name]) for plan in together]
-        for outcome in run_once(made, source, texts, text, clock, evaluate=evaluate, tell=tell):
-            outcomes[outcome.format_name] = outcome
-    return tuple(outcomes[plan.format_name] for plan in plans)
+    with resume.alone(plans):
+        begun = resume.begin(plans, source, texts.hashes(), overwrite=overwrite, restart=restart)
+        try:
+            planned(plans)
+            clock.lap("plan")
+            if resumed and begun.resumed:
+                resumed(begun.told())
+            for loop, together in enumerate(resume.sharing(plans)):
+                if not begun.ready(loop):
+                    make(begun, loop, source, texts, text, clock, evaluate=evaluate, tell=tell)
+                for plan in together:
+                    path = Path(plan.path)
+                    artifact.give_name(artifact.staging(path), path, begun.ready(loop)[plan.format_name])
+            begun.finish()
+        except BaseException as error:
+            begun.leave(error)
+            raise
+    return tuple(outcome(plan) for plan in plans)
 
 
-def sharing(plans: Sequence[Plan]) -> list[list[Plan]]:
-    """The plans that one solve serves, together."""
-    same = [plan for plan in plans if plan.format.holds_codes]
-    return [*([same] if same else []), *([plan] for plan in plans if not plan.format.holds_codes)]
+def outcome(plan: Plan) -> Outcome:
+    """What a sealed artifact says of itself."""
+    path = Path(plan.path)
+    timings = Timings.model_validate(read_json(path / artifact.TIMINGS, ArtifactError))
+    return Outcome(
+        format_name=plan.format_name,
+        path=path,
+        fidelity=read_report(path),
+        seconds=timings.seconds,
+        peak_bytes=timings.peak_rss_bytes,
+    )
 
 
-def run_once(
-    made: Sequence[Made], source: Checkpoint, texts: Texts, text: str, clock: Clock, *, evaluate: bool, tell: Tell
-) -> Iterator[Outcome]:
-    """One solve and its artifacts, sealed one after the other. Figures and benchmarks are those of the first.
+def make(
+    begun: Begun, loop: int, source: Checkpoint, texts: Texts, text: str, clock: Clock, *, evaluate: bool, tell: Tell
+) -> None:
+    """One solve and its artifacts, sealed but without their names. Figures and benchmarks are those of the first.
 
     The others store the same weights bit for bit (`solve` has compared them).
     """
+    standing = begun.standing(loop)
+    made = [
+        Made(plan=plan, folder=artifact.prepare(plan, standing.stored(number)), stored=standing.stored(number))
+        for number, plan in enumerate(resume.sharing(begun.plans)[loop])
+    ]
     plan, folder = made[0].plan, made[0].folder
-    built, written, figures = quantize(made, source, texts, text, tell, clock)
+    built, written, figures = quantize(made, source, texts, text, tell, clock, begun.states(loop), standing)
     compared = compare(plan, source, folder, sources.compute(plan.recipe), evaluate=evaluate, tell=tell)
     clock.lap("benchmarks")
     licence = evidence.licence(front_matter(source.folder))
     likely = likelihood.rows(plan.recipe.evaluation.tasks, texts.solutions, figures.solutions)
+    resume.check_source(begun.journal, source)
+    sealed = dict[str, str]()
     for each, files in zip(made, written, strict=True):
         report = evidence.fidelity(each.plan, built.blocks, figures.tokens, texts.told, likely, compared.rows, licence)
         report = gates.judged(each.plan.recipe.gates, report)
         write_evidence(each.plan, each.folder, report, figures, compared)
         write_timings(each.folder, built, clock)
-        path = Path(each.plan.path)
-        artifact.seal(each.folder, path, manifests.manifest(each.plan, source, report, built.blocks), files)
-        yield Outcome(
-            format_name=each.plan.format_name,
-            path=path,
-            fidelity=report,
-            seconds=dict(clock.laps),
-            peak_bytes=peak_resident_bytes(),
-        )
+        manifest = manifests.manifest(each.plan, source, report, built.blocks)
+        sealed[each.plan.format_name] = artifact.seal(each.folder, manifest, files)
+    begun.seal(loop, sealed)
 
 
 def tokenize(recipe: Recipe, folder: Path) -> Texts:
@@ -200,12 +238,19 @@ def tokenize(recipe: Recipe, folder: Path) -> Texts:
 
 
 def quantize(
-    made: Sequence[Made], source: Checkpoint, texts: Texts, text: str, tell: Tell, clock: Clock
+    made: Sequence[Made],
+    source: Checkpoint,
+    texts: Texts,
+    text: str,
+    tell: Tell,
+    clock: Clock,
+    states: Path,
+    standing: Standing,
 ) -> tuple[Built, list[dict[str, Written]], Figures]:
     """Build into every folder, then compare the streams behind the last block, the head read from the first's files.
 
-    Nothing is compared when the recipe says `fidelity: none`.
-    """
+    Their hidden states lie in `states`. Nothing is compared when the recipe says `fidelity: none`.
+    """  # fmt: skip
     plans, folder = [each.plan for each in made], made[0].folder
     compute = sources.compute(plans[0].recipe)
     device, dtype, learning = (
@@ -213,22 +258,22 @@ def quantize(
         getattr(torch, compute.dtype),
         getattr(torch, compute.calibration),
     )
-    sinks = [Sink(each.folder, each.plan.shards) for each in made]
-    with scratch(folder) as place:
-        try:
-            built = finished(build(plans, source, texts.streamed(), sinks, place, device, dtype, learning), tell)
-            written = [sink.close() for sink in sinks]
-        finally:
-            for sink in sinks:
-                sink.abandon()
-        for each in made:
-            artifact.write_model_files(each.folder, each.plan, source.sidecars, text)
-        clock.lap("quantize")
-        figures, streams = Figures(), built.streams
-        if "reference" in streams:
-            bones, head = skeleton(plans[0].source.config, device, dtype), Checkpoint.open(folder)
-            both = sides(bones, plans[0].layout, source, head, streams["reference"], streams["quantized"])
-            figures = Figures(tokens=measure(both), solutions=likelihood.score(both, texts.solutions.items))
+    sinks = [Sink(each.folder, each.plan.shards, each.stored) for each in made]
+    streamed = texts.streamed()
+    try:
+        built = finished(build(plans, source, streamed, sinks, states, device, dtype, learning, standing), tell)
+        written = [sink.close() for sink in sinks]
+    finally:
+        for sink in sinks:
+            sink.abandon()
+    for each in made:
+        artifact.write_model_files(each.folder, each.plan, source.sidecars, text)
+    clock.lap("quantize")
+    figures, streams = Figures(), built.streams
+    if "reference" in streams:
+        bones, head = skeleton(plans[0].source.config, device, dtype), Checkpoint.open(folder)
+        both = sides(bones, plans[0].layout, source, head, streams["reference"], streams["quantized"])
+        figures = Figures(tokens=measure(both), solutions=likelihood.score(both, texts.solutions.items))
     clock.lap("distribution")
     return built, written, figures
 
@@ -241,18 +286,6 @@ def finished(steps: Generator[Progress, None, Returned], tell: Tell) -> Returned
         except StopIteration as end:
             result: Returned = end.value
             return result
-
-
-@contextmanager
-def scratch(folder: Path) -> Iterator[Path]:
-    """A folder for hidden states, removed afterwards whatever happens."""
-    place = folder.with_name(f"{folder.name}.scratch")
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    try:
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def write_evidence(plan: Plan, folder: Path, report: Fidelity, figures: Figures, compared: Compared) -> None:
@@ -272,12 +305,12 @@ def write_evidence(plan: Plan, folder: Path, report: Fidelity, figures: Figures,
 
 
 def write_timings(folder: Path, built: Built, clock: Clock) -> None:
-    """What depends on the clock and the machine's load: the one file the manifest does not hash."""
-    values = {
-        "seconds": clock.laps,
-        "blocks": {block.name: block.seconds for block in built.blocks},
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "peak_rss_bytes": peak_resident_bytes(),
-    }
-    write_json(folder / artifact.TIMINGS, values)
+    """Note what this run took, and what each block took when it was made."""
+    timings = Timings(
+        seconds=clock.laps,
+        blocks={block.name: block.seconds for block in built.blocks},
+        threads=torch.get_num_threads(),
+        cpus=os.cpu_count(),
+        peak_rss_bytes=peak_resident_bytes(),
+    )
+    write_json(folder / artifact.TIMINGS, timings.model_dump())

@@ -121,8 +121,8 @@ def start(
 
     CheckpointError for a token that the embedding does not have.
     """
-    tokens = joined(by_length(text), solutions) if solutions else by_length(text)
-    ids, width = tokens.ids, embedding.shape[1]
+    tokens, width = in_line(text, solutions), embedding.shape[1]
+    ids = tokens.ids
     if len(ids) and int(ids.max()) >= len(embedding):
         raise CheckpointError(
             f"tokenizer: expected token ids below {len(embedding)}, the rows of the embedding, found {int(ids.max())}; "
@@ -131,8 +131,27 @@ def start(
     hidden = Spool.create(folder / f"{name}.0", len(ids), width, dtype)
     for first, stop in chunks(len(ids)):
         hidden.write(first, embedding[ids[first:stop].long()])  # [n] -> [n, hidden]
+    return stream_at(name, text, tokens, folder, hidden, routed)
+
+
+def again(
+    name: StreamName, text: Tokens, solutions: Tokens | None, path: Path, width: int, routed: bool, dtype: SpoolDtype
+) -> Stream:
+    """A stream that an earlier, interrupted build left with its states [tokens, width] in the file `path`."""
+    tokens = in_line(text, solutions)
+    return stream_at(name, text, tokens, path.parent, Spool.open(path, len(tokens.ids), width, dtype), routed)
+
+
+def in_line(text: Tokens, solutions: Tokens | None) -> Tokens:
+    """A text, longest sequence first, with `solutions` behind it."""
+    return joined(by_length(text), solutions) if solutions else by_length(text)
+
+
+def stream_at(name: StreamName, text: Tokens, tokens: Tokens, folder: Path, hidden: Spool, routed: bool) -> Stream:
+    """A stream at `hidden`, with room for what routed experts are given where the model has some."""
     spools = ["seen", "learned"] if name == "calibration" else ["seen"]
-    made = [Spool.create(folder / f"{name}.{spool}", len(ids), width, dtype) for spool in spools if routed]
+    dtype = spool_dtype(hidden.dtype)
+    made = [Spool.create(folder / f"{name}.{spool}", hidden.rows, hidden.width, dtype) for spool in spools if routed]
     return Stream(
         name=name,
         tokens=tokens,
@@ -187,6 +206,5 @@ def spool_dtype(dtype: torch.dtype) -> SpoolDtype:
 
 
 def moved(stream: Stream, target: Spool) -> Stream:
-    """The stream behind the block; the states before it are removed."""
-    stream.hidden.delete()
+    """The stream behind the block; the states before it stay until a journal no longer needs them."""
     return replace(stream, hidden=target)

@@ -67,7 +67,7 @@ def to_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return quantized, scales
 
 
-def recipe_text(model: Path | str, output: Path, **keys: str) -> str:
+def recipe_text(model: Path | str, output: Path, /, **keys: str) -> str:
     """A small recipe over tiny-v3's text; dotted keys are written with double underscores."""
     lines = {
         "version": "1",

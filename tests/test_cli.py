@@ -340,7 +340,11 @@ def test_overwrite_replaces_an_artifact_once_the_new_one_is_done(artifact: Path,
     assert build(artifact, "--overwrite", source__model=checkpoint_copy).exit_code == 1
     assert (artifact / "quantkit/manifest.json").read_bytes() == before
     verify(artifact)
-    assert build(artifact, "--overwrite", quantize__group_size=64).exit_code == 0
+    other = {"quantize__group_size": 64}
+    refused = fault(build(artifact, "--overwrite", **other), 2)
+    assert "recipe.quantize.group_size was 128, is 64" in refused and "source.files.model.safetensors chan" in refused
+    assert refused.endswith("begin anew with --restart")
+    assert build(artifact, "--overwrite", "--restart", **other).exit_code == 0
     assert json.loads((artifact / "config.json").read_text())["quantization_config"]["group_size"] == 64
     verify(artifact)
     assert {path.name for path in artifact.parent.iterdir()} == {"artifact", "source"}
@@ -399,12 +403,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_damaged_checkpoint(
     damage: Callable[[Path], object], sentence: str, checkpoint_copy: Path, tmp_path: Path
 ) -> None:
-    """One message, exit 1, and nothing under the final name."""
+    """One message, exit 1, and nothing under the final name; below it how to go on, if a block was done."""
     damage(checkpoint_copy)
-    message = fault(build(tmp_path / "artifact", source__model=checkpoint_copy), 1)
+    message, *note = fault(build(tmp_path / "artifact", source__model=checkpoint_copy), 1).split("\n")
     assert sentence in message
-    assert "\n" not in message
-    assert {path.name for path in tmp_path.iterdir()} <= {"source", "artifact.building"}
+    assert not note or (len(note) == 1 and "of 4 blocks are done and kept" in note[0])
+    left = {"source", "artifact.building", *(["artifact.building.scratch"] if note else [])}
+    assert {path.name for path in tmp_path.iterdir()} <= left
 
 
 def test_an_unknown_family_is_a_matter_of_usage(checkpoint_copy: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from quantkit.options import JSON, JUNIT, SET, read_recipe
 @click.argument("recipe")
 @SET
 @click.option("--overwrite", is_flag=True, help="Replace an artifact under output.path once the new one is done.")
+@click.option("--restart", is_flag=True, help="Drop what an interrupted build has done, and begin anew.")
 @click.option("--skip-evaluation", is_flag=True, help="Leave the benchmarks out; the report says so.")
 @JUNIT
 @JSON
@@ -24,13 +25,15 @@ def COMMAND(
     recipe: str,
     overrides: tuple[str, ...],
     overwrite: bool,
+    restart: bool,
     skip_evaluation: bool,
     junit: Path | None,
     json_out: bool,
 ) -> None:
     """Plan, quantize, measure and report: make the artifact of a recipe.
 
-    RECIPE is a file or the name of one that ships with quantkit. Exits with 3 when a gate is missed.
+    RECIPE is a file or the name of one that ships with quantkit. Interrupted, the same command goes on behind the last
+    finished block and ends with the same bytes. Exits with 3 when a gate is missed.
 
     Example: quantkit build tiny-v3-awq4
     """
@@ -49,6 +52,8 @@ def COMMAND(
             evaluate=not skip_evaluation,
             planned=lambda plans: None if json_out else show(plans_view([plan_summary(made) for made in plans])),
             tell=meter.tell,
+            restart=restart,
+            resumed=lambda told: click.echo(f"continuing: {told}", err=True),
         )
     if junit:
         write_atomic(junit, junit_bytes([outcome.fidelity for outcome in outcomes]))

@@ -137,6 +137,15 @@ def write_json(path: Path, value: object) -> None:
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, to stay after a power cut; raises QuantkitError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
+    except OSError as fault:
+        raise unwritable(folder, fault) from fault
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -64,13 +64,15 @@ class Spool:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as fault:
-            raise QuantkitError(f"{path}: expected hidden states of an earlier run, found: {reason(fault)}") from None
+            raise QuantkitError(
+                f"{path}: expected hidden states of an earlier run, found: {reason(fault)}; begin anew with --restart"
+            ) from None
         found = os.fstat(descriptor).st_size
         if found != expected:
             os.close(descriptor)
             raise QuantkitError(
                 f"{path}: expected {expected} bytes of hidden states [{rows}, {width}] {dtype}, found {found}; "
-                "start the build again"
+                "begin anew with --restart"
             )
         return cls(path, rows, width, dtype, descriptor)
 

@@ -233,6 +233,8 @@ class ShardWriter:
             raise ArtifactError(
                 f"{self._part}: expected a part of the same plan, found {brief(unknown[0])} written; start again"
             )
+        if self.path.exists() and not self._part.exists():  # finished by a writer that died before it could say so
+            os.replace(self.path, self._part)
         descriptor = os.open(self._part, os.O_RDWR | os.O_CLOEXEC)
         if os.pread(descriptor, len(text), 0) != text or os.fstat(descriptor).st_size != self._size:
             os.close(descriptor)
