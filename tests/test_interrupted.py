@@ -1,0 +1,157 @@
+"""Real processes that are killed, run out of disk or lose power while they build, and the bytes they end with."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from checkpoints import recipe_text, tiny_config, write_checkpoint
+from mortal import Order, Server, server
+from test_resume import SMALL, SYMMETRIC, differing, files
+
+from quantkit.errors import UsageError
+from quantkit.storage.lock import held
+
+BUILD = ("build", "r.yaml", "--skip-evaluation")
+
+
+@pytest.fixture(scope="module")
+def mortals() -> Iterator[Server]:
+    with server() as found:
+        yield found
+
+
+def recipe(place: Path, source: Path, **keys: str) -> Path:
+    """A folder with a recipe."""
+    place.mkdir(parents=True)
+    (place / "r.yaml").write_text(recipe_text(source, Path("x"), **{**SMALL, **keys}))
+    return place
+
+
+def finished(mortals: Server, place: Path) -> dict[str, bytes]:
+    """Let a build go on to its end; every byte it leaves."""
+    end = mortals.run(Order(place=str(place), arguments=BUILD))
+    assert end.code == 0, end.stderr
+    return files(place)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-MoE in BF16."""
+    return write_checkpoint(tmp_path_factory.mktemp("moe") / "source", tiny_config("qwen3_moe"))
+
+
+@pytest.fixture(scope="module")
+def whole(mortals: Server, source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a build leaves that nobody interrupts."""
+    return finished(mortals, recipe(tmp_path_factory.mktemp("whole") / "place", source))
+
+
+def test_signals_say_where_it_stands(mortals: Server, source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """SIGKILL behind the embedding, Ctrl-C behind a block, SIGTERM behind the last one; then it is as if none came."""
+    place = recipe(tmp_path / "a", source)
+    stands = "x.building: {} of 2 blocks are done and kept; the same command goes on from there, with --restart it "
+    for number, done, code, says in (
+        (signal.SIGKILL, 0, -signal.SIGKILL, None),
+        (signal.SIGINT, 1, 130, "interrupted"),
+        (signal.SIGTERM, 2, 143, "terminated"),
+    ):
+        end = mortals.run(Order(place=str(place), arguments=BUILD, step=1, number=number))
+        assert end.code == code, end.stderr
+        if says:
+            assert f"continuing: {stands.format(done - 1)}" in end.stderr
+            assert end.stderr.endswith(f"{says}\n{stands.format(done)}begins anew\n")
+    assert (place / "x.building.scratch").is_dir() and not (place / "x").exists()
+    assert differing(finished(mortals, place), whole) == []
+    assert sorted(path.name for path in place.iterdir()) == ["r.yaml", "x"]
+
+
+def test_a_full_disk_is_one_sentence_and_no_loss(
+    mortals: Server, source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Here and there in a build the disk is full or broken, and then all goes on."""
+    place = recipe(tmp_path / "a", source)
+    for call, fault in ((4, "EIO"), (90, "ENOSPC"), (50, "EIO"), (70, "ENOSPC")):
+        end = mortals.run(Order(place=str(place), arguments=BUILD, call=call, fault=fault))
+        assert end.code == 1 and "error: " in end.stderr and "Traceback" not in end.stderr, end.stderr
+    assert differing(finished(mortals, place), whole) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- the lock
+
+
+HOLDER = "import sys, time; from pathlib import Path; from quantkit.storage.lock import held\n"
+HOLDER += "with held(Path('x.building.lock')): print('held', flush=True); time.sleep(60)"
+
+
+def test_a_second_build_is_refused_and_a_dead_one_is_not_in_the_way(
+    mortals: Server, source: Path, tmp_path: Path
+) -> None:
+    """The holder is named; when it is killed, its file stays and means nothing."""
+    place = recipe(tmp_path / "a", source)
+    with subprocess.Popen([sys.executable, "-c", HOLDER], cwd=place, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout and holder.stdout.readline() == b"held\n"
+        end = mortals.run(Order(place=str(place), arguments=BUILD))
+        assert end.code == 2, end.stderr
+        assert "x.building: expected to be the only build here, found another at work (process " in end.stderr
+        assert f"(process {holder.pid} on " in end.stderr
+        holder.kill()
+    lock = place / "x.building.lock"
+    assert json.loads(lock.read_text())["pid"] == holder.pid
+    with held(lock):
+        assert json.loads(lock.read_text())["pid"] != holder.pid
+        with pytest.raises(UsageError, match="expected to be the only build here"), held(lock):
+            pass
+    assert not lock.exists()
+
+
+# -------------------------------------------------------------------------------------------------------- the matrix
+
+
+MIXED = (
+    '[{match: "*.self_attn.*", quantize: {method: rtn, rounding: nearest, bits: 4, group_size: 64, symmetric: true}}, '
+    '{match: "*.experts.*.down_proj", quantize: {method: gptq, bits: 4, group_size: 64, symmetric: true}}, '
+    "{preset: experts-only}]"
+)
+MATRIX: dict[str, tuple[str, bool, dict[str, str]]] = {
+    "three formats": ("qwen3_moe", False, {"format": "[gptq, compressed_tensors, dense]", "quantize": SYMMETRIC}),
+    "fp8, mtp": ("deepseek_v3", True, {"mtp": "quantize", "rules": "all-linear"}),
+    "mixed rules": ("qwen3_moe", False, {"format": "compressed_tensors", "quantize": SYMMETRIC, "rules": MIXED}),
+    "both streams": (
+        "mixtral", False, {"quantize": "{method: awq, rounding: gptq, group_size: 64}", "propagate": "both"}
+    ),
+    "dense model": ("llama", False, {"quantize": "{method: gptq, group_size: 64}", "format": "[gptq_v2, awq]"}),
+    "nf4": ("qwen2", False, {"quantize": "{method: nf4, group_size: 64}", "format": "bitsandbytes"}),
+    "nothing measured": ("glm4_moe", False, {"quantize": "{method: rtn, group_size: 64}", "fidelity": "none"}),
+    "other budgets": ("deepseek_v2", False, {"propagate": "original"}),
+}  # fmt: skip
+KILLS = 26
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MATRIX)
+def test_killed_at_random(name: str, mortals: Server, tmp_path: Path) -> None:
+    """Builds that are killed, or lose power and all that was not synced, until they are through: nothing differs."""
+    family, fp8, keys = MATRIX[name]
+    source, chance = write_checkpoint(tmp_path / "source", tiny_config(family), fp8=fp8), random.Random(name)
+    whole = finished(mortals, recipe(tmp_path / "whole", source, **keys))
+    kills, builds, resumed = 0, 0, 0
+    while kills < KILLS:
+        place = recipe(tmp_path / f"{builds}", source, **keys)
+        builds, sealed = builds + 1, False
+        while not sealed and kills < KILLS:
+            order = Order(
+                place=str(place), arguments=BUILD, call=chance.randint(1, 160), fault=chance.choice(("kill", "power"))
+            )
+            end = mortals.run(order)
+            assert end.code in (0, -signal.SIGKILL), end.stderr
+            sealed, kills = end.code == 0, kills + (end.code != 0)
+            resumed += "continuing: " in end.stderr
+        assert differing(files(place) if sealed else finished(mortals, place), whole) == []
+    assert resumed > KILLS // 4
