@@ -199,7 +199,8 @@ def make(
     ]
     plan, folder = made[0].plan, made[0].folder
     built, written, figures = quantize(made, source, texts, text, tell, clock, begun.states(loop), standing)
-    compared = compare(plan, source, folder, sources.compute(plan.recipe), evaluate=evaluate, tell=tell)
+    compute, kept = sources.compute(plan.recipe), begun.answers(loop)
+    compared = compare(plan, source, folder, compute, evaluate=evaluate, tell=tell, kept=kept)
     clock.lap("benchmarks")
     licence = evidence.licence(front_matter(source.folder))
     likely = likelihood.rows(plan.recipe.evaluation.tasks, texts.solutions, figures.solutions)

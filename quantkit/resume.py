@@ -61,6 +61,10 @@ class Begun:
                 path.unlink()
         return folder
 
+    def answers(self, loop: int) -> Path:
+        """The folder of what models answered when a loop's artifacts were benchmarked."""
+        return self.scratch / f"answers-{loop}"
+
     def ready(self, loop: int) -> Mapping[str, str]:
         """sha256 of the manifest of each artifact of a loop, by format; nothing while one of them is not sealed."""
         return ready(self.journal, loop)

@@ -158,6 +158,26 @@ def test_a_run_is_repeatable_whatever_the_batch(model, tokenizer):
     assert torch.equal(state, torch.random.get_rng_state()), "no global generator is touched"
 
 
+def test_a_run_that_was_cut_off_asks_only_what_is_missing(model, tokenizer, tmp_path):
+    """What was answered is not asked again, and the batches that are left are the same: so are the answers."""
+    loaded, seen, kept = tasks.load(TINY), list[tuple[int, int]](), tmp_path / "answers" / "model.sqlite"
+
+    def cut(done: int, of: int) -> None:
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    def run(progress, answers):
+        return benchmarks.run(
+            model, tokenizer, loaded, limit=5, batch_size=2, sandbox=NO_SANDBOX, progress=progress, answers=answers
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, kept)
+    again = run(lambda done, of: seen.append((done, of)), kept)
+    assert seen[0] == (4, 10)
+    assert again == run(None, None)
+
+
 def test_code_without_a_sandbox_is_not_run(model, tokenizer):
     items = benchmarks.run(model, tokenizer, tasks.load(TINY), limit=2, sandbox=NO_SANDBOX)
     math, code = benchmarks.scores(items)

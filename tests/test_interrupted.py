@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import random
 import signal
@@ -109,6 +111,34 @@ def test_a_second_build_is_refused_and_a_dead_one_is_not_in_the_way(
         with pytest.raises(UsageError, match="expected to be the only build here"), held(lock):
             pass
     assert not lock.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "free"),
+    [({}, False), ({"pid": 2**22 + 1}, True), ({"ticks": 1}, True), ({"host": "elsewhere"}, False)],
+    ids=["alive", "gone", "another process of that number", "another machine"],
+)
+def test_where_files_cannot_be_locked_the_named_holder_counts(
+    change: dict[str, object], free: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a shared file system without locks."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    path = tmp_path / "x.building.lock"
+    with held(path):
+        owner = json.loads(path.read_text())
+    path.write_text(json.dumps(owner | change))
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    if free:
+        with held(path):
+            assert json.loads(path.read_text())["pid"] == owner["pid"]
+        assert not path.exists()
+    else:
+        with pytest.raises(UsageError, match=r"x\.building: expected to be the only build here"), held(path):
+            pass
+        assert path.exists()
 
 
 # -------------------------------------------------------------------------------------------------------- the matrix

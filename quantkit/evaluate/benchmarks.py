@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined, TemplateError
@@ -67,18 +68,20 @@ def run(
     batch_size: int = BATCH_SIZE,
     sandbox: jails.Sandbox | None = None,
     progress: Callable[[int, int], None] | None = None,
+    answers: Path | None = None,
 ) -> list[ItemResult]:
     """Answer and score every item of `tasks` (see tasks.load), or the first `limit` of each.
 
     model: a transformers causal LM on the device and in the dtype it is to be judged in; tokenizer: its own, which
     alone decides on BOS. `progress` is called with (answers complete, answers in all). Without a `sandbox` the best
-    one is looked for when there is code to run. Nothing is printed. EvaluationError when a task cannot be run.
+    one is looked for when there is code to run. `answers` is a file that keeps them for a run that takes this one up.
+    Nothing is printed. EvaluationError when a task cannot be run, QuantkitError when an answer cannot be stored.
     """
     if not tasks:
         return []
     if limit is not None and limit < 1:
         raise EvaluationError(f"evaluation.limit: expected 1 or more items, found {limit}")
-    with harness.opened(tasks) as opened, journal.opened(None) as book:
+    with harness.opened(tasks) as opened, journal.opened(answers) as book:
         from quantkit.evaluate.generation import LocalModel
         from quantkit.evaluate.recorded import Recorder
 

@@ -55,10 +55,23 @@ class Job:
     tasks: tuple[Task, ...]
     jail: sandbox.Sandbox
     tell: Tell
+    kept: Path | None  # folder of the answers that an interrupted run got
 
 
-def compare(plan: Plan, source: Checkpoint, folder: Path, compute: Compute, *, evaluate: bool, tell: Tell) -> Compared:
-    """Run the recipe's tasks on both models; rows with status "not run" and a reason where that cannot be."""
+def compare(
+    plan: Plan,
+    source: Checkpoint,
+    folder: Path,
+    compute: Compute,
+    *,
+    evaluate: bool,
+    tell: Tell,
+    kept: Path | None = None,
+) -> Compared:
+    """Run the recipe's tasks on both models; rows with status "not run" and a reason where that cannot be.
+
+    Answers go to files in `kept`, where a run that was interrupted finds them again.
+    """
     names = plan.recipe.evaluation.tasks
     if not names or not evaluate:
         return not_run(names, "skipped by --skip-evaluation")
@@ -72,7 +85,7 @@ def compare(plan: Plan, source: Checkpoint, folder: Path, compute: Compute, *, e
     try:
         loaded = tasks.load(names)
         jail = sandbox.probe() if any(task.code for task in loaded) else sandbox.Sandbox(kind="none")
-        job = Job(plan=plan, compute=compute, tasks=loaded, jail=jail, tell=tell)
+        job = Job(plan=plan, compute=compute, tasks=loaded, jail=jail, tell=tell, kept=kept)
         baseline = source_items(job, source)
         stored = whole.reader(Checkpoint.open(folder), plan.format_name, plan.schemes)
         candidate = answers(job, "artifact", stored, source)
@@ -137,6 +150,7 @@ def answers(job: Job, name: str, read: whole.Read, source: Checkpoint) -> list[I
             batch_size=job.plan.recipe.evaluation.batch_size,
             sandbox=job.jail,
             progress=lambda done, total: job.tell(Progress(stage=f"benchmarks, {name}", done=done, total=total)),
+            answers=job.kept / f"{name}.sqlite" if job.kept else None,
         )
     finally:
         del model

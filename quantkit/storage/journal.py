@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from quantkit.errors import EvaluationError
+from quantkit.errors import EvaluationError, QuantkitError
 
 _SCHEMA = """create table if not exists answers (
  task text, doc_hash text, prompt_hash text, settings text, model text, turn integer, value text not null,
@@ -57,8 +57,8 @@ class Journal:
             with self._connection:
                 self._connection.executemany("insert or ignore into answers values (?, ?, ?, ?, ?, ?, ?)", rows)
         except sqlite3.Error as fault:
-            raise EvaluationError(
-                f"{self._path}: an answer cannot be stored: {fault}; make room, then continue with --resume"
+            raise QuantkitError(  # the model can be asked: no reason to do without its answers
+                f"{self._path}: an answer cannot be stored: {fault}; make room and go on"
             ) from None
 
     def __len__(self) -> int:
