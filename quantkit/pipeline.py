@@ -153,10 +153,12 @@ def run(
     if all(plan.memory.budget_bytes - plan.memory.peak_bytes >= HEAP_BYTES for plan in plans):
         keep_freed_memory()
     with resume.alone(plans):
-        begun = resume.begin(plans, source, texts.hashes(), overwrite=overwrite, restart=restart)
+        journal = resume.interrupted(plans, overwrite=overwrite, restart=restart)
+        planned(plans)
+        clock.lap("plan")
+        begun = resume.begin(plans, journal, source, texts.hashes())
+        clock.lap("source hashes")
         try:
-            planned(plans)
-            clock.lap("plan")
             if resumed and begun.resumed:
                 resumed(begun.told())
             for loop, together in enumerate(resume.sharing(plans)):

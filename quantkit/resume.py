@@ -112,16 +112,12 @@ def alone(plans: Sequence[Plan]) -> Iterator[None]:
         yield
 
 
-def begin(
-    plans: Sequence[Plan], source: Checkpoint, texts: Mapping[str, str], *, overwrite: bool, restart: bool
-) -> Begun:
-    """Take up an interrupted build, or begin one.
+def interrupted(plans: Sequence[Plan], *, overwrite: bool, restart: bool) -> Ledger | None:
+    """The journal of an interrupted build that has done something; `restart` lets it be forgotten.
 
-    Raises UsageError when an artifact is in the way, and naming what changed when the interrupted build was of
-    something else; `restart` drops that build.
+    UsageError when an artifact is in the way.
     """
-    place = scratch(plans)
-    journal = None if restart else Ledger.open(place / JOURNAL)
+    journal = None if restart else Ledger.open(scratch(plans) / JOURNAL)
     if journal is not None and not any(entry["kind"] == "step" for entry in journal.entries):
         journal = None  # nothing to lose
     for loop, together in enumerate(sharing(plans)):
@@ -129,6 +125,15 @@ def begin(
         for plan in together:
             if not (sealed and artifact.is_sealed(Path(plan.path), sealed[plan.format_name])):
                 artifact.check_free(Path(plan.path), overwrite)
+    return journal
+
+
+def begin(plans: Sequence[Plan], journal: Ledger | None, source: Checkpoint, texts: Mapping[str, str]) -> Begun:
+    """Take up the build of a journal, or begin one; reads every byte of a source that is not known yet.
+
+    UsageError naming what changed when the interrupted build was of something else.
+    """
+    place = scratch(plans)
     if journal is not None:
         check_same(journal, plans, source, texts)
         return Begun(plans=plans, journal=journal, resumed=True)
