@@ -8,7 +8,7 @@ the steps are in `dense` and `routed`.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,6 +50,10 @@ class Progress:
     done: float
     total: float
     note: str = ""
+
+
+Tell = Callable[[Progress], None]
+"""Who hears of it."""
 
 
 @dataclass(kw_only=True)

@@ -129,6 +129,17 @@ def touches_fp8(group: LinearGroup, decisions: Mapping[str, Decision]) -> bool:
     return any(name in decisions and decisions[name].keep == "fp8" for name in names)
 
 
+def quantized_groups(block: Block, decisions: Mapping[str, Decision]) -> dict[str, LinearGroup]:
+    """Groups with a reader, routed experts included, that is quantized: their grams are needed."""
+    gate = block.experts.linear(0, block.experts.gate) if block.experts else ""
+
+    def read(group: LinearGroup) -> bool:
+        readers = (*group.readers, gate) if group.routed_experts and gate else group.readers
+        return any(decisions[reader].action == "quantize" for reader in readers)
+
+    return {group.name: group for group in block.groups if read(group)}
+
+
 def search_of(block: Block, group: LinearGroup, decisions: Mapping[str, Decision]) -> Rescale | None:
     """The scale search of the one method that quantizes the readers of a group, routed experts included.
 

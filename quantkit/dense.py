@@ -151,8 +151,8 @@ def learn(work: Work, tensors: Tensors, sample: Sample) -> Learned:
             valid, routing = step(bones, layer, tap, stream, batch, work.targets["calibration"], stream.learned)
             here += [routing] if routing else []
             for name, total in sums.items():
-                meant = original.get(groups[name].adds_to or "")
-                gap = None if meant is None else meant - tokens(inputs[groups[name].adds_to or ""], valid)
+                at = groups[name].adds_to
+                gap = original[at] - tokens(inputs[at], valid) if at and original else None
                 total.add(tokens(inputs[name], valid), original.get(name), gap)
     count = work.block.experts.count if work.block.experts else 0
     decided, stats = Routing.joined(here), {name: total.stats() for name, total in sums.items()}

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from quantkit.build import Progress
+from quantkit.build import Progress, Tell
 from quantkit.errors import ArtifactError, EvaluationError, UnsuitedError, UsageError
 from quantkit.evaluate import benchmarks, compare, harness, samples, sandbox
 from quantkit.evaluate.harness import Decoding, Opened
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["artifact", "model", "served"]
 BackendName = Literal["transformers", "vllm", "openai"]
-Tell = Callable[[Progress], None]
-
 JOURNAL = "answers.sqlite"
 DEFAULT_TASKS = ("math", "code")
 
@@ -204,7 +202,7 @@ def ask_source(who: Subject, names: Sequence[str], setup: Setup, tell: Tell) -> 
     plain = setup.decoding == Decoding() and setup.seeds == 1 and not (theirs or failed or setup.native)
     key = ""
     if plain and who.folder is not None:
-        jail = sandbox.probe() if any(task.code for task in own) else sandbox.Sandbox(kind="none")
+        jail = benchmarks.jail_for(own)
         device, dtype = chosen(setup)
         where = f"{dtype} on {device}"
         key = compare.baseline_key(Checkpoint.open(who.folder), own, setup.limit, where, jail)

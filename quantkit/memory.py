@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quantkit.contracts import Block, Experts, Layout, Linear
-from quantkit.decide import Decision
+from quantkit.decide import Decision, quantized_groups
 
 BASE_BYTES = 900_000_000
 """Python, torch and transformers without a model: 620 MB measured on Linux x86-64 with torch 2.13, and a reserve."""
@@ -87,7 +87,7 @@ def dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: int) -> 
     solving = max((solve_bytes(x, any(decisions[y.name].rounding == "gptq" for y in x)) for x in together), default=0)
     if block.kind == "mtp":
         return max(sizes) + solving
-    groups = [group for group in block.groups if grams and any_quantized(block, group.name, decisions)]
+    groups = list(quantized_groups(block, decisions).values()) if grams else []
     sized = {linear.name: linear for linear in linears}
     readers = [sized[group.readers[0]] for group in groups]
     summed = sum(4 * grams * reader.in_features**2 for reader in readers)
@@ -96,15 +96,6 @@ def dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: int) -> 
         summed += 2 * BATCH_TOKENS * 4 * sum(reader.in_features for reader in readers)
         summed += sum(4 * x.n_parameters + 2 * BATCH_TOKENS * 4 * x.out_features for x in adding)
     return sum(sizes) + solving + summed
-
-
-def any_quantized(block: Block, group: str, decisions: Mapping[str, Decision]) -> bool:
-    """Whether a group has a reader that is quantized, so that its gram is needed."""
-    found = next(g for g in block.groups if g.name == group)
-    experts = found.routed_experts and block.experts and decisions[block.experts.linear(0, block.experts.gate)]
-    if experts and experts.action == "quantize":
-        return True
-    return any(decisions[reader].action == "quantize" for reader in found.readers)
 
 
 def expert_bytes(experts: Experts, quantized: bool, grams: int) -> int:

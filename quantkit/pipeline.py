@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from quantkit import artifact, evidence, manifests, registry, resume, sources
 from quantkit.artifact import Sink, Stored
-from quantkit.build import Built, Progress, build
+from quantkit.build import Built, Progress, Tell, build
 from quantkit.build import Texts as StreamTexts
 from quantkit.errors import ArtifactError
 from quantkit.evaluate import likelihood
@@ -44,7 +44,6 @@ from quantkit.storage.machine import HEAP_BYTES, keep_freed_memory, peak_residen
 from quantkit.storage.model_card import front_matter
 from quantkit.storage.tensors import Written
 
-Tell = Callable[[Progress], None]
 Returned = TypeVar("Returned")
 
 

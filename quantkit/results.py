@@ -7,16 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from math import sqrt
 from pathlib import Path
-from statistics import NormalDist
 
+from quantkit.build import Tell
 from quantkit.errors import EvaluationError, UsageError
 from quantkit.evaluate import benchmarks, compare, samples, statistics
 from quantkit.evaluate.samples import ItemPair, ItemResult
 from quantkit.evaluate.statistics import Interval
 from quantkit.evaluate.tasks import Task
-from quantkit.evaluation import JOURNAL, Asked, Setup, Subject, Tell, ask, ask_source, settings, source_of
+from quantkit.evaluation import JOURNAL, Asked, Setup, Subject, ask, ask_source, settings, source_of
 from quantkit.report.schema import Benchmark
 from quantkit.report.tables import Table, compared
 from quantkit.storage.files import read_json, write_json
@@ -158,20 +157,11 @@ def one(task: Task, items: Sequence[ItemResult], rates: benchmarks.TaskScore) ->
     hashes = "".join(f"{item.doc_hash} {item.prompt_hash} {item.target_hash}\n" for item in items)
     return Scored(
         task=task.name, domain=task.domain, filter=items[0].filter, n=len(items),
-        score=sum(known) / len(known) if complete else None, interval=interval(known) if complete else None,
+        score=sum(known) / len(known) if complete else None,
+        interval=statistics.mean_interval(known) if complete else None,
         truncated=rates.truncated, unparsed=rates.unparsed, n_tokens=rates.n_tokens, not_run=rates.not_run,
         task_sha256=task.sha256, items_sha256=hashlib.sha256(hashes.encode()).hexdigest(),
     )  # fmt: skip
-
-
-def interval(scores: Sequence[float]) -> Interval:
-    """95 % of a mean score: Wilson's for right and wrong, else the normal one over items, within 0 and 1."""
-    n, mean = len(scores), sum(scores) / len(scores)
-    if {*scores} <= {0.0, 1.0}:
-        return statistics.wilson(round(sum(scores)), n)
-    variance = sum((score - mean) ** 2 for score in scores) / (n - 1) if n > 1 else 0.25
-    half = NormalDist().inv_cdf((1 + statistics.LEVEL) / 2) * sqrt(variance / n)
-    return Interval(low=max(0.0, mean - half), high=min(1.0, mean + half))
 
 
 def values(row: Scored) -> dict[str, object]:

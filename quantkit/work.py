@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantkit.artifact import Sink
 from quantkit.contracts import Block, Experts, Format, LinearGroup, Rescale, Scheme
-from quantkit.decide import Decision, held_by_fp8, search_of
+from quantkit.decide import Decision, held_by_fp8, quantized_groups, search_of
 from quantkit.errors import NumericsError
 from quantkit.experts import Activation
 from quantkit.fold import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, Choice
@@ -117,13 +117,7 @@ class Work:
 
     def quantized_groups(self) -> dict[str, LinearGroup]:
         """Groups with a reader, routed experts included, that is quantized: their grams are needed."""
-        decisions = self.job.plan.decisions
-        return {
-            group.name: group
-            for group in self.block.groups
-            if any(decisions[reader].action == "quantize" for reader in group.readers)
-            or (group.routed_experts and self.expert_scheme is not None)
-        }
+        return quantized_groups(self.block, self.job.plan.decisions)
 
     def rescale_of(self, group: LinearGroup) -> Rescale | None:
         """The scale search of the one method that quantizes the group; None without one or without an absorber.

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from quantkit.evaluate.sandbox import Sandbox, probe
 from quantkit.storage.builtin import folder
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 FAST = {
     "quantize.method": "rtn",
@@ -37,3 +42,23 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def artifact(built: Path, tmp_path: Path) -> Path:
     """A copy of the built artifact, to be damaged."""
     return Path(shutil.copytree(built, tmp_path / "artifact"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's chromium; who asks for it skips without (CHROMIUM)."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module", params=["bubblewrap", "namespaces"])
+def jail(request: pytest.FixtureRequest) -> Sandbox:
+    """Each rung of the sandbox's ladder that works on this machine."""
+    sandbox = probe(kinds=(request.param,))
+    if sandbox.kind == "none":
+        pytest.skip(f"{request.param} does not work here: {sandbox.reason}")
+    return sandbox

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import CHROMIUM
 from diff_example import a_side, answer, b_side, items
 from report_large import large
 from test_html import HOSTILE, LIMIT_BYTES, Page
-from test_html_browser import CHROMIUM, NARROW, Tab, contrast, luminance
+from test_html_browser import NARROW, Tab, contrast, luminance
 
 from quantkit.diff import page, tables
 from quantkit.diff.charts import layer_medians, tail
@@ -143,16 +143,6 @@ def test_without_tokens_there_is_no_tail() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")

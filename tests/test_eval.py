@@ -14,10 +14,10 @@ from click.testing import CliRunner
 from openai_server import Server
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from quantkit import evaluation, results
+from quantkit import evaluation
 from quantkit.cli import main
 from quantkit.errors import EvaluationError, UsageError
-from quantkit.evaluate import compare, harness, samples, sandbox
+from quantkit.evaluate import compare, harness, samples, sandbox, statistics
 from quantkit.evaluate.samples import from_parquet
 from quantkit.evaluation import Setup
 from quantkit.storage import builtin
@@ -277,9 +277,9 @@ def test_an_interval_of_scores():
     from scipy.stats import binomtest
 
     wilson = binomtest(3, 10).proportion_ci(method="wilson")
-    found = results.interval([1.0] * 3 + [0.0] * 7)
+    found = statistics.mean_interval([1.0] * 3 + [0.0] * 7)
     assert (found.low, found.high) == pytest.approx((wilson.low, wilson.high))
-    spread = results.interval([0.25, 0.5, 0.75])
+    spread = statistics.mean_interval([0.25, 0.5, 0.75])
     assert (spread.low, spread.high) == pytest.approx((0.5 - 1.959964 * 0.25 / 3**0.5, 0.5 + 1.959964 * 0.25 / 3**0.5))
 
 

@@ -12,21 +12,12 @@ import hostile
 import pytest
 
 from quantkit.evaluate import syscalls
-from quantkit.evaluate.sandbox import Program, Sandbox, probe, run_programs
+from quantkit.evaluate.sandbox import Program, probe, run_programs
 
 HEADERS = {
     "x86_64": Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
     "aarch64": Path("/usr/include/asm-generic/unistd.h"),
 }
-
-
-@pytest.fixture(scope="module", params=["bubblewrap", "namespaces"])
-def jail(request) -> Sandbox:
-    """Each rung of the ladder that works on this machine."""
-    sandbox = probe(kinds=(request.param,))
-    if sandbox.kind == "none":
-        pytest.skip(f"{request.param} does not work here: {sandbox.reason}")
-    return sandbox
 
 
 CASES = [

@@ -18,15 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("QUANTKIT_DATA", ROOT.parent / "shared" / "data"))
 
 
-@pytest.fixture(scope="module", params=["bubblewrap", "namespaces"])
-def jail(request) -> Sandbox:
-    """Each rung of the ladder that works on this machine."""
-    sandbox = probe(kinds=(request.param,))
-    if sandbox.kind == "none":
-        pytest.skip(f"{request.param} does not work here: {sandbox.reason}")
-    return sandbox
-
-
 def verdict(source: str, sandbox: Sandbox, tests: str = "pass", seconds: int = 1) -> Outcome:
     return run_programs([Program(source=source, tests=tests)], sandbox, seconds)[0]
 

@@ -9,7 +9,7 @@ from statistics import median
 
 from quantkit.diff.sides import Tokens
 from quantkit.diff.values import Diff, Shift
-from quantkit.report.charts import SUPERSCRIPT, TIGHT, Spec, chart, colour_by, layer_axis, percent_axis
+from quantkit.report.charts import SUPERSCRIPT, TIGHT, Plot, Spec, chart, colour_by, layer_axis, percent_axis
 from quantkit.report.names import block_of
 
 FLOOR = -9  # log10 of a KL that float32 logits cannot tell from 0
@@ -17,9 +17,9 @@ STEPS_PER_DECADE = 4
 SIDES = ("A", "B")
 
 
-def charts(diff: Diff, a: Tokens | None, b: Tokens | None) -> dict[str, tuple[str, str, Spec]]:
+def charts(diff: Diff, a: Tokens | None, b: Tokens | None) -> dict[str, Plot]:
     """Plots by name in the order of the page: title, how to read it, description; what has no data is left out."""
-    made: dict[str, tuple[str, str, Spec]] = {}
+    made: dict[str, Plot] = {}
     if rows := layer_medians(diff.modules):
         by = sorted({row.by for row in diff.modules})
         told = f"Median of the layer's quantized matrices; of their {' or '.join(by)}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import exp, isfinite
 from typing import Literal
 
@@ -303,26 +303,26 @@ def modules(a: Side, b: Side, allowed: Comparable) -> tuple[Shift, ...]:
 
 def blocks(a: Side, b: Side, allowed: Comparable) -> tuple[Shift, ...]:
     """Error of the hidden states after each block, in the order of the model."""
-    if allowed.source or allowed.text:
-        return ()
-    second = {row.block: row.relative_error for row in b.fidelity.blocks}
-    return tuple(
-        _shift(row.block, "hidden states", row.relative_error, second[row.block])
-        for row in a.fidelity.blocks
-        if row.block in second
-    )
+    first, second = ({row.block: row.relative_error for row in side.fidelity.blocks} for side in (a, b))
+    return _by_block("hidden states", first, second, allowed)
 
 
 def routers(a: Side, b: Side, allowed: Comparable) -> tuple[Shift, ...]:
     """Share of expert choices that agree with the source's, layer by layer."""
+    first, second = ({row.block: row.agreement for row in side.fidelity.routers} for side in (a, b))
+    return _by_block("same experts", first, second, allowed)
+
+
+def _by_block(
+    by: Literal["hidden states", "same experts"],
+    a: Mapping[str, float | None],
+    b: Mapping[str, float | None],
+    allowed: Comparable,
+) -> tuple[Shift, ...]:
+    """What the fidelity text told of the blocks that both have; nothing where it was not the same."""
     if allowed.source or allowed.text:
         return ()
-    second = {row.block: row.agreement for row in b.fidelity.routers}
-    return tuple(
-        _shift(row.block, "same experts", row.agreement, second[row.block])
-        for row in a.fidelity.routers
-        if row.block in second
-    )
+    return tuple(_shift(name, by, value, b[name]) for name, value in a.items() if name in b)
 
 
 def _shift(

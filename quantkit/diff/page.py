@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from markupsafe import Markup
-
 from quantkit.diff import tables, views
 from quantkit.diff.charts import charts
 from quantkit.diff.sides import Tokens
 from quantkit.diff.values import Diff, Distribution, Flip
 from quantkit.report import html, numbers
-from quantkit.report.charts import CONFIG
 from quantkit.report.html import Tile
 from quantkit.report.samples import Changed
 
@@ -24,10 +21,7 @@ def render(diff: Diff, a: Tokens | None = None, b: Tokens | None = None) -> str:
     made = html.environment(autoescape=True)
     made.filters["party"] = views.party_text
     made.filters["tone"] = tone
-    plots = charts(diff, a, b)
     items = html.shown_items([changed(flip) for flip in diff.flips])
-    vega, own = html.library(), html.template_text(made, "fidelity.js")
-    style = html.template_text(made, "fidelity.css") + html.template_text(made, "diff.css")
     return made.get_template("diff.html.j2").render(
         diff=diff,
         items=items,
@@ -36,14 +30,9 @@ def render(diff: Diff, a: Tokens | None = None, b: Tokens | None = None) -> str:
         tiles=tiles(diff),
         headline=tables.headline(diff),
         intervals=html.intervals([row.delta_pp for row in diff.benchmarks]),
-        plots=plots,
-        drawings={"config": CONFIG, "specs": {name: spec for name, (_, _, spec) in plots.items()}},
-        vega=Markup(vega),
-        script=Markup(own),
-        style=Markup(style),
-        hashes=[html.csp_hash(vega), html.csp_hash(own)],
         rows=ROWS,
         names=NAMES,
+        **html.drawn(made, charts(diff, a, b), ("fidelity.css", "diff.css")),
     )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.diff.values import Kind
 from quantkit.errors import ArtifactError, HubUnreachable, UsageError
 from quantkit.report.read import read_file, read_sealed
-from quantkit.report.samples import BENCHMARKS, TOKENS, Answer, read_columns
+from quantkit.report.samples import BENCHMARKS, TOKENS, Answer, answer, read_columns
 from quantkit.report.schema import Benchmark, Distribution, Fidelity, Figure
 from quantkit.storage.builtin import PREFIX
 from quantkit.storage.files import read_json
@@ -190,15 +190,7 @@ def _items(path: Path) -> dict[Key, Item]:
 
 
 def _answer(row: Mapping[str, Any], who: str) -> Answer | None:
-    if row[f"{who}_score"] is None:
-        return None
-    return Answer(
-        text=row[f"{who}_response"],
-        score=row[f"{who}_score"],
-        outcome=row[f"{who}_outcome"],
-        n_tokens=row[f"{who}_n_tokens"],
-        truncated=row[f"{who}_truncated"],
-    )
+    return None if row[f"{who}_score"] is None else answer(row, who)
 
 
 def _tokens(path: Path) -> Tokens:

@@ -16,7 +16,6 @@ MAX_CHARACTERS = 60_000
 """GitHub takes 65,536 in a comment."""
 
 TERMINAL_ROWS = 10
-STYLES = {"better": "green", "worse": "bold red"}
 _LIMITS = ((60, 240, 40, 1_200), (40, 160, 20, 700), (20, 120, 10, 400), (8, 60, 3, 200), (3, 30, 0, 0))
 """Rows of a table, characters of a cell, flipped items, characters of an answer: the first that fits."""
 

@@ -17,14 +17,14 @@ from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, StrictUndefined, TemplateError
+from jinja2 import TemplateError
 
 from quantkit.errors import EvaluationError, UnsuitedError
 from quantkit.evaluate import harness
 from quantkit.evaluate import sandbox as jails
 from quantkit.evaluate.harness import Opened
 from quantkit.evaluate.samples import ItemResult
-from quantkit.evaluate.tasks import CodeRules, Task
+from quantkit.evaluate.tasks import TEMPLATES, CodeRules, Task
 from quantkit.storage import journal
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ BATCH_SIZE = 64
 
 _INVALID = "[invalid]"  # what lm-eval's regex filter makes of a text without a match
 _NOT_RUN = "not run: "
-_TEMPLATES = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # as lm-eval's: code, not HTML
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +129,11 @@ def ask(
     return items
 
 
+def jail_for(tasks: Sequence[Task]) -> jails.Sandbox:
+    """The best sandbox where a task has code to run; none is looked for otherwise."""
+    return jails.probe() if any(task.code for task in tasks) else jails.Sandbox(kind="none")
+
+
 def scores(items: Sequence[ItemResult]) -> list[TaskScore]:
     """One score per task and filter, in the order of the items."""
     groups: dict[tuple[str, str], list[ItemResult]] = {}
@@ -208,7 +212,7 @@ def program(name: str, rules: CodeRules, doc: Mapping[str, Any], completion: str
         completion = first_unindented_line(completion)
     values = {**doc, "completion": completion}
     try:
-        source, tests = (_TEMPLATES.from_string(text).render(values) for text in (rules.source, rules.tests))
+        source, tests = (TEMPLATES.from_string(text).render(values) for text in (rules.source, rules.tests))
     except TemplateError as fault:
         raise EvaluationError(f"{name}: quantkit.code: a template does not fit the data: {fault}") from None
     return jails.Program(source=source, tests=tests)

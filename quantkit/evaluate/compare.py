@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from quantkit import whole
-from quantkit.build import Progress
+from quantkit.build import Progress, Tell
 from quantkit.errors import EvaluationError
 from quantkit.evaluate import benchmarks, samples, sandbox, statistics, tasks
 from quantkit.evaluate.samples import ItemPair, ItemResult
@@ -34,8 +34,6 @@ WHOLE_MODEL_COPIES = 1.7
 
 DEFAULT_RECOVERY = 0.98
 """The share of the source's score a task must keep for "pass" when the recipe sets no gate of its own."""
-
-Tell = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +82,7 @@ def compare(
         )
     try:
         loaded = tasks.load(names)
-        jail = sandbox.probe() if any(task.code for task in loaded) else sandbox.Sandbox(kind="none")
+        jail = benchmarks.jail_for(loaded)
         job = Job(plan=plan, compute=compute, tasks=loaded, jail=jail, tell=tell, kept=kept)
         baseline = source_items(job, source)
         stored = whole.reader(Checkpoint.open(folder), plan.format_name, plan.schemes)

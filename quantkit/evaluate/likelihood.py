@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jinja2 import Environment, StrictUndefined, TemplateError
+from jinja2 import TemplateError
 
 from quantkit.errors import EvaluationError
 from quantkit.evaluate import harness, statistics, tasks
 from quantkit.evaluate.distribution import Sides
-from quantkit.evaluate.tasks import Task
+from quantkit.evaluate.tasks import TEMPLATES, Task
 from quantkit.report.schema import Figure, Likelihood
 from quantkit.storage import evals
 from quantkit.storage.corpora import Tokenizer, Tokens, continued, pack_tokens
@@ -24,7 +24,6 @@ from quantkit.storage.corpora import Tokenizer, Tokens, continued, pack_tokens
 Prompt = tuple[int, str, dict[str, object]]
 """Number of an item, its prompt, and its columns."""
 
-_TEMPLATES = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # as lm-eval's: code, not HTML
 _SPECIAL = frozenset({"description", "process_docs", "doc_to_choice", "use_prompt", "gen_prefix", "custom_dataset"})
 
 
@@ -93,7 +92,7 @@ def _sequences(
     found = []
     try:
         texts = written(task, items) or asked(task, items)
-        pairs = [(doc_id, prompt, _TEMPLATES.from_string(gold).render(row)) for doc_id, prompt, row in texts]
+        pairs = [(doc_id, prompt, TEMPLATES.from_string(gold).render(row)) for doc_id, prompt, row in texts]
     except TemplateError as fault:
         raise EvaluationError(f"{task.name}: {fault}; correct the task's file") from fault
     for doc_id, prompt, solution in pairs:
@@ -111,7 +110,7 @@ def written(task: Task, items: int) -> list[Prompt]:
     plain, data, shots = task.config, _local(task, items), _shots(task)
     if data is None or shots is None or not isinstance(plain.get("doc_to_text"), str) or _SPECIAL & plain.keys():
         return []
-    ask, answer = (_TEMPLATES.from_string(str(plain[key])) for key in ("doc_to_text", "doc_to_target"))
+    ask, answer = (TEMPLATES.from_string(str(plain[key])) for key in ("doc_to_text", "doc_to_target"))
     delimiter, gap = plain.get("target_delimiter", " "), plain.get("fewshot_delimiter", "\n\n")
     front = "".join(f"{ask.render(row)}{delimiter}{answer.render(row)}{gap}" for row in shots)
     return [(number, front + ask.render(row), row) for number, row in enumerate(data)]

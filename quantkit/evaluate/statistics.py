@@ -83,6 +83,16 @@ def wilson(successes: int, n: int, level: float = LEVEL) -> Interval:
     return Interval(low=max(0.0, middle - half), high=min(1.0, middle + half))
 
 
+def mean_interval(scores: Sequence[float], level: float = LEVEL) -> Interval:
+    """Interval of a mean score: Wilson's for right and wrong, else the normal one over items, within 0 and 1."""
+    n, mean = len(scores), sum(scores) / len(scores)
+    if {*scores} <= {0.0, 1.0}:
+        return wilson(round(sum(scores)), n, level)
+    variance = sum((score - mean) ** 2 for score in scores) / (n - 1) if n > 1 else 0.25
+    half = _z(level) * sqrt(variance / n)
+    return Interval(low=max(0.0, mean - half), high=min(1.0, mean + half))
+
+
 def mcnemar(lost: int, gained: int) -> float:
     """Exact two-sided p-value of McNemar's test: a fair coin thrown lost + gained times (McNemar 1947)."""
     n, fewer = lost + gained, min(lost, gained)

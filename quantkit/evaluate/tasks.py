@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from jinja2 import Environment, StrictUndefined
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -23,6 +24,7 @@ from quantkit.storage import evals
 from quantkit.storage.files import sha256_file
 
 DATA_VARIABLE = "QUANTKIT_DATA"
+TEMPLATES = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # as lm-eval's: code, not HTML
 _BLOCK = "quantkit"
 _KEYS = ("domain", "local", "hub", "gold", "code")
 _CODE_KEYS = ("source", "tests", "cut", "seconds")

@@ -48,7 +48,7 @@ def files(pids: list[int], scratch_bytes: int) -> int:
     """Files in the jail's /tmp, which is known by its size: while a jail is made, /tmp is still the host's."""
     for pid in pids:
         with suppress(OSError):
-            found = os.statvfs(f"/proc/{pid}/root/tmp")
+            found = os.statvfs(Path("/proc", str(pid), "root", "tmp"))
             if found.f_blocks * found.f_frsize == scratch_bytes:
                 return found.f_files - found.f_ffree
     return 0

@@ -14,6 +14,7 @@ from quantkit.report.samples import Histogram
 from quantkit.report.schema import Distribution, Experts, Fidelity, Figure, Module, PlanRule
 
 Spec = dict[str, Any]
+Plot = tuple[str, str, Spec]  # title, how to read it, what Vega-Lite draws
 
 SERIES = tuple(f"var(--series-{n})" for n in range(1, 7))
 SMALLEST = 1e-6  # an error that is drawn
@@ -40,9 +41,9 @@ CONFIG: Spec = {
 }  # fmt: skip
 
 
-def charts(fidelity: Fidelity, histogram: Histogram | None) -> dict[str, tuple[str, str, Spec]]:
+def charts(fidelity: Fidelity, histogram: Histogram | None) -> dict[str, Plot]:
     """Plots by name in the order of the page: title, how to read it, description; what has no data is left out."""
-    made: dict[str, tuple[str, str, Spec]] = {}
+    made: dict[str, Plot] = {}
     if layers := layer_errors(fidelity.modules):
         told = (
             "Median of the layer's quantized matrices, with a band from the 10th to the 90th percentile. Outputs are "

@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from quantkit.errors import ArtifactError
 from quantkit.report import card, names, numbers, tables
-from quantkit.report.charts import CONFIG, charts
+from quantkit.report.charts import CONFIG, Plot, charts
 from quantkit.report.read import read_report
 from quantkit.report.samples import Answer, Changed, Samples, read_samples
 from quantkit.report.schema import Distribution, Fidelity, Figure
@@ -99,9 +99,7 @@ def page(artifact: Path) -> str:
 def render(fidelity: Fidelity, samples: Samples) -> str:
     """The whole page."""
     made = environment(autoescape=True)
-    plots = charts(fidelity, samples.histogram)
     items = shown_items(samples.changed)
-    vega, own, style = library(), template_text(made, "fidelity.js"), template_text(made, "fidelity.css")
     return made.get_template("fidelity.html.j2").render(
         fidelity=fidelity,
         samples=samples,
@@ -111,15 +109,23 @@ def render(fidelity: Fidelity, samples: Samples) -> str:
         tiles=tiles(fidelity),
         verdict=card.verdict(fidelity),
         intervals=intervals([row.delta_pp for row in fidelity.benchmarks]),
-        plots=plots,
-        drawings={"config": CONFIG, "specs": {name: spec for name, (_, _, spec) in plots.items()}},
-        vega=Markup(vega),
-        script=Markup(own),
-        style=Markup(style),
-        hashes=[csp_hash(vega), csp_hash(own)],
         worst=WORST,
         folded_lines=FOLDED,
+        **drawn(made, charts(fidelity, samples.histogram), ("fidelity.css",)),
     )
+
+
+def drawn(made: Environment, plots: Mapping[str, Plot], styles: Sequence[str]) -> dict[str, object]:
+    """What every page draws with: its plots, the only two scripts its policy lets run, and its styles."""
+    vega, own = library(), template_text(made, "fidelity.js")
+    return {
+        "plots": plots,
+        "drawings": {"config": CONFIG, "specs": {name: spec for name, (_, _, spec) in plots.items()}},
+        "vega": Markup(vega),
+        "script": Markup(own),
+        "style": Markup("".join(template_text(made, name) for name in styles)),
+        "hashes": [csp_hash(vega), csp_hash(own)],
+    }
 
 
 def environment(*, autoescape: bool) -> Environment:

@@ -140,12 +140,13 @@ def _changed(row: Mapping[str, Any]) -> Changed:
         item=row["doc_id"],
         prompt=row["prompt"],
         target=row["target"],
-        source=_answer(row, "base"),
-        artifact=_answer(row, "quant"),
+        source=answer(row, "base"),
+        artifact=answer(row, "quant"),
     )
 
 
-def _answer(row: Mapping[str, Any], who: str) -> Answer:
+def answer(row: Mapping[str, Any], who: str) -> Answer:
+    """One side of a row of benchmarks.parquet: `who` is base or quant."""
     return Answer(
         text=row[f"{who}_response"],
         score=row[f"{who}_score"],
