@@ -1,0 +1,124 @@
+"""One request: read within bounds, checked once, and its body as each upstream should see it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit.gateway.admission import LEVELS
+from quantkit.gateway.keys import Key
+from quantkit.gateway.settings import Limits, Upstream
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+
+
+class Refused(Exception):
+    """A request that is not served: HTTP status, OpenAI's word for the kind of fault, and a sentence."""
+
+    def __init__(self, status: int, kind: str, told: str) -> None:
+        self.status, self.kind = status, kind
+        super().__init__(told)
+
+
+class Gone(Exception):
+    """The client left before its request was read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """A request. path: below /v1, with its slash; priority: 0 is the most urgent; seconds: what it may take in all."""
+
+    path: str
+    body: bytes
+    values: Mapping[str, Any]
+    stream: bool
+    priority: int
+    seconds: float
+
+    def body_for(self, upstream: Upstream) -> bytes:
+        """The client's own bytes where nothing has to be changed."""
+        told = self.values.get("priority")
+        wanted = (self.priority or None) if upstream.priorities else None
+        if wanted == (told or None) and (told is None or upstream.priorities) and not upstream.model:
+            return self.body
+        values = {name: value for name, value in self.values.items() if name != "priority"}
+        values |= {"priority": wanted} if wanted else {}
+        values |= {"model": upstream.model} if upstream.model else {}
+        return json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+async def read_body(receive: Receive, headers: Mapping[bytes, bytes], most: int) -> bytes:
+    """The whole body; Refused when it is larger than `most`, before it is read where it says its size."""
+    size = headers.get(b"content-length", b"")
+    if size.isdigit() and int(size) > most:
+        raise Refused(413, "invalid_request_error", f"body: expected at most {most} bytes, found {int(size)}")
+    parts, total, more = list[bytes](), 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Gone
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+        total += len(parts[-1])
+        if total > most:
+            raise Refused(413, "invalid_request_error", f"body: expected at most {most} bytes, found more")
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def asked(path: str, body: bytes, headers: Mapping[bytes, bytes], key: Key, limits: Limits) -> Asked:
+    """A checked request; Refused says what is wrong."""
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError) as fault:
+        raise Refused(400, "invalid_request_error", f"body: expected JSON, found {fault}") from None
+    if not isinstance(values, dict):
+        raise Refused(400, "invalid_request_error", f"body: expected an object, found {type(values).__name__}")
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+        integer(values, name, limits.max_tokens)
+    for name in ("n", "best_of"):
+        integer(values, name, limits.max_choices)
+    wanted = priority(values, headers)
+    return Asked(
+        path=path,
+        body=body,
+        values=values,
+        stream=values.get("stream") is True,
+        priority=max(key.priority, key.priority if wanted is None else wanted),
+        seconds=seconds(headers, limits.deadline),
+    )
+
+
+def integer(values: Mapping[str, Any], name: str, most: int) -> None:
+    """Refuse a value above `most`; 0 is no bound, and other types are the engine's to refuse."""
+    value = values.get(name)
+    if most and isinstance(value, int) and value > most:
+        raise Refused(400, "invalid_request_error", f"{name}: expected at most {most}, found {value}; ask for less")
+
+
+def priority(values: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> int | None:
+    """What the client says, by header or in the body as vLLM has it; None when it says nothing."""
+    told = headers.get(b"x-priority", b"").decode("latin-1").strip()
+    value = values.get("priority") if not told else int(told) if told.lstrip("-").isdigit() else told
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise Refused(400, "invalid_request_error", f"priority: expected 0 (first) to {LEVELS - 1}, found {value!r}")
+    return min(max(value, 0), LEVELS - 1)
+
+
+def seconds(headers: Mapping[bytes, bytes], most: float) -> float:
+    """X-Request-Timeout, in seconds, where it asks for less than the gateway allows."""
+    told = headers.get(b"x-request-timeout")
+    if told is None:
+        return most
+    text = told.decode("latin-1")
+    try:
+        wanted = float(text)
+    except ValueError:
+        wanted = -1.0
+    if not wanted > 0:
+        raise Refused(400, "invalid_request_error", f"X-Request-Timeout: expected seconds, found {text!r}")
+    return min(wanted, most)
