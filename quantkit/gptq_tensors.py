@@ -10,12 +10,15 @@ The activation order of a solver leaves no trace: groups stay where they are, de
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import Contents, Linear, Quantized, Scheme, TensorSpec
 from quantkit.engine_names import engine_names, kept_patterns, lines, split_layer
-from quantkit.packed import SCALE_DTYPES, one_scheme
+from quantkit.errors import ArtifactError
+from quantkit.packed import SCALE_DTYPES, one_scheme, per_run
+from quantkit.stored import SCALE, Checks, Loader, Numbers, Treatment, matcher, switched_off, texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,3 +107,58 @@ def quantized_suffixes(quantized: Sequence[str], kept: Sequence[str]) -> list[st
             clear[suffix] = suffix not in others
         found[suffix if clear[suffix] else name] = None
     return list(found)
+
+
+def shape(specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]) -> tuple[int, int] | None:
+    """[out, in] by the specs of a linear's tensors."""
+    if not {"g_idx", "scales"} <= set(specs):
+        return None
+    return specs["scales"].shape[-1], specs["g_idx"].shape[0]
+
+
+def numbers(linear: Linear, scheme: Scheme, less: int) -> dict[str, Numbers]:
+    """What the tensors of one linear must hold; symmetric zero points are the middle code `less` that much."""
+    group = linear.in_features if scheme.group_size == -1 else scheme.group_size
+    found = {"scales": SCALE, "g_idx": Numbers(kind="groups", group=group)}
+    if scheme.symmetric:
+        run, middle = per_run(scheme.bits), (1 << (scheme.bits - 1)) - less
+        words = sum(middle << slot * scheme.bits for slot in range(run))
+        found["qzeros"] = Numbers(kind="repeated", pattern=words.to_bytes(run * scheme.bits // 8, "little"))
+    return found
+
+
+def by_suffix(entry: Mapping[str, object]) -> list[str]:
+    """The nested list of suffixes that are quantized."""
+    found = entry.get(LIST)
+    if not isinstance(found, list) or not found:
+        raise ArtifactError(f"config.json: quantization_config.{LIST}: expected a list of lists, found {found!r:.60}")
+    return [name for inner in found for name in texts(inner, LIST)]
+
+
+def ending(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
+    """transformers: a module is quantized when its name ends with an entry."""
+    suffixes = tuple(by_suffix(entry))
+    return lambda module: "codes" if module.endswith(suffixes) else "plain"
+
+
+def containing(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
+    """vLLM: a module is quantized when its name contains an entry, unless `dynamic` leaves it alone."""
+    named, off = matcher(tuple(map(re.escape, by_suffix(entry)))), switched_off(entry)
+    return lambda module: "codes" if named.search(module) and off(module) == "codes" else "plain"
+
+
+LIST = "modules_in_block_to_quantize"
+
+
+def checks(less: int) -> Checks:
+    """What `quantkit verify` must know of either version."""
+    return Checks(
+        shape=shape,
+        numbers=lambda linear, scheme: numbers(linear, scheme, less),
+        loaders=(
+            Loader(engines="SGLang and GPTQModel", told=switched_off),
+            Loader(engines="vLLM", told=containing, fused=False),
+            Loader(engines="transformers", told=ending, fused=False),
+        ),
+        lists=frozenset({LIST, "dynamic"}),
+    )

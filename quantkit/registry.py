@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 from quantkit import architectures, formats, methods
 from quantkit.contracts import Architecture, Format, Method
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.stored import Checks
 
 Kind = Literal["methods", "formats", "architectures"]
 
@@ -39,6 +40,11 @@ def method(name: str) -> Method:
 def format(name: str) -> Format:
     """The format in formats/<name>.py; UsageError when there is none."""
     return _get("formats", name, "FORMAT", Format)
+
+
+def checks(format_name: str) -> Checks:
+    """What `quantkit verify` must know of the format in formats/<name>.py; UsageError when there is none."""
+    return _get("formats", format_name, "CHECKS", Checks)
 
 
 def architecture(model_type: str) -> Architecture:

@@ -14,16 +14,16 @@ PACKAGE = Path(__file__).parent.parent / "quantkit"
 ROWS = (
     "__init__ errors",
     "contracts",
-    "packed",
+    "packed stored",
     "numerics/ storage/ anatomy engine_names rules",
     "mixture fold layers gptq_tensors",
-    "methods/ formats/ architectures/ document verify",
-    "registry rewrite",
-    "structure whole",
-    "proofs",
+    "methods/ formats/ architectures/ document",
+    "registry rewrite claims",
+    "structure whole checks/",
+    "proofs verify",
     "generic",
     "schema",
-    "recipe claims decide report/",
+    "recipe decide report/",
     "memory outputs",
     "plan",
     "artifact sources summary",
@@ -49,7 +49,7 @@ ROWS = (
 TOOLS = ("builtin_models/", "calibration_sets/")
 """Developer tools: they made the data that ships. They may use everything, nothing of quantkit uses them."""
 
-SIBLINGS = ("numerics/", "storage/", "report/", "evaluate/", "diff/", *TOOLS)
+SIBLINGS = ("numerics/", "storage/", "checks/", "report/", "evaluate/", "diff/", *TOOLS)
 """Folders whose files may import each other; plug-ins do not know one another."""
 
 MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {

@@ -96,7 +96,7 @@ def test_verify_does_not_start_torch(artifact: Path) -> None:
     program = (
         "import sys; from quantkit.cli import main\n"
         f"main(['verify', {str(artifact)!r}], standalone_mode=False)\n"
-        "print(sorted({'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'pydantic', 'model_signing'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

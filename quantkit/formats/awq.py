@@ -10,13 +10,14 @@ Everything is transposed against a Linear's [out, in].
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme, TensorSpec
 from quantkit.engine_names import SERVERS, engine_names, kept_patterns, lines
 from quantkit.errors import UsageError
 from quantkit.packed import GROUP_SIZES, SCALE_DTYPES, per_run
+from quantkit.stored import SCALE, Checks, Loader, Treatment, matcher, pattern, switched_off, texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,6 +156,40 @@ def hits(entry: str, modules: str) -> bool:
     """
     return entry in modules or re.search(rf"\n(?:{entry})(?:(?<=\.)|(?=[.\n]))", modules) is not None
 
+
+def shape(specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]) -> tuple[int, int] | None:
+    """[out, in] by the specs of a linear's tensors."""
+    if not {"qweight", "scales"} <= set(specs):
+        return None
+    return specs["scales"].shape[-1], specs["qweight"].shape[0]
+
+
+def contained(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
+    """AutoAWQ, vLLM and SGLang: a module is kept when its name contains an entry."""
+    kept = matcher(tuple(map(re.escape, texts(entry.get(LIST), LIST))))
+    return lambda module: "plain" if kept.search(module) else "codes"
+
+
+def from_the_start(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
+    """transformers: an entry is an expression for a name's start up to a dot, or the end of a name."""
+    names = texts(entry.get(LIST), LIST)
+    start = matcher(tuple(rf"(?:{pattern(name, LIST)})(?:(?<=\.)|(?=\.|$))" for name in names))
+    ends = tuple(names)
+    return lambda module: "plain" if start.match(module) or module.endswith(ends) else "codes"
+
+
+LIST = "modules_to_not_convert"
+
+CHECKS = Checks(
+    shape=shape,
+    numbers=lambda linear, scheme: {"scales": SCALE},
+    loaders=(
+        Loader(engines="AutoAWQ, vLLM and SGLang", told=contained),
+        Loader(engines="transformers", told=from_the_start, fused=False),
+        Loader(engines="GPTQModel", told=switched_off),
+    ),
+    lists=frozenset({LIST, "dynamic"}),
+)
 
 FORMAT = Format(
     accepts=accepts,

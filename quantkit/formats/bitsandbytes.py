@@ -19,13 +19,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme, TensorSpec
 from quantkit.engine_names import TRANSFORMERS, lines, parents
 from quantkit.errors import ArtifactError, UsageError
+from quantkit.stored import MAGNITUDE, RISING, Checks, Loader, Numbers, Treatment, exactly, matcher, pattern, texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -204,6 +207,60 @@ def skipped(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
             )
     return list(named)
 
+
+def shape(specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]) -> tuple[int, int] | None:
+    """[out, in] by the state of a linear, which is the one place where it stands."""
+    if STATE not in specs:
+        return None
+    found = json_values(read(STATE)).get("shape")
+    fits = isinstance(found, list) and len(found) == 2 and all(type(n) is int and n > 0 for n in found)
+    return (found[0], found[1]) if isinstance(found, list) and fits else None
+
+
+def numbers(linear: Linear, scheme: Scheme) -> dict[str, Numbers]:
+    """What the tensors of one linear must hold."""
+    sides = linear.out_features, linear.in_features
+
+    def state_fault(text: bytes) -> str | None:
+        told = json_values(text)
+        offset = told.get("nested_offset")
+        fits = (type(offset) is float and isfinite(offset)) if scheme.double_quant else offset is None
+        if fits and told == json_values(state_text(sides, scheme, offset)):
+            return None
+        return f"expected the state of NF4 for {list(sides)} in blocks of {BLOCK}, found {told!r:.100}"
+
+    found = {
+        "weight.quant_map": exactly(struct.pack("<16f", *NF4_VALUES), "the 16 values of NF4"),
+        STATE: Numbers(kind="whole", fault=state_fault),
+    }
+    if not scheme.double_quant:
+        return {**found, "weight.absmax": MAGNITUDE}
+    return {**found, "weight.nested_absmax": MAGNITUDE, "weight.nested_quant_map": RISING}
+
+
+def skipping(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
+    """transformers: an entry is an expression for a name's start up to a dot, or the end of a name."""
+    names = texts(entry.get(LIST), LIST)
+    start = matcher(tuple(rf"(?:{pattern(name, LIST)})(?=\.|$)" for name in names))
+    ends = tuple(names)
+    return lambda module: "plain" if start.match(module) or module.endswith(ends) else "codes"
+
+
+LIST = "llm_int8_skip_modules"
+
+NF4_VALUES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""numerics.codebook.VALUES, for those who check an artifact without torch."""
+
+CHECKS = Checks(
+    shape=shape,
+    numbers=numbers,
+    loaders=(Loader(engines="transformers", told=skipping, fused=False),),
+    lists=frozenset({LIST}),
+)
 
 FORMAT = Format(
     accepts=accepts,

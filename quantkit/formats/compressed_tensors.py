@@ -17,12 +17,14 @@ widths other than 4 and 8 bits, and zero points of other than 4, by transformers
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme, TensorSpec
 from quantkit.engine_names import SERVERS, TRANSFORMERS, kept_patterns
+from quantkit.errors import ArtifactError
 from quantkit.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, one_scheme, per_run, require_agreement
+from quantkit.stored import SCALE, Checks, Loader, Numbers, Treatment, exactly, matcher, pattern, texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -220,6 +222,59 @@ def ignored(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
     plain = {f"{re.escape(name)}$": name for name in kept}
     return [plain.get(pattern, f"re:{pattern}") for pattern in kept_patterns(quantized, kept)]
 
+
+def shape(specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]) -> tuple[int, int] | None:
+    """[out, in] by the specs of a linear's tensors."""
+    if not {"weight_packed", "weight_scale"} <= set(specs):
+        return None
+    return specs["weight_scale"].shape[0], specs["weight_packed"].shape[-1] * 32 // scheme.bits
+
+
+def numbers(linear: Linear, scheme: Scheme) -> dict[str, Numbers]:
+    """What the tensors of one linear must hold."""
+    sides = linear.out_features, linear.in_features
+    told = b"".join(side.to_bytes(8, "little") for side in sides)
+    return {"weight_scale": SCALE, "weight_shape": exactly(told, f"{list(sides)}")}
+
+
+def targeted(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
+    """All engines: `ignore` first, then the group that names the module, then the one of every linear."""
+    ignored, groups = names_of(entry.get("ignore"), "ignore"), entry.get("config_groups")
+    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+        raise ArtifactError(f"config.json: quantization_config.config_groups: expected objects, found {groups!r:.60}")
+    named: list[tuple[re.Pattern[str], Treatment]] = []
+    rest: Treatment = "plain"
+    for key, group in groups.items():
+        found: Treatment = "fp8" if group.get("format") == "float-quantized" else "codes"
+        if group.get("targets") == ["Linear"]:
+            rest = found
+        else:
+            named.append((names_of(group.get("targets"), f"config_groups.{key}.targets"), found))
+
+    def treatment(module: str) -> Treatment:
+        if ignored.match(module):
+            return "plain"
+        return next((found for expression, found in named if expression.match(module)), rest)
+
+    return treatment
+
+
+def names_of(value: object, key: str) -> re.Pattern[str]:
+    """One expression for a list of names, "re:" before those that are expressions."""
+    return matcher(
+        tuple(
+            pattern(text.removeprefix("re:"), key) if text.startswith("re:") else f"{re.escape(text)}$"
+            for text in texts(value, key)
+        )
+    )
+
+
+CHECKS = Checks(
+    shape=shape,
+    numbers=numbers,
+    loaders=(Loader(engines="vLLM, SGLang and transformers", told=targeted),),
+    lists=frozenset({"ignore", "targets"}),
+)
 
 FORMAT = Format(
     accepts=accepts,

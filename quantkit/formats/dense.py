@@ -6,11 +6,12 @@ and any benchmark.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import Contents, Format, Linear, Quantized, Scheme, TensorSpec
 from quantkit.engine_names import SERVERS, TRANSFORMERS
+from quantkit.stored import FINITE, Checks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +47,14 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
 def quantization_config(contents: Contents) -> None:
     """None: engines see an unquantized checkpoint."""
 
+
+def shape(specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]) -> tuple[int, int] | None:
+    """[out, in] by the spec of a linear's weight."""
+    found = specs["weight"].shape if "weight" in specs else ()
+    return (found[0], found[1]) if len(found) == 2 else None
+
+
+CHECKS = Checks(shape=shape, numbers=lambda linear, scheme: {"weight": FINITE})
 
 FORMAT = Format(
     accepts=accepts,

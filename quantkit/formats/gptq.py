@@ -82,6 +82,8 @@ def quantization_config(contents: Contents) -> dict[str, object]:
     return gptq_tensors.quantization_config(contents, "gptq")
 
 
+CHECKS = gptq_tensors.checks(less=1)
+
 FORMAT = Format(
     accepts=accepts,
     layout=gptq_tensors.layout,

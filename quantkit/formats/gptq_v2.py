@@ -75,6 +75,8 @@ def quantization_config(contents: Contents) -> dict[str, object]:
     return gptq_tensors.quantization_config(contents, "gptq_v2")
 
 
+CHECKS = gptq_tensors.checks(less=0)
+
 FORMAT = Format(
     accepts=accepts,
     layout=gptq_tensors.layout,
