@@ -198,6 +198,29 @@ def fp8_warnings(claimed: Claimed, format_name: str, decisions: Mapping[str, Dec
     return told
 
 
+def decided(
+    recipe: Recipe, source: SourceFacts, claimed: Claimed, format_name: str
+) -> tuple[tuple[Rule, ...], dict[str, Decision], list[str]]:
+    """The rules, what they decide over every linear, and the recipe's faults that show by it."""
+    output, rules, side = registry.format(format_name), rules_of(recipe, claimed.architecture), fp8_block(source.config)
+    decisions = in_blocks(decide(claimed.layout, rules, recipe, claimed.specs), claimed.specs, output)
+    faults = rule_faults(rules, claimed.layout, recipe.name)
+    faults += [f"{recipe.name}: {fault}" for fault in storage_faults(decisions, output, format_name)]
+    faults += [f"{recipe.name}: {fault}" for fault in fused_faults(claimed.layout, decisions)]
+    if side is not None:
+        faults += [f"{recipe.name}: {fault}" for fault in fp8_faults(claimed.layout, decisions, output, side)]
+    return rules, decisions, faults
+
+
+def written(
+    source: SourceFacts, claimed: Claimed, format_name: str, decisions: Mapping[str, Decision]
+) -> list[TensorSpec]:
+    """Every tensor of the artifact in writing order."""
+    output = registry.format(format_name)
+    kept = Kept(specs=claimed.specs, scale=output.fp8_scale, side=fp8_block(source.config))
+    return outputs(claimed.layout, decisions, kept, output)
+
+
 def make_plan(
     recipe: Recipe,
     source: SourceFacts,
@@ -215,14 +238,7 @@ def make_plan(
 
     Raises RecipeError with every fault of the recipe.
     """
-    output, rules = registry.format(format_name), rules_of(recipe, claimed.architecture)
-    decisions = in_blocks(decide(claimed.layout, rules, recipe, claimed.specs), claimed.specs, output)
-    side = fp8_block(source.config)
-    faults = rule_faults(rules, claimed.layout, recipe.name)
-    faults += [f"{recipe.name}: {fault}" for fault in storage_faults(decisions, output, format_name)]
-    faults += [f"{recipe.name}: {fault}" for fault in fused_faults(claimed.layout, decisions)]
-    if side is not None:
-        faults += [f"{recipe.name}: {fault}" for fault in fp8_faults(claimed.layout, decisions, output, side)]
+    rules, decisions, faults = decided(recipe, source, claimed, format_name)
     if needs_calibration(decisions) and recipe.calibration is None:
         faults.append(
             f"{recipe.where('calibration')}: calibration: method {recipe.quantize.method} needs a set, found none"
@@ -239,8 +255,6 @@ def make_plan(
         faults.append(f"{recipe.where('memory')}: memory: {memory_fault(memory)}")
     if faults:
         raise RecipeError(faults)
-    kept = Kept(specs=claimed.specs, scale=output.fp8_scale, side=side)
-    tensors = outputs(claimed.layout, decisions, kept, output)
     return Plan(
         recipe=recipe,
         format_name=format_name,
@@ -251,7 +265,7 @@ def make_plan(
         specs=claimed.specs,
         dropped=claimed.dropped,
         decisions=decisions,
-        shards=shards(tensors, recipe.output.shard_bytes),
+        shards=shards(written(source, claimed, format_name, decisions), recipe.output.shard_bytes),
         memory=memory,
         warnings=(*warnings_of(claimed, recipe, format_name, decisions), *idle_rules(rules, decisions)),
     )

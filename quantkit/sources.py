@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.resources
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from quantkit import registry
-from quantkit.contracts import Config
 from quantkit.errors import HubUnreachable, RecipeError, UsageError
 from quantkit.plan import Plan, SourceFacts, claimed_of, make_plan
+from quantkit.published import published
 from quantkit.schema import POOLED, Recipe
 from quantkit.storage import builtin, evals, hub
 from quantkit.storage.checkpoint import Checkpoint
@@ -57,17 +55,6 @@ def compute(recipe: Recipe) -> Compute:
     if calibration == "auto":
         calibration = "bfloat16" if dtype == "bfloat16" or multiplies_bfloat16() else "float32"
     return Compute(device=device, dtype=dtype, calibration=calibration)
-
-
-def published(model: str) -> tuple[str, Config] | None:
-    """File and config that a family publishes for a hub id, shipped so that its plan needs no network."""
-    folder = importlib.resources.files("quantkit.architectures") / "published"
-    for name in registry.names("architectures"):
-        files = registry.architecture(name).published or {}
-        if model in files:
-            values = json.loads((folder / files[model]).read_text(encoding="utf-8"))
-            return files[model], Config(values=values, where=files[model])
-    return None
 
 
 def facts(recipe: Recipe) -> SourceFacts:

@@ -24,10 +24,10 @@ ROWS = (
     "generic",
     "schema",
     "recipe decide report/",
-    "memory outputs",
+    "memory outputs published",
     "plan",
     "artifact sources summary",
-    "streams",
+    "streams sizing/",
     "experts solve",
     "work loading",
     "dense",
@@ -49,13 +49,14 @@ ROWS = (
 TOOLS = ("builtin_models/", "calibration_sets/")
 """Developer tools: they made the data that ships. They may use everything, nothing of quantkit uses them."""
 
-SIBLINGS = ("numerics/", "storage/", "checks/", "report/", "evaluate/", "diff/", *TOOLS)
+SIBLINGS = ("numerics/", "storage/", "checks/", "report/", "evaluate/", "diff/", "sizing/", *TOOLS)
 """Folders whose files may import each other; plug-ins do not know one another."""
 
 MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "artifact.py": frozenset({"read_bytes", "rename", "rmtree", "unlink"}),  # the staging folder and its renaming
     "options.py": frozenset({"read_text"}),  # the recipe
-    "sources.py": frozenset({"read_text"}),  # the published config, package data
+    "published.py": frozenset({"read_text"}),  # configs, package data
+    "sizing/cards.py": frozenset({"read_text"}),  # the cards, package data
     "pipeline.py": frozenset({"mkdir"}),  # samples/
     "resume.py": frozenset({"mkdir", "rmtree", "unlink"}),  # the scratch folder, and what an interrupted build left
     "results.py": frozenset({"mkdir"}),  # the folder of an evaluation
