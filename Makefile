@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 THREADS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit test-slow readers test-readers bench bench-quality bench-likelihood bench-memory bench-gpu bench-peers \
+.PHONY: help demo test lint types unit test-slow readers test-readers bench bench-quality bench-likelihood bench-memory bench-gpu bench-peers bench-verify \
 	real-model eval-real test-vllm wheel clean
 
 help:  ## list the targets
@@ -60,6 +60,9 @@ bench-likelihood: $(VENV)/.installed  ## how gold solutions' likelihood goes wit
 
 bench-memory: $(VENV)/.installed  ## peak memory with 8 and with 32 MoE blocks
 	$(BIN)/python tests/bench_memory.py
+
+bench-verify: $(VENV)/.installed  ## seconds of `quantkit verify` against sha256sum on 1 GB
+	$(BIN)/python tests/bench_verify.py
 
 bench-gpu: $(VENV)/.installed  ## one MoE block of DeepSeek-V3's shape on a GPU: seconds and flop/s per phase
 	$(BIN)/python tests/bench_gpu.py

@@ -129,10 +129,11 @@ def reseal(path: Path) -> None:
 def rehash(path: Path) -> None:
     """Make the manifest's hashes those of the files as they are now."""
     names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
-    found = {
-        name: {"sha256": hashlib.sha256((path / name).read_bytes()).hexdigest(), "bytes": (path / name).stat().st_size}
-        for name in sorted(set(names) - {MANIFEST, SIGNATURE, *UNHASHED})
-    }
+    found = {}
+    for name in sorted(set(names) - {MANIFEST, SIGNATURE, *UNHASHED}):
+        with (path / name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[name] = {"sha256": digest, "bytes": (path / name).stat().st_size}
     edit_json(path / MANIFEST, lambda manifest: manifest.update(files=found))
 
 
