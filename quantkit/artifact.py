@@ -37,7 +37,8 @@ class Stored:
 class Sink:
     """The planned shards of one build: takes tensors by name in any order, gives them back as they lie on disk.
 
-    `stored` is what an interrupted build has committed: the other tensors are still to come.
+    `stored` is what an interrupted build has committed: the other tensors are still to come. Those that come again,
+    because they belong to a block that was not finished, have the same bytes and are passed over.
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard], stored: Stored | None = None) -> None:
@@ -46,7 +47,7 @@ class Sink:
         self._file = {spec.name: shard.file for shard in shards for spec in shard.tensors}
         self._specs: dict[str, TensorSpec] = {spec.name: spec for shard in shards for spec in shard.tensors}
         done = stored or Stored()
-        there = set(done.tensors)
+        self._there = there = frozenset(done.tensors)
         self._done = {shard.file: {spec.name for spec in shard.tensors} & there for shard in shards}
         self._missing = {shard.file: {spec.name for spec in shard.tensors} - there for shard in shards}
         self._open: dict[str, ShardWriter] = {}
@@ -65,6 +66,8 @@ class Sink:
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Store tensors in their shards; a shard that is complete is closed, hashed and renamed at once."""
         for name, tensor in tensors.items():
+            if name in self._there:
+                continue
             file = self._file[self.spec(name).name]
             if file not in self._open:
                 self._open[file] = ShardWriter(self._folder / file, self._shards[file].tensors, self._done[file])

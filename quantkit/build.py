@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from quantkit import dense, routed
+from quantkit import dense, halfway, routed
 from quantkit.artifact import Sink
 from quantkit.contracts import Block
 from quantkit.dense import Folded
+from quantkit.halfway import Pace
 from quantkit.layers import decoder_layer, skeleton
 from quantkit.numerics.fidelity import router_agreement
 from quantkit.plan import Plan
-from quantkit.standing import Standing
+from quantkit.standing import Halt, Standing
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.corpora import Tokens
 from quantkit.storage.prefetch import ReadAhead
@@ -85,7 +86,7 @@ def build(
     standing = standing or Standing()
     plan, bones = plans[0], skeleton(plans[0].source.config, device, dtype)
     total = len(plan.layout.blocks)
-    with closing(in_order(source, requests(plan, standing.done))) as reads:
+    with closing(in_order(source, requests(plan, standing.done, standing.halt))) as reads:
         job = Job(
             plan=plan,
             skeleton=bones,
@@ -100,7 +101,7 @@ def build(
         built = Built(streams=begin(job, texts, folder, standing), blocks=standing.blocks)
         for number, block in enumerate(plan.layout.blocks[len(built.blocks) :], len(built.blocks)):
             began, record, before = time.monotonic(), BlockRecord(name=block.name), dict(built.streams)
-            for share in quantize_block(job, block, built.streams, record):
+            for share in quantize_block(job, block, built.streams, record, standing):
                 yield Progress(stage="blocks", done=number + share, total=total, note=block.name)
             record.seconds = time.monotonic() - began
             built.blocks.append(record)
@@ -113,29 +114,38 @@ def build(
     return built
 
 
-def quantize_block(job: Job, block: Block, streams: Streams, record: BlockRecord) -> Iterator[float]:
-    """One block, from its source tensors to the streams behind it; yields the share done."""
+def quantize_block(
+    job: Job, block: Block, streams: Streams, record: BlockRecord, standing: Standing
+) -> Iterator[float]:
+    """One block, from its source tensors to the streams behind it; yields the share done.
+
+    `standing` may tell of waves of its experts that an interrupted build finished, and hears of further ones.
+    """
     if dropped(job.plan, block):
         return
     if routed.unseen(job.plan, block):
         yield from store_unseen(Work(job=job, block=block, streams={}, targets={}, record=record))
         return
-    tensors = read_dense(job)
-    targets = {name: scratch(stream, block.name) for name, stream in streams.items()}
+    tensors, pace, halt = read_dense(job), Pace(), standing.halt
+    mark = f".again-{halt.surveyed}-{halt.solved}" if halt else ""
+    targets = {name: scratch(stream, block.name, mark) for name, stream in streams.items()}
     work = Work(job=job, block=block, streams=streams, targets=targets, record=record)
     layer, tap = decoder_layer(job.skeleton, block, tensors)
     reference = dense.reference_pass(work, layer, tap)
     learned = dense.learn(work, tensors, dense.sampled(work, layer, tap)) if work.calibration else None
     del layer, tap
-    found = routed.Survey()
+    found = halfway.take_up(work, standing)
     for share in routed.survey(work, tensors, learned, reference, found):
+        halfway.rest(work, found, standing, pace)
         yield 0.5 * share
     folded = Folded(tensors=tensors, stats={}, rescaled=frozenset())
     if learned:
         folded = dense.fold_groups(work, tensors, learned, found.errors)
         record.expert_tokens = learned.expert_tokens
     routings = dense.advance(work, dense.store(work, folded))
+    halfway.go_on(work, found, standing)
     for share in routed.finish(work, folded, learned, found, routings):
+        halfway.rest(work, found, standing, pace)
         yield 0.5 + 0.5 * share
     if "reference" in streams:
         measure(work, reference, routings["quantized"])
@@ -205,14 +215,20 @@ def wave_request(block: Block, first: int, stop: int) -> Request:
     return tuple(f"{experts.linear(e, p)}.weight" for e in range(first, stop) for p in projections)
 
 
-def requests(plan: Plan, done: int = 0) -> list[Request]:
-    """Everything a build reads behind the first `done` steps, in order: the next is read while this one computes."""
+def requests(plan: Plan, done: int = 0, halt: Halt | None = None) -> list[Request]:
+    """Everything a build reads behind the first `done` steps, in order: the next is read while this one computes.
+
+    With a halt the next step is a block that is done with some of its experts.
+    """
     steps: list[list[Request]] = [[(f"{plan.layout.embedding.name}.weight",)]]
     for block in plan.layout.blocks:
         found = list[Request]()
         if not dropped(plan, block):
+            behind = [0] * routed.passes(plan, block)  # experts that each pass begins behind
+            if halt is not None and len(steps) == done:
+                behind = [halt.surveyed, halt.solved]
             found += dense_requests(plan, block)
-            found += [wave_request(block, *wave) for wave in routed.waves(plan, block)] * routed.passes(plan, block)
+            found += [wave_request(block, *wave) for start in behind for wave in routed.waves(plan, block, start)]
         steps.append(found)
     head = (f"{plan.layout.head.name}.weight",) if plan.layout.head else ()
     steps.append([(*(spec.name for spec in plan.layout.final_tensors), *head)])

@@ -54,11 +54,12 @@ def share(routing: Routing | Routed, expert: int) -> tuple[Tensor, Tensor]:
     return token, (routing.weight * hit).sum(-1)[token]
 
 
-def advance(wave: Wave, routing: Routing, target: Spool, activation: Activation) -> None:
-    """Add the outputs of the wave's experts to the states behind the block, `target` [tokens, hidden]."""
+def advance(wave: Wave, routing: Routing, before: Spool, target: Spool, activation: Activation) -> None:
+    """Add the outputs of the wave's experts to the states `before` it [tokens, hidden], into `target`, maybe the same.
+    """  # fmt: skip
     for first, stop in chunks(target.rows):
         x = routing.seen.read(first, stop).to(wave.gate)  # [tokens, hidden]
-        out = target.read(first, stop).to(x)
+        out = before.read(first, stop).to(x)
         target.write(first, add_outputs(out, wave, x, routing.part(first, stop), activation))
 
 

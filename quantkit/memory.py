@@ -146,6 +146,8 @@ def memory_plan(
         spools += 2 * tokens["calibration"] + 2 * tokens["fidelity"]
     if grams > 1:  # the calibration text in the original model
         spools += (3 if expert else 2) * tokens["calibration"]
+    if wave < most:  # a wave moves two of them on beside the states that the journal holds on to
+        spools += tokens["calibration"] + tokens["fidelity"]
     return MemoryPlan(
         budget_bytes=budget_bytes,
         base_bytes=BASE_BYTES,

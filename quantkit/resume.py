@@ -55,9 +55,8 @@ class Begun:
         """The folder of a loop's hidden states, with nothing in it but those behind its last step."""
         folder, standing = self.scratch / f"states-{loop}", self.standing(loop)
         folder.mkdir(exist_ok=True)
-        keep = set(standing.states.values()) if standing.done else set[str]()
         for path in folder.iterdir():
-            if path.name not in keep:
+            if path.name not in standing.files:
                 path.unlink()
         return folder
 
@@ -90,10 +89,12 @@ class Begun:
         loops = [entry["step"]["loop"] for entry in self.journal.entries if entry["kind"] == "step"]
         if not loops:
             return ""
-        blocks, done = len(self.plans[0].layout.blocks), len(self.standing(loops[-1]).blocks)
+        blocks, standing = self.plans[0].layout.blocks, self.standing(loops[-1])
+        done, halt = len(standing.blocks), standing.halt
+        more = f" and {halt.solved} experts of the next" if halt and halt.solved else ""
         return (
-            f"{artifact.staging(Path(self.plans[0].path))}: {done} of {blocks} blocks are done and kept; the same "
-            "command goes on from there, with --restart it begins anew"
+            f"{artifact.staging(Path(self.plans[0].path))}: {done} of {len(blocks)} blocks{more} are done and kept; "
+            "the same command goes on from there, with --restart it begins anew"
         )
 
 

@@ -2,7 +2,8 @@
 
 The first pass runs the original experts: the reference stream moves on and the error of every candidate scale of
 their common input is summed up over all of them. The second pass folds, solves and stores each wave and moves the
-other streams on through what was stored. A single wave that holds all experts is read once.
+other streams on through what was stored. A single wave that holds all experts is read once. Each pass may begin behind
+the waves that an interrupted build is done with.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from quantkit.dense import Folded, Learned
 from quantkit.experts import Wave, WaveStats, add_outputs, collect
 from quantkit.plan import Plan
 from quantkit.solve import Asked, one, solve
-from quantkit.streams import Routing, StreamName
+from quantkit.streams import Routing, StreamName, scratch
 from quantkit.work import Work
 
 UNDER_CALIBRATED = {"shared_gram": "shared-gram", "rtn": "rtn-too-few-tokens"}
@@ -28,20 +29,24 @@ UNDER_CALIBRATED = {"shared_gram": "shared-gram", "rtn": "rtn-too-few-tokens"}
 
 @dataclass(kw_only=True)
 class Survey:
-    """What the first pass found.
+    """What the two passes found so far, and how many experts each is done with.
 
-    `errors`: [n, experts] of each candidate scale, a part per wave; `sample`: the sample's routed output.
+    `errors`: [n, experts] of each candidate scale, a part per wave; `sample`, `folded`: the sample's routed output
+    [tokens, hidden] by original and by folded weights.
     """
 
+    surveyed: int = 0
+    solved: int = 0
     held: list[tuple[Wave, WaveStats | None]] = field(default_factory=list)
     errors: list[Tensor] = field(default_factory=list)
     sample: Tensor | None = None
+    folded: Tensor | None = None
 
 
-def waves(plan: Plan, block: Block) -> list[tuple[int, int]]:
-    """Expert ranges of a block's waves; none for a dense block."""
+def waves(plan: Plan, block: Block, done: int = 0) -> list[tuple[int, int]]:
+    """Expert ranges of a block's waves behind the first `done` experts; none for a dense block."""
     size, count = plan.memory.wave_experts, block.experts.count if block.experts else 0
-    return [(first, min(first + size, count)) for first in range(0, count, size)] if count else []
+    return [(first, min(first + size, count)) for first in range(done, count, size)] if count else []
 
 
 def passes(plan: Plan, block: Block) -> int:
@@ -96,12 +101,13 @@ def survey(
     work: Work, tensors: Mapping[str, Tensor], learned: Learned | None, routing: Routing | None, found: Survey
 ) -> Iterator[float]:
     """First pass, noted in `found`. Yields the share done; nothing at all for a dense block."""
-    cut, group = waves(work.job.plan, work.block), work.expert_group
+    cut, group = waves(work.job.plan, work.block, found.surveyed), work.expert_group
+    once = passes(work.job.plan, work.block) == 1 and not found.surveyed
     rescale = work.rescale_of(group) if group and learned and work.expert_scheme else None
     scales = None
     if rescale and group and learned:
         scales = dense.scales_of(group, rescale, learned, tensors)
-    for number, (first, stop) in enumerate(cut):
+    for first, stop in cut:
         wave = read_wave(work, first, stop)
         if routing is not None:
             advance(work, wave, {"reference": routing})
@@ -117,9 +123,10 @@ def survey(
             )
             if work.job.plan.recipe.propagate == "original":
                 advance(work, wave, {"calibration": learned.routing})
-        if passes(work.job.plan, work.block) == 1:
+        if once:
             found.held.append((wave, stats))
-        yield (number + 1) / len(cut)
+        found.surveyed = stop
+        yield stop / work.experts.count
 
 
 def wave_errors(rescale: Rescale, wave: Wave, stats: WaveStats, scales: Tensor, scheme: Scheme | None) -> Tensor:
@@ -141,18 +148,23 @@ def sample_output(work: Work, wave: Wave, seen: Tensor | None, learned: Learned)
 
 
 def advance(work: Work, wave: Wave, routings: Mapping[StreamName, Routing | None]) -> None:
-    """Add a wave's outputs to the streams behind the block."""
+    """Add a wave's outputs to the streams behind the block; states that a journal holds on to stay as they are."""
     for name, routing in routings.items():
         assert routing is not None  # only blocks with experts have waves
-        experts.advance(wave, routing, work.targets[name], work.job.activation)
+        before = work.targets[name]
+        if name in work.kept:
+            work.targets[name] = scratch(work.streams[name], work.block.name, f".{wave.first}")
+            work.kept.remove(name)
+        experts.advance(wave, routing, before, work.targets[name], work.job.activation)
+        if work.targets[name] is not before:
+            before.close()
 
 
 def finish(
     work: Work, folded: Folded, learned: Learned | None, found: Survey, routings: Mapping[StreamName, Routing | None]
 ) -> Iterator[float]:
     """Second pass: fold, check, solve, store, and move the streams on. Yields the share done."""
-    cut, sample = waves(work.job.plan, work.block), None
-    for number, (first, stop) in enumerate(cut):
+    for first, stop in waves(work.job.plan, work.block, found.solved):
         if found.held:
             wave, stats = found.held.pop()
         else:
@@ -160,12 +172,13 @@ def finish(
             stats = statistics(work, wave, learned)
         wave, stats, down = fold_wave(work, wave, stats, folded)
         if learned:
-            sample = added(sample, sample_output(work, wave, folded.seen, learned))
+            found.folded = added(found.folded, sample_output(work, wave, folded.seen, learned))
         advance(work, store(work, wave, stats, folded, down, learned), routings)
-        yield (number + 1) / len(cut)
-    if sample is not None and found.sample is not None:
+        found.solved = stop
+        yield stop / work.experts.count
+    if found.folded is not None and found.sample is not None:
         change = fold.check_unchanged(
-            work.block.name, "the routed experts' output", found.sample, sample, work.tolerance
+            work.block.name, "the routed experts' output", found.sample, found.folded, work.tolerance
         )
         work.record.fold_change = max(work.record.fold_change, change)
 

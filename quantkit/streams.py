@@ -194,10 +194,10 @@ def through(
     return Routing.joined([routing for routing in routings if routing])
 
 
-def scratch(stream: Stream, block: str) -> Spool:
-    """Where a stream's states behind the block go."""
+def scratch(stream: Stream, block: str, mark: str = "") -> Spool:
+    """Where a stream's states behind the block go; `mark` tells its file from others of the same block."""
     dtype = spool_dtype(stream.hidden.dtype)
-    return Spool.create(stream.folder / f"{stream.name}.{block}", stream.rows, stream.hidden.width, dtype)
+    return Spool.create(stream.folder / f"{stream.name}.{block}{mark}", stream.rows, stream.hidden.width, dtype)
 
 
 def spool_dtype(dtype: torch.dtype) -> SpoolDtype:

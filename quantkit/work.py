@@ -80,13 +80,18 @@ class BlockRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A block with the streams in front of it and the spools behind it. Only `record` is filled in on the way."""
+    """A block with the streams in front of it and the spools behind it.
+
+    On the way `record` is filled in, and a spool of `targets` gives way to another when it is in `kept`: a journal
+    holds on to it.
+    """
 
     job: Job
     block: Block
     streams: Mapping[StreamName, Stream]
-    targets: Mapping[StreamName, Spool]
+    targets: dict[StreamName, Spool]
     record: BlockRecord
+    kept: set[StreamName] = field(default_factory=set)
 
     @property
     def calibration(self) -> Stream | None:

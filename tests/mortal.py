@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 CALLS = ("pwrite", "write", "fsync", "replace", "rename", "unlink", "ftruncate", "posix_fallocate", "open", "mkdir")
@@ -28,7 +28,8 @@ class Order:
     """A command line in a folder, and what ends it.
 
     `seconds`: SIGKILL after so long; `step`: `number` is sent when so many steps of a build loop are done; `call`: the
-    call of the operating system at which `fault` happens: "kill", "power" or the name of an error, "ENOSPC".
+    call of the operating system at which `fault` happens: "kill", "power" or the name of an error, "ENOSPC"; `wave`:
+    memory holds so many experts, and every wave of them is made sure of.
     """
 
     place: str
@@ -38,6 +39,7 @@ class Order:
     number: int = 0
     call: int = 0
     fault: str = ""
+    wave: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +193,8 @@ def child(order: Order, counted: Path) -> int:
     faults = Faults(order, counted)
     if order.call:
         faults.install()
+    if order.wave:
+        in_waves(order.wave)
     if order.step:
         commit, done = Standing.commit, list[int]()
 
@@ -208,6 +212,19 @@ def child(order: Order, counted: Path) -> int:
     finally:
         faults.note()
     return 0
+
+
+def in_waves(size: int) -> None:
+    """Let builds hold so many experts at a time, and make sure of every wave."""
+    from quantkit import halfway, plan
+
+    real = plan.memory_plan
+
+    def fewer(*args: object, **kwargs: object) -> object:
+        return replace(real(*args, **kwargs), wave_experts=size)  # type: ignore[arg-type]
+
+    plan.memory_plan = fewer  # type: ignore[assignment]
+    halfway.SECONDS, halfway.SHARE = 0.0, 0
 
 
 def fork(order: Order) -> End:

@@ -6,10 +6,11 @@ import errno
 import fcntl
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -149,26 +150,33 @@ MIXED = (
     '{match: "*.experts.*.down_proj", quantize: {method: gptq, bits: 4, group_size: 64, symmetric: true}}, '
     "{preset: experts-only}]"
 )
-MATRIX: dict[str, tuple[str, bool, dict[str, str]]] = {
-    "three formats": ("qwen3_moe", False, {"format": "[gptq, compressed_tensors, dense]", "quantize": SYMMETRIC}),
-    "fp8, mtp": ("deepseek_v3", True, {"mtp": "quantize", "rules": "all-linear"}),
-    "mixed rules": ("qwen3_moe", False, {"format": "compressed_tensors", "quantize": SYMMETRIC, "rules": MIXED}),
+MATRIX: dict[str, tuple[str, bool, int, dict[str, str]]] = {
+    "three formats": ("qwen3_moe", False, 3, {"format": "[gptq, compressed_tensors, dense]", "quantize": SYMMETRIC}),
+    "fp8, mtp": ("deepseek_v3", True, 0, {"mtp": "quantize", "rules": "all-linear"}),
+    "mixed rules": ("qwen3_moe", False, 0, {"format": "compressed_tensors", "quantize": SYMMETRIC, "rules": MIXED}),
     "both streams": (
-        "mixtral", False, {"quantize": "{method: awq, rounding: gptq, group_size: 64}", "propagate": "both"}
+        "mixtral", False, 2, {"quantize": "{method: awq, rounding: gptq, group_size: 64}", "propagate": "both"}
     ),
-    "dense model": ("llama", False, {"quantize": "{method: gptq, group_size: 64}", "format": "[gptq_v2, awq]"}),
-    "nf4": ("qwen2", False, {"quantize": "{method: nf4, group_size: 64}", "format": "bitsandbytes"}),
-    "nothing measured": ("glm4_moe", False, {"quantize": "{method: rtn, group_size: 64}", "fidelity": "none"}),
-    "other budgets": ("deepseek_v2", False, {"propagate": "original"}),
+    "dense model": ("llama", False, 0, {"quantize": "{method: gptq, group_size: 64}", "format": "[gptq_v2, awq]"}),
+    "nf4": ("qwen2", False, 0, {"quantize": "{method: nf4, group_size: 64}", "format": "bitsandbytes"}),
+    "nothing measured": ("glm4_moe", False, 2, {"quantize": "{method: rtn, group_size: 64}", "fidelity": "none"}),
+    "original inputs": ("deepseek_v2", False, 3, {"propagate": "original"}),
 }  # fmt: skip
+"""Name -> family, FP8 source, experts in a wave (0: all), keys of the recipe."""
 KILLS = 26
+FEW = {
+    "calibration": "{set: tiny-v3, sequences: 4, length: 32, min_expert_tokens: 2}",
+    "fidelity": "{set: tiny-v3-heldout, windows: 2, length: 32}",
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MATRIX)
-def test_killed_at_random(name: str, mortals: Server, tmp_path: Path) -> None:
+def test_killed_at_random(
+    name: str, mortals: Server, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """Builds that are killed, or lose power and all that was not synced, until they are through: nothing differs."""
-    family, fp8, keys = MATRIX[name]
+    family, fp8, wave, keys = MATRIX[name]
     source, chance = write_checkpoint(tmp_path / "source", tiny_config(family), fp8=fp8), random.Random(name)
     whole = finished(mortals, recipe(tmp_path / "whole", source, **keys))
     kills, builds, resumed = 0, 0, 0
@@ -177,11 +185,36 @@ def test_killed_at_random(name: str, mortals: Server, tmp_path: Path) -> None:
         builds, sealed = builds + 1, False
         while not sealed and kills < KILLS:
             order = Order(
-                place=str(place), arguments=BUILD, call=chance.randint(1, 160), fault=chance.choice(("kill", "power"))
-            )
+                place=str(place), arguments=BUILD, call=chance.randint(1, 160), fault=chance.choice(("kill", "power")),
+                wave=wave,
+            )  # fmt: skip
             end = mortals.run(order)
             assert end.code in (0, -signal.SIGKILL), end.stderr
             sealed, kills = end.code == 0, kills + (end.code != 0)
             resumed += "continuing: " in end.stderr
         assert differing(files(place) if sealed else finished(mortals, place), whole) == []
     assert resumed > KILLS // 4
+    record_property("faults", kills)
+
+
+@pytest.mark.slow
+@pytest.mark.reliability
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_the_power_goes_at_every_call(
+    family: str, mortals: Server, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """A build per call of the system that writes: there all that was not synced is lost, and in the end none differs."""
+    source, keys = write_checkpoint(tmp_path / "source", tiny_config(family, num_hidden_layers=1)), FEW
+    whole, calls = finished(mortals, recipe(tmp_path / "whole", source, **keys)), 0
+    for call in range(1, 1000):
+        place = recipe(tmp_path / f"{call}", source, **keys)
+        end = mortals.run(Order(place=str(place), arguments=BUILD, call=call, fault="power", wave=2))
+        if end.code == 0:
+            break
+        assert end.code == -signal.SIGKILL, end.stderr
+        complete = (place / "x").exists() and not (place / "x.building.scratch").exists()
+        assert differing(files(place) if complete else finished(mortals, place), whole) == []
+        shutil.rmtree(place)
+        calls += 1
+    assert 100 < calls < 999
+    record_property("faults", calls)

@@ -32,6 +32,7 @@ ROWS = (
     "work loading",
     "dense",
     "routed standing",
+    "halfway",
     "build",
     "evaluate/",
     "diff/",

@@ -6,14 +6,16 @@ import json
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from checkpoints import recipe_text, tiny_config, write_checkpoint
 
-from quantkit import artifact, evidence, pipeline, resume
+from quantkit import artifact, evidence, experts, halfway, pipeline, plan, resume, routed
 from quantkit.artifact import Sink
 from quantkit.errors import ArtifactError, QuantkitError, UsageError
+from quantkit.experts import Wave
 from quantkit.recipe import parse
 from quantkit.resume import Begun
 from quantkit.standing import Standing
@@ -21,6 +23,7 @@ from quantkit.storage.ledger import Ledger
 from quantkit.storage.spool import Spool
 from quantkit.storage.tensors import ShardWriter
 from quantkit.verify import verify
+from quantkit.work import Work
 
 SYMMETRIC = "{method: awq, rounding: gptq, bits: 4, group_size: 64, symmetric: true}"
 THREE = {"format": "[gptq, compressed_tensors, dense]", "quantize": SYMMETRIC}
@@ -156,6 +159,72 @@ def test_killed_in_the_middle_of_things(
     assert differing(files(place), whole) == []
     for path in place.iterdir():
         verify(path)
+
+
+def in_waves(patch: pytest.MonkeyPatch, size: int) -> None:
+    """Builds that hold so many experts at a time, and make sure of every wave."""
+    real = plan.memory_plan
+
+    def fewer(*args, **kwargs):  # type: ignore[no-untyped-def]  # stands for `memory_plan`
+        return replace(real(*args, **kwargs), wave_experts=size)
+
+    patch.setattr(plan, "memory_plan", fewer)
+    patch.setattr(halfway, "SECONDS", 0.0)
+    patch.setattr(halfway, "SHARE", 0)
+
+
+def counting(patch: pytest.MonkeyPatch, waves: list[int], run: int) -> None:
+    """Note `run` for each wave that is read."""
+    real = routed.read_wave
+
+    def noted(work: Work, first: int, stop: int) -> Wave:
+        waves.append(run)
+        return real(work, first, stop)
+
+    patch.setattr(routed, "read_wave", noted)
+
+
+@pytest.mark.parametrize("propagate", ["quantized", "both", "original"])
+def test_killed_behind_every_wave(source: Path, propagate: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process makes one wave, and dies before it is noted or behind it; a pass reads only what it lacks."""
+    keys = {**THREE, "propagate": propagate}
+    with monkeypatch.context() as patch:
+        in_waves(patch, 3)
+        build(source, **keys)
+    whole = files(place)
+    for path in [*place.iterdir()]:
+        shutil.rmtree(path)
+    told, waves = list[str](), list[int]()
+    for run in range(100):
+        with monkeypatch.context() as patch:
+            in_waves(patch, 3 if run % 5 else 2)  # the budget may change in between
+            dying(patch, Standing, "pause", 1, after=bool(run % 3))
+            counting(patch, waves, run)
+            try:
+                build(source, told, **keys)
+            except Killed:
+                continue
+        break
+    assert max(waves.count(run) for run in range(run)) <= 3  # the wave that ended it, and those behind the last halt
+    assert any("of 2 blocks and 3 experts of the next are done" in line for line in told)
+    assert differing(files(place), whole) == []
+    assert not list(place.rglob("*.building*"))
+
+
+def test_states_that_a_wave_left_are_as_they_were(source: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the middle of a wave, again and again at the same place and then further on."""
+    in_waves(monkeypatch, 3)
+    build(source, **THREE)
+    whole = files(place)
+    for path in [*place.iterdir()]:
+        shutil.rmtree(path)
+    for call in (1, 2, 2, 5, 5, 3, 9, 4, 4, 7):
+        with monkeypatch.context() as patch:
+            dying(patch, experts, "advance", call, after=bool(call % 2))
+            with suppress(Killed):
+                build(source, **THREE)
+    build(source, **THREE)
+    assert differing(files(place), whole) == []
 
 
 def half_way(source: Path, patch: pytest.MonkeyPatch, **keys: str) -> None:

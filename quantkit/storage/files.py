@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from quantkit.errors import CheckpointError, QuantkitError
@@ -144,6 +144,12 @@ def make_folder(folder: Path) -> None:
         sync_folder(folder.parent)
     except OSError as fault:
         raise unwritable(folder, fault) from fault
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files that may be gone already."""
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
