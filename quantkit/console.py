@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, TypeVar
 
 import click
 
@@ -17,8 +17,6 @@ from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from quantkit.build import Progress
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -87,6 +85,19 @@ def as_json_list(found: list[Any]) -> None:
 def as_json(values: Any) -> None:
     """Print JSON to stdout."""
     click.echo(json.dumps(values, indent=1, ensure_ascii=False))
+
+
+class Progress(Protocol):
+    """How far a step is: `done` of `total` units of `stage`."""
+
+    @property
+    def stage(self) -> str: ...
+    @property
+    def done(self) -> float: ...
+    @property
+    def total(self) -> float: ...
+    @property
+    def note(self) -> str: ...
 
 
 class Meter:

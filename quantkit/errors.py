@@ -10,6 +10,7 @@
     ├── EvaluationError          1   a benchmark could not be run
     │   └── UnsuitedError        1   a task that this model cannot be asked; others may be
     ├── ArtifactError            1   an artifact is missing, damaged or does not match its manifest
+    ├── TransferError            1   an artifact could not be published or pulled
     ├── NotComparable            1   two artifacts were measured on other sources, texts or prompts
     └── GateMissed               3   the artifact is complete but misses a gate of its recipe
 
@@ -68,6 +69,10 @@ class UnsuitedError(EvaluationError):
 
 class ArtifactError(QuantkitError):
     """An artifact is missing, damaged or does not match its manifest."""
+
+
+class TransferError(QuantkitError):
+    """An artifact could not be published or pulled: the place, the way there, or what lies there."""
 
 
 class NotComparable(QuantkitError):

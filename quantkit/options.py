@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
 JSON = click.option("--json", "json_out", is_flag=True, help="Print JSON for machines instead of tables.")
+JOBS = click.option("--jobs", type=click.IntRange(1, 64), default=4, help="Files at once (4).")
+TRIES = click.option("--tries", type=click.IntRange(1), default=8, help="Failures in a row without progress (8).")
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Move nothing; say what would move, and how many bytes.")
 JUNIT = click.option("--junit", type=click.Path(path_type=Path), help="Write the gates as JUnit XML, for CI systems.")
 
 

@@ -24,12 +24,13 @@ _OWNER_BYTES = 4096
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
+def held(path: Path, what: str = "build", instead: str = "another output.path") -> Iterator[None]:
     """Hold the lock file `path`, which is removed afterwards; UsageError naming the holder when somebody else does.
 
-    A file that a killed process left behind is taken over. Raises QuantkitError when it cannot be written.
+    `what` is at work under the lock, and `instead` may be chosen. A file that a killed process left behind is taken
+    over. Raises QuantkitError when it cannot be written.
     """
-    descriptor = _taken(path)
+    descriptor = _taken(path, what, instead)
     try:
         yield
     finally:
@@ -37,7 +38,7 @@ def held(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _taken(path: Path) -> int:
+def _taken(path: Path, what: str, instead: str) -> int:
     while True:
         try:
             with suppress(FileExistsError):  # a file where the folder should be is told by the next line
@@ -46,7 +47,7 @@ def _taken(path: Path) -> int:
         except OSError as fault:
             raise unwritable(path.with_suffix(""), fault) from fault
         try:
-            _take(path, descriptor)
+            _take(path, descriptor, what, instead)
             if _names(path, descriptor):
                 text = json.dumps(_me()).encode()
                 os.ftruncate(descriptor, 0)
@@ -61,7 +62,7 @@ def _taken(path: Path) -> int:
         os.close(descriptor)  # its holder removed it meanwhile
 
 
-def _take(path: Path, descriptor: int) -> None:
+def _take(path: Path, descriptor: int, what: str, instead: str) -> None:
     """Lock the file or raise UsageError."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,8 +77,8 @@ def _take(path: Path, descriptor: int) -> None:
     owner = _owner(descriptor)
     who = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}" if owner else "a process"
     raise UsageError(
-        f"{path.with_suffix('')}: expected to be the only build here, found another at work ({who}); wait for it, stop "
-        "it, or choose another output.path"
+        f"{path.with_suffix('')}: expected to be the only {what} here, found another at work ({who}); wait for it, "
+        f"stop it, or choose {instead}"
     )
 
 

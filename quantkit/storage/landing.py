@@ -1,0 +1,173 @@
+"""Where an artifact arrives: a folder beside its place, which takes the name only when everything in it was checked.
+
+`<folder>.pulling` keeps what arrived when a pull breaks off; files are there whole or as `<name>.part`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantkit.errors import ArtifactError, UsageError
+from quantkit.storage.files import (
+    PART,
+    disk_free,
+    make_folder,
+    sha256_file,
+    sync_folder,
+    unwritable,
+    write_atomic,
+)
+from quantkit.storage.lock import held
+from quantkit.storage.remote import PIECE_BYTES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """A file to fetch; without a sha256 only its size is known."""
+
+    name: str
+    n_bytes: int
+    sha256: str | None
+
+
+class Arrival:
+    """A file that arrives piece by piece behind what an earlier try left; `have` bytes are there."""
+
+    def __init__(self, path: Path, wanted: Wanted) -> None:
+        self._path, self._part, self._wanted = path, path.with_name(path.name + PART), wanted
+        make_folder(path.parent)
+        try:
+            self._file = self._part.open("ab+")
+            self._digest, self.have = hashlib.sha256(), 0
+            self._file.seek(0)
+            while piece := self._file.read(PIECE_BYTES):
+                self._count(piece)
+        except OSError as fault:
+            raise unwritable(self._path, fault) from fault
+
+    def write(self, piece: bytes) -> None:
+        """Take what came next."""
+        try:
+            self._file.write(piece)
+        except OSError as fault:
+            raise unwritable(self._path, fault) from fault
+        self._count(piece)
+
+    def forget(self) -> None:
+        """Begin anew: what is there is wrong."""
+        self._file.truncate(0)
+        self._digest, self.have = hashlib.sha256(), 0
+
+    def finish(self) -> bool:
+        """Whether it is the wanted file, which then has its name."""
+        right = self._wanted.sha256 in {None, self._digest.hexdigest()} and self.have == self._wanted.n_bytes
+        if right:
+            try:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                os.replace(self._part, self._path)
+                sync_folder(self._path.parent)
+            except OSError as fault:
+                raise unwritable(self._path, fault) from fault
+        return right
+
+    def close(self) -> None:
+        """Keep what arrived for the next time."""
+        try:
+            self._file.close()
+        except OSError as fault:
+            raise unwritable(self._path, fault) from fault
+
+    def _count(self, piece: bytes) -> None:
+        self._digest.update(piece)
+        self.have += len(piece)
+
+
+class Landing:
+    """The folder beside `path`, locked: one pull at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.folder = path, path.with_name(path.name + ".pulling")
+
+    def prepare(self, wanted: Iterable[Wanted]) -> frozenset[str]:
+        """Remove what is not wanted or wrong; names of the files that are there and right."""
+        files = {entry.name: entry for entry in wanted}
+        there = set()
+        try:
+            for path in sorted(self.folder.rglob("*"), reverse=True):
+                name = path.relative_to(self.folder).as_posix()
+                if path.is_dir() and not path.is_symlink():
+                    if not any(path.iterdir()):
+                        path.rmdir()
+                elif path.is_symlink() or not path.is_file():
+                    path.unlink()
+                elif name in files and self._is(path, files[name]):
+                    there.add(name)
+                elif name.removesuffix(PART) not in files or name in files:
+                    path.unlink()
+        except OSError as fault:
+            raise unwritable(self.folder, fault) from fault
+        return frozenset(there)
+
+    def missing_room(self, n_bytes: int) -> int:
+        """Bytes that the disk lacks to take `n_bytes` more than the parts that are there."""
+        parts = sum(path.stat().st_size for path in self.folder.rglob("*" + PART) if path.is_file())
+        return max(0, n_bytes - parts - disk_free(self.folder))
+
+    def arrival(self, wanted: Wanted) -> Arrival:
+        """A file, to be written."""
+        return Arrival(self.folder / wanted.name, wanted)
+
+    def put(self, name: str, content: bytes) -> None:
+        """A small file at once."""
+        make_folder((self.folder / name).parent)
+        write_atomic(self.folder / name, content)
+
+    def give_name(self) -> None:
+        """Rename the folder; what lies there is replaced as a whole."""
+        old = self.path.with_name(self.path.name + ".replaced")
+        try:
+            shutil.rmtree(old, ignore_errors=True)
+            for folder in (path for path in self.folder.rglob("*") if path.is_dir()):
+                sync_folder(folder)
+            sync_folder(self.folder)
+            if self.path.exists():
+                self.path.rename(old)
+            self.folder.rename(self.path)
+            sync_folder(self.path.parent)
+        except OSError as fault:
+            raise unwritable(self.path, fault) from fault
+        shutil.rmtree(old, ignore_errors=True)
+
+    @staticmethod
+    def _is(path: Path, wanted: Wanted) -> bool:
+        if path.stat().st_size != wanted.n_bytes or wanted.sha256 is None:
+            return False
+        return sha256_file(path, ArtifactError) == wanted.sha256
+
+
+@contextmanager
+def landing(path: Path) -> Iterator[Landing]:
+    """The place where an artifact named `path` arrives; UsageError when another pull is at work there."""
+    place = Landing(path)
+    with held(path.with_name(path.name + ".pulling.lock"), "pull", "another folder"):
+        make_folder(place.folder)
+        if place.folder.is_symlink():
+            raise UsageError(f"{place.folder}: expected a folder of this pull, found a link; remove it")
+        yield place
+
+
+def occupant(path: Path, manifest: str) -> bytes | None:
+    """The manifest of the artifact at `path`, empty for something else there; None for nothing or an empty folder."""
+    if path.is_dir() and not path.is_symlink():
+        if not any(path.iterdir()):
+            return None
+        place = path / manifest
+        return place.read_bytes() if place.is_file() and not place.is_symlink() else b""
+    return b"" if path.exists() or path.is_symlink() else None

@@ -1,0 +1,112 @@
+"""A TCP proxy that cuts connections half-way or changes a byte, by a seed."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable
+
+Spoil = Callable[[bytes, int], bytes | None]
+"""What becomes of a piece of a stream at an offset; None cuts the connection before it."""
+
+
+class Wire:
+    """Forwards a loopback port to another; counts what it did."""
+
+    def __init__(self, port: int, *, up: Spoil | None = None, down: Spoil | None = None) -> None:
+        self._target, self._up, self._down = port, up, down
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.connections = 0
+        self.carried = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """Take no more connections."""
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self._carry, args=(client,), daemon=True).start()
+
+    def _carry(self, client: socket.socket) -> None:
+        try:
+            server = socket.create_connection(("127.0.0.1", self._target))
+        except OSError:
+            client.close()
+            return
+        offsets = {client: 0, server: 0}
+        ways = {client: (server, self._up), server: (client, self._down)}
+        try:
+            while True:
+                for source in select.select(list(ways), [], [], 30)[0]:
+                    piece = source.recv(1 << 16)
+                    sink, spoil = ways[source]
+                    if not piece:
+                        return
+                    kept = spoil(piece, offsets[source]) if spoil else piece
+                    if kept is None:
+                        reset(client)
+                        return
+                    offsets[source] += len(piece)
+                    self.carried += len(kept)
+                    sink.sendall(kept)
+        except OSError:
+            return
+        finally:
+            client.close()
+            server.close()
+
+
+def reset(connection: socket.socket) -> None:
+    """End a connection as a broken network does."""
+    with contextlib.suppress(OSError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+class Cuts:
+    """Cuts after a drawn number of bytes since the last cut, over all connections, at most `most` times."""
+
+    def __init__(self, seed: int, most: int, mean_bytes: int) -> None:
+        self._draw, self.left, self.made, self._mean = random.Random(seed), most, 0, mean_bytes
+        self._lock = threading.Lock()
+        self._next = self._drawn()
+
+    def _drawn(self) -> int:
+        return self._draw.randrange(1, 2 * self._mean)
+
+    def __call__(self, piece: bytes, _: int) -> bytes | None:
+        with self._lock:
+            if not self.left:
+                return piece
+            self._next -= len(piece)
+            if self._next > 0:
+                return piece
+            self.left, self.made, self._next = self.left - 1, self.made + 1, self._drawn()
+            return None
+
+
+class Flips:
+    """Changes a bit of one byte in each of the first `most` connections that carry more than `behind` bytes."""
+
+    def __init__(self, most: int, behind: int) -> None:
+        self.left, self.made, self._behind = most, 0, behind
+        self._lock = threading.Lock()
+
+    def __call__(self, piece: bytes, offset: int) -> bytes:
+        with self._lock:
+            if not self.left or not offset <= self._behind < offset + len(piece):
+                return piece
+            self.left, self.made = self.left - 1, self.made + 1
+        at = self._behind - offset
+        return piece[:at] + bytes([piece[at] ^ 1]) + piece[at + 1 :]

@@ -1,0 +1,246 @@
+"""Publishing to every kind of place and pulling it back: what is sent, what is refused, what is left as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from places.here import KINDS, Place, place
+
+from quantkit.errors import ArtifactError, TransferError, UsageError
+from quantkit.publishing import publish
+from quantkit.pulling import pull
+from quantkit.storage.remote import Options
+from quantkit.transfer import How, Transfer
+from quantkit.verify import MANIFEST, SIGNATURE, verify
+
+HOW = How(first_wait=0.01, tries=4)
+WRITING = Options(writing=True)
+LAST = "model-00003-of-00003.safetensors"
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    from moto.server import ThreadedMotoServer
+    from werkzeug.serving import WSGIRequestHandler
+
+    WSGIRequestHandler.disable_nagle_algorithm = True
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    yield port
+    server.stop()
+
+
+@pytest.fixture(params=KINDS)
+def there(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_port: int
+) -> Iterator[Place]:
+    with place(request.param, tmp_path, monkeypatch, s3_port) as found:
+        yield found
+
+
+def sent(artifact: Path, address: str, *, overwrite: bool = False, dry_run: bool = False) -> Transfer:
+    """Published, though its benchmarks were left out."""
+    return publish(artifact, address, WRITING, HOW, lambda _: None, force=True, overwrite=overwrite, dry_run=dry_run)
+
+
+def fetched(address: str, folder: Path, *, overwrite: bool = False, dry_run: bool = False) -> Transfer:
+    """Pulled."""
+    return pull(address, folder, Options(), HOW, lambda _: None, overwrite=overwrite, dry_run=dry_run)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def nothing_named(folder: Path) -> bool:
+    """Nothing has the final name."""
+    return not folder.exists()
+
+
+def flipped(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+# ------------------------------------------------------------------------------------------------------ there and back
+
+
+def test_what_is_published_is_pulled_byte_for_byte(built: Path, there: Place, tmp_path: Path) -> None:
+    done = sent(built, there.address)
+    assert set(done.files) == set(files(built)) and done.there == 0
+    assert done.n_bytes == sum(map(len, files(built).values()))
+    got = fetched(there.address, tmp_path / "got")
+    assert got.manifest == done.manifest == hashlib.sha256((built / MANIFEST).read_bytes()).hexdigest()
+    assert files(tmp_path / "got") == files(built)
+    verify(tmp_path / "got")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("got")) == ["got"]
+
+
+def test_again_sends_and_fetches_nothing(built: Path, there: Place, tmp_path: Path) -> None:
+    sent(built, there.address)
+    again = sent(built, there.address)
+    assert (again.files, again.n_bytes, again.there) == ((), 0, len(files(built)))
+    fetched(there.address, tmp_path / "got")
+    assert fetched(there.address, tmp_path / "got").files == ()
+
+
+def test_a_dry_run_moves_nothing(built: Path, there: Place, tmp_path: Path) -> None:
+    would, done = sent(built, there.address, dry_run=True), sent(built, there.address)
+    assert (would.files, would.n_bytes, would.there) == (done.files, done.n_bytes, done.there)
+    would = fetched(there.address, tmp_path / "got", dry_run=True)
+    assert nothing_named(tmp_path / "got") and not (tmp_path / "got.pulling").exists()
+    assert would == fetched(there.address, tmp_path / "got")
+
+
+def test_a_dry_run_of_a_publication_leaves_the_place_empty(built: Path, there: Place, tmp_path: Path) -> None:
+    sent(built, there.address, dry_run=True)
+    with pytest.raises(TransferError, match="not an artifact of quantkit"):
+        fetched(there.address, tmp_path / "got")
+
+
+def test_the_signature_travels_too(artifact: Path, there: Place, tmp_path: Path) -> None:
+    (artifact / SIGNATURE).write_text('{"signed": true}')
+    sent(artifact, there.address)
+    fetched(there.address, tmp_path / "got")
+    assert (tmp_path / "got" / SIGNATURE).read_text() == '{"signed": true}'
+
+
+# ------------------------------------------------------------------------------------------------ half of a publication
+
+
+def test_half_a_publication_is_none_and_goes_on(
+    built: Path, there: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: object
+) -> None:
+    """It breaks off before the third file; the other two are not sent again."""
+    from quantkit import publishing
+
+    real, calls = publishing.send, []
+
+    def breaking(remote: object, item: object, *rest: object) -> None:
+        calls.append(item)
+        if len(calls) > 2:
+            raise TransferError("the plug was pulled")
+        real(remote, item, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(publishing, "send", breaking)
+    one = How(jobs=1)
+    with pytest.raises(TransferError, match="plug"):
+        publish(built, there.address, WRITING, one, lambda _: None, force=True)
+    monkeypatch.setattr(publishing, "send", real)
+    with pytest.raises(TransferError, match=f"no {MANIFEST}: not an artifact of quantkit, or its publication did not"):
+        fetched(there.address, tmp_path / "got")
+    assert nothing_named(tmp_path / "got")
+    before = getattr(there.server, "received", 0)
+    done = sent(built, there.address)
+    if there.kind == "hf":  # the hub tells what it has when it is asked to take it
+        assert there.server.received - before < done.n_bytes / 2
+    else:
+        assert done.there == 2 and done.there_bytes == sum(item.n_bytes for item in calls[:2])  # type: ignore[attr-defined]
+    fetched(there.address, tmp_path / "got")
+    assert files(tmp_path / "got") == files(built)
+
+
+@pytest.mark.parametrize("status", ["rejected", "not judged"])
+def test_only_accepted_artifacts(artifact: Path, tmp_path: Path, status: str) -> None:
+    if verify(artifact).status != status:
+        pytest.skip("the build of the tests judges nothing")
+    with pytest.raises(ArtifactError, match=f"expected an accepted artifact, found one that is {status}"):
+        publish(artifact, str(tmp_path / "x"), WRITING, HOW, lambda _: None)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_damaged_artifact_is_not_published(artifact: Path, tmp_path: Path) -> None:
+    (artifact / LAST).write_bytes(flipped((artifact / LAST).read_bytes()))
+    with pytest.raises(ArtifactError, match="not what its manifest says"):
+        sent(artifact, str(tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+
+
+def other(artifact: Path) -> Path:
+    """Another artifact: the same with another model card, a file less, and a file more."""
+    path = Path(shutil.copytree(artifact, artifact.with_name("other")))
+    manifest = json.loads((path / MANIFEST).read_text())
+    for name, content in (("README.md", b"# another\n"), ("more.txt", b"more")):
+        (path / name).write_bytes(content)
+        manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    verify(path)
+    return path
+
+
+def test_another_artifact_is_replaced_only_when_asked(artifact: Path, there: Place, tmp_path: Path) -> None:
+    second = other(artifact)
+    sent(second, there.address)
+    with pytest.raises(TransferError, match="expected no other artifact, found one; .* --overwrite"):
+        sent(artifact, there.address)
+    fetched(there.address, tmp_path / "before")
+    assert files(tmp_path / "before") == files(second)
+    done = sent(artifact, there.address, overwrite=True)
+    if there.kind not in {"oci", "oci-real"}:
+        assert done.removed == ("more.txt",)
+    fetched(there.address, tmp_path / "after")
+    assert files(tmp_path / "after") == files(artifact)
+    with pytest.raises(UsageError, match="exists already; choose another folder or pass --overwrite"):
+        fetched(there.address, tmp_path / "before")
+    fetched(there.address, tmp_path / "before", overwrite=True)
+    assert files(tmp_path / "before") == files(artifact)
+
+
+@pytest.mark.parametrize("there", ["file", "s3", "memory"], indirect=True)
+def test_other_files_are_left_alone(built: Path, there: Place, tmp_path: Path) -> None:
+    there.write("thesis.tex", b"years of work")
+    with pytest.raises(TransferError, match="found 1 other files, the first 'thesis.tex'"):
+        sent(built, there.address)
+    sent(built, there.address, overwrite=True)
+    assert there.read("thesis.tex") == b"years of work"
+    fetched(there.address, tmp_path / "got")
+    assert files(tmp_path / "got") == files(built)
+
+
+# -------------------------------------------------------------------------------------------------- what a place can do
+
+
+def test_a_lost_file_is_named(built: Path, there: Place, tmp_path: Path, record_property: object) -> None:
+    sent(built, there.address)
+    there.write(LAST, None)
+    with pytest.raises(TransferError) as caught:
+        fetched(there.address, tmp_path / "got")
+    assert LAST in str(caught.value) and "\n" not in str(caught.value)
+    assert nothing_named(tmp_path / "got")
+    if there.kind != "oci-real":  # it goes on believing that it has the blob
+        sent(built, there.address)
+        fetched(there.address, tmp_path / "got")
+        assert files(tmp_path / "got") == files(built)
+
+
+@pytest.mark.parametrize("change", ["same size", "longer"])
+def test_a_file_that_was_changed_is_refused(
+    built: Path, there: Place, tmp_path: Path, change: str, record_property: object
+) -> None:
+    sent(built, there.address)
+    content = there.read(LAST)
+    there.write(LAST, flipped(content) if change == "same size" else content + b"x")
+    with pytest.raises(TransferError) as caught:
+        fetched(there.address, tmp_path / "got")
+    assert LAST in str(caught.value) and "\n" not in str(caught.value)
+    assert nothing_named(tmp_path / "got")
+    there.write(LAST, content)
+    fetched(there.address, tmp_path / "got")
+    assert files(tmp_path / "got") == files(built)
+
+
+def test_a_manifest_that_is_none(built: Path, there: Place, tmp_path: Path) -> None:
+    sent(built, there.address)
+    size = len(there.read(MANIFEST))
+    for content in (b"{" + b" " * (size - 1), b"[]" + b" " * (size - 2)):
+        there.write(MANIFEST, content)
+        with pytest.raises(TransferError, match="expected"):
+            fetched(there.address, tmp_path / "got")
+    assert nothing_named(tmp_path / "got")
