@@ -1,0 +1,93 @@
+"""Models side by side: size, cards, computed bounds, and the fidelity figures of those that have a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantkit.report import numbers
+from quantkit.report.read import read_sealed
+from quantkit.report.schema import Fidelity
+from quantkit.report.tables import Table
+from quantkit.sizing.bounds import Bounds, active_bytes
+from quantkit.sizing.fit import Fit
+from quantkit.sizing.tables import BOUND, rate, short
+from quantkit.verify import MANIFEST
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One of the models that are compared."""
+
+    name: str
+    fit: Fit
+    bounds: Bounds | None
+    fidelity: Fidelity | None  # None: no report lies beside it
+
+
+def report_of(target: str) -> Fidelity | None:
+    """The fidelity report of an artifact; None for what has none. ArtifactError for a damaged one."""
+    folder = Path(target)
+    return read_sealed(folder)[0] if (folder / MANIFEST).is_file() else None
+
+
+def sizes(sides: Sequence[Side]) -> Table:
+    """What each is and takes."""
+    rows = []
+    for side in sides:
+        needs = side.fit.needs
+        rows.append((
+            side.name,
+            needs.model.scheme,
+            numbers.parameters(needs.model.weights.parameters),
+            numbers.size(needs.weights_bytes),
+            f"{needs.weights_bytes / sides[0].fit.needs.weights_bytes:.3f}",
+            numbers.size(round(active_bytes(needs.model))),
+            numbers.size(needs.kv_bytes),
+            numbers.size(needs.total_bytes),
+        ))
+    columns = ("model", "stored", ">parameters", ">weights", ">of first", ">per token", ">KV cache", ">in all")
+    first = sides[0].fit.needs
+    note = f"{first.users} users at up to {first.context:,} tokens, margin {100 * first.margin:g} %; "
+    note += "per token: weights that one token alone reads."
+    return Table(title="Sizes", columns=columns, rows=tuple(rows), note=note)
+
+
+def speeds(sides: Sequence[Side]) -> Table:
+    """Cards of one kind that each takes, and bounds on them."""
+    rows = []
+    for side in sides:
+        placement, made = side.fit.placement, side.bounds
+        if placement is None or made is None:
+            rows.append((side.name, f"no: {side.fit.least_cards}+", *("-",) * 6))
+            continue
+        split = f"TP{placement.tp}" + (f" x PP{placement.pp}" if placement.pp > 1 else "")
+        told = (str(placement.cards), split, numbers.count(side.fit.max_context), numbers.count(side.fit.max_users))
+        rows.append((side.name, *told, rate(made.one), rate(made.all), rate(made.prefill)))
+    columns = ("model", ">cards", "split", ">context", ">users", ">1 user t/s", ">all t/s", ">prefill t/s")
+    return Table(title=f"On {short(sides[0].fit.card)}", columns=columns, rows=tuple(rows), note=BOUND)
+
+
+def fidelity(sides: Sequence[Side]) -> Table | None:
+    """Figures of the reports; None where nobody has one."""
+    told = [side for side in sides if side.fidelity]
+    if not told:
+        return None
+    tasks = list(dict.fromkeys(row.task for side in told if side.fidelity for row in side.fidelity.benchmarks))
+    rows = []
+    for side in sides:
+        report = side.fidelity
+        pooled = next((row for row in report.distribution if row.domain == "all"), None) if report else None
+        scores = {row.task: numbers.percent(row.artifact, 1) for row in report.benchmarks} if report else {}
+        figures = (
+            (numbers.kl(pooled.kl_mean), numbers.ratio(pooled.ppl_ratio), numbers.share(pooled.top1))
+            if pooled
+            else (numbers.MISSING,) * 3
+        )
+        source = report.source.model if report else "no report"
+        rows.append((side.name, source, *figures, *(scores.get(task, numbers.MISSING) for task in tasks)))
+    columns = ("model", "compared with", ">KL mean", ">ppl ratio", ">top-1", *(f">{task}" for task in tasks))
+    sources = {side.fidelity.source.hash for side in told if side.fidelity}
+    note = "Against different sources: KL and perplexity do not compare across them." if len(sources) > 1 else ""
+    return Table(title="Fidelity", columns=columns, rows=tuple(rows), note=note)

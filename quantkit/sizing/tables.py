@@ -1,0 +1,233 @@
+"""What sizing found, as tables of text for a terminal of 100 columns. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from quantkit.report import numbers
+from quantkit.report.tables import Table
+from quantkit.sizing.batch import Advice
+from quantkit.sizing.bounds import Bound, Bounds, active_bytes, active_parameters, link_bytes
+from quantkit.sizing.cards import GIB, Card, Cards
+from quantkit.sizing.fit import Fit
+from quantkit.sizing.model import Model
+from quantkit.sizing.needs import Needs
+
+READ = {
+    "headers": "exact, from the files' headers",
+    "plan": "exact, from the recipe's plan",
+    "config": "computed from config.json",
+}
+LINKS = {"nvlink": "NVLink", "xgmi": "xGMI", "ethernet": "Ethernet", "pcie": "PCIe", "none": "no link"}
+BATCHES = (1, 8, 32, 128, 512)
+BOUND = "Computed upper bounds from peak figures; nothing was measured."
+
+
+def gb(n_bytes: float) -> str:
+    """Both readings: "673.15 GB (626.92 GiB)"."""
+    return f"{numbers.size(round(n_bytes))} ({n_bytes / GIB:,.2f} GiB)"
+
+
+def rate(bound: Bound) -> str:
+    """Tokens per second to three digits: "1,234" or "12.3"."""
+    value = bound.tokens_per_s
+    return f"{value:,.0f}" if value >= 100 else numbers.digits(value)
+
+
+def headline(model: Model) -> str:
+    """What the model is: "671.03 B parameters, 37.55 B at work per token; FP8 128x128"."""
+    active = numbers.parameters(active_parameters(model))
+    return f"{numbers.parameters(model.weights.parameters)} parameters, {active} at work per token; {model.scheme}"
+
+
+def memory(needs: Needs) -> Table:
+    """Weights, cache and margin, with their arithmetic."""
+    model = needs.model
+    kinds = {layer.attention.kind for layer in model.layers}
+    kind = "MLA" if kinds == {"latent"} else attention_name(model)
+    windows = sum(layer.attention.window is not None for layer in model.layers)
+    kept = f"; {windows} of {len(model.layers)} layers keep a window only" if windows else ""
+    per_user = f"{needs.kv_bytes_per_token:,} B per token x {needs.context:,} tokens x {needs.users} users"
+    rows = (
+        ("weights", READ[model.read_from], gb(needs.weights_bytes)),
+        ("KV cache", f"{kind}, {needs.kv}: {per_user}{kept}", gb(needs.kv_bytes)),
+        ("margin", f"{100 * needs.margin:g} % of both, for activations and engine", gb(needs.margin_bytes)),
+        ("total", "on all cards together", gb(needs.total_bytes)),
+    )
+    return Table(title="Memory", columns=("part", "how", ">bytes"), rows=rows, note=mtp_note(needs))
+
+
+def attention_name(model: Model) -> str:
+    """MHA, GQA or MQA, by the heads of the first layer."""
+    attention = model.layers[0].attention
+    if attention.kv_heads == attention.heads:
+        return "MHA"
+    return "MQA" if attention.kv_heads == 1 else f"GQA {attention.heads}/{attention.kv_heads}"
+
+
+def mtp_note(needs: Needs) -> str:
+    """Whether the block that predicts further tokens is counted."""
+    if not needs.model.mtp.n_bytes:
+        return ""
+    size = numbers.size(needs.model.mtp.n_bytes)
+    if needs.speculative:
+        return f"The MTP block ({size}) is counted: speculative decoding loads it."
+    return f"The MTP block ({size}) is not counted: engines load it for speculative decoding alone (--mtp)."
+
+
+def cards_table(found: Sequence[tuple[Fit, Bounds | None]], dated: Cards) -> Table:
+    """Each card: what it takes, what it leaves room for, how fast it can be at most."""
+    rows = []
+    for fit, made in found:
+        name = short(fit.card)
+        placement = fit.placement
+        if placement is None or made is None:
+            rows.append((name, f"no: {fit.least_cards}+", *("-",) * 7))
+            continue
+        split = f"TP{placement.tp}" + (f" x PP{placement.pp}" if placement.pp > 1 else "")
+        rows.append((
+            name,
+            str(placement.cards),
+            str(placement.nodes),
+            split,
+            numbers.count(fit.max_context),
+            numbers.count(fit.max_users),
+            rate(made.one),
+            rate(made.all),
+            f"{rate(made.prefill)}{'*' if made.prefill.limit == 'interconnect' else ''}",
+        ))
+    columns = (
+        "card", ">cards", ">nodes", "split", ">context", ">users", ">1 user t/s", ">all t/s", ">prefill t/s",
+    )  # fmt: skip
+    needs = found[0][0].needs if found else None
+    asked = f" context: longest for {needs.users} users; users: most at {needs.context:,} tokens." if needs else ""
+    note = f"{BOUND} Cards as of {dated.updated}, {len(dated.sources)} sources (cards.yaml).{asked}"
+    star = " * links between cards are the limit." if any("*" in row[-1] for row in rows) else ""
+    return Table(title="Cards", columns=columns, rows=tuple(rows), note=note + star)
+
+
+def short(card: Card) -> str:
+    """A card's name without its maker."""
+    maker, _, rest = card.name.partition(" ")
+    return rest.removeprefix("Instinct ").removeprefix("GeForce ") if maker else card.name
+
+
+# ------------------------------------------------------------------------------------------------------- of one card
+
+
+def card_facts(card: Card, dated: Cards) -> Table:
+    """A card's figures with source and date."""
+    link = card.link
+    one_way = f"{card.link.one_way / 1e9:g} GB/s each way" if link.gb_s else "none"
+    figures = [
+        ("memory", f"{card.memory_gb.value:g} GB = {card.memory_gb.value * 1e9 / GIB:.1f} GiB", card.memory_gb),
+        *([("driver reports", f"{card.reported_mib.value:,.0f} MiB", card.reported_mib)] if card.reported_mib else []),
+        *([("usable", f"{100 * card.usable.value:g} %", card.usable)] if card.usable else []),
+        ("bandwidth", f"{card.bandwidth_gb_s.value:,.0f} GB/s", card.bandwidth_gb_s),
+        *(
+            (name, f"{figure.value:,.1f} T{'OP' if name == 'INT8' else 'FLOP'}/s", figure)
+            for name, figure in (("BF16", card.tflops.bf16), ("FP8", card.tflops.fp8), ("INT8", card.tflops.int8))
+            if figure
+        ),
+        *([(LINKS[link.kind], one_way, link.gb_s)] if link.gb_s else []),
+        ("power", f"{card.watts.value:g} W", card.watts),
+        ("price", f"{card.price_usd.value:,.0f} USD", card.price_usd),
+    ]
+    rows = tuple(
+        (name, value, source_told(dated, figure.source or card.source), figure.note) for name, value, figure in figures
+    )
+    return Table(title=card.name, columns=("figure", "value", "source", "note"), rows=rows, note=card.note)
+
+
+def source_told(dated: Cards, key: str) -> str:
+    """Name and date of a source."""
+    source = dated.sources[key]
+    return f"{source.name}, {source.read}"
+
+
+def bounds_table(fit: Fit, made: Bounds) -> Table:
+    """Each bound and what sets it."""
+    needs = fit.needs
+    rows = (
+        ("decode, one user", "first tokens, nobody else served", rate(made.one), made.one.limit),
+        ("decode, all users", f"{needs.users} at {needs.context:,} tokens each", rate(made.all), made.all.limit),
+        ("prefill", f"prompts of {needs.context:,} tokens", rate(made.prefill), made.prefill.limit),
+    )
+    return Table(title="Bounds", columns=("what", "of", ">tokens/s", "limit"), rows=rows, note=BOUND)
+
+
+def degrees(fit: Fit) -> Table:
+    """Tensor-parallel degrees, and why some are refused."""
+    rows = tuple(
+        (str(degree.tp), "allowed" if degree.fault is None else "refused", degree.fault or "") for degree in fit.degrees
+    )
+    note = "By heads, KV heads, widths and the groups, words and FP8 blocks of the stored weights."
+    if any(degree.tp > 1 and fit.needs.model.vocabulary % degree.tp for degree in fit.degrees):
+        note += " Engines pad the vocabulary, which forbids nothing."
+    return Table(title="Tensor parallelism", columns=(">ranks", "", "why"), rows=rows, note=note)
+
+
+def batches(fit: Fit) -> Table | None:
+    """What batches of a mixture read: experts hit, bytes per step and per token; None for a dense model."""
+    model = fit.needs.model
+    if model.mixture is None:
+        return None
+    rows = []
+    for batch in BATCHES:
+        read = active_bytes(model, batch)
+        hit = model.mixture.distinct(batch)
+        rows.append((
+            str(batch),
+            f"{hit:.1f} of {model.mixture.count}",
+            numbers.size(round(read)),
+            numbers.size(round(read / batch)),
+        ))
+    note = "Expected of a router that spreads tokens evenly: E (1 - (1 - k/E)^n); a skewed one hits fewer."
+    columns = (">tokens in a step", ">experts hit per layer", ">weights read", ">per token")
+    return Table(title="Batches", columns=columns, rows=tuple(rows), note=note)
+
+
+def advice_table(found: Advice, fit: Fit) -> Table:
+    """How many tokens a step may hold, and what of the margin that takes."""
+    logits = f"{fit.needs.users} users x {fit.needs.model.vocabulary:,} x 4 B"
+    each = f"{found.safe:,} tokens x {found.per_token:,} B, {found.routed_per_token:,} B of it copies for experts"
+    rows = (
+        ("free on the fullest card", "memory - weights - cache", numbers.size(found.margin_bytes)),
+        ("engine", "CUDA context, buffers, graphs: assumed", f"-{numbers.size(found.runtime_bytes)}"),
+        ("logits", logits, f"-{numbers.size(found.logits_bytes)}"),
+        ("activations", each, f"-{numbers.size(found.used)}"),
+        (
+            "left",
+            f"of which {numbers.size(found.reserve_bytes)} on purpose, for fragmentation",
+            numbers.size(max(0, found.left)),
+        ),
+    )
+    note = (
+        f"Safe: {found.safe:,} tokens per step (--max-num-batched-tokens), whichever experts they hit: all experts lie "
+        f"in memory, and under tensor parallelism the workspace depends on the tokens alone. With expert parallelism "
+        f"{found.even:,} tokens per rank if the router spreads them evenly, {found.worst:,} if one rank is sent all."
+    )
+    return Table(title="Tokens per step", columns=("part", "how", ">bytes"), rows=rows, note=note)
+
+
+def interconnect(fit: Fit, made: Bounds) -> Iterator[str]:
+    """Sentences on what the links between cards allow."""
+    placement, card = fit.placement, fit.card
+    if placement is None or placement.tp == 1:
+        return
+    layers = -(-len(fit.needs.model.layers) // placement.pp)
+    sent = link_bytes(fit.needs.model, placement.tp, layers)
+    told = (
+        f"{sent / 1e6:.2f} MB per token and card over {LINKS[card.link.kind]}, {card.link.one_way / 1e9:g} GB/s a way"
+    )
+    if made.prefill.limit == "interconnect":
+        yield (
+            f"The interconnect is the limit of prefill: {told}, {rate(made.prefill)} tokens/s, where arithmetic "
+            f"allows {rate(made.prefill_without_link)}."
+        )
+    else:
+        yield f"The interconnect is not the limit of prefill: {told}."
+    if made.all.limit == "interconnect":
+        yield "The interconnect is the limit of decoding for all users too."
+    if placement.nodes > 1:
+        yield "Stages on other nodes pass one vector per token; the network between nodes is not in these bounds."

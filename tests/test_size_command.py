@@ -1,0 +1,120 @@
+"""`quantkit size` as a user sees it: tables, JSON, errors, and how it starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from diff_example import report
+
+from quantkit.cli import main
+from quantkit.storage.builtin import resolve_model
+from quantkit.storage.files import write_json
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["size", *arguments])
+
+
+def test_the_flagship_from_config_alone() -> None:
+    found = run("deepseek-ai/DeepSeek-V3")
+    assert found.exit_code == 0
+    for told in ("671.03 B parameters", "673.15 GB (626.92 GiB)", "70,272 B per token x 32,768 tokens x 10 users",
+                 "H100 SXM 80 GB", "TP8 x PP2", "Computed upper bounds", "2026-11-23"):  # fmt: skip
+        assert told in found.stdout, told
+    assert max(map(len, found.stdout.splitlines())) <= 100
+
+
+def test_the_flagship_starts_without_torch_and_in_under_two_seconds_of_cpu() -> None:
+    code = (
+        "import sys, time; from quantkit.cli import main; "
+        "main(['size', sys.argv[1], '--json'], standalone_mode=False); "
+        "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)), time.process_time(), "
+        "file=sys.stderr)"
+    )
+    for target in ("deepseek-ai/DeepSeek-V3", "v3-awq4"):
+        found = subprocess.run([sys.executable, "-c", code, target], capture_output=True, text=True, check=True)
+        modules, seconds = found.stderr.rsplit(maxsplit=1)
+        assert modules == "[]"
+        assert float(seconds) < 2
+        assert json.loads(found.stdout)["model"]["parameters"] == 671_026_404_352
+
+
+def test_json_has_what_the_tables_show() -> None:
+    found = run("v3-gptq4-fp8", "--gpu", "l40s", "--context", "4096", "--users", "3", "--kv", "fp8", "--json")
+    told = json.loads(found.stdout)
+    assert told["needs"]["kv_bytes"] == 61 * 576 * 4096 * 3
+    (card,) = told["cards"]
+    assert (card["cards"], card["tensor_parallel"], card["pipeline_parallel"], card["nodes"]) == (16, 8, 2, 2)
+    assert card["allowed_tensor_parallel"] == [1, 2, 4, 8, 16]
+    assert card["refused_tensor_parallel"]["3"] == "attention heads 128 / 3 is no whole number"
+    assert card["bounds"]["computed"] is True and card["bounds"]["prefill"]["limit"] == "interconnect"
+    assert card["tokens_per_step"]["safe"] > 0
+
+
+def test_one_card_in_full_names_sources_and_advice() -> None:
+    found = run("v3-gptq4-fp8", "--gpu", "H100")
+    assert found.exit_code == 0
+    for told in ("driver reports", "80 GB = 74.5 GiB", "Tokens per step", "Batches", "Tensor parallelism", "of 256",
+                 "The interconnect is not the limit of prefill"):  # fmt: skip
+        assert told in found.stdout, told
+
+
+def test_models_side_by_side_with_the_report_of_an_artifact(sealed: Path) -> None:
+    found = run("--compare", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", str(sealed), "--json")
+    assert found.exit_code == 0, found.output
+    first, second = json.loads(found.stdout)
+    assert first["fidelity"] is None and second["fidelity"]["benchmarks"] is not None
+    assert first["needs"]["context"] == second["needs"]["context"] == 512  # the longest that both can
+    shown = run("--compare", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", str(sealed))
+    assert "Fidelity" in shown.stdout and "no report" in shown.stdout and "On H100 SXM 80 GB" in shown.stdout
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Path:
+    """A folder with the built-in model and the smallest report that is sealed beside it."""
+    target = tmp_path / "artifact"
+    shutil.copytree(resolve_model("builtin:tiny-v3"), target)
+    (target / "quantkit").mkdir()
+    (target / "quantkit/fidelity.json").write_text(report().to_json())
+    write_json(target / "quantkit/manifest.json", {"schema_version": 1, "files": {}, "tensors": {}})
+    return target
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("nothing-here",), "expected an artifact, a recipe, a config.json or a hub id"),
+        (("deepseek-ai/DeepSeek-V3", "--gpu", "h10"), "no card named 'h10'. Did you mean 'h100'?"),
+        (("deepseek-ai/DeepSeek-V3", "--context", "999999"), "made for 163,840 tokens, found a context of 999,999"),
+        (("v3-awq4", "r1-distill-qwen-32b-awq4"), "expected one model, found 2"),
+        (("deepseek-ai/DeepSeek-V3", "--set", "memory=1GB"), "is no recipe; leave the option out"),
+        (("builtin:tiny-v3", "--dtype", "int4"), "leave the option out"),
+        (("v3-awq4", "--set", "quantize.bits=3"), "4-bit integers only"),
+        (("missing.yaml",), "no such recipe file"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_2(arguments: tuple[str, ...], sentence: str) -> None:
+    found = run(*arguments)
+    assert found.exit_code == 2
+    assert sentence in found.stderr and found.stderr.startswith("error: ")
+    assert "Traceback" not in found.output
+
+
+def test_a_damaged_config_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for text, sentence in (
+        ("{", "expected JSON"),
+        ("{}", "model_type: expected a string, found nothing"),
+        ('{"model_type": "llama"}', "num_hidden_layers: expected an integer"),
+        ('{"model_type": "nobody_knows_this"}', "nobody_knows_this"),
+    ):
+        path.write_text(text)
+        found = run(str(path))
+        assert found.exit_code in (1, 2)
+        assert sentence in found.stderr and len(found.stderr.splitlines()) == 1, found.stderr
