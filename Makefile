@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 THREADS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit test-slow readers test-readers bench bench-quality bench-likelihood bench-memory bench-gpu bench-peers bench-verify \
+.PHONY: help demo demo-serve test lint types unit test-slow readers test-readers bench bench-quality bench-likelihood bench-memory bench-gpu bench-gateway bench-peers bench-verify \
 	real-model eval-real test-vllm wheel clean
 
 help:  ## list the targets
@@ -20,6 +20,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/.installed  ## quantize the built-in tiny-v3 from FP8 to AWQ and show what it lost (minutes)
 	$(BIN)/quantkit build recipes/tiny-v3-awq4.yaml --overwrite
+
+demo-serve: $(VENV)/.installed  ## serve tiny-v3-awq4 behind the gateway, ask it with OpenAI's client, stop it (a minute)
+	test -d artifacts/tiny-v3-awq4 || $(BIN)/quantkit build recipes/tiny-v3-awq4.yaml
+	$(BIN)/python tests/demo_serve.py artifacts/tiny-v3-awq4
 
 test: lint types unit  ## ruff, mypy and the tests (under ten minutes)
 
@@ -66,6 +70,9 @@ bench-verify: $(VENV)/.installed  ## seconds of `quantkit verify` against sha256
 
 bench-gpu: $(VENV)/.installed  ## one MoE block of DeepSeek-V3's shape on a GPU: seconds and flop/s per phase
 	$(BIN)/python tests/bench_gpu.py
+
+bench-gateway: $(VENV)/.installed  ## what the gateway adds per request and per streamed token, on loopback
+	$(BIN)/python tests/bench_gateway.py
 
 # SmolLM2-135M out of a package, and the tools beside which it is measured, each in an environment of its own.
 REAL := .venv-real
