@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -18,6 +17,8 @@ from quantkit.storage.remote import Interrupted
 from quantkit.verify import MANIFEST
 
 _LONGEST_WAIT = 15.0  # seconds
+_LEAVING_SECONDS = 2.0
+"""How long a transfer that ends waits for its threads, which notice at their next piece."""
 
 Result = TypeVar("Result")
 Work = TypeVar("Work")
@@ -166,22 +167,44 @@ def patiently(
 
 
 def in_parallel(items: Sequence[Work], work: Callable[[Work], None], jobs: int, stop: threading.Event) -> None:
-    """Do something with every item, some at once; the first failure ends the others and is raised."""
-    with ThreadPoolExecutor(max_workers=jobs) as pool, ending(stop, pool):
-        futures = [pool.submit(work, item) for item in items]
-        wait(futures, return_when=FIRST_EXCEPTION)
-        stopped = [f.exception() for f in futures if f.done() and not f.cancelled() and f.exception() is not None]
-        for fault in stopped:
-            if fault is not None and not isinstance(fault, _Stopped):
-                raise fault
+    """Do something with every item, some at once; the first failure ends the others and is raised.
 
-
-@contextmanager
-def ending(stop: threading.Event, pool: ThreadPoolExecutor) -> Iterator[None]:
-    """Whatever ends the block, a failure or Ctrl-C, ends the threads too."""
+    The threads are daemons: Ctrl-C need not wait for a library that is in the middle of a large file.
+    """
+    todo, faults = queue.SimpleQueue[Work](), queue.SimpleQueue[BaseException | None]()
+    for item in items:
+        todo.put(item)
+    threads = [
+        threading.Thread(target=work_off, args=(todo, work, stop, faults), daemon=True)
+        for _ in range(min(jobs, len(items)))
+    ]
+    for thread in threads:
+        thread.start()
     try:
-        yield
-    except BaseException:
+        for _ in threads:
+            if (fault := faults.get()) is not None:
+                raise fault
+    except BaseException as fault:
         stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)
+        deadline = time.monotonic() + _LEAVING_SECONDS
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if isinstance(fault, KeyboardInterrupt):
+            fault.add_note("what arrived is kept; the same command goes on")
         raise
+
+
+def work_off(
+    todo: queue.SimpleQueue[Work], work: Callable[[Work], None], stop: threading.Event,
+    faults: queue.SimpleQueue[BaseException | None],
+) -> None:  # fmt: skip
+    """A thread's part: item after item until none is left; tells how it ended."""
+    fault: BaseException | None = None
+    try:
+        while not stop.is_set():
+            work(todo.get_nowait())
+    except queue.Empty:
+        pass
+    except BaseException as found:  # noqa: BLE001  # raised by whoever waits
+        fault = found
+    faults.put(fault)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import unquote
@@ -28,24 +29,28 @@ from quantkit.storage.remote import PIECE_BYTES, Arrived, Found, Item, Kind, Opt
 class Folder:
     """An artifact's files as they are; one publication at a time."""
 
-    def __init__(self, path: Path, *, writing: bool) -> None:
+    def __init__(self, path: Path, jobs: int) -> None:
         self.where = str(path)
-        self._path = path
+        self._path, self._jobs = path, jobs
         self._open = ExitStack()
-        if writing:
-            beside = path.with_name(path.name + ".publishing.lock")
-            self._open.enter_context(held(beside, "publication", "another folder"))
 
     def look(self, items: Sequence[Item], manifest: str) -> Found:
-        """Files of equal size are read and hashed."""
+        """Files of equal size are read and hashed; a place within the artifact is refused."""
+        source = items[0].path.parents[items[0].name.count("/")].resolve()
+        if source in self._path.resolve().parents:
+            raise UsageError(f"{self.where}: expected a place outside the artifact {source}; choose another folder")
         present = self._present()
-        there = {i.name for i in items if present.get(i.name) == i.n_bytes and self._hash(i.name) == i.sha256}
+        same = [item for item in items if present.get(item.name) == item.n_bytes]
+        with ThreadPoolExecutor(max_workers=self._jobs) as pool:
+            found = list(pool.map(self._hash, [item.name for item in same]))
+        there = {item.name for item, sha256 in zip(same, found) if sha256 == item.sha256}
         others = set(present) - {i.name for i in items} - {i.name + PART for i in items} - {manifest, manifest + PART}
-        found = self.fetch_manifest(manifest)
-        return Found(there=frozenset(there), manifest=found, others=tuple(sorted(others)))
+        return Found(there=frozenset(there), manifest=self.fetch_manifest(manifest), others=tuple(sorted(others)))
 
     def begin(self, gone: Sequence[str]) -> None:
-        """Make the folder, or take what was there out of it."""
+        """Lock the folder, make it, or take what was there out of it."""
+        beside = self._path.with_name(self._path.name + ".publishing.lock")
+        self._open.enter_context(held(beside, "publication", "another folder"))
         make_folder(self._path)
         try:
             for name in gone:
@@ -136,7 +141,7 @@ def folder(rest: str, text: str, options: Options) -> Folder:
     path = Path(rest).expanduser().absolute()
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path}: expected a folder or nothing, found a file; choose another place")
-    return Folder(path, writing=options.writing)
+    return Folder(path, options.jobs)
 
 
 REMOTE = Kind(open=folder)

@@ -115,6 +115,8 @@ class Hub:
     def fetch_manifest(self, name: str) -> bytes | None:
         """The file at the commit that was seen."""
         found = self._files().get(name)
+        if self._commit is None and not self._writing:
+            raise TransferError(f"{self.where}: expected this on the Hub, found none that this user may see")
         if found is None:
             return None
         if found.size > JSON_LIMIT_BYTES:
@@ -131,7 +133,7 @@ class Hub:
         headers = {**build_hf_headers(), "Accept-Encoding": "identity"} | (
             {"Range": f"bytes={first}-"} if first else {}
         )
-        with self._answers(), get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer:
+        with self._answers(name), get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer:
             if answer.is_error:
                 answer.read()
             hf_raise_for_status(answer)
@@ -163,44 +165,41 @@ class Hub:
         return {}
 
     @contextmanager
-    def _answers(self) -> Iterator[None]:
+    def _answers(self, name: str = "") -> Iterator[None]:
         """What the hub refuses, in one sentence each."""
-        try:
-            with faults(self.where):
-                try:
-                    yield
-                except GatedRepoError as fault:
-                    raise TransferError(
-                        f"{self.where}: expected access to this model, found a gate; accept its licence on the Hub"
-                    ) from fault
-                except (HfHubHTTPError, RuntimeError) as fault:
-                    raise self._refusal(fault) from fault
-                except HFValidationError as fault:
-                    raise UsageError(
-                        f"{self.where}: expected a repository and a revision, found: {told(fault)}"
-                    ) from fault
-        except OSError as fault:  # a file of this machine, not the hub
-            raise TransferError(f"{self.where}: {told(fault)}") from fault
+        where = f"{self.where}: {brief(name)}" if name else self.where
+        with faults(where):
+            try:
+                yield
+            except GatedRepoError as fault:
+                raise TransferError(
+                    f"{where}: expected access to this model, found a gate; accept its licence on the Hub"
+                ) from fault
+            except (HfHubHTTPError, RuntimeError) as fault:
+                raise refusal(where, fault) from fault
+            except HFValidationError as fault:
+                raise UsageError(f"{where}: expected a repository and a revision, found: {told(fault)}") from fault
 
-    def _refusal(self, fault: Exception) -> Exception:
-        """HTTP errors by their status; an upload's is the cause of a RuntimeError."""
-        inner: BaseException = fault
-        while inner.__cause__ is not None and not isinstance(inner, HfHubHTTPError):
-            inner = inner.__cause__
-        status = inner.response.status_code if isinstance(inner, HfHubHTTPError) else None
-        if status is None or status in _PASSING:
-            return Interrupted(told(inner))
-        if status in {401, 403}:
-            return TransferError(
-                f"{self.where}: expected to be let in, found {status}; `hf auth login` with a token that may do this"
-            )
-        if status == 404:
-            return TransferError(f"{self.where}: expected this on the Hub, found none that this user may see")
-        if status in {409, 412}:
-            return TransferError(
-                f"{self.where}: expected the repository as it was at the start, found a newer commit; publish again"
-            )
-        return TransferError(f"{self.where}: expected the Hub to agree, found {status}: {told(inner)}")
+
+def refusal(where: str, fault: Exception) -> Exception:
+    """HTTP errors by their status; an upload's is the cause of a RuntimeError."""
+    inner: BaseException = fault
+    while inner.__cause__ is not None and not isinstance(inner, HfHubHTTPError):
+        inner = inner.__cause__
+    status = inner.response.status_code if isinstance(inner, HfHubHTTPError) else None
+    if status is None or status in _PASSING or (status == 400 and "BadDigest" in str(inner)):
+        return Interrupted(told(inner))
+    if status in {401, 403}:
+        return TransferError(
+            f"{where}: expected to be let in, found {status}; `hf auth login` with a token that may do this"
+        )
+    if status == 404:
+        return TransferError(f"{where}: expected this on the Hub, found none that this user may see")
+    if status in {409, 412}:
+        return TransferError(
+            f"{where}: expected the repository as it was at the start, found a newer commit; publish again"
+        )
+    return TransferError(f"{where}: expected the Hub to agree, found {status}: {told(inner)}")
 
 
 def addition(item: Item) -> CommitOperationAdd:
