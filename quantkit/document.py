@@ -1,4 +1,4 @@
-"""YAML as a recipe may use it: one mapping of plain values, with the line of every key.
+"""YAML as a recipe, or what else people write, may use it: one mapping of plain values, with the line of every key.
 
 YAML 1.2 core schema, read through ruamel.yaml's event stream. What makes YAML surprising is refused and not
 interpreted: anchors, aliases, tags, directives, duplicate keys, several documents, NUL and lone surrogates, and input
@@ -89,12 +89,15 @@ class Document:
         return replace(self, values=values, lines={**self.lines, path: 0})
 
 
-def read(text: str, name: str) -> Document:
-    """The mapping that `text` holds; RecipeError with every fault otherwise. `name` is how messages call the file."""
-    reader = _Reader(name=name, lines={}, faults=[])
+def read(text: str, name: str, kind: str = "recipe") -> Document:
+    """The mapping that `text` holds; RecipeError with every fault otherwise.
+
+    Messages call the file `name` and say that a `kind` holds no such thing.
+    """
+    reader = _Reader(name=name, kind=kind, lines={}, faults=[])
     try:
         if len(text) > MAX_CHARACTERS:
-            raise RecipeError([f"{name}: a recipe has at most {MAX_CHARACTERS:,} characters, this one {len(text):,}"])
+            raise RecipeError([f"{name}: a {kind} has at most {MAX_CHARACTERS:,} characters, this one {len(text):,}"])
         values = reader.document(_events(text, name))
     except RecipeError as error:
         raise RecipeError([*reader.faults, *error.faults]) from None
@@ -173,6 +176,7 @@ class _Reader:
     """Builds plain values from events; `lines` and `faults` fill up on the way."""
 
     name: str
+    kind: str
     lines: dict[Path, int]
     faults: list[str]
 
@@ -182,24 +186,26 @@ class _Reader:
         for event in events:
             if isinstance(event, DocumentStartEvent):
                 if event.version or event.tags:
-                    self.fault(event, "%YAML and %TAG directives are not allowed in a recipe")
+                    self.fault(event, f"%YAML and %TAG directives are not allowed in a {self.kind}")
                 if values is not None:
-                    raise RecipeError([f"{self.at(event)}: a recipe is one YAML document, a second one starts here"])
+                    raise RecipeError([
+                        f"{self.at(event)}: a {self.kind} is one YAML document, a second one starts here"
+                    ])
             elif isinstance(event, MappingStartEvent):
                 values = self.mapping(event, events, ())
             elif isinstance(event, NodeEvent):
                 found = "a list" if isinstance(event, SequenceStartEvent) else self.scalar_found(event)
                 raise RecipeError([f"{self.at(event)}: expected a mapping of keys (version: 1, ...), found {found}"])
             elif not isinstance(event, StreamStartEvent) and values is None:
-                raise RecipeError([f"{self.name}: the recipe is empty; it starts with 'version: 1'"])
+                raise RecipeError([f"{self.name}: the {self.kind} is empty; it starts with 'version: 1'"])
         return values or {}
 
     def value(self, event: Event, events: Iterator[Event], path: Path) -> object:
         """Any node, at most MAX_DEPTH deep."""
         if len(path) > MAX_DEPTH:
-            raise RecipeError([f"{self.at(event)}: nested more than {MAX_DEPTH} deep, no recipe is"])
+            raise RecipeError([f"{self.at(event)}: nested more than {MAX_DEPTH} deep, no {self.kind} is"])
         if isinstance(event, AliasEvent):
-            self.fault(event, "aliases (*name) are not allowed in a recipe; write the value out")
+            self.fault(event, f"aliases (*name) are not allowed in a {self.kind}; write the value out")
             return None
         if isinstance(event, MappingStartEvent):
             return self.mapping(event, events, path)
@@ -248,10 +254,14 @@ class _Reader:
     def plain(self, event: NodeEvent) -> None:
         """Refuse what changes the meaning of a node from elsewhere."""
         if event.anchor:
-            self.fault(event, f"anchors (&{shown(str(event.anchor))}) are not allowed in a recipe; write the value out")
+            self.fault(
+                event, f"anchors (&{shown(str(event.anchor))}) are not allowed in a {self.kind}; write the value out"
+            )
         tag = getattr(event, "tag", None)
         if tag is not None:
-            self.fault(event, f"tags ({shown(str(tag))}) are not allowed in a recipe; quote the value to make it text")
+            self.fault(
+                event, f"tags ({shown(str(tag))}) are not allowed in a {self.kind}; quote the value to make it text"
+            )
 
     def scalar_found(self, event: Event) -> str:
         """How a message calls a node that is no mapping."""

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from quantkit import registry
 from quantkit.document import NO_TEXT, Document, Path, dotted, not_text, read, shown, value_of
 from quantkit.errors import RecipeError
+from quantkit.faults import sentence
 from quantkit.rewrite import rewritten
 from quantkit.rules import PRESETS, pattern_fault
 from quantkit.schema import (
@@ -118,7 +118,7 @@ class _Check:
         except ValidationError as error:
             for details in error.errors(include_url=False):
                 place = (*path, *(part for part in details["loc"] if part != "[key]"))
-                self.fault(place, _sentence(place, details))
+                self.fault(place, sentence(place, details, _known(place[:-1])))
             return None
 
     def rules(self, written: object, default: Quantize) -> tuple[Rule, ...] | None:
@@ -218,35 +218,6 @@ def _is_text(path: Path) -> bool:
     return field is not None and field.annotation is str
 
 
-# -------------------------------------------------------------------------------------------- pydantic, in our words
-
-_EXPECTED: Mapping[str, str] = {
-    "int_type": "a whole number", "float_type": "a number", "string_type": "text", "bool_type": "true or false",
-    "model_type": "a mapping of keys", "dict_type": "a mapping of keys", "tuple_type": "a list",
-    "string_too_short": "text that is not empty", "finite_number": "a finite number",
-}  # fmt: skip
-
-
-def _sentence(path: Path, details: ErrorDetails) -> str:
-    """What is wrong, and what was found."""
-    kind, found, context = details["type"], details["input"], details.get("ctx", {})
-    if kind == "extra_forbidden":
-        known = _known(path[:-1])
-        return f"unknown key.{registry.did_you_mean(str(path[-1]), known)} Known: {', '.join(known)}."
-    if kind == "missing":
-        return "missing; this key has no default"
-    if kind == "value_error":
-        return str(context["error"])
-    if kind in ("greater_than_equal", "less_than_equal"):
-        expected = f"at least {context['ge']:g}" if "ge" in context else f"at most {context['le']:g}"
-    elif kind == "literal_error":
-        expected = str(context["expected"]).replace("'", "")
-    else:
-        expected = _EXPECTED.get(kind, details["msg"].lower())
-    hint = " (quote it to make it text)" if kind == "string_type" and isinstance(found, int | float) else ""
-    return f"expected {expected}, found {_found(found)}{hint}"
-
-
 def _known(path: Path) -> tuple[str, ...]:
     """The keys that may stand in the mapping at `path`."""
     model: type[BaseModel] = Recipe
@@ -255,13 +226,3 @@ def _known(path: Path) -> tuple[str, ...]:
     elif path:
         model = SECTIONS.get(str(path[0]), Recipe)
     return tuple(model.model_fields)
-
-
-def _found(value: object) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict | list):
-        return "a mapping" if isinstance(value, dict) else "a list"
-    return shown(str(value)) if isinstance(value, int | float) else f"'{shown(str(value))}'"

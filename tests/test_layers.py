@@ -19,7 +19,7 @@ ROWS = (
     "mixture fold layers gptq_tensors",
     "methods/ formats/ architectures/ document",
     "registry rewrite claims",
-    "structure whole checks/",
+    "structure whole checks/ faults",
     "proofs verify",
     "generic transfer signing",
     "schema publishing pulling",
