@@ -59,6 +59,10 @@ def limits_from(values: Mapping[str, str]) -> Limits:
     try:
         return Limits.model_validate(dict(values))
     except ValidationError as error:
-        faults = [f"--limit {fault['loc'][0]}: {fault['msg']}, found {fault['input']!r}" for fault in error.errors()]
+        faults = [
+            f"--limit {fault['loc'][0]}: "
+            + ("unknown" if fault["type"] == "extra_forbidden" else f"{fault['msg']}, found {fault['input']!r}")
+            for fault in error.errors()
+        ]
         known = ", ".join(Limits.model_fields)
         raise UsageError("; ".join(faults) + f"; known limits: {known}") from None

@@ -1,0 +1,97 @@
+"""`quantkit serve`: an artifact behind an OpenAI-compatible API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantkit.console import as_json, failing_well
+from quantkit.errors import UsageError
+from quantkit.options import JSON
+
+ENGINES = ["auto", "vllm", "sglang", "transformers"]
+
+
+@click.command()
+@click.argument("artifact")
+@click.argument("engine_flags", nargs=-1, metavar="[-- ENGINE_FLAGS...]")
+@click.option("--engine", type=click.Choice(ENGINES), default="auto", help="Who serves; auto: by what is here.")
+@click.option("--dry-run", is_flag=True, help="Print the command and its reasons; start and verify nothing.")
+@click.option("--context", type=click.IntRange(1), help="Longest request in tokens (32768, or the model's longest).")
+@click.option("--users", type=click.IntRange(1), default=10, help="Requests at once (10).")
+@click.option("--gpu", metavar="NAME", help="The card, e.g. h100; default: the one that is here.")
+@click.option("--kv", type=click.Choice(["bf16", "fp8"]), default="bf16", help="Cached values (bf16).")
+@click.option("--host", default="127.0.0.1", help="Where to listen (127.0.0.1).")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, help="Where to listen (8000).")
+@click.option("--name", default="", help="The model's name for clients; default: the folder's.")
+@click.option("--chat-template", type=click.Path(path_type=Path), help="A Jinja file, for models that bring none.")
+@click.option("--docker", is_flag=True, help="Print a docker command instead.")
+@click.option("--kubernetes", is_flag=True, help="Print a Kubernetes manifest instead.")
+@click.option("--gateway", is_flag=True, help="Queue, keys, deadlines, fail-over and metrics before the engine.")
+@click.option("--limit", "limits", multiple=True, metavar="NAME=VALUE", help="gateway: a bound, e.g. waiting=200.")
+@click.option("--keys", type=click.Path(path_type=Path), help="gateway: who may ask; see `quantkit key`.")
+@click.option("--fallback", multiple=True, metavar="URL[=MODEL]", help="gateway: who stands in for the engine.")
+@click.option("--fallback-key", default="", metavar="VARIABLE", help="gateway: where the stand-ins' API key is.")
+@click.option("--start-seconds", type=click.FloatRange(1), default=3600, help="What the engine gets to load (3600).")
+@click.option("--no-verify", is_flag=True, help="Do not check the artifact against its manifest first.")
+@JSON
+@failing_well
+def COMMAND(  # noqa: PLR0913  # every one is an option
+    artifact: str, engine_flags: tuple[str, ...], engine: Any, dry_run: bool, context: int | None, users: int,
+    gpu: str | None, kv: Any, host: str, port: int, name: str, chat_template: Path | None, docker: bool,
+    kubernetes: bool, gateway: bool, limits: tuple[str, ...], keys: Path | None, fallback: tuple[str, ...],
+    fallback_key: str, start_seconds: float, no_verify: bool, json_out: bool,
+) -> None:  # fmt: skip
+    """Verify an artifact, size it, and serve it by vLLM, SGLang or transformers.
+
+    ARTIFACT is a folder; with --dry-run also a config.json or a hub id whose config ships with quantkit; with --gateway
+    also the address of a server that runs (http://HOST:PORT/v1). What follows -- goes to the engine.
+
+    Example: quantkit serve artifacts/tiny-v3-awq4 --dry-run --gpu rtx4090
+    """
+    from quantkit.serving import choose, start
+
+    front = start.Front(
+        limits=limits, keys=keys, fallbacks=fallback, key_variable=fallback_key, on=gateway, users=users
+    )
+    front.check()
+    if artifact.startswith(("http://", "https://")):
+        if not gateway or docker or kubernetes:
+            raise UsageError(f"{artifact}: the address of a server: expected --gateway, which is put before it")
+        start.gateway_before(artifact, front, host, port, tell)
+        return
+    wanted = choose.Wanted(
+        artifact=artifact, engine=engine, context=context, users=users, gpu=gpu, kv=kv, host=host, port=port,
+        name=name, chat_template=chat_template, extra=engine_flags,
+    )  # fmt: skip
+    plan = choose.plan(wanted, containers=docker or kubernetes)
+    if docker or kubernetes:
+        for text in choose.snippets(plan, docker=docker, kubernetes=kubernetes):
+            click.echo(text)
+    elif dry_run and json_out:
+        as_json(choose.as_values(plan))
+    elif dry_run:
+        told(plan)
+    else:
+        start.run(plan, front, verified=no_verify, seconds=start_seconds, tell=tell)
+
+
+def tell(text: str) -> None:
+    """What happens, on stderr."""
+    click.echo(text, err=True)
+
+
+def told(plan: Any) -> None:
+    """The command on stdout, ready to be copied; the reasons behind it as comments of the shell."""
+    for line in plan.head:
+        click.echo(f"# {line}")
+    for flag in plan.launch.flags:
+        click.echo(f"#   {' '.join(flag.words):38}  {flag.why}")
+    for note in plan.launch.notes:
+        click.echo(f"# {note}")
+    for node in range(len(plan.launch.per_node)):
+        if len(plan.launch.per_node) > 1:
+            click.echo(f"# node {node}")
+        click.echo(plan.launch.text(node))

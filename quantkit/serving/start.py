@@ -1,0 +1,177 @@
+"""From a plan to a running engine: verify, start, front, and stay until somebody says so."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.gateway.settings import Limits, Settings, Upstream, limits_from
+from quantkit.serving import running
+from quantkit.serving.choose import Planned, installed, plan
+from quantkit.serving.launch import SHOWN
+from quantkit.storage.files import read_bytes, read_json
+from quantkit.verify import verify
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """The gateway's options."""
+
+    on: bool
+    limits: Sequence[str]
+    keys: Path | None
+    fallbacks: Sequence[str]
+    key_variable: str
+    users: int
+
+    def check(self) -> None:
+        """UsageError for options that mean nothing, before anything is read or started."""
+        if not self.on and (self.limits or self.keys or self.fallbacks or self.key_variable):
+            raise UsageError("--limit, --keys, --fallback, --fallback-key: expected --gateway with them; add it")
+        if self.on:
+            require("fastapi", "uvicorn", "httpx2", "prometheus_client")
+        self.bounds()
+        self.stand_ins()
+
+    def bounds(self) -> Limits:
+        """The limits; as many requests run as the engine was sized for."""
+        pairs = [entry.partition("=") for entry in self.limits]
+        if any(not name or not separator for name, separator, _ in pairs):
+            raise UsageError("--limit: expected NAME=VALUE, e.g. --limit waiting=200")
+        return limits_from({"running": str(self.users)} | {name: value for name, _, value in pairs})
+
+    def stand_ins(self) -> list[Upstream]:
+        """Who is asked when the engine fails, in this order."""
+        key = os.environ.get(self.key_variable, "") if self.key_variable else ""
+        if self.key_variable and not key:
+            raise UsageError(f"--fallback-key {self.key_variable}: expected an API key there, found nothing; export it")
+        made = []
+        for place, entry in enumerate(self.fallbacks):
+            url, _, model = entry.partition("=")
+            made.append(Upstream(name=f"fallback-{place + 1}", url=api(url, "--fallback"), model=model, key=key))
+        return made
+
+    def settings(self, engine: Upstream) -> Settings:
+        """The gateway before this engine."""
+        return Settings(upstreams=(engine, *self.stand_ins()), limits=self.bounds())
+
+
+def api(url: str, option: str) -> str:
+    """The base of an OpenAI-compatible API without its last slash; UsageError when it is no address."""
+    if not url.startswith(("http://", "https://")):
+        raise UsageError(f"{option}: expected http://HOST:PORT/v1, found {url!r}; name the server's API")
+    return url.rstrip("/")
+
+
+def require(*packages: str) -> None:
+    """UsageError when a package of the extra is missing."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"{', '.join(missing)}: expected here, found none; pip install quantkit[serve]")
+
+
+# ------------------------------------------------------------------------------------------------------------ starting
+
+
+def run(made: Planned, front: Front, *, verified: bool, seconds: float, tell: Tell) -> None:
+    """Verify, start, and stay until the engine ends or somebody says so."""
+    wanted, target = made.wanted, made.target
+    if target.kind == "config":
+        raise UsageError(f"{wanted.artifact}: a config alone cannot be served; name a folder with weights")
+    if len(made.launch.per_node) > 1:
+        raise UsageError(f"{target.name}: needs {len(made.launch.per_node)} nodes; print the commands with --dry-run")
+    if made.launch.engine != "transformers" and not installed(made.launch.engine):
+        raise UsageError(
+            f"{SHOWN[made.launch.engine]}: expected in this environment, found none; install it, or --docker"
+        )
+    running.check_port(wanted.host, wanted.port)
+    if target.kind == "artifact" and not verified:
+        found = verify(Path(target.path))
+        tell(f"verified: {found.files} files, {found.n_bytes / 1e6:,.1f} MB, {found.status}")
+    if target.status == "rejected":
+        tell("warning: this artifact misses a gate of its recipe; `quantkit report` says which")
+    if front.on:
+        behind_gateway(made, front, seconds, tell)
+    elif made.launch.engine == "transformers":
+        small_engine(made, tell)
+    else:
+        tell(made.launch.text())
+        with running.process(made.launch.words(), os.environ) as started:
+            ended = started.wait()
+        if ended:
+            raise QuantkitError(f"{SHOWN[made.launch.engine]} ended with {ended}; its messages are above")
+
+
+def small_engine(made: Planned, tell: Tell) -> None:
+    """transformers in this process."""
+    require("fastapi", "uvicorn")
+    from quantkit.serving.decoding import Decoder  # torch
+    from quantkit.serving.small_engine import make_app
+
+    wanted = made.wanted
+    template = read_template(wanted.chat_template)
+    decoder = Decoder(
+        Path(made.target.path), name=wanted.name or made.target.name, context=made.needs.context, template=template
+    )
+    tell(f"serving {decoder.name} on http://{wanted.host}:{wanted.port}/v1 ({decoder.context} tokens)")
+    for note in made.launch.notes:
+        tell(note)
+    running.server_of(make_app(decoder), wanted.host, wanted.port).run()
+
+
+def behind_gateway(made: Planned, front: Front, seconds: float, tell: Tell) -> None:
+    """The engine on a port of this machine alone, the gateway on the one that was asked for."""
+    port = running.free_port()
+    hidden = replace(made.wanted, host=running.LOCAL, port=port)
+    words = plan(hidden).launch.words()
+    if made.launch.engine == "transformers":
+        words = running.own_command(words)
+    tell(f"engine: {shlex.join(words)}")
+    with running.process(words, os.environ) as started:
+        running.wait_ready(started, port, seconds, tell)
+        engine = Upstream(name="engine", url=f"http://{running.LOCAL}:{port}/v1", priorities=True)
+        server = gateway_server(front, engine, made.wanted.host, made.wanted.port, tell)
+
+        def ended(code: int) -> None:
+            tell(f"the engine ended with {code}")
+            server.should_exit = not front.fallbacks  # nobody is left to ask
+
+        running.watch(started, ended)
+        server.run()
+        if started.poll() is not None:
+            raise QuantkitError(f"the engine ended with {started.returncode}; its messages are above")
+
+
+def gateway_before(address: str, front: Front, host: str, port: int, tell: Tell) -> None:
+    """The gateway before a server that runs already; it is not told priorities, which it may not know."""
+    running.check_port(host, port)
+    gateway_server(front, Upstream(name="engine", url=api(address, "ARTIFACT")), host, port, tell).run()
+
+
+def gateway_server(front: Front, engine: Upstream, host: str, port: int, tell: Tell) -> Any:
+    """The gateway, ready to run in this process."""
+    from quantkit.gateway.app import make_app
+    from quantkit.gateway.keys import read_keys
+
+    keys = read_keys(read_json(front.keys, UsageError), str(front.keys)) if front.keys else ()
+    limits = front.bounds()
+    tell(
+        f"gateway on http://{host}:{port}/v1, {limits.running} requests at once, {limits.waiting} waiting, "
+        f"{len(keys) or 'no'} keys; /health, /ready, /metrics"
+    )
+    return running.server_of(make_app(front.settings(engine), keys), host, port)
+
+
+def read_template(path: Path | None) -> str | None:
+    """A chat template from a file."""
+    if path is None:
+        return None
+    return read_bytes(path, error=UsageError).decode("utf-8", "replace")

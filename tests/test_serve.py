@@ -1,0 +1,391 @@
+"""`quantkit serve`: the command that it writes, what it refuses, and the transformers engine over real sockets."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import demo_serve
+import httpx2
+import openai
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+from stub_engine import Serving
+
+from quantkit.cli import main
+from quantkit.loading import load
+from quantkit.serving.decoding import Decoder, Writer
+from quantkit.serving.launch import Place, fit_of, launch
+from quantkit.serving.small_engine import make_app
+from quantkit.serving.target import apart, read_target
+from quantkit.serving.wording import Misasked, read
+from quantkit.sizing.cards import read_cards
+from quantkit.sizing.needs import needs
+
+V3 = "deepseek-ai/DeepSeek-V3"
+SMALL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # its config ships too, and is read faster
+
+
+def serve(*words: str) -> Any:
+    return CliRunner().invoke(main, ["serve", *words], prog_name="quantkit")
+
+
+def dry(*words: str) -> dict[str, Any]:
+    found = serve(*words, "--dry-run", "--json")
+    assert found.exit_code == 0, found.output
+    return dict(json.loads(found.output))
+
+
+def shell(text: str) -> list[str]:
+    """The words of a command over several lines, without comments."""
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    return shlex.split(" ".join(line.removesuffix("\\") for line in lines))
+
+
+def values(words: list[str]) -> dict[str, str]:
+    """Flag -> its value, "" for a switch."""
+    found = {}
+    for place, word in enumerate(words):
+        if word.startswith("--"):
+            following = words[place + 1 : place + 2]
+            found[word] = following[0] if following and not following[0].startswith("--") else ""
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+def test_v3_on_two_nodes_of_h100s() -> None:
+    plan = dry(V3, "--gpu", "h100", "--engine", "vllm")
+    first, second = (values(words) for words in plan["commands"])
+    assert plan["commands"][0][:3] == ["vllm", "serve", V3]
+    assert plan["kv_bytes"] == 61 * 576 * 2 * 32_768 * 10
+    expected = {
+        "--max-model-len": "32768", "--tensor-parallel-size": "8", "--pipeline-parallel-size": "2",
+        "--kv-cache-dtype": "auto", "--enable-prefix-caching": "", "--max-num-seqs": "10",
+        "--scheduling-policy": "priority", "--nnodes": "2", "--node-rank": "0",
+    }  # fmt: skip
+    assert {name: first.get(name) for name in expected} == expected
+    assert 0.9 <= float(first["--gpu-memory-utilization"]) <= 0.96
+    assert second["--node-rank"] == "1" and "--headless" in second and "--headless" not in first
+
+
+def test_sglang_hears_the_same_in_its_own_words() -> None:
+    plan = dry(V3, "--gpu", "h200", "--engine", "sglang", "--kv", "fp8", "--context", "65536", "--users", "4")
+    found = values(plan["commands"][0])
+    assert plan["commands"][0][:5] == ["python", "-m", "sglang.launch_server", "--model-path", V3]
+    expected = {
+        "--context-length": "65536", "--tp-size": "8", "--kv-cache-dtype": "fp8_e4m3", "--max-running-requests": "4",
+        "--enable-priority-scheduling": "", "--schedule-low-priority-values-first": "",
+    }  # fmt: skip
+    assert {name: found.get(name) for name in expected} == expected
+    assert plan["nodes"] == 1 and "--disable-shared-experts-fusion" not in found  # FP8 throughout
+
+
+def test_shared_experts_stored_apart_are_not_fused(built: Path) -> None:
+    assert "--disable-shared-experts-fusion" in dry(str(built), "--gpu", "h100", "--engine", "sglang")["commands"][0]
+    assert "--disable-shared-experts-fusion" not in dry(str(built), "--gpu", "h100", "--engine", "vllm")["commands"][0]
+    routed = ["m.0.mlp.experts.0.up_proj.qweight", "m.0.mlp.experts.0.up_proj.scales"]
+    shared = ["m.0.mlp.shared_experts.up_proj.qweight", "m.0.mlp.shared_experts.up_proj.scales"]
+    assert not apart(routed + shared) and not apart(routed) and apart(routed + shared[:1])
+
+
+def test_the_memory_fraction_grows_when_the_plan_needs_it() -> None:
+    """R1-Distill-Qwen-32B in BF16, 65.5 GB, and 2.15 GB of cache per user on one card of 141 GB."""
+    target, card = read_target("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"), read_cards().named("h200")
+    place = Place(host="x", port=1, name="n", path="p")
+    asked = {}
+    for users in (10, 22, 26):
+        wanted = needs(target.model, 8192, users)
+        made = launch("vllm", target, wanted, fit_of(wanted, card), place)
+        assert made.placement and made.placement.cards == 1
+        asked[users] = float(values(made.words())["--gpu-memory-utilization"])
+    # (65.5 + 10 x 2.15) x 1.15 / 141 = .71; with 22 users .92; with 26 .99, of which vLLM is not given all
+    assert asked == {10: 0.90, 22: 0.92, 26: 0.96}
+
+
+def test_a_dry_run_of_v3_takes_less_than_two_seconds_and_no_torch() -> None:
+    code = (
+        "import sys\nfrom quantkit.cli import main\n"
+        f"try: main(['serve', '{V3}', '--dry-run'])\nexcept SystemExit as end: assert end.code == 0, end.code\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+        "import resource; sys.stderr.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_utime))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert found.returncode == 0, found.stderr
+    assert float(found.stderr) < 2  # of CPU: the machine may be busy
+    assert found.stdout.count("vllm serve") == 2
+
+
+def test_what_follows_two_hyphens_goes_to_the_engine_and_reasons_are_comments(built: Path) -> None:
+    found = serve(str(built), "--dry-run", "--gpu", "rtx4090", "--name", "tiny", "--", "--enforce-eager", "--seed", "3")
+    assert found.exit_code == 0
+    command = shell(found.output)
+    assert command[-3:] == ["--enforce-eager", "--seed", "3"] and values(command)["--served-model-name"] == "tiny"
+    assert "no chat template" in found.output
+
+
+def test_without_a_card_a_small_artifact_is_served_here(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    plan = dry(str(built))
+    assert plan["engine"] == "transformers" and values(plan["commands"][0])["--context"] == "512"
+    assert dry(SMALL)["engine"] == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["nowhere"], 2, "nowhere: expected an artifact"),
+        ([SMALL], 2, "a config alone cannot be served"),
+        (["BUILT", "--context", "513"], 2, "made for 512 tokens"),
+        ([SMALL, "--dry-run", "--gpu", "h1000"], 2, "no card named 'h1000'"),
+        ([SMALL, "--dry-run", "--gpu", "mac-studio"], 2, "vLLM does not run there"),
+        ([SMALL, "--docker", "--gpu", "mi300x"], 2, "written for NVIDIA cards"),
+        ([SMALL, "--dry-run", "--users", "100000000"], 2, "fit on no number of NVIDIA H100"),
+        ([SMALL, "--engine", "transformers"], 2, "expected an artifact, found none"),
+        (["BUILT", "--engine", "transformers", "--", "--tp", "3"], 2, "takes no flags of its own"),
+        (["BUILT", "--engine", "transformers", "--docker"], 2, "expected --engine vllm or sglang"),
+        (["BUILT", "--engine", "vllm", "--gpu", "h100"], 2, "vLLM: expected in this environment, found none"),
+        (["BUILT", "--limit", "waiting=3"], 2, "expected --gateway"),
+        (["BUILT", "--gateway", "--limit", "waiting"], 2, "expected NAME=VALUE"),
+        (["BUILT", "--gateway", "--limit", "wating=3"], 2, "--limit wating: unknown; known limits: running"),
+        (["BUILT", "--gateway", "--fallback", "api.example.com"], 2, "--fallback: expected http://HOST:PORT/v1"),
+        (["BUILT", "--gateway", "--fallback-key", "NOT_SET"], 2, "expected an API key there"),
+        (["http://127.0.0.1:9/v1"], 2, "the address of a server: expected --gateway"),
+    ],
+)
+def test_refusals(words: list[str], code: int, told: str, built: Path) -> None:
+    found = serve(*(str(built) if word == "BUILT" else word for word in words))
+    assert found.exit_code == code and told in found.output and "Traceback" not in found.output
+
+
+def test_nf4_experts_are_served_by_transformers_alone(artifact: Path) -> None:
+    """The report says which engines load what is quantized; here it is made to name none of the two."""
+    report = artifact / "quantkit/fidelity.json"
+    told = json.loads(report.read_text())
+    told["artifact"]["serving"] = [{"engine": "transformers", "command": "x"}]
+    report.write_text(json.dumps(told))
+    found = serve(str(artifact), "--dry-run", "--gpu", "h100")
+    assert (
+        found.exit_code == 2 and "neither vLLM nor SGLang reads it; serve it with --engine transformers" in found.output
+    )
+
+
+def test_a_damaged_artifact_is_not_served(artifact: Path) -> None:
+    shard = next(artifact.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    found = serve(str(artifact), "--engine", "transformers", "--port", str(demo_serve.free_port()))
+    assert found.exit_code == 1 and "expected sha256" in found.output
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(built: Path) -> None:
+    with Serving(lambda *_: None) as other:
+        found = serve(str(built), "--engine", "transformers", "--port", str(other.port))
+        assert found.exit_code == 2 and "expected a free port" in found.output
+
+
+# --------------------------------------------------------------------------------------------------------- containers
+
+
+def test_docker_runs_the_same_command_on_mounted_weights(built: Path) -> None:
+    found = serve(str(built), "--docker", "--gpu", "rtx4090", "--port", "9000")
+    words = shell(found.output)
+    place = words.index("--entrypoint")
+    assert words[:2] == ["docker", "run"] and f"{built}:/model:ro" in words and "9000:9000" in words
+    run = [words[place + 1], *words[place + 3 :]]
+    straight = dry(str(built), "--gpu", "rtx4090", "--port", "9000", "--host", "0.0.0.0", "--engine", "vllm")
+    assert run == ["/model" if word == str(built) else word for word in straight["commands"][0]]
+
+
+def test_kubernetes_one_node(built: Path) -> None:
+    found = serve(str(built), "--kubernetes", "--gpu", "rtx4090", "--engine", "sglang", "--name", "tiny")
+    service, deployment = YAML(typ="safe", pure=True).load_all(found.output)
+    pod = deployment["spec"]["template"]["spec"]
+    engine = pod["containers"][0]
+    assert deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
+    assert engine["command"][:5] == ["python", "-m", "sglang.launch_server", "--model-path", "/model"]
+    assert engine["resources"]["limits"] == {"nvidia.com/gpu": 1}
+    assert {mount["name"] for mount in engine["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert engine["readinessProbe"]["httpGet"] == {"path": "/health", "port": 8000}
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_kubernetes_two_nodes(engine: str) -> None:
+    """A pod per node; the shell puts its index into the command, which the shell here does too."""
+    found = serve(V3, "--kubernetes", "--gpu", "h100", "--engine", engine)
+    documents = list(YAML(typ="safe", pure=True).load_all(found.output))
+    stateful = documents[-1]
+    assert [document["kind"] for document in documents] == ["Service", "Service", "StatefulSet"]
+    assert stateful["spec"]["replicas"] == 2 and stateful["spec"]["podManagementPolicy"] == "Parallel"
+    container = stateful["spec"]["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    for rank in ("0", "1"):
+        text = container["command"][2].replace("exec ", "printf '%s\\n' ", 1)
+        run = subprocess.run(
+            ["/bin/sh", "-c", text], env={"POD_INDEX": rank}, capture_output=True, text=True, check=True
+        )
+        words = values(run.stdout.split())
+        assert words["--node-rank"] == rank
+        assert ("--headless" in words) == (engine == "vllm" and rank == "1")
+        assert "deepseek-v3-0.deepseek-v3-nodes" in words.get("--master-addr", words.get("--dist-init-addr", ""))
+
+
+# ---------------------------------------------------------------------------------------------- what requests mean
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"model": "other", "prompt": "x"}, "model: expected 'm', found 'other'"),
+        ({"prompt": "x", "logprobs": 3}, "logprobs: this engine does not do that"),
+        ({"prompt": "x", "tools": [{}]}, "tools: this engine does not do that"),
+        ({"prompt": "x", "presence_penalty": 0.5}, "presence_penalty: this engine does not do that"),
+        ({"prompt": "x", "max_tokns": 3}, "max_tokns: unknown"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens: expected a number from 1"),
+        ({"prompt": "x", "max_tokens": True}, "max_tokens: expected a number from 1"),
+        ({"prompt": "x", "temperature": 3}, "temperature: expected a number from 0 to 2"),
+        ({"prompt": "x", "temperature": float("nan")}, "temperature: expected a number"),
+        ({"prompt": "x", "stop": ["a", ""]}, "stop: expected a text"),
+        ({"prompt": "x", "n": 100}, "n: expected a whole number from 1 to 16"),
+        ({"prompt": 3}, "prompt: expected a text"),
+        ({"prompt": [[1], "x", None]}, "prompt: expected a text"),
+        ({}, "prompt: expected a text"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(asked: dict[str, Any], told: str) -> None:
+    with pytest.raises(Misasked, match=told):
+        read(asked, "text", "m")
+
+
+def test_what_changes_nothing_is_taken() -> None:
+    ask = read(
+        {"prompt": ["a", "b"], "logprobs": None, "user": "x", "priority": 3, "echo": False, "stop": "s"}, "text", "m"
+    )
+    assert (ask.prompts, ask.stop, ask.max_tokens, ask.temperature) == (("a", "b"), ("s",), 16, 1.0)
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    chat = read({"messages": [{"role": "user", "content": parts}]}, "chat", "m")
+    assert chat.messages[0]["content"] == "ab" and chat.max_tokens is None
+    for messages in ([], [{"role": "user"}], [{"role": "user", "content": [{"type": "image_url"}]}], "hi", [3]):
+        with pytest.raises(Misasked, match="messages"):
+            read({"messages": messages}, "chat", "m")
+
+
+class Spelled:
+    """Just enough of a tokenizer for a Writer that is handed text."""
+
+    backend_tokenizer = None
+
+
+@given(st.text("ab", max_size=30), st.text("ab", min_size=1, max_size=4), st.data())
+def test_text_is_told_up_to_the_stop_string_and_never_a_part_of_it(text: str, stop: str, data: Any) -> None:
+    told: list[str] = []
+    writer = Writer(Spelled(), [stop], told.append)
+    rest = text
+    while rest and not writer.stopped:
+        size = data.draw(st.integers(1, 3))
+        writer._say(rest[:size])
+        rest = rest[size:]
+        assert text.split(stop)[0].startswith("".join(told))
+    writer.end()
+    assert "".join(told) == text.split(stop)[0]
+    assert writer.stopped == (stop in text)
+
+
+# ------------------------------------------------------------------------------------------- the transformers engine
+
+
+@pytest.fixture(scope="module")
+def decoder(built: Path) -> Decoder:
+    torch.set_num_threads(1)
+    return Decoder(built, name="tiny")
+
+
+@pytest.fixture(scope="module")
+def api(decoder: Decoder) -> Iterator[openai.OpenAI]:
+    with Serving(make_app(decoder)) as serving:
+        yield openai.OpenAI(base_url=serving.url, api_key="none", max_retries=0, timeout=60)
+
+
+PROMPT = demo_serve.PROMPT
+
+
+def test_the_demo_holds_in_this_process(api: openai.OpenAI) -> None:
+    """Everything `make demo-serve` asks, without its processes."""
+    demo_serve.ask(api)
+
+
+def test_greedy_answers_are_those_of_generate(api: openai.OpenAI, decoder: Decoder, built: Path) -> None:
+    ids = decoder.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    made = load(built).generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1] :]
+    expected = decoder.tokenizer.decode(made, skip_special_tokens=True)
+    answer = api.completions.create(model="tiny", prompt=PROMPT, max_tokens=30, temperature=0)
+    assert answer.choices[0].text == expected
+    by_ids = api.completions.create(model="tiny", prompt=ids[0].tolist(), max_tokens=30, temperature=0)
+    assert by_ids.choices[0].text == expected
+    assert answer.usage and answer.usage.prompt_tokens == ids.shape[1]
+
+
+def test_several_prompts_and_choices_are_counted_by_index(api: openai.OpenAI) -> None:
+    answer = api.completions.create(model="tiny", prompt=["a", PROMPT], n=2, max_tokens=4, temperature=1, seed=3)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.choices[0].text != answer.choices[1].text  # another seed each
+    pieces: dict[int, str] = {}
+    stream = api.completions.create(
+        model="tiny", prompt=["a", PROMPT], n=2, max_tokens=4, temperature=1, seed=3, stream=True
+    )
+    for chunk in stream:
+        pieces[chunk.choices[0].index] = pieces.get(chunk.choices[0].index, "") + chunk.choices[0].text
+    assert pieces == {choice.index: choice.text for choice in answer.choices}
+
+
+def test_the_context_is_a_bound(api: openai.OpenAI, decoder: Decoder) -> None:
+    tokens = [5] * 500
+    answer = api.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a b"}], temperature=0)
+    assert answer.usage and answer.usage.total_tokens <= decoder.context == 512
+    api.completions.create(model="tiny", prompt=tokens, max_tokens=12)
+    with pytest.raises(openai.BadRequestError, match="at most 512, found 500"):
+        api.completions.create(model="tiny", prompt=tokens, max_tokens=13)
+    with pytest.raises(openai.BadRequestError, match="expected token ids from 0 to 767"):
+        api.completions.create(model="tiny", prompt=[768])
+    found = httpx2.post(f"{api.base_url}completions", content=b"[")
+    assert found.status_code == 400 and "expected JSON" in found.text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_whoever_leaves_frees_the_engine(api: openai.OpenAI, decoder: Decoder, stream: bool) -> None:
+    """Three long answers are asked for and left, one begun and two waiting; the fourth comes at once."""
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 500, "temperature": 1.0, "stream": stream}
+
+    def asked(_: int) -> None:
+        with pytest.raises(httpx2.ReadTimeout):
+            if stream:
+                with httpx2.stream("POST", f"{api.base_url}completions", json=body, timeout=httpx2.Timeout(30)) as got:
+                    for _piece in got.iter_raw():
+                        raise httpx2.ReadTimeout("enough")
+            httpx2.post(f"{api.base_url}completions", json=body, timeout=0.3)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(asked, range(3)))
+    began = time.monotonic()
+    api.completions.create(model="tiny", prompt="a", max_tokens=1)
+    assert time.monotonic() - began < 1.5
+
+
+@pytest.mark.slow
+def test_the_demo_itself(built: Path) -> None:
+    """`quantkit serve --gateway` in a process of its own, asked and stopped."""
+    demo_serve.main(built)
