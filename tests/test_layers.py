@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "quantkit"
 
 ROWS = (
     "__init__ errors",
-    "contracts",
+    "contracts gateway/",
     "packed stored",
     "numerics/ storage/ anatomy engine_names rules",
     "mixture fold layers gptq_tensors",
@@ -30,7 +30,7 @@ ROWS = (
     "streams sizing/",
     "experts solve",
     "work loading",
-    "dense",
+    "dense serving/",
     "routed standing",
     "halfway",
     "build",
@@ -50,7 +50,9 @@ ROWS = (
 TOOLS = ("builtin_models/", "calibration_sets/")
 """Developer tools: they made the data that ships. They may use everything, nothing of quantkit uses them."""
 
-SIBLINGS = ("numerics/", "storage/", "checks/", "report/", "evaluate/", "diff/", "sizing/", *TOOLS)
+SIBLINGS = (
+    "numerics/", "storage/", "checks/", "report/", "evaluate/", "diff/", "sizing/", "gateway/", "serving/", *TOOLS,
+)  # fmt: skip
 """Folders whose files may import each other; plug-ins do not know one another."""
 
 MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
@@ -70,6 +72,10 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "evaluate/jail.py": frozenset({"os.open"}),  # /dev/null, inside the jail
     "evaluate/sandbox.py": frozenset({"socket"}),  # a connected pair between two jails
     "evaluate/watch.py": frozenset({"read_text"}),  # what /proc says of a jail
+    "gateway/relay.py": frozenset({"httpx2"}),  # what becomes of its connections
+    "gateway/upstreams.py": frozenset({"httpx2"}),  # to the engines; no file
+    "serving/running.py": frozenset({"httpx2", "socket"}),  # is the port free, is the engine there yet
+    "serving/start.py": frozenset({"read_bytes"}),  # a chat template, as storage reads files
 }
 """Outside storage/: exactly these. Whoever adds a line here says why."""
 
@@ -78,7 +84,9 @@ FILE_CALLS = {
     "symlink_to", "rmdir", "write_table", "from_pretrained", "os.open", "os.replace", "os.remove", "os.makedirs",
     "shutil.copy", "shutil.move",
 }  # fmt: skip
-NETWORK = {"requests", "httpx", "urllib", "socket", "http", "ftplib", "aiohttp", "huggingface_hub", "openai"}
+NETWORK = {
+    "requests", "httpx", "httpx2", "urllib", "socket", "http", "ftplib", "aiohttp", "huggingface_hub", "openai",
+}  # fmt: skip
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 350
 
