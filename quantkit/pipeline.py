@@ -42,6 +42,7 @@ from quantkit.storage.corpora import Tokens
 from quantkit.storage.files import read_json, write_atomic, write_json
 from quantkit.storage.machine import HEAP_BYTES, keep_freed_memory, peak_resident_bytes, return_freed_memory
 from quantkit.storage.model_card import front_matter
+from quantkit.storage.shards import Hashed
 from quantkit.storage.tensors import Written
 
 Returned = TypeVar("Returned")
@@ -155,7 +156,7 @@ def run(
         journal = resume.interrupted(plans, overwrite=overwrite, restart=restart)
         planned(plans)
         clock.lap("plan")
-        begun = resume.begin(plans, journal, source, texts.hashes())
+        begun = resume.begin(plans, journal, source, texts.hashes(), hashed(tell))
         clock.lap("source hashes")
         try:
             if resumed and begun.resumed:
@@ -171,6 +172,11 @@ def run(
             begun.leave(error)
             raise
     return tuple(outcome(plan) for plan in plans)
+
+
+def hashed(tell: Tell) -> Hashed:
+    """Tell how far the reading of the source is."""
+    return lambda done, total, file: tell(Progress(stage="source's sha256", done=done, total=total, note=file))
 
 
 def outcome(plan: Plan) -> Outcome:

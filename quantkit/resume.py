@@ -27,6 +27,7 @@ from quantkit.storage import lock
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.files import brief, make_folder
 from quantkit.storage.ledger import Ledger
+from quantkit.storage.shards import Hashed
 
 JOURNAL = "journal.jsonl"
 SHA256_LENGTH = 64
@@ -129,19 +130,22 @@ def interrupted(plans: Sequence[Plan], *, overwrite: bool, restart: bool) -> Led
     return journal
 
 
-def begin(plans: Sequence[Plan], journal: Ledger | None, source: Checkpoint, texts: Mapping[str, str]) -> Begun:
+def begin(
+    plans: Sequence[Plan], journal: Ledger | None, source: Checkpoint, texts: Mapping[str, str], hashed: Hashed
+) -> Begun:
     """Take up the build of a journal, or begin one; reads every byte of a source that is not known yet.
 
     UsageError naming what changed when the interrupted build was of something else.
     """
     place = scratch(plans)
     if journal is not None:
-        check_same(journal, plans, source, texts)
+        check_same(journal, plans, source, texts, hashed)
         return Begun(plans=plans, journal=journal, resumed=True)
     for plan in plans:
         shutil.rmtree(artifact.staging(Path(plan.path)), ignore_errors=True)
     shutil.rmtree(place, ignore_errors=True)
     make_folder(place)
+    source.hashes(hashed)
     entry = {"kind": "began", "stamps": source.stamps(), "of": identity(plans, source, texts)}
     return Begun(plans=plans, journal=Ledger.begin(place / JOURNAL, entry), resumed=False)
 
@@ -176,11 +180,14 @@ def identity(plans: Sequence[Plan], source: Checkpoint, texts: Mapping[str, str]
     return dict(json.loads(json.dumps(of)))
 
 
-def check_same(journal: Ledger, plans: Sequence[Plan], source: Checkpoint, texts: Mapping[str, str]) -> None:
+def check_same(
+    journal: Ledger, plans: Sequence[Plan], source: Checkpoint, texts: Mapping[str, str], hashed: Hashed
+) -> None:
     """UsageError, naming what changed, unless the journal is of this very build."""
     began = journal.entries[0]
     if began["stamps"] == source.stamps():  # nobody touched the files since they were read
         source.take_hashes(began["of"]["source"]["files"])
+    source.hashes(hashed)
     before, now = flat(began["of"]), flat(identity(plans, source, texts))
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     changed = [key for key in changed if not key.startswith("plan.")] or changed  # it follows from the others

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -304,3 +305,16 @@ def test_fingerprint_and_content_hash_tell_checkpoints_apart(tmp_path: Path) -> 
     assert len({c.content_hash() for c in (one, values, names, config)}) == 4
     (tmp_path / "1" / "tokenizer.json").write_text("{}")
     assert Checkpoint.open(tmp_path / "1").fingerprint() != same.fingerprint()
+
+
+def test_hashing_tells_how_far_it_is(tmp_path: Path) -> None:
+    """Once: the second time the hashes are known."""
+    told = list[tuple[int, int, str]]()
+    source = Checkpoint.open(save(tmp_path / "m", {"a": torch.ones(2, 2)}, {"b": torch.ones(3)}, config={}))
+    files = [tmp_path / "m" / f"{number}.safetensors" for number in (0, 1)]
+    expected = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    first, second = (file.stat().st_size for file in files)
+    total = first + second
+    for _ in range(2):
+        assert source.hashes(lambda *step: told.append(step)) == expected
+        assert told == [(0, total, "0.safetensors"), (first, total, "1.safetensors"), (total, total, "")]

@@ -22,7 +22,7 @@ from quantkit.errors import CheckpointError
 from quantkit.storage.files import brief, listed, read_bytes, read_json
 from quantkit.storage.fp8 import dequantize
 from quantkit.storage.logical import FP8, block_size, logical_specs, pair_faults, scale_suffix
-from quantkit.storage.shards import Shards, leads_out, open_shards
+from quantkit.storage.shards import Hashed, Shards, leads_out, open_shards
 from quantkit.storage.tensors import read_rows, read_tensor
 
 CONFIG = "config.json"
@@ -145,17 +145,19 @@ class Checkpoint:
             digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
         return digest.hexdigest()
 
-    def hashes(self) -> dict[str, str]:
+    def hashes(self, tell: Hashed | None = None) -> dict[str, str]:
         """sha256 of each weight file by name; the first call reads every byte, minutes for a large model."""
+        if not self._hashes:
+            self._hashes.update(self.shards.hashes(tell))
         return dict(self._hashes)
 
     @cached_property
     def _hashes(self) -> dict[str, str]:
-        return self.shards.hashes()
+        return {}  # until somebody asks
 
     def take_hashes(self, hashes: Mapping[str, str]) -> None:
         """Believe hashes that were taken when the files had the `stamps` they have now."""
-        self.__dict__["_hashes"] = dict(hashes)
+        self._hashes.update(hashes)
 
     def stamps(self) -> dict[str, list[int]]:
         """Size and time of change of every file, by name: equal stamps, equal bytes, unless somebody turns clocks."""

@@ -6,7 +6,7 @@ No torch: `quantkit verify` and `quantkit plan` use this alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -15,6 +15,8 @@ from quantkit.errors import CheckpointError
 from quantkit.storage.files import brief, listed, read_json, read_start, sha256_file
 from quantkit.storage.header import Header, read_header
 
+Hashed = Callable[[int, int, str], None]
+"""Who hears how many of how many bytes are hashed, and which file is next."""
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -48,9 +50,16 @@ class Shards:
             digest.update(read_start(self.folder / name, header.data_start))
         return digest.hexdigest()
 
-    def hashes(self) -> dict[str, str]:
-        """sha256 of each weight file; reads every byte."""
-        return {name: sha256_file(self.folder / name) for name in sorted(self.headers)}
+    def hashes(self, tell: Hashed | None = None) -> dict[str, str]:
+        """sha256 of each weight file; reads every byte, and says around each file how far it is."""
+        sizes = {name: header.data_start + header.n_data_bytes for name, header in self.headers.items()}
+        tell, found, done, total = tell or (lambda *_: None), dict[str, str](), 0, sum(sizes.values())
+        for name in sorted(sizes):
+            tell(done, total, name)
+            found[name] = sha256_file(self.folder / name)
+            done += sizes[name]
+        tell(done, total, "")
+        return found
 
 
 def open_shards(folder: Path) -> Shards:
