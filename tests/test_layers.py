@@ -27,7 +27,7 @@ ROWS = (
     "memory outputs published",
     "plan",
     "artifact sources summary",
-    "streams sizing/",
+    "streams sizing/ pricing/",
     "experts solve",
     "work loading",
     "dense serving/",
@@ -51,7 +51,8 @@ TOOLS = ("builtin_models/", "calibration_sets/")
 """Developer tools: they made the data that ships. They may use everything, nothing of quantkit uses them."""
 
 SIBLINGS = (
-    "numerics/", "storage/", "checks/", "report/", "evaluate/", "diff/", "sizing/", "gateway/", "serving/", *TOOLS,
+    "numerics/", "storage/", "checks/", "report/", "evaluate/", "diff/", "sizing/", "pricing/", "gateway/",
+    "serving/", *TOOLS,
 )  # fmt: skip
 """Folders whose files may import each other; plug-ins do not know one another."""
 
@@ -60,6 +61,7 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "options.py": frozenset({"read_text"}),  # the recipe
     "published.py": frozenset({"read_text"}),  # configs, package data
     "sizing/cards.py": frozenset({"read_text"}),  # the cards, package data
+    "pricing/assumptions.py": frozenset({"read_bytes", "read_text"}),  # a user file; the defaults, package data
     "signing.py": frozenset({"read_bytes"}),  # a signature, by storage's own
     "pipeline.py": frozenset({"mkdir"}),  # samples/
     "resume.py": frozenset({"mkdir", "rmtree", "unlink"}),  # the scratch folder, and what an interrupted build left
