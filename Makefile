@@ -7,7 +7,7 @@ THREADS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-serve test lint types unit test-slow readers test-readers bench bench-quality bench-likelihood bench-memory bench-gpu bench-gateway bench-peers bench-verify \
-	real-model eval-real test-vllm wheel clean
+	reliability real-model eval-real test-vllm wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,9 @@ unit: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed  ## the tests that take longer than half a minute each
 	$(BIN)/python -m pytest -m slow
+
+reliability: $(VENV)/.installed  ## everything that tries to break quantkit, counted; into the README with ARGS=--write (an hour)
+	$(BIN)/python tests/reliability.py $(ARGS)
 
 # GPTQModel, the reader of AWQ and GPTQ in transformers, in an environment of its own: exact versions, complete.
 READERS := .venv-readers
