@@ -26,7 +26,7 @@ ROWS = (
     "recipe decide report/",
     "memory outputs published",
     "plan",
-    "artifact sources summary",
+    "artifact sources summary deep/",
     "streams sizing/ pricing/",
     "experts solve",
     "work loading",
@@ -51,7 +51,7 @@ TOOLS = ("builtin_models/", "calibration_sets/")
 """Developer tools: they made the data that ships. They may use everything, nothing of quantkit uses them."""
 
 SIBLINGS = (
-    "numerics/", "storage/", "checks/", "report/", "evaluate/", "diff/", "sizing/", "pricing/", "gateway/",
+    "numerics/", "storage/", "checks/", "report/", "evaluate/", "diff/", "deep/", "sizing/", "pricing/", "gateway/",
     "serving/", *TOOLS,
 )  # fmt: skip
 """Folders whose files may import each other; plug-ins do not know one another."""

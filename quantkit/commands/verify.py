@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,12 +13,21 @@ from quantkit.errors import UsageError
 from quantkit.options import JSON
 from quantkit.verify import SIGNATURE, Verified, verify
 
+if TYPE_CHECKING:
+    from quantkit.deep.sample import Deep
+
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 INSIDE = "inside the artifact"
 
 
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--deep", is_flag=True, help="Prove a sample of its tensors from the source, which must be here.")
+@click.option(
+    "--sample", default="16", metavar="N|all", help="How many linears, and as many other tensors; default 16."
+)
+@click.option("--seed", type=int, default=0, help="Which ones are drawn.")
+@click.option("--source", metavar="MODEL", help="Where the source is now, a folder or a Hub id; that is fetched.")
 @click.option(
     "--signature",
     is_flag=False,
@@ -32,6 +43,10 @@ INSIDE = "inside the artifact"
 @failing_well
 def COMMAND(
     artifact: Path,
+    deep: bool,
+    sample: str,
+    seed: int,
+    source: str | None,
     signature: str | None,
     public_key: Path | None,
     certificate: tuple[Path, ...],
@@ -41,7 +56,10 @@ def COMMAND(
 ) -> None:
     """Check every hash, header, number, index entry and the config of an artifact, each byte read once.
 
-    Example: quantkit verify artifacts/tiny-v3-awq4
+    --deep reads the source too: what was rounded without data is rounded again and compared bit for bit, of what
+    calibration chose the recorded weight errors are computed again, and kept tensors must be the source's.
+
+    Example: quantkit verify artifacts/tiny-v3-awq4 --deep
     """
     from quantkit.signing import Trust, check_signature
 
@@ -51,22 +69,45 @@ def COMMAND(
         raise UsageError("who must have signed? expected one of --public-key, --certificate and --identity")
     if bool(identity) != bool(identity_provider):
         raise UsageError("--identity and --identity-provider belong together; pass both")
+    count = number(sample)
     found = verify(artifact)
     signed = None
     if asked:
         signed = check_signature(found, None if signature in {None, INSIDE} else Path(str(signature)), trust)
+    proven = proofs(artifact, source, count, seed) if deep else None
+    signer = trust.told if signed else None
     if json_out:
-        as_json({"artifact": str(artifact), "ok": True, **figures(found), "signed_by": trust.told if signed else None})
-        return
+        told = {**figures(found), "signed_by": signer, **({"deep": deep_figures(proven)} if proven else {})}
+        as_json({"artifact": str(artifact), "ok": True, **told})
+    else:
+        show(found, signer, proven)
+
+
+def number(sample: str) -> int | None:
+    """How many of each are looked at; None for all."""
+    if sample == "all":
+        return None
+    if not sample.isdecimal() or int(sample) == 0:
+        raise UsageError(f"--sample: expected a number above 0 or all, found {sample!r}")
+    return int(sample)
+
+
+def show(found: Verified, signer: str | None, proven: Deep | None) -> None:
+    """What was checked, for people."""
     click.echo(
-        f"{artifact}: ok ({found.files} files, {found.tensors} tensors, {found.n_bytes / 1e6:.1f} MB, {found.status})"
+        f"{found.path}: ok ({found.files} files, {found.tensors} tensors, {found.n_bytes / 1e6:.1f} MB, {found.status})"
     )
     for note in found.notes:
         click.echo(f"  {note}")
-    if signed:
-        click.echo(f"  signed by {trust.told}")
-    elif (artifact / SIGNATURE).is_file():
+    if signer:
+        click.echo(f"  signed by {signer}")
+    elif (found.path / SIGNATURE).is_file():
         click.echo("  signed, but the signature was not checked: say who must have signed with --public-key")
+    if proven:
+        from quantkit.deep.sample import lines
+
+        for line in lines(proven):
+            click.echo(f"  {line}")
 
 
 def figures(found: Verified) -> dict[str, object]:
@@ -78,4 +119,31 @@ def figures(found: Verified) -> dict[str, object]:
         "bytes": found.n_bytes,
         "modules": found.modules,
         "notes": list(found.notes),
+    }
+
+
+def proofs(artifact: Path, source: str | None, sample: int | None, seed: int) -> Deep:
+    """Prove a sample; whoever watches sees which tensor is at hand."""
+    from quantkit.deep.sample import verify_deep  # torch
+
+    def tell(name: str) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"  {name}", err=True)
+
+    return verify_deep(artifact, source, sample, seed, tell)
+
+
+def deep_figures(proven: Deep) -> dict[str, object]:
+    """What was proven, for machines: each tensor's kind of proof, and why nothing is proven of some."""
+    return {
+        "source": proven.source,
+        "seed": proven.seed,
+        "linears": proven.modules[0],
+        "linears_in_all": proven.modules[1],
+        "tensors": proven.tensors[0],
+        "tensors_in_all": proven.tensors[1],
+        "source_files_hashed": proven.files[0],
+        "source_files": proven.files[1],
+        "proofs": {proof.name: proof.kind for proof in proven.proofs},
+        "not_proven": {proof.name: proof.reason for proof in proven.proofs if proof.reason},
     }

@@ -1,0 +1,111 @@
+"""A seeded sample of an artifact, proven against its source, and what may be said of it afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from quantkit.deep.proofs import Kind, Proof, prove_kept, prove_linear
+from quantkit.deep.sides import Sides, open_sides
+from quantkit.errors import ArtifactError
+from quantkit.verify import mapping, read_manifest
+
+SHOWN = 20
+
+SAID: dict[Kind, str] = {
+    "requantized": "quantized again from the source: every code, scale and zero point the same, bit for bit",
+    "reproduced": "recorded weight error reproduced from source and codes (how calibration chose them is not proven)",
+    "scaled": "the source's weight by one unrecorded factor per channel: recorded error met within 2 %, pairs cancel",
+    "equal": "the source's values, bit for bit",
+    "power_of_two": "the source's values by powers of two, bit for bit",
+    "factor": "the source's values by one unrecorded factor per row, to rounding",
+    "unproven": "not proven",
+}
+"""What each kind of proof is worth, in words."""
+
+NEVER = "output errors and figures of the report: their statistics and texts are not in the artifact"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deep:
+    """What a sample showed. modules and tensors: (looked at, in all); files: of the source whose bytes were hashed."""
+
+    source: str
+    seed: int
+    modules: tuple[int, int]
+    tensors: tuple[int, int]
+    files: tuple[int, int]
+    proofs: tuple[Proof, ...]
+
+    def counts(self, kinds: Sequence[Kind]) -> dict[Kind, int]:
+        """How many of each kind."""
+        found = {kind: sum(proof.kind == kind for proof in self.proofs) for kind in kinds}
+        return {kind: count for kind, count in found.items() if count}
+
+
+def verify_deep(path: Path, source: str | None, sample: int | None, seed: int, tell: Callable[[str], None]) -> Deep:
+    """Prove `sample` modules and as many kept tensors, all without a number; `tell` is given each name beforehand.
+
+    Raises ArtifactError naming everything that contradicts the source, and for a source that changed.
+    """
+    sides = open_sides(path, source)
+    told = mapping(mapping(read_manifest(path), "source", path), "files", path)
+    random = Random(seed)
+    modules = drawn(random, sorted(sides.schemes), sample)
+    tensors = drawn(random, sorted(sides.kept), sample)
+    files = sides.check_files(read_of(sides, modules, tensors), told)
+    proofs = []
+    for name, prove in [(name, prove_linear) for name in modules] + [(name, prove_kept) for name in tensors]:
+        tell(name)
+        proofs.append(prove(sides, name))
+    faults = [f"{proof.name}: {proof.fault}" for proof in proofs if proof.fault]
+    if faults:
+        more = f"\n... and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise ArtifactError(f"{path}: not made of {sides.named}:\n" + "\n".join(faults[:SHOWN]) + more)
+    return Deep(
+        source=sides.named,
+        seed=seed,
+        modules=(len(modules), len(sides.schemes)),
+        tensors=(len(tensors), len(sides.kept)),
+        files=(files, len(told)),
+        proofs=tuple(proofs),
+    )
+
+
+def drawn(random: Random, names: Sequence[str], count: int | None) -> list[str]:
+    """So many of the names, in order; all without a count."""
+    return list(names) if count is None or count >= len(names) else sorted(random.sample(list(names), count))
+
+
+def read_of(sides: Sides, modules: Sequence[str], tensors: Sequence[str]) -> Iterator[str]:
+    """The source's stored tensors that a sample reads, the norms and matrices before each linear among them."""
+    names = [f"{module}.weight" for module in modules] + list(tensors)
+    for module in [name.rpartition(".")[0] for name in names]:
+        fed = sides.input_of(module)
+        if fed is not None and fed.absorber is not None:
+            names.append(f"{fed.absorber.module}.weight")
+    for name in names:
+        yield name
+        yield name + sides.source.scale_suffix
+
+
+def lines(deep: Deep) -> Iterator[str]:
+    """What was proven, for people."""
+    yield (
+        f"source {deep.source}: names, headers, config and tokenizer unchanged, {deep.files[0]} of {deep.files[1]} "
+        "weight files hashed"
+    )
+    parts: tuple[tuple[str, tuple[int, int], Sequence[Kind]], ...] = (
+        ("quantized linears", deep.modules, ("requantized", "reproduced", "scaled")),
+        ("kept tensors", deep.tensors, ("equal", "power_of_two", "factor")),
+    )
+    for what, (looked, total), kinds in parts:
+        yield f"{looked} of {total} {what}" + (f", drawn with seed {deep.seed}" if looked < total else "")
+        for kind, count in deep.counts(kinds).items():
+            yield f"  {count:5} {SAID[kind]}"
+    for reason in dict.fromkeys(proof.reason for proof in deep.proofs if proof.reason):
+        names = [proof.name for proof in deep.proofs if proof.reason == reason]
+        yield f"  {len(names):5} not proven: {reason} ({names[0]}{' and others' if len(names) > 1 else ''})"
+    yield f"not proven: {NEVER}"
