@@ -21,6 +21,7 @@ from quantkit.contracts import (
     Role,
     TensorSpec,
 )
+from quantkit.errors import CheckpointError
 
 TINY: Mapping[str, object] = {
     "torch_dtype": "bfloat16",
@@ -39,6 +40,9 @@ TINY: Mapping[str, object] = {
     "tie_word_embeddings": False,
 }
 """What the TINY configs have in common; sizes that fill AWQ's groups and words, and FP8's blocks."""
+
+MOST_LINEARS = 500_000
+"""No published model has a fifth of it: DeepSeek-V3 has 45,872."""
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -92,6 +96,11 @@ def grouped_attention(
     """
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     kv_heads = config.integer("num_key_value_heads", heads)
+    if not heads or not kv_heads or heads % kv_heads:
+        raise CheckpointError(
+            f"{config.where}: expected num_attention_heads to be a multiple of num_key_value_heads, found {heads} and "
+            f"{kv_heads}; repair them"
+        )
     width = config.integer("head_dim", hidden // heads)
     module = f"{name}.self_attn"
     q, k, v, o = (f"{module}.{letter}_proj" for letter in "qkvo")
@@ -226,9 +235,21 @@ def prediction_block(config: Config, block: Block) -> Block:
 
 
 def model(config: Config, block: Callable[[Config, int], Block], predictions: int = 0) -> Layout:
-    """Embedding, blocks 0, 1, ... (then `predictions` MTP blocks), final norm, and a head that is not tied."""
-    count = config.integer("num_hidden_layers")
-    made = [block(config, layer) for layer in range(count + predictions)]
+    """Embedding, blocks 0, 1, ... (then `predictions` MTP blocks), final norm, and a head that is not tied.
+
+    Raises CheckpointError for more linears than any model has: a config must not decide how much memory a plan takes.
+    """
+    count, made, linears = config.integer("num_hidden_layers"), list[Block](), 0
+    if not count:
+        raise CheckpointError(f"{config.where}: num_hidden_layers: expected a model with blocks, found 0; repair it")
+    for layer in range(count + predictions):
+        made.append(block(config, layer))
+        linears += len(made[-1].linears)
+        if linears > MOST_LINEARS:
+            raise CheckpointError(
+                f"{config.where}: expected a model of at most {MOST_LINEARS:,} linears, found more in the first "
+                f"{layer + 1:,} of {count + predictions:,} blocks; repair num_hidden_layers and the number of experts"
+            )
     hidden, vocabulary = config.integer("hidden_size"), config.integer("vocab_size")
     head = Linear(name="lm_head", out_features=vocabulary, in_features=hidden, role="head")
     return Layout(

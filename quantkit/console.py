@@ -16,7 +16,11 @@ import click
 from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+MOST_CHARACTERS = 1500
+"""In a line of an error message."""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -36,6 +40,12 @@ def failing_well(command: Callable[Arguments, Result]) -> Callable[Arguments, Re
                 return command(*args, **kwargs)
         except QuantkitError as error:
             leave(f"error: {error}", error, error.exit_code)
+        except BrokenPipeError:
+            raise  # click ends quietly when nobody reads on
+        except OSError as error:  # of a file that nothing below expected to fail
+            leave(f"error: {refused(error)}", error, 1)
+        except MemoryError as error:
+            leave("error: expected enough memory, found none left; lower `memory` or free some", error, 1)
         except Terminated as error:
             leave("terminated", error, 128 + signal.SIGTERM)
         except KeyboardInterrupt as error:
@@ -64,8 +74,26 @@ def terminable() -> Iterator[None]:
 def leave(message: str, error: BaseException, code: int) -> NoReturn:
     """Say why the command ends, and below it what was noted on the way out."""
     for line in (message, *getattr(error, "__notes__", ())):
-        click.echo(line, err=True)
+        click.echo(sentence(line), err=True)
     sys.exit(code)
+
+
+def refused(error: OSError) -> str:
+    """What the operating system would not do, and with which file."""
+    where = f"{error.filename}: " if error.filename else ""
+    said = (error.strerror or str(error) or type(error).__name__).lower()
+    return f"{where}the operating system refused: {said}; check the path, its permissions and the free space"
+
+
+def sentence(message: str) -> str:
+    """A message as the terminal gets it: `printable`, and a name of thousands of characters in it is cut short."""
+    lines = printable(message).split("\n")
+    return "\n".join(line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS - 1]}…" for line in lines)
+
+
+def printable(text: str) -> str:
+    """Text of unknown origin without what a terminal would obey: all but line ends is shown as Python escapes it."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def show(*renderables: RenderableType) -> None:
@@ -74,7 +102,21 @@ def show(*renderables: RenderableType) -> None:
 
     console = Console() if sys.stdout.isatty() else Console(width=100)
     for renderable in renderables:
-        console.print(renderable)
+        console.print(Harmless(renderable))
+
+
+class Harmless:
+    """A rich renderable whose texts come from files that anybody may have written: made `printable`."""
+
+    def __init__(self, renderable: RenderableType) -> None:
+        self._renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        """rich's protocol: the same segments with other text."""
+        from rich.segment import Segment
+
+        for segment in console.render(self._renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def as_json_list(found: list[Any]) -> None:

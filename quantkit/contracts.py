@@ -60,13 +60,13 @@ class Config:
     where: str = "config.json"
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """The integer under `key`; `default` when the key is absent."""
+        """The integer under `key`, not negative and below 2**31; `default` when the key is absent."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int):
-            found = "nothing" if value is None else repr(value)
-            raise CheckpointError(f"{self.where}: {key}: expected an integer, found {found}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+            found = "nothing" if value is None else repr(value)[:80]
+            raise CheckpointError(f"{self.where}: {key}: expected an integer from 0 to 2**31 - 1, found {found}")
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -75,7 +75,7 @@ class Config:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise CheckpointError(f"{self.where}: {key}: expected true or false, found {value!r}")
+            raise CheckpointError(f"{self.where}: {key}: expected true or false, found {repr(value)[:80]}")
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
@@ -84,7 +84,7 @@ class Config:
         if value is None and default is not None:
             return default
         if not isinstance(value, str):
-            found = "nothing" if value is None else repr(value)
+            found = "nothing" if value is None else repr(value)[:80]
             raise CheckpointError(f"{self.where}: {key}: expected a string, found {found}")
         return value
 

@@ -96,6 +96,11 @@ def experts_of(config: Config, module: str, count: str, width: str = "moe_interm
         intermediate=config.integer(width),
     )
     groups, top_groups = config.integer("n_group", 1), config.integer("topk_group", 1)
+    if found.count > anatomy.MOST_LINEARS:
+        raise CheckpointError(
+            f"{config.where}: {count}: expected at most {anatomy.MOST_LINEARS:,} experts, found {found.count:,}; "
+            "repair it"
+        )
     if not (1 <= found.top_k <= found.count and 1 <= top_groups <= groups and found.count % groups == 0):
         raise CheckpointError(
             f"{config.where}: expected num_experts_per_tok <= {count}, topk_group <= n_group and n_group that "

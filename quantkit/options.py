@@ -27,11 +27,12 @@ def read_recipe(name: str, overrides: Iterable[str]) -> tuple[str, Recipe]:
     """The text of a recipe file, or of a recipe that ships with quantkit, and what it says."""
     from quantkit.recipe import parse
     from quantkit.storage.builtin import folder
+    from quantkit.storage.files import is_file
 
     path = Path(name)
-    if not path.is_file() and not path.suffix:
+    if not is_file(path) and not path.suffix:
         path = folder("recipes") / f"{name}.yaml"
-    if not path.is_file():
+    if not is_file(path):
         known = ", ".join(sorted(found.stem for found in folder("recipes").glob("*.yaml")))
         raise UsageError(f"{name}: no such recipe file; recipes that ship with quantkit: {known}")
     text = _text(path)

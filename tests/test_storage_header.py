@@ -66,7 +66,7 @@ CORRUPTED = {
     "surrogate name": (
         b'{"\\ud800": {}}',
         0,
-        f"tensor '\\ud800': expected a name in UTF-8, found half a surrogate pair; {AGAIN}",
+        "header: expected text, found half a surrogate pair (\\ud800 to \\udfff); fetch it again",
     ),
     "entry is a list": ({"a": []}, 16, f"tensor 'a': {FIELDS}, found []; {AGAIN}"),
     "entry lacks a key": ({"a": {"dtype": "F32"}}, 16, f"tensor 'a': {FIELDS}, found ['dtype']; {AGAIN}"),

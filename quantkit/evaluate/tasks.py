@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Literal
 
 from jinja2 import Environment, StrictUndefined
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from quantkit.errors import EvaluationError
-from quantkit.storage import evals
-from quantkit.storage.files import sha256_file
+from quantkit.storage import evals, plain_yaml
+from quantkit.storage.files import brief, is_file, sha256_file
 
 DATA_VARIABLE = "QUANTKIT_DATA"
 TEMPLATES = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # as lm-eval's: code, not HTML
@@ -127,7 +125,7 @@ def _lm_eval_config(task: Task, place: Path) -> dict[str, object]:
 
 def _load(name: str, data_folder: Path | None) -> Task:
     path = evals.task_path(name)
-    if not path.is_file():
+    if not is_file(path):
         known = evals.task_names()
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -148,9 +146,9 @@ def _load(name: str, data_folder: Path | None) -> Task:
     elif not files and not missing and "path" not in hub:
         check.faults.append(f"{path}: {_BLOCK}: expected local files or a hub dataset, found neither; name one")
     if config.get("task") != path.stem:
-        check.faults.append(f"{path}: task: expected {path.stem!r} like the file, found {config.get('task')!r}")
+        check.faults.append(f"{path}: task: expected {path.stem!r} like the file, found {brief(config.get('task'))}")
     if config.get("output_type") != "generate_until":
-        check.faults.append(f"{path}: output_type: expected generate_until, found {config.get('output_type')!r}")
+        check.faults.append(f"{path}: output_type: expected generate_until, found {brief(config.get('output_type'))}")
     domain = check.text(block, "domain", _BLOCK)
     code = check.code(block.get("code"))
     gold = check.text(block, "gold", _BLOCK) if "gold" in block else None
@@ -171,10 +169,10 @@ def _places(path: Path, data_folder: Path | None) -> tuple[Path, ...]:
 
 def _mapping_of(text: str, path: Path) -> dict[str, object]:
     try:
-        value = YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, ValueError) as fault:
-        problem = " ".join(str(fault).split())
-        raise EvaluationError(f"{path}: expected a YAML mapping, found an error: {problem[:200]}") from None
+        value = plain_yaml.load(text)
+    except plain_yaml.Unreadable as fault:
+        line = f":{fault.line}" if fault.line else ""
+        raise EvaluationError(f"{path}{line}: expected a YAML mapping, found {fault}; correct the file") from None
     if not isinstance(value, dict):
         raise EvaluationError(f"{path}: expected a YAML mapping, found {type(value).__name__}")
     return value
@@ -196,19 +194,19 @@ class _Check:
     def mapping(self, value: object, key: str, known: Sequence[str]) -> dict[str, object]:
         """The mapping under `key`, without what is not known."""
         if not isinstance(value, dict):
-            self.faults.append(f"{self.where}: {key}: expected a mapping with {', '.join(known)}, found {value!r}")
+            self.faults.append(f"{self.where}: {key}: expected a mapping with {', '.join(known)}, found {brief(value)}")
             return {}
         for unknown in value.keys() - set(known):
             near = difflib.get_close_matches(str(unknown), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            self.faults.append(f"{self.where}: {key}.{unknown}: no such key; {hint}")
+            self.faults.append(f"{self.where}: {key}.{unknown:.80}: no such key; {hint}")
         return {str(name): entry for name, entry in value.items() if name in known}
 
     def text(self, block: Mapping[str, object], name: str, key: str) -> str:
         """The string `name` of a mapping."""
         value = block.get(name)
         if not isinstance(value, str) or not value:
-            self.faults.append(f"{self.where}: {key}.{name}: expected text, found {value!r}")
+            self.faults.append(f"{self.where}: {key}.{name}: expected text, found {brief(value)}")
             return ""
         return value
 
@@ -223,7 +221,7 @@ class _Check:
         if value is None:
             return {}, []
         if not isinstance(value, dict):
-            self.faults.append(f"{self.where}: {key}: expected split: file, found {value!r}")
+            self.faults.append(f"{self.where}: {key}: expected split: file, found {brief(value)}")
             return {}, []
         files, missing = {}, []
         for split, entry in value.items():
@@ -245,7 +243,7 @@ class _Check:
             start, end = value
             if 0 <= start < end:
                 return start, end
-        self.faults.append(f"{self.where}: {key}.rows: expected [from, to] with 0 <= from < to, found {value!r}")
+        self.faults.append(f"{self.where}: {key}.rows: expected [from, to] with 0 <= from < to, found {brief(value)}")
         return None
 
     def code(self, value: object) -> CodeRules | None:
@@ -257,9 +255,12 @@ class _Check:
         source, tests = self.text(found, "source", key), self.text(found, "tests", key)
         cut, seconds = found.get("cut", "none"), found.get("seconds", 10)
         if cut not in _CUTS:
-            self.faults.append(f"{self.where}: {key}.cut: expected one of {', '.join(_CUTS)}, found {cut!r}")
+            self.faults.append(f"{self.where}: {key}.cut: expected one of {', '.join(_CUTS)}, found {brief(cut)}")
         if type(seconds) is not int or not 1 <= seconds <= 600:
-            self.faults.append(f"{self.where}: {key}.seconds: expected a whole number from 1 to 600, found {seconds!r}")
+            found_seconds = brief(seconds)
+            self.faults.append(
+                f"{self.where}: {key}.seconds: expected a whole number from 1 to 600, found {found_seconds}"
+            )
             seconds = 10
         unindented = cut == "first_unindented_line"
         return CodeRules(

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from quantkit.errors import ArtifactError
 from quantkit.report.schema import Fidelity
-from quantkit.storage.files import read_json, sha256_file
+from quantkit.storage.files import is_file, read_json, sha256_file
 from quantkit.verify import MANIFEST, mapping, read_manifest
 
 FIDELITY = "quantkit/fidelity.json"
@@ -46,9 +46,10 @@ def read_sealed(artifact: Path) -> tuple[Fidelity, Mapping[str, object]]:
         if not name.startswith(EVIDENCE):
             continue
         expected = entry.get("sha256") if isinstance(entry, Mapping) else None
-        if not (artifact / name).is_file() or sha256_file(artifact / name, ArtifactError) != expected:
+        there = is_file(artifact / name)
+        if not there or sha256_file(artifact / name, ArtifactError) != expected:
             raise ArtifactError(
                 f"{artifact / name}: expected the file that {MANIFEST} names, found "
-                f"{'another' if (artifact / name).is_file() else 'none'}; pull or build the artifact again"
+                f"{'another' if there else 'none'}; pull or build the artifact again"
             )
     return read_report(artifact), manifest

@@ -8,9 +8,12 @@ Sequences are ragged and flat: nothing is padded, and no mask is needed.
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import struct
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +24,8 @@ from quantkit.storage.corpus_spec import Packing, first_line, read_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+RUST_PANIC = "PanicException"  # pyo3's, a BaseException that can be imported from nowhere
 
 WINDOW_JOIN = "\n\n"  # between documents of a window; for wikitext this is how its perplexity is usually measured
 
@@ -116,15 +121,41 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True
-        )
-    except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot parse
+        with unheard():
+            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=False, local_files_only=True
+            )
+            found = tokenizer(["a b"], add_special_tokens=True, verbose=False)["input_ids"]
+        if not all(isinstance(number, int) for number in found[0]):
+            raise TypeError("it gives no numbers")
+    except BaseException as error:  # the tokenizers library raises bare Exception, and panics of Rust that are none
+        if not isinstance(error, Exception) and type(error).__name__ != RUST_PANIC:
+            raise
         raise CheckpointError(
             f"{folder}: expected a tokenizer that transformers loads without code of its own, "
-            f"found: {first_line(error)}. Copy tokenizer.json and tokenizer_config.json of the model there"
+            f"found: {first_line(error):.300}. Copy tokenizer.json and tokenizer_config.json of the model there"
         ) from error
     return tokenizer
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Nothing reaches the terminal meanwhile: Rust prints keys of the file as they are, and backtraces."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [(number, os.dup(number)) for number in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number, _ in kept:
+            os.dup2(nowhere, number)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in kept:
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(nowhere)
 
 
 def token_batches(corpus: CorpusSet, tokenizer: Tokenizer, sequences: int | None, length: int, seed: int) -> Tokens:

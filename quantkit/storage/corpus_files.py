@@ -11,6 +11,10 @@ from typing import Any, cast
 
 from quantkit.errors import CalibrationError
 from quantkit.storage.corpus_spec import DATA_VARIABLE, HubSet, LocalText, Spec, first_line, raise_faults
+from quantkit.storage.files import DuplicateKey, brief, is_file, read_bytes, unique, whole
+
+LIMIT_BYTES = 1_000_000_000
+"""Of a set's file; what is calibrated on is thousands of times smaller."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,9 +28,9 @@ class Document:
 def read_documents(spec: Spec) -> tuple[tuple[Document, ...], str]:
     """The rows of the set's JSON lines file, and the file's sha256, which must be the spec's."""
     path = cast(Path, spec.file)
-    if not path.is_file():
+    if not is_file(path):
         raise CalibrationError(f"{spec.where}: file: expected {path}, found no such file. Correct the key")
-    data = path.read_bytes()
+    data = read_bytes(path, LIMIT_BYTES, CalibrationError)
     documents = parse_jsonl(data, str(path), spec.domains)
     absent = [domain for domain in spec.domains if all(document.domain != domain for document in documents)]
     if absent:
@@ -73,21 +77,27 @@ def _parse_row(line: bytes, domains: tuple[str, ...]) -> Document | str:
     if line.endswith(b"\r"):
         return "expected the line to end with LF, found CRLF. Convert the file (git: core.autocrlf=false)"
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=unique)
     except UnicodeDecodeError as error:
         return f"expected UTF-8, found byte {line[error.start]:#04x} at column {error.start + 1}. Convert the file"
     except json.JSONDecodeError as error:
         return f"expected one JSON object, found: {error.msg} at column {error.colno}. Correct the line"
-    except RecursionError:
-        return "expected one JSON object, found deeply nested brackets. Correct the line"
+    except DuplicateKey as error:
+        return f"expected every key once, found {error} twice. Correct the line"
+    except (RecursionError, ValueError):
+        return (
+            "expected one JSON object, found deeply nested brackets or a number beyond any real one. Correct the line"
+        )
     if not isinstance(row, dict) or set(row) != {"domain", "text"}:
-        found = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
+        found = ", ".join(map(brief, [*row][:8])) if isinstance(row, dict) else type(row).__name__
         return f"expected the keys domain and text and no other, found {found or 'none'}"
     domain, text = row["domain"], row["text"]
     if domain not in domains:
-        return f"domain: expected {' or '.join(domains)}, found {domain!r}. Correct it, or `domains` in the spec"
+        return f"domain: expected {' or '.join(domains)}, found {brief(domain)}. Correct it, or `domains` in the spec"
     if not isinstance(text, str) or not text.strip():
-        return f"text: expected text, found {text!r}"
+        return f"text: expected text, found {brief(text)}"
+    if not whole(text):
+        return "text: expected text, found half a surrogate pair (\\ud800 to \\udfff). Correct the line"
     return Document(domain=domain, text=text)
 
 
@@ -95,9 +105,15 @@ def read_local(spec: Spec) -> tuple[tuple[Document, ...], str]:
     """The local text that stands in for a data set of the hub: one row a line, as the hub has it."""
     local, hub = cast(LocalText, spec.local), cast(HubSet, spec.hub)
     path = cast(Path, local.path)
-    data = path.read_bytes()
+    data = read_bytes(path, LIMIT_BYTES, CalibrationError)
     _checked_sha256(data, local.sha256, path, spec.where)
-    rows = [line + "\n" for line in data.decode("utf-8").removesuffix("\n").split("\n")]
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{path}: expected UTF-8, found byte {data[error.start]:#04x}. Restore the file"
+        ) from None
+    rows = [line + "\n" for line in text.removesuffix("\n").split("\n")]
     return _hub_documents([row if row.strip() else "" for row in rows], hub)
 
 

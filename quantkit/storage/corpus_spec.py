@@ -12,9 +12,11 @@ from typing import Literal, cast
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import YAMLError
 
 from quantkit.errors import CalibrationError
+from quantkit.storage import plain_yaml
+from quantkit.storage.files import brief, is_file, read_bytes
 
 Packing = Literal["documents", "windows"]
 
@@ -22,6 +24,7 @@ DOMAINS = ("prose", "math", "code")
 PACKINGS = ("documents", "windows")
 DATA_VARIABLE = "QUANTKIT_DATA"
 SHOWN_FAULTS = 8
+MOST_CHARACTERS = 2000  # of a value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,31 +121,33 @@ def first_line(error: BaseException) -> str:
 def _find(name_or_path: str, folder: Path) -> Path:
     if name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)
-        if not path.is_file():
+        if not is_file(path):
             raise CalibrationError(f"{path}: expected the spec of a set, found no such file. Correct the path")
         return path
     path = folder / f"{name_or_path}.yaml"
-    if path.parent == folder and path.is_file():
+    if path.parent == folder and is_file(path):
         return path
     known = sorted(spec.stem for spec in folder.glob("*.yaml"))
     close = get_close_matches(name_or_path, known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise CalibrationError(
-        f"{folder}: no set of documents named {name_or_path!r}.{hint} "
+        f"{folder}: no set of documents named {brief(name_or_path)}.{hint} "
         f"Known: {', '.join(known) or 'none'}; or give the path of a .yaml spec"
     )
 
 
 def _load_yaml(path: Path) -> CommentedMap:
     try:
-        data = YAML(typ="rt").load(path.read_bytes().decode("utf-8"))
+        text = read_bytes(path, plain_yaml.MAX_CHARACTERS, CalibrationError).decode("utf-8")
+        plain_yaml.load(text)
+        data = YAML(typ="rt").load(text)  # which knows the line of each key
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path}: expected UTF-8, found byte {error.object[error.start]:#04x}") from error
-    except MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
-        raise CalibrationError(f"{path}{line}: expected YAML, found: {error.problem}. Correct the file") from error
-    except YAMLError as error:
-        raise CalibrationError(f"{path}: expected YAML, found: {error}. Correct the file") from error
+    except plain_yaml.Unreadable as error:
+        line = f":{error.line}" if error.line else ""
+        raise CalibrationError(f"{path}{line}: expected YAML, found: {error}. Correct the file") from error
+    except (YAMLError, *plain_yaml.PARSER_FAULTS) as error:
+        raise CalibrationError(f"{path}: expected YAML, found: {first_line(error)}. Correct the file") from error
     if not isinstance(data, CommentedMap):
         raise CalibrationError(f"{path}:1: expected keys and values, found {type(data).__name__}. See calibration/")
     return data
@@ -159,7 +164,7 @@ class _Keys:
 
     def fault(self, key: str, text: str) -> None:
         line = self.values.lc.line if key not in self.values else self.values.lc.key(key)[0]
-        self.faults.append(f"{self.where}:{line + 1}: {self.prefix}{key}: {text}")
+        self.faults.append(f"{self.where}:{line + 1}: {self.prefix}{key!s:.80}: {text}")
 
     def known(self, keys: Iterable[str]) -> None:
         allowed = tuple(keys)
@@ -171,8 +176,8 @@ class _Keys:
 
     def text(self, key: str) -> str:
         value = self.values.get(key)
-        if not isinstance(value, str) or not value.strip():
-            self.fault(key, f"expected text, found {'nothing' if value is None else repr(value)}")
+        if not isinstance(value, str) or not value.strip() or len(value) > MOST_CHARACTERS:
+            self.fault(key, f"expected text, found {'nothing' if value is None else brief(value)}")
             return ""
         return str(value).strip()
 
@@ -180,24 +185,24 @@ class _Keys:
         value = self.values.get(key, default)
         if value not in options or isinstance(value, bool):
             shown = " or ".join(str(option) for option in options)
-            self.fault(key, f"expected {shown}, found {'nothing' if value is None else repr(value)}")
+            self.fault(key, f"expected {shown}, found {'nothing' if value is None else brief(value)}")
             return options[0]
         return value
 
     def domains(self) -> tuple[str, ...]:
         value = self.values.get("domains")
         if not isinstance(value, list) or not value or len(set(map(str, value))) != len(value):
-            self.fault("domains", f"expected a list without repetition of {', '.join(DOMAINS)}, found {value!r}")
+            self.fault("domains", f"expected a list without repetition of {', '.join(DOMAINS)}, found {brief(value)}")
             return ()
         for domain in value:
             if domain not in DOMAINS:
-                self.fault("domains", f"unknown domain {domain!r}. Use one of {', '.join(DOMAINS)}")
+                self.fault("domains", f"unknown domain {brief(domain)}. Use one of {', '.join(DOMAINS)}")
         return tuple(domain for domain in value if domain in DOMAINS)
 
     def sha256(self) -> str:
         value = self.text("sha256").lower()
         if value and not re.fullmatch(r"[0-9a-f]{64}", value):
-            self.fault("sha256", f"expected 64 hexadecimal digits, found {value!r}")
+            self.fault("sha256", f"expected 64 hexadecimal digits, found {brief(value)}")
         return value
 
     def section(self, key: str, keys: tuple[str, ...]) -> _Keys | None:
@@ -205,7 +210,7 @@ class _Keys:
         if value is None:
             return None
         if not isinstance(value, CommentedMap):
-            self.fault(key, f"expected keys {', '.join(keys)}, found {value!r}")
+            self.fault(key, f"expected keys {', '.join(keys)}, found {brief(value)}")
             return None
         inner = _Keys(value, self.where, self.faults, prefix=f"{key}.")
         inner.known(keys)
@@ -218,7 +223,7 @@ def _hub(keys: _Keys, domains: tuple[str, ...]) -> HubSet | None:
         return None
     path, name, split, revision, column, domain = (section.text(key) for key in HUB_KEYS)
     if domain and domains != (domain,):
-        section.fault("domain", f"expected the one domain of the set, found {domain!r} and {list(domains)}")
+        section.fault("domain", f"expected the one domain of the set, found {brief(domain)} and {list(domains)}")
     return HubSet(path=path, name=name, split=split, revision=revision, column=column, domain=domain)
 
 
@@ -229,4 +234,4 @@ def _local(keys: _Keys) -> LocalText | None:
     file, sha256 = section.text("file"), section.sha256()
     folder = os.environ.get(DATA_VARIABLE)
     path = Path(folder) / file if folder else None
-    return LocalText(file=file, sha256=sha256, path=path if path is not None and path.is_file() else None)
+    return LocalText(file=file, sha256=sha256, path=path if path is not None and is_file(path) else None)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from quantkit.errors import EvaluationError
 from quantkit.storage.builtin import folder
-from quantkit.storage.files import read_bytes, reason
+from quantkit.storage.files import is_file, read_bytes, reason, whole
 
 SUFFIX = ".yaml"
 LIMIT_BYTES = 1_000_000  # no task description is larger
@@ -38,7 +38,7 @@ def task_text(path: Path) -> str:
 def first_file(name: str, places: tuple[Path, ...]) -> Path | None:
     """The absolute path of `name` in the first of `places` that has it."""
     found = (place / name for place in places)
-    return next((path.resolve() for path in found if path.is_file()), None)
+    return next((path.resolve() for path in found if is_file(path)), None)
 
 
 def rows_of(path: Path, start: int, end: int) -> str:
@@ -63,8 +63,10 @@ def first_rows(path: Path, rows: tuple[int, int] | None, count: int) -> list[dic
     try:
         with path.open(encoding="utf-8") as file:
             found = [json.loads(line) for line in islice(file, start, min(end, start + count))]
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
         raise EvaluationError(f"{path}: expected a readable JSONL file, found: {fault}; fetch it again") from None
+    if not whole(found):
+        raise EvaluationError(f"{path}: expected text, found half a surrogate pair; fetch it again")
     if not all(isinstance(row, dict) for row in found):
         raise EvaluationError(f"{path}: expected one JSON object a line, found something else; fetch it again")
     return found

@@ -21,7 +21,7 @@ JSON_LIMIT_BYTES = 100_000_000
 PART = ".part"
 
 
-class _DuplicateKey(ValueError):
+class DuplicateKey(ValueError):
     """An object names a key twice; which of the two values counts would depend on the reader."""
 
 
@@ -37,13 +37,31 @@ def listed(faults: Sequence[str], limit: int = 20) -> str:
     return "\n".join(faults[:limit]) + (f"\nand {rest} more faults of this checkpoint" if rest > 0 else "")
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """json's object_pairs_hook; raises DuplicateKey."""
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _DuplicateKey(brief(twice))
+        raise DuplicateKey(brief(twice))
     return found
+
+
+def whole(value: object) -> bool:
+    """Whether the texts in a value of JSON can be encoded: "\\ud800" alone is half a character."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; a name that no file can have, being too long or with NUL, is like another."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def parse_json(text: bytes, where: str, error: type[QuantkitError] = CheckpointError) -> dict[str, object]:
@@ -54,12 +72,14 @@ def parse_json(text: bytes, where: str, error: type[QuantkitError] = CheckpointE
     if text.startswith(b"\xef\xbb\xbf"):
         raise error(f"{where}: expected plain UTF-8, found a byte order mark; save the file without it")
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        if b"\\u" in text and not whole(value):
+            raise error(f"{where}: expected text, found half a surrogate pair (\\ud800 to \\udfff); fetch it again")
     except UnicodeDecodeError as fault:
         raise error(
             f"{where}: expected UTF-8, found byte 0x{text[fault.start]:02x} at offset {fault.start}; save it as UTF-8"
         ) from None
-    except _DuplicateKey as fault:
+    except DuplicateKey as fault:
         raise error(
             f"{where}: expected every key once, found {fault} twice in one object; remove one of them"
         ) from None

@@ -80,10 +80,15 @@ def resolve_headers(model: str, revision: str | None = None) -> SourceHeaders:
 
 def _local(model: str, revision: str | None) -> Path | None:
     """The folder of a model on this machine; None for a Hub id."""
+    try:
+        here = Path(model).expanduser()
+        is_here = here.is_dir()
+    except (OSError, RuntimeError):  # a name too long for any file; a home of nobody
+        here, is_here = Path(), False
     if model.startswith(PREFIX):
         found = resolve_model(model)
-    elif (found := Path(model).expanduser()).is_dir():
-        found = found.absolute()
+    elif is_here:
+        found = here.absolute()
     elif model.startswith(("/", "./", "../", "~")) or not _HUB_ID.fullmatch(model):
         raise CheckpointError(
             f"source.model: expected a folder, {PREFIX}<name> or a Hub id like org/name, found {brief(model)}, "

@@ -43,12 +43,16 @@ class Journal:
         self._connection, self._path = connection, path
 
     def get(self, question: Question) -> Value | None:
-        """The stored answer; None when there is none."""
-        row = self._connection.execute(
-            "select value from answers where (task, doc_hash, prompt_hash, settings, model, turn) = (?, ?, ?, ?, ?, ?)",
-            question,
-        ).fetchone()
-        return None if row is None else list(json.loads(row[0]))
+        """The stored answer; None when there is none. EvaluationError for a file that is damaged."""
+        try:
+            row = self._connection.execute(
+                "select value from answers where (task, doc_hash, prompt_hash, settings, model, turn) = "
+                "(?, ?, ?, ?, ?, ?)",
+                question,
+            ).fetchone()
+            return None if row is None else list(json.loads(row[0]))
+        except (sqlite3.Error, ValueError, TypeError, RecursionError) as fault:
+            raise self._damaged(fault) from None
 
     def put(self, answers: Sequence[tuple[Question, Value]]) -> None:
         """Store answers, all of them or none; the first answer to a question stays."""
@@ -62,7 +66,13 @@ class Journal:
             ) from None
 
     def __len__(self) -> int:
-        return int(self._connection.execute("select count(*) from answers").fetchone()[0])
+        try:
+            return int(self._connection.execute("select count(*) from answers").fetchone()[0])
+        except (sqlite3.Error, ValueError) as fault:
+            raise self._damaged(fault) from None
+
+    def _damaged(self, fault: Exception) -> EvaluationError:
+        return EvaluationError(f"{self._path}: expected the answers of an evaluation, found: {fault}; remove it")
 
 
 @contextmanager
@@ -75,18 +85,27 @@ def opened(path: Path | None) -> Iterator[Journal]:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        connection = sqlite3.connect(name, timeout=_WAIT_SECONDS)
-        connection.execute("pragma locking_mode = exclusive")  # a lock that dies with the process
-        connection.execute("begin exclusive")
-        connection.execute(_SCHEMA)
-        connection.commit()
+        connection = _connected(name)
     except sqlite3.OperationalError as fault:
         raise EvaluationError(
             f"{name}: answers cannot be stored: {fault}; wait for the evaluation that uses it, or name another place"
         ) from None
-    except sqlite3.DatabaseError as fault:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as fault:  # the latter for what SQLite says of a damaged file
         raise EvaluationError(f"{name}: expected the answers of an evaluation, found: {fault}; remove it") from None
     try:
         yield Journal(connection, name)
     finally:
         connection.close()
+
+
+def _connected(name: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(name, timeout=_WAIT_SECONDS)
+    try:
+        connection.execute("pragma locking_mode = exclusive")  # a lock that dies with the process
+        connection.execute("begin exclusive")
+        connection.execute(_SCHEMA)
+        connection.commit()
+    except BaseException:
+        connection.close()  # or it would keep its lock until it is collected
+        raise
+    return connection

@@ -106,7 +106,7 @@ def _owner(descriptor: int) -> dict[str, object]:
     """Who wrote the file; nothing for a file that is empty or torn."""
     try:
         found = json.loads(os.pread(descriptor, _OWNER_BYTES, 0))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from quantkit.storage import plain_yaml
 
 _LIMIT_BYTES = 1_000_000
 
@@ -25,7 +24,7 @@ def front_matter(folder: Path) -> Mapping[str, str]:
     if len(parts) != 3 or parts[0].strip():
         return {}
     try:
-        values = YAML(typ="safe", pure=True).load(parts[1])
-    except (YAMLError, ValueError, RecursionError):
+        values = plain_yaml.load_any(parts[1])
+    except plain_yaml.Unreadable:
         return {}
     return {str(k): v for k, v in values.items() if isinstance(v, str)} if isinstance(values, Mapping) else {}

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from quantkit.contracts import TensorSpec
 from quantkit.errors import CheckpointError
-from quantkit.storage.files import brief, listed, read_json, read_start, sha256_file
+from quantkit.storage.files import brief, is_file, listed, read_json, read_start, sha256_file
 from quantkit.storage.header import Header, read_header
 
 Hashed = Callable[[int, int, str], None]
@@ -132,7 +132,7 @@ def path_fault(folder: Path, name: str) -> str | None:
         return f"{shown}: expected a .safetensors file, found {brief(path.suffix)}; convert the checkpoint"
     if leads_out(folder, folder / name):
         return f"{folder / name}: expected a file inside the folder, found a link that leads out of it; copy the file"
-    if not (folder / name).is_file():
+    if not is_file(folder / name):
         return f"{folder / name}: expected a file named by the checkpoint, found none; fetch the missing file"
     return None
 
