@@ -5,18 +5,18 @@ No torch and no weights: headers, plans and configs alone. A family without a ta
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from quantkit import published
+from quantkit import published, registry
 from quantkit.claims import expected, fp8_block
 from quantkit.contracts import Config, Scheme, TensorSpec
 from quantkit.errors import RecipeError, UsageError
 from quantkit.plan import SourceFacts, architecture_of, claimed_of, decided, written
 from quantkit.schema import Recipe
-from quantkit.sizing.model import Layer, Model, Weights
+from quantkit.sizing.model import Layer, Model, ReadFrom, Weights
 from quantkit.sizing.weigh import weigh
 from quantkit.storage.builtin import PREFIX, resolve_model
 from quantkit.storage.files import read_json
@@ -58,9 +58,10 @@ def stored_model(folder: Path) -> Model:
     """The model whose weights lie in a folder, from their headers: exact bytes."""
     config = Config(values=read_json(folder / CONFIG), where=str(folder / CONFIG))
     shards = open_shards(folder)
+    told, name = scheme_of(config, shards.specs), folder.resolve().name
+    if not tabled(config):
+        return unknown(config, name, "headers", told, shards.specs.values())
     layout = architecture_of(config).layout(config)
-    told = scheme_of(config, shards.specs)
-    name = folder.resolve().name
     entry = config.values.get("quantization_config")
     by_row = isinstance(entry, Mapping) and (entry.get("group_size") == -1 or "'channel'" in str(entry))
     return weigh(layout, shards.specs.values(), config, name=name, read_from="headers", scheme=told, by_row=by_row)
@@ -82,11 +83,27 @@ def planned_by_config(config: Config, name: str) -> Model:
             f"{config.where}: quantization_config: {entry.get('quant_method')!r}: the bytes of packed weights are in "
             "their headers; name the folder that holds them, or the recipe"
         )
+    if not tabled(config):
+        return unknown(config, name, "config", "BF16")
     layout, side = architecture_of(config).layout(config), fp8_block(config)
     tensors = [*expected(layout, config).values()]
     tensors += [scale for spec in tensors if (scale := scales_of(spec, side))]
     told = scheme_of(config, {spec.name: spec for spec in tensors})
     return weigh(layout, tensors, config, name=name, read_from="config", scheme=told)
+
+
+def tabled(config: Config) -> bool:
+    """Whether the family has a table in architectures/."""
+    return config.text("model_type") in registry.names("architectures")
+
+
+def unknown(
+    config: Config, name: str, read_from: ReadFrom, scheme: str, specs: Iterable[TensorSpec] | None = None
+) -> Model:
+    """A model whose family has no table, by transformers' own modules."""
+    from quantkit.sizing.strangers import stranger  # torch and transformers: seconds
+
+    return stranger(config, name, read_from, scheme, specs)
 
 
 def scales_of(spec: TensorSpec, side: int | None) -> TensorSpec | None:
