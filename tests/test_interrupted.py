@@ -203,7 +203,7 @@ def test_killed_at_random(
 def test_the_power_goes_at_every_call(
     family: str, mortals: Server, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """A build per call of the system that writes: there all that was not synced is lost, and in the end none differs."""
+    """A build per call that writes: there all that was not synced is lost, and in the end none differs."""
     source, keys = write_checkpoint(tmp_path / "source", tiny_config(family, num_hidden_layers=1)), FEW
     whole, calls = finished(mortals, recipe(tmp_path / "whole", source, **keys)), 0
     for call in range(1, 1000):
@@ -214,6 +214,30 @@ def test_the_power_goes_at_every_call(
         assert end.code == -signal.SIGKILL, end.stderr
         complete = (place / "x").exists() and not (place / "x.building.scratch").exists()
         assert differing(files(place) if complete else finished(mortals, place), whole) == []
+        shutil.rmtree(place)
+        calls += 1
+    assert 100 < calls < 999
+    record_property("faults", calls)
+
+
+@pytest.mark.slow
+@pytest.mark.reliability
+def test_the_disk_fails_at_every_call(
+    mortals: Server, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """An error of the disk is one sentence, whichever call it hits, and the build goes on afterwards."""
+    source, calls = write_checkpoint(tmp_path / "source", tiny_config("qwen3_moe", num_hidden_layers=1)), 0
+    whole = finished(mortals, recipe(tmp_path / "whole", source, **FEW))
+    for call in range(1, 1000):
+        place = recipe(tmp_path / f"{call}", source, **FEW)
+        fault = ("EIO", "ENOSPC", "EROFS")[call % 3]
+        end = mortals.run(Order(place=str(place), arguments=BUILD, call=call, fault=fault, wave=4))
+        if end.calls < call:
+            break
+        assert end.code in (0, 1) and "Traceback" not in end.stderr, (call, end.stderr)
+        assert (end.code == 0) == (place / "x").exists(), (call, end.stderr)
+        assert end.code == 0 or "error: " in end.stderr, (call, end.stderr)
+        assert differing(files(place) if end.code == 0 else finished(mortals, place), whole) == []
         shutil.rmtree(place)
         calls += 1
     assert 100 < calls < 999
