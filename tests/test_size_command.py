@@ -97,6 +97,7 @@ def sealed(tmp_path: Path) -> Path:
         (("builtin:tiny-v3", "--dtype", "int4"), "leave the option out"),
         (("v3-awq4", "--set", "quantize.bits=3"), "4-bit integers only"),
         (("missing.yaml",), "no such recipe file"),
+        (("/",), "found no config.json in it"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_2(arguments: tuple[str, ...], sentence: str) -> None:

@@ -217,6 +217,18 @@ def test_degrees_that_heads_groups_and_widths_allow(v3: Model) -> None:
     assert degree_fault(smollm, 3) is None and degree_fault(smollm, 2) is not None
 
 
+@pytest.mark.parametrize("family", registry.names("architectures"))
+def test_one_rank_is_always_allowed(family: str, tmp_path: Path) -> None:
+    """Also where FP8 blocks end in the middle of a block: 576 rows in blocks of 128."""
+    values = {
+        **registry.architecture(family).tiny, "num_attention_heads": 9, "num_key_value_heads": 9, "head_dim": 64,
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    }  # fmt: skip
+    model = config_model(written(tmp_path / "config.json", values))
+    assert degree_fault(model, 1) is None
+    assert degree_fault(model, 2) is not None
+
+
 def test_mla_repeats_its_cache_on_every_rank_and_grouped_heads_divide_it(v3: Model) -> None:
     assert kv_per_card(v3, 1000, "bf16", 8, 1) == [70_272_000]
     qwen = model_of(QWEN_32B)

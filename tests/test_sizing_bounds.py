@@ -163,7 +163,15 @@ def test_advice_fits_into_what_is_free_and_shows_it(v3: Model, cards: Cards) -> 
         assert advised.left >= RESERVE * advised.margin_bytes - 1
         one_step_more = advised.used + STEP * advised.per_token
         assert one_step_more + RUNTIME_BYTES + advised.logits_bytes > (1 - RESERVE) * advised.margin_bytes
-        assert advised.safe % STEP == 0 and advised.worst <= advised.even
+        assert advised.safe % STEP == 0 and advised.worst <= advised.even <= advised.safe
+
+
+def test_one_rank_is_sent_all_in_any_case(v3: Model, cards: Cards) -> None:
+    found = placed(v3, cards.cards["h200"])
+    assert found.placement is not None
+    memory = found.card.memory_gb.model_copy(update={"value": 4000.0})
+    alone = advice(fits(needs(v3, 8192, 10), found.card.model_copy(update={"memory_gb": memory})))
+    assert alone is not None and alone.safe == alone.even == alone.worst > 0
 
 
 def test_advice_does_not_ask_for_more_than_nothing(v3: Model, cards: Cards) -> None:

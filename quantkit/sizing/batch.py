@@ -59,8 +59,8 @@ def advice(fit: Fit) -> Advice | None:
     routed = routed_bytes(model, model.mixture, ranks)
     local = -(-model.mixture.count // ranks)
     arriving = min(model.mixture.top_k, local)
-    worst = other + copies_bytes(model, model.mixture.intermediate, arriving) * ranks  # every rank's tokens meet here
-    even = other + copies_bytes(model, model.mixture.intermediate, 1) * model.mixture.top_k
+    worst = other + copies_bytes(model, model.mixture.intermediate, arriving * ranks)  # every rank's tokens meet here
+    even = other + copies_bytes(model, model.mixture.intermediate, model.mixture.top_k)
     safe = tokens(room, other + routed)
     used = safe * (other + routed)
     return Advice(

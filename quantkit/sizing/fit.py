@@ -94,6 +94,8 @@ def asked_degrees(card: Card) -> list[int]:
 
 def degree_fault(model: Model, tp: int) -> str | None:
     """Why engines refuse to cut this model into `tp` parts; None when they accept it."""
+    if tp == 1:
+        return None  # nothing is cut, and blocks at an edge may be smaller
     attention = model.layers[0].attention
     if attention.kind == "grouped" and attention.kv_heads % tp and tp % attention.kv_heads:
         return f"{attention.kv_heads} KV heads and {tp} ranks: neither divides the other"

@@ -38,8 +38,10 @@ def model_of(target: str, width: Width | None = None) -> Model:
     """
     path = Path(target)
     if path.is_dir():
+        if not (path / CONFIG).is_file():
+            raise UsageError(f"{target}: expected the folder of an artifact or a model, found no {CONFIG} in it")
         has_weights = (path / INDEX).exists() or (path / SINGLE).exists()
-        made = stored_model(path) if has_weights or not (path / CONFIG).exists() else config_model(path / CONFIG)
+        made = stored_model(path) if has_weights else config_model(path / CONFIG)
     elif path.is_file():
         made = config_model(path)
     elif target.startswith(PREFIX):

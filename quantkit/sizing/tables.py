@@ -204,9 +204,13 @@ def advice_table(found: Advice, fit: Fit) -> Table:
     )
     note = (
         f"Safe: {found.safe:,} tokens per step (--max-num-batched-tokens), whichever experts they hit: all experts lie "
-        f"in memory, and under tensor parallelism the workspace depends on the tokens alone. With expert parallelism "
-        f"{found.even:,} tokens per rank if the router spreads them evenly, {found.worst:,} if one rank is sent all."
+        "in memory, and under tensor parallelism the workspace depends on the tokens alone."
     )
+    if fit.placement and fit.placement.tp > 1:
+        note += (
+            f" With expert parallelism {found.even:,} tokens per rank if the router spreads them evenly, "
+            f"{found.worst:,} if one rank is sent all."
+        )
     return Table(title="Tokens per step", columns=("part", "how", ">bytes"), rows=rows, note=note)
 
 
