@@ -13,16 +13,16 @@ from pathlib import Path
 from quantkit.errors import ArtifactError, QuantkitError, TransferError
 from quantkit.storage.files import brief, parse_json, read_json, sha256_file
 from quantkit.storage.names import name_faults
+from quantkit.storage.patience import Patience, patiently
 from quantkit.storage.remote import Found, Item, Options, Remote, opened
 from quantkit.transfer import (
-    How,
     Tally,
     Tell,
     Transfer,
     check_names,
     files_of,
     in_parallel,
-    patiently,
+    resumable,
     unhashed,
 )
 from quantkit.verify import MANIFEST, SIGNATURE, verify
@@ -31,11 +31,11 @@ ACCEPTED = "accepted"
 
 
 def publish(
-    artifact: Path, dest: str, options: Options, how: How, tell: Tell, *,
+    artifact: Path, dest: str, options: Options, tell: Tell, *,
     force: bool = False, overwrite: bool = False, dry_run: bool = False,
 ) -> Transfer:  # fmt: skip
     """Send an artifact to a place; ArtifactError for one that is not what its manifest says or was not accepted."""
-    with closing(opened(dest, options)) as remote:
+    with resumable(), closing(opened(dest, options)) as remote:
         status = verify(artifact).status
         if status != ACCEPTED and not force:
             raise ArtifactError(
@@ -43,7 +43,7 @@ def publish(
                 "gates of its recipe, or pass --force"
             )
         items, manifest = outgoing(artifact)
-        found = patiently(lambda: remote.look(items, MANIFEST), remote.where, how)
+        found = patiently(lambda: remote.look(items, MANIFEST), remote.where, options.patience)
         gone = replaced(found, items, manifest, remote.where, overwrite)
         new = [item for item in items if item.name not in found.there]
         whole = not new and not gone and hashlib.sha256(found.manifest or b"").hexdigest() == manifest.sha256
@@ -51,10 +51,10 @@ def publish(
         moved = sum(item.n_bytes for item in (*new, manifest)) if names else 0
         place = remote.where
         if names and not dry_run:
-            patiently(lambda: remote.begin(gone), remote.where, how)
+            patiently(lambda: remote.begin(gone), remote.where, options.patience)
             tally = Tally("publish", moved, tell)
-            in_parallel(new, lambda item: send(remote, item, tally, how), how.jobs, tally.stop)
-            place = patiently(lambda: remote.seal(items, manifest), remote.where, how)
+            in_parallel(new, lambda item: send(remote, item, tally, options.patience), options.jobs, tally.stop)
+            place = patiently(lambda: remote.seal(items, manifest), remote.where, options.patience)
             tally.arrived(MANIFEST, manifest.n_bytes)
     total = sum(item.n_bytes for item in (*items, manifest))
     return Transfer(
@@ -108,7 +108,7 @@ def names_in(manifest: bytes) -> set[str]:
     return set() if any(name_faults(files)) else files
 
 
-def send(remote: Remote, item: Item, tally: Tally, how: How) -> None:
+def send(remote: Remote, item: Item, tally: Tally, patience: Patience) -> None:
     """Send one file, again while anything of it arrives."""
     best = 0
 
@@ -117,4 +117,4 @@ def send(remote: Remote, item: Item, tally: Tally, how: How) -> None:
         best = max(best, n_bytes)
         tally.arrived(item.name, n_bytes)
 
-    patiently(lambda: remote.send(item, arrived), f"{remote.where}: {item.name}", how, lambda: best, tally.stop)
+    patiently(lambda: remote.send(item, arrived), f"{remote.where}: {item.name}", patience, lambda: best, tally.stop)

@@ -12,18 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from quantkit.errors import ArtifactError, TransferError, UsageError
-from quantkit.storage.files import JSON_LIMIT_BYTES, brief, parse_json
-from quantkit.storage.landing import Landing, Wanted, landing, occupant
-from quantkit.storage.remote import Interrupted, Options, Remote, opened
+from quantkit.storage.files import JSON_LIMIT_BYTES, brief, disk_free, parse_json
+from quantkit.storage.landing import Landing, Present, Wanted, landing, occupant
+from quantkit.storage.patience import Interrupted, Patience, patiently
+from quantkit.storage.remote import Options, Remote, opened
 from quantkit.transfer import (
-    How,
     Tally,
     Tell,
     Transfer,
     check_names,
     files_of,
     in_parallel,
-    patiently,
+    resumable,
     size,
     unhashed,
 )
@@ -31,21 +31,21 @@ from quantkit.verify import MANIFEST, SCHEMA_VERSION, SIGNATURE, verify
 
 
 def pull(
-    src: str, path: Path, options: Options, how: How, tell: Tell, *, overwrite: bool = False, dry_run: bool = False
+    src: str, path: Path, options: Options, tell: Tell, *, overwrite: bool = False, dry_run: bool = False
 ) -> Transfer:
     """Fetch an artifact into a folder, which is there with verified content or not at all.
 
     TransferError when the place has no whole artifact or sends other bytes; UsageError when `path` is taken.
     """
     path = path.expanduser().absolute()
-    with closing(opened(src, options)) as remote:
-        content = patiently(lambda: remote.fetch_manifest(MANIFEST), remote.where, how)
+    with resumable(), closing(opened(src, options)) as remote:
+        content = patiently(lambda: remote.fetch_manifest(MANIFEST), remote.where, options.patience)
         if content is None:
             raise TransferError(
                 f"{remote.where}: no {MANIFEST}: not an artifact of quantkit, or its publication did not finish; "
                 "publish it again"
             )
-        wanted, status = arriving(remote, content, how)
+        wanted, status = arriving(remote, content, options.patience)
         total = sum(entry.n_bytes for entry in wanted) + len(content)
         done = Transfer(
             place=remote.where, status=status, files=(*(entry.name for entry in wanted), MANIFEST), n_bytes=total,
@@ -56,7 +56,7 @@ def pull(
         if dry_run:
             return done
         with landing(path) as place:
-            there = fetch_all(remote, place, wanted, how, tell)
+            there = fetch_all(remote, place, wanted, options, tell)
             place.put(MANIFEST, content)
             try:
                 verify(place.folder)
@@ -65,12 +65,11 @@ def pull(
                     f"{remote.where}: what arrived is not what its manifest says; it lies in {place.folder}: {fault}"
                 ) from fault
             place.give_name()
-    before = sum(entry.n_bytes for entry in wanted if entry.name in there)
-    new = tuple(name for name in done.files if name not in there)
-    return replace(done, files=new, n_bytes=total - before, there=len(there), there_bytes=before)
+    new, before = tuple(name for name in done.files if name not in there.whole), sum(there.n_bytes.values())
+    return replace(done, files=new, n_bytes=total - before, there=len(there.whole), there_bytes=before)
 
 
-def arriving(remote: Remote, content: bytes, how: How) -> tuple[list[Wanted], str]:
+def arriving(remote: Remote, content: bytes, patience: Patience) -> tuple[list[Wanted], str]:
     """What a manifest says there is to fetch, the largest first, and its status; checked against what lies there."""
     where = remote.where
     values = parse_json(content, f"{where}: {MANIFEST}", TransferError)
@@ -82,7 +81,7 @@ def arriving(remote: Remote, content: bytes, how: How) -> tuple[list[Wanted], st
     files = files_of(values, where)
     free = [*unhashed(values), SIGNATURE]
     check_names([*files, *(name for name in free if name not in files), MANIFEST], where)
-    present = patiently(remote.sizes, where, how)
+    present = patiently(remote.sizes, where, patience)
     faults = [
         f"{name}: expected {entry.n_bytes} bytes, found {present.get(name, 'no file')}"
         for name, entry in files.items()
@@ -123,22 +122,22 @@ def is_there(path: Path, manifest: bytes, overwrite: bool) -> bool:
     return False
 
 
-def fetch_all(remote: Remote, place: Landing, wanted: Sequence[Wanted], how: How, tell: Tell) -> frozenset[str]:
-    """Every file that is not there yet; the names of those that were."""
+def fetch_all(remote: Remote, place: Landing, wanted: Sequence[Wanted], options: Options, tell: Tell) -> Present:
+    """Every file that is not whole yet; what was there before."""
     there = place.prepare(wanted)
-    new = [entry for entry in wanted if entry.name not in there]
-    lacking = place.missing_room(sum(entry.n_bytes for entry in new))
-    if lacking:
+    new = [entry for entry in wanted if entry.name not in there.whole]
+    missing = sum(entry.n_bytes - there.n_bytes.get(entry.name, 0) for entry in new)
+    if missing > (room := disk_free(place.folder)):
         raise TransferError(
-            f"{place.folder}: expected room for {size(sum(entry.n_bytes for entry in new))}, found {size(lacking)} too "
-            "little; free some space or choose another folder"
+            f"{place.folder}: expected room for {size(missing)}, found {size(room)}; free some space or choose another "
+            "folder"
         )
     tally = Tally("pull", sum(entry.n_bytes for entry in new), tell)
-    in_parallel(new, lambda entry: fetch(remote, place, entry, tally, how), how.jobs, tally.stop)
+    in_parallel(new, lambda entry: fetch(remote, place, entry, tally, options.patience), options.jobs, tally.stop)
     return there
 
 
-def fetch(remote: Remote, place: Landing, wanted: Wanted, tally: Tally, how: How) -> None:
+def fetch(remote: Remote, place: Landing, wanted: Wanted, tally: Tally, patience: Patience) -> None:
     """One file behind what is there of it; once more from its start when it is not what the manifest says."""
     with closing(place.arrival(wanted)) as file:
 
@@ -155,7 +154,7 @@ def fetch(remote: Remote, place: Landing, wanted: Wanted, tally: Tally, how: How
 
         where = f"{remote.where}: {wanted.name}"
         for _ in range(2):
-            patiently(rest, where, how, lambda: file.have, tally.stop)
+            patiently(rest, where, patience, lambda: file.have, tally.stop)
             if file.finish():
                 return
             file.forget()

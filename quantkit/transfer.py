@@ -5,7 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -13,14 +14,13 @@ from quantkit.errors import TransferError
 from quantkit.storage.files import brief
 from quantkit.storage.landing import Wanted
 from quantkit.storage.names import name_faults
-from quantkit.storage.remote import Interrupted
+from quantkit.storage.patience import Stopped
 from quantkit.verify import MANIFEST
 
-_LONGEST_WAIT = 15.0  # seconds
+_SECONDS_BETWEEN = 0.1
 _LEAVING_SECONDS = 2.0
 """How long a transfer that ends waits for its threads, which notice at their next piece."""
 
-Result = TypeVar("Result")
 Work = TypeVar("Work")
 
 
@@ -35,15 +35,6 @@ class Moved:
 
 
 Tell = Callable[[Moved], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class How:
-    """Files at once, tries without any progress in between, seconds before the second try."""
-
-    jobs: int = 4
-    tries: int = 8
-    first_wait: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +58,6 @@ class Transfer:
         }  # fmt: skip
 
 
-class _Stopped(Exception):
-    """Another file's transfer failed or the user interrupted: this one ends too."""
-
-
 @dataclass
 class Tally:
     """Bytes of a transfer as they arrive, from several threads; told with rate and time left."""
@@ -82,17 +69,22 @@ class Tally:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _done: dict[str, int] = field(default_factory=dict)
     _began: float = field(default_factory=time.monotonic)
+    _next: float = 0.0  # when it is told again
     _before: int | None = None  # what was there when the first byte arrived: it came at no rate of this run
 
     def arrived(self, name: str, n_bytes: int) -> None:
         """So much of a file is there; raises to end the thread when the transfer is over."""
         if self.stop.is_set():
-            raise _Stopped
+            raise Stopped
         with self._lock:
             self._done[name] = n_bytes
             done = sum(self._done.values())
             if self._before is None:
                 self._before = done
+            now = time.monotonic()
+            if now < self._next and done < self.total:
+                return
+            self._next = now + _SECONDS_BETWEEN
             self.tell(Moved(stage=self.stage, done=done, total=self.total, note=self._note(done)))
 
     def _note(self, done: int) -> str:
@@ -145,25 +137,14 @@ def check_names(names: Iterable[str], where: str) -> None:
         raise TransferError(f"{where}: expected names that stay in the artifact's folder, found {faults[0]}{more}")
 
 
-def patiently(
-    work: Callable[[], Result], where: str, how: How, progress: Callable[[], int] = lambda: 0,
-    stop: threading.Event | None = None,
-) -> Result:  # fmt: skip
-    """Do something that may be interrupted, again; TransferError after `tries` in a row without progress."""
-    failed, before, pause = 0, progress(), stop or threading.Event()
-    while True:
-        try:
-            return work()
-        except Interrupted as fault:
-            failed = 1 if progress() > before else failed + 1
-            before = max(before, progress())
-            if failed >= how.tries:
-                raise TransferError(
-                    f"{where}: the connection failed {failed} times in a row ({fault}); what arrived is kept, the same "
-                    "command goes on"
-                ) from fault
-        if pause.wait(min(how.first_wait * 2 ** (failed - 1), _LONGEST_WAIT)):
-            raise _Stopped
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Around a transfer: whoever interrupts it is told how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as fault:
+        fault.add_note("what arrived is kept; the same command goes on")
+        raise
 
 
 def in_parallel(items: Sequence[Work], work: Callable[[Work], None], jobs: int, stop: threading.Event) -> None:
@@ -184,13 +165,11 @@ def in_parallel(items: Sequence[Work], work: Callable[[Work], None], jobs: int, 
         for _ in threads:
             if (fault := faults.get()) is not None:
                 raise fault
-    except BaseException as fault:
+    except BaseException:
         stop.set()
         deadline = time.monotonic() + _LEAVING_SECONDS
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        if isinstance(fault, KeyboardInterrupt):
-            fault.add_note("what arrived is kept; the same command goes on")
         raise
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from quantkit.evaluate.sandbox import Sandbox, probe
 from quantkit.storage.builtin import folder
+
+if TYPE_CHECKING:
+    from places.here import Place
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -62,3 +66,21 @@ def jail(request: pytest.FixtureRequest) -> Sandbox:
     if sandbox.kind == "none":
         pytest.skip(f"{request.param} does not work here: {sandbox.reason}")
     return sandbox
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """An S3 server."""
+    from places.using import moto
+
+    with moto() as port:
+        yield port
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_port: int) -> Iterator[Callable[[str], Place]]:
+    """Makes an empty place of a kind to publish to."""
+    from places.here import place
+
+    with ExitStack() as stack:
+        yield lambda kind: stack.enter_context(place(kind, tmp_path, monkeypatch, s3_port))

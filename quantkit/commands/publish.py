@@ -35,13 +35,13 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
     Example: quantkit publish artifacts/tiny-v3-awq4 s3://models/tiny-v3-awq4
     """
     from quantkit.publishing import publish
+    from quantkit.storage.patience import Patience
     from quantkit.storage.remote import Options
-    from quantkit.transfer import How, size
+    from quantkit.transfer import size
 
-    options = Options(revision=revision, private=private, jobs=jobs, writing=True)
-    how = How(jobs=jobs, tries=tries)
+    options = Options(revision=revision, private=private, jobs=jobs, patience=Patience(tries=tries), writing=True)
     with Meter(sys.stderr.isatty() and not json_out) as meter:
-        done = publish(artifact, dest, options, how, meter.tell, force=force, overwrite=overwrite, dry_run=dry_run)
+        done = publish(artifact, dest, options, meter.tell, force=force, overwrite=overwrite, dry_run=dry_run)
     if json_out:
         as_json({"artifact": str(artifact), "dry_run": dry_run, **done.values()})
         return

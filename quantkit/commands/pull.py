@@ -31,13 +31,13 @@ def COMMAND(
     Example: quantkit pull s3://models/tiny-v3-awq4 artifacts/tiny-v3-awq4
     """
     from quantkit.pulling import pull
+    from quantkit.storage.patience import Patience
     from quantkit.storage.remote import Options
-    from quantkit.transfer import How, size
+    from quantkit.transfer import size
 
-    options = Options(revision=revision, jobs=jobs)
-    how = How(jobs=jobs, tries=tries)
+    options = Options(revision=revision, jobs=jobs, patience=Patience(tries=tries))
     with Meter(sys.stderr.isatty() and not json_out) as meter:
-        done = pull(src, folder, options, how, meter.tell, overwrite=overwrite, dry_run=dry_run)
+        done = pull(src, folder, options, meter.tell, overwrite=overwrite, dry_run=dry_run)
     if json_out:
         as_json({"folder": str(folder), "dry_run": dry_run, "verified": not dry_run, **done.values()})
         return

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ from pathlib import Path
 from quantkit.errors import ArtifactError, UsageError
 from quantkit.storage.files import (
     PART,
-    disk_free,
     make_folder,
     sha256_file,
     sync_folder,
@@ -34,6 +33,14 @@ class Wanted:
     name: str
     n_bytes: int
     sha256: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Present:
+    """What an earlier pull left: files that are whole and right, and bytes by name, of parts too."""
+
+    whole: frozenset[str]
+    n_bytes: Mapping[str, int]
 
 
 class Arrival:
@@ -95,30 +102,27 @@ class Landing:
     def __init__(self, path: Path) -> None:
         self.path, self.folder = path, path.with_name(path.name + ".pulling")
 
-    def prepare(self, wanted: Iterable[Wanted]) -> frozenset[str]:
-        """Remove what is not wanted or wrong; names of the files that are there and right."""
+    def prepare(self, wanted: Iterable[Wanted]) -> Present:
+        """Remove what is not wanted or wrong; what is left."""
         files = {entry.name: entry for entry in wanted}
-        there = set()
+        whole, parts = set(), dict[str, int]()
         try:
             for path in sorted(self.folder.rglob("*"), reverse=True):
                 name = path.relative_to(self.folder).as_posix()
+                part = files.get(name.removesuffix(PART))
                 if path.is_dir() and not path.is_symlink():
                     if not any(path.iterdir()):
                         path.rmdir()
-                elif path.is_symlink() or not path.is_file():
-                    path.unlink()
                 elif name in files and self._is(path, files[name]):
-                    there.add(name)
-                elif name.removesuffix(PART) not in files or name in files:
+                    whole.add(name)
+                elif path.is_symlink() or name in files or part is None or path.stat().st_size > part.n_bytes:
                     path.unlink()
+                else:
+                    parts[part.name] = path.stat().st_size
         except OSError as fault:
             raise unwritable(self.folder, fault) from fault
-        return frozenset(there)
-
-    def missing_room(self, n_bytes: int) -> int:
-        """Bytes that the disk lacks to take `n_bytes` more than the parts that are there."""
-        parts = sum(path.stat().st_size for path in self.folder.rglob("*" + PART) if path.is_file())
-        return max(0, n_bytes - parts - disk_free(self.folder))
+        n_bytes = {name: size for name, size in parts.items() if name not in whole}
+        return Present(whole=frozenset(whole), n_bytes=n_bytes | {name: files[name].n_bytes for name in whole})
 
     def arrival(self, wanted: Wanted) -> Arrival:
         """A file, to be written."""
@@ -147,7 +151,7 @@ class Landing:
 
     @staticmethod
     def _is(path: Path, wanted: Wanted) -> bool:
-        if path.stat().st_size != wanted.n_bytes or wanted.sha256 is None:
+        if path.is_symlink() or path.stat().st_size != wanted.n_bytes or wanted.sha256 is None:
             return False
         return sha256_file(path, ArtifactError) == wanted.sha256
 

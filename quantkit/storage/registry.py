@@ -11,8 +11,9 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
@@ -21,7 +22,10 @@ from quantkit.errors import TransferError
 from quantkit.storage.docker_login import login
 from quantkit.storage.files import brief
 from quantkit.storage.outgoing import Pieces
-from quantkit.storage.remote import Arrived, Interrupted, Item, faults, scrub
+from quantkit.storage.patience import Interrupted, Patience, patiently
+from quantkit.storage.remote import Arrived, Item, faults, scrub
+
+Result = TypeVar("Result")
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 _MANIFEST_LIMIT_BYTES = 4_000_000
@@ -33,10 +37,13 @@ _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 class Registry:
-    """One repository of a registry; loopback hosts are spoken to over http, as docker does."""
+    """One repository of a registry; loopback hosts are spoken to over http, as docker does.
 
-    def __init__(self, host: str, repository: str, where: str, connections: int) -> None:
-        self.where = where
+    Short requests are tried again here, files by whoever asks for them.
+    """
+
+    def __init__(self, host: str, repository: str, where: str, connections: int, patience: Patience) -> None:
+        self.where, self._patience = where, patience
         self._host = "registry-1.docker.io" if host == "docker.io" else host
         self._repository, self._login_host = repository, host
         self._scheme = "http" if _LOOPBACK.fullmatch(host) else "https"
@@ -52,40 +59,53 @@ class Registry:
 
     def has(self, digest: str) -> bool:
         """Whether a blob is there."""
-        return self._call("HEAD", f"blobs/{digest}", missing=True) is not None
+        return self._patiently(lambda: self._call("HEAD", f"blobs/{digest}", missing=True)) is not None
 
     def manifest(self, reference: str) -> Mapping[str, object] | None:
         """The manifest under a tag or digest; None when there is none."""
-        found = self._call("GET", f"manifests/{reference}", missing=True, headers={"Accept": MANIFEST})
-        if found is None:
+        content = self._patiently(lambda: self._manifest(reference))
+        if content is None:
             return None
-        if len(found.content) > _MANIFEST_LIMIT_BYTES:
-            raise TransferError(f"{self.where}: expected a manifest, found {len(found.content)} bytes; check the tag")
-        if reference.startswith("sha256:") and hashlib.sha256(found.content).hexdigest() != reference[7:]:
-            raise Interrupted("a manifest of another digest arrived")
         try:
-            value = json.loads(found.content)
+            value = json.loads(content)
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
             raise TransferError(f"{self.where}: expected a manifest in JSON, found something else; check the tag")
         return value
 
+    def _manifest(self, reference: str) -> bytes | None:
+        found = self._call("GET", f"manifests/{reference}", missing=True, headers={"Accept": MANIFEST})
+        if found is None:
+            return None
+        if len(found.content) > _MANIFEST_LIMIT_BYTES:
+            raise TransferError(f"{self.where}: expected a manifest, found {len(found.content)} bytes; check the tag")
+        told = reference if reference.startswith("sha256:") else found.headers.get("Docker-Content-Digest")
+        if told not in {None, sha256(found.content)}:
+            raise Interrupted("a manifest of another digest arrived")
+        return found.content
+
     def set_tag(self, reference: str, manifest: bytes) -> str:
         """Store a manifest under a tag; its digest."""
-        digest = "sha256:" + hashlib.sha256(manifest).hexdigest()
-        found = self._call("PUT", f"manifests/{reference}", content=manifest, headers={"Content-Type": MANIFEST})
-        told = found.headers.get("Docker-Content-Digest", digest) if found else digest
-        if told != digest:
-            raise Interrupted(f"the registry stored {brief(told)}")
+        digest, headers = sha256(manifest), {"Content-Type": MANIFEST}
+
+        def store() -> None:
+            found = self._call("PUT", f"manifests/{reference}", content=manifest, headers=headers)
+            if found is not None and found.headers.get("Docker-Content-Digest", digest) != digest:
+                raise Interrupted("other bytes arrived than were sent")
+
+        self._patiently(store)
         return digest
 
     def put(self, content: bytes) -> str:
         """Store a small blob; its digest."""
-        digest = "sha256:" + hashlib.sha256(content).hexdigest()
-        if not self.has(digest):
-            headers = {"Content-Type": "application/octet-stream"}
+        digest, headers = sha256(content), {"Content-Type": "application/octet-stream"}
+
+        def store() -> None:
             self._call("PUT", self._session(), params={"digest": digest}, content=content, headers=headers)
+
+        if not self.has(digest):
+            self._patiently(store)
         return digest
 
     def put_file(self, item: Item, arrived: Arrived) -> None:
@@ -100,7 +120,7 @@ class Registry:
         """Where the upload of a file goes on, and how many bytes of it are there."""
         place = self._uploads.pop(item.sha256, None)
         place, sent = self._standing(place) if place else ("", 0)
-        if not 0 < sent <= item.n_bytes:
+        if not 1 < sent <= item.n_bytes:  # an upload that has nothing yet is told like one that has a byte: 0-0
             place, sent = self._session(), 0
         self._uploads[item.sha256] = place
         return place, sent
@@ -112,12 +132,15 @@ class Registry:
             if answer.status_code == 404:
                 raise TransferError(f"{self.where}: {brief(name)}: expected its blob, found none; publish it again")
             skip = first if answer.status_code == 200 else 0
-            for piece in answer.iter_raw(1 << 20):
+            for piece in answer.iter_raw():
                 if len(piece) > skip:
                     yield piece[skip:]
                 skip = max(0, skip - len(piece))
 
     # ------------------------------------------------------------------------------------------------------ requests
+
+    def _patiently(self, work: Callable[[], Result]) -> Result:
+        return patiently(work, self.where, self._patience)
 
     def _session(self) -> str:
         found = self._call("POST", "blobs/uploads/", headers={"Content-Length": "0"})
@@ -215,7 +238,8 @@ class Registry:
                 f"{self.where}: expected to be let in, found {status}; `docker login {self._login_host}` with a user "
                 "who may do this"
             )
-        if any(code in answer.content for code in _ANEW):
+        lost = status == 416 and answer.request.method != "GET"
+        if lost or any(code in answer.content for code in _ANEW):
             raise Interrupted("the registry gave an upload up")
         text = brief(scrub(answer.text), 160)
         raise TransferError(f"{self.where}: expected the registry to answer, found {status} ({text}); check the name")
@@ -257,3 +281,8 @@ class Registry:
         if not isinstance(token, str):
             raise TransferError(f"{self.where}: expected a token from the registry's login, found none; try again")
         return token
+
+
+def sha256(content: bytes) -> str:
+    """A digest as registries write it."""
+    return "sha256:" + hashlib.sha256(content).hexdigest()

@@ -12,6 +12,7 @@ through `told`, which removes credentials.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -26,13 +27,10 @@ from typing import Protocol
 from quantkit.errors import QuantkitError, TransferError, UsageError
 from quantkit.storage import remotes
 from quantkit.storage.files import brief
+from quantkit.storage.patience import Interrupted, Patience
 
 PIECE_BYTES = 8 << 20
 """What is read, hashed and sent at once."""
-
-
-class Interrupted(Exception):
-    """A connection ended or a server failed for the moment: the same again may work. `str` says how."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,12 +101,13 @@ class Remote(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What the user says beside the address; revision and private are for the Hugging Face Hub."""
+    """What the user says beside the address: revision and private for the Hugging Face Hub, jobs the files at once."""
 
+    writing: bool = False
     revision: str | None = None
     private: bool = False
     jobs: int = 4
-    writing: bool = False
+    patience: Patience = Patience()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,6 +168,12 @@ def parse(text: str) -> tuple[str, str]:
             f"write ./{text} or hf://{text}"
         )
     return "hf", text
+
+
+def check_arrived(content: bytes | bytearray, sha256: object) -> None:
+    """Interrupted when what arrived is not what the place says it has; `sha256` is no text where it says nothing."""
+    if isinstance(sha256, str) and hashlib.sha256(content).hexdigest() != sha256:
+        raise Interrupted("other bytes arrived than were sent")
 
 
 # ------------------------------------------------------------------------------------------------ what libraries say

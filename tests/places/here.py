@@ -20,6 +20,7 @@ from huggingface_hub import constants
 from places.hub import TOKEN, Hub
 from places.registry import Registry
 from places.wire import Spoil, Wire
+from quantkit.storage.patience import Patience
 
 REAL_REGISTRY = shutil.which("docker-registry")
 KINDS = ("file", "s3", "memory", "oci", "oci-real", "hf")
@@ -171,7 +172,7 @@ def of_real_registry(folder: Path, stack: ExitStack) -> Place:
     def path(name: str) -> Path:
         from quantkit.storage.registry import Registry as Client
 
-        client = Client(f"127.0.0.1:{port}", "team/tiny", "registry", 1)
+        client = Client(f"127.0.0.1:{port}", "team/tiny", "registry", 1, Patience())
         image: Any = client.manifest("v1")
         title = "org.opencontainers.image.title"
         digest = next(str(layer["digest"]) for layer in image["layers"] if layer["annotations"][title] == name)[7:]

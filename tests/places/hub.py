@@ -65,6 +65,11 @@ class Hub:
                 return self._resolve(request, f"{owner}/{name}", revision, "/".join(path))
         return as_json(404, {"error": "no such page"})
 
+    def make(self, repository: str) -> None:
+        """An empty repository."""
+        organization, name = repository.split("/")
+        self._create({"organization": organization, "name": name})
+
     def _create(self, asked: dict[str, str]) -> Answer:
         repository = f"{asked['organization']}/{asked['name']}"
         if repository in self.repos:

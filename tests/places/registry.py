@@ -6,12 +6,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import random
 import re
 import secrets
 import threading
 
 from places.served import Answer, Request, Served, as_json
 
+TITLE = "org.opencontainers.image.title"
 NAME = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*"
 USER, PASSWORD = "robot", "pa55:word-of-the-robot"
 
@@ -28,6 +30,7 @@ class Registry:
         self.tokens: dict[str, str] = {}
         self.asked: list[tuple[str, str]] = []
         self.received = 0
+        self.failing: tuple[random.Random, int] | None = None  # every fifth answer is this status
         self._lock = threading.Lock()
         self._served = Served(self.answer)
         self.port, self.close = self._served.port, self._served.close
@@ -37,6 +40,8 @@ class Registry:
         self.asked.append((request.method, request.path))
         if request.path == "/token":
             return self._token(request)
+        if self.failing and self.failing[0].random() < 0.2:
+            return fault(self.failing[1], "UNAVAILABLE")
         refusal = self._refusal(request)
         if refusal:
             return refusal

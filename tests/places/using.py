@@ -10,14 +10,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from click.testing import CliRunner, Result
+
+from quantkit.cli import main
 from quantkit.publishing import publish
 from quantkit.pulling import pull
+from quantkit.storage.patience import Patience
 from quantkit.storage.remote import Options
-from quantkit.transfer import How, Transfer
+from quantkit.transfer import Transfer
 from quantkit.verify import MANIFEST, verify
 
-HOW = How(first_wait=0.01, tries=4)
-WRITING = Options(writing=True)
+PATIENCE = Patience(first_wait=0.01, tries=4)
+WRITING = Options(writing=True, patience=PATIENCE)
 LAST = "model-00003-of-00003.safetensors"
 
 Record = Callable[[str, object], None]
@@ -39,14 +43,39 @@ def moto() -> Iterator[int]:
     server.stop()
 
 
-def sent(artifact: Path, address: str, *, how: How = HOW, overwrite: bool = False, dry_run: bool = False) -> Transfer:
+def sent(
+    artifact: Path,
+    address: str,
+    patience: Patience = PATIENCE,
+    *,
+    jobs: int = 4,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Transfer:
     """Published, though its benchmarks were left out."""
-    return publish(artifact, address, WRITING, how, lambda _: None, force=True, overwrite=overwrite, dry_run=dry_run)
+    options = Options(writing=True, jobs=jobs, patience=patience)
+    return publish(artifact, address, options, lambda _: None, force=True, overwrite=overwrite, dry_run=dry_run)
 
 
-def fetched(address: str, folder: Path, *, how: How = HOW, overwrite: bool = False, dry_run: bool = False) -> Transfer:
+def fetched(
+    address: str,
+    folder: Path,
+    patience: Patience = PATIENCE,
+    *,
+    jobs: int = 4,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Transfer:
     """Pulled."""
-    return pull(address, folder, Options(), how, lambda _: None, overwrite=overwrite, dry_run=dry_run)
+    options = Options(jobs=jobs, patience=patience)
+    return pull(address, folder, options, lambda _: None, overwrite=overwrite, dry_run=dry_run)
+
+
+def run(*words: object) -> Result:
+    """The command line; never a traceback."""
+    done = CliRunner().invoke(main, [str(word) for word in words])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done
 
 
 def files(folder: Path) -> dict[str, bytes]:

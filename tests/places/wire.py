@@ -8,6 +8,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 
 Spoil = Callable[[bytes, int], bytes | None]
@@ -97,16 +98,28 @@ class Cuts:
 
 
 class Flips:
-    """Changes a bit of one byte in each of the first `most` connections that carry more than `behind` bytes."""
+    """Changes a bit in the middle of long pieces, which are bodies and no heads, at most `most` times."""
 
-    def __init__(self, most: int, behind: int) -> None:
-        self.left, self.made, self._behind = most, 0, behind
+    def __init__(self, most: int) -> None:
+        self.left, self.made = most, 0
         self._lock = threading.Lock()
 
-    def __call__(self, piece: bytes, offset: int) -> bytes:
+    def __call__(self, piece: bytes, _: int) -> bytes:
         with self._lock:
-            if not self.left or not offset <= self._behind < offset + len(piece):
+            if not self.left or len(piece) < 1 << 15:
                 return piece
             self.left, self.made = self.left - 1, self.made + 1
-        at = self._behind - offset
+        at = len(piece) // 2
         return piece[:at] + bytes([piece[at] ^ 1]) + piece[at + 1 :]
+
+
+class Slow:
+    """Carries so many bytes per second, over all connections."""
+
+    def __init__(self, bytes_per_second: float) -> None:
+        self._rate, self._lock = bytes_per_second, threading.Lock()
+
+    def __call__(self, piece: bytes, _: int) -> bytes:
+        with self._lock:
+            time.sleep(len(piece) / self._rate)
+        return piece

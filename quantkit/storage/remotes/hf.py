@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from urllib.parse import quote
 
@@ -34,7 +34,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 from quantkit.errors import TransferError, UsageError
 from quantkit.storage.files import JSON_LIMIT_BYTES, brief
 from quantkit.storage.outgoing import Pieces
-from quantkit.storage.remote import Arrived, Found, Interrupted, Item, Kind, Options, faults, scrub, told
+from quantkit.storage.patience import Interrupted
+from quantkit.storage.remote import Arrived, Found, Item, Kind, Options, check_arrived, faults, scrub, told
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _FURNITURE = re.compile(r"\.git\w+|README\.md|(?i:licen[cs]e|notice)[^/]*|.*\.(?:png|jpe?g|gif|svg|webp)")
@@ -121,7 +122,12 @@ class Hub:
             return None
         if found.size > JSON_LIMIT_BYTES:
             raise TransferError(f"{self.where}: {name}: expected at most {JSON_LIMIT_BYTES} bytes, found {found.size}")
-        return b"".join(self.read(name, 0))[: JSON_LIMIT_BYTES + 1]
+        content = b"".join(self.read(name, 0))
+        if found.lfs is not None:
+            check_arrived(content, found.lfs.sha256)
+        elif git_id([content], len(content)) != found.blob_id:
+            raise Interrupted("other bytes arrived than were sent")
+        return content
 
     def sizes(self) -> Mapping[str, int]:
         """Every file of one commit: later commits change nothing for this pull."""
@@ -138,7 +144,7 @@ class Hub:
                 answer.read()
             hf_raise_for_status(answer)
             skip = first if answer.status_code == 200 else 0
-            for piece in answer.iter_raw(1 << 20):
+            for piece in answer.iter_raw():
                 if len(piece) > skip:
                     yield piece[skip:]
                 skip = max(0, skip - len(piece))
@@ -218,11 +224,16 @@ def same(item: Item, file: RepoFile | None) -> bool:
         return False
     if file.lfs is not None:
         return file.lfs.sha256 == item.sha256
-    digest = hashlib.sha1(f"blob {item.n_bytes}\0".encode(), usedforsecurity=False)
     with Pieces(item) as pieces:
-        for piece in pieces:
-            digest.update(piece)
-    return digest.hexdigest() == file.blob_id
+        return git_id(pieces, item.n_bytes) == file.blob_id
+
+
+def git_id(pieces: Iterable[bytes], n_bytes: int) -> str:
+    """How git names a file."""
+    digest = hashlib.sha1(f"blob {n_bytes}\0".encode(), usedforsecurity=False)
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def hub(rest: str, text: str, options: Options) -> Hub:

@@ -13,7 +13,7 @@ from collections.abc import Generator, Mapping, Sequence
 from quantkit.errors import TransferError, UsageError
 from quantkit.storage.files import JSON_LIMIT_BYTES, brief
 from quantkit.storage.registry import MANIFEST, Registry
-from quantkit.storage.remote import Arrived, Found, Item, Kind, Options, scrub
+from quantkit.storage.remote import Arrived, Found, Item, Kind, Options, check_arrived, scrub
 
 ARTIFACT_TYPE = "application/vnd.quantkit.artifact.v1"
 TITLE = "org.opencontainers.image.title"
@@ -93,6 +93,7 @@ class Oci:
             content += piece
             if len(content) > size:
                 break
+        check_arrived(content, digest.removeprefix("sha256:"))
         return bytes(content)
 
     def sizes(self) -> Mapping[str, int]:
@@ -143,7 +144,8 @@ def oci(rest: str, text: str, options: Options) -> Oci:
         )
     tag = match["tag"] or "latest"
     where = f"oci://{match['host']}/{match['name']}:{tag}" + (f"@{match['digest']}" if match["digest"] else "")
-    return Oci(Registry(match["host"], match["name"], where, options.jobs), match["digest"] or tag)
+    registry = Registry(match["host"], match["name"], where, options.jobs, options.patience)
+    return Oci(registry, match["digest"] or tag)
 
 
 REMOTE = Kind(open=oci, package="httpx2", extra="oci")

@@ -15,8 +15,9 @@ from typing import Any
 
 from quantkit.errors import TransferError, UsageError
 from quantkit.storage.outgoing import Pieces
-from quantkit.storage.remote import Arrived, Found, Interrupted, Item, Kind, Options, faults, scrub
-from quantkit.storage.remotes.other import Bucket, check_sizes
+from quantkit.storage.patience import Interrupted
+from quantkit.storage.remote import Arrived, Found, Item, Kind, Options, check_arrived, faults, scrub
+from quantkit.storage.remotes.other import Bucket, check_sizes, md5
 
 PART_BYTES = 16 << 20
 """Of a multipart upload; longer where a file would have more than 10,000 parts."""
@@ -75,8 +76,12 @@ class S3:
         return self.where
 
     def fetch_manifest(self, name: str) -> bytes | None:
-        """The object itself; a missing bucket has none."""
-        return self._below.fetch_manifest(name)
+        """The object itself, compared with the sha256 it was sent with; a missing bucket has none."""
+        content = self._below.fetch_manifest(name)
+        if content is not None:
+            told = self._call("head_object", name, {}).get("Metadata", {}).get(_SHA)
+            check_arrived(content, told)
+        return content
 
     def sizes(self) -> Mapping[str, int]:
         """What lies below the prefix."""
@@ -90,8 +95,12 @@ class S3:
         """s3fs keeps its client for the whole process."""
 
     def _holds(self, item: Item) -> bool:
-        told = self._call("head_object", item.name, {}).get("Metadata", {}).get(_SHA)
-        return told == item.sha256 if told else self._below.holds(item)
+        """By the sha256 it was sent with; an object of one part must also have the MD5 of the bytes that arrived."""
+        head = self._call("head_object", item.name, {})
+        told, etag = head.get("Metadata", {}).get(_SHA), plain_md5(head)
+        if not told:
+            return self._below.holds(item)
+        return told == item.sha256 and (etag is None or etag == md5(item).hex())
 
     def _send_parts(self, item: Item, upload: str | None, parts: Parts, arrived: Arrived) -> None:
         name, size = item.name, part_bytes(item.n_bytes)
@@ -156,11 +165,16 @@ def part_bytes(n_bytes: int) -> int:
     return max(PART_BYTES, -(-n_bytes // _MAX_PARTS))
 
 
-def check_etag(where: str, name: str, answer: Mapping[str, Any], body: bytes) -> None:
-    """Interrupted when the server holds other bytes than were sent; encrypted objects have no MD5 for an ETag."""
+def plain_md5(answer: Mapping[str, Any]) -> str | None:
+    """The MD5 of an object or part; None for encrypted objects and those of several parts, whose ETag is none."""
     etag = str(answer.get("ETag", "")).strip('"')
     plain = answer.get("ServerSideEncryption") in {None, "AES256"} and not answer.get("SSECustomerAlgorithm")
-    if plain and len(etag) == 32 and etag != hashlib.md5(body, usedforsecurity=False).hexdigest():
+    return etag if plain and len(etag) == 32 else None
+
+
+def check_etag(where: str, name: str, answer: Mapping[str, Any], body: bytes) -> None:
+    """Interrupted when the server holds other bytes than were sent."""
+    if plain_md5(answer) not in {None, hashlib.md5(body, usedforsecurity=False).hexdigest()}:
         raise Interrupted(f"{where}: {name}: other bytes arrived than were sent")
 
 
