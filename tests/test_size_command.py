@@ -57,6 +57,14 @@ def test_json_has_what_the_tables_show() -> None:
     assert card["tokens_per_step"]["safe"] > 0
 
 
+def test_each_format_of_a_recipe_is_sized() -> None:
+    found = run("smollm2-135m-gptq4", "--set", "format=[gptq, compressed_tensors]", "--context", "512", "--json")
+    assert found.exit_code == 0, found.output
+    assert [each["model"]["scheme"] for each in json.loads(found.stdout)] == [
+        "gptq, 4 bits g64", "compressed_tensors, 4 bits g64",
+    ]  # fmt: skip
+
+
 def test_one_card_in_full_names_sources_and_advice() -> None:
     found = run("v3-gptq4-fp8", "--gpu", "H100")
     assert found.exit_code == 0

@@ -73,6 +73,7 @@ def test_a_strangers_bytes_are_those_of_its_headers(tmp_path: Path) -> None:
         ({"model_type": "mamba"}, CheckpointError, "num_attention_heads: expected an integer"),
         ({"model_type": "no_such_family"}, UsageError, "transformers has no language model of that type"),
         ({"model_type": "gemma2", "num_hidden_layers": "many"}, CheckpointError, "repair the value"),
+        ({"model_type": "gemma2", "num_hidden_layers": 10**8}, CheckpointError, "expected at most 10,000"),
         ({"model_type": "qwen3_next", "num_hidden_layers": 4}, CheckpointError, "'linear_attention' layers"),
     ],
 )

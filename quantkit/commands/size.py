@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from quantkit.console import as_json, failing_well, show
+from quantkit.console import as_json, as_json_list, failing_well, show
 from quantkit.errors import UsageError
 from quantkit.options import JSON, SET, read_recipe
 
@@ -79,9 +79,10 @@ def COMMAND(
     if compare:
         show_sides([(target, next(iter(by_card.values()))) for target, by_card in sides], json_out)
     elif json_out:
-        show_json(sides[0][1], dated)
+        as_json_list([json_values(by_card, dated) for _, by_card in sides])
     else:
-        show(*view(sides[0][1], dated, in_full=gpu is not None))
+        for _, by_card in sides:
+            show(*view(by_card, dated, in_full=gpu is not None))
 
 
 def read_models(target: str, overrides: Sequence[str], width: Width | None) -> tuple[Model, ...]:
@@ -127,19 +128,19 @@ def view(found: dict[str, Fit], dated: Cards, *, in_full: bool) -> list[Renderab
     return shown
 
 
-def show_json(found: dict[str, Fit], dated: Cards) -> None:
-    """One model as JSON."""
+def json_values(found: dict[str, Fit], dated: Cards) -> dict[str, object]:
+    """One model as plain values."""
     from quantkit.sizing.bounds import bounds
     from quantkit.sizing.summary import fit_values, model_values, needs_values
 
     needs = next(iter(found.values())).needs
     cards = [fit_values(key, fit, bounds(fit)) for key, fit in found.items()]
-    as_json({
+    return {
         "model": model_values(needs.model),
         "needs": needs_values(needs),
         "cards_updated": str(dated.updated),
         "cards": cards,
-    })
+    }
 
 
 def show_sides(found: Sequence[tuple[str, Fit]], json_out: bool) -> None:

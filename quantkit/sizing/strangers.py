@@ -32,6 +32,8 @@ KEYS_VALUES = re.compile(r"\b(?:k_proj|v_proj|key|value|k_lin|v_lin)\.weight$")
 FUSED = re.compile(r"\b(?:qkv_proj|query_key_value|c_attn|Wqkv|qkv|att_proj|in_proj)\.weight$")
 EMBEDDING = re.compile(r"\b(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\b")
 
+MOST_LAYERS = 10_000  # no model has more; transformers would make modules for hours
+
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     "top_k": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"),
@@ -98,6 +100,12 @@ def built(config: Config) -> tuple[Any, Any]:
             f"{config.where}: model_type: {registry.unknown('family', model_type, registry.names('architectures'))} "
             "transformers has no language model of that type either"
         )
+    for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        count = values.get(key)
+        if isinstance(count, int) and count > MOST_LAYERS:
+            raise CheckpointError(
+                f"{config.where}: {key}: expected at most {MOST_LAYERS:,}, found {count:,}; repair it"
+            )
     try:
         known = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(values))
         with torch.device("meta"):
