@@ -112,9 +112,9 @@ def switched_off(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
     if found is not None and not isinstance(found, Mapping):
         raise ArtifactError(f"config.json: quantization_config.dynamic: expected an object, found {found!r:.60}")
     keys = [str(key) for key in found or {}]
-    if other := [key for key in keys if not key.startswith("-:")]:
+    if other := [key for key, value in (found or {}).items() if not str(key).startswith("-:") or value != {}]:
         raise ArtifactError(
-            f"config.json: quantization_config.dynamic: expected '-:pattern' for what is kept, found {other[0]!r:.60}"
+            f"config.json: quantization_config.dynamic: expected '-:pattern' with {{}} alone, found {other[0]!r:.60}"
         )
     kept = matcher(tuple(pattern(key.removeprefix("-:"), "dynamic") for key in keys))
     return lambda module: "plain" if kept.match(module) else "codes"

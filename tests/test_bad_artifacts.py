@@ -5,12 +5,15 @@ Each case is counted: `record_property` puts "reliability" and "fault" into a JU
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 from checkpoints import recipe_text, tiny_config, write_checkpoint
@@ -38,7 +41,7 @@ from damage import (
 
 from quantkit import pipeline, registry
 from quantkit.cli import main
-from quantkit.errors import ArtifactError
+from quantkit.errors import ArtifactError, QuantkitError
 from quantkit.formats.bitsandbytes import NF4_VALUES
 from quantkit.numerics import codebook
 from quantkit.recipe import parse
@@ -535,6 +538,74 @@ def test_a_fault_of_content_is_refused(
     message = refused(path)
     assert sentence in message
     assert "sha256" not in message and "bytes, found" not in message
+
+
+STRANGE: list[object] = [
+    None, True, False, 0, -1, 1, 10**30, 2**63, 0.5, 1e308, float("nan"), "", "x", "../..", "\0", "\ud800",
+    [], [None], [[]], [1, 2, 3], {}, {"a": 1},
+]  # fmt: skip
+
+
+def places(value: object, at: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """Every place in a JSON value, but for the many that are alike."""
+    inner = (
+        list(value.items())[:60]
+        if isinstance(value, dict)
+        else list(enumerate(value))[:6]
+        if isinstance(value, list)
+        else []
+    )
+    return [at, *(place for key, below in inner for place in places(below, (*at, key)))]
+
+
+def disturbed(values: dict[str, Any], random: Random) -> dict[str, Any]:
+    """A copy with something strange, or nothing, in one place."""
+    values = copy.deepcopy(values)
+    place = random.choice(places(values)[1:])
+    holder: Any = values
+    for key in place[:-1]:
+        holder = holder[key]
+    if random.random() < 0.2 and isinstance(holder, dict):
+        del holder[place[-1]]
+    else:
+        holder[place[-1]] = copy.deepcopy(random.choice(STRANGE))
+    return values
+
+
+def fuzz(path: Path, count: int, seed: int) -> tuple[int, int]:
+    """Disturb the JSON files of an artifact, each sealed again; how many were tried and how many refused."""
+    random, refused, names = Random(seed), 0, ("config.json", MANIFEST, "quantkit/fidelity.json", "quantkit/plan.json")
+    files = {name: (path / name).read_bytes() for name in names}
+    for _ in range(count):
+        name = random.choice([MANIFEST, *names])
+        changed = disturbed(json.loads(files[name]), random)
+        (path / name).write_text(json.dumps(changed))
+        if name != MANIFEST:
+            if name == "config.json":
+                entry = changed.get("quantization_config")
+                edit_json(path / MANIFEST, lambda manifest, entry=entry: manifest.update(quantization_config=entry))
+            rehash(path)
+        try:
+            verify(path)
+        except QuantkitError:
+            refused += 1
+        for file, content in files.items():
+            (path / file).write_bytes(content)
+    return count, refused
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq", "fp8", "nf4"])
+def test_strange_values_are_refused_or_without_meaning(kind: str, bad: Callable[[str], Path]) -> None:
+    """Nothing but quantkit's own errors leaves verify."""
+    tried, refused = fuzz(bad(kind), 40, seed=0)
+    assert tried // 3 < refused < tried  # what nobody reads may hold anything
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_strange_values_are_refused_or_without_meaning(kind: str, bad: Callable[[str], Path]) -> None:
+    tried, refused = fuzz(bad(kind), 3000, seed=1)
+    assert tried // 3 < refused < tried
 
 
 def absent(path: Path) -> None:

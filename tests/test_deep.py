@@ -167,6 +167,7 @@ def test_the_command_says_what_was_proven(made: Made) -> None:
     source = json.loads((path / MANIFEST).read_text())["source"]["model"]
     assert result.stdout.splitlines()[1:] == [
         f"  source {source}: names, headers, config and tokenizer unchanged, 1 of 1 weight files hashed",
+        "  config.json but for quantization, and 2 files beside it: the source's",
         "  14 of 14 quantized linears",
         "        6 recorded weight error reproduced from source and codes (how calibration chose them is not proven)",
         f"        8 {SAID['scaled']}",
@@ -241,6 +242,11 @@ def wordless(path: Path) -> None:
         path / "quantkit/fidelity.json",
         lambda r: [x.update(relative_error="small") for x in r["modules"] if x["name"] == GATE],
     )
+
+
+def beside(name: str, content: bytes) -> Callable[[Path], object]:
+    """Another file in place of one that was carried over."""
+    return lambda path: (path / name).write_bytes(content)
 
 
 def unfold(path: Path) -> None:
@@ -342,6 +348,17 @@ LIES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "experts",
         lambda p: swap(p, "model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.experts.1.up_proj"),
         "experts.0.up_proj: expected the recorded weight error",
+    ),
+    "another model's tokenizer": ("rtn", beside("tokenizer.json", b"{}"), "tokenizer.json: expected the source's file"),
+    "another activation": (
+        "rtn",
+        lambda p: edit_json(p / "config.json", lambda config: config.update(hidden_act="relu")),
+        "config.json: hidden_act: expected the source's, found 'relu'",
+    ),
+    "code that is to be run": (
+        "rtn",
+        lambda p: edit_json(p / "config.json", lambda config: config.update(auto_map={"AutoModel": "x.Evil"})),
+        "config.json: auto_map: expected the source's, found {'AutoModel': 'x.Evil'}",
     ),
     "scales that the manifest denies": ("awq", unfold, "expected the source's values, bit for bit, found others"),
 }

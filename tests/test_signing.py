@@ -340,7 +340,7 @@ def test_a_signature_that_is_none_is_refused(
     assert code == 1 and len(text.splitlines()) == 1 and sentence in text
 
 
-@pytest.mark.parametrize("at", range(0, 1000, 37))
+@pytest.mark.parametrize("at", range(0, 1000, 83))
 def test_no_flipped_byte_of_a_signature_is_accepted(at: int, signed: Path, keys: Pair) -> None:
     """Some bytes are free: names of fields that nobody reads. Whatever is accepted signs the same list of files."""
     import base64

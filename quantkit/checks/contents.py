@@ -175,8 +175,8 @@ def scheme_of(values: object) -> Scheme | None:
     bits, group, dtypes = values["bits"], values["group_size"], get_args(ScaleDtype)
     flags = all(type(values[key]) is bool for key in ("symmetric", "double_quant"))
     sizes = type(bits) is int and 2 <= bits <= 8 and type(group) is int and (group == -1 or group > 0)
-    names = values["scale_dtype"] in dtypes and values["kind"] in {"int", "nf4"}
-    if not (flags and sizes and names and values["source_dtype"] in {None, *dtypes}):
+    names = values["scale_dtype"] in dtypes and values["kind"] in ("int", "nf4")
+    if not (flags and sizes and names and values["source_dtype"] in (None, *dtypes)):
         return None
     return Scheme(**{str(key): value for key, value in values.items()})
 

@@ -48,7 +48,7 @@ def readable(path: Path) -> Mapping[str, object] | None:
 def module_faults(reported: object, recorded: object) -> Iterator[str]:
     """Modules of which report and manifest tell different things."""
     rows = reported if isinstance(reported, list) else []
-    told = {row.get("name"): row for row in rows if isinstance(row, Mapping)}
+    told = {str(row.get("name")): row for row in rows if isinstance(row, Mapping)}
     known = recorded if isinstance(recorded, Mapping) else {}
     for name in dict.fromkeys([*told, *known]):
         row, record = told.get(name), known.get(name)

@@ -144,6 +144,7 @@ def deep_figures(proven: Deep) -> dict[str, object]:
         "tensors_in_all": proven.tensors[1],
         "source_files_hashed": proven.files[0],
         "source_files": proven.files[1],
+        "carried_files": proven.carried,
         "proofs": {proof.name: proof.kind for proof in proven.proofs},
         "not_proven": {proof.name: proof.reason for proof in proven.proofs if proof.reason},
     }

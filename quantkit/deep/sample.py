@@ -10,6 +10,7 @@ from random import Random
 from quantkit.deep.proofs import Kind, Proof, prove_kept, prove_linear
 from quantkit.deep.sides import Sides, open_sides
 from quantkit.errors import ArtifactError
+from quantkit.storage.scan import scan
 from quantkit.verify import mapping, read_manifest
 
 SHOWN = 20
@@ -25,18 +26,26 @@ SAID: dict[Kind, str] = {
 }
 """What each kind of proof is worth, in words."""
 
+WRITTEN = ("quantization_config", "num_nextn_predict_layers")
+"""What a build writes into config.json."""
+NOTHING = object()
+
 NEVER = "output errors and figures of the report: their statistics and texts are not in the artifact"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deep:
-    """What a sample showed. modules and tensors: (looked at, in all); files: of the source whose bytes were hashed."""
+    """What a sample showed. modules and tensors: (looked at, in all); files: of the source whose bytes were hashed.
+
+    carried: files that the artifact took over as they are, all of them compared, as config.json is.
+    """
 
     source: str
     seed: int
     modules: tuple[int, int]
     tensors: tuple[int, int]
     files: tuple[int, int]
+    carried: int
     proofs: tuple[Proof, ...]
 
     def counts(self, kinds: Sequence[Kind]) -> dict[Kind, int]:
@@ -60,7 +69,7 @@ def verify_deep(path: Path, source: str | None, sample: int | None, seed: int, t
     for name, prove in [(name, prove_linear) for name in modules] + [(name, prove_kept) for name in tensors]:
         tell(name)
         proofs.append(prove(sides, name))
-    faults = [f"{proof.name}: {proof.fault}" for proof in proofs if proof.fault]
+    faults = [*carried_faults(sides), *(f"{proof.name}: {proof.fault}" for proof in proofs if proof.fault)]
     if faults:
         more = f"\n... and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise ArtifactError(f"{path}: not made of {sides.named}:\n" + "\n".join(faults[:SHOWN]) + more)
@@ -70,8 +79,25 @@ def verify_deep(path: Path, source: str | None, sample: int | None, seed: int, t
         modules=(len(modules), len(sides.schemes)),
         tensors=(len(tensors), len(sides.kept)),
         files=(files, len(told)),
+        carried=len(sides.source.sidecars),
         proofs=tuple(proofs),
     )
+
+
+def carried_faults(sides: Sides) -> Iterator[str]:
+    """Where config.json is not the source's, quantization and MTP blocks left aside, and files that are not its own."""
+    before, after = (
+        {key: value for key, value in side.config.values.items() if key not in WRITTEN}
+        for side in (sides.source, sides.stored)
+    )
+    for key in dict.fromkeys([*before, *after]):
+        if before.get(key, NOTHING) != after.get(key, NOTHING):
+            found = "nothing" if key not in after else repr(after[key])[:60]
+            yield f"config.json: {key}: expected the source's, found {found}"
+    for file in sides.source.sidecars:
+        there = sides.path / file.name
+        if not there.is_file() or scan(there) != scan(file.resolve()):
+            yield f"{file.name}: expected the source's file, found {'another' if there.is_file() else 'none'}"
 
 
 def drawn(random: Random, names: Sequence[str], count: int | None) -> list[str]:
@@ -97,6 +123,7 @@ def lines(deep: Deep) -> Iterator[str]:
         f"source {deep.source}: names, headers, config and tokenizer unchanged, {deep.files[0]} of {deep.files[1]} "
         "weight files hashed"
     )
+    yield f"config.json but for quantization, and {deep.carried} files beside it: the source's"
     parts: tuple[tuple[str, tuple[int, int], Sequence[Kind]], ...] = (
         ("quantized linears", deep.modules, ("requantized", "reproduced", "scaled")),
         ("kept tensors", deep.tensors, ("equal", "power_of_two", "factor")),
