@@ -352,6 +352,15 @@ def test_several_prompts_and_choices_are_counted_by_index(api: openai.OpenAI) ->
     assert pieces == {choice.index: choice.text for choice in answer.choices}
 
 
+def test_an_answer_ends_at_eos_unless_that_is_ignored(api: openai.OpenAI) -> None:
+    short = api.completions.create(model="tiny", prompt=PROMPT, max_tokens=60, temperature=0)
+    assert short.choices[0].finish_reason == "stop" and short.usage and short.usage.completion_tokens < 60
+    full = api.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=60, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert full.choices[0].finish_reason == "length" and full.usage and full.usage.completion_tokens == 60
+
+
 def test_the_context_is_a_bound(api: openai.OpenAI, decoder: Decoder) -> None:
     tokens = [5] * 500
     answer = api.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a b"}], temperature=0)

@@ -94,6 +94,9 @@ class Decoder:
         self.tokenizer: Any = load_tokenizer(folder)
         self.model = load(folder)
         self.name = name or folder.resolve().name
+        eos = self.model.generation_config.eos_token_id
+        self._ends: list[int] = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        self.model.generation_config.eos_token_id = None  # what a request leaves open, generate takes from there
         longest = int(getattr(self.model.config, "max_position_embeddings", 0)) or 2048
         self.context = min(context or longest, longest)
         own = template or getattr(self.tokenizer, "chat_template", None)
@@ -143,6 +146,8 @@ class Decoder:
         config.update(max_new_tokens=limit, do_sample=sampled, top_p=None, temperature=None, top_k=None)
         if sampled:
             config.update(temperature=ask.temperature, top_p=ask.top_p, top_k=0)
+        ends = [] if ask.ignore_eos else self._ends
+        config.update(eos_token_id=ends or None)
         inputs = torch.tensor([ids], device=self.model.device)
         with torch.inference_mode():
             made = self.model.generate(
@@ -154,7 +159,5 @@ class Decoder:
             )
         if writer.cancelled.is_set():
             return Ended(reason="cancelled", tokens=writer.tokens)
-        eos = config.eos_token_id
-        last = int(made[0, -1])
-        ended = writer.stopped or last in (eos if isinstance(eos, list) else [eos])
+        ended = writer.stopped or int(made[0, -1]) in ends
         return Ended(reason="stop" if ended else "length", tokens=writer.tokens)

@@ -21,7 +21,7 @@ _NEUTRAL: Mapping[str, Any] = {
 }  # fmt: skip
 _UNDERSTOOD = {
     "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "n",
-    "stream", "stream_options",
+    "stream", "stream_options", "ignore_eos",
 }  # fmt: skip
 
 
@@ -44,6 +44,7 @@ class Ask:
     n: int
     stream: bool
     usage: bool  # told at a stream's end
+    ignore_eos: bool  # as vLLM and SGLang have it: load tests ask for answers of one length
 
 
 def read(values: Mapping[str, Any], kind: Literal["text", "chat"], served: str) -> Ask:
@@ -73,6 +74,7 @@ def read(values: Mapping[str, Any], kind: Literal["text", "chat"], served: str) 
         n=whole_number(values, "n", 1, 1, MOST_CHOICES) or 1,
         stream=bool(values.get("stream")),
         usage=isinstance(options, Mapping) and bool(options.get("include_usage")),
+        ignore_eos=bool(values.get("ignore_eos")),
     )
 
 
