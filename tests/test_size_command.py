@@ -25,7 +25,8 @@ def test_the_flagship_from_config_alone() -> None:
     found = run("deepseek-ai/DeepSeek-V3")
     assert found.exit_code == 0
     for told in ("671.03 B parameters", "673.15 GB (626.92 GiB)", "70,272 B per token x 32,768 tokens x 10 users",
-                 "H100 SXM 80 GB", "TP8 x PP2", "Computed upper bounds", "2026-11-23"):  # fmt: skip
+                 "Cheapest in one node: 8 x", "H100 SXM 80 GB", "TP8 x PP2", "Computed upper bounds",
+                 "2026-11-23"):  # fmt: skip
         assert told in found.stdout, told
     assert max(map(len, found.stdout.splitlines())) <= 100
 
@@ -51,6 +52,7 @@ def test_json_has_what_the_tables_show() -> None:
     assert told["needs"]["kv_bytes"] == 61 * 576 * 4096 * 3
     (card,) = told["cards"]
     assert (card["cards"], card["tensor_parallel"], card["pipeline_parallel"], card["nodes"]) == (16, 8, 2, 2)
+    assert (card["price_usd"], card["watts"]) == (16 * 7500, 16 * 350)
     assert card["allowed_tensor_parallel"] == [1, 2, 4, 8, 16]
     assert card["refused_tensor_parallel"]["3"] == "attention heads 128 / 3 is no whole number"
     assert card["bounds"]["computed"] is True and card["bounds"]["prefill"]["limit"] == "interconnect"

@@ -270,6 +270,11 @@ def test_refusals_say_what_to_do(v3: Model, tmp_path: Path) -> None:
         attentions(Config(values={**MISTRAL_7B, "num_key_value_heads": 0}))
 
 
+def test_a_machine_without_links_stays_by_itself(v3: Model, cards: Cards) -> None:
+    assert fits(needs(v3), cards.cards["mac-studio"]).placement is None
+    assert fits(needs(model_of(QWEN_32B)), cards.cards["mac-studio"]).one_card
+
+
 def test_a_card_is_found_by_key_and_by_name(cards: Cards) -> None:
     assert cards.named("H-100") is cards.named("nvidia h100 sxm 80 gb") is cards.cards["h100"]
     with pytest.raises(UsageError, match="no card named 'h10'. Did you mean 'h100'"):

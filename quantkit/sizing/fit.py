@@ -175,6 +175,8 @@ def candidates(card: Card, allowed: Sequence[int], layers: int) -> Iterator[tupl
     pairs = [(tp, pp) for tp in inside for pp in range(2, min(layers, card.per_node // tp) + 1)]
     for tp, pp in sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair[1])):
         yield tp, pp, 1
+    if card.link.kind == "none":
+        return  # a machine by itself
     widest = max(tp for tp in inside if card.per_node % tp == 0)
     for nodes in range(2, MOST_NODES + 1):
         pp = nodes * card.per_node // widest

@@ -58,6 +58,8 @@ def fit_values(key: str, fit: Fit, made: Bounds | None) -> Json:
         "least_cards": fit.least_cards,
         "cards": placement.cards if placement else None,
         "nodes": placement.nodes if placement else None,
+        "price_usd": placement.cards * fit.card.price_usd.value if placement else None,  # of the cards alone
+        "watts": placement.cards * fit.card.watts.value if placement else None,
         "tensor_parallel": placement.tp if placement else None,
         "pipeline_parallel": placement.pp if placement else None,
         "allowed_tensor_parallel": list(fit.allowed),

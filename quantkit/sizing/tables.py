@@ -101,9 +101,21 @@ def cards_table(found: Sequence[tuple[Fit, Bounds | None]], dated: Cards) -> Tab
     )  # fmt: skip
     needs = found[0][0].needs if found else None
     asked = f" context: longest for {needs.users} users; users: most at {needs.context:,} tokens." if needs else ""
+    asked += cheapest([fit for fit, _ in found])
     note = f"{BOUND} Cards as of {dated.updated}, {len(dated.sources)} sources (cards.yaml).{asked}"
     star = " * links between cards are the limit." if any("*" in row[-1] for row in rows) else ""
     return Table(title="Cards", columns=columns, rows=tuple(rows), note=note + star)
+
+
+def cheapest(fits: Sequence[Fit]) -> str:
+    """The cards that cost least, in one node where one is enough; nothing where there is no choice."""
+    placed = [(fit.placement, fit.card) for fit in fits if fit.placement]
+    inside = [pair for pair in placed if pair[0].nodes == 1] or placed
+    if len(placed) < 2:
+        return ""
+    placement, card = min(inside, key=lambda pair: pair[0].cards * pair[1].price_usd.value)
+    price, where = placement.cards * card.price_usd.value, " in one node" if placement.nodes == 1 else ""
+    return f" Cheapest{where}: {placement.cards} x {short(card)}, {price:,.0f} USD."
 
 
 def short(card: Card) -> str:
