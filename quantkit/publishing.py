@@ -80,22 +80,21 @@ def outgoing(artifact: Path) -> tuple[list[Item], Item]:
 def replaced(found: Found, items: Sequence[Item], manifest: Item, where: str, overwrite: bool) -> tuple[str, ...]:
     """What must go before another artifact can be there, the manifest first; TransferError when it may not."""
     same = found.manifest is not None and hashlib.sha256(found.manifest).hexdigest() == manifest.sha256
-    named: set[str] = set()
-    if found.manifest is not None and not same:
-        if not overwrite:
-            raise TransferError(
-                f"{where}: expected no other artifact, found one; choose another place, or pass --overwrite"
-            )
-        named = names_in(found.manifest)
+    if found.manifest is not None and not same and not overwrite:
+        raise TransferError(
+            f"{where}: expected no other artifact, found one; choose another place, or pass --overwrite"
+        )
+    named = names_in(found.manifest) if found.manifest is not None else set[str]()
     strangers = [name for name in found.others if name not in named]
     if strangers and not overwrite:
         raise TransferError(
             f"{where}: expected an empty place or this artifact, found {len(strangers)} other files, the first "
             f"{brief(strangers[0])}; choose another place, or pass --overwrite"
         )
-    incomplete = same and any(item.name not in found.there for item in items)
-    gone = sorted(name for name in found.others if name in named)
-    return ((MANIFEST,) if incomplete or (found.manifest is not None and not same) else ()) + tuple(gone)
+    if same:  # a signature that this copy lacks stays
+        return (MANIFEST,) if any(item.name not in found.there for item in items) else ()
+    gone = (name for name in found.others if name in named)
+    return (MANIFEST, *sorted(gone)) if found.manifest is not None else ()
 
 
 def names_in(manifest: bytes) -> set[str]:

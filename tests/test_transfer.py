@@ -63,6 +63,12 @@ def test_the_signature_travels_too(artifact: Path, there: Place, tmp_path: Path)
     sent(artifact, there.address)
     fetched(there.address, tmp_path / "got")
     assert (tmp_path / "got" / SIGNATURE).read_text() == '{"signed": true}'
+    (artifact / SIGNATURE).write_text('{"signed": "again"}')
+    assert set(sent(artifact, there.address).files) == {SIGNATURE, MANIFEST}
+    (artifact / SIGNATURE).unlink()
+    assert sent(artifact, there.address).files == ()
+    fetched(there.address, tmp_path / "again")
+    assert (tmp_path / "again" / SIGNATURE).read_text() == '{"signed": "again"}'
 
 
 # ------------------------------------------------------------------------------------------------ half of a publication
