@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 THREADS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-serve test lint types unit test-slow readers test-readers bench bench-quality bench-likelihood bench-memory bench-gpu bench-gateway bench-peers bench-verify \
+.PHONY: help demo demo-serve test lint types unit test-slow readers test-readers bench bench-quality bench-likelihood bench-memory bench-gpu bench-gateway bench-peers bench-transfer bench-verify \
 	reliability real-model eval-real test-vllm wheel clean
 
 help:  ## list the targets
@@ -76,6 +76,9 @@ bench-gpu: $(VENV)/.installed  ## one MoE block of DeepSeek-V3's shape on a GPU:
 
 bench-gateway: $(VENV)/.installed  ## what the gateway adds per request and per streamed token, on loopback
 	$(BIN)/python tests/bench_gateway.py
+
+bench-transfer: $(VENV)/.installed  ## quantkit publish and pull in a folder against cp -r, 1 GB
+	$(BIN)/python tests/bench_transfer.py
 
 # SmolLM2-135M out of a package, and the tools beside which it is measured, each in an environment of its own.
 REAL := .venv-real
