@@ -91,7 +91,7 @@ class Tally:
         seconds = time.monotonic() - self._began
         text = f"{size(done)} of {size(self.total)}"
         new = done - (self._before or 0)
-        if seconds < 0.5 or new <= 0:
+        if seconds < 0.5 or new <= 0 or done >= self.total:
             return text
         left = int((self.total - done) * seconds / new)
         return f"{text}, {size(int(new / seconds))}/s, {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"

@@ -133,6 +133,25 @@ def test_a_pull_by_digest(built: Path, tmp_path: Path, make: Callable[[str], Pla
     )
 
 
+def test_a_tag_that_moves_while_it_is_pulled(
+    built: Path, tmp_path: Path, make: Callable[[str], Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was begun is finished."""
+    from quantkit import pulling
+
+    there = make("oci")
+    sent(built, there.address)
+    real = pulling.in_parallel
+
+    def moving(*args: object) -> None:
+        there.server.tags.clear()
+        real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pulling, "in_parallel", moving)
+    fetched(there.address, tmp_path / "got")
+    assert files(tmp_path / "got") == files(built)
+
+
 def sha_of(place: str) -> str:
     return place.rpartition("@")[2]
 

@@ -135,7 +135,7 @@ class Landing:
 
     def give_name(self) -> None:
         """Rename the folder; what lies there is replaced as a whole."""
-        old = self.path.with_name(self.path.name + ".replaced")
+        old = self.path.with_name(self.path.name + ".pulling.replaced")
         try:
             shutil.rmtree(old, ignore_errors=True)
             for folder in (path for path in self.folder.rglob("*") if path.is_dir()):

@@ -97,8 +97,9 @@ class Oci:
         return bytes(content)
 
     def sizes(self) -> Mapping[str, int]:
-        """What the image manifest names."""
-        return {name: size for name, (_, size) in self._titles().items()}
+        """What the image manifest names that was seen first: a tag that moves meanwhile changes nothing."""
+        blobs = self._blobs if self._blobs is not None else self._titles()
+        return {name: size for name, (_, size) in blobs.items()}
 
     def read(self, name: str, first: int) -> Generator[bytes, None, None]:
         """A blob."""
