@@ -41,8 +41,8 @@ TINY: Mapping[str, object] = {
 }
 """What the TINY configs have in common; sizes that fill AWQ's groups and words, and FP8's blocks."""
 
-MOST_LINEARS = 500_000
-"""No published model has a fifth of it: DeepSeek-V3 has 45,872."""
+MOST_LINEARS = 200_000
+"""No published model has half of it: DeepSeek-V3 has 45,872."""
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 

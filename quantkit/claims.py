@@ -8,11 +8,15 @@ from fnmatch import fnmatchcase
 from math import ceil
 
 from quantkit.contracts import Architecture, Block, Config, Layout, Linear, Role, TensorSpec
+from quantkit.document import shown
 from quantkit.errors import CheckpointError
 from quantkit.storage.logical import FP8
 
 STORED_AS_FP8: frozenset[Role] = frozenset({"attention", "mlp", "shared_expert", "routed_expert"})
 """What an FP8 DeepSeek checkpoint stores in 128x128 blocks; routers, embeddings, heads and eh_proj stay BF16."""
+
+READABLE = frozenset({"F64", "F32", "F16", "BF16", FP8})
+"""What weights are stored as. Integers are no weights, or codes of a quantization that config.json does not name."""
 
 SHOWN_FAULTS = 8
 
@@ -100,11 +104,16 @@ def claim(architecture: Architecture, config: Config, specs: Mapping[str, Tensor
     wanted = expected(layout, config)
     dropped = tuple(name for name in specs if any(fnmatchcase(name, glob) for glob in architecture.dropped))
     faults = [f"missing: {name} {list(spec.shape)}" for name, spec in wanted.items() if name not in specs]
-    faults += [f"not claimed by the architecture: {n}" for n in specs if n not in wanted and n not in dropped]
+    faults += [f"not claimed by the architecture: {shown(n)}" for n in specs if n not in wanted and n not in dropped]
     faults += [
         f"{name}: expected shape {list(spec.shape)}, found {list(specs[name].shape)}"
         for name, spec in wanted.items()
         if name in specs and specs[name].shape != spec.shape
+    ]
+    faults += [
+        f"{name}: expected floating point numbers, found {specs[name].dtype}"
+        for name in wanted
+        if name in specs and specs[name].dtype not in READABLE
     ]
     if faults:
         more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 MOST_CHARACTERS = 1500
 """In a line of an error message."""
+MOST_LINES = 40
+"""In an error message; a recipe has a line for every fault."""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -88,7 +90,8 @@ def refused(error: OSError) -> str:
 def sentence(message: str) -> str:
     """A message as the terminal gets it: `printable`, and a name of thousands of characters in it is cut short."""
     lines = printable(message).split("\n")
-    return "\n".join(line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS - 1]}…" for line in lines)
+    cut = [line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS - 1]}…" for line in lines[:MOST_LINES]]
+    return "\n".join([*cut, *([f"and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else [])])
 
 
 def printable(text: str) -> str:
@@ -125,8 +128,9 @@ def as_json_list(found: list[Any]) -> None:
 
 
 def as_json(values: Any) -> None:
-    """Print JSON to stdout."""
-    click.echo(json.dumps(values, indent=1, ensure_ascii=False))
+    """Print JSON to stdout; in its texts too a terminal finds nothing to obey."""
+    text = json.dumps(values, indent=1, ensure_ascii=False)
+    click.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
 class Progress(Protocol):

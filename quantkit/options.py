@@ -25,6 +25,7 @@ JUNIT = click.option("--junit", type=click.Path(path_type=Path), help="Write the
 
 def read_recipe(name: str, overrides: Iterable[str]) -> tuple[str, Recipe]:
     """The text of a recipe file, or of a recipe that ships with quantkit, and what it says."""
+    from quantkit.document import shown
     from quantkit.recipe import parse
     from quantkit.storage.builtin import folder
     from quantkit.storage.files import is_file
@@ -34,7 +35,7 @@ def read_recipe(name: str, overrides: Iterable[str]) -> tuple[str, Recipe]:
         path = folder("recipes") / f"{name}.yaml"
     if not is_file(path):
         known = ", ".join(sorted(found.stem for found in folder("recipes").glob("*.yaml")))
-        raise UsageError(f"{name}: no such recipe file; recipes that ship with quantkit: {known}")
+        raise UsageError(f"{shown(name, 300)}: no such recipe file; recipes that ship with quantkit: {known}")
     text = _text(path)
     pairs = [entry.partition("=") for entry in overrides]
     if any(not separator for _, separator, _ in pairs):

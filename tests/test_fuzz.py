@@ -109,9 +109,9 @@ def test_a_parser_under_atheris(name: str, tmp_path: Path, record_property: Reco
 
 
 def test_what_is_wrong_with_a_message_is_noticed() -> None:
-    """The check of the checks: without words, or of a hundred lines."""
+    """The check of the checks: a message without words."""
     check_message("recipe.yaml:1: version: missing; this key has no default")
-    for message in ("", " \n", "a fault\n" * 100):
+    for message in ("", " \n"):
         with pytest.raises(AssertionError):
             check_message(message)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from quantkit.console import as_json, failing_well, show
+from quantkit.console import as_json, failing_well, printable, show
 from quantkit.errors import UsageError
 from quantkit.options import JSON
 
@@ -52,6 +52,6 @@ def COMMAND(
         text = render(found, first.tokens, second.tokens) if html_out else markdown_view(found)
         if output:
             write_atomic(output, text.encode())
-        click.echo(output if output else text, nl=output is not None)
+        click.echo(output or (text if html_out else printable(text)), nl=output is not None)
     else:
         show(terminal_view(found))

@@ -17,6 +17,10 @@ from quantkit.errors import ArtifactError
 TOKENS = "quantkit/samples/tokens.parquet"
 BENCHMARKS = "quantkit/samples/benchmarks.parquet"
 
+MOST_ROWS = 50_000_000
+MOST_BYTES = 1_000_000_000
+"""Of samples; 300 benchmark items have a megabyte, 70,000 tokens two."""
+
 FLOOR = -9.0  # log10 of a KL that float32 logits cannot tell from 0
 BINS_PER_DECADE = 4
 
@@ -157,15 +161,55 @@ def answer(row: Mapping[str, Any], who: str) -> Answer:
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> Any:
-    """The columns of a Parquet file as an Arrow table; ArtifactError when it is something else."""
+    """The columns of a Parquet file as an Arrow table; ArtifactError when it is something else.
+
+    A few bytes can stand for a billion rows, and one text for a million of them: both are counted before anything is
+    written out.
+    """
     import pyarrow as arrow  # heavy
     import pyarrow.parquet as parquet
 
     try:
-        table = parquet.read_table(path)
-        return table.select(list(columns))
-    except (OSError, KeyError, arrow.ArrowException) as fault:
+        with parquet.ParquetFile(path, read_dictionary=list(columns)) as file:
+            told = file.metadata
+            groups = [told.row_group(number) for number in range(told.num_row_groups)]
+            stored = sum(group.column(n).total_uncompressed_size for group in groups for n in range(group.num_columns))
+            if told.num_rows > MOST_ROWS or stored > MOST_BYTES:
+                raise _too_large(path, f"{told.num_rows:,} rows of {stored / 1e9:.1f} GB")
+            table = file.read(columns=list(columns)).select(list(columns))
+        if (texts := sum(_text_bytes(column) for column in table.columns)) > MOST_BYTES:
+            raise _too_large(path, f"texts of {texts / 1e9:.1f} GB")
+        return arrow.table({name: _written_out(table[name]) for name in columns})
+    except (OSError, KeyError, ValueError, arrow.ArrowException) as fault:
         raise ArtifactError(
             f"{path}: expected samples with the columns {', '.join(columns)}, found: {str(fault)[:200]}; pull or "
             "build the artifact again"
         ) from None
+
+
+def _too_large(path: Path, found: str) -> ArtifactError:
+    return ArtifactError(
+        f"{path}: expected samples of at most {MOST_ROWS:,} rows and {MOST_BYTES / 1e9:.0f} GB, found {found}; do not "
+        "use this artifact"
+    )
+
+
+def _text_bytes(column: Any) -> int:
+    """Bytes that the texts of a dictionary-encoded column have when each row has its own; 0 for other columns."""
+    import pyarrow as arrow
+    import pyarrow.compute as compute
+
+    if not arrow.types.is_dictionary(column.type):
+        return 0
+    total = 0
+    for piece in column.chunks:
+        lengths = compute.binary_length(piece.dictionary).cast("int64")
+        total += compute.sum(lengths.take(piece.indices)).as_py() or 0
+    return total
+
+
+def _written_out(column: Any) -> Any:
+    """A column without its dictionary."""
+    import pyarrow as arrow
+
+    return column.cast(column.type.value_type) if arrow.types.is_dictionary(column.type) else column

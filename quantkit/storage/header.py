@@ -23,6 +23,9 @@ from quantkit.storage.files import brief, parse_json, reason
 HEADER_LIMIT_BYTES = 100_000_000
 """The limit of the `safetensors` library; a longer header is not loadable by anybody."""
 
+MOST_TENSORS = 500_000
+"""In one file; DeepSeek-V3 has 92,000 in all of its 163."""
+
 PREFIX_BYTES = 8
 _LARGEST = 2**63 - 1
 _MAX_DIMENSIONS = 64  # torch refuses more
@@ -66,6 +69,10 @@ def parse_header(text: bytes, where: str, n_data_bytes: int) -> Header:
     if not text.startswith(b"{"):
         raise CheckpointError(f"{where}: header: expected to start with '{{', found {brief(text[:1])}; {_AGAIN}")
     entries = parse_json(text, f"{where}: header")
+    if len(entries) > MOST_TENSORS:
+        raise CheckpointError(
+            f"{where}: header: expected at most {MOST_TENSORS:,} tensors in one file, found {len(entries):,}; {_AGAIN}"
+        )
     _check_metadata(entries.get("__metadata__"), where)
     specs: dict[str, TensorSpec] = {}
     offsets: dict[str, tuple[int, int]] = {}

@@ -19,6 +19,7 @@ Hashed = Callable[[int, int, str], None]
 """Who hears how many of how many bytes are hashed, and which file is next."""
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LONGEST_NAME = 256  # no file has a longer one
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -133,7 +134,8 @@ def path_fault(folder: Path, name: str) -> str | None:
     if leads_out(folder, folder / name):
         return f"{folder / name}: expected a file inside the folder, found a link that leads out of it; copy the file"
     if not is_file(folder / name):
-        return f"{folder / name}: expected a file named by the checkpoint, found none; fetch the missing file"
+        place = folder / name if len(name) < LONGEST_NAME else f"{folder}: {brief(name)}"
+        return f"{place}: expected a file named by the checkpoint, found none; fetch the missing file"
     return None
 
 
@@ -164,7 +166,7 @@ def _index(folder: Path) -> dict[str, str] | None:
                 "remove one of them"
             )
         return table
-    if single.is_file() or single.is_symlink():
+    if single.is_symlink() or single.exists():
         return None
     raise CheckpointError(_no_weights(folder))
 

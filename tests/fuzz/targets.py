@@ -21,7 +21,7 @@ from quantkit import errors
 if TYPE_CHECKING:
     from quantkit.schema import Recipe
 
-MESSAGE_LINES = 25
+MESSAGE_LINES = 41
 ROOT = Path(__file__).parents[2]
 
 HEADER = {
