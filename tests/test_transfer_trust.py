@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,9 +19,11 @@ from places.registry import TITLE, Registry, sha
 from places.using import LAST, Record, fetched, files, run, sent
 
 from quantkit.errors import QuantkitError, TransferError, UsageError
+from quantkit.pulling import pull
 from quantkit.storage.names import name_faults
 from quantkit.storage.outgoing import Pieces
-from quantkit.storage.remote import Item, parse
+from quantkit.storage.patience import Patience
+from quantkit.storage.remote import Item, Options, parse, scrub
 from quantkit.verify import MANIFEST
 
 # --------------------------------------------------------------------------------------------------------------- names
@@ -257,7 +261,8 @@ def test_a_folder_that_looks_like_a_repository(tmp_path: Path, monkeypatch: pyte
     [
         ("", "expected a URL"), ("a\x00b", "expected a URL"), ("s3://key:secret@bucket/x", "expected no password"),
         ("oci://u:p@host/x", "expected no password"), ("simplecache::s3://b/x", "a chain of them"),
-        ("nope://x/y", "no scheme named 'nope'"), ("s3://", "found no bucket"), ("hf://a", "expected hf://owner/name"),
+        ("nope://x/y", "nope:// is none"), ("zip://x/y", "zip:// is none"),
+        ("s3://", "found no bucket"), ("hf://a", "expected hf://owner/name"),
         ("hf://datasets/a/b", "expected hf://owner/name"), ("oci://host", "expected oci://host/name:tag"),
         ("oci://host/UPPER", "expected oci://host/name:tag"), ("oci://h/../../x", "expected oci://host/name:tag"),
         ("file://elsewhere/x", "expected a folder of this machine"), ("oci://h/n@sha256:12", "expected oci://"),
@@ -280,3 +285,27 @@ def test_a_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     done = run("pull", "s3://bucket/x", tmp_path / "got")
     assert done.exit_code == 2 and "pip install 'quantkit[s3]'" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "scheme", sorted(set(fsspec.available_protocols()) - {"file", "local", "s3", "s3a", "hf", "memory"})
+)
+def test_any_scheme_is_answered_with_a_sentence(tmp_path: Path, scheme: str) -> None:
+    """Whatever a library does without its package, its server or its login."""
+    options = Options(patience=Patience(tries=1))
+    with pytest.raises(QuantkitError) as caught:
+        pull(f"{scheme}://127.0.0.1:1/x", tmp_path / "got", options, lambda _: None)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.text(max_size=30) | st.from_regex(r"(s3|gs|oci|hf|file|memory)://[a-z@:/.?#%-]{0,20}", fullmatch=True))
+def test_an_address_is_read_or_refused(text: str) -> None:
+    with contextlib.suppress(UsageError):
+        scheme, rest = parse(text)
+        assert text.endswith(rest) and scheme == scheme.lower()
+
+
+@given(st.text(max_size=60))
+def test_scrubbing_twice_changes_nothing(text: str) -> None:
+    assert scrub(scrub(text)) == scrub(text)

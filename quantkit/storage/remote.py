@@ -27,7 +27,7 @@ from typing import Protocol
 from quantkit.errors import QuantkitError, TransferError, UsageError
 from quantkit.storage import remotes
 from quantkit.storage.files import brief
-from quantkit.storage.patience import Interrupted, Patience
+from quantkit.storage.patience import Interrupted, Patience, patiently
 
 PIECE_BYTES = 8 << 20
 """What is read, hashed and sent at once."""
@@ -141,7 +141,7 @@ def opened(text: str, options: Options) -> Remote:
             f"{scheme}:// needs the package {kind.package}, which is not installed; "
             f"pip install 'quantkit[{kind.extra}]', or choose another place"
         )
-    return kind.open(rest, text, options)
+    return patiently(lambda: kind.open(rest, text, options), scrub(text), options.patience)
 
 
 def parse(text: str) -> tuple[str, str]:

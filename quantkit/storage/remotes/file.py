@@ -6,6 +6,7 @@ import os
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -24,6 +25,9 @@ from quantkit.storage.files import (
 from quantkit.storage.lock import held
 from quantkit.storage.outgoing import Pieces
 from quantkit.storage.remote import PIECE_BYTES, Arrived, Found, Item, Kind, Options
+
+_MOST_FILES = 100_000
+"""No artifact has so many; whoever names / is told before all of it was listed."""
 
 
 class Folder:
@@ -124,7 +128,12 @@ class Folder:
     def _present(self) -> dict[str, int]:
         """Every file and link below the folder, with its size."""
         found = (path for path in self._path.rglob("*") if path.is_symlink() or not path.is_dir())
-        return {path.relative_to(self._path).as_posix(): path.lstat().st_size for path in found}
+        sizes = {path.relative_to(self._path).as_posix(): path.lstat().st_size for path in islice(found, _MOST_FILES)}
+        if len(sizes) == _MOST_FILES:
+            raise UsageError(
+                f"{self.where}: expected the folder of an artifact, found {_MOST_FILES} files; check the path"
+            )
+        return sizes
 
     def _hash(self, name: str) -> str | None:
         path = self._path / name

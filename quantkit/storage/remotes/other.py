@@ -19,7 +19,14 @@ from fsspec.callbacks import Callback
 from quantkit.errors import TransferError, UsageError
 from quantkit.storage.files import JSON_LIMIT_BYTES, brief
 from quantkit.storage.outgoing import Pieces
-from quantkit.storage.remote import PIECE_BYTES, Arrived, Found, Item, Kind, Options, faults, scrub
+from quantkit.storage.remote import PIECE_BYTES, Arrived, Found, Item, Kind, Options, faults, scrub, told
+
+_NO_STORES = frozenset({
+    "async_wrapper", "asynclocal", "asyncwrapper", "blockcache", "cached", "dask", "data", "dir", "dvc", "filecache",
+    "generic", "gist", "git", "github", "http", "https", "jlab", "jupyter", "libarchive", "pyscript", "reference",
+    "root", "simplecache", "tar", "wandb", "zip",
+})  # fmt: skip
+"""What fsspec knows and that wraps other places, keeps its own kinds of files, or has no listing."""
 
 
 class Bucket:
@@ -68,9 +75,9 @@ class Bucket:
         with Pieces(item) as pieces:  # hashed first: a store would take whatever is sent
             for _ in pieces:
                 pass
-        told = Callback(hooks={"arrived": lambda _size, value: arrived(value)})
+        heard = Callback(hooks={"arrived": lambda _size, value: arrived(value)})
         with faults(self.where):
-            self.files.put_file(str(item.path), self.place(item.name), callback=told)
+            self.files.put_file(str(item.path), self.place(item.name), callback=heard)
 
     def seal(self, items: Sequence[Item], manifest: Item) -> str:
         """The manifest, after all files are found there."""
@@ -151,18 +158,22 @@ def check_sizes(where: str, items: Sequence[Item], found: Mapping[str, int]) -> 
 def bucket(rest: str, text: str, options: Options) -> Bucket:
     """The place that fsspec finds under a URL."""
     scheme = text.partition("://")[0].lower()
-    if scheme not in fsspec.available_protocols():
-        raise UsageError(f"{scrub(text)}: no scheme named {scheme!r}; write hf://, oci://, s3://, gs:// or a folder")
+    if scheme not in fsspec.available_protocols() or scheme in _NO_STORES:
+        raise UsageError(
+            f"{scrub(text)}: expected a place that keeps files, and {scheme}:// is none; write hf://, oci://, s3://, "
+            "gs:// or a folder"
+        )
     where = scrub(text).rstrip("/")
     if not rest.strip("/"):
         raise UsageError(f"{where}: expected a place like {scheme}://bucket/prefix, found no bucket; name one")
-    try:
-        files, root = fsspec.core.url_to_fs(text)
-    except ImportError as fault:
-        raise UsageError(
-            f"{scheme}:// needs a package that is not installed ({fault.name or fault}); install it, e.g. "
-            "pip install 'quantkit[gcs]' for gs://"
-        ) from fault
+    with faults(where):
+        try:
+            files, root = fsspec.core.url_to_fs(text)
+        except ImportError as fault:
+            raise UsageError(
+                f"{scheme}:// needs a package that is not installed ({told(fault)}); install it, e.g. "
+                "pip install 'quantkit[gcs]' for gs://"
+            ) from fault
     return Bucket(files, root, where)
 
 
