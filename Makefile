@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 THREADS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-serve test lint types unit test-slow readers test-readers bench bench-quality bench-likelihood bench-memory bench-gpu bench-gateway bench-peers bench-transfer bench-verify \
+.PHONY: help demo demo-serve demo-load test lint types unit test-slow readers test-readers bench bench-quality bench-likelihood bench-memory bench-gpu bench-gateway bench-peers bench-transfer bench-verify \
 	reliability real-model eval-real test-vllm wheel clean
 
 help:  ## list the targets
@@ -24,6 +24,19 @@ demo: $(VENV)/.installed  ## quantize the built-in tiny-v3 from FP8 to AWQ and s
 demo-serve: $(VENV)/.installed  ## serve tiny-v3-awq4 behind the gateway, ask it with OpenAI's client, stop it (a minute)
 	test -d artifacts/tiny-v3-awq4 || $(BIN)/quantkit build recipes/tiny-v3-awq4.yaml
 	$(BIN)/python tests/demo_serve.py artifacts/tiny-v3-awq4
+
+# GuideLLM, which asks servers more and more at once, in an environment of its own: exact versions, complete.
+GUIDELLM := .venv-guidellm
+
+demo-load: $(VENV)/.installed $(GUIDELLM)/.installed  ## load test of tiny-v3-awq4, served here, with GuideLLM (minutes)
+	test -d artifacts/tiny-v3-awq4 || $(BIN)/quantkit build recipes/tiny-v3-awq4.yaml
+	$(BIN)/python tests/demo_load.py artifacts/tiny-v3-awq4 $(GUIDELLM)/bin/guidellm
+
+$(GUIDELLM)/.installed: tests/loadtest/requirements.txt
+	rm -rf $(GUIDELLM)
+	$(PYTHON) -m venv $(GUIDELLM)
+	$(GUIDELLM)/bin/python -m pip install --quiet --no-deps -r $<
+	touch $@
 
 test: lint types unit  ## ruff, mypy and the tests (under ten minutes)
 

@@ -19,7 +19,7 @@ from typing import Any
 from quantkit.errors import ArtifactError, QuantkitError, UsageError
 from quantkit.storage.files import read_bytes, write_atomic
 from quantkit.storage.scan import scan
-from quantkit.verify import MANIFEST, SIGNATURE, UNHASHED, Verified, verify
+from quantkit.verify import LOADTEST, MANIFEST, SIGNATURE, UNHASHED, Verified, verify
 
 PASSWORD = "QUANTKIT_KEY_PASSWORD"
 TOKEN = "SIGSTORE_ID_TOKEN"
@@ -94,7 +94,8 @@ class Held:
     @property
     def serialization_type(self) -> dict[str, Any]:
         """How others must hash the folder to get the same list."""
-        return {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": [SIGNATURE]}
+        later = [SIGNATURE, LOADTEST]
+        return {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": later}
 
     def resource_descriptors(self) -> Iterator[Resource]:
         """Every file, in the order of names."""

@@ -25,6 +25,8 @@ INDEX = "model.safetensors.index.json"
 SCHEMA_VERSION = 1
 UNHASHED = frozenset({"quantkit/timings.json"})
 """What may lie in an artifact without a hash: figures that depend on the clock."""
+LOADTEST = "quantkit/loadtest.json"
+"""What `quantkit loadtest` adds later; neither manifest nor signature speaks of it, and nothing is published of it."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 READERS = 4
 """Files that are read at once."""
@@ -174,14 +176,14 @@ def name_faults(
     free = {str(name) for name in told} if isinstance(told, list) else set()
     for name in sorted(free - UNHASHED):
         yield f"{MANIFEST}: unhashed: expected {', '.join(UNHASHED)} at most, found {name}"
-    beside = {MANIFEST, SIGNATURE, *(free & UNHASHED)}
+    beside = {MANIFEST, SIGNATURE, LOADTEST, *(free & UNHASHED)}
     for name in sorted(set(present) - set(files) - beside):
         yield f"{name}: not in the manifest"
     for name in sorted(beside & set(present)):
         if present[name] != "file":
             yield f"{name}: a {present[name]}, expected a file".replace("a no file", "no file")
     for name in sorted(files):
-        if name in {MANIFEST, SIGNATURE, *UNHASHED}:
+        if name in {MANIFEST, SIGNATURE, LOADTEST, *UNHASHED}:
             yield f"{MANIFEST}: files: {name}: expected without a hash, found one"
         if name.endswith(PICKLED) and not name.startswith("vocab."):
             yield f"{name}: a pickle, which runs code when it is loaded; an artifact holds safetensors only"

@@ -24,7 +24,7 @@ ROWS = (
     "generic transfer signing",
     "schema publishing pulling",
     "recipe decide report/",
-    "memory outputs published",
+    "memory outputs published loadtest/",
     "plan",
     "artifact sources summary deep/",
     "streams sizing/ pricing/",
@@ -52,7 +52,7 @@ TOOLS = ("builtin_models/", "calibration_sets/")
 
 SIBLINGS = (
     "numerics/", "storage/", "checks/", "report/", "evaluate/", "diff/", "deep/", "sizing/", "pricing/", "gateway/",
-    "serving/", *TOOLS,
+    "serving/", "loadtest/", *TOOLS,
 )  # fmt: skip
 """Folders whose files may import each other; plug-ins do not know one another."""
 
@@ -76,6 +76,9 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "evaluate/watch.py": frozenset({"read_text"}),  # what /proc says of a jail
     "gateway/relay.py": frozenset({"httpx2"}),  # what becomes of its connections
     "gateway/upstreams.py": frozenset({"httpx2"}),  # to the engines; no file
+    "loadtest/engine.py": frozenset({"httpx2"}),  # what a server tells of itself
+    "loadtest/prompts.py": frozenset({"read_bytes"}),  # a data set, as storage reads files
+    "loadtest/tool.py": frozenset({"open", "read_text", "unlink"}),  # another program's log and results
     "serving/running.py": frozenset({"httpx2", "socket"}),  # is the port free, is the engine there yet
     "serving/start.py": frozenset({"read_bytes"}),  # a chat template, as storage reads files
 }

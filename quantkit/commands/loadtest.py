@@ -1,0 +1,103 @@
+"""`quantkit loadtest`: how a server bears load."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from quantkit.console import as_json, failing_well, show
+from quantkit.errors import UsageError
+from quantkit.options import JSON
+
+if TYPE_CHECKING:
+    from quantkit.loadtest.schema import LoadTest
+
+
+@click.command()
+@click.argument("url")
+@click.option("--artifact", type=click.Path(path_type=Path), help="Keep the result beside this artifact's report.")
+@click.option("--data", default="tiny-v3-math", help="Prompts: a JSONL or text file, or a set of evals/data.")
+@click.option("--concurrency", default="1,2,4,8,16", metavar="N[,N]", help="Requests at once, level by level.")
+@click.option("--requests", type=click.IntRange(1), default=64, help="Requests per level, at least 4 per place (64).")
+@click.option("--seconds", type=click.FloatRange(1), default=120, help="The longest a level may take (120).")
+@click.option("--max-tokens", type=click.IntRange(1), default=128, help="Tokens of an answer (128).")
+@click.option("--stop-at-eos", is_flag=True, help="Let answers end by themselves; else all have one length.")
+@click.option("--chat", is_flag=True, help="Ask /v1/chat/completions.")
+@click.option("--model", default="", help="The served model; default: the only one.")
+@click.option("--metrics", default="", metavar="URL", help="The engine's /metrics; default: the server's.")
+@click.option("--tokenizer", default="", help="For servers that tell no usage: a folder; default: the artifact.")
+@click.option("--key-variable", default="OPENAI_API_KEY", help="Where the API key is (OPENAI_API_KEY).")
+@click.option("--guidellm", default="guidellm", metavar="PROGRAM", help="GuideLLM's program (guidellm on PATH).")
+@click.option("--output", type=click.Path(path_type=Path), help="Write the result there, as JSON.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page with plots there.")
+@JSON
+@failing_well
+def COMMAND(  # noqa: PLR0913  # every one is an option
+    url: str, artifact: Path | None, data: str, concurrency: str, requests: int, seconds: float, max_tokens: int,
+    stop_at_eos: bool, chat: bool, model: str, metrics: str, tokenizer: str, key_variable: str, guidellm: str,
+    output: Path | None, html: Path | None, json_out: bool,
+) -> None:  # fmt: skip
+    """Ask a server more and more at once, by GuideLLM: time to first token, between tokens, throughput, prefix cache.
+
+    URL is the server's API, http://HOST:PORT/v1, or the folder of an artifact whose kept result is shown again.
+
+    Example: quantkit loadtest http://localhost:8000/v1 --artifact artifacts/tiny-v3-awq4 --html load.html
+    """
+    from quantkit.loadtest import engine, tool
+    from quantkit.loadtest.prompts import read_prompts
+    from quantkit.loadtest.run import load_test
+    from quantkit.loadtest.schema import FILE
+    from quantkit.loadtest.tables import levels
+    from quantkit.report.terminal import table
+    from quantkit.storage.files import write_atomic, write_json
+
+    if Path(url).is_dir():
+        run = stored(Path(url))
+    else:
+        key, address, steps = os.environ.get(key_variable, ""), engine.base(url), levels_of(concurrency)
+        if artifact is not None:
+            from quantkit.verify import read_manifest
+
+            read_manifest(artifact)
+        prompts = read_prompts(data)
+        setup = tool.Setup(
+            program=tool.program(guidellm), url=address, model=model or engine.served_model(url, key), chat=chat,
+            max_tokens=max_tokens, ignore_eos=not stop_at_eos, tokenizer=tokenizer or str(artifact or ""), key=key,
+            requests=requests, seconds=seconds,
+        )  # fmt: skip
+        run = load_test(setup, prompts, steps, metrics or address, lambda text: click.echo(text, err=True))
+        if artifact is not None:
+            write_json(artifact / FILE, run.model_dump(mode="json"))
+    if output is not None:
+        write_json(output, run.model_dump(mode="json"))
+    if html is not None:
+        from quantkit.loadtest.page import render
+
+        write_atomic(html, render(run).encode())
+    if json_out:
+        as_json(run.model_dump(mode="json"))
+    else:
+        show(table(levels(run)))
+
+
+def stored(artifact: Path) -> LoadTest:
+    """What an earlier run left in an artifact."""
+    from quantkit.errors import ArtifactError
+    from quantkit.loadtest.schema import FILE, parse
+    from quantkit.storage.files import read_json
+
+    place = artifact / FILE
+    if not place.is_file():
+        raise UsageError(f"{place}: expected a load test, found none; run one with --artifact {artifact}")
+    return parse(read_json(place, ArtifactError), str(place))
+
+
+def levels_of(text: str) -> list[int]:
+    """Numbers of requests at once, smallest first."""
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and 1 <= int(part) <= 100_000 for part in parts):
+        raise UsageError(f"--concurrency: expected numbers from 1, e.g. 1,4,16, found {text!r}")
+    return sorted({int(part) for part in parts})
