@@ -14,15 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import test_generic
 import torch
 from checkpoints import recipe_text, tiny_config, write_checkpoint
 from click.testing import CliRunner
-from damage import Stored, edit_json, edit_tensor, holder, put, read_shard, reseal, write_shard
+from damage import Stored, add, edit_json, edit_tensor, holder, put, read_shard, remove, reseal, write_shard
+from test_generic import write_model
 
 from quantkit import pipeline
 from quantkit.cli import main
-from quantkit.deep.proofs import powers_of_two
+from quantkit.deep.proofs import powers_of_two, prove_linear
 from quantkit.deep.sample import SAID, Deep, verify_deep
+from quantkit.deep.sides import open_sides
 from quantkit.errors import ArtifactError, CheckpointError
 from quantkit.recipe import parse
 from quantkit.verify import MANIFEST, verify
@@ -52,6 +55,7 @@ KINDS: dict[str, tuple[str, dict[str, str]]] = {
             "calibration": "{set: tiny-v3, sequences: 8, length: 64, min_expert_tokens: 120, under_calibrated: rtn}",
         },
     ),
+    "derived": ("starcoder2", {"quantize": AWQ}),
     "dense": ("qwen3", {"quantize": AWQ.replace("bits: 4", "bits: 3"), "format": "dense"}),
 }
 
@@ -71,7 +75,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         family, keys = KINDS[kind]
         source, output = place / f"source-{family}{'-fp8' if kind == 'fp8' else ''}", place / kind
         if not source.exists():
-            write_checkpoint(source, tiny_config(family), fp8=kind == "fp8")
+            if kind == "derived":  # a family without a table
+                write_model(source, test_generic.family(family))
+            else:
+                write_checkpoint(source, tiny_config(family), fp8=kind == "fp8")
         if not output.exists():
             few = {"calibration": "{set: tiny-v3, sequences: 16, length: 64, min_expert_tokens: 1}"}
             text = recipe_text(source, output, fidelity="none", **few | keys)
@@ -143,7 +150,7 @@ def test_experts_with_too_few_tokens_are_quantized_again(made: Made) -> None:
     assert found["requantized"] > 20 and found["scaled"] > 0 and "unproven" not in found
 
 
-@pytest.mark.parametrize("kind", ["experts", "dense"])
+@pytest.mark.parametrize("kind", ["experts", "dense", "derived"])
 def test_nothing_is_left_unproven(kind: str, made: Made) -> None:
     assert "unproven" not in kinds(deep(made(kind)))
 
@@ -349,6 +356,16 @@ LIES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda p: swap(p, "model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.experts.1.up_proj"),
         "experts.0.up_proj: expected the recorded weight error",
     ),
+    "a bias that is gone": (
+        "derived",
+        lambda p: remove(p, "model.layers.1.input_layernorm.bias"),
+        "model.layers.1.input_layernorm.bias: expected as in the source, found none",
+    ),
+    "a tensor too many": (
+        "derived",
+        lambda p: add(p, "model.layers.1.more.weight", Stored("BF16", [2], b"1234")),
+        "model.layers.1.more.weight: expected none, as in the source, found one",
+    ),
     "another model's tokenizer": ("rtn", beside("tokenizer.json", b"{}"), "tokenizer.json: expected the source's file"),
     "another activation": (
         "rtn",
@@ -428,3 +445,12 @@ def test_a_source_that_is_gone_is_one_sentence(made: Made, tmp_path: Path) -> No
         deep(path)
     result = CliRunner().invoke(main, ["verify", str(path), "--deep"])
     assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
+
+
+def test_a_pair_is_looked_at_from_either_side(bad: Made) -> None:
+    """The linear whose rows were scaled is refused too where the one that reads it was not drawn."""
+    path = bad("awq")
+    assert prove_linear(open_sides(path, None), UP).fault is None
+    multiply(path, f"{UP}.scales", channel(256, 9, 1.5))
+    fault = prove_linear(open_sides(path, None), UP).fault
+    assert fault is not None and fault.startswith(f"{DOWN}: expected the scale of input channel 9 to be taken back by")

@@ -171,8 +171,22 @@ def prove_scaled(sides: Sides, module: str, source: Unrounded, back: Tensor, rec
     return Proof(
         name=module,
         kind="scaled",
-        fault=uncancelled(sides, module, wide, back, factor) if source.columns else None,
+        fault=uncancelled(sides, module, wide, back, factor) if source.columns else kept_by(sides, module),
     )
+
+
+def kept_by(sides: Sides, module: str) -> str | None:
+    """Why the linears that read what this one makes do not take back the factors of its rows; or None."""
+    for fed in sides.readers_of(module):
+        for reader in fed.readers:
+            after = unrounded(sides, reader)
+            if isinstance(after, str) or not after.columns or reader not in sides.schemes or sides.format is None:
+                continue
+            back = sides.format.dequantize(sides.tensors(reader), sides.schemes[reader])
+            factor = fitted(after.weight, back, 0)
+            if fault := uncancelled(sides, reader, after.weight * factor, back, factor):
+                return f"{reader}: {fault}"
+    return None
 
 
 def fitted(weight: Tensor, back: Tensor, across: int) -> Tensor:
@@ -233,8 +247,8 @@ def row_factors(sides: Sides, module: str) -> tuple[Tensor, Tensor] | None:
 def prove_kept(sides: Sides, name: str) -> Proof:
     """A tensor that is not quantized against the source's."""
     spec, source = sides.stored.specs[name], sides.source.specs.get(name)
-    if source is None:
-        return Proof(name=name, kind="unproven", fault="the source has no such tensor")
+    if source is None:  # told for all names at once
+        return Proof(name=name, kind="unproven", reason="the source has no such tensor")
     if source.shape != spec.shape:
         found = f"expected the source's shape {list(source.shape)}, found {list(spec.shape)}"
         return Proof(name=name, kind="unproven", fault=found)

@@ -69,7 +69,11 @@ def verify_deep(path: Path, source: str | None, sample: int | None, seed: int, t
     for name, prove in [(name, prove_linear) for name in modules] + [(name, prove_kept) for name in tensors]:
         tell(name)
         proofs.append(prove(sides, name))
-    faults = [*carried_faults(sides), *(f"{proof.name}: {proof.fault}" for proof in proofs if proof.fault)]
+    faults = [
+        *carried_faults(sides),
+        *name_faults(sides),
+        *(f"{proof.name}: {proof.fault}" for proof in proofs if proof.fault),
+    ]
     if faults:
         more = f"\n... and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise ArtifactError(f"{path}: not made of {sides.named}:\n" + "\n".join(faults[:SHOWN]) + more)
@@ -100,6 +104,25 @@ def carried_faults(sides: Sides) -> Iterator[str]:
             yield f"{file.name}: expected the source's file, found {'another' if there.is_file() else 'none'}"
 
 
+def name_faults(sides: Sides) -> Iterator[str]:
+    """Tensors of the model that the artifact lacks, and such as the source lacks; MTP blocks may be left out."""
+    predicts = sides.stored.config.integer("num_nextn_predict_layers", 0) > 0
+    blocks = [block for block in sides.layout.blocks if block.kind == "decoder" or predicts]
+    wanted = {
+        *(f"{x.name}.{kind}" for block in blocks for x in block.linears for kind in ("weight", "bias")),
+        *(spec.name for block in blocks for spec in block.others),
+        *(spec.name for spec in sides.layout.final_tensors),
+        *(f"{x.name}.weight" for x in (sides.layout.embedding, sides.layout.head) if x),
+    }
+    held = {*sides.stored.specs, *(f"{module}.weight" for module in sides.schemes)}
+    for name in sides.source.specs:
+        if name in wanted and name not in held:
+            yield f"{name}: expected as in the source, found none"
+    for name in sides.kept:
+        if name not in sides.source.specs:
+            yield f"{name}: expected none, as in the source, found one"
+
+
 def drawn(random: Random, names: Sequence[str], count: int | None) -> list[str]:
     """So many of the names, in order; all without a count."""
     return list(names) if count is None or count >= len(names) else sorted(random.sample(list(names), count))
@@ -112,6 +135,7 @@ def read_of(sides: Sides, modules: Sequence[str], tensors: Sequence[str]) -> Ite
         fed = sides.input_of(module)
         if fed is not None and fed.absorber is not None:
             names.append(f"{fed.absorber.module}.weight")
+        names += [f"{reader}.weight" for later in sides.readers_of(module) for reader in later.readers]
     for name in names:
         yield name
         yield name + sides.source.scale_suffix

@@ -23,9 +23,12 @@ from quantkit.verify import format_name, mapping, read_manifest
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """What feeds a linear: the group, whose scale it was multiplied by if it was `rescaled`, and who absorbed that."""
+    """What feeds linears: a group, whose scale they were multiplied by if it was `rescaled`, and who absorbed that.
 
-    name: str
+    readers: the dense ones of the group, or the one of an expert.
+    """
+
+    readers: tuple[str, ...]
     absorber: Absorber | None
     rescaled: bool
 
@@ -76,13 +79,13 @@ class Sides:
         if experts and module.startswith(f"{experts.module}."):
             if last == experts.down:
                 up = f"{module.rpartition('.')[0]}.{experts.up}"
-                return Input(name=module, absorber=Absorber(module=up), rescaled=self.told_rescaled(module))
+                return Input(readers=(module,), absorber=Absorber(module=up), rescaled=self.told_rescaled(module))
             group = next((group for group in block.groups if group.routed_experts), None)
         else:
             group = next((group for group in block.groups if module in group.readers), None)
         if group is None:
             return None
-        return Input(name=group.name, absorber=group.absorber, rescaled=self.group_rescaled(block, group))
+        return Input(readers=group.readers, absorber=group.absorber, rescaled=self.group_rescaled(block, group))
 
     def readers_of(self, module: str) -> Iterable[Input]:
         """The rescaled inputs whose scale this module absorbed."""
@@ -90,7 +93,7 @@ class Sides:
         if block is None:
             return ()
         found = [
-            Input(name=group.name, absorber=group.absorber, rescaled=True)
+            Input(readers=group.readers, absorber=group.absorber, rescaled=True)
             for group in block.groups
             if group.absorber and group.absorber.module == module and self.group_rescaled(block, group)
         ]
@@ -98,7 +101,7 @@ class Sides:
         if experts and module.startswith(f"{experts.module}.") and module.endswith(f".{experts.up}"):
             down = f"{module.rpartition('.')[0]}.{experts.down}"
             if self.told_rescaled(down):
-                found.append(Input(name=down, absorber=Absorber(module=module), rescaled=True))
+                found.append(Input(readers=(down,), absorber=Absorber(module=module), rescaled=True))
         return found
 
     def block_with(self, module: str) -> Block | None:
