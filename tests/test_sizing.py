@@ -130,7 +130,16 @@ def test_parameters_are_those_of_transformers_own_modules(family: str, tmp_path:
     assert model.weights.parameters == sum(p.numel() for p in transformers_model(values).parameters())
 
 
-@pytest.mark.parametrize("name", ["r1-distill-qwen-32b", "qwen3-30b-a3b", "mixtral-8x7b", "smollm2-135m"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("deepseek-v3", marks=pytest.mark.slow),
+        "r1-distill-qwen-32b",
+        "qwen3-30b-a3b",
+        "mixtral-8x7b",
+        "smollm2-135m",
+    ],
+)
 def test_published_models_have_as_many_parameters_as_in_transformers(name: str) -> None:
     path = Path(__file__).parent.parent / f"quantkit/architectures/published/{name}.json"
     values = json.loads(path.read_text())
@@ -234,6 +243,21 @@ def test_mla_repeats_its_cache_on_every_rank_and_grouped_heads_divide_it(v3: Mod
     qwen = model_of(QWEN_32B)
     assert kv_per_card(qwen, 1000, "bf16", 8, 1) == [262_144_000 / 8]
     assert kv_per_card(qwen, 1000, "bf16", 16, 1) == [262_144_000 / 8]  # 8 KV heads: two ranks share one
+
+
+def test_every_rank_holds_routers_norms_and_what_compresses_keys_whole(v3: Model) -> None:
+    """q_a_proj and kv_a_proj with their FP8 scales, norms, routers and their corrections: counted by hand."""
+    compressing = 7168 * (1536 + 576) + 4 * 56 * (12 + 5)
+    norms = 2 * (7168 + 7168 + 1536 + 512)
+    copied = 61 * (compressing + norms) + 58 * (2 * 256 * 7168 + 4 * 256) + 2 * 7168
+    (held,) = weights_per_card(needs(v3), 8, 1)
+    assert held == pytest.approx((v3.weights.n_bytes - copied) / 8 + copied)
+
+
+def test_a_tied_embedding_lies_on_the_first_and_on_the_last_stage() -> None:
+    model = model_of("HuggingFaceTB/SmolLM2-135M-Instruct")
+    held = weights_per_card(needs(model), 1, 2)
+    assert sum(held) == model.weights.n_bytes + 49_152 * 576 * 2
 
 
 def test_pipeline_stages_hold_everything_once(v3: Model) -> None:

@@ -166,6 +166,17 @@ def test_advice_fits_into_what_is_free_and_shows_it(v3: Model, cards: Cards) -> 
         assert advised.safe % STEP == 0 and advised.worst <= advised.even <= advised.safe
 
 
+def test_in_the_worst_case_a_rank_holds_the_tokens_of_all_ranks(v3: Model, cards: Cards) -> None:
+    """Four ranks of 64 experts each: 4 x 8 copies of full width reach one rank for each of its own tokens."""
+    found = placed(v3, cards.cards["h200"])
+    advised = advice(found)
+    assert advised is not None and found.placement is not None and found.placement.tp == 4
+    plain = advised.per_token - advised.routed_per_token
+    copies = 2 * (4 * 8 * (max(2 * 2048, 7168) + max(2048, 7168)) + 7168)
+    room = advised.margin_bytes - RUNTIME_BYTES - advised.reserve_bytes - advised.logits_bytes
+    assert advised.worst == room // (plain + copies) // STEP * STEP
+
+
 def test_one_rank_is_sent_all_in_any_case(v3: Model, cards: Cards) -> None:
     found = placed(v3, cards.cards["h200"])
     assert found.placement is not None
