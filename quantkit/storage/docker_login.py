@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 import subprocess
@@ -51,7 +50,7 @@ def _kept(entry: Mapping[str, object], path: Path) -> Login | None:
         return None
     try:
         user, colon, password = base64.b64decode(kept, validate=True).decode().partition(":")
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:  # no base64, or no text in it
         colon = ""
     if not colon:
         raise TransferError(f"{path}: auths: expected user:password in base64, found something else; log in again")
