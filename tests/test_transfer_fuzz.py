@@ -30,10 +30,15 @@ VALUES = st.recursive(
 HASH = st.text("0123456789abcdef", min_size=64, max_size=64)
 ENTRIES = st.fixed_dictionaries({"sha256": HASH | VALUES, "bytes": st.integers(-1, 9) | VALUES}) | VALUES
 NAMES = st.text(max_size=12) | st.sampled_from(["config.json", "../x", "/x", "a/b", "A/b", MANIFEST, "x.part"])
-FILES = st.dictionaries(NAMES, ENTRIES, max_size=4) | VALUES
+GOOD = st.dictionaries(
+    st.sampled_from(["config.json", "a/b", "\u6a21\u578b"]),
+    st.fixed_dictionaries({"sha256": HASH, "bytes": st.integers(0, 9)}),
+    min_size=1,
+)
+FILES = GOOD | st.dictionaries(NAMES, ENTRIES, max_size=4) | VALUES
 MANIFESTS = st.fixed_dictionaries(
     {"files": FILES, "schema_version": st.sampled_from([1, 1, 1, 2, "1"])},
-    optional={"unhashed": st.lists(NAMES) | VALUES, "status": VALUES},
+    optional={"unhashed": st.just(["timings.json"]) | st.lists(NAMES) | VALUES, "status": VALUES},
 )
 LAYERS = st.fixed_dictionaries(
     {},
