@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from quantkit.contracts import Config
 
 ReadFrom = Literal["headers", "plan", "config"]
+KvDtype = Literal["bf16", "fp8"]
+
+KV_BYTES: Mapping[KvDtype, int] = {"bf16": 2, "fp8": 1}
+"""Bytes of a cached value; the scales of an FP8 cache are one number per layer or head and are not counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,8 +152,3 @@ class Model:
     def kv_bytes_per_token(self, kv: KvDtype) -> int:
         """Bytes that one more token costs while no window is full."""
         return sum(layer.attention.elements for layer in self.layers) * KV_BYTES[kv]
-
-
-KvDtype = Literal["bf16", "fp8"]
-KV_BYTES: dict[KvDtype, int] = {"bf16": 2, "fp8": 1}
-"""Bytes of a cached value; the scales of an FP8 cache are one number per layer or head and are not counted."""
