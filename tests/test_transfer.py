@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from damage import edit_json, rehash
 from places.here import KINDS, Place
 from places.using import LAST, WRITING, Record, fetched, files, flipped, other, sent
 
@@ -106,11 +107,17 @@ def test_half_a_publication_is_none_and_goes_on(
     assert files(tmp_path / "got") == files(built)
 
 
-def test_only_accepted_artifacts(artifact: Path, tmp_path: Path) -> None:
-    assert verify(artifact).status == "not judged"
-    with pytest.raises(ArtifactError, match="expected an accepted artifact, found one that is not judged; .* --force"):
+@pytest.mark.parametrize("status", ["not judged", "rejected"])
+def test_only_accepted_artifacts(artifact: Path, tmp_path: Path, status: str) -> None:
+    edit_json(artifact / "quantkit/fidelity.json", lambda report: report.update(status=status))
+    edit_json(artifact / MANIFEST, lambda manifest: manifest.update(status=status))
+    rehash(artifact)
+    assert verify(artifact).status == status
+    with pytest.raises(ArtifactError, match=f"expected an accepted artifact, found one that is {status}; .* --force"):
         publish(artifact, str(tmp_path / "x"), WRITING, lambda _: None)
     assert not (tmp_path / "x").exists()
+    assert sent(artifact, str(tmp_path / "x")).status == status
+    assert fetched(str(tmp_path / "x"), tmp_path / "got").status == status
 
 
 def test_a_damaged_artifact_is_not_published(artifact: Path, tmp_path: Path) -> None:
