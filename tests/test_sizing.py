@@ -218,6 +218,8 @@ def test_degrees_that_heads_groups_and_widths_allow(v3: Model) -> None:
     assert [tp for tp in (1, 2, 3, 4, 8, 16, 32) if degree_fault(awq, tp) is None] == [1, 2, 4, 8, 16]
     assert degree_fault(awq, 32) == "experts' width 2,048 / 32 = 64 is no multiple of 128"
     assert degree_fault(v3, 3) == "attention heads 128 / 3 is no whole number"
+    blocks = "attention width 256 / 4 = 64 is no multiple of 128"  # what o_proj reads, in FP8 blocks
+    assert degree_fault(model_of("builtin:tiny-v3"), 4) == blocks
     qwen = recipe_model("r1-distill-qwen-32b-awq4")
     assert degree_fault(qwen, 5) == "8 KV heads and 5 ranks: neither divides the other"
     assert degree_fault(qwen, 16) == "attention heads 40 / 16 is no whole number"
