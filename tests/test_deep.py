@@ -333,7 +333,7 @@ LIES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "a row that is not taken back": (
         "awq",
-        lambda p: multiply(p, f"{UP}.scales", channel(256, 9, 1.5)),
+        lambda p: multiply(p, f"{UP}.scales", channel(256, 9, 3.0)),
         f"{DOWN}: expected the scale of input channel 9",
     ),
     "noise in a fitted matrix": (
@@ -451,6 +451,6 @@ def test_a_pair_is_looked_at_from_either_side(bad: Made) -> None:
     """The linear whose rows were scaled is refused too where the one that reads it was not drawn."""
     path = bad("awq")
     assert prove_linear(open_sides(path, None), UP).fault is None
-    multiply(path, f"{UP}.scales", channel(256, 9, 1.5))
+    multiply(path, f"{UP}.scales", channel(256, 9, 3.0))
     fault = prove_linear(open_sides(path, None), UP).fault
     assert fault is not None and fault.startswith(f"{DOWN}: expected the scale of input channel 9 to be taken back by")
