@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -222,8 +223,27 @@ def test_tables_plots_and_page_show_every_level() -> None:
         assert {row["at"] for row in spec["data"]["values"]} == {1, 4}, name
     page = render(made)
     assert "&lt;m&gt;" in page and "<m>" not in page
-    side = tables.side_by_side(made, made)
-    assert len(side.rows) == 10 and {row[-1] for row in side.rows} == {"+0.0%"}
+
+
+def test_diff_lays_runs_side_by_side_that_asked_alike(artifact: Path, tmp_path: Path) -> None:
+    """Its own artifact once more with a slower run beside it; then with one that asked something else."""
+    other = Path(shutil.copytree(artifact, tmp_path / "other"))
+    first = example()
+    slow = first.levels[1].model_copy(update={"output_tokens_per_second": first.levels[1].output_tokens_per_second / 2})
+    (artifact / FILE).write_text(first.model_dump_json())
+    (other / FILE).write_text(first.model_copy(update={"levels": (slow,)}).model_dump_json())
+    found = CliRunner().invoke(main, ["diff", str(artifact), str(other), "--json"])
+    assert found.exit_code == 0, found.output
+    told = json.loads(found.stdout)
+    rows = {(row["at_once"], row["figure"]): (row["a"], row["b"]) for row in told["load"]}
+    assert {at for at, _ in rows} == {4}
+    a, b = rows[4, "output tokens/s"]
+    assert b == pytest.approx(a / 2) and any("one run each" in note for note in told["notes"])
+    for words, said in (([], "-50.0%"), (["--markdown"], "Under load"), (["--html"], 'id="t-load"')):
+        assert said in CliRunner().invoke(main, ["diff", str(artifact), str(other), *words]).stdout
+    (other / FILE).write_text(first.model_copy(update={"max_tokens": 9}).model_dump_json())
+    found = CliRunner().invoke(main, ["diff", str(artifact), str(other)])
+    assert "asked otherwise (max_tokens: 8 and 9)" in " ".join(found.stdout.split()) and "-50.0%" not in found.stdout
 
 
 def test_a_damaged_result_is_told_by_key() -> None:

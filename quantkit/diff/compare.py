@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.diff import evidence, structure
+from quantkit.diff import evidence, load, structure
 from quantkit.diff.comparable import BASELINE_NOISE, Comparable, baseline_gap, comparable, same_text
 from quantkit.diff.sides import Side
 from quantkit.diff.values import Diff, Party
@@ -38,6 +38,7 @@ def compare(a: Side, b: Side, *, partial: bool = False) -> Diff:
         modules=evidence.modules(a, b, allowed),
         fallbacks=structure.fallbacks(a, b),
         flips=evidence.flips(a, b, allowed),
+        load=load.load(a, b),
         compared_items=items,
         reworded=reworded,
     )
@@ -68,7 +69,7 @@ def _notes(a: Side, b: Side, allowed: Comparable) -> tuple[str, ...]:
         elif side.kind == "source" and side.tensors is None:
             found.append(f"{side.name} cannot be reached, so its tensors are not compared.")
     if allowed.source:
-        return tuple(found)
+        return tuple(found + load.notes(a, b))
     texts = a.fidelity.calibration, b.fidelity.calibration
     if "source" not in (a.kind, b.kind) and any(texts) and not same_text(*texts):
         found.append(
@@ -82,7 +83,7 @@ def _notes(a: Side, b: Side, allowed: Comparable) -> tuple[str, ...]:
             "version computed them."
         )
     found += _asked(a, b, allowed)
-    return tuple(found)
+    return tuple(found + load.notes(a, b))
 
 
 def _asked(a: Side, b: Side, allowed: Comparable) -> list[str]:

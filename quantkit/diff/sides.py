@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.diff.values import Kind
 from quantkit.errors import ArtifactError, HubUnreachable, UsageError
+from quantkit.loadtest import schema
+from quantkit.loadtest.schema import LoadTest
 from quantkit.report.read import read_file, read_sealed
 from quantkit.report.samples import BENCHMARKS, TOKENS, Answer, answer, read_columns
 from quantkit.report.schema import Benchmark, Distribution, Fidelity, Figure
 from quantkit.storage.builtin import PREFIX
 from quantkit.storage.files import read_json
-from quantkit.verify import MANIFEST, mapping
+from quantkit.verify import LOADTEST, MANIFEST, mapping
 
 if TYPE_CHECKING:
     from quantkit.contracts import TensorSpec
@@ -85,6 +87,7 @@ class Side:
     items: Mapping[Key, Item] | None = None
     tokens: Tokens | None = None
     solutions: Mapping[tuple[str, int], Solution] | None = None  # by task and item
+    load: LoadTest | None = None
 
 
 def read_sides(a: str, b: str) -> tuple[Side, Side]:
@@ -140,6 +143,9 @@ def _artifact(path: Path) -> Side:
         items=_items(path / BENCHMARKS) if (path / BENCHMARKS).is_file() else None,
         tokens=_tokens(path / TOKENS) if (path / TOKENS).is_file() else None,
         solutions=_solutions(path / SOLUTIONS) if (path / SOLUTIONS).is_file() else None,
+        load=schema.parse(read_json(path / LOADTEST, ArtifactError), str(path / LOADTEST))
+        if (path / LOADTEST).is_file()
+        else None,
     )
 
 

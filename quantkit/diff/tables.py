@@ -217,6 +217,16 @@ def flips(diff: Diff, limit: int) -> Table:
     return Table(title="Items that flipped", columns=columns, rows=rows, note=note if rows else "")
 
 
+def load(diff: Diff) -> Table:
+    """Load tests that both sides have, level by level."""
+    rows = tuple(
+        (f"{row.at_once:,}", row.figure, f"{row.a:,.4g}", f"{row.b:,.4g}", f"{row.b / row.a - 1:+.1%}" if row.a else "")
+        for row in diff.load
+    )
+    columns = (">requests at once", "figure", ">A", ">B", ">B - A")
+    return Table(title="Under load", columns=columns, rows=rows, note="One run each: no interval." if rows else "")
+
+
 # ------------------------------------------------------------------------------------------------------------- pieces
 
 
@@ -308,6 +318,6 @@ def tables(diff: Diff, limit: int) -> list[Table]:
     made = (
         sizes(diff), benchmarks(diff), distribution(diff), likelihood(diff), gates(diff), recipe(diff), plan(diff),
         decisions(diff), tensors(diff), blocks(diff, limit), modules(diff, limit), routers(diff, limit),
-        fallbacks(diff), made_with(diff), flips(diff, limit),
+        fallbacks(diff), made_with(diff), flips(diff, limit), load(diff),
     )  # fmt: skip
     return [table for table in made if table.rows]

@@ -133,6 +133,16 @@ class Flip(BaseModel):
         return self.b.score < self.a.score
 
 
+class Load(BaseModel):
+    """A figure of two load tests with so many requests at once."""
+
+    model_config = FROZEN
+    at_once: int
+    figure: str
+    a: float
+    b: float
+
+
 class Diff(BaseModel):
     """All that differs."""
 
@@ -157,5 +167,6 @@ class Diff(BaseModel):
     modules: tuple[Shift, ...] = ()
     fallbacks: tuple[Change, ...] = ()
     flips: tuple[Flip, ...] = ()
+    load: tuple[Load, ...] = ()
     compared_items: int = 0
     reworded: int = 0  # items with other answers and the same score

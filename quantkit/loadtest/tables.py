@@ -1,4 +1,4 @@
-"""A load test as tables of text, and two of them side by side. Pure."""
+"""A load test as a table of text. Pure."""
 
 from __future__ import annotations
 
@@ -51,33 +51,3 @@ def levels(run: LoadTest) -> Table:
     if with_cache:
         told += " Cached: share of the prompts' tokens that the engine had in its prefix cache."
     return Table(title="Under load", columns=tuple(columns), rows=tuple(rows), note=told)
-
-
-def side_by_side(a: LoadTest, b: LoadTest) -> Table:
-    """Levels that both have: B's figures, and by how much they differ from A's."""
-    mine = {level.concurrency: level for level in a.levels}
-    rows = []
-    for level in b.levels:
-        before = mine.get(level.concurrency)
-        if before is None:
-            continue
-        for name, value in compared(before, level):
-            rows.append((str(level.concurrency), name, *value))
-    return Table(
-        title="Under load",
-        columns=(">at once", "figure", ">A", ">B", ">B - A"),
-        rows=tuple(rows),
-        note=f"A asked on {a.machine}, {a.started}; B on {b.machine}, {b.started}. One run each: no interval.",
-    )
-
-
-def compared(a: Level, b: Level) -> list[tuple[str, tuple[str, str, str]]]:
-    """The figures that matter of two levels."""
-    pairs = [
-        ("tokens/s", a.output_tokens_per_second, b.output_tokens_per_second, "{:,.1f}"),
-        ("TTFT p50 [ms]", a.ttft_ms.p50, b.ttft_ms.p50, "{:.3g}"),
-        ("TTFT p99 [ms]", a.ttft_ms.p99, b.ttft_ms.p99, "{:.3g}"),
-        ("between tokens p50 [ms]", a.inter_token_ms.p50, b.inter_token_ms.p50, "{:.3g}"),
-        ("answer p99 [ms]", a.latency_ms.p99, b.latency_ms.p99, "{:.4g}"),
-    ]
-    return [(name, (form.format(x), form.format(y), f"{y / x - 1:+.1%}" if x else "-")) for name, x, y, form in pairs]

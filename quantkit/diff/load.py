@@ -1,0 +1,47 @@
+"""Two load tests side by side: what both sides were asked alike. One run each, so a difference has no interval."""
+
+from __future__ import annotations
+
+from quantkit.diff.sides import Side
+from quantkit.diff.values import Load
+from quantkit.loadtest.schema import Level
+
+
+def load(a: Side, b: Side) -> tuple[Load, ...]:
+    """Figures at every number of requests at once that both were asked with; none where the runs do not compare."""
+    if a.load is None or b.load is None or a.load.comparable(b.load):
+        return ()
+    first = {level.concurrency: level for level in a.load.levels}
+    return tuple(
+        row
+        for level in b.load.levels
+        if level.concurrency in first
+        for row in compared(first[level.concurrency], level)
+    )
+
+
+def compared(a: Level, b: Level) -> list[Load]:
+    """The figures of two levels that a serving team asks for."""
+    figures = {
+        "output tokens/s": (a.output_tokens_per_second, b.output_tokens_per_second),
+        "time to first token p50 [ms]": (a.ttft_ms.p50, b.ttft_ms.p50),
+        "time to first token p99 [ms]": (a.ttft_ms.p99, b.ttft_ms.p99),
+        "between tokens p50 [ms]": (a.inter_token_ms.p50, b.inter_token_ms.p50),
+        "between tokens p99 [ms]": (a.inter_token_ms.p99, b.inter_token_ms.p99),
+        "answer p99 [ms]": (a.latency_ms.p99, b.latency_ms.p99),
+    }
+    return [Load(at_once=b.concurrency, figure=name, a=x, b=y) for name, (x, y) in figures.items()]
+
+
+def notes(a: Side, b: Side) -> list[str]:
+    """What a reader must know of the two runs."""
+    if a.load is None or b.load is None:
+        return []
+    why = a.load.comparable(b.load)
+    if why:
+        return [f"Their load tests asked otherwise ({why}) and are not compared."]
+    same = "the same machine kind" if a.load.machine == b.load.machine else "machines of other kinds"
+    return [
+        f"Load: one run each, asked from {same} ({a.load.started} and {b.load.started}); what served them is not known "
+        "here."
+    ]
