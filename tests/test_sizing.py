@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def v3() -> Model:
     return model_of(V3)
 
 
+@cache
 def recipe_model(name: str) -> Model:
     text = (folder("recipes") / f"{name}.yaml").read_text()
     (found,) = recipe_models(parse(text, name))
