@@ -14,6 +14,9 @@ EXPECTED: Mapping[str, str] = {
     "model_type": "a mapping of keys", "dict_type": "a mapping of keys", "tuple_type": "a list",
     "string_too_short": "text that is not empty", "finite_number": "a finite number",
 }  # fmt: skip
+PATTERNS: Mapping[str, str] = {
+    "^[0-9a-f]{40}$": "the 40 hexadecimal digits of a commit (a branch or a tag can be moved)",
+}
 
 
 def sentence(path: Path, details: ErrorDetails, known: Sequence[str]) -> str:
@@ -31,6 +34,8 @@ def sentence(path: Path, details: ErrorDetails, known: Sequence[str]) -> str:
         expected = f"more than {context['gt']:g}" if "gt" in context else f"less than {context['lt']:g}"
     elif kind == "literal_error":
         expected = str(context["expected"]).replace("'", "")
+    elif kind == "string_pattern_mismatch" and context["pattern"] in PATTERNS:
+        expected = PATTERNS[context["pattern"]]
     else:
         expected = EXPECTED.get(kind, details["msg"].lower())
     hint = " (quote it to make it text)" if kind == "string_type" and isinstance(found, int | float) else ""

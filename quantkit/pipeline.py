@@ -42,6 +42,7 @@ from quantkit.storage.corpora import Tokens
 from quantkit.storage.files import read_json, write_atomic, write_json
 from quantkit.storage.machine import HEAP_BYTES, keep_freed_memory, peak_resident_bytes, return_freed_memory
 from quantkit.storage.model_card import front_matter
+from quantkit.storage.own_code import may_run
 from quantkit.storage.shards import Hashed
 from quantkit.storage.tensors import Written
 
@@ -225,7 +226,8 @@ def make(
 
 def tokenize(recipe: Recipe, folder: Path) -> Texts:
     """Load the recipe's text sets and cut them into token sequences with the source's tokenizer."""
-    tokenizer, sets = corpora.load_tokenizer(folder), builtin.folder("calibration")
+    own_code = may_run(recipe.source.trust_remote_code, folder)
+    tokenizer, sets = corpora.load_tokenizer(folder, own_code), builtin.folder("calibration")
     wanted: list[tuple[TextName, str, int | None, int, int]] = []
     calibration = recipe.calibration if recipe.learns else None
     if calibration:

@@ -85,6 +85,7 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]  # a branch or a tag moves
 Size = Annotated[int, BeforeValidator(size_bytes)]
 Bound = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_sized)]
 MethodName = Annotated[str, AfterValidator(lambda name: _registered("methods", name))]
@@ -104,6 +105,7 @@ class Source(BaseModel):
     model_config = FROZEN
     model: Text
     revision: Text | None = None
+    trust_remote_code: Commit | None = None  # the commit whose tokenizer may run code of its own
 
 
 OWN: Mapping[str, Mapping[str, object]] = {
@@ -316,6 +318,8 @@ class Recipe(BaseModel):
     def hash(self) -> str:
         """sha256 of what decides the artifact's content; where it lies and how much memory makes it do not."""
         values = self.model_dump(mode="json", exclude={"memory": True, "output": {"path"}})
+        if self.source.trust_remote_code is None:
+            del values["source"]["trust_remote_code"]  # which older recipes had not
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -38,7 +38,7 @@ def test_the_smallest_recipe_has_every_default() -> None:
     recipe = parse(SMALLEST, "x.yaml")
     assert recipe.dump() == {
         "version": 1,
-        "source": {"model": "builtin:tiny-v3", "revision": None},
+        "source": {"model": "builtin:tiny-v3", "revision": None, "trust_remote_code": None},
         "quantize": {
             "method": "awq",
             "rounding": "nearest",
@@ -267,7 +267,7 @@ fidelty: {}
         "x.yaml:1: version: expected 1, found 2",
         "x.yaml:1: fidelity: missing; this key has no default",
         "x.yaml:2: source.model: expected text, found 12 (quote it to make it text)",
-        "x.yaml:2: source.modle: unknown key. Did you mean 'model'? Known: model, revision.",
+        "x.yaml:2: source.modle: unknown key. Did you mean 'model'? Known: model, revision, trust_remote_code.",
         f"x.yaml:3: quantize.method: no method named 'awk'. Did you mean 'awq'? Known: {methods}",
         "x.yaml:3: quantize.bits: expected at most 8, found 9",
         "x.yaml:3: quantize.group_size: expected 32, 64, 128 or -1, found 100",

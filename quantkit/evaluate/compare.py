@@ -28,6 +28,7 @@ from quantkit.report.schema import Benchmark, Figure
 from quantkit.sources import Compute
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.corpora import load_tokenizer
+from quantkit.storage.own_code import may_run
 
 WHOLE_MODEL_COPIES = 1.7
 """Peak over size of a model that is assembled in memory: its largest stacked tensors exist twice for a moment."""
@@ -142,7 +143,7 @@ def answers(job: Job, name: str, read: whole.Read, source: Checkpoint) -> list[I
     try:
         return benchmarks.run(
             model,
-            load_tokenizer(source.folder),
+            load_tokenizer(source.folder, own_code=may_run(job.plan.recipe.source.trust_remote_code, source.folder)),
             job.tasks,
             limit=job.plan.recipe.evaluation.limit,
             batch_size=job.plan.recipe.evaluation.batch_size,

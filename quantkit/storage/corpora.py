@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.storage.corpus_files import Document, read_documents, read_hub, read_local
 from quantkit.storage.corpus_spec import Packing, first_line, read_spec
+from quantkit.storage.own_code import hint, tokenizer_map
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,14 +117,16 @@ def load_set(name_or_path: str, folder: Path) -> CorpusSet:
     )
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model folder; code that the folder may contain is never run. CheckpointError if it fails."""
-    from transformers import AutoTokenizer
+def load_tokenizer(folder: Path, own_code: bool = False) -> Tokenizer:
+    """The tokenizer of a model folder; its own code is run only with `own_code` (see there). Else CheckpointError."""
+    from transformers import AutoTokenizer, PretrainedConfig
 
+    # transformers would run the code of a config as well; without a config of ours it looks for one
+    config = PretrainedConfig(auto_map=tokenizer_map(folder)) if own_code else None
     try:
         with unheard():
             tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-                str(folder), trust_remote_code=False, local_files_only=True
+                str(folder), config=config, trust_remote_code=own_code, local_files_only=True
             )
             found = tokenizer(["a b"], add_special_tokens=True, verbose=False)["input_ids"]
         if not all(isinstance(number, int) for number in found[0]):
@@ -134,6 +137,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise CheckpointError(
             f"{folder}: expected a tokenizer that transformers loads without code of its own, "
             f"found: {first_line(error):.300}. Copy tokenizer.json and tokenizer_config.json of the model there"
+            f"{hint(folder)}"
         ) from error
     return tokenizer
 
