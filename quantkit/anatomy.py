@@ -41,8 +41,8 @@ TINY: Mapping[str, object] = {
 }
 """What the TINY configs have in common; sizes that fill AWQ's groups and words, and FP8's blocks."""
 
-MOST_LINEARS = 200_000
-"""No published model has half of it: DeepSeek-V3 has 45,872."""
+MOST_BLOCKS, MOST_LINEARS = 4_000, 200_000
+"""No published model has half of either: DeepSeek-V3 has 62 and 45,872."""
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -240,8 +240,11 @@ def model(config: Config, block: Callable[[Config, int], Block], predictions: in
     Raises CheckpointError for more linears than any model has: a config must not decide how much memory a plan takes.
     """
     count, made, linears = config.integer("num_hidden_layers"), list[Block](), 0
-    if not count:
-        raise CheckpointError(f"{config.where}: num_hidden_layers: expected a model with blocks, found 0; repair it")
+    if not 0 < count + predictions <= MOST_BLOCKS or not count:
+        raise CheckpointError(
+            f"{config.where}: num_hidden_layers: expected a model of 1 to {MOST_BLOCKS:,} blocks, found "
+            f"{count + predictions:,}; repair it"
+        )
     for layer in range(count + predictions):
         made.append(block(config, layer))
         linears += len(made[-1].linears)

@@ -303,7 +303,7 @@ SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
     "config: escape sequences": (config_key("model_type", json.dumps(ESCAPES)), "no architecture named"),
     "config: a path as a family": (config_key("model_type", '"../../x"'), "no architecture named"),
     "config: NaN": (config_key("hidden_size", "NaN"), "hidden_size: expected an integer"),
-    "config: a billion layers": (config_key("num_hidden_layers", "1000000000"), "linears"),
+    "config: a billion layers": (config_key("num_hidden_layers", "1000000000"), "1 to 4,000 blocks"),
     "config: no layers": (config_key("num_hidden_layers", "0"), "num_hidden_layers"),
     "config: fewer than none": (config_key("num_hidden_layers", "-1"), "num_hidden_layers"),
     "config: no heads": (config_key("num_attention_heads", "0"), "num_attention_heads"),

@@ -172,14 +172,15 @@ def read_columns(path: Path, columns: Sequence[str]) -> Any:
     try:
         with parquet.ParquetFile(path, read_dictionary=list(columns)) as file:
             told = file.metadata
-            groups = [told.row_group(number) for number in range(told.num_row_groups)]
-            stored = sum(group.column(n).total_uncompressed_size for group in groups for n in range(group.num_columns))
+            stored = sum(told.row_group(number).total_byte_size for number in range(told.num_row_groups))
             if told.num_rows > MOST_ROWS or stored > MOST_BYTES:
                 raise _too_large(path, f"{told.num_rows:,} rows of {stored / 1e9:.1f} GB")
             table = file.read(columns=list(columns)).select(list(columns))
         if (texts := sum(_text_bytes(column) for column in table.columns)) > MOST_BYTES:
             raise _too_large(path, f"texts of {texts / 1e9:.1f} GB")
-        return arrow.table({name: _written_out(table[name]) for name in columns})
+        whole = arrow.table({name: _written_out(table[name]) for name in columns})
+        whole.validate(full=True)  # texts are UTF-8
+        return whole
     except (OSError, KeyError, ValueError, arrow.ArrowException) as fault:
         raise ArtifactError(
             f"{path}: expected samples with the columns {', '.join(columns)}, found: {str(fault)[:200]}; pull or "

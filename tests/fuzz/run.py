@@ -92,6 +92,7 @@ def main(name: str, wanted: int, seed: int, result: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     longest = 4 * max(map(len, chosen.seeds)) + 8000
     options = [f"-runs={wanted + 100}", f"-seed={seed}", f"-timeout={SECONDS}", f"-max_len={longest}", "-verbosity=0"]
+    options.append(f"-artifact_prefix={folder}/")
     atheris.Setup([sys.argv[0], *options, str(corpus)], fuzzed.one, custom_mutator=fuzzed.mutated)
     atheris.Fuzz()
 
