@@ -51,11 +51,14 @@ def pull(
             place=remote.where, status=status, files=(*(entry.name for entry in wanted), MANIFEST), n_bytes=total,
             there=0, there_bytes=0, manifest=hashlib.sha256(content).hexdigest(),
         )  # fmt: skip
+        as_it_is = replace(done, files=(), n_bytes=0, there=len(done.files), there_bytes=total)
         if is_there(path, content, overwrite):
-            return replace(done, files=(), n_bytes=0, there=len(done.files), there_bytes=total)
+            return as_it_is
         if dry_run:
             return done
         with landing(path) as place:
+            if is_there(path, content, overwrite):  # another pull was faster
+                return as_it_is
             there = fetch_all(remote, place, wanted, options, tell)
             place.put(MANIFEST, content)
             try:

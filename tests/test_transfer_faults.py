@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from _pytest.mark import ParameterSet
 from places.here import WIRED, Place
-from places.using import LAST, Record, fetched, files, flipped, sent
+from places.using import LAST, Record, fetched, files, flipped, other, sent
 from places.wire import Cuts, Flips, Slow
 
 from quantkit import publishing
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.storage.landing import landing
+from quantkit.storage.landing import Landing, landing
 from quantkit.storage.patience import Patience
 from quantkit.verify import verify
 
@@ -305,6 +307,33 @@ def test_a_second_pull_into_a_folder_is_refused(built: Path, tmp_path: Path, rec
     assert not (tmp_path / "got").exists()
     fetched(str(tmp_path / "there"), tmp_path / "got")
     record_property("fault", "two pulls into one folder")
+
+
+def test_a_pull_that_another_was_faster_than(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
+    """Between the look at the folder and the lock somebody else's artifact got the name: it is not replaced."""
+    from quantkit import pulling
+
+    sent(built, str(tmp_path / "there"))
+    second = other(Path(shutil.copytree(built, tmp_path / "copy")))
+    real = pulling.landing
+    for source, refused in ((built, False), (second, True)):
+        got = tmp_path / f"got-{refused}"
+
+        @contextmanager
+        def late(path: Path, source: Path = source) -> Iterator[Landing]:
+            shutil.copytree(source, path)
+            with real(path) as place:
+                yield place
+
+        monkeypatch.setattr(pulling, "landing", late)
+        if refused:
+            assert "exists already" in sentence(lambda: fetched(str(tmp_path / "there"), got))  # noqa: B023
+        else:
+            assert fetched(str(tmp_path / "there"), got).files == ()
+        assert files(got) == files(source) and not got.with_name(got.name + ".pulling").exists()
+    record_property("fault", "another pull was faster")
 
 
 def test_a_second_publication_into_a_folder_is_refused(built: Path, tmp_path: Path, record_property: Record) -> None:

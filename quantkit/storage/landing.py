@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,7 +164,11 @@ def landing(path: Path) -> Iterator[Landing]:
         make_folder(place.folder)
         if place.folder.is_symlink():
             raise UsageError(f"{place.folder}: expected a folder of this pull, found a link; remove it")
-        yield place
+        try:
+            yield place
+        finally:
+            with suppress(OSError):  # it has its name, or keeps what arrived
+                place.folder.rmdir()
 
 
 def occupant(path: Path, manifest: str) -> bytes | None:
