@@ -82,6 +82,12 @@ def crowd(to: str, streams: int, tokens: int, pause: float) -> list[float]:
     return [seconds for one in found for seconds in one]
 
 
+def cpu_seconds(pid: int) -> float:
+    """What a process has used so far: a figure that other programs on the machine do not move."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def compare(name: str, ways: dict[str, list[float]], goal: float | None) -> bool:
     """One row: what either way took and what the gateway adds; whether the goal is kept."""
     p50 = {way: statistics.median(taken) for way, taken in ways.items()}
@@ -101,17 +107,19 @@ def main(requests: int) -> int:
     kept = []
     with ExitStack() as stack:
         engine, _ = stack.enter_context(stub_engine.process(stub_engine.__file__))
-        gateway, _ = stack.enter_context(stub_engine.process(__file__, "--gateway", engine))
+        gateway, pid = stack.enter_context(stub_engine.process(__file__, "--gateway", engine))
         urls = dict(zip(WAYS, (engine, gateway), strict=True))
         to = {way: connection(url) for way, url in urls.items()}
         for stream in (False, True):
             taken: dict[str, list[float]] = {way: [] for way in WAYS}
+            used = cpu_seconds(pid)
             for n in range(requests + 20):
                 for way in WAYS if n % 2 else reversed(WAYS):
                     seconds = request_seconds(to[way], stream)
                     if n >= 20:
                         taken[way].append(seconds)
             kept.append(compare(f"request, {'stream' if stream else 'whole'}", taken, REQUEST_GOAL))
+            print(f"{'':34}  the gateway's CPU {(cpu_seconds(pid) - used) / (requests + 20) * 1e3:.3f} ms per request")
         one = {way: [] for way in WAYS}
         many = {way: [] for way in WAYS}
         flood = {way: [] for way in WAYS}

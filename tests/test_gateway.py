@@ -200,6 +200,30 @@ def test_a_deadline_is_504_before_the_answer_and_an_event_inside_it() -> None:
         until(lambda: setup.metric("running") == 0)
 
 
+def test_a_client_that_never_reads_keeps_its_place_until_the_deadline_and_no_longer(monkeypatch: Any) -> None:
+    monkeypatch.setattr("quantkit.gateway.app.FAREWELL", 0.2)
+    with gateway(running=1) as setup:
+        with socket.create_connection(("127.0.0.1", httpx2.URL(setup.url).port)) as raw:
+            content = json.dumps({"prompt": json.dumps({"flood": 4000, "size": 100_000}), "stream": True}).encode()
+            raw.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-request-timeout: 1\r\ncontent-length: %d\r\n\r\n"
+                % len(content)
+                + content
+            )
+            until(lambda: setup.metric("running") == 1)
+            assert setup.ask({}).status_code == 200  # as soon as the place is free
+            until(lambda: setup.metric('requests_total{key="anonymous",outcome="late"}') == 1)
+        assert setup.engine.left == [""]
+
+
+def test_half_a_surrogate_reaches_an_engine_as_it_came() -> None:
+    with gateway() as setup:
+        body = json.dumps({"prompt": '{"name": "\\ud800"}', "priority": 3})
+        answer = httpx2.post(f"{setup.url}/completions", content=body, headers={"x-priority": "5"})
+        assert answer.status_code == 200 and setup.engine.order == ["\ud800"]
+        assert setup.engine.asked[0]["priority"] == 5
+
+
 def test_a_client_may_ask_for_less_time() -> None:
     with gateway() as setup:
         body = {"prompt": json.dumps({"tokens": 1, "pause": 3})}

@@ -163,6 +163,12 @@ def test_without_a_card_a_small_artifact_is_served_here(built: Path, monkeypatch
         (["BUILT", "--gateway", "--limit", "wating=3"], 2, "--limit wating: unknown; known limits: running"),
         (["BUILT", "--gateway", "--fallback", "api.example.com"], 2, "--fallback: expected http://HOST:PORT/v1"),
         (["BUILT", "--gateway", "--fallback-key", "NOT_SET"], 2, "expected an API key there"),
+        (["BUILT", "--gateway", "--engine-key", "X"], 2, "expected the address of a server as ARTIFACT"),
+        (
+            ["http://127.0.0.1:9/v1", "--gateway", "--engine-key", "NOT_SET"],
+            2,
+            "--engine-key NOT_SET: expected an API key",
+        ),
         (["http://127.0.0.1:9/v1"], 2, "the address of a server: expected --gateway"),
     ],
 )

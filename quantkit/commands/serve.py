@@ -34,6 +34,7 @@ ENGINES = ["auto", "vllm", "sglang", "transformers"]
 @click.option("--keys", type=click.Path(path_type=Path), help="gateway: who may ask; see `quantkit key`.")
 @click.option("--fallback", multiple=True, metavar="URL[=MODEL]", help="gateway: who stands in for the engine.")
 @click.option("--fallback-key", default="", metavar="VARIABLE", help="gateway: where the stand-ins' API key is.")
+@click.option("--engine-key", default="", metavar="VARIABLE", help="gateway before a URL: where that server's key is.")
 @click.option("--start-seconds", type=click.FloatRange(1), default=3600, help="What the engine gets to load (3600).")
 @click.option("--no-verify", is_flag=True, help="Do not check the artifact against its manifest first.")
 @JSON
@@ -42,7 +43,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
     artifact: str, engine_flags: tuple[str, ...], engine: Any, dry_run: bool, context: int | None, users: int,
     gpu: str | None, kv: Any, host: str, port: int, name: str, chat_template: Path | None, docker: bool,
     kubernetes: bool, gateway: bool, limits: tuple[str, ...], keys: Path | None, fallback: tuple[str, ...],
-    fallback_key: str, start_seconds: float, no_verify: bool, json_out: bool,
+    fallback_key: str, engine_key: str, start_seconds: float, no_verify: bool, json_out: bool,
 ) -> None:  # fmt: skip
     """Verify an artifact, size it, and serve it by vLLM, SGLang or transformers.
 
@@ -60,8 +61,10 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
     if artifact.startswith(("http://", "https://")):
         if not gateway or docker or kubernetes:
             raise UsageError(f"{artifact}: the address of a server: expected --gateway, which is put before it")
-        start.gateway_before(artifact, front, host, port, tell)
+        start.gateway_before(artifact, engine_key, front, host, port, tell)
         return
+    if engine_key:
+        raise UsageError("--engine-key: expected the address of a server as ARTIFACT; leave the option out")
     wanted = choose.Wanted(
         artifact=artifact, engine=engine, context=context, users=users, gpu=gpu, kv=kv, host=host, port=port,
         name=name, chat_template=chat_template, extra=engine_flags,

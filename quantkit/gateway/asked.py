@@ -47,7 +47,7 @@ class Asked:
         values = {name: value for name, value in self.values.items() if name != "priority"}
         values |= {"priority": wanted} if wanted else {}
         values |= {"model": upstream.model} if upstream.model else {}
-        return json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        return json.dumps(values).encode()  # ASCII: half a surrogate stays the escape that it was
 
 
 async def read_body(receive: Receive, headers: Mapping[bytes, bytes], most: int) -> bytes:

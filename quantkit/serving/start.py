@@ -50,9 +50,7 @@ class Front:
 
     def stand_ins(self) -> list[Upstream]:
         """Who is asked when the engine fails, in this order."""
-        key = os.environ.get(self.key_variable, "") if self.key_variable else ""
-        if self.key_variable and not key:
-            raise UsageError(f"--fallback-key {self.key_variable}: expected an API key there, found nothing; export it")
+        key = key_in(self.key_variable, "--fallback-key")
         made = []
         for place, entry in enumerate(self.fallbacks):
             url, _, model = entry.partition("=")
@@ -69,6 +67,14 @@ def api(url: str, option: str) -> str:
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"{option}: expected http://HOST:PORT/v1, found {url!r}; name the server's API")
     return url.rstrip("/")
+
+
+def key_in(variable: str, option: str) -> str:
+    """The API key in a variable of the environment; "" where none is named, UsageError where it is empty."""
+    key = os.environ.get(variable, "") if variable else ""
+    if variable and not key:
+        raise UsageError(f"{option} {variable}: expected an API key there, found nothing; export it")
+    return key
 
 
 def require(*packages: str) -> None:
@@ -150,10 +156,12 @@ def behind_gateway(made: Planned, front: Front, seconds: float, tell: Tell) -> N
             raise QuantkitError(f"the engine ended with {started.returncode}; its messages are above")
 
 
-def gateway_before(address: str, front: Front, host: str, port: int, tell: Tell) -> None:
+def gateway_before(address: str, key_variable: str, front: Front, host: str, port: int, tell: Tell) -> None:
     """The gateway before a server that runs already; it is not told priorities, which it may not know."""
+    key = key_in(key_variable, "--engine-key")
     running.check_port(host, port)
-    gateway_server(front, Upstream(name="engine", url=api(address, "ARTIFACT")), host, port, tell).run()
+    engine = Upstream(name="engine", url=api(address, "ARTIFACT"), key=key)
+    gateway_server(front, engine, host, port, tell).run()
 
 
 def gateway_server(front: Front, engine: Upstream, host: str, port: int, tell: Tell) -> Any:
