@@ -119,7 +119,7 @@ def test_a_run_asks_each_level_reads_the_cache_and_keeps_the_result(artifact: Pa
             "--requests",
             "8",
         ]
-        found = run(*words, "--html", str(page), "--output", str(output), "--max-tokens", "9")
+        found = run(*words, "--html", str(page), "--output", str(output), "--max-tokens", "9", "--note", "a stub")
     assert found.exit_code == 0, found.output
     warm, one, four = map(json.loads, log.read_text().splitlines())
     assert [spec["profile"]["streams"] for spec in (warm, one, four)] == [[1], [1], [4]]
@@ -129,7 +129,7 @@ def test_a_run_asks_each_level_reads_the_cache_and_keeps_the_result(artifact: Pa
     assert backend["extras"]["body"] == {"temperature": 0, "ignore_eos": True} and backend["max_tokens"] == 9
     kept = parse(json.loads((artifact / FILE).read_text()), "kept")
     assert kept == parse(json.loads(output.read_text()), "output")
-    assert [level.concurrency for level in kept.levels] == [1, 4]
+    assert [level.concurrency for level in kept.levels] == [1, 4] and kept.note == "a stub"
     assert [level.cache for level in kept.levels] == [Cache(asked=100, hits=40)] * 2
     assert "40.0%" in found.output and "Under load" in found.output
     assert "<script" in page.read_text()
@@ -231,14 +231,16 @@ def test_diff_lays_runs_side_by_side_that_asked_alike(artifact: Path, tmp_path: 
     first = example()
     slow = first.levels[1].model_copy(update={"output_tokens_per_second": first.levels[1].output_tokens_per_second / 2})
     (artifact / FILE).write_text(first.model_dump_json())
-    (other / FILE).write_text(first.model_copy(update={"levels": (slow,)}).model_dump_json())
+    (other / FILE).write_text(first.model_copy(update={"levels": (slow,), "note": "2 x A100"}).model_dump_json())
     found = CliRunner().invoke(main, ["diff", str(artifact), str(other), "--json"])
     assert found.exit_code == 0, found.output
     told = json.loads(found.stdout)
     rows = {(row["at_once"], row["figure"]): (row["a"], row["b"]) for row in told["load"]}
     assert {at for at, _ in rows} == {4}
     a, b = rows[4, "output tokens/s"]
-    assert b == pytest.approx(a / 2) and any("one run each" in note for note in told["notes"])
+    assert b == pytest.approx(a / 2) and any(
+        "What served A: nobody noted, B: 2 x A100." in note for note in told["notes"]
+    )
     for words, said in (([], "-50.0%"), (["--markdown"], "Under load"), (["--html"], 'id="t-load"')):
         assert said in CliRunner().invoke(main, ["diff", str(artifact), str(other), *words]).stdout
     (other / FILE).write_text(first.model_copy(update={"max_tokens": 9}).model_dump_json())

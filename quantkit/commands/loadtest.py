@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--tokenizer", default="", help="For servers that tell no usage: a folder; default: the artifact.")
 @click.option("--key-variable", default="OPENAI_API_KEY", help="Where the API key is (OPENAI_API_KEY).")
 @click.option("--guidellm", default="guidellm", metavar="PROGRAM", help="GuideLLM's program (guidellm on PATH).")
+@click.option("--note", default="", help="What serves, for the record: 'vLLM 0.32, 8 x H100'.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the result there, as JSON.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page with plots there.")
 @JSON
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 def COMMAND(  # noqa: PLR0913  # every one is an option
     url: str, artifact: Path | None, data: str, concurrency: str, requests: int, seconds: float, max_tokens: int,
     stop_at_eos: bool, chat: bool, model: str, metrics: str, tokenizer: str, key_variable: str, guidellm: str,
-    output: Path | None, html: Path | None, json_out: bool,
+    note: str, output: Path | None, html: Path | None, json_out: bool,
 ) -> None:  # fmt: skip
     """Ask a server more and more at once, by GuideLLM: time to first token, between tokens, throughput, prefix cache.
 
@@ -57,6 +58,8 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
     if Path(url).is_dir():
         run = stored(Path(url))
     else:
+        if len(note) > 500:
+            raise UsageError(f"--note: expected at most 500 characters, found {len(note)}; shorten it")
         key, address, steps = os.environ.get(key_variable, ""), engine.base(url), levels_of(concurrency)
         if artifact is not None:
             from quantkit.verify import read_manifest
@@ -69,6 +72,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
             requests=requests, seconds=seconds,
         )  # fmt: skip
         run = load_test(setup, prompts, steps, metrics or address, lambda text: click.echo(text, err=True))
+        run = run.model_copy(update={"note": note})
         if artifact is not None:
             write_json(artifact / FILE, run.model_dump(mode="json"))
     if output is not None:

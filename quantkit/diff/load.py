@@ -40,8 +40,5 @@ def notes(a: Side, b: Side) -> list[str]:
     why = a.load.comparable(b.load)
     if why:
         return [f"Their load tests asked otherwise ({why}) and are not compared."]
-    same = "the same machine kind" if a.load.machine == b.load.machine else "machines of other kinds"
-    return [
-        f"Load: one run each, asked from {same} ({a.load.started} and {b.load.started}); what served them is not known "
-        "here."
-    ]
+    told = [f"{name}: {side.load.note or 'nobody noted'}" for name, side in (("A", a), ("B", b)) if side.load]
+    return [f"Load: one run each, {a.load.started} and {b.load.started}. What served {', '.join(told)}."]

@@ -75,7 +75,7 @@ class LoadTest(Part):
     ignore_eos: bool
     started: str  # UTC
     machine: str  # of the side that asked
-    note: str = ""
+    note: str = Field(default="", max_length=500)  # what served, in the operator's words
     levels: tuple[Level, ...]
 
     def comparable(self, other: LoadTest) -> str | None:
