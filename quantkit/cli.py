@@ -15,6 +15,9 @@ from quantkit import __version__, commands
 
 REPRODUCIBLE = {"MKL_CBWR": "AVX2,STRICT", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 """What the linear algebra libraries must be told before they load, so that the number of threads changes no bit."""
+BOUNDED = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
+"""The same, so that memory stays the same: oneDNN and torch keep the code made for each shape of a product, and every
+expert has another number of tokens. With their 1,024 shapes each a build grew by 14 MB a block, with these by 3."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,7 +27,7 @@ def main() -> None:
 
     Example: quantkit build tiny-v3-awq4
     """
-    for name, value in REPRODUCIBLE.items():
+    for name, value in {**REPRODUCIBLE, **BOUNDED}.items():
         os.environ.setdefault(name, value)
 
 
