@@ -18,7 +18,7 @@ SHOWN = 20
 SAID: dict[Kind, str] = {
     "requantized": "quantized again from the source: every code, scale and zero point the same, bit for bit",
     "reproduced": "recorded weight error reproduced from source and codes (how calibration chose them is not proven)",
-    "scaled": "the source's by an unrecorded factor per channel: recorded error within 2 %, pairs cancel to rounding",
+    "scaled": "the source's by an unrecorded factor per channel: error no more than recorded, pairs cancel to rounding",
     "equal": "the source's values, bit for bit",
     "power_of_two": "the source's values by powers of two, bit for bit",
     "factor": "the source's values by one unrecorded factor per row, to rounding",
