@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Solved:
 class ModuleRecord:
     """What the manifest and the report say of one quantized linear. Errors compare stored with original weights.
 
-    relative_error: ||W - Q|| / ||W||; output_error: share of the output's energy that is lost on the calibration
+    relative_error: ||W - Q|| / ||W||; sqnr_db: the same in dB, None where nothing is lost; output_error: share of the output's energy that is lost on the calibration
     inputs, None without statistics; tokens: calibration tokens behind the gram; fallbacks: names, empty when none.
     """
 
@@ -52,7 +53,7 @@ class ModuleRecord:
     rounding: str
     scheme: Scheme
     relative_error: float
-    sqnr_db: float
+    sqnr_db: float | None
     output_error: float | None
     tokens: int
     rescaled: bool
@@ -141,7 +142,7 @@ def stored(asked: Asked, quantized: Quantized, found: tuple[str, ...], outputs: 
         rounding=asked.rounding,
         scheme=scheme,
         relative_error=10 ** (-sqnr_db / 20),
-        sqnr_db=sqnr_db,
+        sqnr_db=sqnr_db if isfinite(sqnr_db) else None,  # nothing is lost of a matrix of zeros
         output_error=None if stats is None else float(grams.relative_error(weight, back, stats.gram)),
         tokens=0 if stats is None else int(stats.n_tokens),
         rescaled=asked.rescaled,
