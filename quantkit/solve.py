@@ -43,8 +43,9 @@ class Solved:
 class ModuleRecord:
     """What the manifest and the report say of one quantized linear. Errors compare stored with original weights.
 
-    relative_error: ||W - Q|| / ||W||; sqnr_db: the same in dB, None where nothing is lost; output_error: share of the output's energy that is lost on the calibration
-    inputs, None without statistics; tokens: calibration tokens behind the gram; fallbacks: names, empty when none.
+    relative_error: ||W - Q|| / ||W||; sqnr_db: the same in dB, None where nothing is lost; output_error: share of the
+    output's energy that is lost on the calibration inputs, None without statistics; tokens: calibration tokens behind
+    the gram; fallbacks: names, empty when none.
     """
 
     module: str

@@ -101,8 +101,10 @@ def test_hard_weights(method: str, hard: Path, tmp_path: Path, record_property: 
     assert float(stored[TINY][:, :64].abs().max()) < 0.1  # NF4 stores scales in 8 bits over the matrix's range
     if told[CONSTANT]["rescaled"]:  # its group is constant no more: no worse than others
         assert told[CONSTANT]["relative_error"] < 0.2
+    elif "gptq" in method:  # a column takes on what those before it have lost: some are a step or two away
+        assert abs(float(stored[CONSTANT][:, :64].mean()) - 0.5) < 0.05
     else:
-        assert torch.allclose(stored[CONSTANT][:, :64], torch.tensor(0.5), rtol=0.35 if "gptq" in method else 0.08)
+        assert torch.allclose(stored[CONSTANT][:, :64], torch.tensor(0.5), rtol=0.08)
     if method not in ("awq", "awq+gptq"):  # which move a part of it into the next matrix
         assert torch.allclose(stored[HUGE][0, :64], torch.tensor(1e6), rtol=0.08)
     assert all(0 <= module["relative_error"] < 0.5 for module in told.values())
