@@ -44,7 +44,7 @@ SUITES = (
     Suite(
         name="publish and pull: connections cut, bytes changed, files lost, disk full",
         asserts="goes on, or one sentence; nothing unverified under the final name",
-        tests=("tests/test_transfer.py", "tests/test_transfer_faults.py"),
+        tests=tuple(f"tests/test_transfer{part}.py" for part in ("", "_faults", "_trust", "_secrets", "_kinds")),
     ),
     Suite(
         name="bad artifacts and signatures",
