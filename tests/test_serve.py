@@ -89,6 +89,7 @@ def test_sglang_hears_the_same_in_its_own_words() -> None:
     expected = {
         "--context-length": "65536", "--tp-size": "8", "--kv-cache-dtype": "fp8_e4m3", "--max-running-requests": "4",
         "--enable-priority-scheduling": "", "--schedule-low-priority-values-first": "",
+        "--default-priority-value": "0",
     }  # fmt: skip
     assert {name: found.get(name) for name in expected} == expected
     assert plan["nodes"] == 1 and "--disable-shared-experts-fusion" not in found  # FP8 throughout

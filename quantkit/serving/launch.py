@@ -130,6 +130,7 @@ def sglang_flags(needs: Needs, fit: Fit, placement: Placement, place: Place) -> 
     yield Flag(name="--max-running-requests", value=str(needs.users), why="requests at once; the others wait")
     yield Flag(name="--enable-priority-scheduling", value="", why="a request's `priority` counts")
     yield Flag(name="--schedule-low-priority-values-first", value="", why="lower first, as in vLLM and the gateway")
+    yield Flag(name="--default-priority-value", value="0", why="who says nothing is as urgent as in vLLM")
     yield Flag(name="--enable-metrics", value="", why="/metrics, with the prefix cache's hit rate")
 
 
