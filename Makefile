@@ -50,8 +50,8 @@ types: $(VENV)/.installed
 unit: $(VENV)/.installed
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-slow: $(VENV)/.installed  ## the tests that take longer than half a minute each
-	$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/.installed  ## the tests that take longer than half a minute each; those of many minutes: make reliability
+	$(BIN)/python -m pytest -m 'slow and not reliability'
 
 reliability: $(VENV)/.installed  ## everything that tries to break quantkit, counted; into the README with ARGS=--write (an hour)
 	$(BIN)/python tests/reliability.py $(ARGS)
