@@ -146,9 +146,19 @@ class Checkpoint:
         return digest.hexdigest()
 
     def hashes(self, tell: Hashed | None = None) -> dict[str, str]:
-        """sha256 of each weight file by name; the first call reads every byte, minutes for a large model."""
+        """sha256 of each weight file by name; the first call reads every byte, minutes for a large model.
+
+        CheckpointError when a file changes meanwhile, and for headers and config.json that are not those opened.
+        """
         if not self._hashes:
-            self._hashes.update(self.shards.hashes(tell))
+            before, found = self.stamps(), self.shards.hashes(tell)
+            opened = open_shards(self.folder) == self.shards and read_config(self.folder) == self.config
+            if not opened or self.stamps() != before:
+                raise CheckpointError(
+                    f"{self.folder}: expected files that stay as they are, found others than a moment ago; wait until "
+                    "they are complete and begin again"
+                )
+            self._hashes.update(found)
         return dict(self._hashes)
 
     @cached_property
@@ -160,10 +170,13 @@ class Checkpoint:
         self._hashes.update(hashes)
 
     def stamps(self) -> dict[str, list[int]]:
-        """Size and time of change of every file, by name: equal stamps, equal bytes, unless somebody turns clocks."""
+        """Size and times of change of every file, by name: equal stamps, equal bytes, unless somebody turns clocks.
+
+        The second time is the kernel's own, which a program that sets the first one back cannot set.
+        """
         names = (*sorted(self.shards.headers), CONFIG, *(path.name for path in self.sidecars))
         found = {name: (self.folder / name).stat() for name in names if (self.folder / name).is_file()}
-        return {name: [state.st_size, state.st_mtime_ns] for name, state in found.items()}
+        return {name: [state.st_size, state.st_mtime_ns, state.st_ctime_ns] for name, state in found.items()}
 
     def content_hash(self) -> str:
         """One sha256 for the whole checkpoint: every weight byte, config and sidecars; as slow as `hashes`."""
