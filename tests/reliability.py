@@ -49,7 +49,7 @@ SUITES = (
     Suite(
         name="bad artifacts and signatures",
         asserts="refused: none accepted",
-        tests=("tests/test_bad_artifacts.py", "tests/test_signing.py"),
+        tests=("tests/test_bad_artifacts.py", "tests/test_signing.py", "tests/test_deep.py"),
     ),
     Suite(
         name="hostile programs in the sandbox",
