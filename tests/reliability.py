@@ -56,6 +56,16 @@ SUITES = (
         asserts="contained, and none passes its test",
         tests=("tests/test_hostile.py",),
     ),
+    Suite(
+        name="damaged inputs, 100,000 and more for each parser",
+        asserts="an answer or one sentence: no traceback, no hang, no memory beyond the budget",
+        tests=("tests/test_fuzz.py",),
+    ),
+    Suite(
+        name="hostile files, code of models, hard weights, odd names, closed disks, changing sources",
+        asserts="one sentence and exit code 1 or 2, or a recorded fallback; nothing imported, nothing mixed",
+        tests=tuple(f"tests/test_{part}.py" for part in ("hostile_input", "own_code", "hard_weights", "environment")),
+    ),
 )
 
 

@@ -91,7 +91,7 @@ def test_a_parser_answers_or_refuses(name: str, place: Path, record_property: Re
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_parser_under_atheris(name: str, tmp_path: Path, record_property: Record) -> None:
-    """100,000 inputs and more: none ends in a traceback, takes ten seconds, or 1.5 GB."""
+    """100,000 inputs and more: none ends in a traceback, takes half a minute, or 1.5 GB."""
     pytest.importorskip("atheris", reason="atheris has wheels for Linux only")
     result = tmp_path / "result.json"
     command = [sys.executable, "-m", "fuzz.run", name, str(RUN_INPUTS), "1", str(result)]
