@@ -13,6 +13,7 @@ from quantkit.contracts import InputStats, LinearGroup, Rescale, Scheme
 from quantkit.experts import tokens_per_expert
 from quantkit.layers import ExpertTap, Routed, Skeleton, decoder_layer, observing, relative, run
 from quantkit.numerics import gram as grams
+from quantkit.numerics.correct import lacking
 from quantkit.solve import Asked, Solved, solve
 from quantkit.streams import Routing, StreamName, step, through
 from quantkit.work import Work
@@ -152,7 +153,7 @@ def learn(work: Work, tensors: Tensors, sample: Sample) -> Learned:
             here += [routing] if routing else []
             for name, total in sums.items():
                 at = groups[name].adds_to
-                gap = original[at] - tokens(inputs[at], valid) if at and original else None
+                gap = lacking(original[at], tokens(inputs[at], valid)) if at and original else None
                 total.add(tokens(inputs[name], valid), original.get(name), gap)
     count = work.block.experts.count if work.block.experts else 0
     decided, stats = Routing.joined(here), {name: total.stats() for name, total in sums.items()}

@@ -136,3 +136,26 @@ def test_threads_do_not_change_a_bit() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
+
+
+def test_tokens_of_massive_activations_do_not_decide_what_is_made_up_for() -> None:
+    """One of 200 tokens has 400 times the norm of the others and lacks 1 % of it: without it nothing else changes."""
+    g = torch.Generator().manual_seed(2)
+    weight, x = torch.randn(24, 64, generator=g), torch.randn(200, 64, generator=g)
+    stream = torch.randn(200, 24, generator=g)
+    gap = 0.2 * x @ torch.randn(64, 24, generator=g) / 8 + 0.02 * torch.randn(200, 24, generator=g)
+    stream[7] *= 400
+    gap[7] = 0.01 * stream[7]
+    found = correct.lacking(stream + gap, stream)
+    ordinary = torch.arange(200) != 7
+    assert torch.equal(found[7], torch.zeros(24))
+    assert torch.allclose(found[ordinary], gap[ordinary], atol=1e-5)
+
+    def left(residual: Tensor) -> float:
+        """What the other tokens still lack, of what they lacked."""
+        factor = rounding.feedback(stats_of(x, x).gram)
+        step = correct.corrected(weight, torch.zeros(64, 64), factor, residual, (0.0, 1.0)) - weight
+        return float((gap - x @ step.T)[ordinary].norm() / gap[ordinary].norm())
+
+    assert left(found.T @ x) < 0.2
+    assert left(gap.T @ x) > 1.2 * left(found.T @ x)
