@@ -1,10 +1,11 @@
 """`make reliability`: everything that tries to break quantkit, counted, as the table of the README.
 
-    .venv/bin/python tests/reliability.py [--only WORD ...] [--write]
+    .venv/bin/python tests/reliability.py [--only WORD ...] [--quick] [--write]
 
 Each row is a pytest run of its own over the tests named here, slow ones included. A test says what it tried with
 `record_property`: "fault" names one thing, "tried" or "faults" is a number of them; a test that says nothing tried one.
-What a failed test tried counts as not held. `--write` puts the table into README.md, with the command and the date.
+What a failed test tried counts as not held. `--quick` leaves out the tests marked `reliability`, `--write` puts the
+table into README.md, with the command and the date.
 Exits with 1 when anything was not held.
 """
 
@@ -79,13 +80,23 @@ class Counted:
     seconds: float
 
 
-def run(suite: Suite) -> Counted:
+def run(suite: Suite, marked: str) -> Counted:
     """Run a suite in a process of its own."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         told = Path(place) / "told.xml"
         subprocess.run(
-            [sys.executable, "-m", "pytest", *suite.tests, f"--junitxml={told}", "-o", "junit_family=xunit1"],
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-m",
+                marked,
+                *suite.tests,
+                f"--junitxml={told}",
+                "-o",
+                "junit_family=xunit1",
+            ],
             cwd=ROOT,
             stdout=sys.stderr,
         )
@@ -133,13 +144,14 @@ def main() -> None:
     """Run, print, and on request write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="WORD", help="rows that have one of these words in their name")
+    parser.add_argument("--quick", action="store_true", help="without the tests of many minutes")
     parser.add_argument("--write", action="store_true", help="put the table into README.md")
     wanted = parser.parse_args()
-    rows = [
-        (suite, run(suite)) for suite in SUITES if not wanted.only or any(word in suite.name for word in wanted.only)
-    ]
+    chosen = [suite for suite in SUITES if not wanted.only or any(word in suite.name for word in wanted.only)]
+    rows = [(suite, run(suite, "not reliability" if wanted.quick else "")) for suite in chosen]
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    text = f"`make reliability`, {date}, commit {commit()}, {os.cpu_count()} cores:\n\n{table(rows)}"
+    command = f"make reliability{' ARGS=--quick' if wanted.quick else ''}"
+    text = f"`{command}`, {date}, commit {commit()}, {os.cpu_count()} cores:\n\n{table(rows)}"
     print(text)
     if wanted.write:
         readme = (ROOT / "README.md").read_text(encoding="utf-8")

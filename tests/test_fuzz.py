@@ -89,6 +89,7 @@ def test_a_parser_answers_or_refuses(name: str, place: Path, record_property: Re
 
 
 @pytest.mark.slow
+@pytest.mark.reliability
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_parser_under_atheris(name: str, tmp_path: Path, record_property: Record) -> None:
     """100,000 inputs and more: none ends in a traceback, takes half a minute, or 1.5 GB."""
