@@ -308,7 +308,7 @@ def test_an_interrupted_build_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("quantkit.pipeline.quantize", interrupted)
     result = build(tmp_path / "artifact")
-    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+    assert (result.exit_code, result.stderr) == (130, "source's sha256: 100 %\ninterrupted\n")
     assert not (tmp_path / "artifact").exists()
 
 
