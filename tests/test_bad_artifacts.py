@@ -495,6 +495,16 @@ CONTENT: dict[str, tuple[str, Damage, str]] = {
         lambda p: edit_json(p / "quantkit/fidelity.json", lambda r: r["modules"].pop()),
         "found in one of them",
     ),
+    "a report that is none": (
+        "awq",
+        lambda p: (p / "quantkit/fidelity.json").write_text("none"),
+        "quantkit/fidelity.json: expected JSON, found an error",
+    ),
+    "a plan that is a list": (
+        "awq",
+        lambda p: (p / "quantkit/plan.json").write_text("[]"),
+        "quantkit/plan.json: expected a JSON object, found list",
+    ),
     "another plan": (
         "awq",
         lambda p: edit_json(p / "quantkit/plan.json", lambda r: r.update(hash="0" * 64)),

@@ -28,21 +28,23 @@ def report_faults(path: Path, manifest: Mapping[str, object], files: Mapping[str
     status, plan = manifest.get("status"), manifest.get("plan")
     if status not in STATUSES:
         yield f"quantkit/manifest.json: status: expected one of {', '.join(STATUSES)}, found {status!r:.60}"
-    if PLAN in files and (values := readable(path / PLAN)) is not None and values.get("hash") != plan:
+    found = {name: readable(path, name) for name in (PLAN, REPORT) if name in files and (path / name).is_file()}
+    yield from (values for values in found.values() if isinstance(values, str))
+    resolved, report = found.get(PLAN), found.get(REPORT)
+    if isinstance(resolved, Mapping) and resolved.get("hash") != plan:
         yield f"{PLAN}: hash: not the plan that the manifest names"
-    if REPORT not in files or (values := readable(path / REPORT)) is None:
-        return
-    if values.get("status") != status:
-        yield f"{REPORT}: status: expected {status!r} as in the manifest, found {values.get('status')!r:.60}"
-    yield from module_faults(values.get("modules"), manifest.get("modules"))
+    if isinstance(report, Mapping):
+        if report.get("status") != status:
+            yield f"{REPORT}: status: expected {status!r} as in the manifest, found {report.get('status')!r:.60}"
+        yield from module_faults(report.get("modules"), manifest.get("modules"))
 
 
-def readable(path: Path) -> Mapping[str, object] | None:
-    """The object in a file; None when it is missing or damaged, which is told elsewhere."""
+def readable(path: Path, name: str) -> Mapping[str, object] | str:
+    """The object in a file of the artifact, or why there is none."""
     try:
-        return read_json(path, ArtifactError)
-    except ArtifactError:
-        return None
+        return read_json(path / name, ArtifactError)
+    except ArtifactError as fault:
+        return str(fault).removeprefix(f"{path}/")
 
 
 def module_faults(reported: object, recorded: object) -> Iterator[str]:
