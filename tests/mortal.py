@@ -156,6 +156,8 @@ class Faults:
         content = Path(path).read_bytes() if os.path.exists(path) else b""
 
         def back() -> None:
+            if not os.path.exists(path):  # removed since
+                return
             again = self.real["open"](path, os.O_RDWR)
             os.truncate(path, len(content))
             self.real["pwrite"](again, content, 0)
