@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +17,7 @@ from quantkit.storage.builtin import folder
 if TYPE_CHECKING:
     from places.here import Place
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell ignores it, for children too
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 FAST = {

@@ -192,7 +192,6 @@ def child(order: Order, counted: Path) -> int:
     from quantkit.standing import Standing
 
     os.chdir(order.place)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     faults = Faults(order, counted)
     if order.call:
         faults.install()
