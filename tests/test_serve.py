@@ -384,7 +384,7 @@ def test_the_context_is_a_bound(api: openai.OpenAI, decoder: Decoder) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_whoever_leaves_frees_the_engine(api: openai.OpenAI, decoder: Decoder, stream: bool) -> None:
     """Three long answers are asked for and left, one begun and two waiting; the fourth comes at once."""
-    body = {"model": "tiny", "prompt": "a", "max_tokens": 500, "temperature": 1.0, "stream": stream}
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": stream}
 
     def asked(_: int) -> None:
         with pytest.raises(httpx2.ReadTimeout):
@@ -394,11 +394,14 @@ def test_whoever_leaves_frees_the_engine(api: openai.OpenAI, decoder: Decoder, s
                         raise httpx2.ReadTimeout("enough")
             httpx2.post(f"{api.base_url}completions", json=body, timeout=0.3)
 
+    began = time.monotonic()
+    api.completions.create(model="tiny", prompt="a", max_tokens=500, extra_body={"ignore_eos": True})
+    whole = time.monotonic() - began
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(asked, range(3)))
     began = time.monotonic()
     api.completions.create(model="tiny", prompt="a", max_tokens=1)
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < max(1.5, 1.5 * whole)  # three whole answers are twice that
 
 
 @pytest.mark.slow
