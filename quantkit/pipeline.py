@@ -284,6 +284,8 @@ def quantize(
         bones, head = skeleton(plans[0].source.config, device, dtype), Checkpoint.open(folder)
         both = sides(bones, plans[0].layout, source, head, streams["reference"], streams["quantized"])
         figures = Figures(tokens=measure(both), solutions=likelihood.score(both, texts.solutions.items))
+    for stream in streams.values():
+        stream.close()
     clock.lap("distribution")
     return built, written, figures
 

@@ -78,6 +78,12 @@ class Stream:
     def rows(self) -> int:
         return self.hidden.rows
 
+    def close(self) -> None:
+        """Stop using its files, which stay: while one is open, removing it frees no space."""
+        for spool in (self.hidden, self.seen, self.learned):
+            if spool is not None:
+                spool.close()
+
 
 def batches(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> tuple[Batch, ...]:
     """Cut sequences, in order, into batches of at most `limit` padded tokens (a longer sequence stands alone)."""

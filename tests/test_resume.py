@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -345,3 +346,10 @@ def test_every_changed_byte_of_a_journal_is_found(tmp_path: Path) -> None:
         assert (found is None) if place <= first else (found is not None and found.entries == [{"n": 0}])
     assert Ledger.open(tmp_path / "none") is None
     assert json.loads(content.splitlines()[0])["entry"] == {"n": 0}
+
+
+def test_a_build_leaves_no_file_open(source: Path, place: Path) -> None:
+    """Hidden states that are removed while a process holds them keep their space on the disk."""
+    build(source, **THREE)
+    links = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    assert [link for link in links if str(place) in link] == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-import select
+import selectors
 import socket
 import struct
 import threading
@@ -47,9 +47,13 @@ class Wire:
             return
         offsets = {client: 0, server: 0}
         ways = {client: (server, self._up), server: (client, self._down)}
+        waiting = selectors.DefaultSelector()  # select() ends at 1,024 open files
+        for each in ways:
+            waiting.register(each, selectors.EVENT_READ)
         try:
             while True:
-                for source in select.select(list(ways), [], [], 30)[0]:
+                for source in [key.fileobj for key, _ in waiting.select(30)]:
+                    assert isinstance(source, socket.socket)
                     piece = source.recv(1 << 16)
                     sink, spoil = ways[source]
                     if not piece:
@@ -64,6 +68,7 @@ class Wire:
         except OSError:
             return
         finally:
+            waiting.close()
             client.close()
             server.close()
 
