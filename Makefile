@@ -38,7 +38,7 @@ $(GUIDELLM)/.installed: tests/loadtest/requirements.txt
 	$(GUIDELLM)/bin/python -m pip install --quiet --no-deps -r $<
 	touch $@
 
-test: lint types unit  ## ruff, mypy and the tests (under ten minutes)
+test: lint types unit  ## ruff, mypy and the tests (a quarter of an hour)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
