@@ -8,7 +8,7 @@ the steps are in `dense` and `routed`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from quantkit.halfway import Pace
 from quantkit.layers import decoder_layer, skeleton
 from quantkit.numerics.fidelity import router_agreement
 from quantkit.plan import Plan
+from quantkit.progress import Progress
 from quantkit.standing import Halt, Standing
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.corpora import Tokens
@@ -41,20 +42,6 @@ Texts = Mapping[Literal["calibration", "fidelity", "solutions"], Tokens]
 
 ONE_THREAD = 1 << 14
 """Values that torch sums on one thread: larger sums are cut as there are threads, and end in another last digit."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far a long step is: `done` of `total` units of `stage`."""
-
-    stage: str
-    done: float
-    total: float
-    note: str = ""
-
-
-Tell = Callable[[Progress], None]
-"""Who hears of it."""
 
 
 @dataclass(kw_only=True)

@@ -9,15 +9,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 import click
 
 from quantkit.errors import QuantkitError
+from quantkit.storage.files import reason
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
+
+    from quantkit.progress import Progress
 
 MOST_CHARACTERS = 1500
 """In a line of an error message."""
@@ -83,8 +86,7 @@ def leave(message: str, error: BaseException, code: int) -> NoReturn:
 def refused(error: OSError) -> str:
     """What the operating system would not do, and with which file."""
     where = f"{error.filename}: " if error.filename else ""
-    said = (error.strerror or str(error) or type(error).__name__).lower()
-    return f"{where}the operating system refused: {said}; check the path, its permissions and the free space"
+    return f"{where}the operating system refused: {reason(error)}; check the path, its permissions and the free space"
 
 
 def sentence(message: str) -> str:
@@ -131,19 +133,6 @@ def as_json(values: Any) -> None:
     """Print JSON to stdout; in its texts too a terminal finds nothing to obey."""
     text = json.dumps(values, indent=1, ensure_ascii=False)
     click.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
-
-
-class Progress(Protocol):
-    """How far a step is: `done` of `total` units of `stage`."""
-
-    @property
-    def stage(self) -> str: ...
-    @property
-    def done(self) -> float: ...
-    @property
-    def total(self) -> float: ...
-    @property
-    def note(self) -> str: ...
 
 
 class Meter:

@@ -17,11 +17,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from quantkit.build import Progress, Tell
 from quantkit.errors import ArtifactError, EvaluationError, UnsuitedError, UsageError
 from quantkit.evaluate import benchmarks, compare, harness, samples, sandbox
 from quantkit.evaluate.harness import Decoding, Opened
 from quantkit.evaluate.samples import ItemResult
+from quantkit.progress import Progress, Tell
 from quantkit.report.read import FIDELITY, read_report
 from quantkit.storage import hub, journal
 from quantkit.storage.checkpoint import Checkpoint

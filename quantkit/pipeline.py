@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from quantkit import artifact, evidence, manifests, registry, resume, sources
 from quantkit.artifact import Sink, Stored
-from quantkit.build import Built, Progress, Tell, build
+from quantkit.build import Built, build
 from quantkit.build import Texts as StreamTexts
 from quantkit.errors import ArtifactError
 from quantkit.evaluate import likelihood
@@ -30,6 +30,7 @@ from quantkit.evaluate.samples import pairs_to_parquet
 from quantkit.evidence import TextName
 from quantkit.layers import skeleton
 from quantkit.plan import Plan
+from quantkit.progress import Progress, Tell
 from quantkit.report import card, gates, html
 from quantkit.report.read import read_report
 from quantkit.report.schema import Fidelity, Text
@@ -43,7 +44,6 @@ from quantkit.storage.files import read_json, write_atomic, write_json
 from quantkit.storage.machine import HEAP_BYTES, keep_freed_memory, peak_resident_bytes, return_freed_memory
 from quantkit.storage.model_card import front_matter
 from quantkit.storage.own_code import may_run
-from quantkit.storage.shards import Hashed
 from quantkit.storage.tensors import Written
 
 Returned = TypeVar("Returned")
@@ -157,7 +157,7 @@ def run(
         journal = resume.interrupted(plans, overwrite=overwrite, restart=restart)
         planned(plans)
         clock.lap("plan")
-        begun = resume.begin(plans, journal, source, texts.hashes(), hashed(tell))
+        begun = resume.begin(plans, journal, source, texts.hashes(), tell)
         clock.lap("source hashes")
         try:
             if resumed and begun.resumed:
@@ -173,11 +173,6 @@ def run(
             begun.leave(error)
             raise
     return tuple(outcome(plan) for plan in plans)
-
-
-def hashed(tell: Tell) -> Hashed:
-    """Tell how far the reading of the source is."""
-    return lambda done, total, file: tell(Progress(stage="source's sha256", done=done, total=total, note=file))
 
 
 def outcome(plan: Plan) -> Outcome:

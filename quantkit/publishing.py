@@ -11,13 +11,13 @@ from contextlib import closing
 from pathlib import Path
 
 from quantkit.errors import ArtifactError, QuantkitError, TransferError
+from quantkit.progress import Tell
 from quantkit.storage.files import brief, parse_json, read_json, sha256_file
 from quantkit.storage.names import name_faults
 from quantkit.storage.patience import Patience, patiently
 from quantkit.storage.remote import Found, Item, Options, Remote, opened
 from quantkit.transfer import (
     Tally,
-    Tell,
     Transfer,
     check_names,
     files_of,

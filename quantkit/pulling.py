@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from quantkit.errors import ArtifactError, TransferError, UsageError
+from quantkit.progress import Tell
 from quantkit.storage.files import JSON_LIMIT_BYTES, brief, disk_free, parse_json
 from quantkit.storage.landing import Landing, Present, Wanted, landing, occupant
 from quantkit.storage.patience import Interrupted, Patience, patiently
 from quantkit.storage.remote import Options, Remote, opened
 from quantkit.transfer import (
     Tally,
-    Tell,
     Transfer,
     check_names,
     files_of,

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from quantkit.build import Tell
 from quantkit.errors import EvaluationError, UsageError
 from quantkit.evaluate import benchmarks, compare, samples, statistics
 from quantkit.evaluate.samples import ItemPair, ItemResult
 from quantkit.evaluate.statistics import Interval
 from quantkit.evaluate.tasks import Task
 from quantkit.evaluation import JOURNAL, Asked, Setup, Subject, ask, ask_source, settings, source_of
+from quantkit.progress import Tell
 from quantkit.report.schema import Benchmark
 from quantkit.report.tables import Table, compared
 from quantkit.storage.files import read_json, write_json

@@ -22,12 +22,12 @@ from quantkit.errors import CheckpointError, UsageError
 from quantkit.evidence import versions
 from quantkit.manifests import environment
 from quantkit.plan import Plan
+from quantkit.progress import Tell
 from quantkit.standing import Standing
 from quantkit.storage import lock
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.files import brief, make_folder
 from quantkit.storage.ledger import Ledger
-from quantkit.storage.shards import Hashed
 
 JOURNAL = "journal.jsonl"
 SHA256_LENGTH = 64
@@ -131,7 +131,7 @@ def interrupted(plans: Sequence[Plan], *, overwrite: bool, restart: bool) -> Led
 
 
 def begin(
-    plans: Sequence[Plan], journal: Ledger | None, source: Checkpoint, texts: Mapping[str, str], hashed: Hashed
+    plans: Sequence[Plan], journal: Ledger | None, source: Checkpoint, texts: Mapping[str, str], tell: Tell
 ) -> Begun:
     """Take up the build of a journal, or begin one; reads every byte of a source that is not known yet.
 
@@ -139,13 +139,13 @@ def begin(
     """
     place = scratch(plans)
     if journal is not None:
-        check_same(journal, plans, source, texts, hashed)
+        check_same(journal, plans, source, texts, tell)
         return Begun(plans=plans, journal=journal, resumed=True)
     for plan in plans:
         shutil.rmtree(artifact.staging(Path(plan.path)), ignore_errors=True)
     shutil.rmtree(place, ignore_errors=True)
     make_folder(place)
-    source.hashes(hashed)
+    source.hashes(tell)
     entry = {"kind": "began", "stamps": source.stamps(), "of": identity(plans, source, texts)}
     return Begun(plans=plans, journal=Ledger.begin(place / JOURNAL, entry), resumed=False)
 
@@ -181,13 +181,13 @@ def identity(plans: Sequence[Plan], source: Checkpoint, texts: Mapping[str, str]
 
 
 def check_same(
-    journal: Ledger, plans: Sequence[Plan], source: Checkpoint, texts: Mapping[str, str], hashed: Hashed
+    journal: Ledger, plans: Sequence[Plan], source: Checkpoint, texts: Mapping[str, str], tell: Tell
 ) -> None:
     """UsageError, naming what changed, unless the journal is of this very build."""
     began = journal.entries[0]
     if began["stamps"] == source.stamps():  # nobody touched the files since they were read
         source.take_hashes(began["of"]["source"]["files"])
-    source.hashes(hashed)
+    source.hashes(tell)
     before, now = flat(began["of"]), flat(identity(plans, source, texts))
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     changed = [key for key in changed if not key.startswith("plan.")] or changed  # it follows from the others

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from quantkit.errors import TransferError
+from quantkit.progress import Progress, Tell
 from quantkit.storage.files import brief
 from quantkit.storage.landing import Wanted
 from quantkit.storage.names import name_faults
@@ -22,19 +23,6 @@ _LEAVING_SECONDS = 2.0
 """How long a transfer that ends waits for its threads, which notice at their next piece."""
 
 Work = TypeVar("Work")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Moved:
-    """How far a transfer is, in bytes."""
-
-    stage: str
-    done: float
-    total: float
-    note: str = ""
-
-
-Tell = Callable[[Moved], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +73,7 @@ class Tally:
             if now < self._next and done < self.total:
                 return
             self._next = now + _SECONDS_BETWEEN
-            self.tell(Moved(stage=self.stage, done=done, total=self.total, note=self._note(done)))
+            self.tell(Progress(stage=self.stage, done=done, total=self.total, note=self._note(done)))
 
     def _note(self, done: int) -> str:
         seconds = time.monotonic() - self._began

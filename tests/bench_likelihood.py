@@ -18,8 +18,8 @@ from pathlib import Path
 import scipy.stats
 
 from quantkit import pipeline
-from quantkit.build import Progress
 from quantkit.plan import Plan
+from quantkit.progress import Progress
 from quantkit.recipe import parse
 from quantkit.report.schema import Fidelity
 from quantkit.storage import builtin

@@ -22,11 +22,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from quantkit.build import Progress
 from quantkit.builtin_models.tiny_v3.corpus import DOMAIN, draw, draw_kind
 from quantkit.calibration_sets.specs import TINY_HELD_OUT, spec_yaml
 from quantkit.pipeline import run
 from quantkit.plan import Plan
+from quantkit.progress import Progress
 from quantkit.recipe import parse
 from quantkit.report.schema import Distribution
 from quantkit.storage.builtin import folder

@@ -12,13 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit import pipeline, registry, verify, whole
 from quantkit.artifact import Sink
-from quantkit.build import Progress
 from quantkit.claims import expected
 from quantkit.contracts import Config
 from quantkit.errors import CheckpointError, NumericsError
 from quantkit.evaluate.distribution import Head, scored
 from quantkit.layers import Skeleton, decoder_layer, observing, relative, run, skeleton
 from quantkit.plan import Plan
+from quantkit.progress import Progress
 from quantkit.recipe import parse
 from quantkit.storage.checkpoint import Checkpoint
 

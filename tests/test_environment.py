@@ -16,8 +16,8 @@ from checkpoints import recipe_text, tiny_config, write_checkpoint
 from test_cli import fault, run
 
 from quantkit import pipeline
-from quantkit.build import Progress
 from quantkit.errors import CheckpointError
+from quantkit.progress import Progress
 from quantkit.recipe import parse
 from quantkit.verify import verify
 

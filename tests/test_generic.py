@@ -17,12 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit import generic, loading, pipeline, proofs, registry, structure, verify, whole
 from quantkit.anatomy import TINY
-from quantkit.build import Progress
 from quantkit.cli import main
 from quantkit.contracts import Absorber, Architecture, Block, Config, HeadRows, Layout, Scheme
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.layers import skeleton
 from quantkit.plan import Plan
+from quantkit.progress import Progress
 from quantkit.recipe import parse
 from quantkit.storage.builtin import resolve_model
 from quantkit.storage.checkpoint import Checkpoint

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "quantkit"
 
 ROWS = (
-    "__init__ errors",
+    "__init__ errors progress",
     "contracts gateway/",
     "packed stored",
     "numerics/ storage/ anatomy engine_names rules",

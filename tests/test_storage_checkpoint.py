@@ -316,5 +316,5 @@ def test_hashing_tells_how_far_it_is(tmp_path: Path) -> None:
     first, second = (file.stat().st_size for file in files)
     total = first + second
     for _ in range(2):
-        assert source.hashes(lambda *step: told.append(step)) == expected
+        assert source.hashes(lambda step: told.append((step.done, step.total, step.note))) == expected
         assert told == [(0, total, "0.safetensors"), (first, total, "1.safetensors"), (total, total, "")]

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from quantkit import whole
-from quantkit.build import Progress, Tell
 from quantkit.errors import EvaluationError
 from quantkit.evaluate import benchmarks, samples, sandbox, statistics, tasks
 from quantkit.evaluate.samples import ItemPair, ItemResult
@@ -24,6 +23,7 @@ from quantkit.evaluate.tasks import Task
 from quantkit.layers import skeleton
 from quantkit.memory import BASE_BYTES
 from quantkit.plan import Plan
+from quantkit.progress import Progress, Tell
 from quantkit.report.schema import Benchmark, Figure
 from quantkit.sources import Compute
 from quantkit.storage.checkpoint import Checkpoint

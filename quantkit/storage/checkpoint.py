@@ -19,10 +19,11 @@ from torch import Tensor
 
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError
+from quantkit.progress import Tell
 from quantkit.storage.files import brief, listed, read_bytes, read_json
 from quantkit.storage.fp8 import dequantize
 from quantkit.storage.logical import FP8, block_size, logical_specs, pair_faults, scale_suffix
-from quantkit.storage.shards import Hashed, Shards, leads_out, open_shards
+from quantkit.storage.shards import Shards, leads_out, open_shards
 from quantkit.storage.tensors import read_rows, read_tensor
 
 CONFIG = "config.json"
@@ -145,7 +146,7 @@ class Checkpoint:
             digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
         return digest.hexdigest()
 
-    def hashes(self, tell: Hashed | None = None) -> dict[str, str]:
+    def hashes(self, tell: Tell | None = None) -> dict[str, str]:
         """sha256 of each weight file by name; the first call reads every byte, minutes for a large model.
 
         CheckpointError when a file changes meanwhile, and for headers and config.json that are not those opened.

@@ -6,17 +6,16 @@ No torch: `quantkit verify` and `quantkit plan` use this alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from quantkit.contracts import TensorSpec
 from quantkit.errors import CheckpointError
+from quantkit.progress import Progress, Tell
 from quantkit.storage.files import brief, is_file, listed, read_json, read_start, sha256_file
 from quantkit.storage.header import Header, read_header
 
-Hashed = Callable[[int, int, str], None]
-"""Who hears how many of how many bytes are hashed, and which file is next."""
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LONGEST_NAME = 256  # no file has a longer one
@@ -51,15 +50,20 @@ class Shards:
             digest.update(read_start(self.folder / name, header.data_start))
         return digest.hexdigest()
 
-    def hashes(self, tell: Hashed | None = None) -> dict[str, str]:
+    def hashes(self, tell: Tell | None = None) -> dict[str, str]:
         """sha256 of each weight file; reads every byte, and says around each file how far it is."""
         sizes = {name: header.data_start + header.n_data_bytes for name, header in self.headers.items()}
-        tell, found, done, total = tell or (lambda *_: None), dict[str, str](), 0, sum(sizes.values())
+        found, done, total = dict[str, str](), 0, sum(sizes.values())
+
+        def say(next_file: str) -> None:
+            if tell:
+                tell(Progress(stage="source's sha256", done=done, total=total, note=next_file))
+
         for name in sorted(sizes):
-            tell(done, total, name)
+            say(name)
             found[name] = sha256_file(self.folder / name)
             done += sizes[name]
-        tell(done, total, "")
+        say("")
         return found
 
 

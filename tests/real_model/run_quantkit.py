@@ -17,8 +17,8 @@ import transformers.models.llama.modeling_llama  # noqa: F401  # what the first 
 from peers.cost import measured
 
 from quantkit import pipeline
-from quantkit.build import Progress
 from quantkit.plan import Plan
+from quantkit.progress import Progress
 from quantkit.recipe import parse
 
 
