@@ -106,6 +106,17 @@ def texts(value: object, key: str) -> list[str]:
     return value
 
 
+def left_out(key: str) -> Callable[[Mapping[str, object]], Callable[[str], Treatment]]:
+    """transformers' reading of a list of modules: an entry is an expression up to a dot, or the end of a name."""
+
+    def told(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
+        names = tuple(texts(entry.get(key), key))
+        start = matcher(tuple(rf"(?:{pattern(name, key)})(?:(?<=\.)|(?=\.|$))" for name in names))
+        return lambda module: "plain" if start.match(module) or module.endswith(names) else "codes"
+
+    return told
+
+
 def switched_off(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
     """GPTQModel's `dynamic`, which vLLM and SGLang read too: "-:pattern" leaves what it matches alone."""
     found = entry.get("dynamic")

@@ -157,13 +157,13 @@ def format_name(manifest: Mapping[str, object]) -> object:
 
 
 def entries(path: Path) -> dict[str, str]:
-    """Everything below the folder but folders, by relative name: "file", "link", or "no file" (a pipe)."""
+    """Everything below the folder but folders, by relative name: "file", "a link", or "no file" (a pipe)."""
     found: dict[str, str] = {}
     for folder, folders, names in os.walk(path, onerror=None):
         for name in (*names, *(each for each in folders if (Path(folder) / each).is_symlink())):
             place = Path(folder) / name
             mode = place.lstat().st_mode
-            kind = "link" if place.is_symlink() else "file" if S_ISREG(mode) else "no file"
+            kind = "a link" if place.is_symlink() else "file" if S_ISREG(mode) else "no file"
             found[place.relative_to(path).as_posix()] = kind
     return found
 
@@ -181,7 +181,7 @@ def name_faults(
         yield f"{name}: not in the manifest"
     for name in sorted(beside & set(present)):
         if present[name] != "file":
-            yield f"{name}: a {present[name]}, expected a file".replace("a no file", "no file")
+            yield f"{name}: {present[name]}, expected a file"
     for name in sorted(files):
         if name in {MANIFEST, SIGNATURE, LOADTEST, *UNHASHED}:
             yield f"{MANIFEST}: files: {name}: expected without a hash, found one"
@@ -196,7 +196,7 @@ def hash_faults(
     for name, entry in sorted(files.items()):
         kind = present.get(name)
         if kind != "file":
-            yield f"{name}: missing" if kind is None else f"{name}: a {kind}, expected a file".replace("a no", "no")
+            yield f"{name}: missing" if kind is None else f"{name}: {kind}, expected a file"
             continue
         expected = entry if isinstance(entry, Mapping) else {}
         size = (path / name).stat().st_size

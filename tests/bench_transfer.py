@@ -8,7 +8,6 @@ wait until it is on the disk, as `cp -r` with `sync` does. The best of the round
 
 from __future__ import annotations
 
-import argparse
 import resource
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench_verify import write
+from bench_verify import asked, write
 
 QUANTKIT = [sys.executable, "-m", "quantkit"]
 
@@ -51,11 +50,7 @@ def once(place: Path) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     """Write, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bytes", type=float, default=1e9)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder without")
-    chosen = parser.parse_args()
+    chosen = asked(__doc__)
     place = Path(tempfile.mkdtemp(prefix="bench-transfer-", dir=chosen.folder))
     try:
         write(place / "artifact", "awq", int(chosen.bytes))

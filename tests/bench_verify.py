@@ -112,13 +112,18 @@ def seconds(command: list[str]) -> tuple[float, str]:
     return time.perf_counter() - begun, done.stdout.splitlines()[-1]
 
 
-def main() -> None:
-    """Write, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def asked(description: str | None) -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bytes", type=float, default=1e9)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder without")
-    chosen = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Write, measure, print."""
+    chosen = asked(__doc__)
     place = Path(tempfile.mkdtemp(prefix="bench-verify-", dir=chosen.folder))
     try:
         for format_name, what in (("awq", "4-bit codes (awq)"), ("dense", "BF16 weights (dense)")):

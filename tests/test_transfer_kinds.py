@@ -37,13 +37,18 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> int:
     return 5 << 20
 
 
+def big(folder: Path, content: bytes) -> Item:
+    """A file to be sent."""
+    (folder / "big").write_bytes(content)
+    return Item(name="big", path=folder / "big", n_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
 def test_parts_of_an_upload_that_broke_off(make: Callable[[str], Place], tmp_path: Path, parts: int) -> None:
     """Those that are there by MD5 are not sent again, whatever else is under the key."""
     there = make("s3")
     client, (bucket, _, prefix) = there.server, there.address.removeprefix("s3://").partition("/")
     content = os.urandom(1 << 20) * 16
-    (tmp_path / "big").write_bytes(content)
-    item = Item(name="big", path=tmp_path / "big", n_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    item = big(tmp_path, content)
     key = f"{prefix}/big"
     meta = {"quantkit-sha256": item.sha256}
     upload = client.create_multipart_upload(Bucket=bucket, Key=key, Metadata=meta)["UploadId"]
@@ -65,8 +70,7 @@ def test_an_upload_that_was_begun_for_another_content(make: Callable[[str], Plac
     there = make("s3")
     client, (bucket, _, prefix) = there.server, there.address.removeprefix("s3://").partition("/")
     content = os.urandom(1 << 20) * 12
-    (tmp_path / "big").write_bytes(content)
-    item = Item(name="big", path=tmp_path / "big", n_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    item = big(tmp_path, content)
     begun = {"Bucket": bucket, "Key": f"{prefix}/big"}
     upload = client.create_multipart_upload(**begun, Metadata={"quantkit-sha256": "0" * 64})["UploadId"]
     client.upload_part(**begun, UploadId=upload, PartNumber=1, Body=content[:parts])

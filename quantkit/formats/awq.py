@@ -17,7 +17,7 @@ from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quanti
 from quantkit.engine_names import SERVERS, engine_names, kept_patterns, lines
 from quantkit.errors import UsageError
 from quantkit.packed import GROUP_SIZES, SCALE_DTYPES, per_run
-from quantkit.stored import SCALE, Checks, Loader, Treatment, matcher, pattern, switched_off, texts
+from quantkit.stored import SCALE, Checks, Loader, Treatment, left_out, matcher, switched_off, texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,14 +170,6 @@ def contained(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
     return lambda module: "plain" if kept.search(module) else "codes"
 
 
-def from_the_start(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
-    """transformers: an entry is an expression for a name's start up to a dot, or the end of a name."""
-    names = texts(entry.get(LIST), LIST)
-    start = matcher(tuple(rf"(?:{pattern(name, LIST)})(?:(?<=\.)|(?=\.|$))" for name in names))
-    ends = tuple(names)
-    return lambda module: "plain" if start.match(module) or module.endswith(ends) else "codes"
-
-
 LIST = "modules_to_not_convert"
 
 CHECKS = Checks(
@@ -185,7 +177,7 @@ CHECKS = Checks(
     numbers=lambda linear, scheme: {"scales": SCALE},
     loaders=(
         Loader(engines="AutoAWQ, vLLM and SGLang", told=contained),
-        Loader(engines="transformers", told=from_the_start, fused=False),
+        Loader(engines="transformers", told=left_out(LIST), fused=False),
         Loader(engines="GPTQModel", told=switched_off),
     ),
     lists=frozenset({LIST, "dynamic"}),

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme, TensorSpec
 from quantkit.engine_names import TRANSFORMERS, lines, parents
 from quantkit.errors import ArtifactError, UsageError
-from quantkit.stored import MAGNITUDE, RISING, Checks, Loader, Numbers, Treatment, exactly, matcher, pattern, texts
+from quantkit.stored import MAGNITUDE, RISING, Checks, Loader, Numbers, exactly, left_out
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -238,14 +238,6 @@ def numbers(linear: Linear, scheme: Scheme) -> dict[str, Numbers]:
     return {**found, "weight.nested_absmax": MAGNITUDE, "weight.nested_quant_map": RISING}
 
 
-def skipping(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
-    """transformers: an entry is an expression for a name's start up to a dot, or the end of a name."""
-    names = texts(entry.get(LIST), LIST)
-    start = matcher(tuple(rf"(?:{pattern(name, LIST)})(?=\.|$)" for name in names))
-    ends = tuple(names)
-    return lambda module: "plain" if start.match(module) or module.endswith(ends) else "codes"
-
-
 LIST = "llm_int8_skip_modules"
 
 NF4_VALUES = (
@@ -258,7 +250,7 @@ NF4_VALUES = (
 CHECKS = Checks(
     shape=shape,
     numbers=numbers,
-    loaders=(Loader(engines="transformers", told=skipping, fused=False),),
+    loaders=(Loader(engines="transformers", told=left_out(LIST), fused=False),),
     lists=frozenset({LIST}),
 )
 

@@ -93,18 +93,22 @@ def launch(engine: Literal["vllm", "sglang"], target: Target, needs: Needs, fit:
     return Launch(
         engine=engine,
         base=tuple(base),
-        flags=(*flags(needs, fit, placement, place), *(fusion(target) if engine == "sglang" else ())),
+        flags=(*address(place), *flags(needs, fit, placement), *(fusion(target) if engine == "sglang" else ())),
         placement=placement,
         per_node=nodes(engine, placement),
         notes=tuple(notes(target, fit)),
     )
 
 
-def vllm_flags(needs: Needs, fit: Fit, placement: Placement, place: Place) -> Iterator[Flag]:
-    """vLLM's, in the order of `vllm serve --help`."""
+def address(place: Place) -> Iterator[Flag]:
+    """Where it is found."""
     yield Flag(name="--host", value=place.host, why="where it listens")
     yield Flag(name="--port", value=str(place.port), why="where it listens")
     yield Flag(name="--served-model-name", value=place.name, why="what clients write as `model`")
+
+
+def vllm_flags(needs: Needs, fit: Fit, placement: Placement) -> Iterator[Flag]:
+    """vLLM's own, in the order of `vllm serve --help`."""
     yield Flag(name="--max-model-len", value=str(needs.context), why=context_why(needs))
     yield from parallel(placement, "--tensor-parallel-size", "--pipeline-parallel-size", fit)
     share, why = share_of(needs, fit, placement, VLLM_SHARE, VLLM_MOST, 1 + needs.margin)
@@ -116,11 +120,8 @@ def vllm_flags(needs: Needs, fit: Fit, placement: Placement, place: Place) -> It
     yield Flag(name="--scheduling-policy", value="priority", why="a request's `priority` counts, lower first")
 
 
-def sglang_flags(needs: Needs, fit: Fit, placement: Placement, place: Place) -> Iterator[Flag]:
-    """SGLang's; its prefix cache (RadixAttention) is on unless it is switched off."""
-    yield Flag(name="--host", value=place.host, why="where it listens")
-    yield Flag(name="--port", value=str(place.port), why="where it listens")
-    yield Flag(name="--served-model-name", value=place.name, why="what clients write as `model`")
+def sglang_flags(needs: Needs, fit: Fit, placement: Placement) -> Iterator[Flag]:
+    """SGLang's own; its prefix cache (RadixAttention) is on unless it is switched off."""
     yield Flag(name="--context-length", value=str(needs.context), why=context_why(needs))
     yield from parallel(placement, "--tp-size", "--pp-size", fit)
     share, why = share_of(needs, fit, placement, SGLANG_SHARE, SGLANG_MOST, 1.0)
