@@ -124,8 +124,9 @@ $(PEERS:=/.installed): .venv-%/.installed: tests/real_model/peers/requirements-%
 # vLLM for CPUs in an environment of its own: exact versions, complete, and so without dependency resolution.
 VLLM := .venv-vllm
 
-test-vllm: $(VENV)/.installed $(VLLM)/.installed  ## vLLM on CPU reads every format: dense, Qwen3-MoE, DeepSeek-V3
+test-vllm: $(VENV)/.installed $(VLLM)/.installed  ## vLLM on CPU reads every format: dense, Qwen3-MoE, DeepSeek-V3; and serves
 	PYTHONPATH=tests $(BIN)/python -m vllm_cpu.run $(VLLM)/bin/python
+	PYTHONPATH=tests $(BIN)/python -m vllm_cpu.served $(VLLM)/bin/python
 
 $(VLLM)/.installed: tests/vllm_cpu/requirements.txt
 	rm -rf $(VLLM)

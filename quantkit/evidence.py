@@ -9,17 +9,17 @@ from pathlib import PurePath
 from platform import python_version
 from typing import Literal
 
+from quantkit.building.solve import FALLBACKS, ModuleRecord
+from quantkit.building.work import BlockRecord
 from quantkit.contracts import Role as LinearRole
-from quantkit.decide import NO_RULE, Decision
 from quantkit.evaluate.distribution import Measured
 from quantkit.numerics.fidelity import Estimate
-from quantkit.plan import Plan, unserved
+from quantkit.planning.decide import NO_RULE, Decision
+from quantkit.planning.plan import Plan, unserved
 from quantkit.report import schema
 from quantkit.report.schema import Benchmark, Fidelity, Figure
-from quantkit.solve import FALLBACKS, ModuleRecord
+from quantkit.report.summary import bytes_after, kept_text, rules, scheme_text, source_dtype
 from quantkit.storage.corpora import CorpusSet, Tokens
-from quantkit.summary import bytes_after, kept_text, rules, scheme_text, source_dtype
-from quantkit.work import BlockRecord
 
 TextName = Literal["calibration", "fidelity"]
 

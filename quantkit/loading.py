@@ -17,17 +17,18 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 
-from quantkit import contracts, registry, whole
+from quantkit import contracts, registry
+from quantkit.building.experts import share
 from quantkit.contracts import Layout, Linear, Scheme
 from quantkit.errors import ArtifactError, UsageError
-from quantkit.experts import share
 from quantkit.formats import bitsandbytes as nf4
-from quantkit.layers import Routed, Skeleton, relative, skeleton
+from quantkit.handover.verify import mapping, read_manifest
+from quantkit.models import whole
+from quantkit.models.layers import Routed, Skeleton, relative, skeleton
 from quantkit.numerics import codebook
-from quantkit.plan import architecture_of
+from quantkit.planning.plan import architecture_of
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.files import read_json
-from quantkit.verify import mapping, read_manifest
 
 DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,

@@ -9,15 +9,15 @@ from dataclasses import asdict
 
 import torch
 
-from quantkit import sources
-from quantkit.artifact import config_values
+from quantkit.building.artifact import config_values
+from quantkit.building.solve import ModuleRecord
+from quantkit.building.work import BlockRecord
 from quantkit.evidence import versions
-from quantkit.plan import Plan
+from quantkit.planning import sources
+from quantkit.planning.plan import Plan
 from quantkit.report.schema import Fidelity
-from quantkit.solve import ModuleRecord
+from quantkit.report.summary import action_text, plan_summary
 from quantkit.storage.checkpoint import Checkpoint
-from quantkit.summary import action_text, plan_summary
-from quantkit.work import BlockRecord
 
 ENVIRONMENT = ("MKL_CBWR", "CUBLAS_WORKSPACE_CONFIG")
 

@@ -12,8 +12,8 @@ import click
 from quantkit.errors import UsageError
 
 if TYPE_CHECKING:
+    from quantkit.planning.schema import Gate, Recipe
     from quantkit.report.schema import Fidelity
-    from quantkit.schema import Gate, Recipe
 
 SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
 JSON = click.option("--json", "json_out", is_flag=True, help="Print JSON for machines instead of tables.")
@@ -25,8 +25,8 @@ JUNIT = click.option("--junit", type=click.Path(path_type=Path), help="Write the
 
 def read_recipe(name: str, overrides: Iterable[str]) -> tuple[str, Recipe]:
     """The text of a recipe file, or of a recipe that ships with quantkit, and what it says."""
-    from quantkit.document import shown
-    from quantkit.recipe import parse
+    from quantkit.planning.document import shown
+    from quantkit.planning.recipe import parse
     from quantkit.storage.builtin import folder
     from quantkit.storage.files import is_file
 
@@ -45,7 +45,7 @@ def read_recipe(name: str, overrides: Iterable[str]) -> tuple[str, Recipe]:
 
 def read_gates(file: Path | None, artifact: Path, report: Fidelity) -> dict[str, Gate]:
     """The gates in a YAML file, or without one those of the artifact's recipe; UsageError when there are none."""
-    from quantkit.recipe import parse_gates
+    from quantkit.planning.recipe import parse_gates
 
     tasks = [row.task for row in report.benchmarks]
     if file is not None:

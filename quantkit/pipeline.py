@@ -17,10 +17,12 @@ from typing import TypeVar
 import torch
 from pydantic import BaseModel
 
-from quantkit import artifact, evidence, manifests, registry, resume, sources
-from quantkit.artifact import Sink, Stored
-from quantkit.build import Built, build
-from quantkit.build import Texts as StreamTexts
+from quantkit import evidence, manifests, registry, resume
+from quantkit.building import artifact
+from quantkit.building.artifact import Sink, Stored
+from quantkit.building.build import Built, build
+from quantkit.building.build import Texts as StreamTexts
+from quantkit.building.standing import Standing
 from quantkit.errors import ArtifactError
 from quantkit.evaluate import likelihood
 from quantkit.evaluate.compare import Compared, compare
@@ -28,15 +30,15 @@ from quantkit.evaluate.distribution import Measured, measure, sides, tokens_to_p
 from quantkit.evaluate.likelihood import Scored, Solutions
 from quantkit.evaluate.samples import pairs_to_parquet
 from quantkit.evidence import TextName
-from quantkit.layers import skeleton
-from quantkit.plan import Plan
+from quantkit.models.layers import skeleton
+from quantkit.planning import sources
+from quantkit.planning.plan import Plan
+from quantkit.planning.schema import Recipe
 from quantkit.progress import Progress, Tell
 from quantkit.report import card, gates, html
 from quantkit.report.read import read_report
 from quantkit.report.schema import Fidelity, Text
 from quantkit.resume import Begun
-from quantkit.schema import Recipe
-from quantkit.standing import Standing
 from quantkit.storage import builtin, corpora, hub
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.corpora import Tokens

@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 from quantkit import architectures, formats, methods
 from quantkit.contracts import Architecture, Format, Method
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.stored import Checks
+from quantkit.packing.stored import Checks
 
 Kind = Literal["methods", "formats", "architectures"]
 

@@ -17,13 +17,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit import artifact
+from quantkit.building import artifact
+from quantkit.building.standing import Standing
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.evidence import versions
 from quantkit.manifests import environment
-from quantkit.plan import Plan
+from quantkit.planning.plan import Plan
 from quantkit.progress import Tell
-from quantkit.standing import Standing
 from quantkit.storage import lock
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.files import brief, make_folder

@@ -19,16 +19,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from quantkit import fold, registry
+from quantkit import registry
+from quantkit.building.experts import Wave, WaveStats, collect
+from quantkit.building.solve import one
+from quantkit.building.streams import Routing
 from quantkit.contracts import Experts, Linear, Scheme
-from quantkit.experts import Wave, WaveStats, collect
-from quantkit.memory import BATCH_TOKENS, expert_bytes, solve_bytes
 from quantkit.methods import awq, gptq
+from quantkit.models import fold
 from quantkit.numerics import refine, rescale, rounding
-from quantkit.solve import one
+from quantkit.planning.memory import BATCH_TOKENS, expert_bytes, solve_bytes
 from quantkit.storage import fp8
 from quantkit.storage.spool import Spool
-from quantkit.streams import Routing
 
 BLOCKS = 58
 """MoE blocks of DeepSeek-V3."""

@@ -18,9 +18,9 @@ from pathlib import Path
 import scipy.stats
 
 from quantkit import pipeline
-from quantkit.plan import Plan
+from quantkit.planning.plan import Plan
+from quantkit.planning.recipe import parse
 from quantkit.progress import Progress
-from quantkit.recipe import parse
 from quantkit.report.schema import Fidelity
 from quantkit.storage import builtin
 

@@ -25,9 +25,9 @@ from rich.table import Table
 from quantkit.builtin_models.tiny_v3.corpus import DOMAIN, draw, draw_kind
 from quantkit.calibration_sets.specs import TINY_HELD_OUT, spec_yaml
 from quantkit.pipeline import run
-from quantkit.plan import Plan
+from quantkit.planning.plan import Plan
+from quantkit.planning.recipe import parse
 from quantkit.progress import Progress
-from quantkit.recipe import parse
 from quantkit.report.schema import Distribution
 from quantkit.storage.builtin import folder
 

@@ -24,10 +24,10 @@ import numpy as np
 from damage import rehash
 
 from quantkit import registry
-from quantkit.claims import expected
 from quantkit.contracts import Config, Contents, Scheme, TensorSpec
+from quantkit.handover.verify import MANIFEST
+from quantkit.planning.claims import expected
 from quantkit.storage.header import build_header, parse_header
-from quantkit.verify import MANIFEST
 
 SCHEME = Scheme(bits=4, group_size=128, symmetric=False, scale_dtype="bfloat16")
 PIECE = 16 << 20

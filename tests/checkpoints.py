@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from quantkit import registry, sources
-from quantkit.claims import STORED_AS_FP8, expected
+from quantkit import registry
 from quantkit.contracts import Config
-from quantkit.plan import Plan
-from quantkit.recipe import parse
+from quantkit.planning import sources
+from quantkit.planning.claims import STORED_AS_FP8, expected
+from quantkit.planning.plan import Plan
+from quantkit.planning.recipe import parse
 from quantkit.storage.builtin import resolve_model
 from quantkit.storage.tensors import TORCH_DTYPES
 

@@ -35,7 +35,7 @@ FAST = {
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sealed artifact of tiny-v3 that nobody may change; `artifact` is a copy for those who do."""
     from quantkit import pipeline
-    from quantkit.recipe import parse
+    from quantkit.planning.recipe import parse
 
     path = tmp_path_factory.mktemp("built") / "tiny"
     text = (folder("recipes") / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.verify import INDEX, MANIFEST, SIGNATURE, UNHASHED
+from quantkit.handover.verify import INDEX, MANIFEST, SIGNATURE, UNHASHED
 
 
 @dataclass

@@ -16,21 +16,23 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import openai
 
 from quantkit.serving.running import answers, free_port
 
 PROMPT = "Question: Tom has 3 apples and buys 4 more. How many apples does Tom have?\nAnswer:"
-START_SECONDS = 120
+START_SECONDS = 600  # vLLM on a CPU takes minutes
 
 
 @contextmanager
-def served(artifact: Path, *options: str) -> Iterator[str]:
-    """`quantkit serve` in a process of its own, until it is ready; the address of its API. It must end by itself."""
+def served(artifact: str, *options: str) -> Iterator[str]:
+    """`quantkit serve` in a process of its own, until it is ready; the address of its API. It must end by itself.
+
+    artifact: a folder, or the address of a server.
+    """
     port = free_port()
-    words = [sys.executable, "-m", "quantkit", "serve", str(artifact), "--port", str(port), *options]
+    words = [sys.executable, "-m", "quantkit", "serve", artifact, "--port", str(port), *options]
     started = subprocess.Popen(words)
     try:
         end = time.monotonic() + START_SECONDS
@@ -114,7 +116,7 @@ def leave(client: openai.OpenAI, model: str) -> None:
     say("left; next", f"{time.monotonic() - began:.2f} s")
 
 
-def main(artifact: Path) -> None:
+def main(artifact: str) -> None:
     with served(artifact, "--engine", "transformers", "--gateway") as url:
         ask(openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120))
         with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as answer:
@@ -127,4 +129,4 @@ def main(artifact: Path) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("NO_PROXY", "127.0.0.1")
-    main(Path(sys.argv[1]))
+    main(sys.argv[1])

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from quantkit import whole
 from quantkit.contracts import Layout
-from quantkit.layers import skeleton
+from quantkit.handover.verify import read_manifest
 from quantkit.loading import stored_as
-from quantkit.plan import architecture_of
+from quantkit.models import whole
+from quantkit.models.layers import skeleton
+from quantkit.planning.plan import architecture_of
 from quantkit.storage.checkpoint import Checkpoint
-from quantkit.verify import read_manifest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -188,8 +188,8 @@ class Faults:
 
 def child(order: Order, counted: Path) -> int:
     """Run an order in this process; its exit code."""
+    from quantkit.building.standing import Standing
     from quantkit.cli import main
-    from quantkit.standing import Standing
 
     os.chdir(order.place)
     faults = Faults(order, counted)
@@ -218,7 +218,8 @@ def child(order: Order, counted: Path) -> int:
 
 def in_waves(size: int) -> None:
     """Let builds hold so many experts at a time, and make sure of every wave."""
-    from quantkit import halfway, plan
+    from quantkit.building import halfway
+    from quantkit.planning import plan
 
     real = plan.memory_plan
 

@@ -43,9 +43,9 @@ from quantkit import pipeline, registry
 from quantkit.cli import main
 from quantkit.errors import ArtifactError, QuantkitError
 from quantkit.formats.bitsandbytes import NF4_VALUES
+from quantkit.handover.verify import INDEX, MANIFEST, verify
 from quantkit.numerics import codebook
-from quantkit.recipe import parse
-from quantkit.verify import INDEX, MANIFEST, verify
+from quantkit.planning.recipe import parse
 
 SYMMETRIC = "{method: rtn, bits: 4, group_size: 64, symmetric: true}"
 KINDS: dict[str, tuple[str, dict[str, str]]] = {

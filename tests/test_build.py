@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from test_contracts import build
 
 from quantkit.errors import CheckpointError
+from quantkit.handover.verify import verify
 from quantkit.storage.checkpoint import Checkpoint
-from quantkit.verify import verify
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from quantkit import registry
 from quantkit.cli import main
+from quantkit.handover.verify import read_manifest, verify
 from quantkit.report.planned import PlanSummary
 from quantkit.report.schema import Fidelity
 from quantkit.storage.builtin import folder, resolve_model
-from quantkit.verify import read_manifest, verify
 
 RECIPE = "tiny-v3-awq4"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

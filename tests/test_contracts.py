@@ -10,16 +10,18 @@ import torch
 from checkpoints import recipe_text, tiny_config, write_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quantkit import pipeline, registry, verify, whole
-from quantkit.artifact import Sink
-from quantkit.claims import expected
+from quantkit import pipeline, registry
+from quantkit.building.artifact import Sink
 from quantkit.contracts import Config
 from quantkit.errors import CheckpointError, NumericsError
 from quantkit.evaluate.distribution import Head, scored
-from quantkit.layers import Skeleton, decoder_layer, observing, relative, run, skeleton
-from quantkit.plan import Plan
+from quantkit.handover import verify
+from quantkit.models import whole
+from quantkit.models.layers import Skeleton, decoder_layer, observing, relative, run, skeleton
+from quantkit.planning.claims import expected
+from quantkit.planning.plan import Plan
+from quantkit.planning.recipe import parse
 from quantkit.progress import Progress
-from quantkit.recipe import parse
 from quantkit.storage.checkpoint import Checkpoint
 
 VARIANTS = [(name, {}) for name in registry.names("architectures")] + [
@@ -176,8 +178,8 @@ def build_all(folder: Path, output: Path, **keys: str) -> tuple[pipeline.Outcome
 
 def run_streams(folder: Path, place: Path, **keys: str):  # type: ignore[no-untyped-def]  # streams are internal
     """The plan and the streams behind the last block, kept on disk."""
-    from quantkit import sources
-    from quantkit.build import build as build_loop
+    from quantkit.building.build import build as build_loop
+    from quantkit.planning import sources
 
     recipe = parse(recipe_text(folder, place / "unused", **keys), "test.yaml")
     source = Checkpoint.open(folder)

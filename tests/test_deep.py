@@ -27,8 +27,8 @@ from quantkit.deep.proofs import powers_of_two, prove_linear
 from quantkit.deep.sample import SAID, Deep, verify_deep
 from quantkit.deep.sides import open_sides
 from quantkit.errors import ArtifactError, CheckpointError
-from quantkit.recipe import parse
-from quantkit.verify import MANIFEST, verify
+from quantkit.handover.verify import MANIFEST, verify
+from quantkit.planning.recipe import parse
 
 AWQ = "{method: awq, rounding: gptq, bits: 4, group_size: 64}"
 KINDS: dict[str, tuple[str, dict[str, str]]] = {

@@ -27,7 +27,7 @@ SOURCE = "builtin:tiny-v3"
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
     """Two artifacts with benchmarks: experts packed in 4 bits, and in 2 bits unpacked, which flips a few answers."""
     from quantkit import pipeline
-    from quantkit.recipe import parse
+    from quantkit.planning.recipe import parse
 
     place = tmp_path_factory.mktemp("both")
     text = (folder("recipes") / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")

@@ -17,9 +17,9 @@ from test_cli import fault, run
 
 from quantkit import pipeline
 from quantkit.errors import CheckpointError
+from quantkit.handover.verify import verify
+from quantkit.planning.recipe import parse
 from quantkit.progress import Progress
-from quantkit.recipe import parse
-from quantkit.verify import verify
 
 Record = Callable[[str, object], None]
 ODD = ("a b  c", "模型 文件夹", "ünïcödé", "quote'\"s", "-dash", "#hash %20 &", "🦆")

@@ -14,12 +14,11 @@ from click.testing import CliRunner
 from openai_server import Server
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from quantkit import evaluation
 from quantkit.cli import main
 from quantkit.errors import EvaluationError, UsageError
-from quantkit.evaluate import compare, harness, samples, sandbox, statistics
+from quantkit.evaluate import compare, evaluation, harness, samples, sandbox, statistics
+from quantkit.evaluate.evaluation import Setup
 from quantkit.evaluate.samples import from_parquet
-from quantkit.evaluation import Setup
 from quantkit.storage import builtin
 
 SUBJECT = "math_question"

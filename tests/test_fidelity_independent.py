@@ -17,7 +17,7 @@ from test_contracts import ignore
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit import pipeline
-from quantkit.recipe import parse
+from quantkit.planning.recipe import parse
 from quantkit.storage import builtin, corpora
 
 SLOTS = [0, 4, 1, 5, 2, 6, 3, 7]  # FORMATS.md 1.2: column j of a word lies in slot SLOTS[j]

@@ -13,8 +13,8 @@ from torch import nn
 from transformers.integrations.compressed_tensors import get_experts_scheme
 
 from quantkit.contracts import Contents, Scheme
-from quantkit.engine_names import FUSED
 from quantkit.formats import compressed_tensors as ct
+from quantkit.packing.engine_names import FUSED
 
 SCHEME = Scheme(bits=4, group_size=128, symmetric=True, scale_dtype="bfloat16")
 MTP = 12

@@ -17,11 +17,11 @@ from test_format_awq import SELECTIONS, linear, model_modules
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from quantkit.contracts import Contents, Linear, Quantized, Scheme
-from quantkit.engine_names import FUSED
 from quantkit.errors import NumericsError, UsageError
 from quantkit.formats import compressed_tensors as ct
 from quantkit.methods import rtn
 from quantkit.numerics import affine
+from quantkit.packing.engine_names import FUSED
 
 M = torch.tensor([[(3 * (8 * k + n) + 1) % 16 for n in range(8)] for k in range(8)], dtype=torch.uint8)
 """FORMATS.md's example, [in, out]."""

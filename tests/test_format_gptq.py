@@ -15,11 +15,11 @@ from test_contracts import build
 from test_format_awq import SELECTIONS, linear, model_modules
 
 from quantkit.contracts import Contents, Quantized, Scheme
-from quantkit.engine_names import FUSED
 from quantkit.errors import NumericsError, UsageError
 from quantkit.formats import gptq
 from quantkit.methods import rtn
 from quantkit.numerics import affine
+from quantkit.packing.engine_names import FUSED
 from quantkit.storage.checkpoint import Checkpoint
 
 M = torch.tensor([[(3 * (8 * k + n) + 1) % 16 for n in range(8)] for k in range(8)], dtype=torch.uint8)

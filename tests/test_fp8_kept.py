@@ -16,15 +16,18 @@ from test_contracts import build_all
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quantkit import loading, pipeline, registry, sources, whole, work
+from quantkit import loading, pipeline, registry
+from quantkit.building import work
 from quantkit.contracts import Config
 from quantkit.errors import NumericsError, RecipeError
-from quantkit.layers import skeleton
-from quantkit.plan import Plan, SourceFacts
-from quantkit.recipe import parse
+from quantkit.handover.verify import verify
+from quantkit.models import whole
+from quantkit.models.layers import skeleton
+from quantkit.planning import sources
+from quantkit.planning.plan import Plan, SourceFacts
+from quantkit.planning.recipe import parse
 from quantkit.storage import builtin
 from quantkit.storage.checkpoint import Checkpoint
-from quantkit.verify import verify
 
 GPTQ = "{method: gptq, bits: 4, group_size: 64, symmetric: true}"
 EXPERTS = '{match: "re:.*\\\\.experts\\\\..*", quantize: default}'

@@ -14,11 +14,11 @@ from test_cli import build, fault, run
 from test_report import emptied, example
 
 from quantkit.errors import RecipeError, UsageError
-from quantkit.recipe import parse_gates
+from quantkit.planning.recipe import parse_gates
+from quantkit.planning.schema import FIGURES, Gate
 from quantkit.report import gates
 from quantkit.report.junit import junit
 from quantkit.report.schema import Benchmark, Fidelity, Figure
-from quantkit.schema import FIGURES, Gate
 
 TASK = Benchmark(
     task="t", n=300, source=0.8, artifact=0.79, lost=5, gained=2, delta_pp=Figure(value=-1.0, ci=(-2.5, 0.5)),

@@ -15,15 +15,17 @@ from checkpoints import recipe_text, tiny_config
 from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quantkit import generic, loading, pipeline, proofs, registry, structure, verify, whole
-from quantkit.anatomy import TINY
+from quantkit import loading, pipeline, registry
 from quantkit.cli import main
 from quantkit.contracts import Absorber, Architecture, Block, Config, HeadRows, Layout, Scheme
 from quantkit.errors import CheckpointError, UsageError
-from quantkit.layers import skeleton
-from quantkit.plan import Plan
+from quantkit.families.anatomy import TINY
+from quantkit.handover import verify
+from quantkit.models import generic, proofs, structure, whole
+from quantkit.models.layers import skeleton
+from quantkit.planning.plan import Plan
+from quantkit.planning.recipe import parse
 from quantkit.progress import Progress
-from quantkit.recipe import parse
 from quantkit.storage.builtin import resolve_model
 from quantkit.storage.checkpoint import Checkpoint
 
@@ -176,7 +178,7 @@ def test_a_wrong_absorber_is_not_proven() -> None:
 
 def test_logits_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof can fail: here the windows of the layers are forgotten."""
-    from quantkit import layers
+    from quantkit.models import layers
 
     monkeypatch.setattr(layers, "slides", lambda bones, layer: False)
     assert "gives other logits than transformers" in reason(family("phi3"))

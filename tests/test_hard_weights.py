@@ -19,8 +19,8 @@ from test_contracts import build
 from torch import Tensor
 
 from quantkit.errors import CheckpointError
+from quantkit.handover.verify import verify
 from quantkit.loading import load
-from quantkit.verify import verify
 
 Record = Callable[[str, object], None]
 METHODS: Mapping[str, dict[str, str]] = {

@@ -27,11 +27,11 @@ from test_report import GATES, emptied
 
 from quantkit.cli import main
 from quantkit.errors import ArtifactError
+from quantkit.handover.verify import verify
 from quantkit.report import charts, gates, html, tables
 from quantkit.report.names import block_of, folded
 from quantkit.report.samples import FLOOR, Answer, Samples, read_samples
 from quantkit.report.schema import Experts, Fidelity, Module
-from quantkit.verify import verify
 
 LIMIT_BYTES = 3_000_000
 ORDER = (

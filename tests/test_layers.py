@@ -14,30 +14,20 @@ PACKAGE = Path(__file__).parent.parent / "quantkit"
 ROWS = (
     "__init__ errors progress",
     "contracts gateway/",
-    "packed stored",
-    "numerics/ storage/ anatomy engine_names rules",
-    "mixture fold layers gptq_tensors",
-    "methods/ formats/ architectures/ document",
-    "registry rewrite claims",
-    "structure whole checks/ faults",
-    "proofs verify",
-    "generic transfer signing",
-    "schema publishing pulling",
-    "recipe decide report/",
-    "memory outputs published loadtest/",
-    "plan",
-    "artifact sources summary deep/",
-    "streams sizing/ pricing/",
-    "experts solve",
-    "work loading",
-    "dense serving/",
-    "routed standing",
-    "halfway",
-    "build",
-    "evaluate/",
-    "diff/",
-    "evidence evaluation",
-    "manifests results",
+    "numerics/ storage/",
+    "packing/ families/",
+    "methods/ formats/ architectures/",
+    "registry",
+    "models/",
+    "planning/",
+    "checks/",
+    "handover/",
+    "report/",
+    "building/ deep/ sizing/ pricing/ loadtest/",
+    "loading",
+    "serving/ evaluate/",
+    "diff/ evidence",
+    "manifests",
     "resume",
     "pipeline",
     "console options",
@@ -46,6 +36,19 @@ ROWS = (
     "__main__",
 )
 """From the words everybody may use down to the program: a file imports only from rows above its own."""
+
+INSIDE: Mapping[str, tuple[str, ...]] = {
+    "families/": ("anatomy", "mixture"),
+    "models/": ("fold layers", "structure whole", "proofs", "generic"),
+    "packing/": ("packed engine_names stored", "gptq_tensors"),
+    "planning/": (
+        "document rules", "rewrite claims faults", "schema", "recipe decide published", "memory outputs", "plan",
+        "sources",
+    ),
+    "building/": ("artifact streams", "experts solve", "work", "dense", "routed standing", "halfway", "build"),
+    "handover/": ("verify", "transfer signing", "publishing pulling"),
+}  # fmt: skip
+"""Folders with rows of their own."""
 
 TOOLS = ("builtin_models/", "calibration_sets/")
 """Developer tools: they made the data that ships. They may use everything, nothing of quantkit uses them."""
@@ -57,15 +60,20 @@ SIBLINGS = (
 """Folders whose files may import each other; plug-ins do not know one another."""
 
 MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
-    "artifact.py": frozenset({"read_bytes", "rename", "rmtree", "unlink"}),  # the staging folder and its renaming
+    "building/artifact.py": frozenset({
+        "read_bytes",
+        "rename",
+        "rmtree",
+        "unlink",
+    }),  # the staging folder and its renaming
     "options.py": frozenset({"read_text"}),  # the recipe
-    "published.py": frozenset({"read_text"}),  # configs, package data
+    "planning/published.py": frozenset({"read_text"}),  # configs, package data
     "sizing/cards.py": frozenset({"read_text"}),  # the cards, package data
     "pricing/assumptions.py": frozenset({"read_bytes", "read_text"}),  # a user file; the defaults, package data
-    "signing.py": frozenset({"read_bytes"}),  # a signature, by storage's own
+    "handover/signing.py": frozenset({"read_bytes"}),  # a signature, by storage's own
     "pipeline.py": frozenset({"mkdir"}),  # samples/
     "resume.py": frozenset({"mkdir", "rmtree", "unlink"}),  # the scratch folder, and what an interrupted build left
-    "results.py": frozenset({"mkdir"}),  # the folder of an evaluation
+    "evaluate/results.py": frozenset({"mkdir"}),  # the folder of an evaluation
     "evaluate/distribution.py": frozenset({"write_table"}),  # pyarrow writes its own files
     "evaluate/likelihood.py": frozenset({"write_table"}),  # the same
     "evaluate/samples.py": frozenset({"write_table", "os.replace", "unlink", "mkdir"}),  # and its cache
@@ -114,6 +122,16 @@ def unit(file: str) -> str:
     return folder + slash if slash else file.removesuffix(".py")
 
 
+def heights() -> Mapping[str, tuple[int, int]]:
+    """The row of every unit, and of files in folders with rows of their own; tools are below everything."""
+    height = {name: (row, 0) for row, names in enumerate(ROWS) for name in names.split()}
+    height |= {tool: (len(ROWS), 0) for tool in TOOLS}
+    for folder, rows in INSIDE.items():
+        row = height[folder][0]
+        height |= {f"{folder}{name}.py": (row, inner) for inner, names in enumerate(rows) for name in names.split()}
+    return height
+
+
 def imported(file: str, tree: Tree) -> Iterator[str]:
     """The files of the package that a file imports, wherever the import stands."""
     for node in ast.walk(tree[file]):
@@ -144,9 +162,8 @@ def existing(parts: list[str], tree: Tree) -> str:
 
 def upward_imports(tree: Tree) -> list[str]:
     """Imports that do not point to a row above, and files that no row names."""
-    height = {name: row for row, names in enumerate(ROWS) for name in names.split()}
-    height |= dict.fromkeys(TOOLS, len(ROWS))
-    found = [f"{file}: in no row of ROWS" for file in tree if unit(file) not in height]
+    height = heights()
+    found = [f"{file}: in no row of ROWS" for file in tree if row_of(file, height) is None]
     for file in tree:
         for target in imported(file, tree):
             here, there = unit(file), unit(target)
@@ -155,9 +172,18 @@ def upward_imports(tree: Tree) -> list[str]:
             own_package = target == f"{there}__init__.py" and here == there
             if target not in tree:
                 found.append(f"{file}: imports {target}, which is no file; write absolute imports")
-            elif not (siblings or tools or own_package) and height.get(there, 99) >= height.get(here, -1):
-                found.append(f"{file}: imports {target}, which is not above it")
+            elif not (siblings or tools or own_package):
+                above, below = row_of(target, height), row_of(file, height)
+                if above is None or below is None or above >= below:
+                    found.append(f"{file}: imports {target}, which is not above it")
     return found
+
+
+def row_of(file: str, height: Mapping[str, tuple[int, int]]) -> tuple[int, int] | None:
+    """Where a file stands; from outside its folder all of a folder stands in one row."""
+    if unit(file) in INSIDE and not file.endswith("/__init__.py"):
+        return height.get(file)
+    return height.get(unit(file))
 
 
 def import_cycles(tree: Tree) -> list[str]:
@@ -281,30 +307,33 @@ def test_the_code_keeps_its_shape(check: Check) -> None:
 def test_every_row_names_what_is_there() -> None:
     there = {unit(file) for file in parsed()}
     assert {name for names in ROWS for name in names.split()} | set(TOOLS) == there
+    for folder, rows in INSIDE.items():
+        inside = {file for file in parsed() if unit(file) == folder and not file.endswith("/__init__.py")}
+        assert {f"{folder}{name}.py" for names in rows for name in names.split()} == inside
 
 
 PLANTED = [
-    ("upward_imports", "numerics/gram.py", "from quantkit.plan import Plan", "imports plan.py, which is not above it"),
-    ("upward_imports", "storage/files.py", "def f():\n    from quantkit import schema", "imports schema.py, which"),
+    ("upward_imports", "numerics/gram.py", "from quantkit.planning.plan import Plan", "imports planning/plan.py"),
+    ("upward_imports", "storage/files.py", "def f():\n    from quantkit.planning import schema", "imports planning/"),
     ("upward_imports", "methods/awq.py", "from quantkit.methods import rtn", "imports methods/rtn.py, which is not"),
-    ("upward_imports", "plan.py", "from quantkit.summary import totals", "imports summary.py, which is not above it"),
-    ("upward_imports", "plan.py", "from . import errors", "imports ., which is no file"),
+    ("upward_imports", "planning/plan.py", "from quantkit.report.summary import totals", "imports report/summary.py"),
+    ("upward_imports", "planning/plan.py", "from . import errors", "imports ., which is no file"),
     ("upward_imports", "helpers.py", "", "in no row of ROWS"),
     ("upward_imports", "cli.py", "import quantkit.calibration_sets", "imports calibration_sets/__init__.py, which"),
     ("import_cycles", "numerics/affine.py", "from quantkit.numerics import clip", "numerics/clip.py: on or above a"),
-    ("file_access", "plan.py", "from pathlib import Path\nPath('x').write_text('y')", "plan.py: write_text"),
-    ("file_access", "recipe.py", "with open('x') as file: pass", "recipe.py: open"),
-    ("file_access", "decide.py", "p.open('rb')", "decide.py: open"),
+    ("file_access", "planning/plan.py", "import pathlib\npathlib.Path('x').write_text('y')", "planning/plan.py: write"),
+    ("file_access", "planning/recipe.py", "with open('x') as file: pass", "planning/recipe.py: open"),
+    ("file_access", "planning/decide.py", "p.open('rb')", "planning/decide.py: open"),
     ("file_access", "pipeline.py", "import huggingface_hub.utils", "pipeline.py: huggingface_hub.utils"),
     ("file_access", "evaluate/tasks.py", "from urllib.request import urlopen", "evaluate/tasks.py: urllib.request"),
-    ("file_access", "artifact.py", None, "artifact.py: rename is allowed and not used"),
-    ("talking", "build.py", "print('done')", "build.py:1: print"),
+    ("file_access", "building/artifact.py", None, "building/artifact.py: rename is allowed and not used"),
+    ("talking", "building/build.py", "print('done')", "building/build.py:1: print"),
     ("talking", "pipeline.py", "import sys\nsys.exit(1)", "pipeline.py:2: sys.exit"),
     ("talking", "report/terminal.py", "import click", "report/terminal.py:1: imports click"),
-    ("changing_globals", "work.py", "def f():\n    global x\n    x = 1", "work.py:2: global"),
-    ("relayed_keywords", "build.py", "def f(**kwargs: object): ...", "build.py:1: f(**kwargs)"),
-    ("too_long", "fold.py", "def f():\n" + "    x = 1\n" * 60, "fold.py: f has 61 lines"),
-    ("too_long", "fold.py", "x = 1\n" * 351, "fold.py: 351 lines"),
+    ("changing_globals", "building/work.py", "def f():\n    global x\n    x = 1", "building/work.py:2: global"),
+    ("relayed_keywords", "building/build.py", "def f(**kwargs: object): ...", "building/build.py:1: f(**kwargs)"),
+    ("too_long", "models/fold.py", "def f():\n" + "    x = 1\n" * 60, "models/fold.py: f has 61 lines"),
+    ("too_long", "models/fold.py", "x = 1\n" * 351, "models/fold.py: 351 lines"),
     ("chosen_devices", "numerics/gram.py", "x = torch.cuda.device_count()", "numerics/gram.py:1: torch.cuda"),
     ("chosen_devices", "numerics/gram.py", "y = x.cpu()", "numerics/gram.py:1: x.cpu()"),
     ("chosen_devices", "numerics/gram.py", "y = zeros(3, device='cuda')", "numerics/gram.py:1: device='cuda'"),

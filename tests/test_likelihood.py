@@ -19,13 +19,14 @@ from test_contracts import ignore
 from test_fidelity_independent import awq_weights, fp8_weights, whole_model
 from transformers import AutoTokenizer
 
-from quantkit import pipeline, sources
+from quantkit import pipeline
 from quantkit.errors import RecipeError
 from quantkit.evaluate import likelihood, statistics, tasks
-from quantkit.recipe import parse
+from quantkit.planning import sources
+from quantkit.planning.recipe import parse
+from quantkit.planning.schema import Gate
 from quantkit.report import gates, tables
 from quantkit.report.schema import Fidelity, Figure, Likelihood
-from quantkit.schema import Gate
 from quantkit.storage import builtin
 from quantkit.storage.corpora import continued, load_tokenizer
 
@@ -185,7 +186,7 @@ def test_what_is_not_plain_is_lm_evals_to_make() -> None:
 def test_a_build_does_not_import_lm_eval(tmp_path: Path) -> None:
     """It would take 130 MB of the recipe's memory."""
     code = (
-        "import sys; from quantkit import pipeline; from quantkit.recipe import parse;"
+        "import sys; from quantkit import pipeline; from quantkit.planning.recipe import parse;"
         "from quantkit.storage import builtin; text = open(sys.argv[1]).read();"
         "found = pipeline.tokenize(parse(text, 'x'), builtin.resolve_model('builtin:tiny-v3'));"
         "assert len(found.solutions.items) == 128; assert not {'lm_eval', 'datasets'} & sys.modules.keys()"

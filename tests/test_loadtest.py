@@ -16,12 +16,12 @@ from stub_engine import Engine, Serving, whole
 
 from quantkit.cli import main
 from quantkit.errors import ArtifactError, QuantkitError, UsageError
+from quantkit.handover.verify import verify
 from quantkit.loadtest import engine, tables, tool
 from quantkit.loadtest.charts import charts
 from quantkit.loadtest.page import render
 from quantkit.loadtest.prompts import read_prompts
 from quantkit.loadtest.schema import FILE, Cache, LoadTest, parse
-from quantkit.verify import verify
 
 GOLDEN = Path(__file__).parent / "golden/guidellm.json"
 """Results of GuideLLM 0.8.1 before a stub that answers every 10 ms, cut to what is read."""

@@ -28,16 +28,16 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 import quantkit
 from quantkit import pipeline, registry
 from quantkit.contracts import Contents, Linear, Quantized, Scheme
-from quantkit.decide import scheme_of
 from quantkit.errors import ArtifactError, NumericsError, RecipeError, UsageError
 from quantkit.formats import bitsandbytes as nf4
+from quantkit.handover.verify import read_manifest, verify
 from quantkit.loading import Experts4bit, stored_as
 from quantkit.methods.nf4 import METHOD
 from quantkit.numerics import codebook
-from quantkit.recipe import Quantize, parse
+from quantkit.planning.decide import scheme_of
+from quantkit.planning.recipe import Quantize, parse
 from quantkit.storage import builtin
 from quantkit.storage.checkpoint import Checkpoint
-from quantkit.verify import read_manifest, verify
 
 IDS = torch.arange(2, 66)[None]  # [1, 64]
 

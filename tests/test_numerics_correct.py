@@ -10,9 +10,9 @@ import torch
 from test_numerics_rounding import correlated, scheme
 from torch import Tensor
 
-from quantkit import fold
 from quantkit.contracts import InputStats
 from quantkit.methods import gptq
+from quantkit.models import fold
 from quantkit.numerics import affine, correct, gram, rounding
 
 

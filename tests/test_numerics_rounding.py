@@ -12,9 +12,9 @@ from torch import Tensor
 
 from quantkit.contracts import InputStats, Scheme
 from quantkit.errors import NumericsError
-from quantkit.memory import SOLVE_COPIES, solve_bytes
 from quantkit.methods import gptq, rtn
 from quantkit.numerics import affine, clip, gram, rounding
+from quantkit.planning.memory import SOLVE_COPIES, solve_bytes
 
 
 def scheme(bits: int = 4, group: int = 32, symmetric: bool = False) -> Scheme:

@@ -14,8 +14,8 @@ import pytest
 from checkpoints import recipe_text, tiny_config, write_checkpoint
 from test_cli import fault, run
 
-from quantkit.recipe import parse
-from quantkit.verify import verify
+from quantkit.handover.verify import verify
+from quantkit.planning.recipe import parse
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "f" * 40

@@ -14,16 +14,17 @@ from typing import Any
 
 import pytest
 
-from quantkit import registry, sources
-from quantkit.artifact import config_values
-from quantkit.claims import expected
+from quantkit import registry
+from quantkit.building.artifact import config_values
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, RecipeError, UsageError
-from quantkit.outputs import shards
-from quantkit.plan import Plan, SourceFacts, claimed_of, make_plan
-from quantkit.recipe import parse
+from quantkit.planning import sources
+from quantkit.planning.claims import expected
+from quantkit.planning.outputs import shards
+from quantkit.planning.plan import Plan, SourceFacts, claimed_of, make_plan
+from quantkit.planning.recipe import parse
 from quantkit.report.planned import PlanSummary
-from quantkit.summary import plan_summary
+from quantkit.report.summary import plan_summary
 
 ROOT = Path(__file__).parent.parent
 FLAGSHIP = ROOT / "recipes" / "v3-awq4.yaml"

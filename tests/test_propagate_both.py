@@ -12,12 +12,12 @@ from test_contracts import build
 from torch import Tensor
 from torch.nn.functional import silu
 
+from quantkit.building.dense import GramSum
+from quantkit.building.experts import Wave, collect, share
+from quantkit.building.streams import Routing
 from quantkit.contracts import Experts
-from quantkit.dense import GramSum
-from quantkit.experts import Wave, collect, share
-from quantkit.memory import expert_bytes
+from quantkit.planning.memory import expert_bytes
 from quantkit.storage.spool import Spool
-from quantkit.streams import Routing
 
 EXPERTS, HIDDEN, INNER, TOKENS = 3, 32, 16, 90
 

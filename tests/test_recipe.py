@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
-from quantkit.document import MAX_CHARACTERS, read, scalar
 from quantkit.errors import RecipeError
-from quantkit.recipe import Quantize, Recipe, parse, preset, with_overrides
-from quantkit.rules import PRESETS, matches, names
-from quantkit.schema import keys, size_bytes
+from quantkit.planning.document import MAX_CHARACTERS, read, scalar
+from quantkit.planning.recipe import Quantize, Recipe, parse, preset, with_overrides
+from quantkit.planning.rules import PRESETS, matches, names
+from quantkit.planning.schema import keys, size_bytes
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SMALLEST = """\

@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit import registry
-from quantkit.claims import expected
 from quantkit.cli import main
 from quantkit.contracts import Config
 from quantkit.errors import HubUnreachable
+from quantkit.planning.claims import expected
 from quantkit.report.planned import PlanSummary
 from quantkit.storage import hub
 

@@ -13,10 +13,10 @@ from report_example import FIDELITY, PLAN
 from rich.console import Console, RenderableType
 from ruamel.yaml import YAML
 
+from quantkit.planning.schema import FIGURES, Gate
 from quantkit.report import card, gates, markdown, numbers, tables, terminal
 from quantkit.report.planned import PlanSummary
 from quantkit.report.schema import Benchmark, Distribution, Experts, Fidelity, Figure, Module
-from quantkit.schema import FIGURES, Gate
 
 GOLDEN = Path(__file__).parent / "golden"
 GATES = {

@@ -13,18 +13,20 @@ from pathlib import Path
 import pytest
 from checkpoints import recipe_text, tiny_config, write_checkpoint
 
-from quantkit import artifact, evidence, experts, halfway, pipeline, plan, resume, routed
-from quantkit.artifact import Sink
+from quantkit import evidence, pipeline, resume
+from quantkit.building import artifact, experts, halfway, routed
+from quantkit.building.artifact import Sink
+from quantkit.building.experts import Wave
+from quantkit.building.standing import Standing
+from quantkit.building.work import Work
 from quantkit.errors import ArtifactError, QuantkitError, UsageError
-from quantkit.experts import Wave
-from quantkit.recipe import parse
+from quantkit.handover.verify import verify
+from quantkit.planning import plan
+from quantkit.planning.recipe import parse
 from quantkit.resume import Begun
-from quantkit.standing import Standing
 from quantkit.storage.ledger import Ledger
 from quantkit.storage.spool import Spool
 from quantkit.storage.tensors import ShardWriter
-from quantkit.verify import verify
-from quantkit.work import Work
 
 SYMMETRIC = "{method: awq, rounding: gptq, bits: 4, group_size: 64, symmetric: true}"
 THREE = {"format": "[gptq, compressed_tensors, dense]", "quantize": SYMMETRIC}

@@ -9,12 +9,12 @@ import torch
 from pydantic import ValidationError
 
 from quantkit import registry
+from quantkit.building.solve import FALLBACKS, Asked, Solved, solve
 from quantkit.contracts import InputStats, Linear, Scheme
-from quantkit.decide import Decision
 from quantkit.methods import gptq
 from quantkit.numerics import affine
-from quantkit.schema import Quantize
-from quantkit.solve import FALLBACKS, Asked, Solved, solve
+from quantkit.planning.decide import Decision
+from quantkit.planning.schema import Quantize
 
 SCHEME = Scheme(bits=4, group_size=32, symmetric=False, scale_dtype="bfloat16")
 

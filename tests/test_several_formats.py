@@ -11,14 +11,15 @@ from checkpoints import planned, recipe_text, tiny_config, write_checkpoint
 from safetensors.torch import load_file
 from test_contracts import build, build_all
 
-from quantkit import pipeline, registry, sources
+from quantkit import pipeline, registry
 from quantkit.errors import NumericsError, RecipeError
 from quantkit.formats import compressed_tensors, gptq
+from quantkit.handover.verify import read_manifest, verify
 from quantkit.loading import stored_as
-from quantkit.plan import architecture_of
-from quantkit.recipe import parse
+from quantkit.planning import sources
+from quantkit.planning.plan import architecture_of
+from quantkit.planning.recipe import parse
 from quantkit.storage.checkpoint import Checkpoint
-from quantkit.verify import read_manifest, verify
 
 SYMMETRIC = "{method: awq, rounding: gptq, bits: 4, group_size: 64, symmetric: true}"
 
@@ -100,7 +101,9 @@ def test_a_family_is_looked_up_once_for_all_formats(
 ) -> None:
     """The proof of a family without a table takes seconds."""
     asked = []
-    monkeypatch.setattr("quantkit.plan.architecture_of", lambda config: asked.append(config) or architecture_of(config))
+    monkeypatch.setattr(
+        "quantkit.planning.plan.architecture_of", lambda config: asked.append(config) or architecture_of(config)
+    )
     recipe = parse(recipe_text(source, tmp_path / "x", format="[awq, dense]"), "r.yaml")
     assert len(sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))) == 2
     assert len(asked) == 1
@@ -113,7 +116,7 @@ def test_without_a_fidelity_text_nothing_is_measured(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, reads: int, rules: str
 ) -> None:
     """RTN then runs no forward pass at all; what is stored does not depend on it."""
-    import quantkit.build as loop
+    import quantkit.building.build as loop
 
     started: list[str] = []
     monkeypatch.setattr(loop, "start", lambda name, *rest, real=loop.start: started.append(name) or real(name, *rest))

@@ -23,8 +23,8 @@ from cryptography.x509.oid import NameOID
 from damage import edit_json, put, read_shard, rehash, reseal, shards, write_shard
 
 from quantkit.cli import main
-from quantkit.signing import PASSWORD
-from quantkit.verify import MANIFEST, SIGNATURE
+from quantkit.handover.signing import PASSWORD
+from quantkit.handover.verify import MANIFEST, SIGNATURE
 
 PACKED = "model.layers.1.mlp.experts.0.gate_proj.qweight"
 

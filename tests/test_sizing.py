@@ -13,7 +13,7 @@ import transformers
 from quantkit import registry
 from quantkit.contracts import Config
 from quantkit.errors import CheckpointError, UsageError
-from quantkit.recipe import parse
+from quantkit.planning.recipe import parse
 from quantkit.sizing.attention import attentions
 from quantkit.sizing.cards import GB, GIB, Cards, read_cards
 from quantkit.sizing.fit import degree_fault, fits, fits_on, kv_per_card, stages, weights_per_card

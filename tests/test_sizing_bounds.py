@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from quantkit.recipe import parse
+from quantkit.planning.recipe import parse
 from quantkit.sizing import bounds
 from quantkit.sizing.batch import RESERVE, RUNTIME_BYTES, STEP, advice, routed_bytes
 from quantkit.sizing.cards import Card, Cards, read_cards

@@ -12,8 +12,8 @@ from places.here import KINDS, Place
 from places.using import LAST, WRITING, Record, fetched, files, flipped, other, sent
 
 from quantkit.errors import ArtifactError, TransferError, UsageError
-from quantkit.publishing import publish
-from quantkit.verify import MANIFEST, SIGNATURE, verify
+from quantkit.handover.publishing import publish
+from quantkit.handover.verify import MANIFEST, SIGNATURE, verify
 
 QUICK = {"file", "oci", "hf"}
 
@@ -79,7 +79,7 @@ def test_half_a_publication_is_none_and_goes_on(
     built: Path, there: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     """It breaks off before the third file; the other two are not sent again."""
-    from quantkit import publishing
+    from quantkit.handover import publishing
 
     real, calls = publishing.send, []
 

@@ -23,11 +23,11 @@ from places.here import WIRED, Place
 from places.using import LAST, Record, fetched, files, flipped, other, sent
 from places.wire import Cuts, Flips, Slow
 
-from quantkit import publishing
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.handover import publishing
+from quantkit.handover.verify import verify
 from quantkit.storage.landing import Landing, landing
 from quantkit.storage.patience import Patience
-from quantkit.verify import verify
 
 CUTS = 8
 CUT_EVERY = 350_000  # bytes, in the mean; an artifact has six million
@@ -194,7 +194,7 @@ def test_a_file_that_changes_while_it_is_pulled(
     """The hub's commit stays what it was; elsewhere the file is refused."""
     there = make(kind)
     sent(built, there.address)
-    from quantkit import pulling
+    from quantkit.handover import pulling
 
     real = pulling.in_parallel
 
@@ -292,7 +292,7 @@ def test_no_room_is_said_before_anything_is_fetched(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     sent(built, str(tmp_path / "there"))
-    monkeypatch.setattr("quantkit.pulling.disk_free", lambda _path: 1_000_000)
+    monkeypatch.setattr("quantkit.handover.pulling.disk_free", lambda _path: 1_000_000)
     assert "found 1.0 MB; free some space" in sentence(lambda: fetched(str(tmp_path / "there"), tmp_path / "got"))
     assert not [path for path in (tmp_path / "got.pulling").rglob("*") if path.is_file()]
     record_property("fault", "file: too little room to pull")
@@ -313,7 +313,7 @@ def test_a_pull_that_another_was_faster_than(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     """Between the look at the folder and the lock somebody else's artifact got the name: it is not replaced."""
-    from quantkit import pulling
+    from quantkit.handover import pulling
 
     sent(built, str(tmp_path / "there"))
     second = other(Path(shutil.copytree(built, tmp_path / "copy")))

@@ -12,15 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import QuantkitError
-from quantkit.publishing import names_in
-from quantkit.pulling import arriving
+from quantkit.handover.publishing import names_in
+from quantkit.handover.pulling import arriving
+from quantkit.handover.verify import MANIFEST
 from quantkit.storage.docker_login import login
 from quantkit.storage.names import name_faults
 from quantkit.storage.patience import Patience
 from quantkit.storage.registry import Registry
 from quantkit.storage.remote import Remote
 from quantkit.storage.remotes.oci import TITLE, Oci
-from quantkit.verify import MANIFEST
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),

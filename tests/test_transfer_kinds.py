@@ -14,10 +14,10 @@ from places.registry import sha
 from places.using import PATIENCE, fetched, files, run, sent
 
 from quantkit.errors import TransferError
-from quantkit.publishing import publish
-from quantkit.pulling import pull
+from quantkit.handover.publishing import publish
+from quantkit.handover.pulling import pull
+from quantkit.handover.verify import MANIFEST, verify
 from quantkit.storage.remote import Item, Options, opened
-from quantkit.verify import MANIFEST, verify
 
 # ----------------------------------------------------------------------------------------------------- kinds of places
 
@@ -141,7 +141,7 @@ def test_a_tag_that_moves_while_it_is_pulled(
     built: Path, tmp_path: Path, make: Callable[[str], Place], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was begun is finished."""
-    from quantkit import pulling
+    from quantkit.handover import pulling
 
     there = make("oci")
     sent(built, there.address)

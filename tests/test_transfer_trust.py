@@ -19,12 +19,12 @@ from places.registry import TITLE, Registry, sha
 from places.using import LAST, Record, fetched, files, run, sent
 
 from quantkit.errors import QuantkitError, TransferError, UsageError
-from quantkit.pulling import pull
+from quantkit.handover.pulling import pull
+from quantkit.handover.verify import MANIFEST
 from quantkit.storage.names import name_faults
 from quantkit.storage.outgoing import Pieces
 from quantkit.storage.patience import Patience
 from quantkit.storage.remote import Item, Options, parse, scrub
-from quantkit.verify import MANIFEST
 
 # --------------------------------------------------------------------------------------------------------------- names
 

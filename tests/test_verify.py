@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from quantkit.artifact import TIMINGS
+from quantkit.building.artifact import TIMINGS
 from quantkit.errors import ArtifactError
-from quantkit.verify import INDEX, MANIFEST, verify
+from quantkit.handover.verify import INDEX, MANIFEST, verify
 
 FIRST, LAST = "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"
 PACKED = "model.layers.1.mlp.experts.0.gate_proj.qweight"

@@ -3,8 +3,8 @@ then routed experts picked by softmax, from all groups or from the best ones, an
 
 from __future__ import annotations
 
-from quantkit import anatomy, mixture
 from quantkit.contracts import Architecture, Block, Config, Layout
+from quantkit.families import anatomy, mixture
 
 
 def block(config: Config, layer: int) -> Block:

@@ -3,9 +3,9 @@ multi-token-prediction (MTP) blocks behind the last one, which transformers does
 
 from __future__ import annotations
 
-from quantkit import anatomy, mixture
-from quantkit.anatomy import Part
 from quantkit.contracts import Architecture, Block, Config, Layout
+from quantkit.families import anatomy, mixture
+from quantkit.families.anatomy import Part
 
 
 def expert_mlp(config: Config, name: str) -> Part:

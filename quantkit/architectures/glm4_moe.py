@@ -3,8 +3,8 @@ as DeepSeek-V3: dense first blocks, routed and shared experts, a balancing bias 
 
 from __future__ import annotations
 
-from quantkit import anatomy, mixture
 from quantkit.contracts import Architecture, Block, Config, Layout
+from quantkit.families import anatomy, mixture
 
 
 def block(config: Config, layer: int) -> Block:

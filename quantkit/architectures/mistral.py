@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from quantkit import anatomy
 from quantkit.contracts import Architecture, Block, Config, Layout
+from quantkit.families import anatomy
 
 
 def block(config: Config, layer: int) -> Block:

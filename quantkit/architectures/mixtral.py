@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quantkit import anatomy, mixture
 from quantkit.contracts import Architecture, Block, Config, Layout
+from quantkit.families import anatomy, mixture
 
 MODULE = "block_sparse_moe"
 

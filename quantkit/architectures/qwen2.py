@@ -3,8 +3,8 @@ from `max_window_layers` on may see a sliding window only."""
 
 from __future__ import annotations
 
-from quantkit import anatomy
 from quantkit.contracts import Architecture, Block, Config, Layout
+from quantkit.families import anatomy
 
 
 def block(config: Config, layer: int) -> Block:

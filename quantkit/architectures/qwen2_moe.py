@@ -3,8 +3,8 @@ output a gate of one row weighs. That gate reads what the experts read, so it fo
 
 from __future__ import annotations
 
-from quantkit import anatomy, mixture
 from quantkit.contracts import Architecture, Block, Config, Layout
+from quantkit.families import anatomy, mixture
 
 
 def block(config: Config, layer: int) -> Block:

@@ -3,8 +3,8 @@ without a shared one, dense MLPs where `mlp_only_layers` and `decoder_sparse_ste
 
 from __future__ import annotations
 
-from quantkit import anatomy, mixture
 from quantkit.contracts import Architecture, Block, Config, Layout
+from quantkit.families import anatomy, mixture
 
 
 def block(config: Config, layer: int) -> Block:

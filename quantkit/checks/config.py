@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from quantkit import registry
 from quantkit.checks.contents import Found, config_contents
-from quantkit.claims import claim
 from quantkit.contracts import Config
-from quantkit.engine_names import engine_names
 from quantkit.errors import ArtifactError, CheckpointError, QuantkitError
-from quantkit.stored import Loader, Treatment
+from quantkit.packing.engine_names import engine_names
+from quantkit.packing.stored import Loader, Treatment
+from quantkit.planning.claims import claim
 
 SHOWN = 3
 """Modules of one kind of fault that are named; the rest is counted."""

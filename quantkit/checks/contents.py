@@ -12,8 +12,8 @@ from typing import get_args
 from quantkit import registry
 from quantkit.contracts import Contents, Format, Linear, ScaleDtype, Scheme, TensorSpec
 from quantkit.errors import UsageError
+from quantkit.packing.stored import FINITE, MAGNITUDE, Checks, Numbers
 from quantkit.storage.logical import FP8
-from quantkit.stored import FINITE, MAGNITUDE, Checks, Numbers
 
 FP8_SIDE = 128
 FLOATING = frozenset({"F64", "F32", "F16", "BF16", FP8})

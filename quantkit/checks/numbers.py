@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.contracts import TensorSpec
-from quantkit.stored import Numbers
+from quantkit.packing.stored import Numbers
 
 Words = np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]
 

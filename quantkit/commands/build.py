@@ -39,9 +39,9 @@ def COMMAND(
     """
     from quantkit.pipeline import run
     from quantkit.report.junit import junit as junit_bytes
+    from quantkit.report.summary import plan_summary
     from quantkit.report.terminal import fidelities_view, plans_view
     from quantkit.storage.files import write_atomic
-    from quantkit.summary import plan_summary
 
     text, parsed = read_recipe(recipe, overrides)
     with Meter(sys.stderr.isatty() and not json_out) as meter:

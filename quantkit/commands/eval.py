@@ -60,7 +60,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
 
     Example: quantkit eval artifacts/tiny-v3-awq4 --tasks tiny-v3-math --limit 50 --source
     """
-    from quantkit import evaluation, results
+    from quantkit.evaluate import evaluation, results
     from quantkit.evaluate.harness import Decoding
     from quantkit.report.terminal import table
 

@@ -62,7 +62,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
             raise UsageError(f"--note: expected at most 500 characters, found {len(note)}; shorten it")
         key, address, steps = os.environ.get(key_variable, ""), engine.base(url), levels_of(concurrency)
         if artifact is not None:
-            from quantkit.verify import read_manifest
+            from quantkit.handover.verify import read_manifest
 
             read_manifest(artifact)
         prompts = read_prompts(data)

@@ -20,9 +20,9 @@ def COMMAND(recipe: str, overrides: tuple[str, ...], json_out: bool) -> None:
 
     Example: quantkit plan v3-awq4
     """
+    from quantkit.planning.sources import facts, plan_recipe, text_tokens
+    from quantkit.report.summary import plan_summary
     from quantkit.report.terminal import plans_view
-    from quantkit.sources import facts, plan_recipe, text_tokens
-    from quantkit.summary import plan_summary
 
     _, parsed = read_recipe(recipe, overrides)
     found = [plan_summary(made) for made in plan_recipe(parsed, facts(parsed), text_tokens(parsed))]

@@ -34,10 +34,10 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
 
     Example: quantkit publish artifacts/tiny-v3-awq4 s3://models/tiny-v3-awq4
     """
-    from quantkit.publishing import publish
+    from quantkit.handover.publishing import publish
+    from quantkit.handover.transfer import size
     from quantkit.storage.patience import Patience
     from quantkit.storage.remote import Options
-    from quantkit.transfer import size
 
     options = Options(revision=revision, private=private, jobs=jobs, patience=Patience(tries=tries), writing=True)
     with Meter(sys.stderr.isatty() and not json_out) as meter:

@@ -30,10 +30,10 @@ def COMMAND(
 
     Example: quantkit pull s3://models/tiny-v3-awq4 artifacts/tiny-v3-awq4
     """
-    from quantkit.pulling import pull
+    from quantkit.handover.pulling import pull
+    from quantkit.handover.transfer import size
     from quantkit.storage.patience import Patience
     from quantkit.storage.remote import Options
-    from quantkit.transfer import size
 
     options = Options(revision=revision, jobs=jobs, patience=Patience(tries=tries))
     with Meter(sys.stderr.isatty() and not json_out) as meter:

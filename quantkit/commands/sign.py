@@ -8,7 +8,7 @@ import click
 
 from quantkit.console import failing_well
 from quantkit.errors import UsageError
-from quantkit.signing import Signer, sign
+from quantkit.handover.signing import Signer, sign
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 

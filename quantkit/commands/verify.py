@@ -10,8 +10,8 @@ import click
 
 from quantkit.console import as_json, failing_well
 from quantkit.errors import UsageError
+from quantkit.handover.verify import SIGNATURE, Verified, verify
 from quantkit.options import JSON
-from quantkit.verify import SIGNATURE, Verified, verify
 
 if TYPE_CHECKING:
     from quantkit.deep.sample import Deep
@@ -61,7 +61,7 @@ def COMMAND(
 
     Example: quantkit verify artifacts/tiny-v3-awq4 --deep
     """
-    from quantkit.signing import Trust, check_signature
+    from quantkit.handover.signing import Trust, check_signature
 
     trust = Trust(public_key=public_key, certificates=certificate, identity=identity, provider=identity_provider)
     asked = signature is not None or trust != Trust(certificates=())

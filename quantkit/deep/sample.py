@@ -10,8 +10,8 @@ from random import Random
 from quantkit.deep.proofs import Kind, Proof, prove_kept, prove_linear
 from quantkit.deep.sides import Sides, open_sides
 from quantkit.errors import ArtifactError
+from quantkit.handover.verify import mapping, read_manifest
 from quantkit.storage.scan import scan
-from quantkit.verify import mapping, read_manifest
 
 SHOWN = 20
 

@@ -14,11 +14,11 @@ from quantkit import registry
 from quantkit.checks.contents import parts_of, scheme_of
 from quantkit.contracts import Absorber, Block, Format, Layout, LinearGroup, Scheme, TensorSpec
 from quantkit.errors import ArtifactError, CheckpointError
-from quantkit.plan import architecture_of
+from quantkit.handover.verify import format_name, mapping, read_manifest
+from quantkit.planning.plan import architecture_of
 from quantkit.storage import hub
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.scan import scan
-from quantkit.verify import format_name, mapping, read_manifest
 
 
 @dataclass(frozen=True, kw_only=True)

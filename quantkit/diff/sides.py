@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.diff.values import Kind
 from quantkit.errors import ArtifactError, HubUnreachable, UsageError
+from quantkit.handover.verify import LOADTEST, MANIFEST, mapping
 from quantkit.loadtest import schema
 from quantkit.loadtest.schema import LoadTest
 from quantkit.report.read import read_file, read_sealed
@@ -20,7 +21,6 @@ from quantkit.report.samples import BENCHMARKS, TOKENS, Answer, answer, read_col
 from quantkit.report.schema import Benchmark, Distribution, Fidelity, Figure
 from quantkit.storage.builtin import PREFIX
 from quantkit.storage.files import read_json
-from quantkit.verify import LOADTEST, MANIFEST, mapping
 
 if TYPE_CHECKING:
     from quantkit.contracts import TensorSpec

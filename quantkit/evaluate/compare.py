@@ -15,17 +15,17 @@ from pathlib import Path
 
 import torch
 
-from quantkit import whole
 from quantkit.errors import EvaluationError
 from quantkit.evaluate import benchmarks, samples, sandbox, statistics, tasks
 from quantkit.evaluate.samples import ItemPair, ItemResult
 from quantkit.evaluate.tasks import Task
-from quantkit.layers import skeleton
-from quantkit.memory import BASE_BYTES
-from quantkit.plan import Plan
+from quantkit.models import whole
+from quantkit.models.layers import skeleton
+from quantkit.planning.memory import BASE_BYTES
+from quantkit.planning.plan import Plan
+from quantkit.planning.sources import Compute
 from quantkit.progress import Progress, Tell
 from quantkit.report.schema import Benchmark, Figure
-from quantkit.sources import Compute
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.corpora import load_tokenizer
 from quantkit.storage.own_code import may_run

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quantkit.building.streams import Stream
 from quantkit.contracts import Layout
-from quantkit.layers import Skeleton, final_norm
-from quantkit.memory import HEAD_CHUNK
+from quantkit.models.layers import Skeleton, final_norm
 from quantkit.numerics import fidelity
 from quantkit.numerics.fidelity import Estimate, TokenFidelity
+from quantkit.planning.memory import HEAD_CHUNK
 from quantkit.storage.checkpoint import Checkpoint
-from quantkit.streams import Stream
 
 ALL = "all"
 

@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme, TensorSpec
-from quantkit.engine_names import SERVERS, engine_names, kept_patterns, lines
 from quantkit.errors import UsageError
-from quantkit.packed import GROUP_SIZES, SCALE_DTYPES, per_run
-from quantkit.stored import SCALE, Checks, Loader, Treatment, left_out, matcher, switched_off, texts
+from quantkit.numerics.runs import per_run
+from quantkit.packing.engine_names import SERVERS, engine_names, kept_patterns, lines
+from quantkit.packing.packed import GROUP_SIZES, SCALE_DTYPES
+from quantkit.packing.stored import SCALE, Checks, Loader, Treatment, left_out, matcher, switched_off, texts
 
 if TYPE_CHECKING:
     from torch import Tensor

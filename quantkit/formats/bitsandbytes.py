@@ -26,9 +26,9 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme, TensorSpec
-from quantkit.engine_names import TRANSFORMERS, lines, parents
 from quantkit.errors import ArtifactError, UsageError
-from quantkit.stored import MAGNITUDE, RISING, Checks, Loader, Numbers, exactly, left_out
+from quantkit.packing.engine_names import TRANSFORMERS, lines, parents
+from quantkit.packing.stored import MAGNITUDE, RISING, Checks, Loader, Numbers, exactly, left_out
 
 if TYPE_CHECKING:
     from torch import Tensor

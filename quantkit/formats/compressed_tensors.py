@@ -21,10 +21,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme, TensorSpec
-from quantkit.engine_names import SERVERS, TRANSFORMERS, kept_patterns
 from quantkit.errors import ArtifactError
-from quantkit.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, one_scheme, per_run, require_agreement
-from quantkit.stored import SCALE, Checks, Loader, Numbers, Treatment, exactly, matcher, pattern, texts
+from quantkit.numerics.runs import per_run
+from quantkit.packing.engine_names import SERVERS, TRANSFORMERS, kept_patterns
+from quantkit.packing.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, one_scheme, require_agreement
+from quantkit.packing.stored import SCALE, Checks, Loader, Numbers, Treatment, exactly, matcher, pattern, texts
 
 if TYPE_CHECKING:
     from torch import Tensor

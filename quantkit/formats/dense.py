@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import Contents, Format, Linear, Quantized, Scheme, TensorSpec
-from quantkit.engine_names import SERVERS, TRANSFORMERS
-from quantkit.stored import FINITE, Checks
+from quantkit.packing.engine_names import SERVERS, TRANSFORMERS
+from quantkit.packing.stored import FINITE, Checks
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from quantkit import gptq_tensors
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme
-from quantkit.engine_names import SERVERS
 from quantkit.errors import UsageError
-from quantkit.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, per_run
+from quantkit.numerics.runs import per_run
+from quantkit.packing import gptq_tensors
+from quantkit.packing.engine_names import SERVERS
+from quantkit.packing.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from quantkit import gptq_tensors
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme
-from quantkit.engine_names import SERVERS, TRANSFORMERS
-from quantkit.packed import SCALE_DTYPES, SERVED_BITS, per_run, require_agreement
+from quantkit.numerics.runs import per_run
+from quantkit.packing import gptq_tensors
+from quantkit.packing.engine_names import SERVERS, TRANSFORMERS
+from quantkit.packing.packed import SCALE_DTYPES, SERVED_BITS, require_agreement
 
 if TYPE_CHECKING:
     from torch import Tensor

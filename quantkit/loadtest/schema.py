@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quantkit.errors import ArtifactError
-from quantkit.verify import LOADTEST
+from quantkit.handover.verify import LOADTEST
 
 FILE = LOADTEST
 """Where it lies in an artifact: made later than the manifest, by other machines, and so without a hash."""

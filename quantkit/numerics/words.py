@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
-from quantkit.packed import WORD_BITS, per_run
+from quantkit.numerics.runs import WORD_BITS, per_run
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """AutoAWQ's "gemm" layout: the order in which its kernel wants the eight codes of a word."""

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from quantkit.document import Document, dotted, read
 from quantkit.errors import RecipeError, UsageError
-from quantkit.faults import sentence
+from quantkit.planning.document import Document, dotted, read
+from quantkit.planning.faults import sentence
 from quantkit.storage.files import read_bytes
 
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)

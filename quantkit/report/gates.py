@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from quantkit.planning.schema import FIGURES, POOLED, Gate
 from quantkit.report import numbers
 from quantkit.report.schema import Benchmark, Fidelity, GateResult, Status
-from quantkit.schema import FIGURES, POOLED, Gate
 
 NOT_MEASURED = "not measured"
 NOT_FINITE = "not finite"

@@ -21,13 +21,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from quantkit.errors import ArtifactError
+from quantkit.handover.verify import MANIFEST, mapping, read_manifest
 from quantkit.report import card, names, numbers, tables
 from quantkit.report.charts import CONFIG, Plot, charts
 from quantkit.report.read import read_report
 from quantkit.report.samples import Answer, Changed, Samples, read_samples
 from quantkit.report.schema import Distribution, Fidelity, Figure
 from quantkit.storage.files import write_atomic
-from quantkit.verify import MANIFEST, mapping, read_manifest
 
 HTML = "quantkit/fidelity.html"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from quantkit.errors import ArtifactError
+from quantkit.handover.verify import MANIFEST, mapping, read_manifest
 from quantkit.report.schema import Fidelity
 from quantkit.storage.files import is_file, read_json, sha256_file
-from quantkit.verify import MANIFEST, mapping, read_manifest
 
 FIDELITY = "quantkit/fidelity.json"
 EVIDENCE = "quantkit/"

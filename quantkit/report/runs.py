@@ -12,11 +12,11 @@ from pathlib import Path
 
 from quantkit import registry
 from quantkit.errors import ArtifactError, UsageError
+from quantkit.handover.verify import MANIFEST
 from quantkit.report import numbers
 from quantkit.report.read import read_sealed
 from quantkit.report.schema import Fidelity, Figure
 from quantkit.report.tables import Table
-from quantkit.verify import MANIFEST
 
 DEPTH = 3  # folders below the one that is listed
 BUILDING, SCRATCH = ".building", ".scratch"

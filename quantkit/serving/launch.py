@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from quantkit.engine_names import SERVERS
 from quantkit.errors import UsageError
+from quantkit.packing.engine_names import SERVERS
 from quantkit.serving.target import Target
 from quantkit.sizing.cards import Card
 from quantkit.sizing.fit import Fit, Placement, fits

@@ -12,11 +12,11 @@ from typing import Any
 
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.gateway.settings import Limits, Settings, Upstream, limits_from
+from quantkit.handover.verify import verify
 from quantkit.serving import running
 from quantkit.serving.choose import Planned, installed, plan
 from quantkit.serving.launch import SHOWN
 from quantkit.storage.files import read_bytes, read_json
-from quantkit.verify import verify
 
 Tell = Callable[[str], None]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from quantkit import registry
-from quantkit.engine_names import SERVERS, TRANSFORMERS
 from quantkit.errors import ArtifactError, UsageError
+from quantkit.handover.verify import MANIFEST, mapping, read_manifest
+from quantkit.packing.engine_names import SERVERS, TRANSFORMERS
 from quantkit.sizing.model import Model
 from quantkit.sizing.read import model_of
 from quantkit.storage.files import read_json
 from quantkit.storage.shards import open_shards
-from quantkit.verify import MANIFEST, mapping, read_manifest
 
 Kind = Literal["artifact", "model", "config"]
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "chat_templates")

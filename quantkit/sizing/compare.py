@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantkit.handover.verify import MANIFEST
 from quantkit.report import numbers
 from quantkit.report.read import read_sealed
 from quantkit.report.schema import Fidelity
@@ -13,7 +14,6 @@ from quantkit.report.tables import Table
 from quantkit.sizing.bounds import Bounds, active_bytes
 from quantkit.sizing.fit import Fit
 from quantkit.sizing.tables import BOUND, rate, short
-from quantkit.verify import MANIFEST
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from quantkit import published, registry
-from quantkit.claims import expected, fp8_block
+from quantkit import registry
 from quantkit.contracts import Config, Scheme, TensorSpec
 from quantkit.errors import RecipeError, UsageError
-from quantkit.plan import SourceFacts, architecture_of, claimed_of, decided, written
-from quantkit.schema import Recipe
+from quantkit.planning import published
+from quantkit.planning.claims import expected, fp8_block
+from quantkit.planning.plan import SourceFacts, architecture_of, claimed_of, decided, written
+from quantkit.planning.schema import Recipe
 from quantkit.sizing.model import Layer, Model, ReadFrom, Weights
 from quantkit.sizing.weigh import weigh
 from quantkit.storage.builtin import PREFIX, resolve_model
@@ -167,7 +168,7 @@ def source_facts(recipe: Recipe) -> SourceFacts:
         return SourceFacts(
             model=model, revision=revision, config=known[1], specs=None, fingerprint=None, where=known[0]
         )
-    from quantkit.sources import facts  # torch and the hub's client: seconds, and the network
+    from quantkit.planning.sources import facts  # torch and the hub's client: seconds, and the network
 
     return facts(recipe)
 

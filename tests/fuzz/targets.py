@@ -19,7 +19,7 @@ from fuzz.mutate import Mutation, bytes_mutation, json_mutation, lines_mutation,
 from quantkit import errors
 
 if TYPE_CHECKING:
-    from quantkit.schema import Recipe
+    from quantkit.planning.schema import Recipe
 
 MESSAGE_LINES = 41
 ROOT = Path(__file__).parents[2]
@@ -180,7 +180,7 @@ def recipe(folder: Path) -> object:
 )
 def override(folder: Path) -> object:
     """--set KEY=VALUE, one a line; what is set is written into the text too."""
-    from quantkit.recipe import parse, with_overrides
+    from quantkit.planning.recipe import parse, with_overrides
 
     text = (folder / "overrides").read_bytes().decode("utf-8", errors="surrogateescape")
     pairs = dict(line.partition("=")[::2] for line in text.split("\n"))
@@ -196,7 +196,7 @@ def override(folder: Path) -> object:
 def gates(folder: Path) -> object:
     """A file of gates."""
     from quantkit.options import _text
-    from quantkit.recipe import parse_gates
+    from quantkit.planning.recipe import parse_gates
 
     return parse_gates(_text(folder / "gates.yaml"), "gates.yaml", ["mine"])
 
@@ -207,8 +207,9 @@ def gates(folder: Path) -> object:
 @target("config", "config.json", lambda: configs(), json_mutation)
 def config(folder: Path) -> object:
     """config.json as a plan reads it, of a family with a table: layout, decisions, shards, memory."""
-    from quantkit import registry, sources
-    from quantkit.plan import SourceFacts
+    from quantkit import registry
+    from quantkit.planning import sources
+    from quantkit.planning.plan import SourceFacts
     from quantkit.storage.checkpoint import read_config
 
     found = read_config(folder)
@@ -220,7 +221,7 @@ def config(folder: Path) -> object:
 @cache
 def small_recipe() -> Recipe:
     """A recipe that fits every family."""
-    from quantkit.recipe import parse
+    from quantkit.planning.recipe import parse
 
     text = "{version: 1, source: {model: m}, fidelity: none, output: {path: out}, memory: 64GB, format: dense, "
     text += "calibration: {set: tiny-v3, sequences: 2, length: 8}, "
@@ -402,7 +403,7 @@ def manifest(folder: Path) -> object:
     from quantkit.diff.sides import read_sides
 
     faults = attempt(lambda: read_sides(str(folder), str(folder)))
-    from quantkit.verify import verify
+    from quantkit.handover.verify import verify
 
     verify(folder)
     return faults
@@ -431,7 +432,7 @@ def plan_json(folder: Path) -> object:
 )
 def fidelity_json(folder: Path) -> object:
     """fidelity.json as report, runs and gate read it."""
-    from quantkit.recipe import parse_gates
+    from quantkit.planning.recipe import parse_gates
     from quantkit.report import gates as judge
     from quantkit.report.read import read_report
 

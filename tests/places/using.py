@@ -13,12 +13,12 @@ from pathlib import Path
 from click.testing import CliRunner, Result
 
 from quantkit.cli import main
-from quantkit.publishing import publish
-from quantkit.pulling import pull
+from quantkit.handover.publishing import publish
+from quantkit.handover.pulling import pull
+from quantkit.handover.transfer import Transfer
+from quantkit.handover.verify import MANIFEST, verify
 from quantkit.storage.patience import Patience
 from quantkit.storage.remote import Options
-from quantkit.transfer import Transfer
-from quantkit.verify import MANIFEST, verify
 
 PATIENCE = Patience(first_wait=0.01, tries=4)
 WRITING = Options(writing=True, patience=PATIENCE)

@@ -17,9 +17,9 @@ import transformers.models.llama.modeling_llama  # noqa: F401  # what the first 
 from peers.cost import measured
 
 from quantkit import pipeline
-from quantkit.plan import Plan
+from quantkit.planning.plan import Plan
+from quantkit.planning.recipe import parse
 from quantkit.progress import Progress
-from quantkit.recipe import parse
 
 
 def ignore(_: Progress | Sequence[Plan]) -> None:

@@ -1,0 +1,1 @@
+"""The build loop and its steps: learn, fold, solve, store, one block at a time."""
