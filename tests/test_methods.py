@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from quantkit import registry
-from quantkit.contracts import InputStats, Method, Quantized, ScaleDtype, Scheme
+from quantkit.contracts import InputStats, Linear, Method, Quantized, ScaleDtype, Scheme
 from quantkit.errors import NumericsError
 from quantkit.methods import awq
 from quantkit.numerics import affine, gram
+from quantkit.planning.memory import solve_bytes
 
 METHODS = tuple(name for name in registry.names("methods") if name != "nf4")  # integers; tests/test_nf4.py has nf4
 
@@ -144,18 +145,20 @@ def test_awq_rescale_scores_no_scaling_first() -> None:
     assert min(losses) < losses[0]
 
 
-@pytest.mark.parametrize(("out", "width", "group"), [(64, 1024, 128), (2048, 512, 128), (300, 512, -1), (4096, 64, 32)])
-def test_awq_workspace_holds(out: int, width: int, group: int) -> None:
-    """The bound is not exceeded, and not far above what is used."""
-    weight, stats = problem(out, width, seed=4)
+@pytest.mark.parametrize(
+    ("out", "width", "group"), [(256, 1024, 128), (2048, 512, 128), (300, 512, -1), (2048, 1024, 32)]
+)
+@pytest.mark.parametrize("name", ["awq", "gptq", "rtn", "rtn_mse"])
+def test_no_method_holds_more_than_the_plan_counts(name: str, out: int, width: int, group: int) -> None:
+    method, (weight, stats) = registry.method(name), problem(out, width, seed=4)
     chosen = scheme(4, group)
-    candidate = awq.candidates(stats.mean_abs)[5]
-    bound = awq.workspace_bytes(out, width, group)
-    peaks = [
-        peak_bytes(lambda: awq.solve(weight, stats, chosen)),
-        peak_bytes(lambda: awq.error(weight, stats.gram, candidate, chosen)),
-    ]
-    assert max(peaks) <= bound < 2.5 * max(peaks)
+    linear = Linear(name="l", in_features=width, out_features=out, role="mlp")
+    counted = solve_bytes([linear], feedback=name == "gptq")
+    assert peak_bytes(lambda: method.solve(weight, stats if method.needs_stats else None, chosen)) <= counted
+    if method.rescale is not None:
+        scale = method.rescale.candidates(stats.mean_abs)[5]
+        rescale = method.rescale
+        assert peak_bytes(lambda: rescale.error(weight, stats.gram, scale, chosen)) <= counted
 
 
 def peak_bytes(work: object) -> int:

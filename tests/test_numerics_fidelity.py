@@ -99,12 +99,6 @@ def test_a_quantile_that_the_sample_cannot_resolve_has_no_error() -> None:
     assert fidelity.quantile(torch.arange(100.0), 0.999).error is None
 
 
-def test_binomial_interval_is_wilson_s() -> None:
-    for hits, n in ((0, 20), (20, 20), (7, 20), (480, 500)):
-        expected = stats.binomtest(hits, n).proportion_ci(method="wilson")
-        assert fidelity.binomial_interval(hits, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
-
-
 def test_one_token_has_no_error_and_no_token_is_refused() -> None:
     p, q, true = logits(5, n=1)
     assert fidelity.summary(fidelity.compare(p, q, true))["kl_mean"].error is None

@@ -282,10 +282,6 @@ def test_a_source_that_scores_nothing_gives_no_information() -> None:
     assert (result.ok, result.reason) == (None, "not run")
 
 
-def test_known_figures() -> None:
-    assert gates.known_figures(["gsm8k"]) == (*FIGURES, "gsm8k")
-
-
 # ------------------------------------------------------------------------------------------------------------ values
 
 

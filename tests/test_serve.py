@@ -28,7 +28,7 @@ from quantkit.cli import main
 from quantkit.loading import load
 from quantkit.serving.decoding import Decoder, Writer
 from quantkit.serving.launch import Place, fit_of, launch
-from quantkit.serving.small_engine import make_app
+from quantkit.serving.small_engine import BODY_BYTES, make_app
 from quantkit.serving.target import apart, read_target
 from quantkit.serving.wording import Misasked, read
 from quantkit.sizing.cards import read_cards
@@ -377,8 +377,15 @@ def test_the_context_is_a_bound(api: openai.OpenAI, decoder: Decoder) -> None:
         api.completions.create(model="tiny", prompt=tokens, max_tokens=13)
     with pytest.raises(openai.BadRequestError, match="expected token ids from 0 to 767"):
         api.completions.create(model="tiny", prompt=[768])
-    found = httpx2.post(f"{api.base_url}completions", content=b"[")
-    assert found.status_code == 400 and "expected JSON" in found.text
+
+
+def test_bodies_that_are_no_request(api: openai.OpenAI) -> None:
+    """Neither broken JSON, nor deep nesting, nor one that would fill the memory."""
+    bodies = {b"[": 400, b"[" * 100_000: 400, b"\xff": 400, b"7": 400, b" " * (BODY_BYTES + 1): 413}
+    for body, status in bodies.items():
+        found = httpx2.post(f"{api.base_url}completions", content=body)
+        assert (found.status_code, found.json()["error"]["code"]) == (status, status)
+        assert found.json()["error"]["message"].startswith("body: expected ")
 
 
 @pytest.mark.parametrize("stream", [True, False])

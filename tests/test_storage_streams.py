@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.storage import spool as spool_module
-from quantkit.storage.machine import memory_available, peak_resident_bytes, resident_bytes
+from quantkit.storage.machine import memory_available, peak_resident_bytes
 from quantkit.storage.prefetch import ReadAhead
 from quantkit.storage.spool import Spool
 
@@ -136,6 +137,11 @@ def test_rows_that_are_not_there(tmp_path: Path) -> None:
             spool.write(0, torch.zeros(1, 3))
         with pytest.raises(ValueError, match=r"expected \[2, 2\], found \[1, 2\]"):
             spool.add(torch.tensor([0, 1]), torch.zeros(1, 2))
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_a_large_spool_needs_little_memory(tmp_path: Path) -> None:

@@ -165,16 +165,16 @@ def test_a_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
 
 
 MEMORY = """
-import sys
+import os, sys
 from pathlib import Path
 from quantkit.storage.header import read_header
 from quantkit.storage.tensors import read_tensor
-from quantkit.storage.machine import peak_resident_bytes, resident_bytes, return_freed_memory
+from quantkit.storage.machine import peak_resident_bytes, return_freed_memory
 return_freed_memory()
 path = Path(sys.argv[1])
 header = read_header(path)
 read_tensor(path, header, "warm")
-before = resident_bytes()
+before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 for name in header.specs:
     tensor = read_tensor(path, header, name)
     del tensor

@@ -13,11 +13,6 @@ from quantkit.errors import NumericsError
 if TYPE_CHECKING:
     from torch import Tensor
 
-TEMPORARIES = 8
-"""float32 values per weight of one group that the range search holds at its peak."""
-SEARCHED_ROWS = 128
-"""Rows of a matrix that judge a scale (numerics.rescale.JUDGES)."""
-
 
 def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized:
     """Clip the range of each group to what loses least under the gram, then round to the nearest code.
@@ -46,18 +41,6 @@ def error(weight: Tensor, gram: Tensor, candidate: Tensor, scheme: Scheme | None
     from quantkit.numerics import rescale
 
     return rescale.error(weight, gram, candidate, scheme)
-
-
-def workspace_bytes(out_features: int, in_features: int, group_size: int) -> int:
-    """Most bytes that `solve` or `error` hold for one matrix beside its weight, its gram and the result.
-
-    solve: the error of the whole matrix and TEMPORARIES values per weight of the group being searched; rounding
-    afterwards needs no more. error: TEMPORARIES copies of SEARCHED_ROWS rows.
-    """
-    group = in_features if group_size == -1 else group_size
-    solving = out_features * in_features + TEMPORARIES * out_features * group
-    searching = TEMPORARIES * min(out_features, SEARCHED_ROWS) * in_features
-    return 4 * max(solving, searching)
 
 
 METHOD = Method(solve=solve, rescale=Rescale(candidates=candidates, error=error))

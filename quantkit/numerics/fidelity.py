@@ -117,14 +117,6 @@ def proportion(hits: Tensor) -> Estimate:
     return Estimate(value=share, error=sqrt(share * (1 - share) / n), n=n)
 
 
-def binomial_interval(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, 95 % by default; sound at 0 % and 100 %, where sd / sqrt(n) is 0."""
-    share, room = hits / n, z * z / n
-    centre = (share + room / 2) / (1 + room)
-    half = z / (1 + room) * sqrt(share * (1 - share) / n + room / (4 * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def perplexity(nll: Tensor) -> Estimate:
     """exp(mean nll) of per-token nll [n] in nats, with the delta method's standard error."""
     log = mean(nll)

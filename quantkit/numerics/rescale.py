@@ -54,7 +54,7 @@ def error(weight: Tensor, stats: Tensor, candidate: Tensor, scheme: Scheme | Non
     With a scheme, each group's range is shrunk to what loses least by the gram's diagonal, a coarse version of what the
     method does in the end: judged on min/max ranges, the scales would compensate for what clipping does better. Scheme
     None is a matrix kept in bfloat16, whose rounding counts too. Of a matrix with more than JUDGES rows as many, evenly
-    spread, stand for all. Extra memory: about TEMPORARIES * JUDGES * in float32 values per matrix.
+    spread, stand for all. Extra memory: about 8 * JUDGES * in float32 values per matrix.
     """
     judges = weight[..., judging(weight.shape[-2]).to(weight.device), :]  # [..., out, in] -> [..., JUDGES, in]
     scale = candidate.unsqueeze(-2)  # [in] -> [1, in]; [..., in] -> [..., 1, in]

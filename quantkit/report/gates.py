@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from quantkit.planning.schema import FIGURES, POOLED, Gate
+from quantkit.planning.schema import POOLED, Gate
 from quantkit.report import numbers
 from quantkit.report.schema import Benchmark, Fidelity, GateResult, Status
 
@@ -13,11 +13,6 @@ NOT_FINITE = "not finite"
 
 Found = tuple[float | None, str]
 """A figure, or None and why there is none; beside a figure, what it does not cover."""
-
-
-def known_figures(tasks: Sequence[str]) -> tuple[str, ...]:
-    """What `gates` may name when these tasks are evaluated; of POOLED also NAME@DOMAIN."""
-    return (*FIGURES, *tasks)
 
 
 def judge(gates: Mapping[str, Gate], fidelity: Fidelity) -> list[GateResult]:

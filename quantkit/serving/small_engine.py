@@ -7,6 +7,7 @@ the model, sends no [DONE], ignores stream_options and goes on generating for cl
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from quantkit.gateway.asked import Gone, Refused, read_body
 from quantkit.serving.decoding import Decoder, Ended, Writer
 from quantkit.serving.wording import Ask, Head, Misasked, choice, delta, event, read, usage
 
 Kind = Literal["text", "chat"]
-BODY_BYTES = 64_000_000
+BODY_BYTES = 8_000_000
+"""Largest request, as the gateway has it."""
 
 
 def make_app(decoder: Decoder) -> FastAPI:
@@ -57,16 +60,19 @@ async def respond(request: Request, decoder: Decoder, kind: Kind) -> Response:
     """The answer to one request; faults of it are the API's 400."""
     try:
         try:
-            values = await request.json()
-        except ValueError as fault:
+            values = json.loads(await read_body(request.receive, dict(request.headers.raw), BODY_BYTES))
+        except (ValueError, RecursionError) as fault:
             raise Misasked(f"body: expected JSON, found {fault}") from None
         if not isinstance(values, dict):
             raise Misasked("body: expected an object")
         ask = read(values, kind, decoder.name)
         prompts = await asyncio.to_thread(decoder.prompts, ask)
     except Misasked as fault:
-        error = {"message": str(fault), "type": "invalid_request_error", "param": None, "code": 400}
-        return JSONResponse({"error": error}, status_code=400)
+        return refusal(400, str(fault))
+    except Refused as fault:
+        return refusal(fault.status, str(fault))
+    except Gone:
+        return Response(status_code=499)  # nobody reads it
     head = Head.of(kind, token_hex(12), decoder.name)
     jobs = [
         Job(index=at * ask.n + place, ids=ids, seed=None if ask.seed is None else ask.seed + place)
@@ -85,6 +91,12 @@ async def respond(request: Request, decoder: Decoder, kind: Kind) -> Response:
     finally:
         work.cancel()
         gone.cancel()
+
+
+def refusal(status: int, told: str) -> Response:
+    """A fault of the request, as the API tells it."""
+    error = {"message": told, "type": "invalid_request_error", "param": None, "code": status}
+    return JSONResponse({"error": error}, status_code=status)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
