@@ -137,13 +137,13 @@ def run(
     planned: Callable[[Sequence[Plan]], None],
     tell: Tell,
     restart: bool = False,
-    resumed: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Outcome, ...]:
     """Build the artifacts of `recipe` (`text` is its file), one per format, and seal them under their names.
 
     `planned` sees the plans first. A failure leaves what was made in `<path>.building`, never under the final name,
-    and a note on the exception that says how to go on; the next run does, and `resumed` hears from where, unless
-    `restart` drops what there is. Raises QuantkitError.
+    and a note on the exception that says how to go on; the next run does, unless `restart` drops what there is. `say`
+    hears where a build goes on, and what could not be removed behind it. Raises QuantkitError.
     """
     return_freed_memory()
     for format_name in recipe.format:
@@ -162,15 +162,16 @@ def run(
         begun = resume.begin(plans, journal, source, texts.hashes(), tell)
         clock.lap("source hashes")
         try:
-            if resumed and begun.resumed:
-                resumed(begun.told())
+            if begun.resumed:
+                say(f"continuing: {begun.told()}")
             for loop, together in enumerate(resume.sharing(plans)):
                 if not begun.ready(loop):
                     make(begun, loop, source, texts, text, clock, evaluate=evaluate, tell=tell)
                 for plan in together:
                     path = Path(plan.path)
                     artifact.give_name(artifact.staging(path), path, begun.ready(loop)[plan.format_name])
-            begun.finish()
+            if left := begun.finish():
+                say(left)
         except BaseException as error:
             begun.leave(error)
             raise

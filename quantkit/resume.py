@@ -74,9 +74,12 @@ class Begun:
         self.journal.append({"kind": "ready", "loop": loop, "manifests": manifests})
         shutil.rmtree(self.scratch / f"states-{loop}", ignore_errors=True)
 
-    def finish(self) -> None:
-        """Remove what only an unfinished build needs."""
+    def finish(self) -> str:
+        """Remove what only an unfinished build needs; a sentence when the disk keeps some of it."""
         shutil.rmtree(self.scratch, ignore_errors=True)
+        return (
+            f"{self.scratch}: the build is done, this could not be removed; remove it" if self.scratch.exists() else ""
+        )
 
     def leave(self, error: BaseException) -> None:
         """Note on an exception how to go on; what nothing was done for is removed."""

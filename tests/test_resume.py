@@ -47,7 +47,7 @@ def build(source: Path, told: list[str] | None = None, *, restart: bool = False,
     text, told = recipe_text(source, Path("x"), **{**SMALL, **keys}), [] if told is None else told
     pipeline.run(
         parse(text, "r.yaml"), text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None,
-        resumed=told.append, restart=restart,
+        say=told.append, restart=restart,
     )  # fmt: skip
     return told
 

@@ -53,7 +53,7 @@ def COMMAND(
             planned=lambda plans: None if json_out else show(plans_view([plan_summary(made) for made in plans])),
             tell=meter.tell,
             restart=restart,
-            resumed=lambda told: click.echo(f"continuing: {told}", err=True),
+            say=lambda told: click.echo(told, err=True),
         )
     if junit:
         write_atomic(junit, junit_bytes([outcome.fidelity for outcome in outcomes]))

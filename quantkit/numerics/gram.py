@@ -25,19 +25,24 @@ def accumulate(gram: Tensor, abs_sum: Tensor, x: Tensor, weight: Tensor | None =
     block's output.
     """
     abs_sum.add_(x.abs().sum(dim=0, dtype=torch.float32))  # [n, in] -> [in]
-    x = x.float().T.contiguous()  # [n, in] -> [in, n]
+    x = channels(x)  # [n, in] -> [in, n]
     products.add_symmetric(gram, x if weight is None else x * weight.float(), x)
 
 
 def accumulate_cross(cross: Tensor, x: Tensor, original: Tensor) -> None:
     """Add tokens to cross [in, in] float32, sum of (o - x) x^T, in place: x and original [n, in]."""
-    x = x.float().T.contiguous()  # [n, in] -> [in, n]
-    cross.add_(products.times_transposed(original.float().T - x, x))
+    x = channels(x)  # [n, in] -> [in, n]
+    cross.add_(products.times_transposed(channels(original) - x, x))
 
 
 def accumulate_residual(residual: Tensor, x: Tensor, gap: Tensor) -> None:
     """Add tokens to residual [out, in] float32, sum of (s - r) x^T, in place: x [n, in], gap = s - r [n, out]."""
-    residual.add_(products.times_transposed(gap.float().T.contiguous(), x.float().T.contiguous()))
+    residual.add_(products.times_transposed(channels(gap), channels(x)))  # [out, n] @ [n, in]
+
+
+def channels(x: Tensor) -> Tensor:
+    """Tokens in float32, channel by channel: [n, in] -> [in, n]. Transposed first, which moves half the bytes."""
+    return x.T.contiguous().float()
 
 
 def complete(gram: Tensor) -> Tensor:

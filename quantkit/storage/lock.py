@@ -34,7 +34,8 @@ def held(path: Path, what: str = "build", instead: str = "another output.path") 
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # before the lock goes: whoever opened this file finds that it has no name
+        with suppress(OSError):  # one that stays says nothing: it is taken over, and what was done under it is done
+            path.unlink()  # before the lock goes: whoever opened this file finds that it has no name
         os.close(descriptor)
 
 
