@@ -18,6 +18,7 @@ from quantkit.contracts import Layout
 from quantkit.models.layers import Skeleton, final_norm
 from quantkit.numerics import fidelity
 from quantkit.numerics.fidelity import Estimate, TokenFidelity
+from quantkit.numerics.products import linear
 from quantkit.planning.memory import HEAD_CHUNK
 from quantkit.storage.checkpoint import Checkpoint
 
@@ -75,7 +76,7 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> [n, vocabulary]."""
         normed: Tensor = self._norm(hidden.to(self._weight))
-        return normed @ self._weight.T
+        return linear(normed, self._weight)
 
 
 @dataclass(frozen=True, kw_only=True)

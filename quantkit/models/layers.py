@@ -22,6 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quantkit.contracts import Block, Config, Layout
 from quantkit.errors import CheckpointError
+from quantkit.numerics import products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,18 @@ class ExpertTap(nn.Module):
         """[tokens, hidden] -> zeros of the same shape."""
         self.last = Routed(hidden=hidden_states, index=top_k_index, weight=top_k_weights)
         return torch.zeros_like(hidden_states)
+
+
+class Product(nn.Module):
+    """A linear layer that numerics.products computes: in float32 on a CPU up to twice as fast as torch."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return products.linear(x, self.weight, self.bias)
 
 
 def skeleton(config: Config, device: torch.device, dtype: torch.dtype) -> Skeleton:
@@ -107,6 +120,9 @@ def decoder_layer(
         parent, _, leaf = relative(block, block.experts.module).rpartition(".")
         tap = ExpertTap()
         setattr(layer.get_submodule(parent), leaf, tap)
+    for name, module in list(layer.named_modules()):
+        if type(module) is nn.Linear:
+            layer.set_submodule(name, Product(module))
     buffers = {name for name, _ in layer.named_buffers()}
     state = {
         relative(block, name): tensor.to(

@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn import functional
 
 TILE = 192
 """Rows of a symmetric product that are computed at once: what lies below the diagonal is left out tile by tile."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, what a linear layer computes: x [..., in], weight [out, in], bias [out], any dtype -> [..., out]."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel():
+        return functional.linear(x, weight, bias)
+    out = times_transposed(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)  # by [tokens, in]
+    return out if bias is None else out.add_(bias)
 
 
 def times_transposed(left: Tensor, right: Tensor) -> Tensor:
@@ -19,7 +27,7 @@ def times_transposed(left: Tensor, right: Tensor) -> Tensor:
     if left.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return left @ right.mT
     if left.dim() == 2 and right.dim() == 2:
-        product: Tensor = linear(left.to_mkldnn(), right).to_dense()
+        product: Tensor = functional.linear(left.to_mkldnn(), right).to_dense()
         return product
     if right.dim() == 2:  # one matrix for all: one product
         return times_transposed(left.flatten(0, -2), right).view(*left.shape[:-1], right.shape[0])  # by [.. * m, k]
