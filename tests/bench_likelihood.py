@@ -47,6 +47,15 @@ def artifact(text: str, place: Path, method: str, bits: int, options: argparse.N
     return outcome.fidelity
 
 
+def short(report: Fidelity) -> str:
+    """The scores of one artifact, as soon as it has them."""
+    pooled = report.distribution[0].kl_mean
+    scores = [
+        f"{row.task} {100 * (row.artifact or 0):.1f} % of {100 * (row.source or 0):.1f} %" for row in report.benchmarks
+    ]
+    return ", ".join([f"KL {pooled.value:.5f}" if pooled and pooled.value else "no KL", *scores])
+
+
 def told(found: dict[str, Fidelity], task: str) -> str:
     """A Markdown table of one task, and what correlates with its score."""
     lines = [
@@ -90,12 +99,12 @@ def main() -> None:
     options = parser.parse_args()
     options.task = options.task or ["tiny-v3-math", "tiny-v3-code"]
     text = options.recipe.read_text(encoding="utf-8")
+    found = dict[str, Fidelity]()
     with tempfile.TemporaryDirectory(prefix="bench-likelihood-") as place:
-        found = {
-            f"{method} {bits} bits": artifact(text, Path(place), method, bits, options)
-            for bits in options.bits or BITS
-            for method in options.method or METHODS
-        }
+        for bits in options.bits or BITS:
+            for method in options.method or METHODS:
+                found[f"{method} {bits} bits"] = artifact(text, Path(place), method, bits, options)
+                print(f"{method} {bits} bits: {short(found[f'{method} {bits} bits'])}", flush=True)
     for task in options.task:
         print(told(found, task))
 
