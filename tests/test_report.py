@@ -257,6 +257,11 @@ def test_status(bounds: dict[str, Gate], expected: str) -> None:
     assert gates.judged(bounds, example()).status == expected
 
 
+def test_a_number_that_is_not_finite_is_none_however_it_is_spelled() -> None:
+    found = Figure.model_validate({"value": "nan", "se": float("inf"), "ci": ["-Infinity", 0]})
+    assert (found.value, found.se, found.ci) == (None, None, (None, 0.0))
+
+
 def test_a_figure_that_is_not_finite_misses_every_bound() -> None:
     pooled = Distribution(domain="all", tokens=1, kl_mean=Figure(value=float("nan")))
     fidelity = example({"distribution": [pooled]})

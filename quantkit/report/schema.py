@@ -11,7 +11,7 @@ import json
 from math import isfinite
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 FROZEN = ConfigDict(frozen=True, extra="forbid")
 
@@ -22,7 +22,7 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-Number = Annotated[float | None, BeforeValidator(_finite)]
+Number = Annotated[float | None, AfterValidator(_finite)]  # after: the text "nan" becomes a number first
 
 
 class Figure(BaseModel):
