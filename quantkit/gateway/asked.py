@@ -68,14 +68,20 @@ async def read_body(receive: Receive, headers: Mapping[bytes, bytes], most: int)
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def asked(path: str, body: bytes, headers: Mapping[bytes, bytes], key: Key, limits: Limits) -> Asked:
-    """A checked request; Refused says what is wrong."""
+def read_object(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body; Refused for anything else."""
     try:
         values = json.loads(body)
     except (ValueError, RecursionError) as fault:
         raise Refused(400, "invalid_request_error", f"body: expected JSON, found {fault}") from None
     if not isinstance(values, dict):
         raise Refused(400, "invalid_request_error", f"body: expected an object, found {type(values).__name__}")
+    return values
+
+
+def asked(path: str, body: bytes, headers: Mapping[bytes, bytes], key: Key, limits: Limits) -> Asked:
+    """A checked request; Refused says what is wrong."""
+    values = read_object(body)
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         integer(values, name, limits.max_tokens)
     for name in ("n", "best_of"):

@@ -7,7 +7,6 @@ the model, sends no [DONE], ignores stream_options and goes on generating for cl
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from quantkit.gateway.asked import Gone, Refused, read_body
+from quantkit.gateway.asked import Gone, Refused, read_body, read_object
+from quantkit.gateway.settings import Limits
 from quantkit.serving.decoding import Decoder, Ended, Writer
 from quantkit.serving.wording import Ask, Head, Misasked, choice, delta, event, read, usage
 
 Kind = Literal["text", "chat"]
-BODY_BYTES = 8_000_000
+BODY_BYTES = Limits().body_bytes
 """Largest request, as the gateway has it."""
 
 
@@ -59,13 +59,8 @@ def make_app(decoder: Decoder) -> FastAPI:
 async def respond(request: Request, decoder: Decoder, kind: Kind) -> Response:
     """The answer to one request; faults of it are the API's 400."""
     try:
-        try:
-            values = json.loads(await read_body(request.receive, dict(request.headers.raw), BODY_BYTES))
-        except (ValueError, RecursionError) as fault:
-            raise Misasked(f"body: expected JSON, found {fault}") from None
-        if not isinstance(values, dict):
-            raise Misasked("body: expected an object")
-        ask = read(values, kind, decoder.name)
+        body = await read_body(request.receive, dict(request.headers.raw), BODY_BYTES)
+        ask = read(read_object(body), kind, decoder.name)
         prompts = await asyncio.to_thread(decoder.prompts, ask)
     except Misasked as fault:
         return refusal(400, str(fault))
