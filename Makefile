@@ -53,7 +53,7 @@ unit: $(VENV)/.installed
 test-slow: $(VENV)/.installed  ## the tests that take longer than half a minute each; those of many minutes: make reliability
 	$(BIN)/python -m pytest -m 'slow and not reliability'
 
-reliability: $(VENV)/.installed  ## everything that tries to break quantkit, counted; into the README with ARGS=--write (an hour)
+reliability: $(VENV)/.installed  ## everything that tries to break quantkit, counted; into the README with ARGS=--write (hours; ARGS=--quick half an hour)
 	$(BIN)/python tests/reliability.py $(ARGS)
 
 # GPTQModel, the reader of AWQ and GPTQ in transformers, in an environment of its own: exact versions, complete.
