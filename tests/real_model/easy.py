@@ -126,8 +126,8 @@ def function(signature: str, text: str, body: str, *calls: tuple[object, object]
     """A row of easy-code."""
     asserted = "".join(f"    assert candidate({given!r}) == {value!r}\n" for given, value in calls)
     return {
-        "prompt": f'{EXAMPLES}def {signature}:\n    """{text}"""\n',
-        "canonical_solution": f"    return {body}\n",
+        "prompt": f'{EXAMPLES}def {signature}:\n    """{text}"""',  # the line's end and the indent are one token
+        "canonical_solution": f"\n    return {body}",
         "test": f"def check(candidate):\n{asserted}",
         "entry_point": signature.split("(")[0],
     }
@@ -162,7 +162,7 @@ def write(folder: Path) -> tuple[str, str]:
             "local": {"test": "easy-code.jsonl"},
             "gold": "{{canonical_solution}}",
             "code": {
-                "cut": "first_unindented_line",
+                "cut": "none",
                 "source": "{{prompt}}{{completion}}",
                 "tests": "{{test}}\ncheck({{entry_point}})",
                 "seconds": 3,
@@ -171,7 +171,7 @@ def write(folder: Path) -> tuple[str, str]:
         "task": "easy-code",
         "doc_to_text": "{{prompt}}",
         "doc_to_target": "{{canonical_solution}}",
-        "generation_kwargs": {"until": ["\ndef ", "\nclass ", "\n\n"], "do_sample": False, "max_gen_toks": 48},
+        "generation_kwargs": {"until": ["\n\n", "\ndef ", "\nclass "], "do_sample": False, "max_gen_toks": 48},
         "filter_list": [{"name": "pass@1", "filter": [{"function": "take_first"}]}],
         "metric_list": [{"metric": "bypass", "aggregation": "bypass", "higher_is_better": True}],
     }
