@@ -104,6 +104,17 @@ def test_faults_of_a_task_are_collected(tmp_path):
         assert part in text
 
 
+@pytest.mark.parametrize("split", ["../../../out", "a/b", "te st", "x" * 65, ""])
+def test_a_split_that_is_no_name_is_refused(tmp_path, split):
+    """Its selected rows go into a file that is called after it."""
+    (tmp_path / "rows.jsonl").write_text("{}\n{}\n")
+    path = tmp_path / "mine.yaml"
+    block = {"domain": "math", "local": {split: {"file": "rows.jsonl", "rows": [0, 1]}}}
+    path.write_text(json.dumps({"quantkit": block, "task": "mine", "output_type": "generate_until"}))
+    with pytest.raises(EvaluationError, match="quantkit.local: expected a split's name"):
+        tasks.load([str(path)], tmp_path)
+
+
 @pytest.mark.parametrize("text", ["", "- a list", "a: [", "quantkit: 3\ntask: mine", "\x00"])
 def test_a_file_that_is_no_task_is_one_clear_error(tmp_path, text):
     path = tmp_path / "mine.yaml"

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ TEMPLATES = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  
 _BLOCK = "quantkit"
 _KEYS = ("domain", "local", "hub", "gold", "code")
 _CODE_KEYS = ("source", "tests", "cut", "seconds")
+_SPLIT = re.compile(r"\w[\w.]{0,63}", re.ASCII)  # it becomes part of a file's name
 _CUTS = ("none", "first_unindented_line")
 
 
@@ -108,7 +110,7 @@ def rendered(tasks: Sequence[Task]) -> Iterator[Path]:
 
 def _selected(task: Task, split: str, place: Path) -> Path:
     """Where the selected rows of a split are put."""
-    return place / f"{task.name}.{split}.jsonl"
+    return place / f"{task.sha256[:16]}.{split}.jsonl"
 
 
 def _lm_eval_config(task: Task, place: Path) -> dict[str, object]:
@@ -225,6 +227,12 @@ class _Check:
             return {}, []
         files, missing = {}, []
         for split, entry in value.items():
+            if not _SPLIT.fullmatch(str(split)):
+                self.faults.append(
+                    f"{self.where}: {key}: expected a split's name of at most 64 letters, digits and _, found "
+                    f"{brief(split)}; rename it"
+                )
+                continue
             whole = {"file": entry} if isinstance(entry, str) else entry
             parts = self.mapping(whole, f"{key}.{split}", ("file", "rows"))
             name = self.text(parts, "file", f"{key}.{split}")
