@@ -7,7 +7,6 @@ costs one run. Whatever keeps a task from running is a row of the report and nev
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,9 +25,13 @@ from quantkit.planning.plan import Plan
 from quantkit.planning.sources import Compute
 from quantkit.progress import Progress, Tell
 from quantkit.report.schema import Benchmark, Figure
+from quantkit.storage import user_cache
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.corpora import load_tokenizer
 from quantkit.storage.own_code import may_run
+
+BASELINES = "baselines"
+"""The folder of the user's cache that keeps the source's answers."""
 
 WHOLE_MODEL_COPIES = 1.7
 """Peak over size of a model that is assembled in memory: its largest stacked tensors exist twice for a moment."""
@@ -107,11 +110,11 @@ def source_items(job: Job, source: Checkpoint) -> list[ItemResult]:
     """The source's answers, from the cache when nothing that could change them has changed."""
     where = f"{job.compute.dtype} on {job.compute.device}"
     key = baseline_key(source, job.tasks, job.plan.recipe.evaluation.limit, where, job.jail)
-    cached = samples.read_cached(cache_folder(), key)
+    cached = samples.read_cached(user_cache.folder(BASELINES), key)
     if cached is not None:
         return cached
     items = answers(job, "source", whole.reader(source), source)
-    samples.write_cached(cache_folder(), key, items)
+    samples.write_cached(user_cache.folder(BASELINES), key, items)
     return items
 
 
@@ -127,13 +130,6 @@ def baseline_key(
         where,
         {**versions, "sandbox": f"{jail.kind} {jail.python}"},
     )
-
-
-def cache_folder() -> Path:
-    """Where baselines are kept: $QUANTKIT_CACHE, else the user's cache folder."""
-    chosen = os.environ.get("QUANTKIT_CACHE")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(chosen) if chosen else home / "quantkit") / "baselines"
 
 
 def answers(job: Job, name: str, read: whole.Read, source: Checkpoint) -> list[ItemResult]:

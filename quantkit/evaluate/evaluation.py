@@ -24,7 +24,7 @@ from quantkit.evaluate.samples import ItemResult
 from quantkit.handover.verify import MANIFEST, mapping, read_manifest
 from quantkit.progress import Progress, Tell
 from quantkit.report.read import FIDELITY, read_report
-from quantkit.storage import hub, journal
+from quantkit.storage import hub, journal, user_cache
 from quantkit.storage.checkpoint import Checkpoint
 from quantkit.storage.corpora import load_tokenizer
 from quantkit.storage.files import sha256_file
@@ -206,12 +206,12 @@ def ask_source(who: Subject, names: Sequence[str], setup: Setup, tell: Tell) -> 
         device, dtype = chosen(setup)
         where = f"{dtype} on {device}"
         key = compare.baseline_key(Checkpoint.open(who.folder), own, setup.limit, where, jail)
-        cached = samples.read_cached(compare.cache_folder(), key)
+        cached = samples.read_cached(user_cache.folder(compare.BASELINES), key)
         if cached is not None:
             return cached
-    items = [*ask(who, names, setup, compare.cache_folder() / f"{who.hash[:16]}.sqlite", tell).items]
+    items = [*ask(who, names, setup, user_cache.folder(compare.BASELINES) / f"{who.hash[:16]}.sqlite", tell).items]
     if key:
-        samples.write_cached(compare.cache_folder(), key, items)
+        samples.write_cached(user_cache.folder(compare.BASELINES), key, items)
     return items
 
 

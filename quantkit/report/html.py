@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from html import escape
+from importlib.metadata import version
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -27,6 +28,7 @@ from quantkit.report.charts import CONFIG, Plot, charts
 from quantkit.report.read import read_report
 from quantkit.report.samples import Answer, Changed, Samples, read_samples
 from quantkit.report.schema import Distribution, Fidelity, Figure
+from quantkit.storage import user_cache
 from quantkit.storage.files import write_atomic
 
 HTML = "quantkit/fidelity.html"
@@ -147,7 +149,15 @@ def environment(*, autoescape: bool) -> Environment:
 
 @cache
 def library() -> str:
-    """The code that draws: Vega, Vega-Lite and vega-embed in one script of 0.9 MB, put together in 1.4 s."""
+    """The code that draws: Vega, Vega-Lite and vega-embed in one script of 0.9 MB.
+
+    Putting it together takes 1.4 s and 100 MB, so it is kept for the next page.
+    """
+    return user_cache.text(user_cache.folder("charts") / f"vega-{version('vl-convert-python')}.js", bundled)
+
+
+def bundled() -> str:
+    """The script, put together by vl-convert."""
     from vl_convert import javascript_bundle  # 85 MB
 
     return str(javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace("</script", "<\\/script")
