@@ -17,6 +17,7 @@ from torch import Tensor
 from quantkit.contracts import Contents, TensorSpec
 from quantkit.errors import ArtifactError, UsageError
 from quantkit.handover.verify import INDEX, MANIFEST, SCHEMA_VERSION
+from quantkit.packing.engine_names import HEAD
 from quantkit.planning.outputs import Shard
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import with_overrides
@@ -148,6 +149,7 @@ def config_values(plan: Plan) -> dict[str, object]:
     values = {key: value for key, value in plan.source.config.values.items() if key != "quantization_config"}
     kept = [name for name, decision in plan.decisions.items() if decision.action == "keep"]
     fp8 = [name for name in kept if plan.decisions[name].keep == "fp8"]
+    kept += [] if plan.layout.head else [HEAD]
     contents = Contents(schemes=plan.schemes, kept=kept, fp8=fp8, fp8_block=plan.kept.side)
     entry = plan.format.quantization_config(contents) if contents.schemes else None
     if entry is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from quantkit import registry
 from quantkit.checks.contents import Found, config_contents
 from quantkit.contracts import Config
 from quantkit.errors import ArtifactError, CheckpointError, QuantkitError
-from quantkit.packing.engine_names import engine_names
+from quantkit.packing.engine_names import HEAD, engine_names
 from quantkit.packing.stored import Loader, Treatment
 from quantkit.planning.claims import claim
 
@@ -24,6 +25,8 @@ def config_faults(values: Mapping[str, object], found: Found) -> Iterator[str]:
             yield "config.json: quantization_config: expected none, as nothing is quantized"
         return
     output, checks = registry.format(found.name), registry.checks(found.name)
+    if values.get("tie_word_embeddings") is True and HEAD not in found.kept:
+        found = replace(found, kept=(*found.kept, HEAD))
     expected, fault = config_contents(output, found.contents)
     if fault:
         yield f"config.json: {fault}"

@@ -16,7 +16,7 @@ from quantkit import registry
 from quantkit.contracts import Block, Config, Layout, Linear, Role, TensorSpec
 from quantkit.errors import CheckpointError
 from quantkit.models.layers import Skeleton
-from quantkit.packing.engine_names import FUSED
+from quantkit.packing.engine_names import FUSED, HEAD
 
 SHOWN = 300
 """Characters of a reason: what transformers has to say can be long."""
@@ -80,6 +80,8 @@ def tied(config: Config, bones: Skeleton) -> bool:
     is_tied = bool(getattr(bones.config, "tie_word_embeddings", False))
     if is_tied and len(pairs) != 1:
         raise refusal(config, f"expected only the head to be tied to the embedding, found {sorted(pairs)}")
+    if is_tied and pairs != {f"{HEAD}.weight"}:
+        raise refusal(config, f"expected a tied head called {HEAD}, found {sorted(pairs)}")
     return is_tied
 
 

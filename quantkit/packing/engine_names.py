@@ -12,6 +12,10 @@ SERVERS: Mapping[str, str] = {
 TRANSFORMERS: Mapping[str, str] = {"transformers": "transformers serve {path}"}
 """Engine -> the exact command that serves an artifact, as Format.engines has it."""
 
+HEAD = "lm_head"
+"""A model's head. Tied to the embedding it has no tensor, and loaders take it for a linear all the same: an artifact's
+config names it among those that are not quantized."""
+
 FUSED: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
