@@ -120,6 +120,12 @@ def record(path: Path, module: str, **changes: object) -> None:
     edit_json(path / MANIFEST, lambda m: m["modules"][module]["scheme"].update(changes))
 
 
+def judged(path: Path, status: str, gates: list[dict[str, object]]) -> None:
+    """Change the outcome of the gates in report and manifest alike."""
+    edit_json(path / "quantkit/fidelity.json", lambda report: report.update(status=status, gates=gates))
+    edit_json(path / MANIFEST, lambda manifest: manifest.update(status=status))
+
+
 def state(path: Path, **changes: object) -> None:
     """Change the state of an NF4 weight, in as many bytes."""
 
@@ -484,6 +490,21 @@ CONTENT: dict[str, tuple[str, Damage, str]] = {
         "awq",
         lambda p: edit_json(p / MANIFEST, lambda m: m.update(status="fine")),
         "expected one of",
+    ),
+    "a status that its gates do not give": (
+        "awq",
+        lambda p: judged(p, "accepted", []),
+        "status: expected 'not judged' by its gates, found 'accepted'",
+    ),
+    "accepted with a gate missed": (
+        "awq",
+        lambda p: judged(p, "accepted", [{"figure": "kl_mean", "bound": "<= 1e-07", "value": 0.001, "ok": False}]),
+        "status: expected 'rejected' by its gates, found 'accepted'",
+    ),
+    "a gate that is not kept": (
+        "awq",
+        lambda p: judged(p, "accepted", [{"figure": "kl_mean", "bound": "<= 1e-07", "value": 0.001, "ok": True}]),
+        "gates: 'kl_mean' '<= 1e-07': kept, it says, with the figure 0.001",
     ),
     "a report with a smaller error": (
         "awq",

@@ -36,7 +36,37 @@ def report_faults(path: Path, manifest: Mapping[str, object], files: Mapping[str
     if isinstance(report, Mapping):
         if report.get("status") != status:
             yield f"{REPORT}: status: expected {status!r} as in the manifest, found {report.get('status')!r:.60}"
+        yield from gate_faults(report)
         yield from module_faults(report.get("modules"), manifest.get("modules"))
+
+
+def gate_faults(report: Mapping[str, object]) -> Iterator[str]:
+    """A status that its gates do not give, and gates whose figure lies on the other side of their bound."""
+    listed = report.get("gates")
+    rows = [row for row in listed if isinstance(row, Mapping)] if isinstance(listed, list) else []
+    outcomes = [row.get("ok") for row in rows]
+    known = "accepted" if outcomes and all(ok is True for ok in outcomes) else "not judged"
+    expected = "rejected" if any(ok is False for ok in outcomes) else known
+    if report.get("status") != expected:
+        yield f"{REPORT}: status: expected {expected!r} by its gates, found {report.get('status')!r:.60}"
+    for row in rows:
+        if row.get("ok") is True and misses(row.get("value"), row.get("bound")):
+            told = f"{row.get('figure')!r:.60} {row.get('bound')!r:.60}"
+            yield f"{REPORT}: gates: {told}: kept, it says, with the figure {row.get('value')!r:.60}"
+
+
+def misses(value: object, bound: object) -> bool:
+    """Whether a figure is clearly outside "<= 0.15", ">= 0.9" or "> -2": bounds are written with six digits."""
+    sign, _, number = bound.partition(" ") if isinstance(bound, str) else ("", "", "")
+    try:
+        limit = float(number)
+    except ValueError:  # a size: "<= 400 GB"
+        return False
+    if type(value) not in (int, float):
+        return value is None
+    over = float(value) - limit  # type: ignore[arg-type]  # checked above
+    over = over if sign.startswith("<") else -over
+    return not over <= 1e-5 * abs(limit)  # nor when it is no number
 
 
 def readable(path: Path, name: str) -> Mapping[str, object] | str:
