@@ -49,6 +49,12 @@ AWQ, GPTQ = "method: awq, bits: 4, group_size: 64", "method: gptq, bits: 4, grou
 CASES = {
     "llama-awq": Case(family="llama", format="awq", quantize=AWQ, loader="transformers"),
     "llama-gptq": Case(family="llama", format="gptq", quantize=GPTQ, loader="transformers"),
+    **{
+        f"llama-{name}-tied": Case(
+            family="llama", format=name, quantize=quantize, loader="transformers", changes={"tie_word_embeddings": True}
+        )
+        for name, quantize in (("awq", AWQ), ("gptq", GPTQ))
+    },
     "qwen2-awq-32": Case(
         family="qwen2", format="awq", quantize="method: rtn, bits: 4, group_size: 32", loader="transformers"
     ),
