@@ -163,6 +163,7 @@ def test_without_a_card_a_small_artifact_is_served_here(built: Path, monkeypatch
         (["BUILT", "--gateway", "--limit", "waiting"], 2, "expected NAME=VALUE"),
         (["BUILT", "--gateway", "--limit", "wating=3"], 2, "--limit wating: unknown; known limits: running"),
         (["BUILT", "--gateway", "--fallback", "api.example.com"], 2, "--fallback: expected http://HOST:PORT/v1"),
+        ([SMALL, "--gateway", "--keys", "no-such-keys.json"], 2, "no-such-keys.json: "),
         (["BUILT", "--gateway", "--fallback-key", "NOT_SET"], 2, "expected an API key there"),
         (["BUILT", "--gateway", "--engine-key", "X"], 2, "expected the address of a server as ARTIFACT"),
         (

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.gateway.keys import Key, read_keys
 from quantkit.gateway.settings import Limits, Settings, Upstream, limits_from
 from quantkit.handover.verify import verify
 from quantkit.serving import running
@@ -40,6 +41,7 @@ class Front:
             require("fastapi", "uvicorn", "httpx2", "prometheus_client")
         self.bounds()
         self.stand_ins()
+        self.known()
 
     def bounds(self) -> Limits:
         """The limits; as many requests run as the engine was sized for."""
@@ -56,6 +58,10 @@ class Front:
             url, _, model = entry.partition("=")
             made.append(Upstream(name=f"fallback-{place + 1}", url=api(url, "--fallback"), model=model, key=key))
         return made
+
+    def known(self) -> tuple[Key, ...]:
+        """Who may ask; () where whoever can reach it may."""
+        return read_keys(read_json(self.keys, UsageError), str(self.keys)) if self.keys else ()
 
     def settings(self, engine: Upstream) -> Settings:
         """The gateway before this engine."""
@@ -167,10 +173,8 @@ def gateway_before(address: str, key_variable: str, front: Front, host: str, por
 def gateway_server(front: Front, engine: Upstream, host: str, port: int, tell: Tell) -> Any:
     """The gateway, ready to run in this process."""
     from quantkit.gateway.app import make_app
-    from quantkit.gateway.keys import read_keys
 
-    keys = read_keys(read_json(front.keys, UsageError), str(front.keys)) if front.keys else ()
-    limits = front.bounds()
+    keys, limits = front.known(), front.bounds()
     tell(
         f"gateway on http://{host}:{port}/v1, {limits.running} requests at once, {limits.waiting} waiting, "
         f"{len(keys) or 'no'} keys; /health, /ready, /metrics"
