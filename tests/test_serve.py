@@ -25,6 +25,7 @@ from ruamel.yaml import YAML
 from stub_engine import Serving
 
 from quantkit.cli import main
+from quantkit.gateway.keys import new_key
 from quantkit.loading import load
 from quantkit.serving.decoding import Decoder, Writer
 from quantkit.serving.launch import Place, fit_of, launch
@@ -204,6 +205,23 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(built: Path) -> 
     with Serving(lambda *_: None) as other:
         found = serve(str(built), "--engine", "transformers", "--port", str(other.port))
         assert found.exit_code == 2 and "expected a free port" in found.output
+
+
+def test_a_dry_run_before_a_server_tells_the_gateway_and_starts_nothing(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    keys.write_text(json.dumps({"keys": [new_key("a")[1].model_dump()]}))
+    with Serving(lambda *_: None) as taken:  # a start would be refused
+        words = ["http://127.0.0.1:9/v1", "--gateway", "--port", str(taken.port), "--limit", "deadline=8"]
+        words += ["--keys", str(keys), "--fallback", "http://other/v1=big"]
+        plan = dry(*words)["gateway"]
+        found = serve(*words, "--dry-run")
+    assert (plan["url"], plan["keys"], plan["limits"]["deadline"]) == (f"http://127.0.0.1:{taken.port}/v1", 1, 8)
+    assert [(one["url"], one["model"]) for one in plan["upstreams"]] == [
+        ("http://127.0.0.1:9/v1", ""),
+        ("http://other/v1", "big"),
+    ]
+    assert found.exit_code == 0 and plan["url"] in found.output and "1 keys" in found.output
+    assert "fallback-1: http://other/v1, model big" in found.output and "deadline=8, " in found.output
 
 
 # --------------------------------------------------------------------------------------------------------- containers

@@ -55,13 +55,20 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
     from quantkit.serving import choose, start
 
     front = start.Front(
-        limits=limits, keys=keys, fallbacks=fallback, key_variable=fallback_key, on=gateway, users=users
-    )
+        on=gateway, host=host, port=port, limits=limits, keys=keys, fallbacks=fallback, key_variable=fallback_key,
+        users=users,
+    )  # fmt: skip
     front.check()
     if artifact.startswith(("http://", "https://")):
         if not gateway or docker or kubernetes:
             raise UsageError(f"{artifact}: the address of a server: expected --gateway, which is put before it")
-        start.gateway_before(artifact, engine_key, front, host, port, tell)
+        server = start.server_at(artifact, engine_key)
+        if dry_run and json_out:
+            as_json({"gateway": front.as_values(server)})
+        elif dry_run:
+            click.echo("\n".join(front.lines(server)))
+        else:
+            start.gateway_before(server, front, tell)
         return
     if engine_key:
         raise UsageError("--engine-key: expected the address of a server as ARTIFACT; leave the option out")

@@ -24,9 +24,11 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Front:
-    """The gateway's options."""
+    """The gateway's options. host, port: where clients ask, the engine itself where there is no gateway."""
 
     on: bool
+    host: str
+    port: int
     limits: Sequence[str]
     keys: Path | None
     fallbacks: Sequence[str]
@@ -66,6 +68,31 @@ class Front:
     def settings(self, engine: Upstream) -> Settings:
         """The gateway before this engine."""
         return Settings(upstreams=(engine, *self.stand_ins()), limits=self.bounds())
+
+    def head(self) -> str:
+        """The gateway in a line."""
+        limits = self.bounds()
+        return (
+            f"gateway on http://{self.host}:{self.port}/v1, {limits.running} requests at once, {limits.waiting} "
+            f"waiting, {len(self.known()) or 'no'} keys; /health, /ready, /metrics"
+        )
+
+    def lines(self, engine: Upstream) -> list[str]:
+        """The gateway before this engine, in full."""
+        settings = self.settings(engine)
+        asked = [f"{one.name}: {one.url}" + (f", model {one.model}" if one.model else "") for one in settings.upstreams]
+        limits = ", ".join(f"{name}={value:.15g}" for name, value in settings.limits.model_dump().items())
+        return [self.head(), *asked, f"limits: {limits}"]
+
+    def as_values(self, engine: Upstream) -> dict[str, Any]:
+        """The gateway before this engine, for machines; no key is in it."""
+        settings = self.settings(engine)
+        return {
+            "url": f"http://{self.host}:{self.port}/v1",
+            "upstreams": [one.model_dump(exclude={"key"}) for one in settings.upstreams],
+            "limits": settings.limits.model_dump(),
+            "keys": len(self.known()),
+        }
 
 
 def api(url: str, option: str) -> str:
@@ -150,7 +177,7 @@ def behind_gateway(made: Planned, front: Front, seconds: float, tell: Tell) -> N
     with running.process(words, os.environ) as started:
         running.wait_ready(started, port, seconds, tell)
         engine = Upstream(name="engine", url=f"http://{running.LOCAL}:{port}/v1", priorities=True)
-        server = gateway_server(front, engine, made.wanted.host, made.wanted.port, tell)
+        server = gateway_server(front, engine, tell)
 
         def ended(code: int) -> None:
             tell(f"the engine ended with {code}")
@@ -162,24 +189,23 @@ def behind_gateway(made: Planned, front: Front, seconds: float, tell: Tell) -> N
             raise QuantkitError(f"the engine ended with {started.returncode}; its messages are above")
 
 
-def gateway_before(address: str, key_variable: str, front: Front, host: str, port: int, tell: Tell) -> None:
-    """The gateway before a server that runs already; it is not told priorities, which it may not know."""
-    key = key_in(key_variable, "--engine-key")
-    running.check_port(host, port)
-    engine = Upstream(name="engine", url=api(address, "ARTIFACT"), key=key)
-    gateway_server(front, engine, host, port, tell).run()
+def server_at(address: str, key_variable: str) -> Upstream:
+    """A server that runs already; it is not told priorities, which it may not know."""
+    return Upstream(name="engine", url=api(address, "ARTIFACT"), key=key_in(key_variable, "--engine-key"))
 
 
-def gateway_server(front: Front, engine: Upstream, host: str, port: int, tell: Tell) -> Any:
+def gateway_before(engine: Upstream, front: Front, tell: Tell) -> None:
+    """The gateway before a server that runs already."""
+    running.check_port(front.host, front.port)
+    gateway_server(front, engine, tell).run()
+
+
+def gateway_server(front: Front, engine: Upstream, tell: Tell) -> Any:
     """The gateway, ready to run in this process."""
     from quantkit.gateway.app import make_app
 
-    keys, limits = front.known(), front.bounds()
-    tell(
-        f"gateway on http://{host}:{port}/v1, {limits.running} requests at once, {limits.waiting} waiting, "
-        f"{len(keys) or 'no'} keys; /health, /ready, /metrics"
-    )
-    return running.server_of(make_app(front.settings(engine), keys), host, port)
+    tell(front.head())
+    return running.server_of(make_app(front.settings(engine), front.known()), front.host, front.port)
 
 
 def read_template(path: Path | None) -> str | None:
