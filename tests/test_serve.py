@@ -164,6 +164,9 @@ def test_without_a_card_a_small_artifact_is_served_here(built: Path, monkeypatch
         (["BUILT", "--gateway", "--limit", "waiting"], 2, "expected NAME=VALUE"),
         (["BUILT", "--gateway", "--limit", "wating=3"], 2, "--limit wating: unknown; known limits: running"),
         (["BUILT", "--gateway", "--fallback", "api.example.com"], 2, "--fallback: expected http://HOST:PORT/v1"),
+        (["BUILT", "--gateway", "--docker"], 2, "print an engine alone, found --gateway"),
+        (["http://127.0.0.1:9/v1", "--gateway", "--kubernetes"], 2, "print an engine alone, found --gateway"),
+        ([V3, "--gateway", "--gpu", "h100", "--dry-run"], 2, "an engine on this machine alone, found 2 nodes"),
         ([SMALL, "--gateway", "--keys", "no-such-keys.json"], 2, "no-such-keys.json: "),
         (["BUILT", "--gateway", "--fallback-key", "NOT_SET"], 2, "expected an API key there"),
         (["BUILT", "--gateway", "--engine-key", "X"], 2, "expected the address of a server as ARTIFACT"),
@@ -222,6 +225,21 @@ def test_a_dry_run_before_a_server_tells_the_gateway_and_starts_nothing(tmp_path
     ]
     assert found.exit_code == 0 and plan["url"] in found.output and "1 keys" in found.output
     assert "fallback-1: http://other/v1, model big" in found.output and "deadline=8, " in found.output
+
+
+def test_a_dry_run_shows_the_gateway_and_the_engine_behind_it(built: Path) -> None:
+    """The engine on another port of this machine alone, the gateway on the one that was asked for."""
+    words = [str(built), "--gateway", "--host", "0.0.0.0", "--port", "9000", "--limit", "waiting=7"]
+    for engine in ("vllm", "transformers"):
+        plan = dry(*words, "--engine", engine)
+        hidden = values(plan["commands"][0])
+        assert hidden["--host"] == "127.0.0.1" and hidden["--port"] != "9000"
+        assert plan["gateway"]["url"] == "http://0.0.0.0:9000/v1" and plan["gateway"]["limits"]["waiting"] == 7
+        assert plan["gateway"]["upstreams"][0]["url"] == f"http://127.0.0.1:{hidden['--port']}/v1"
+    found = serve(*words, "--engine", "vllm", "--dry-run")
+    assert values(shell(found.output))["--host"] == "127.0.0.1"
+    assert "# gateway on http://0.0.0.0:9000/v1, 10 requests at once, 7 waiting, no keys" in found.output
+    assert "gateway" not in dry(str(built), "--engine", "vllm")
 
 
 # --------------------------------------------------------------------------------------------------------- containers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,12 @@ from quantkit.console import as_json, failing_well
 from quantkit.errors import UsageError
 from quantkit.options import JSON
 
+if TYPE_CHECKING:
+    from quantkit.gateway.settings import Upstream
+    from quantkit.serving.choose import Planned
+    from quantkit.serving.start import Front
+
+BEHIND = "the engine behind it, on a port that is free now; a start takes another"
 ENGINES = ["auto", "vllm", "sglang", "transformers"]
 
 
@@ -52,38 +58,40 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
 
     Example: quantkit serve artifacts/tiny-v3-awq4 --dry-run --gpu rtx4090
     """
-    from quantkit.serving import choose, start
+    from quantkit.serving import choose, running, start
 
+    if gateway and (docker or kubernetes):
+        raise UsageError(
+            "--docker, --kubernetes: print an engine alone, found --gateway; leave it out, and put `quantkit serve "
+            "http://HOST:PORT/v1 --gateway` before the engine's container"
+        )
     front = start.Front(
         on=gateway, host=host, port=port, limits=limits, keys=keys, fallbacks=fallback, key_variable=fallback_key,
         users=users,
     )  # fmt: skip
     front.check()
     if artifact.startswith(("http://", "https://")):
-        if not gateway or docker or kubernetes:
+        if not gateway:
             raise UsageError(f"{artifact}: the address of a server: expected --gateway, which is put before it")
         server = start.server_at(artifact, engine_key)
-        if dry_run and json_out:
-            as_json({"gateway": front.as_values(server)})
-        elif dry_run:
-            click.echo("\n".join(front.lines(server)))
+        if dry_run:
+            front_told(front, server, json_out)
         else:
             start.gateway_before(server, front, tell)
         return
     if engine_key:
         raise UsageError("--engine-key: expected the address of a server as ARTIFACT; leave the option out")
+    place = (running.LOCAL, running.free_port()) if gateway else (host, port)  # behind a gateway: for it alone
     wanted = choose.Wanted(
-        artifact=artifact, engine=engine, context=context, users=users, gpu=gpu, kv=kv, host=host, port=port,
+        artifact=artifact, engine=engine, context=context, users=users, gpu=gpu, kv=kv, host=place[0], port=place[1],
         name=name, chat_template=chat_template, extra=engine_flags,
     )  # fmt: skip
     plan = choose.plan(wanted, containers=docker or kubernetes)
     if docker or kubernetes:
         for text in choose.snippets(plan, docker=docker, kubernetes=kubernetes):
             click.echo(text)
-    elif dry_run and json_out:
-        as_json(choose.as_values(plan))
     elif dry_run:
-        told(plan)
+        told(plan, front, json_out)
     else:
         start.run(plan, front, verified=no_verify, seconds=start_seconds, tell=tell)
 
@@ -93,8 +101,25 @@ def tell(text: str) -> None:
     click.echo(text, err=True)
 
 
-def told(plan: Any) -> None:
-    """The command on stdout, ready to be copied; the reasons behind it as comments of the shell."""
+def front_told(front: Front, server: Upstream, json_out: bool) -> None:
+    """The gateway that would stand before a server, on stdout."""
+    if json_out:
+        as_json({"gateway": front.as_values(server)})
+    else:
+        click.echo("\n".join(front.lines(server)))
+
+
+def told(plan: Planned, front: Front, json_out: bool) -> None:
+    """The command on stdout, ready to be copied; the reasons behind it, and what stands before it, as comments."""
+    from quantkit.serving.choose import as_values
+    from quantkit.serving.start import engine_of
+
+    engine = engine_of(plan) if front.on else None
+    if json_out:
+        as_json(as_values(plan) | ({"gateway": front.as_values(engine)} if engine else {}))
+        return
+    for line in (*front.lines(engine), BEHIND) if engine else ():
+        click.echo(f"# {line}")
     for line in plan.head:
         click.echo(f"# {line}")
     for flag in plan.launch.flags:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from quantkit.gateway.keys import Key, read_keys
 from quantkit.gateway.settings import Limits, Settings, Upstream, limits_from
 from quantkit.handover.verify import verify
 from quantkit.serving import running
-from quantkit.serving.choose import Planned, installed, plan
+from quantkit.serving.choose import Planned, installed
 from quantkit.serving.launch import SHOWN
 from quantkit.storage.files import read_bytes, read_json
 
@@ -131,7 +131,7 @@ def run(made: Planned, front: Front, *, verified: bool, seconds: float, tell: Te
         raise UsageError(
             f"{SHOWN[made.launch.engine]}: expected in this environment, found none; install it, or --docker"
         )
-    running.check_port(wanted.host, wanted.port)
+    running.check_port(front.host, front.port)
     if target.kind == "artifact" and not verified:
         found = verify(Path(target.path))
         tell(f"verified: {found.files} files, {found.n_bytes / 1e6:,.1f} MB, {found.status}")
@@ -167,17 +167,14 @@ def small_engine(made: Planned, tell: Tell) -> None:
 
 
 def behind_gateway(made: Planned, front: Front, seconds: float, tell: Tell) -> None:
-    """The engine on a port of this machine alone, the gateway on the one that was asked for."""
-    port = running.free_port()
-    hidden = replace(made.wanted, host=running.LOCAL, port=port)
-    words = plan(hidden).launch.words()
+    """The engine where the plan has it, the gateway where clients ask."""
+    words = made.launch.words()
     if made.launch.engine == "transformers":
         words = running.own_command(words)
     tell(f"engine: {shlex.join(words)}")
     with running.process(words, os.environ) as started:
-        running.wait_ready(started, port, seconds, tell)
-        engine = Upstream(name="engine", url=f"http://{running.LOCAL}:{port}/v1", priorities=True)
-        server = gateway_server(front, engine, tell)
+        running.wait_ready(started, made.wanted.port, seconds, tell)
+        server = gateway_server(front, engine_of(made), tell)
 
         def ended(code: int) -> None:
             tell(f"the engine ended with {code}")
@@ -187,6 +184,16 @@ def behind_gateway(made: Planned, front: Front, seconds: float, tell: Tell) -> N
         server.run()
         if started.poll() is not None:
             raise QuantkitError(f"the engine ended with {started.returncode}; its messages are above")
+
+
+def engine_of(made: Planned) -> Upstream:
+    """The engine as the gateway asks it; UsageError where no gateway can start it."""
+    if len(made.launch.per_node) > 1:
+        raise UsageError(
+            f"--gateway: expected an engine on this machine alone, found {len(made.launch.per_node)} nodes; leave it "
+            "out, and put `quantkit serve http://HOST:PORT/v1 --gateway` before the first node"
+        )
+    return Upstream(name="engine", url=f"http://{made.wanted.host}:{made.wanted.port}/v1", priorities=True)
 
 
 def server_at(address: str, key_variable: str) -> Upstream:
