@@ -236,6 +236,11 @@ def test_a_dry_run_shows_the_gateway_and_the_engine_behind_it(built: Path) -> No
         assert hidden["--host"] == "127.0.0.1" and hidden["--port"] != "9000"
         assert plan["gateway"]["url"] == "http://0.0.0.0:9000/v1" and plan["gateway"]["limits"]["waiting"] == 7
         assert plan["gateway"]["upstreams"][0]["url"] == f"http://127.0.0.1:{hidden['--port']}/v1"
+        at_once, priorities = (10, True) if engine == "vllm" else (1, False)  # transformers: as they come
+        assert plan["gateway"]["limits"]["running"] == at_once
+        assert plan["gateway"]["upstreams"][0]["priorities"] is priorities
+    plan = dry(*words, "--engine", "transformers", "--limit", "running=3")
+    assert plan["gateway"]["limits"]["running"] == 3
     found = serve(*words, "--engine", "vllm", "--dry-run")
     assert values(shell(found.output))["--host"] == "127.0.0.1"
     assert "# gateway on http://0.0.0.0:9000/v1, 10 requests at once, 7 waiting, no keys" in found.output

@@ -67,7 +67,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
         )
     front = start.Front(
         on=gateway, host=host, port=port, limits=limits, keys=keys, fallbacks=fallback, key_variable=fallback_key,
-        users=users,
+        running=users,
     )  # fmt: skip
     front.check()
     if artifact.startswith(("http://", "https://")):
@@ -91,9 +91,9 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
         for text in choose.snippets(plan, docker=docker, kubernetes=kubernetes):
             click.echo(text)
     elif dry_run:
-        told(plan, front, json_out)
+        told(plan, front.before(plan), json_out)
     else:
-        start.run(plan, front, verified=no_verify, seconds=start_seconds, tell=tell)
+        start.run(plan, front.before(plan), verified=no_verify, seconds=start_seconds, tell=tell)
 
 
 def tell(text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,11 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Front:
-    """The gateway's options. host, port: where clients ask, the engine itself where there is no gateway."""
+    """The gateway's options.
+
+    host, port: where clients ask, the engine itself where there is no gateway; running: requests at the engine at once
+    where no limit says otherwise.
+    """
 
     on: bool
     host: str
@@ -33,7 +37,7 @@ class Front:
     keys: Path | None
     fallbacks: Sequence[str]
     key_variable: str
-    users: int
+    running: int
 
     def check(self) -> None:
         """UsageError for options that mean nothing, before anything is read or started."""
@@ -46,11 +50,15 @@ class Front:
         self.known()
 
     def bounds(self) -> Limits:
-        """The limits; as many requests run as the engine was sized for."""
+        """The limits, with what --limit changes."""
         pairs = [entry.partition("=") for entry in self.limits]
         if any(not name or not separator for name, separator, _ in pairs):
             raise UsageError("--limit: expected NAME=VALUE, e.g. --limit waiting=200")
-        return limits_from({"running": str(self.users)} | {name: value for name, _, value in pairs})
+        return limits_from({"running": str(self.running)} | {name: value for name, _, value in pairs})
+
+    def before(self, made: Planned) -> Front:
+        """The same before this engine: before one that answers in the order of arrival, whoever waits waits here."""
+        return replace(self, running=1) if made.launch.engine == "transformers" else self
 
     def stand_ins(self) -> list[Upstream]:
         """Who is asked when the engine fails, in this order."""
@@ -193,7 +201,8 @@ def engine_of(made: Planned) -> Upstream:
             f"--gateway: expected an engine on this machine alone, found {len(made.launch.per_node)} nodes; leave it "
             "out, and put `quantkit serve http://HOST:PORT/v1 --gateway` before the first node"
         )
-    return Upstream(name="engine", url=f"http://{made.wanted.host}:{made.wanted.port}/v1", priorities=True)
+    ranks = made.launch.engine != "transformers"  # which answers one after the other, as they came
+    return Upstream(name="engine", url=f"http://{made.wanted.host}:{made.wanted.port}/v1", priorities=ranks)
 
 
 def server_at(address: str, key_variable: str) -> Upstream:
