@@ -133,6 +133,15 @@ def test_bad_requests_are_told_apart_and_never_reach_the_engine(body: bytes, sta
         assert not setup.engine.asked
 
 
+@pytest.mark.parametrize("told", ["x", "--5", "²", "9" * 5000, "1_0", "1.5"])
+def test_a_priority_that_is_no_number_is_refused(told: str) -> None:
+    with gateway() as setup:
+        headers = {"x-priority": told.encode("latin-1")}
+        answer = httpx2.post(f"{setup.url}/completions", json={"prompt": "{}"}, headers=headers)
+        assert answer.status_code == 400 and "priority: expected 0 (first) to 9" in answer.json()["error"]["message"]
+        assert setup.metric('requests_total{key="anonymous",outcome="refused"}') == 1 and not setup.engine.asked
+
+
 def test_only_the_api_is_passed_on() -> None:
     with gateway() as setup:
         for path in ("/v1/load_lora_adapter", "/shutdown", "/v1/../metrics/x"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from quantkit.gateway.settings import Limits, Upstream
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
+_NUMBER = re.compile(r"-?[0-9]{1,6}")
 
 
 class Refused(Exception):
@@ -107,11 +109,12 @@ def integer(values: Mapping[str, Any], name: str, most: int) -> None:
 def priority(values: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> int | None:
     """What the client says, by header or in the body as vLLM has it; None when it says nothing."""
     told = headers.get(b"x-priority", b"").decode("latin-1").strip()
-    value = values.get("priority") if not told else int(told) if told.lstrip("-").isdigit() else told
+    value = values.get("priority") if not told else int(told) if _NUMBER.fullmatch(told) else told
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
-        raise Refused(400, "invalid_request_error", f"priority: expected 0 (first) to {LEVELS - 1}, found {value!r}")
+        found = repr(value)[:50]
+        raise Refused(400, "invalid_request_error", f"priority: expected 0 (first) to {LEVELS - 1}, found {found}")
     return min(max(value, 0), LEVELS - 1)
 
 
