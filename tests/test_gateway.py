@@ -142,6 +142,18 @@ def test_a_priority_that_is_no_number_is_refused(told: str) -> None:
         assert setup.metric('requests_total{key="anonymous",outcome="refused"}') == 1 and not setup.engine.asked
 
 
+def test_a_fault_of_the_gateway_is_told_and_counted_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr("quantkit.gateway.app.asked", broken)
+    with gateway() as setup:
+        answer = httpx2.post(f"{setup.url}/completions", json={"prompt": "{}"}, headers={"x-request-id": "mine"})
+        assert answer.status_code == 500 and answer.headers["x-request-id"] == "mine"
+        assert answer.json()["error"]["message"] == "the gateway failed; ask again"
+        assert setup.metric('requests_total{key="anonymous",outcome="fault"}') == 1
+
+
 def test_only_the_api_is_passed_on() -> None:
     with gateway() as setup:
         for path in ("/v1/load_lora_adapter", "/shutdown", "/v1/../metrics/x"):

@@ -83,7 +83,7 @@ class Gateway:
         if not identity.isprintable() or not identity.isascii() or not identity:
             identity = f"{self._start}-{next(self._numbers)}"
         reply = Reply(send, time.monotonic, ((b"x-request-id", identity.encode()),))
-        name, outcome = NOBODY.name, "refused"
+        name, outcome = NOBODY.name, "fault"
         try:
             key = self.who(headers)
             name = key.name
@@ -91,11 +91,16 @@ class Gateway:
             wanted = asked(scope["path"].removeprefix("/v1"), body, headers, key, self.limits)
             outcome = await self.attended(wanted, key, reply, receive, arrived, identity)
         except Refused as fault:
+            outcome = "refused"
             await reply.fail(fault.status, fault.kind, str(fault))
         except Gone:
             outcome = "left"
-        self.metrics.requests.labels(name, outcome).inc()
-        self.metrics.total.observe(time.monotonic() - arrived)
+        except Exception:
+            await reply.fail(500, "server_error", "the gateway failed; ask again")
+            raise  # the server tells the operator
+        finally:
+            self.metrics.requests.labels(name, outcome).inc()
+            self.metrics.total.observe(time.monotonic() - arrived)
 
     def who(self, headers: dict[bytes, bytes]) -> Key:
         """Whose request it is; Refused when keys are needed and none of ours came."""
