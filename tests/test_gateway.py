@@ -120,8 +120,11 @@ def test_a_stream_comes_byte_for_byte_and_piece_by_piece() -> None:
         (b"{", 400, "expected JSON"),
         (b"[" * 100_000, 400, "expected JSON"),
         (b"[]", 400, "expected an object, found list"),
-        (b'{"prompt": "{}", "max_tokens": 101}', 400, "max_tokens: expected at most 100, found 101"),
-        (b'{"prompt": "{}", "n": 17}', 400, "n: expected at most 16, found 17"),
+        (b'{"prompt": "{}", "max_tokens": 101}', 400, "max_tokens: expected a whole number, at most 100, found 101"),
+        (b'{"prompt": "{}", "max_tokens": 6.0}', 400, "max_tokens: expected a whole number, at most 100, found 6.0"),
+        (b'{"prompt": "{}", "max_completion_tokens": "600"}', 400, "expected a whole number, at most 100, found '600'"),
+        (b'{"prompt": "{}", "max_tokens": -1}', 400, "max_tokens: expected a whole number, at most 100, found -1"),
+        (b'{"prompt": "{}", "n": 17}', 400, "n: expected a whole number, at most 16, found 17"),
         (b'{"prompt": "{}", "priority": "high"}', 400, "priority: expected 0 (first) to 9, found 'high'"),
         (b'{"prompt": "' + b"x" * 200_000 + b'"}', 413, "expected at most 150000 bytes"),
     ],
@@ -131,6 +134,29 @@ def test_bad_requests_are_told_apart_and_never_reach_the_engine(body: bytes, sta
         answer = httpx2.post(f"{setup.url}/completions", content=body)
         assert answer.status_code == status and told in answer.json()["error"]["message"]
         assert not setup.engine.asked
+
+
+@pytest.mark.parametrize(
+    ("path", "said", "heard"),
+    [
+        ("/completions", {}, {"max_tokens": 5}),
+        ("/completions", {"max_tokens": None}, {"max_tokens": 5}),
+        ("/completions", {"max_completion_tokens": 3}, {"max_completion_tokens": 3, "max_tokens": 5}),
+        ("/completions", {"max_tokens": 3}, {"max_tokens": 3}),
+        ("/chat/completions", {}, {"max_completion_tokens": 5}),
+        ("/chat/completions", {"max_completion_tokens": None, "max_tokens": 3}, {"max_tokens": 3}),
+        ("/responses", {}, {"max_output_tokens": 5}),
+        ("/embeddings", {}, {}),
+    ],
+)
+def test_who_says_no_number_of_tokens_is_given_the_limit(path: str, said: Any, heard: Any) -> None:
+    with gateway(max_tokens=5) as setup:
+        assert httpx2.post(setup.url + path, json={"prompt": "{}", **said}).status_code == 200
+        told = {name: value for name, value in setup.engine.asked[0].items() if value is not None}
+        assert told == {"prompt": "{}", **heard}
+    with gateway() as setup:
+        httpx2.post(setup.url + path, json={"prompt": "{}", **said})
+        assert setup.engine.asked[0] == {"prompt": "{}", **said}
 
 
 @pytest.mark.parametrize("told", ["x", "--5", "²", "9" * 5000, "1_0", "1.5"])

@@ -14,7 +14,7 @@ from fastapi import FastAPI, Response
 from starlette.routing import Route
 
 from quantkit.gateway.admission import Admission
-from quantkit.gateway.asked import Asked, Gone, Receive, Refused, asked, read_body
+from quantkit.gateway.asked import TOKENS, Asked, Gone, Receive, Refused, asked, read_body
 from quantkit.gateway.keys import NOBODY, Key, known
 from quantkit.gateway.metrics import Metrics
 from quantkit.gateway.relay import Relay
@@ -24,7 +24,6 @@ from quantkit.gateway.turns import Busy, Turns
 from quantkit.gateway.upstreams import Upstreams
 
 Scope = MutableMapping[str, Any]
-RELAYED = ("/completions", "/chat/completions", "/responses", "/embeddings")
 FAREWELL = 5.0
 """Seconds a client has to take the word that its request failed."""
 
@@ -43,7 +42,7 @@ def make_app(settings: Settings, keys: tuple[Key, ...] = ()) -> FastAPI:
             await gateway.upstreams.client.aclose()
 
     app = FastAPI(title="quantkit gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.router.routes.extend(Route(f"/v1{path}", gateway, methods=["POST"]) for path in RELAYED)
+    app.router.routes.extend(Route(f"/v1{path}", gateway, methods=["POST"]) for path in TOKENS)
 
     @app.get("/health")
     async def health() -> dict[str, str]:

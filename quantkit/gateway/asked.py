@@ -14,6 +14,13 @@ from quantkit.gateway.settings import Limits, Upstream
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
+TOKENS: Mapping[str, tuple[str, ...]] = {
+    "/completions": ("max_tokens",),
+    "/chat/completions": ("max_completion_tokens", "max_tokens"),
+    "/responses": ("max_output_tokens",),
+    "/embeddings": (),
+}
+"""Path -> the words that bound an answer there; where none is said, the first says the gateway's limit."""
 _NUMBER = re.compile(r"-?[0-9]{1,6}")
 
 
@@ -49,7 +56,12 @@ class Asked:
         values = {name: value for name, value in self.values.items() if name != "priority"}
         values |= {"priority": wanted} if wanted else {}
         values |= {"model": upstream.model} if upstream.model else {}
-        return json.dumps(values).encode()  # ASCII: half a surrogate stays the escape that it was
+        return encoded(values)
+
+
+def encoded(values: Mapping[str, Any]) -> bytes:
+    """A body. ASCII: half a surrogate stays the escape that it was."""
+    return json.dumps(values).encode()
 
 
 async def read_body(receive: Receive, headers: Mapping[bytes, bytes], most: int) -> bytes:
@@ -88,6 +100,9 @@ def asked(path: str, body: bytes, headers: Mapping[bytes, bytes], key: Key, limi
         integer(values, name, limits.max_tokens)
     for name in ("n", "best_of"):
         integer(values, name, limits.max_choices)
+    if limits.max_tokens and TOKENS[path] and all(values.get(name) is None for name in TOKENS[path]):
+        values[TOKENS[path][0]] = limits.max_tokens
+        body = encoded(values)
     wanted = priority(values, headers)
     return Asked(
         path=path,
@@ -100,10 +115,17 @@ def asked(path: str, body: bytes, headers: Mapping[bytes, bytes], key: Key, limi
 
 
 def integer(values: Mapping[str, Any], name: str, most: int) -> None:
-    """Refuse a value above `most`; 0 is no bound, and other types are the engine's to refuse."""
+    """Refuse a value above `most`, and what an engine might take for such a number; 0 is no bound."""
     value = values.get(name)
-    if most and isinstance(value, int) and value > most:
-        raise Refused(400, "invalid_request_error", f"{name}: expected at most {most}, found {value}; ask for less")
+    if not most or value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        found = repr(value)[:50]
+        raise Refused(
+            400,
+            "invalid_request_error",
+            f"{name}: expected a whole number, at most {most}, found {found}; ask for less",
+        )
 
 
 def priority(values: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> int | None:
