@@ -164,6 +164,13 @@ class Serving:
         self.server.should_exit = self.server.force_exit = True  # within a tenth of a second; nobody waits for it
 
 
+def half_a_request(url: str) -> bytes:
+    """What is answered to a request whose body never comes in full, until the connection is closed."""
+    with socket.create_connection(("127.0.0.1", int(url.split(":")[2].partition("/")[0])), timeout=10) as raw:
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{   ")
+        return b"".join(iter(lambda: raw.recv(65536), b""))
+
+
 @contextmanager
 def process(*arguments: str) -> Iterator[tuple[str, int]]:
     """A program that prints its port in a process of its own; its address and its process id."""

@@ -18,7 +18,7 @@ import httpx2
 import openai
 import pytest
 import stub_engine
-from stub_engine import Engine, Serving
+from stub_engine import Engine, Serving, half_a_request
 
 from quantkit.errors import UsageError
 from quantkit.gateway.app import make_app
@@ -269,6 +269,14 @@ def test_half_a_surrogate_reaches_an_engine_as_it_came() -> None:
         answer = httpx2.post(f"{setup.url}/completions", content=body, headers={"x-priority": "5"})
         assert answer.status_code == 200 and setup.engine.order == ["\ud800"]
         assert setup.engine.asked[0]["priority"] == 5
+
+
+@pytest.mark.parametrize("limits", [{"deadline": 0.3}, {"body_seconds": 0.3}])
+def test_a_body_that_never_comes_is_408(limits: dict[str, float]) -> None:
+    with gateway(**limits) as setup:
+        answer = half_a_request(setup.url)
+        assert answer.startswith(b"HTTP/1.1 408 ") and b"expected its end within 0.3 s, found 4 bytes" in answer
+        assert setup.metric('requests_total{key="anonymous",outcome="refused"}') == 1
 
 
 def test_a_client_may_ask_for_less_time() -> None:

@@ -22,7 +22,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
-from stub_engine import Serving
+from stub_engine import Serving, half_a_request
 
 from quantkit.cli import main
 from quantkit.gateway.keys import new_key
@@ -428,6 +428,12 @@ def test_bodies_that_are_no_request(api: openai.OpenAI) -> None:
         found = httpx2.post(f"{api.base_url}completions", content=body)
         assert (found.status_code, found.json()["error"]["code"]) == (status, status)
         assert found.json()["error"]["message"].startswith("body: expected ")
+
+
+def test_a_body_that_never_comes_is_not_waited_for(api: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantkit.serving.small_engine.BODY_SECONDS", 0.3)
+    answer = half_a_request(str(api.base_url))
+    assert answer.startswith(b"HTTP/1.1 408 ") and b"expected its end within 0.3 s" in answer
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -86,7 +86,8 @@ class Gateway:
         try:
             key = self.who(headers)
             name = key.name
-            body = await read_body(receive, headers, self.limits.body_bytes)
+            patience = min(self.limits.body_seconds, self.limits.deadline)
+            body = await read_body(receive, headers, self.limits.body_bytes, patience)
             wanted = asked(scope["path"].removeprefix("/v1"), body, headers, key, self.limits)
             outcome = await self.attended(wanted, key, reply, receive, arrived, identity)
         except Refused as fault:

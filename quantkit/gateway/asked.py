@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,22 +65,34 @@ def encoded(values: Mapping[str, Any]) -> bytes:
     return json.dumps(values).encode()
 
 
-async def read_body(receive: Receive, headers: Mapping[bytes, bytes], most: int) -> bytes:
-    """The whole body; Refused when it is larger than `most`, before it is read where it says its size."""
+async def read_body(receive: Receive, headers: Mapping[bytes, bytes], most: int, seconds: float) -> bytes:
+    """The whole body; Refused when it does not come in time, or is larger than `most`, unread where it says so."""
     size = headers.get(b"content-length", b"")
     if size.isdigit() and int(size) > most:
         raise Refused(413, "invalid_request_error", f"body: expected at most {most} bytes, found {int(size)}")
-    parts, total, more = list[bytes](), 0, True
+    parts, total = list[bytes](), 0
+    try:
+        async with asyncio.timeout(seconds):
+            async for part in received(receive):
+                parts.append(part)
+                total += len(part)
+                if total > most:
+                    raise Refused(413, "invalid_request_error", f"body: expected at most {most} bytes, found more")
+    except TimeoutError:
+        told = f"body: expected its end within {seconds:g} s, found {total} bytes; send it at once"
+        raise Refused(408, "timeout_error", told) from None
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def received(receive: Receive) -> AsyncIterator[bytes]:
+    """A body as it comes; Gone when its client leaves."""
+    more = True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise Gone
-        parts.append(message.get("body", b""))
+        yield message.get("body", b"")
         more = message.get("more_body", False)
-        total += len(parts[-1])
-        if total > most:
-            raise Refused(413, "invalid_request_error", f"body: expected at most {most} bytes, found more")
-    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def read_object(body: bytes) -> dict[str, Any]:

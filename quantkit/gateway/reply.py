@@ -84,10 +84,11 @@ class Reply:
             return
         if not self.begun:
             later = [(b"retry-after", str(retry_after).encode())] if retry_after is not None else []
-            await self.whole(status, content, [(b"content-type", b"application/json"), *later])
+            closed = [(b"connection", b"close")] if status == 408 else []  # what still comes belongs to no request
+            await self.whole(status, content, [(b"content-type", b"application/json"), *later, *closed])
             return
-        closed = b"" if self._between_events() else b"\n\n"
-        await self.part(closed + b"data: " + content + b"\n\n")
+        before = b"" if self._between_events() else b"\n\n"
+        await self.part(before + b"data: " + content + b"\n\n")
         await self.end()
 
     def _between_events(self) -> bool:

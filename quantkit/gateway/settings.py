@@ -41,6 +41,7 @@ class Limits(BaseModel):
     cool_down: float = Field(default=5, ge=0, description="seconds a failed upstream is asked last")
     max_tokens: int = Field(default=0, ge=0, description="most tokens a request may ask for; 0: no bound")
     max_choices: int = Field(default=16, ge=1, description="most answers (n, best_of) a request may ask for")
+    body_seconds: float = Field(default=60, gt=0, description="seconds a request's body may take to come")
     body_bytes: int = Field(default=8_000_000, ge=1, description="largest request")
     answer_bytes: int = Field(default=64_000_000, ge=1, description="largest answer that is no stream")
 

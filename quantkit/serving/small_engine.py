@@ -22,8 +22,8 @@ from quantkit.serving.decoding import Decoder, Ended, Writer
 from quantkit.serving.wording import Ask, Head, Misasked, choice, delta, event, read, usage
 
 Kind = Literal["text", "chat"]
-BODY_BYTES = Limits().body_bytes
-"""Largest request, as the gateway has it."""
+BODY_BYTES, BODY_SECONDS = Limits().body_bytes, Limits().body_seconds
+"""Largest and slowest request, as the gateway has it."""
 
 
 def make_app(decoder: Decoder) -> FastAPI:
@@ -59,7 +59,7 @@ def make_app(decoder: Decoder) -> FastAPI:
 async def respond(request: Request, decoder: Decoder, kind: Kind) -> Response:
     """The answer to one request; faults of it are the API's 400."""
     try:
-        body = await read_body(request.receive, dict(request.headers.raw), BODY_BYTES)
+        body = await read_body(request.receive, dict(request.headers.raw), BODY_BYTES, BODY_SECONDS)
         ask = read(read_object(body), kind, decoder.name)
         prompts = await asyncio.to_thread(decoder.prompts, ask)
     except Misasked as fault:
@@ -91,7 +91,8 @@ async def respond(request: Request, decoder: Decoder, kind: Kind) -> Response:
 def refusal(status: int, told: str) -> Response:
     """A fault of the request, as the API tells it."""
     error = {"message": told, "type": "invalid_request_error", "param": None, "code": status}
-    return JSONResponse({"error": error}, status_code=status)
+    closed = {"connection": "close"} if status == 408 else None  # what still comes belongs to no request
+    return JSONResponse({"error": error}, status_code=status, headers=closed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
