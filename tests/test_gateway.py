@@ -98,6 +98,7 @@ def test_the_official_client_gets_what_the_engine_says() -> None:
         assert setup.metric("inter_token_seconds_count") >= 1
         assert setup.metric('requests_total{key="anonymous",outcome="ok"}') == 2
         assert setup.metric('requests_total{key="anonymous",outcome="refused"}') == 1
+        assert setup.metric('request_seconds_count{outcome="ok"}') == 2  # how long answers take, refusals apart
 
 
 def test_a_stream_comes_byte_for_byte_and_piece_by_piece() -> None:

@@ -100,7 +100,7 @@ class Gateway:
             raise  # the server tells the operator
         finally:
             self.metrics.requests.labels(name, outcome).inc()
-            self.metrics.total.observe(time.monotonic() - arrived)
+            self.metrics.total.labels(outcome).observe(time.monotonic() - arrived)
 
     def who(self, headers: dict[bytes, bytes]) -> Key:
         """Whose request it is; Refused when keys are needed and none of ours came."""

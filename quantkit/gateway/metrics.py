@@ -25,7 +25,8 @@ class Metrics:
         self.ttft = self._histogram("time_to_first_token", "From a request's arrival to the first event of its stream")
         self.gap = self._histogram("inter_token", "Between two pieces of a stream, as the engine sends them")
         self.queued = self._histogram("queue", "From a request's arrival to its turn")
-        self.total = self._histogram("request", "From a request's arrival to the end of its answer")
+        told = "From a request's arrival to the end of its answer, by how it ended"
+        self.total = self._histogram("request", told, ("outcome",))  # refusals are quick: mixed in they hide overload
         self.running = Gauge(f"{PREFIX}running", "Requests at the engine", registry=self.registry)
         self.waiting = Gauge(f"{PREFIX}waiting", "Requests in the queue", registry=self.registry)
 
@@ -36,5 +37,5 @@ class Metrics:
     def _counter(self, name: str, told: str, labels: tuple[str, ...]) -> Counter:
         return Counter(f"{PREFIX}{name}", told, labels, registry=self.registry)
 
-    def _histogram(self, name: str, told: str) -> Histogram:
-        return Histogram(f"{PREFIX}{name}_seconds", told, buckets=SECONDS, registry=self.registry)
+    def _histogram(self, name: str, told: str, labels: tuple[str, ...] = ()) -> Histogram:
+        return Histogram(f"{PREFIX}{name}_seconds", told, labels, buckets=SECONDS, registry=self.registry)
