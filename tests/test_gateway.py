@@ -185,6 +185,9 @@ def test_only_the_api_is_passed_on() -> None:
     with gateway() as setup:
         for path in ("/v1/load_lora_adapter", "/shutdown", "/v1/../metrics/x"):
             assert httpx2.post(setup.url.removesuffix("/v1") + path, json={}).status_code == 404
+        unknown, wrong = httpx2.get(f"{setup.url}/load"), httpx2.get(f"{setup.url}/completions")
+        assert unknown.json()["error"]["code"] == 404 and "GET /v1/load: expected" in unknown.json()["error"]["message"]
+        assert (wrong.status_code, wrong.headers["allow"], wrong.json()["error"]["code"]) == (405, "POST", 405)
         assert not setup.engine.asked
 
 

@@ -428,6 +428,11 @@ def test_bodies_that_are_no_request(api: openai.OpenAI) -> None:
         found = httpx2.post(f"{api.base_url}completions", content=body)
         assert (found.status_code, found.json()["error"]["code"]) == (status, status)
         assert found.json()["error"]["message"].startswith("body: expected ")
+    for method, path, status in (("POST", "embeddings", 404), ("GET", "completions", 405)):
+        found = httpx2.request(method, f"{api.base_url}{path}")
+        assert (found.status_code, found.json()["error"]["code"]) == (status, status)
+    found = httpx2.post(f"{api.base_url}completions", content=b'{"\\ud800": 1}')  # quoted in what is told
+    assert found.status_code == 400 and "unknown" in found.json()["error"]["message"]
 
 
 def test_a_body_that_never_comes_is_not_waited_for(api: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:

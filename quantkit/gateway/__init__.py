@@ -5,6 +5,7 @@ admission   who runs, who waits, who is turned away: pure
 turns       the same for asyncio: waiting, giving up, cancellation
 keys        who may ask: hashed API keys
 asked       one request: read within bounds, checked, rewritten for an upstream
+faults      errors as OpenAI's API tells them
 reply       one answer: begun once, told of its failure in every state
 upstreams   the engine and whoever stands in for it
 relay       from the one to the other

@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from quantkit.gateway.admission import Admission
 from quantkit.gateway.asked import TOKENS, Asked, Gone, Receive, Refused, asked, read_body
+from quantkit.gateway.faults import tell_unknown_paths
 from quantkit.gateway.keys import NOBODY, Key, known
 from quantkit.gateway.metrics import Metrics
 from quantkit.gateway.relay import Relay
@@ -42,6 +43,7 @@ def make_app(settings: Settings, keys: tuple[Key, ...] = ()) -> FastAPI:
             await gateway.upstreams.client.aclose()
 
     app = FastAPI(title="quantkit gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    tell_unknown_paths(app)
     app.router.routes.extend(Route(f"/v1{path}", gateway, methods=["POST"]) for path in TOKENS)
 
     @app.get("/health")

@@ -7,10 +7,10 @@ part of the answer: after them another upstream may still take over.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Sequence
 
 from quantkit.gateway.asked import Message
+from quantkit.gateway.faults import error
 
 Send = Callable[[Message], Awaitable[None]]
 Headers = Sequence[tuple[bytes, bytes]]
@@ -79,7 +79,7 @@ class Reply:
 
     async def fail(self, status: int, kind: str, told: str, *, retry_after: int | None = None) -> None:
         """Say that it failed: by status when nothing was sent, else as an event, and the end."""
-        content = json.dumps({"error": {"message": told, "type": kind, "param": None, "code": status}}).encode()
+        content = error(status, kind, told)
         if self.finished:
             return
         if not self.begun:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from quantkit.gateway import faults
 from quantkit.gateway.asked import Gone, Refused, read_body, read_object
 from quantkit.gateway.settings import Limits
 from quantkit.serving.decoding import Decoder, Ended, Writer
@@ -35,6 +36,7 @@ def make_app(decoder: Decoder) -> FastAPI:
         decoder.close()
 
     app = FastAPI(title="quantkit, transformers engine", lifespan=lifespan, docs_url=None, redoc_url=None)
+    faults.tell_unknown_paths(app)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -63,9 +65,9 @@ async def respond(request: Request, decoder: Decoder, kind: Kind) -> Response:
         ask = read(read_object(body), kind, decoder.name)
         prompts = await asyncio.to_thread(decoder.prompts, ask)
     except Misasked as fault:
-        return refusal(400, str(fault))
+        return faults.answer(400, "invalid_request_error", str(fault))
     except Refused as fault:
-        return refusal(fault.status, str(fault))
+        return faults.answer(fault.status, fault.kind, str(fault))
     except Gone:
         return Response(status_code=499)  # nobody reads it
     head = Head.of(kind, token_hex(12), decoder.name)
@@ -86,13 +88,6 @@ async def respond(request: Request, decoder: Decoder, kind: Kind) -> Response:
     finally:
         work.cancel()
         gone.cancel()
-
-
-def refusal(status: int, told: str) -> Response:
-    """A fault of the request, as the API tells it."""
-    error = {"message": told, "type": "invalid_request_error", "param": None, "code": status}
-    closed = {"connection": "close"} if status == 408 else None  # what still comes belongs to no request
-    return JSONResponse({"error": error}, status_code=status, headers=closed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
