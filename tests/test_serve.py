@@ -435,6 +435,13 @@ def test_bodies_that_are_no_request(api: openai.OpenAI) -> None:
     assert found.status_code == 400 and "unknown" in found.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_half_a_surrogate_is_no_text(api: openai.OpenAI, path: str) -> None:
+    body = {"prompt": "a\ud800"} if path == "completions" else {"messages": [{"role": "user", "content": "a\ud800"}]}
+    found = httpx2.post(f"{api.base_url}{path}", content=json.dumps(body))
+    assert found.status_code == 400 and "half a surrogate pair at 1" in found.json()["error"]["message"]
+
+
 def test_a_body_that_never_comes_is_not_waited_for(api: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantkit.serving.small_engine.BODY_SECONDS", 0.3)
     answer = half_a_request(str(api.base_url))

@@ -109,9 +109,9 @@ class Decoder:
             text = self.tokenizer.apply_chat_template(
                 list(ask.messages), chat_template=self.template, add_generation_prompt=True, tokenize=False
             )
-            made = [self.tokenizer(text, add_special_tokens=not self.own_template)["input_ids"]]
+            made = [self._ids(text, special=not self.own_template)]
         else:
-            made = [one if isinstance(one, list) else self.tokenizer(one)["input_ids"] for one in ask.prompts]
+            made = [one if isinstance(one, list) else self._ids(one, special=True) for one in ask.prompts]
         words = self.model.get_input_embeddings().num_embeddings
         for ids in made:
             if any(not 0 <= one < words for one in ids):
@@ -122,6 +122,14 @@ class Decoder:
                     f"{self.context}, found {len(ids)}; shorten it or ask for less"
                 )
         return made
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of a text; Misasked for what is none: JSON can say half of a surrogate pair."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as fault:
+            raise Misasked(f"prompt: expected text, found half a surrogate pair at {fault.start}; mend it") from None
+        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def start(
         self, ids: list[int], ask: Ask, seed: int | None, tell: Callable[[str], None]
