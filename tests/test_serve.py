@@ -325,6 +325,7 @@ def test_what_changes_nothing_is_taken() -> None:
         {"prompt": ["a", "b"], "logprobs": None, "user": "x", "priority": 3, "echo": False, "stop": "s"}, "text", "m"
     )
     assert (ask.prompts, ask.stop, ask.max_tokens, ask.temperature) == (("a", "b"), ("s",), 16, 1.0)
+    assert read({"prompt": "a", "max_completion_tokens": None, "max_tokens": 2}, "text", "m").max_tokens == 2
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     chat = read({"messages": [{"role": "user", "content": parts}]}, "chat", "m")
     assert chat.messages[0]["content"] == "ab" and chat.max_tokens is None

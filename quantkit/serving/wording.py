@@ -57,7 +57,9 @@ def read(values: Mapping[str, Any], kind: Literal["text", "chat"], served: str) 
     stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
         raise Misasked(f"stop: expected a text or up to {MOST_STOPS} texts, found {stop!r}")
-    tokens = values.get("max_completion_tokens", values.get("max_tokens"))
+    tokens = values.get("max_completion_tokens")
+    if tokens is None:
+        tokens = values.get("max_tokens")
     if tokens is None and kind == "text":
         tokens = DEFAULT_TOKENS
     if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
