@@ -14,14 +14,15 @@ import pytest
 from click.testing import CliRunner
 from stub_engine import Engine, Serving, whole
 
+from quantkit.checks.loadtest import Cache, LoadTest, parse
 from quantkit.cli import main
 from quantkit.errors import ArtifactError, QuantkitError, UsageError
+from quantkit.handover.verify import LOADTEST as FILE
 from quantkit.handover.verify import verify
 from quantkit.loadtest import engine, tables, tool
 from quantkit.loadtest.charts import charts
 from quantkit.loadtest.page import render
 from quantkit.loadtest.prompts import read_prompts
-from quantkit.loadtest.schema import FILE, Cache, LoadTest, parse
 
 GOLDEN = Path(__file__).parent / "golden/guidellm.json"
 """Results of GuideLLM 0.8.1 before a stub that answers every 10 ms, cut to what is read."""
@@ -246,6 +247,19 @@ def test_diff_lays_runs_side_by_side_that_asked_alike(artifact: Path, tmp_path: 
     (other / FILE).write_text(first.model_copy(update={"max_tokens": 9}).model_dump_json())
     found = CliRunner().invoke(main, ["diff", str(artifact), str(other)])
     assert "asked otherwise (max_tokens: 8 and 9)" in " ".join(found.stdout.split()) and "-50.0%" not in found.stdout
+
+
+def test_a_damaged_result_does_not_pass_and_diff_shows_the_rest(artifact: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(artifact, tmp_path / "other"))
+    (artifact / FILE).write_text(example().model_dump_json())
+    assert verify(artifact).unsealed == (FILE,)
+    for text, told in (("{", "expected JSON, found an error"), ('{"evil": 1}', r"tool: Field required; run the load test again")):
+        (other / FILE).write_text(text)
+        with pytest.raises(ArtifactError, match=rf"{FILE}: .*{told}"):
+            verify(other)
+        found = CliRunner().invoke(main, ["diff", str(artifact), str(other)])
+        said = " ".join(found.stdout.split())
+        assert found.exit_code == 0 and "The load test is left out:" in said and "KL" in said, found.output
 
 
 def test_a_damaged_result_is_told_by_key() -> None:

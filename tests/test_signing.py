@@ -21,10 +21,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 from damage import edit_json, put, read_shard, rehash, reseal, shards, write_shard
+from test_loadtest import example
 
 from quantkit.cli import main
 from quantkit.handover.signing import PASSWORD
-from quantkit.handover.verify import MANIFEST, SIGNATURE
+from quantkit.handover.verify import LOADTEST, MANIFEST, SIGNATURE
 
 PACKED = "model.layers.1.mlp.experts.0.gate_proj.qweight"
 
@@ -92,6 +93,21 @@ def test_a_signature_is_checked_when_asked_for(signed: Path, keys: Pair) -> None
     values = json.loads(run("verify", signed, "--public-key", keys.public, "--json")[1])
     assert values["ok"] is True and values["signed_by"] == f"the key {keys.public}"
     assert json.loads(run("verify", signed, "--json")[1])["signed_by"] is None
+
+
+def test_a_load_test_is_told_as_not_covered(signed: Path, keys: Pair) -> None:
+    """It is added after the signature: allowed, but nobody may take it for signed."""
+    (signed / LOADTEST).write_text(example().model_dump_json())
+    told = f"  not sealed by the manifest: {LOADTEST}, which a load test adds later\n"
+    assert told in run("verify", signed)[1]
+    code, text = check(signed, keys)
+    assert code == 0 and text.endswith(
+        f"{told}  signed by the key {keys.public}; the signature does not cover {LOADTEST}\n"
+    )
+    assert json.loads(check(signed, keys, "--json")[1])["unsealed"] == [LOADTEST]
+    (signed / LOADTEST).write_text('{"evil": 1}')
+    code, text = check(signed, keys)
+    assert code == 1 and f"{LOADTEST}: tool: Field required" in text
 
 
 def test_a_signature_may_lie_elsewhere(artifact: Path, keys: Pair, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from quantkit.errors import UsageError
 from quantkit.options import JSON
 
 if TYPE_CHECKING:
-    from quantkit.loadtest.schema import LoadTest
+    from quantkit.checks.loadtest import LoadTest
 
 
 @click.command()
@@ -47,10 +47,10 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
 
     Example: quantkit loadtest http://localhost:8000/v1 --artifact artifacts/tiny-v3-awq4 --html load.html
     """
+    from quantkit.handover.verify import LOADTEST
     from quantkit.loadtest import engine, tool
     from quantkit.loadtest.prompts import read_prompts
     from quantkit.loadtest.run import load_test
-    from quantkit.loadtest.schema import FILE
     from quantkit.loadtest.tables import levels
     from quantkit.report.terminal import table
     from quantkit.storage.files import write_atomic, write_json
@@ -74,7 +74,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
         run = load_test(setup, prompts, steps, metrics or address, lambda text: click.echo(text, err=True))
         run = run.model_copy(update={"note": note})
         if artifact is not None:
-            write_json(artifact / FILE, run.model_dump(mode="json"))
+            write_json(artifact / LOADTEST, run.model_dump(mode="json"))
     if output is not None:
         write_json(output, run.model_dump(mode="json"))
     if html is not None:
@@ -89,14 +89,13 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
 
 def stored(artifact: Path) -> LoadTest:
     """What an earlier run left in an artifact."""
-    from quantkit.errors import ArtifactError
-    from quantkit.loadtest.schema import FILE, parse
-    from quantkit.storage.files import read_json
+    from quantkit.checks.loadtest import read
+    from quantkit.handover.verify import LOADTEST
 
-    place = artifact / FILE
+    place = artifact / LOADTEST
     if not place.is_file():
         raise UsageError(f"{place}: expected a load test, found none; run one with --artifact {artifact}")
-    return parse(read_json(place, ArtifactError), str(place))
+    return read(place)
 
 
 def levels_of(text: str) -> list[int]:

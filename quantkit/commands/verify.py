@@ -99,8 +99,11 @@ def show(found: Verified, signer: str | None, proven: Deep | None) -> None:
     )
     for note in found.notes:
         click.echo(f"  {note}")
+    if found.unsealed:
+        click.echo(f"  not sealed by the manifest: {' and '.join(found.unsealed)}, which a load test adds later")
     if signer:
-        click.echo(f"  signed by {signer}")
+        besides = f"; the signature does not cover {' and '.join(found.unsealed)}" if found.unsealed else ""
+        click.echo(f"  signed by {signer}{besides}")
     elif (found.path / SIGNATURE).is_file():
         click.echo("  signed, but the signature was not checked: say who must have signed with --public-key")
     if proven:
@@ -118,6 +121,7 @@ def figures(found: Verified) -> dict[str, object]:
         "tensors": found.tensors,
         "bytes": found.n_bytes,
         "modules": found.modules,
+        "unsealed": list(found.unsealed),
         "notes": list(found.notes),
     }
 

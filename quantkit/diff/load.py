@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from quantkit.checks.loadtest import Level
 from quantkit.diff.sides import Side
 from quantkit.diff.values import Load
-from quantkit.loadtest.schema import Level
 
 
 def load(a: Side, b: Side) -> tuple[Load, ...]:
@@ -35,6 +35,8 @@ def compared(a: Level, b: Level) -> list[Load]:
 
 def notes(a: Side, b: Side) -> list[str]:
     """What a reader must know of the two runs."""
+    if faults := [f"The load test is left out: {side.load_fault}." for side in (a, b) if side.load_fault]:
+        return faults
     if a.load is None or b.load is None:
         return []
     why = a.load.comparable(b.load)

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit.checks.loadtest import LoadTest, read
 from quantkit.diff.values import Kind
 from quantkit.errors import ArtifactError, HubUnreachable, UsageError
 from quantkit.handover.verify import LOADTEST, MANIFEST, mapping
-from quantkit.loadtest import schema
-from quantkit.loadtest.schema import LoadTest
 from quantkit.report.read import read_file, read_sealed
 from quantkit.report.samples import BENCHMARKS, TOKENS, Answer, answer, read_columns
 from quantkit.report.schema import Benchmark, Distribution, Fidelity, Figure
@@ -88,6 +87,7 @@ class Side:
     tokens: Tokens | None = None
     solutions: Mapping[tuple[str, int], Solution] | None = None  # by task and item
     load: LoadTest | None = None
+    load_fault: str = ""  # why the load test that lies there cannot be read
 
 
 def read_sides(a: str, b: str) -> tuple[Side, Side]:
@@ -122,6 +122,7 @@ def _artifact(path: Path) -> Side:
     fidelity, manifest = read_sealed(path)
     plan = read_json(path / PLAN, ArtifactError)
     decisions = mapping(plan, "decisions", path)
+    load, fault = _load(path / LOADTEST)
     files = {name: entry for name, entry in mapping(manifest, "files", path).items() if isinstance(entry, Mapping)}
     return Side(
         name=path.absolute().name,
@@ -143,10 +144,17 @@ def _artifact(path: Path) -> Side:
         items=_items(path / BENCHMARKS) if (path / BENCHMARKS).is_file() else None,
         tokens=_tokens(path / TOKENS) if (path / TOKENS).is_file() else None,
         solutions=_solutions(path / SOLUTIONS) if (path / SOLUTIONS).is_file() else None,
-        load=schema.parse(read_json(path / LOADTEST, ArtifactError), str(path / LOADTEST))
-        if (path / LOADTEST).is_file()
-        else None,
+        load=load,
+        load_fault=fault,
     )
+
+
+def _load(path: Path) -> tuple[LoadTest | None, str]:
+    """The load test of an artifact, or why it cannot be read: unsealed, it is no reason to show nothing else."""
+    try:
+        return (read(path), "") if path.is_file() else (None, "")
+    except ArtifactError as fault:
+        return None, str(fault)
 
 
 def _totals(summary: Mapping[str, object], dropped: object) -> dict[str, object]:

@@ -1,8 +1,9 @@
 """Who made an artifact: signatures in the format of OpenSSF Model Signing, by the `model-signing` library.
 
-A signature covers every file of the artifact but itself, the manifest and the timings included. The library makes and
-checks it; the files' hashes are those that `verify` took in its one reading, handed to the library as its own lists of
-files are. `model_signing verify` of the library reads such signatures too. Nothing is fetched but for sigstore.
+A signature covers every file of the artifact, the manifest and the timings included, but itself and a load test, which
+is added later. The library makes and checks it; the files' hashes are those that `verify` took in its one reading,
+handed to the library as its own lists of files are. `model_signing verify` of the library reads such signatures too.
+Nothing is fetched but for sigstore.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import ArtifactError, QuantkitError, UsageError
-from quantkit.handover.verify import LOADTEST, MANIFEST, SIGNATURE, UNHASHED, Verified, verify
+from quantkit.handover.verify import ADDED, MANIFEST, SIGNATURE, UNHASHED, Verified, verify
 from quantkit.storage.files import read_bytes, write_atomic
 from quantkit.storage.scan import scan
 
@@ -94,7 +95,7 @@ class Held:
     @property
     def serialization_type(self) -> dict[str, Any]:
         """How others must hash the folder to get the same list."""
-        later = [SIGNATURE, LOADTEST]
+        later = [SIGNATURE, *ADDED]
         return {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": later}
 
     def resource_descriptors(self) -> Iterator[Resource]:

@@ -8,7 +8,7 @@ checked by `quantkit verify --deep` (deep/), who made it by its signature (signi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +25,9 @@ INDEX = "model.safetensors.index.json"
 SCHEMA_VERSION = 1
 UNHASHED = frozenset({"quantkit/timings.json"})
 """What may lie in an artifact without a hash: figures that depend on the clock."""
-LOADTEST = "quantkit/loadtest.json"
-"""What `quantkit loadtest` adds later; neither manifest nor signature speaks of it, and nothing is published of it."""
+LOADTEST, LOADTEST_PAGE = "quantkit/loadtest.json", "quantkit/loadtest.html"
+ADDED = (LOADTEST, LOADTEST_PAGE)
+"""What `quantkit loadtest` adds later, by other machines: neither manifest nor signature speaks of it."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 READERS = 4
 """Files that are read at once."""
@@ -34,7 +35,8 @@ READERS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What was checked. sha256: of every hashed file; notes: what was not looked at, and why."""
+    """What was checked. sha256: of every hashed file; unsealed: files beside them that nobody vouches for; notes: what
+    was not looked at, and why."""
 
     path: Path
     status: str
@@ -43,6 +45,7 @@ class Verified:
     n_bytes: int
     modules: int = 0
     sha256: Mapping[str, str] = field(default_factory=dict)
+    unsealed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -89,6 +92,8 @@ def verify(path: Path) -> Verified:
             faults += [*config_faults(config, found), *unfit]
             notes = (note,) if note else ()
     faults += report_faults(path, manifest, here)
+    added = tuple(name for name in ADDED if present.get(name) == "file")
+    faults += added_faults(path, added)
     refuse(path, faults)
     return Verified(
         path=path,
@@ -98,6 +103,7 @@ def verify(path: Path) -> Verified:
         n_bytes=sum((path / name).stat().st_size for name in here),
         modules=len(modules),
         sha256={name: each.sha256 for name, each in scanned.items() if each.sha256},
+        unsealed=added,
         notes=notes,
     )
 
@@ -176,17 +182,25 @@ def name_faults(
     free = {str(name) for name in told} if isinstance(told, list) else set()
     for name in sorted(free - UNHASHED):
         yield f"{MANIFEST}: unhashed: expected {', '.join(UNHASHED)} at most, found {name}"
-    beside = {MANIFEST, SIGNATURE, LOADTEST, *(free & UNHASHED)}
+    beside = {MANIFEST, SIGNATURE, *ADDED, *(free & UNHASHED)}
     for name in sorted(set(present) - set(files) - beside):
         yield f"{name}: not in the manifest"
     for name in sorted(beside & set(present)):
         if present[name] != "file":
             yield f"{name}: {present[name]}, expected a file"
     for name in sorted(files):
-        if name in {MANIFEST, SIGNATURE, LOADTEST, *UNHASHED}:
+        if name in {MANIFEST, SIGNATURE, *ADDED, *UNHASHED}:
             yield f"{MANIFEST}: files: {name}: expected without a hash, found one"
         if name.endswith(PICKLED) and not name.startswith("vocab."):
             yield f"{name}: a pickle, which runs code when it is loaded; an artifact holds safetensors only"
+
+
+def added_faults(path: Path, added: Sequence[str]) -> Iterator[str]:
+    """What is wrong with files that were added later: of a load test the form, for nothing says which figures."""
+    if LOADTEST in added:
+        from quantkit.checks.loadtest import load_faults  # pydantic: when there is one
+
+        yield from (fault.removeprefix(f"{path}/") for fault in load_faults(path / LOADTEST))
 
 
 def hash_faults(

@@ -1,6 +1,5 @@
 """How a server bears load: GuideLLM asks, quantkit keeps what it found beside the artifact and compares it.
 
-schema   what is kept: one level per number of concurrent requests
 prompts  what is asked: rows of a data set
 tool     GuideLLM's scenario, process and results
 engine   what the server itself tells: its model, its prefix cache

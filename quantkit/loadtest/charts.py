@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantkit.loadtest.schema import LoadTest
+from quantkit.checks.loadtest import LoadTest
 from quantkit.report.charts import Plot, Spec, chart, colour_by
 
 QUANTILES = ("p50", "p99")

@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx2
 
+from quantkit.checks.loadtest import Cache
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.loadtest.schema import Cache
 
 SECONDS = 10.0
 COUNTERS: Mapping[str, tuple[str, str]] = {

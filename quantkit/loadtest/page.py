@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from quantkit.checks.loadtest import LoadTest
 from quantkit.loadtest import tables
 from quantkit.loadtest.charts import charts
-from quantkit.loadtest.schema import LoadTest
 from quantkit.report import html
 from quantkit.report.html import Tile
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from quantkit.checks.loadtest import Level, LoadTest
 from quantkit.loadtest import engine, tool
 from quantkit.loadtest.prompts import Prompts
-from quantkit.loadtest.schema import Level, LoadTest
 
 WARM_REQUESTS = 4
 PER_LEVEL = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from quantkit.loadtest.schema import Level, LoadTest
+from quantkit.checks.loadtest import Level, LoadTest
 from quantkit.report.tables import Table
 
 Show = Callable[[Level], str]

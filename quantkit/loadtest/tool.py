@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.checks.loadtest import Level, Spread
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.loadtest.schema import Level, Spread
 from quantkit.storage.files import read_json, write_atomic
 
 PROGRAM = "guidellm"

@@ -1,17 +1,19 @@
-"""What is kept of a load test, as JSON. Times in milliseconds, throughput per second of the level's own time."""
+"""What is kept of a load test, as JSON, and whether a file is one.
+
+Times in milliseconds, throughput per second of the level's own time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quantkit.errors import ArtifactError
-from quantkit.handover.verify import LOADTEST
+from quantkit.storage.files import read_json
 
-FILE = LOADTEST
-"""Where it lies in an artifact: made later than the manifest, by other machines, and so without a hash."""
 Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -76,7 +78,7 @@ class LoadTest(Part):
     started: str  # UTC
     machine: str  # of the side that asked
     note: str = Field(default="", max_length=500)  # what served, in the operator's words
-    levels: tuple[Level, ...]
+    levels: Annotated[tuple[Level, ...], Field(min_length=1)]
 
     def comparable(self, other: LoadTest) -> str | None:
         """Why two runs cannot be laid side by side; None when they asked the same in the same way."""
@@ -85,6 +87,19 @@ class LoadTest(Part):
             if mine != theirs:
                 return f"{name}: {mine} and {theirs}"
         return None
+
+
+def read(path: Path) -> LoadTest:
+    """The run in a file; ArtifactError when that is none."""
+    return parse(read_json(path, ArtifactError), str(path))
+
+
+def load_faults(path: Path) -> Iterator[str]:
+    """Why a file is no load test's."""
+    try:
+        read(path)
+    except ArtifactError as fault:
+        yield str(fault)
 
 
 def parse(values: Mapping[str, object], where: str) -> LoadTest:
