@@ -18,7 +18,7 @@ from quantkit.checks.loadtest import Cache, LoadTest, parse
 from quantkit.cli import main
 from quantkit.errors import ArtifactError, QuantkitError, UsageError
 from quantkit.handover.verify import LOADTEST as FILE
-from quantkit.handover.verify import verify
+from quantkit.handover.verify import LOADTEST_PAGE, verify
 from quantkit.loadtest import engine, tables, tool
 from quantkit.loadtest.charts import charts
 from quantkit.loadtest.page import render
@@ -134,9 +134,20 @@ def test_a_run_asks_each_level_reads_the_cache_and_keeps_the_result(artifact: Pa
     assert [level.cache for level in kept.levels] == [Cache(asked=100, hits=40)] * 2
     assert "40.0%" in found.output and "Under load" in found.output
     assert "<script" in page.read_text()
-    verify(artifact)  # what was added is known to it
+    assert "<script" in (artifact / LOADTEST_PAGE).read_text()
+    assert verify(artifact).unsealed == (FILE, LOADTEST_PAGE)  # what was added is known to it
     again = run(str(artifact), "--json")
     assert parse(json.loads(again.output), "again") == kept
+
+
+def test_nothing_else_is_written_into_an_artifact(artifact: Path) -> None:
+    """A file that its manifest does not know would break it."""
+    for option, place in (("--html", "load.html"), ("--output", "quantkit/x.json"), ("--html", FILE)):
+        found = run("http://127.0.0.1:9/v1", option, str(artifact / place))
+        assert found.exit_code == 2 and f"{option}: {artifact / place}: expected a place outside" in found.output
+    (artifact / FILE).write_text(example().model_dump_json())
+    assert run(str(artifact), "--html", str(artifact / LOADTEST_PAGE)).exit_code == 0
+    assert verify(artifact).unsealed == (FILE, LOADTEST_PAGE)
 
 
 def test_the_key_is_in_no_command_line_and_in_no_result(artifact: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -253,7 +264,10 @@ def test_a_damaged_result_does_not_pass_and_diff_shows_the_rest(artifact: Path, 
     other = Path(shutil.copytree(artifact, tmp_path / "other"))
     (artifact / FILE).write_text(example().model_dump_json())
     assert verify(artifact).unsealed == (FILE,)
-    for text, told in (("{", "expected JSON, found an error"), ('{"evil": 1}', r"tool: Field required; run the load test again")):
+    for text, told in (
+        ("{", "expected JSON, found an error"),
+        ('{"evil": 1}', r"tool: Field required; run the load test again"),
+    ):
         (other / FILE).write_text(text)
         with pytest.raises(ArtifactError, match=rf"{FILE}: .*{told}"):
             verify(other)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("url")
-@click.option("--artifact", type=click.Path(path_type=Path), help="Keep the result beside this artifact's report.")
+@click.option("--artifact", type=click.Path(path_type=Path), help="Keep result and page beside this artifact's report.")
 @click.option("--data", default="tiny-v3-math", help="Prompts: a JSONL or text file, or a set of evals/data.")
 @click.option("--concurrency", default="1,2,4,8,16", metavar="N[,N]", help="Requests at once, level by level.")
 @click.option("--requests", type=click.IntRange(1), default=64, help="Requests per level, at least 4 per place (64).")
@@ -47,14 +47,15 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
 
     Example: quantkit loadtest http://localhost:8000/v1 --artifact artifacts/tiny-v3-awq4 --html load.html
     """
-    from quantkit.handover.verify import LOADTEST
+    from quantkit.handover.verify import LOADTEST, LOADTEST_PAGE, read_manifest
     from quantkit.loadtest import engine, tool
     from quantkit.loadtest.prompts import read_prompts
     from quantkit.loadtest.run import load_test
     from quantkit.loadtest.tables import levels
     from quantkit.report.terminal import table
-    from quantkit.storage.files import write_atomic, write_json
 
+    refuse_inside(output, "--output", LOADTEST)
+    refuse_inside(html, "--html", LOADTEST_PAGE)
     if Path(url).is_dir():
         run = stored(Path(url))
     else:
@@ -62,8 +63,6 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
             raise UsageError(f"--note: expected at most 500 characters, found {len(note)}; shorten it")
         key, address, steps = os.environ.get(key_variable, ""), engine.base(url), levels_of(concurrency)
         if artifact is not None:
-            from quantkit.handover.verify import read_manifest
-
             read_manifest(artifact)
         prompts = read_prompts(data)
         setup = tool.Setup(
@@ -74,17 +73,36 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
         run = load_test(setup, prompts, steps, metrics or address, lambda text: click.echo(text, err=True))
         run = run.model_copy(update={"note": note})
         if artifact is not None:
-            write_json(artifact / LOADTEST, run.model_dump(mode="json"))
-    if output is not None:
-        write_json(output, run.model_dump(mode="json"))
-    if html is not None:
-        from quantkit.loadtest.page import render
-
-        write_atomic(html, render(run).encode())
+            keep(run, artifact / LOADTEST, artifact / LOADTEST_PAGE)
+    keep(run, output, html)
     if json_out:
         as_json(run.model_dump(mode="json"))
     else:
         show(table(levels(run)))
+
+
+def refuse_inside(place: Path | None, option: str, name: str) -> None:
+    """UsageError for a file in an artifact's folder that `verify` would not know; `name` is the one that it does."""
+    from quantkit.handover.verify import MANIFEST
+
+    for folder in place.resolve().parents if place else ():
+        if place and (folder / MANIFEST).is_file() and place.resolve() != folder / name:
+            raise UsageError(
+                f"{option}: {place}: expected a place outside the artifact {folder}, or {name} in it, which its "
+                "manifest leaves room for; write it elsewhere"
+            )
+
+
+def keep(run: LoadTest, result: Path | None, page: Path | None) -> None:
+    """Write a run as JSON and as a page."""
+    from quantkit.storage.files import write_atomic, write_json
+
+    if result is not None:
+        write_json(result, run.model_dump(mode="json"))
+    if page is not None:
+        from quantkit.loadtest.page import render
+
+        write_atomic(page, render(run).encode())
 
 
 def stored(artifact: Path) -> LoadTest:
