@@ -10,10 +10,11 @@ import pytest
 from damage import edit_json, rehash
 from places.here import KINDS, Place
 from places.using import LAST, WRITING, Record, fetched, files, flipped, other, sent
+from test_loadtest import example
 
 from quantkit.errors import ArtifactError, TransferError, UsageError
 from quantkit.handover.publishing import publish
-from quantkit.handover.verify import MANIFEST, SIGNATURE, verify
+from quantkit.handover.verify import LOADTEST, LOADTEST_PAGE, MANIFEST, SIGNATURE, verify
 
 QUICK = {"file", "oci", "hf"}
 
@@ -70,6 +71,18 @@ def test_the_signature_travels_too(artifact: Path, there: Place, tmp_path: Path)
     assert sent(artifact, there.address).files == ()
     fetched(there.address, tmp_path / "again")
     assert (tmp_path / "again" / SIGNATURE).read_text() == '{"signed": "again"}'
+
+
+def test_a_load_test_travels_and_its_page_does_not(artifact: Path, there: Place, tmp_path: Path) -> None:
+    """Figures can be checked by their form; a page of somebody else's could say and do anything."""
+    (artifact / LOADTEST).write_text(example().model_dump_json())
+    (artifact / LOADTEST_PAGE).write_text("<script>")
+    sent(artifact, there.address)
+    fetched(there.address, tmp_path / "got")
+    assert (tmp_path / "got" / LOADTEST).read_text() == (artifact / LOADTEST).read_text()
+    assert not (tmp_path / "got" / LOADTEST_PAGE).exists()
+    (artifact / LOADTEST).unlink()
+    assert sent(artifact, there.address).files == ()  # it is no stranger there
 
 
 # ------------------------------------------------------------------------------------------------ half of a publication

@@ -20,7 +20,7 @@ from quantkit.handover.transfer import (
     resumable,
     unhashed,
 )
-from quantkit.handover.verify import MANIFEST, SIGNATURE, verify
+from quantkit.handover.verify import LOADTEST, LOADTEST_PAGE, MANIFEST, SIGNATURE, verify
 from quantkit.progress import Tell
 from quantkit.storage.files import brief, parse_json, read_json, sha256_file
 from quantkit.storage.names import name_faults
@@ -64,11 +64,16 @@ def publish(
 
 
 def outgoing(artifact: Path) -> tuple[list[Item], Item]:
-    """The files of an artifact that was verified, the largest first, and its manifest."""
+    """The files of an artifact that was verified, the largest first, and its manifest.
+
+    A load test's figures go along, its page does not: nobody could tell whether that is the page of these figures.
+    """
     hashes = files_of(read_json(artifact / MANIFEST, ArtifactError), str(artifact))
     items = []
     for path in (path for path in artifact.rglob("*") if path.is_file()):
         name = path.relative_to(artifact).as_posix()
+        if name == LOADTEST_PAGE:
+            continue
         known = hashes.get(name)
         sha256 = known.sha256 if known and known.sha256 else sha256_file(path, ArtifactError)
         items.append(Item(name=name, path=path, n_bytes=path.stat().st_size, sha256=sha256))
@@ -101,7 +106,7 @@ def names_in(manifest: bytes) -> set[str]:
     """The good names in a manifest that somebody else wrote; none in one that cannot be read."""
     try:
         values = parse_json(manifest, MANIFEST, TransferError)
-        files = {*files_of(values, MANIFEST), *unhashed(values), SIGNATURE}
+        files = {*files_of(values, MANIFEST), *unhashed(values), SIGNATURE, LOADTEST}
     except QuantkitError:
         return set()
     return set() if any(name_faults(files)) else files

@@ -22,7 +22,7 @@ from quantkit.handover.transfer import (
     size,
     unhashed,
 )
-from quantkit.handover.verify import MANIFEST, SCHEMA_VERSION, SIGNATURE, verify
+from quantkit.handover.verify import LOADTEST, MANIFEST, SCHEMA_VERSION, SIGNATURE, verify
 from quantkit.progress import Tell
 from quantkit.storage.files import JSON_LIMIT_BYTES, brief, disk_free, parse_json
 from quantkit.storage.landing import Landing, Present, Wanted, landing, occupant
@@ -82,7 +82,7 @@ def arriving(remote: Remote, content: bytes, patience: Patience) -> tuple[list[W
             f"{brief(values.get('schema_version'))}; use the quantkit that made it"
         )
     files = files_of(values, where)
-    free = [*unhashed(values), SIGNATURE]
+    free = [*unhashed(values), SIGNATURE, LOADTEST]
     check_names([*files, *(name for name in free if name not in files), MANIFEST], where)
     present = patiently(remote.sizes, where, patience)
     faults = [
