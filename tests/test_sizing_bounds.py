@@ -16,6 +16,7 @@ from quantkit.sizing.fit import Fit, fits
 from quantkit.sizing.model import Mixture, Model
 from quantkit.sizing.needs import needs
 from quantkit.sizing.read import model_of, recipe_models
+from quantkit.sizing.shares import SERVERS, Server
 from quantkit.sizing.tables import interconnect
 from quantkit.storage.builtin import folder
 
@@ -151,29 +152,40 @@ def test_the_workspace_of_experts_is_what_vllm_allocates(v3: Model) -> None:
     assert routed_bytes(v3, v3.mixture, 8) == 2 * (workspace13 + workspace2 + output)
 
 
-def test_advice_fits_into_what_is_free_and_shows_it(v3: Model, cards: Cards) -> None:
-    for key in ("h100", "h200", "l40s", "mi300x"):
+@pytest.mark.parametrize("server", SERVERS)
+def test_advice_fits_into_what_an_engine_leaves_and_shows_it(v3: Model, cards: Cards, server: Server) -> None:
+    for key in ("h100", "h200", "mi300x"):
         found = placed(v3, cards.cards[key])
-        advised = advice(found)
+        advised = advice(found, server)
         assert advised is not None and found.placement is not None
-        held = found.placement.weights_bytes + found.placement.kv_bytes
-        assert advised.margin_bytes == found.card.memory_bytes - held
+        held, memory = found.placement.weights_bytes + found.placement.kv_bytes, found.card.memory_bytes
+        left = {"vllm": 0.90 * memory - held, "sglang": 0.15 * memory}
+        assert advised.free_bytes == pytest.approx(left[server])
         assert advised.used == advised.safe * advised.per_token
-        assert advised.used + advised.left + RUNTIME_BYTES + advised.logits_bytes == advised.margin_bytes
-        assert advised.left >= RESERVE * advised.margin_bytes - 1
+        assert advised.used + advised.left + RUNTIME_BYTES + advised.logits_bytes == advised.free_bytes
+        assert advised.left >= RESERVE * advised.free_bytes - 1
         one_step_more = advised.used + STEP * advised.per_token
-        assert one_step_more + RUNTIME_BYTES + advised.logits_bytes > (1 - RESERVE) * advised.margin_bytes
+        full = one_step_more + RUNTIME_BYTES + advised.logits_bytes > (1 - RESERVE) * advised.free_bytes
+        assert full or advised.safe == found.needs.users * found.needs.context
         assert advised.safe % STEP == 0 and advised.worst <= advised.even <= advised.safe
+
+
+def test_a_step_holds_no_more_than_all_requests(cards: Cards) -> None:
+    """10 users of 512 tokens were told 2,237,184."""
+    (tiny,) = recipe_models(parse((folder("recipes") / "tiny-v3-awq4.yaml").read_text(), "tiny-v3-awq4"))
+    for server in SERVERS:
+        advised = advice(placed(tiny, cards.cards["rtx4090"], 512), server)
+        assert advised is not None and advised.safe == advised.even == advised.worst == 10 * 512
 
 
 def test_in_the_worst_case_a_rank_holds_the_tokens_of_all_ranks(v3: Model, cards: Cards) -> None:
     """Four ranks of 64 experts each: 4 x 8 copies of full width reach one rank for each of its own tokens."""
     found = placed(v3, cards.cards["h200"])
-    advised = advice(found)
+    advised = advice(found, "vllm")
     assert advised is not None and found.placement is not None and found.placement.tp == 4
     plain = advised.per_token - advised.routed_per_token
     copies = 2 * (4 * 8 * (max(2 * 2048, 7168) + max(2048, 7168)) + 7168)
-    room = advised.margin_bytes - RUNTIME_BYTES - advised.reserve_bytes - advised.logits_bytes
+    room = advised.free_bytes - RUNTIME_BYTES - advised.reserve_bytes - advised.logits_bytes
     assert advised.worst == room // (plain + copies) // STEP * STEP
 
 
@@ -181,19 +193,19 @@ def test_one_rank_is_sent_all_in_any_case(v3: Model, cards: Cards) -> None:
     found = placed(v3, cards.cards["h200"])
     assert found.placement is not None
     memory = found.card.memory_gb.model_copy(update={"value": 4000.0})
-    alone = advice(fits(needs(v3, 8192, 10), found.card.model_copy(update={"memory_gb": memory})))
+    alone = advice(fits(needs(v3, 8192, 10), found.card.model_copy(update={"memory_gb": memory})), "vllm")
     assert alone is not None and alone.safe == alone.even == alone.worst > 0
 
 
 def test_advice_does_not_ask_for_more_than_nothing(v3: Model, cards: Cards) -> None:
     found = placed(v3, cards.cards["h200"], users=10)
     full = replace(found, placement=replace(found.placement, kv_bytes=0, weights_bytes=found.card.memory_bytes - 10**9))
-    advised = advice(full)
+    advised = advice(full, "vllm")
     assert advised is not None and advised.safe == advised.even == advised.worst == 0
 
 
 def test_dense_models_get_no_advice_on_experts(cards: Cards) -> None:
-    assert advice(placed(model_of(QWEN_32B), cards.cards["h200"])) is None
+    assert advice(placed(model_of(QWEN_32B), cards.cards["h200"]), "vllm") is None
 
 
 # ---------------------------------------------------------------------------------------------------------------- cards

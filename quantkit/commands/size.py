@@ -108,6 +108,7 @@ def view(found: dict[str, Fit], dated: Cards, *, in_full: bool) -> list[Renderab
     from quantkit.sizing import tables
     from quantkit.sizing.batch import advice
     from quantkit.sizing.bounds import bounds
+    from quantkit.sizing.shares import SERVERS
 
     fits = list(found.values())
     model = fits[0].needs.model
@@ -121,7 +122,8 @@ def view(found: dict[str, Fit], dated: Cards, *, in_full: bool) -> list[Renderab
             shown.append(table(tables.bounds_table(fit, limits)))
             shown += [Text(sentence) for sentence in (*tables.interconnect(fit, limits), "")]
         shown.append(table(tables.degrees(fit)))
-        batches, advised = tables.batches(fit), advice(fit)
+        batches = tables.batches(fit)
+        advised = {server: each for server in SERVERS if (each := advice(fit, server))}
         shown += [table(batches)] if batches else []
         shown += [table(tables.advice_table(advised, fit))] if advised else []
         shown.append(table(tables.card_facts(fit.card, dated)))

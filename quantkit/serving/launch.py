@@ -9,23 +9,22 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil
 from typing import Literal
 
 from quantkit.errors import UsageError
 from quantkit.packing.engine_names import SERVERS
 from quantkit.serving.target import Target
+from quantkit.sizing.batch import STEP, advice
 from quantkit.sizing.cards import Card
 from quantkit.sizing.fit import Fit, Placement, fits
 from quantkit.sizing.needs import Needs
+from quantkit.sizing.shares import Server, share_of, usual_step
 
 Engine = Literal["vllm", "sglang", "transformers"]
 SHOWN: dict[Engine, str] = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
 MASTER = "MASTER"
 """What stands for the first node's address in a command for several nodes."""
 MASTER_PORT = 29501
-VLLM_SHARE, VLLM_MOST = 0.90, 0.96
-SGLANG_SHARE, SGLANG_MOST = 0.85, 0.92
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,8 +110,9 @@ def vllm_flags(needs: Needs, fit: Fit, placement: Placement) -> Iterator[Flag]:
     """vLLM's own, in the order of `vllm serve --help`."""
     yield Flag(name="--max-model-len", value=str(needs.context), why=context_why(needs))
     yield from parallel(placement, "--tensor-parallel-size", "--pipeline-parallel-size", fit)
-    share, why = share_of(needs, fit, placement, VLLM_SHARE, VLLM_MOST, 1 + needs.margin)
+    share, why = memory_share(fit, placement, "vllm")
     yield Flag(name="--gpu-memory-utilization", value=share, why=f"weights, cache and workspace: {why}")
+    yield from step(fit, "vllm", "--max-num-batched-tokens")
     dtype = "fp8" if needs.kv == "fp8" else "auto"
     yield Flag(name="--kv-cache-dtype", value=dtype, why=cache_why(needs))
     yield Flag(name="--enable-prefix-caching", value="", why="prompts that begin alike share their cache")
@@ -124,8 +124,9 @@ def sglang_flags(needs: Needs, fit: Fit, placement: Placement) -> Iterator[Flag]
     """SGLang's own; its prefix cache (RadixAttention) is on unless it is switched off."""
     yield Flag(name="--context-length", value=str(needs.context), why=context_why(needs))
     yield from parallel(placement, "--tp-size", "--pp-size", fit)
-    share, why = share_of(needs, fit, placement, SGLANG_SHARE, SGLANG_MOST, 1.0)
+    share, why = memory_share(fit, placement, "sglang")
     yield Flag(name="--mem-fraction-static", value=share, why=f"weights and cache: {why}")
+    yield from step(fit, "sglang", "--chunked-prefill-size")
     dtype = "fp8_e4m3" if needs.kv == "fp8" else "auto"
     yield Flag(name="--kv-cache-dtype", value=dtype, why=cache_why(needs))
     yield Flag(name="--max-running-requests", value=str(needs.users), why="requests at once; the others wait")
@@ -143,14 +144,27 @@ def parallel(placement: Placement, tensor: str, pipeline: str, fit: Fit) -> Iter
         yield Flag(name=pipeline, value=str(placement.pp), why=f"{placement.cards} cards on {placement.nodes} node(s)")
 
 
-def share_of(needs: Needs, fit: Fit, placement: Placement, usual: float, most: float, factor: float) -> tuple[str, str]:
-    """The share of a card's memory to ask for: the usual one, more where the plan needs more."""
-    memory = fit.card.memory_bytes
-    needed = (placement.weights_bytes + placement.kv_bytes) * factor / memory
-    share = min(most, max(usual, ceil(100 * needed) / 100))
-    margin = f" x {factor:g}" if factor != 1 else ""
-    told = f"({placement.weights_bytes / 1e9:.1f} + {placement.kv_bytes / 1e9:.1f}){margin} of {memory / 1e9:.0f} GB"
-    return f"{share:.2f}", f"{told} a card = {needed:.2f}; what is left over becomes cache"
+def memory_share(fit: Fit, placement: Placement, server: Server) -> tuple[str, str]:
+    """The share of a card's memory to ask for, and why."""
+    share = share_of(fit, placement, server)
+    margin = f" x {1 + fit.needs.margin:g}" if server == "vllm" else ""
+    held = f"({placement.weights_bytes / 1e9:.1f} + {placement.kv_bytes / 1e9:.1f}){margin}"
+    told = f"{held} of {fit.card.memory_bytes / 1e9:.0f} GB a card = {share.needed:.2f}"
+    if share.missing:
+        return f"{share.value:.2f}", f"{told}, held to {share.value:.2f}: {share.missing / 1e9:.2f} GB are missing"
+    return f"{share.value:.2f}", f"{told}; what is left over becomes cache"
+
+
+def step(fit: Fit, server: Server, name: str) -> Iterator[Flag]:
+    """Tokens of a step, where the engine's own number takes more than the plan leaves."""
+    advised, usual = advice(fit, server), usual_step(fit.card, server)
+    if advised is None or advised.safe >= min(usual, fit.needs.users * fit.needs.context):
+        return
+    least = -(-fit.needs.users // STEP) * STEP  # each request decodes one token
+    why = f"{advised.per_token:,} bytes a token; {usual:,}, the usual number, takes more than is left beside the cache"
+    if advised.safe < least:
+        why += ", and so may these: ask for fewer users"
+    yield Flag(name=name, value=str(max(least, advised.safe)), why=why)
 
 
 def context_why(needs: Needs) -> str:

@@ -1,4 +1,4 @@
-"""How many tokens a step may hold: what activations need, against the margin that was left for them.
+"""How many tokens a step may hold: what activations need, against what the engine leaves for them.
 
 All experts lie in memory, so a step takes the same for its weights whichever experts its tokens hit. Its workspace
 grows with its tokens: each is copied top_k times, through the experts and back. Under tensor parallelism that is all,
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from quantkit.sizing.fit import Fit
 from quantkit.sizing.model import Mixture, Model
+from quantkit.sizing.shares import Server, left_for_steps
 
 RUNTIME_BYTES = 2_000_000_000
-"""Taken off the margin for the CUDA context, communication buffers and CUDA graphs: assumed, not measured."""
+"""Taken off what is left for the CUDA context, communication buffers and CUDA graphs: assumed, not measured."""
 
 RESERVE = 0.2  # share of what is free that advice leaves alone, for fragmentation
 STEP = 256  # tokens: what advice is rounded down to
@@ -23,7 +24,7 @@ LOGIT_BYTES = 4  # float32, of each request's last token
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """Tokens per step that fit into the margin of the fullest card.
+    """Tokens per step that fit into what an engine leaves of the fullest card; never more than all requests hold.
 
     per_token: bytes of one token's activations, of which `routed_per_token` are copies for experts; safe: under tensor
     parallelism, whatever is routed where; worst: of each rank under expert parallelism if one is sent everything; even:
@@ -31,7 +32,7 @@ class Advice:
     free beside it, the reserve included.
     """
 
-    margin_bytes: int
+    free_bytes: int
     runtime_bytes: int
     reserve_bytes: int
     logits_bytes: int
@@ -44,16 +45,16 @@ class Advice:
     left: int
 
 
-def advice(fit: Fit) -> Advice | None:
-    """How many tokens a step may hold on the cards a mixture was placed on; None for dense models and no placement."""
+def advice(fit: Fit, server: Server) -> Advice | None:
+    """How many tokens a step of an engine may hold on the cards a mixture was placed on; None for dense models and no
+    placement."""
     placement, model = fit.placement, fit.needs.model
     if placement is None or model.mixture is None:
         return None
-    held = placement.weights_bytes + placement.kv_bytes
-    margin = fit.card.memory_bytes - held
+    free = left_for_steps(fit, placement, server)
     logits = fit.needs.users * model.vocabulary * LOGIT_BYTES
-    reserve = round(RESERVE * margin)
-    room = margin - RUNTIME_BYTES - reserve - logits
+    reserve = round(RESERVE * free)
+    room = free - RUNTIME_BYTES - reserve - logits
     ranks = placement.tp
     other = plain_bytes(model, ranks)
     routed = routed_bytes(model, model.mixture, ranks)
@@ -61,26 +62,27 @@ def advice(fit: Fit) -> Advice | None:
     arriving = min(model.mixture.top_k, local)
     worst = other + copies_bytes(model, model.mixture.intermediate, arriving * ranks)  # every rank's tokens meet here
     even = other + copies_bytes(model, model.mixture.intermediate, model.mixture.top_k)
-    safe = tokens(room, other + routed)
+    most = fit.needs.users * fit.needs.context
+    safe = tokens(room, other + routed, most)
     used = safe * (other + routed)
     return Advice(
-        margin_bytes=margin,
+        free_bytes=free,
         runtime_bytes=RUNTIME_BYTES,
         reserve_bytes=reserve,
         logits_bytes=logits,
         per_token=other + routed,
         routed_per_token=routed,
         safe=safe,
-        worst=tokens(room, worst),
-        even=tokens(room, even),
+        worst=tokens(room, worst, most),
+        even=tokens(room, even, most),
         used=used,
-        left=margin - RUNTIME_BYTES - logits - used,
+        left=free - RUNTIME_BYTES - logits - used,
     )
 
 
-def tokens(room: int, per_token: int) -> int:
-    """Tokens that fit, in whole steps."""
-    return max(0, room // per_token // STEP * STEP)
+def tokens(room: int, per_token: int, most: int) -> int:
+    """Tokens that fit, in whole steps, of `most` that there can be."""
+    return min(most, max(0, room // per_token // STEP * STEP))
 
 
 def routed_bytes(model: Model, mixture: Mixture, tp: int) -> int:

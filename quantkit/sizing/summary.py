@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from quantkit.sizing.batch import advice
+from quantkit.sizing.batch import Advice, advice
 from quantkit.sizing.bounds import Bounds, active_bytes, active_parameters
 from quantkit.sizing.fit import Fit
 from quantkit.sizing.model import Model
 from quantkit.sizing.needs import Needs
+from quantkit.sizing.shares import SERVERS
 
 Json = dict[str, object]
 
@@ -48,7 +49,8 @@ def needs_values(needs: Needs) -> Json:
 
 def fit_values(key: str, fit: Fit, made: Bounds | None) -> Json:
     """A card: whether and how the model fits, and its bounds; bounds are computed, not measured."""
-    placement, advised = fit.placement, advice(fit)
+    placement = fit.placement
+    advised = {server: found for server in SERVERS if (found := advice(fit, server))}
     return {
         "card": key,
         "name": fit.card.name,
@@ -69,16 +71,19 @@ def fit_values(key: str, fit: Fit, made: Bounds | None) -> Json:
         "max_context": fit.max_context,
         "max_users": fit.max_users,
         "bounds": bounds_values(made) if made else None,
-        "tokens_per_step": {
-            "safe": advised.safe,
-            "expert_parallel_even": advised.even,
-            "expert_parallel_worst": advised.worst,
-            "bytes_per_token": advised.per_token,
-            "free_bytes": advised.margin_bytes,
-            "left_bytes": advised.left,
-        }
-        if advised
-        else None,
+        "tokens_per_step": {server: advice_values(found) for server, found in advised.items()} or None,
+    }
+
+
+def advice_values(found: Advice) -> Json:
+    """Tokens per step of an engine."""
+    return {
+        "safe": found.safe,
+        "expert_parallel_even": found.even,
+        "expert_parallel_worst": found.worst,
+        "bytes_per_token": found.per_token,
+        "free_bytes": found.free_bytes,
+        "left_bytes": found.left,
     }
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from quantkit.report import numbers
 from quantkit.report.tables import Table
-from quantkit.sizing.batch import Advice
+from quantkit.sizing.batch import RESERVE, Advice
 from quantkit.sizing.bounds import Bound, Bounds, active_bytes, active_parameters, link_bytes
 from quantkit.sizing.cards import GIB, Card, Cards
 from quantkit.sizing.fit import Fit
 from quantkit.sizing.model import Model
 from quantkit.sizing.needs import Needs
+from quantkit.sizing.shares import SERVERS, Server, share_of
 
 READ = {
     "headers": "exact, from the files' headers",
@@ -199,31 +200,46 @@ def batches(fit: Fit) -> Table | None:
     return Table(title="Batches", columns=columns, rows=tuple(rows), note=note)
 
 
-def advice_table(found: Advice, fit: Fit) -> Table:
-    """How many tokens a step may hold, and what of the margin that takes."""
-    logits = f"{fit.needs.users} users x {fit.needs.model.vocabulary:,} x 4 B"
-    each = f"{found.safe:,} tokens x {found.per_token:,} B, {found.routed_per_token:,} B of it copies for experts"
+def advice_table(found: Mapping[Server, Advice], fit: Fit) -> Table:
+    """How many tokens a step of each engine may hold, and what of a card that takes."""
+    assert fit.placement is not None
+    of = {server: share_of(fit, fit.placement, server).value for server in found}
+    free = {"vllm": "{:.2f} x card - weights - cache", "sglang": "(1 - {:.2f}) x card"}
+    told = "; ".join(f"{SERVERS[server]} {free[server].format(share)}" for server, share in of.items())
+    one = next(iter(found.values()))
+    needs, sides = fit.needs, found.values()
+    each = f"{one.per_token:,} B a token, {one.routed_per_token:,} B of it copies for experts"
+    reserve = f"{100 * RESERVE:g} % of the first line on purpose, for fragmentation"
     rows = (
-        ("free on the fullest card", "memory - weights - cache", numbers.size(found.margin_bytes)),
-        ("engine", "CUDA context, buffers, graphs: assumed", f"-{numbers.size(found.runtime_bytes)}"),
-        ("logits", logits, f"-{numbers.size(found.logits_bytes)}"),
-        ("activations", each, f"-{numbers.size(found.used)}"),
+        ("left to a step", told, *(numbers.size(max(0, side.free_bytes)) for side in sides)),
+        ("engine", "CUDA context, buffers, graphs: assumed", *(f"-{numbers.size(s.runtime_bytes)}" for s in sides)),
         (
-            "left",
-            f"of which {numbers.size(found.reserve_bytes)} on purpose, for fragmentation",
-            numbers.size(max(0, found.left)),
+            "logits",
+            f"{told_users(needs.users)} x {needs.model.vocabulary:,} x 4 B",
+            *(f"-{numbers.size(side.logits_bytes)}" for side in sides),
         ),
+        ("activations", each, *(f"-{numbers.size(side.used)}" for side in sides)),
+        ("left", reserve, *(numbers.size(max(0, side.left)) for side in sides)),
+        ("safe tokens", "whichever experts they hit", *(f"{side.safe:,}" for side in sides)),
     )
     note = (
-        f"Safe: {found.safe:,} tokens per step (--max-num-batched-tokens), whichever experts they hit: all experts lie "
-        "in memory, and under tensor parallelism the workspace depends on the tokens alone."
+        "Safe: all experts lie in memory, and under tensor parallelism the workspace depends on a step's tokens alone "
+        "(--max-num-batched-tokens, --chunked-prefill-size)."
     )
-    if fit.placement and fit.placement.tp > 1:
+    if fit.placement.tp > 1:
+        even = " and ".join(f"{side.even:,}" for side in sides)
+        worst = " and ".join(f"{side.worst:,}" for side in sides)
         note += (
-            f" With expert parallelism {found.even:,} tokens per rank if the router spreads them evenly, "
-            f"{found.worst:,} if one rank is sent all."
+            f" With expert parallelism {even} tokens per rank if the router spreads them evenly, {worst} if one rank "
+            "is sent all."
         )
-    return Table(title="Tokens per step", columns=("part", "how", ">bytes"), rows=rows, note=note)
+    columns = ("part", "how", *(f">{SERVERS[server]}" for server in found))
+    return Table(title="Tokens per step", columns=columns, rows=rows, note=note)
+
+
+def told_users(count: int) -> str:
+    """ "1 user", "10 users"."""
+    return f"{count:,} user" + ("s" if count != 1 else "")
 
 
 def interconnect(fit: Fit, made: Bounds) -> Iterator[str]:
