@@ -123,6 +123,15 @@ def test_a_claim_is_right_when_it_is_the_figure_rounded(claimed: float, value: f
 # ------------------------------------------------------------------------------------------------------------- the file
 
 
+def test_the_shipped_throughput_is_the_share_of_the_bound_that_it_says(shipped: Assumptions) -> None:
+    told = re.fullmatch(r"an assumption: (\d+) % of the ([\d,]+) that `quantkit (.+)` .*", shipped.throughput.source)
+    assert told is not None and shipped.owned is not None
+    (card,) = json.loads(CliRunner().invoke(main, [*told[3].split(), "--json"]).stdout)["cards"]
+    bound = card["bounds"]["decode_all"]["tokens_per_s"]
+    assert card["cards"] == shipped.owned.cards and f"{bound:,.0f}" == told[2]
+    assert round(100 * shipped.throughput.output_tokens_per_s / bound) == int(told[1])
+
+
 def test_the_shipped_assumptions_explain_every_key() -> None:
     text = defaults()
     for model in Assumptions.model_fields:
