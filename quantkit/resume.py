@@ -26,7 +26,8 @@ from quantkit.planning.plan import Plan
 from quantkit.progress import Tell
 from quantkit.storage import lock
 from quantkit.storage.checkpoint import Checkpoint
-from quantkit.storage.files import brief, make_folder
+from quantkit.storage.files import brief
+from quantkit.storage.folders import check_ours, make_ours, remove_ours
 from quantkit.storage.ledger import Ledger
 
 JOURNAL = "journal.jsonl"
@@ -76,7 +77,7 @@ class Begun:
 
     def finish(self) -> str:
         """Remove what only an unfinished build needs; a sentence when the disk keeps some of it."""
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        remove_ours(self.scratch)
         return (
             f"{self.scratch}: the build is done, this could not be removed; remove it" if self.scratch.exists() else ""
         )
@@ -86,7 +87,7 @@ class Begun:
         if told := self.told():
             error.add_note(told)
         else:
-            self.finish()
+            drop(self.plans)
 
     def told(self) -> str:
         """Where the build stands and how it goes on; nothing before its first step."""
@@ -120,14 +121,18 @@ def alone(plans: Sequence[Plan]) -> Iterator[None]:
 def interrupted(plans: Sequence[Plan], *, overwrite: bool, restart: bool) -> Ledger | None:
     """The journal of an interrupted build that has done something; `restart` lets it be forgotten.
 
-    UsageError when an artifact is in the way.
+    UsageError when an artifact is in the way, or something that no build made where this one works.
     """
+    for folder in (scratch(plans), *(artifact.staging(Path(plan.path)) for plan in plans)):
+        check_ours(folder)
     journal = None if restart else Ledger.open(scratch(plans) / JOURNAL)
     if journal is not None and not any(entry["kind"] == "step" for entry in journal.entries):
         journal = None  # nothing to lose
     for loop, together in enumerate(sharing(plans)):
         sealed = journal and ready(journal, loop)
         for plan in together:
+            if not sealed:  # else it may be what this build replaces
+                artifact.check_room(Path(plan.path))
             if not (sealed and artifact.is_sealed(Path(plan.path), sealed[plan.format_name])):
                 artifact.check_free(Path(plan.path), overwrite)
     return journal
@@ -144,13 +149,18 @@ def begin(
     if journal is not None:
         check_same(journal, plans, source, texts, tell)
         return Begun(plans=plans, journal=journal, resumed=True)
-    for plan in plans:
-        shutil.rmtree(artifact.staging(Path(plan.path)), ignore_errors=True)
-    shutil.rmtree(place, ignore_errors=True)
-    make_folder(place)
+    drop(plans)
+    make_ours(place)
     source.hashes(tell)
     entry = {"kind": "began", "stamps": source.stamps(), "of": identity(plans, source, texts)}
     return Begun(plans=plans, journal=Ledger.begin(place / JOURNAL, entry), resumed=False)
+
+
+def drop(plans: Sequence[Plan]) -> None:
+    """Remove what builds left beside the places of the plans' artifacts."""
+    for plan in plans:
+        remove_ours(artifact.staging(Path(plan.path)))
+    remove_ours(scratch(plans))
 
 
 def sharing(plans: Sequence[Plan]) -> list[list[Plan]]:

@@ -63,7 +63,6 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "building/artifact.py": frozenset({
         "read_bytes",
         "rename",
-        "rmtree",
         "unlink",
     }),  # the staging folder and its renaming
     "options.py": frozenset({"read_text"}),  # the recipe

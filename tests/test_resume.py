@@ -311,6 +311,41 @@ def test_a_damaged_journal_and_missing_shards_are_errors(
     assert "0 of 2 blocks are done" in build(source)[0]
 
 
+# ---------------------------------------------------------------------------------------------- what others put there
+
+
+@pytest.mark.parametrize("name", ["x.building", "x.building.scratch", "x.replaced", "x.building.lock"])
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_no_build_made_is_left_alone(source: Path, name: str, restart: bool, place: Path) -> None:
+    """A folder, a file or a link of the user's where a build works: refused, and as it was."""
+    keys = {"quantize": "{method: rtn, bits: 4, group_size: 64}", "fidelity": "none"}
+    theirs = place / name
+    if not name.endswith("lock"):
+        theirs.mkdir()
+        (theirs / "thesis.txt").write_text("years of work")
+        with pytest.raises(UsageError, match=rf"{theirs.name}: expected nothing.*; move it away"):
+            build(source, restart=restart, **keys)
+        theirs.rename(place / "elsewhere")
+        theirs.symlink_to("elsewhere")
+        with pytest.raises(UsageError, match=rf"{theirs.name}: expected nothing.*; move it away"):
+            build(source, restart=restart, **keys)
+        assert (theirs / "thesis.txt").read_text() == "years of work" and theirs.is_symlink()
+        theirs.unlink()
+    theirs.write_text("years of work")
+    with pytest.raises(UsageError, match=rf"{theirs.name}: expected .*; move it away"):
+        build(source, restart=restart, **keys)
+    assert theirs.read_text() == "years of work"
+    assert not (place / "x").exists()
+
+
+def test_an_empty_folder_is_taken(source: Path, place: Path) -> None:
+    """Of a build that was killed before its first file."""
+    for name in ("x.building", "x.building.scratch"):
+        (place / name).mkdir()
+    build(source, quantize="{method: rtn, bits: 4, group_size: 64}", fidelity="none")
+    assert {path.name for path in place.iterdir()} == {"x"}
+
+
 # ------------------------------------------------------------------------------------------------------- the journal
 
 

@@ -138,17 +138,32 @@ def test_links_lead_nowhere(built: Path, tmp_path: Path, record_property: Record
     sent(built, str(tmp_path / "there"))
     victim = tmp_path / "victim"
     victim.mkdir()
-    (tmp_path / "got.pulling").mkdir(exist_ok=True)
-    (tmp_path / "got.pulling/quantkit").symlink_to(victim)
+    (tmp_path / "got.pulling/quantkit").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "got.pulling/quantkit/samples").symlink_to(victim)
     (tmp_path / "got.pulling/config.json.part").symlink_to(victim / "new")
     fetched(str(tmp_path / "there"), tmp_path / "got")
     assert not list(victim.iterdir())
     assert files(tmp_path / "got") == files(built)
     (tmp_path / "more.pulling").symlink_to(victim)
-    with pytest.raises(UsageError, match="found a link; remove it"):
+    with pytest.raises(UsageError, match="found a link; move it away"):
         fetched(str(tmp_path / "there"), tmp_path / "more")
+    (tmp_path / "most.pulling").mkdir()
+    (tmp_path / "most.pulling/quantkit").symlink_to(victim)
+    with pytest.raises(UsageError, match=r"most\.pulling: .* found another folder; move it away"):
+        fetched(str(tmp_path / "there"), tmp_path / "most")
     assert not list(victim.iterdir())
     record_property("fault", "links at the source and in what an earlier pull left")
+
+
+@pytest.mark.parametrize("name", ["got.pulling", "got.pulling.replaced"])
+def test_what_no_pull_made_is_left_alone(built: Path, name: str, tmp_path: Path) -> None:
+    sent(built, str(tmp_path / "there"))
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match=rf"{name}: expected nothing, or .*, found another folder; move it away"):
+        fetched(str(tmp_path / "there"), tmp_path / "got")
+    assert (tmp_path / name / "thesis.txt").read_text() == "years of work"
+    assert {path.name for path in tmp_path.iterdir()} == {"there", name}
 
 
 def test_a_link_where_a_publication_goes(built: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ to `quantkit/timings.json`, the one file that the manifest does not hash: two bu
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,8 @@ from quantkit.packing.engine_names import HEAD
 from quantkit.planning.outputs import Shard
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import with_overrides
-from quantkit.storage.files import PART, make_folder, sha256_file, sync_folder, unwritable, write_atomic, write_json
+from quantkit.storage.files import PART, sha256_file, sync_folder, unwritable, write_atomic, write_json
+from quantkit.storage.folders import make_ours, remove_ours
 from quantkit.storage.tensors import ShardWriter, Written
 
 TIMINGS = "quantkit/timings.json"
@@ -120,12 +120,24 @@ def staging(path: Path) -> Path:
     return path.with_name(path.name + ".building")
 
 
+def replaced(path: Path) -> Path:
+    """Where an artifact lies that gives way to a new one, until that has its name."""
+    return path.with_name(path.name + ".replaced")
+
+
 def check_free(path: Path, overwrite: bool) -> None:
     """UsageError when something is at `path` that must not be replaced."""
     if path.exists() and not overwrite:
         raise UsageError(f"{path}: exists already; choose another output.path or pass --overwrite")
     if path.exists() and not (path / MANIFEST).is_file():
         raise UsageError(f"{path}: exists and is not an artifact of quantkit; --overwrite replaces artifacts only")
+
+
+def check_room(path: Path) -> None:
+    """UsageError when something is where an artifact goes that is replaced."""
+    old = replaced(path)
+    if old.exists() or old.is_symlink():
+        raise UsageError(f"{old}: expected nothing where a replaced artifact goes, found something; move it away")
 
 
 def prepare(plan: Plan, stored: Stored) -> Path:
@@ -139,8 +151,7 @@ def prepare(plan: Plan, stored: Stored) -> Path:
                 path.unlink()
     except OSError as fault:
         raise unwritable(folder, fault) from fault
-    make_folder(folder / "quantkit")
-    sync_folder(folder.parent)
+    make_ours(folder)
     return folder
 
 
@@ -211,13 +222,17 @@ def give_name(folder: Path, path: Path, manifest: str) -> None:
 
     ArtifactError when neither place holds the artifact whose manifest has this sha256.
     """
-    old = path.with_name(path.name + ".replaced")
+    old = replaced(path)
     if is_sealed(folder, manifest):
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
-        folder.rename(path)
-        sync_folder(path.parent)
+        try:
+            if path.exists():
+                path.rename(old)
+            folder.rename(path)
+            sync_folder(path.parent)
+        except OSError as fault:
+            raise unwritable(path, fault) from fault
     elif not is_sealed(path, manifest):
         raise ArtifactError(f"{path}: expected the artifact that was built, found none; begin anew with --restart")
-    shutil.rmtree(old, ignore_errors=True)
+    if old.is_symlink():  # the name was a link to the artifact, which stays
+        old.unlink()
+    remove_ours(old)

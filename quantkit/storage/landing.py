@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit.errors import ArtifactError, UsageError
+from quantkit.errors import ArtifactError
 from quantkit.storage.files import (
     PART,
     make_folder,
@@ -22,6 +21,7 @@ from quantkit.storage.files import (
     unwritable,
     write_atomic,
 )
+from quantkit.storage.folders import MARK, check_ours, make_ours, remove_ours
 from quantkit.storage.lock import held
 from quantkit.storage.remote import PIECE_BYTES
 
@@ -101,6 +101,7 @@ class Landing:
 
     def __init__(self, path: Path) -> None:
         self.path, self.folder = path, path.with_name(path.name + ".pulling")
+        self.replaced = path.with_name(path.name + ".pulling.replaced")
 
     def prepare(self, wanted: Iterable[Wanted]) -> Present:
         """Remove what is not wanted or wrong; what is left."""
@@ -111,7 +112,7 @@ class Landing:
                 name = path.relative_to(self.folder).as_posix()
                 part = files.get(name.removesuffix(PART))
                 if path.is_dir() and not path.is_symlink():
-                    if not any(path.iterdir()):
+                    if name != MARK and not any(path.iterdir()):
                         path.rmdir()
                 elif name in files and self._is(path, files[name]):
                     whole.add(name)
@@ -135,19 +136,18 @@ class Landing:
 
     def give_name(self) -> None:
         """Rename the folder; what lies there is replaced as a whole."""
-        old = self.path.with_name(self.path.name + ".pulling.replaced")
         try:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_ours(self.replaced)
             for folder in (path for path in self.folder.rglob("*") if path.is_dir()):
                 sync_folder(folder)
             sync_folder(self.folder)
             if self.path.exists():
-                self.path.rename(old)
+                self.path.rename(self.replaced)
             self.folder.rename(self.path)
             sync_folder(self.path.parent)
         except OSError as fault:
             raise unwritable(self.path, fault) from fault
-        shutil.rmtree(old, ignore_errors=True)
+        remove_ours(self.replaced)
 
     @staticmethod
     def _is(path: Path, wanted: Wanted) -> bool:
@@ -158,17 +158,19 @@ class Landing:
 
 @contextmanager
 def landing(path: Path) -> Iterator[Landing]:
-    """The place where an artifact named `path` arrives; UsageError when another pull is at work there."""
+    """The place where an artifact named `path` arrives; UsageError when it is not free for that."""
     place = Landing(path)
     with held(path.with_name(path.name + ".pulling.lock"), "pull", "another folder"):
-        make_folder(place.folder)
-        if place.folder.is_symlink():
-            raise UsageError(f"{place.folder}: expected a folder of this pull, found a link; remove it")
+        check_ours(place.replaced)
+        check_ours(place.folder)
+        make_ours(place.folder)
         try:
             yield place
         finally:
             with suppress(OSError):  # it has its name, or keeps what arrived
-                place.folder.rmdir()
+                if all(path.name == MARK for path in place.folder.iterdir()):
+                    (place.folder / MARK).rmdir()
+                    place.folder.rmdir()
 
 
 def occupant(path: Path, manifest: str) -> bytes | None:

@@ -44,11 +44,12 @@ def _taken(path: Path, what: str, instead: str) -> int:
         try:
             with suppress(FileExistsError):  # a file where the folder should be is told by the next line
                 path.parent.mkdir(parents=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except OSError as fault:
             raise unwritable(path.with_suffix(""), fault) from fault
         try:
             _take(path, descriptor, what, instead)
+            _check_ours(path, descriptor)
             if _names(path, descriptor):
                 text = json.dumps(_me()).encode()
                 os.ftruncate(descriptor, 0)
@@ -83,6 +84,12 @@ def _take(path: Path, descriptor: int, what: str, instead: str) -> None:
     )
 
 
+def _check_ours(path: Path, descriptor: int) -> None:
+    """UsageError for a file with something in it that no holder wrote."""
+    if os.pread(descriptor, _OWNER_BYTES, 0).strip(b"\0") and "pid" not in _owner(descriptor):
+        raise UsageError(f"{path}: expected a file that says who is at work, found another; move it away")
+
+
 def _names(path: Path, descriptor: int) -> bool:
     """Whether the open file still has its name."""
     try:
@@ -104,7 +111,7 @@ def _me() -> dict[str, object]:
 
 
 def _owner(descriptor: int) -> dict[str, object]:
-    """Who wrote the file; nothing for a file that is empty or torn."""
+    """Who wrote the file; nothing for a file that is empty, torn or another."""
     try:
         found = json.loads(os.pread(descriptor, _OWNER_BYTES, 0))
     except (ValueError, RecursionError):
