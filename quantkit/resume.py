@@ -1,6 +1,6 @@
 """A build that may have begun before: what it must have in common with itself, and what it takes up again.
 
-Beside the staging folders `<path>.building` lies `<first path>.building.scratch` with the journal and, while a build
+Beside the staging folders `<path>.building` lies `<output.path>.building.scratch` with the journal and, while a build
 loop runs, the hidden states of its streams. The journal's entries, in order:
 
     began    what the build is of: recipe, source, text, versions, machine kind
@@ -104,8 +104,8 @@ class Begun:
 
 
 def scratch(plans: Sequence[Plan]) -> Path:
-    """The folder beside the first staging folder that holds the journal."""
-    staging = artifact.staging(Path(plans[0].path))
+    """The folder that holds the journal: the same whatever formats the recipe has, and in whatever order."""
+    staging = artifact.staging(Path(plans[0].recipe.output.path))
     return staging.with_name(f"{staging.name}.scratch")
 
 
@@ -113,7 +113,8 @@ def scratch(plans: Sequence[Plan]) -> Path:
 def alone(plans: Sequence[Plan]) -> Iterator[None]:
     """Keep other builds out of the plans' folders; UsageError when one is at work there."""
     with ExitStack() as held:
-        for staging in (artifact.staging(Path(plan.path)) for plan in plans):
+        for path in sorted({plans[0].recipe.output.path, *(plan.path for plan in plans)}):
+            staging = artifact.staging(Path(path))
             held.enter_context(lock.held(staging.with_name(f"{staging.name}.lock")))
         yield
 

@@ -267,6 +267,27 @@ def test_what_changed_is_named_and_restart_begins_anew(
     assert {path.name for path in place.iterdir()} == {"source", "x"}
 
 
+@pytest.mark.parametrize("formats", ["[compressed_tensors, gptq, dense]", "[gptq, dense]", "gptq_v2"])
+def test_other_formats_destroy_nothing(
+    formats: str, source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal is found whatever the formats and their order."""
+    half_way(source, monkeypatch, **THREE)
+    before = files(place)
+    with pytest.raises(UsageError, match=r"another: recipe\.format\.0 was 'gptq', is|another: recipe\.format\.1 was"):
+        build(source, **{**THREE, "format": formats})
+    assert differing(files(place), before) == []
+
+
+def test_shards_that_are_gone_are_told_at_once(source: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half_way(source, monkeypatch, **{**THREE, "output": "{path: x}"})
+    shutil.rmtree(place / "x-gptq.building")
+    with pytest.raises(ArtifactError, match=r"safetensors\.part: expected the file that was begun, found none: what"):
+        build(source, **{**THREE, "output": "{path: x}"})
+    build(source, restart=True, **{**THREE, "output": "{path: x}"})
+    assert {path.name for path in place.iterdir()} == {"x-gptq", "x-compressed-tensors", "x-dense"}
+
+
 def test_a_source_that_changes_meanwhile_is_found(source: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was read before the change and behind it would be a mixture; a file that is only touched is the same."""
     copy = Path(shutil.copytree(source, place / "source"))

@@ -57,6 +57,9 @@ class Sink:
         self.written: dict[str, Written] = dict(done.files)
         for file, written in self.written.items():
             check_size(folder / file, written)
+        for file, names in self._done.items():
+            if names and file not in self.written:
+                check_begun(folder / file)
 
     def spec(self, name: str) -> TensorSpec:
         """What the plan says of a tensor."""
@@ -112,6 +115,15 @@ def check_size(path: Path, written: Written) -> None:
         raise ArtifactError(
             f"{path}: expected the {written.n_bytes} bytes that were written, found "
             f"{'no file' if found is None else f'{found}'}; begin anew with --restart"
+        )
+
+
+def check_begun(path: Path) -> None:
+    """ArtifactError unless a file that an interrupted build began is there."""
+    part = path.with_name(path.name + PART)
+    if not part.is_file() and not path.is_file():
+        raise ArtifactError(
+            f"{part}: expected the file that was begun, found none: what was done is gone; begin anew with --restart"
         )
 
 
