@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,23 @@ def test_reads_are_limited_and_name_the_file(tmp_path: Path) -> None:
         files.read_json(path.with_name("x"), ArtifactError) if path.write_bytes(b"{") else None
     with pytest.raises(CheckpointError, match="expected 9 bytes or more, found 1; fetch the file again"):
         files.read_start(path, 9)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+def test_numbers_that_could_not_be_written_again(number: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"x: expected finite numbers, found '{number}'; repair or fetch"):
+        files.parse_json(b'{"a": {"b": [1.5, %s]}}' % number.encode(), "x")
+    assert files.parse_json(b'{"a": [1e308, -0.0, 1e-999]}', "x") == {"a": [1e308, -0.0, 0.0]}
+
+
+@pytest.mark.parametrize("unit", ["[],", "{},", "1,", "[[[[]]]],"])
+def test_json_of_too_many_values_takes_no_memory(unit: str) -> None:
+    """Ten million of them take gigabytes: they are counted first."""
+    text = b'{"a":[' + unit.encode() * 5_000_000 + b"1]}"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match="x: expected at most 5,000,000 values, found "):
+        files.parse_json(text, "x")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000
 
 
 def test_hash_and_free_space(tmp_path: Path) -> None:

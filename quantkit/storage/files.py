@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from math import isfinite
 from pathlib import Path
 
 from quantkit.errors import CheckpointError, QuantkitError
@@ -19,6 +20,14 @@ JSON_LIMIT_BYTES = 100_000_000
 """No JSON file of a checkpoint is larger; DeepSeek-V3's index of 92,000 names has 9 MB."""
 
 PART = ".part"
+
+
+MOST_VALUES = 5_000_000
+"""In one JSON file, ten for each of 500,000 tensors; ten million need more memory than a build is given."""
+
+
+class NotFinite(ValueError):
+    """A number that JSON has not: it could be read and not be written again."""
 
 
 class DuplicateKey(ValueError):
@@ -47,6 +56,14 @@ def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
+def finite(digits: str) -> float:
+    """json's parse_float and parse_constant; raises NotFinite for NaN, Infinity and 1e999."""
+    value = float(digits)
+    if not isfinite(value):
+        raise NotFinite(brief(digits))
+    return value
+
+
 def whole(value: object) -> bool:
     """Whether the texts in a value of JSON can be encoded: "\\ud800" alone is half a character."""
     try:
@@ -67,18 +84,22 @@ def is_file(path: Path) -> bool:
 def parse_json(text: bytes, where: str, error: type[QuantkitError] = CheckpointError) -> dict[str, object]:
     """The JSON object in `text`; `where` names the file in errors.
 
-    Raises `error` for anything but one UTF-8 object with unique keys, without a byte order mark.
+    Raises `error` for anything but one UTF-8 object with unique keys and finite numbers, without a byte order mark.
     """
     if text.startswith(b"\xef\xbb\xbf"):
         raise error(f"{where}: expected plain UTF-8, found a byte order mark; save the file without it")
+    if (found := sum(map(text.count, (b",", b"[", b"{")))) > MOST_VALUES:  # counted before they take memory
+        raise error(f"{where}: expected at most {MOST_VALUES:,} values, found {found:,}; fetch the file again")
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
         if b"\\u" in text and not whole(value):
             raise error(f"{where}: expected text, found half a surrogate pair (\\ud800 to \\udfff); fetch it again")
     except UnicodeDecodeError as fault:
         raise error(
             f"{where}: expected UTF-8, found byte 0x{text[fault.start]:02x} at offset {fault.start}; save it as UTF-8"
         ) from None
+    except NotFinite as fault:
+        raise error(f"{where}: expected finite numbers, found {fault}; repair or fetch the file") from None
     except DuplicateKey as fault:
         raise error(
             f"{where}: expected every key once, found {fault} twice in one object; remove one of them"
