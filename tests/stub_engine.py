@@ -53,7 +53,7 @@ class Engine:
         values = json.loads(body)
         self.asked.append(values)
         self.headers.append({key.decode(): value.decode() for key, value in scope["headers"]})
-        plan = json.loads(values["prompt"])
+        plan = plan_of(values["prompt"])
         name = plan.get("name", "")
         self.order.append(name)
         self.at_once += 1
@@ -114,6 +114,14 @@ class Engine:
             )
         await event(send, {"id": "x", "choices": [{"index": 0, "text": "", "finish_reason": "stop"}], "usage": usage})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+
+def plan_of(prompt: str) -> dict[str, Any]:
+    """What a prompt asks for; one that is no JSON is a name."""
+    try:
+        return dict(json.loads(prompt))
+    except ValueError:
+        return {"name": prompt}
 
 
 async def disconnected(receive: Any) -> None:

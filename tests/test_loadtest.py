@@ -179,6 +179,9 @@ def test_a_tool_that_fails_or_hangs_is_told(tmp_path: Path, monkeypatch: pytest.
         (["localhost:8000"], 2, "expected http://HOST:PORT/v1"),
         (["http://127.0.0.1:9/v1"], 1, "expected an OpenAI-compatible server, found none"),
         (["http://127.0.0.1:9/v1", "--concurrency", "0"], 2, "expected numbers from 1"),
+        (["http://127.0.0.1:9/v1", "--model", "m"], 1, "expected an answer, found none"),
+        (["http://127.0.0.1:9/v1", "--model", "m", "--metrics", "http://127.0.0.1:9"], 1, "--metrics http://127.0.0.1"),
+        (["http://127.0.0.1:9/v1", "--concurrency", "1,1"], 2, "expected every number once, found '1,1'"),
         (["http://127.0.0.1:9/v1", "--concurrency", "1,x"], 2, "expected numbers from 1"),
         (["http://127.0.0.1:9/v1", "--data", "nothing"], 2, "expected a file, or one of tiny-v3-code, tiny-v3-math"),
         (["http://127.0.0.1:9/v1", "--guidellm", "no-such-program"], 2, "expected GuideLLM, found none"),
@@ -192,6 +195,28 @@ def test_refusals(words: list[str], code: int, told: str, tmp_path: Path) -> Non
     words = [str(tmp_path / "empty") if word == "EMPTY" else word for word in words]
     found = run(*words, *([] if "--guidellm" in words else ["--guidellm", program]))
     assert found.exit_code == code and told in found.output and "Traceback" not in found.output
+
+
+class Refusing(Engine):
+    """A stub that takes no request."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            await whole(send, 400, {"error": {"message": f"no {scope['path']} of 'foo'"}})
+        else:
+            await super().__call__(scope, receive, send)
+
+
+@pytest.mark.parametrize(("words", "path"), [([], "/v1/completions"), (["--chat"], "/v1/chat/completions")])
+def test_what_the_server_says_against_a_request_is_told_before_a_tool_is_started(
+    words: list[str], path: str, tmp_path: Path
+) -> None:
+    program, log = fake(tmp_path)
+    with Serving(Refusing()) as serving:
+        found = run(serving.url, "--guidellm", program, "--model", "foo", *words)
+    assert found.exit_code == 1 and not log.exists()
+    assert f"found status 400: no {path} of 'foo'; ask for what it serves (stub)" in found.output
+    assert engine.said("<html>\nno") == "<html> no" and engine.said("") == "nothing"
 
 
 def test_a_server_of_several_models_asks_for_one(tmp_path: Path) -> None:
@@ -231,6 +256,9 @@ def test_tables_plots_and_page_show_every_level() -> None:
     table = tables.levels(made)
     assert [row[:2] for row in table.rows] == [("1", "6"), ("4", "6, 1 failed")]
     assert [row[-1] for row in table.rows] == ["-", "25.0%"]
+    assert "fewer than 100 answers" in table.note
+    many = made.levels[0].model_copy(update={"answered": 100})
+    assert "fewer than" not in tables.levels(made.model_copy(update={"levels": (many,)})).note
     for name, (_, _, spec) in charts(made).items():
         assert {row["at"] for row in spec["data"]["values"]} == {1, 4}, name
     page = render(made)

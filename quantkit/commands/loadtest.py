@@ -70,6 +70,8 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
             max_tokens=max_tokens, ignore_eos=not stop_at_eos, tokenizer=tokenizer or str(artifact or ""), key=key,
             requests=requests, seconds=seconds,
         )  # fmt: skip
+        if metrics:
+            engine.check_metrics(metrics)
         run = load_test(setup, prompts, steps, metrics or address, lambda text: click.echo(text, err=True))
         run = run.model_copy(update={"note": note})
         if artifact is not None:
@@ -121,4 +123,7 @@ def levels_of(text: str) -> list[int]:
     parts = text.split(",")
     if not all(part.strip().isdigit() and 1 <= int(part) <= 100_000 for part in parts):
         raise UsageError(f"--concurrency: expected numbers from 1, e.g. 1,4,16, found {text!r}")
-    return sorted({int(part) for part in parts})
+    levels = sorted(int(part) for part in parts)
+    if len(set(levels)) < len(levels):
+        raise UsageError(f"--concurrency: expected every number once, found {text!r}; each is a level of its own")
+    return levels

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import httpx2
@@ -25,30 +27,76 @@ def base(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def served_model(url: str, key: str) -> str:
-    """The one model that a server serves; QuantkitError when it does not answer, UsageError when it serves more."""
-    headers = {"authorization": f"Bearer {key}"} if key else {}
+def served(url: str, key: str) -> list[str]:
+    """The models that a server serves; QuantkitError when it does not answer."""
     try:
-        found = httpx2.get(f"{base(url)}/v1/models", headers=headers, timeout=SECONDS)
+        found = httpx2.get(f"{base(url)}/v1/models", headers=authorized(key), timeout=SECONDS)
         values: Any = found.json()
     except (httpx2.TransportError, ValueError) as fault:
         raise QuantkitError(f"{url}: expected an OpenAI-compatible server, found none ({fault}); start it") from None
     if found.status_code != 200:
         raise QuantkitError(f"{url}: /v1/models: status {found.status_code}; check the address and the key")
     data = values.get("data") if isinstance(values, dict) else None
-    names = [str(one.get("id")) for one in data if isinstance(one, dict)] if isinstance(data, list) else []
+    return [str(one.get("id")) for one in data if isinstance(one, dict)] if isinstance(data, list) else []
+
+
+def served_model(url: str, key: str) -> str:
+    """The one model that a server serves; QuantkitError when it does not answer, UsageError when it serves more."""
+    names = served(url, key)
     if len(names) != 1:
         raise UsageError(f"{url}: expected one served model, found {', '.join(names) or 'none'}; name one with --model")
     return names[0]
 
 
+def check_answers(url: str, key: str, path: str, body: Mapping[str, Any], seconds: float) -> None:
+    """Ask for a stream and leave at its beginning; QuantkitError with what the server says where it begins none."""
+    timeout = httpx2.Timeout(seconds, connect=SECONDS)
+    try:
+        with httpx2.stream("POST", url + path, json=dict(body), headers=authorized(key), timeout=timeout) as found:
+            if found.status_code == 200:
+                return
+            found.read()
+    except httpx2.TransportError as fault:
+        raise QuantkitError(f"{url}{path}: expected an answer, found none ({fault}); start the server") from None
+    names = list[str]()
+    with suppress(QuantkitError):
+        names = served(url, key)
+    raise QuantkitError(
+        f"{url}{path}: expected an answer, found status {found.status_code}: {said(found.text)}; ask for what it "
+        f"serves ({', '.join(names) or 'it tells no models'})"
+    )
+
+
+def said(text: str) -> str:
+    """The message in a server's fault, or its beginning where it has another shape than OpenAI's."""
+    with suppress(ValueError, TypeError, KeyError):
+        return str(json.loads(text)["error"]["message"])[:300]
+    return " ".join(text.split())[:300] or "nothing"
+
+
+def authorized(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
+def check_metrics(url: str) -> None:
+    """QuantkitError where an address that was named tells no counters."""
+    if scraped(url) is None:
+        raise QuantkitError(f"--metrics {url}: expected an engine's /metrics, found none; check the address")
+
+
 def counters(url: str) -> Cache | None:
     """The prefix cache's counters so far; None where the server tells none (or has no /metrics)."""
+    text = scraped(url)
+    return None if text is None else counted(text)
+
+
+def scraped(url: str) -> str | None:
+    """What a server's /metrics says; None where there is none."""
     try:
         found = httpx2.get(f"{url.rstrip('/').removesuffix('/metrics')}/metrics", timeout=SECONDS)
     except httpx2.TransportError:
         return None
-    return counted(found.text) if found.status_code == 200 else None
+    return found.text if found.status_code == 200 else None
 
 
 def counted(text: str) -> Cache | None:

@@ -25,6 +25,7 @@ def load_test(
     """Ask at each level. `metrics`: where the engine tells its counters."""
     started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     levels: list[Level] = []
+    engine.check_answers(setup.url, setup.key, setup.path, tool.request(setup, prompts.texts[0]), setup.seconds)
     with tempfile.TemporaryDirectory(prefix="quantkit-loadtest-") as made:
         folder = Path(made)
         tell("warming up")

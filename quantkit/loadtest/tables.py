@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from quantkit.checks.loadtest import Level, LoadTest
 from quantkit.report.tables import Table
 
+FEW = 100
+"""Of fewer answers than this none lies beyond the p99."""
 Show = Callable[[Level], str]
 FIGURES: Mapping[str, Show] = {
     "requests/s": lambda level: f"{level.requests_per_second:.2f}",
@@ -48,6 +50,8 @@ def levels(run: LoadTest) -> Table:
     told = f"{run.prompts} prompts of {run.data}, at most {run.max_tokens} tokens each"
     told += ", end of text ignored. " if run.ignore_eos else ". "
     told += "Between tokens: the mean of each answer."
+    if any(level.answered < FEW for level in run.levels):
+        told += f" The p99 of fewer than {FEW} answers is about the slowest of them."
     if with_cache:
         told += " Cached: share of the prompts' tokens that the engine had in its prefix cache."
     return Table(title="Under load", columns=tuple(columns), rows=tuple(rows), note=told)

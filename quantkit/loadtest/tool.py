@@ -40,6 +40,10 @@ class Setup:
     requests: int
     seconds: float
 
+    @property
+    def path(self) -> str:
+        return "/v1/chat/completions" if self.chat else "/v1/completions"
+
 
 def program(named: str) -> str:
     """The program to run; UsageError when it is not there."""
@@ -65,7 +69,7 @@ def scenario(setup: Setup, concurrency: int, prompts: Path, results: Path) -> di
         "kind": "openai_http",
         "target": setup.url,
         "model": setup.model,
-        "request_format": "/v1/chat/completions" if setup.chat else "/v1/completions",
+        "request_format": setup.path,
         "api_key": setup.key or None,
         "max_tokens": setup.max_tokens,
         "http2": False,
@@ -84,6 +88,14 @@ def scenario(setup: Setup, concurrency: int, prompts: Path, results: Path) -> di
         "metrics": {"kind": "generative", "sample_size": 0},
     }
     return {"spec": spec}
+
+
+def request(setup: Setup, text: str) -> dict[str, Any]:
+    """The body of a request as GuideLLM sends it."""
+    asked = {"messages": [{"role": "user", "content": text}]} if setup.chat else {"prompt": text}
+    most = "max_completion_tokens" if setup.chat else "max_tokens"
+    body = {"model": setup.model, **asked, most: setup.max_tokens, "temperature": 0, "stream": True}
+    return body | ({"ignore_eos": True} if setup.ignore_eos else {})
 
 
 def run(setup: Setup, concurrency: int, texts: Sequence[str], folder: Path) -> Level:
