@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
@@ -88,11 +87,9 @@ def COMMAND(
 def read_models(target: str, overrides: Sequence[str], width: Width | None) -> tuple[Model, ...]:
     """The models that a target names: one per format of a recipe, else one."""
     from quantkit.sizing.read import assuming, model_of, recipe_models
-    from quantkit.storage.builtin import folder
+    from quantkit.storage.builtin import names_recipe
 
-    path = Path(target)
-    shipped = not path.suffix and (folder("recipes") / f"{target}.yaml").is_file()
-    if path.suffix in (".yaml", ".yml") or (shipped and not path.exists()):
+    if names_recipe(target):
         made = recipe_models(read_recipe(target, overrides)[1])
         return tuple(assuming(model, width) for model in made) if width else made
     if overrides:

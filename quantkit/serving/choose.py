@@ -66,7 +66,7 @@ def plan(wanted: Wanted, *, containers: bool = False) -> Planned:
         card = cards.named(wanted.gpu) if wanted.gpu else found or cards.named(REFERENCE)
         if not wanted.gpu:
             head.append(f"reckoned for {card.name}" + (", found here" if found else "; name yours with --gpu"))
-        refuse_card(card, engine, containers)
+        refuse_card(card, engine, target, containers)
         host, path = ("0.0.0.0", MODEL) if containers else (wanted.host, target.path)
         place = Place(host=host, port=wanted.port, name=name, path=path)
         made = launch(engine, target, needed, fit_of(needed, card), place)
@@ -141,10 +141,11 @@ def card_here(cards: Cards) -> Card | None:
     return None
 
 
-def refuse_card(card: Card, engine: Engine, containers: bool) -> None:
+def refuse_card(card: Card, engine: Engine, target: Target, containers: bool) -> None:
     """UsageError for cards that the command would not run on."""
     if card.name.startswith("Apple"):
-        raise UsageError(f"--gpu: {card.name}: {SHOWN[engine]} does not run there; use --engine transformers")
+        other = "use --engine transformers" if target.kind == "artifact" else "name another card"
+        raise UsageError(f"--gpu: {card.name}: {SHOWN[engine]} does not run there; {other}")
     if containers and not card.name.startswith("NVIDIA"):
         raise UsageError(f"--docker, --kubernetes: written for NVIDIA cards, found {card.name}; use --dry-run")
 

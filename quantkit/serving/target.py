@@ -13,6 +13,7 @@ from quantkit.handover.verify import MANIFEST, mapping, read_manifest
 from quantkit.packing.engine_names import SERVERS, TRANSFORMERS
 from quantkit.sizing.model import Model
 from quantkit.sizing.read import model_of
+from quantkit.storage.builtin import names_recipe
 from quantkit.storage.files import read_json
 from quantkit.storage.shards import open_shards
 
@@ -43,6 +44,8 @@ class Target:
 def read_target(target: str) -> Target:
     """What a folder, a config.json or a hub id holds; UsageError or CheckpointError as sizing says."""
     path = Path(target)
+    if names_recipe(target):
+        raise UsageError(f"{target}: expected an artifact, found a recipe; build it, and name the folder it makes")
     model = model_of(target)
     if (path / MANIFEST).is_file():
         return artifact_target(path, model)

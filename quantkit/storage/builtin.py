@@ -21,6 +21,13 @@ def folder(kind: Literal["recipes", "calibration", "evals"]) -> Path:
     raise UsageError(f"{places[0]}: expected the {kind} that ship with quantkit, found none; install quantkit again")
 
 
+def names_recipe(target: str) -> bool:
+    """Whether a name is a recipe's: of a YAML file, or of one that ships with quantkit where no such path is here."""
+    path = Path(target)
+    shipped = not path.suffix and (folder("recipes") / f"{target}.yaml").is_file()
+    return path.suffix in (".yaml", ".yml") or (shipped and not path.exists())
+
+
 def model_names() -> tuple[str, ...]:
     """The models that ship with quantkit, as `builtin:<name>` names them."""
     found = (_PACKAGE / "builtin_models").glob("*/checkpoint/config.json")
