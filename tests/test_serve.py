@@ -27,6 +27,7 @@ from stub_engine import Serving, half_a_request
 from quantkit.cli import main
 from quantkit.gateway.keys import new_key
 from quantkit.loading import load
+from quantkit.serving.containers import label_of
 from quantkit.serving.decoding import Decoder, Writer
 from quantkit.serving.launch import Place, fit_of, launch
 from quantkit.serving.small_engine import BODY_BYTES, make_app
@@ -285,6 +286,7 @@ def test_docker_runs_the_same_command_on_mounted_weights(built: Path) -> None:
 
 def test_kubernetes_one_node(built: Path) -> None:
     found = serve(str(built), "--kubernetes", "--gpu", "rtx4090", "--engine", "sglang", "--name", "tiny")
+    assert "&id" not in found.output and "Kubernetes 1.28" not in found.output
     service, deployment = YAML(typ="safe", pure=True).load_all(found.output)
     pod = deployment["spec"]["template"]["spec"]
     engine = pod["containers"][0]
@@ -292,6 +294,8 @@ def test_kubernetes_one_node(built: Path) -> None:
     assert engine["command"][:5] == ["python", "-m", "sglang.launch_server", "--model-path", "/model"]
     assert engine["resources"]["limits"] == {"nvidia.com/gpu": 1}
     assert {mount["name"] for mount in engine["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    claim = pod["volumes"][0]["persistentVolumeClaim"]["claimName"]
+    assert found.output.startswith(f"# The claim {claim} must exist")
     assert engine["readinessProbe"]["httpGet"] == {"path": "/health", "port": 8000}
 
 
@@ -301,6 +305,7 @@ def test_kubernetes_two_nodes(engine: str) -> None:
     found = serve(V3, "--kubernetes", "--gpu", "h100", "--engine", engine)
     documents = list(YAML(typ="safe", pure=True).load_all(found.output))
     stateful = documents[-1]
+    assert "# Several nodes need Kubernetes 1.28" in found.output and "&id" not in found.output
     assert [document["kind"] for document in documents] == ["Service", "Service", "StatefulSet"]
     assert stateful["spec"]["replicas"] == 2 and stateful["spec"]["podManagementPolicy"] == "Parallel"
     container = stateful["spec"]["template"]["spec"]["containers"][0]
@@ -314,6 +319,14 @@ def test_kubernetes_two_nodes(engine: str) -> None:
         assert words["--node-rank"] == rank
         assert ("--headless" in words) == (engine == "vllm" and rank == "1")
         assert "deepseek-v3-0.deepseek-v3-nodes" in words.get("--master-addr", words.get("--dist-init-addr", ""))
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [("tiny-v3-awq4", "tiny-v3-awq4"), ("70B-awq", "model-70b-awq"), ("_", "model"), ("9" * 60, "model-" + "9" * 44)],
+)
+def test_names_of_services_begin_with_a_letter(name: str, label: str) -> None:
+    assert label_of(name) == label
 
 
 # ---------------------------------------------------------------------------------------------- what requests mean

@@ -50,7 +50,7 @@ def by_flag(words: list[str]) -> list[list[str]]:
 def kubernetes_text(launch: Launch, name: str, port: int) -> str:
     """A Service and a Deployment, or for several nodes a StatefulSet whose pods are the nodes, as YAML documents.
 
-    The claim NAME-weights must hold the artifact's folder. Kubernetes 1.28 or later for several nodes.
+    Comments on top say what must be there before.
     """
     from ruamel.yaml import YAML
 
@@ -64,12 +64,20 @@ def kubernetes_text(launch: Launch, name: str, port: int) -> str:
     else:
         documents += [deployment(launch, label, port)]
     yaml.dump_all(documents, text)
-    return text.getvalue()
+    claim = f"# The claim {claim_of(label)} must exist, and hold the files of the model's folder at its top.\n"
+    version = "# Several nodes need Kubernetes 1.28 or later: pods know their index since.\n" if several else ""
+    return claim + version + text.getvalue()
 
 
 def label_of(name: str) -> str:
-    """A name that Kubernetes takes: lower case, digits and hyphens, at most 50 characters."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:50].strip("-") or "model"
+    """A name that Kubernetes takes: lower case, digits and hyphens, a letter first, at most 50 characters."""
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return (plain if plain[:1].isalpha() else f"model-{plain}")[:50].strip("-")
+
+
+def claim_of(label: str) -> str:
+    """The volume with the weights."""
+    return f"{label}-weights"
 
 
 def image_of(launch: Launch) -> str:
@@ -148,21 +156,25 @@ def alive(port: int) -> str:
 def container(launch: Launch, words: list[str], port: int) -> dict[str, Any]:
     """The engine. Loading hundreds of gigabytes takes long: startup may take an hour."""
     cards = launch.placement.cards // launch.placement.nodes if launch.placement else 1
-    health = {"httpGet": {"path": "/health", "port": port}}
     return {
         "name": "engine",
         "image": image_of(launch),
         "command": words,
         "ports": [{"name": "http", "containerPort": port}],
         "resources": {"limits": {"nvidia.com/gpu": cards}},
-        "startupProbe": {**health, "periodSeconds": 10, "failureThreshold": 360},
-        "readinessProbe": {**health, "periodSeconds": 10},
-        "livenessProbe": {**health, "periodSeconds": 30, "failureThreshold": 5, "timeoutSeconds": 10},
+        "startupProbe": {"httpGet": health(port), "periodSeconds": 10, "failureThreshold": 360},
+        "readinessProbe": {"httpGet": health(port), "periodSeconds": 10},
+        "livenessProbe": {"httpGet": health(port), "periodSeconds": 30, "failureThreshold": 5, "timeoutSeconds": 10},
         "volumeMounts": [
             {"name": "weights", "mountPath": MODEL, "readOnly": True},
             {"name": "shm", "mountPath": "/dev/shm"},  # ranks share memory
         ],
     }
+
+
+def health(port: int) -> dict[str, Any]:
+    """Where a probe asks; a dict for each, for YAML makes an anchor of one that stands twice."""
+    return {"path": "/health", "port": port}
 
 
 def pod(label: str, made: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +183,7 @@ def pod(label: str, made: dict[str, Any]) -> dict[str, Any]:
         "containers": [made],
         "terminationGracePeriodSeconds": 120,
         "volumes": [
-            {"name": "weights", "persistentVolumeClaim": {"claimName": f"{label}-weights", "readOnly": True}},
+            {"name": "weights", "persistentVolumeClaim": {"claimName": claim_of(label), "readOnly": True}},
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}},
         ],
     }
