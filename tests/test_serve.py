@@ -271,6 +271,25 @@ def test_a_dry_run_shows_the_gateway_and_the_engine_behind_it(built: Path) -> No
     assert "gateway" not in dry(str(built), "--engine", "vllm")
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a child")
+def test_an_engine_ends_with_a_program_that_was_killed() -> None:
+    code = (
+        "import os, sys\nfrom quantkit.serving.running import process\n"
+        "with process(['sleep', '60'], os.environ) as started:\n"
+        "    print(started.pid, flush=True)\n    started.wait()"
+    )
+    program = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert program.stdout
+    engine = Path("/proc", program.stdout.readline().strip(), "stat")
+    assert "(sleep)" in engine.read_text()
+    program.kill()
+    program.wait(10)
+    end = time.monotonic() + 10
+    while engine.exists() and ") Z " not in engine.read_text():
+        assert time.monotonic() < end, "the engine is left"
+        time.sleep(0.05)
+
+
 # --------------------------------------------------------------------------------------------------------- containers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -18,19 +19,28 @@ from quantkit.errors import QuantkitError, UsageError
 LOCAL = "127.0.0.1"
 STOP_SECONDS = 60
 """What an engine gets to finish its answers before it is killed."""
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 @contextmanager
 def process(words: Sequence[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """An engine's process in a group of its own, ended with everything it started; UsageError when it is not there."""
     try:
-        started = subprocess.Popen(words, env=dict(environment), start_new_session=True)
+        started = subprocess.Popen(words, env=dict(environment), start_new_session=True, preexec_fn=ending_with_us())
     except FileNotFoundError as fault:
         raise UsageError(f"{words[0]}: expected this engine in the environment, found none; install it") from fault
     try:
         yield started
     finally:
         end(started)
+
+
+def ending_with_us() -> Callable[[], None] | None:
+    """What a child does first: ask for SIGTERM when we are gone, even by SIGKILL; None where only Linux can."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up here: between fork and exec as little as possible
+    return lambda: prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
 
 
 def end(started: subprocess.Popen[bytes]) -> None:
