@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from test_contracts import build
 from torch import Tensor
 
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, NumericsError
 from quantkit.handover.verify import verify
 from quantkit.loading import load
+from quantkit.numerics import gram
 
 Record = Callable[[str, object], None]
 METHODS: Mapping[str, dict[str, str]] = {
@@ -32,6 +33,7 @@ METHODS: Mapping[str, dict[str, str]] = {
     "nf4": {"quantize": "{method: nf4}", "format": "bitsandbytes"},
 }
 FEW = "{set: tiny-v3, sequences: 4, length: 32, min_expert_tokens: 4}"
+TEXT = "{set: tiny-v3-heldout, windows: 2, length: 32}"
 LAYER = "model.layers.0"
 ZERO, CONSTANT, TINY, HUGE, EMPTY = (
     f"{LAYER}.self_attn.q_proj", f"{LAYER}.self_attn.k_proj", f"{LAYER}.mlp.gate_proj", f"{LAYER}.self_attn.v_proj",
@@ -134,6 +136,61 @@ def test_what_is_not_finite_is_refused(method: str, value: float, tmp_path: Path
         build(folder, tmp_path / "out", rules="all-linear", calibration=FEW, fidelity="none", **METHODS[method])
     assert not (tmp_path / "out").exists()
     record_property("input", f"weight that is {value}: {method}")
+
+
+NORM_OF, DOWN = f"{LAYER}.post_attention_layernorm.weight", f"{LAYER}.mlp.down_proj.weight"
+BEYOND: Mapping[str, Callable[[dict[str, Tensor]], object]] = {
+    "one weight": lambda t: t[f"{LAYER}.mlp.gate_proj.weight"][3, 5].fill_(3e38),
+    "a matrix": lambda t: t[DOWN].mul_(1e38),
+    "a norm": lambda t: t[NORM_OF].fill_(1e30),
+    "the last norm": lambda t: t["model.norm.weight"].fill_(3e38),
+}
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq", "awq+gptq", "gptq"])
+@pytest.mark.parametrize("name", BEYOND)
+def test_finite_weights_that_overflow(name: str, method: str, tmp_path: Path, record_property: Record) -> None:
+    """What they make of the text is NaN or infinite: one sentence that says where, and no artifact."""
+    folder = changed(write_checkpoint(tmp_path / "source", tiny_config("llama")), BEYOND[name])
+    with pytest.raises(NumericsError, match=r"^(model\.layers\.0|final norm)\S*.*: .*(NaN|infin)"):
+        build(folder, tmp_path / "out", rules="all-linear", calibration=FEW, fidelity=TEXT, **METHODS[method])
+    assert not (tmp_path / "out").exists()
+    record_property("input", f"overflow by {name}: {method}")
+
+
+@pytest.mark.parametrize("values", [{"rms_norm_eps": -1.0}, {"rope_theta": 0.0}], ids=str)
+def test_a_config_that_overflows(values: dict[str, object], tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "source", tiny_config("llama", **values))
+    with pytest.raises(NumericsError, match=r"model\.layers\.0: expected finite hidden states.*reference stream"):
+        build(folder, tmp_path / "out", rules="all-linear", fidelity=TEXT, **METHODS["rtn"])
+
+
+@pytest.mark.parametrize("method", ["rtn", "rtn_mse"])
+def test_weights_too_small_to_be_stored_are_lost_and_said_to_be(method: str, tmp_path: Path) -> None:
+    """Their squares are 0 in float32: the error that is recorded was 0, too."""
+    folder = write_checkpoint(tmp_path / "source", tiny_config("llama", num_hidden_layers=1))
+    changed(folder, lambda tensors: tensors[f"{LAYER}.mlp.up_proj.weight"].fill_(1e-40))
+    changed(folder, lambda tensors: tensors[f"{LAYER}.mlp.gate_proj.weight"].mul_(1e-38))
+    out = build(folder, tmp_path / "out", rules="all-linear", calibration=FEW, fidelity="none", **METHODS[method]).path
+    told, stored, source = modules(out), weights(out), load_file(folder / "model.safetensors")
+    for name in (f"{LAYER}.mlp.up_proj", f"{LAYER}.mlp.gate_proj"):
+        weight, back = source[f"{name}.weight"].double(), stored[name].double()
+        assert told[name]["relative_error"] == pytest.approx(float((weight - back).norm() / weight.norm()), rel=1e-5)
+        assert told[name]["relative_error"] > 0.4
+
+
+def test_errors_of_any_magnitude() -> None:
+    """A power of two in all weights changes no figure, and no figure of ordinary weights changed."""
+    weight = torch.randn(3, 8, 128, generator=torch.Generator().manual_seed(0))
+    near, inputs = (weight * 8).round() / 8, torch.eye(128)
+    sqnr, lost = gram.sqnr_db(weight, near), gram.relative_error(weight, near, inputs)
+    for exponent in (-100, 100):
+        factor = 2.0**exponent
+        assert torch.equal(gram.relative_error(weight * factor, near * factor, inputs), lost)
+        assert torch.allclose(gram.sqnr_db(weight * factor, near * factor), sqnr)
+    tiny = torch.full((8, 128), 1e-40)
+    assert float(gram.sqnr_db(tiny, tiny * 0)) == 0.0 and float(gram.relative_error(tiny, tiny * 0, inputs)) == 1.0
+    assert float(gram.relative_error(tiny * 0, tiny * 0, inputs)) == 0.0
 
 
 @pytest.mark.parametrize("method", ["awq", "awq+gptq", "gptq"])

@@ -6,6 +6,8 @@ replaces every activation in the searches for scales and ranges, and in the repo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,10 @@ from quantkit.numerics import products
 
 ROWS = 256
 """Rows of a weight that are worked on at once, so that temporaries stay small beside the Gram matrix."""
+ORDINARY = 40
+"""Exponents of two up to which a matrix's largest weight may go before its products could leave float32's range."""
+LEAST_NORM, MOST_NORM = 1e-12, 1e18
+"""Of a row in float32: outside, squares of its weights may be 0 or infinite."""
 ENERGY_WEIGHTS = 1 << 17
 """Weights of a difference that are held at once: fresh memory costs more than the sum (storage.machine)."""
 
@@ -81,6 +87,10 @@ def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> Tenso
 
     weight, approximation [..., out, in]; gram [..., in, in]. It is ||X (W - Q)^T||^2 / ||X W^T||^2.
     """
+    _, exponent = torch.frexp(weight.abs().amax(dim=(-2, -1), keepdim=True))  # [..., 1, 1]
+    if bool((exponent.abs() > ORDINARY).any()):  # a power of two changes no digit, and not the share
+        scale = torch.exp2(-exponent.clamp(-126, 126).float())
+        weight, approximation = weight * scale, approximation * scale
     lost, energy = error(weight - approximation, gram), error(weight, gram)
     return torch.where(lost == 0, lost, lost / energy)
 
@@ -95,13 +105,23 @@ def sqnr_db(weight: Tensor, approximation: Tensor) -> Tensor:
 
 
 def energy(weight: Tensor, approximation: Tensor | None = None) -> Tensor:
-    """||W||^2 of weight [..., out, in], or ||W - Q||^2: [...] float64. A row is summed in float32, rows in float64."""
+    """||W||^2 of weight [..., out, in], or ||W - Q||^2: [...] float64.
+
+    A row is summed in float32, rows in float64; those whose squares leave float32's range are summed in float64, too.
+    """
+    rows = row_norms(weight, approximation, torch.float32).double()
+    beyond = ~((rows > LEAST_NORM) & (rows < MOST_NORM))
+    if bool(beyond.any()):
+        rows = torch.where(beyond, row_norms(weight, approximation, torch.float64), rows)
+    return rows.square().sum(dim=-1)
+
+
+def row_norms(weight: Tensor, approximation: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """||w|| of each row of weight [..., out, in], or ||w - q||, summed in `dtype`: [..., out]."""
     count = max(1, ENERGY_WEIGHTS // max(1, weight.shape[-1]))
-    pieces = weight.flatten(end_dim=-2).split(count)  # [..., out, in] -> [count, in]
+    pieces: Iterable[Tensor] = weight.flatten(end_dim=-2).split(count)  # [..., out, in] -> [count, in]
     if approximation is not None:
         others = approximation.flatten(end_dim=-2).split(count)
-        norms = [torch.linalg.vector_norm(piece - other, dim=-1) for piece, other in zip(pieces, others)]
-    else:
-        norms = [torch.linalg.vector_norm(piece, dim=-1) for piece in pieces]
-    rows: Tensor = torch.cat(norms).reshape(weight.shape[:-1])  # [count] -> [..., out]
-    return rows.double().square().sum(dim=-1)
+        pieces = (piece - other for piece, other in zip(pieces, others))
+    norms = [torch.linalg.vector_norm(piece, dim=-1, dtype=dtype) for piece in pieces]
+    return torch.cat(norms).reshape(weight.shape[:-1])  # [count] -> [..., out]
