@@ -26,6 +26,7 @@ from quantkit.building.standing import Halt, Standing
 from quantkit.building.streams import Routing, Stream, StreamName, again, chunks, moved, scratch, spool_dtype, start
 from quantkit.building.work import BlockRecord, Job, Work
 from quantkit.contracts import Block
+from quantkit.errors import NumericsError
 from quantkit.models.layers import decoder_layer, skeleton
 from quantkit.numerics.fidelity import router_agreement
 from quantkit.planning.plan import Plan
@@ -136,6 +137,8 @@ def quantize_block(
         yield 0.5 + 0.5 * share
     if "reference" in streams:
         measure(work, reference, routings["quantized"])
+    for name, target in targets.items():
+        check_finite(block, name, target)
     streams.update({name: moved(streams[name], target) for name, target in targets.items()})
 
 
@@ -164,6 +167,18 @@ def measure(work: Work, reference: Routing | None, quantized: Routing | None) ->
     if reference and quantized:
         agreement = router_agreement(reference.index[:rows], quantized.index[:rows])
         work.record.router_agreement = float(agreement.mean())
+
+
+def check_finite(block: Block, stream: StreamName, states: Spool) -> None:
+    """NumericsError for NaN or infinity among the hidden states behind a block: every later figure would be none."""
+    for first, stop in chunks(states.rows):
+        low, high = states.read(first, stop).aminmax()
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise NumericsError(
+                f"{block.name}: expected finite hidden states behind it, found NaN or infinity in the {stream} stream; "
+                "look for huge values among its weights and those before it, and at rms_norm_eps, rope_theta and "
+                "rope_scaling in config.json"
+            )
 
 
 def relative_error(reference: Spool, quantized: Spool, rows: int) -> float:

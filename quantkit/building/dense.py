@@ -169,8 +169,9 @@ def learn(work: Work, tensors: Tensors, sample: Sample) -> Learned:
 def scales_of(group: LinearGroup, rescale: Rescale, learned: Learned, tensors: Tensors) -> Tensor:
     """Candidate scales [n, in] of a group's input."""
     assert group.absorber is not None  # Work.rescale_of asks for one
-    into_norm = tensors[f"{group.absorber.module}.weight"].dim() == 1
-    return fold.candidates(rescale, learned.stats[group.name].mean_abs, group.absorber, into_norm)
+    into_norm, stats = tensors[f"{group.absorber.module}.weight"].dim() == 1, learned.stats[group.name]
+    fold.check_input(group.absorber.module, stats.mean_abs, stats.gram)
+    return fold.candidates(rescale, stats.mean_abs, group.absorber, into_norm)
 
 
 def alike(work: Work, group: LinearGroup, tensors: Tensors) -> list[tuple[Tensor, Scheme | None]]:

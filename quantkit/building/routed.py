@@ -201,6 +201,8 @@ def fold_wave(
         return wave, WaveStats(into=into, inner=stats.inner), none
     best, chosen = torch.ones_like(stats.inner.mean_abs), list[bool]()
     for e in range(len(wave)):
+        name = work.experts.linear(wave.first + e, work.experts.down)
+        fold.check_input(name, stats.inner.mean_abs[e], stats.inner.gram[e])
         scales = rescale.candidates(stats.inner.mean_abs[e])  # [n, intermediate]
         alone, batch = torch.zeros(len(scales), dtype=torch.float64), [(wave.down[e], scheme)]
         choice = fold.search("down", alone, batch, stats.inner.gram[e], rescale, scales)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, isnan
 
 import torch
 from torch import Tensor
@@ -113,7 +113,10 @@ def solve(asked: Sequence[Asked], outputs: Sequence[Format]) -> list[Solved]:
     for indices in alike.values():
         first, rows = asked[indices[0]], [len(asked[index].weight) for index in indices]
         together = first.weight if len(rows) == 1 else torch.cat([asked[i].weight for i in indices])  # [sum of out, in]
-        quantized, met = chosen(first.method, first.rounding, together, first.stats, first.scheme)
+        try:
+            quantized, met = chosen(first.method, first.rounding, together, first.stats, first.scheme)
+        except NumericsError as fault:
+            raise NumericsError(f"{first.decision.linear.name}: {fault}") from fault
         for index, part in zip(indices, split(quantized, rows), strict=True):
             found[index] = stored(asked[index], part, met, outputs)
     return [found[index] for index in range(len(asked))]
@@ -136,6 +139,12 @@ def stored(asked: Asked, quantized: Quantized, found: tuple[str, ...], outputs: 
             f"{decision.linear.name}: the recipe's formats do not store the same weight; build each on its own"
         )
     sqnr_db = float(grams.sqnr_db(weight, back))
+    output_error = None if stats is None else float(grams.relative_error(weight, back, stats.gram))
+    if isnan(sqnr_db) or not isfinite(output_error or 0.0):
+        raise NumericsError(
+            f"{decision.linear.name}: expected a finite error, found NaN or infinity; look for huge values among its "
+            "weights and in what it reads"
+        )
     record = ModuleRecord(
         module=decision.linear.name,
         rule=decision.rule,
@@ -144,7 +153,7 @@ def stored(asked: Asked, quantized: Quantized, found: tuple[str, ...], outputs: 
         scheme=scheme,
         relative_error=10 ** (-sqnr_db / 20),
         sqnr_db=sqnr_db if isfinite(sqnr_db) else None,  # nothing is lost of a matrix of zeros
-        output_error=None if stats is None else float(grams.relative_error(weight, back, stats.gram)),
+        output_error=output_error,
         tokens=0 if stats is None else int(stats.n_tokens),
         rescaled=asked.rescaled,
         fallbacks=asked.fallbacks + found + found_fallbacks(quantized, scheme),

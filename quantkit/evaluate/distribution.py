@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantkit.building.streams import Stream
 from quantkit.contracts import Layout
+from quantkit.errors import NumericsError
 from quantkit.models.layers import Skeleton, final_norm
 from quantkit.numerics import fidelity
 from quantkit.numerics.fidelity import Estimate, TokenFidelity
@@ -95,7 +96,13 @@ class Sides:
             p = self.source.logits(self.reference.hidden.gather(row))
             q = self.artifact.logits(self.quantized.hidden.gather(row))
             parts.append(fidelity.compare(p.cpu(), q.cpu(), ids[row + 1]))
-        return fidelity.concatenate(parts)
+        found = fidelity.concatenate(parts)
+        if not all(bool(x.isfinite().all()) for x in (found.kl, found.nll_source, found.nll_quantized)):
+            raise NumericsError(
+                "final norm and language-model head: expected finite distributions, found NaN or infinity; look for "
+                "huge values among their weights in source and artifact, and at rms_norm_eps in config.json"
+            )
+        return found
 
 
 def sides(

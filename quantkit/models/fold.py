@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -58,6 +59,15 @@ def candidates(rescale: Rescale, mean_abs: Tensor, absorber: Absorber, into_norm
     total = torch.zeros(len(made), device=mean_abs.device).index_add(0, channel, mean_abs)  # [in] -> [rows]
     repeats = torch.bincount(channel, minlength=len(made))
     return rescale.candidates(total / repeats)[:, channel]  # [n, rows] -> [n, in]
+
+
+def check_input(where: str, mean_abs: Tensor, gram: Tensor) -> None:
+    """NumericsError unless what a linear reads is finite, and its products are: mean_abs [in], gram [in, in]."""
+    if not bool(mean_abs.isfinite().all() & gram.diagonal().isfinite().all()):
+        raise NumericsError(
+            f"{where}: expected inputs of a size that float32 can square and sum, found NaN or infinity; look for huge "
+            "values among the weights up to there"
+        )
 
 
 def errors(rescale: Rescale, weight: Tensor, gram: Tensor, scales: Tensor, scheme: Scheme | None) -> Tensor:
@@ -132,7 +142,12 @@ def check_unchanged(where: str, what: str, before: Tensor, after: Tensor, tolera
     """Relative change ||after - before|| / ||before||; NumericsError when rounding cannot explain it."""
     before = before.to(after.device, torch.float32)
     change = float((after.float() - before).norm() / before.norm().clamp(min=1e-30))
-    if not change <= tolerance:
+    if not isfinite(change):
+        raise NumericsError(
+            f"{where}: expected {what} to be finite, found NaN or infinity; look for huge values among the weights up "
+            "to this block, and at rms_norm_eps, rope_theta and rope_scaling in config.json"
+        )
+    if change > tolerance:
         raise NumericsError(
             f"{where}: folding the scales changed {what} by {change:.2e} (allowed {tolerance:.0e}): a tensor that "
             "reads the rescaled input was not rescaled; the architecture table lacks a reader"
