@@ -43,9 +43,10 @@ def patiently(
             failed = 1 if progress() > before else failed + 1
             before = max(before, progress())
             if failed >= patience.tries:
+                times = "1 failure" if failed == 1 else f"{failed} failures in a row"
                 raise TransferError(
-                    f"{where}: expected a connection that holds, found {failed} failures in a row ({fault}); what "
-                    "arrived is kept, the same command goes on"
+                    f"{where}: expected a connection that holds, found {times} ({fault}); what arrived is kept, the "
+                    "same command goes on"
                 ) from fault
         if pause.wait(min(patience.first_wait * 2 ** (failed - 1), _LONGEST_WAIT)):
             raise Stopped

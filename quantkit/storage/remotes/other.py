@@ -19,6 +19,7 @@ from fsspec.callbacks import Callback
 from quantkit.errors import TransferError, UsageError
 from quantkit.storage.files import JSON_LIMIT_BYTES, brief
 from quantkit.storage.outgoing import Pieces
+from quantkit.storage.patience import Interrupted
 from quantkit.storage.remote import PIECE_BYTES, Arrived, Found, Item, Kind, Options, faults, scrub, told
 
 _NO_STORES = frozenset({
@@ -28,6 +29,9 @@ _NO_STORES = frozenset({
 })  # fmt: skip
 """What fsspec knows and that wraps other places, keeps its own kinds of files, or has no listing."""
 
+LEAST_PIECE_BYTES = 64 << 10
+"""What is asked for at once behind a connection that was cut; twice as much after each piece that arrives."""
+
 
 class Bucket:
     """Files below a prefix of an fsspec file system."""
@@ -36,6 +40,7 @@ class Bucket:
         self.where = where
         self.files, self._root = files, root.rstrip("/")
         self._sizes: dict[str, int] | None = None
+        self._piece_bytes = PIECE_BYTES
 
     def place(self, name: str) -> str:
         """Where a file lies, as the file system calls it."""
@@ -118,8 +123,14 @@ class Bucket:
 
     def _pieces(self, name: str, first: int, end: int) -> Generator[bytes, None, None]:
         while first < end:
-            with faults(f"{self.where}: {brief(name)}"):
-                piece = self.files.cat_file(self.place(name), start=first, end=min(first + PIECE_BYTES, end))
+            last = min(first + self._piece_bytes, end)
+            try:
+                with faults(f"{self.where}: {brief(name)}"):
+                    piece = self.files.cat_file(self.place(name), start=first, end=last)
+            except Interrupted:  # a piece arrives whole or not at all
+                self._piece_bytes = LEAST_PIECE_BYTES
+                raise
+            self._piece_bytes = min(2 * self._piece_bytes, PIECE_BYTES)
             if not piece:
                 return
             first += len(piece)
