@@ -361,6 +361,12 @@ def test_yaml_that_is_refused(text: str, fault: str) -> None:
         ("rules", "[{match: 're:', keep: source}]", "rules[0].match: an empty pattern matches nothing"),
         ("source", "null", "source: expected a mapping of keys, found nothing"),
         ("output", "{path: ''}", "output.path: expected text that is not empty, found ''"),
+        ("output", "{path: .}", "output.path: expected a folder with a name of its own, found '.'; write one that "),
+        ("output", "{path: /}", "output.path: expected a folder with a name of its own, found '/'; write one that "),
+        ("output", "{path: a/..}", "output.path: expected a folder with a name of its own, found 'a/..'; write one "),
+        ("output", "{path: a.building}", "output.path: expected a folder with a name of its own, found 'a.building'"),
+        ("output", "{path: ~nobody-here/x}", "output.path: expected a folder, found '~nobody-here/x', of a user "),
+        ("fidelity", "{set: s, length: 1}", "fidelity.length: expected at least 2, found 1"),
     ],
 )
 def test_values_that_are_refused(key: str, value: str, fault: str) -> None:
@@ -408,6 +414,7 @@ def test_overrides() -> None:
     overrides = {"output.path": "123", "memory": "2GB", "evaluation.tasks": "[a, b]", "gates.kl_mean.max": "0.5"}
     recipe = parse(SMALLEST, "x.yaml", {**overrides, "mtp": "drop"})
     assert recipe.output.path == "123"
+    assert parse(SMALLEST, "x.yaml", {"output.path": "~/x"}).output.path == str(Path.home() / "x")
     assert recipe.memory == 2 * 10**9
     assert recipe.evaluation.tasks == ("a", "b")
     assert recipe.gates["kl_mean"].max == 0.5

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from quantkit import registry
 from quantkit.planning import rules
 from quantkit.planning.document import Document, shown
+from quantkit.storage.folders import own_folder
 
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -92,11 +93,9 @@ Bound = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_sized)]
 MethodName = Annotated[str, AfterValidator(lambda name: _registered("methods", name))]
 FormatName = Annotated[str, AfterValidator(lambda name: _registered("formats", name))]
 FormatNames = Annotated[
-    tuple[FormatName, ...],
-    Field(strict=False, min_length=1, max_length=8),
-    BeforeValidator(_listed),
+    tuple[FormatName, ...], Field(strict=False, min_length=1, max_length=8), BeforeValidator(_listed),
     AfterValidator(_distinct),
-]
+]  # fmt: skip
 TaskNames = Annotated[tuple[Text, ...], Field(strict=False, max_length=1000), AfterValidator(_distinct)]
 
 
@@ -216,7 +215,7 @@ class FidelityText(BaseModel):
     model_config = FROZEN
     set: Text
     windows: Count | None = None
-    length: Count = 2048
+    length: Annotated[Count, Field(ge=2)] = 2048  # a token and the next
 
 
 class Evaluation(BaseModel):
@@ -253,7 +252,7 @@ class Output(BaseModel):
     """The artifact."""
 
     model_config = FROZEN
-    path: Text
+    path: Annotated[Text, AfterValidator(own_folder)]
     shard_bytes: Size = 5 * 10**9
 
 

@@ -11,9 +11,25 @@ from contextlib import suppress
 from pathlib import Path
 
 from quantkit.errors import UsageError
-from quantkit.storage.files import make_folder, unwritable
+from quantkit.storage.files import brief, make_folder, unwritable
 
 MARK = "quantkit"
+BESIDE = (".building", ".building.scratch", ".replaced")
+"""What lies beside an artifact's place while it is made."""
+
+
+def own_folder(path: str) -> str:
+    """A path that has a name of its own, `~` as the user's home; ValueError for another."""
+    try:
+        place = Path(path).expanduser() if path.startswith("~") else Path(path)
+    except RuntimeError:
+        raise ValueError(f"expected a folder, found {brief(path)}, of a user that is not known here") from None
+    if place.name in {"", ".."} or place.name.endswith(BESIDE):
+        raise ValueError(
+            f"expected a folder with a name of its own, found {brief(path)}; write one that ends neither in .. nor in "
+            f"{', '.join(BESIDE)}"
+        )
+    return str(place) if path.startswith("~") else path
 
 
 def check_ours(folder: Path) -> None:
