@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
-from quantkit.errors import RecipeError
+from quantkit.errors import RecipeError, UsageError
+from quantkit.planning import rules
 from quantkit.planning.document import MAX_CHARACTERS, read, scalar
 from quantkit.planning.recipe import Quantize, Recipe, parse, preset, with_overrides
 from quantkit.planning.rules import PRESETS, matches, names
@@ -580,3 +581,12 @@ def test_fuzz_overrides_written_into_the_text(overrides: dict[str, str]) -> None
 def test_fuzz_a_damaged_flagship(at: int, insert: str) -> None:
     text = (RECIPES / "v3-awq4.yaml").read_text()
     only_recipe_errors(text[:at] + insert + text[at + 1 :])
+
+
+def test_an_expression_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hang a plan; those that only look like it answer at once."""
+    monkeypatch.setattr(rules, "SECONDS", 0.1)
+    name = "model.layers.30.mlp.experts.200.gate_proj"
+    assert not matches("re:(([a-z._0-9]+)+)+[!]", name)
+    with pytest.raises(UsageError, match=r"^rules: 're:\(.*: expected to know within 0\.1 seconds whether it matches"):
+        matches(r"re:(\w|\.|[a-z])*[A-Z]", name)

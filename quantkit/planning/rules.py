@@ -8,7 +8,13 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Literal
 
+import regex
+
+from quantkit.errors import UsageError
+
 MAX_PATTERN = 1000
+SECONDS = 2
+"""That a regular expression may take for one name; those of recipes take microseconds."""
 
 Action = Literal["quantize", "keep"]
 
@@ -32,15 +38,25 @@ def pattern_fault(pattern: str) -> str | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "possible nested set": legal, and no concern of the user's
             re.compile(pattern[3:])
-    except (re.error, OverflowError, RecursionError) as error:
+            regex.compile(pattern[3:])  # which `matches` goes by
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
         return f"not a regular expression: {error}"
     return None
 
 
 def matches(pattern: str, module: str) -> bool:
-    """Whether the whole name matches: `re:` as a regular expression, otherwise as a case-sensitive glob."""
+    """Whether the whole name matches: `re:` as a regular expression, otherwise as a case-sensitive glob.
+
+    UsageError for an expression that takes too long.
+    """
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], module) is not None
+        try:
+            return regex.fullmatch(pattern[3:], module, timeout=SECONDS) is not None
+        except TimeoutError:
+            raise UsageError(
+                f"rules: {pattern!r}: expected to know within {SECONDS} seconds whether it matches {module!r}, found "
+                "no answer; write it without repeats of repeats"
+            ) from None
     return fnmatchcase(module, pattern)
 
 
