@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -61,6 +62,11 @@ def test_json_of_too_many_values_takes_no_memory(unit: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000
 
 
+def test_free_space_is_told_when_that_is_the_cause(tmp_path: Path) -> None:
+    full, broken = (str(files.unwritable(tmp_path, OSError(n, os.strerror(n)))) for n in (errno.EDQUOT, errno.EIO))
+    assert "GB free); free some space" in full and "free" not in broken.removeprefix(str(tmp_path))
+
+
 def test_hash_and_free_space(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"quantkit" * 100_000)
@@ -91,7 +97,7 @@ def test_package_data_is_found_in_a_wheel_and_in_the_repository(
 def test_built_in_models_are_listed_when_the_name_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtin, "_PACKAGE", tmp_path)
     folder = tmp_path / "builtin_models" / "tiny_v3" / "checkpoint"
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(UsageError) as caught:
         builtin.resolve_model("builtin:tiny-v3")
     assert str(caught.value) == (
         "source.model: no built-in model 'builtin:tiny-v3'; known: none; install quantkit again"
@@ -99,7 +105,7 @@ def test_built_in_models_are_listed_when_the_name_is_wrong(tmp_path: Path, monke
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     assert builtin.resolve_model("builtin:tiny-v3") == folder
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(UsageError) as caught:
         builtin.resolve_model("builtin:tiny_v4")
     assert str(caught.value) == (
         "source.model: no built-in model 'builtin:tiny_v4'; did you mean builtin:tiny-v3? known: builtin:tiny-v3"

@@ -13,7 +13,7 @@ from torch import Tensor
 from quantkit import registry
 from quantkit.checks.contents import parts_of, scheme_of
 from quantkit.contracts import Absorber, Block, Format, Layout, LinearGroup, Scheme, TensorSpec
-from quantkit.errors import ArtifactError, CheckpointError
+from quantkit.errors import ArtifactError, CheckpointError, UsageError
 from quantkit.handover.verify import format_name, mapping, read_manifest
 from quantkit.planning.plan import architecture_of
 from quantkit.storage import hub
@@ -146,7 +146,7 @@ def open_sides(path: Path, source: str | None) -> Sides:
     model, revision = source or str(told.get("model")), None if source else told.get("revision")
     try:
         folder = hub.resolve(model, revision if isinstance(revision, str) else None).folder
-    except CheckpointError as fault:
+    except (CheckpointError, UsageError) as fault:
         raise CheckpointError(f"{path}: its source {model} cannot be read, and --deep needs it: {fault}") from fault
     opened = Checkpoint.open(folder)
     if opened.fingerprint() != told.get("fingerprint"):

@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Literal
 
-from quantkit.errors import CheckpointError, UsageError
+from quantkit.errors import UsageError
 
 PREFIX = "builtin:"
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -35,7 +35,7 @@ def model_names() -> tuple[str, ...]:
 
 
 def resolve_model(model: str) -> Path:
-    """The checkpoint folder of "builtin:<name>"; raises CheckpointError that lists the known ones."""
+    """The checkpoint folder of "builtin:<name>"; raises UsageError that lists the known ones."""
     name = model.removeprefix(PREFIX)
     known = model_names()
     if name in known:
@@ -43,4 +43,4 @@ def resolve_model(model: str) -> Path:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {PREFIX}{near[0]}? " if near else ""
     listing = ", ".join(PREFIX + entry for entry in known) or "none; install quantkit again"
-    raise CheckpointError(f"source.model: no built-in model {model!r}; {hint}known: {listing}")
+    raise UsageError(f"source.model: no built-in model {model!r}; {hint}known: {listing}")

@@ -6,6 +6,7 @@ renamed, and the folder is synced, so that the name survives a power cut too.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -152,10 +153,12 @@ def reason(fault: OSError) -> str:
 
 def unwritable(path: Path, fault: OSError) -> QuantkitError:
     """The error for a file that could not be written, with the free space when that is the cause."""
-    free = disk_free(path) / 1e9
-    return QuantkitError(
-        f"{path}: cannot be written: {reason(fault)} ({free:.1f} GB free); free some space or choose another folder"
-    )
+    if fault.errno in {errno.ENOSPC, errno.EDQUOT}:
+        free = disk_free(path) / 1e9
+        return QuantkitError(
+            f"{path}: cannot be written: {reason(fault)} ({free:.1f} GB free); free some space or choose another folder"
+        )
+    return QuantkitError(f"{path}: cannot be written: {reason(fault)}; mend that or choose another folder")
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from quantkit.contracts import Config, TensorSpec
-from quantkit.errors import CheckpointError, HubUnreachable
+from quantkit.errors import CheckpointError, HubUnreachable, UsageError
 from quantkit.storage.builtin import PREFIX, resolve_model
 from quantkit.storage.checkpoint import CONFIG, Checkpoint
 from quantkit.storage.files import brief, listed, read_json
@@ -97,7 +97,7 @@ def _local(model: str, revision: str | None) -> Path | None:
     else:
         return None
     if revision is not None:
-        raise CheckpointError(
+        raise UsageError(
             f"source.revision: expected none for a model on this machine ({model}), found {brief(revision)}; remove it"
         )
     return found
