@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -68,14 +69,17 @@ class Server:
 @contextmanager
 def server() -> Iterator[Server]:
     """A server, which ends with the block."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "QUANTKIT_CACHE": "cache"}
     command = [sys.executable, __file__]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as found:
-        try:
-            yield Server(found)
-        finally:
-            assert found.stdin
-            found.stdin.close()
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "QUANTKIT_CACHE": cache}
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        ) as found:
+            try:
+                yield Server(found)
+            finally:
+                assert found.stdin
+                found.stdin.close()
 
 
 # --------------------------------------------------------------------------------------------------- inside the server
@@ -262,9 +266,10 @@ def serve() -> None:
     import torch
 
     from quantkit import pipeline
-    from quantkit.report import terminal
+    from quantkit.report import html, terminal
 
     assert pipeline and terminal  # what a build imports, but for what it uses once
+    html.library()  # made by the first build and found by others: each shall make the same calls
     torch.set_num_threads(1)
     for line in sys.stdin:
         sys.stdout.write(json.dumps(asdict(fork(Order(**json.loads(line))))) + "\n")
