@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,14 @@ def test_json_has_what_the_tables_show() -> None:
     assert card["bounds"]["computed"] is True and card["bounds"]["prefill"]["limit"] == "interconnect"
     step = card["tokens_per_step"]
     assert 0 < step["sglang"]["safe"] < step["vllm"]["safe"] == 3 * 4096  # all there are
+
+
+def test_the_cheapest_cards_are_some_that_an_engine_runs_on() -> None:
+    found = run("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B")
+    said = " ".join(found.stdout.split())
+    assert re.search(r"Cheapest in one node: \d x (?!Mac)", said) and "Mac Studio 512 GB **" in said
+    assert said.endswith("** neither vLLM nor SGLang runs there.")
+    assert "**" not in run("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", "--gpu", "h100").stdout
 
 
 def test_each_format_of_a_recipe_is_sized() -> None:

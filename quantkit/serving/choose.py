@@ -143,7 +143,7 @@ def card_here(cards: Cards) -> Card | None:
 
 def refuse_card(card: Card, engine: Engine, target: Target, containers: bool) -> None:
     """UsageError for cards that the command would not run on."""
-    if card.name.startswith("Apple"):
+    if not card.served:
         other = "use --engine transformers" if target.kind == "artifact" else "name another card"
         raise UsageError(f"--gpu: {card.name}: {SHOWN[engine]} does not run there; {other}")
     if containers and not card.name.startswith("NVIDIA"):

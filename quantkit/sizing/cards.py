@@ -81,6 +81,7 @@ class Card(BaseModel):
     price_usd: Figure
     link: Link
     per_node: Annotated[int, Field(ge=1, le=72)]
+    served: bool = True  # by vLLM or SGLang
     note: str = ""
 
     @property

@@ -55,6 +55,7 @@ def fit_values(key: str, fit: Fit, made: Bounds | None) -> Json:
         "card": key,
         "name": fit.card.name,
         "memory_bytes": fit.card.memory_bytes,
+        "served": fit.card.served,
         "fits": placement is not None,
         "one_card": fit.one_card,
         "least_cards": fit.least_cards,

@@ -80,7 +80,7 @@ def cards_table(found: Sequence[tuple[Fit, Bounds | None]], dated: Cards) -> Tab
     """Each card: what it takes, what it leaves room for, how fast it can be at most."""
     rows = []
     for fit, made in found:
-        name = short(fit.card)
+        name = short(fit.card) + ("" if fit.card.served else " **")
         placement = fit.placement
         if placement is None or made is None:
             rows.append((name, f"no: {fit.least_cards}+", *("-",) * 7))
@@ -105,12 +105,14 @@ def cards_table(found: Sequence[tuple[Fit, Bounds | None]], dated: Cards) -> Tab
     asked += cheapest([fit for fit, _ in found])
     note = f"{BOUND} Cards as of {dated.updated}, {len(dated.sources)} sources (cards.yaml).{asked}"
     star = " * links between cards are the limit." if any("*" in row[-1] for row in rows) else ""
+    star += "" if all(fit.card.served for fit, _ in found) else " ** neither vLLM nor SGLang runs there."
     return Table(title="Cards", columns=columns, rows=tuple(rows), note=note + star)
 
 
 def cheapest(fits: Sequence[Fit]) -> str:
-    """The cards that cost least, in one node where one is enough; nothing where there is no choice."""
-    placed = [(fit.placement, fit.card) for fit in fits if fit.placement]
+    """The cards that cost least of those that engines run on, in one node where one is enough; nothing where there is
+    no choice."""
+    placed = [(fit.placement, fit.card) for fit in fits if fit.placement and fit.card.served]
     inside = [pair for pair in placed if pair[0].nodes == 1] or placed
     if len(placed) < 2:
         return ""
