@@ -119,6 +119,12 @@ def test_the_memory_fraction_grows_when_the_plan_needs_it() -> None:
     assert asked == {10: 0.90, 22: 0.92, 26: 0.96}
 
 
+def test_stages_come_with_what_would_do_without_them() -> None:
+    plan = dry(V3, "--gpu", "h200", "--engine", "vllm", "--users", "30")
+    assert plan["pipeline_parallel"] > 1
+    assert any("TP8 alone misses" in note and "it fits with --kv fp8 or --users 16" in note for note in plan["notes"])
+
+
 def why_of(plan: dict[str, Any], name: str) -> str:
     return next((str(flag["why"]) for flag in plan["flags"] if flag["name"] == name), "")
 

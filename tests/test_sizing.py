@@ -16,7 +16,17 @@ from quantkit.errors import CheckpointError, UsageError
 from quantkit.planning.recipe import parse
 from quantkit.sizing.attention import attentions
 from quantkit.sizing.cards import GB, GIB, Cards, read_cards
-from quantkit.sizing.fit import degree_fault, fits, fits_on, kv_per_card, stages, weights_per_card
+from quantkit.sizing.fit import (
+    Miss,
+    degree_fault,
+    fits,
+    fits_on,
+    fullest,
+    kv_per_card,
+    missed,
+    stages,
+    weights_per_card,
+)
 from quantkit.sizing.model import Model
 from quantkit.sizing.needs import needs
 from quantkit.sizing.read import config_model, model_of, recipe_models
@@ -280,6 +290,25 @@ def test_most_users_and_longest_context_are_the_last_that_fit(v3: Model, cards: 
     assert not fits_on(asked, card, tp, pp, 8192, found.max_users + 1)
     assert fits_on(asked, card, tp, pp, found.max_context, 4)
     assert not fits_on(asked, card, tp, pp, found.max_context + 1, 4)
+
+
+def test_stages_take_whole_nodes_and_it_is_told_what_would_do_without_them(cards: Cards) -> None:
+    """v3-awq4 was put on seven of eight cards in seven stages; TP8 misses little, for MLA's cache is whole per rank."""
+    model, card = recipe_model("v3-awq4"), cards.cards["h100"]
+    found = fits(needs(model), card)
+    assert found.placement is not None and (found.placement.tp, found.placement.pp) == (4, 2)
+    miss = missed(found)
+    held = sum(fullest(needs(model), 8, 1, 32_768, 10)) * 1.15
+    assert miss == Miss(tp=8, n_bytes=round(held - 80 * GB), fp8=True, users=9, latent=True)
+    for mended in (needs(model, users=9), needs(model, kv="fp8")):
+        alone = fits(mended, card)
+        assert alone.placement is not None and alone.placement.tp == 8 and missed(alone) is None
+    more = fits(needs(model, users=10**5), card)
+    assert more.placement is None and missed(more) is None
+    for name in cards.cards:
+        for users in (1, 10, 30, 64):
+            placed = fits(needs(model, users=users), cards.cards[name]).placement
+            assert placed is None or cards.cards[name].per_node % placed.cards in (0, cards.cards[name].per_node)
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

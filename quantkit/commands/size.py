@@ -105,6 +105,7 @@ def view(found: dict[str, Fit], dated: Cards, *, in_full: bool) -> list[Renderab
     from quantkit.sizing import tables
     from quantkit.sizing.batch import advice
     from quantkit.sizing.bounds import bounds
+    from quantkit.sizing.fit import missed
     from quantkit.sizing.shares import SERVERS
 
     fits = list(found.values())
@@ -115,6 +116,8 @@ def view(found: dict[str, Fit], dated: Cards, *, in_full: bool) -> list[Renderab
     made = [(fit, bounds(fit)) for fit in fits]
     shown.append(table(tables.cards_table(made, dated)))
     for fit, limits in made if in_full else ():
+        if miss := missed(fit):
+            shown.append(Text(f"{tables.miss_told(miss)}.\n"))
         if limits:
             shown.append(table(tables.bounds_table(fit, limits)))
             shown += [Text(sentence) for sentence in (*tables.interconnect(fit, limits), "")]

@@ -16,9 +16,10 @@ from quantkit.packing.engine_names import SERVERS
 from quantkit.serving.target import Target
 from quantkit.sizing.batch import STEP, advice
 from quantkit.sizing.cards import Card
-from quantkit.sizing.fit import Fit, Placement, fits
+from quantkit.sizing.fit import Fit, Placement, fits, missed
 from quantkit.sizing.needs import Needs
 from quantkit.sizing.shares import Server, share_of, usual_step
+from quantkit.sizing.tables import miss_told
 
 Engine = Literal["vllm", "sglang", "transformers"]
 SHOWN: dict[Engine, str] = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
@@ -216,6 +217,8 @@ def notes(target: Target, fit: Fit) -> Iterator[str]:
         f"{placement.cards} x {fit.card.name}: at most {fit.max_users:,} users of this context, or {fit.max_context:,} "
         "tokens for so many users (computed)"
     )
+    if miss := missed(fit):
+        yield miss_told(miss)
     if target.chat is False:
         yield "no chat template is stored: /v1/completions works; for /v1/chat/completions add --chat-template FILE"
     if target.status == "rejected":

@@ -7,7 +7,7 @@ vLLM deals them). KV heads are divided among ranks as far as there are any; a la
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from quantkit.sizing.cards import Card
@@ -45,8 +45,8 @@ class Placement:
 class Fit:
     """How a model stands to a card.
 
-    least_cards: total bytes / memory, rounded up, before anybody asks how the model can be cut. placement: the fewest
-    cards that engines can cut it to, None where there is no such number up to MOST_NODES nodes. max_context at the
+    least_cards: total bytes / memory, rounded up, before anybody asks how the model can be cut. placement: the first
+    of `candidates` that holds it, None where there is no such number up to MOST_NODES nodes. max_context at the
     asked users, max_users at the asked context, both on the placement's cards.
     """
 
@@ -168,11 +168,15 @@ def smallest(needs: Needs, card: Card, allowed: Sequence[int]) -> Placement | No
 
 
 def candidates(card: Card, allowed: Sequence[int], layers: int) -> Iterator[tuple[int, int, int]]:
-    """(tp, pp, nodes) from few cards to many: tensor parallelism in one node, then with stages, then whole nodes."""
+    """(tp, pp, nodes) from few cards to many: tensor parallelism in one node, then with stages, then whole nodes.
+
+    Stages take a node, or a half or quarter of it: nobody buys seven of eight cards, and few stages answer sooner.
+    """
     inside = [tp for tp in allowed if tp <= card.per_node]
     for tp in inside:
         yield tp, 1, 1
-    pairs = [(tp, pp) for tp in inside for pp in range(2, min(layers, card.per_node // tp) + 1)]
+    deep = range(2, min(layers, card.per_node) + 1)
+    pairs = [(tp, pp) for tp in inside for pp in deep if card.per_node % (tp * pp) == 0]
     for tp, pp in sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair[1])):
         yield tp, pp, 1
     if card.link.kind == "none":
@@ -182,6 +186,31 @@ def candidates(card: Card, allowed: Sequence[int], layers: int) -> Iterator[tupl
         pp = nodes * card.per_node // widest
         if pp <= layers:
             yield widest, pp, nodes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Miss:
+    """Why a node is not filled by tensor parallelism alone: bytes that it misses on each card, and what would fit."""
+
+    tp: int
+    n_bytes: int
+    fp8: bool  # with a cache in FP8
+    users: int  # so many, as things are
+    latent: bool  # whether each rank holds the whole cache
+
+
+def missed(fit: Fit) -> Miss | None:
+    """What tensor parallelism over a whole node misses where stages were taken; None where nothing mends that."""
+    needs, card, tp = fit.needs, fit.card, fit.card.per_node
+    if fit.placement is None or fit.placement.pp == 1 or tp not in fit.allowed:
+        return None
+    taken = sum(fullest(needs, tp, 1, needs.context, needs.users)) * (1 + needs.margin)
+    users = _most(needs.users, lambda n: fits_on(needs, card, tp, 1, needs.context, n))
+    fp8 = fits_on(replace(needs, kv="fp8"), card, tp, 1, needs.context, needs.users)
+    if not fp8 and not users:
+        return None
+    latent = needs.model.layers[0].attention.kind == "latent"
+    return Miss(tp=tp, n_bytes=round(taken - card.memory_bytes), fp8=fp8, users=users, latent=latent)
 
 
 def max_context(needs: Needs, card: Card, placement: Placement) -> int:

@@ -9,7 +9,7 @@ from quantkit.report.tables import Table
 from quantkit.sizing.batch import RESERVE, Advice
 from quantkit.sizing.bounds import Bound, Bounds, active_bytes, active_parameters, link_bytes
 from quantkit.sizing.cards import GIB, Card, Cards
-from quantkit.sizing.fit import Fit
+from quantkit.sizing.fit import Fit, Miss
 from quantkit.sizing.model import Model
 from quantkit.sizing.needs import Needs
 from quantkit.sizing.shares import SERVERS, Server, share_of
@@ -242,6 +242,13 @@ def advice_table(found: Mapping[Server, Advice], fit: Fit) -> Table:
 def told_users(count: int) -> str:
     """ "1 user", "10 users"."""
     return f"{count:,} user" + ("s" if count != 1 else "")
+
+
+def miss_told(found: Miss) -> str:
+    """Why stages are taken, and what makes them needless: "TP8 alone misses 0.2 GB a card; it fits with --kv fp8"."""
+    ways = [*(["--kv fp8"] if found.fp8 else []), *([f"--users {found.users}"] if found.users else [])]
+    why = " (MLA's cache lies whole on every rank)" if found.latent else ""
+    return f"TP{found.tp} alone misses {numbers.size(found.n_bytes)} a card{why}; it fits with {' or '.join(ways)}"
 
 
 def interconnect(fit: Fit, made: Bounds) -> Iterator[str]:
