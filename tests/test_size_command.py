@@ -69,6 +69,15 @@ def test_the_cheapest_cards_are_some_that_an_engine_runs_on() -> None:
     assert "**" not in run("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", "--gpu", "h100").stdout
 
 
+def test_what_context_fits_on_one_card_of_24_gb() -> None:
+    """Asked for as much as possible it takes two; the one is answered too, and no card is where none holds it."""
+    words = ("--gpu", "rtx4090", "--users", "1")
+    found = run("r1-distill-qwen-32b-awq4", *words)
+    assert "On one card: at most 5,877 tokens for 1 user (--context 5877)." in found.stdout
+    assert "On one card" not in run("r1-distill-qwen-32b-awq4", *words, "--context", "5877").stdout
+    assert "On one card" not in run("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", *words).stdout
+
+
 def test_each_format_of_a_recipe_is_sized() -> None:
     found = run("smollm2-135m-gptq4", "--set", "format=[gptq, compressed_tensors]", "--context", "512", "--json")
     assert found.exit_code == 0, found.output

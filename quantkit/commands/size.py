@@ -116,6 +116,8 @@ def view(found: dict[str, Fit], dated: Cards, *, in_full: bool) -> list[Renderab
     made = [(fit, bounds(fit)) for fit in fits]
     shown.append(table(tables.cards_table(made, dated)))
     for fit, limits in made if in_full else ():
+        if single := tables.one_card_told(fit):
+            shown.append(Text(f"{single}\n"))
         if miss := missed(fit):
             shown.append(Text(f"{tables.miss_told(miss)}.\n"))
         if limits:

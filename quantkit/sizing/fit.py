@@ -47,7 +47,7 @@ class Fit:
 
     least_cards: total bytes / memory, rounded up, before anybody asks how the model can be cut. placement: the first
     of `candidates` that holds it, None where there is no such number up to MOST_NODES nodes. max_context at the
-    asked users, max_users at the asked context, both on the placement's cards.
+    asked users, max_users at the asked context, both on the placement's cards; one_card_context on a single card.
     """
 
     needs: Needs
@@ -55,6 +55,7 @@ class Fit:
     least_cards: int
     degrees: tuple[Degree, ...]
     placement: Placement | None
+    one_card_context: int
     max_context: int | None = None
     max_users: int | None = None
 
@@ -74,16 +75,15 @@ def fits(needs: Needs, card: Card) -> Fit:
     degrees = tuple(Degree(tp=tp, fault=degree_fault(needs.model, tp)) for tp in asked_degrees(card))
     least = ceil(needs.total_bytes / card.memory_bytes)
     placement = smallest(needs, card, [degree.tp for degree in degrees if degree.fault is None])
-    if placement is None:
-        return Fit(needs=needs, card=card, least_cards=least, degrees=degrees, placement=None)
     return Fit(
         needs=needs,
         card=card,
         least_cards=least,
         degrees=degrees,
         placement=placement,
-        max_context=max_context(needs, card, placement),
-        max_users=max_users(needs, card, placement),
+        one_card_context=alone(needs, card),
+        max_context=max_context(needs, card, placement) if placement else None,
+        max_users=max_users(needs, card, placement) if placement else None,
     )
 
 
@@ -217,6 +217,11 @@ def max_context(needs: Needs, card: Card, placement: Placement) -> int:
     """The longest context of every user that still fits, at most what the model allows."""
     limit = needs.model.longest or 2**24
     return _most(limit, lambda n: fits_on(needs, card, placement.tp, placement.pp, n, needs.users))
+
+
+def alone(needs: Needs, card: Card) -> int:
+    """The longest context of every user on a single card; 0 where it does not hold the weights."""
+    return _most(needs.model.longest or 2**24, lambda n: fits_on(needs, card, 1, 1, n, needs.users))
 
 
 def max_users(needs: Needs, card: Card, placement: Placement) -> int:

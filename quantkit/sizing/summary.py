@@ -71,6 +71,7 @@ def fit_values(key: str, fit: Fit, made: Bounds | None) -> Json:
         "kv_bytes_per_card": placement.kv_bytes if placement else None,
         "max_context": fit.max_context,
         "max_users": fit.max_users,
+        "one_card_context": fit.one_card_context,  # 0: one card does not hold the weights
         "bounds": bounds_values(made) if made else None,
         "tokens_per_step": {server: advice_values(found) for server, found in advised.items()} or None,
     }

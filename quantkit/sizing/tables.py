@@ -251,6 +251,14 @@ def miss_told(found: Miss) -> str:
     return f"TP{found.tp} alone misses {numbers.size(found.n_bytes)} a card{why}; it fits with {' or '.join(ways)}"
 
 
+def one_card_told(fit: Fit) -> str | None:
+    """What one card would do where more are taken; None where it does not hold the weights."""
+    if fit.one_card or not fit.one_card_context:
+        return None
+    context, users = numbers.count(fit.one_card_context), told_users(fit.needs.users)
+    return f"On one card: at most {context} tokens for {users} (--context {fit.one_card_context})."
+
+
 def interconnect(fit: Fit, made: Bounds) -> Iterator[str]:
     """Sentences on what the links between cards allow."""
     placement, card = fit.placement, fit.card
