@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from quantkit.errors import CheckpointError, UsageError
+from quantkit.errors import UsageError
 from quantkit.sizing.read import model_of
 
 SMALL: dict[str, object] = {
@@ -68,19 +68,17 @@ def test_a_strangers_bytes_are_those_of_its_headers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "error", "sentence"),
+    ("values", "sentence"),
     [
-        ({"model_type": "mamba"}, CheckpointError, "num_attention_heads: expected an integer"),
-        ({"model_type": "no_such_family"}, UsageError, "transformers has no language model of that type"),
-        ({"model_type": "gemma2", "num_hidden_layers": "many"}, CheckpointError, "repair the value"),
-        ({"model_type": "gemma2", "num_hidden_layers": 10**8}, CheckpointError, "expected at most 10,000"),
-        ({"model_type": "qwen3_next", "num_hidden_layers": 4}, CheckpointError, "'linear_attention' layers"),
+        ({"model_type": "mamba"}, "num_attention_heads: expected an integer"),
+        ({"model_type": "no_such_family"}, "transformers has no language model of that type"),
+        ({"model_type": "gemma2", "num_hidden_layers": "many"}, "repair the value"),
+        ({"model_type": "gemma2", "num_hidden_layers": 10**8}, "expected at most 10,000"),
+        ({"model_type": "qwen3_next", "num_hidden_layers": 4}, "'linear_attention' layers"),
     ],
 )
-def test_what_cannot_be_sized_is_one_sentence(
-    values: dict[str, object], error: type[Exception], sentence: str, tmp_path: Path
-) -> None:
+def test_what_cannot_be_sized_is_one_sentence(values: dict[str, object], sentence: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(error, match=sentence) as caught:
+    with pytest.raises(UsageError, match=sentence) as caught:
         model_of(str(tmp_path / "config.json"))
     assert "\n" not in str(caught.value)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from quantkit import registry
 from quantkit.contracts import Config, Scheme, TensorSpec
-from quantkit.errors import RecipeError, UsageError
+from quantkit.errors import CheckpointError, RecipeError, UsageError
 from quantkit.planning import published
 from quantkit.planning.claims import expected, fp8_block
 from quantkit.planning.plan import SourceFacts, architecture_of, claimed_of, decided, written
@@ -71,8 +71,11 @@ def stored_model(folder: Path) -> Model:
 
 
 def config_model(path: Path) -> Model:
-    """The model that a config.json alone describes."""
-    return planned_by_config(Config(values=read_json(path, UsageError), where=str(path)), str(path))
+    """The model that a config.json alone describes; UsageError for one that is damaged or describes none."""
+    try:
+        return planned_by_config(Config(values=read_json(path, UsageError), where=str(path)), str(path))
+    except CheckpointError as fault:  # the file is all that was named: no checkpoint is at fault
+        raise UsageError(str(fault)) from fault
 
 
 def planned_by_config(config: Config, name: str) -> Model:
