@@ -78,6 +78,15 @@ def test_what_context_fits_on_one_card_of_24_gb() -> None:
     assert "On one card" not in run("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", *words).stdout
 
 
+def test_speeds_say_at_which_context_they_are() -> None:
+    """One user at the first tokens may be faster than everybody at the longest context."""
+    told = "context: longest for 1 user; users: most at 4,096 tokens; 1 user t/s: alone, at the first tokens; all t/s: "
+    for words in (["Qwen/Qwen3-30B-A3B", "--gpu", "h100"], ["--compare", "Qwen/Qwen3-30B-A3B"]):
+        found = run(*words, "--users", "1", "--context", "4096")
+        said = " ".join(found.stdout.split())
+        assert told + "1 user at 4,096 tokens." in said and "1 users" not in said
+
+
 def test_each_format_of_a_recipe_is_sized() -> None:
     found = run("smollm2-135m-gptq4", "--set", "format=[gptq, compressed_tensors]", "--context", "512", "--json")
     assert found.exit_code == 0, found.output

@@ -17,7 +17,7 @@ from quantkit.serving.target import Target
 from quantkit.sizing.batch import STEP, advice
 from quantkit.sizing.cards import Card
 from quantkit.sizing.fit import Fit, Placement, fits, missed
-from quantkit.sizing.needs import Needs
+from quantkit.sizing.needs import Needs, told_users
 from quantkit.sizing.shares import Server, share_of, usual_step
 from quantkit.sizing.tables import miss_told
 
@@ -77,9 +77,9 @@ def fit_of(needs: Needs, card: Card) -> Fit:
     fit = fits(needs, card)
     if fit.placement is None:
         raise UsageError(
-            f"{needs.model.name}: {needs.users} users of {needs.context:,} tokens need {needs.total_bytes / 1e9:,.0f} "
-            f"GB and fit on no number of {card.name} that engines can cut it to; ask for less --context or --users, or "
-            "name another --gpu (`quantkit size` compares them)"
+            f"{needs.model.name}: {told_users(needs.users)} of {needs.context:,} tokens: "
+            f"{needs.total_bytes / 1e9:,.0f} GB fit on no number of {card.name} that engines can cut it to; ask for "
+            "less --context or --users, or name another --gpu (`quantkit size` compares them)"
         )
     return fit
 
@@ -214,8 +214,8 @@ def notes(target: Target, fit: Fit) -> Iterator[str]:
     placement = fit.placement
     assert placement is not None
     yield (
-        f"{placement.cards} x {fit.card.name}: at most {fit.max_users:,} users of this context, or {fit.max_context:,} "
-        "tokens for so many users (computed)"
+        f"{placement.cards} x {fit.card.name}: at most {told_users(fit.max_users or 0)} of this context, or "
+        f"{fit.max_context:,} tokens for {told_users(fit.needs.users)} (computed)"
     )
     if miss := missed(fit):
         yield miss_told(miss)

@@ -13,7 +13,8 @@ from quantkit.report.schema import Fidelity
 from quantkit.report.tables import Table
 from quantkit.sizing.bounds import Bounds, active_bytes
 from quantkit.sizing.fit import Fit
-from quantkit.sizing.tables import BOUND, rate, short
+from quantkit.sizing.needs import told_users
+from quantkit.sizing.tables import BOUND, rate, short, told_asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ def sizes(sides: Sequence[Side]) -> Table:
         ))
     columns = ("model", "stored", ">parameters", ">weights", ">of first", ">per token", ">KV cache", ">in all")
     first = sides[0].fit.needs
-    note = f"{first.users} users at up to {first.context:,} tokens, margin {100 * first.margin:g} %; "
+    note = f"{told_users(first.users)} at up to {first.context:,} tokens, margin {100 * first.margin:g} %; "
     note += "per token: weights that one token alone reads."
     return Table(title="Sizes", columns=columns, rows=tuple(rows), note=note)
 
@@ -65,8 +66,9 @@ def speeds(sides: Sequence[Side]) -> Table:
         split = f"TP{placement.tp}" + (f" x PP{placement.pp}" if placement.pp > 1 else "")
         told = (str(placement.cards), split, numbers.count(side.fit.max_context), numbers.count(side.fit.max_users))
         rows.append((side.name, *told, rate(made.one), rate(made.all), rate(made.prefill)))
+    note = BOUND + told_asked(sides[0].fit.needs)
     columns = ("model", ">cards", "split", ">context", ">users", ">1 user t/s", ">all t/s", ">prefill t/s")
-    return Table(title=f"On {short(sides[0].fit.card)}", columns=columns, rows=tuple(rows), note=BOUND)
+    return Table(title=f"On {short(sides[0].fit.card)}", columns=columns, rows=tuple(rows), note=note)
 
 
 def fidelity(sides: Sequence[Side]) -> Table | None:

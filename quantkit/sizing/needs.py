@@ -75,3 +75,8 @@ def needs(
         kv_bytes=per_user * users,
         speculative=speculative,
     )
+
+
+def told_users(count: int) -> str:
+    """ "1 user", "10 users"."""
+    return f"{count:,} user" + ("s" if count != 1 else "")

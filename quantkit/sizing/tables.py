@@ -11,7 +11,7 @@ from quantkit.sizing.bounds import Bound, Bounds, active_bytes, active_parameter
 from quantkit.sizing.cards import GIB, Card, Cards
 from quantkit.sizing.fit import Fit, Miss
 from quantkit.sizing.model import Model
-from quantkit.sizing.needs import Needs
+from quantkit.sizing.needs import Needs, told_users
 from quantkit.sizing.shares import SERVERS, Server, share_of
 
 READ = {
@@ -48,7 +48,7 @@ def memory(needs: Needs) -> Table:
     kind = "MLA" if kinds == {"latent"} else attention_name(model)
     windows = sum(layer.attention.window is not None for layer in model.layers)
     kept = f"; {windows} of {len(model.layers)} layers keep a window only" if windows else ""
-    per_user = f"{needs.kv_bytes_per_token:,} B per token x {needs.context:,} tokens x {needs.users} users"
+    per_user = f"{needs.kv_bytes_per_token:,} B per token x {needs.context:,} tokens x {told_users(needs.users)}"
     rows = (
         ("weights", READ[model.read_from], gb(needs.weights_bytes)),
         ("KV cache", f"{kind}, {needs.kv}: {per_user}{kept}", gb(needs.kv_bytes)),
@@ -101,12 +101,21 @@ def cards_table(found: Sequence[tuple[Fit, Bounds | None]], dated: Cards) -> Tab
         "card", ">cards", ">nodes", "split", ">context", ">users", ">1 user t/s", ">all t/s", ">prefill t/s",
     )  # fmt: skip
     needs = found[0][0].needs if found else None
-    asked = f" context: longest for {needs.users} users; users: most at {needs.context:,} tokens." if needs else ""
+    asked = told_asked(needs) if needs else ""
     asked += cheapest([fit for fit, _ in found])
     note = f"{BOUND} Cards as of {dated.updated}, {len(dated.sources)} sources (cards.yaml).{asked}"
     star = " * links between cards are the limit." if any("*" in row[-1] for row in rows) else ""
     star += "" if all(fit.card.served for fit, _ in found) else " ** neither vLLM nor SGLang runs there."
     return Table(title="Cards", columns=columns, rows=tuple(rows), note=note + star)
+
+
+def told_asked(needs: Needs) -> str:
+    """What the columns of a table of cards are of."""
+    users, tokens = told_users(needs.users), f"{needs.context:,} tokens"
+    return (
+        f" context: longest for {users}; users: most at {tokens}; 1 user t/s: alone, at the first tokens; all t/s: "
+        f"{users} at {tokens}."
+    )
 
 
 def cheapest(fits: Sequence[Fit]) -> str:
@@ -237,11 +246,6 @@ def advice_table(found: Mapping[Server, Advice], fit: Fit) -> Table:
         )
     columns = ("part", "how", *(f">{SERVERS[server]}" for server in found))
     return Table(title="Tokens per step", columns=columns, rows=rows, note=note)
-
-
-def told_users(count: int) -> str:
-    """ "1 user", "10 users"."""
-    return f"{count:,} user" + ("s" if count != 1 else "")
 
 
 def miss_told(found: Miss) -> str:
