@@ -332,7 +332,7 @@ class Format:
     fp8_scale: local name of the block scales of a kept FP8 `weight`; None: the format holds none, it becomes BF16;
     accepts_fp8: None, or why this linear of a block that transformers runs cannot stay in FP8 blocks of that side;
     holds_codes: `dequantize` gives (codes - zero) * scale in float32: equal codes are equal weights in such formats;
-    limits: engines that cannot load these linears quantized, with the reason: a warning of the plan;
+    limits: of a model type, quantized linears and kept ones (but MTP), engines that cannot load them, and why;
     packages: what `pack` and `dequantize` import beyond quantkit's own dependencies.
     """
 
@@ -346,5 +346,5 @@ class Format:
     fp8_scale: str | None = None
     accepts_fp8: Callable[[Linear, int], str | None] | None = None
     holds_codes: bool = True
-    limits: Callable[[Sequence[Linear], Sequence[Scheme]], Mapping[str, str]] | None = None
+    limits: Callable[[str, Mapping[Linear, Scheme], Sequence[Linear]], Mapping[str, str]] | None = None
     packages: tuple[str, ...] = ()

@@ -83,7 +83,8 @@ def artifact(plan: Plan) -> schema.Artifact:
     quantized = [decision for decision in plan.decisions.values() if decision.action == "quantize"]
     weights = sum(decision.linear.n_parameters for decision in quantized)
     stored = sum(bytes_after(plan, decision) for decision in quantized)
-    refusing, name = unserved(plan.format, plan.decisions), PurePath(plan.path).name
+    refusing = unserved(plan.format, plan.source.config, plan.layout, plan.decisions)
+    name = PurePath(plan.path).name
     return schema.Artifact(
         name=name,
         format=plan.format_name,

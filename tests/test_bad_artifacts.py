@@ -48,9 +48,14 @@ from quantkit.numerics import codebook
 from quantkit.planning.recipe import parse
 
 SYMMETRIC = "{method: rtn, bits: 4, group_size: 64, symmetric: true}"
+SEVERAL = (
+    '[{match: "*.down_proj", quantize: {bits: 8}}, {match: "*.mlp.*", quantize: default}, {match: "*", keep: source}]'
+)
 KINDS: dict[str, tuple[str, dict[str, str]]] = {
     "awq": ("qwen3_moe", {"format": "awq", "quantize": "{method: rtn, bits: 4, group_size: 64}"}),
     "gptq": ("qwen3_moe", {"format": "gptq", "quantize": SYMMETRIC}),
+    "gptq-several": ("llama", {"format": "gptq", "quantize": SYMMETRIC, "rules": SEVERAL}),
+    "several": ("llama", {"format": "compressed_tensors", "quantize": SYMMETRIC, "rules": SEVERAL}),
     "gptq_v2": ("llama", {"format": "gptq_v2", "quantize": "{method: rtn, bits: 3, group_size: 32, symmetric: true}"}),
     "eight": ("qwen3_moe", {"format": "compressed_tensors", "quantize": SYMMETRIC.replace("bits: 4", "bits: 8")}),
     "zeros": ("llama", {"format": "compressed_tensors", "quantize": "{method: rtn, bits: 4, group_size: 32}"}),
@@ -340,6 +345,17 @@ CONTENT: dict[str, tuple[str, Damage, str]] = {
         "gptq",
         lambda path: config(path, lambda v: v["modules_in_block_to_quantize"][0].append("q_proj")),
         "are not quantized in the tensors, but quantized to transformers",
+    ),
+    "gptq: other bits forgotten": (
+        "gptq-several",
+        lambda path: config(path, lambda v: v["dynamic"].popitem()),
+        "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj are of 8 bits, group 64, symmetric in the tensors, "
+        "but of 4 bits, group 64, symmetric to SGLang and GPTQModel",
+    ),
+    "compressed_tensors: a module in the other group": (
+        "several",
+        lambda path: config(path, lambda v: v["config_groups"]["group_1"].update(targets=[GATE])),
+        f"{GATE} is of 4 bits, group 64, symmetric in the tensors, but of 8 bits, group 64, symmetric to vLLM, SGLang",
     ),
     "compressed_tensors: ignore names a quantized module": (
         "eight",

@@ -22,6 +22,7 @@ from quantkit.formats import compressed_tensors as ct
 from quantkit.methods import rtn
 from quantkit.numerics import affine
 from quantkit.packing.engine_names import FUSED
+from quantkit.packing.stored import Codes, by_codes
 
 M = torch.tensor([[(3 * (8 * k + n) + 1) % 16 for n in range(8)] for k in range(8)], dtype=torch.uint8)
 """FORMATS.md's example, [in, out]."""
@@ -30,6 +31,11 @@ M_WORDS = [-1852730991, -993737532, -134744073, 707406378, 1566399837, -21390621
 
 def scheme(bits: int = 4, group: int = 128, symmetric: bool = True, kind: str = "int") -> Scheme:
     return Scheme(bits=bits, group_size=group, symmetric=symmetric, scale_dtype="bfloat16", kind=kind)  # type: ignore[arg-type]
+
+
+def codes_of(chosen: Scheme) -> Codes:
+    ((found, _),) = by_codes({"": chosen})
+    return found
 
 
 # --------------------------------------------------------------------------------------------------- the bits
@@ -73,7 +79,7 @@ def test_the_library_finds_the_same_weights(bits: int, symmetric: bool, group: i
     expected = affine.dequantize(quantized, chosen)
     assert torch.equal(ct.FORMAT.dequantize(tensors, chosen), expected)
     library = BaseCompressor.get_value_from_registry(CompressionFormat.pack_quantized.value)
-    group_0 = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**ct.weights(chosen)))
+    group_0 = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**ct.weights(codes_of(chosen))))
     theirs = library.decompress({**tensors, "weight_scale": tensors["weight_scale"].float()}, group_0)
     assert torch.equal(theirs["weight"], expected)
 
@@ -140,7 +146,7 @@ def test_what_engines_load_is_accepted(bits: int, symmetric: bool, group: int) -
 )
 def test_who_does_not_read_it_is_told(chosen: Scheme, left: set[str]) -> None:
     assert ct.FORMAT.accepts(chosen, linear()) is None and ct.FORMAT.limits is not None
-    assert set(ct.FORMAT.engines) - set(ct.FORMAT.limits([linear()], [chosen])) == left
+    assert set(ct.FORMAT.engines) - set(ct.FORMAT.limits("llama", {linear(): chosen}, [])) == left
 
 
 # ------------------------------------------------------------------------------------------------- config.json
@@ -208,9 +214,33 @@ def test_config_entry() -> None:
         },
     }
     channel = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-    assert ct.weights(scheme(8, -1)) == channel
-    with pytest.raises(UsageError, match="room for one scheme, found 4 bits group 128, 4 bits group 64"):
-        ct.FORMAT.quantization_config(Contents(schemes={"a": scheme(), "b": scheme(group=64)}, kept=[]))
+    assert ct.weights(codes_of(scheme(8, -1))) == channel
+
+
+def test_each_scheme_has_a_group() -> None:
+    """The commonest is that of every linear; the others are named, fused modules too, without the text "experts"."""
+    modules = model_modules(layers=3, dense_layers=1)
+    schemes = {n: scheme(8, -1) if "shared" in n else scheme() for n in modules if "_proj" in n and "_attn" not in n}
+    schemes["model.layers.0.mlp.down_proj"] = scheme(group=32)
+    kept = [name for name in modules if name not in schemes]
+    entry = ct.FORMAT.quantization_config(Contents(schemes=schemes, kept=kept))
+    assert entry is not None
+    groups = entry["config_groups"]
+    assert {tuple(g["targets"]): g["weights"]["num_bits"] for g in groups.values()} == {  # type: ignore[attr-defined]
+        ("Linear",): 4,
+        (r"re:model\.layers\.(1|2)\.mlp\.shared_exp[e]rts(\..*)?$",): 8,
+        (r"re:model\.layers\.0\.mlp\.down_proj$",): 4,
+    }
+    told = ct.targeted(entry)
+    assert all(told(name) == codes_of(chosen) for name, chosen in schemes.items())
+    assert told("model.layers.1.mlp.shared_experts.gate_up_proj") == codes_of(scheme(8, -1))
+
+
+def test_routed_experts_of_two_schemes_are_not_for_transformers() -> None:
+    experts = [linear(f"model.layers.{layer}.mlp.experts.0.up_proj", role="routed_expert") for layer in range(2)]
+    found = ct.limits("llama", {experts[0]: scheme(), experts[1]: scheme(8)}, [])
+    assert found == {"transformers": "reads all routed experts of compressed-tensors by one scheme"}
+    assert not ct.limits("llama", {experts[0]: scheme(), linear(): scheme(8)}, [])
 
 
 # --------------------------------------------------------------------------------- artifacts in transformers
@@ -223,6 +253,18 @@ CASES = {
     "llama-3": ("llama", "all-linear", "bits: 3, group_size: 64, symmetric: true"),
     "deepseek_v3-experts-6": ("deepseek_v3", "experts-only", "bits: 6, group_size: 32, symmetric: true"),
     "deepseek_v3-experts": ("deepseek_v3", "experts-only", "bits: 4, group_size: 64, symmetric: true"),
+    "llama-several": (
+        "llama",
+        '[{match: "*.down_proj", quantize: {bits: 8, group_size: -1}}, {match: "*.self_attn.*", quantize: '
+        '{group_size: 32}}, {match: "*.mlp.*", quantize: default}, {match: "*", keep: source}]',
+        "bits: 4, group_size: 64, symmetric: true",
+    ),
+    "qwen2_moe-several": (
+        "qwen2_moe",
+        '[{match: "*.mlp.experts.*", quantize: default}, {match: "*.shared_expert.*", quantize: {bits: 8}}, '
+        '{match: "*.o_proj", quantize: {bits: 3}}, {match: "*", keep: source}]',
+        "bits: 4, group_size: 64, symmetric: true",
+    ),
     "deepseek_v3-all": (
         "deepseek_v3",
         LATENT + '{match: "*", keep: source}]',

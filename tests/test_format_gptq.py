@@ -9,17 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import tiny_config, write_checkpoint
+from checkpoints import planned, tiny_config, write_checkpoint
 from safetensors.torch import load_file
 from test_contracts import build
 from test_format_awq import SELECTIONS, linear, model_modules
 
-from quantkit.contracts import Contents, Quantized, Scheme
+from quantkit.contracts import Contents, Format, Quantized, Scheme
 from quantkit.errors import NumericsError, UsageError
-from quantkit.formats import gptq
+from quantkit.formats import gptq, gptq_v2
 from quantkit.methods import rtn
 from quantkit.numerics import affine
 from quantkit.packing.engine_names import FUSED
+from quantkit.packing.stored import by_codes
 from quantkit.storage.checkpoint import Checkpoint
 
 M = torch.tensor([[(3 * (8 * k + n) + 1) % 16 for n in range(8)] for k in range(8)], dtype=torch.uint8)
@@ -190,8 +191,44 @@ def test_config_entry() -> None:
             [f"mlp.experts.{e}.{x}" for e in range(3) for x in ("gate_proj", "up_proj", "down_proj")]
         ],
     }
-    with pytest.raises(UsageError, match="room for one scheme, found 4 bits group 128, 4 bits group 64"):
-        gptq.FORMAT.quantization_config(Contents(schemes={"a": scheme(), "b": scheme(group=64)}, kept=[]))
+
+
+def test_dynamic_tells_other_schemes() -> None:
+    """FORMATS.md 2.4: the first rule that matches; the commonest scheme stands on top."""
+    modules = model_modules(layers=3, dense_layers=1)
+    schemes = {n: scheme(8, -1) if "shared" in n else scheme() for n in modules if "_proj" in n and "_attn" not in n}
+    schemes["model.layers.0.mlp.down_proj"] = scheme(group=32)
+    kept = [name for name in modules if name not in schemes]
+    entry = gptq.FORMAT.quantization_config(Contents(schemes=schemes, kept=kept))
+    assert entry is not None and (entry["bits"], entry["group_size"], entry["sym"]) == (4, 128, True)
+    overrides = {key: value for key, value in entry["dynamic"].items() if not key.startswith("-:")}  # type: ignore[attr-defined]
+    assert overrides == {
+        r"+:model\.layers\.(1|2)\.mlp\.shared_experts(\..*)?$": {"bits": 8, "group_size": -1, "sym": True},
+        r"+:model\.layers\.0\.mlp\.down_proj$": {"bits": 4, "group_size": 32, "sym": True},
+    }
+    for loader in gptq.CHECKS.loaders[:2]:  # SGLang and GPTQModel, vLLM
+        told = loader.told(entry)
+        assert all(told(name) == by_codes({"": chosen})[0][0] for name, chosen in schemes.items())
+        assert all(told(name) == "plain" for name in kept)
+    (inner,) = entry["modules_in_block_to_quantize"]  # type: ignore[misc]
+    assert all(name.endswith(tuple(inner)) == (name in schemes) for name in modules)
+
+
+EXPERTS = [linear(f"model.layers.{layer}.mlp.experts.0.up_proj", role="routed_expert") for layer in range(2)]
+
+
+@pytest.mark.parametrize("output", [gptq.FORMAT, gptq_v2.FORMAT])
+def test_sglang_reads_every_routed_expert_as_the_config_says_on_top(output: Format) -> None:
+    """FORMATS.md 2.4: its experts ask no rule of `dynamic`."""
+    assert output.limits is not None
+    why = "reads all routed experts as GPTQ of 4 bits, group 128, symmetric; here some are not"
+    for schemes, kept in (
+        ({linear(): scheme()}, EXPERTS),
+        ({EXPERTS[0]: scheme()}, EXPERTS[1:]),
+        ({EXPERTS[0]: scheme(), linear(): scheme(), EXPERTS[1]: scheme(8)}, []),
+    ):
+        assert output.limits("qwen3_moe", schemes, kept)["SGLang"] == why
+    assert "SGLang" not in output.limits("qwen3_moe", dict.fromkeys(EXPERTS, scheme()), [linear()])
 
 
 # --------------------------------------------------------------------------------------------- whole artifacts
@@ -219,3 +256,13 @@ def test_an_artifact_is_what_an_independent_reader_expects(name: str, tmp_path: 
         step = tensors["scales"].astype(np.float64)[tensors["g_idx"]].T
         # symmetric steps reach from -8 to 7: the largest positive weight may be half a step and rounding away
         assert (np.abs(unpacked(tensors, 4) - original) <= 0.53 * step).all(), module
+
+
+def test_what_mtp_keeps_is_no_matter_to_sglang(tmp_path: Path) -> None:
+    """Only speculative decoding runs an MTP block; a whole layer of kept experts is another matter."""
+    folder = write_checkpoint(tmp_path / "source", tiny_config("deepseek_v3"))
+    quantize = {"format": "gptq", "quantize": "{method: rtn, bits: 4, group_size: 64, symmetric: true}"}
+    told = "SGLang: reads all routed experts as GPTQ of 4 bits, group 64, symmetric; here some are not"
+    assert told not in planned(folder, **quantize, rules="experts-only").warnings
+    attention = '[{match: "*.mlp.shared_experts.*", quantize: default}, {match: "*", keep: source}]'
+    assert told in planned(folder, **quantize, rules=attention).warnings

@@ -113,7 +113,7 @@ def test_what_no_reader_loads_is_refused(chosen: Scheme, one: Linear, reason: st
 )
 def test_who_does_not_read_it_is_told(chosen: Scheme, one: Linear, left: set[str]) -> None:
     assert gptq_v2.FORMAT.accepts(chosen, one) is None and gptq_v2.FORMAT.limits is not None
-    assert set(gptq_v2.FORMAT.engines) - set(gptq_v2.FORMAT.limits([one], [chosen])) == left
+    assert set(gptq_v2.FORMAT.engines) - set(gptq_v2.FORMAT.limits("llama", {one: chosen}, [])) == left
 
 
 def test_config_entry_says_the_version() -> None:

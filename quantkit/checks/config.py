@@ -10,7 +10,7 @@ from quantkit.checks.contents import Found, config_contents
 from quantkit.contracts import Config
 from quantkit.errors import ArtifactError, CheckpointError, QuantkitError
 from quantkit.packing.engine_names import HEAD, engine_names
-from quantkit.packing.stored import Loader, Treatment
+from quantkit.packing.stored import Codes, Loader, Treatment, by_codes
 from quantkit.planning.claims import claim
 
 SHOWN = 3
@@ -49,28 +49,32 @@ def loader_faults(loader: Loader, entry: Mapping[str, object], found: Found) -> 
     treatment, blocks = loader.told(entry), set(found.fp8)
     wrong: dict[tuple[Treatment, Treatment], list[str]] = {}
     held: Mapping[Treatment, Sequence[str]] = {
-        "codes": list(found.schemes),
+        **dict(by_codes(found.schemes)),
         "fp8": found.fp8,
         "plain": [name for name in found.kept if name not in blocks],
     }
     for kind, names in held.items():
         for name in engine_names(names) if loader.fused else names:
-            if (taken := treatment(name)) != kind:
+            taken = treatment(name)
+            if taken != kind and not (taken == "codes" and isinstance(kind, Codes)):
                 wrong.setdefault((kind, taken), []).append(name)
     for (kind, taken), names in wrong.items():
         yield misread(loader.engines, kind, taken, names)
 
 
-WORDS: Mapping[Treatment, str] = {"codes": "quantized", "fp8": "in FP8 blocks", "plain": "not quantized"}
+WORDS: Mapping[str, str] = {"codes": "quantized", "fp8": "in FP8 blocks", "plain": "not quantized"}
 
 
 def misread(engines: str, held: Treatment, taken: Treatment, names: Sequence[str]) -> str:
     """The sentence for modules that engines would take for something else than they are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     verb = "is" if len(names) == 1 else "are"
+    here, there = (WORDS["codes" if isinstance(each, Codes) else each] for each in (held, taken))
+    if isinstance(held, Codes) and isinstance(taken, Codes):
+        here, there = f"of {held}", f"of {taken}"
     return (
-        f"config.json: quantization_config: {', '.join(names[:SHOWN])}{more} {verb} {WORDS[held]} in the tensors, but "
-        f"{WORDS[taken]} to {engines}"
+        f"config.json: quantization_config: {', '.join(names[:SHOWN])}{more} {verb} {here} in the tensors, but {there} "
+        f"to {engines}"
     )
 
 

@@ -56,9 +56,9 @@ def accepts(scheme: Scheme, linear: Linear) -> str | None:
     return None
 
 
-def limits(linears: Sequence[Linear], schemes: Sequence[Scheme]) -> dict[str, str]:
-    """Engines that do not load an artifact in which these linears are quantized, and why."""
-    if not any(linear.role == "routed_expert" for linear in linears):
+def limits(model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]) -> dict[str, str]:
+    """Engines that do not load an artifact of these linears, and why."""
+    if not any(linear.role == "routed_expert" for linear in schemes):
         return {}
     why = "no loader for routed experts in NF4; quantkit.load(folder) has one"
     return dict.fromkeys(("transformers", "vLLM", "SGLang"), why)

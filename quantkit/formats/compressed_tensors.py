@@ -24,14 +24,29 @@ from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quanti
 from quantkit.errors import ArtifactError
 from quantkit.numerics.runs import per_run
 from quantkit.packing.engine_names import SERVERS, TRANSFORMERS, kept_patterns
-from quantkit.packing.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, one_scheme, require_agreement
-from quantkit.packing.stored import SCALE, Checks, Loader, Numbers, Treatment, exactly, matcher, pattern, texts
+from quantkit.packing.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, require_agreement
+from quantkit.packing.stored import (
+    SCALE,
+    Checks,
+    Codes,
+    Loader,
+    Numbers,
+    Treatment,
+    by_codes,
+    codes_told,
+    exactly,
+    matcher,
+    pattern,
+    texts,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BITS = range(2, 9)
 FP8_BLOCK = 128
+ROUTED = ".experts."
+"""In the name of every routed expert's linear and of no other."""
 
 
 def accepts(scheme: Scheme, linear: Linear) -> str | None:
@@ -85,14 +100,17 @@ def linear_fault(scheme: Scheme, linear: Linear) -> str | None:
     return None
 
 
-def limits(linears: Sequence[Linear], schemes: Sequence[Scheme]) -> dict[str, str]:
-    """Engines that do not load an artifact in which these linears are quantized so, and why."""
-    servers = ("vLLM", "SGLang")
-    if any(scheme.bits not in SERVED_BITS for scheme in schemes):
-        return dict.fromkeys(servers, "no kernels for compressed-tensors but of 4 or 8 bits")
-    if any(not scheme.symmetric and scheme.bits != 4 for scheme in schemes):
-        return dict.fromkeys(servers, "no kernels for zero points but with 4 bits")
-    return {}
+def limits(model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]) -> dict[str, str]:
+    """Engines that do not load an artifact of these linears, and why."""
+    found: dict[str, str] = {}
+    servers, used = ("vLLM", "SGLang"), set(schemes.values())
+    if any(scheme.bits not in SERVED_BITS for scheme in used):
+        found |= dict.fromkeys(servers, "no kernels for compressed-tensors but of 4 or 8 bits")
+    elif any(not scheme.symmetric and scheme.bits != 4 for scheme in used):
+        found |= dict.fromkeys(servers, "no kernels for zero points but with 4 bits")
+    if len(by_codes({e.name: s for e, s in schemes.items() if e.role == "routed_expert"})) > 1:
+        found["transformers"] = "reads all routed experts of compressed-tensors by one scheme"
+    return found
 
 
 def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
@@ -151,23 +169,24 @@ def accepts_fp8(linear: Linear, block: int) -> str | None:
 
 
 def quantization_config(contents: Contents) -> dict[str, object]:
-    """The entry for config.json; UsageError when several schemes are asked for. What stays BF16 must be in `ignore`.
+    """The entry for config.json. What stays BF16 must be in `ignore`.
 
-    Without FP8, one group whose target is every linear: SGLang then sees by itself that it must not fuse a shared
-    expert that is stored otherwise than the routed ones, and llama.cpp converts it. Beside FP8 there are two groups;
-    each names its own format, and the one on top stays "pack-quantized" because SGLang asks it about experts.
+    Of one scheme without FP8, one group whose target is every linear: SGLang then sees by itself that it must not fuse
+    a shared expert that is stored otherwise than the routed ones, and llama.cpp converts it. Otherwise a group per
+    scheme, the commonest that of every linear, and one for FP8; each names its own format, and the one on top stays
+    "pack-quantized" because SGLang asks it about experts.
     """
-    scheme = one_scheme(contents, "compressed_tensors")
     codes, every = list(contents.schemes), ["Linear"]
     blocks = set(contents.fp8)
     plain = [name for name in contents.kept if name not in blocks]
-    if any(name.endswith(".kv_b_proj") for name in blocks):  # SGLang looks for its block size in the group of "Linear"
-        named = [f"re:{pattern}" for pattern in kept_patterns([*blocks, *plain], codes)]
-        groups = [packed_group(named, scheme), fp8_group(every)]
-    elif blocks:
-        groups = [packed_group(every, scheme), fp8_group(fp8_targets([*codes, *plain], contents.fp8))]
-    else:
-        groups = [packed_group(every, scheme)]
+    # SGLang looks for the block size of kv_b_proj in the group of "Linear"
+    fp8_is_rest = any(name.endswith(".kv_b_proj") for name in blocks)
+    groups: list[dict[str, object]] = []
+    for kind, names in by_codes(contents.schemes):
+        others = [*(contents.schemes.keys() - names), *contents.kept]
+        groups.append(packed_group(targets(others, names) if groups or fp8_is_rest else every, kind))
+    if blocks:
+        groups.append(fp8_group(every if fp8_is_rest else unlike_experts(targets([*codes, *plain], contents.fp8))))
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -179,12 +198,12 @@ def quantization_config(contents: Contents) -> dict[str, object]:
     }
 
 
-def packed_group(targets: Sequence[str], scheme: Scheme) -> dict[str, object]:
-    """The group of integer codes. It comes first: readers take the first group that an expert's name fits."""
+def packed_group(targets: Sequence[str], kind: Codes) -> dict[str, object]:
+    """A group of integer codes. They come first: readers take the first group that an expert's name fits."""
     return {
         "format": "pack-quantized",
         "targets": list(targets),
-        "weights": weights(scheme),
+        "weights": weights(kind),
         "input_activations": None,
         "output_activations": None,
     }
@@ -202,20 +221,25 @@ def fp8_group(targets: Sequence[str]) -> dict[str, object]:
     }
 
 
-def fp8_targets(others: Sequence[str], fp8: Sequence[str]) -> list[str]:
-    """Expressions that match what stays FP8 and nothing else, fused modules included.
+def targets(others: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """Expressions that match these modules, fused ones included, and none of the others."""
+    named = [f"re:{pattern}" for pattern in kept_patterns(others, modules)]
+    return named if any(ROUTED in module for module in modules) else unlike_experts(named)
 
-    transformers takes a group for that of the routed experts when the text "experts" is in an expression of it, and a
-    shared expert has it in its name: there it is spelled otherwise.
+
+def unlike_experts(targets: Sequence[str]) -> list[str]:
+    """The same without the text "experts", by which transformers finds the group of the routed experts.
+
+    A shared expert has it in its name too.
     """
-    return [f"re:{pattern}".replace("experts", "exp[e]rts") for pattern in kept_patterns(others, fp8)]
+    return [target.replace("experts", "exp[e]rts") for target in targets]
 
 
-def weights(scheme: Scheme) -> dict[str, object]:
+def weights(kind: Codes) -> dict[str, object]:
     """The arguments of a group; readers refuse keys they do not know, so there are no others."""
-    strategy = {"strategy": "channel"} if scheme.group_size == -1 else {"strategy": "group"}
-    size = {} if scheme.group_size == -1 else {"group_size": scheme.group_size}
-    return {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, **strategy, **size, "dynamic": False}
+    strategy = {"strategy": "channel"} if kind.group_size == -1 else {"strategy": "group"}
+    size = {} if kind.group_size == -1 else {"group_size": kind.group_size}
+    return {"num_bits": kind.bits, "type": "int", "symmetric": kind.symmetric, **strategy, **size, "dynamic": False}
 
 
 def ignored(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
@@ -246,7 +270,7 @@ def targeted(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
     named: list[tuple[re.Pattern[str], Treatment]] = []
     rest: Treatment = "plain"
     for key, group in groups.items():
-        found: Treatment = "fp8" if group.get("format") == "float-quantized" else "codes"
+        found: Treatment = "fp8" if group.get("format") == "float-quantized" else kind_of(group, key)
         if group.get("targets") == ["Linear"]:
             rest = found
         else:
@@ -258,6 +282,17 @@ def targeted(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
         return next((found for expression, found in named if expression.match(module)), rest)
 
     return treatment
+
+
+def kind_of(group: Mapping[str, object], key: str) -> Codes:
+    """The codes of a group."""
+    told = group.get("weights")
+    if not isinstance(told, Mapping):
+        raise ArtifactError(
+            f"config.json: quantization_config.config_groups.{key}.weights: expected an object, found {told!r:.60}"
+        )
+    found = told.get("num_bits"), told.get("group_size", -1), told.get("symmetric")
+    return codes_told(*found, f"config_groups.{key}.weights")
 
 
 def names_of(value: object, key: str) -> re.Pattern[str]:
@@ -283,7 +318,7 @@ FORMAT = Format(
     pack=pack,
     dequantize=dequantize,
     quantization_config=quantization_config,
-    one_scheme=True,
+    one_scheme=False,
     fp8_scale="weight_scale",
     accepts_fp8=accepts_fp8,
     limits=limits,

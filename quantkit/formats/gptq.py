@@ -7,7 +7,7 @@ gptq_v2 holds what this one does not, for fewer engines.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme
@@ -79,8 +79,13 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
 
 
 def quantization_config(contents: Contents) -> dict[str, object]:
-    """The entry for config.json; UsageError when several schemes are asked for."""
+    """The entry for config.json."""
     return gptq_tensors.quantization_config(contents, "gptq")
+
+
+def limits(model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]) -> dict[str, str]:
+    """Engines that do not load an artifact of these linears, and why."""
+    return {engine: why for engine, why in gptq_tensors.limits(model_type, schemes, kept).items() if engine in SERVERS}
 
 
 CHECKS = gptq_tensors.checks(less=1)
@@ -91,6 +96,7 @@ FORMAT = Format(
     pack=pack,
     dequantize=dequantize,
     quantization_config=quantization_config,
-    one_scheme=True,
+    one_scheme=False,
     engines=SERVERS,
+    limits=limits,
 )

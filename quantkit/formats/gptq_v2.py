@@ -43,16 +43,16 @@ def accepts(scheme: Scheme, linear: Linear) -> str | None:
     return None
 
 
-def limits(linears: Sequence[Linear], schemes: Sequence[Scheme]) -> dict[str, str]:
-    """Engines that do not load an artifact in which these linears are quantized so, and why."""
-    found: dict[str, str] = {}
-    if not all(scheme.symmetric and scheme.bits in SERVED_BITS for scheme in schemes):
+def limits(model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]) -> dict[str, str]:
+    """Engines that do not load an artifact of these linears, and why."""
+    found, used = gptq_tensors.limits(model_type, schemes, kept), set(schemes.values())
+    if not all(scheme.symmetric and scheme.bits in SERVED_BITS for scheme in used):
         found |= dict.fromkeys(("vLLM", "SGLang"), "no GPTQ but symmetric codes of 4 or 8 bits")
-    elif any(linear.name.endswith(gptq_tensors.MLA) for linear in linears):
+    elif any(linear.name.endswith(gptq_tensors.MLA) for linear in schemes):
         found["SGLang"] = "no multi-head latent attention in GPTQ"
-    if any(scheme.bits == 3 for scheme in schemes):
+    if any(scheme.bits == 3 for scheme in used):
         found["llama.cpp"] = "no GPTQ of 3 bits"
-    if any(linear.role == "routed_expert" for linear in linears):
+    if any(linear.role == "routed_expert" for linear in schemes):
         found["transformers"] = "no loader for routed experts in GPTQ; GPTQModel.load has one"
     return found
 
@@ -72,7 +72,7 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
 
 
 def quantization_config(contents: Contents) -> dict[str, object]:
-    """The entry for config.json; UsageError when several schemes are asked for."""
+    """The entry for config.json."""
     return gptq_tensors.quantization_config(contents, "gptq_v2")
 
 
@@ -84,7 +84,7 @@ FORMAT = Format(
     pack=pack,
     dequantize=dequantize,
     quantization_config=quantization_config,
-    one_scheme=True,
+    one_scheme=False,
     engines={
         **SERVERS,
         **TRANSFORMERS,

@@ -18,14 +18,40 @@ from quantkit.contracts import Contents, Linear, Quantized, Scheme, TensorSpec
 from quantkit.errors import ArtifactError
 from quantkit.numerics.runs import per_run
 from quantkit.packing.engine_names import engine_names, kept_patterns, lines, split_layer
-from quantkit.packing.packed import SCALE_DTYPES, one_scheme
-from quantkit.packing.stored import SCALE, Checks, Loader, Numbers, Treatment, matcher, switched_off, texts
+from quantkit.packing.packed import SCALE_DTYPES
+from quantkit.packing.stored import (
+    SCALE,
+    Checks,
+    Codes,
+    Loader,
+    Numbers,
+    Treatment,
+    by_codes,
+    codes_told,
+    dynamic,
+    matcher,
+    pattern,
+    texts,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MLA = ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 """DeepSeek's compressed attention: SGLang joins the first two along the wrong axis and unpacks the last as AWQ."""
+
+
+def limits(model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]) -> dict[str, str]:
+    """Engines that do not read this mixture of linears in GPTQ of either version, and why."""
+    found: dict[str, str] = {}
+    kinds = by_codes({linear.name: scheme for linear, scheme in schemes.items()})
+    if len(kinds) > 1:
+        found |= dict.fromkeys(("transformers", "llama.cpp"), "reads every GPTQ linear by one scheme")
+    beside = {name for _, names in kinds[1:] for name in names} | {linear.name for linear in kept}
+    experts = [linear.name for linear in (*schemes, *kept) if linear.role == "routed_expert"]
+    if any(name in beside for name in experts):
+        found["SGLang"] = f"reads all routed experts as GPTQ of {kinds[0][0]}; here some are not"
+    return found
 
 
 def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
@@ -77,21 +103,33 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme, less: int) -> Tens
 def quantization_config(contents: Contents, format_name: str) -> dict[str, object]:
     """The entry for config.json. `dynamic` is what SGLang and GPTQModel read, the module list what transformers does.
 
-    vLLM reads both. UsageError when several schemes are asked for. `format_name` is the value of checkpoint_format.
+    vLLM reads both. The commonest scheme stands on top, the others in `dynamic`, which transformers does not read.
+    `format_name` is the value of checkpoint_format.
     """
-    scheme = one_scheme(contents, format_name)
+    (general, _), *others = by_codes(contents.schemes)
+    overrides = {
+        f"+:{pattern}": values(codes)
+        for codes, names in others
+        for pattern in kept_patterns([*(contents.schemes.keys() - names), *contents.kept], names)
+    }
     return {
         "quant_method": "gptq",
-        "bits": scheme.bits,
-        "group_size": scheme.group_size,
-        "sym": scheme.symmetric,
+        **values(general),
         "desc_act": False,
         "checkpoint_format": format_name,
         "pack_dtype": "int32",
         "lm_head": False,
-        "dynamic": {f"-:{pattern}": {} for pattern in kept_patterns(list(contents.schemes), contents.kept)},
+        "dynamic": {
+            **{f"-:{pattern}": {} for pattern in kept_patterns(list(contents.schemes), contents.kept)},
+            **overrides,
+        },
         "modules_in_block_to_quantize": [quantized_suffixes(list(contents.schemes), contents.kept)],
     }
+
+
+def values(codes: Codes) -> dict[str, object]:
+    """Codes in the words of GPTQ's config."""
+    return {"bits": codes.bits, "group_size": codes.group_size, "sym": codes.symmetric}
 
 
 def quantized_suffixes(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
@@ -142,10 +180,29 @@ def ending(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
     return lambda module: "codes" if module.endswith(suffixes) else "plain"
 
 
+def overridden(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
+    """SGLang and GPTQModel: "-:pattern" leaves a module alone, "+:pattern" gives it other codes than those on top."""
+    general = codes_told(entry.get("bits"), entry.get("group_size"), entry.get("sym"), "bits, group_size, sym")
+    rules: dict[Treatment, list[str]] = {}
+    for key, told in dynamic(entry).items():
+        if key.startswith("-:") and told == {}:
+            rules.setdefault("plain", []).append(pattern(key.removeprefix("-:"), "dynamic"))
+        elif key.startswith("+:") and isinstance(told, Mapping) and set(told) == {"bits", "group_size", "sym"}:
+            other = codes_told(told["bits"], told["group_size"], told["sym"], f"dynamic.{key}")
+            rules.setdefault(other, []).append(pattern(key.removeprefix("+:"), "dynamic"))
+        else:
+            raise ArtifactError(
+                "config.json: quantization_config.dynamic: expected '-:pattern' with {} or '+:pattern' with bits, "
+                f"group_size and sym, found {key!r:.60}"
+            )
+    found = [(matcher(tuple(patterns)), treatment) for treatment, patterns in rules.items()]
+    return lambda module: next((treatment for named, treatment in found if named.match(module)), general)
+
+
 def containing(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
-    """vLLM: a module is quantized when its name contains an entry, unless `dynamic` leaves it alone."""
-    named, off = matcher(tuple(map(re.escape, by_suffix(entry)))), switched_off(entry)
-    return lambda module: "codes" if named.search(module) and off(module) == "codes" else "plain"
+    """vLLM: a module is quantized when its name contains an entry, and then as `dynamic` says."""
+    named, treatment = matcher(tuple(map(re.escape, by_suffix(entry)))), overridden(entry)
+    return lambda module: treatment(module) if named.search(module) else "plain"
 
 
 LIST = "modules_in_block_to_quantize"
@@ -157,7 +214,7 @@ def checks(less: int) -> Checks:
         shape=shape,
         numbers=lambda linear, scheme: numbers(linear, scheme, less),
         loaders=(
-            Loader(engines="SGLang and GPTQModel", told=switched_off),
+            Loader(engines="SGLang and GPTQModel", told=overridden),
             Loader(engines="vLLM", told=containing, fused=False),
             Loader(engines="transformers", told=ending, fused=False),
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantkit.contracts import Contents, Quantized, Scheme
+from quantkit.contracts import Quantized, Scheme
 from quantkit.errors import UsageError
 
 SCALE_DTYPES: Mapping[str, str] = {"float16": "F16", "bfloat16": "BF16"}
@@ -21,14 +21,3 @@ def require_agreement(quantized: Quantized, scheme: Scheme, format_name: str) ->
             f"format {format_name}: the scheme says symmetric: {str(scheme.symmetric).lower()}, found a matrix "
             f"{'without' if quantized.zero is None else 'with'} zero points; method and scheme must agree"
         )
-
-
-def one_scheme(contents: Contents, format_name: str) -> Scheme:
-    """The scheme of all that is quantized; UsageError when there are several."""
-    found = set(contents.schemes.values())
-    if len(found) != 1:
-        told = ", ".join(sorted(f"{scheme.bits} bits group {scheme.group_size}" for scheme in found))
-        raise UsageError(
-            f"format {format_name}: config.json has room for one scheme, found {told}; use one for all rules"
-        )
-    return found.pop()

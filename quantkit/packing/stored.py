@@ -15,8 +15,22 @@ from typing import Literal
 from quantkit.contracts import Linear, Scheme, TensorSpec
 from quantkit.errors import ArtifactError
 
-Treatment = Literal["codes", "fp8", "plain"]
-"""How an engine reads a linear: packed codes, FP8 blocks, or an ordinary weight."""
+
+@dataclass(frozen=True, kw_only=True, order=True, slots=True)
+class Codes:
+    """Packed codes as a config tells them: two linears that differ in none of these share an entry."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+    def __str__(self) -> str:
+        zero = "symmetric" if self.symmetric else "asymmetric"
+        return f"{self.bits} bits, group {self.group_size}, {zero}"
+
+
+Treatment = Codes | Literal["codes", "fp8", "plain"]
+"""How an engine reads a linear: packed codes, whatever they are or just these; FP8 blocks; or an ordinary weight."""
 
 Kind = Literal["finite", "scale", "magnitude", "rising", "repeated", "groups", "whole"]
 
@@ -91,6 +105,25 @@ def pattern(text: str, key: str) -> str:
     return text
 
 
+def by_codes(schemes: Mapping[str, Scheme]) -> list[tuple[Codes, list[str]]]:
+    """The modules of each kind of codes, the commonest first: a config tells that one of all it does not name."""
+    found: dict[Codes, list[str]] = {}
+    for name, scheme in schemes.items():
+        kind = Codes(bits=scheme.bits, group_size=scheme.group_size, symmetric=scheme.symmetric)
+        found.setdefault(kind, []).append(name)
+    return sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
+
+
+def codes_told(bits: object, group_size: object, symmetric: object, key: str) -> Codes:
+    """Codes by three values of the entry; ArtifactError when they are none."""
+    if type(bits) is not int or type(group_size) is not int or type(symmetric) is not bool:
+        told = f"{bits!r:.20}, {group_size!r:.20}, {symmetric!r:.20}"
+        raise ArtifactError(
+            f"config.json: quantization_config.{key}: expected bits, a group size and symmetric or not, found {told}"
+        )
+    return Codes(bits=bits, group_size=group_size, symmetric=symmetric)
+
+
 @cache
 def matcher(patterns: tuple[str, ...]) -> re.Pattern[str]:
     """One expression for any of several; nothing matches an empty list."""
@@ -119,13 +152,18 @@ def left_out(key: str) -> Callable[[Mapping[str, object]], Callable[[str], Treat
 
 def switched_off(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
     """GPTQModel's `dynamic`, which vLLM and SGLang read too: "-:pattern" leaves what it matches alone."""
-    found = entry.get("dynamic")
-    if found is not None and not isinstance(found, Mapping):
-        raise ArtifactError(f"config.json: quantization_config.dynamic: expected an object, found {found!r:.60}")
-    keys = [str(key) for key in found or {}]
-    if other := [key for key, value in (found or {}).items() if not str(key).startswith("-:") or value != {}]:
+    found = dynamic(entry)
+    if other := [key for key, value in found.items() if not key.startswith("-:") or value != {}]:
         raise ArtifactError(
             f"config.json: quantization_config.dynamic: expected '-:pattern' with {{}} alone, found {other[0]!r:.60}"
         )
-    kept = matcher(tuple(pattern(key.removeprefix("-:"), "dynamic") for key in keys))
+    kept = matcher(tuple(pattern(key.removeprefix("-:"), "dynamic") for key in found))
     return lambda module: "plain" if kept.match(module) else "codes"
+
+
+def dynamic(entry: Mapping[str, object]) -> Mapping[str, object]:
+    """GPTQModel's rules over modules by their patterns; none when there are none."""
+    found = entry.get("dynamic")
+    if found is not None and not isinstance(found, Mapping):
+        raise ArtifactError(f"config.json: quantization_config.dynamic: expected an object, found {found!r:.60}")
+    return {str(key): value for key, value in (found or {}).items()}

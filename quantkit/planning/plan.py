@@ -155,7 +155,9 @@ def rules_of(recipe: Recipe, architecture: Architecture) -> tuple[Rule, ...]:
     return preset("experts-only" if architecture.experts_only else "all-linear", recipe.quantize)
 
 
-def warnings_of(claimed: Claimed, recipe: Recipe, format_name: str, decisions: Mapping[str, Decision]) -> list[str]:
+def warnings_of(
+    claimed: Claimed, config: Config, recipe: Recipe, format_name: str, decisions: Mapping[str, Decision]
+) -> list[str]:
     """What the user should know although the plan works."""
     told = list(claimed.warnings)
     if recipe.fidelity is None:
@@ -169,16 +171,19 @@ def warnings_of(claimed: Claimed, recipe: Recipe, format_name: str, decisions: M
     if mtp and recipe.mtp == "quantize" and needs_calibration(decisions):
         told.append(f"{mtp[0]}: no forward pass reaches an MTP block, its linears are rounded to nearest (mtp-rtn)")
     engines: dict[str, list[str]] = {}
-    for engine, why in unserved(registry.format(format_name), decisions).items():
+    for engine, why in unserved(registry.format(format_name), config, claimed.layout, decisions).items():
         engines.setdefault(why, []).append(engine)
     return told + [f"{', '.join(names)}: {why}" for why, names in engines.items()]
 
 
-def unserved(output: Format, decisions: Mapping[str, Decision]) -> Mapping[str, str]:
-    """Engines that cannot load what is quantized in this format, and why."""
-    quantized = [decision.linear for decision in decisions.values() if decision.action == "quantize"]
-    schemes = list(dict.fromkeys(decision.scheme for decision in decisions.values() if decision.scheme))
-    return output.limits(quantized, schemes) if output.limits else {}
+def unserved(output: Format, config: Config, layout: Layout, decisions: Mapping[str, Decision]) -> Mapping[str, str]:
+    """Engines that cannot load what these decisions make of a model in this format, and why."""
+    if output.limits is None:
+        return {}
+    aside = {linear.name for block in layout.blocks if block.kind == "mtp" for linear in block.linears}
+    schemes = {d.linear: d.scheme for d in decisions.values() if d.scheme}
+    kept = [d.linear for name, d in decisions.items() if d.action == "keep" and name not in aside]
+    return output.limits(config.text("model_type"), schemes, kept) if schemes else {}
 
 
 def fp8_warnings(claimed: Claimed, format_name: str, decisions: Mapping[str, Decision]) -> list[str]:
@@ -267,7 +272,7 @@ def make_plan(
         decisions=decisions,
         shards=shards(written(source, claimed, format_name, decisions), recipe.output.shard_bytes),
         memory=memory,
-        warnings=(*warnings_of(claimed, recipe, format_name, decisions), *idle_rules(rules, decisions)),
+        warnings=(*warnings_of(claimed, source.config, recipe, format_name, decisions), *idle_rules(rules, decisions)),
     )
 
 

@@ -66,7 +66,7 @@ def stored_model(folder: Path) -> Model:
         return unknown(config, name, "headers", told, shards.specs.values())
     layout = architecture_of(config).layout(config)
     entry = config.values.get("quantization_config")
-    by_row = isinstance(entry, Mapping) and (entry.get("group_size") == -1 or "'channel'" in str(entry))
+    by_row = any(word in str(entry) for word in ("'group_size': -1", "'channel'"))
     return weigh(layout, shards.specs.values(), config, name=name, read_from="headers", scheme=told, by_row=by_row)
 
 

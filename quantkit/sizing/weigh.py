@@ -160,12 +160,18 @@ def _count(place: _Sum, linear: Linear, spec: TensorSpec, local: str) -> None:
 def _learn(found: _Found, linear: Linear, spec: TensorSpec, local: str, side: int, by_row: bool) -> None:
     """Groups and words that a division must respect, from the shapes of scales and codes."""
     if local == "scales":  # awq, gptq: [n_groups, out]
-        found.group = 1 if by_row else linear.in_features // max(1, spec.shape[0])
+        _widen(found, linear, spec.shape[0], by_row)
     elif spec.dtype == FP8:
         found.block = found.group = side
     elif local == "weight_scale" and len(spec.shape) == 2 and spec.shape[0] == linear.out_features:
-        found.group = 1 if by_row else linear.in_features // max(1, spec.shape[1])  # [out, n_groups]
+        _widen(found, linear, spec.shape[1], by_row)  # [out, n_groups]
     found.words = found.words or local in ("qzeros", "weight_zero_point")
+
+
+def _widen(found: _Found, linear: Linear, n_groups: int, by_row: bool) -> None:
+    """Groups of one width divide the next: what respects the widest of several schemes respects all."""
+    if n_groups > 1 or not by_row:
+        found.group = max(found.group, linear.in_features // max(1, n_groups))
 
 
 def fp8_side(config: Config) -> int:
