@@ -100,7 +100,11 @@ def artifact(plan: Plan) -> schema.Artifact:
             for engine, command in plan.format.engines.items()
             if engine not in refusing
         ),
-        notes=(*plan.architecture.serving_notes, *fp8_notes(plan)),
+        notes=(
+            *plan.architecture.serving_notes,
+            *(f"Not for {engine}: {why}." for engine, why in refusing.items()),
+            *fp8_notes(plan),
+        ),
         tags=(plan.format_name, f"{plan.recipe.quantize.bits}-bit"),
     )
 

@@ -108,7 +108,12 @@ def limits(model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Lin
         found |= dict.fromkeys(servers, "no kernels for compressed-tensors but of 4 or 8 bits")
     elif any(not scheme.symmetric and scheme.bits != 4 for scheme in used):
         found |= dict.fromkeys(servers, "no kernels for zero points but with 4 bits")
-    if len(by_codes({e.name: s for e, s in schemes.items() if e.role == "routed_expert"})) > 1:
+    if not all(scheme.symmetric for scheme in used):
+        found["transformers"] = (
+            "loads zero points of compressed-tensors only by from_pretrained(..., quantization_config="
+            "CompressedTensorsConfig(dequantize=True)), and of one scheme"
+        )
+    elif len(by_codes({e.name: s for e, s in schemes.items() if e.role == "routed_expert"})) > 1:
         found["transformers"] = "reads all routed experts of compressed-tensors by one scheme"
     return found
 
