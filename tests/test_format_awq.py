@@ -336,3 +336,10 @@ def test_the_whole_of_deepseek_v3_takes_seconds() -> None:
     quantized = [name for name in names if ".experts." in name]
     entries = awq.not_converted(quantized, [name for name in names if ".experts." not in name])
     assert len(quantized) > 44_000 and "model.layers.60.mlp.shared_experts" in entries and len(entries) < 200
+
+
+def test_transformers_waits_for_scales_of_some_activations() -> None:
+    """What it does not find it leaves uninitialized, without a word (its integrations/awq.py)."""
+    assert awq.FORMAT.limits is not None
+    assert "starcoder2's activations" in awq.FORMAT.limits("starcoder2", {linear(): scheme()}, [])["transformers"]
+    assert awq.FORMAT.limits("llama", {linear(): scheme()}, []) == {}

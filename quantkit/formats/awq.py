@@ -25,6 +25,17 @@ if TYPE_CHECKING:
 
 BITS = 4
 PER_WORD = per_run(BITS)
+SCALED_ACTIVATIONS = frozenset({
+    "starcoder2",
+    "RefinedWebModel",
+    "falcon",
+    "mpt",
+    "gptj",
+    "gpt_neox",
+    "gpt_bigcode",
+    "bloom",
+})
+"""AWQ_SCALES_MAPPINGS of transformers' integrations/awq.py: there a scale that no file holds stays uninitialized."""
 
 
 def accepts(scheme: Scheme, linear: Linear) -> str | None:
@@ -61,6 +72,14 @@ def linear_fault(scheme: Scheme, linear: Linear) -> str | None:
     if linear.in_features % scheme.group_size:
         return f"no engine loads AWQ with group_size {scheme.group_size} over {linear.in_features} input features"
     return None
+
+
+def limits(model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]) -> dict[str, str]:
+    """Engines that do not load an artifact of these linears, and why."""
+    if model_type not in SCALED_ACTIVATIONS:
+        return {}
+    why = f"expects scales of {model_type}'s activations beside AWQ and computes NaN without; use GPTQ's format"
+    return {"transformers": why}
 
 
 def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
@@ -192,4 +211,5 @@ FORMAT = Format(
     quantization_config=quantization_config,
     one_scheme=True,
     engines=SERVERS,
+    limits=limits,
 )
