@@ -46,6 +46,22 @@ def test_an_expert_with_too_few_tokens_takes_a_named_fallback(
     assert marked == few
 
 
+def test_too_few_tokens_choose_nothing(tmp_path: Path) -> None:
+    """Neither codes nor the scale of a down projection; the record says what ran, and how many tokens there were."""
+    folder = write_checkpoint(tmp_path / "source", tiny_config("qwen3_moe"))
+    text = calibration(sequences=1, length=8, min_expert_tokens=9, under_calibrated="rtn")
+    build(folder, tmp_path / "a", calibration=text, quantize="{method: awq, rounding: gptq, group_size: 64}")
+    manifest = json.loads((tmp_path / "a" / "quantkit" / "manifest.json").read_text())
+    tokens = {name: block["expert_tokens"] for name, block in manifest["blocks"].items()}
+    experts = {name: values for name, values in manifest["modules"].items() if ".experts." in name}
+    assert any(map(any, tokens.values())) and experts
+    for name, values in experts.items():
+        block, _, rest = name.partition(".mlp.experts.")
+        assert (values["method"], values["rounding"]) == ("rtn", "nearest")
+        assert values["tokens"] == tokens[block][int(rest.partition(".")[0])]
+        assert not (name.endswith("down_proj") and values["rescaled"])
+
+
 def test_all_experts_can_learn_from_all_tokens(source: Path, tmp_path: Path) -> None:
     """`experts: all`: every expert has the tokens of the whole text behind it, and none is under-calibrated."""
     report = build(source, tmp_path / "a", calibration=calibration(experts="all", min_expert_tokens=10**6)).fidelity

@@ -27,7 +27,7 @@ def decision(method: str, rounding: str) -> Decision:
 
 
 def solved(chosen: Decision, weight: torch.Tensor, stats: InputStats | None, fallbacks: tuple[str, ...] = ()) -> Solved:
-    asked = Asked(decision=chosen, weight=weight, stats=stats, rescaled=False, fallbacks=fallbacks)
+    asked = Asked(decision=chosen, weight=weight, stats=stats, tokens=7, rescaled=False, fallbacks=fallbacks)
     (found,) = solve([asked], (registry.format("dense"),))
     return found
 
@@ -71,7 +71,8 @@ def test_without_statistics_codes_are_the_nearest_and_the_record_says_so() -> No
     found = solved(decision("awq", "gptq"), weight, None, fallbacks=("mtp-rtn",))
     plain = solved(decision("rtn", "nearest"), weight, None)
     assert torch.equal(found.weight, plain.weight)
-    assert found.record.rounding == "nearest" and found.record.fallbacks == ("mtp-rtn",)
+    assert (found.record.method, found.record.rounding, found.record.tokens) == ("rtn", "nearest", 7)
+    assert found.record.fallbacks == ("mtp-rtn",)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
@@ -81,7 +82,10 @@ def test_linears_that_read_one_input_are_solved_as_if_alone(rounding: str) -> No
     other = replace(decision("awq", rounding), scheme=replace(SCHEME, bits=3))
     chosen = [decision("awq", rounding), other, decision("awq", rounding)]
     weights = [weight[:12], weight[:8], weight[12:]]
-    asked = [Asked(decision=d, weight=w, stats=stats, rescaled=False, fallbacks=()) for d, w in zip(chosen, weights)]
+    asked = [
+        Asked(decision=d, weight=w, stats=stats, tokens=7, rescaled=False, fallbacks=())
+        for d, w in zip(chosen, weights)
+    ]
     together = solve(asked, (registry.format("dense"),))
     for found, one in zip(together, asked):
         alone = solved(one.decision, one.weight, stats)

@@ -245,13 +245,15 @@ def store(work: Work, folded: Folded) -> dict[str, Tensor]:
 def solved(work: Work, folded: Folded, linear: str, group: LinearGroup | None) -> dict[str, Solved]:
     """A linear and the others of its group that are quantized and at hand, by the names of their weights."""
     decisions, name = work.job.plan.decisions, group.name if group else ""
+    stats = folded.stats.get(name)
     here = [reader for reader in group.readers if f"{reader}.weight" in folded.tensors] if group else [linear]
     readers = [reader for reader in here if decisions[reader].action == "quantize"]
     asked = [
         Asked(
             decision=decisions[reader],
             weight=folded.tensors[f"{reader}.weight"],
-            stats=folded.stats.get(name),
+            stats=stats,
+            tokens=0 if stats is None else int(stats.n_tokens),
             rescaled=name in folded.rescaled,
             fallbacks=work.fallbacks_of(reader),
         )

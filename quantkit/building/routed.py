@@ -78,6 +78,13 @@ def under_calibrated(work: Work, learned: Learned) -> frozenset[int]:
     return frozenset(e for e, tokens in enumerate(learned.expert_tokens) if tokens < least)
 
 
+def without_stats(work: Work, learned: Learned | None) -> frozenset[int]:
+    """Experts that learn nothing, by the recipe's policy for those that the router sent too few tokens."""
+    calibration = work.job.plan.recipe.calibration
+    by_policy = calibration is not None and calibration.under_calibrated == "rtn"
+    return under_calibrated(work, learned) if by_policy and learned else frozenset()
+
+
 def read_wave(work: Work, first: int, stop: int) -> Wave:
     """Experts first..stop of the source in float32."""
     names, read = work.experts, next(work.job.reads)
@@ -171,7 +178,7 @@ def finish(
         else:
             wave = read_wave(work, first, stop)
             stats = statistics(work, wave, learned)
-        wave, stats, down = fold_wave(work, wave, stats, folded)
+        wave, stats, down = fold_wave(work, wave, stats, folded, without_stats(work, learned))
         if learned:
             found.folded = added(found.folded, sample_output(work, wave, folded.seen, learned))
         advance(work, store(work, wave, stats, folded, down, learned), routings)
@@ -185,9 +192,12 @@ def finish(
 
 
 def fold_wave(
-    work: Work, wave: Wave, stats: WaveStats | None, folded: Folded
+    work: Work, wave: Wave, stats: WaveStats | None, folded: Folded, unlearned: frozenset[int]
 ) -> tuple[Wave, WaveStats | None, tuple[bool, ...]]:
-    """Multiply gate and up by the scale of their input; scale each down projection into the rows of its up."""
+    """Multiply gate and up by the scale of their input; scale each down projection into the rows of its up.
+
+    Too few tokens choose no scale either: the down projections of `unlearned` experts stay as they are.
+    """
     none = (False,) * len(wave)
     if stats is None:
         return wave, None, none
@@ -201,6 +211,9 @@ def fold_wave(
         return wave, WaveStats(into=into, inner=stats.inner), none
     best, chosen = torch.ones_like(stats.inner.mean_abs), list[bool]()
     for e in range(len(wave)):
+        if wave.first + e in unlearned:
+            chosen.append(False)
+            continue
         name = work.experts.linear(wave.first + e, work.experts.down)
         fold.check_input(name, stats.inner.mean_abs[e], stats.inner.gram[e])
         scales = rescale.candidates(stats.inner.mean_abs[e])  # [n, intermediate]
@@ -243,14 +256,16 @@ def store_some(
     if lacking and stats is not None and recipe.calibration:
         policy = recipe.calibration.under_calibrated
         given, used = (UNDER_CALIBRATED[policy],), None if policy == "rtn" else stats
-    found, asked = dict[str, Tensor](), dict[str, Asked]()
+    found, asked, tokens = dict[str, Tensor](), dict[str, Asked](), 0 if stats is None else int(stats.n_tokens)
     for projection, weight in weights.items():
         name = work.experts.linear(expert, projection)
         decision, fallbacks = work.job.plan.decisions[name], work.fallbacks_of(name) + given
         if decision.action == "keep":
             found[projection] = work.keep(f"{name}.weight", weight)
             continue
-        asked[projection] = Asked(decision=decision, weight=weight, stats=used, rescaled=rescaled, fallbacks=fallbacks)
+        asked[projection] = Asked(
+            decision=decision, weight=weight, stats=used, tokens=tokens, rescaled=rescaled, fallbacks=fallbacks
+        )
     for projection, solved in zip(asked, solve(list(asked.values()), work.job.formats)):
         work.write(solved)
         found[projection] = solved.weight

@@ -44,8 +44,9 @@ class ModuleRecord:
     """What the manifest and the report say of one quantized linear. Errors compare stored with original weights.
 
     relative_error: ||W - Q|| / ||W||; sqnr_db: the same in dB, None where nothing is lost; output_error: share of the
-    output's energy that is lost on the calibration inputs, None without statistics; tokens: calibration tokens behind
-    the gram; fallbacks: names, empty when none.
+    output's energy that is lost on the calibration inputs, None without statistics; tokens: calibration tokens that
+    reached its input; rescaled: whether its input was, in the columns of W. Where its rows absorbed the scale of a
+    later linear's input, W is the weight with them folded. method: who chose the codes; fallbacks: names, if any.
     """
 
     module: str
@@ -77,6 +78,7 @@ class Asked:
     decision: Decision
     weight: Tensor
     stats: InputStats | None
+    tokens: int  # that reached the input, learned from or not
     rescaled: bool
     fallbacks: tuple[str, ...]
 
@@ -88,9 +90,10 @@ class Asked:
 
     @property
     def method(self) -> str:
-        """Who chooses its codes."""
-        assert self.decision.method is not None
-        return self.decision.method
+        """Who chooses its codes: what learns gives way to rtn where nothing is known of its input."""
+        name = self.decision.method
+        assert name is not None
+        return "rtn" if self.stats is None and registry.method(name).needs_stats else name
 
     @property
     def rounding(self) -> str:
@@ -104,7 +107,7 @@ def solve(asked: Sequence[Asked], outputs: Sequence[Format]) -> list[Solved]:
     What depends on their input alone, the factor of its gram first of all, is computed once: rows of a weight are
     quantized independently of each other, so linears of one scheme, method and statistics are solved as one matrix.
     Raises NumericsError when two formats would not hold the same weight: their artifacts share one set of figures.
-    Without statistics a method that needs them gives way to round-to-nearest; the caller names that fallback.
+    Where a method that learns gives way to rtn, the caller names that fallback.
     """
     alike: dict[tuple[Scheme, str, str, int], list[int]] = {}
     for index, each in enumerate(asked):
@@ -154,7 +157,7 @@ def stored(asked: Asked, quantized: Quantized, found: tuple[str, ...], outputs: 
         relative_error=10 ** (-sqnr_db / 20),
         sqnr_db=sqnr_db if isfinite(sqnr_db) else None,  # nothing is lost of a matrix of zeros
         output_error=output_error,
-        tokens=0 if stats is None else int(stats.n_tokens),
+        tokens=asked.tokens,
         rescaled=asked.rescaled,
         fallbacks=asked.fallbacks + found + found_fallbacks(quantized, scheme),
     )
@@ -171,8 +174,6 @@ def chosen(
         rounded = gptq.round_weight(weight, stats, scheme)
         return rounded.quantized, ("damping-raised",) if rounded.damping_raised else ()
     method: Method = registry.method(name)
-    if method.needs_stats and stats is None:
-        method = registry.method("rtn")
     return method.solve(weight, stats, scheme), ()
 
 
