@@ -332,8 +332,7 @@ class Format:
     fp8_scale: local name of the block scales of a kept FP8 `weight`; None: the format holds none, it becomes BF16;
     accepts_fp8: None, or why this linear of a block that transformers runs cannot stay in FP8 blocks of that side;
     holds_codes: `dequantize` gives (codes - zero) * scale in float32: equal codes are equal weights in such formats;
-    limits: of a model type, quantized linears and kept ones (but MTP), engines that cannot load them, and why;
-    packages: what `pack` and `dequantize` import beyond quantkit's own dependencies.
+    limits: of a model type, quantized linears and kept ones (but MTP), engines that cannot load them, and why.
     """
 
     accepts: Callable[[Scheme, Linear], str | None]
@@ -346,5 +345,6 @@ class Format:
     fp8_scale: str | None = None
     accepts_fp8: Callable[[Linear, int], str | None] | None = None
     holds_codes: bool = True
+    ordinary: bool = False  # stores plain weights, which engines may merge however they were made
     limits: Callable[[str, Mapping[Linear, Scheme], Sequence[Linear]], Mapping[str, str]] | None = None
-    packages: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()  # what it imports beyond quantkit's own dependencies

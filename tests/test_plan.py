@@ -352,9 +352,30 @@ def test_two_schemes_in_a_format_that_holds_one() -> None:
     rules = '[{match: "*.down_proj", quantize: {group_size: 32}}, {match: "*", quantize: default}]'
     [fault] = faults_of(model_type="llama", rules=rules)
     assert fault == (
-        "r.yaml: format awq holds one scheme per artifact, found 2: model.layers.0.self_attn.q_proj: 4 bits, group 64, "
-        "model.layers.0.mlp.down_proj: 4 bits, group 32"
+        "r.yaml: format awq holds one scheme per artifact, found 2: model.layers.0.self_attn.q_proj (group_size: "
+        "64), model.layers.0.mlp.down_proj (group_size: 32); use one for all rules, or format compressed_tensors or "
+        "gptq"
     )
+
+
+def test_only_who_merges_linears_asks_for_one_decision() -> None:
+    """Not where codes are for others, nor in plain weights; the routed experts of a block are solved as one."""
+    rules = '[{match: "*.q_proj", keep: source}, {match: "*", quantize: default}]'
+    for quantize, name in (
+        ("{method: rtn, group_size: 64}", "dense"),
+        ("{method: nf4}", "bitsandbytes"),
+        ("{method: rtn, bits: 3, group_size: 64}", "gptq_v2"),
+    ):
+        assert plan_of(model_type="llama", rules=rules, quantize=quantize, format=name)
+    experts = '[{match: "*.down_proj", keep: source}, {match: "*.experts.*", quantize: default}]'
+    [fault] = faults_of(rules=experts, quantize="{method: nf4}", format="bitsandbytes")
+    assert fault.startswith("r.yaml: model.layers.1: quantkit solves and loads the routed experts of a block together")
+
+
+def test_schemes_are_told_apart_by_what_differs() -> None:
+    rules = '[{match: "*.down_proj", quantize: {double_quant: false}}, {match: "*", quantize: default}]'
+    [fault] = faults_of(model_type="llama", rules=rules, quantize="{method: nf4}", format="bitsandbytes")
+    assert "self_attn.q_proj (double_quant: true)" in fault and "down_proj (double_quant: false)" in fault
 
 
 @pytest.mark.parametrize(

@@ -64,5 +64,6 @@ FORMAT = Format(
     quantization_config=quantization_config,
     one_scheme=False,
     holds_codes=False,
+    ordinary=True,
     engines={**SERVERS, **TRANSFORMERS},
 )

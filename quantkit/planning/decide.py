@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from quantkit import registry
@@ -18,6 +18,7 @@ from quantkit.contracts import (
     Scheme,
     TensorSpec,
 )
+from quantkit.packing.engine_names import SERVERS
 from quantkit.planning.schema import Quantize, Recipe, Rule
 from quantkit.storage.logical import FP8
 
@@ -195,9 +196,20 @@ def storage_faults(decisions: Mapping[str, Decision], output: Format, format_nam
             reasons.setdefault(f"{decision.rule}: {reason}", []).append(decision.linear.name)
     faults = counted(reasons)
     if output.one_scheme and len(schemes) > 1:
-        told = ", ".join(f"{d.linear.name}: {s.bits} bits, group {s.group_size}" for s, d in schemes.items())
-        faults.append(f"format {format_name} holds one scheme per artifact, found {len(schemes)}: {told}")
+        told = ", ".join(f"{d.linear.name} ({difference(s, schemes)})" for s, d in schemes.items())
+        others = ", or format compressed_tensors or gptq" if all(scheme.kind == "int" for scheme in schemes) else ""
+        faults.append(
+            f"format {format_name} holds one scheme per artifact, found {len(schemes)}: {told}; use one for all "
+            f"rules{others}"
+        )
     return faults
+
+
+def difference(scheme: Scheme, among: Iterable[Scheme]) -> str:
+    """What tells a scheme from others, in the recipe's words: "bits: 4, double_quant: false"."""
+    schemes = list(among)
+    names = [field.name for field in fields(Scheme) if len({getattr(each, field.name) for each in schemes}) > 1]
+    return ", ".join(f"{name}: {str(getattr(scheme, name)).lower()}" for name in names)
 
 
 def fp8_faults(layout: Layout, decisions: Mapping[str, Decision], output: Format, side: int) -> list[str]:
@@ -245,19 +257,27 @@ def group_size_fault(decision: Decision) -> str | None:
     return f"group_size {scheme.group_size} does not divide {width} input features; {use}"
 
 
-def fused_faults(layout: Layout, decisions: Mapping[str, Decision]) -> list[str]:
-    """Linears that engines merge at load but that were decided differently."""
+def fused_faults(
+    layout: Layout, decisions: Mapping[str, Decision], output: Format, refusing: Collection[str]
+) -> list[str]:
+    """Linears that engines merge at load but that were decided differently; `refusing` do not load the artifact.
+
+    A build solves the routed experts of a block by one scheme, whoever loads them.
+    """
+    merging = [] if output.ordinary else [name for name in SERVERS if name in output.engines and name not in refusing]
     faults = []
     for block in layout.blocks:
+        routed = block.experts.linear(0, block.experts.gate) if block.experts else None
         for members in block.fused:
+            if not merging and routed not in members:
+                continue
             outcomes: dict[tuple[str, Scheme | None], str] = {}
             for name in members:
                 kept = " in FP8" if decisions[name].keep == "fp8" else ""
                 outcomes.setdefault((decisions[name].action + kept, decisions[name].scheme), name)
             if len(outcomes) > 1:
                 told = ", ".join(f"{name} ({decisions[name].rule}: {action})" for (action, _), name in outcomes.items())
-                faults.append(
-                    f"{block.name}: vLLM and SGLang merge these linears when loading, so they need one decision, "
-                    f"found {len(outcomes)}: {told}"
-                )
+                loads = f"{' and '.join(merging)} merge{'s' if len(merging) == 1 else ''} these linears when loading"
+                why = loads if merging else "quantkit solves and loads the routed experts of a block together"
+                faults.append(f"{block.name}: {why}, so they need one decision, found {len(outcomes)}: {told}")
     return faults

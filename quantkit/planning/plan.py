@@ -209,9 +209,10 @@ def decided(
     """The rules, what they decide over every linear, and the recipe's faults that show by it."""
     output, rules, side = registry.format(format_name), rules_of(recipe, claimed.architecture), fp8_block(source.config)
     decisions = in_blocks(decide(claimed.layout, rules, recipe, claimed.specs), claimed.specs, output)
+    refusing = unserved(output, source.config, claimed.layout, decisions)
     faults = rule_faults(rules, claimed.layout, recipe.name)
     faults += [f"{recipe.name}: {fault}" for fault in storage_faults(decisions, output, format_name)]
-    faults += [f"{recipe.name}: {fault}" for fault in fused_faults(claimed.layout, decisions)]
+    faults += [f"{recipe.name}: {fault}" for fault in fused_faults(claimed.layout, decisions, output, refusing)]
     if side is not None:
         faults += [f"{recipe.name}: {fault}" for fault in fp8_faults(claimed.layout, decisions, output, side)]
     return rules, decisions, faults
