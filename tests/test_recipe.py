@@ -590,3 +590,18 @@ def test_an_expression_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatc
     assert not matches("re:(([a-z._0-9]+)+)+[!]", name)
     with pytest.raises(UsageError, match=r"^rules: 're:\(.*: expected to know within 0\.1 seconds whether it matches"):
         matches(r"re:(\w|\.|[a-z])*[A-Z]", name)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("gguf", "no format named 'gguf'"), ("[]", "expected a format or a list of some, found an empty list")],
+)
+def test_a_fault_of_the_format_is_one_sentence(text: str, words: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        parse(SMALLEST, "r.yaml", {"format": text})
+    [fault] = raised.value.faults
+    assert words in fault
+
+
+def test_a_format_may_be_spelled_as_its_engines_do() -> None:
+    assert parse(SMALLEST, "r.yaml", {"format": "compressed-tensors"}).format == ("compressed_tensors",)

@@ -70,6 +70,8 @@ def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _listed(value: object) -> object:
+    if value == []:  # a length for pydantic to check would be a second fault beside that of a name
+        raise ValueError("expected a format or a list of some, found an empty list")
     return (value,) if isinstance(value, str) else value
 
 
@@ -91,11 +93,10 @@ Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]  # a branch or a tag mo
 Size = Annotated[int, BeforeValidator(size_bytes)]
 Bound = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_sized)]
 MethodName = Annotated[str, AfterValidator(lambda name: _registered("methods", name))]
-FormatName = Annotated[str, AfterValidator(lambda name: _registered("formats", name))]
+FormatName = Annotated[str, AfterValidator(lambda name: _registered("formats", name.replace("-", "_")))]
 FormatNames = Annotated[
-    tuple[FormatName, ...], Field(strict=False, min_length=1, max_length=8), BeforeValidator(_listed),
-    AfterValidator(_distinct),
-]  # fmt: skip
+    tuple[FormatName, ...], Field(strict=False, max_length=8), BeforeValidator(_listed), AfterValidator(_distinct)
+]
 TaskNames = Annotated[tuple[Text, ...], Field(strict=False, max_length=1000), AfterValidator(_distinct)]
 
 
