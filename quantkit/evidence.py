@@ -105,7 +105,7 @@ def artifact(plan: Plan) -> schema.Artifact:
             *(f"Not for {engine}: {why}." for engine, why in refusing.items()),
             *fp8_notes(plan),
         ),
-        tags=(plan.format_name, f"{plan.recipe.quantize.bits}-bit"),
+        tags=(plan.format_name.replace("_", "-"), f"{plan.recipe.quantize.bits}-bit"),
     )
 
 

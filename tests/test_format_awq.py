@@ -136,7 +136,7 @@ def test_what_has_no_word_is_refused_while_packing() -> None:
 @pytest.mark.parametrize(
     ("chosen", "one", "reason"),
     [
-        (scheme(bits=3), linear(), "AutoAWQ, vLLM and SGLang read AWQ with 4-bit integers only, found 3 bits"),
+        (scheme(bits=3), linear(), "4-bit integers only, found 3 bits; use format compressed_tensors"),
         (scheme(symmetric=True), linear(), "with zero points, found symmetric: true; use symmetric: false"),
         (
             scheme(group=16),

@@ -89,7 +89,7 @@ def test_what_has_no_place_is_refused_while_packing() -> None:
 @pytest.mark.parametrize(
     ("chosen", "one", "reason"),
     [
-        (scheme(bits=5), linear(), "GPTQModel reads GPTQ with 2, 3, 4 or 8 bits, found 5 bits"),
+        (scheme(bits=5), linear(), "with 2, 3, 4 or 8 bits, found 5 bits; use format compressed_tensors"),
         (scheme(kind="nf4"), linear(), "found nf4"),
         (scheme(), linear(width=192), "loads no group_size 128 over 192 input features"),
         (scheme(bits=3), linear(out=48), "48 x 256 features do not fill the words that GPTQModel reads, 32 codes at"),

@@ -47,7 +47,7 @@ def scheme_fault(scheme: Scheme) -> str | None:
     """Why no linear of this scheme can be stored."""
     if scheme.kind != "int" or scheme.bits != BITS:
         found = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
-        use = "format dense to study it" if scheme.kind == "int" else "format bitsandbytes"
+        use = "format compressed_tensors, which holds 2 to 8 bits" if scheme.kind == "int" else "format bitsandbytes"
         return f"AutoAWQ, vLLM and SGLang read AWQ with 4-bit integers only, found {found}; use {use}"
     if scheme.symmetric:
         return "AutoAWQ, vLLM and SGLang read AWQ with zero points, found symmetric: true; use symmetric: false"

@@ -30,7 +30,7 @@ def scheme_fault(scheme: Scheme) -> str | None:
     """Why no linear of this scheme can be stored."""
     if scheme.kind != "int" or scheme.bits not in SERVED_BITS:
         found = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
-        use = "bitsandbytes" if scheme.kind == "nf4" else "gptq_v2" if scheme.bits < 4 else "dense to study it"
+        use = "bitsandbytes" if scheme.kind == "nf4" else "gptq_v2" if scheme.bits < 4 else "compressed_tensors"
         return f"vLLM and SGLang read GPTQ with 4-bit or 8-bit integers, found {found}; use format {use}"
     if not scheme.symmetric:
         return (

@@ -26,7 +26,7 @@ def accepts(scheme: Scheme, linear: Linear) -> str | None:
     """None, or the first reason why GPTQModel could not load this linear, with what to do."""
     if scheme.kind != "int" or scheme.bits not in BITS:
         found = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
-        use = "format dense to study it" if scheme.kind == "int" else "format bitsandbytes"
+        use = "format compressed_tensors, which holds 2 to 8 bits" if scheme.kind == "int" else "format bitsandbytes"
         return f"GPTQModel reads GPTQ with 2, 3, 4 or 8 bits, found {found}; use {use}"
     if scheme.scale_dtype not in SCALE_DTYPES:
         return f"GPTQModel holds GPTQ scales in 16 bits, found {scheme.scale_dtype}; use bfloat16 or float16"
