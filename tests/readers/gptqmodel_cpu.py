@@ -24,6 +24,7 @@ from gptqmodel import GPTQModel
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+from gptqmodel.quantization.config import dynamic_get
 from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -53,7 +54,8 @@ def unpacked(artifact: Path) -> dict[str, torch.Tensor]:
                 local = ["qweight", "qzeros", "scales", *(["g_idx"] if entry["quant_method"] == "gptq" else [])]
                 tensors = {key: stored.get_tensor(f"{name}.{key}") for key in local}
                 tensors["scales"] = tensors["scales"].float()
-                weights[name] = (gptq if "g_idx" in tensors else awq)(tensors, entry).contiguous()
+                own = entry | (dynamic_get(entry["dynamic"], name) or {})  # its own bits, group_size and sym
+                weights[name] = (gptq if "g_idx" in tensors else awq)(tensors, own).contiguous()
     return weights
 
 
