@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluate import benchmarks, samples, tasks
+from quantkit.evaluate import benchmarks, compare, samples, tasks
 from quantkit.evaluate.sandbox import Sandbox, probe
+from quantkit.report import tables
 from quantkit.storage import builtin, evals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -355,6 +356,18 @@ def test_the_cache_key_knows_everything_that_matters():
     for value, place in changes:
         keys.add(samples.cache_key(*whole[:place], value, *whole[place + 1 :]))
     assert len(keys) == 6
+
+
+def test_a_row_tells_what_was_cut_and_what_had_no_result_on_both_sides(items):
+    (task,) = tasks.load(["tiny-v3-math"])
+    mine = [item for item in items if item.task == task.name and item.filter == task.filters[0]]
+    whole = [replace(item, truncated=False, parsed=True) for item in mine]
+    cut = [replace(item, truncated=True, parsed=False) for item in mine[:1]] + whole[1:]
+    row = compare.row(task, samples.pair(whole, cut), 0.98)
+    assert row.truncated == row.unparsed == (0.0, 1 / len(mine))
+    note = tables.compared([row], "Greedy").note
+    assert "Cut at the token limit: tiny-v3-math 0.0 % ->" in note
+    assert "No result found: tiny-v3-math 0.0 % ->" in note
 
 
 # ------------------------------------------------------------------------------------------------- the real model

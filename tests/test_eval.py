@@ -105,6 +105,10 @@ def test_an_artifact_beside_its_source_and_the_baseline_is_kept(built, data, mon
     assert first["evaluated"] == {"name": "tiny", "kind": "artifact", "sha256": first["backend"]["model"]}
     assert [row["task"] for row in first["comparison"]] == ["tiny-v3-math", "tiny-v3-code"]
     assert all(row["n"] == 3 for row in first["comparison"])
+    for row in first["comparison"]:
+        told = next(each for each in first["tasks"] if (each["task"], each["filter"]) == (row["task"], row["metric"]))
+        assert (row["truncated"][1], row["unparsed"][1]) == (told["truncated"], told["unparsed"])
+        assert len(row["truncated"]) == len(row["unparsed"]) == 2
     pairs = samples.pair(
         *(from_parquet(path) for path in (next((data / "cache").rglob("*.parquet")), data / "first" / "items.parquet"))
     )

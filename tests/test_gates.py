@@ -22,7 +22,7 @@ from quantkit.report.schema import Benchmark, Fidelity, Figure
 
 TASK = Benchmark(
     task="t", n=300, source=0.8, artifact=0.79, lost=5, gained=2, delta_pp=Figure(value=-1.0, ci=(-2.5, 0.5)),
-    recovery=Figure(value=0.9875), mcnemar_p=0.45,
+    recovery=Figure(value=0.9875), mcnemar_p=0.45, truncated=(0.0, 0.03), unparsed=(0.01, 0.0),
 )  # fmt: skip
 
 
@@ -97,6 +97,9 @@ def test_lost_items_of_a_task_that_was_not_run_are_not_known() -> None:
         (Gate(max_lost=4), "t.lost", "<= 4", 5.0, False, ""),
         (Gate(min_score=0.79), "t.score", ">= 0.79", 0.79, True, ""),
         (Gate(min_score=0.8), "t.score", ">= 0.8", 0.79, False, ""),
+        (Gate(max_truncated_pp=2), "t.truncated_pp", "<= 2", 3.0, False, ""),
+        (Gate(max_truncated_pp=3), "t.truncated_pp", "<= 3", 3.0, True, ""),
+        (Gate(max_unparsed_pp=0), "t.unparsed_pp", "<= 0", -1.0, True, ""),
         (Gate(min_recovery=0.98), "t.recovery", ">= 0.98", 0.9875, True, ""),
     ],
 )
@@ -112,7 +115,9 @@ def test_a_loss_beyond_the_margin_is_not_called_unresolved() -> None:
     assert (result.ok, result.reason) == (False, "")
 
 
-@pytest.mark.parametrize("gate", [Gate(margin_pp=1), Gate(max_lost=0), Gate(min_score=0.1), Gate(min_recovery=0.5)])
+@pytest.mark.parametrize(
+    "gate", [Gate(margin_pp=1), Gate(max_lost=0), Gate(min_score=0.1), Gate(min_recovery=0.5), Gate(max_truncated_pp=1)]
+)
 def test_a_task_that_was_not_run_keeps_and_misses_nothing(gate: Gate) -> None:
     silent = Benchmark(task="t", status="not run", reason="no sandbox")
     for rows, reason in (([silent], "not run: no sandbox"), ([], "not run")):

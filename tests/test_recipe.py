@@ -291,7 +291,7 @@ fidelty: {}
         "rms_delta_p, router_agreement, block_error, module_error, module_output_error, experts_uncalibrated, "
         "fallbacks, lost_items, bits_per_weight, size, likelihood, gsm8k. Of one domain: kl_mean@code.",
         "x.yaml:13: gates.gsm8k: expected {min_recovery: NUMBER} or {margin_pp: NUMBER} or {max_lost: NUMBER} or "
-        "{min_score: NUMBER}",
+        "{min_score: NUMBER} or {max_truncated_pp: NUMBER} or {max_unparsed_pp: NUMBER}",
         "x.yaml:13: gates.kl_mean: expected {max: NUMBER} or {min: NUMBER}",
         "x.yaml:14: memory: expected a size such as 64GB, 512MiB or a number of bytes, found '64 gigabytes'",
         "x.yaml:15: output.shard_bytes: expected a size above 0 and below 8 EiB, found '0'",

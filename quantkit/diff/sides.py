@@ -320,4 +320,6 @@ def _unquantized(fidelity: Fidelity) -> Fidelity:
 
 
 def _own(row: Benchmark) -> Benchmark:
-    return row.model_copy(update={"artifact": row.source, "delta_pp": None, "recovery": None, "lost": 0, "gained": 0})
+    rates = {name: rate and (rate[0], rate[0]) for name in ("truncated", "unparsed") for rate in [getattr(row, name)]}
+    nothing = {"delta_pp": None, "recovery": None, "lost": 0, "gained": 0}
+    return row.model_copy(update={"artifact": row.source, **nothing, **rates})

@@ -155,10 +155,12 @@ def answers(job: Job, name: str, read: whole.Read, source: Checkpoint) -> list[I
 def row(task: Task, pairs: Sequence[ItemPair], smallest_recovery: float) -> Benchmark:
     """The row of one task, scored by its first filter; smallest_recovery: the share of the source's score to keep."""
     mine = [pair for pair in pairs if pair.baseline.task == task.name and pair.baseline.filter == task.filters[0]]
-    score = benchmarks.scores([pair.candidate for pair in mine])
+    sides = [[pair.baseline for pair in mine], [pair.candidate for pair in mine]]
+    told = [score for side in sides for score in benchmarks.scores(side)]
     unscored = [pair for pair in mine if pair.baseline.score is None or pair.candidate.score is None]
     if unscored or len(mine) < 2:
-        reason = score[0].not_run if score and score[0].not_run else f"{len(mine)} items are too few to compare"
+        reason = next((score.not_run for score in reversed(told) if score.not_run), "")
+        reason = reason or f"{len(mine)} items are too few to compare"
         return Benchmark(task=task.name, status="not run", reason=reason, n=len(mine))
     found = statistics.compare(
         [pair.baseline.score or 0.0 for pair in mine],
@@ -177,6 +179,8 @@ def row(task: Task, pairs: Sequence[ItemPair], smallest_recovery: float) -> Benc
         gained=found.gained,
         mcnemar_p=found.p_value,
         verdict=found.text,
+        truncated=(told[0].truncated, told[1].truncated),
+        unparsed=(told[0].unparsed, told[1].unparsed),
         data_sha256=task.sha256,
     )
 

@@ -33,7 +33,7 @@ FIGURES: tuple[str, ...] = (
 )  # fmt: skip
 """What a gate may bound with min or max; a task of evaluation.tasks takes TASK_BOUNDS. report.gates reads them."""
 
-TASK_BOUNDS = ("min_recovery", "margin_pp", "max_lost", "min_score")
+TASK_BOUNDS = ("min_recovery", "margin_pp", "max_lost", "min_score", "max_truncated_pp", "max_unparsed_pp")
 
 MEASURED = frozenset({*POOLED, "router_agreement", "block_error", "likelihood"})
 """Those that come from the streams behind the fidelity text."""
@@ -89,6 +89,7 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Points = Annotated[float, Field(ge=0, le=100)]
 Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]  # a branch or a tag moves
 Size = Annotated[int, BeforeValidator(size_bytes)]
 Bound = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_sized)]
@@ -237,9 +238,11 @@ class Gate(BaseModel):
     max: Bound | None = None
     min: Bound | None = None
     min_recovery: Share | None = None  # the artifact's score as a share of the source's
-    margin_pp: Annotated[float, Field(ge=0, le=100)] | None = None  # the interval of the difference lies above -margin
+    margin_pp: Points | None = None  # the interval of the difference lies above -margin
     max_lost: Seed | None = None  # items right in the source and wrong in the artifact
     min_score: Share | None = None  # the artifact's own
+    max_truncated_pp: Points | None = None  # how much more of its answers the token limit cuts than of the source's
+    max_unparsed_pp: Points | None = None  # the same of answers in which no result is found
 
 
 class Gates(BaseModel):

@@ -150,7 +150,16 @@ def _task(task: str, gate: Gate, row: Benchmark | None) -> list[GateResult]:
         results.append(
             _bounded(f"{task}.score", f">= {gate.min_score:g}", (score, absent if score is None else ""), kept)
         )
-    return results
+    rates = (("truncated", gate.max_truncated_pp), ("unparsed", gate.max_unparsed_pp))
+    return results + [_rise(task, name, most, row, absent) for name, most in rates if most is not None]
+
+
+def _rise(task: str, name: str, most: float, row: Benchmark | None, absent: str) -> GateResult:
+    """By how many points the share of answers that were cut, or had no result, is above the source's."""
+    before, after = (getattr(row, name) if row else None) or (None, None)
+    rise = None if before is None or after is None else 100 * (after - before)
+    kept = rise is not None and rise <= most
+    return _bounded(f"{task}.{name}_pp", f"<= {most:g}", (rise, absent if rise is None else ""), kept)
 
 
 def _margin(task: str, margin: float, row: Benchmark | None, absent: str) -> GateResult:
