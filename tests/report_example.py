@@ -148,7 +148,7 @@ FIDELITY: dict[str, object] = {
             "source": 0.823,
             "artifact": 0.82,
             "delta_pp": {"value": -0.33, "ci": [-1.45, 0.79]},
-            "recovery": {"value": 0.9964},
+            "recovery": {"value": 0.9964, "ci": [0.9824, 1.0096]},
             "lost": 2,
             "gained": 1,
             "mcnemar_p": 1.0,

@@ -92,19 +92,14 @@ def test_the_bootstrap_equals_scipys(seed, n, accuracy, flipped):
     generator = np.random.default_rng(seed)
     first = (generator.random(n) < accuracy).astype(float)
     second = np.where(generator.random(n) < flipped, 1 - first, first)
-    first[: n // 3] = 1.0  # recovery needs a baseline above zero in every resample: scipy's is infinite without
-    statistics = {
-        "difference": lambda x, y, axis: y.mean(axis=axis) - x.mean(axis=axis),
-        "recovery": lambda x, y, axis: y.mean(axis=axis) / x.mean(axis=axis),
-    }
-    for name, statistic in statistics.items():
-        expected = scipy.stats.bootstrap(
-            (first, second), statistic, paired=True, n_resamples=4000, method="percentile", rng=generator
-        )
-        found = bootstrap(first.tolist(), second.tolist(), name, resamples=4000)
-        noise = 0.4 * expected.standard_error  # of a 2.5 % quantile of 4,000 draws: six standard errors of it and more
-        assert found.low == pytest.approx(expected.confidence_interval.low, abs=noise + 1 / n)
-        assert found.high == pytest.approx(expected.confidence_interval.high, abs=noise + 1 / n)
+    expected = scipy.stats.bootstrap(
+        (first, second), lambda x, y, axis: y.mean(axis=axis) - x.mean(axis=axis), paired=True, n_resamples=4000,
+        method="percentile", rng=generator,
+    )  # fmt: skip
+    found = bootstrap(first.tolist(), second.tolist(), resamples=4000)
+    noise = 0.4 * expected.standard_error  # of a 2.5 % quantile of 4,000 draws: six standard errors of it and more
+    assert found.low == pytest.approx(expected.confidence_interval.low, abs=noise + 1 / n)
+    assert found.high == pytest.approx(expected.confidence_interval.high, abs=noise + 1 / n)
 
 
 @given(st.integers(20, 5000), st.floats(0.005, 0.5), st.floats(0.5, 0.95))
@@ -196,11 +191,36 @@ def test_bootstrap_is_repeatable_and_near_the_normal_interval():
     assert found.high == pytest.approx(normal.high, abs=0.006)
 
 
-def test_recovery_interval_holds_the_recovery():
+def test_recovery_interval_holds_the_recovery_and_agrees_with_the_verdict():
     first, second = outcomes(both=200, lost=20, gained=10, neither=70)
     found = compare(first, second)
     assert found.recovery == pytest.approx(210 / 220)
     assert found.recovery_interval.low < found.recovery < found.recovery_interval.high
+    assert compare(first, second, found.recovery_interval.low - 1e-9).verdict == "pass"
+    assert compare(first, second, found.recovery_interval.low + 1e-9).verdict == "not resolved"
+
+
+def test_recovery_without_flips_is_not_certain():
+    found = compare([1.0] * 100, [1.0] * 100)
+    assert 100 * found.difference.interval.high == pytest.approx(2.72, abs=0.01)
+    assert 100 * found.recovery_interval.low == pytest.approx(100 - 2.72, abs=0.01)
+    assert 100 * found.recovery_interval.high == pytest.approx(100 + 2.72, abs=0.01)
+    averages = compare([0.5, 0.75] * 50, [0.5, 0.75] * 50)
+    assert averages.recovery_interval.low < 1 < averages.recovery_interval.high
+
+
+@pytest.mark.parametrize(
+    ("n", "baseline", "lost", "gained"),
+    [(100, 0.9, 0.02, 0.0), (100, 0.5, 0.02, 0.02), (40, 0.8, 0.05, 0.03), (164, 0.15, 0.05, 0.02)],
+)
+def test_the_recovery_interval_covers_the_truth(n, baseline, lost, gained):
+    generator, inside = random.Random(1), 0
+    kinds = [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)]
+    for _ in range(400):
+        drawn = generator.choices(kinds, weights=(baseline - lost, lost, gained, 1 - baseline - gained), k=n)
+        found = compare([one for one, _ in drawn], [two for _, two in drawn]).recovery_interval
+        inside += found is not None and found.low <= 1 + (gained - lost) / baseline <= found.high
+    assert inside / 400 >= 0.93
 
 
 def test_two_zeros_say_nothing():
@@ -220,7 +240,10 @@ def test_a_broken_candidate_fails():
 def test_scores_between_zero_and_one_are_compared_by_their_mean():
     found = compare([0.5, 0.75, 1.0, 0.25] * 20, [0.5, 0.75, 1.0, 0.3] * 20)
     assert found.difference.mean == pytest.approx(0.0125)
-    assert found.difference == paired([0.5, 0.75, 1.0, 0.25] * 20, [0.5, 0.75, 1.0, 0.3] * 20)
+    normal = paired([0.5, 0.75, 1.0, 0.25] * 20, [0.5, 0.75, 1.0, 0.3] * 20)
+    assert found.difference.standard_error == normal.standard_error
+    assert found.difference.interval.low == pytest.approx(normal.interval.low, abs=0.001)
+    assert found.difference.interval.high == pytest.approx(normal.interval.high, abs=0.001)
     assert (found.lost, found.gained) == (0, 20)
 
 

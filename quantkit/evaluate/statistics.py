@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb, exp, lgamma, log, sqrt
 from statistics import NormalDist
 from typing import Literal
@@ -125,32 +125,32 @@ def paired_shares(lost: int, gained: int, n: int, level: float = LEVEL) -> Inter
 def bootstrap(
     baseline: Sequence[float],
     candidate: Sequence[float],
-    statistic: Literal["difference", "recovery"] = "difference",
     level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Percentile interval over items drawn with replacement, both models' scores together (Efron 1979).
+    """Percentile interval of the mean difference over items drawn with replacement, both scores together (Efron 1979).
 
-    "recovery" skips the draws in which the baseline scores zero; the same seed gives the same interval.
+    The same seed gives the same interval.
     """
-    pairs = list(zip(baseline, candidate, strict=True))
-    counts: dict[tuple[float, float], int] = {}
-    for both in pairs:
-        counts[both] = counts.get(both, 0) + 1
-    generator, values = random.Random(seed), []
-    kinds, weights = list(counts), list(counts.values())
-    for _ in range(resamples):
-        drawn = generator.choices(kinds, weights=weights, k=len(pairs))
-        first, second = sum(one for one, _ in drawn), sum(two for _, two in drawn)
-        if statistic == "difference":
-            values.append((second - first) / len(pairs))
-        elif first > 0:
-            values.append(second / first)
-    if not values:
-        raise ValueError("recovery has no interval when the baseline scores zero on every draw")
-    values.sort()
+    changes = _changes(baseline, candidate)
+    counts: dict[float, int] = {}
+    for change in changes:
+        counts[change] = counts.get(change, 0) + 1
+    generator, kinds, weights = random.Random(seed), list(counts), list(counts.values())
+    values = sorted(
+        sum(generator.choices(kinds, weights=weights, k=len(changes))) / len(changes) for _ in range(resamples)
+    )
     return Interval(low=_quantile(values, (1 - level) / 2), high=_quantile(values, (1 + level) / 2))
+
+
+def recovery_interval(baseline: float, difference: Interval) -> Interval:
+    """Interval of candidate / baseline: (baseline + limits of the difference) / baseline.
+
+    The baseline's score counts as known. So the interval lies above a share to be kept just when that of the difference
+    excludes the loss: the two never contradict each other, and few flips leave neither without a width.
+    """
+    return Interval(low=max(0.0, 1 + difference.low / baseline), high=1 + difference.high / baseline)
 
 
 def minimum_detectable(flips: float, n: int, power: float = POWER, level: float = LEVEL) -> float:
@@ -183,17 +183,19 @@ def compare(
     n, difference = len(changes), paired(baseline, candidate, level)
     first, second = sum(baseline) / n, sum(candidate) / n
     lost, gained = sum(change < 0 for change in changes), sum(change > 0 for change in changes)
-    if {*baseline, *candidate} <= {0.0, 1.0}:
+    if {*baseline, *candidate} <= {0.0, 1.0} or not lost + gained:
         interval = paired_shares(lost, gained, n, level)
-        difference = Difference(mean=difference.mean, standard_error=difference.standard_error, interval=interval)
+    else:  # means of several answers
+        interval = bootstrap(baseline, candidate, level)
+    difference = replace(difference, interval=interval)
     if first == 0 and second == 0:
         verdict: Verdict = "floor: no information"
     else:
         verdict = decide(difference.interval, (1 - smallest_recovery) * first)
     return Comparison(
         n=n, baseline=first, candidate=second, difference=difference, recovery=second / first if first else None,
-        recovery_interval=bootstrap(baseline, candidate, "recovery", level) if first else None, lost=lost,
-        gained=gained, p_value=mcnemar(lost, gained),
+        recovery_interval=recovery_interval(first, interval) if first else None, lost=lost, gained=gained,
+        p_value=mcnemar(lost, gained),
         detectable=minimum_detectable(max(lost + gained, 1) / n, n, level=level),  # no flip seen: count one
         smallest_recovery=smallest_recovery, verdict=verdict,
     )  # fmt: skip

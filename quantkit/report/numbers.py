@@ -78,6 +78,13 @@ def points(figure: Figure | None) -> str:
     return _change(figure, 2)
 
 
+def recovery(figure: Figure | None) -> str:
+    """A share with its 95 % interval: "98.79 % [96.2, 101.6]"."""
+    low, high = (figure.ci if figure else None) or (None, None)
+    interval = f" [{100 * low:.1f}, {100 * high:.1f}]" if low is not None and high is not None else ""
+    return share(figure) + interval
+
+
 def nats(figure: Figure | None) -> str:
     """A difference in nats per token, to two digits of its 95 % interval: "-0.0121 [-0.0203, -0.0041]"."""
     low, high = (figure.ci if figure else None) or (None, None)

@@ -61,12 +61,22 @@ def compared(found: Sequence[Benchmark], how: str) -> Table:
             numbers.percent(row.source, 1),
             numbers.percent(row.artifact, 1),
             numbers.points(row.delta_pp),
-            numbers.share(row.recovery),
+            numbers.recovery(row.recovery),
             changed,
             numbers.probability(row.mcnemar_p),
             row.verdict,
         ))
-    columns = ("task", ">n", ">source", ">artifact", ">Δ pp [95 % CI]", ">recovery", ">lost/gained", ">p", "verdict")
+    columns = (
+        "task",
+        ">n",
+        ">source",
+        ">artifact",
+        ">Δ pp [95 % CI]",
+        ">recovery [95 % CI]",
+        ">lost/gained",
+        ">p",
+        "verdict",
+    )
     note = f"{how}; p is McNemar's exact test on the items that changed."
     note += _rates("Cut at the token limit", [(row.task, row.truncated) for row in found])
     note += _rates("No result found", [(row.task, row.unparsed) for row in found])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from rich import box
@@ -22,15 +23,26 @@ WIDTH = 100  # columns of the terminal these tables are made for
 
 
 def table(made: Table) -> Group:
-    """Title, rows and note of one table. Numbers and words stay whole where a line has room, else they are folded."""
+    """Title, rows and note of one table. Numbers and words stay whole where a line has room, else they are folded.
+
+    Where the numbers alone are too much for a line, their intervals stand below them.
+    """
     shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for name, width in zip(made.columns, widths(made)):
+    clean = _each_cell(made, plain)
+    if None in widths(clean):
+        clean = _each_cell(clean, lambda cell: cell.replace(" [", "\n["))
+    for name, width in zip(clean.columns, widths(clean)):
         flush: Literal["left", "right"] = "right" if name.startswith(">") else "left"
-        shown.add_column(Text(plain(name.removeprefix(">"))), justify=flush, overflow="fold", width=width)
-    for row in made.rows:
-        shown.add_row(*(Text(plain(cell)) for cell in row))
+        shown.add_column(Text(name.removeprefix(">")), justify=flush, overflow="fold", width=width)
+    for row in clean.rows:
+        shown.add_row(*map(Text, row))
     note = [Text(plain(made.note), style="dim")] if made.note else []
     return Group(Text(made.title, style="bold"), shown, *note, Text())
+
+
+def _each_cell(made: Table, change: Callable[[str], str]) -> Table:
+    rows = tuple(tuple(map(change, row)) for row in made.rows)
+    return replace(made, columns=tuple(map(change, made.columns)), rows=rows)
 
 
 def plain(text: str) -> str:
@@ -45,7 +57,7 @@ def widths(made: Table) -> list[int | None]:
     """
     names = [name.removeprefix(">") for name in made.columns]
     cells = [[name, *(row[index] for row in made.rows)] for index, name in enumerate(names)]
-    natural = [max(map(len, column)) for column in cells]
+    natural = [max(len(line) for cell in column for line in cell.split("\n")) for column in cells]
     least = [
         full if name.startswith(">") else max(len(word) for cell in column for word in (cell.split() or [""]))
         for name, column, full in zip(made.columns, cells, natural)
