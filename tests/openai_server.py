@@ -107,6 +107,10 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(429, {"error": {"message": "too many requests"}}, {"Retry-After": str(RETRY_AFTER)})
         elif fault in ("500", "503", "400"):
             self.reply(int(fault), {"error": {"message": "something broke"}})
+        elif fault == "long":
+            self.reply(400, {"error": {"message": "maximum context length is 512 tokens", "code": 400, "param": None}})
+        elif fault == "unknown":
+            self.reply(400, {"error": {"message": "no such model", "code": "model_not_found", "param": "model"}})
         elif fault == "drop":
             self.close_connection = True
         elif fault == "html":

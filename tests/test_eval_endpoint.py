@@ -184,6 +184,24 @@ def test_a_refusal_is_not_repeated_and_no_key_is_shown(tmp_path, monkeypatch):
     assert not any(b"sk-" in path.read_bytes() for path in (tmp_path / "out").iterdir())
 
 
+def test_a_prompt_that_does_not_fit_costs_its_task_and_no_other(tmp_path):
+    bad = DOCS[3]["prompt"]
+    tasks = ("--tasks", "tiny-v3-code", "--limit", "5", "--concurrency", "1")
+    with Server(
+        answer=lambda prompt, body: RIGHT.get(prompt, ""), fault=lambda name, nth: "long" * (name == bad)
+    ) as server:
+        said = evaluate(server, tmp_path / "out", *tasks, code=1)
+        assert "error: not run: tiny-v3-math" in said
+        assert server.asked[bad] == 1
+    told = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "maximum context length is 512 tokens" in told["not_run"]["tiny-v3-math"]
+    assert [row["n"] for row in told["tasks"]] == [5]
+    with Server(answer=answer, fault=lambda name, nth: "unknown") as server:
+        said = evaluate(server, tmp_path / "other", *tasks, code=1)
+        assert "refused" in said and "--resume" in said
+        assert len(server.records) == 1, "a model that is not there is asked nothing more"
+
+
 def test_which_model_is_asked(tmp_path):
     with Server(answer=answer, models=("a", "b")) as server:
         said = evaluate(server, tmp_path / "out", "--limit", "2", code=2)

@@ -37,6 +37,7 @@ FIRST_WAIT = 0.5  # seconds before the second try, doubled with each one
 LONGEST_WAIT = 60.0
 _NO_KEY = "none"  # a server of one's own asks for no key, the client for a word
 _AGAIN = (408, 409, 425, 429)
+_UNFIT = (400, 413, 422)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,6 +204,9 @@ async def _each(
                     return
                 try:
                     finished(at, await _patiently(server, partial(ask, client, request)))
+                except UnsuitedError as fault:
+                    faults.append(UnsuitedError(f"{request.task_name}: {fault}"))
+                    return
                 except EvaluationError as fault:
                     faults.append(fault)
                     return
@@ -223,6 +227,8 @@ async def _patiently(server: Server, ask: Callable[[], Awaitable[Result]]) -> Re
         try:
             return await ask()
         except (openai.APIError, CutError, json.JSONDecodeError) as fault:
+            if _unfit(fault):
+                raise UnsuitedError(f"{server.url} refused a request ({server.hidden(fault)})") from None
             if not _worth_again(fault):
                 raise EvaluationError(
                     f"{server.url}: refused ({server.hidden(fault)}); correct it, then continue with --resume"
@@ -234,6 +240,13 @@ async def _patiently(server: Server, ask: Callable[[], Awaitable[Result]]) -> Re
                 ) from None
             await asyncio.sleep(_pause(fault, attempt))
     raise AssertionError("unreachable: the last try returns or raises")
+
+
+def _unfit(fault: Exception) -> bool:
+    """Whether it is this request that a server refuses, such as a prompt that is too long, and not whoever asks."""
+    if not isinstance(fault, openai.APIStatusError) or fault.status_code not in _UNFIT:
+        return False
+    return fault.param != "model" and fault.code != "model_not_found"
 
 
 def _worth_again(fault: Exception) -> bool:
