@@ -22,7 +22,6 @@ from quantkit.planning.schema import (
     MEASURED,
     POOLED,
     SECTIONS,
-    TASK_BOUNDS,
     Gate,
     Gates,
     Quantize,
@@ -176,7 +175,7 @@ class _Check:
             elif base in MEASURED and fidelity in (None, "none"):
                 self.fault(path, "needs a fidelity text, found fidelity: none; name a set, or drop this gate")
             elif isinstance(bounds, dict):
-                allowed = TASK_BOUNDS if figure in tasks else ("max", "min")
+                allowed = [key for key in Gate.model_fields if (key in ("max", "min")) != (figure in tasks)]
                 given = {key for key, value in bounds.items() if value is not None}
                 if not given or given & set(Gate.model_fields) - set(allowed):
                     self.fault(path, f"expected {' or '.join(f'{{{key}: NUMBER}}' for key in allowed)}")

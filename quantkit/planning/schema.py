@@ -31,9 +31,7 @@ FIGURES: tuple[str, ...] = (
     *POOLED, "router_agreement", "block_error", "module_error", "module_output_error", "experts_uncalibrated",
     "fallbacks", "lost_items", "bits_per_weight", "size", "likelihood",
 )  # fmt: skip
-"""What a gate may bound with min or max; a task of evaluation.tasks takes TASK_BOUNDS. report.gates reads them."""
-
-TASK_BOUNDS = ("min_recovery", "margin_pp", "max_lost", "min_score", "max_truncated_pp", "max_unparsed_pp")
+"""What a gate may bound with min or max; a task of evaluation.tasks takes the others. report.gates reads them."""
 
 MEASURED = frozenset({*POOLED, "router_agreement", "block_error", "likelihood"})
 """Those that come from the streams behind the fidelity text."""

@@ -125,7 +125,7 @@ def _bounded(figure: str, bound: str, found: Found, kept: bool) -> GateResult:
 
 
 def _task(task: str, gate: Gate, row: Benchmark | None) -> list[GateResult]:
-    """The bounds of TASK_BOUNDS that are set."""
+    """The bounds that are set, of those that a task takes."""
     if row is None or row.status == "not run":
         row, absent = None, f"not run: {row.reason}" if row else "not run"
     else:
