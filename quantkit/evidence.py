@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import PurePath
 from platform import python_version
@@ -14,6 +14,7 @@ from quantkit.building.work import BlockRecord
 from quantkit.contracts import Role as LinearRole
 from quantkit.evaluate.distribution import Measured
 from quantkit.numerics.fidelity import Estimate
+from quantkit.packing.engine_names import UNFUSED, apart
 from quantkit.planning.decide import NO_RULE, Decision
 from quantkit.planning.plan import Plan, unserved
 from quantkit.report import schema
@@ -25,6 +26,7 @@ TextName = Literal["calibration", "fidelity"]
 
 PACKAGES = ("quantkit", "torch", "transformers", "safetensors", "tokenizers", "lm_eval")
 
+UNFUSED_NOTE = f"SGLang needs {UNFUSED}, because the shared experts are not stored like the routed ones."
 PROTECTED_REASON = "never quantized unless a rule names it"
 
 
@@ -84,9 +86,9 @@ def artifact(plan: Plan) -> schema.Artifact:
     weights = sum(decision.linear.n_parameters for decision in quantized)
     stored = sum(bytes_after(plan, decision) for decision in quantized)
     refusing = unserved(plan.format, plan.source.config, plan.layout, plan.decisions)
-    name = PurePath(plan.path).name
+    unfused = apart(spec.name for shard in plan.shards for spec in shard.tensors)
     return schema.Artifact(
-        name=name,
+        name=PurePath(plan.path).name,
         format=plan.format_name,
         scheme="; ".join(schemes(quantized)) or "nothing is quantized",
         parameters=plan.parameters,
@@ -95,18 +97,24 @@ def artifact(plan: Plan) -> schema.Artifact:
         bits_per_weight=8 * stored / weights if weights else 16.0,
         rules=tuple(rules(plan)),
         roles=tuple(roles(plan)),
-        serving=tuple(
-            schema.Serving(engine=engine, command=command.format(path=name))
-            for engine, command in plan.format.engines.items()
-            if engine not in refusing
-        ),
+        serving=tuple(serving(plan, refusing, unfused)),
         notes=(
             *plan.architecture.serving_notes,
+            *((UNFUSED_NOTE,) if unfused else ()),
             *(f"Not for {engine}: {why}." for engine, why in refusing.items()),
             *fp8_notes(plan),
         ),
         tags=(plan.format_name.replace("_", "-"), f"{plan.recipe.quantize.bits}-bit"),
     )
+
+
+def serving(plan: Plan, refusing: Mapping[str, str], unfused: bool) -> Iterator[schema.Serving]:
+    """The command of every engine that reads all that is quantized."""
+    name = PurePath(plan.path).name
+    for engine, command in plan.format.engines.items():
+        flag = f" {UNFUSED}" if unfused and engine == "SGLang" else ""
+        if engine not in refusing:
+            yield schema.Serving(engine=engine, command=command.format(path=name) + flag)
 
 
 def fp8_notes(plan: Plan) -> tuple[str, ...]:

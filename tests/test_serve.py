@@ -27,11 +27,12 @@ from stub_engine import Serving, half_a_request
 from quantkit.cli import main
 from quantkit.gateway.keys import new_key
 from quantkit.loading import load
+from quantkit.packing.engine_names import apart
 from quantkit.serving.containers import label_of
 from quantkit.serving.decoding import Decoder, Writer
 from quantkit.serving.launch import Place, fit_of, launch
 from quantkit.serving.small_engine import BODY_BYTES, make_app
-from quantkit.serving.target import apart, read_target
+from quantkit.serving.target import read_target
 from quantkit.serving.wording import Misasked, read
 from quantkit.sizing.cards import read_cards
 from quantkit.sizing.needs import needs
@@ -100,6 +101,11 @@ def test_sglang_hears_the_same_in_its_own_words() -> None:
 def test_shared_experts_stored_apart_are_not_fused(built: Path) -> None:
     assert "--disable-shared-experts-fusion" in dry(str(built), "--gpu", "h100", "--engine", "sglang")["commands"][0]
     assert "--disable-shared-experts-fusion" not in dry(str(built), "--gpu", "h100", "--engine", "vllm")["commands"][0]
+    told = json.loads((built / "quantkit" / "fidelity.json").read_text())["artifact"]
+    commands = {entry["engine"]: entry["command"] for entry in told["serving"]}
+    assert commands["SGLang"].endswith(" --disable-shared-experts-fusion")
+    assert "--disable" not in commands["vLLM"]
+    assert any("--disable-shared-experts-fusion" in note for note in told["notes"])
     routed = ["m.0.mlp.experts.0.up_proj.qweight", "m.0.mlp.experts.0.up_proj.scales"]
     shared = ["m.0.mlp.shared_experts.up_proj.qweight", "m.0.mlp.shared_experts.up_proj.scales"]
     assert not apart(routed + shared) and not apart(routed) and apart(routed + shared[:1])

@@ -52,7 +52,4 @@ ARCHITECTURE = Architecture(
         "deepseek-ai/DeepSeek-V3.1": "deepseek-v3.1.json",
         "deepseek-ai/DeepSeek-V3.1-Base": "deepseek-v3.1.json",
     },
-    serving_notes=(
-        "SGLang: pass --disable-shared-experts-fusion, because the shared experts are not stored like the routed ones.",
-    ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 SERVERS: Mapping[str, str] = {
     "vLLM": "vllm serve {path}",
@@ -11,6 +11,9 @@ SERVERS: Mapping[str, str] = {
 }
 TRANSFORMERS: Mapping[str, str] = {"transformers": "transformers serve {path}"}
 """Engine -> the exact command that serves an artifact, as Format.engines has it."""
+
+UNFUSED = "--disable-shared-experts-fusion"
+"""What SGLang must be told where shared and routed experts are stored `apart`: it counts them among one another."""
 
 HEAD = "lm_head"
 """A model's head. Tied to the embedding it has no tensor, and loaders take it for a linear all the same: an artifact's
@@ -70,3 +73,17 @@ def split_layer(name: str) -> tuple[str, str, str]:
 def either(layers: Sequence[str]) -> str:
     """One layer's number, or "(0|1|2)" for any of several."""
     return layers[0] if len(layers) == 1 else f"({'|'.join(layers)})"
+
+
+def apart(names: Iterable[str]) -> bool:
+    """Whether a layer's shared experts are stored in other tensors than its routed ones, as SGLang would fuse them."""
+    kinds: dict[tuple[str, bool], set[str]] = {}
+    for name in names:
+        layer, found, rest = name.partition(".mlp.shared_experts.")
+        if found:
+            kinds.setdefault((layer, True), set()).add(rest)
+            continue
+        layer, found, rest = name.partition(".mlp.experts.0.")
+        if found:
+            kinds.setdefault((layer, False), set()).add(rest)
+    return any(kinds.get((layer, False), rest) != rest for (layer, shared), rest in kinds.items() if shared)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quantkit.errors import UsageError
-from quantkit.packing.engine_names import SERVERS
+from quantkit.packing.engine_names import SERVERS, UNFUSED
 from quantkit.serving.target import Target
 from quantkit.sizing.batch import STEP, advice
 from quantkit.sizing.cards import Card
@@ -184,7 +184,7 @@ def fusion(target: Target) -> Iterator[Flag]:
     """SGLang counts shared experts among the routed ones, which must then be stored alike."""
     if target.fused_apart:
         why = "the shared experts are not stored like the routed ones"
-        yield Flag(name="--disable-shared-experts-fusion", value="", why=why)
+        yield Flag(name=UNFUSED, value="", why=why)
 
 
 def nodes(engine: Engine, placement: Placement) -> tuple[tuple[Flag, ...], ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,7 +10,7 @@ from typing import Literal
 from quantkit import registry
 from quantkit.errors import ArtifactError, UsageError
 from quantkit.handover.verify import MANIFEST, mapping, read_manifest
-from quantkit.packing.engine_names import SERVERS, TRANSFORMERS
+from quantkit.packing.engine_names import SERVERS, TRANSFORMERS, apart
 from quantkit.sizing.model import Model
 from quantkit.sizing.read import model_of
 from quantkit.storage.builtin import names_recipe
@@ -104,20 +104,6 @@ def told_engines(path: Path) -> frozenset[str] | None:
     if not isinstance(serving, list):
         return None
     return frozenset(str(entry.get("engine")) for entry in serving if isinstance(entry, dict))
-
-
-def apart(names: Iterable[str]) -> bool:
-    """Whether a layer's shared experts are stored in other tensors than its routed ones, as SGLang would fuse them."""
-    kinds: dict[tuple[str, bool], set[str]] = {}
-    for name in names:
-        layer, found, rest = name.partition(".mlp.shared_experts.")
-        if found:
-            kinds.setdefault((layer, True), set()).add(rest)
-            continue
-        layer, found, rest = name.partition(".mlp.experts.0.")
-        if found:
-            kinds.setdefault((layer, False), set()).add(rest)
-    return any(kinds.get((layer, False), rest) != rest for (layer, shared), rest in kinds.items() if shared)
 
 
 def chat_template(folder: Path) -> bool:
