@@ -11,6 +11,7 @@ from typing import Literal
 
 from quantkit.building.solve import FALLBACKS, ModuleRecord
 from quantkit.building.work import BlockRecord
+from quantkit.contracts import PROTECTED_ROLES
 from quantkit.contracts import Role as LinearRole
 from quantkit.evaluate.distribution import Measured
 from quantkit.numerics.fidelity import Estimate
@@ -21,13 +22,14 @@ from quantkit.report import schema
 from quantkit.report.schema import Benchmark, Fidelity, Figure
 from quantkit.report.summary import bytes_after, kept_text, rules, scheme_text, source_dtype
 from quantkit.storage.corpora import CorpusSet, Tokens
+from quantkit.storage.logical import FP8
 
 TextName = Literal["calibration", "fidelity"]
 
 PACKAGES = ("quantkit", "torch", "transformers", "safetensors", "tokenizers", "lm_eval")
 
 UNFUSED_NOTE = f"SGLang needs {UNFUSED}, because the shared experts are not stored like the routed ones."
-PROTECTED_REASON = "never quantized unless a rule names it"
+PROTECTED_REASON = "only a rule that names it quantizes it"
 
 
 def versions(plan: Plan) -> dict[str, str]:
@@ -140,6 +142,7 @@ def schemes(quantized: Sequence[Decision]) -> list[str]:
 
 def roles(plan: Plan) -> list[schema.Role]:
     """What happened to the linears of each role, and why."""
+    patterns = {rule.label: rule.match for rule in plan.rules}
     by_role: dict[LinearRole, list[Decision]] = {}
     for decision in plan.decisions.values():
         by_role.setdefault(decision.linear.role, []).append(decision)
@@ -150,7 +153,7 @@ def roles(plan: Plan) -> list[schema.Role]:
             scheme_text(d.scheme) if d.scheme else ("dropped" if d.action == "drop" else kept_text(plan, d))
             for d in decisions
         )
-        reasons = dict.fromkeys(PROTECTED_REASON if d.rule == NO_RULE else d.rule for d in decisions)
+        reasons = dict.fromkeys(why(d, patterns) for d in decisions)
         found.append(
             schema.Role(
                 role=role,
@@ -158,10 +161,29 @@ def roles(plan: Plan) -> list[schema.Role]:
                 kept=len(kept),
                 parameters=sum(decision.linear.n_parameters for decision in decisions),
                 stored=", ".join(stored),
-                reason=", ".join(reasons),
+                reason=", ".join(reasons) + unpacked(plan, kept),
             )
         )
     return found
+
+
+def why(decision: Decision, patterns: Mapping[str, str]) -> str:
+    """The rule that decided, with its pattern."""
+    if decision.rule == NO_RULE:
+        return PROTECTED_REASON if decision.linear.role in PROTECTED_ROLES else "no rule matches it"
+    if decision.rule not in patterns:
+        return decision.rule
+    kept = "kept by " if decision.action == "keep" else ""
+    return f"{kept}{decision.rule} ({patterns[decision.rule]})"
+
+
+def unpacked(plan: Plan, kept: Sequence[Decision]) -> str:
+    """Why FP8 blocks that rules keep as they are became BF16; "" where none did."""
+    fp8 = (plan.specs[f"{d.linear.name}.weight"].dtype == FP8 for d in kept if (d.action, d.keep) == ("keep", "source"))
+    if not any(fp8):
+        return ""
+    holds = plan.format.fp8_scale is not None
+    return f"; BF16 because {'nothing is quantized' if holds else f'format {plan.format_name} cannot hold FP8'}"
 
 
 def source(plan: Plan, licence: schema.License | None) -> schema.Source:

@@ -16,7 +16,7 @@ from test_contracts import build_all
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quantkit import loading, pipeline, registry
+from quantkit import evidence, loading, pipeline, registry
 from quantkit.building import work
 from quantkit.contracts import Config
 from quantkit.errors import NumericsError, RecipeError
@@ -227,7 +227,18 @@ def test_fp8_is_no_reason_to_refuse_a_format_that_cannot_hold_it(source: Path) -
     plan = plan_of(source, format="gptq")
     assert {d.keep for d in plan.decisions.values()} == {"source"}
     assert plan.warnings == ("format gptq cannot hold FP8 blocks: what is kept is stored as BF16",)
+    told = {row.role: row.reason for row in evidence.roles(plan)}
+    assert told["attention"] == "kept by experts-only[1] (*), mtp: keep; BF16 because format gptq cannot hold FP8"
+    assert told["router"] == "kept by experts-only[1] (*), mtp: keep"
+    assert told["routed_expert"].startswith(r"experts-only[0] (re:.*\.experts\.\d+\.[^.]+), mtp: keep")
+    some = plan_of(source, format="gptq", rules='[{match: "*.experts.*", quantize: default}]')
+    told = {row.role: row.reason for row in evidence.roles(some)}
+    assert told["router"].startswith("only a rule that names it quantizes it")
+    assert told["attention"] == "no rule matches it, mtp: keep; BF16 because format gptq cannot hold FP8"
     everything = plan_of(source, rules='[{match: "*", keep: source}]', calibration="null")
+    assert {row.reason for row in evidence.roles(everything) if row.role == "attention"} == {
+        "kept by rules[0] (*), mtp: keep; BF16 because nothing is quantized"
+    }
     assert "F8_E4M3" not in {spec.dtype for shard in everything.shards for spec in shard.tensors}
 
 
