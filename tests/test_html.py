@@ -472,6 +472,15 @@ def test_another_page_goes_elsewhere(artifact: Path, tmp_path: Path) -> None:
     assert output.read_bytes() != before and b"<h1>tiny</h1>" in output.read_bytes()
 
 
+def test_figures_that_were_changed_are_not_shown(artifact: Path, tmp_path: Path) -> None:
+    path = artifact / "quantkit/fidelity.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version":  1', 1))
+    for options in ((), ("--json",), ("--html", "--output", str(tmp_path / "x.html"))):
+        result = CliRunner().invoke(main, ["report", str(artifact), *options])
+        assert result.exit_code == 1 and result.stdout == ""
+        assert "fidelity.json: expected the file that quantkit/manifest.json names, found another" in result.stderr
+
+
 def test_output_without_html_is_a_matter_of_usage(artifact: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["report", str(artifact), "--output", str(tmp_path / "x.html")])
     assert result.exit_code == 2 and "--output: expected --html with it" in result.stderr

@@ -25,11 +25,11 @@ from quantkit.errors import ArtifactError
 from quantkit.handover.verify import MANIFEST, mapping, read_manifest
 from quantkit.report import card, names, numbers, tables
 from quantkit.report.charts import CONFIG, Plot, charts
-from quantkit.report.read import read_report
+from quantkit.report.read import read_report, read_sealed
 from quantkit.report.samples import Answer, Changed, Samples, read_samples
 from quantkit.report.schema import Distribution, Fidelity, Figure
 from quantkit.storage import user_cache
-from quantkit.storage.files import write_atomic
+from quantkit.storage.files import is_file, write_atomic
 
 HTML = "quantkit/fidelity.html"
 
@@ -76,8 +76,12 @@ class Item:
 def rebuild(artifact: Path, output: Path | None = None) -> Path:
     """Make the page of an artifact anew; without `output` in its own place.
 
-    Raises ArtifactError when other bytes than the manifest names would go into the artifact, which would break it.
+    Raises ArtifactError when the evidence is not what was sealed, and when other bytes than the manifest names would go
+    into the artifact, which would break it.
     """
+    if is_file(artifact / MANIFEST):
+        files = mapping(read_manifest(artifact), "files", artifact)
+        read_sealed(artifact, absent=(HTML, *(name for name in files if not is_file(artifact / name))))
     content = page(artifact).encode()
     if output is None:
         entry = mapping(read_manifest(artifact), "files", artifact).get(HTML)
