@@ -80,6 +80,6 @@ class NotComparable(QuantkitError):
 
 
 class GateMissed(QuantkitError):
-    """The artifact is complete but misses a gate of its recipe."""
+    """The artifact is complete but misses a gate, or has no figure for one that it is to be judged by."""
 
     exit_code = 3

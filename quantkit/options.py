@@ -65,5 +65,7 @@ def read_gates(file: Path | None, artifact: Path, report: Fidelity) -> dict[str,
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: expected a UTF-8 text file, found: {error}; check the file") from error

@@ -151,7 +151,10 @@ def test_gates_of_a_file() -> None:
          "'kl_maen'. Did you mean 'kl_mean'?"),
         ("gate: {kl_mean: {max: 2}}", "g.yaml:1: gate: unknown key. Did you mean 'gates'? Expected gates."),
         ("version: 1", "g.yaml:1: gates: expected a mapping of keys, found nothing"),
-        ("gates: {}", "g.yaml:1: gates: "),
+        ("gates: {}", "g.yaml:1: gates: expected one entry or more, found an empty mapping"),
+        ("gates: {kl_mean.max: 1, kl_mean: {max: 2}}", "g.yaml:1: gates.kl_mean.max: no figure"),
+        ("gates: {kl_mean.max: x}", "g.yaml:1: gates.kl_mean.max: expected a number, found 'x'"),
+        ("gates: {kl_mean.maxx: 1}", "g.yaml:1: gates.kl_mean.maxx: no figure"),
     ],
 )  # fmt: skip
 def test_a_file_of_gates_that_is_refused(text: str, sentence: str) -> None:
@@ -159,6 +162,12 @@ def test_a_file_of_gates_that_is_refused(text: str, sentence: str) -> None:
         parse_gates(text, "g.yaml", ["t"])
     assert any(found.startswith(sentence) for found in caught.value.faults), caught.value.faults
     assert issubclass(RecipeError, UsageError)
+
+
+def test_a_bound_may_stand_in_the_key() -> None:
+    dotted = "gates: {kl_mean.max: 0.1, kl_mean.min: 0, t.min_recovery: 0.9, ppl_ratio: {max: 2}, size.max: 4GB}"
+    nested = "gates: {kl_mean: {max: 0.1, min: 0}, t: {min_recovery: 0.9}, ppl_ratio: {max: 2}, size: {max: 4GB}}"
+    assert parse_gates(dotted, "g.yaml", ["t"]) == parse_gates(nested, "g.yaml", ["t"])
 
 
 def test_a_domain_that_the_set_does_not_have_is_refused_before_the_build(tmp_path: Path) -> None:
@@ -259,17 +268,19 @@ def test_an_artifact_is_judged_anew_and_stays_as_it_is(built: Path, tmp_path: Pa
 
 
 def test_the_recipes_own_gates_are_the_default(built: Path) -> None:
-    """Its benchmarks were skipped, so two of three gates have no figure; nothing is missed."""
+    """Its benchmarks were skipped, so two of three gates have no figure; nothing is missed, and nothing is passed."""
     result = run("gate", built, "--json")
     told = json.loads(result.stdout)
-    assert (result.exit_code, told["status"]) == (0, "not judged")
+    assert (result.exit_code, told["status"]) == (3, "not judged")
+    assert "error: could not be judged: tiny-v3-math." in result.stderr and "(not run" in result.stderr
     assert [gate["ok"] for gate in told["gates"]] == [True, None, None]
 
 
 def test_what_cannot_be_judged(built: Path, artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "typo.yaml").write_text("gates: {kl_maen: {max: 1}}")
     assert "Did you mean 'kl_mean'?" in fault(run("gate", built, "--gates", tmp_path / "typo.yaml"), 2)
-    assert "expected a UTF-8 text file" in fault(run("gate", built, "--gates", tmp_path / "absent.yaml"), 2)
+    assert "absent.yaml: no such file" in fault(run("gate", built, "--gates", tmp_path / "absent.yaml"), 2)
+    assert "expected an artifact's folder, found none" in fault(run("gate", tmp_path / "absent"), 2)
     assert "not an artifact of quantkit" in fault(run("gate", tmp_path), 1)
     report = artifact / "quantkit/fidelity.json"
     report.write_text(report.read_text().replace('"kl_mean"', '"kl_mean" ', 1))

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from quantkit.console import as_json, failing_well, show
-from quantkit.errors import GateMissed
+from quantkit.errors import GateMissed, UsageError
 from quantkit.options import JSON, JUNIT, read_gates
 
 
@@ -25,7 +25,8 @@ from quantkit.options import JSON, JUNIT, read_gates
 def COMMAND(artifact: Path, gates_file: Path | None, junit: Path | None, json_out: bool) -> None:
     """Judge an artifact's figures by other gates, or by its recipe's again. Changes nothing in the artifact.
 
-    Exits with 3 when a gate is missed.
+    Exits with 3 when a gate is missed or cannot be judged, because its figure was never measured; a build with such a
+    gate is "not judged" and exits with 0.
 
     Example: quantkit gate artifacts/tiny-v3-awq4 --gates strict.yaml --junit gates.xml
     """
@@ -34,6 +35,8 @@ def COMMAND(artifact: Path, gates_file: Path | None, junit: Path | None, json_ou
     from quantkit.report.read import read_sealed
     from quantkit.storage.files import write_atomic
 
+    if not artifact.is_dir():
+        raise UsageError(f"{artifact}: expected an artifact's folder, found none; check the path")
     report, _ = read_sealed(artifact)
     found = gates.judged(read_gates(gates_file, artifact, report), report)
     missed = [gate for gate in found.gates if gate.ok is False]
@@ -47,5 +50,8 @@ def COMMAND(artifact: Path, gates_file: Path | None, junit: Path | None, json_ou
         kept, open_ = sum(gate.ok is True for gate in found.gates), sum(gate.ok is None for gate in found.gates)
         told = f"{kept} of {len(found.gates)} gates kept, {len(missed)} missed, {open_} without a figure"
         click.echo(f"{artifact}: {found.status}: {told} (when built: {report.status})")
-    if missed:
-        raise GateMissed("; ".join(f"gate {g.figure} {g.bound}: found {g.value}" for g in missed))
+    faults = [f"gate {gate.figure} {gate.bound}: found {gate.value}" for gate in missed]
+    unknown = [f"{gate.figure} {gate.bound} ({gate.reason})" for gate in found.gates if gate.ok is None]
+    faults += [f"could not be judged: {', '.join(unknown)}"] if unknown else []
+    if faults:
+        raise GateMissed("; ".join(faults))

@@ -13,6 +13,7 @@ EXPECTED: Mapping[str, str] = {
     "int_type": "a whole number", "float_type": "a number", "string_type": "text", "bool_type": "true or false",
     "model_type": "a mapping of keys", "dict_type": "a mapping of keys", "tuple_type": "a list",
     "string_too_short": "text that is not empty", "finite_number": "a finite number",
+    "too_short": "one entry or more",
 }  # fmt: skip
 PATTERNS: Mapping[str, str] = {
     "^[0-9a-f]{40}$": "the 40 hexadecimal digits of a commit (a branch or a tag can be moved)",
@@ -49,5 +50,5 @@ def found_told(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict | list):
-        return "a mapping" if isinstance(value, dict) else "a list"
+        return f"{'a' if value else 'an empty'} {'mapping' if isinstance(value, dict) else 'list'}"
     return shown(str(value)) if isinstance(value, int | float) else f"'{shown(str(value))}'"

@@ -6,7 +6,7 @@ A value is never guessed: an unknown key, a wrong type or a name that does not e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -42,6 +42,7 @@ def parse(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
     `name` is how messages call the file; `overrides` maps dotted keys to values ("output.path" -> "x") and wins.
     """
     document, faults = _overridden(read(text, name), overrides)
+    document = _spelled_out(document)
     check = _Check(document=document, faults=faults)
     recipe = check.model(Recipe, {key: value for key, value in document.values.items() if key != "rules"}, ())
     default = _Check(document=document, faults=[]).model(Quantize, document.values.get("quantize", {}), ())
@@ -68,7 +69,7 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
 
     `tasks`: the benchmarks that the report to be judged has.
     """
-    document = read(text, name)
+    document = _spelled_out(read(text, name))
     check = _Check(document=document, faults=[])
     for key in document.values.keys() - Recipe.model_fields.keys():
         check.fault((key,), f"unknown key.{registry.did_you_mean(key, tuple(Recipe.model_fields))} Expected gates.")
@@ -181,6 +182,22 @@ class _Check:
                     self.fault(path, f"expected {' or '.join(f'{{{key}: NUMBER}}' for key in allowed)}")
                 if figure != "size" and any(isinstance(bounds.get(key), str) for key in ("max", "min")):
                     self.fault(path, "expected a number; only size takes one such as 400GB")
+
+
+def _spelled_out(document: Document) -> Document:
+    """The document with gates such as `kl_mean.max: 1` as `kl_mean: {max: 1}`; a bound given twice stays a fault."""
+    gates = document.values.get("gates")
+    if not isinstance(gates, dict):
+        return document
+    found: dict[str, object] = {}
+    for key, value in gates.items():
+        figure, _, bound = key.rpartition(".")
+        others = found.get(figure, gates.get(figure, {}))
+        if figure and bound in Gate.model_fields and isinstance(others, dict) and bound not in others:
+            found[figure] = {**others, bound: value}
+        else:
+            found.setdefault(key, value)
+    return replace(document, values={**document.values, "gates": found})
 
 
 def _unknown_figure(figure: str, tasks: Sequence[str]) -> str:
