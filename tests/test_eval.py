@@ -144,6 +144,20 @@ def test_what_cannot_be_asked_is_named_and_the_rest_is_asked(folder, data):
     assert json.loads((data / "o" / "results.json").read_text())["tasks"][0]["n"] == 2
 
 
+@pytest.mark.parametrize(
+    ("what", "tasks", "said"),
+    [
+        (None, "nosuch", "nosuch: no such task"),
+        (None, "own/none.yaml", "'own/none.yaml': no such task"),
+        ("builtin:nothing", "tiny-v3-math", "no built-in model"),
+        ("./nope", "tiny-v3-math", "found './nope', which is none of these"),
+    ],
+)
+def test_what_is_not_there_is_a_matter_of_usage_and_leaves_nothing(folder, data, what, tasks, said):
+    assert said in run(what or str(folder), "--tasks", tasks, "--output", "o", code=2)
+    assert not (data / "o").exists()
+
+
 def test_without_a_sandbox_code_is_answered_and_not_judged(folder, data, monkeypatch):
     monkeypatch.setattr(sandbox, "probe", lambda: sandbox.Sandbox(kind="none", reason="a test said so"))
     tasks = ["--tasks", "tiny-v3-math,tiny-v3-code", "--limit", "2", "--max-tokens", "4", "--output", "o"]
@@ -153,8 +167,9 @@ def test_without_a_sandbox_code_is_answered_and_not_judged(folder, data, monkeyp
 
 
 def test_a_conversation_needs_a_template_and_takes_it(folder, data):
-    said = run(str(folder), "--tasks", "tiny-v3-math", "--limit", "1", "--chat-template", "--output", "no", code=1)
+    said = run(str(folder), "--tasks", "tiny-v3-math", "--limit", "1", "--chat-template", "--output", "no", code=2)
     assert "expected a chat template in the model's tokenizer" in said
+    run(str(folder), "--tasks", "tiny-v3-math", "--limit", "1", "--max-tokens", "5", "--output", "no")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     tokenizer.save_pretrained(shutil.copytree(folder, data / "chatty"))

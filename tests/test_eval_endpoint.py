@@ -53,6 +53,14 @@ def evaluate(server: Server, folder: Path, *options: str, code: int = 0):
     return json.loads(result.stdout) if code == 0 else result.stderr
 
 
+def refused(server: Server, folder: Path, *options: str) -> str:
+    """What it says where it fails, of other tasks than TASK."""
+    given = ["eval", "tiny", "--backend", "openai", "--endpoint", server.url, "--output", str(folder), *options]
+    result = CliRunner(catch_exceptions=False).invoke(main, given)
+    assert result.exit_code == 1, result.output
+    return result.stderr
+
+
 def rows(folder: Path) -> list[tuple]:
     """The journal, read by another program."""
     with sqlite3.connect(folder / "answers.sqlite") as connection:
@@ -264,8 +272,15 @@ def test_two_evaluations_are_compared_item_by_item(tmp_path):
             code=1,
         )  # fmt: skip
         assert "max_tokens: expected 40 as here, found None" in said
-        said = evaluate(server, tmp_path / "fewer", "--limit", "4", "--baseline", str(tmp_path / "source"), code=1)
-        assert "was answered by one model only" in said
+        found = evaluate(server, tmp_path / "fewer", "--limit", "4", "--baseline", str(tmp_path / "source"))
+        assert [row["n"] for row in found["comparison"]] == [4], "the items that both have"
+        before = len(server.records)
+        options = ("--tasks", "tiny-v3-code", "--baseline", str(tmp_path / "source"))
+        said = refused(server, tmp_path / "task", *options)
+        assert "expected one of the tasks tiny-v3-code, found tiny-v3-math" in said
+        assert "expected the folder of an evaluation" in evaluate(server, tmp_path / "x", "--baseline", "no", code=2)
+        assert len(server.records) == before, "refused before anything was asked"
+        assert not (tmp_path / "task").exists() and not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(

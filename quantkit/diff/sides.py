@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.checks.loadtest import LoadTest, read
 from quantkit.diff.values import Kind
-from quantkit.errors import ArtifactError, HubUnreachable, UsageError
+from quantkit.errors import ArtifactError, CheckpointError, HubUnreachable, UsageError
 from quantkit.handover.verify import LOADTEST, MANIFEST, mapping
 from quantkit.report.read import read_file, read_sealed
 from quantkit.report.samples import BENCHMARKS, TOKENS, Answer, answer, read_columns
@@ -269,7 +269,11 @@ def _local_source(text: str, artifact: Side) -> Tensors:
     from quantkit.storage.checkpoint import Checkpoint  # torch
 
     told = artifact.fidelity.source
-    opened = Checkpoint.open(resolve_model(text) if text.startswith(PREFIX) else Path(text))
+    try:
+        folder = resolve_model(text) if text.startswith(PREFIX) else Path(text)
+    except CheckpointError as fault:
+        raise UsageError(str(fault)) from None
+    opened = Checkpoint.open(folder)
     if opened.fingerprint() != told.hash:
         raise UsageError(
             f"{text}: expected {artifact.name}'s source {told.model} ({told.hash[:12]}), found another model "

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from quantkit.errors import ArtifactError, EvaluationError, UnsuitedError, UsageError
+from quantkit.errors import ArtifactError, CheckpointError, EvaluationError, HubUnreachable, UnsuitedError, UsageError
 from quantkit.evaluate import benchmarks, compare, harness, samples, sandbox
 from quantkit.evaluate.harness import Decoding, Opened
 from quantkit.evaluate.samples import ItemResult
@@ -113,7 +113,12 @@ def subject(name: str, backend: BackendName) -> Subject:
         return Subject(name=folder.resolve().name, kind="artifact", folder=folder, hash=seal)
     if backend == "openai" and not folder.is_dir() and not name.startswith("builtin:"):
         return Subject(name=name, kind="served", folder=None, hash=hashlib.sha256(name.encode()).hexdigest())
-    found = hub.resolve(name).folder
+    try:
+        found = hub.resolve(name).folder
+    except HubUnreachable:
+        raise
+    except CheckpointError as fault:
+        raise (fault if folder.exists() else UsageError(str(fault))) from None
     told = folder.resolve().name if folder.is_dir() else name
     return Subject(name=told, kind="model", folder=found, hash=Checkpoint.open(found).content_hash())
 
@@ -150,40 +155,48 @@ def ask(who: Subject, names: Sequence[str], setup: Setup, book: Path, tell: Tell
     """
     setup.check()
     own, theirs, failed = harness.split(names)
-    with harness.opened(own, theirs) as found, journal.opened(book) as answers, backend(who, setup) as model:
-        from quantkit.evaluate.recorded import Recorder
-
+    with harness.opened(own, theirs) as found:
         opened = Opened(tasks=found.tasks, loaded=found.loaded, failed={**failed, **found.failed})
         if not opened.tasks:
-            raise EvaluationError("\n".join(opened.failed.values()) or "--tasks: expected a task, found none")
-        told = identity(who, setup)
-        lasting = {name: value for name, value in told.items() if name != "endpoint"}  # a server may move
-        key = hashlib.sha256(json.dumps(lasting, sort_keys=True, default=str).encode()).hexdigest()
-        jail = sandbox.probe() if any(task.code for task in opened.tasks) else None
-        runs: list[list[ItemResult]] = [[] for _ in range(setup.seeds)]
-        unsuited = dict(opened.failed)
-        for each in opened.single():
-            found_items = []
-            try:
-                for seed in range(setup.seeds):
-                    setup.decoding.apply(each, seed)
-                    told_as = telling(tell, stage(who.name, each.tasks[0].name, seed, setup.seeds))
-                    recorder = Recorder(model, answers, key, told_as, setup.decoding.think_end)
-                    found_items.append(
-                        benchmarks.ask(recorder, each, limit=setup.limit, chat=setup.decoding.chat, sandbox=jail)
-                    )
-            except UnsuitedError as fault:
-                unsuited[each.tasks[0].name] = str(fault)
-            else:
-                for run, new in zip(runs, found_items, strict=True):
-                    run += new
+            kind = EvaluationError if any(harness.known(name) for name in opened.failed) else UsageError
+            raise kind("\n".join(opened.failed.values()) or "--tasks: expected a task, found none")
+        with backend(who, setup) as model, journal.opened(book) as answers:
+            runs, unsuited = ask_each(who, opened, setup, model, answers, tell)
     if not runs[0]:
         raise EvaluationError("\n".join(unsuited.values()))
     done = tuple(task for task in opened.tasks if task.name not in unsuited)
     opened = replace(opened, tasks=done, failed=unsuited)
     return Asked(
-        runs=tuple(tuple(run) for run in runs), items=tuple(samples.average(runs)), opened=opened, backend=told
-    )
+        runs=tuple(tuple(run) for run in runs), items=tuple(samples.average(runs)), opened=opened,
+        backend=identity(who, setup),
+    )  # fmt: skip
+
+
+def ask_each(
+    who: Subject, opened: Opened, setup: Setup, model: Backend, answers: journal.Journal, tell: Tell
+) -> tuple[list[list[ItemResult]], dict[str, str]]:
+    """The items of a run per seed, task by task, and the tasks that could not be asked, with the reason."""
+    from quantkit.evaluate.recorded import Recorder
+
+    lasting = {name: value for name, value in identity(who, setup).items() if name != "endpoint"}  # a server may move
+    key = hashlib.sha256(json.dumps(lasting, sort_keys=True, default=str).encode()).hexdigest()
+    jail = sandbox.probe() if any(task.code for task in opened.tasks) else None
+    runs: list[list[ItemResult]] = [[] for _ in range(setup.seeds)]
+    unsuited = dict(opened.failed)
+    for each in opened.single():
+        found = []
+        try:
+            for seed in range(setup.seeds):
+                setup.decoding.apply(each, seed)
+                told_as = telling(tell, stage(who.name, each.tasks[0].name, seed, setup.seeds))
+                recorder = Recorder(model, answers, key, told_as, setup.decoding.think_end)
+                found.append(benchmarks.ask(recorder, each, limit=setup.limit, chat=setup.decoding.chat, sandbox=jail))
+        except UnsuitedError as fault:
+            unsuited[each.tasks[0].name] = str(fault)
+        else:
+            for run, new in zip(runs, found, strict=True):
+                run += new
+    return runs, unsuited
 
 
 def stage(model: str, task: str, seed: int, seeds: int) -> str:

@@ -21,6 +21,7 @@ from quantkit.errors import EvaluationError
 from quantkit.evaluate import tasks
 from quantkit.evaluate.tasks import DATA_VARIABLE, Task, rendered
 from quantkit.storage import evals
+from quantkit.storage.files import is_file
 
 SETS: Mapping[str, tuple[str, ...]] = {
     "math": ("gsm8k", "minerva_math", "mgsm_native_cot_*"),
@@ -128,6 +129,13 @@ def split(names: Sequence[str], data_folder: Path | None = None) -> tuple[list[T
         except EvaluationError as fault:
             failed[name] = str(fault)
     return own, theirs, failed
+
+
+def known(name: str) -> bool:
+    """Whether there is a task of this name, here or in lm-eval, or the file."""
+    if name.endswith(evals.SUFFIX):
+        return is_file(Path(name))
+    return evals.task_path(name).is_file() or bool(_collection().match_tasks([name]))
 
 
 def _index(folder: Path) -> Any:

@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.utils import handle_non_serializable, hash_string
 
-from quantkit.errors import EvaluationError, UnsuitedError
+from quantkit.errors import UnsuitedError, UsageError
 from quantkit.storage.journal import Journal, Question, Value
 
 Progress = Callable[[int, int], None]
@@ -147,7 +147,7 @@ class Recorder(LM):  # type: ignore[misc]  # lm-eval is untyped
             return self._backend.apply_chat_template(chat_history, add_generation_prompt)
         except ValueError as fault:
             said = " ".join(str(fault).split())[:120]
-            raise EvaluationError(
+            raise UsageError(
                 f"--chat-template: expected a chat template in the model's tokenizer, found none ({said}); leave it out"
             ) from None
 

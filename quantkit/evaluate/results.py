@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from quantkit.errors import EvaluationError, UsageError
-from quantkit.evaluate import benchmarks, compare, samples, statistics
+from quantkit.evaluate import benchmarks, compare, harness, samples, statistics
 from quantkit.evaluate.evaluation import JOURNAL, Asked, Setup, Subject, ask, ask_source, settings, source_of
 from quantkit.evaluate.samples import ItemPair, ItemResult
 from quantkit.evaluate.statistics import Interval
@@ -18,6 +18,7 @@ from quantkit.evaluate.tasks import Task
 from quantkit.progress import Tell
 from quantkit.report.schema import Benchmark
 from quantkit.report.tables import Table, compared
+from quantkit.storage import journal
 from quantkit.storage.files import read_json, write_json
 
 RESULTS = "results.json"
@@ -75,7 +76,7 @@ def evaluate(
 
     baseline: the folder of an earlier evaluation to compare with. What both sides were asked is checked item by item.
     """
-    earlier = read_baseline(baseline, setup) if baseline is not None else None
+    earlier = read_baseline(baseline, names, setup) if baseline is not None else None
     origin = source_of(who, source) if source is not None else None
     asked = ask(who, names, setup, folder / JOURNAL, tell)
     if origin is not None:
@@ -90,7 +91,7 @@ def output_folder(name: str, given: Path | None, *, resume: bool) -> Path:
     """
     beside = Path(name).resolve() if Path(name).is_dir() else Path(re.sub(r"[^\w.-]+", "_", name))
     folder = given or beside.with_name(f"{beside.name}.eval")
-    if (folder / JOURNAL).is_file() and not resume:
+    if not resume and journal.holds_answers(folder / JOURNAL):
         raise UsageError(
             f"{folder}: it holds an evaluation already; add --resume to go on with it, or name another --output"
         )
@@ -108,7 +109,11 @@ def write(
             samples.to_parquet(run, folder / f"seed-{seed}.parquet")
     pairs: list[ItemPair] = []
     if source is not None:
-        pairs = samples.pair(source, asked.items)
+        theirs, mine = {item.key for item in source}, {item.key for item in asked.items}
+        common = [[item for item in side if item.key in theirs & mine] for side in (source, asked.items)]
+        if not common[0]:
+            raise EvaluationError(f"{against}: no item in common; what was asked lies in {folder}")
+        pairs = samples.pair(*common)
         samples.pairs_to_parquet(pairs, folder / PAIRS)
     rows = tuple(compare.row(task, pairs, compare.DEFAULT_RECOVERY) for task in asked.opened.tasks if pairs)
     scores = scored(asked)
@@ -127,8 +132,10 @@ def write(
     return Outcome(folder=folder, scores=scores, not_run=asked.opened.failed, rows=rows, told=told)
 
 
-def read_baseline(folder: Path, setup: Setup) -> list[ItemResult]:
-    """The items of an earlier evaluation; EvaluationError when it was asked in another way."""
+def read_baseline(folder: Path, names: Sequence[str], setup: Setup) -> list[ItemResult]:
+    """The items of an earlier evaluation; EvaluationError when it was asked in another way, or nothing of `names`."""
+    if not folder.is_dir():
+        raise UsageError(f"--baseline: {folder}: expected the folder of an evaluation, found none; check the path")
     told = read_json(folder / RESULTS, EvaluationError)
     theirs, mine = told.get("settings"), settings(setup)
     for name in SAME:
@@ -137,7 +144,15 @@ def read_baseline(folder: Path, setup: Setup) -> list[ItemResult]:
             raise EvaluationError(
                 f"{folder}: {name}: expected {mine[name]!r} as here, found {found!r}; evaluate both in the same way"
             )
-    return samples.from_parquet(folder / ITEMS)
+    items = samples.from_parquet(folder / ITEMS)
+    own, others, _ = harness.split(names)
+    asked = dict.fromkeys(item.task for item in items)
+    if own and not others and not {task.name for task in own} & asked.keys():
+        raise EvaluationError(
+            f"{folder}: expected one of the tasks {', '.join(task.name for task in own)}, found {', '.join(asked)}; "
+            "name a task that it has with --tasks"
+        )
+    return items
 
 
 def scored(asked: Asked) -> tuple[Scored, ...]:

@@ -75,6 +75,17 @@ class Journal:
         return EvaluationError(f"{self._path}: expected the answers of an evaluation, found: {fault}; remove it")
 
 
+def holds_answers(path: Path) -> bool:
+    """Whether a file has answers, or is one that cannot be read as it should; what has none can be written over."""
+    if not path.is_file():
+        return False
+    try:
+        with opened(path) as found:
+            return len(found) > 0
+    except EvaluationError:
+        return True
+
+
 @contextmanager
 def opened(path: Path | None) -> Iterator[Journal]:
     """The journal in a file, which is made when it is not there; without a path one that is gone afterwards.
