@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from scipy import stats
 from test_cli import build, fault, run
 
 from quantkit.diff.sides import SOLUTIONS
+from quantkit.report import runs
 from quantkit.report.samples import BENCHMARKS, TOKENS
 from quantkit.storage.builtin import folder
 
@@ -273,6 +275,9 @@ def test_artifacts_are_listed_and_the_front_is_marked(shelf: Path) -> None:
     report = json.loads((shelf / "four/quantkit/fidelity.json").read_text())
     assert rows["four"]["kl"] == report["distribution"][0]["kl_mean"]["value"]
     assert rows["four"]["tasks"] == {"tiny-v3-math": report["benchmarks"][0]["artifact"]}
+    (row,) = report["benchmarks"]
+    assert rows["four"]["n"] == {"tiny-v3-math": row["n"]}
+    assert rows["four"]["recovery"] == {"tiny-v3-math": row["recovery"]["value"]}
     assert "names, found another" in rows["changed"]["fault"] and "interrupted build" in rows["half.building"]["fault"]
 
 
@@ -280,7 +285,8 @@ def test_the_table_of_runs(shelf: Path) -> None:
     shown = run("runs", shelf).stdout
     lines = [line for line in shown.splitlines() if "four" in line or "more/two" in line]
     assert lines[0].startswith("*  four") and "accepted" in lines[0] and lines[1].startswith("   more/two")
-    assert "Broken" in shown and "unsealed" in shown
+    assert "Broken" in shown and "unsealed" in shown and "do not compare" not in shown
+    assert all(" % of " in line and line.rstrip().endswith(" %)") for line in lines[2:])
     assert run("runs", shelf / "notes").stdout == f"{shelf / 'notes'}: no artifact in it\n"
 
 
@@ -297,9 +303,20 @@ def test_sorting(shelf: Path, options: list[str], first: str) -> None:
         assert [row["status"] for row in rows[2:]] == ["broken"] * 4
 
 
+def test_scores_of_other_items_are_marked(shelf: Path) -> None:
+    whole = next(each for each in runs.read_runs(shelf) if each.name == "four")
+    assert whole.fidelity is not None
+    (row,) = whole.fidelity.benchmarks
+    fewer = whole.fidelity.model_copy(update={"benchmarks": (row.model_copy(update={"n": row.n + 1}),)})
+    made = runs.scores([whole, replace(whole, name="other", fidelity=fewer)])
+    assert "Other items, and so scores that do not compare: tiny-v3-math." in made.note
+    assert f" of {row.n} (" in made.rows[0][1] and f" of {row.n + 1} (" in made.rows[1][1]
+
+
 def test_what_cannot_be_listed(shelf: Path, tmp_path: Path) -> None:
     assert "Did you mean 'kl'?" in fault(run("runs", shelf, "--sort", "kll"), 2)
     assert "expected a folder of artifacts, found none" in fault(run("runs", tmp_path / "absent"), 2)
+    assert "expected a folder of artifacts, found an artifact" in fault(run("runs", shelf / "four"), 2)
 
 
 def test_a_build_without_benchmarks_is_listed_too(tmp_path: Path) -> None:

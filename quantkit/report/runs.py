@@ -15,7 +15,7 @@ from quantkit.errors import ArtifactError, UsageError
 from quantkit.handover.verify import MANIFEST
 from quantkit.report import numbers
 from quantkit.report.read import read_sealed
-from quantkit.report.schema import Fidelity, Figure
+from quantkit.report.schema import Benchmark, Fidelity, Figure
 from quantkit.report.tables import Table
 
 DEPTH = 3  # folders below the one that is listed
@@ -47,6 +47,8 @@ class Run:
             "ppl": _pooled(self.fidelity, "ppl_ratio"),
             "top1": _pooled(self.fidelity, "top1"),
             "tasks": {row.task: row.artifact for row in self.fidelity.benchmarks},
+            "n": {row.task: row.n for row in self.fidelity.benchmarks},
+            "recovery": {row.task: row.recovery.value for row in self.fidelity.benchmarks if row.recovery},
             "front": self.front,
             "fault": "",
         }
@@ -60,6 +62,8 @@ def read_runs(folder: Path) -> list[Run]:
     """Every artifact in a folder and up to three below, sorted by name; what is broken is listed with its reason."""
     if not folder.is_dir():
         raise UsageError(f"{folder}: expected a folder of artifacts, found none; check the path")
+    if (folder / MANIFEST).is_file():
+        raise UsageError(f"{folder}: expected a folder of artifacts, found an artifact; name the folder that it is in")
     found = [_run(path, folder) for path in _candidates(folder, DEPTH)]
     return marked(sorted(found, key=lambda run: run.name))
 
@@ -118,16 +122,31 @@ def table(runs: Sequence[Run]) -> Table:
 
 
 def scores(runs: Sequence[Run]) -> Table:
-    """The artifacts' scores, benchmark by benchmark."""
+    """The artifacts' scores, benchmark by benchmark, each with its items and its share of its own source's score."""
     tasks, rows = task_names(runs), list[tuple[str, ...]]()
     for run in runs:
         told = {row.task: row for row in run.fidelity.benchmarks} if run.fidelity else {}
         if told:
-            found = [told.get(task) for task in tasks]
-            cells = [numbers.percent(row.artifact, 1) if row else numbers.MISSING for row in found]
-            rows.append((run.name, *cells))
+            rows.append((run.name, *(_score(told.get(task)) for task in tasks)))
     columns = ("name", *(f">{task}" for task in tasks))
-    return Table(title="Benchmarks", columns=columns, rows=tuple(rows))
+    mixed = [task for task in tasks if len(_asked(runs, task)) > 1]
+    note = "score of so many items (share of its own source's score)."
+    note += f" Other items, and so scores that do not compare: {', '.join(mixed)}." if mixed else ""
+    return Table(title="Benchmarks", columns=columns, rows=tuple(rows), note=note if rows else "")
+
+
+def _score(row: Benchmark | None) -> str:
+    """ "81.3 % of 300 (98.79 %)"."""
+    if row is None or row.artifact is None:
+        return numbers.MISSING
+    kept = f" ({numbers.percent(row.recovery.value)})" if row.recovery else ""
+    return f"{numbers.percent(row.artifact, 1)} of {row.n:,}{kept}"
+
+
+def _asked(runs: Sequence[Run], task: str) -> set[tuple[str, int, str]]:
+    """The different sets of items of a task: data, how many of it, and the filter that scores."""
+    rows = (row for run in runs if run.fidelity for row in run.fidelity.benchmarks if row.task == task)
+    return {(row.data_sha256, row.n, row.metric) for row in rows if row.artifact is not None}
 
 
 def faults(runs: Sequence[Run]) -> Table:
