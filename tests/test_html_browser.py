@@ -203,6 +203,13 @@ def test_a_phone_scrolls_one_way_only(browser: Any, page_file: Path) -> None:
     assert tab.all("document.documentElement.scrollWidth") == NARROW["width"]
     sides = tab.all("[...document.querySelector('.sides').children].map(e => e.getBoundingClientRect().left)")
     assert len(set(sides)) == 1  # below each other
+    kept = tab.all("""(() => { const table = document.querySelector('#t-benchmarks'), box = table.closest('.scroll');
+        box.scrollLeft = box.scrollWidth;
+        return [box.scrollLeft, table.querySelector('tbody th').getBoundingClientRect().left,
+                table.querySelector('tbody td:last-child').getBoundingClientRect().right,
+                getComputedStyle(box).backgroundImage.includes('gradient')]; })()""")
+    assert kept[0] > 0 and kept[1] >= -16 and kept[2] <= NARROW["width"]  # the task beside its verdict
+    assert kept[3], "a shadow says that there is more"
     assert tab.faults == []
     tab.context.close()
 
@@ -214,6 +221,9 @@ def test_paper_is_white_and_shows_no_controls(browser: Any, page_file: Path, tmp
     assert luminance(tab.all("getComputedStyle(document.body).color")) < 0.1
     for name in ("nav", ".tools", ".copy"):
         assert not tab.page.locator(name).first.is_visible()
+    closed = tab.all("""[...document.querySelectorAll('details:not([open])')].map(
+        each => each.lastElementChild.checkVisibility({contentVisibilityAuto: true}))""")
+    assert closed and all(closed), "what is closed on a screen is there on paper"
     assert "288 more items are not on paper." in tab.page.locator("#left").inner_text()
     tab.page.pdf(path=tmp_path / "page.pdf", prefer_css_page_size=True)
     pages = (tmp_path / "page.pdf").read_bytes().count(b"/Type /Page\n")
