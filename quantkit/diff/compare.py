@@ -72,8 +72,10 @@ def _notes(a: Side, b: Side, allowed: Comparable) -> tuple[str, ...]:
         return tuple(found + load.notes(a, b))
     texts = a.fidelity.calibration, b.fidelity.calibration
     if "source" not in (a.kind, b.kind) and any(texts) and not same_text(*texts):
+        alone = [side.name for side in (a, b) if side.fidelity.calibration is None]
+        told = f"{alone[0]} learned from no text" if alone else "They did not learn from the same calibration text"
         found.append(
-            "They did not learn from the same calibration text, so modules are compared by the error of their weights; "
+            f"{told}, so modules are compared by the error of their weights; "
             "a method that learns lets that grow to make the error of the outputs smaller."
         )
     gap = baseline_gap(a, b)
