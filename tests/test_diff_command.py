@@ -139,6 +139,8 @@ def test_an_artifact_against_its_source(both: tuple[Path, Path]) -> None:
 
 
 def test_reports_alone_and_beside_an_artifact(both: tuple[Path, Path], tmp_path: Path) -> None:
+    inside = run("diff", both[0] / "quantkit/fidelity.json", both[1] / "quantkit/fidelity.json", "--json")
+    assert json.loads(inside.stdout) == json.loads(run("diff", *both, "--json").stdout), "they lie in artifacts"
     reports = [shutil.copy(path / "quantkit/fidelity.json", tmp_path / f"{path.name}.json") for path in both]
     for pair in (reports, [reports[0], both[1]]):
         result = run("diff", *pair)

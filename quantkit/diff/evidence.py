@@ -238,7 +238,14 @@ def _unpaired(a: Side, b: Side, told: set[str]) -> list[Benchmark]:
         if not ran:
             continue
         why = "not paired: no samples beside fidelity.json" if len(ran) == 2 else f"only {ran[0]} was asked"
-        rows.append(Benchmark(task=task, a=scores[0], b=scores[1], verdict=why))
+        known = [rows_of[task] for rows_of in (first, second) if task in rows_of and rows_of[task].artifact is not None]
+        n, source = {row.n for row in known}, {row.source for row in known}
+        rows.append(
+            Benchmark(
+                task=task, n=n.pop() if len(n) == 1 else 0, source=source.pop() if len(source) == 1 else None,
+                a=scores[0], b=scores[1], verdict=why,
+            )
+        )  # fmt: skip
     return rows
 
 

@@ -108,6 +108,8 @@ def _read(text: str) -> Side | None:
     path = Path(text)
     if (path / MANIFEST).is_file() or (path / "quantkit").is_dir():
         return _artifact(path)
+    if path.name == "fidelity.json" and (path.parent.parent / MANIFEST).is_file() and path.parent.name == "quantkit":
+        return _artifact(path.parent.parent)  # all its evidence lies there
     if path.is_file():
         found = read_file(path)
         return Side(name=found.artifact.name, kind="report", fidelity=found, versions=found.versions)
