@@ -319,9 +319,8 @@ class Recipe(BaseModel):
     @property
     def hash(self) -> str:
         """sha256 of what decides the artifact's content; where it lies and how much memory makes it do not."""
-        values = self.model_dump(mode="json", exclude={"memory": True, "output": {"path"}})
-        if self.source.trust_remote_code is None:
-            del values["source"]["trust_remote_code"]  # which older recipes had not
+        absent = {"trust_remote_code"} if self.source.trust_remote_code is None else set[str]()  # older recipes had none
+        values = self.model_dump(mode="json", exclude={"memory": True, "output": {"path"}, "source": absent})
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
