@@ -319,7 +319,7 @@ class Recipe(BaseModel):
     @property
     def hash(self) -> str:
         """sha256 of what decides the artifact's content; where it lies and how much memory makes it do not."""
-        absent = {"trust_remote_code"} if self.source.trust_remote_code is None else set[str]()  # older recipes had none
+        absent = {"trust_remote_code"} if self.source.trust_remote_code is None else set[str]()  # as in older hashes
         values = self.model_dump(mode="json", exclude={"memory": True, "output": {"path"}, "source": absent})
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
