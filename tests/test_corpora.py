@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from quantkit.calibration_sets import __main__ as tool
 from quantkit.calibration_sets import exercises, general, word_problems
-from quantkit.errors import CalibrationError, CheckpointError
+from quantkit.errors import CalibrationError, CheckpointError, UsageError
 from quantkit.storage.corpora import CorpusSet, load_set, load_tokenizer, proportional, token_batches
 from quantkit.storage.corpus_files import Document
 from quantkit.storage.corpus_spec import DATA_VARIABLE
@@ -243,7 +243,7 @@ def test_proportional_shares_add_up(available: dict[str, int], data: st.DataObje
 )
 def test_too_little_text(packing: str, sequences: int | None, length: int, message: str) -> None:
     corpus = corpus_of({"prose": ["a b", "c"], "math": ["d"]}, packing=packing, end=False)
-    with pytest.raises(CalibrationError, match=message):
+    with pytest.raises(UsageError, match=message):
         token_batches(corpus, Words(), sequences, length, 0)
 
 
@@ -267,11 +267,11 @@ def test_a_set_of_ones_own_by_path(tmp_path: Path) -> None:
 
 
 def test_unknown_names(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"no set of documents named 'tiny-v4'\. Did you mean 'tiny-v3'\?"):
+    with pytest.raises(UsageError, match=r"no set of documents named 'tiny-v4'\. Did you mean 'tiny-v3'\?"):
         load_set("tiny-v4", SETS)
-    with pytest.raises(CalibrationError, match=r"no set of documents named '\.\./x'"):
+    with pytest.raises(UsageError, match=r"no set of documents named '\.\./x'"):
         load_set("../x", SETS)
-    with pytest.raises(CalibrationError, match=r"absent\.yaml: expected the spec of a set, found no such file"):
+    with pytest.raises(UsageError, match=r"absent\.yaml: expected the spec of a set, found no such file"):
         load_set(str(tmp_path / "absent.yaml"), SETS)
 
 

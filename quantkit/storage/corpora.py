@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from quantkit.errors import CalibrationError, CheckpointError
+from quantkit.errors import CheckpointError, UsageError
 from quantkit.storage.corpus_files import Document, read_documents, read_hub, read_local
 from quantkit.storage.corpus_spec import Packing, first_line, read_spec
 from quantkit.storage.own_code import hint, tokenizer_map
@@ -95,7 +95,7 @@ class Tokens:
 def load_set(name_or_path: str, folder: Path) -> CorpusSet:
     """Read the set `folder/<name>.yaml`, or the spec at a path that ends in .yaml; every hash is checked.
 
-    CalibrationError names file, line and what to do, for a set that is unknown, malformed or not what its spec says.
+    CalibrationError names file, line and what to do, for a set that is malformed or not what its spec says.
     """
     spec = read_spec(name_or_path, folder)
     if spec.file is not None:
@@ -168,10 +168,10 @@ def token_batches(corpus: CorpusSet, tokenizer: Tokenizer, sequences: int | None
     packing documents: one document each, truncated, EOS behind it where the set says so. packing windows: the
     documents of a domain are joined and cut into windows of exactly `length`, none overlapping. Either way exactly
     one BOS stands in front, if the tokenizer puts one there. The domains keep their proportion, and each has at least
-    one sequence if there is room. CalibrationError when the set has fewer sequences than were asked for.
+    one sequence if there is room. UsageError when the set has fewer sequences than were asked for.
     """
     if length < 2 or (sequences is not None and sequences < 1):
-        raise CalibrationError(
+        raise UsageError(
             f"{corpus.where}: expected at least 1 sequence of at least 2 tokens, "
             f"found {sequences} of {length}. Raise `sequences` or `length` in the recipe"
         )
@@ -251,7 +251,7 @@ def _choose(
         counts = ", ".join(f"{domain} {count}" for domain, count in available.items())
         advice = f"Ask for {total} or fewer, or null for all" if total else "Lower `length`"
         unit = "documents" if corpus.packing == "documents" else f"windows of {length} tokens"
-        raise CalibrationError(
+        raise UsageError(
             f"{corpus.where}: expected {sequences or 1} sequences, found {total} {unit} ({counts}). "
             f"{advice}, lower `length`, or use a larger set"
         )

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
 
-from quantkit.errors import CalibrationError
+from quantkit.errors import CalibrationError, UsageError
 from quantkit.storage import plain_yaml
 from quantkit.storage.files import brief, is_file, read_bytes
 
@@ -122,7 +122,7 @@ def _find(name_or_path: str, folder: Path) -> Path:
     if name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)
         if not is_file(path):
-            raise CalibrationError(f"{path}: expected the spec of a set, found no such file. Correct the path")
+            raise UsageError(f"{path}: expected the spec of a set, found no such file. Correct the path")
         return path
     path = folder / f"{name_or_path}.yaml"
     if path.parent == folder and is_file(path):
@@ -130,7 +130,7 @@ def _find(name_or_path: str, folder: Path) -> Path:
     known = sorted(spec.stem for spec in folder.glob("*.yaml"))
     close = get_close_matches(name_or_path, known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise CalibrationError(
+    raise UsageError(
         f"{folder}: no set of documents named {brief(name_or_path)}.{hint} "
         f"Known: {', '.join(known) or 'none'}; or give the path of a .yaml spec"
     )
