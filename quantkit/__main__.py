@@ -1,5 +1,20 @@
-"""`python -m quantkit`."""
+"""`quantkit` and `python -m quantkit`."""
 
-from quantkit.cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+
+def start() -> None:
+    """Run the command line; Ctrl-C while it is still being imported ends it as quietly as later."""
+    try:
+        from quantkit.cli import main  # half a second
+
+        main(prog_name="quantkit")
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    start()

@@ -28,6 +28,7 @@ from damage import (
     f32,
     holder,
     i32,
+    judged,
     model,
     put,
     read_shard,
@@ -123,12 +124,6 @@ def group(**changes: object) -> Damage:
 def record(path: Path, module: str, **changes: object) -> None:
     """Change the scheme that the manifest tells of a module."""
     edit_json(path / MANIFEST, lambda m: m["modules"][module]["scheme"].update(changes))
-
-
-def judged(path: Path, status: str, gates: list[dict[str, object]]) -> None:
-    """Change the outcome of the gates in report and manifest alike."""
-    edit_json(path / "quantkit/fidelity.json", lambda report: report.update(status=status, gates=gates))
-    edit_json(path / MANIFEST, lambda manifest: manifest.update(status=status))
 
 
 def state(path: Path, **changes: object) -> None:

@@ -224,3 +224,20 @@ def test_the_message_of_a_faulty_disk(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("quantkit.report.read.read_report", broken)
     told = fault(run("report", tmp_path), 1)
     assert told.startswith("/somewhere/file: the operating system refused: input/output error; check")
+
+
+def test_ctrl_c_while_it_is_being_imported(tmp_path):
+    """No traceback of an import that was cut off."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Cut:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'quantkit.cli':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Cut())\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "quantkit"], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
-from damage import edit_json, put, read_shard, rehash, reseal, shards, write_shard
+from damage import edit_json, judged, put, read_shard, rehash, reseal, shards, write_shard
 from test_loadtest import example
 
 from quantkit.cli import main
@@ -236,8 +236,7 @@ def better(path: Path) -> None:
 
 def accept(path: Path) -> None:
     """A rejected artifact that says it was accepted."""
-    edit_json(path / "quantkit/fidelity.json", lambda report: report.update(status="accepted"))
-    edit_json(path / MANIFEST, lambda manifest: manifest.update(status="accepted"))
+    judged(path, "accepted", [{"figure": "kl_mean", "bound": "<= 1", "value": 0.001, "ok": True}])
 
 
 def remember(path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from damage import edit_json, rehash
+from damage import judged, rehash
 from places.here import KINDS, Place
 from places.using import LAST, WRITING, Record, fetched, files, flipped, other, sent
 from test_loadtest import example
@@ -122,8 +122,8 @@ def test_half_a_publication_is_none_and_goes_on(
 
 @pytest.mark.parametrize("status", ["not judged", "rejected"])
 def test_only_accepted_artifacts(artifact: Path, tmp_path: Path, status: str) -> None:
-    edit_json(artifact / "quantkit/fidelity.json", lambda report: report.update(status=status))
-    edit_json(artifact / MANIFEST, lambda manifest: manifest.update(status=status))
+    missed = {"figure": "kl_mean", "bound": "<= 1e-07", "value": 0.001, "ok": False}
+    judged(artifact, status, [missed] if status == "rejected" else [])
     rehash(artifact)
     assert verify(artifact).status == status
     with pytest.raises(ArtifactError, match=f"expected an accepted artifact, found one that is {status}; .* --force"):
