@@ -361,7 +361,8 @@ def sealed() -> dict[str, bytes]:
     """The files of a small artifact with evidence."""
     from report_example import FIDELITY
 
-    fidelity = as_bytes({**FIDELITY, "status": "accepted", "modules": []})
+    kept = {"figure": "kl_mean", "bound": "<= 1", "value": 0.1, "ok": True, "reason": ""}
+    fidelity = as_bytes({**FIDELITY, "status": "accepted", "gates": [kept], "modules": []})
     plan = as_bytes({
         "hash": "00", "recipe": {"version": 1, "gates": {"kl_mean": {"max": 1}}, "evaluation": {"tasks": []}},
         "summary": {"rules": [], "totals": {"tensors": 5}, "warnings": [], "shards": [{}]},
