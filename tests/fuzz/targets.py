@@ -356,13 +356,20 @@ def evaluation_rows(folder: Path) -> object:
 # ---------------------------------------------------------------------------------------------------------- artifacts
 
 
+def example() -> dict[str, object]:
+    """A report as builds write it: a figure that is not finite is null."""
+    from report_example import FIDELITY
+
+    from quantkit.report.schema import Fidelity
+
+    return Fidelity.model_validate(FIDELITY).model_dump(mode="json")
+
+
 @cache
 def sealed() -> dict[str, bytes]:
     """The files of a small artifact with evidence."""
-    from report_example import FIDELITY
-
     kept = {"figure": "kl_mean", "bound": "<= 1", "value": 0.1, "ok": True, "reason": ""}
-    fidelity = as_bytes({**FIDELITY, "status": "accepted", "gates": [kept], "modules": []})
+    fidelity = as_bytes({**example(), "status": "accepted", "gates": [kept], "modules": []})
     plan = as_bytes({
         "hash": "00", "recipe": {"version": 1, "gates": {"kl_mean": {"max": 1}}, "evaluation": {"tasks": []}},
         "summary": {"rules": [], "totals": {"tensors": 5}, "warnings": [], "shards": [{}]},
@@ -445,9 +452,7 @@ def fidelity_json(folder: Path) -> object:
 @cache
 def reports() -> tuple[bytes, ...]:
     """Reports with and without modules."""
-    from report_example import FIDELITY
-
-    return as_bytes(FIDELITY), sealed()["quantkit/fidelity.json"]
+    return as_bytes(example()), sealed()["quantkit/fidelity.json"]
 
 
 def shown(report: object) -> None:
