@@ -208,6 +208,20 @@ def test_sequences_are_sorted_and_keep_their_items() -> None:
             assert tokenizer.decode(ids[-item.n_tokens :]).strip() == solution.strip()  # type: ignore[attr-defined]
 
 
+def test_a_task_of_ones_own_has_its_name(tmp_path: Path) -> None:
+    """It is asked for by a path, which belongs to no report."""
+    for part in ("tiny-v3-math.yaml", "data/tiny-v3-math.jsonl"):
+        (tmp_path / part).parent.mkdir(exist_ok=True)
+        (tmp_path / part).write_bytes((builtin.folder("evals") / part).read_bytes())
+    names = [str(tmp_path / "tiny-v3-math.yaml"), str(tmp_path / "absent.yaml")]
+    tokenizer = load_tokenizer(builtin.resolve_model("builtin:tiny-v3"))
+    found = likelihood.tokenize(names, tokenizer, items=4, length=200)
+    made = [likelihood.Scored(solution=item, source=-1.0, artifact=-1.5 - item.doc_id) for item in found.items]
+    first, second = likelihood.rows(names, found, made)
+    assert (first.task, first.n, first.status) == ("tiny-v3-math", 4, "ok")
+    assert (second.task, second.status) == ("absent", "not run") and "no such task" in second.reason
+
+
 def test_what_cannot_be_read_is_a_row_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     broken = (builtin.folder("evals") / "tiny-v3-math.yaml").read_text().replace('"{{solution}}"', '"{{no_column}}"')
@@ -220,7 +234,7 @@ def test_what_cannot_be_read_is_a_row_with_its_reason(tmp_path: Path, monkeypatc
     found = likelihood.tokenize(names, tokenizer, items=2, length=512)
     made = [likelihood.Scored(solution=item, source=-1.0, artifact=-1.5) for item in found.items]
     first, second = likelihood.rows(names, found, made)
-    assert (first.task, first.status) == ("broken.yaml", "not run")
+    assert (first.task, first.status) == ("broken", "not run")
     assert "no_column" in first.reason
     assert (second.task, second.n, second.difference.value) == ("tiny-v3-code", 2, -0.5)  # type: ignore[union-attr]
 

@@ -103,7 +103,8 @@ def compare(
 
 def not_run(names: Sequence[str], reason: str) -> Compared:
     """Every task with the reason why it has no figures."""
-    return Compared(rows=tuple(Benchmark(task=name, status="not run", reason=reason) for name in names))
+    called = map(tasks.called, names)
+    return Compared(rows=tuple(Benchmark(task=name, status="not run", reason=reason) for name in called))
 
 
 def source_items(job: Job, source: Checkpoint) -> list[ItemResult]:

@@ -76,9 +76,9 @@ def tokenize(names: Sequence[str], tokenizer: Tokenizer, *, items: int, length: 
             if task.gold is None:
                 continue
             found += _sequences(task, task.gold, tokenizer, items, length)
-            hashes[name] = task.sha256
+            hashes[task.name] = task.sha256
         except EvaluationError as error:
-            failed[name] = str(error)
+            failed[tasks.called(name)] = str(error)
     found.sort(key=lambda entry: -len(entry[1]))  # stable: equal lengths stay in the order of the tasks
     rows = [(solution.task, ids) for solution, ids in found]
     items_ = tuple(solution for solution, _ in found)
@@ -166,7 +166,7 @@ def score(both: Sides, items: Sequence[Solution]) -> list[Scored]:
 def rows(names: Sequence[str], solutions: Solutions, scored: Sequence[Scored]) -> tuple[Likelihood, ...]:
     """One row per task, in the recipe's order; tasks without gold have none."""
     found = []
-    for name in names:
+    for name in map(tasks.called, names):
         mine = [each for each in scored if each.solution.task == name]
         if name in solutions.failed:
             found.append(Likelihood(task=name, status="not run", reason=solutions.failed[name]))

@@ -79,6 +79,11 @@ class Task:
         return tuple(names) or ("none",)  # lm-eval's name for no filter
 
 
+def called(name: str) -> str:
+    """What reports call a task that is asked for by its name or by its file's path: no path of this machine."""
+    return evals.task_path(name).stem
+
+
 def load(names: Sequence[str], data_folder: Path | None = None) -> tuple[Task, ...]:
     """Read and check tasks by name, or by path when the name ends in .yaml.
 
