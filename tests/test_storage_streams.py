@@ -123,6 +123,24 @@ def test_a_spool_is_opened_again_and_deleted(tmp_path: Path) -> None:
         Spool.open(path, 3, 2, "float32")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_a_spool_notices_what_is_not_finite(dtype: str, value: float, tmp_path: Path) -> None:
+    """As stored, by either way of writing; 3e38 is a number in both dtypes, and twice that in neither."""
+    for how in ("write", "add"):
+        with Spool.create(tmp_path / how, 4, 3, dtype) as spool:  # type: ignore[arg-type]
+            spool.write(0, torch.ones(4, 3))
+            spool.write(2, torch.ones(0, 3))
+            assert spool.finite
+            rows = torch.tensor([[0.0, value, 0.0]])
+            spool.write(1, rows) if how == "write" else spool.add(torch.tensor([1]), rows)
+            assert spool.finite == (value == 3e38)
+            spool.add(torch.tensor([1, 1]), rows.repeat(2, 1))
+            assert not spool.finite
+            spool.write(0, torch.ones(4, 3))
+            assert not spool.finite
+
+
 def test_rows_that_are_not_there(tmp_path: Path) -> None:
     with Spool.create(tmp_path / "h", 3, 2, "float32") as spool:
         for action in (

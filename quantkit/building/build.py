@@ -171,14 +171,12 @@ def measure(work: Work, reference: Routing | None, quantized: Routing | None) ->
 
 def check_finite(block: Block, stream: StreamName, states: Spool) -> None:
     """NumericsError for NaN or infinity among the hidden states behind a block: every later figure would be none."""
-    for first, stop in chunks(states.rows):
-        low, high = states.read(first, stop).aminmax()
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise NumericsError(
-                f"{block.name}: expected finite hidden states behind it, found NaN or infinity in the {stream} stream; "
-                "look for huge values among its weights and those before it, and at rms_norm_eps, rope_theta and "
-                "rope_scaling in config.json"
-            )
+    if not states.finite:
+        raise NumericsError(
+            f"{block.name}: expected finite hidden states behind it, found NaN or infinity in the {stream} stream; "
+            "look for huge values among its weights and those before it, and at rms_norm_eps, rope_theta and "
+            "rope_scaling in config.json"
+        )
 
 
 def relative_error(reference: Spool, quantized: Spool, rows: int) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -30,6 +31,8 @@ _GAP_BYTES = 64 << 10  # reading over a gap this small is cheaper than a second 
 class Spool:
     """A file of `rows` x `width` numbers of one dtype, zero at first; no header, its owner knows the shape.
 
+    finite: whether nothing else was written through this object.
+
     Reads may come from any thread; `write` and `add` from one at a time. Raises QuantkitError when the disk refuses,
     ValueError for rows that are not there and tensors of another width (mistakes of the caller).
     """
@@ -39,6 +42,7 @@ class Spool:
         self.rows = rows
         self.width = width
         self.dtype = _DTYPES[dtype]
+        self.finite = True
         self._descriptor = descriptor
         self._row_bytes = width * self.dtype.itemsize
 
@@ -81,9 +85,11 @@ class Spool:
         if tensor.dim() != 2 or tensor.shape[1] != self.width:
             raise ValueError(f"{self.path}: expected [n, {self.width}], found {list(tensor.shape)}")
         self._check_rows(start, start + tensor.shape[0])
+        rows = tensor.detach().to(device="cpu", dtype=self.dtype).contiguous()
+        if rows.numel():  # noticed while they are in memory: reading them again would cost the disk's time
+            self.finite = self.finite and all(map(isfinite, map(float, rows.aminmax())))
         try:
-            view = raw(tensor.detach().to(device="cpu", dtype=self.dtype).contiguous())
-            write_from(self._descriptor, view, start * self._row_bytes)
+            write_from(self._descriptor, raw(rows), start * self._row_bytes)
         except OSError as fault:
             raise unwritable(self.path, fault) from fault
 
