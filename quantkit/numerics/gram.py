@@ -87,7 +87,7 @@ def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> Tenso
 
     weight, approximation [..., out, in]; gram [..., in, in]. It is ||X (W - Q)^T||^2 / ||X W^T||^2.
     """
-    _, exponent = torch.frexp(weight.abs().amax(dim=(-2, -1), keepdim=True))  # [..., 1, 1]
+    _, exponent = torch.frexp(torch.linalg.vector_norm(weight, torch.inf, dim=(-2, -1), keepdim=True))  # [..., 1, 1]
     if bool((exponent.abs() > ORDINARY).any()):  # a power of two changes no digit, and not the share
         scale = torch.exp2(-exponent.clamp(-126, 126).float())
         weight, approximation = weight * scale, approximation * scale
