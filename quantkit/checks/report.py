@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from quantkit.errors import ArtifactError
 from quantkit.storage.files import read_json
@@ -44,15 +45,20 @@ def gate_faults(report: Mapping[str, object]) -> Iterator[str]:
     """A status that its gates do not give, and gates whose figure lies on the other side of their bound."""
     listed = report.get("gates")
     rows = [row for row in listed if isinstance(row, Mapping)] if isinstance(listed, list) else []
-    outcomes = [row.get("ok") for row in rows]
-    known = "accepted" if outcomes and all(ok is True for ok in outcomes) else "not judged"
-    expected = "rejected" if any(ok is False for ok in outcomes) else known
+    expected = status([row.get("ok") for row in rows])
     if report.get("status") != expected:
         yield f"{REPORT}: status: expected {expected!r} by its gates, found {report.get('status')!r:.60}"
     for row in rows:
         if row.get("ok") is True and misses(row.get("value"), row.get("bound")):
             told = f"{row.get('figure')!r:.60} {row.get('bound')!r:.60}"
             yield f"{REPORT}: gates: {told}: kept, it says, with the figure {row.get('value')!r:.60}"
+
+
+def status(outcomes: Sequence[object]) -> Literal["accepted", "rejected", "not judged"]:
+    """rejected when a bound is missed (False); accepted when there are some and all are kept; otherwise not judged."""
+    if any(ok is False for ok in outcomes):
+        return "rejected"
+    return "accepted" if outcomes and all(ok is True for ok in outcomes) else "not judged"
 
 
 def misses(value: object, bound: object) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from quantkit.checks.report import status
 from quantkit.planning.schema import POOLED, Gate
 from quantkit.report import numbers
-from quantkit.report.schema import Benchmark, Fidelity, GateResult, Status
+from quantkit.report.schema import Benchmark, Fidelity, GateResult
 
 NOT_MEASURED = "not measured"
 NOT_FINITE = "not finite"
@@ -34,17 +35,10 @@ def judge(gates: Mapping[str, Gate], fidelity: Fidelity) -> list[GateResult]:
     return results
 
 
-def status(results: Sequence[GateResult]) -> Status:
-    """rejected when a bound is missed; accepted when there are bounds and all are kept; otherwise not judged."""
-    if any(result.ok is False for result in results):
-        return "rejected"
-    return "accepted" if results and all(result.ok for result in results) else "not judged"
-
-
 def judged(gates: Mapping[str, Gate], fidelity: Fidelity) -> Fidelity:
     """The report with its gates and status filled in."""
     results = judge(gates, fidelity)
-    return fidelity.model_copy(update={"gates": tuple(results), "status": status(results)})
+    return fidelity.model_copy(update={"gates": tuple(results), "status": status([result.ok for result in results])})
 
 
 # ---------------------------------------------------------------------------------------------- figures of the whole
