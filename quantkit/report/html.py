@@ -79,12 +79,13 @@ def rebuild(artifact: Path, output: Path | None = None) -> Path:
     Raises ArtifactError when the evidence is not what was sealed, and when other bytes than the manifest names would go
     into the artifact, which would break it.
     """
-    if is_file(artifact / MANIFEST):
+    files: Mapping[str, object] = {}
+    if output is None or is_file(artifact / MANIFEST):
         files = mapping(read_manifest(artifact), "files", artifact)
         read_sealed(artifact, absent=(HTML, *(name for name in files if not is_file(artifact / name))))
     content = page(artifact).encode()
     if output is None:
-        entry = mapping(read_manifest(artifact), "files", artifact).get(HTML)
+        entry = files.get(HTML)
         if not isinstance(entry, Mapping) or entry.get("sha256") != hashlib.sha256(content).hexdigest():
             raise ArtifactError(
                 f"{artifact / MANIFEST}: {HTML}: expected the page that these files make, found another or none (made "
