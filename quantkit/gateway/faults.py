@@ -13,11 +13,14 @@ def error(status: int, kind: str, told: str) -> bytes:
     return json.dumps({"error": {"message": told, "type": kind, "param": None, "code": status}}).encode()
 
 
+def closing(status: int) -> dict[str, str]:
+    """The header that ends a connection after 408: what still comes belongs to no request."""
+    return {"connection": "close"} if status == 408 else {}
+
+
 def answer(status: int, kind: str, told: str) -> Response:
     """A fault as an answer."""
-    # after 408 what still comes belongs to no request
-    headers = {"connection": "close"} if status == 408 else None
-    return Response(error(status, kind, told), status, headers, "application/json")
+    return Response(error(status, kind, told), status, closing(status), "application/json")
 
 
 def tell_unknown_paths(app: FastAPI) -> None:

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from quantkit.gateway.asked import Message
-from quantkit.gateway.faults import error
+from quantkit.gateway.faults import closing, error
 
 Send = Callable[[Message], Awaitable[None]]
 Headers = Sequence[tuple[bytes, bytes]]
@@ -84,7 +84,7 @@ class Reply:
             return
         if not self.begun:
             later = [(b"retry-after", str(retry_after).encode())] if retry_after is not None else []
-            closed = [(b"connection", b"close")] if status == 408 else []  # what still comes belongs to no request
+            closed = [(name.encode(), value.encode()) for name, value in closing(status).items()]
             await self.whole(status, content, [(b"content-type", b"application/json"), *later, *closed])
             return
         before = b"" if self._between_events() else b"\n\n"
