@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from quantkit.errors import EvaluationError
 from quantkit.evaluate import benchmarks, compare, samples, tasks
@@ -266,23 +274,55 @@ def test_prompts_start_with_exactly_one_bos(model, tokenizer):
         assert language_model.tok_encode(text)[0] == tokenizer.bos_token_id
 
 
-def test_greedy_equals_transformers_generate(model):
-    from quantkit.evaluate.generation import decode
+@pytest.mark.parametrize(("front", "shared"), [(0, 0), (12, 0), (40, 40)])
+def test_greedy_equals_transformers_generate(front, shared, model, monkeypatch):
+    """Also where the prompts begin alike, which is read once."""
+    from quantkit.evaluate import generation
 
     torch.manual_seed(1)
-    lengths, longest = [3, 9, 17, 20, 5], 20
-    mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
-    ids = torch.where(mask.bool(), torch.randint(3, 768, mask.shape), 2)
+    same, longest = torch.randint(3, 768, (front,)).tolist(), front + 20
+    prompts = [same + torch.randint(3, 768, (n,)).tolist() for n in (3, 9, 17, 20, 5)]
+    ids = torch.tensor([[2] * (longest - len(prompt)) + prompt for prompt in prompts])  # [5, longest]
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     enders = set(range(1, 768, 9))  # rows stop at different steps
     expected = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=sorted(enders),
         pad_token_id=2,
     )[:, longest:].tolist()  # fmt: skip
-    found = decode(model, ids, mask, 24, lambda tokens: tokens[-1] in enders)
+    read = []
+    count = model.register_forward_pre_hook(
+        lambda _, __, given: read.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    found = generation.decode(model, prompts, 2, 24, lambda tokens: tokens[-1] in enders)
+    count.remove()
+    assert read[: 1 + bool(shared)] == [*([(1, shared)] if shared else []), (5, longest - shared)]
     assert len({len(row) for row in found}) > 1
     for row, reference in zip(found, expected, strict=True):
         assert row == reference[: len(row)]
         assert len(row) == 24 or row[-1] in enders
+
+
+def test_what_is_not_shared(model):
+    """Equal prompts keep their last tokens; one prompt, few tokens and windows that slide have nothing to share."""
+    from quantkit.evaluate.generation import prefill, shared_tokens
+
+    full, prompt = DynamicCache(config=model.config), list(range(3, 43))
+    assert shared_tokens([prompt, prompt], full) == 39
+    assert shared_tokens([prompt, prompt[:-1]], full) == 38
+    assert shared_tokens([prompt, prompt[:30] + [2], prompt], full) == 30
+    assert shared_tokens([prompt], full) == 0
+    assert shared_tokens([prompt, prompt[:9] + [2] * 31], full) == 0
+    sliding = MistralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=8,
+    )  # fmt: skip
+    slides = MistralForCausalLM(sliding).eval()
+    assert shared_tokens([prompt, prompt], DynamicCache(config=sliding)) == 0
+    longer = [5, *prompt]
+    with torch.inference_mode():
+        output, _ = prefill(slides, [longer, longer[:-3]], 0)
+        alone = [slides(torch.tensor([each]), logits_to_keep=1).logits[0] for each in (longer, longer[:-3])]
+    torch.testing.assert_close(output.logits, torch.stack(alone))
 
 
 def test_stop_strings_end_an_answer_and_are_cut_off(tokenizer):

@@ -70,9 +70,9 @@ def test_the_same_model_here_and_behind_a_server_gives_the_same_items(folder, da
     model, tokenizer = LlamaForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
     def answer(prompt: str, body: dict) -> str:
-        ids = torch.tensor([tokenizer(prompt).input_ids])
+        ids = tokenizer(prompt).input_ids
         stop = _Stop(tokenizer=tokenizer, eos=frozenset({1}), strings=tuple(body["stop"]))
-        return stop.answer(decode(model, ids, torch.ones_like(ids), body["max_tokens"], stop.reached)[0]).text
+        return stop.answer(decode(model, [ids], 0, body["max_tokens"], stop.reached)[0]).text
 
     @torch.inference_mode()
     def logprobs(tokens: list[int]) -> list[tuple[float, float]]:

@@ -2,8 +2,8 @@
 
 lm-eval's own generator keeps a batch until its last row is done. Attention over the cache is what decoding costs (MLA
 expands the whole cache at every step), so here a row leaves the batch, and its cache, as soon as it has stopped; the
-prompts are sorted by length, so that padding is short. What lm-eval decides elsewhere stays its own: prompts, the rule
-for BOS, stop strings, filters.
+prompts are sorted by length, so that padding is short. Worked examples in front of every prompt are read once for a
+whole batch. What lm-eval decides elsewhere stays its own: prompts, the rule for BOS, stop strings, filters.
 
 Imported only when a benchmark runs: lm-eval takes seconds to import.
 """
@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from transformers import TopPLogitsWarper
+from transformers import DynamicCache, TopPLogitsWarper
+from transformers.cache_utils import DynamicLayer
 
 from quantkit.errors import UnsuitedError
 from quantkit.evaluate.recorded import Answer, Likelihood, Rules
 
+_WORTH_SHARING = 16  # tokens: a second call of the model costs as much as reading a few
 Choose = Callable[[Tensor, Sequence[int]], Tensor]
 """(logits [rows, vocabulary], places of the rows in their batch) -> the next token of each [rows, 1]."""
 
@@ -91,13 +93,9 @@ class LocalModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
                 f"{rules.task}: a prompt of {longest} tokens and {rules.max_tokens} new ones do not fit into the "
                 f"model's context of {self.max_length}; use fewer examples or a model with more context"
             )
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])  # [batch, longest]
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         stop = _Stop(tokenizer=self.tokenizer, eos=self._eos(), strings=rules.until)
         choose = sampled(prompts, rules.temperature, rules.top_p, rules.seed) if rules.temperature else most_probable
-        device = self.model.device
-        rows = decode(self.model, ids.to(device), mask.to(device), rules.max_tokens, stop.reached, choose)
+        rows = decode(self.model, prompts, self.tokenizer.pad_token_id, rules.max_tokens, stop.reached, choose)
         return [stop.answer(row) for row in rows]
 
     def _eos(self) -> frozenset[int]:
@@ -134,17 +132,17 @@ def sampled(prompts: Sequence[Sequence[int]], temperature: float, top_p: float, 
 
 @torch.inference_mode()
 def decode(
-    model: Any, ids: Tensor, mask: Tensor, max_tokens: int, stopped: Callable[[list[int]], bool],
+    model: Any, prompts: Sequence[Sequence[int]], pad: int, max_tokens: int, stopped: Callable[[list[int]], bool],
     choose: Choose = most_probable,
 ) -> list[list[int]]:  # fmt: skip
-    """A continuation of each row, up to `max_tokens` tokens or until `stopped` says so; `choose` picks every token.
+    """A continuation of each prompt, up to `max_tokens` tokens or until `stopped` says so; `choose` picks every token.
 
-    ids, mask [batch, length] int64, padded on the left. Returns the new tokens per row, the stopping one included.
+    prompts: token ids, at least one each; pad: the id that fills the shorter ones. Returns the new tokens per prompt,
+    the stopping one included.
     """
-    rows: list[list[int]] = [[] for _ in range(len(ids))]
-    alive = list(range(len(ids)))
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    rows: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
+    output, mask = prefill(model, prompts, pad)
     cache = output.past_key_values
     while True:
         chosen = choose(output.logits[:, -1], alive)  # [alive, vocabulary] -> [alive, 1]
@@ -155,7 +153,7 @@ def decode(
             return rows
         if len(keep) < len(alive):
             alive = [alive[place] for place in keep]
-            kept = torch.tensor(keep, device=ids.device)
+            kept = torch.tensor(keep, device=mask.device)
             cache.batch_select_indices(kept)
             chosen, mask = chosen[kept], mask[kept]
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)  # [alive, length + 1]
@@ -163,3 +161,41 @@ def decode(
             input_ids=chosen, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
             past_key_values=cache, use_cache=True, logits_to_keep=1,
         )  # fmt: skip
+
+
+def prefill(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> tuple[Any, Tensor]:
+    """The model's output behind the prompts, with their cache and the logits of their last tokens, and what it sees.
+
+    The mask [batch, length] is 1 for tokens and 0 for padding, which lies before a prompt, or between the tokens that
+    all of them share and its own.
+    """
+    cache = DynamicCache(config=model.config)
+    shared = shared_tokens(prompts, cache)
+    if shared:
+        front = torch.tensor([prompts[0][:shared]], device=model.device)  # [1, shared]
+        model(input_ids=front, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(prompts))
+    own = [list(prompt[shared:]) for prompt in prompts]
+    longest = max(map(len, own))
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in own])  # [batch, longest]
+    mask = torch.tensor([[1] * shared + [0] * (longest - len(row)) + [1] * len(row) for row in own])
+    mask = mask.to(model.device)  # [batch, shared + longest]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]  # [batch, longest]
+    output = model(
+        input_ids=ids.to(model.device), attention_mask=mask, position_ids=positions, past_key_values=cache,
+        use_cache=True, logits_to_keep=1,
+    )  # fmt: skip
+    return output, mask
+
+
+def shared_tokens(prompts: Sequence[Sequence[int]], cache: DynamicCache) -> int:
+    """How many tokens at the front of all prompts are read once: all but a prompt's last, 0 if they are few.
+
+    And 0 where padding behind them would count: sliding windows and recurrent states go by place, not by the mask.
+    """
+    if len(prompts) == 1 or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return 0
+    first, last = min(map(list, prompts)), max(map(list, prompts))  # what these two share, all between them share
+    common = next((at for at, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+    shared = min(common, min(map(len, prompts)) - 1)
+    return shared if shared >= _WORTH_SHARING else 0

@@ -30,7 +30,7 @@ def scored(folder: Path, model: Path, options: Sequence[str]) -> dict[str, objec
     done = subprocess.run(
         [
             sys.executable, "-m", "quantkit", "eval", str(folder), "--tasks", TASKS, "--source", str(model), "--dtype",
-            "float32", "--device-map", "cpu", "--batch-size", "64", "--output", str(output), "--resume", *options,
+            "bfloat16", "--device-map", "cpu", "--batch-size", "64", "--output", str(output), "--resume", *options,
         ],
         env={**os.environ, **ONE_THREAD, "QUANTKIT_DATA": data},
     )  # fmt: skip
