@@ -41,6 +41,8 @@ def test_too_many_near_ties_are_a_fault() -> None:
     reference, found = ten(answer(SURE, (6, {6: -0.7, 5: -0.75}), END))
     result = compare(reference, [found[0], found[0], *found[2:]])
     assert result.faults == ["2 of 10 answers differ at a margin above 0.1 nats, expected at most 10%"]
+    assert compare(reference, [found[0], found[0], *found[2:]], 0.31).faults == []
+    assert compare(reference, [found[0], found[0], *found[2:]], 0.29).faults != []
 
 
 def test_any_number_of_close_ties_is_forgiven() -> None:

@@ -58,13 +58,18 @@ def check(vllm_python: str, artifact: Path, prompts: int, folder: Path) -> Compa
 
     began = time.monotonic()
     expected, found = folder / "reference.json", folder / "vllm.json"
-    write_answers(reference.answers(artifact, prompts), expected)
-    say(f"dequantized model, transformers in float32: {prompts} answers in {time.monotonic() - began:.0f} s")
+    answers, rounding = reference.answers(artifact, prompts)
+    write_answers(answers, expected)
+    seconds = time.monotonic() - began
+    say(
+        f"dequantized model, transformers in float32: {prompts} answers in {seconds:.0f} s; bfloat16 alone moves 95 % "
+        f"of its undecided margins by less than {rounding:.3f} nats"
+    )
     began = time.monotonic()
     log = quietly([vllm_python, str(GENERATE), str(artifact), str(expected), str(found)])
     told = next((line for line in reversed(log) if line.startswith("vLLM ")), "vLLM: no timing")
     say(f"{told}; {time.monotonic() - began:.0f} s with the start of Python")
-    result = compare(read_answers(expected), read_answers(found))
+    result = compare(read_answers(expected), read_answers(found), rounding)
     for line in [*result.lines(), *(f"FAILED: {fault}" for fault in result.faults)]:
         say(line)
     return result
