@@ -21,7 +21,8 @@ from demo_serve import PROMPT, ask, check, say, served
 from quantkit.loadtest.engine import base, counters
 
 COMMAND = Path(__file__).parent / "command.py"
-BUILD = [sys.executable, "-m", "quantkit", "build", "tiny-v3-awq4", "--skip-evaluation", "--set", "fidelity=none"]
+UNMEASURED = ["--skip-evaluation", "--set", "fidelity=none", "--set", "gates={}"]
+BUILD = [sys.executable, "-m", "quantkit", "build", "tiny-v3-awq4", *UNMEASURED]
 ENGINE_FLAGS = ["--dtype", "bfloat16", "--enforce-eager", "--compilation-config", '{"custom_ops": ["none"]}']
 """As in generate.py."""
 OPTIONS = ["--engine", "vllm", "--context", "512", "--users", "4"]
