@@ -221,9 +221,23 @@ def test_the_terminal_report_fits_and_loses_nothing(width: int) -> None:
 
 def test_columns_are_never_narrower_than_a_number_or_a_word() -> None:
     made = tables.Table(title="t", columns=("a", ">n"), rows=(("long words here " * 9, "1,234 ±5"),))
-    assert terminal.widths(made) == [89, 8]
+    assert terminal.widths(made, 100) == [89, 8]
+    assert terminal.widths(made, 60) == [49, 8]
     crowded = tables.Table(title="t", columns=(">a", ">b"), rows=(("1" * 60, "2" * 60),))
-    assert terminal.widths(crowded) == [None, None]
+    assert terminal.widths(crowded, 100) == [None, None]
+
+
+def test_a_narrow_terminal_cuts_no_number_in_two() -> None:
+    figures = ("1,234,567", "23,456", "107.87 GB", "345.68 GB ±0.01")
+    columns = ("what", *(f">{word} of tokens" for word in ("sum", "rest", "bytes", "all")))
+    made = tables.Table(title="t", columns=columns, rows=(("a long name of several words", *figures),))
+    for width in (100, 80, 60, 55):
+        shown = drawn(terminal.table(made), width)
+        assert max(map(len, shown.splitlines())) <= width
+        for word in " ".join(figures).split():
+            assert word in shown.split(), (width, word)
+    assert "sum of tokens" in drawn(terminal.table(made), 100)
+    assert "345.68 GB ±0.01" in drawn(terminal.table(made), 60)
 
 
 # ------------------------------------------------------------------------------------------------------------- gates

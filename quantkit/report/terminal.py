@@ -1,13 +1,13 @@
-"""The same tables for a terminal of 100 columns, as rich renderables. Nothing is printed here."""
+"""The same tables for a terminal, as rich renderables that fit its width. Nothing is printed here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -19,25 +19,68 @@ from quantkit.report.tables import Table
 _STYLES = {"accepted": "green", "rejected": "bold red", "not judged": "yellow"}
 SHARDS = 4  # files that a plan shows
 NARROWEST = 12  # characters that a column of text keeps
-WIDTH = 100  # columns of the terminal these tables are made for
 
 
 def table(made: Table) -> Group:
-    """Title, rows and note of one table. Numbers and words stay whole where a line has room, else they are folded.
-
-    Where the numbers alone are too much for a line, their intervals stand below them.
-    """
-    shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    clean = _each_cell(made, plain)
-    if None in widths(clean):
-        clean = _each_cell(clean, lambda cell: cell.replace(" [", "\n["))
-    for name, width in zip(clean.columns, widths(clean)):
-        flush: Literal["left", "right"] = "right" if name.startswith(">") else "left"
-        shown.add_column(Text(name.removeprefix(">")), justify=flush, overflow="fold", width=width)
-    for row in clean.rows:
-        shown.add_row(*map(Text, row))
+    """Title, rows and note of one table. Numbers and words stay whole where a line has room, else they are folded."""
     note = [Text(plain(made.note), style="dim")] if made.note else []
-    return Group(Text(made.title, style="bold"), shown, *note, Text())
+    return Group(Text(made.title, style="bold"), Rows(_each_cell(made, plain)), *note, Text())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a table, in columns that depend on how wide a line is."""
+
+    made: Table
+
+    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
+        """rich's protocol."""
+        form, chosen = fitted(self.made, options.max_width)
+        shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        for name, width in zip(form.columns, chosen, strict=True):
+            flush: Literal["left", "right"] = "right" if name.startswith(">") else "left"
+            shown.add_column(Text(name.removeprefix(">")), justify=flush, overflow="fold", width=width)
+        for row in form.rows:
+            shown.add_row(*map(Text, row))
+        yield shown
+
+
+def fitted(made: Table, line: int) -> tuple[Table, list[int | None]]:
+    """The table in the first of its `forms` that has its numbers whole in a line, with its `widths`."""
+    for form in forms(made):
+        found = widths(form, line)
+        if None not in found:
+            break
+    return form, found
+
+
+def forms(made: Table) -> Iterator[Table]:
+    """Ever narrower: as it is; intervals below their numbers; then names of numbers, then numbers, one word below the
+    other, in one column more each time, that which gains most first."""
+    yield made
+    made = _each_cell(made, lambda cell: cell.replace(" [", "\n["))
+    yield made
+    numbers_at = [index for index, name in enumerate(made.columns) if name.startswith(">")]
+    for names in (True, False):
+        gains = {index: _width(made, index) - _width(_stacked(made, index, names), index) for index in numbers_at}
+        for index in sorted(filter(gains.__getitem__, numbers_at), key=gains.__getitem__, reverse=True):
+            made = _stacked(made, index, names)
+            yield made
+
+
+def _stacked(made: Table, index: int, names: bool) -> Table:
+    """One word below the other in the name of a column, or in its cells."""
+
+    def stack(cells: tuple[str, ...]) -> tuple[str, ...]:
+        return (*cells[:index], cells[index].replace(" ", "\n"), *cells[index + 1 :])
+
+    return replace(made, columns=stack(made.columns)) if names else replace(made, rows=tuple(map(stack, made.rows)))
+
+
+def _width(made: Table, index: int) -> int:
+    """Characters of the longest line in a column."""
+    cells = (made.columns[index].removeprefix(">"), *(row[index] for row in made.rows))
+    return max(len(line) for cell in cells for line in cell.split("\n"))
 
 
 def _each_cell(made: Table, change: Callable[[str], str]) -> Table:
@@ -50,19 +93,19 @@ def plain(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
 
 
-def widths(made: Table) -> list[int | None]:
+def widths(made: Table, line: int) -> list[int | None]:
     """Characters per column: as wide as the cells where a line has room, else no narrower than a number or a word.
 
     [None, ...], for rich to decide, where even that is too much for a line.
     """
     names = [name.removeprefix(">") for name in made.columns]
     cells = [[name, *(row[index] for row in made.rows)] for index, name in enumerate(names)]
-    natural = [max(len(line) for cell in column for line in cell.split("\n")) for column in cells]
+    natural = [_width(made, index) for index in range(len(names))]
     least = [
         full if name.startswith(">") else max(len(word) for cell in column for word in (cell.split() or [""]))
         for name, column, full in zip(made.columns, cells, natural)
     ]
-    spare = WIDTH - sum(least) - 2 * len(least) + 1  # a blank and a divider between columns
+    spare = line - sum(least) - 2 * len(least) + 1  # a blank and a divider between columns
     texts = [index for index, name in enumerate(made.columns) if not name.startswith(">")]
     while spare < 0:  # a pattern or a path without blanks: the widest column folds in the middle of its words
         widest = max(texts, key=lambda index: least[index], default=None)
