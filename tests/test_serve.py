@@ -309,10 +309,38 @@ def test_docker_runs_the_same_command_on_mounted_weights(built: Path) -> None:
     found = serve(str(built), "--docker", "--gpu", "rtx4090", "--port", "9000")
     words = shell(found.output)
     place = words.index("--entrypoint")
-    assert words[:2] == ["docker", "run"] and f"{built}:/model:ro" in words and "9000:9000" in words
+    assert words[:2] == ["docker", "run"] and f"{built}:/model:ro" in words
+    assert words[words.index("-p") + 1] == "127.0.0.1:9000:9000", "no network that was not asked for"
     run = [words[place + 1], *words[place + 3 :]]
     straight = dry(str(built), "--gpu", "rtx4090", "--port", "9000", "--host", "0.0.0.0", "--engine", "vllm")
     assert run == ["/model" if word == str(built) else word for word in straight["commands"][0]]
+
+
+@pytest.mark.parametrize(
+    ("host", "published"),
+    [("0.0.0.0", "0.0.0.0:8000:8000"), ("::1", "[::1]:8000:8000"), ("localhost", "127.0.0.1:8000:8000")],
+)
+def test_docker_listens_where_it_is_told(host: str, published: str) -> None:
+    words = shell(serve(SMALL, "--docker", "--gpu", "h100", "--host", host).output)
+    assert words[words.index("-p") + 1] == published and values(words)["--host"] == "0.0.0.0"
+
+
+def test_containers_get_the_chat_template(tmp_path: Path) -> None:
+    template = tmp_path / "my chat.jinja"
+    template.write_text("{{ messages[0].content }}")
+    asked = (SMALL, "--gpu", "h100", "--chat-template", str(template))
+    words = shell(serve(*asked, "--docker").output)
+    inside = values(words)["--chat-template"]
+    assert f"{template}:{inside}:ro" in words and inside != str(template)
+    text = serve(*asked, "--kubernetes").output
+    pod = list(YAML(typ="safe", pure=True).load_all(text))[1]["spec"]["template"]["spec"]
+    engine, volumes = pod["containers"][0], {volume["name"]: volume for volume in pod["volumes"]}
+    assert values(engine["command"])["--chat-template"] == inside
+    folders = {mount["mountPath"]: volumes[mount["name"]] for mount in engine["volumeMounts"]}
+    made = shlex.split(next(line for line in text.splitlines() if "create configmap" in line))
+    assert folders[str(Path(inside).parent)]["configMap"]["name"] == made[made.index("configmap") + 1]
+    assert f"--from-file={Path(inside).name}={template}" in made
+    assert "templates" not in serve(SMALL, "--gpu", "h100", "--kubernetes").output
 
 
 def test_kubernetes_one_node(built: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantkit.errors import UsageError
-from quantkit.serving.containers import MODEL, docker_text, kubernetes_text
+from quantkit.serving.containers import MODEL, TEMPLATE, docker_text, kubernetes_text
 from quantkit.serving.launch import SHOWN, Engine, Flag, Launch, Place, fit_of, launch
 from quantkit.serving.target import Target, read_target
 from quantkit.sizing.cards import Card, Cards, read_cards
@@ -70,17 +70,18 @@ def plan(wanted: Wanted, *, containers: bool = False) -> Planned:
         host, path = ("0.0.0.0", MODEL) if containers else (wanted.host, target.path)
         place = Place(host=host, port=wanted.port, name=name, path=path)
         made = launch(engine, target, needed, fit_of(needed, card), place)
-        made = replace(made, flags=(*made.flags, *asked_flags(wanted)))
+        made = replace(made, flags=(*made.flags, *asked_flags(wanted, containers)))
     if target.kind == "artifact":
         head.append("a start verifies every file first; a dry run does not")
     return Planned(wanted=wanted, target=target, needs=needed, launch=made, head=tuple(head))
 
 
-def asked_flags(wanted: Wanted) -> list[Flag]:
+def asked_flags(wanted: Wanted, containers: bool) -> list[Flag]:
     """What the operator added."""
     made = []
     if wanted.chat_template is not None:
-        made.append(Flag(name="--chat-template", value=str(wanted.chat_template), why="as asked"))
+        place = TEMPLATE if containers else str(wanted.chat_template)
+        made.append(Flag(name="--chat-template", value=place, why="as asked"))
     return made + [Flag(name=word, value="", why="as asked") for word in wanted.extra]
 
 
@@ -171,10 +172,11 @@ def small(wanted: Wanted, target: Target, needed: Needs, name: str) -> Launch:
 
 def snippets(made: Planned, *, docker: bool, kubernetes: bool) -> list[str]:
     """The command in containers."""
-    target, port = made.target, made.wanted.port
+    target, wanted = made.target, made.wanted
     folder = str(Path(target.path).resolve()) if target.kind != "config" else f"/path/to/{target.name}"
-    texts = [docker_text(made.launch, folder, port)] if docker else []
-    return texts + ([kubernetes_text(made.launch, target.name, port)] if kubernetes else [])
+    template = str(wanted.chat_template.resolve()) if wanted.chat_template else ""
+    texts = [docker_text(made.launch, folder, wanted.host, wanted.port, template)] if docker else []
+    return texts + ([kubernetes_text(made.launch, target.name, wanted.port, template)] if kubernetes else [])
 
 
 def as_values(made: Planned) -> dict[str, Any]:

@@ -16,25 +16,36 @@ from quantkit.serving.launch import MASTER, Launch
 
 IMAGES: Mapping[str, str] = {"vllm": "vllm/vllm-openai:v0.32.0", "sglang": "lmsysorg/sglang:v0.5.23"}
 MODEL = "/model"
+TEMPLATE = "/templates/chat.jinja"
+"""Where a chat template that the model does not bring lies in a container."""
 RANK = "$(POD_INDEX)"
 
 
-def docker_text(launch: Launch, folder: str, port: int) -> str:
-    """One `docker run` per node. The launch's path must be /model, its host 0.0.0.0."""
+def docker_text(launch: Launch, folder: str, host: str, port: int, template: str = "") -> str:
+    """One `docker run` per node. The launch's path must be /model, its host 0.0.0.0, that of the container; `host` is
+    where the machine listens for it, `template` the machine's file for TEMPLATE."""
     image = image_of(launch)
-    network = ["--network", "host"] if len(launch.per_node) > 1 else ["-p", f"{port}:{port}"]
+    network = ["--network", "host"] if len(launch.per_node) > 1 else ["-p", f"{published(host)}:{port}:{port}"]
+    mounts = [f"{folder}:{MODEL}:ro", *([f"{template}:{TEMPLATE}:ro"] if template else [])]
     made = []
     for node in range(len(launch.per_node)):
         words = launch.words(node)
         parts = [
             "docker run --rm --gpus all --ipc=host",  # ipc: ranks share memory
             shlex.join(network),
-            "-v " + shlex.quote(f"{folder}:{MODEL}:ro"),
+            *("-v " + shlex.quote(mount) for mount in mounts),
             f"--entrypoint {shlex.quote(words[0])} {image}",
             *(shlex.join(line) for line in by_flag(words[1:])),
         ]
         made.append(" \\\n  ".join(parts))
     return "\n\n".join(made) + "\n"
+
+
+def published(host: str) -> str:
+    """An address as docker's -p takes it: no name, and IPv6 in brackets."""
+    if host == "localhost":
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
 
 
 def by_flag(words: list[str]) -> list[list[str]]:
@@ -47,10 +58,10 @@ def by_flag(words: list[str]) -> list[list[str]]:
     return groups
 
 
-def kubernetes_text(launch: Launch, name: str, port: int) -> str:
+def kubernetes_text(launch: Launch, name: str, port: int, template: str = "") -> str:
     """A Service and a Deployment, or for several nodes a StatefulSet whose pods are the nodes, as YAML documents.
 
-    Comments on top say what must be there before.
+    Comments on top say what must be there before; `template` is the machine's file for TEMPLATE.
     """
     from ruamel.yaml import YAML
 
@@ -66,7 +77,10 @@ def kubernetes_text(launch: Launch, name: str, port: int) -> str:
     yaml.dump_all(documents, text)
     claim = f"# The claim {claim_of(label)} must exist, and hold the files of the model's folder at its top.\n"
     version = "# Several nodes need Kubernetes 1.28 or later: pods know their index since.\n" if several else ""
-    return claim + version + text.getvalue()
+    key = TEMPLATE.rpartition("/")[2]
+    create = f"kubectl create configmap {templates_of(label)} --from-file={key}={shlex.quote(template)}"
+    chat = f"# The chat template must exist too: {create}\n" if template else ""
+    return claim + chat + version + text.getvalue()
 
 
 def label_of(name: str) -> str:
@@ -78,6 +92,11 @@ def label_of(name: str) -> str:
 def claim_of(label: str) -> str:
     """The volume with the weights."""
     return f"{label}-weights"
+
+
+def templates_of(label: str) -> str:
+    """The config map with the chat template."""
+    return f"{label}-templates"
 
 
 def image_of(launch: Launch) -> str:
@@ -156,6 +175,7 @@ def alive(port: int) -> str:
 def container(launch: Launch, words: list[str], port: int) -> dict[str, Any]:
     """The engine. Loading hundreds of gigabytes takes long: startup may take an hour."""
     cards = launch.placement.cards // launch.placement.nodes if launch.placement else 1
+    templates = {"name": "templates", "mountPath": TEMPLATE.rpartition("/")[0], "readOnly": True}
     return {
         "name": "engine",
         "image": image_of(launch),
@@ -168,6 +188,7 @@ def container(launch: Launch, words: list[str], port: int) -> dict[str, Any]:
         "volumeMounts": [
             {"name": "weights", "mountPath": MODEL, "readOnly": True},
             {"name": "shm", "mountPath": "/dev/shm"},  # ranks share memory
+            *([templates] if TEMPLATE in launch.words() else []),
         ],
     }
 
@@ -179,11 +200,14 @@ def health(port: int) -> dict[str, Any]:
 
 def pod(label: str, made: dict[str, Any]) -> dict[str, Any]:
     """What surrounds the engine."""
+    mounted = {mount["name"] for mount in made["volumeMounts"]}
+    templates = {"name": "templates", "configMap": {"name": templates_of(label)}}
     return {
         "containers": [made],
         "terminationGracePeriodSeconds": 120,
         "volumes": [
             {"name": "weights", "persistentVolumeClaim": {"claimName": claim_of(label), "readOnly": True}},
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}},
+            *([templates] if "templates" in mounted else []),
         ],
     }
