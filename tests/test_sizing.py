@@ -334,5 +334,9 @@ def test_a_machine_without_links_stays_by_itself(v3: Model, cards: Cards) -> Non
 
 def test_a_card_is_found_by_key_and_by_name(cards: Cards) -> None:
     assert cards.named("H-100") is cards.named("nvidia h100 sxm 80 gb") is cards.cards["h100"]
+    for name in ("H100 80", "h100-80gb", "H100 SXM 80 GB"):
+        assert cards.named(name) is cards.cards["h100"], name
+    for key, card in cards.cards.items():
+        assert cards.named(card.short) is card, key
     with pytest.raises(UsageError, match="no card named 'h10'. Did you mean 'h100'"):
         cards.named("h10")

@@ -85,6 +85,11 @@ class Card(BaseModel):
     note: str = ""
 
     @property
+    def short(self) -> str:
+        """Its name without its maker."""
+        return self.name.partition(" ")[2].removeprefix("Instinct ").removeprefix("GeForce ")
+
+    @property
     def memory_bytes(self) -> int:
         """What a model may take."""
         return int(self.memory_gb.value * GB * (self.usable.value if self.usable else 1))
@@ -105,10 +110,12 @@ class Cards(BaseModel):
     cards: dict[str, Card]
 
     def named(self, name: str) -> Card:
-        """The card of that key, or of that full name whatever its case; UsageError when there is none."""
+        """The card of that key or of that name, as sold or as shown in tables, with or without its memory (H100 80),
+        whatever its case; UsageError when there is none."""
         wanted = _folded(name)
         for key, card in self.cards.items():
-            if wanted in (_folded(key), _folded(card.name)):
+            sold = f"{key} {card.memory_gb.value:g}"
+            if wanted in map(_folded, (key, sold, f"{sold} GB", card.name, card.short)):
                 return card
         raise UsageError(f"--gpu: {registry.unknown('card', name, tuple(self.cards))}")
 

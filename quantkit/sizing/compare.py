@@ -14,7 +14,7 @@ from quantkit.report.tables import Table
 from quantkit.sizing.bounds import Bounds, active_bytes
 from quantkit.sizing.fit import Fit
 from quantkit.sizing.needs import told_users
-from quantkit.sizing.tables import BOUND, rate, short, told_asked
+from quantkit.sizing.tables import BOUND, rate, told_asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ def speeds(sides: Sequence[Side]) -> Table:
         rows.append((side.name, *told, rate(made.one), rate(made.all), rate(made.prefill)))
     note = BOUND + told_asked(sides[0].fit.needs)
     columns = ("model", ">cards", "split", ">context", ">users", ">1 user t/s", ">all t/s", ">prefill t/s")
-    return Table(title=f"On {short(sides[0].fit.card)}", columns=columns, rows=tuple(rows), note=note)
+    return Table(title=f"On {sides[0].fit.card.short}", columns=columns, rows=tuple(rows), note=note)
 
 
 def fidelity(sides: Sequence[Side]) -> Table | None:

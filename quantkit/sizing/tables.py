@@ -80,7 +80,7 @@ def cards_table(found: Sequence[tuple[Fit, Bounds | None]], dated: Cards) -> Tab
     """Each card: what it takes, what it leaves room for, how fast it can be at most."""
     rows = []
     for fit, made in found:
-        name = short(fit.card) + ("" if fit.card.served else " **")
+        name = fit.card.short + ("" if fit.card.served else " **")
         placement = fit.placement
         if placement is None or made is None:
             rows.append((name, f"no: {fit.least_cards}+", *("-",) * 7))
@@ -127,13 +127,7 @@ def cheapest(fits: Sequence[Fit]) -> str:
         return ""
     placement, card = min(inside, key=lambda pair: pair[0].cards * pair[1].price_usd.value)
     price, where = placement.cards * card.price_usd.value, " in one node" if placement.nodes == 1 else ""
-    return f" Cheapest{where}: {placement.cards} x {short(card)}, {price:,.0f} USD."
-
-
-def short(card: Card) -> str:
-    """A card's name without its maker."""
-    maker, _, rest = card.name.partition(" ")
-    return rest.removeprefix("Instinct ").removeprefix("GeForce ") if maker else card.name
+    return f" Cheapest{where}: {placement.cards} x {card.short}, {price:,.0f} USD."
 
 
 # ------------------------------------------------------------------------------------------------------- of one card
