@@ -132,7 +132,11 @@ def sealed(tmp_path: Path) -> Path:
         (("deepseek-ai/DeepSeek-V3", "--context", "999999"), "made for 163,840 tokens, found a context of 999,999"),
         (("v3-awq4", "r1-distill-qwen-32b-awq4"), "expected one model, found 2"),
         (("deepseek-ai/DeepSeek-V3", "--set", "memory=1GB"), "is no recipe; leave the option out"),
-        (("builtin:tiny-v3", "--dtype", "int4"), "leave the option out"),
+        (("builtin:tiny-v3", "--dtype", "int4"), "are here, with widths of their own; leave the option out"),
+        (
+            ("r1-distill-qwen-32b-awq4", "--dtype", "bf16"),
+            "are planned, with widths of their own; leave the option out",
+        ),
         (("v3-awq4", "--set", "quantize.bits=3"), "4-bit integers only"),
         (("missing.yaml",), "no such recipe file"),
         (("/",), "found no config.json in it"),

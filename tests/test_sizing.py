@@ -29,7 +29,7 @@ from quantkit.sizing.fit import (
 )
 from quantkit.sizing.model import Model
 from quantkit.sizing.needs import needs
-from quantkit.sizing.read import config_model, model_of, recipe_models
+from quantkit.sizing.read import config_model, model_of, recipe_models, scheme_of
 from quantkit.storage.builtin import folder, resolve_model
 
 V3, QWEN_32B, MIXTRAL = (
@@ -340,3 +340,23 @@ def test_a_card_is_found_by_key_and_by_name(cards: Cards) -> None:
         assert cards.named(card.short) is card, key
     with pytest.raises(UsageError, match="no card named 'h10'. Did you mean 'h100'"):
         cards.named("h10")
+
+
+@pytest.mark.parametrize(
+    ("groups", "told"),
+    [
+        ({"g": {"weights": {"num_bits": 4, "group_size": 64}}}, "compressed-tensors, 4 bits g64"),
+        (
+            {
+                "a": {"weights": {"num_bits": 8, "group_size": None}},
+                "b": {"weights": {"num_bits": 4, "group_size": 128}},
+            },
+            "compressed-tensors, 4/8 bits g128",
+        ),
+        ({"g": {"weights": None}, "h": 3}, "compressed-tensors"),
+        ("broken", "compressed-tensors"),
+    ],
+)
+def test_compressed_tensors_are_told_with_their_bits(groups: object, told: str) -> None:
+    entry = {"quant_method": "compressed-tensors", "config_groups": groups}
+    assert scheme_of(Config(values={"quantization_config": entry}), {}) == told

@@ -152,9 +152,15 @@ def recipe_models(recipe: Recipe) -> tuple[Model, ...]:
 
 def planned_scheme(format_name: str, schemes: Collection[Scheme]) -> str:
     """How the artifact will be stored, in words."""
-    bits = "/".join(str(bits) for bits in sorted({scheme.bits for scheme in schemes}))
-    groups = "/".join(str(size) for size in sorted({scheme.group_size for scheme in schemes}) if size > 0)
-    return format_name + (f", {bits} bits" if bits else "") + (f" g{groups}" if groups else "")
+    return packed(format_name, [scheme.bits for scheme in schemes], [scheme.group_size for scheme in schemes])
+
+
+def packed(method: str, bits: Iterable[object], groups: Iterable[object]) -> str:
+    """A method with its widths and groups, each once: "awq, 4 bits g128"; what is no positive number is left out."""
+    widths, sizes = (
+        "/".join(map(str, sorted({n for n in found if isinstance(n, int) and n > 0}))) for found in (bits, groups)
+    )
+    return method + (f", {widths} bits" if widths else "") + (f" g{sizes}" if sizes else "")
 
 
 def source_facts(recipe: Recipe) -> SourceFacts:
@@ -185,9 +191,12 @@ def scheme_of(config: Config, specs: Mapping[str, TensorSpec]) -> str:
     method = str(entry.get("quant_method"))
     if method == "fp8":
         return f"FP8 {side}x{side}" if (side := fp8_block(config)) else "FP8"
-    bits, group = entry.get("bits"), entry.get("group_size")
-    told = f", {bits} bits" if isinstance(bits, int) else ""
-    return method + told + (f" g{group}" if isinstance(group, int) and group > 0 else "")
+    told = [entry]
+    if isinstance(groups := entry.get("config_groups"), Mapping):  # compressed-tensors
+        told = [part["weights"] for part in groups.values() if isinstance(part, Mapping) and "weights" in part]
+        told = [part for part in told if isinstance(part, Mapping)]
+    bits = [part.get("bits", part.get("num_bits")) for part in told]
+    return packed(method, bits, [part.get("group_size") for part in told])
 
 
 # ---------------------------------------------------------------------------------------------------- rule of thumb
@@ -195,8 +204,11 @@ def scheme_of(config: Config, specs: Mapping[str, TensorSpec]) -> str:
 
 def assuming(model: Model, width: Width) -> Model:
     """The model if every parameter took `width`, without scales, norms and routers included: what people reckon."""
-    if model.read_from == "headers":
-        raise UsageError(f"{model.name}: --dtype: its weights are here, with widths of their own; leave the option out")
+    if model.read_from != "config":
+        where = "here" if model.read_from == "headers" else "planned"
+        raise UsageError(
+            f"{model.name}: --dtype: its weights are {where}, with widths of their own; leave the option out"
+        )
 
     def at(weights: Weights) -> Weights:
         total = weights.parameters * WIDTHS[width] // 8
