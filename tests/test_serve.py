@@ -356,6 +356,8 @@ def test_kubernetes_one_node(built: Path) -> None:
     claim = pod["volumes"][0]["persistentVolumeClaim"]["claimName"]
     assert found.output.startswith(f"# The claim {claim} must exist")
     assert engine["readinessProbe"]["httpGet"] == {"path": "/health", "port": 8000}
+    assert pod["enableServiceLinks"] is False, "a Service called vllm would set VLLM_PORT"
+    assert all(engine[probe].get("timeoutSeconds", 1) > 1 for probe in ("readinessProbe", "livenessProbe"))
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
@@ -369,6 +371,7 @@ def test_kubernetes_two_nodes(engine: str) -> None:
     assert stateful["spec"]["replicas"] == 2 and stateful["spec"]["podManagementPolicy"] == "Parallel"
     container = stateful["spec"]["template"]["spec"]["containers"][0]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    assert container["readinessProbe"]["timeoutSeconds"] > 5, "a busy engine has the seconds that the probe gives it"
     for rank in ("0", "1"):
         text = container["command"][2].replace("exec ", "printf '%s\\n' ", 1)
         run = subprocess.run(

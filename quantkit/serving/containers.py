@@ -153,7 +153,8 @@ def stateful_set(launch: Launch, label: str, port: int) -> dict[str, Any]:
     made["env"] = [{"name": "POD_INDEX", "valueFrom": index}]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         del made[probe]  # only the first pod has an API
-    made["readinessProbe"] = {"exec": {"command": ["/bin/sh", "-c", alive(port)]}, "periodSeconds": 10}
+    asked = {"exec": {"command": ["/bin/sh", "-c", alive(port)]}}
+    made["readinessProbe"] = asked | {"periodSeconds": 10, "timeoutSeconds": 10}
     spec = {
         "replicas": count,
         "serviceName": f"{label}-nodes",
@@ -183,7 +184,7 @@ def container(launch: Launch, words: list[str], port: int) -> dict[str, Any]:
         "ports": [{"name": "http", "containerPort": port}],
         "resources": {"limits": {"nvidia.com/gpu": cards}},
         "startupProbe": {"httpGet": health(port), "periodSeconds": 10, "failureThreshold": 360},
-        "readinessProbe": {"httpGet": health(port), "periodSeconds": 10},
+        "readinessProbe": {"httpGet": health(port), "periodSeconds": 10, "timeoutSeconds": 10},
         "livenessProbe": {"httpGet": health(port), "periodSeconds": 30, "failureThreshold": 5, "timeoutSeconds": 10},
         "volumeMounts": [
             {"name": "weights", "mountPath": MODEL, "readOnly": True},
@@ -203,6 +204,7 @@ def pod(label: str, made: dict[str, Any]) -> dict[str, Any]:
     mounted = {mount["name"] for mount in made["volumeMounts"]}
     templates = {"name": "templates", "configMap": {"name": templates_of(label)}}
     return {
+        "enableServiceLinks": False,  # of a Service called vllm it makes VLLM_PORT, which vLLM takes for its own
         "containers": [made],
         "terminationGracePeriodSeconds": 120,
         "volumes": [
