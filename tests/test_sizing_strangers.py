@@ -55,6 +55,16 @@ def test_a_stranger_is_what_transformers_caches_and_holds(family: str, tmp_path:
         assert held.keys.numel() + held.values.numel() == layer.attention.elements * kept
 
 
+@pytest.mark.parametrize(("beside", "told"), [({}, "BF16"), ({"vision_config": {}}, "BF16 (the language model alone)")])
+def test_a_config_with_more_than_a_language_model_says_what_was_counted(
+    beside: dict[str, object], told: str, tmp_path: Path
+) -> None:
+    text = {**SMALL, "model_type": "gemma3_text", "layer_types": ["full_attention"] * 4}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "gemma3", "text_config": text, **beside}))
+    assert model_of(str(path)).scheme == told
+
+
 def test_a_strangers_bytes_are_those_of_its_headers(tmp_path: Path) -> None:
     model = small("gpt_oss")
     model.save_pretrained(tmp_path)

@@ -61,6 +61,7 @@ def stranger(
     plain = Config(values={"model_type": known.model_type, **values_of(known)}, where=config.where)
     kinds = tuple(as_built(plain, kind, n, parameters) for n, kind in enumerate(attentions(plain)))
     if specs is None:
+        scheme += " (the language model alone)" if any(map(APART.search, config.values)) else ""
         stored = [TensorSpec(name=label, dtype="BF16", shape=tuple(shape)) for label, shape in parameters.items()]
     else:
         stored = list(specs)
