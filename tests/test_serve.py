@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -25,9 +27,11 @@ from ruamel.yaml import YAML
 from stub_engine import Serving, half_a_request
 
 from quantkit.cli import main
+from quantkit.errors import UsageError
 from quantkit.gateway.keys import new_key
 from quantkit.loading import load
 from quantkit.packing.engine_names import apart
+from quantkit.serving import running
 from quantkit.serving.containers import label_of
 from quantkit.serving.decoding import Decoder, Writer
 from quantkit.serving.launch import Place, fit_of, launch
@@ -300,6 +304,17 @@ def test_an_engine_ends_with_a_program_that_was_killed() -> None:
     while engine.exists() and ") Z " not in engine.read_text():
         assert time.monotonic() < end, "the engine is left"
         time.sleep(0.05)
+
+
+def test_addresses_of_ipv6() -> None:
+    with socket.socket(socket.AF_INET6) as tried:
+        here = tried.connect_ex(("::1", 9)) != errno.EADDRNOTAVAIL
+    if here:  # a machine may have switched it off
+        running.check_port("::1", running.free_port())
+    found = serve("http://127.0.0.1:9/v1", "--gateway", "--dry-run", "--host", "::1", "--port", "9000")
+    assert "gateway on http://[::1]:9000/v1" in found.output
+    with pytest.raises(UsageError, match="expected a free port on no.invalid"):
+        running.check_port("no.invalid", 9000)
 
 
 # --------------------------------------------------------------------------------------------------------- containers

@@ -91,16 +91,22 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def url_of(host: str, port: int) -> str:
+    """The base of the API there; an IPv6 address stands in brackets."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
 def check_port(host: str, port: int) -> None:
     """UsageError when somebody listens there already: an engine would find out after minutes of loading."""
-    with socket.socket() as tried:
-        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            tried.bind((host, port))
-        except OSError as fault:
-            raise UsageError(
-                f"--port {port}: expected a free port on {host}, found: {fault.strerror}; name another"
-            ) from fault
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]  # IPv4 or IPv6
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(place)
+    except OSError as fault:
+        raise UsageError(
+            f"--port {port}: expected a free port on {host}, found: {fault.strerror}; name another"
+        ) from fault
 
 
 def server_of(app: Any, host: str, port: int) -> Any:

@@ -81,7 +81,7 @@ class Front:
         """The gateway in a line."""
         limits = self.bounds()
         return (
-            f"gateway on http://{self.host}:{self.port}/v1, {limits.running} requests at once, {limits.waiting} "
+            f"gateway on {running.url_of(self.host, self.port)}, {limits.running} requests at once, {limits.waiting} "
             f"waiting, {len(self.known()) or 'no'} keys; /health, /ready, /metrics"
         )
 
@@ -96,7 +96,7 @@ class Front:
         """The gateway before this engine, for machines; no key is in it."""
         settings = self.settings(engine)
         return {
-            "url": f"http://{self.host}:{self.port}/v1",
+            "url": running.url_of(self.host, self.port),
             "upstreams": [one.model_dump(exclude={"key"}) for one in settings.upstreams],
             "limits": settings.limits.model_dump(),
             "keys": len(self.known()),
@@ -168,7 +168,7 @@ def small_engine(made: Planned, tell: Tell) -> None:
     decoder = Decoder(
         Path(made.target.path), name=wanted.name or made.target.name, context=made.needs.context, template=template
     )
-    tell(f"serving {decoder.name} on http://{wanted.host}:{wanted.port}/v1 ({decoder.context} tokens)")
+    tell(f"serving {decoder.name} on {running.url_of(wanted.host, wanted.port)} ({decoder.context} tokens)")
     for note in made.launch.notes:
         tell(note)
     running.server_of(make_app(decoder), wanted.host, wanted.port).run()
