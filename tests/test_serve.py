@@ -306,6 +306,16 @@ def test_an_engine_ends_with_a_program_that_was_killed() -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("columns", [80, 120])
+def test_reasons_fit_the_terminal_and_stay_comments(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    found = serve(SMALL, "--dry-run", "--gpu", "h100", "--gateway")
+    comments = [line for line in found.output.splitlines() if line.startswith("#")]
+    assert max(map(len, comments)) <= columns
+    assert "body_bytes=8000000" in found.output and "what is left over becomes" in found.output
+    assert shell(found.output)[:3] == ["vllm", "serve", SMALL]
+
+
 def test_addresses_of_ipv6() -> None:
     with socket.socket(socket.AF_INET6) as tried:
         here = tried.connect_ex(("::1", 9)) != errno.EADDRNOTAVAIL

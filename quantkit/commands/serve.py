@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +111,20 @@ def front_told(front: Front, server: Upstream, json_out: bool) -> None:
         click.echo("\n".join(front.lines(server)))
 
 
+def comment(text: str, before: str = "") -> None:
+    """A comment in a shell, as wide as the terminal; what `before` the text takes stays free below it."""
+    width = shutil.get_terminal_size((100, 0)).columns  # 100 where stdout is no terminal
+    told = textwrap.fill(
+        text,
+        width,
+        initial_indent=f"# {before}",
+        subsequent_indent="# " + " " * len(before),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    click.echo(told)
+
+
 def told(plan: Planned, front: Front, json_out: bool) -> None:
     """The command on stdout, ready to be copied; the reasons behind it, and what stands before it, as comments."""
     from quantkit.serving.choose import as_values
@@ -118,14 +134,12 @@ def told(plan: Planned, front: Front, json_out: bool) -> None:
     if json_out:
         as_json(as_values(plan) | ({"gateway": front.as_values(engine)} if engine else {}))
         return
-    for line in (*front.lines(engine), BEHIND) if engine else ():
-        click.echo(f"# {line}")
-    for line in plan.head:
-        click.echo(f"# {line}")
+    for line in (*front.lines(engine), BEHIND, *plan.head) if engine else plan.head:
+        comment(line)
     for flag in plan.launch.flags:
-        click.echo(f"#   {' '.join(flag.words):38}  {flag.why}")
+        comment(flag.why, f"  {' '.join(flag.words):38}  ")
     for note in plan.launch.notes:
-        click.echo(f"# {note}")
+        comment(note)
     for node in range(len(plan.launch.per_node)):
         if len(plan.launch.per_node) > 1:
             click.echo(f"# node {node}")
