@@ -80,7 +80,7 @@ def test_a_strangers_bytes_are_those_of_its_headers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"model_type": "mamba"}, "num_attention_heads: expected an integer"),
+        ({"model_type": "mamba"}, "found mamba, which has none; size this model with its engine"),
         ({"model_type": "no_such_family"}, "transformers has no language model of that type"),
         ({"model_type": "gemma2", "num_hidden_layers": "many"}, "repair the value"),
         ({"model_type": "gemma2", "num_hidden_layers": 10**8}, "expected at most 10,000"),

@@ -59,6 +59,11 @@ def stranger(
     known, model = built(config)
     parameters = {label: p.shape for label, p in model.named_parameters()}
     plain = Config(values={"model_type": known.model_type, **values_of(known)}, where=config.where)
+    if not plain.has("num_attention_heads"):
+        raise CheckpointError(
+            f"{config.where}: num_attention_heads: expected a model with attention, whose cache is known here, found "
+            f"{known.model_type}, which has none; size this model with its engine"
+        )
     kinds = tuple(as_built(plain, kind, n, parameters) for n, kind in enumerate(attentions(plain)))
     if specs is None:
         scheme += " (the language model alone)" if any(map(APART.search, config.values)) else ""
