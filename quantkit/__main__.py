@@ -6,7 +6,10 @@ import sys
 
 
 def start() -> None:
-    """Run the command line; Ctrl-C while it is still being imported ends it as quietly as later."""
+    """Run the command line; Ctrl-C while it is still being imported ends it as quietly as later.
+
+    So does help that cannot be printed: commands say for themselves what the operating system refused.
+    """
     try:
         from quantkit.cli import main  # half a second
 
@@ -14,6 +17,11 @@ def start() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         raise SystemExit(130) from None
+    except OSError as fault:
+        from quantkit.console import refused
+
+        sys.stderr.write(f"error: {refused(fault)}\n")
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -313,6 +313,16 @@ def test_an_interrupted_build_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (tmp_path / "artifact").exists()
 
 
+def test_help_that_cannot_be_printed_says_so() -> None:
+    with open("/dev/full", "w") as full:
+        told = subprocess.run(
+            [sys.executable, "-m", "quantkit", "--help"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert told.returncode == 1
+    assert told.stderr.startswith("error: the operating system refused: no space left on device; check ")
+    assert "Traceback" not in told.stderr
+
+
 # ---------------------------------------------------------------------------------------------- what is there already
 
 
