@@ -30,6 +30,25 @@ def test_a_write_replaces_the_whole_file_or_nothing(tmp_path: Path, monkeypatch:
     assert json.loads(path.read_text(encoding="utf-8")) == {"b": 1, "a": ["é"]}
 
 
+def test_what_a_user_names_as_output_stays_what_it_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    files.write_output(tmp_path / "pipe", b"through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "full").symlink_to("/dev/full")
+    files.write_output(tmp_path / "link", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert (tmp_path / "link").is_symlink()
+    with pytest.raises(QuantkitError, match=r"full: cannot be written: no space left on device"):
+        files.write_output(tmp_path / "full", b"new")
+    assert (tmp_path / "full").is_symlink()
+    files.write_output(tmp_path / "plain", b"new")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "full", "link", "pipe", "plain"]
+
+
 def test_reads_are_limited_and_name_the_file(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"12345")

@@ -41,7 +41,7 @@ def COMMAND(
     from quantkit.report.junit import junit as junit_bytes
     from quantkit.report.summary import plan_summary
     from quantkit.report.terminal import fidelities_view, plans_view
-    from quantkit.storage.files import write_atomic
+    from quantkit.storage.files import write_output
 
     text, parsed = read_recipe(recipe, overrides)
     with Meter(sys.stderr.isatty() and not json_out) as meter:
@@ -56,7 +56,7 @@ def COMMAND(
             say=lambda told: click.echo(told, err=True),
         )
     if junit:
-        write_atomic(junit, junit_bytes([outcome.fidelity for outcome in outcomes]))
+        write_output(junit, junit_bytes([outcome.fidelity for outcome in outcomes]))
     if json_out:
         as_json_list([outcome.fidelity.model_dump(mode="json") for outcome in outcomes])
     else:

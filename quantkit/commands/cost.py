@@ -52,11 +52,11 @@ def COMMAND(assumptions: Path | None, defaults: bool, html_out: bool, output: Pa
         as_json(tables.values(found, made, moved, claimed))
     elif html_out:
         from quantkit.pricing.page import render
-        from quantkit.storage.files import write_atomic
+        from quantkit.storage.files import write_output
 
         page = render(found, made, moved, claimed)
         if output:
-            write_atomic(output, page.encode())
+            write_output(output, page.encode())
         click.echo(output if output else page, nl=output is not None)
     else:
         from rich.text import Text

@@ -34,7 +34,7 @@ def COMMAND(
     from quantkit.diff.compare import compare
     from quantkit.diff.sides import read_sides
     from quantkit.diff.views import markdown_view, terminal_view
-    from quantkit.storage.files import write_atomic
+    from quantkit.storage.files import write_output
 
     if markdown_out + html_out + json_out > 1:
         raise UsageError("--markdown, --html, --json: expected one of them at most")
@@ -51,7 +51,7 @@ def COMMAND(
 
         text = render(found, first.tokens, second.tokens) if html_out else markdown_view(found)
         if output:
-            write_atomic(output, text.encode())
+            write_output(output, text.encode())
         click.echo(output or (text if html_out else printable(text)), nl=output is not None)
     else:
         show(terminal_view(found))

@@ -33,7 +33,7 @@ def COMMAND(artifact: Path, gates_file: Path | None, junit: Path | None, json_ou
     from quantkit.report import gates, tables, terminal
     from quantkit.report.junit import junit as junit_bytes
     from quantkit.report.read import read_sealed
-    from quantkit.storage.files import write_atomic
+    from quantkit.storage.files import write_output
 
     if not artifact.is_dir():
         raise UsageError(f"{artifact}: expected an artifact's folder, found none; check the path")
@@ -41,7 +41,7 @@ def COMMAND(artifact: Path, gates_file: Path | None, junit: Path | None, json_ou
     found = gates.judged(read_gates(gates_file, artifact, report), report)
     missed = [gate for gate in found.gates if gate.ok is False]
     if junit:
-        write_atomic(junit, junit_bytes([found]))
+        write_output(junit, junit_bytes([found]))
     if json_out:
         results = [gate.model_dump(mode="json") for gate in found.gates]
         as_json({"artifact": str(artifact), "status": found.status, "built": report.status, "gates": results})

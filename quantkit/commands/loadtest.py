@@ -97,14 +97,14 @@ def refuse_inside(place: Path | None, option: str, name: str) -> None:
 
 def keep(run: LoadTest, result: Path | None, page: Path | None) -> None:
     """Write a run as JSON and as a page."""
-    from quantkit.storage.files import write_atomic, write_json
+    from quantkit.storage.files import json_bytes, write_output
 
     if result is not None:
-        write_json(result, run.model_dump(mode="json"))
+        write_output(result, json_bytes(run.model_dump(mode="json")))
     if page is not None:
         from quantkit.loadtest.page import render
 
-        write_atomic(page, render(run).encode())
+        write_output(page, render(run).encode())
 
 
 def stored(artifact: Path) -> LoadTest:

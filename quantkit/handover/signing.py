@@ -19,7 +19,7 @@ from typing import Any
 
 from quantkit.errors import ArtifactError, QuantkitError, UsageError
 from quantkit.handover.verify import ADDED, MANIFEST, SIGNATURE, UNHASHED, Verified, verify
-from quantkit.storage.files import read_bytes, write_atomic
+from quantkit.storage.files import read_bytes, write_atomic, write_output
 from quantkit.storage.scan import scan
 
 PASSWORD = "QUANTKIT_KEY_PASSWORD"
@@ -152,7 +152,8 @@ def sign(artifact: Path, signer: Signer, output: Path | None, *, overwrite: bool
         made = Path(folder) / "signature.json"
         with telling(f"{artifact}: cannot be signed"):
             config.sign(artifact, made)
-        write_atomic(place, read_bytes(made, LIMIT_BYTES, ArtifactError))
+        write = write_output if output else write_atomic
+        write(place, read_bytes(made, LIMIT_BYTES, ArtifactError))
     return place
 
 

@@ -29,7 +29,7 @@ from quantkit.report.read import read_report, read_sealed
 from quantkit.report.samples import Answer, Changed, Samples, read_samples
 from quantkit.report.schema import Distribution, Fidelity, Figure
 from quantkit.storage import user_cache
-from quantkit.storage.files import is_file, write_atomic
+from quantkit.storage.files import is_file, write_atomic, write_output
 
 HTML = "quantkit/fidelity.html"
 
@@ -91,9 +91,10 @@ def rebuild(artifact: Path, output: Path | None = None) -> Path:
                 f"{artifact / MANIFEST}: {HTML}: expected the page that these files make, found another or none (made "
                 "with other versions?); write it elsewhere with --output FILE"
             )
-    target = output or artifact / HTML
-    write_atomic(target, content)
-    return target
+        write_atomic(artifact / HTML, content)
+        return artifact / HTML
+    write_output(output, content)
+    return output
 
 
 def page(artifact: Path) -> str:

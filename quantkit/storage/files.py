@@ -176,9 +176,28 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise unwritable(path, fault) from fault
 
 
+def write_output(path: Path, content: bytes) -> None:
+    """Write a file that a user names: as `write_atomic` does, behind a link; a device or pipe is written to.
+
+    Renamed over, /dev/null or /dev/stdout would be a file from then on, for everybody on the machine.
+    """
+    if path.exists() and not path.is_file():
+        try:
+            path.write_bytes(content)
+        except OSError as fault:
+            raise unwritable(path, fault) from fault
+    else:
+        write_atomic(Path(os.path.realpath(path)), content)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write a value as indented UTF-8 JSON with keys in the order given: the same value gives the same bytes."""
-    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_atomic(path, json_bytes(value))
+
+
+def json_bytes(value: object) -> bytes:
+    """A value as `write_json` writes it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def make_folder(folder: Path) -> None:
