@@ -252,6 +252,9 @@ def test_tokenizer_that_cannot_be_loaded(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}', encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"/tokenizer\.json: expected JSON, found an error"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"found: .*Copy tokenizer\.json"):
         load_tokenizer(tmp_path)
 

@@ -89,7 +89,7 @@ def skeleton(config: Config, device: torch.device, dtype: torch.dtype) -> Skelet
     except Exception as fault:  # a wrong value surfaces as whatever it first breaks in transformers
         raise CheckpointError(
             f"{config.where}: expected a configuration that transformers makes a {model_type} of, found: "
-            f"{type(fault).__name__}: {fault}; repair the value, or upgrade transformers"
+            f"{type(fault).__name__}: {' '.join(str(fault).split())}; repair the value, or upgrade transformers"
         ) from fault
     check_patterns(hf_config, config.where)
     model.eval()

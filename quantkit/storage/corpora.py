@@ -22,6 +22,7 @@ from quantkit.errors import CheckpointError, UsageError
 from quantkit.storage.corpus_files import Document, read_documents, read_hub, read_local
 from quantkit.storage.corpus_spec import Packing, first_line, read_spec
 from quantkit.storage.own_code import hint, tokenizer_map
+from quantkit.storage.tokenizer_files import check_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,6 +135,7 @@ def load_tokenizer(folder: Path, own_code: bool = False) -> Tokenizer:
     except BaseException as error:  # the tokenizers library raises bare Exception, and panics of Rust that are none
         if not isinstance(error, Exception) and type(error).__name__ != RUST_PANIC:
             raise
+        check_files(folder)
         raise CheckpointError(
             f"{folder}: expected a tokenizer that transformers loads without code of its own, "
             f"found: {first_line(error):.300}. Copy tokenizer.json and tokenizer_config.json of the model there"
