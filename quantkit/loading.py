@@ -61,10 +61,20 @@ def load(folder: str | Path, *, device: str | None = None, dtype: str | None = N
     else:
         model = whole.model(bones, layout, whole.reader(checkpoint, format_name, schemes))
     if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_dict(
-            dict(read_json(path / "generation_config.json", ArtifactError))
-        )
+        model.generation_config = generation_config(path / "generation_config.json")
     return model
+
+
+def generation_config(path: Path) -> Any:
+    """The settings in a generation_config.json; ArtifactError for one that transformers refuses."""
+    values = dict(read_json(path, ArtifactError))
+    try:
+        return GenerationConfig.from_dict(values)
+    except (TypeError, ValueError, AttributeError) as fault:  # a wrong value surfaces as what it breaks in transformers
+        raise ArtifactError(
+            f"{path}: expected settings that transformers takes, found: {' '.join(str(fault).split()):.300}; repair "
+            "the value, or remove the file"
+        ) from fault
 
 
 def chosen_device(name: str) -> torch.device:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from quantkit import loading, pipeline, registry
 from quantkit.cli import main
 from quantkit.contracts import Absorber, Architecture, Block, Config, HeadRows, Layout, Scheme
-from quantkit.errors import CheckpointError, UsageError
+from quantkit.errors import ArtifactError, CheckpointError, UsageError
 from quantkit.families.anatomy import TINY
 from quantkit.handover import verify
 from quantkit.models import generic, proofs, structure, whole
@@ -317,3 +317,9 @@ def test_a_tensor_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["plan", str(path)])
     assert done.exit_code == 1
     assert "not claimed by the architecture: model.layers.2." in done.output
+
+
+def test_settings_of_generation_that_transformers_refuses(tmp_path: Path) -> None:
+    (tmp_path / "g.json").write_text('{"max_new_tokens": -3}')
+    with pytest.raises(ArtifactError, match=r"g\.json: expected settings that transformers takes, found: .* but is -3"):
+        loading.generation_config(tmp_path / "g.json")

@@ -268,6 +268,14 @@ def test_a_config_that_cannot_be_read(tmp_path: Path, content: bytes, message: s
     assert refused(folder) == f"F/config.json: {message}"
 
 
+def test_settings_of_generation_that_nobody_could_read(tmp_path: Path) -> None:
+    folder = save(tmp_path, A)
+    (folder / "generation_config.json").write_text('{"temperature":')
+    assert refused(folder).startswith("F/generation_config.json: expected JSON, found an error")
+    (folder / "generation_config.json").write_text("[]")
+    assert refused(folder).startswith("F/generation_config.json: expected a JSON object, found list")
+
+
 def test_sidecars_are_the_files_an_artifact_carries_over(tmp_path: Path) -> None:
     folder = save(tmp_path, A)
     kept = [
@@ -289,7 +297,7 @@ def test_sidecars_are_the_files_an_artifact_carries_over(tmp_path: Path) -> None
         "adapter.safetensors",
         "pytorch_model.bin.index.json",
     ):
-        (folder / name).touch()
+        (folder / name).write_text("{}")
     assert [path.name for path in Checkpoint.open(folder).sidecars] == kept
 
 

@@ -20,15 +20,16 @@ from torch import Tensor
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError
 from quantkit.progress import Tell
-from quantkit.storage.files import brief, listed, read_bytes, read_json
+from quantkit.storage.files import brief, is_file, listed, read_bytes, read_json
 from quantkit.storage.fp8 import dequantize
 from quantkit.storage.logical import FP8, block_size, logical_specs, pair_faults, scale_suffix
 from quantkit.storage.shards import Shards, leads_out, open_shards
 from quantkit.storage.tensors import read_rows, read_tensor
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 _SIDECARS = (
-    "generation_config.json",
+    GENERATION,
     "tokenizer*.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -87,9 +88,11 @@ class Checkpoint:
             faults.append(str(fault))
         try:
             shards = open_shards(folder)
+            if is_file(folder / GENERATION):
+                read_json(folder / GENERATION)  # carried over as it is, and read by whoever loads the artifact
         except CheckpointError as fault:
             faults.append(str(fault))
-        if config is None or shards is None:
+        if config is None or shards is None or faults:
             raise CheckpointError(listed(list(dict.fromkeys(faults))))
         stored = shards.specs
         block, suffix = block_size(config, stored), scale_suffix(config)
