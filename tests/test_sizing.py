@@ -360,3 +360,17 @@ def test_a_card_is_found_by_key_and_by_name(cards: Cards) -> None:
 def test_compressed_tensors_are_told_with_their_bits(groups: object, told: str) -> None:
     entry = {"quant_method": "compressed-tensors", "config_groups": groups}
     assert scheme_of(Config(values={"quantization_config": entry}), {}) == told
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "told"),
+    [
+        ({}, "gptq, 4 bits g128"),
+        ({"+:.*shared.*": {"bits": 8, "group_size": -1}, "-:.*gate": {}}, "gptq, 4/8 bits g128"),
+        ({"+:.*down.*": {"group_size": 32}, "x": 3}, "gptq, 4 bits g32/128"),
+        (None, "gptq, 4 bits g128"),
+    ],
+)
+def test_gptq_is_told_with_what_other_linears_have(dynamic: object, told: str) -> None:
+    entry = {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": dynamic}
+    assert scheme_of(Config(values={"quantization_config": entry}), {}) == told

@@ -191,10 +191,12 @@ def scheme_of(config: Config, specs: Mapping[str, TensorSpec]) -> str:
     method = str(entry.get("quant_method"))
     if method == "fp8":
         return f"FP8 {side}x{side}" if (side := fp8_block(config)) else "FP8"
-    told = [entry]
+    parts: list[object] = [entry]
     if isinstance(groups := entry.get("config_groups"), Mapping):  # compressed-tensors
-        told = [part["weights"] for part in groups.values() if isinstance(part, Mapping) and "weights" in part]
-        told = [part for part in told if isinstance(part, Mapping)]
+        parts = [group["weights"] for group in groups.values() if isinstance(group, Mapping) and "weights" in group]
+    elif isinstance(dynamic := entry.get("dynamic"), Mapping):  # gptq: what other linears have instead
+        parts += dynamic.values()
+    told = [part for part in parts if isinstance(part, Mapping)]
     bits = [part.get("bits", part.get("num_bits")) for part in told]
     return packed(method, bits, [part.get("group_size") for part in told])
 
