@@ -433,6 +433,13 @@ def test_all_faults_are_told_at_once() -> None:
 
 
 @pytest.mark.parametrize("mtp", ["keep", "quantize", "drop"])
+def test_a_model_without_an_mtp_layer_is_told(mtp: str) -> None:
+    told = [warning for warning in plan_of("llama", rules="all-linear", mtp=mtp).warnings if "mtp" in warning]
+    missing = f"mtp: {mtp}: the model has no multi-token-prediction layer, and the key changes nothing"
+    assert told == ([] if mtp == "keep" else [missing])
+
+
+@pytest.mark.parametrize("mtp", ["keep", "quantize", "drop"])
 def test_the_mtp_layer_is_never_lost_by_accident(mtp: str) -> None:
     plan = plan_of(mtp=mtp)
     inside = {name: spec for name, spec in outputs(plan).items() if name.startswith("model.layers.2.")}

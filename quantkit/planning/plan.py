@@ -170,6 +170,8 @@ def warnings_of(
     mtp = [b.name for b in claimed.layout.blocks if b.kind == "mtp"]
     if mtp and recipe.mtp == "quantize" and needs_calibration(decisions):
         told.append(f"{mtp[0]}: no forward pass reaches an MTP block, its linears are rounded to nearest (mtp-rtn)")
+    if not mtp and recipe.mtp != "keep":
+        told.append(f"mtp: {recipe.mtp}: the model has no multi-token-prediction layer, and the key changes nothing")
     engines: dict[str, list[str]] = {}
     for engine, why in unserved(registry.format(format_name), config, claimed.layout, decisions).items():
         engines.setdefault(why, []).append(engine)
