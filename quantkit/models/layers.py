@@ -23,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from quantkit.contracts import Block, Config, Layout
 from quantkit.errors import CheckpointError
 from quantkit.numerics import products
+from quantkit.storage.files import refused_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +87,8 @@ def skeleton(config: Config, device: torch.device, dtype: torch.dtype) -> Skelet
         rotary = rotary_class(model)(hf_config).to(device)
     except CheckpointError as fault:
         raise CheckpointError(f"{config.where}: {fault}") from fault
-    except Exception as fault:  # a wrong value surfaces as whatever it first breaks in transformers
-        raise CheckpointError(
-            f"{config.where}: expected a configuration that transformers makes a {model_type} of, found: "
-            f"{type(fault).__name__}: {' '.join(str(fault).split())}; repair the value, or upgrade transformers"
-        ) from fault
+    except Exception as fault:
+        raise refused_config(config.where, model_type, fault) from fault
     check_patterns(hf_config, config.where)
     model.eval()
     return Skeleton(config=hf_config, model=model, rotary=rotary, device=device, dtype=dtype)

@@ -202,7 +202,7 @@ def engine_of(made: Planned) -> Upstream:
             "out, and put `quantkit serve http://HOST:PORT/v1 --gateway` before the first node"
         )
     ranks = made.launch.engine != "transformers"  # which answers one after the other, as they came
-    return Upstream(name="engine", url=f"http://{made.wanted.host}:{made.wanted.port}/v1", priorities=ranks)
+    return Upstream(name="engine", url=running.url_of(made.wanted.host, made.wanted.port), priorities=ranks)
 
 
 def server_at(address: str, key_variable: str) -> Upstream:

@@ -23,6 +23,7 @@ from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.sizing.attention import attentions
 from quantkit.sizing.model import Attention, Division, Layer, Mixture, Model, ReadFrom, Weights
+from quantkit.storage.files import refused_config
 from quantkit.storage.logical import FP8
 
 BLOCK = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
@@ -116,11 +117,8 @@ def built(config: Config) -> tuple[Any, Any]:
         known = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(values))
         with torch.device("meta"):
             return known, AutoModelForCausalLM.from_config(known, dtype=torch.bfloat16)
-    except Exception as fault:  # a wrong value surfaces as whatever it first breaks in transformers
-        raise CheckpointError(
-            f"{config.where}: expected a configuration that transformers makes a {model_type} of, found: "
-            f"{type(fault).__name__}: {' '.join(str(fault).split())}; repair the value, or upgrade transformers"
-        ) from fault
+    except Exception as fault:
+        raise refused_config(config.where, model_type, fault) from fault
 
 
 def as_built(config: Config, attention: Attention, layer: int, parameters: Mapping[str, Sequence[int]]) -> Attention:

@@ -151,6 +151,14 @@ def reason(fault: OSError) -> str:
     return (fault.strerror or str(fault) or type(fault).__name__).lower()
 
 
+def refused_config(where: object, model_type: object, fault: Exception) -> CheckpointError:
+    """For a config.json that transformers makes no model of: a wrong value surfaces as whatever it first breaks."""
+    return CheckpointError(
+        f"{where}: expected a configuration that transformers makes a {model_type} of, found: {type(fault).__name__}: "
+        f"{' '.join(str(fault).split()):.300}; repair the value, or upgrade transformers"
+    )
+
+
 def unwritable(path: Path, fault: OSError) -> QuantkitError:
     """The error for a file that could not be written, with the free space when that is the cause."""
     if fault.errno in {errno.ENOSPC, errno.EDQUOT}:

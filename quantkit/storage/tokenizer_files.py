@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-from quantkit.errors import CheckpointError
-from quantkit.storage.files import is_file, read_json
+from quantkit.storage.files import is_file, read_json, refused_config
 
 _FILES = ("config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -25,8 +24,5 @@ def check_files(folder: Path) -> None:
         return  # a family that exists as code only, or none
     try:
         CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(values))
-    except Exception as fault:  # a wrong value surfaces as whatever it first breaks in transformers
-        raise CheckpointError(
-            f"{folder / 'config.json'}: expected a configuration that transformers makes a {model_type} of, found: "
-            f"{type(fault).__name__}: {' '.join(str(fault).split()):.300}; repair the value, or upgrade transformers"
-        ) from fault
+    except Exception as fault:
+        raise refused_config(folder / "config.json", model_type, fault) from fault
