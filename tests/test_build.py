@@ -11,6 +11,8 @@ from checkpoints import tiny_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 from test_contracts import build
 
+from quantkit.building import dense
+from quantkit.building.work import Work
 from quantkit.errors import CheckpointError
 from quantkit.handover.verify import verify
 from quantkit.storage.checkpoint import Checkpoint
@@ -127,6 +129,24 @@ def test_awq_scales_attention_and_experts_without_changing_the_block(source: Pat
     pooled = outcome.fidelity.distribution[0].kl_mean, plain.distribution[0].kl_mean
     assert pooled[0] and pooled[1] and pooled[0].value is not None and pooled[1].value is not None
     assert pooled[0].value < 0.9 * pooled[1].value
+
+
+@pytest.mark.parametrize(("quantize", "checked"), [("{method: gptq, group_size: 64}", 0), ("{group_size: 64}", 2)])
+def test_a_fold_is_checked_where_there_can_be_one(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: str, checked: int
+) -> None:
+    """GPTQ alone rescales nothing: running each block twice more to compare it with itself would tell nothing."""
+    seen = list[str]()
+
+    def check(work: Work, folded: dense.Folded, sample: dense.Sample) -> dense.Folded:
+        seen.append(work.block.name)
+        return before(work, folded, sample)
+
+    before = dense.check
+    monkeypatch.setattr(dense, "check", check)
+    outcome = build(source, tmp_path / "a", rules="all-linear", quantize=quantize)
+    assert len(seen) == checked
+    verify(outcome.path)
 
 
 def test_dead_channels_and_zero_groups_have_a_defined_outcome(tmp_path: Path) -> None:

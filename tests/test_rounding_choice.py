@@ -1,4 +1,4 @@
-"""`rounding: nearest | gptq` as a key of a recipe: what fits together, what is refused, what is recorded."""
+"""`rounding: nearest | gptq | gptq_once`, a key of a recipe: what fits together, what is refused, what is recorded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quantkit import registry
 from quantkit.building.solve import FALLBACKS, Asked, Solved, solve
 from quantkit.contracts import InputStats, Linear, Scheme
 from quantkit.methods import gptq
-from quantkit.numerics import affine
+from quantkit.numerics import affine, clip, rounding
 from quantkit.planning.decide import Decision
 from quantkit.planning.schema import Quantize
 
@@ -43,12 +43,14 @@ def test_what_fits_together() -> None:
     assert Quantize().rounding == "nearest"
     assert Quantize(method="awq", rounding="gptq").rounding == "gptq"
     assert Quantize(method="gptq").rounding == "gptq"
+    assert Quantize(method="gptq", rounding="gptq_once").rounding == "gptq_once"
 
 
 @pytest.mark.parametrize(
     ("method", "rounding", "told"),
     [
         ("rtn", "gptq", "rounding gptq learns from calibration, and method rtn does without; set rounding: nearest"),
+        ("rtn", "gptq_once", "rounding gptq_once learns from calibration, and method rtn does without; set rounding"),
         ("gptq", "nearest", "method gptq is a rounding, found rounding: nearest; set rounding: gptq"),
     ],
 )
@@ -75,12 +77,27 @@ def test_without_statistics_codes_are_the_nearest_and_the_record_says_so() -> No
     assert found.record.fallbacks == ("mtp-rtn",)
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
-def test_linears_that_read_one_input_are_solved_as_if_alone(rounding: str) -> None:
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_once_is_the_feedback_alone_between_nearest_and_both(method: str) -> None:
+    """Under the gram each loses no more than the one before; `once` gives what the feedback chose."""
+    weight, stats = problem()
+    roundings = ("nearest", "gptq_once", "gptq")
+    found = {name: solved(decision("awq" if name == "nearest" else method, name), weight, stats) for name in roundings}
+    errors = [found[name].record.output_error or 0.0 for name in roundings]
+    assert errors[0] > errors[1] > errors[2] > 0
+    ranges = clip.weighted(weight, stats.gram.diagonal(), SCHEME)
+    fed = affine.dequantize(rounding.with_feedback(weight, rounding.feedback(stats.gram), ranges, SCHEME), SCHEME)
+    same = (found["gptq_once"].weight == fed.bfloat16().float()).all(dim=-1)  # the other rows took RTN's
+    assert float(same.float().mean()) > 0.8
+    assert found["gptq_once"].record.rounding == "gptq_once"
+
+
+@pytest.mark.parametrize("way", ["nearest", "gptq", "gptq_once"])
+def test_linears_that_read_one_input_are_solved_as_if_alone(way: str) -> None:
     """Together or not, in any order, beside one of another scheme: the same codes."""
     weight, stats = problem()
-    other = replace(decision("awq", rounding), scheme=replace(SCHEME, bits=3))
-    chosen = [decision("awq", rounding), other, decision("awq", rounding)]
+    other = replace(decision("awq", way), scheme=replace(SCHEME, bits=3))
+    chosen = [decision("awq", way), other, decision("awq", way)]
     weights = [weight[:12], weight[:8], weight[12:]]
     asked = [
         Asked(decision=d, weight=w, stats=stats, tokens=7, rescaled=False, fallbacks=())

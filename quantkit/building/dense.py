@@ -42,13 +42,14 @@ class Sample:
 class Learned:
     """What the calibration stream told of a block before its experts ran.
 
-    `original` is what the router decided for the same text in the original model, None where that does not run beside.
+    `original` is what the router decided for the same text in the original model, None where that does not run beside;
+    `sample` is None where nothing can be folded.
     """
 
     stats: Mapping[str, InputStats]  # by group name
     routing: Routing | None
     original: Routing | None = None
-    sample: Sample
+    sample: Sample | None
     expert_tokens: tuple[int, ...]
 
 
@@ -101,8 +102,10 @@ def reference_pass(work: Work, layer: nn.Module, tap: ExpertTap | None) -> Routi
     return through(work.job.skeleton, layer, tap, stream, work.targets["reference"], stream.seen)
 
 
-def sampled(work: Work, layer: nn.Module, tap: ExpertTap | None) -> Sample:
-    """Run the original dense part over the first calibration sequences."""
+def sampled(work: Work, layer: nn.Module, tap: ExpertTap | None) -> Sample | None:
+    """Run the original dense part over the first calibration sequences; None where no fold will have to be checked."""
+    if not work.folds:
+        return None
     stream = work.streams["calibration"]
     longest = stream.batches[0].lengths
     lengths = longest[: max(1, SAMPLE_TOKENS // longest[0])]
@@ -124,7 +127,7 @@ def tokens(x: Tensor, valid: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])[valid]
 
 
-def learn(work: Work, tensors: Tensors, sample: Sample) -> Learned:
+def learn(work: Work, tensors: Tensors, sample: Sample | None) -> Learned:
     """Run the original dense part over the calibration stream and sum the grams of the groups to be quantized.
 
     With `propagate: both` the same text in the original model runs beside it, batch by batch.
@@ -205,7 +208,7 @@ def fold_groups(work: Work, tensors: Tensors, learned: Learned, expert_errors: S
             rescaled.add(name)
             expert_scale = scale if group.routed_experts else expert_scale
     folded = Folded(tensors=changed, stats=stats, rescaled=frozenset(rescaled), expert_scale=expert_scale)
-    return check(work, folded, learned.sample)
+    return check(work, folded, learned.sample) if learned.sample else folded
 
 
 def check(work: Work, folded: Folded, sample: Sample) -> Folded:

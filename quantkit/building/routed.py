@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantkit.building import dense, experts
-from quantkit.building.dense import Folded, Learned
+from quantkit.building.dense import Folded, Learned, Sample
 from quantkit.building.experts import Wave, WaveStats, add_outputs, collect
 from quantkit.building.solve import Asked, one, solve
 from quantkit.building.streams import Routing, StreamName, scratch
@@ -124,13 +124,11 @@ def survey(
         stats = statistics(work, wave, learned)
         if scales is not None and rescale and stats:
             found.errors.append(wave_errors(rescale, wave, stats, scales, work.expert_scheme))
-        if learned:
-            found.sample = added(
-                found.sample,
-                sample_output(work, wave, learned.sample.asked.hidden if learned.sample.asked else None, learned),
-            )
-            if work.job.plan.recipe.propagate == "original":
-                advance(work, wave, {"calibration": learned.routing})
+        if learned and learned.sample:
+            seen = learned.sample.asked.hidden if learned.sample.asked else None
+            found.sample = added(found.sample, sample_output(work, wave, seen, learned.sample))
+        if learned and work.job.plan.recipe.propagate == "original":
+            advance(work, wave, {"calibration": learned.routing})
         if once:
             found.held.append((wave, stats))
         found.surveyed = stop
@@ -148,11 +146,11 @@ def added(total: Tensor | None, share: Tensor) -> Tensor:
     return share if total is None else total + share
 
 
-def sample_output(work: Work, wave: Wave, seen: Tensor | None, learned: Learned) -> Tensor:
+def sample_output(work: Work, wave: Wave, seen: Tensor | None, sample: Sample) -> Tensor:
     """What a wave adds to the sample's output [tokens, hidden], routed as the original router did."""
-    assert seen is not None and learned.sample.asked is not None  # only blocks with experts have waves
+    assert seen is not None and sample.asked is not None  # only blocks with experts have waves
     x = seen.to(wave.gate)
-    return add_outputs(torch.zeros_like(x), wave, x, learned.sample.asked, work.job.activation)
+    return add_outputs(torch.zeros_like(x), wave, x, sample.asked, work.job.activation)
 
 
 def advance(work: Work, wave: Wave, routings: Mapping[StreamName, Routing | None]) -> None:
@@ -179,8 +177,8 @@ def finish(
             wave = read_wave(work, first, stop)
             stats = statistics(work, wave, learned)
         wave, stats, down = fold_wave(work, wave, stats, folded, without_stats(work, learned))
-        if learned:
-            found.folded = added(found.folded, sample_output(work, wave, folded.seen, learned))
+        if learned and learned.sample:
+            found.folded = added(found.folded, sample_output(work, wave, folded.seen, learned.sample))
         advance(work, store(work, wave, stats, folded, down, learned), routings)
         found.solved = stop
         yield stop / work.experts.count

@@ -170,8 +170,8 @@ def chosen(
     name: str, rounding: str, weight: Tensor, stats: InputStats | None, scheme: Scheme
 ) -> tuple[Quantized, tuple[str, ...]]:
     """The codes of a method with a rounding, and the fallbacks it took on the way."""
-    if rounding == "gptq":  # whatever the method did to the weight before
-        rounded = gptq.round_weight(weight, stats, scheme)
+    if rounding != "nearest":  # whatever the method did to the weight before
+        rounded = gptq.round_weight(weight, stats, scheme, once=rounding == "gptq_once")
         return rounded.quantized, ("damping-raised",) if rounded.damping_raised else ()
     method: Method = registry.method(name)
     return method.solve(weight, stats, scheme), ()

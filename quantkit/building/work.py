@@ -135,6 +135,11 @@ class Work:
         """The scale search that the group's method asks for."""
         return search_of(self.block, group, self.job.plan.decisions)
 
+    @property
+    def folds(self) -> bool:
+        """Whether some input of the block may be rescaled: only then there is a fold to check."""
+        return any(self.search_of(group) for group in self.quantized_groups().values())
+
     def held(self, group: LinearGroup) -> bool:
         """Whether the input of a group keeps its scale although its method would change it."""
         return any(held_by_fp8(self.block, group, found) for found in self.job.decisions)

@@ -20,8 +20,8 @@ class Rounded:
     damping_raised: bool
 
 
-def round_weight(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Rounded:
-    """Ranges for the feedback to come, codes with errors fed back, then codes and scales improved in turn.
+def round_weight(weight: Tensor, stats: InputStats | None, scheme: Scheme, *, once: bool = False) -> Rounded:
+    """Ranges for the feedback to come, codes with errors fed back, then (not `once`) codes and scales improved in turn.
 
     weight [..., out, in] float32, scaled if the recipe's method scales; stats of the input it reads, gram
     [..., in, in]. With their cross (and residual) the weight is corrected first, and what is rounded is the corrected
@@ -40,7 +40,7 @@ def round_weight(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Ro
     ranges = clip.weighted(weight, stats.gram.diagonal(dim1=-2, dim2=-1), scheme)
     fed = rounding.with_feedback(weight, factor, ranges, scheme)
     del factor  # as large as the gram
-    better = refine.improved(weight, refine.damped(stats.gram, damping), fed, scheme)
+    better = fed if once else refine.improved(weight, refine.damped(stats.gram, damping), fed, scheme)
     plain = affine.quantize(weight, *affine.qparams(*affine.ranges(weight, scheme.group_size), scheme), scheme)
     quantized = rounding.better_rows(weight, stats.gram, better, plain, scheme)
     return Rounded(quantized=quantized, damping_raised=bool((damping > rounding.DAMPING * 1.5).any()))

@@ -65,20 +65,20 @@ def move_codes(
     LAZY columns at a time: within them a change moves on column by column, to the rest of the group in one product.
     """
     scale, _ = steps
-    diagonal, top = gram.diagonal(dim1=-2, dim2=-1), float(2**scheme.bits - 1)
+    top = float(2**scheme.bits - 1)
+    curve = gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * scale.unsqueeze(-2)  # [..., group, out]
     for start in range(0, codes.shape[-2], LAZY):
         here = slice(start, start + LAZY)
-        seen, before = pull[..., here, :].clone(), delta[..., here, :].clone()  # [..., LAZY, out]
-        weights = gram[..., here, here]
-        for k in range(seen.shape[-2]):
-            column = start + k
-            curve = diagonal[..., column, None] * scale  # [..., 1] * [..., out]
-            code = (codes[..., column, :] - seen[..., k, :] / curve).round_().clamp_(0, top)
-            change = (code - codes[..., column, :]).mul_(scale)
-            codes[..., column, :] = code
-            delta[..., column, :] += change
-            later = weights[..., k, k + 1 :].unsqueeze(-1)  # [..., LAZY - k - 1, 1]
-            seen[..., k + 1 :, :].addcmul_(later, change.unsqueeze(-2))
+        seen, before, old = pull[..., here, :].clone(), delta[..., here, :].clone(), codes[..., here, :].clone()
+        count, changes = seen.shape[-2], torch.empty_like(seen)  # [..., LAZY, out]
+        weights = gram[..., here, here].unsqueeze(-1).unbind(-3)  # LAZY times [..., LAZY, 1]
+        lines = zip(*(x.unbind(-2) for x in (seen, curve[..., here, :], old, codes[..., here, :], changes)), weights)
+        for k, (pulled, bent, was, code, change, weight) in enumerate(lines):
+            torch.sub(was, torch.div(pulled, bent, out=change), out=code).round_().clamp_(0, top)
+            torch.sub(code, was, out=change).mul_(scale)
+            later = seen.narrow(-2, k + 1, count - k - 1)
+            later.addcmul_(weight.narrow(-2, k + 1, count - k - 1), change.unsqueeze(-2))
+        delta[..., here, :] += changes
         pull += gram[..., here] @ (delta[..., here, :] - before)  # [..., group, LAZY] @ [..., LAZY, out]
 
 

@@ -18,6 +18,8 @@ H_kk all the same: with R_kk^2 the error under the gram was 6 % lower and the mo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import repeat
+from math import prod
 
 import torch
 from torch import Tensor
@@ -86,7 +88,7 @@ def ordered(gram: Tensor, order: Tensor) -> Tensor:
     width = gram.shape[-1]
     pairs = zip(gram.reshape(-1, width, width), order.reshape(-1, width), strict=True)
     # one by one: gathering a batch would need its indices in full, twice the size of the gram
-    return torch.stack([one[index][:, index] for one, index in pairs]).reshape(gram.shape)
+    return torch.stack([one.index_select(0, i).index_select(1, i) for one, i in pairs]).reshape(gram.shape)
 
 
 def damped_factor(gram: Tensor, order: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,10 +132,19 @@ def cholesky(matrix: Tensor) -> Tensor:
     return failed
 
 
+def rows_at(matrix: Tensor, index: Tensor) -> Tensor:
+    """Rows of matrices in another order, or several times: matrix [..., n, m], index [..., k] -> [..., k, m].
+
+    As one selection of whole rows: a gather would read an index for every value.
+    """
+    lead, (n, m) = matrix.shape[:-2], matrix.shape[-2:]
+    first = torch.arange(prod(lead), device=index.device).reshape(*lead, 1) * n
+    return matrix.reshape(-1, m).index_select(0, (index + first).flatten()).reshape(*lead, -1, m)  # by [.. * n, m]
+
+
 def per_column(values: Tensor, order: Tensor, group: int) -> Tensor:
     """Values of groups, for columns in visiting order: [..., out, n_groups] -> [..., in, out] float32."""
-    index = (order // group).unsqueeze(-2).expand(*values.shape[:-1], order.shape[-1])  # [..., in] -> [..., out, in]
-    return values.float().gather(-1, index).mT.contiguous()  # -> [..., in, out]
+    return rows_at(values.float().mT, order // group)
 
 
 def with_feedback(weight: Tensor, fed: Feedback, ranges: tuple[Tensor, Tensor | None], scheme: Scheme) -> Quantized:
@@ -145,10 +156,9 @@ def with_feedback(weight: Tensor, fed: Feedback, ranges: tuple[Tensor, Tensor | 
     lead, width = weight.shape[:-2], weight.shape[-1]
     upper, order = fed.upper.expand(*lead, width, width), fed.order.expand(*lead, width)
     # [..., out, in] -> [..., in, out], in visiting order: a column is a row in memory
-    visited = weight.mT.take_along_dim(order.unsqueeze(-1), dim=-2)
+    visited = rows_at(weight.mT, order)
     chosen = visited_codes(visited, upper, order, ranges, width // scale.shape[-1], scheme)
-    back = order.argsort(dim=-1)
-    codes = chosen.mT.take_along_dim(back.unsqueeze(-2), dim=-1)  # [..., in, out] -> [..., out, in]
+    codes = rows_at(chosen, order.argsort(dim=-1)).mT.contiguous()  # [..., in, out] -> [..., out, in]
     return Quantized(codes=codes, scale=scale, zero=zero)
 
 
@@ -171,24 +181,38 @@ def visited_codes(
     LAZY columns at a time: within them errors move on column by column, to the columns behind them in one product.
     """
     scale, zero = ranges
-    top = float(2**scheme.bits - 1)
     errors, codes = torch.empty_like(visited), torch.empty_like(visited, dtype=torch.uint8)
     for start in range(0, visited.shape[-2], LAZY):
         here = slice(start, start + LAZY)
-        original = visited[..., here, :]
-        target = original + upper[..., :start, here].mT @ errors[..., :start, :]  # [..., LAZY, in] @ [..., in, out]
+        target = visited[..., here, :] + upper[..., :start, here].mT @ errors[..., :start, :]  # [..., LAZY, out]
         step = per_column(scale, order[..., here], group)
         offset = affine.middle(scheme) if zero is None else per_column(zero, order[..., here], group)
-        weights = upper[..., here, here]
-        for k in range(target.shape[-2]):
-            middle = offset if isinstance(offset, int) else offset[..., k, :]
-            code = (target[..., k, :] / step[..., k, :]).round_().add_(middle).clamp_(0, top)
-            codes[..., start + k, :] = code
-            error = torch.sub(original[..., k, :], code.sub_(middle).mul_(step[..., k, :]))
-            errors[..., start + k, :] = error
-            later = weights[..., k, k + 1 :].unsqueeze(-1)  # [..., LAZY - k - 1, 1]
-            target[..., k + 1 :, :].addcmul_(later, error.unsqueeze(-2))
+        chosen = columns(
+            visited[..., here, :], target, upper[..., here, here], (step, offset), errors[..., here, :], scheme
+        )
+        codes[..., here, :] = chosen.add_(offset)
     return codes
+
+
+def columns(
+    visited: Tensor, target: Tensor, upper: Tensor, steps: tuple[Tensor, Tensor | int], errors: Tensor, scheme: Scheme
+) -> Tensor:
+    """Codes without their zero points [..., n, out] float32, in the place of `target`; `errors` is filled in.
+
+    visited, target and errors [..., n, out]; upper [..., n, n]; steps are scale and zero [..., n, out]. A column is
+    a few calls that write where their result belongs: on a CPU a call costs as much as its arithmetic.
+    """
+    (scale, offset), count = steps, visited.shape[-2]
+    low, high = -offset, 2**scheme.bits - 1 - offset
+    bounds = zip(low.unbind(-2), high.unbind(-2)) if isinstance(low, Tensor) else repeat((low, high))
+    weights = upper.unsqueeze(-1).unbind(-3)  # [..., n, n] -> n times [..., n, 1]
+    lines, back = (x.unbind(-2) for x in (visited, target, scale, errors)), torch.empty_like(target[..., 0, :])
+    for k, (original, code, step, error, weight, (least, most)) in enumerate(zip(*lines, weights, bounds)):
+        code.div_(step).round_().clamp_(least, most)
+        torch.sub(original, torch.mul(code, step, out=back), out=error)
+        later = target.narrow(-2, k + 1, count - k - 1)
+        later.addcmul_(weight.narrow(-2, k + 1, count - k - 1), error.unsqueeze(-2))
+    return target
 
 
 def row_error(delta: Tensor, gram: Tensor) -> Tensor:

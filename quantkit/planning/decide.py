@@ -38,6 +38,11 @@ class Decision:
     rounding: str | None = None
     scheme: Scheme | None = None
 
+    @property
+    def feeds_back(self) -> bool:
+        """Whether rounding errors move on from column to column."""
+        return self.rounding not in {None, "nearest"}
+
 
 def scale_dtype(quantize: Quantize, source_dtype: str) -> Literal["bfloat16", "float16"]:
     """`auto` follows the source: engines compute in its dtype and would cast another scale after the codes are set."""

@@ -84,7 +84,7 @@ def dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: int) -> 
     linears = [linear for linear in block.linears if linear.role != "routed_expert"]
     sizes = [COPIES_BYTES * linear.n_parameters for linear in linears]
     together = solved_together(block, decisions)
-    solving = max((solve_bytes(x, any(decisions[y.name].rounding == "gptq" for y in x)) for x in together), default=0)
+    solving = max((solve_bytes(x, any(decisions[y.name].feeds_back for y in x)) for x in together), default=0)
     if block.kind == "mtp":
         return max(sizes) + solving
     groups = list(quantized_groups(block, decisions).values()) if grams else []

@@ -123,7 +123,7 @@ class Quantize(BaseModel):
 
     model_config = FROZEN
     method: MethodName = "awq"
-    rounding: Literal["nearest", "gptq"] = "nearest"  # method gptq has no other than gptq
+    rounding: Literal["nearest", "gptq", "gptq_once"] = "nearest"  # method gptq never has nearest
     bits: Annotated[int, Field(ge=2, le=8)] = 4
     group_size: Literal[32, 64, 128, -1] = 128
     symmetric: bool = False
@@ -163,15 +163,15 @@ class Quantize(BaseModel):
 
     @model_validator(mode="after")
     def _rounding_fits(self) -> Quantize:
-        if self.method == "gptq" and self.rounding != "gptq":
+        if self.method == "gptq" and self.rounding == "nearest":
             raise ValueError(
-                f"method gptq is a rounding, found rounding: {self.rounding}; set rounding: gptq, or method: awq for "
+                "method gptq is a rounding, found rounding: nearest; set rounding: gptq, or method: awq for "
                 "ranges by calibration and codes by plain rounding"
             )
-        if self.rounding == "gptq" and not registry.method(self.method).needs_stats:
+        if self.rounding != "nearest" and not registry.method(self.method).needs_stats:
             raise ValueError(
-                f"rounding gptq learns from calibration, and method {self.method} does without; set rounding: nearest, "
-                "or method: gptq"
+                f"rounding {self.rounding} learns from calibration, and method {self.method} does without; set "
+                "rounding: nearest, or method: gptq"
             )
         return self
 
