@@ -42,8 +42,19 @@ ASYMMETRIC = Build(name="AWQ+GPTQ asym", recipe="smollm2-135m-awq4", changes={})
 ONE_STREAM = Build(
     name="AWQ+GPTQ asym, one stream", recipe="smollm2-135m-awq4", changes={"propagate": "quantized"}
 )  # as peers learn: without the original model beside
-BUILDS = (SYMMETRIC, ASYMMETRIC, ONE_STREAM)
-CPU_GOAL, KL_GOALS = 0.25, {SYMMETRIC.name: 0.5, ASYMMETRIC.name: 0.4, ONE_STREAM.name: 0.47}
+QUICK = Build(
+    name="GPTQ asym, quick",
+    recipe="smollm2-135m-awq4",
+    changes={
+        "quantize.method": "gptq",
+        "quantize.rounding": "gptq_once",
+        "propagate": "original",
+        "calibration.sequences": "8",
+    },
+)  # better than any peer for a quarter of the fastest one's time: a quarter of the text, run once
+BUILDS = (SYMMETRIC, ASYMMETRIC, ONE_STREAM, QUICK)
+KL_GOALS = {SYMMETRIC.name: 0.5, ASYMMETRIC.name: 0.4, ONE_STREAM.name: 0.47, QUICK.name: 0.75}
+CPU_GOALS = {QUICK.name: 0.25}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +165,10 @@ def against(found: list[Result], others: tuple[Peer, ...]) -> tuple[list[list[st
         rivals = [of[peer.name].figures["kl_mean"].value for peer in others if peer.rival.recipe == build.recipe]
         kl = ours.figures["kl_mean"].value / min(rivals)
         cpu, memory = ours.cost.cpu_s / fastest, ours.cost.peak_rss / leanest
-        reached &= kl <= KL_GOALS[build.name] and cpu <= CPU_GOAL and memory < 1
-        goals = f"KL <= {KL_GOALS[build.name]}, CPU <= {CPU_GOAL}, memory < 1"
-        rows.append([build.name, f"{kl:.3f}", f"{cpu:.3f}", f"{memory:.3f}", goals])
+        most = CPU_GOALS.get(build.name)
+        reached &= kl <= KL_GOALS[build.name] and (most is None or cpu <= most) and memory < 1
+        goals = [f"KL <= {KL_GOALS[build.name]}", *([] if most is None else [f"CPU <= {most}"]), "memory < 1"]
+        rows.append([build.name, f"{kl:.3f}", f"{cpu:.3f}", f"{memory:.3f}", ", ".join(goals)])
     return rows, reached
 
 
