@@ -195,10 +195,12 @@ def test_the_goals_are_against_the_best_of_the_peers(
     symmetric = result(against_peers.SYMMETRIC.name, kl, cpu_s, peak)
     ours = [result(build.name, 0.1, 120, 90) for build in (against_peers.ASYMMETRIC, against_peers.ONE_STREAM)]
     ours += [result(against_peers.QUICK.name, 0.2, quick, 90)]
-    rows, found = against_peers.against([symmetric, *ours, *theirs], others)
+    rows, found = against_peers.against([symmetric, *ours, *theirs], others, "tokenized")
     assert found is reached
     assert rows[0][1:4] == [f"{kl / 0.2:.3f}", f"{cpu_s / 100:.3f}", f"{peak / 100:.3f}"]
     assert rows[1][1] == f"{0.1 / 0.4:.3f}"  # its rival is the third peer
+    raw, _ = against_peers.against([symmetric, *ours, *theirs], others, "raw")
+    assert raw[0][4] == "memory < 1"  # its KL is told and not judged
     assert (rows[3][2], rows[3][4]) == (f"{quick / 100:.3f}", "KL <= 0.75, CPU <= 0.25, memory < 1")
 
 
