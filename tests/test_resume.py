@@ -187,10 +187,18 @@ def counting(patch: pytest.MonkeyPatch, waves: list[int], run: int) -> None:
     patch.setattr(routed, "read_wave", noted)
 
 
-@pytest.mark.parametrize("propagate", ["quantized", "both", "original"])
-def test_killed_behind_every_wave(source: Path, propagate: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+GPTQ = SYMMETRIC.replace("awq", "gptq")  # rescales nothing: there is no fold to check, and nothing to sum over waves
+
+
+@pytest.mark.parametrize(
+    ("propagate", "quantize"),
+    [("quantized", SYMMETRIC), ("both", SYMMETRIC), ("original", SYMMETRIC), ("quantized", GPTQ), ("original", GPTQ)],
+)
+def test_killed_behind_every_wave(
+    source: Path, propagate: str, quantize: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every process makes one wave, and dies before it is noted or behind it; a pass reads only what it lacks."""
-    keys = {**THREE, "propagate": propagate}
+    keys = {**THREE, "propagate": propagate, "quantize": quantize}
     with monkeypatch.context() as patch:
         in_waves(patch, 3)
         build(source, **keys)
