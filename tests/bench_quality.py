@@ -3,8 +3,8 @@
 Mean KL in nats per token against the BF16 dequantization of the FP8 source, on 220,000 held-out tokens, from emitted
 files; what learns is averaged over draws of its calibration text: a few bistable tokens carry much of a mean KL, and a
 small text or a single draw moves the ratio by more than methods differ. `--goal-text` takes the 160 items (9,271
-tokens) on which the goals were set, where one such token can be a quarter of a mean, and medians over draws. The
-`dense` format holds 3 bits, which no AWQ engine reads; its weights are the dequantized ones in BF16.
+tokens) on which the goals were set, where one such token can be a quarter of a draw's mean. The `dense` format holds
+3 bits, which no AWQ engine reads; its weights are the dequantized ones in BF16.
 
     .venv/bin/python tests/bench_quality.py [--draws 3] [--rules all-linear] [--bits 3] [--goal-text]
 """
@@ -17,10 +17,9 @@ import hashlib
 import json
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from statistics import fmean, median
 
 from rich.console import Console
 from rich.table import Table
@@ -58,8 +57,6 @@ NOISE = 2.0
 """Standard errors of a difference that count as equal."""
 HELD_OUT_ITEMS, HELD_OUT_SEED = 4000, 99
 GOAL_ITEMS = 80
-Pool = Callable[[list[float]], float]
-"""How draws of the calibration text are pooled."""
 
 
 def ignore(_: Progress | Plan) -> None:
@@ -122,9 +119,9 @@ def measure(place: Path, text: Path, column: str, row: tuple[str, int], seed: in
     return outcome.fidelity.distribution[0]
 
 
-def kl(runs: Sequence[Distribution], over: Pool) -> float:
-    """The mean KL, pooled over builds."""
-    return over([run.kl_mean.value or 0.0 for run in runs if run.kl_mean])
+def mean_kl(runs: Sequence[Distribution]) -> float:
+    """Mean over builds of the mean KL."""
+    return sum(run.kl_mean.value or 0.0 for run in runs if run.kl_mean) / len(runs)
 
 
 def standard_error(runs: list[Distribution]) -> float:
@@ -132,35 +129,35 @@ def standard_error(runs: list[Distribution]) -> float:
     return sum(run.kl_mean.se or 0.0 for run in runs if run.kl_mean) / len(runs)
 
 
-def missed_goals(row: tuple[str, int], runs: Mapping[str, list[Distribution]], over: Pool) -> list[str]:
+def missed_goals(row: tuple[str, int], runs: Mapping[str, list[Distribution]]) -> list[str]:
     """What a row of the table fails at."""
-    base, found = kl(runs["RTN"], over), []
+    base, found = mean_kl(runs["RTN"]), []
     for column, goals in GOALS.items():
-        ratio = kl(runs[column], over) / base
+        ratio = mean_kl(runs[column]) / base
         if row in goals and ratio > goals[row]:
             found.append(f"{column}, {row[0]}, {row[1]} bits: {ratio:.3f} of RTN's mean KL, wanted {goals[row]}")
-    best = min(("AWQ", "GPTQ"), key=lambda column: kl(runs[column], over))
+    best = min(("AWQ", "GPTQ"), key=lambda column: mean_kl(runs[column]))
     spread = (standard_error(runs[best]) ** 2 + standard_error(runs["AWQ+GPTQ"]) ** 2) ** 0.5
-    if kl(runs["AWQ+GPTQ"], over) > kl(runs[best], over) + NOISE * spread:
+    if mean_kl(runs["AWQ+GPTQ"]) > mean_kl(runs[best]) + NOISE * spread:
         found.append(f"AWQ+GPTQ, {row[0]}, {row[1]} bits: worse than {best}")
     return found
 
 
-def cells(row: tuple[str, int], runs: Mapping[str, list[Distribution]], over: Pool) -> list[str]:
+def cells(row: tuple[str, int], runs: Mapping[str, list[Distribution]]) -> list[str]:
     """One row of the table: mean KL and its share of RTN's, with the goal."""
-    base = kl(runs["RTN"], over)
+    base = mean_kl(runs["RTN"])
     shown = [row[0], str(row[1]), f"{base:.6f} ±{standard_error(runs['RTN']):.6f}"]
     for column in ("AWQ", "GPTQ", "AWQ+GPTQ"):
         goal = GOALS.get(column, {}).get(row)
         told = f" (<= {goal})" if goal else ""
-        mean = kl(runs[column], over)
+        mean = mean_kl(runs[column])
         shown.append(f"{mean:.6f} ±{standard_error(runs[column]):.6f}  {mean / base:.3f}{told}")
     return shown
 
 
 def by_draw(row: tuple[str, int], runs: Mapping[str, list[Distribution]], base: float) -> str:
     """The shares of RTN's mean KL one by one."""
-    shares = {c: " ".join(f"{kl([run], fmean) / base:.3f}" for run in found) for c, found in runs.items()}
+    shares = {c: " ".join(f"{mean_kl([run]) / base:.3f}" for run in found) for c, found in runs.items()}
     return f"{row[0]}, {row[1]} bits: " + "; ".join(f"{c} {told}" for c, told in shares.items() if c != "RTN")
 
 
@@ -168,7 +165,7 @@ def main() -> None:
     """Build and measure everything; exit 1 when a goal of the README is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=3, help="draws of the calibration text, seeds 0, 1, ...")
-    parser.add_argument("--goal-text", action="store_true", help="the text of the goals, medians over draws (take 6)")
+    parser.add_argument("--goal-text", action="store_true", help="the short text of the goals (take 6 draws)")
     parser.add_argument("--rules", choices=sorted({rules for rules, _ in ROWS}), help="these rows only")
     parser.add_argument("--bits", type=int, choices=sorted({bits for _, bits in ROWS}), help="these rows only")
     wanted = parser.parse_args()
@@ -176,15 +173,15 @@ def main() -> None:
     table, missed = Table("rules", "bits", "RTN mean KL", "AWQ", "GPTQ", "AWQ+GPTQ", box=None), list[str]()
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        text, over = (goal_text(place), median) if wanted.goal_text else (held_out(place), fmean)
+        text = goal_text(place) if wanted.goal_text else held_out(place)
         for row in ROWS:
             if wanted.rules not in (None, row[0]) or wanted.bits not in (None, row[1]):
                 continue
             draws = {column: range(1 if column == "RTN" else wanted.draws) for column in COLUMNS}
             runs = {c: [measure(place, text, c, row, seed) for seed in seeds] for c, seeds in draws.items()}
-            console.print(by_draw(row, runs, kl(runs["RTN"], over)))
-            table.add_row(*cells(row, runs, over))
-            missed += missed_goals(row, runs, over)
+            console.print(by_draw(row, runs, mean_kl(runs["RTN"])))
+            table.add_row(*cells(row, runs))
+            missed += missed_goals(row, runs)
     console.print(table)
     for fault in missed:
         console.print(f"missed: {fault}")
