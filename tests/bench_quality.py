@@ -6,7 +6,7 @@ small text or a single draw moves the ratio by more than methods differ. `--goal
 tokens) on which the goals were set, where one such token can be a quarter of a draw's mean. The `dense` format holds
 3 bits, which no AWQ engine reads; its weights are the dequantized ones in BF16.
 
-    .venv/bin/python tests/bench_quality.py [--draws 3] [--rules all-linear] [--bits 3] [--goal-text]
+    .venv/bin/python tests/bench_quality.py [--draws 3] [--items 4000] [--rules all-linear] [--bits 3] [--goal-text]
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def ignore(_: Progress | Plan) -> None:
     """Only the end counts."""
 
 
-def held_out(place: Path) -> Path:
-    """A larger held-out text in tiny-v3's own mix, as a set of its own."""
+def held_out(place: Path, items: int = HELD_OUT_ITEMS) -> Path:
+    """A larger held-out text in tiny-v3's own mix, as a set of its own; more items begin with the fewer."""
     rng, rows, seen = random.Random(HELD_OUT_SEED), [], set[str]()
-    while len(rows) < HELD_OUT_ITEMS:
+    while len(rows) < items:
         item = draw(draw_kind(rng), rng)
         if item.held_out and item.text not in seen:
             seen.add(item.text)
@@ -166,6 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=3, help="draws of the calibration text, seeds 0, 1, ...")
     parser.add_argument("--goal-text", action="store_true", help="the short text of the goals (take 6 draws)")
+    parser.add_argument("--items", type=int, default=HELD_OUT_ITEMS, help="held-out items: 55 tokens each")
     parser.add_argument("--rules", choices=sorted({rules for rules, _ in ROWS}), help="these rows only")
     parser.add_argument("--bits", type=int, choices=sorted({bits for _, bits in ROWS}), help="these rows only")
     wanted = parser.parse_args()
@@ -173,7 +174,7 @@ def main() -> None:
     table, missed = Table("rules", "bits", "RTN mean KL", "AWQ", "GPTQ", "AWQ+GPTQ", box=None), list[str]()
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        text = goal_text(place) if wanted.goal_text else held_out(place)
+        text = goal_text(place) if wanted.goal_text else held_out(place, wanted.items)
         for row in ROWS:
             if wanted.rules not in (None, row[0]) or wanted.bits not in (None, row[1]):
                 continue

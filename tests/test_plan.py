@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -16,6 +18,7 @@ import pytest
 
 from quantkit import registry
 from quantkit.building.artifact import config_values
+from quantkit.calibration_sets.specs import TINY_HELD_OUT, spec_yaml
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, RecipeError, UsageError
 from quantkit.planning import sources
@@ -25,6 +28,8 @@ from quantkit.planning.plan import Plan, SourceFacts, claimed_of, make_plan
 from quantkit.planning.recipe import parse
 from quantkit.report.planned import PlanSummary
 from quantkit.report.summary import plan_summary
+from quantkit.storage.corpus_files import most_sequences
+from quantkit.storage.corpus_spec import read_spec
 
 ROOT = Path(__file__).parent.parent
 FLAGSHIP = ROOT / "recipes" / "v3-awq4.yaml"
@@ -557,3 +562,33 @@ def test_the_hash_follows_what_decides_the_content() -> None:
     assert plan_of("llama", output="{path: elsewhere}").hash == base
     others = {"quantize": "{group_size: 32}", "rules": "attention-source", "output": "{path: out, shard_bytes: 1MB}"}
     assert all(plan_of("llama", **{key: value}).hash != base for key, value in others.items())
+
+
+# ---------------------------------------------------------------------------------------------- more text than there is
+
+
+@pytest.mark.parametrize(
+    ("key", "most"), [("calibration.sequences", 900), ("fidelity.windows", 250)], ids=["calibration", "fidelity"]
+)
+def test_more_sequences_than_a_set_has_are_refused_before_anything_is_read(key: str, most: int) -> None:
+    text = (ROOT / "recipes" / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
+
+    def planned(count: int) -> None:
+        recipe = parse(text, "tiny-v3-awq4.yaml", {key: str(count)})
+        sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))
+
+    planned(most)
+    with pytest.raises(RecipeError, match=rf"{key}: expected at most {most}, .* found {most + 1}; ask for fewer"):
+        planned(most + 1)
+
+
+def test_windows_are_bounded_by_the_bytes_of_their_text(tmp_path: Path) -> None:
+    """Each token has at least one byte, and a window may begin with a BOS that is not of the text."""
+    rows = json.dumps({"domain": "prose", "text": "x" * 70}) + "\n"
+    (tmp_path / "some.jsonl").write_text(rows)
+    spec = dataclasses.replace(TINY_HELD_OUT, name="some", end="none", packing="windows")
+    set_file = tmp_path / "some.yaml"
+    set_file.write_text(spec_yaml(spec, hashlib.sha256(rows.encode()).hexdigest(), {"prose"}))
+    assert most_sequences(read_spec(str(set_file), tmp_path), 11) == len(rows) // 10
+    (tmp_path / "some.jsonl").unlink()
+    assert most_sequences(read_spec(str(set_file), tmp_path), 11) is None

@@ -13,6 +13,7 @@ from quantkit.planning.published import published
 from quantkit.planning.schema import POOLED, Recipe
 from quantkit.storage import builtin, evals, hub
 from quantkit.storage.checkpoint import Checkpoint
+from quantkit.storage.corpus_files import most_sequences
 from quantkit.storage.corpus_spec import read_spec
 from quantkit.storage.machine import memory_available, multiplies_bfloat16
 
@@ -139,10 +140,33 @@ def plan_recipe(
             faults += error.faults
         else:
             plans.append(made)
-    faults += task_faults(recipe) + gate_faults(recipe)
+    faults += text_faults(recipe) + task_faults(recipe) + gate_faults(recipe)
     if faults:
         raise RecipeError(list(dict.fromkeys(faults)))
     return tuple(plans)
+
+
+def text_faults(recipe: Recipe) -> list[str]:
+    """Sets from which more sequences are asked than they can give: known before a tokenizer is loaded."""
+    calibration, fidelity = recipe.calibration if recipe.learns else None, recipe.fidelity
+    found = list[str]()
+    if calibration:
+        wanted = calibration.sequences
+        found += too_many(recipe, ("calibration", "sequences"), calibration.set, wanted, calibration.length)
+    if fidelity:
+        found += too_many(recipe, ("fidelity", "windows"), fidelity.set, fidelity.windows, fidelity.length)
+    return found
+
+
+def too_many(recipe: Recipe, key: tuple[str, str], name: str, wanted: int | None, length: int) -> list[str]:
+    """The fault of asking a set for more sequences than it has; none where that is not known."""
+    most = most_sequences(read_spec(name, builtin.folder("calibration")), length)
+    if wanted is None or most is None or wanted <= most:
+        return []
+    return [
+        f"{recipe.where(*key)}: {'.'.join(key)}: expected at most {most}, the set {name} has no more, found {wanted}; "
+        "ask for fewer, null for all, or use a larger set"
+    ]
 
 
 def task_faults(recipe: Recipe) -> list[str]:

@@ -101,6 +101,16 @@ def _parse_row(line: bytes, domains: tuple[str, ...]) -> Document | str:
     return Document(domain=domain, text=text)
 
 
+def most_sequences(spec: Spec, length: int) -> int | None:
+    """Documents of a set, or an upper bound of its windows of `length` tokens; None for a set that is not here."""
+    if spec.file is None or not spec.file.is_file():
+        return None
+    if spec.packing == "windows":  # a token has at least one byte; BOS in front of a window is not of the text
+        return spec.file.stat().st_size // max(1, length - 1)
+    with spec.file.open("rb") as lines:
+        return sum(1 for _ in lines)
+
+
 def read_local(spec: Spec) -> tuple[tuple[Document, ...], str]:
     """The local text that stands in for a data set of the hub: one row a line, as the hub has it."""
     local, hub = cast(LocalText, spec.local), cast(HubSet, spec.hub)
