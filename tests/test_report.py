@@ -125,6 +125,7 @@ def test_nothing_measured() -> None:
     text = card.render(emptied())
     for sentence in ("No benchmark was run.", "No distribution was measured.", "Nothing: the artifact is a copy"):
         assert sentence in text
+    assert "in the format" not in text and "per quantized weight" not in text  # there is none
     assert "**Not judged: no gates.**" in text
     assert "\n\n\n" not in text
     assert "No fallback was needed." in text
