@@ -29,8 +29,10 @@ CASES = [
 def test_contained(jail, program, monkeypatch):
     monkeypatch.setenv("QUANTKIT_TEST_SECRET", "leaked")
     tests = hostile.WRONG if program.tests is None else program.tests
+    # Where neither of these bounds shall end it, a slow machine needs time enough to reach the one that shall.
+    seconds = 1 if {hostile.CPU, hostile.WALL} & set(program.reason) else 4
     started = time.monotonic()
-    (found,) = run_programs([Program(source=program.source, tests=tests)], jail, 1)
+    (found,) = run_programs([Program(source=program.source, tests=tests)], jail, seconds)
     assert time.monotonic() - started < 20
     assert found.passed == (program.tests is not None), found.reason
     if program.reason:
