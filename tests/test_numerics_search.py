@@ -111,6 +111,39 @@ def test_range_search_is_never_worse_than_min_max(seed: int, bits: int, symmetri
     assert bool((after <= before * 1.001 + 1e-9).all())
 
 
+def counts(seed: int, width: int) -> Tensor:
+    """What a gram has on its diagonal: a few columns count a hundred times as much as others, one nothing."""
+    diagonal = tokens(seed, 60, width).square().sum(0)
+    diagonal[seed % width] = 0
+    return diagonal
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (4, True), (3, False), (2, True), (8, False)])
+def test_weighted_ranges_agree_with_the_oracle(bits: int, symmetric: bool) -> None:
+    weight, columns, chosen = weights(bits, 24, 96), counts(bits, 96), scheme(bits, 32, symmetric)
+    found = stored(*clip.weighted(weight, columns, chosen), weight, chosen)
+    w, c = weight.double().numpy(), columns.double().numpy()
+    expected = oracle.weighted_search(w, c, bits, 32, symmetric, "bfloat16")
+    # a tie in float32 may send a group to another of two equally good ranges
+    assert np.isclose(found.numpy(), expected, rtol=1e-5, atol=1e-9).mean() > 0.95
+    ours, theirs = ((c * np.square(q - w)).sum() for q in (found.double().numpy(), expected))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10_000), bits=st.integers(2, 8), symmetric=st.booleans(), group=st.sampled_from([32, 64, -1])
+)
+def test_weighted_ranges_are_never_worse_than_min_max(seed: int, bits: int, symmetric: bool, group: int) -> None:
+    weight, columns, chosen = weights(seed, 2, 4, 64), counts(seed, 64).expand(2, 64), scheme(bits, group, symmetric)
+    plain = stored(*affine.qparams(*affine.ranges(weight, group), chosen), weight, chosen)
+    found = stored(*clip.weighted(weight, columns, chosen), weight, chosen)
+    before, after = (
+        affine.split((q - weight).double().square() * columns.unsqueeze(-2), group).sum(-1) for q in (plain, found)
+    )  # [2, out, n_groups]
+    assert bool((after <= before * (1 + 1e-5)).all())
+
+
 def test_range_search_sees_other_groups() -> None:
     """With two groups that read the same channels, errors can cancel: the blocks alone do not know it."""
     half = tokens(7, 200, 32)

@@ -69,7 +69,8 @@ def weighted(weight: Tensor, columns: Tensor, scheme: Scheme) -> tuple[Tensor, T
     rounding with error feedback, which settles by itself what columns do to one another: on tiny-v3 its error under the
     gram ends below that with the ranges of `search`.
     """
-    diagonal = affine.split(columns.unsqueeze(-2), scheme.group_size)  # [..., in] -> [..., 1, n_groups, group]
+    columns = columns.contiguous().unsqueeze(-2)  # [..., in] -> [..., 1, in]; a gram's diagonal lies far apart
+    diagonal = affine.split(columns, scheme.group_size)  # [..., in] -> [..., 1, n_groups, group]
     scales, zeros = list[Tensor](), list[Tensor]()
     for rows in in_cache(weight):
         scale, zero = by_diagonal(
@@ -116,21 +117,29 @@ def nearer(
     they lose, [..., out, n_groups] each.
     """
     (scale, zero), least = start
-    best_scale, best_zero = scale, zero
+    best_scale, best_zero, most = scale, zero, 2**scheme.bits - 1
+    lost = torch.empty_like(groups)  # written again for each zero point: fresh memory costs as much as the arithmetic
     for share in shares:
         tried = affine.stored_scale(scale.float() * share, scheme)
         step = tried.float()
-        wide = groups / step.unsqueeze(-1)
+        exact = groups / step.unsqueeze(-1)  # the code less its zero point, had it room for fractions
+        whole = torch.round(exact)
         for shift in (0,) if zero is None else shifts:
-            moved = None if zero is None else (zero.short() + shift).clamp_(0, 2**scheme.bits - 1).to(torch.uint8)
-            exact = wide + affine.offset(moved, scheme)  # the code, had it room for fractions
-            lost = torch.round(exact).clamp_(0, 2**scheme.bits - 1).sub_(exact).square_().mul_(diagonal)
+            moved = None if zero is None else (zero.short() + shift).clamp_(0, most).to(torch.uint8)
+            held(whole, -affine.offset(moved, scheme), most, lost).sub_(exact).square_().mul_(diagonal)
             value = lost.sum(dim=-1).mul_(step.square())  # [..., n_groups, group] -> [..., n_groups]
             better = value < least
             least = torch.where(better, value, least)
             best_scale = torch.where(better, tried, best_scale)
             best_zero = None if moved is None or best_zero is None else torch.where(better, moved, best_zero)
     return (best_scale, best_zero), least
+
+
+def held(whole: Tensor, low: Tensor | float, steps: int, out: Tensor) -> Tensor:
+    """Whole numbers [..., group] held within low .. low + steps, low [..., 1] or one number; in the place of `out`."""
+    if isinstance(low, Tensor):  # torch's clamp by tensors takes four times as long
+        return torch.minimum(torch.maximum(whole, low, out=out), low + steps, out=out)
+    return torch.clamp(whole, low, low + steps, out=out)
 
 
 def improve(
