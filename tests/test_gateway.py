@@ -220,7 +220,7 @@ def test_waiting_is_bounded() -> None:
         until(lambda: setup.engine.asked)
         began = time.monotonic()
         second = setup.ask({})
-        assert second.status_code == 429 and 0.19 < time.monotonic() - began < 2
+        assert second.status_code == 429 and 0.19 < time.monotonic() - began < 10  # not until it is released
         setup.engine.released.set()
         assert "no turn came in time" in second.json()["error"]["message"]
         assert first.result().status_code == 200
