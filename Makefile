@@ -8,7 +8,7 @@ THREADS ?= $(shell nproc)
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-serve demo-load test lint types unit test-slow readers test-readers bench bench-quality bench-likelihood bench-memory bench-gpu bench-gateway bench-peers bench-transfer bench-verify \
+.PHONY: help demo demo-serve demo-load test lint types unit golden test-slow readers test-readers bench bench-quality bench-likelihood bench-memory bench-gpu bench-gateway bench-peers bench-transfer bench-verify \
 	reliability real-model eval-real test-vllm wheel clean
 
 help:  ## list the targets
@@ -40,7 +40,7 @@ $(GUIDELLM)/.installed: tests/loadtest/requirements.txt
 	$(GUIDELLM)/bin/python -m pip install --quiet --no-deps -r $<
 	touch $@
 
-test: lint types unit  ## ruff, mypy and the tests (12 minutes on 2 cores)
+test: lint types unit  ## ruff, mypy and the tests (13 minutes on 2 cores)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -51,6 +51,9 @@ types: $(VENV)/.installed
 
 unit: $(VENV)/.installed
 	$(BIN)/python -m pytest -m 'not slow' --numprocesses $(WORKERS) --dist loadfile
+
+golden: $(VENV)/.installed  ## builds small artifacts and compares their bytes with the recorded ones (two minutes)
+	$(BIN)/python tests/golden/artifacts.py $(ARGS)
 
 test-slow: $(VENV)/.installed  ## the tests that take longer than half a minute each; those of many minutes: make reliability
 	$(BIN)/python -m pytest -m 'slow and not reliability'

@@ -86,3 +86,12 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_port: int) -> Itera
 
     with ExitStack() as stack:
         yield lambda kind: stack.enter_context(place(kind, tmp_path, monkeypatch, s3_port))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print at the end why artifacts were not compared with their recorded bytes, so that nobody overlooks it."""
+    for report in terminalreporter.getreports("skipped"):
+        if "test_golden.py" in report.nodeid:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+            terminalreporter.section("artifacts not compared", sep="=", red=True, bold=True)
+            terminalreporter.line(reason)
