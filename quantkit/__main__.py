@@ -11,14 +11,14 @@ def start() -> None:
     So does help that cannot be printed: commands say for themselves what the operating system refused.
     """
     try:
-        from quantkit.cli import main  # half a second
+        from quantkit.cli.main import main  # half a second
 
         main(prog_name="quantkit")
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         raise SystemExit(130) from None
     except OSError as fault:
-        from quantkit.console import refused
+        from quantkit.cli.console import refused
 
         sys.stderr.write(f"error: {refused(fault)}\n")
         raise SystemExit(1) from None

@@ -25,7 +25,16 @@ DTYPE_BYTES: Mapping[str, int] = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 
-Role = Literal["attention", "mlp", "shared_expert", "routed_expert", "router", "embedding", "head", "mtp_projection"]
+Role = Literal[
+    "attention",
+    "mlp",
+    "shared_expert",
+    "routed_expert",
+    "router",
+    "embedding",
+    "head",
+    "mtp_projection",
+]
 PROTECTED_ROLES: frozenset[Role] = frozenset({"router", "embedding", "head", "mtp_projection"})
 """Roles that a rule quantizes only when its pattern names them (recipe.Rule.names)."""
 
@@ -66,7 +75,9 @@ class Config:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
             found = "nothing" if value is None else repr(value)[:80]
-            raise CheckpointError(f"{self.where}: {key}: expected an integer from 0 to 2**31 - 1, found {found}")
+            raise CheckpointError(
+                f"{self.where}: {key}: expected an integer from 0 to 2**31 - 1, found {found}"
+            )
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -75,7 +86,9 @@ class Config:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise CheckpointError(f"{self.where}: {key}: expected true or false, found {repr(value)[:80]}")
+            raise CheckpointError(
+                f"{self.where}: {key}: expected true or false, found {repr(value)[:80]}"
+            )
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
@@ -227,10 +240,16 @@ class Architecture:
     layout: Callable[[Config], Layout]
     tiny: Mapping[str, object]  # a config.json small enough for contract tests
     experts_only: bool = False  # default rules: quantize routed experts only
-    published: Mapping[str, str] | None = None  # hub id -> file in architectures/published/ for offline plans
+    published: Mapping[str, str] | None = (
+        None  # hub id -> file in architectures/published/ for offline plans
+    )
     serving_notes: tuple[str, ...] = ()  # flags an operator must know, for the model card
-    dropped: tuple[str, ...] = ()  # globs of checkpoint tensors that no engine reads; the plan lists what it drops
-    derived: str | None = None  # of a family without a table: what the layout was derived from and proven by
+    dropped: tuple[
+        str, ...
+    ] = ()  # globs of checkpoint tensors that no engine reads; the plan lists what it drops
+    derived: str | None = (
+        None  # of a family without a table: what the layout was derived from and proven by
+    )
 
 
 # ------------------------------------------------------------------------------------------------- quantization
@@ -341,10 +360,14 @@ class Format:
     dequantize: Callable[[Mapping[str, Tensor], Scheme], Tensor]
     quantization_config: Callable[[Contents], dict[str, object] | None]
     one_scheme: bool  # the config has room for one bits/group_size only
-    engines: Mapping[str, str]  # engine -> the exact command that serves the artifact, "{path}" for its folder
+    engines: Mapping[
+        str, str
+    ]  # engine -> the exact command that serves the artifact, "{path}" for its folder
     fp8_scale: str | None = None
     accepts_fp8: Callable[[Linear, int], str | None] | None = None
     holds_codes: bool = True
     ordinary: bool = False  # stores plain weights, which engines may merge however they were made
-    limits: Callable[[str, Mapping[Linear, Scheme], Sequence[Linear]], Mapping[str, str]] | None = None
+    limits: Callable[[str, Mapping[Linear, Scheme], Sequence[Linear]], Mapping[str, str]] | None = (
+        None
+    )
     packages: tuple[str, ...] = ()  # what it imports beyond quantkit's own dependencies

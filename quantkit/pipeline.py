@@ -17,42 +17,47 @@ from typing import TypeVar
 import torch
 from pydantic import BaseModel
 
-from quantkit import evidence, manifests, registry, resume
-from quantkit.building import artifact
-from quantkit.building.artifact import Sink, Stored
-from quantkit.building.build import Built, build
-from quantkit.building.build import Texts as StreamTexts
-from quantkit.building.standing import Standing
+from quantkit import registry
+from quantkit.artifact import layout, writer
+from quantkit.artifact import manifest as manifests
+from quantkit.artifact.fidelity_schema import Fidelity, Text
+from quantkit.artifact.front_matter import front_matter
+from quantkit.artifact.read_report import read_report
+from quantkit.artifact.writer import ArtifactWriter, WrittenState
+from quantkit.build import session
+from quantkit.build.loop import BuiltBlocks, build
+from quantkit.build.loop import Texts as StreamTexts
+from quantkit.build.progress_log import BuildProgress
+from quantkit.build.session import BuildSession
+from quantkit.checkpoint import hub
+from quantkit.checkpoint.checkpoint import Checkpoint
+from quantkit.checkpoint.remote_code import may_run
+from quantkit.checkpoint.tensors import Written
 from quantkit.errors import ArtifactError
 from quantkit.evaluate import likelihood
 from quantkit.evaluate.compare import Compared, compare
 from quantkit.evaluate.distribution import Measured, measure, sides, tokens_to_parquet
 from quantkit.evaluate.likelihood import Scored, Solutions
 from quantkit.evaluate.samples import pairs_to_parquet
-from quantkit.evidence import TextName
-from quantkit.models.layers import skeleton
-from quantkit.planning import sources
-from quantkit.planning.plan import Plan
-from quantkit.planning.schema import Recipe
-from quantkit.progress import Progress, Tell
+from quantkit.io import package_data
+from quantkit.io.files import read_json, write_atomic, write_json
+from quantkit.io.host import HEAP_BYTES, keep_freed_memory, peak_resident_bytes, return_freed_memory
+from quantkit.models.layers import meta_model
+from quantkit.plan import sources
+from quantkit.plan.plan import Plan
+from quantkit.progress import Progress, ProgressCallback
+from quantkit.recipe.schema import Recipe
 from quantkit.report import card, gates, html
-from quantkit.report.read import read_report
-from quantkit.report.schema import Fidelity, Text
-from quantkit.resume import Begun
-from quantkit.storage import builtin, corpora, hub
-from quantkit.storage.checkpoint import Checkpoint
-from quantkit.storage.corpora import Tokens
-from quantkit.storage.files import read_json, write_atomic, write_json
-from quantkit.storage.machine import HEAP_BYTES, keep_freed_memory, peak_resident_bytes, return_freed_memory
-from quantkit.storage.model_card import front_matter
-from quantkit.storage.own_code import may_run
-from quantkit.storage.tensors import Written
+from quantkit.report import make as evidence
+from quantkit.report.make import TextName
+from quantkit.texts import corpora
+from quantkit.texts.corpora import Tokens
 
 Returned = TypeVar("Returned")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class BuildResult:
     """A sealed artifact, its report, and how long each step took."""
 
     format_name: str
@@ -84,7 +89,9 @@ class Texts:
 
     def hashes(self) -> dict[str, str]:
         """sha256 of each stream's tokens."""
-        return {name: tokens.hash for name, tokens in self.tokens.items()} | {"solutions": self.solutions.tokens.hash}
+        return {name: tokens.hash for name, tokens in self.tokens.items()} | {
+            "solutions": self.solutions.tokens.hash
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +103,12 @@ class Figures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class ArtifactInProgress:
     """An artifact under way: what it will be, and the folder it is made in."""
 
     plan: Plan
     folder: Path
-    stored: Stored  # by an earlier, interrupted run
+    stored: WrittenState  # by an earlier, interrupted run
 
 
 class Timings(BaseModel):
@@ -135,10 +142,10 @@ def run(
     overwrite: bool,
     evaluate: bool,
     planned: Callable[[Sequence[Plan]], None],
-    tell: Tell,
+    tell: ProgressCallback,
     restart: bool = False,
     say: Callable[[str], None] = lambda _: None,
-) -> tuple[Outcome, ...]:
+) -> tuple[BuildResult, ...]:
     """Build the artifacts of `recipe` (`text` is its file), one per format, and seal them under their names.
 
     `planned` sees the plans first. A failure leaves what was made in `<path>.building`, never under the final name,
@@ -152,24 +159,28 @@ def run(
     located = hub.resolve(recipe.source.model, recipe.source.revision)
     source = Checkpoint.open(located.folder)
     texts = tokenize(recipe, located.folder)
-    plans = sources.plan_recipe(recipe, sources.facts_of(recipe, source, located.revision), texts.counts())
+    plans = sources.plan_recipe(
+        recipe, sources.facts_of(recipe, source, located.revision), texts.counts()
+    )
     if all(plan.memory.budget_bytes - plan.memory.peak_bytes >= HEAP_BYTES for plan in plans):
         keep_freed_memory()
-    with resume.alone(plans):
-        journal = resume.interrupted(plans, overwrite=overwrite, restart=restart)
+    with session.exclusive_lock(plans):
+        journal = session.interrupted(plans, overwrite=overwrite, restart=restart)
         planned(plans)
         clock.lap("plan")
-        begun = resume.begin(plans, journal, source, texts.hashes(), tell)
+        begun = session.begin(plans, journal, source, texts.hashes(), tell)
         clock.lap("source hashes")
         try:
             if begun.resumed:
                 say(f"continuing: {begun.told()}")
-            for loop, together in enumerate(resume.sharing(plans)):
+            for loop, together in enumerate(session.group_by_solve(plans)):
                 if not begun.ready(loop):
                     make(begun, loop, source, texts, text, clock, evaluate=evaluate, tell=tell)
                 for plan in together:
                     path = Path(plan.path)
-                    artifact.give_name(artifact.staging(path), path, begun.ready(loop)[plan.format_name])
+                    writer.rename_into_place(
+                        writer.staging(path), path, begun.ready(loop)[plan.format_name]
+                    )
             if left := begun.finish():
                 say(left)
         except BaseException as error:
@@ -178,11 +189,11 @@ def run(
     return tuple(outcome(plan) for plan in plans)
 
 
-def outcome(plan: Plan) -> Outcome:
+def outcome(plan: Plan) -> BuildResult:
     """What a sealed artifact says of itself."""
     path = Path(plan.path)
-    timings = Timings.model_validate(read_json(path / artifact.TIMINGS, ArtifactError))
-    return Outcome(
+    timings = Timings.model_validate(read_json(path / layout.TIMINGS, ArtifactError))
+    return BuildResult(
         format_name=plan.format_name,
         path=path,
         fidelity=read_report(path),
@@ -192,7 +203,15 @@ def outcome(plan: Plan) -> Outcome:
 
 
 def make(
-    begun: Begun, loop: int, source: Checkpoint, texts: Texts, text: str, clock: Clock, *, evaluate: bool, tell: Tell
+    begun: BuildSession,
+    loop: int,
+    source: Checkpoint,
+    texts: Texts,
+    text: str,
+    clock: Clock,
+    *,
+    evaluate: bool,
+    tell: ProgressCallback,
 ) -> None:
     """One solve and its artifacts, sealed but without their names. Figures and benchmarks are those of the first.
 
@@ -200,36 +219,50 @@ def make(
     """
     standing = begun.standing(loop)
     made = [
-        Made(plan=plan, folder=artifact.prepare(plan, standing.stored(number)), stored=standing.stored(number))
-        for number, plan in enumerate(resume.sharing(begun.plans)[loop])
+        ArtifactInProgress(
+            plan=plan,
+            folder=writer.prepare(plan, standing.stored(number)),
+            stored=standing.stored(number),
+        )
+        for number, plan in enumerate(session.group_by_solve(begun.plans)[loop])
     ]
     plan, folder = made[0].plan, made[0].folder
-    built, written, figures = quantize(made, source, texts, text, tell, clock, begun.states(loop), standing)
+    built, written, figures = quantize(
+        made, source, texts, text, tell, clock, begun.states(loop), standing
+    )
     compute, kept = sources.compute(plan.recipe), begun.answers(loop)
     compared = compare(plan, source, folder, compute, evaluate=evaluate, tell=tell, kept=kept)
     clock.lap("benchmarks")
     licence = evidence.licence(front_matter(source.folder))
     likely = likelihood.rows(plan.recipe.evaluation.tasks, texts.solutions, figures.solutions)
-    resume.check_source(begun.journal, source)
+    session.check_source(begun.journal, source)
     sealed = dict[str, str]()
     for each, files in zip(made, written, strict=True):
-        report = evidence.fidelity(each.plan, built.blocks, figures.tokens, texts.told, likely, compared.rows, licence)
+        report = evidence.fidelity(
+            each.plan, built.blocks, figures.tokens, texts.told, likely, compared.rows, licence
+        )
         report = gates.judged(each.plan.recipe.gates, report)
         write_evidence(each.plan, each.folder, report, figures, compared)
         write_timings(each.folder, built, clock)
         manifest = manifests.manifest(each.plan, source, report, built.blocks)
-        sealed[each.plan.format_name] = artifact.seal(each.folder, manifest, files)
+        sealed[each.plan.format_name] = writer.seal(each.folder, manifest, files)
     begun.seal(loop, sealed)
 
 
 def tokenize(recipe: Recipe, folder: Path) -> Texts:
     """Load the recipe's text sets and cut them into token sequences with the source's tokenizer."""
     own_code = may_run(recipe.source.trust_remote_code, folder)
-    tokenizer, sets = corpora.load_tokenizer(folder, own_code), builtin.folder("calibration")
+    tokenizer, sets = corpora.load_tokenizer(folder, own_code), package_data.folder("calibration")
     wanted: list[tuple[TextName, str, int | None, int, int]] = []
     calibration = recipe.calibration if recipe.learns else None
     if calibration:
-        wanted.append(("calibration", calibration.set, calibration.sequences, calibration.length, calibration.seed))
+        wanted.append((
+            "calibration",
+            calibration.set,
+            calibration.sequences,
+            calibration.length,
+            calibration.seed,
+        ))
     if fidelity := recipe.fidelity:
         wanted.append(("fidelity", fidelity.set, fidelity.windows, fidelity.length, 0))
     tokens, told = dict[TextName, Tokens](), dict[TextName, Text]()
@@ -241,20 +274,26 @@ def tokenize(recipe: Recipe, folder: Path) -> Texts:
     asked, wanted_items = recipe.evaluation.tasks, recipe.evaluation.likelihood
     solutions = likelihood.none()
     if fidelity:
-        solutions = likelihood.tokenize(asked, tokenizer, items=wanted_items, length=fidelity.length)
-    return Texts(tokens={"calibration": nothing, "fidelity": nothing, **tokens}, told=told, solutions=solutions)
+        solutions = likelihood.tokenize(
+            asked, tokenizer, items=wanted_items, length=fidelity.length
+        )
+    return Texts(
+        tokens={"calibration": nothing, "fidelity": nothing, **tokens},
+        told=told,
+        solutions=solutions,
+    )
 
 
 def quantize(
-    made: Sequence[Made],
+    made: Sequence[ArtifactInProgress],
     source: Checkpoint,
     texts: Texts,
     text: str,
-    tell: Tell,
+    tell: ProgressCallback,
     clock: Clock,
     states: Path,
-    standing: Standing,
-) -> tuple[Built, list[dict[str, Written]], Figures]:
+    standing: BuildProgress,
+) -> tuple[BuiltBlocks, list[dict[str, Written]], Figures]:
     """Build into every folder, then compare the streams behind the last block, the head read from the first's files.
 
     Their hidden states lie in `states`. Nothing is compared when the recipe says `fidelity: none`.
@@ -266,29 +305,35 @@ def quantize(
         getattr(torch, compute.dtype),
         getattr(torch, compute.calibration),
     )
-    sinks = [Sink(each.folder, each.plan.shards, each.stored) for each in made]
+    sinks = [ArtifactWriter(each.folder, each.plan.shards, each.stored) for each in made]
     streamed = texts.streamed()
     try:
-        built = finished(build(plans, source, streamed, sinks, states, device, dtype, learning, standing), tell)
+        built = run_to_end(
+            build(plans, source, streamed, sinks, states, device, dtype, learning, standing), tell
+        )
         written = [sink.close() for sink in sinks]
     finally:
         for sink in sinks:
             sink.abandon()
     for each in made:
-        artifact.write_model_files(each.folder, each.plan, source.sidecars, text)
+        writer.write_model_files(each.folder, each.plan, source.sidecars, text)
     clock.lap("quantize")
     figures, streams = Figures(), built.streams
     if "reference" in streams:
-        bones, head = skeleton(plans[0].source.config, device, dtype), Checkpoint.open(folder)
-        both = sides(bones, plans[0].layout, source, head, streams["reference"], streams["quantized"])
-        figures = Figures(tokens=measure(both), solutions=likelihood.score(both, texts.solutions.items))
+        bones, head = meta_model(plans[0].source.config, device, dtype), Checkpoint.open(folder)
+        both = sides(
+            bones, plans[0].layout, source, head, streams["reference"], streams["quantized"]
+        )
+        figures = Figures(
+            tokens=measure(both), solutions=likelihood.score(both, texts.solutions.items)
+        )
     for stream in streams.values():
         stream.close()
     clock.lap("distribution")
     return built, written, figures
 
 
-def finished(steps: Generator[Progress, None, Returned], tell: Tell) -> Returned:
+def run_to_end(steps: Generator[Progress, None, Returned], tell: ProgressCallback) -> Returned:
     """Run a generator to its end, telling each progress; what it returns."""
     while True:
         try:
@@ -298,7 +343,9 @@ def finished(steps: Generator[Progress, None, Returned], tell: Tell) -> Returned
             return result
 
 
-def write_evidence(plan: Plan, folder: Path, report: Fidelity, figures: Figures, compared: Compared) -> None:
+def write_evidence(
+    plan: Plan, folder: Path, report: Fidelity, figures: Figures, compared: Compared
+) -> None:
     """fidelity.json, the model card, plan.json, the samples, and the page made of what was written."""
     if figures.tokens or compared.pairs:
         (folder / "quantkit" / "samples").mkdir(exist_ok=True)
@@ -308,13 +355,15 @@ def write_evidence(plan: Plan, folder: Path, report: Fidelity, figures: Figures,
     if figures.tokens:
         tokens_to_parquet(figures.tokens, folder / "quantkit" / "samples" / "tokens.parquet")
     if figures.solutions:
-        likelihood.to_parquet(figures.solutions, folder / "quantkit" / "samples" / "solutions.parquet")
+        likelihood.to_parquet(
+            figures.solutions, folder / "quantkit" / "samples" / "solutions.parquet"
+        )
     if compared.pairs:
         pairs_to_parquet(compared.pairs, folder / "quantkit" / "samples" / "benchmarks.parquet")
     write_atomic(folder / html.HTML, html.page(folder).encode())
 
 
-def write_timings(folder: Path, built: Built, clock: Clock) -> None:
+def write_timings(folder: Path, built: BuiltBlocks, clock: Clock) -> None:
     """Note what this run took, and what each block took when it was made."""
     timings = Timings(
         seconds=clock.laps,
@@ -323,4 +372,4 @@ def write_timings(folder: Path, built: Built, clock: Clock) -> None:
         cpus=os.cpu_count(),
         peak_rss_bytes=peak_resident_bytes(),
     )
-    write_json(folder / artifact.TIMINGS, timings.model_dump())
+    write_json(folder / layout.TIMINGS, timings.model_dump())

@@ -16,5 +16,5 @@ class Progress:
     note: str = ""
 
 
-Tell = Callable[[Progress], None]
+ProgressCallback = Callable[[Progress], None]
 """Who hears of it."""

@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 from quantkit import architectures, formats, methods
 from quantkit.contracts import Architecture, Format, Method
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.packing.stored import Checks
+from quantkit.formats.common.checks import Checks
 
 Kind = Literal["methods", "formats", "architectures"]
 
@@ -28,8 +28,8 @@ _PACKAGES = {"methods": methods, "formats": formats, "architectures": architectu
 
 def names(kind: Kind) -> tuple[str, ...]:
     """Every name of a kind, sorted; imports none of them."""
-    found = (module.name for module in pkgutil.iter_modules(_PACKAGES[kind].__path__))
-    return tuple(sorted(name for name in found if not name.startswith("_")))
+    modules = pkgutil.iter_modules(_PACKAGES[kind].__path__)
+    return tuple(sorted(module.name for module in modules if not module.ispkg))
 
 
 def method(name: str) -> Method:
@@ -64,7 +64,9 @@ def require(format_name: str) -> None:
 
 def unknown(noun: str, name: str, known: Sequence[str]) -> str:
     """The sentence for a name that is not known: "no method named 'gtpq'. Did you mean 'gptq'? Known: gptq, rtn."."""
-    return f"no {noun} named {name!r}.{did_you_mean(name, known)} Known: {', '.join(known) or 'none'}."
+    return (
+        f"no {noun} named {name!r}.{did_you_mean(name, known)} Known: {', '.join(known) or 'none'}."
+    )
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:

@@ -10,37 +10,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support.constants import CHROMIUM, FAST
 
-from quantkit.evaluate.sandbox import Sandbox, probe
-from quantkit.storage.builtin import folder
+from quantkit.evaluate.sandbox.sandbox import Sandbox, probe
+from quantkit.io.package_data import folder
 
 if TYPE_CHECKING:
-    from places.here import Place
+    from support.places.here import Place
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell ignores it, for children too
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-FAST = {
-    "quantize.method": "rtn",
-    "quantize.rounding": "nearest",
-    "calibration.sequences": "32",
-    "fidelity.windows": "8",
-    "output.shard_bytes": "3MB",
-    "compute.device": "cpu",
-}
-"""Overrides that make tiny-v3-awq4 build in half a second, in three shards."""
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # in the background a shell ignores it, for children too
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sealed artifact of tiny-v3 that nobody may change; `artifact` is a copy for those who do."""
     from quantkit import pipeline
-    from quantkit.planning.recipe import parse
+    from quantkit.recipe.parse import parse
 
     path = tmp_path_factory.mktemp("built") / "tiny"
     text = (folder("recipes") / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
     recipe = parse(text, "tiny-v3-awq4.yaml", {**FAST, "output.path": str(path)})
-    pipeline.run(recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None)
+    pipeline.run(
+        recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None
+    )
     return path
 
 
@@ -73,16 +67,18 @@ def jail(request: pytest.FixtureRequest) -> Sandbox:
 @pytest.fixture(scope="session")
 def s3_port() -> Iterator[int]:
     """An S3 server."""
-    from places.using import moto
+    from support.places.using import moto
 
     with moto() as port:
         yield port
 
 
 @pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_port: int) -> Iterator[Callable[[str], Place]]:
+def make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_port: int
+) -> Iterator[Callable[[str], Place]]:
     """Makes an empty place of a kind to publish to."""
-    from places.here import place
+    from support.places.here import place
 
     with ExitStack() as stack:
         yield lambda kind: stack.enter_context(place(kind, tmp_path, monkeypatch, s3_port))
@@ -92,6 +88,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print at the end why artifacts were not compared with their recorded bytes, so that nobody overlooks it."""
     for report in terminalreporter.getreports("skipped"):
         if "test_golden.py" in report.nodeid:
-            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+            reason = (
+                report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+            )
             terminalreporter.section("artifacts not compared", sep="=", red=True, bold=True)
             terminalreporter.line(reason)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.cli import main
+from quantkit.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TARGETS = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+TARGETS = re.findall(
+    r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE
+)
 
 
 @pytest.mark.parametrize("command", sorted(main.commands))
@@ -24,7 +26,9 @@ def test_every_recipe_is_in_the_readme(recipe: str) -> None:
     assert f"`{recipe}`" in README
 
 
-@pytest.mark.parametrize("target", [target for target in TARGETS if target not in {"help", "clean", "wheel", "bench"}])
+@pytest.mark.parametrize(
+    "target", [target for target in TARGETS if target not in {"help", "clean", "wheel", "bench"}]
+)
 def test_every_target_is_in_the_readme(target: str) -> None:
     assert f"make {target}" in README
 

@@ -7,7 +7,9 @@ import re
 from quantkit import errors
 from quantkit.errors import QuantkitError
 
-LINE = re.compile(r"^(?P<branch>(?:[│ ]   )*)(?:[├└]── )?(?P<name>\w+) +(?P<code>\d)   (?P<meaning>\S.*)$")
+LINE = re.compile(
+    r"^(?P<branch>(?:[│ ]   )*)(?:[├└]── )?(?P<name>\w+) +(?P<code>\d)   (?P<meaning>\S.*)$"
+)
 
 
 def drawn() -> dict[str, tuple[str | None, int]]:
@@ -23,7 +25,9 @@ def drawn() -> dict[str, tuple[str | None, int]]:
     return found
 
 
-def real(root: type[QuantkitError] = QuantkitError, base: str | None = None) -> dict[str, tuple[str | None, int]]:
+def real(
+    root: type[QuantkitError] = QuantkitError, base: str | None = None
+) -> dict[str, tuple[str | None, int]]:
     """Class -> (base, exit code), from the root down."""
     found = {root.__name__: (base, root.exit_code)}
     for child in root.__subclasses__():
@@ -34,7 +38,11 @@ def real(root: type[QuantkitError] = QuantkitError, base: str | None = None) -> 
 def test_the_drawn_tree_is_the_real_one() -> None:
     assert drawn() == real()
     assert list(drawn()) == list(real())
-    defined = {name for name, value in vars(errors).items() if getattr(value, "__module__", "") == errors.__name__}
+    defined = {
+        name
+        for name, value in vars(errors).items()
+        if getattr(value, "__module__", "") == errors.__name__
+    }
     assert set(drawn()) == defined
 
 

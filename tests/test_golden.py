@@ -41,9 +41,16 @@ def test_every_record_holds_every_artifact() -> None:
     assert read_records()
     for record in read_records():
         for name in (*RECIPES, *TINY):
-            held = [files for artifact, files in record["artifacts"].items() if artifact.startswith(name)]
+            held = [
+                files
+                for artifact, files in record["artifacts"].items()
+                if artifact.startswith(name)
+            ]
             assert held, name
-            assert all("config.json" in files and any(f.endswith(".safetensors") for f in files) for files in held)
+            assert all(
+                "config.json" in files and any(f.endswith(".safetensors") for f in files)
+                for files in held
+            )
 
 
 def test_a_changed_byte_is_reported(built: Path, artifact: Path) -> None:

@@ -13,7 +13,9 @@ from quantkit.errors import QuantkitError, UsageError
 KINDS: tuple[registry.Kind, ...] = ("methods", "formats", "architectures")
 
 
-def planted(monkeypatch: pytest.MonkeyPatch, kind: registry.Kind, name: str, attributes: dict[str, object]) -> None:
+def planted(
+    monkeypatch: pytest.MonkeyPatch, kind: registry.Kind, name: str, attributes: dict[str, object]
+) -> None:
     """Pretend that quantkit/<kind>/<name>.py exists."""
     module = ModuleType(f"quantkit.{kind}.{name}")
     for key, value in attributes.items():
@@ -31,8 +33,16 @@ def test_names_are_the_files_of_the_folder(kind: registry.Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_name_loads(kind: registry.Kind) -> None:
-    get = {"methods": registry.method, "formats": registry.format, "architectures": registry.architecture}[kind]
-    expected = {"methods": contracts.Method, "formats": contracts.Format, "architectures": contracts.Architecture}[kind]
+    get = {
+        "methods": registry.method,
+        "formats": registry.format,
+        "architectures": registry.architecture,
+    }[kind]
+    expected = {
+        "methods": contracts.Method,
+        "formats": contracts.Format,
+        "architectures": contracts.Architecture,
+    }[kind]
     for name in registry.names(kind):
         assert isinstance(get(name), expected)
 
@@ -69,7 +79,9 @@ def test_a_missing_optional_package_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(registry, "names", lambda kind: ("nf4",))
     monkeypatch.setattr(registry.importlib, "import_module", absent)
-    with pytest.raises(UsageError, match="method 'nf4' needs the package 'bitsandbytes.functional'"):
+    with pytest.raises(
+        UsageError, match="method 'nf4' needs the package 'bitsandbytes.functional'"
+    ):
         registry.method("nf4")
 
 
@@ -91,5 +103,7 @@ def test_looking_up_names_imports_no_plugin() -> None:
         "import sys; from quantkit import registry; registry.names('methods'); registry.names('formats'); "
         "print([m for m in sys.modules if m.startswith(('torch', 'quantkit.methods.', 'quantkit.formats.'))])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"

@@ -3,27 +3,31 @@ then routed experts picked by softmax, from all groups or from the best ones, an
 
 from __future__ import annotations
 
+from quantkit.architectures.components import decoder, moe
 from quantkit.contracts import Architecture, Block, Config, Layout
-from quantkit.families import anatomy, mixture
 
 
 def block(config: Config, layer: int) -> Block:
     """Decoder block `layer`: dense below `first_k_dense_replace`, experts from there on."""
     name, bias = f"model.layers.{layer}", config.flag("mlp_bias")
     dense = layer < config.integer("first_k_dense_replace", 0)
-    experts = mixture.deepseek_experts
-    mlp = anatomy.dense_mlp(config, name, bias) if dense else experts(config, name, correction=False, bias=bias)
-    return anatomy.decoder(config, name, anatomy.latent_attention(config, name), mlp)
+    experts = moe.deepseek_experts
+    mlp = (
+        decoder.dense_mlp(config, name, bias)
+        if dense
+        else experts(config, name, correction=False, bias=bias)
+    )
+    return decoder.decoder(config, name, decoder.latent_attention(config, name), mlp)
 
 
 def layout(config: Config) -> Layout:
     """Every tensor of a DeepSeek-V2 checkpoint."""
-    return anatomy.model(config, block)
+    return decoder.model(config, block)
 
 
 TINY = {
-    **anatomy.TINY,
-    **mixture.TINY_DEEPSEEK,
+    **decoder.TINY,
+    **moe.TINY_DEEPSEEK,
     "architectures": ["DeepseekV2ForCausalLM"],
     "model_type": "deepseek_v2",
     "n_shared_experts": 2,

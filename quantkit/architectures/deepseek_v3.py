@@ -3,32 +3,32 @@ multi-token-prediction (MTP) blocks behind the last one, which transformers does
 
 from __future__ import annotations
 
+from quantkit.architectures.components import decoder, moe
+from quantkit.architectures.components.decoder import Part
 from quantkit.contracts import Architecture, Block, Config, Layout
-from quantkit.families import anatomy, mixture
-from quantkit.families.anatomy import Part
 
 
 def expert_mlp(config: Config, name: str) -> Part:
     """The MLP from block `first_k_dense_replace` on."""
-    return mixture.deepseek_experts(config, name, correction=True)
+    return moe.deepseek_experts(config, name, correction=True)
 
 
 def block(config: Config, layer: int) -> Block:
     """Block `layer`: dense below `first_k_dense_replace`, experts from there on, in MTP blocks too."""
     name = f"model.layers.{layer}"
     dense = layer < config.integer("first_k_dense_replace")
-    mlp = anatomy.dense_mlp(config, name) if dense else expert_mlp(config, name)
-    return anatomy.decoder(config, name, anatomy.latent_attention(config, name), mlp)
+    mlp = decoder.dense_mlp(config, name) if dense else expert_mlp(config, name)
+    return decoder.decoder(config, name, decoder.latent_attention(config, name), mlp)
 
 
 def layout(config: Config) -> Layout:
     """Every tensor of a DeepSeek-V3 checkpoint, the MTP blocks included."""
-    return anatomy.model(config, block, predictions=config.integer("num_nextn_predict_layers", 0))
+    return decoder.model(config, block, predictions=config.integer("num_nextn_predict_layers", 0))
 
 
 TINY = {
-    **anatomy.TINY,
-    **mixture.TINY_DEEPSEEK,
+    **decoder.TINY,
+    **moe.TINY_DEEPSEEK,
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
     "num_nextn_predict_layers": 1,

@@ -3,26 +3,30 @@ as DeepSeek-V3: dense first blocks, routed and shared experts, a balancing bias 
 
 from __future__ import annotations
 
+from quantkit.architectures.components import decoder, moe
 from quantkit.contracts import Architecture, Block, Config, Layout
-from quantkit.families import anatomy, mixture
 
 
 def block(config: Config, layer: int) -> Block:
     """Block `layer`: dense below `first_k_dense_replace`, experts from there on, in MTP blocks too."""
     name, bias = f"model.layers.{layer}", config.flag("attention_bias")
-    attention = anatomy.grouped_attention(config, name, qkv_bias=bias, qk_norm=config.flag("use_qk_norm"))
+    attention = decoder.grouped_attention(
+        config, name, qkv_bias=bias, qk_norm=config.flag("use_qk_norm")
+    )
     if layer < config.integer("first_k_dense_replace", 1):
-        return anatomy.decoder(config, name, attention, anatomy.dense_mlp(config, name))
-    return anatomy.decoder(config, name, attention, mixture.deepseek_experts(config, name, correction=True))
+        return decoder.decoder(config, name, attention, decoder.dense_mlp(config, name))
+    return decoder.decoder(
+        config, name, attention, moe.deepseek_experts(config, name, correction=True)
+    )
 
 
 def layout(config: Config) -> Layout:
     """Every tensor of a GLM-4 MoE checkpoint, the MTP block included."""
-    return anatomy.model(config, block, predictions=config.integer("num_nextn_predict_layers", 0))
+    return decoder.model(config, block, predictions=config.integer("num_nextn_predict_layers", 0))
 
 
 TINY = {
-    **anatomy.TINY,
+    **decoder.TINY,
     "architectures": ["Glm4MoeForCausalLM"],
     "model_type": "glm4_moe",
     "head_dim": 64,

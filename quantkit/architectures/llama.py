@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from quantkit.architectures.components import decoder
 from quantkit.contracts import Architecture, Block, Config, Layout
-from quantkit.families import anatomy
 
 
 def block(config: Config, layer: int) -> Block:
     """Decoder block `layer`."""
     name, bias = f"model.layers.{layer}", config.flag("attention_bias")
-    attention = anatomy.grouped_attention(config, name, qkv_bias=bias, o_bias=bias)
-    return anatomy.decoder(config, name, attention, anatomy.dense_mlp(config, name, config.flag("mlp_bias")))
+    attention = decoder.grouped_attention(config, name, qkv_bias=bias, o_bias=bias)
+    return decoder.decoder(
+        config, name, attention, decoder.dense_mlp(config, name, config.flag("mlp_bias"))
+    )
 
 
 def layout(config: Config) -> Layout:
     """Every tensor of a Llama checkpoint."""
-    return anatomy.model(config, block)
+    return decoder.model(config, block)
 
 
 ARCHITECTURE = Architecture(
     layout=layout,
-    tiny={**anatomy.TINY, "architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+    tiny={**decoder.TINY, "architectures": ["LlamaForCausalLM"], "model_type": "llama"},
     published={"HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m.json"},
-    dropped=("*.self_attn.rotary_emb.inv_freq",),  # a buffer that old Llama 1/2 uploads carry; engines recompute it
+    dropped=(
+        "*.self_attn.rotary_emb.inv_freq",
+    ),  # a buffer that old Llama 1/2 uploads carry; engines recompute it
 )

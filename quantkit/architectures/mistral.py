@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from quantkit.architectures.components import decoder
 from quantkit.contracts import Architecture, Block, Config, Layout
-from quantkit.families import anatomy
 
 
 def block(config: Config, layer: int) -> Block:
     """Decoder block `layer`."""
     name = f"model.layers.{layer}"
-    attention = anatomy.grouped_attention(config, name)
-    return anatomy.decoder(config, name, attention, anatomy.dense_mlp(config, name))
+    attention = decoder.grouped_attention(config, name)
+    return decoder.decoder(config, name, attention, decoder.dense_mlp(config, name))
 
 
 def layout(config: Config) -> Layout:
     """Every tensor of a Mistral checkpoint."""
-    return anatomy.model(config, block)
+    return decoder.model(config, block)
 
 
 TINY = {
-    **anatomy.TINY,
+    **decoder.TINY,
     "architectures": ["MistralForCausalLM"],
     "model_type": "mistral",
     "head_dim": 32,

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from quantkit.architectures.components import decoder, moe
 from quantkit.contracts import Architecture, Block, Config, Layout
-from quantkit.families import anatomy, mixture
 
 MODULE = "block_sparse_moe"
 
@@ -14,19 +14,19 @@ MODULE = "block_sparse_moe"
 def block(config: Config, layer: int) -> Block:
     """Decoder block `layer`."""
     name = f"model.layers.{layer}"
-    found = mixture.experts_of(config, f"{name}.{MODULE}", "num_local_experts", "intermediate_size")
-    mlp = mixture.routed_mlp(name, replace(found, gate="w1", up="w3", down="w2"))
-    made = anatomy.decoder(config, name, anatomy.grouped_attention(config, name), mlp)
+    found = moe.experts_of(config, f"{name}.{MODULE}", "num_local_experts", "intermediate_size")
+    mlp = moe.routed_mlp(name, replace(found, gate="w1", up="w3", down="w2"))
+    made = decoder.decoder(config, name, decoder.grouped_attention(config, name), mlp)
     return replace(made, renames=((MODULE, "mlp"),))
 
 
 def layout(config: Config) -> Layout:
     """Every tensor of a Mixtral checkpoint."""
-    return anatomy.model(config, block)
+    return decoder.model(config, block)
 
 
 TINY = {
-    **anatomy.TINY,
+    **decoder.TINY,
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",
     "intermediate_size": 128,

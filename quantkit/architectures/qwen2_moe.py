@@ -3,25 +3,27 @@ output a gate of one row weighs. That gate reads what the experts read, so it fo
 
 from __future__ import annotations
 
+from quantkit.architectures.components import decoder, moe
 from quantkit.contracts import Architecture, Block, Config, Layout
-from quantkit.families import anatomy, mixture
 
 
 def block(config: Config, layer: int) -> Block:
     """Decoder block `layer`."""
     name = f"model.layers.{layer}"
-    attention = anatomy.grouped_attention(config, name, qkv_bias=config.flag("qkv_bias", default=True))
-    return anatomy.decoder(config, name, attention, mixture.qwen_mlp(config, layer, shared=True))
+    attention = decoder.grouped_attention(
+        config, name, qkv_bias=config.flag("qkv_bias", default=True)
+    )
+    return decoder.decoder(config, name, attention, moe.qwen_mlp(config, layer, shared=True))
 
 
 def layout(config: Config) -> Layout:
     """Every tensor of a Qwen2-MoE checkpoint."""
-    return anatomy.model(config, block)
+    return decoder.model(config, block)
 
 
 TINY = {
-    **anatomy.TINY,
-    **mixture.TINY_QWEN,
+    **decoder.TINY,
+    **moe.TINY_QWEN,
     "architectures": ["Qwen2MoeForCausalLM"],
     "model_type": "qwen2_moe",
     "shared_expert_intermediate_size": 256,

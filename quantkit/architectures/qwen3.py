@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from quantkit.architectures.components import decoder
 from quantkit.contracts import Architecture, Block, Config, Layout
-from quantkit.families import anatomy
 
 
 def block(config: Config, layer: int) -> Block:
     """Decoder block `layer`."""
     name = f"model.layers.{layer}"
     bias = config.flag("attention_bias")
-    attention = anatomy.grouped_attention(config, name, qkv_bias=bias, o_bias=bias, qk_norm=True)
-    return anatomy.decoder(config, name, attention, anatomy.dense_mlp(config, name))
+    attention = decoder.grouped_attention(config, name, qkv_bias=bias, o_bias=bias, qk_norm=True)
+    return decoder.decoder(config, name, attention, decoder.dense_mlp(config, name))
 
 
 def layout(config: Config) -> Layout:
     """Every tensor of a Qwen3 checkpoint."""
-    return anatomy.model(config, block)
+    return decoder.model(config, block)
 
 
 TINY = {
-    **anatomy.TINY,
+    **decoder.TINY,
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "head_dim": 64,

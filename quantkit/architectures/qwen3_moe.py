@@ -3,25 +3,25 @@ without a shared one, dense MLPs where `mlp_only_layers` and `decoder_sparse_ste
 
 from __future__ import annotations
 
+from quantkit.architectures.components import decoder, moe
 from quantkit.contracts import Architecture, Block, Config, Layout
-from quantkit.families import anatomy, mixture
 
 
 def block(config: Config, layer: int) -> Block:
     """Decoder block `layer`."""
     name, bias = f"model.layers.{layer}", config.flag("attention_bias")
-    attention = anatomy.grouped_attention(config, name, qkv_bias=bias, o_bias=bias, qk_norm=True)
-    return anatomy.decoder(config, name, attention, mixture.qwen_mlp(config, layer, shared=False))
+    attention = decoder.grouped_attention(config, name, qkv_bias=bias, o_bias=bias, qk_norm=True)
+    return decoder.decoder(config, name, attention, moe.qwen_mlp(config, layer, shared=False))
 
 
 def layout(config: Config) -> Layout:
     """Every tensor of a Qwen3-MoE checkpoint."""
-    return anatomy.model(config, block)
+    return decoder.model(config, block)
 
 
 TINY = {
-    **anatomy.TINY,
-    **mixture.TINY_QWEN,
+    **decoder.TINY,
+    **moe.TINY_QWEN,
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
     "head_dim": 64,

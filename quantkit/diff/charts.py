@@ -9,8 +9,17 @@ from statistics import median
 
 from quantkit.diff.sides import Tokens
 from quantkit.diff.values import Diff, Shift
-from quantkit.report.charts import SUPERSCRIPT, TIGHT, Plot, Spec, chart, colour_by, layer_axis, percent_axis
-from quantkit.report.names import block_of
+from quantkit.report.charts import (
+    SUPERSCRIPT,
+    TIGHT,
+    Plot,
+    Spec,
+    chart,
+    colour_by,
+    layer_axis,
+    percent_axis,
+)
+from quantkit.report.module_ranges import block_of
 
 FLOOR = -9  # log10 of a KL that float32 logits cannot tell from 0
 STEPS_PER_DECADE = 4
@@ -26,10 +35,16 @@ def charts(diff: Diff, a: Tokens | None, b: Tokens | None) -> dict[str, Plot]:
         made["layers"] = ("Relative error of modules, by layer", told, _lines(rows, "layer"))
     if rows := _by_block(diff.blocks):
         told = "How far the hidden states are from those of the source after each block; errors add up."
-        made["blocks"] = ("Relative error of the hidden states, by block", told, _lines(rows, "layer"))
+        made["blocks"] = (
+            "Relative error of the hidden states, by block",
+            told,
+            _lines(rows, "layer"),
+        )
     if diff.distribution and a and b:
         tails = tail(a.kl, "A") + tail(b.kl, "B")
-        told = "Share of the tokens whose KL is at least this large; a curve further down loses less."
+        told = (
+            "Share of the tokens whose KL is at least this large; a curve further down loses less."
+        )
         made["kl"] = ("KL divergence per token, from the tail", told, _tails(tails))
     return made
 
@@ -50,7 +65,12 @@ def layer_medians(modules: Sequence[Shift]) -> list[Spec]:
 
 def _by_block(blocks: Sequence[Shift]) -> list[Spec]:
     return [
-        {"layer": place if (n := block_of(row.name)) is None else n, "side": side, "error": error, "block": row.name}
+        {
+            "layer": place if (n := block_of(row.name)) is None else n,
+            "side": side,
+            "error": error,
+            "block": row.name,
+        }
         for place, row in enumerate(blocks)
         for side, error in zip(SIDES, (row.a, row.b), strict=True)
         if error is not None
@@ -74,21 +94,50 @@ def tail(kl: Sequence[float], side: str) -> list[Spec]:
 
 def _lines(rows: Sequence[Mapping[str, object]], along: str) -> Spec:
     tooltip = [{"field": along}, {"field": "side"}, {"field": "error", "format": ".4%"}]
-    x = {"field": along, "type": "quantitative", "axis": layer_axis(row[along] for row in rows), "scale": TIGHT}
+    x = {
+        "field": along,
+        "type": "quantitative",
+        "axis": layer_axis(row[along] for row in rows),
+        "scale": TIGHT,
+    }
     mark = {"type": "line", "strokeWidth": 1.8, "point": {"size": 26, "filled": True}}
-    encoding = {"x": x, "y": percent_axis("error"), "color": colour_by("side", SIDES), "tooltip": tooltip}
+    encoding = {
+        "x": x,
+        "y": percent_axis("error"),
+        "color": colour_by("side", SIDES),
+        "tooltip": tooltip,
+    }
     return chart(rows, {"mark": mark, "encoding": encoding})
 
 
 def _tails(rows: Sequence[Mapping[str, object]]) -> Spec:
     powers = {n: f"10{n}".translate(SUPERSCRIPT).replace("¹⁰", "10", 1) for n in range(FLOOR, 4)}
     labels = ", ".join(f"'{n}': '{text}'" for n, text in powers.items())
-    axis = {"title": "KL [nats]", "values": list(powers), "labelExpr": f"{{{labels}}}[datum.value]", "grid": False}
+    axis = {
+        "title": "KL [nats]",
+        "values": list(powers),
+        "labelExpr": f"{{{labels}}}[datum.value]",
+        "grid": False,
+    }
     shares = {"format": "~%", "values": [10.0**-n for n in range(8)]}
-    y = {"field": "share", "type": "quantitative", "title": "share of tokens", "scale": {"type": "log"}, "axis": shares}
-    tooltip = [{"field": "side"}, {"field": "tokens", "format": ","}, {"field": "share", "format": ".3%"}]
+    y = {
+        "field": "share",
+        "type": "quantitative",
+        "title": "share of tokens",
+        "scale": {"type": "log"},
+        "axis": shares,
+    }
+    tooltip = [
+        {"field": "side"},
+        {"field": "tokens", "format": ","},
+        {"field": "share", "format": ".3%"},
+    ]
     mark = {"type": "line", "strokeWidth": 1.8, "point": {"size": 18, "filled": True}}
     x = {"field": "at", "type": "quantitative", "axis": axis, "scale": {"nice": False}}
     return chart(
-        rows, {"mark": mark, "encoding": {"x": x, "y": y, "color": colour_by("side", SIDES), "tooltip": tooltip}}
+        rows,
+        {
+            "mark": mark,
+            "encoding": {"x": x, "y": y, "color": colour_by("side", SIDES), "tooltip": tooltip},
+        },
     )

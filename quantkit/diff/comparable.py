@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from quantkit.artifact.fidelity_schema import Benchmark, Likelihood, Text
 from quantkit.diff.sides import HASHES, Key, Side
-from quantkit.report.schema import Benchmark, Likelihood, Text
 
 Asked = Benchmark | Likelihood
 """What a task gave: generated answers, or the likelihood of its gold solutions."""
@@ -29,7 +29,11 @@ class Comparable:
     @property
     def reasons(self) -> tuple[str, ...]:
         """What keeps the two from being compared in full."""
-        return (self.source,) if self.source else (*((self.text,) if self.text else ()), *self.tasks.values())
+        return (
+            (self.source,)
+            if self.source
+            else (*((self.text,) if self.text else ()), *self.tasks.values())
+        )
 
 
 def comparable(a: Side, b: Side) -> Comparable:
@@ -40,7 +44,11 @@ def comparable(a: Side, b: Side) -> Comparable:
 def same_text(first: Text | None, second: Text | None) -> bool:
     """Whether the same tokens were cut from the same file."""
     parts = ("sha256", "sequences", "length", "tokens", "seed")
-    return first is not None and second is not None and all(getattr(first, p) == getattr(second, p) for p in parts)
+    return (
+        first is not None
+        and second is not None
+        and all(getattr(first, p) == getattr(second, p) for p in parts)
+    )
 
 
 def baseline_gap(a: Side, b: Side) -> float:
@@ -53,7 +61,9 @@ def baseline_gap(a: Side, b: Side) -> float:
 
 def _source(a: Side, b: Side) -> str | None:
     first, second = a.fidelity.source, b.fidelity.source
-    if first.hash == second.hash and (a.source_files or b.source_files) == (b.source_files or a.source_files):
+    if first.hash == second.hash and (a.source_files or b.source_files) == (
+        b.source_files or a.source_files
+    ):
         return None
     told = [
         f"{side.name} was made from {side.fidelity.source.model}"
@@ -67,7 +77,9 @@ def _source(a: Side, b: Side) -> str | None:
 def _brief(side: Side) -> str:
     """Something of the source's hashes that tells it apart."""
     files = side.source_files or {}
-    return ", ".join(digest[:12] for digest in (side.fidelity.source.hash, *list(files.values())[:1]) if digest)
+    return ", ".join(
+        digest[:12] for digest in (side.fidelity.source.hash, *list(files.values())[:1]) if digest
+    )
 
 
 def _text(a: Side, b: Side) -> str | None:
@@ -92,7 +104,11 @@ def _tasks(a: Side, b: Side) -> dict[str, str]:
         other_rows: dict[str, Asked] = {row.task: row for row in second}
         rows += [(row, other_rows[row.task]) for row in first if row.task in other_rows]
     for row, other in rows:
-        if row.task not in found and row.status == other.status == "ok" and row.data_sha256 != other.data_sha256:
+        if (
+            row.task not in found
+            and row.status == other.status == "ok"
+            and row.data_sha256 != other.data_sha256
+        ):
             found[row.task] = (
                 f"{row.task}: {a.name} was asked other data ({row.data_sha256[:12]}) than {b.name} "
                 f"({other.data_sha256[:12]}): the scores do not compare"
@@ -115,7 +131,14 @@ def _changed_items(a: Side, b: Side) -> list[tuple[Key, str]]:
     first, second = a.items or {}, b.items or {}
     order = ("prompt_hash", "doc_hash", "target_hash")
     return [
-        (key, next(name for name in order if item.hashes[HASHES.index(name)] != other.hashes[HASHES.index(name)]))
+        (
+            key,
+            next(
+                name
+                for name in order
+                if item.hashes[HASHES.index(name)] != other.hashes[HASHES.index(name)]
+            ),
+        )
         for key, item in first.items()
         if (other := second.get(key)) is not None and other.hashes != item.hashes
     ]

@@ -16,7 +16,9 @@ def compare(a: Side, b: Side, *, partial: bool = False) -> Diff:
     """
     allowed = comparable(a, b)
     if allowed.reasons and not partial:
-        raise NotComparable("\n".join(f"{reason}; --partial compares the rest" for reason in allowed.reasons))
+        raise NotComparable(
+            "\n".join(f"{reason}; --partial compares the rest" for reason in allowed.reasons)
+        )
     items, reworded = evidence.counts(a, b, allowed)
     return Diff(
         a=_party(a),
@@ -73,7 +75,11 @@ def _notes(a: Side, b: Side, allowed: Comparable) -> tuple[str, ...]:
     texts = a.fidelity.calibration, b.fidelity.calibration
     if "source" not in (a.kind, b.kind) and any(texts) and not same_text(*texts):
         alone = [side.name for side in (a, b) if side.fidelity.calibration is None]
-        told = f"{alone[0]} learned from no text" if alone else "They did not learn from the same calibration text"
+        told = (
+            f"{alone[0]} learned from no text"
+            if alone
+            else "They did not learn from the same calibration text"
+        )
         found.append(
             f"{told}, so modules are compared by the error of their weights; "
             "a method that learns lets that grow to make the error of the outputs smaller."
@@ -96,12 +102,21 @@ def _asked(a: Side, b: Side, allowed: Comparable) -> list[str]:
     for task in dict.fromkeys(task for task, _, _ in (*first, *second)):
         ours, theirs = ({key for key in items if key[0] == task} for items in (first, second))
         if ours and theirs and ours != theirs and task not in allowed.tasks:
-            found.append(f"{task}: {len(ours & theirs):,} items are in both, {len(ours ^ theirs):,} in one only.")
+            found.append(
+                f"{task}: {len(ours & theirs):,} items are in both, {len(ours ^ theirs):,} in one only."
+            )
     moved = 0
     for key, item in first.items():
         other = second[key].source if key in second else None
-        if key[0] not in allowed.tasks and item.source and other and item.source.score != other.score:
+        if (
+            key[0] not in allowed.tasks
+            and item.source
+            and other
+            and item.source.score != other.score
+        ):
             moved += 1
     if moved:
-        found.append(f"The source itself was scored otherwise on {moved:,} items: another device or version answered.")
+        found.append(
+            f"The source itself was scored otherwise on {moved:,} items: another device or version answered."
+        )
     return found

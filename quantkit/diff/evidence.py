@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import exp, isfinite
 from typing import Literal
 
+from quantkit.artifact import fidelity_schema
+from quantkit.artifact.fidelity_schema import Figure
 from quantkit.diff.comparable import Comparable, same_text
 from quantkit.diff.sides import Key, Side, Tokens
 from quantkit.diff.values import Benchmark, Distribution, Flip, Likelihood, Shift
 from quantkit.evaluate import statistics
-from quantkit.report import schema
-from quantkit.report.schema import Figure
 
 RECOVERY = 0.98
 """Of A's score B must keep for "as good", as benchmarks of an artifact against its source."""
@@ -35,7 +35,11 @@ def distribution(a: Side, b: Side, allowed: Comparable) -> tuple[Distribution, .
     rows: list[Distribution] = []
     for first in a.fidelity.distribution:
         other = second.get(first.domain)
-        pairs = _paired_tokens(a.tokens, b.tokens, first) if other and other.tokens == first.tokens else {}
+        pairs = (
+            _paired_tokens(a.tokens, b.tokens, first)
+            if other and other.tokens == first.tokens
+            else {}
+        )
         for name in FIGURES:
             values = [_value(row, name) for row in (first, other)]
             if None in values and not any(value is not None for value in values):
@@ -60,12 +64,14 @@ def paired_tokens(a: Tokens, b: Tokens) -> bool:
     return list(a.domains) == list(b.domains)
 
 
-def _value(row: schema.Distribution | None, name: str) -> float | None:
+def _value(row: fidelity_schema.Distribution | None, name: str) -> float | None:
     figure: Figure | None = getattr(row, name, None)
     return figure.value if figure else None
 
 
-def _paired_tokens(a: Tokens | None, b: Tokens | None, row: schema.Distribution) -> dict[str, Figure]:
+def _paired_tokens(
+    a: Tokens | None, b: Tokens | None, row: fidelity_schema.Distribution
+) -> dict[str, Figure]:
     """Mean differences over the tokens of a domain, if the row counts as many; of the perplexity the ratio."""
     if a is None or b is None or not paired_tokens(a, b):
         return {}
@@ -79,17 +85,26 @@ def _paired_tokens(a: Tokens | None, b: Tokens | None, row: schema.Distribution)
     first_p, second_p = ([exp(-nll) for nll in picked(side.nll)] for side in (a, b))
     log_ratio = _mean(picked(a.nll), picked(b.nll))
     hits = [(bool(a.same_top[n]), bool(b.same_top[n])) for n in places]
-    lost, gained = sum(one and not two for one, two in hits), sum(two and not one for one, two in hits)
+    lost, gained = (
+        sum(one and not two for one, two in hits),
+        sum(two and not one for one, two in hits),
+    )
     shares = statistics.paired_shares(lost, gained, len(places))
     found = {
         "kl_mean": _mean(picked(a.kl), picked(b.kl)),
-        "ppl_artifact": Figure(value=exp(log_ratio.value), ci=(_exp(log_ratio, 0), _exp(log_ratio, 1)))
+        "ppl_artifact": Figure(
+            value=exp(log_ratio.value), ci=(_exp(log_ratio, 0), _exp(log_ratio, 1))
+        )
         if log_ratio.value is not None
         else None,
         "top1": Figure(value=(gained - lost) / len(places), ci=(shares.low, shares.high)),
         "mean_delta_p": _mean(first_p, second_p),
     }
-    return {name: figure for name, figure in found.items() if figure is not None and figure.value is not None}
+    return {
+        name: figure
+        for name, figure in found.items()
+        if figure is not None and figure.value is not None
+    }
 
 
 def _mean(first: Sequence[float], second: Sequence[float]) -> Figure:
@@ -97,7 +112,9 @@ def _mean(first: Sequence[float], second: Sequence[float]) -> Figure:
     if not all(map(isfinite, (*first, *second))):
         return Figure(value=None)
     found = statistics.paired(first, second)
-    return Figure(value=found.mean, se=found.standard_error, ci=(found.interval.low, found.interval.high))
+    return Figure(
+        value=found.mean, se=found.standard_error, ci=(found.interval.low, found.interval.high)
+    )
 
 
 def _exp(figure: Figure, end: int) -> float | None:
@@ -110,7 +127,10 @@ def _resolved(name: str, difference: Figure | None) -> Resolved:
     low, high = (difference.ci if difference else None) or (None, None)
     if low is None or high is None:
         return ""
-    middle, sign = (1.0 if name == "ppl_artifact" else 0.0), (-1 if name in ("kl_mean", "ppl_artifact") else 1)
+    middle, sign = (
+        (1.0 if name == "ppl_artifact" else 0.0),
+        (-1 if name in ("kl_mean", "ppl_artifact") else 1),
+    )
     if low <= middle <= high:
         return "not resolved"
     return "better" if (low > middle) == (sign > 0) else "worse"
@@ -130,7 +150,9 @@ def likelihood(a: Side, b: Side, allowed: Comparable) -> tuple[Likelihood, ...]:
         if other is None or row.task in allowed.tasks or "not run" in (row.status, other.status):
             continue
         pairs = _paired_solutions(a, b, row.task)
-        found = _mean([one for one, _ in pairs], [two for _, two in pairs]) if len(pairs) > 1 else None
+        found = (
+            _mean([one for one, _ in pairs], [two for _, two in pairs]) if len(pairs) > 1 else None
+        )
         rows.append(
             Likelihood(
                 task=row.task, n=len(pairs) or row.n, source=row.source, a=row.artifact, b=other.artifact,
@@ -176,13 +198,18 @@ def scoring(a: Side, b: Side) -> dict[str, str]:
         found.setdefault(task, name)
     known = {(task, name) for task, name, _ in a.items or {}}
     told = {row.task: row.metric for row in a.fidelity.benchmarks}
-    return {task: told[task] if (task, told.get(task)) in known else name for task, name in found.items()}
+    return {
+        task: told[task] if (task, told.get(task)) in known else name
+        for task, name in found.items()
+    }
 
 
 def common_items(a: Side, b: Side) -> list[Key]:
     """Items that both were asked and that both could be scored on, in A's order."""
     first, second = a.items or {}, b.items or {}
-    return [key for key, item in first.items() if item.answer and key in second and second[key].answer]
+    return [
+        key for key, item in first.items() if item.answer and key in second and second[key].answer
+    ]
 
 
 def _scores(side: Side, keys: Iterable[Key]) -> list[float]:
@@ -193,7 +220,9 @@ def _scores(side: Side, keys: Iterable[Key]) -> list[float]:
 def _paired_row(task: str, name: str, a: Side, b: Side, keys: Sequence[Key]) -> Benchmark:
     """One line of the table."""
     if len(keys) < 2:
-        return Benchmark(task=task, filter=name, n=len(keys), verdict=f"{len(keys)} items are too few to compare")
+        return Benchmark(
+            task=task, filter=name, n=len(keys), verdict=f"{len(keys)} items are too few to compare"
+        )
     found = statistics.compare(_scores(a, keys), _scores(b, keys), RECOVERY)
     source = [answer.score for key in keys if (answer := (a.items or {})[key].source)]
     interval = found.difference.interval
@@ -223,7 +252,11 @@ def _verdict(found: statistics.Comparison) -> str:
         return "better"
     if interval.high < 0:
         return "worse"
-    return f"as good: a loss of {100 * (1 - RECOVERY):.0f} % is excluded" if found.verdict == "pass" else found.text
+    return (
+        f"as good: a loss of {100 * (1 - RECOVERY):.0f} % is excluded"
+        if found.verdict == "pass"
+        else found.text
+    )
 
 
 def _unpaired(a: Side, b: Side, told: set[str]) -> list[Benchmark]:
@@ -233,12 +266,22 @@ def _unpaired(a: Side, b: Side, told: set[str]) -> list[Benchmark]:
     for task in dict.fromkeys((*first, *second)):
         if task in told:
             continue
-        scores = [rows_of[task].artifact if task in rows_of else None for rows_of in (first, second)]
+        scores = [
+            rows_of[task].artifact if task in rows_of else None for rows_of in (first, second)
+        ]
         ran = [side.name for side, score in zip((a, b), scores, strict=True) if score is not None]
         if not ran:
             continue
-        why = "not paired: no samples beside fidelity.json" if len(ran) == 2 else f"only {ran[0]} was asked"
-        known = [rows_of[task] for rows_of in (first, second) if task in rows_of and rows_of[task].artifact is not None]
+        why = (
+            "not paired: no samples beside fidelity.json"
+            if len(ran) == 2
+            else f"only {ran[0]} was asked"
+        )
+        known = [
+            rows_of[task]
+            for rows_of in (first, second)
+            if task in rows_of and rows_of[task].artifact is not None
+        ]
         n, source = {row.n for row in known}, {row.source for row in known}
         rows.append(
             Benchmark(
@@ -258,7 +301,13 @@ def flips(a: Side, b: Side, allowed: Comparable) -> tuple[Flip, ...]:
     for key in common_items(a, b):
         task, name, item = key
         one, two = first[key].answer, second[key].answer
-        if task in allowed.tasks or scored[task] != name or one is None or two is None or one.score == two.score:
+        if (
+            task in allowed.tasks
+            or scored[task] != name
+            or one is None
+            or two is None
+            or one.score == two.score
+        ):
             continue
         source = first[key].source
         found.append(
@@ -280,8 +329,14 @@ def counts(a: Side, b: Side, allowed: Comparable) -> tuple[int, int]:
     if allowed.source:
         return 0, 0
     scored, first, second = scoring(a, b), a.items or {}, b.items or {}
-    keys = [key for key in common_items(a, b) if key[0] not in allowed.tasks and scored[key[0]] == key[1]]
-    pairs = [(one, two) for key in keys if (one := first[key].answer) and (two := second[key].answer)]
+    keys = [
+        key
+        for key in common_items(a, b)
+        if key[0] not in allowed.tasks and scored[key[0]] == key[1]
+    ]
+    pairs = [
+        (one, two) for key in keys if (one := first[key].answer) and (two := second[key].answer)
+    ]
     return len(pairs), sum(one.score == two.score and one.text != two.text for one, two in pairs)
 
 
@@ -310,7 +365,9 @@ def modules(a: Side, b: Side, allowed: Comparable) -> tuple[Shift, ...]:
 
 def blocks(a: Side, b: Side, allowed: Comparable) -> tuple[Shift, ...]:
     """Error of the hidden states after each block, in the order of the model."""
-    first, second = ({row.block: row.relative_error for row in side.fidelity.blocks} for side in (a, b))
+    first, second = (
+        {row.block: row.relative_error for row in side.fidelity.blocks} for side in (a, b)
+    )
     return _by_block("hidden states", first, second, allowed)
 
 
@@ -333,10 +390,15 @@ def _by_block(
 
 
 def _shift(
-    name: str, by: Literal["outputs", "weights", "hidden states", "same experts"], a: float | None, b: float | None
+    name: str,
+    by: Literal["outputs", "weights", "hidden states", "same experts"],
+    a: float | None,
+    b: float | None,
 ) -> Shift:
     return Shift(name=name, by=by, a=a, b=b, shift=None if a is None or b is None else b - a)
 
 
 def _largest_first(found: Iterable[Shift]) -> tuple[Shift, ...]:
-    return tuple(sorted(found, key=lambda row: -abs(row.shift) if row.shift is not None else float("inf")))
+    return tuple(
+        sorted(found, key=lambda row: -abs(row.shift) if row.shift is not None else float("inf"))
+    )

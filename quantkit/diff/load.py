@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.checks.loadtest import Level
+from quantkit.artifact.loadtest_schema import Level
 from quantkit.diff.sides import Side
 from quantkit.diff.values import Load
 
@@ -35,12 +35,20 @@ def compared(a: Level, b: Level) -> list[Load]:
 
 def notes(a: Side, b: Side) -> list[str]:
     """What a reader must know of the two runs."""
-    if faults := [f"The load test is left out: {side.load_fault}." for side in (a, b) if side.load_fault]:
+    if faults := [
+        f"The load test is left out: {side.load_fault}." for side in (a, b) if side.load_fault
+    ]:
         return faults
     if a.load is None or b.load is None:
         return []
     why = a.load.comparable(b.load)
     if why:
         return [f"Their load tests asked otherwise ({why}) and are not compared."]
-    told = [f"{name}: {side.load.note or 'nobody noted'}" for name, side in (("A", a), ("B", b)) if side.load]
-    return [f"Load: one run each, {a.load.started} and {b.load.started}. What served {', '.join(told)}."]
+    told = [
+        f"{name}: {side.load.note or 'nobody noted'}"
+        for name, side in (("A", a), ("B", b))
+        if side.load
+    ]
+    return [
+        f"Load: one run each, {a.load.started} and {b.load.started}. What served {', '.join(told)}."
+    ]

@@ -8,7 +8,7 @@ from quantkit.diff import tables, views
 from quantkit.diff.charts import charts
 from quantkit.diff.sides import Tokens
 from quantkit.diff.values import Diff, Distribution, Flip
-from quantkit.report import html, numbers
+from quantkit.report import format_numbers, html
 from quantkit.report.html import Tile
 from quantkit.report.samples import Changed
 
@@ -39,38 +39,57 @@ def render(diff: Diff, a: Tokens | None = None, b: Tokens | None = None) -> str:
 def changed(flip: Flip) -> Changed:
     """A flipped item as the report's page shows changed ones: A in the place of the source."""
     return Changed(
-        task=flip.task, item=flip.item, prompt=flip.prompt, target=flip.target, source=flip.a, artifact=flip.b
+        task=flip.task,
+        item=flip.item,
+        prompt=flip.prompt,
+        target=flip.target,
+        source=flip.a,
+        artifact=flip.b,
     )
 
 
 def tone(text: str) -> str:
     """The class of a cell that says which way something went."""
     word = text.split(":")[0].split("(")[0].strip().lower()
-    return {"better": "good", "as good": "good", "worse": "bad", "gained": "good", "lost": "bad"}.get(word, "open")
+    return {
+        "better": "good",
+        "as good": "good",
+        "worse": "bad",
+        "gained": "good",
+        "lost": "bad",
+    }.get(word, "open")
 
 
 def tiles(diff: Diff) -> list[Tile]:
     """The figures that a reader wants first: B's, with A's below."""
     found = []
     for row in diff.sizes:
-        if row.a is None or row.b is None or row.name not in ("weights", "bits per quantized weight"):
+        if (
+            row.a is None
+            or row.b is None
+            or row.name not in ("weights", "bits per quantized weight")
+        ):
             continue
-        a, b = (numbers.size(round(v)) if row.unit == "B" else f"{v:.2f}" for v in (row.a, row.b))
+        a, b = (
+            format_numbers.size(round(v)) if row.unit == "B" else f"{v:.2f}" for v in (row.a, row.b)
+        )
         label = "Size" if row.unit == "B" else "Bits per weight"
         found.append(Tile(label=label, value=b, note="as A" if a == b else f"from {a}"))
     found += _distribution_tiles(diff.distribution)
     if diff.compared_items:
         lost = sum(flip.lost for flip in diff.flips)
         value = f"{lost} / {len(diff.flips) - lost}"
-        found.append(Tile(label="Items lost / gained", value=value, note=f"of {diff.compared_items:,}"))
+        found.append(
+            Tile(label="Items lost / gained", value=value, note=f"of {diff.compared_items:,}")
+        )
     return found
 
 
 def _distribution_tiles(rows: Sequence[Distribution]) -> list[Tile]:
     shown: dict[str, tuple[str, Callable[[float], str]]] = {
-        "kl_mean": ("Mean KL", numbers.digits),
+        "kl_mean": ("Mean KL", format_numbers.digits),
         "ppl_artifact": ("Perplexity", "{:.4f}".format),
-        "top1": ("Same top token", numbers.percent),
+        "top1": ("Same top token", format_numbers.percent),
     }
     found = []
     for row in rows:

@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checks.loadtest import LoadTest, read
+from quantkit.artifact.fidelity_schema import Benchmark, Distribution, Fidelity, Figure
+from quantkit.artifact.layout import LOADTEST, MANIFEST, mapping
+from quantkit.artifact.loadtest_schema import LoadTest, read
+from quantkit.artifact.read_report import read_file, read_sealed
 from quantkit.diff.values import Kind
 from quantkit.errors import ArtifactError, CheckpointError, HubUnreachable, UsageError
-from quantkit.handover.verify import LOADTEST, MANIFEST, mapping
-from quantkit.report.read import read_file, read_sealed
+from quantkit.io.files import read_json
+from quantkit.io.package_data import PREFIX
 from quantkit.report.samples import BENCHMARKS, TOKENS, Answer, answer, read_columns
-from quantkit.report.schema import Benchmark, Distribution, Fidelity, Figure
-from quantkit.storage.builtin import PREFIX
-from quantkit.storage.files import read_json
 
 if TYPE_CHECKING:
     from quantkit.contracts import TensorSpec
@@ -27,12 +27,26 @@ if TYPE_CHECKING:
 PLAN = "quantkit/plan.json"
 SOLUTIONS = "quantkit/samples/solutions.parquet"
 HASHES = ("doc_hash", "prompt_hash", "target_hash")
-_ITEM = {"doc_id": "int64"} | dict.fromkeys(("task", "filter", *HASHES, "prompt", "target"), "string")
+_ITEM = {"doc_id": "int64"} | dict.fromkeys(
+    ("task", "filter", *HASHES, "prompt", "target"), "string"
+)
 _ANSWER = {
     "response": "string", "score": "double", "outcome": "string", "n_tokens": "int64", "truncated": "bool",
 }  # fmt: skip
-_TOKEN = {"domain": "string", "kl": "double", "nll_source": "double", "nll_artifact": "double", "same_top": "bool"}
-_SOLUTION = {"task": "string", "doc_id": "int64", "n_tokens": "int64", "source": "double", "artifact": "double"}
+_TOKEN = {
+    "domain": "string",
+    "kl": "double",
+    "nll_source": "double",
+    "nll_artifact": "double",
+    "same_top": "bool",
+}
+_SOLUTION = {
+    "task": "string",
+    "doc_id": "int64",
+    "n_tokens": "int64",
+    "source": "double",
+    "artifact": "double",
+}
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
 Key = tuple[str, str, int]  # task, filter, item
@@ -108,11 +122,17 @@ def _read(text: str) -> Side | None:
     path = Path(text)
     if (path / MANIFEST).is_file() or (path / "quantkit").is_dir():
         return _artifact(path)
-    if path.name == "fidelity.json" and (path.parent.parent / MANIFEST).is_file() and path.parent.name == "quantkit":
+    if (
+        path.name == "fidelity.json"
+        and (path.parent.parent / MANIFEST).is_file()
+        and path.parent.name == "quantkit"
+    ):
         return _artifact(path.parent.parent)  # all its evidence lies there
     if path.is_file():
         found = read_file(path)
-        return Side(name=found.artifact.name, kind="report", fidelity=found, versions=found.versions)
+        return Side(
+            name=found.artifact.name, kind="report", fidelity=found, versions=found.versions
+        )
     if (path / "config.json").is_file() or not path.exists():
         return None
     raise ArtifactError(
@@ -125,19 +145,30 @@ def _artifact(path: Path) -> Side:
     plan = read_json(path / PLAN, ArtifactError)
     decisions = mapping(plan, "decisions", path)
     load, fault = _load(path / LOADTEST)
-    files = {name: entry for name, entry in mapping(manifest, "files", path).items() if isinstance(entry, Mapping)}
+    files = {
+        name: entry
+        for name, entry in mapping(manifest, "files", path).items()
+        if isinstance(entry, Mapping)
+    }
     return Side(
         name=path.absolute().name,
         kind="artifact",
         fidelity=fidelity,
         recipe=mapping(plan, "recipe", path),
         plan=_totals(mapping(plan, "summary", path), plan.get("dropped")),
-        decisions={name: str(row[0]) for name, row in decisions.items() if isinstance(row, list) and row},
-        tensors={name: _spec(row, path) for name, row in mapping(manifest, "tensors", path).items()},
-        files={
-            name: (str(entry.get("sha256")), _whole(entry.get("bytes"), name, path)) for name, entry in files.items()
+        decisions={
+            name: str(row[0]) for name, row in decisions.items() if isinstance(row, list) and row
         },
-        source_files={k: str(v) for k, v in mapping(mapping(manifest, "source", path), "files", path).items()},
+        tensors={
+            name: _spec(row, path) for name, row in mapping(manifest, "tensors", path).items()
+        },
+        files={
+            name: (str(entry.get("sha256")), _whole(entry.get("bytes"), name, path))
+            for name, entry in files.items()
+        },
+        source_files={
+            k: str(v) for k, v in mapping(mapping(manifest, "source", path), "files", path).items()
+        },
         versions={
             key: str(value)
             for part in ("versions", "environment")
@@ -169,13 +200,17 @@ def _totals(summary: Mapping[str, object], dropped: object) -> dict[str, object]
 def _spec(row: object, path: Path) -> tuple[str, tuple[int, ...]]:
     if isinstance(row, list) and len(row) == 2 and isinstance(row[1], list):
         return str(row[0]), tuple(_whole(n, "tensors", path) for n in row[1])
-    raise ArtifactError(f"{path / MANIFEST}: tensors: expected [dtype, shape], found {row!r:.60}; pull it again")
+    raise ArtifactError(
+        f"{path / MANIFEST}: tensors: expected [dtype, shape], found {row!r:.60}; pull it again"
+    )
 
 
 def _whole(value: object, what: str, path: Path) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
-    raise ArtifactError(f"{path / MANIFEST}: {what}: expected whole numbers, found {value!r:.60}; pull it again")
+    raise ArtifactError(
+        f"{path / MANIFEST}: {what}: expected whole numbers, found {value!r:.60}; pull it again"
+    )
 
 
 def _typed(path: Path, types: Mapping[str, str]) -> Any:
@@ -184,14 +219,22 @@ def _typed(path: Path, types: Mapping[str, str]) -> Any:
     for name, expected in types.items():
         found = str(table.schema.field(name).type)
         if found != expected:
-            raise ArtifactError(f"{path}: {name}: expected {expected}, found {found}; pull or build the artifact again")
+            raise ArtifactError(
+                f"{path}: {name}: expected {expected}, found {found}; pull or build the artifact again"
+            )
         if table[name].null_count and not name.endswith("_score"):
-            raise ArtifactError(f"{path}: {name}: expected no empty cell, found some; pull or build the artifact again")
+            raise ArtifactError(
+                f"{path}: {name}: expected no empty cell, found some; pull or build the artifact again"
+            )
     return table
 
 
 def _items(path: Path) -> dict[Key, Item]:
-    rows = _typed(path, _ITEM | {f"{who}_{name}": kind for who in ("base", "quant") for name, kind in _ANSWER.items()})
+    rows = _typed(
+        path,
+        _ITEM
+        | {f"{who}_{name}": kind for who in ("base", "quant") for name, kind in _ANSWER.items()},
+    )
     rows = rows.to_pylist()
     return {
         (row["task"], row["filter"], row["doc_id"]): Item(
@@ -222,7 +265,9 @@ def _tokens(path: Path) -> Tokens:
 
 def _solutions(path: Path) -> dict[tuple[str, int], Solution]:
     return {
-        (row["task"], row["doc_id"]): Solution(n_tokens=row["n_tokens"], source=row["source"], value=row["artifact"])
+        (row["task"], row["doc_id"]): Solution(
+            n_tokens=row["n_tokens"], source=row["source"], value=row["artifact"]
+        )
         for row in _typed(path, _SOLUTION).to_pylist()
     }
 
@@ -242,7 +287,7 @@ def _source(text: str, artifact: Side) -> Side:
             "check the path"
         )
     else:
-        from quantkit.storage import hub
+        from quantkit.checkpoint import hub
 
         try:
             tensors = _specs(hub.resolve_headers(told.model, told.revision).stored_specs)
@@ -258,17 +303,24 @@ def _source(text: str, artifact: Side) -> Side:
         items={key: replace(item, answer=item.source) for key, item in artifact.items.items()}
         if artifact.items
         else None,
-        tokens=replace(tokens, kl=[0.0] * len(tokens.kl), nll=tokens.nll_source, same_top=[True] * len(tokens.kl))
+        tokens=replace(
+            tokens,
+            kl=[0.0] * len(tokens.kl),
+            nll=tokens.nll_source,
+            same_top=[True] * len(tokens.kl),
+        )
         if tokens
         else None,
-        solutions={key: replace(row, value=row.source) for key, row in solutions.items()} if solutions else None,
+        solutions={key: replace(row, value=row.source) for key, row in solutions.items()}
+        if solutions
+        else None,
     )
 
 
 def _local_source(text: str, artifact: Side) -> Tensors:
     """Tensors of a source whose files are here, if they are those that the artifact was made from."""
-    from quantkit.storage.builtin import resolve_model
-    from quantkit.storage.checkpoint import Checkpoint  # torch
+    from quantkit.checkpoint.checkpoint import Checkpoint  # torch
+    from quantkit.io.package_data import resolve_model
 
     told = artifact.fidelity.source
     try:
@@ -299,12 +351,18 @@ def _unquantized(fidelity: Fidelity) -> Fidelity:
             "bytes_artifact": fidelity.artifact.bytes_source,
         }
     )
-    none = dict.fromkeys(("kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "mean_delta_p", "rms_delta_p"), zero)
+    none = dict.fromkeys(
+        ("kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "mean_delta_p", "rms_delta_p"), zero
+    )
     one = dict.fromkeys(("ppl_ratio", "top1"), Figure(value=1.0))
     distribution = [
         Distribution.model_validate({
             **row.model_dump(exclude_none=True),
-            **{name: figure for name, figure in (none | one).items() if getattr(row, name) is not None},
+            **{
+                name: figure
+                for name, figure in (none | one).items()
+                if getattr(row, name) is not None
+            },
             "ppl_artifact": row.ppl_source,
         })
         for row in fidelity.distribution
@@ -313,19 +371,27 @@ def _unquantized(fidelity: Fidelity) -> Fidelity:
         update={
             "artifact": artifact,
             "distribution": tuple(distribution),
-            "blocks": tuple(row.model_copy(update={"relative_error": 0.0}) for row in fidelity.blocks),
+            "blocks": tuple(
+                row.model_copy(update={"relative_error": 0.0}) for row in fidelity.blocks
+            ),
             "modules": (),
             "routers": tuple(row.model_copy(update={"agreement": 1.0}) for row in fidelity.routers),
             "fallbacks": (),
             "gates": (),
             "benchmarks": tuple(_own(row) for row in fidelity.benchmarks),
-            "likelihood": tuple(row.model_copy(update={"artifact": row.source}) for row in fidelity.likelihood),
+            "likelihood": tuple(
+                row.model_copy(update={"artifact": row.source}) for row in fidelity.likelihood
+            ),
             "status": "not judged",
         }
     )
 
 
 def _own(row: Benchmark) -> Benchmark:
-    rates = {name: rate and (rate[0], rate[0]) for name in ("truncated", "unparsed") for rate in [getattr(row, name)]}
+    rates = {
+        name: rate and (rate[0], rate[0])
+        for name in ("truncated", "unparsed")
+        for rate in [getattr(row, name)]
+    }
     nothing = {"delta_pp": None, "recovery": None, "lost": 0, "gained": 0}
     return row.model_copy(update={"artifact": row.source, **nothing, **rates})

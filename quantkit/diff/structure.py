@@ -8,8 +8,8 @@ from typing import Literal
 
 from quantkit.diff.sides import Side, Tensors
 from quantkit.diff.values import Change, Group, Quantity
-from quantkit.report import numbers
-from quantkit.report.names import folded
+from quantkit.report import format_numbers
+from quantkit.report.module_ranges import folded
 
 ABSENT = "none"
 UNQUANTIZED = "not quantized"
@@ -23,7 +23,11 @@ def recipe(a: Side, b: Side) -> tuple[Change, ...]:
     if a.recipe is None or b.recipe is None:
         return ()
     found = changes(_flat(a.recipe), _flat(b.recipe))
-    default = {change.key.rpartition(".")[2]: change for change in found if change.key.startswith("quantize.")}
+    default = {
+        change.key.rpartition(".")[2]: change
+        for change in found
+        if change.key.startswith("quantize.")
+    }
 
     def inherited(change: Change) -> bool:
         head, _, key = change.key.rpartition(".")
@@ -43,7 +47,11 @@ def plan(a: Side, b: Side) -> tuple[Change, ...]:
 def changes(first: Mapping[str, str], second: Mapping[str, str]) -> tuple[Change, ...]:
     """Keys whose text differs, in the order of the first, then of the second."""
     keys = dict.fromkeys((*first, *second))
-    return tuple(Change(key=k, a=first.get(k), b=second.get(k)) for k in keys if first.get(k) != second.get(k))
+    return tuple(
+        Change(key=k, a=first.get(k), b=second.get(k))
+        for k in keys
+        if first.get(k) != second.get(k)
+    )
 
 
 def gates(a: Side, b: Side) -> tuple[Change, ...]:
@@ -51,19 +59,24 @@ def gates(a: Side, b: Side) -> tuple[Change, ...]:
     words = {True: "kept", False: "missed", None: "not judged"}
     told = [
         {
-            f"{row.figure} {row.bound}": f"{words[row.ok]} ({numbers.digits(row.value)})"
+            f"{row.figure} {row.bound}": f"{words[row.ok]} ({format_numbers.digits(row.value)})"
             if row.value is not None
             else words[row.ok]
             for row in side.fidelity.gates
         }
         for side in (a, b)
     ]
-    return tuple(Change(key=k, a=told[0].get(k), b=told[1].get(k)) for k in dict.fromkeys((*told[0], *told[1])))
+    return tuple(
+        Change(key=k, a=told[0].get(k), b=told[1].get(k))
+        for k in dict.fromkeys((*told[0], *told[1]))
+    )
 
 
 def fallbacks(a: Side, b: Side) -> tuple[Change, ...]:
     """How many modules took each fallback, where that differs."""
-    first, second = ({row.kind: f"{len(row.modules):,}" for row in s.fidelity.fallbacks} for s in (a, b))
+    first, second = (
+        {row.kind: f"{len(row.modules):,}" for row in s.fidelity.fallbacks} for s in (a, b)
+    )
     keys = dict.fromkeys((*first, *second))
     found = (Change(key=k, a=first.get(k, "0"), b=second.get(k, "0")) for k in keys)
     return tuple(change for change in found if change.a != change.b)
@@ -74,15 +87,21 @@ def decisions(a: Side, b: Side) -> tuple[Group, ...]:
     if a.decisions is None or b.decisions is None:
         return ()
     pairs = {
-        name: (a.decisions.get(name, ABSENT), b.decisions.get(name, ABSENT)) for name in {**a.decisions, **b.decisions}
+        name: (a.decisions.get(name, ABSENT), b.decisions.get(name, ABSENT))
+        for name in {**a.decisions, **b.decisions}
     }
     return _grouped("decision", pairs)
 
 
 def schemes(a: Side, b: Side) -> tuple[Group, ...]:
     """Matrices that are stored in another scheme; where the plans are known, their decisions tell it too."""
-    first, second = ({m.name: m.scheme for m in side.fidelity.modules if m.method} for side in (a, b))
-    pairs = {name: (first.get(name, UNQUANTIZED), second.get(name, UNQUANTIZED)) for name in {**first, **second}}
+    first, second = (
+        {m.name: m.scheme for m in side.fidelity.modules if m.method} for side in (a, b)
+    )
+    pairs = {
+        name: (first.get(name, UNQUANTIZED), second.get(name, UNQUANTIZED))
+        for name in {**first, **second}
+    }
     return _grouped("scheme", pairs)
 
 
@@ -95,8 +114,12 @@ def tensors(a: Side, b: Side) -> tuple[Group, ...]:
     dtypes = {name: (first[name][0], second[name][0]) for name in common}
     shapes = {name: (_shape(first[name][1]), _shape(second[name][1])) for name in common}
     return (
-        *_grouped("removed", {name: (first[name][0], ABSENT) for name in first if name not in second}),
-        *_grouped("added", {name: (ABSENT, second[name][0]) for name in second if name not in first}),
+        *_grouped(
+            "removed", {name: (first[name][0], ABSENT) for name in first if name not in second}
+        ),
+        *_grouped(
+            "added", {name: (ABSENT, second[name][0]) for name in second if name not in first}
+        ),
         *_grouped("dtype", dtypes),
         *_grouped("shape", shapes),
     )
@@ -131,7 +154,9 @@ def sizes(a: Side, b: Side) -> tuple[Quantity, ...]:
 
 def same_weights(a: Side, b: Side) -> bool:
     """Whether the weight files of both are the same bytes."""
-    first, second = ({n: f for n, f in (s.files or {}).items() if n.endswith(".safetensors")} for s in (a, b))
+    first, second = (
+        {n: f for n, f in (s.files or {}).items() if n.endswith(".safetensors")} for s in (a, b)
+    )
     return bool(first) and first == second
 
 
@@ -157,7 +182,8 @@ def _flat(values: object, path: str = "") -> dict[str, str]:
 
 
 def _grouped(
-    change: Literal["added", "removed", "dtype", "shape", "decision", "scheme"], pairs: Mapping[str, tuple[str, str]]
+    change: Literal["added", "removed", "dtype", "shape", "decision", "scheme"],
+    pairs: Mapping[str, tuple[str, str]],
 ) -> tuple[Group, ...]:
     """Names whose two texts differ, by those texts; the largest group first."""
     groups: dict[tuple[str, str], list[str]] = {}
@@ -165,7 +191,10 @@ def _grouped(
         if a != b:
             groups.setdefault((a, b), []).append(name)
     ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
-    return tuple(Group(change=change, a=a, b=b, count=len(n), names=tuple(folded(n))) for (a, b), n in ordered)
+    return tuple(
+        Group(change=change, a=a, b=b, count=len(n), names=tuple(folded(n)))
+        for (a, b), n in ordered
+    )
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from quantkit.artifact.fidelity_schema import Figure
 from quantkit.diff.evidence import ALL_TASKS
 from quantkit.diff.values import Change, Diff, Distribution, Group, Quantity, Shift
-from quantkit.report import numbers
-from quantkit.report.schema import Figure
+from quantkit.report import format_numbers
 from quantkit.report.tables import Table
 
 MORE = "--json has all"
-PAIRED = ("kl_mean", "ppl_artifact", "top1", "mean_delta_p")  # shown of every domain; the others of all text
+PAIRED = (
+    "kl_mean",
+    "ppl_artifact",
+    "top1",
+    "mean_delta_p",
+)  # shown of every domain; the others of all text
 NAMES = {
     "kl_mean": "KL mean [nats/token]", "kl_median": "KL median", "kl_p99": "KL 99 %", "kl_p999": "KL 99.9 %",
     "kl_max": "KL max", "ppl_artifact": "perplexity", "top1": "same top token", "mean_delta_p": "mean Δp",
@@ -22,14 +27,25 @@ NAMES = {
 def headline(diff: Diff) -> str:
     """What a reviewer wants to know first, in one or two sentences."""
     told = [_size_told(diff.sizes)]
-    kl = next((row for row in diff.distribution if row.domain == "all" and row.figure == "kl_mean"), None)
+    kl = next(
+        (row for row in diff.distribution if row.domain == "all" and row.figure == "kl_mean"), None
+    )
     if kl and kl.a is not None and kl.b is not None:
         change = f" ({100 * (kl.b / kl.a - 1):+.0f} %)" if kl.a else ""
-        sure = {"better": ", lower beyond doubt", "worse": ", higher beyond doubt", "not resolved": ", not resolved"}
-        told.append(f"mean KL {numbers.digits(kl.a)} -> {numbers.digits(kl.b)}{change}{sure.get(kl.resolved, '')}")
+        sure = {
+            "better": ", lower beyond doubt",
+            "worse": ", higher beyond doubt",
+            "not resolved": ", not resolved",
+        }
+        told.append(
+            f"mean KL {format_numbers.digits(kl.a)} -> {format_numbers.digits(kl.b)}{change}{sure.get(kl.resolved, '')}"
+        )
     paired = [row for row in diff.benchmarks if row.delta_pp and row.task != ALL_TASKS]
     if paired:
-        words = {word: [row.task for row in paired if row.verdict == word] for word in ("worse", "better")}
+        words = {
+            word: [row.task for row in paired if row.verdict == word]
+            for word in ("worse", "better")
+        }
         sides = [f"{word} on {', '.join(tasks)}" for word, tasks in words.items() if tasks]
         told.append(
             "B is " + " and ".join(sides)
@@ -50,8 +66,8 @@ def _size_told(rows: Sequence[Quantity]) -> str:
     if row is None or row.a is None or row.b is None:
         return ""
     if row.a == row.b:
-        return f"Both have {numbers.size(round(row.a))} of weights"
-    return f"Weights {numbers.size(round(row.a))} -> {numbers.size(round(row.b))} ({_relative(row.a, row.b)})"
+        return f"Both have {format_numbers.size(round(row.a))} of weights"
+    return f"Weights {format_numbers.size(round(row.a))} -> {format_numbers.size(round(row.b))} ({_relative(row.a, row.b)})"
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -60,16 +76,16 @@ def _size_told(rows: Sequence[Quantity]) -> str:
 def sizes(diff: Diff) -> Table:
     """Bytes, bits and counts."""
     show: dict[str, Callable[[float], str]] = {
-        "B": lambda value: numbers.size(round(value)),
+        "B": lambda value: format_numbers.size(round(value)),
         "bits": "{:.2f}".format,
-        "": lambda value: numbers.count(round(value)),
+        "": lambda value: format_numbers.count(round(value)),
     }
     rows = tuple(
         (
             row.name,
-            numbers.MISSING if row.a is None else show[row.unit](row.a),
-            numbers.MISSING if row.b is None else show[row.unit](row.b),
-            numbers.MISSING if row.a is None or row.b is None else _relative(row.a, row.b),
+            format_numbers.MISSING if row.a is None else show[row.unit](row.a),
+            format_numbers.MISSING if row.b is None else show[row.unit](row.b),
+            format_numbers.MISSING if row.a is None or row.b is None else _relative(row.a, row.b),
         )
         for row in diff.sizes
     )
@@ -82,19 +98,33 @@ def benchmarks(diff: Diff) -> Table:
     rows = tuple(
         (
             f"{row.task} ({row.filter})" if row.task in several else row.task,
-            numbers.count(row.n or None),
-            numbers.percent(row.source, 1),
-            numbers.percent(row.a, 1),
-            numbers.percent(row.b, 1),
-            numbers.points(row.delta_pp),
-            numbers.MISSING if row.lost is None else f"{row.lost}/{row.gained}",
-            numbers.probability(row.mcnemar_p),
+            format_numbers.count(row.n or None),
+            format_numbers.percent(row.source, 1),
+            format_numbers.percent(row.a, 1),
+            format_numbers.percent(row.b, 1),
+            format_numbers.points(row.delta_pp),
+            format_numbers.MISSING if row.lost is None else f"{row.lost}/{row.gained}",
+            format_numbers.probability(row.mcnemar_p),
             row.verdict,
         )
         for row in diff.benchmarks
     )
-    columns = ("task", ">n", ">source", ">A", ">B", ">Δ pp [95 % CI]", ">lost/gained", ">p", "verdict")
-    note = "B against A on the same items; p is McNemar's exact test on the items that flipped." if rows else ""
+    columns = (
+        "task",
+        ">n",
+        ">source",
+        ">A",
+        ">B",
+        ">Δ pp [95 % CI]",
+        ">lost/gained",
+        ">p",
+        "verdict",
+    )
+    note = (
+        "B against A on the same items; p is McNemar's exact test on the items that flipped."
+        if rows
+        else ""
+    )
     return Table(title="Benchmarks", columns=columns, rows=rows, note=note)
 
 
@@ -122,10 +152,10 @@ def distribution(diff: Diff, domain: str | None = None) -> Table:
     if any(row.difference for row in shown):
         n = max(row.tokens for row in shown)
         sure = sum(row.resolved != "" for row in shown)
-        note = (
-            f"Differences are means over the same {n:,} tokens, each taken as independent; of the perplexity, B / A. "
+        note = f"Differences are means over the same {n:,} tokens, each taken as independent; of the perplexity, B / A. "
+        note += (
+            f"Of {sure} intervals at 95 % about one in twenty misses by chance." if sure > 1 else ""
         )
-        note += f"Of {sure} intervals at 95 % about one in twenty misses by chance." if sure > 1 else ""
     elif rows:
         note = "The tokens of both are not at hand, so the differences have no interval."
     columns = ("figure", "text", ">A", ">B", ">B - A [95 % CI]", "B is")
@@ -136,13 +166,17 @@ def likelihood(diff: Diff) -> Table:
     """Right answers behind their prompts, task by task."""
     rows = tuple(
         (
-            row.task, numbers.count(row.n), numbers.digits(row.source, 4), numbers.digits(row.a, 4),
-            numbers.digits(row.b, 4), numbers.nats(row.difference), row.resolved,
+            row.task, format_numbers.count(row.n), format_numbers.digits(row.source, 4), format_numbers.digits(row.a, 4),
+            format_numbers.digits(row.b, 4), format_numbers.nats(row.difference), row.resolved,
         )
         for row in diff.likelihood
     )  # fmt: skip
     columns = ("task", ">n", ">source", ">A", ">B", ">B - A [95 % CI]", "B is")
-    note = "Log-likelihood of a right answer behind its prompt, nats per token; nothing is generated." if rows else ""
+    note = (
+        "Log-likelihood of a right answer behind its prompt, nats per token; nothing is generated."
+        if rows
+        else ""
+    )
     return Table(title="Gold solutions (teacher-forced)", columns=columns, rows=rows, note=note)
 
 
@@ -212,7 +246,11 @@ def flips(diff: Diff, limit: int) -> Table:
         for flip in diff.flips[:limit]
     )
     note = f"{len(diff.flips):,} of {diff.compared_items:,} items flipped; {diff.reworded:,} more differ in words only."
-    note += f" The first {limit} are shown; {MORE}, with both answers." if len(diff.flips) > limit else ""
+    note += (
+        f" The first {limit} are shown; {MORE}, with both answers."
+        if len(diff.flips) > limit
+        else ""
+    )
     columns = ("B", "task", ">item", "A's result", "B's result", "expected")
     return Table(title="Items that flipped", columns=columns, rows=rows, note=note if rows else "")
 
@@ -220,24 +258,45 @@ def flips(diff: Diff, limit: int) -> Table:
 def load(diff: Diff) -> Table:
     """Load tests that both sides have, level by level."""
     rows = tuple(
-        (f"{row.at_once:,}", row.figure, f"{row.a:,.4g}", f"{row.b:,.4g}", f"{row.b / row.a - 1:+.1%}" if row.a else "")
+        (
+            f"{row.at_once:,}",
+            row.figure,
+            f"{row.a:,.4g}",
+            f"{row.b:,.4g}",
+            f"{row.b / row.a - 1:+.1%}" if row.a else "",
+        )
         for row in diff.load
     )
     columns = (">requests at once", "figure", ">A", ">B", ">B - A")
-    return Table(title="Under load", columns=columns, rows=rows, note="One run each: no interval." if rows else "")
+    return Table(
+        title="Under load",
+        columns=columns,
+        rows=rows,
+        note="One run each: no interval." if rows else "",
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- pieces
 
 
 def _changes(title: str, what: str, found: Sequence[Change]) -> Table:
-    rows = tuple((row.key, row.a or numbers.MISSING, row.b or numbers.MISSING) for row in found)
+    rows = tuple(
+        (row.key, row.a or format_numbers.MISSING, row.b or format_numbers.MISSING) for row in found
+    )
     return Table(title=title, columns=(what, "A", "B"), rows=rows)
 
 
-def _groups(title: str, counted: str, found: Iterable[Group], names: int, *, with_change: bool) -> Table:
+def _groups(
+    title: str, counted: str, found: Iterable[Group], names: int, *, with_change: bool
+) -> Table:
     rows = tuple(
-        (*((row.change,) if with_change else ()), row.a, row.b, numbers.count(row.count), _listed(row.names, names))
+        (
+            *((row.change,) if with_change else ()),
+            row.a,
+            row.b,
+            format_numbers.count(row.count),
+            _listed(row.names, names),
+        )
         for row in found
     )
     columns = (*(("change",) if with_change else ()), "A", "B", counted, "which")
@@ -246,7 +305,13 @@ def _groups(title: str, counted: str, found: Iterable[Group], names: int, *, wit
 
 def _shifts(title: str, what: str, found: Sequence[Shift], limit: int, rising: str) -> Table:
     rows = tuple(
-        (row.name, row.by, numbers.percent(row.a, 3), numbers.percent(row.b, 3), _points(row.shift))
+        (
+            row.name,
+            row.by,
+            format_numbers.percent(row.a, 3),
+            format_numbers.percent(row.b, 3),
+            _points(row.shift),
+        )
         for row in found[:limit]
     )
     up = sum(row.shift is not None and row.shift > 0 for row in found)
@@ -262,7 +327,7 @@ def _listed(names: Sequence[str], limit: int) -> str:
 
 
 def _points(shift: float | None) -> str:
-    return numbers.NOT_FINITE if shift is None else f"{100 * shift:+.3f}"
+    return format_numbers.NOT_FINITE if shift is None else f"{100 * shift:+.3f}"
 
 
 def _relative(a: float, b: float) -> str:
@@ -272,11 +337,14 @@ def _relative(a: float, b: float) -> str:
 
 
 _SHOWN: dict[str, tuple[Callable[[float], str], Callable[[float], str]]] = {
-    "kl": (numbers.digits, lambda value: f"{'+' if value > 0 else ''}{numbers.digits(value)}"),
+    "kl": (
+        format_numbers.digits,
+        lambda value: f"{'+' if value > 0 else ''}{format_numbers.digits(value)}",
+    ),
     "ppl": ("{:.4f}".format, "x{:.4f}".format),
-    "top": (numbers.percent, lambda value: f"{100 * value:+.2f}"),
+    "top": (format_numbers.percent, lambda value: f"{100 * value:+.2f}"),
     "mean": (lambda value: f"{100 * value:+.3f} %", lambda value: f"{100 * value:+.3f}"),
-    "rms": (numbers.percent, lambda value: f"{100 * value:+.2f}"),
+    "rms": (format_numbers.percent, lambda value: f"{100 * value:+.2f}"),
 }  # a figure's kind -> how itself and its difference are written
 
 
@@ -285,7 +353,7 @@ def _kind(figure: str) -> str:
 
 
 def _value(row: Distribution, value: float | None) -> str:
-    return numbers.MISSING if value is None else _SHOWN[_kind(row.figure)][0](value)
+    return format_numbers.MISSING if value is None else _SHOWN[_kind(row.figure)][0](value)
 
 
 def _difference(row: Distribution) -> str:
@@ -294,7 +362,9 @@ def _difference(row: Distribution) -> str:
     found: Figure | None = row.difference
     if found is None or found.value is None:
         return (
-            numbers.MISSING if row.a is None or row.b is None or row.figure == "ppl_artifact" else show(row.b - row.a)
+            format_numbers.MISSING
+            if row.a is None or row.b is None or row.figure == "ppl_artifact"
+            else show(row.b - row.a)
         )
     low, high = found.ci or (None, None)
     return (

@@ -10,8 +10,9 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from quantkit.artifact.fidelity_schema import Figure, Number, Status
+from quantkit.plan.plan_schema import FROZEN
 from quantkit.report.samples import Answer
-from quantkit.report.schema import FROZEN, Figure, Number, Status
 
 Kind = Literal["artifact", "report", "source"]
 

@@ -16,7 +16,13 @@ MAX_CHARACTERS = 60_000
 """GitHub takes 65,536 in a comment."""
 
 TERMINAL_ROWS = 10
-_LIMITS = ((60, 240, 40, 1_200), (40, 160, 20, 700), (20, 120, 10, 400), (8, 60, 3, 200), (3, 30, 0, 0))
+_LIMITS = (
+    (60, 240, 40, 1_200),
+    (40, 160, 20, 700),
+    (20, 120, 10, 400),
+    (8, 60, 3, 200),
+    (3, 30, 0, 0),
+)
 """Rows of a table, characters of a cell, flipped items, characters of an answer: the first that fits."""
 
 
@@ -28,11 +34,23 @@ def party_text(party: Party) -> str:
 
 def terminal_view(diff: Diff) -> Group:
     """Who is compared, what matters, then the tables."""
-    head = Text(f"A  {terminal.plain(party_text(diff.a))}\nB  {terminal.plain(party_text(diff.b))}", style="bold")
-    lines = [Text(terminal.plain(f"left out: {reason}"), style="yellow") for reason in diff.left_out]
+    head = Text(
+        f"A  {terminal.plain(party_text(diff.a))}\nB  {terminal.plain(party_text(diff.b))}",
+        style="bold",
+    )
+    lines = [
+        Text(terminal.plain(f"left out: {reason}"), style="yellow") for reason in diff.left_out
+    ]
     lines += [Text(terminal.plain(note), style="dim") for note in diff.notes]
     made = [terminal.table(table) for table in tables.tables(diff, TERMINAL_ROWS)]
-    return Group(head, Text(), *lines, *([Text()] if lines else []), *made, Text(terminal.plain(tables.headline(diff))))
+    return Group(
+        head,
+        Text(),
+        *lines,
+        *([Text()] if lines else []),
+        *made,
+        Text(terminal.plain(tables.headline(diff))),
+    )
 
 
 def markdown_view(diff: Diff) -> str:
@@ -46,8 +64,12 @@ def markdown_view(diff: Diff) -> str:
 
 
 def _markdown(diff: Diff, rows: int, cell: int, items: int, answer: int) -> str:
-    environment = html.environment(autoescape=False)  # Markdown: the filters take care of text from elsewhere
-    environment.filters["table"] = lambda made: unlinked(markdown.table(made, rows, cell, "quantkit diff --json"))
+    environment = html.environment(
+        autoescape=False
+    )  # Markdown: the filters take care of text from elsewhere
+    environment.filters["table"] = lambda made: unlinked(
+        markdown.table(made, rows, cell, "quantkit diff --json")
+    )
     environment.filters["cell"] = lambda text: unlinked(markdown.cell(text, 4 * cell))
     environment.filters["answer"] = lambda text: fenced(text, answer)
     text = environment.get_template("diff.md.j2").render(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import EvaluationError, UsageError
-from quantkit.evaluate.recorded import Answer, Likelihood, Rules
+from quantkit.evaluate.lm_eval_adapter import Answer, Likelihood, Rules
 
 CHUNK = 256  # requests between two entries in the journal, for an engine that tells nothing before all are done
 
@@ -45,7 +45,9 @@ def placed(model: Any, device_map: str) -> Any:
     room = None
     if device_map != "sequential":
         room = accelerate.utils.get_balanced_memory(model, no_split_module_classes=whole)
-    planned = accelerate.infer_auto_device_map(model, max_memory=room, no_split_module_classes=whole)
+    planned = accelerate.infer_auto_device_map(
+        model, max_memory=room, no_split_module_classes=whole
+    )
     return accelerate.dispatch_model(model, device_map=planned)
 
 
@@ -72,14 +74,21 @@ class Vllm:
             self._engine = VLLM(pretrained=str(folder), **arguments)
         except (TypeError, ValueError, RuntimeError, NotImplementedError) as fault:
             said = " ".join(str(fault).split())[:300]
-            raise EvaluationError(f"{folder}: vLLM {version('vllm')} cannot serve it ({said}); see --engine") from None
+            raise EvaluationError(
+                f"{folder}: vLLM {version('vllm')} cannot serve it ({said}); see --engine"
+            ) from None
 
-    def generate(self, requests: Sequence[Any], finished: Callable[[Sequence[tuple[int, Answer]]], None]) -> None:
+    def generate(
+        self, requests: Sequence[Any], finished: Callable[[Sequence[tuple[int, Answer]]], None]
+    ) -> None:
         """An answer per request, told chunk by chunk."""
         for start in range(0, len(requests), CHUNK):
             some = requests[start : start + CHUNK]
             texts = self._engine.generate_until(some, disable_tqdm=True)
-            finished([(start + at, self._answer(*both)) for at, both in enumerate(zip(some, texts, strict=True))])
+            finished([
+                (start + at, self._answer(*both))
+                for at, both in enumerate(zip(some, texts, strict=True))
+            ])
 
     def likelihoods(
         self, requests: Sequence[Any], finished: Callable[[Sequence[tuple[int, Likelihood]]], None]
@@ -89,7 +98,9 @@ class Vllm:
             some = self._engine.loglikelihood(requests[start : start + CHUNK], disable_tqdm=True)
             finished([*enumerate(some, start)])
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """The tokenizer's template."""
         return str(self._engine.apply_chat_template(chat_history, add_generation_prompt))
 

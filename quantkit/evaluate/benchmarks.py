@@ -20,15 +20,14 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from quantkit.errors import EvaluationError, UnsuitedError
-from quantkit.evaluate import harness
-from quantkit.evaluate import sandbox as jails
+from quantkit.evaluate import answer_store, harness
 from quantkit.evaluate.harness import Opened
 from quantkit.evaluate.samples import ItemResult
+from quantkit.evaluate.sandbox import sandbox as jails
 from quantkit.evaluate.tasks import TEMPLATES, CodeRules, Task
-from quantkit.storage import journal
 
 if TYPE_CHECKING:
-    from quantkit.evaluate.recorded import Answer, Recorder
+    from quantkit.evaluate.lm_eval_adapter import Answer, Recorder
 
 BATCH_SIZE = 64
 """Rows decoded together; a large model on a small machine wants fewer."""
@@ -80,9 +79,9 @@ def run(
         return []
     if limit is not None and limit < 1:
         raise EvaluationError(f"evaluation.limit: expected 1 or more items, found {limit}")
-    with harness.opened(tasks) as opened, journal.opened(answers) as book:
+    with harness.opened(tasks) as opened, answer_store.opened(answers) as book:
         from quantkit.evaluate.generation import LocalModel
-        from quantkit.evaluate.recorded import Recorder
+        from quantkit.evaluate.lm_eval_adapter import Recorder
 
         if opened.failed:
             raise EvaluationError("\n".join(opened.failed.values()))
@@ -116,12 +115,17 @@ def ask(
         )
     except TemplateError as fault:
         names = ", ".join(task.name for task in opened.tasks)
-        raise EvaluationError(f"evaluation tasks {names}: {fault}; correct the task's file") from fault
+        raise EvaluationError(
+            f"evaluation tasks {names}: {fault}; correct the task's file"
+        ) from fault
     jail = sandbox
     items: list[ItemResult] = []
     for task in opened.tasks:
         samples = results["samples"][task.name]
-        found = [_item(task, sample, recorder.answers.get((task.name, sample["doc_id"]))) for sample in samples]
+        found = [
+            _item(task, sample, recorder.answers.get((task.name, sample["doc_id"])))
+            for sample in samples
+        ]
         if task.code is not None:
             jail = jail or jails.probe()
             found = _judged(found, samples, task.code, jail)
@@ -171,7 +175,9 @@ def _item(task: Task, sample: Mapping[str, Any], answer: Answer | None) -> ItemR
     filtered = str(sample["filtered_resps"][0])
     value = sample[sample["metrics"][0]] if task.code is None else None
     if value is not None and not isinstance(value, int | float):
-        raise UnsuitedError(f"{task.name}: metric {sample['metrics'][0]} gives no number per item; use another one")
+        raise UnsuitedError(
+            f"{task.name}: metric {sample['metrics'][0]} gives no number per item; use another one"
+        )
     if answer is None:
         likelihoods = [responses[0][0] for responses in sample["resps"]]
         filtered = response = str(sample["arguments"][likelihoods.index(max(likelihoods))][1])
@@ -188,11 +194,15 @@ def _item(task: Task, sample: Mapping[str, Any], answer: Answer | None) -> ItemR
 
 
 def _judged(
-    items: Sequence[ItemResult], samples: Sequence[Mapping[str, Any]], rules: CodeRules, sandbox: jails.Sandbox
+    items: Sequence[ItemResult],
+    samples: Sequence[Mapping[str, Any]],
+    rules: CodeRules,
+    sandbox: jails.Sandbox,
 ) -> list[ItemResult]:
     """The items of a code task with their programs run, or marked as not run."""
     programs = [
-        program(item.task, rules, sample["doc"], item.response) for item, sample in zip(items, samples, strict=True)
+        program(item.task, rules, sample["doc"], item.response)
+        for item, sample in zip(items, samples, strict=True)
     ]
     if sandbox.kind == "none":
         outcomes: list[jails.Outcome | None] = [None] * len(items)
@@ -212,23 +222,32 @@ def program(name: str, rules: CodeRules, doc: Mapping[str, Any], completion: str
         completion = first_unindented_line(completion)
     values = {**doc, "completion": completion}
     try:
-        source, tests = (TEMPLATES.from_string(text).render(values) for text in (rules.source, rules.tests))
+        source, tests = (
+            TEMPLATES.from_string(text).render(values) for text in (rules.source, rules.tests)
+        )
     except TemplateError as fault:
-        raise EvaluationError(f"{name}: quantkit.code: a template does not fit the data: {fault}") from None
+        raise EvaluationError(
+            f"{name}: quantkit.code: a template does not fit the data: {fault}"
+        ) from None
     return jails.Program(source=source, tests=tests)
 
 
 def first_unindented_line(text: str) -> str:
     """The text before the first line that starts with something else than a space; empty lines stay."""
     lines = text.split("\n")
-    end = next((index for index, line in enumerate(lines) if line and not line.startswith((" ", "\t"))), len(lines))
+    end = next(
+        (index for index, line in enumerate(lines) if line and not line.startswith((" ", "\t"))),
+        len(lines),
+    )
     return "\n".join(lines[:end])
 
 
 def _is_python(source: str) -> bool:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an invalid escape in generated text is no concern of the reader
+            warnings.simplefilter(
+                "ignore"
+            )  # an invalid escape in generated text is no concern of the reader
             ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False

@@ -14,21 +14,22 @@ from pathlib import Path
 
 import torch
 
+from quantkit.artifact.fidelity_schema import Benchmark, Figure
+from quantkit.checkpoint.checkpoint import Checkpoint
+from quantkit.checkpoint.remote_code import may_run
 from quantkit.errors import EvaluationError
-from quantkit.evaluate import benchmarks, samples, sandbox, statistics, tasks
+from quantkit.evaluate import benchmarks, samples, statistics, tasks
 from quantkit.evaluate.samples import ItemPair, ItemResult
+from quantkit.evaluate.sandbox import sandbox
 from quantkit.evaluate.tasks import Task
-from quantkit.models import whole
-from quantkit.models.layers import skeleton
-from quantkit.planning.memory import BASE_BYTES
-from quantkit.planning.plan import Plan
-from quantkit.planning.sources import Compute
-from quantkit.progress import Progress, Tell
-from quantkit.report.schema import Benchmark, Figure
-from quantkit.storage import user_cache
-from quantkit.storage.checkpoint import Checkpoint
-from quantkit.storage.corpora import load_tokenizer
-from quantkit.storage.own_code import may_run
+from quantkit.io import user_cache
+from quantkit.models import full_model
+from quantkit.models.layers import meta_model
+from quantkit.plan.memory import BASE_BYTES
+from quantkit.plan.plan import Plan
+from quantkit.plan.sources import Compute
+from quantkit.progress import Progress, ProgressCallback
+from quantkit.texts.corpora import load_tokenizer
 
 BASELINES = "baselines"
 """The folder of the user's cache that keeps the source's answers."""
@@ -56,7 +57,7 @@ class Job:
     compute: Compute
     tasks: tuple[Task, ...]
     jail: sandbox.Sandbox
-    tell: Tell
+    tell: ProgressCallback
     kept: Path | None  # folder of the answers that an interrupted run got
 
 
@@ -67,7 +68,7 @@ def compare(
     compute: Compute,
     *,
     evaluate: bool,
-    tell: Tell,
+    tell: ProgressCallback,
     kept: Path | None = None,
 ) -> Compared:
     """Run the recipe's tasks on both models; rows with status "not run" and a reason where that cannot be.
@@ -77,7 +78,9 @@ def compare(
     names = plan.recipe.evaluation.tasks
     if not names or not evaluate:
         return not_run(names, "skipped by --skip-evaluation")
-    needed = BASE_BYTES + int(WHOLE_MODEL_COPIES * compute.hidden_bytes * whole.parameters(plan.layout))
+    needed = BASE_BYTES + int(
+        WHOLE_MODEL_COPIES * compute.hidden_bytes * full_model.parameters(plan.layout)
+    )
     if needed > plan.memory.budget_bytes:
         return not_run(
             names,
@@ -89,22 +92,27 @@ def compare(
         jail = benchmarks.jail_for(loaded)
         job = Job(plan=plan, compute=compute, tasks=loaded, jail=jail, tell=tell, kept=kept)
         baseline = source_items(job, source)
-        stored = whole.reader(Checkpoint.open(folder), plan.format_name, plan.schemes)
+        stored = full_model.reader(Checkpoint.open(folder), plan.format_name, plan.schemes)
         candidate = answers(job, "artifact", stored, source)
     except EvaluationError as error:
         return not_run(names, str(error))
     pairs = samples.pair(baseline, candidate)
     gates = plan.recipe.gates
-    wanted = {name: gate.min_recovery for name, gate in gates.items() if gate.min_recovery is not None}
+    wanted = {
+        name: gate.min_recovery for name, gate in gates.items() if gate.min_recovery is not None
+    }
     return Compared(
-        rows=tuple(row(task, pairs, wanted.get(task.name, DEFAULT_RECOVERY)) for task in loaded), pairs=tuple(pairs)
+        rows=tuple(row(task, pairs, wanted.get(task.name, DEFAULT_RECOVERY)) for task in loaded),
+        pairs=tuple(pairs),
     )
 
 
 def not_run(names: Sequence[str], reason: str) -> Compared:
     """Every task with the reason why it has no figures."""
     called = map(tasks.called, names)
-    return Compared(rows=tuple(Benchmark(task=name, status="not run", reason=reason) for name in called))
+    return Compared(
+        rows=tuple(Benchmark(task=name, status="not run", reason=reason) for name in called)
+    )
 
 
 def source_items(job: Job, source: Checkpoint) -> list[ItemResult]:
@@ -114,7 +122,7 @@ def source_items(job: Job, source: Checkpoint) -> list[ItemResult]:
     cached = samples.read_cached(user_cache.folder(BASELINES), key)
     if cached is not None:
         return cached
-    items = answers(job, "source", whole.reader(source), source)
+    items = answers(job, "source", full_model.reader(source), source)
     samples.write_cached(user_cache.folder(BASELINES), key, items)
     return items
 
@@ -133,19 +141,26 @@ def baseline_key(
     )
 
 
-def answers(job: Job, name: str, read: whole.Read, source: Checkpoint) -> list[ItemResult]:
+def answers(job: Job, name: str, read: full_model.Read, source: Checkpoint) -> list[ItemResult]:
     """Load one model whole, let it answer every item, and let go of it."""
     device, dtype = torch.device(job.compute.device), getattr(torch, job.compute.dtype)
-    model = whole.model(skeleton(job.plan.source.config, device, dtype), job.plan.layout, read)
+    model = full_model.model(
+        meta_model(job.plan.source.config, device, dtype), job.plan.layout, read
+    )
     try:
         return benchmarks.run(
             model,
-            load_tokenizer(source.folder, own_code=may_run(job.plan.recipe.source.trust_remote_code, source.folder)),
+            load_tokenizer(
+                source.folder,
+                own_code=may_run(job.plan.recipe.source.trust_remote_code, source.folder),
+            ),
             job.tasks,
             limit=job.plan.recipe.evaluation.limit,
             batch_size=job.plan.recipe.evaluation.batch_size,
             sandbox=job.jail,
-            progress=lambda done, total: job.tell(Progress(stage=f"benchmarks, {name}", done=done, total=total)),
+            progress=lambda done, total: job.tell(
+                Progress(stage=f"benchmarks, {name}", done=done, total=total)
+            ),
             answers=job.kept / f"{name}.sqlite" if job.kept else None,
         )
     finally:
@@ -155,10 +170,16 @@ def answers(job: Job, name: str, read: whole.Read, source: Checkpoint) -> list[I
 
 def row(task: Task, pairs: Sequence[ItemPair], smallest_recovery: float) -> Benchmark:
     """The row of one task, scored by its first filter; smallest_recovery: the share of the source's score to keep."""
-    mine = [pair for pair in pairs if pair.baseline.task == task.name and pair.baseline.filter == task.filters[0]]
+    mine = [
+        pair
+        for pair in pairs
+        if pair.baseline.task == task.name and pair.baseline.filter == task.filters[0]
+    ]
     sides = [[pair.baseline for pair in mine], [pair.candidate for pair in mine]]
     told = [score for side in sides for score in benchmarks.scores(side)]
-    unscored = [pair for pair in mine if pair.baseline.score is None or pair.candidate.score is None]
+    unscored = [
+        pair for pair in mine if pair.baseline.score is None or pair.candidate.score is None
+    ]
     if unscored or len(mine) < 2:
         reason = next((score.not_run for score in reversed(told) if score.not_run), "")
         reason = reason or f"{len(mine)} items are too few to compare"
@@ -200,4 +221,6 @@ def share(found: statistics.Comparison) -> Figure | None:
     """Recovery with its interval; None when the source scores nothing."""
     if found.recovery is None or found.recovery_interval is None:
         return None
-    return Figure(value=found.recovery, ci=(found.recovery_interval.low, found.recovery_interval.high))
+    return Figure(
+        value=found.recovery, ci=(found.recovery_interval.low, found.recovery_interval.high)
+    )

@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantkit.building.streams import Stream
+from quantkit.build.hidden_states import Stream
+from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Layout
 from quantkit.errors import NumericsError
-from quantkit.models.layers import Skeleton, final_norm
+from quantkit.models.layers import MetaModel, final_norm
 from quantkit.numerics import fidelity
 from quantkit.numerics.fidelity import Estimate, TokenFidelity
-from quantkit.numerics.products import linear
-from quantkit.planning.memory import HEAD_CHUNK
-from quantkit.storage.checkpoint import Checkpoint
+from quantkit.numerics.matmul import linear
+from quantkit.plan.memory import HEAD_CHUNK
 
 ALL = "all"
 
@@ -67,7 +67,7 @@ def tokens_to_parquet(measured: Measured, path: Path) -> None:
 class Head:
     """Final norm and language-model head of one checkpoint: hidden states [n, hidden] -> logits [n, vocabulary]."""
 
-    def __init__(self, skeleton: Skeleton, layout: Layout, checkpoint: Checkpoint) -> None:
+    def __init__(self, skeleton: MetaModel, layout: Layout, checkpoint: Checkpoint) -> None:
         head = layout.head or layout.embedding
         weight = f"{head.name}.weight"
         read = checkpoint.read([*(spec.name for spec in layout.final_tensors), weight])
@@ -97,7 +97,9 @@ class Sides:
             q = self.artifact.logits(self.quantized.hidden.gather(row))
             parts.append(fidelity.compare(p.cpu(), q.cpu(), ids[row + 1]))
         found = fidelity.concatenate(parts)
-        if not all(bool(x.isfinite().all()) for x in (found.kl, found.nll_source, found.nll_quantized)):
+        if not all(
+            bool(x.isfinite().all()) for x in (found.kl, found.nll_source, found.nll_quantized)
+        ):
             raise NumericsError(
                 "final norm and language-model head: expected finite distributions, found NaN or infinity; look for "
                 "huge values among their weights in source and artifact, and at rms_norm_eps in config.json"
@@ -106,7 +108,7 @@ class Sides:
 
 
 def sides(
-    skeleton: Skeleton,
+    skeleton: MetaModel,
     layout: Layout,
     source: Checkpoint,
     artifact: Checkpoint,
@@ -137,4 +139,6 @@ def scored(stream: Stream) -> tuple[Tensor, tuple[str, ...]]:
         for start, length, domain in sequences
         if start < stream.text_rows
     ]
-    return torch.cat([rows for rows, _ in found]), tuple(domain for rows, domain in found for _ in range(len(rows)))
+    return torch.cat([rows for rows, _ in found]), tuple(
+        domain for rows, domain in found for _ in range(len(rows))
+    )

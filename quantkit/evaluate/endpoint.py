@@ -28,7 +28,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from openai import AsyncOpenAI
 
 from quantkit.errors import EvaluationError, UnsuitedError, UsageError
-from quantkit.evaluate.recorded import Answer, Likelihood, Rules
+from quantkit.evaluate.lm_eval_adapter import Answer, Likelihood, Rules
 
 Result = TypeVar("Result")
 
@@ -58,7 +58,10 @@ class Server:
     def client(self) -> AsyncOpenAI:
         """The client for one event loop. It does not ask again by itself: a broken stream has to be asked again too."""
         return AsyncOpenAI(
-            base_url=self.url, api_key=os.environ.get(self.key_variable) or _NO_KEY, max_retries=0, timeout=self.seconds
+            base_url=self.url,
+            api_key=os.environ.get(self.key_variable) or _NO_KEY,
+            max_retries=0,
+            timeout=self.seconds,
         )
 
     def hidden(self, text: object) -> str:
@@ -76,7 +79,9 @@ def checked_url(url: str) -> str:
     """An endpoint as it may be written into results; UsageError when it is none or holds a secret."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(f"--endpoint: expected http://HOST:PORT/v1, found {url!r}; name the server's API")
+        raise UsageError(
+            f"--endpoint: expected http://HOST:PORT/v1, found {url!r}; name the server's API"
+        )
     if parts.username or parts.password or parts.query:
         raise UsageError(
             "--endpoint: expected no user, password or query in the address; keys come from the environment"
@@ -90,12 +95,16 @@ def served_model(server: Server) -> str:
     async def ask() -> list[str]:
         async with server.client() as client:
             found = await _patiently(server, lambda: client.models.list())
-            return [model.id for model in getattr(found, "data", None) or ()]  # a page of another program has none
+            return [
+                model.id for model in getattr(found, "data", None) or ()
+            ]  # a page of another program has none
 
     names = asyncio.run(ask())
     if len(names) != 1:
         shown = ", ".join(names[:8]) or "none"
-        raise UsageError(f"{server.url}: expected one served model, found {shown}; name one with --model")
+        raise UsageError(
+            f"{server.url}: expected one served model, found {shown}; name one with --model"
+        )
     return names[0]
 
 
@@ -105,12 +114,20 @@ class Endpoint:
     def __init__(self, server: Server, tokenizer: Any | None) -> None:
         self._server, self._tokenizer = server, tokenizer
 
-    def generate(self, requests: Sequence[Instance], finished: Callable[[Sequence[tuple[int, Answer]]], None]) -> None:
+    def generate(
+        self, requests: Sequence[Instance], finished: Callable[[Sequence[tuple[int, Answer]]], None]
+    ) -> None:
         """An answer per request, told one by one."""
-        asyncio.run(_each(self._server, [*requests], self._answer, lambda at, answer: finished([(at, answer)])))
+        asyncio.run(
+            _each(
+                self._server, [*requests], self._answer, lambda at, answer: finished([(at, answer)])
+            )
+        )
 
     def likelihoods(
-        self, requests: Sequence[Instance], finished: Callable[[Sequence[tuple[int, Likelihood]]], None]
+        self,
+        requests: Sequence[Instance],
+        finished: Callable[[Sequence[tuple[int, Likelihood]]], None],
     ) -> None:
         """(log probability, greedy) per request, told one by one, from the echoed prompt's log probabilities."""
         if self._server.chat:
@@ -122,9 +139,18 @@ class Endpoint:
                 f"{requests[0].task_name}: it compares likelihoods, which needs the model's tokenizer; name the folder "
                 "of the artifact"
             )
-        asyncio.run(_each(self._server, [*requests], self._likelihood, lambda at, found: finished([(at, found)])))
+        asyncio.run(
+            _each(
+                self._server,
+                [*requests],
+                self._likelihood,
+                lambda at, found: finished([(at, found)]),
+            )
+        )
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """The messages themselves: the server applies its template."""
         return json.dumps(chat_history, ensure_ascii=False)
 
@@ -137,15 +163,21 @@ class Endpoint:
         if rules.until:
             shared["stop"] = [*rules.until[:MOST_STOPS]]
         if self._server.chat:
-            stream = await client.chat.completions.create(messages=json.loads(request.args[0]), **shared)
+            stream = await client.chat.completions.create(
+                messages=json.loads(request.args[0]), **shared
+            )
         else:
             stream = await client.completions.create(prompt=request.args[0], **shared)
         pieces, reason, tokens = list[str](), None, None
         async with stream:
             async for chunk in stream:
                 tokens = chunk.usage.completion_tokens if chunk.usage else tokens
-                for choice in chunk.choices or ():  # some servers send a chunk of usage alone without any
-                    pieces.append((choice.delta.content if self._server.chat else choice.text) or "")
+                for choice in (
+                    chunk.choices or ()
+                ):  # some servers send a chunk of usage alone without any
+                    pieces.append(
+                        (choice.delta.content if self._server.chat else choice.text) or ""
+                    )
                     reason = choice.finish_reason or reason
         if reason is None:
             raise CutError("the stream ended before the answer did")
@@ -161,14 +193,24 @@ class Endpoint:
             model=self._server.model, prompt=[*context, *continuation], max_tokens=1, temperature=0, logprobs=1,
             echo=True,
         )  # fmt: skip
-        told = reply.choices[0].logprobs if isinstance(reply, openai.types.Completion) and reply.choices else None
+        told = (
+            reply.choices[0].logprobs
+            if isinstance(reply, openai.types.Completion) and reply.choices
+            else None
+        )
         n_tokens = len(context) + len(continuation) + 1
-        if told is None or len(told.token_logprobs or ()) != n_tokens or len(told.top_logprobs or ()) != n_tokens:
+        if (
+            told is None
+            or len(told.token_logprobs or ()) != n_tokens
+            or len(told.top_logprobs or ()) != n_tokens
+        ):
             raise UnsuitedError(
                 f"{self._server.url}: expected log probabilities of {n_tokens - 1} echoed tokens and one more, found "
                 f"{len(told.token_logprobs or ()) if told else 0}; this server cannot score likelihoods"
             )
-        found: Likelihood = LocalCompletionsAPI.parse_logprobs([reply.model_dump()], ctxlens=[len(context)])[0]
+        found: Likelihood = LocalCompletionsAPI.parse_logprobs(
+            [reply.model_dump()], ctxlens=[len(context)]
+        )[0]
         return found
 
     def _encoded(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -185,7 +227,11 @@ class Endpoint:
         return whole[: len(before)], whole[len(before) :]
 
     def _tokens(self, text: str) -> int:
-        return len(self._tokenizer(text, add_special_tokens=False).input_ids) if self._tokenizer is not None else 0
+        return (
+            len(self._tokenizer(text, add_special_tokens=False).input_ids)
+            if self._tokenizer is not None
+            else 0
+        )
 
 
 async def _each(
@@ -228,7 +274,9 @@ async def _patiently(server: Server, ask: Callable[[], Awaitable[Result]]) -> Re
             return await ask()
         except (openai.APIError, CutError, json.JSONDecodeError) as fault:
             if _unfit(fault):
-                raise UnsuitedError(f"{server.url} refused a request ({server.hidden(fault)})") from None
+                raise UnsuitedError(
+                    f"{server.url} refused a request ({server.hidden(fault)})"
+                ) from None
             if not _worth_again(fault):
                 raise EvaluationError(
                     f"{server.url}: refused ({server.hidden(fault)}); correct it, then continue with --resume"
@@ -263,5 +311,7 @@ def _pause(fault: Exception, attempt: int) -> float:
         with suppress(ValueError):
             return min(max(float(told), 0.0), 10 * LONGEST_WAIT)
         with suppress(ValueError, TypeError):
-            return min(max(parsedate_to_datetime(told).timestamp() - time.time(), 0.0), 10 * LONGEST_WAIT)
+            return min(
+                max(parsedate_to_datetime(told).timestamp() - time.time(), 0.0), 10 * LONGEST_WAIT
+            )
     return float(min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT) * random.uniform(0.5, 1.0))

@@ -17,21 +17,30 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from quantkit.errors import ArtifactError, CheckpointError, EvaluationError, HubUnreachable, UnsuitedError, UsageError
-from quantkit.evaluate import benchmarks, compare, harness, samples, sandbox
+from quantkit.artifact.layout import FIDELITY, MANIFEST, mapping, read_manifest
+from quantkit.artifact.read_report import read_report
+from quantkit.checkpoint import hub
+from quantkit.checkpoint.checkpoint import Checkpoint
+from quantkit.errors import (
+    ArtifactError,
+    CheckpointError,
+    EvaluationError,
+    HubUnreachable,
+    UnsuitedError,
+    UsageError,
+)
+from quantkit.evaluate import answer_store, benchmarks, compare, harness, samples
 from quantkit.evaluate.harness import Decoding, Opened
 from quantkit.evaluate.samples import ItemResult
-from quantkit.handover.verify import MANIFEST, mapping, read_manifest
-from quantkit.progress import Progress, Tell
-from quantkit.report.read import FIDELITY, read_report
-from quantkit.storage import hub, journal, user_cache
-from quantkit.storage.checkpoint import Checkpoint
-from quantkit.storage.corpora import load_tokenizer
-from quantkit.storage.files import sha256_file
+from quantkit.evaluate.sandbox import sandbox
+from quantkit.io import user_cache
+from quantkit.io.files import sha256_file
+from quantkit.progress import Progress, ProgressCallback
+from quantkit.texts.corpora import load_tokenizer
 
 if TYPE_CHECKING:
     from quantkit.evaluate.endpoint import Server
-    from quantkit.evaluate.recorded import Backend
+    from quantkit.evaluate.lm_eval_adapter import Backend
 
 Kind = Literal["artifact", "model", "served"]
 BackendName = Literal["transformers", "vllm", "openai"]
@@ -76,7 +85,9 @@ class Setup:
                 "--seeds: expected --temperature above 0 with it, found greedy decoding, which has one answer; name one"
             )
         if (self.backend == "openai") != (self.server is not None):
-            raise UsageError("--endpoint: expected with --backend openai, and with no other; name the server's address")
+            raise UsageError(
+                "--endpoint: expected with --backend openai, and with no other; name the server's address"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +101,20 @@ class Asked:
 
 
 def server_at(
-    url: str, *, model: str, chat: bool, concurrency: int, tries: int, seconds: float, key_variable: str
+    url: str,
+    *,
+    model: str,
+    chat: bool,
+    concurrency: int,
+    tries: int,
+    seconds: float,
+    key_variable: str,
 ) -> Server:
     """A checked endpoint with the name of its model, which is asked for when it is not given; see endpoint.Server."""
     if find_spec("openai") is None:
-        raise UsageError("--backend openai: expected OpenAI's client in this environment; install quantkit[openai]")
+        raise UsageError(
+            "--backend openai: expected OpenAI's client in this environment; install quantkit[openai]"
+        )
     from quantkit.evaluate.endpoint import Server, checked_url, served_model
 
     server = Server(
@@ -112,7 +132,9 @@ def subject(name: str, backend: BackendName) -> Subject:
         seal = sha256_file(folder / MANIFEST, ArtifactError)
         return Subject(name=folder.resolve().name, kind="artifact", folder=folder, hash=seal)
     if backend == "openai" and not folder.is_dir() and not name.startswith("builtin:"):
-        return Subject(name=name, kind="served", folder=None, hash=hashlib.sha256(name.encode()).hexdigest())
+        return Subject(
+            name=name, kind="served", folder=None, hash=hashlib.sha256(name.encode()).hexdigest()
+        )
     try:
         found = hub.resolve(name).folder
     except HubUnreachable:
@@ -120,13 +142,17 @@ def subject(name: str, backend: BackendName) -> Subject:
     except CheckpointError as fault:
         raise (fault if folder.exists() else UsageError(str(fault))) from None
     told = folder.resolve().name if folder.is_dir() else name
-    return Subject(name=told, kind="model", folder=found, hash=Checkpoint.open(found).content_hash())
+    return Subject(
+        name=told, kind="model", folder=found, hash=Checkpoint.open(found).content_hash()
+    )
 
 
 def source_of(asked: Subject, given: str) -> Subject:
     """The model that an artifact was made from, or the one given for it; EvaluationError when it is another."""
     if asked.kind != "artifact" or asked.folder is None:
-        raise UsageError(f"--source: expected an artifact to compare with its source, found {asked.name}")
+        raise UsageError(
+            f"--source: expected an artifact to compare with its source, found {asked.name}"
+        )
     told = mapping(read_manifest(asked.folder), "source", asked.folder)
     revision = told.get("revision")
     name = given or str(told.get("model"))
@@ -143,12 +169,18 @@ def source_of(asked: Subject, given: str) -> Subject:
 
 def default_tasks(asked: Subject) -> tuple[str, ...]:
     """The tasks of an artifact's own report, else math and code."""
-    if asked.kind == "artifact" and asked.folder is not None and (asked.folder / FIDELITY).is_file():
+    if (
+        asked.kind == "artifact"
+        and asked.folder is not None
+        and (asked.folder / FIDELITY).is_file()
+    ):
         return tuple(row.task for row in read_report(asked.folder).benchmarks) or DEFAULT_TASKS
     return DEFAULT_TASKS
 
 
-def ask(who: Subject, names: Sequence[str], setup: Setup, book: Path, tell: Tell) -> Asked:
+def ask(
+    who: Subject, names: Sequence[str], setup: Setup, book: Path, tell: ProgressCallback
+) -> Asked:
     """Ask every item of the tasks, once per seed, with answers kept in the journal `book`.
 
     EvaluationError when no task can be run at all; tasks that cannot are in `opened.failed`.
@@ -158,9 +190,13 @@ def ask(who: Subject, names: Sequence[str], setup: Setup, book: Path, tell: Tell
     with harness.opened(own, theirs) as found:
         opened = Opened(tasks=found.tasks, loaded=found.loaded, failed={**failed, **found.failed})
         if not opened.tasks:
-            kind = EvaluationError if any(harness.known(name) for name in opened.failed) else UsageError
+            kind = (
+                EvaluationError
+                if any(harness.known(name) for name in opened.failed)
+                else UsageError
+            )
             raise kind("\n".join(opened.failed.values()) or "--tasks: expected a task, found none")
-        with backend(who, setup) as model, journal.opened(book) as answers:
+        with backend(who, setup) as model, answer_store.opened(book) as answers:
             runs, unsuited = ask_each(who, opened, setup, model, answers, tell)
     if not runs[0]:
         raise EvaluationError("\n".join(unsuited.values()))
@@ -173,12 +209,19 @@ def ask(who: Subject, names: Sequence[str], setup: Setup, book: Path, tell: Tell
 
 
 def ask_each(
-    who: Subject, opened: Opened, setup: Setup, model: Backend, answers: journal.Journal, tell: Tell
+    who: Subject,
+    opened: Opened,
+    setup: Setup,
+    model: Backend,
+    answers: answer_store.AnswerStore,
+    tell: ProgressCallback,
 ) -> tuple[list[list[ItemResult]], dict[str, str]]:
     """The items of a run per seed, task by task, and the tasks that could not be asked, with the reason."""
-    from quantkit.evaluate.recorded import Recorder
+    from quantkit.evaluate.lm_eval_adapter import Recorder
 
-    lasting = {name: value for name, value in identity(who, setup).items() if name != "endpoint"}  # a server may move
+    lasting = {
+        name: value for name, value in identity(who, setup).items() if name != "endpoint"
+    }  # a server may move
     key = hashlib.sha256(json.dumps(lasting, sort_keys=True, default=str).encode()).hexdigest()
     jail = sandbox.probe() if any(task.code for task in opened.tasks) else None
     runs: list[list[ItemResult]] = [[] for _ in range(setup.seeds)]
@@ -190,7 +233,11 @@ def ask_each(
                 setup.decoding.apply(each, seed)
                 told_as = telling(tell, stage(who.name, each.tasks[0].name, seed, setup.seeds))
                 recorder = Recorder(model, answers, key, told_as, setup.decoding.think_end)
-                found.append(benchmarks.ask(recorder, each, limit=setup.limit, chat=setup.decoding.chat, sandbox=jail))
+                found.append(
+                    benchmarks.ask(
+                        recorder, each, limit=setup.limit, chat=setup.decoding.chat, sandbox=jail
+                    )
+                )
         except UnsuitedError as fault:
             unsuited[each.tasks[0].name] = str(fault)
         else:
@@ -204,15 +251,19 @@ def stage(model: str, task: str, seed: int, seeds: int) -> str:
     return f"{model}, {task}" + (f", seed {seed + 1} of {seeds}" if seeds > 1 else "")
 
 
-def telling(tell: Tell, stage: str) -> Callable[[int, int], None]:
+def telling(tell: ProgressCallback, stage: str) -> Callable[[int, int], None]:
     """A recorder's progress under the name of its stage."""
     return lambda done, total: tell(Progress(stage=stage, done=done, total=total))
 
 
-def ask_source(who: Subject, names: Sequence[str], setup: Setup, tell: Tell) -> list[ItemResult]:
+def ask_source(
+    who: Subject, names: Sequence[str], setup: Setup, tell: ProgressCallback
+) -> list[ItemResult]:
     """A source's items: from the baselines of builds where they fit, else asked, with its own journal in the cache."""
     own, theirs, failed = harness.split(names)
-    plain = setup.decoding == Decoding() and setup.seeds == 1 and not (theirs or failed or setup.native)
+    plain = (
+        setup.decoding == Decoding() and setup.seeds == 1 and not (theirs or failed or setup.native)
+    )
     key = ""
     if plain and who.folder is not None:
         jail = benchmarks.jail_for(own)
@@ -222,7 +273,15 @@ def ask_source(who: Subject, names: Sequence[str], setup: Setup, tell: Tell) -> 
         cached = samples.read_cached(user_cache.folder(compare.BASELINES), key)
         if cached is not None:
             return cached
-    items = [*ask(who, names, setup, user_cache.folder(compare.BASELINES) / f"{who.hash[:16]}.sqlite", tell).items]
+    items = [
+        *ask(
+            who,
+            names,
+            setup,
+            user_cache.folder(compare.BASELINES) / f"{who.hash[:16]}.sqlite",
+            tell,
+        ).items
+    ]
     if key:
         samples.write_cached(user_cache.folder(compare.BASELINES), key, items)
     return items
@@ -240,10 +299,17 @@ def identity(who: Subject, setup: Setup) -> dict[str, object]:
     """Everything about the model and its backend that can change an answer; no secret, no path of this machine."""
     told: dict[str, object] = {"model": who.hash, "backend": setup.backend}
     if setup.server is not None:
-        return told | {"endpoint": setup.server.url, "served": setup.server.model, "chat": setup.server.chat}
+        return told | {
+            "endpoint": setup.server.url,
+            "served": setup.server.model,
+            "chat": setup.server.chat,
+        }
     packages = ["torch", "transformers"]
     if setup.backend == "vllm":
-        return told | {"engine": dict(setup.engine), "versions": {name: version(name) for name in ("vllm", *packages)}}
+        return told | {
+            "engine": dict(setup.engine),
+            "versions": {name: version(name) for name in ("vllm", *packages)},
+        }
     device, dtype = chosen(setup)
     return told | {
         "device": device, "dtype": dtype, "weights": "native" if setup.native else "dequantized",
@@ -279,16 +345,18 @@ def loaded(who: Subject, setup: Setup) -> Any:
     """A transformers model: native, or with plain weights from quantkit's own reader."""
     import torch
 
+    from quantkit.artifact.load_model import DTYPES, chosen_device, load
     from quantkit.evaluate import backends
-    from quantkit.loading import DTYPES, chosen_device, load
-    from quantkit.models import whole
-    from quantkit.models.layers import skeleton
-    from quantkit.planning.plan import architecture_of
+    from quantkit.models import full_model
+    from quantkit.models.layers import meta_model
+    from quantkit.plan.plan import architecture_of
 
     assert who.folder is not None
     device, dtype = chosen(setup)
     if dtype not in DTYPES:
-        raise UsageError(f"--dtype: expected {', '.join(DTYPES)}, found {dtype!r}; name one of them")
+        raise UsageError(
+            f"--dtype: expected {', '.join(DTYPES)}, found {dtype!r}; name one of them"
+        )
     if setup.native:
         return backends.native(who.folder, dtype, device)
     spread = device in ("auto", "balanced", "sequential")
@@ -298,8 +366,8 @@ def loaded(who: Subject, setup: Setup) -> Any:
     else:
         source = Checkpoint.open(who.folder)
         layout = architecture_of(source.config).layout(source.config)
-        bones = skeleton(source.config, chosen_device(first), getattr(torch, dtype))
-        model = whole.model(bones, layout, whole.reader(source))
+        bones = meta_model(source.config, chosen_device(first), getattr(torch, dtype))
+        model = full_model.model(bones, layout, full_model.reader(source))
     return backends.placed(model, device) if spread else model
 
 

@@ -22,7 +22,7 @@ from transformers import DynamicCache, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer
 
 from quantkit.errors import UnsuitedError
-from quantkit.evaluate.recorded import Answer, Likelihood, Rules
+from quantkit.evaluate.lm_eval_adapter import Answer, Likelihood, Rules
 
 _WORTH_SHARING = 16  # tokens: a second call of the model costs as much as reading a few
 Choose = Callable[[Tensor, Sequence[int]], Tensor]
@@ -62,12 +62,16 @@ class LocalModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
-    def generate(self, requests: Sequence[Any], finished: Callable[[Sequence[tuple[int, Answer]]], None]) -> None:
+    def generate(
+        self, requests: Sequence[Any], finished: Callable[[Sequence[tuple[int, Answer]]], None]
+    ) -> None:
         """An answer per request, told batch by batch."""
         # Requests with equal limits share a batch; short prompts go first.
         encoded = [self.tok_encode(request.args[0]) for request in requests]
         rules = [Rules.of(request.args[1], request.task_name) for request in requests]
-        order = sorted(range(len(requests)), key=lambda index: (rules[index].key, len(encoded[index])))
+        order = sorted(
+            range(len(requests)), key=lambda index: (rules[index].key, len(encoded[index]))
+        )
         start = 0
         while start < len(order):
             batch = [
@@ -94,15 +98,23 @@ class LocalModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
                 f"model's context of {self.max_length}; use fewer examples or a model with more context"
             )
         stop = _Stop(tokenizer=self.tokenizer, eos=self._eos(), strings=rules.until)
-        choose = sampled(prompts, rules.temperature, rules.top_p, rules.seed) if rules.temperature else most_probable
-        rows = decode(self.model, prompts, self.tokenizer.pad_token_id, rules.max_tokens, stop.reached, choose)
+        choose = (
+            sampled(prompts, rules.temperature, rules.top_p, rules.seed)
+            if rules.temperature
+            else most_probable
+        )
+        rows = decode(
+            self.model, prompts, self.tokenizer.pad_token_id, rules.max_tokens, stop.reached, choose
+        )
         return [stop.answer(row) for row in rows]
 
     def _eos(self) -> frozenset[int]:
         """The tokenizer's EOS and those of the model's generation config (chat models have several)."""
         listed = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         several = listed if isinstance(listed, list) else [listed]
-        return frozenset(token for token in (*several, self.tokenizer.eos_token_id) if token is not None)
+        return frozenset(
+            token for token in (*several, self.tokenizer.eos_token_id) if token is not None
+        )
 
 
 def most_probable(logits: Tensor, places: Sequence[int]) -> Tensor:
@@ -110,7 +122,9 @@ def most_probable(logits: Tensor, places: Sequence[int]) -> Tensor:
     return logits.argmax(-1, keepdim=True)
 
 
-def sampled(prompts: Sequence[Sequence[int]], temperature: float, top_p: float, seed: int) -> Choose:
+def sampled(
+    prompts: Sequence[Sequence[int]], temperature: float, top_p: float, seed: int
+) -> Choose:
     """Draws from softmax(logits / temperature), cut to the most probable tokens that make up `top_p`.
 
     Each row has a generator of its own, seeded by its prompt and `seed`: a batch of other rows changes no draw.
@@ -118,13 +132,18 @@ def sampled(prompts: Sequence[Sequence[int]], temperature: float, top_p: float, 
     generators = []
     for prompt in prompts:
         digest = hashlib.sha256(f"{seed} {list(prompt)}".encode()).digest()
-        generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True)))
+        generators.append(
+            torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        )
     nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
 
     def choose(logits: Tensor, places: Sequence[int]) -> Tensor:
         scores = logits.float().cpu() / temperature  # [rows, vocabulary]
         chances = torch.softmax(nucleus(None, scores) if nucleus else scores, dim=-1)
-        drawn = [torch.multinomial(row, 1, generator=generators[at]) for row, at in zip(chances, places, strict=True)]
+        drawn = [
+            torch.multinomial(row, 1, generator=generators[at])
+            for row, at in zip(chances, places, strict=True)
+        ]
         return torch.stack(drawn).to(logits.device)
 
     return choose
@@ -195,7 +214,13 @@ def shared_tokens(prompts: Sequence[Sequence[int]], cache: DynamicCache) -> int:
     """
     if len(prompts) == 1 or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return 0
-    first, last = min(map(list, prompts)), max(map(list, prompts))  # what these two share, all between them share
-    common = next((at for at, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+    first, last = (
+        min(map(list, prompts)),
+        max(map(list, prompts)),
+    )  # what these two share, all between them share
+    common = next(
+        (at for at, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]),
+        len(first),
+    )
     shared = min(common, min(map(len, prompts)) - 1)
     return shared if shared >= _WORTH_SHARING else 0

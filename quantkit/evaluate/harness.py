@@ -20,8 +20,8 @@ from typing import Any
 from quantkit.errors import EvaluationError
 from quantkit.evaluate import tasks
 from quantkit.evaluate.tasks import DATA_VARIABLE, Task, rendered
-from quantkit.storage import evals
-from quantkit.storage.files import is_file
+from quantkit.io.files import is_file
+from quantkit.texts import task_files
 
 SETS: Mapping[str, tuple[str, ...]] = {
     "math": ("gsm8k", "minerva_math", "mgsm_native_cot_*"),
@@ -36,7 +36,12 @@ SETS: Mapping[str, tuple[str, ...]] = {
 """Task sets: names, or patterns of names, of tasks."""
 
 _FEWSHOT_SEED = 1234  # lm-eval's own; the tasks that ship with quantkit draw nothing
-_LOGGERS = ("lm_eval", "huggingface_hub.utils._http", "datasets", "transformers.tokenization_utils_base")
+_LOGGERS = (
+    "lm_eval",
+    "huggingface_hub.utils._http",
+    "datasets",
+    "transformers.tokenization_utils_base",
+)
 _SHORTCUTS = {"mgsm": "mgsm_native_cot_*"}
 
 
@@ -71,12 +76,19 @@ class Decoding:
         """Put these settings in front of the tasks' own."""
         changes: dict[str, object] = {}
         if self.temperature:
-            changes |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "seed": seed}
+            changes |= {
+                "do_sample": True,
+                "temperature": self.temperature,
+                "top_p": self.top_p,
+                "seed": seed,
+            }
         if self.max_tokens is not None:
             changes["max_gen_toks"] = self.max_tokens
         for task in opened.loaded.values():
             if changes and task.OUTPUT_TYPE == "generate_until":
-                task.set_config("generation_kwargs", {**(task.config.generation_kwargs or {}), **changes})
+                task.set_config(
+                    "generation_kwargs", {**(task.config.generation_kwargs or {}), **changes}
+                )
 
 
 def expanded(names: Sequence[str]) -> list[str]:
@@ -105,7 +117,11 @@ def opened(own: Sequence[Task], names: Sequence[str] = ()) -> Iterator[Opened]:
         for name in names:
             try:
                 theirs = _managed(_collection(), name)
-                found |= {leaf: _described(leaf, task) for leaf, task in theirs.items() if leaf not in loaded}
+                found |= {
+                    leaf: _described(leaf, task)
+                    for leaf, task in theirs.items()
+                    if leaf not in loaded
+                }
             except EvaluationError as fault:
                 failed[name] = str(fault)
             except Exception as fault:  # noqa: BLE001
@@ -114,14 +130,20 @@ def opened(own: Sequence[Task], names: Sequence[str] = ()) -> Iterator[Opened]:
                 loaded = {**theirs, **loaded}
         for each in loaded.values():
             each.set_fewshot_seed(seed=_FEWSHOT_SEED)
-        yield Opened(tasks=tuple(found.values()), loaded={name: loaded[name] for name in found}, failed=failed)
+        yield Opened(
+            tasks=tuple(found.values()),
+            loaded={name: loaded[name] for name in found},
+            failed=failed,
+        )
 
 
-def split(names: Sequence[str], data_folder: Path | None = None) -> tuple[list[Task], list[str], dict[str, str]]:
+def split(
+    names: Sequence[str], data_folder: Path | None = None
+) -> tuple[list[Task], list[str], dict[str, str]]:
     """Expanded names as tasks of evals/, names for lm-eval, and those of evals/ that do not load, with the reason."""
     own, theirs, failed = list[Task](), list[str](), dict[str, str]()
     for name in expanded(names):
-        if not evals.task_path(name).is_file() and not name.endswith(evals.SUFFIX):
+        if not task_files.task_path(name).is_file() and not name.endswith(task_files.SUFFIX):
             theirs.append(name)
             continue
         try:
@@ -133,9 +155,9 @@ def split(names: Sequence[str], data_folder: Path | None = None) -> tuple[list[T
 
 def known(name: str) -> bool:
     """Whether there is a task of this name, here or in lm-eval, or the file."""
-    if name.endswith(evals.SUFFIX):
+    if name.endswith(task_files.SUFFIX):
         return is_file(Path(name))
-    return evals.task_path(name).is_file() or bool(_collection().match_tasks([name]))
+    return task_files.task_path(name).is_file() or bool(_collection().match_tasks([name]))
 
 
 def _index(folder: Path) -> Any:
@@ -157,7 +179,9 @@ def _managed(manager: Any, name: str) -> dict[str, Any]:
     """lm-eval's tasks of a name or pattern."""
     matching = manager.match_tasks([name])
     if not matching:
-        near = difflib.get_close_matches(name, [*evals.task_names(), *SETS, *manager.all_tasks], n=3)
+        near = difflib.get_close_matches(
+            name, [*task_files.task_names(), *SETS, *manager.all_tasks], n=3
+        )
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise EvaluationError(f"{name}: no such task; {hint}`lm-eval ls tasks` lists lm-eval's own")
     loaded: dict[str, Any] = manager.load(matching)["tasks"]
@@ -175,7 +199,12 @@ def _described(name: str, task: Any) -> Task:
     config = task.dump_config()
     words = json.dumps(config, sort_keys=True, default=str)
     domain = next(
-        (known for known in SETS if name.startswith(tuple(m.partition("*")[0] for m in SETS[known]))), "other"
+        (
+            known
+            for known in SETS
+            if name.startswith(tuple(m.partition("*")[0] for m in SETS[known]))
+        ),
+        "other",
     )
     return Task(
         name=name,
@@ -192,7 +221,9 @@ def _unloadable(name: str, fault: Exception, *, hub: bool, local: bool) -> str:
     """One sentence; lm-eval's and datasets' own text is the information."""
     said = " ".join(f"{type(fault).__name__}: {fault}".split())[:300]
     if isinstance(fault, ModuleNotFoundError | AssertionError) and "lm-eval[math]" in said:
-        return f"{name}: its answers are compared by packages that are missing; install quantkit[math]"
+        return (
+            f"{name}: its answers are compared by packages that are missing; install quantkit[math]"
+        )
     advice = "correct the task's file"
     if hub:
         place = f", or set {DATA_VARIABLE} to a folder that has it" if local else ""
@@ -211,7 +242,11 @@ def _quiet(*, offline: bool) -> Iterator[None]:
     import lm_eval.api.task as lm_eval_task
 
     loggers, bars = [*map(logging.getLogger, _LOGGERS)], datasets.is_progress_bar_enabled()
-    levels, was_offline, bar = [each.level for each in loggers], datasets.config.HF_HUB_OFFLINE, lm_eval_task.tqdm
+    levels, was_offline, bar = (
+        [each.level for each in loggers],
+        datasets.config.HF_HUB_OFFLINE,
+        lm_eval_task.tqdm,
+    )
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()

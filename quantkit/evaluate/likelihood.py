@@ -13,18 +13,25 @@ from pathlib import Path
 import torch
 from jinja2 import TemplateError
 
+from quantkit.artifact.fidelity_schema import Figure, Likelihood
 from quantkit.errors import EvaluationError
 from quantkit.evaluate import harness, statistics, tasks
 from quantkit.evaluate.distribution import Sides
 from quantkit.evaluate.tasks import TEMPLATES, Task
-from quantkit.report.schema import Figure, Likelihood
-from quantkit.storage import evals
-from quantkit.storage.corpora import Tokenizer, Tokens, continued, pack_tokens
+from quantkit.texts import task_files
+from quantkit.texts.corpora import Tokenizer, Tokens, continued, pack_tokens
 
 Prompt = tuple[int, str, dict[str, object]]
 """Number of an item, its prompt, and its columns."""
 
-_SPECIAL = frozenset({"description", "process_docs", "doc_to_choice", "use_prompt", "gen_prefix", "custom_dataset"})
+_SPECIAL = frozenset({
+    "description",
+    "process_docs",
+    "doc_to_choice",
+    "use_prompt",
+    "gen_prefix",
+    "custom_dataset",
+})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +86,9 @@ def tokenize(names: Sequence[str], tokenizer: Tokenizer, *, items: int, length: 
             hashes[task.name] = task.sha256
         except EvaluationError as error:
             failed[tasks.called(name)] = str(error)
-    found.sort(key=lambda entry: -len(entry[1]))  # stable: equal lengths stay in the order of the tasks
+    found.sort(
+        key=lambda entry: -len(entry[1])
+    )  # stable: equal lengths stay in the order of the tasks
     rows = [(solution.task, ids) for solution, ids in found]
     items_ = tuple(solution for solution, _ in found)
     return Solutions(tokens=pack_tokens(rows), items=items_, hashes=hashes, failed=failed)
@@ -92,7 +101,10 @@ def _sequences(
     found = []
     try:
         texts = written(task, items) or asked(task, items)
-        pairs = [(doc_id, prompt, TEMPLATES.from_string(gold).render(row)) for doc_id, prompt, row in texts]
+        pairs = [
+            (doc_id, prompt, TEMPLATES.from_string(gold).render(row))
+            for doc_id, prompt, row in texts
+        ]
     except TemplateError as fault:
         raise EvaluationError(f"{task.name}: {fault}; correct the task's file") from fault
     for doc_id, prompt, solution in pairs:
@@ -108,9 +120,16 @@ def written(task: Task, items: int) -> list[Prompt]:
     Made here, because lm-eval and what it imports hold 130 MB that the recipe's `memory` has no room for.
     """
     plain, data, shots = task.config, _local(task, items), _shots(task)
-    if data is None or shots is None or not isinstance(plain.get("doc_to_text"), str) or _SPECIAL & plain.keys():
+    if (
+        data is None
+        or shots is None
+        or not isinstance(plain.get("doc_to_text"), str)
+        or _SPECIAL & plain.keys()
+    ):
         return []
-    ask, answer = (TEMPLATES.from_string(str(plain[key])) for key in ("doc_to_text", "doc_to_target"))
+    ask, answer = (
+        TEMPLATES.from_string(str(plain[key])) for key in ("doc_to_text", "doc_to_target")
+    )
     delimiter, gap = plain.get("target_delimiter", " "), plain.get("fewshot_delimiter", "\n\n")
     front = "".join(f"{ask.render(row)}{delimiter}{answer.render(row)}{gap}" for row in shots)
     return [(number, front + ask.render(row), row) for number, row in enumerate(data)]
@@ -119,7 +138,7 @@ def written(task: Task, items: int) -> list[Prompt]:
 def _local(task: Task, items: int) -> list[dict[str, object]] | None:
     """The first rows of the split that is scored."""
     file = task.files.get(str(task.config.get("test_split")))
-    return None if file is None else evals.first_rows(file.path, file.rows, items)
+    return None if file is None else task_files.first_rows(file.path, file.rows, items)
 
 
 def _shots(task: Task) -> list[dict[str, object]] | None:
@@ -133,7 +152,7 @@ def _shots(task: Task) -> list[dict[str, object]] | None:
         return samples[:count]
     split = task.config.get("fewshot_split")
     file = None if split == task.config.get("test_split") else task.files.get(str(split))
-    return None if file is None else evals.first_rows(file.path, file.rows, count)
+    return None if file is None else task_files.first_rows(file.path, file.rows, count)
 
 
 def asked(task: Task, items: int) -> list[Prompt]:
@@ -151,9 +170,13 @@ def score(both: Sides, items: Sequence[Solution]) -> list[Scored]:
     if not items:
         return []
     tokens = both.reference.tokens
-    ends = [start + length for start, length in zip(tokens.starts, tokens.lengths, strict=True)][-len(items) :]
+    ends = [start + length for start, length in zip(tokens.starts, tokens.lengths, strict=True)][
+        -len(items) :
+    ]
     # the token at a row is predicted by the row before it
-    rows = torch.cat([torch.arange(end - 1 - x.n_tokens, end - 1) for end, x in zip(ends, items, strict=True)])
+    rows = torch.cat([
+        torch.arange(end - 1 - x.n_tokens, end - 1) for end, x in zip(ends, items, strict=True)
+    ])
     compared, counts = both.compare(rows), [solution.n_tokens for solution in items]
     first, second = compared.nll_source.split(counts), compared.nll_quantized.split(counts)
     found = [
@@ -163,7 +186,9 @@ def score(both: Sides, items: Sequence[Solution]) -> list[Scored]:
     return sorted(found, key=lambda scored: (scored.solution.task, scored.solution.doc_id))
 
 
-def rows(names: Sequence[str], solutions: Solutions, scored: Sequence[Scored]) -> tuple[Likelihood, ...]:
+def rows(
+    names: Sequence[str], solutions: Solutions, scored: Sequence[Scored]
+) -> tuple[Likelihood, ...]:
     """One row per task, in the recipe's order; tasks without gold have none."""
     found = []
     for name in map(tasks.called, names):
@@ -187,7 +212,11 @@ def _row(name: str, mine: Sequence[Scored], sha256: str) -> Likelihood:
         tokens=sum(each.solution.n_tokens for each in mine),
         source=sum(first) / len(mine),
         artifact=sum(second) / len(mine),
-        difference=Figure(value=change.mean, se=change.standard_error, ci=(change.interval.low, change.interval.high)),
+        difference=Figure(
+            value=change.mean,
+            se=change.standard_error,
+            ci=(change.interval.low, change.interval.high),
+        ),
         data_sha256=sha256,
     )
 

@@ -9,17 +9,24 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from quantkit.artifact.fidelity_schema import Benchmark
 from quantkit.errors import EvaluationError, UsageError
-from quantkit.evaluate import benchmarks, compare, harness, samples, statistics
-from quantkit.evaluate.evaluation import JOURNAL, Asked, Setup, Subject, ask, ask_source, settings, source_of
+from quantkit.evaluate import answer_store, benchmarks, compare, harness, samples, statistics
+from quantkit.evaluate.evaluation import (
+    JOURNAL,
+    Asked,
+    Setup,
+    Subject,
+    ask,
+    ask_source,
+    settings,
+    source_of,
+)
 from quantkit.evaluate.samples import ItemPair, ItemResult
 from quantkit.evaluate.statistics import Interval
 from quantkit.evaluate.tasks import Task
-from quantkit.progress import Tell
-from quantkit.report.schema import Benchmark
-from quantkit.report.tables import Table, compared
-from quantkit.storage import journal
-from quantkit.storage.files import read_json, write_json
+from quantkit.io.files import read_json, write_json
+from quantkit.progress import ProgressCallback
 
 RESULTS = "results.json"
 ITEMS = "items.parquet"
@@ -70,7 +77,7 @@ def evaluate(
     *,
     source: str | None = None,
     baseline: Path | None = None,
-    tell: Tell,
+    tell: ProgressCallback,
 ) -> Outcome:
     """Ask, compare and write. source: "" compares with the source the manifest names, else the model of that name.
 
@@ -81,7 +88,14 @@ def evaluate(
     asked = ask(who, names, setup, folder / JOURNAL, tell)
     if origin is not None:
         earlier = ask_source(origin, names, setup, tell)
-    return write(folder, who, setup, asked, earlier, origin.name if origin else baseline.name if baseline else "")
+    return write(
+        folder,
+        who,
+        setup,
+        asked,
+        earlier,
+        origin.name if origin else baseline.name if baseline else "",
+    )
 
 
 def output_folder(name: str, given: Path | None, *, resume: bool) -> Path:
@@ -91,7 +105,7 @@ def output_folder(name: str, given: Path | None, *, resume: bool) -> Path:
     """
     beside = Path(name).resolve() if Path(name).is_dir() else Path(re.sub(r"[^\w.-]+", "_", name))
     folder = given or beside.with_name(f"{beside.name}.eval")
-    if not resume and journal.holds_answers(folder / JOURNAL):
+    if not resume and answer_store.holds_answers(folder / JOURNAL):
         raise UsageError(
             f"{folder}: it holds an evaluation already; add --resume to go on with it, or name another --output"
         )
@@ -99,7 +113,12 @@ def output_folder(name: str, given: Path | None, *, resume: bool) -> Path:
 
 
 def write(
-    folder: Path, who: Subject, setup: Setup, asked: Asked, source: Sequence[ItemResult] | None, against: str
+    folder: Path,
+    who: Subject,
+    setup: Setup,
+    asked: Asked,
+    source: Sequence[ItemResult] | None,
+    against: str,
 ) -> Outcome:
     """Parquet per item, per seed where there are several, pairs where there is a baseline, and results.json."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,12 +129,16 @@ def write(
     pairs: list[ItemPair] = []
     if source is not None:
         theirs, mine = {item.key for item in source}, {item.key for item in asked.items}
-        common = [[item for item in side if item.key in theirs & mine] for side in (source, asked.items)]
+        common = [
+            [item for item in side if item.key in theirs & mine] for side in (source, asked.items)
+        ]
         if not common[0]:
             raise EvaluationError(f"{against}: no item in common; what was asked lies in {folder}")
         pairs = samples.pair(*common)
         samples.pairs_to_parquet(pairs, folder / PAIRS)
-    rows = tuple(compare.row(task, pairs, compare.DEFAULT_RECOVERY) for task in asked.opened.tasks if pairs)
+    rows = tuple(
+        compare.row(task, pairs, compare.DEFAULT_RECOVERY) for task in asked.opened.tasks if pairs
+    )
     scores = scored(asked)
     told = {
         "version": 1,
@@ -135,7 +158,9 @@ def write(
 def read_baseline(folder: Path, names: Sequence[str], setup: Setup) -> list[ItemResult]:
     """The items of an earlier evaluation; EvaluationError when it was asked in another way, or nothing of `names`."""
     if not folder.is_dir():
-        raise UsageError(f"--baseline: {folder}: expected the folder of an evaluation, found none; check the path")
+        raise UsageError(
+            f"--baseline: {folder}: expected the folder of an evaluation, found none; check the path"
+        )
     told = read_json(folder / RESULTS, EvaluationError)
     theirs, mine = told.get("settings"), settings(setup)
     for name in SAME:
@@ -158,7 +183,10 @@ def read_baseline(folder: Path, names: Sequence[str], setup: Setup) -> list[Item
 def scored(asked: Asked) -> tuple[Scored, ...]:
     """A row per task and filter: score and interval over items, rates over all answers."""
     by_name = {task.name: task for task in asked.opened.tasks}
-    rates = {(row.task, row.filter): row for row in benchmarks.scores([item for run in asked.runs for item in run])}
+    rates = {
+        (row.task, row.filter): row
+        for row in benchmarks.scores([item for run in asked.runs for item in run])
+    }
     groups: dict[tuple[str, str], list[ItemResult]] = {}
     for item in asked.items:
         groups.setdefault((item.task, item.filter), []).append(item)
@@ -183,29 +211,3 @@ def values(row: Scored) -> dict[str, object]:
     """A row as results.json has it."""
     both = [row.interval.low, row.interval.high] if row.interval else None
     return {**{name: getattr(row, name) for name in row.__dataclass_fields__}, "interval": both}
-
-
-def tables(outcome: Outcome, setup: Setup) -> list[Table]:
-    """Scores, and the comparison where there is one."""
-    rows = [
-        (
-            row.task,
-            row.filter,
-            f"{row.n:,}",
-            "not run" if row.score is None else f"{100 * row.score:.1f} %",
-            f"{100 * row.interval.low:.1f} to {100 * row.interval.high:.1f}" if row.interval else row.not_run[:60],
-            f"{100 * row.truncated:.0f} %",
-            f"{100 * row.unparsed:.0f} %",
-            f"{row.n_tokens:.0f}",
-        )
-        for row in outcome.scores
-    ]
-    columns = ("task", "filter", ">n", ">score", ">95 %", ">cut", ">no result", ">tokens")
-    note = "cut: answers ended by the token limit; no result: answers in which none was found; tokens per answer."
-    note += "".join(f"\nNot run: {reason}." for reason in outcome.not_run.values())
-    rows += [(name, "", "0", "not run", "", "", "", "") for name in outcome.not_run]
-    found = [Table(title="Scores", columns=columns, rows=tuple(rows), note=note)]
-    how = f"{setup.seeds} answers per item at temperature {setup.decoding.temperature}, averaged per item"
-    if not setup.decoding.temperature:
-        how = "Greedy"
-    return [*found, compared(outcome.rows, f"{how}, the same prompts on both")] if outcome.rows else found

@@ -65,7 +65,17 @@ _TYPES = {
     "prompt_hash": "string", "target_hash": "string", "prompt": "string", "target": "string", "response": "string",
     "score": "float64", "outcome": "string", "n_tokens": "int64", "truncated": "bool", "parsed": "bool",
 }  # fmt: skip
-_SHARED = ("task", "domain", "filter", "doc_id", "doc_hash", "prompt_hash", "target_hash", "prompt", "target")
+_SHARED = (
+    "task",
+    "domain",
+    "filter",
+    "doc_id",
+    "doc_hash",
+    "prompt_hash",
+    "target_hash",
+    "prompt",
+    "target",
+)
 _OWN = ("response", "score", "outcome", "n_tokens", "truncated", "parsed")
 
 
@@ -123,7 +133,9 @@ def to_parquet(items: Sequence[ItemResult], path: Path) -> None:
 def pairs_to_parquet(pairs: Sequence[ItemPair], path: Path) -> None:
     """Write both runs side by side: shared columns, then base_*, then quant_*, then first_divergence."""
     types = {name: _TYPES[name] for name in _SHARED}
-    types |= {f"base_{name}": _TYPES[name] for name in _OWN} | {f"quant_{name}": _TYPES[name] for name in _OWN}
+    types |= {f"base_{name}": _TYPES[name] for name in _OWN} | {
+        f"quant_{name}": _TYPES[name] for name in _OWN
+    }
     types["first_divergence"] = "int64"
     _write([_pair_row(both) for both in pairs], types, path)
 
@@ -136,14 +148,22 @@ def from_parquet(path: Path) -> list[ItemResult]:
     try:
         rows = parquet.read_table(path).to_pylist()
     except (OSError, arrow.ArrowException) as fault:
-        raise EvaluationError(f"{path}: expected a Parquet file of items, found: {str(fault)[:200]}") from None
+        raise EvaluationError(
+            f"{path}: expected a Parquet file of items, found: {str(fault)[:200]}"
+        ) from None
     if rows and rows[0].keys() != _TYPES.keys():
-        raise EvaluationError(f"{path}: expected columns {', '.join(_TYPES)}, found {', '.join(rows[0])}")
+        raise EvaluationError(
+            f"{path}: expected columns {', '.join(_TYPES)}, found {', '.join(rows[0])}"
+        )
     return [ItemResult(**row) for row in rows]
 
 
 def cache_key(
-    source_hash: str, task_hashes: Mapping[str, str], limit: int | None, dtype: str, versions: Mapping[str, str]
+    source_hash: str,
+    task_hashes: Mapping[str, str],
+    limit: int | None,
+    dtype: str,
+    versions: Mapping[str, str],
 ) -> str:
     """The name under which a run's items may be used again: everything that can change an answer goes in.
 
@@ -177,7 +197,9 @@ def write_cached(folder: Path, key: str, items: Sequence[ItemResult]) -> None:
 def _pair_row(both: ItemPair) -> dict[str, object]:
     first, second = asdict(both.baseline), asdict(both.candidate)
     row = {name: first[name] for name in _SHARED}
-    row |= {f"base_{name}": first[name] for name in _OWN} | {f"quant_{name}": second[name] for name in _OWN}
+    row |= {f"base_{name}": first[name] for name in _OWN} | {
+        f"quant_{name}": second[name] for name in _OWN
+    }
     return {**row, "first_divergence": both.first_divergence}
 
 
@@ -193,4 +215,6 @@ def _write(rows: Sequence[Mapping[str, object]], types: Mapping[str, str], path:
         os.replace(part, path)
     except OSError as fault:
         part.unlink(missing_ok=True)
-        raise EvaluationError(f"{path}: cannot be written: {fault}; choose another folder") from None
+        raise EvaluationError(
+            f"{path}: cannot be written: {fault}; choose another folder"
+        ) from None

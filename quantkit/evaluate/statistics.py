@@ -99,17 +99,24 @@ def mcnemar(lost: int, gained: int) -> float:
     if n <= _EXACT_UP_TO:
         tail: float = sum(comb(n, k) for k in range(fewer + 1)) / 2**n
     else:
-        tail = sum(exp(lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1) - n * log(2)) for k in range(fewer + 1))
+        tail = sum(
+            exp(lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1) - n * log(2))
+            for k in range(fewer + 1)
+        )
     return min(1.0, 2 * tail)
 
 
-def paired(baseline: Sequence[float], candidate: Sequence[float], level: float = LEVEL) -> Difference:
+def paired(
+    baseline: Sequence[float], candidate: Sequence[float], level: float = LEVEL
+) -> Difference:
     """Mean difference, SE = sd(d) / sqrt(n) and normal interval (Miller 2024, eq. 7); needs two items or more."""
     changes = _changes(baseline, candidate)
     n, mean = len(changes), sum(changes) / len(changes)
     error = sqrt(sum((change - mean) ** 2 for change in changes) / (n - 1) / n)
     half = _z(level) * error
-    return Difference(mean=mean, standard_error=error, interval=Interval(low=mean - half, high=mean + half))
+    return Difference(
+        mean=mean, standard_error=error, interval=Interval(low=mean - half, high=mean + half)
+    )
 
 
 def paired_shares(lost: int, gained: int, n: int, level: float = LEVEL) -> Interval:
@@ -139,7 +146,8 @@ def bootstrap(
         counts[change] = counts.get(change, 0) + 1
     generator, kinds, weights = random.Random(seed), list(counts), list(counts.values())
     values = sorted(
-        sum(generator.choices(kinds, weights=weights, k=len(changes))) / len(changes) for _ in range(resamples)
+        sum(generator.choices(kinds, weights=weights, k=len(changes))) / len(changes)
+        for _ in range(resamples)
     )
     return Interval(low=_quantile(values, (1 - level) / 2), high=_quantile(values, (1 + level) / 2))
 
@@ -150,7 +158,9 @@ def recovery_interval(baseline: float, difference: Interval) -> Interval:
     The baseline's score counts as known. So the interval lies above a share to be kept just when that of the difference
     excludes the loss: the two never contradict each other, and few flips leave neither without a width.
     """
-    return Interval(low=max(0.0, 1 + difference.low / baseline), high=1 + difference.high / baseline)
+    return Interval(
+        low=max(0.0, 1 + difference.low / baseline), high=1 + difference.high / baseline
+    )
 
 
 def minimum_detectable(flips: float, n: int, power: float = POWER, level: float = LEVEL) -> float:
@@ -172,7 +182,10 @@ def decide(interval: Interval, margin: float) -> Verdict:
 
 
 def compare(
-    baseline: Sequence[float], candidate: Sequence[float], smallest_recovery: float = 0.99, level: float = LEVEL
+    baseline: Sequence[float],
+    candidate: Sequence[float],
+    smallest_recovery: float = 0.99,
+    level: float = LEVEL,
 ) -> Comparison:
     """Everything about one task, or about several whose items are put together.
 
@@ -203,7 +216,9 @@ def compare(
 
 def _changes(baseline: Sequence[float], candidate: Sequence[float]) -> list[float]:
     if len(baseline) != len(candidate) or len(baseline) < 2:
-        raise ValueError(f"expected two or more paired items, found {len(baseline)} and {len(candidate)}")
+        raise ValueError(
+            f"expected two or more paired items, found {len(baseline)} and {len(candidate)}"
+        )
     return [second - first for first, second in zip(baseline, candidate, strict=True)]
 
 

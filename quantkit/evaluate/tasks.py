@@ -19,11 +19,14 @@ from typing import Literal
 from jinja2 import Environment, StrictUndefined
 
 from quantkit.errors import EvaluationError
-from quantkit.storage import evals, plain_yaml
-from quantkit.storage.files import brief, is_file, sha256_file
+from quantkit.io import safe_yaml
+from quantkit.io.files import brief, is_file, sha256_file
+from quantkit.texts import task_files
 
 DATA_VARIABLE = "QUANTKIT_DATA"
-TEMPLATES = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # as lm-eval's: code, not HTML
+TEMPLATES = Environment(
+    undefined=StrictUndefined, keep_trailing_newline=True
+)  # as lm-eval's: code, not HTML
 _BLOCK = "quantkit"
 _KEYS = ("domain", "local", "hub", "gold", "code")
 _CODE_KEYS = ("source", "tests", "cut", "seconds")
@@ -81,7 +84,7 @@ class Task:
 
 def called(name: str) -> str:
     """What reports call a task that is asked for by its name or by its file's path: no path of this machine."""
-    return evals.task_path(name).stem
+    return task_files.task_path(name).stem
 
 
 def load(names: Sequence[str], data_folder: Path | None = None) -> tuple[Task, ...]:
@@ -104,12 +107,14 @@ def load(names: Sequence[str], data_folder: Path | None = None) -> tuple[Task, .
 @contextmanager
 def rendered(tasks: Sequence[Task]) -> Iterator[Path]:
     """A temporary folder with the tasks as lm-eval reads them (JSON is YAML), and a place for its data cache."""
-    with evals.temporary_folder() as place:
+    with task_files.temporary_folder() as place:
         for task in tasks:
             for split, file in task.files.items():
                 if file.rows is not None:
-                    evals.put(_selected(task, split, place), evals.rows_of(file.path, *file.rows))
-            evals.put(place / f"{task.name}.yaml", json.dumps(_lm_eval_config(task, place)))
+                    task_files.put(
+                        _selected(task, split, place), task_files.rows_of(file.path, *file.rows)
+                    )
+            task_files.put(place / f"{task.name}.yaml", json.dumps(_lm_eval_config(task, place)))
         yield place
 
 
@@ -121,23 +126,32 @@ def _selected(task: Task, split: str, place: Path) -> Path:
 def _lm_eval_config(task: Task, place: Path) -> dict[str, object]:
     if not task.is_local:
         data: dict[str, object] = {"dataset_path": task.hub["path"]}
-        return {**task.config, **data, **({"dataset_name": task.hub["name"]} if "name" in task.hub else {})}
+        return {
+            **task.config,
+            **data,
+            **({"dataset_name": task.hub["name"]} if "name" in task.hub else {}),
+        }
     files = {
         split: str(file.path if file.rows is None else _selected(task, split, place))
         for split, file in task.files.items()
     }  # fmt: skip
-    kwargs = {"data_files": files, "cache_dir": str(place / "cache")}  # otherwise every run would add to ~/.cache
+    kwargs = {
+        "data_files": files,
+        "cache_dir": str(place / "cache"),
+    }  # otherwise every run would add to ~/.cache
     return {**task.config, "dataset_path": "json", "dataset_kwargs": kwargs}
 
 
 def _load(name: str, data_folder: Path | None) -> Task:
-    path = evals.task_path(name)
+    path = task_files.task_path(name)
     if not is_file(path):
-        known = evals.task_names()
+        known = task_files.task_names()
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise EvaluationError(f"evaluation task {name!r}: no such task; {hint}known: {', '.join(known)}")
-    text = evals.task_text(path)
+        raise EvaluationError(
+            f"evaluation task {name!r}: no such task; {hint}known: {', '.join(known)}"
+        )
+    text = task_files.task_text(path)
     check = _Check(where=str(path), faults=[])
     config = _mapping_of(text, path)
     block = check.mapping(config.pop(_BLOCK, None), _BLOCK, _KEYS)
@@ -151,11 +165,17 @@ def _load(name: str, data_folder: Path | None) -> Task:
             f"{DATA_VARIABLE} to the folder that holds it"
         )
     elif not files and not missing and "path" not in hub:
-        check.faults.append(f"{path}: {_BLOCK}: expected local files or a hub dataset, found neither; name one")
+        check.faults.append(
+            f"{path}: {_BLOCK}: expected local files or a hub dataset, found neither; name one"
+        )
     if config.get("task") != path.stem:
-        check.faults.append(f"{path}: task: expected {path.stem!r} like the file, found {brief(config.get('task'))}")
+        check.faults.append(
+            f"{path}: task: expected {path.stem!r} like the file, found {brief(config.get('task'))}"
+        )
     if config.get("output_type") != "generate_until":
-        check.faults.append(f"{path}: output_type: expected generate_until, found {brief(config.get('output_type'))}")
+        check.faults.append(
+            f"{path}: output_type: expected generate_until, found {brief(config.get('output_type'))}"
+        )
     domain = check.text(block, "domain", _BLOCK)
     code = check.code(block.get("code"))
     gold = check.text(block, "gold", _BLOCK) if "gold" in block else None
@@ -176,17 +196,22 @@ def _places(path: Path, data_folder: Path | None) -> tuple[Path, ...]:
 
 def _mapping_of(text: str, path: Path) -> dict[str, object]:
     try:
-        value = plain_yaml.load(text)
-    except plain_yaml.Unreadable as fault:
+        value = safe_yaml.load(text)
+    except safe_yaml.Unreadable as fault:
         line = f":{fault.line}" if fault.line else ""
-        raise EvaluationError(f"{path}{line}: expected a YAML mapping, found {fault}; correct the file") from None
+        raise EvaluationError(
+            f"{path}{line}: expected a YAML mapping, found {fault}; correct the file"
+        ) from None
     if not isinstance(value, dict):
         raise EvaluationError(f"{path}: expected a YAML mapping, found {type(value).__name__}")
     return value
 
 
 def _hash(text: str, files: Mapping[str, LocalFile], hub: Mapping[str, str]) -> str:
-    data = {split: [sha256_file(file.path, EvaluationError), file.rows] for split, file in sorted(files.items())}
+    data = {
+        split: [sha256_file(file.path, EvaluationError), file.rows]
+        for split, file in sorted(files.items())
+    }
     whole = json.dumps([text, data or dict(hub)], sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()
 
@@ -201,7 +226,9 @@ class _Check:
     def mapping(self, value: object, key: str, known: Sequence[str]) -> dict[str, object]:
         """The mapping under `key`, without what is not known."""
         if not isinstance(value, dict):
-            self.faults.append(f"{self.where}: {key}: expected a mapping with {', '.join(known)}, found {brief(value)}")
+            self.faults.append(
+                f"{self.where}: {key}: expected a mapping with {', '.join(known)}, found {brief(value)}"
+            )
             return {}
         for unknown in value.keys() - set(known):
             near = difflib.get_close_matches(str(unknown), known, n=1)
@@ -222,7 +249,9 @@ class _Check:
         found = self.mapping(value, key, known) if value is not None else {}
         return {name: self.text(found, name, key) for name in found}
 
-    def files(self, value: object, places: tuple[Path, ...]) -> tuple[dict[str, LocalFile], list[str]]:
+    def files(
+        self, value: object, places: tuple[Path, ...]
+    ) -> tuple[dict[str, LocalFile], list[str]]:
         """split -> the file that exists, and the names of those that do not."""
         key = f"{_BLOCK}.local"
         if value is None:
@@ -241,11 +270,13 @@ class _Check:
             whole = {"file": entry} if isinstance(entry, str) else entry
             parts = self.mapping(whole, f"{key}.{split}", ("file", "rows"))
             name = self.text(parts, "file", f"{key}.{split}")
-            found = evals.first_file(name, places) if name else None
+            found = task_files.first_file(name, places) if name else None
             if found is None:
                 missing += [name] if name else []
             else:
-                files[str(split)] = LocalFile(path=found, rows=self.rows(parts.get("rows"), f"{key}.{split}"))
+                files[str(split)] = LocalFile(
+                    path=found, rows=self.rows(parts.get("rows"), f"{key}.{split}")
+                )
         return files, missing
 
     def rows(self, value: object, key: str) -> tuple[int, int] | None:
@@ -256,7 +287,9 @@ class _Check:
             start, end = value
             if 0 <= start < end:
                 return start, end
-        self.faults.append(f"{self.where}: {key}.rows: expected [from, to] with 0 <= from < to, found {brief(value)}")
+        self.faults.append(
+            f"{self.where}: {key}.rows: expected [from, to] with 0 <= from < to, found {brief(value)}"
+        )
         return None
 
     def code(self, value: object) -> CodeRules | None:
@@ -268,7 +301,9 @@ class _Check:
         source, tests = self.text(found, "source", key), self.text(found, "tests", key)
         cut, seconds = found.get("cut", "none"), found.get("seconds", 10)
         if cut not in _CUTS:
-            self.faults.append(f"{self.where}: {key}.cut: expected one of {', '.join(_CUTS)}, found {brief(cut)}")
+            self.faults.append(
+                f"{self.where}: {key}.cut: expected one of {', '.join(_CUTS)}, found {brief(cut)}"
+            )
         if type(seconds) is not int or not 1 <= seconds <= 600:
             found_seconds = brief(seconds)
             self.faults.append(

@@ -13,12 +13,29 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme, TensorSpec
+from quantkit.contracts import (
+    PROTECTED_ROLES,
+    Contents,
+    Format,
+    Linear,
+    Quantized,
+    Scheme,
+    TensorSpec,
+)
 from quantkit.errors import UsageError
+from quantkit.formats.common.checks import (
+    SCALE,
+    Checks,
+    Loader,
+    Treatment,
+    left_out,
+    matcher,
+    switched_off,
+    texts,
+)
+from quantkit.formats.common.engine_names import SERVERS, engine_names, kept_patterns, lines
+from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES
 from quantkit.numerics.runs import per_run
-from quantkit.packing.engine_names import SERVERS, engine_names, kept_patterns, lines
-from quantkit.packing.packed import GROUP_SIZES, SCALE_DTYPES
-from quantkit.packing.stored import SCALE, Checks, Loader, Treatment, left_out, matcher, switched_off, texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,8 +64,14 @@ def scheme_fault(scheme: Scheme) -> str | None:
     """Why no linear of this scheme can be stored."""
     if scheme.kind != "int" or scheme.bits != BITS:
         found = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
-        use = "format compressed_tensors, which holds 2 to 8 bits" if scheme.kind == "int" else "format bitsandbytes"
-        return f"AutoAWQ, vLLM and SGLang read AWQ with 4-bit integers only, found {found}; use {use}"
+        use = (
+            "format compressed_tensors, which holds 2 to 8 bits"
+            if scheme.kind == "int"
+            else "format bitsandbytes"
+        )
+        return (
+            f"AutoAWQ, vLLM and SGLang read AWQ with 4-bit integers only, found {found}; use {use}"
+        )
     if scheme.symmetric:
         return "AutoAWQ, vLLM and SGLang read AWQ with zero points, found symmetric: true; use symmetric: false"
     if scheme.group_size not in GROUP_SIZES:
@@ -63,18 +86,22 @@ def linear_fault(scheme: Scheme, linear: Linear) -> str | None:
     if linear.role in PROTECTED_ROLES:
         return f"vLLM and SGLang build a {linear.role.replace('_', ' ')} without AWQ and find no weight; keep it"
     if linear.out_features % PER_WORD:
-        return (
-            f"{linear.out_features} output features do not fill AWQ's words of 8 codes in any engine; keep this linear"
-        )
+        return f"{linear.out_features} output features do not fill AWQ's words of 8 codes in any engine; keep this linear"
     if scheme.group_size == -1:
         broken = linear.role == "routed_expert"
-        return "vLLM divides experts by the AWQ group size and fails on -1; use 128, 64 or 32" if broken else None
+        return (
+            "vLLM divides experts by the AWQ group size and fails on -1; use 128, 64 or 32"
+            if broken
+            else None
+        )
     if linear.in_features % scheme.group_size:
         return f"no engine loads AWQ with group_size {scheme.group_size} over {linear.in_features} input features"
     return None
 
 
-def limits(model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]) -> dict[str, str]:
+def limits(
+    model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]
+) -> dict[str, str]:
     """Engines that do not load an artifact of these linears, and why."""
     if model_type not in SCALED_ACTIVATIONS:
         return {}
@@ -95,25 +122,35 @@ def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
 
 def pack(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
     """codes [out, in], scale and zero [out, n_groups] -> local names; NumericsError when a code has no four bits."""
-    from quantkit.numerics import words  # torch starts when there is something to store
+    from quantkit.numerics import bitpack  # torch starts when there is something to store
 
     if quantized.zero is None:
-        raise UsageError("format awq: stores zero points, found a symmetric matrix; use symmetric: false")
+        raise UsageError(
+            "format awq: stores zero points, found a symmetric matrix; use symmetric: false"
+        )
     return {
-        "qweight": words.pack(quantized.codes.T, BITS, axis=1, order=words.AWQ_ORDER),  # [out, in] -> [in, out / 8]
-        "qzeros": words.pack(quantized.zero.T, BITS, axis=1, order=words.AWQ_ORDER),  # -> [n_groups, out / 8]
+        "qweight": bitpack.pack(
+            quantized.codes.T, BITS, axis=1, order=bitpack.AWQ_ORDER
+        ),  # [out, in] -> [in, out / 8]
+        "qzeros": bitpack.pack(
+            quantized.zero.T, BITS, axis=1, order=bitpack.AWQ_ORDER
+        ),  # -> [n_groups, out / 8]
         "scales": quantized.scale.T.contiguous(),  # [out, n_groups] -> [n_groups, out]
     }
 
 
 def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
     """qweight, qzeros, scales -> the weight [out, in] float32 that engines compute with."""
-    from quantkit.numerics import affine, words
+    from quantkit.numerics import affine, bitpack
 
     stored = Quantized(
-        codes=words.unpack(tensors["qweight"], BITS, axis=1, order=words.AWQ_ORDER).T,  # [in, out / 8] -> [out, in]
+        codes=bitpack.unpack(
+            tensors["qweight"], BITS, axis=1, order=bitpack.AWQ_ORDER
+        ).T,  # [in, out / 8] -> [out, in]
         scale=tensors["scales"].T,  # [n_groups, out] -> [out, n_groups]
-        zero=words.unpack(tensors["qzeros"], BITS, axis=1, order=words.AWQ_ORDER).T,  # -> [out, n_groups]
+        zero=bitpack.unpack(
+            tensors["qzeros"], BITS, axis=1, order=bitpack.AWQ_ORDER
+        ).T,  # -> [out, n_groups]
     )
     return affine.dequantize(stored, scheme)
 
@@ -125,7 +162,9 @@ def quantization_config(contents: Contents) -> dict[str, object]:
     """
     found = sorted({scheme.group_size for scheme in contents.schemes.values()})
     if len(found) != 1:
-        raise UsageError(f"format awq: config.json has room for one group size, found {found}; use one for all rules")
+        raise UsageError(
+            f"format awq: config.json has room for one group size, found {found}; use one for all rules"
+        )
     return {
         "quant_method": "awq",
         "bits": BITS,
@@ -133,7 +172,9 @@ def quantization_config(contents: Contents) -> dict[str, object]:
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": not_converted(list(contents.schemes), contents.kept),
-        "dynamic": {f"-:{pattern}": {} for pattern in kept_patterns(list(contents.schemes), contents.kept)},
+        "dynamic": {
+            f"-:{pattern}": {} for pattern in kept_patterns(list(contents.schemes), contents.kept)
+        },
     }
 
 
@@ -157,14 +198,21 @@ def not_converted(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
                 "quantized module too; quantize it, or keep the modules whose names contain it"
             )
         named[entry] = None
-    fused = [name for name in engine_names(kept) if not any(hits(entry, lines([name])) for entry in named)]
+    fused = [
+        name
+        for name in engine_names(kept)
+        if not any(hits(entry, lines([name])) for entry in named)
+    ]
     return [*named, *(name for name in fused if not hits(name, avoid))]
 
 
 def forms(name: str) -> list[str]:
     """Ways to name a module, the highest parent first. A layer keeps its trailing dot: "layers.1" is in "layers.10"."""
     parts = name.split(".")
-    parents = [".".join(parts[: n + 1]) + ("." if parts[n].isdigit() else "") for n in range(len(parts) - 1)]
+    parents = [
+        ".".join(parts[: n + 1]) + ("." if parts[n].isdigit() else "")
+        for n in range(len(parts) - 1)
+    ]
     return [*parents, name]
 
 
@@ -174,10 +222,14 @@ def hits(entry: str, modules: str) -> bool:
     AutoAWQ, vLLM and SGLang ask whether a module's name contains the entry. transformers matches the entry as a regular
     expression from the name's start up to a dot, and its own dots then stand for any character.
     """
-    return entry in modules or re.search(rf"\n(?:{entry})(?:(?<=\.)|(?=[.\n]))", modules) is not None
+    return (
+        entry in modules or re.search(rf"\n(?:{entry})(?:(?<=\.)|(?=[.\n]))", modules) is not None
+    )
 
 
-def shape(specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]) -> tuple[int, int] | None:
+def shape(
+    specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]
+) -> tuple[int, int] | None:
     """[out, in] by the specs of a linear's tensors."""
     if not {"qweight", "scales"} <= set(specs):
         return None

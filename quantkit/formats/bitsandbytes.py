@@ -25,10 +25,26 @@ from functools import cache
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme, TensorSpec
+from quantkit.contracts import (
+    PROTECTED_ROLES,
+    Contents,
+    Format,
+    Linear,
+    Quantized,
+    Scheme,
+    TensorSpec,
+)
 from quantkit.errors import ArtifactError, UsageError
-from quantkit.packing.engine_names import TRANSFORMERS, lines, parents
-from quantkit.packing.stored import MAGNITUDE, RISING, Checks, Loader, Numbers, exactly, left_out
+from quantkit.formats.common.checks import (
+    MAGNITUDE,
+    RISING,
+    Checks,
+    Loader,
+    Numbers,
+    exactly,
+    left_out,
+)
+from quantkit.formats.common.engine_names import TRANSFORMERS, lines, parents
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +72,9 @@ def accepts(scheme: Scheme, linear: Linear) -> str | None:
     return None
 
 
-def limits(model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]) -> dict[str, str]:
+def limits(
+    model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]
+) -> dict[str, str]:
     """Engines that do not load an artifact of these linears, and why."""
     if not any(linear.role == "routed_expert" for linear in schemes):
         return {}
@@ -72,10 +90,16 @@ def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
     shapes: dict[str, tuple[str, int]] = {"absmax": ("F32", blocks), "quant_map": ("F32", 16)}
     if scheme.double_quant:
         shapes["absmax"] = ("U8", blocks)
-        shapes |= {"nested_absmax": ("F32", -(-blocks // NESTED_BLOCK)), "nested_quant_map": ("F32", 256)}
+        shapes |= {
+            "nested_absmax": ("F32", -(-blocks // NESTED_BLOCK)),
+            "nested_quant_map": ("F32", 256),
+        }
     return (
         TensorSpec(name=f"{linear.name}.weight", dtype="U8", shape=(size // 2, 1)),
-        *(TensorSpec(name=f"{linear.name}.weight.{n}", dtype=d, shape=(s,)) for n, (d, s) in shapes.items()),
+        *(
+            TensorSpec(name=f"{linear.name}.weight.{n}", dtype=d, shape=(s,))
+            for n, (d, s) in shapes.items()
+        ),
         TensorSpec(name=f"{linear.name}.{STATE}", dtype="U8", shape=(text,)),
     )
 
@@ -83,7 +107,9 @@ def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
 @cache  # asked for once per linear, 45,000 times for DeepSeek-V3
 def state_length(out_features: int, in_features: int, scheme: Scheme) -> int:
     """Bytes of the JSON blob, whatever the offset."""
-    return len(state_text((out_features, in_features), scheme, 0.0 if scheme.double_quant else None))
+    return len(
+        state_text((out_features, in_features), scheme, 0.0 if scheme.double_quant else None)
+    )
 
 
 def state_text(shape: Sequence[int], scheme: Scheme, offset: float | None) -> bytes:
@@ -105,17 +131,20 @@ def pack(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
     """codes [out, in] and absmax [out, n_groups] -> local names, the scales quantized if the scheme says so."""
     import torch  # starts when there is something to store
 
-    from quantkit.numerics import codebook
+    from quantkit.numerics import nf4
 
-    device, absmax = quantized.codes.device, quantized.scale.reshape(-1)  # [out, n_groups] -> [n_blocks]
+    device, absmax = (
+        quantized.codes.device,
+        quantized.scale.reshape(-1),
+    )  # [out, n_groups] -> [n_blocks]
     found = {
-        "weight": codebook.pair(quantized.codes),  # [out, in] -> [out * in / 2, 1]
+        "weight": nf4.pair(quantized.codes),  # [out, in] -> [out * in / 2, 1]
         "weight.absmax": absmax,
-        "weight.quant_map": torch.tensor(codebook.VALUES, device=device),
+        "weight.quant_map": torch.tensor(nf4.VALUES, device=device),
     }
     offset = None
     if scheme.double_quant:
-        quantize, middle = codebook.library("functional").quantize_blockwise, codebook.mean(absmax)
+        quantize, middle = nf4.library("functional").quantize_blockwise, nf4.mean(absmax)
         found["weight.absmax"], nested = quantize(absmax - middle, blocksize=NESTED_BLOCK)
         found |= {"weight.nested_absmax": nested.absmax, "weight.nested_quant_map": nested.code}
         offset = float(middle)
@@ -127,10 +156,12 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
     """What `pack` stored -> the weight [out, in] float32 that bitsandbytes unpacks and Linear4bit multiplies with."""
     import torch
 
-    from quantkit.numerics import codebook
+    from quantkit.numerics import nf4
 
-    bitsandbytes = codebook.library("functional")
-    state = bitsandbytes.QuantState.from_dict(quant_state(tensors, scheme), device=tensors["weight"].device)
+    bitsandbytes = nf4.library("functional")
+    state = bitsandbytes.QuantState.from_dict(
+        quant_state(tensors, scheme), device=tensors["weight"].device
+    )
     state.dtype = torch.float32  # as it is before an engine rounds it to its compute dtype
     unpacked: Tensor = bitsandbytes.dequantize_4bit(tensors["weight"], state)
     return unpacked
@@ -143,16 +174,32 @@ def quant_state(tensors: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tens
     """
     told = json_values(bytes(tensors[STATE].tolist()))
     shape, offset = told.get("shape", ()), told.get("nested_offset")
-    fits = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
+    fits = (
+        isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
+    )
     fits = fits and (type(offset) is float if scheme.double_quant else offset is None)
     if not fits or told != json_values(state_text(shape, scheme, offset)):
-        raise ArtifactError(f"{STATE}: expected the state of NF4 in blocks of {BLOCK}, found {told}; {AGAIN}")
+        raise ArtifactError(
+            f"{STATE}: expected the state of NF4 in blocks of {BLOCK}, found {told}; {AGAIN}"
+        )
     one = Linear(name="", out_features=shape[0], in_features=shape[1], role="mlp")
-    parts = {spec.name[1:]: (spec.dtype, spec.shape) for spec in layout(one, scheme) if spec.name != f".{STATE}"}
-    found = {name: (DTYPES.get(str(part.dtype)), tuple(part.shape)) for name, part in tensors.items() if name in parts}
+    parts = {
+        spec.name[1:]: (spec.dtype, spec.shape)
+        for spec in layout(one, scheme)
+        if spec.name != f".{STATE}"
+    }
+    found = {
+        name: (DTYPES.get(str(part.dtype)), tuple(part.shape))
+        for name, part in tensors.items()
+        if name in parts
+    }
     if found != parts:
         raise ArtifactError(f"weight: expected the tensors {parts}, found {found}; {AGAIN}")
-    return {name.removeprefix("weight."): part for name, part in tensors.items() if name.startswith("weight.")}
+    return {
+        name.removeprefix("weight."): part
+        for name, part in tensors.items()
+        if name.startswith("weight.")
+    }
 
 
 def json_values(text: bytes) -> dict[str, Any]:
@@ -197,7 +244,9 @@ def skipped(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
     to a dot or its end, or as the end of a name; SGLang as the beginning of a name up to a dot.
     """
     busy = {parent for name in quantized for parent in parents(name)}
-    named = dict.fromkeys(next((part for part in parents(name) if part not in busy), name) for name in kept)
+    named = dict.fromkeys(
+        next((part for part in parents(name) if part not in busy), name) for name in kept
+    )
     avoid = lines(quantized)
     for name in named:
         if re.search(rf"\n(?:{name})(?=[.\n])", avoid) or f"{name}\n" in avoid:
@@ -208,12 +257,16 @@ def skipped(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
     return list(named)
 
 
-def shape(specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]) -> tuple[int, int] | None:
+def shape(
+    specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]
+) -> tuple[int, int] | None:
     """[out, in] by the state of a linear, which is the one place where it stands."""
     if STATE not in specs:
         return None
     found = json_values(read(STATE)).get("shape")
-    fits = isinstance(found, list) and len(found) == 2 and all(type(n) is int and n > 0 for n in found)
+    fits = (
+        isinstance(found, list) and len(found) == 2 and all(type(n) is int and n > 0 for n in found)
+    )
     return (found[0], found[1]) if isinstance(found, list) and fits else None
 
 
@@ -224,10 +277,14 @@ def numbers(linear: Linear, scheme: Scheme) -> dict[str, Numbers]:
     def state_fault(text: bytes) -> str | None:
         told = json_values(text)
         offset = told.get("nested_offset")
-        fits = (type(offset) is float and isfinite(offset)) if scheme.double_quant else offset is None
+        fits = (
+            (type(offset) is float and isfinite(offset)) if scheme.double_quant else offset is None
+        )
         if fits and told == json_values(state_text(sides, scheme, offset)):
             return None
-        return f"expected the state of NF4 for {list(sides)} in blocks of {BLOCK}, found {told!r:.100}"
+        return (
+            f"expected the state of NF4 for {list(sides)} in blocks of {BLOCK}, found {told!r:.100}"
+        )
 
     found = {
         "weight.quant_map": exactly(struct.pack("<16f", *NF4_VALUES), "the 16 values of NF4"),

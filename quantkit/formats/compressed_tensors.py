@@ -20,12 +20,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme, TensorSpec
+from quantkit.contracts import (
+    PROTECTED_ROLES,
+    Contents,
+    Format,
+    Linear,
+    Quantized,
+    Scheme,
+    TensorSpec,
+)
 from quantkit.errors import ArtifactError
-from quantkit.numerics.runs import per_run
-from quantkit.packing.engine_names import SERVERS, TRANSFORMERS, kept_patterns
-from quantkit.packing.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, require_agreement
-from quantkit.packing.stored import (
+from quantkit.formats.common.checks import (
     SCALE,
     Checks,
     Codes,
@@ -39,6 +44,9 @@ from quantkit.packing.stored import (
     pattern,
     texts,
 )
+from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, kept_patterns
+from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, require_agreement
+from quantkit.numerics.runs import per_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,9 +67,7 @@ def scheme_fault(scheme: Scheme) -> str | None:
     if scheme.kind != "int" or scheme.bits not in BITS:
         found = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
         use = "dense to study it" if scheme.kind == "int" else "bitsandbytes"
-        return (
-            f"vLLM, SGLang and transformers read compressed-tensors with 2 to 8 bits, found {found}; use format {use}"
-        )
+        return f"vLLM, SGLang and transformers read compressed-tensors with 2 to 8 bits, found {found}; use format {use}"
     if scheme.group_size not in GROUP_SIZES:
         return (
             "the compressed-tensors kernels of vLLM and SGLang know group sizes 32, 64, 128 and -1, found "
@@ -100,7 +106,9 @@ def linear_fault(scheme: Scheme, linear: Linear) -> str | None:
     return None
 
 
-def limits(model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]) -> dict[str, str]:
+def limits(
+    model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]
+) -> dict[str, str]:
     """Engines that do not load an artifact of these linears, and why."""
     found: dict[str, str] = {}
     servers, used = ("vLLM", "SGLang"), set(schemes.values())
@@ -124,7 +132,9 @@ def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
     dtype, name = SCALE_DTYPES[scheme.scale_dtype], f"{linear.name}.weight"
     zero = TensorSpec(name=f"{name}_zero_point", dtype="I32", shape=(out * bits // 32, groups))
     return (
-        TensorSpec(name=f"{name}_packed", dtype="I32", shape=(out, linear.in_features * bits // 32)),
+        TensorSpec(
+            name=f"{name}_packed", dtype="I32", shape=(out, linear.in_features * bits // 32)
+        ),
         TensorSpec(name=f"{name}_scale", dtype=dtype, shape=(out, groups)),
         *(() if scheme.symmetric else (zero,)),
         TensorSpec(name=f"{name}_shape", dtype="I64", shape=(2,)),
@@ -138,15 +148,17 @@ def pack(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
     """
     import torch  # starts when there is something to store
 
-    from quantkit.numerics import words
+    from quantkit.numerics import bitpack
 
     require_agreement(quantized, scheme, "compressed_tensors")
     found = {
-        "weight_packed": words.pack(quantized.codes, scheme.bits, axis=1),  # [out, in] -> [out, in * bits / 32]
+        "weight_packed": bitpack.pack(
+            quantized.codes, scheme.bits, axis=1
+        ),  # [out, in] -> [out, in * bits / 32]
         "weight_scale": quantized.scale.contiguous(),
     }
     if quantized.zero is not None:
-        found["weight_zero_point"] = words.pack(
+        found["weight_zero_point"] = bitpack.pack(
             quantized.zero, scheme.bits, axis=0
         )  # [out, ...] -> [out * bits / 32, ...]
     return {**found, "weight_shape": torch.tensor(quantized.codes.shape, dtype=torch.int64)}
@@ -154,11 +166,19 @@ def pack(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
 
 def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
     """The tensors of `pack` -> the weight [out, in] float32 that engines compute with."""
-    from quantkit.numerics import affine, words
+    from quantkit.numerics import affine, bitpack
 
-    zero = None if scheme.symmetric else words.unpack(tensors["weight_zero_point"], scheme.bits, axis=0)
-    codes = words.unpack(tensors["weight_packed"], scheme.bits, axis=1)  # [out, in * bits / 32] -> [out, in]
-    return affine.dequantize(Quantized(codes=codes, scale=tensors["weight_scale"], zero=zero), scheme)
+    zero = (
+        None
+        if scheme.symmetric
+        else bitpack.unpack(tensors["weight_zero_point"], scheme.bits, axis=0)
+    )
+    codes = bitpack.unpack(
+        tensors["weight_packed"], scheme.bits, axis=1
+    )  # [out, in * bits / 32] -> [out, in]
+    return affine.dequantize(
+        Quantized(codes=codes, scale=tensors["weight_scale"], zero=zero), scheme
+    )
 
 
 def accepts_fp8(linear: Linear, block: int) -> str | None:
@@ -189,9 +209,15 @@ def quantization_config(contents: Contents) -> dict[str, object]:
     groups: list[dict[str, object]] = []
     for kind, names in by_codes(contents.schemes):
         others = [*(contents.schemes.keys() - names), *contents.kept]
-        groups.append(packed_group(targets(others, names) if groups or fp8_is_rest else every, kind))
+        groups.append(
+            packed_group(targets(others, names) if groups or fp8_is_rest else every, kind)
+        )
     if blocks:
-        groups.append(fp8_group(every if fp8_is_rest else unlike_experts(targets([*codes, *plain], contents.fp8))))
+        groups.append(
+            fp8_group(
+                every if fp8_is_rest else unlike_experts(targets([*codes, *plain], contents.fp8))
+            )
+        )
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -220,8 +246,18 @@ def fp8_group(targets: Sequence[str]) -> dict[str, object]:
     return {
         "format": "float-quantized",
         "targets": list(targets),
-        "weights": {**eight, "strategy": "block", "block_structure": [FP8_BLOCK, FP8_BLOCK], "dynamic": False},
-        "input_activations": {**eight, "strategy": "group", "group_size": FP8_BLOCK, "dynamic": True},
+        "weights": {
+            **eight,
+            "strategy": "block",
+            "block_structure": [FP8_BLOCK, FP8_BLOCK],
+            "dynamic": False,
+        },
+        "input_activations": {
+            **eight,
+            "strategy": "group",
+            "group_size": FP8_BLOCK,
+            "dynamic": True,
+        },
         "output_activations": None,
     }
 
@@ -244,7 +280,14 @@ def weights(kind: Codes) -> dict[str, object]:
     """The arguments of a group; readers refuse keys they do not know, so there are no others."""
     strategy = {"strategy": "channel"} if kind.group_size == -1 else {"strategy": "group"}
     size = {} if kind.group_size == -1 else {"group_size": kind.group_size}
-    return {"num_bits": kind.bits, "type": "int", "symmetric": kind.symmetric, **strategy, **size, "dynamic": False}
+    return {
+        "num_bits": kind.bits,
+        "type": "int",
+        "symmetric": kind.symmetric,
+        **strategy,
+        **size,
+        "dynamic": False,
+    }
 
 
 def ignored(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
@@ -253,7 +296,9 @@ def ignored(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
     return [plain.get(pattern, f"re:{pattern}") for pattern in kept_patterns(quantized, kept)]
 
 
-def shape(specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]) -> tuple[int, int] | None:
+def shape(
+    specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]
+) -> tuple[int, int] | None:
     """[out, in] by the specs of a linear's tensors."""
     if not {"weight_packed", "weight_scale"} <= set(specs):
         return None
@@ -270,12 +315,18 @@ def numbers(linear: Linear, scheme: Scheme) -> dict[str, Numbers]:
 def targeted(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
     """All engines: `ignore` first, then the group that names the module, then the one of every linear."""
     ignored, groups = names_of(entry.get("ignore"), "ignore"), entry.get("config_groups")
-    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
-        raise ArtifactError(f"config.json: quantization_config.config_groups: expected objects, found {groups!r:.60}")
+    if not isinstance(groups, Mapping) or not all(
+        isinstance(group, Mapping) for group in groups.values()
+    ):
+        raise ArtifactError(
+            f"config.json: quantization_config.config_groups: expected objects, found {groups!r:.60}"
+        )
     named: list[tuple[re.Pattern[str], Treatment]] = []
     rest: Treatment = "plain"
     for key, group in groups.items():
-        found: Treatment = "fp8" if group.get("format") == "float-quantized" else kind_of(group, key)
+        found: Treatment = (
+            "fp8" if group.get("format") == "float-quantized" else kind_of(group, key)
+        )
         if group.get("targets") == ["Linear"]:
             rest = found
         else:
@@ -304,7 +355,9 @@ def names_of(value: object, key: str) -> re.Pattern[str]:
     """One expression for a list of names, "re:" before those that are expressions."""
     return matcher(
         tuple(
-            pattern(text.removeprefix("re:"), key) if text.startswith("re:") else f"{re.escape(text)}$"
+            pattern(text.removeprefix("re:"), key)
+            if text.startswith("re:")
+            else f"{re.escape(text)}$"
             for text in texts(value, key)
         )
     )

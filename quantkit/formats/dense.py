@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import Contents, Format, Linear, Quantized, Scheme, TensorSpec
-from quantkit.packing.engine_names import SERVERS, TRANSFORMERS
-from quantkit.packing.stored import FINITE, Checks
+from quantkit.formats.common.checks import FINITE, Checks
+from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,9 @@ def quantization_config(contents: Contents) -> None:
     """None: engines see an unquantized checkpoint."""
 
 
-def shape(specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]) -> tuple[int, int] | None:
+def shape(
+    specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]
+) -> tuple[int, int] | None:
     """[out, in] by the spec of a linear's weight."""
     found = specs["weight"].shape if "weight" in specs else ()
     return (found[0], found[1]) if len(found) == 2 else None

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme
 from quantkit.errors import UsageError
+from quantkit.formats.common import gptq_tensors
+from quantkit.formats.common.engine_names import SERVERS
+from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS
 from quantkit.numerics.runs import per_run
-from quantkit.packing import gptq_tensors
-from quantkit.packing.engine_names import SERVERS
-from quantkit.packing.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,13 @@ def scheme_fault(scheme: Scheme) -> str | None:
     """Why no linear of this scheme can be stored."""
     if scheme.kind != "int" or scheme.bits not in SERVED_BITS:
         found = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
-        use = "bitsandbytes" if scheme.kind == "nf4" else "gptq_v2" if scheme.bits < 4 else "compressed_tensors"
+        use = (
+            "bitsandbytes"
+            if scheme.kind == "nf4"
+            else "gptq_v2"
+            if scheme.bits < 4
+            else "compressed_tensors"
+        )
         return f"vLLM and SGLang read GPTQ with 4-bit or 8-bit integers, found {found}; use format {use}"
     if not scheme.symmetric:
         return (
@@ -83,9 +89,15 @@ def quantization_config(contents: Contents) -> dict[str, object]:
     return gptq_tensors.quantization_config(contents, "gptq")
 
 
-def limits(model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]) -> dict[str, str]:
+def limits(
+    model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]
+) -> dict[str, str]:
     """Engines that do not load an artifact of these linears, and why."""
-    return {engine: why for engine, why in gptq_tensors.limits(model_type, schemes, kept).items() if engine in SERVERS}
+    return {
+        engine: why
+        for engine, why in gptq_tensors.limits(model_type, schemes, kept).items()
+        if engine in SERVERS
+    }
 
 
 CHECKS = gptq_tensors.checks(less=1)

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme
+from quantkit.formats.common import gptq_tensors
+from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS
+from quantkit.formats.common.packed import SCALE_DTYPES, SERVED_BITS, require_agreement
 from quantkit.numerics.runs import per_run
-from quantkit.packing import gptq_tensors
-from quantkit.packing.engine_names import SERVERS, TRANSFORMERS
-from quantkit.packing.packed import SCALE_DTYPES, SERVED_BITS, require_agreement
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,11 @@ def accepts(scheme: Scheme, linear: Linear) -> str | None:
     """None, or the first reason why GPTQModel could not load this linear, with what to do."""
     if scheme.kind != "int" or scheme.bits not in BITS:
         found = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
-        use = "format compressed_tensors, which holds 2 to 8 bits" if scheme.kind == "int" else "format bitsandbytes"
+        use = (
+            "format compressed_tensors, which holds 2 to 8 bits"
+            if scheme.kind == "int"
+            else "format bitsandbytes"
+        )
         return f"GPTQModel reads GPTQ with 2, 3, 4 or 8 bits, found {found}; use {use}"
     if scheme.scale_dtype not in SCALE_DTYPES:
         return f"GPTQModel holds GPTQ scales in 16 bits, found {scheme.scale_dtype}; use bfloat16 or float16"
@@ -43,7 +47,9 @@ def accepts(scheme: Scheme, linear: Linear) -> str | None:
     return None
 
 
-def limits(model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]) -> dict[str, str]:
+def limits(
+    model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]
+) -> dict[str, str]:
     """Engines that do not load an artifact of these linears, and why."""
     found, used = gptq_tensors.limits(model_type, schemes, kept), set(schemes.values())
     if not all(scheme.symmetric and scheme.bits in SERVED_BITS for scheme in used):

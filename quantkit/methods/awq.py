@@ -21,26 +21,31 @@ def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized
     gram is never above RTN's; an input that was never seen (a gram of zeros) gives RTN. Raises NumericsError without
     statistics.
     """
-    from quantkit.numerics import affine, clip  # torch starts when there is something to round
+    from quantkit.numerics import (
+        affine,
+        range_search,
+    )  # torch starts when there is something to round
 
     if stats is None:
-        raise NumericsError("awq chooses ranges by calibration statistics, found none; use method rtn for this linear")
-    scale, zero = clip.search(weight, stats.gram, scheme)
+        raise NumericsError(
+            "awq chooses ranges by calibration statistics, found none; use method rtn for this linear"
+        )
+    scale, zero = range_search.search(weight, stats.gram, scheme)
     return affine.quantize(weight, scale, zero, scheme)
 
 
 def candidates(mean_abs: Tensor) -> Tensor:
     """Input scales to try: mean_abs [in] -> [n, in] float32, the first all ones (numerics.rescale)."""
-    from quantkit.numerics import rescale
+    from quantkit.numerics import awq_scales
 
-    return rescale.candidates(mean_abs)
+    return awq_scales.candidates(mean_abs)
 
 
 def error(weight: Tensor, gram: Tensor, candidate: Tensor, scheme: Scheme | None) -> Tensor:
     """Error under the gram after scaling, rounding and unscaling: [...] float64 (numerics.rescale)."""
-    from quantkit.numerics import rescale
+    from quantkit.numerics import awq_scales
 
-    return rescale.error(weight, gram, candidate, scheme)
+    return awq_scales.error(weight, gram, candidate, scheme)
 
 
 METHOD = Method(solve=solve, rescale=Rescale(candidates=candidates, error=error))

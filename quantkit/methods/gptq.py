@@ -20,7 +20,9 @@ class Rounded:
     damping_raised: bool
 
 
-def round_weight(weight: Tensor, stats: InputStats | None, scheme: Scheme, *, once: bool = False) -> Rounded:
+def round_weight(
+    weight: Tensor, stats: InputStats | None, scheme: Scheme, *, once: bool = False
+) -> Rounded:
     """Ranges for the feedback to come, codes with errors fed back, then (not `once`) codes and scales improved in turn.
 
     weight [..., out, in] float32, scaled if the recipe's method scales; stats of the input it reads, gram
@@ -29,21 +31,37 @@ def round_weight(weight: Tensor, stats: InputStats | None, scheme: Scheme, *, on
     zeros) gives RTN. Raises NumericsError without statistics, or for a gram that is not finite or not positive
     semi-definite.
     """
-    from quantkit.numerics import affine, clip, correct, refine, rounding  # torch starts when there is work for it
+    from quantkit.numerics import (  # torch starts when there is work for it
+        affine,
+        coordinate_descent,
+        error_propagation,
+        gptq,
+        range_search,
+    )
 
     if stats is None:
-        raise NumericsError("gptq rounds by calibration statistics, found none; use method rtn for this linear")
-    factor = rounding.feedback(stats.gram)
+        raise NumericsError(
+            "gptq rounds by calibration statistics, found none; use method rtn for this linear"
+        )
+    factor = gptq.feedback(stats.gram)
     damping = factor.damping
     if stats.cross is not None:
-        weight = correct.corrected(weight, stats.cross, factor, stats.residual)
-    ranges = clip.weighted(weight, stats.gram.diagonal(dim1=-2, dim2=-1), scheme)
-    fed = rounding.with_feedback(weight, factor, ranges, scheme)
+        weight = error_propagation.corrected(weight, stats.cross, factor, stats.residual)
+    ranges = range_search.weighted(weight, stats.gram.diagonal(dim1=-2, dim2=-1), scheme)
+    fed = gptq.gptq_round(weight, factor, ranges, scheme)
     del factor  # as large as the gram
-    better = fed if once else refine.improved(weight, refine.damped(stats.gram, damping), fed, scheme)
-    plain = affine.quantize(weight, *affine.qparams(*affine.ranges(weight, scheme.group_size), scheme), scheme)
-    quantized = rounding.better_rows(weight, stats.gram, better, plain, scheme)
-    return Rounded(quantized=quantized, damping_raised=bool((damping > rounding.DAMPING * 1.5).any()))
+    better = (
+        fed
+        if once
+        else coordinate_descent.improved(
+            weight, coordinate_descent.damped(stats.gram, damping), fed, scheme
+        )
+    )
+    plain = affine.quantize(
+        weight, *affine.qparams(*affine.ranges(weight, scheme.group_size), scheme), scheme
+    )
+    quantized = gptq.better_rows(weight, stats.gram, better, plain, scheme)
+    return Rounded(quantized=quantized, damping_raised=bool((damping > gptq.DAMPING * 1.5).any()))
 
 
 def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized:

@@ -17,11 +17,13 @@ def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized
     The codes are bitsandbytes' to the bit (numerics.codebook). Raises NumericsError for a weight that is not finite, a
     row that is no whole number of blocks, or a scheme that is not NF4.
     """
-    from quantkit.numerics import codebook  # torch starts when there is something to round
+    from quantkit.numerics import nf4  # torch starts when there is something to round
 
     if scheme.kind != "nf4":
-        raise NumericsError(f"method nf4 has no codes of {scheme.bits}-bit integers; use method rtn for this linear")
-    codes, absmax = codebook.encode(weight)
+        raise NumericsError(
+            f"method nf4 has no codes of {scheme.bits}-bit integers; use method rtn for this linear"
+        )
+    codes, absmax = nf4.encode(weight)
     return Quantized(codes=codes, scale=absmax, zero=None)
 
 

@@ -15,7 +15,9 @@ def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized
 
     Raises NumericsError for a weight that is not finite, or a group size that does not divide `in`.
     """
-    from quantkit.numerics import affine  # torch starts when there is something to round, not when a recipe is planned
+    from quantkit.numerics import (
+        affine,
+    )  # torch starts when there is something to round, not when a recipe is planned
 
     scale, zero = affine.qparams(*affine.ranges(weight, scheme.group_size), scheme)
     return affine.quantize(weight, scale, zero, scheme)

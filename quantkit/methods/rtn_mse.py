@@ -20,9 +20,12 @@ def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized
     No group's squared error is above that of its min/max range. Raises NumericsError for a weight that is not finite,
     or a group size that does not divide `in`.
     """
-    from quantkit.numerics import affine, clip  # torch starts when there is something to round
+    from quantkit.numerics import (
+        affine,
+        range_search,
+    )  # torch starts when there is something to round
 
-    scale, zero = clip.weighted(weight, weight.new_ones(weight.shape[-1]), scheme)
+    scale, zero = range_search.weighted(weight, weight.new_ones(weight.shape[-1]), scheme)
     return affine.quantize(weight, scale, zero, scheme)
 
 

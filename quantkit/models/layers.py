@@ -22,12 +22,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quantkit.contracts import Block, Config, Layout
 from quantkit.errors import CheckpointError
-from quantkit.numerics import products
-from quantkit.storage.files import refused_config
+from quantkit.io.files import refused_config
+from quantkit.numerics import matmul
 
 
 @dataclass(frozen=True, kw_only=True)
-class Skeleton:
+class MetaModel:
     """A model without weights and what its layers need to run; made by `skeleton`."""
 
     config: Any  # transformers PretrainedConfig
@@ -38,7 +38,7 @@ class Skeleton:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Routed:
+class RouterOutput:
     """What a router asked of the experts: inputs [tokens, hidden], experts [tokens, k], weights [tokens, k]."""
 
     hidden: Tensor
@@ -51,11 +51,11 @@ class ExpertTap(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.last: Routed | None = None
+        self.last: RouterOutput | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[tokens, hidden] -> zeros of the same shape."""
-        self.last = Routed(hidden=hidden_states, index=top_k_index, weight=top_k_weights)
+        self.last = RouterOutput(hidden=hidden_states, index=top_k_index, weight=top_k_weights)
         return torch.zeros_like(hidden_states)
 
 
@@ -68,21 +68,29 @@ class Product(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return products.linear(x, self.weight, self.bias)
+        return matmul.linear(x, self.weight, self.bias)
 
 
-def skeleton(config: Config, device: torch.device, dtype: torch.dtype) -> Skeleton:
+def meta_model(config: Config, device: torch.device, dtype: torch.dtype) -> MetaModel:
     """The model of `config` on the meta device, computing in `dtype` on `device`. No code of the checkpoint runs."""
     model_type = config.text("model_type")
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(
             f"{config.where}: model_type {model_type!r} is not part of this transformers release; upgrade transformers"
         )
-    values = {key: value for key, value in config.values.items() if key not in {"quantization_config", "auto_map"}}
+    values = {
+        key: value
+        for key, value in config.values.items()
+        if key not in {"quantization_config", "auto_map"}
+    }
     try:
-        hf_config = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(values))  # it writes into nested values
+        hf_config = CONFIG_MAPPING[model_type].from_dict(
+            copy.deepcopy(values)
+        )  # it writes into nested values
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(
+                hf_config, dtype=dtype, attn_implementation="sdpa"
+            )
         # inv_freq is a buffer that no checkpoint stores: on the meta device it would be garbage
         rotary = rotary_class(model)(hf_config).to(device)
     except CheckpointError as fault:
@@ -91,7 +99,7 @@ def skeleton(config: Config, device: torch.device, dtype: torch.dtype) -> Skelet
         raise refused_config(config.where, model_type, fault) from fault
     check_patterns(hf_config, config.where)
     model.eval()
-    return Skeleton(config=hf_config, model=model, rotary=rotary, device=device, dtype=dtype)
+    return MetaModel(config=hf_config, model=model, rotary=rotary, device=device, dtype=dtype)
 
 
 def rotary_class(model: Any) -> type[nn.Module]:
@@ -106,7 +114,7 @@ def rotary_class(model: Any) -> type[nn.Module]:
 
 
 def decoder_layer(
-    skeleton: Skeleton, block: Block, tensors: Mapping[str, Tensor]
+    skeleton: MetaModel, block: Block, tensors: Mapping[str, Tensor]
 ) -> tuple[nn.Module, ExpertTap | None]:
     """One decoder layer with `tensors` (full names, routed experts left out) and the tap in place of its experts.
 
@@ -124,7 +132,8 @@ def decoder_layer(
     buffers = {name for name, _ in layer.named_buffers()}
     state = {
         relative(block, name): tensor.to(
-            device=skeleton.device, dtype=torch.float32 if relative(block, name) in buffers else skeleton.dtype
+            device=skeleton.device,
+            dtype=torch.float32 if relative(block, name) in buffers else skeleton.dtype,
         )
         for name, tensor in tensors.items()
     }
@@ -163,7 +172,10 @@ def observing(layer: nn.Module, modules: Mapping[str, str]) -> Iterator[dict[str
 
         return hook
 
-    handles = [layer.get_submodule(path).register_forward_pre_hook(remember(key)) for key, path in modules.items()]
+    handles = [
+        layer.get_submodule(path).register_forward_pre_hook(remember(key))
+        for key, path in modules.items()
+    ]
     try:
         yield seen
     finally:
@@ -171,7 +183,9 @@ def observing(layer: nn.Module, modules: Mapping[str, str]) -> Iterator[dict[str
             handle.remove()
 
 
-def run(skeleton: Skeleton, layer: nn.Module, rows: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+def run(
+    skeleton: MetaModel, layer: nn.Module, rows: Tensor, lengths: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """Run a layer over sequences that lie one behind the other.
 
     rows [tokens, hidden] -> (output [tokens, hidden], valid [sequences * longest] bool: which padded position is a
@@ -179,7 +193,9 @@ def run(skeleton: Skeleton, layer: nn.Module, rows: Tensor, lengths: Sequence[in
     """
     valid = padding(lengths, skeleton.device)  # [sequences, longest]
     hidden = torch.zeros(*valid.shape, rows.shape[-1], dtype=skeleton.dtype, device=skeleton.device)
-    hidden[valid] = rows.to(device=skeleton.device, dtype=skeleton.dtype)  # [tokens, h] -> [sequences, longest, h]
+    hidden[valid] = rows.to(
+        device=skeleton.device, dtype=skeleton.dtype
+    )  # [tokens, h] -> [sequences, longest, h]
     positions = torch.arange(valid.shape[1], device=skeleton.device)[None]  # [1, longest]
     make_mask = create_sliding_window_causal_mask if slides(skeleton, layer) else create_causal_mask
     mask = make_mask(
@@ -203,7 +219,9 @@ def run(skeleton: Skeleton, layer: nn.Module, rows: Tensor, lengths: Sequence[in
 
 def check_patterns(hf_config: Any, where: str) -> None:
     """CheckpointError for a layer that attends in another pattern than `run` has a mask for."""
-    patterns = hf_config.layer_types if "layer_types" in type(hf_config).__dataclass_fields__ else None
+    patterns = (
+        hf_config.layer_types if "layer_types" in type(hf_config).__dataclass_fields__ else None
+    )
     for number, pattern in enumerate(patterns or ()):
         if pattern not in {"full_attention", "sliding_attention"}:
             raise CheckpointError(
@@ -212,7 +230,7 @@ def check_patterns(hf_config: Any, where: str) -> None:
             )
 
 
-def slides(skeleton: Skeleton, layer: nn.Module) -> bool:
+def slides(skeleton: MetaModel, layer: nn.Module) -> bool:
     """Whether the layer sees only the last `sliding_window` tokens.
 
     A family whose config class has no field for layer types or for a window ignores both, whatever config.json says.
@@ -230,11 +248,23 @@ def padding(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.arange(max(lengths), device=device)[None] < count[:, None]
 
 
-def final_norm(skeleton: Skeleton, layout: Layout, tensors: Mapping[str, Tensor]) -> nn.Module:
+def final_norm(skeleton: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The norm behind the last block, with its tensors by full name."""
     module = layout.final_norm.name.rpartition(".")[0]
     norm: nn.Module = copy.deepcopy(skeleton.model.get_submodule(module))
-    state = {spec.name.removeprefix(f"{module}."): tensors[spec.name] for spec in layout.final_tensors}
-    cast = {name: tensor.to(device=skeleton.device, dtype=skeleton.dtype) for name, tensor in state.items()}
+    state = {
+        spec.name.removeprefix(f"{module}."): tensors[spec.name] for spec in layout.final_tensors
+    }
+    cast = {
+        name: tensor.to(device=skeleton.device, dtype=skeleton.dtype)
+        for name, tensor in state.items()
+    }
     load(norm, cast, "final norm")
     return norm
+
+
+def tokens_for_expert(index: Tensor, weight: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+    """Rows routed to `expert`, and their router weights: [n], [n]; index, weight: [tokens, k]."""
+    hit = index == expert  # [tokens, k]
+    token = hit.any(-1).nonzero(as_tuple=True)[0]  # [n]
+    return token, (weight * hit).sum(-1)[token]

@@ -25,8 +25,12 @@ def split(weight: Tensor, group_size: int) -> Tensor:
     width = weight.shape[-1]
     group = width if group_size == -1 else group_size
     if group < 1 or width % group:
-        raise NumericsError(f"group size {group_size} does not divide {width} input features; choose a divisor or -1")
-    groups: Tensor = weight.unflatten(-1, (width // group, group))  # [..., in] -> [..., n_groups, group]
+        raise NumericsError(
+            f"group size {group_size} does not divide {width} input features; choose a divisor or -1"
+        )
+    groups: Tensor = weight.unflatten(
+        -1, (width // group, group)
+    )  # [..., in] -> [..., n_groups, group]
     return groups
 
 
@@ -38,7 +42,10 @@ def ranges(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     weight is NaN or infinite.
     """
     groups = split(weight, group_size)
-    low, high = groups.amin(dim=-1), groups.amax(dim=-1)  # two passes: torch's aminmax takes ten times as long
+    low, high = (
+        groups.amin(dim=-1),
+        groups.amax(dim=-1),
+    )  # two passes: torch's aminmax takes ten times as long
     if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
         raise NumericsError(
             "a weight to be quantized is NaN or infinite; every weight must be finite: check the source "
@@ -65,10 +72,10 @@ def qparams(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor |
         return scale, None
     # zero is a code too: when low is 0 it is 0, when high is 0 it is the last one
     zero = torch.round(-low / scale.float()).clamp_(0, steps).to(torch.uint8)
-    return scale, zero.masked_fill_(width == 0, middle(scheme))
+    return scale, zero.masked_fill_(width == 0, default_zero_point(scheme))
 
 
-def middle(scheme: Scheme) -> int:
+def default_zero_point(scheme: Scheme) -> int:
     """The code that means zero in a symmetric scheme, and in a group of zeros."""
     return 1 << (scheme.bits - 1)
 
@@ -83,12 +90,16 @@ def stored_scale(scale: Tensor, scheme: Scheme) -> Tensor:
 
 def scale_dtype(scheme: Scheme) -> torch.dtype:
     """The torch dtype that scheme.scale_dtype names."""
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[scheme.scale_dtype]
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[
+        scheme.scale_dtype
+    ]
 
 
 def offset(zero: Tensor | None, scheme: Scheme) -> Tensor | float:
     """The zero point [...] as float32 [..., 1], or the middle code as one number: ready to broadcast over a group."""
-    return float(middle(scheme)) if zero is None else zero.unsqueeze(-1).float()  # [...] -> [..., 1]
+    return (
+        float(default_zero_point(scheme)) if zero is None else zero.unsqueeze(-1).float()
+    )  # [...] -> [..., 1]
 
 
 def codes(groups: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
@@ -100,21 +111,32 @@ def codes(groups: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) ->
     return (groups / step).round_().add_(offset(zero, scheme)).clamp_(0, 2**scheme.bits - 1)
 
 
-def fake(groups: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
+def fake_quantize(groups: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
     """Weights [..., group] after rounding to codes and back, float32 of the same shape; scale and zero [...]."""
-    return codes(groups, scale, zero, scheme).sub_(offset(zero, scheme)).mul_(scale.float().unsqueeze(-1))
+    return (
+        codes(groups, scale, zero, scheme)
+        .sub_(offset(zero, scheme))
+        .mul_(scale.float().unsqueeze(-1))
+    )
 
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Quantized:
     """Round weights [..., out, in] float32 to the nearest code under given scale and zero [..., out, n_groups]."""
-    chosen = codes(split(weight, scheme.group_size), scale, zero, scheme)  # [..., out, n_groups, group]
+    chosen = codes(
+        split(weight, scheme.group_size), scale, zero, scheme
+    )  # [..., out, n_groups, group]
     return Quantized(codes=chosen.flatten(-2).to(torch.uint8), scale=scale, zero=zero)
 
 
 def dequantize(quantized: Quantized, scheme: Scheme) -> Tensor:
     """The weights that codes stand for: [..., out, in] float32."""
     groups = split(quantized.codes, scheme.group_size).float()
-    return groups.sub_(offset(quantized.zero, scheme)).mul_(quantized.scale.float().unsqueeze(-1)).flatten(-2)
+    return (
+        groups
+        .sub_(offset(quantized.zero, scheme))
+        .mul_(quantized.scale.float().unsqueeze(-1))
+        .flatten(-2)
+    )
 
 
 def fallbacks(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
@@ -124,8 +146,13 @@ def fallbacks(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
     scale-clamped: the scale is the smallest normal or the largest finite number of its dtype.
     """
     groups, limits = split(quantized.codes, scheme.group_size), torch.finfo(quantized.scale.dtype)
-    zero = middle(scheme) if quantized.zero is None else quantized.zero.unsqueeze(-1)
-    same = (groups == zero).view(torch.uint8)  # bytes: their minimum takes a third of the time of `all`
+    zero = default_zero_point(scheme) if quantized.zero is None else quantized.zero.unsqueeze(-1)
+    same = (groups == zero).view(
+        torch.uint8
+    )  # bytes: their minimum takes a third of the time of `all`
     empty = same.amin(dim=-1)  # [..., out, n_groups, group] -> [..., out, n_groups]
     clamped = (quantized.scale == limits.tiny) | (quantized.scale == limits.max)
-    return {"zero-group": empty.sum(dim=(-2, -1)), "scale-clamped": clamped.sum(dim=(-2, -1))}  # -> [...]
+    return {
+        "zero-group": empty.sum(dim=(-2, -1)),
+        "scale-clamped": clamped.sum(dim=(-2, -1)),
+    }  # -> [...]

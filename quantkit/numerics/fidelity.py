@@ -48,7 +48,9 @@ def compare(source: Tensor, quantized: Tensor, targets: Tensor) -> TokenFidelity
     KL and log-probabilities are taken in float64: at 8 bits the mean KL is near float32's rounding noise.
     """
     kl, first, second, same = [], [], [], []
-    for p_rows, q_rows, true in zip(source.split(CHUNK), quantized.split(CHUNK), targets.split(CHUNK), strict=True):
+    for p_rows, q_rows, true in zip(
+        source.split(CHUNK), quantized.split(CHUNK), targets.split(CHUNK), strict=True
+    ):
         log_p = torch.log_softmax(p_rows.double(), dim=-1)
         log_q = torch.log_softmax(q_rows.double(), dim=-1)
         # a token that p excludes (-inf) adds nothing, whatever q thinks of it
@@ -59,7 +61,10 @@ def compare(source: Tensor, quantized: Tensor, targets: Tensor) -> TokenFidelity
         second.append(-log_q.gather(-1, index).squeeze(-1))
         same.append(p_rows.argmax(dim=-1) == q_rows.argmax(dim=-1))
     return TokenFidelity(
-        kl=torch.cat(kl), nll_source=torch.cat(first), nll_quantized=torch.cat(second), same_top=torch.cat(same)
+        kl=torch.cat(kl),
+        nll_source=torch.cat(first),
+        nll_quantized=torch.cat(second),
+        same_top=torch.cat(same),
     )
 
 
@@ -94,7 +99,11 @@ def quantile(values: Tensor, share: float) -> Estimate:
     value = torch.lerp(ordered[below], ordered[min(below + 1, n - 1)], rank - below)
     lower, upper = round(rank - spread), round(rank + spread)
     inside = 0 <= lower < upper < n
-    return Estimate(value=float(value), error=float(ordered[upper] - ordered[lower]) / 2 if inside else None, n=n)
+    return Estimate(
+        value=float(value),
+        error=float(ordered[upper] - ordered[lower]) / 2 if inside else None,
+        n=n,
+    )
 
 
 def maximum(values: Tensor) -> Estimate:
@@ -107,7 +116,9 @@ def rms(values: Tensor) -> Estimate:
     square = mean(values.double().square())
     root = sqrt(square.value)
     return Estimate(
-        value=root, error=None if square.error is None or root == 0 else square.error / (2 * root), n=square.n
+        value=root,
+        error=None if square.error is None or root == 0 else square.error / (2 * root),
+        n=square.n,
     )
 
 
@@ -131,7 +142,9 @@ def summary(tokens: TokenFidelity) -> dict[str, Estimate]:
     NumericsError for a set without tokens.
     """
     if not tokens.kl.numel():
-        raise NumericsError("no token to compare two models on; the text must have at least one token with a successor")
+        raise NumericsError(
+            "no token to compare two models on; the text must have at least one token with a successor"
+        )
     return {
         "kl_mean": mean(tokens.kl),
         "kl_median": quantile(tokens.kl, 0.5),

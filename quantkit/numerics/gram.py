@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from quantkit.numerics import products
+from quantkit.numerics import matmul
 
 ROWS = 256
 """Rows of a weight that are worked on at once, so that temporaries stay small beside the Gram matrix."""
@@ -32,18 +32,18 @@ def accumulate(gram: Tensor, abs_sum: Tensor, x: Tensor, weight: Tensor | None =
     """
     abs_sum.add_(x.abs().sum(dim=0, dtype=torch.float32))  # [n, in] -> [in]
     x = channels(x)  # [n, in] -> [in, n]
-    products.add_symmetric(gram, x if weight is None else x * weight.float(), x)
+    matmul.add_symmetric(gram, x if weight is None else x * weight.float(), x)
 
 
 def accumulate_cross(cross: Tensor, x: Tensor, original: Tensor) -> None:
     """Add tokens to cross [in, in] float32, sum of (o - x) x^T, in place: x and original [n, in]."""
     x = channels(x)  # [n, in] -> [in, n]
-    cross.add_(products.times_transposed(channels(original) - x, x))
+    cross.add_(matmul.times_transposed(channels(original) - x, x))
 
 
 def accumulate_residual(residual: Tensor, x: Tensor, gap: Tensor) -> None:
     """Add tokens to residual [out, in] float32, sum of (s - r) x^T, in place: x [n, in], gap = s - r [n, out]."""
-    residual.add_(products.times_transposed(channels(gap), channels(x)))  # [out, n] @ [n, in]
+    residual.add_(matmul.times_transposed(channels(gap), channels(x)))  # [out, n] @ [n, in]
 
 
 def channels(x: Tensor) -> Tensor:
@@ -53,19 +53,23 @@ def channels(x: Tensor) -> Tensor:
 
 def complete(gram: Tensor) -> Tensor:
     """A gram [..., in, in] to which everything was added, its lower triangle filled in; in place."""
-    return products.mirror(gram)
+    return matmul.mirror(gram)
 
 
 def rescaled(gram: Tensor, scale: Tensor) -> Tensor:
     """The gram of x / scale: gram [..., in, in], scale [in] or [..., in] -> [..., in, in]."""
-    return (gram / scale.unsqueeze(-1)).div_(scale.unsqueeze(-2))  # by [..., in, 1] and [..., 1, in]
+    return (gram / scale.unsqueeze(-1)).div_(
+        scale.unsqueeze(-2)
+    )  # by [..., in, 1] and [..., 1, in]
 
 
 def blocks(gram: Tensor, group_size: int) -> Tensor:
     """The diagonal blocks of a gram: [..., in, in] -> [..., n_groups, group, group], a copy."""
     width = gram.shape[-1]
     group = width if group_size == -1 else group_size
-    tiles = gram.unflatten(-1, (width // group, group)).unflatten(-3, (width // group, group))  # [..., b, g, b, g]
+    tiles = gram.unflatten(-1, (width // group, group)).unflatten(
+        -3, (width // group, group)
+    )  # [..., b, g, b, g]
     diagonal: Tensor = tiles.diagonal(dim1=-4, dim2=-2)  # [..., b, g, b, g] -> [..., g, g, b]
     return diagonal.movedim(-1, -3).contiguous()  # -> [..., b, g, g]
 
@@ -78,7 +82,7 @@ def error(delta: Tensor, gram: Tensor) -> Tensor:
     """
     total = torch.zeros(delta.shape[:-2], dtype=torch.float64, device=delta.device)
     for rows in delta.split(ROWS, dim=-2):  # [..., out, in] -> [..., ROWS, in]
-        total += products.row_forms(rows, gram).sum(dim=-1)
+        total += matmul.row_forms(rows, gram).sum(dim=-1)
     return total
 
 
@@ -87,8 +91,12 @@ def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> Tenso
 
     weight, approximation [..., out, in]; gram [..., in, in]. It is ||X (W - Q)^T||^2 / ||X W^T||^2.
     """
-    _, exponent = torch.frexp(torch.linalg.vector_norm(weight, torch.inf, dim=(-2, -1), keepdim=True))  # [..., 1, 1]
-    if bool((exponent.abs() > ORDINARY).any()):  # a power of two changes no digit, and not the share
+    _, exponent = torch.frexp(
+        torch.linalg.vector_norm(weight, torch.inf, dim=(-2, -1), keepdim=True)
+    )  # [..., 1, 1]
+    if bool(
+        (exponent.abs() > ORDINARY).any()
+    ):  # a power of two changes no digit, and not the share
         scale = torch.exp2(-exponent.clamp(-126, 126).float())
         weight, approximation = weight * scale, approximation * scale
     lost, energy = error(weight - approximation, gram), error(weight, gram)
@@ -119,7 +127,9 @@ def energy(weight: Tensor, approximation: Tensor | None = None) -> Tensor:
 def row_norms(weight: Tensor, approximation: Tensor | None, dtype: torch.dtype) -> Tensor:
     """||w|| of each row of weight [..., out, in], or ||w - q||, summed in `dtype`: [..., out]."""
     count = max(1, ENERGY_WEIGHTS // max(1, weight.shape[-1]))
-    pieces: Iterable[Tensor] = weight.flatten(end_dim=-2).split(count)  # [..., out, in] -> [count, in]
+    pieces: Iterable[Tensor] = weight.flatten(end_dim=-2).split(
+        count
+    )  # [..., out, in] -> [count, in]
     if approximation is not None:
         others = approximation.flatten(end_dim=-2).split(count)
         pieces = (piece - other for piece, other in zip(pieces, others))

@@ -6,13 +6,18 @@ import re
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from quantkit.report import markdown, numbers, tables
-from quantkit.report.schema import Fidelity
+from quantkit.artifact.fidelity_schema import Fidelity
+from quantkit.report import format_numbers, markdown, tables
 
 MAX_CHARACTERS = 60_000
 """A model card should also fit into a comment on GitHub, which takes 65,536."""
 
-_LIMITS = ((markdown.ROWS, markdown.CELL), (40, 160), (12, 100), (4, 40))  # rows of a table, characters of a cell
+_LIMITS = (
+    (markdown.ROWS, markdown.CELL),
+    (40, 160),
+    (12, 100),
+    (4, 40),
+)  # rows of a table, characters of a cell
 _MOST_RESULTS = 40
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
@@ -39,8 +44,8 @@ def _rendered(fidelity: Fidelity, rows: int, cell: int) -> str:
     environment.filters["table"] = lambda made: markdown.table(made, rows, cell)
     environment.filters["cell"] = lambda text: markdown.cell(text, cell)
     environment.filters["code"] = lambda text: markdown.code(text, 4 * cell)
-    environment.filters["size"] = numbers.size
-    environment.filters["parameters"] = numbers.parameters
+    environment.filters["size"] = format_numbers.size
+    environment.filters["parameters"] = format_numbers.parameters
     text = environment.get_template("card.md.j2").render(
         fidelity=fidelity,
         head=front_matter(fidelity, cell),
@@ -56,8 +61,12 @@ def front_matter(fidelity: Fidelity, limit: int = markdown.CELL) -> str:
     source, artifact = fidelity.source, fidelity.artifact
     return markdown.front_matter({
         "license": source.license.id[:limit] if source.license else None,
-        "license_name": source.license.name[:limit] if source.license and source.license.name else None,
-        "license_link": source.license.link[:limit] if source.license and source.license.link else None,
+        "license_name": source.license.name[:limit]
+        if source.license and source.license.name
+        else None,
+        "license_link": source.license.link[:limit]
+        if source.license and source.license.link
+        else None,
         "base_model": source.model if _HUB_ID.fullmatch(source.model) else None,
         "base_model_relation": "quantized",
         "quantized_by": artifact.quantized_by[:limit],
@@ -85,7 +94,11 @@ def model_index(fidelity: Fidelity, limit: int = markdown.CELL) -> list[dict[str
         for row in fidelity.benchmarks
         if row.status == "ok" and row.artifact is not None
     ]
-    return [{"name": fidelity.artifact.name[:limit], "results": results[:_MOST_RESULTS]}] if results else None
+    return (
+        [{"name": fidelity.artifact.name[:limit], "results": results[:_MOST_RESULTS]}]
+        if results
+        else None
+    )
 
 
 def verdict(fidelity: Fidelity) -> str:
@@ -96,4 +109,8 @@ def verdict(fidelity: Fidelity) -> str:
         return f"Accepted: it keeps all {len(fidelity.gates)} gates of its recipe."
     if fidelity.status == "rejected":
         return f"Rejected: it misses {missed} of the {len(fidelity.gates)} gates of its recipe."
-    return f"Not judged: {open_} of {len(fidelity.gates)} gates have no figure." if open_ else "Not judged: no gates."
+    return (
+        f"Not judged: {open_} of {len(fidelity.gates)} gates have no figure."
+        if open_
+        else "Not judged: no gates."
+    )

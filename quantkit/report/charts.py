@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from math import ceil, floor, log10
 from typing import Any
 
-from quantkit.report.names import block_of
+from quantkit.artifact.fidelity_schema import Distribution, Experts, Fidelity, Figure, Module
+from quantkit.plan.plan_schema import PlanRule
+from quantkit.report.module_ranges import block_of
 from quantkit.report.samples import Histogram
-from quantkit.report.schema import Distribution, Experts, Fidelity, Figure, Module, PlanRule
 
 Spec = dict[str, Any]
 Plot = tuple[str, str, Spec]  # title, how to read it, what Vega-Lite draws
@@ -45,9 +46,7 @@ def charts(fidelity: Fidelity, histogram: Histogram | None) -> dict[str, Plot]:
     """Plots by name in the order of the page: title, how to read it, description; what has no data is left out."""
     made: dict[str, Plot] = {}
     if layers := layer_errors(fidelity.modules):
-        told = (
-            "Median of the layer's quantized matrices, with a band from the 10th to the 90th percentile. Outputs are "
-        )
+        told = "Median of the layer's quantized matrices, with a band from the 10th to the 90th percentile. Outputs are "
         told += "those over the calibration text."
         made["layers"] = ("Relative error of weights and outputs, by layer", told, _layers(layers))
     if fidelity.blocks:
@@ -55,10 +54,18 @@ def charts(fidelity: Fidelity, histogram: Histogram | None) -> dict[str, Plot]:
         made["blocks"] = ("Relative error of the hidden states, by block", told, _blocks(fidelity))
     if histogram and histogram.tokens:
         told = f"{histogram.tokens:,} scored tokens; KL below 10⁻⁹ counts as 10⁻⁹."
-        told += f" {histogram.not_finite:,} tokens are not finite and not drawn." if histogram.not_finite else ""
+        told += (
+            f" {histogram.not_finite:,} tokens are not finite and not drawn."
+            if histogram.not_finite
+            else ""
+        )
         made["kl"] = ("KL divergence per token", told, _histogram(histogram, fidelity.distribution))
     if fidelity.experts and any(layer.tokens for layer in fidelity.experts.layers):
-        made["experts"] = ("Calibration tokens per expert", load_told(fidelity.experts), _experts(fidelity.experts))
+        made["experts"] = (
+            "Calibration tokens per expert",
+            load_told(fidelity.experts),
+            _experts(fidelity.experts),
+        )
     if fidelity.artifact.rules:
         told = "Scales and zero points included; the mark is what the source stores."
         made["bits"] = ("Bits per weight, by rule", told, _bits(fidelity.artifact.rules))
@@ -81,14 +88,23 @@ def layer_errors(modules: Sequence[Module]) -> list[Spec]:
         block = block_of(module.name)
         if block is None or module.method is None:
             continue
-        for kind, error in (("weights", module.relative_error), ("outputs", module.output_relative_error)):
+        for kind, error in (
+            ("weights", module.relative_error),
+            ("outputs", module.output_relative_error),
+        ):
             if error is not None:  # drawn by its logarithm
                 found.setdefault((kind, block), []).append(max(error, SMALLEST))
     rows = []
     for (kind, block), errors in sorted(found.items()):
         errors.sort()
         at = {name: errors[round(share * (len(errors) - 1))] for name, share in _PERCENTILES}
-        rows.append({"kind": kind, "layer": block, **at, "worst": errors[-1], "matrices": len(errors)})
+        rows.append({
+            "kind": kind,
+            "layer": block,
+            **at,
+            "worst": errors[-1],
+            "matrices": len(errors),
+        })
     return rows
 
 
@@ -103,10 +119,19 @@ def _layers(rows: list[Spec]) -> Spec:
         {"field": "matrices", "format": ","},
     ]
     colour = colour_by("kind", ["weights", "outputs"])
-    x = {"field": "layer", "type": "quantitative", "axis": layer_axis(row["layer"] for row in rows), "scale": TIGHT}
+    x = {
+        "field": "layer",
+        "type": "quantitative",
+        "axis": layer_axis(row["layer"] for row in rows),
+        "scale": TIGHT,
+    }
     ends = [row[name] for row in rows for name in ("low", "high")]
     scale = {"type": "log", "domain": [min(ends) / 1.3, max(ends) * 1.3], "nice": False}
-    y = {**percent_axis("median"), "scale": scale, "axis": {"format": "~%", "values": log_steps(min(ends), max(ends))}}
+    y = {
+        **percent_axis("median"),
+        "scale": scale,
+        "axis": {"format": "~%", "values": log_steps(min(ends), max(ends))},
+    }
     band = {"y": {**y, "field": "low"}, "y2": {"field": "high"}}
     single = len({row["layer"] for row in rows}) == 1
     spread = {"type": "rule", "strokeWidth": 6} if single else {"type": "area"}
@@ -120,13 +145,29 @@ def _layers(rows: list[Spec]) -> Spec:
 
 def _blocks(fidelity: Fidelity) -> Spec:
     rows = [
-        {"block": row.block, "layer": place if (n := block_of(row.block)) is None else n, "error": row.relative_error}
+        {
+            "block": row.block,
+            "layer": place if (n := block_of(row.block)) is None else n,
+            "error": row.relative_error,
+        }
         for place, row in enumerate(fidelity.blocks)
     ]
     tooltip = [{"field": "block"}, {"field": "error", "format": ".3%"}]
-    x = {"field": "layer", "type": "quantitative", "axis": layer_axis(row["layer"] for row in rows), "scale": TIGHT}
-    mark = {"type": "line", "color": SERIES[0], "strokeWidth": 1.8, "point": {"color": SERIES[0], "size": 26}}
-    return chart(rows, {"mark": mark, "encoding": {"x": x, "y": percent_axis("error"), "tooltip": tooltip}})
+    x = {
+        "field": "layer",
+        "type": "quantitative",
+        "axis": layer_axis(row["layer"] for row in rows),
+        "scale": TIGHT,
+    }
+    mark = {
+        "type": "line",
+        "color": SERIES[0],
+        "strokeWidth": 1.8,
+        "point": {"color": SERIES[0], "size": 26},
+    }
+    return chart(
+        rows, {"mark": mark, "encoding": {"x": x, "y": percent_axis("error"), "tooltip": tooltip}}
+    )
 
 
 def _histogram(found: Histogram, distribution: Sequence[Distribution]) -> Spec:
@@ -142,18 +183,37 @@ def _histogram(found: Histogram, distribution: Sequence[Distribution]) -> Spec:
         for place, count in enumerate(counts)
         if count
     ]
-    highest = max(sum(counts[place] for counts in found.counts.values()) for place in range(found.bins)) / found.tokens
+    highest = (
+        max(sum(counts[place] for counts in found.counts.values()) for place in range(found.bins))
+        / found.tokens
+    )
     headroom = {"domainMax": 1.2 * highest, "nice": False}  # for the names of the marked figures
-    powers = {n: f"10{n}".translate(SUPERSCRIPT).replace("¹⁰", "10", 1) for n in range(int(found.start), 4)}
+    powers = {
+        n: f"10{n}".translate(SUPERSCRIPT).replace("¹⁰", "10", 1)
+        for n in range(int(found.start), 4)
+    }
     labels = ", ".join(f"'{n}': '{text}'" for n, text in powers.items())
-    axis = {"title": "KL [nats]", "values": list(powers), "labelExpr": f"{{{labels}}}[datum.value]", "grid": False}
-    tooltip = [{"field": "domain"}, {"field": "tokens", "format": ","}, {"field": "share", "format": ".2%"}]
+    axis = {
+        "title": "KL [nats]",
+        "values": list(powers),
+        "labelExpr": f"{{{labels}}}[datum.value]",
+        "grid": False,
+    }
+    tooltip = [
+        {"field": "domain"},
+        {"field": "tokens", "format": ","},
+        {"field": "share", "format": ".2%"},
+    ]
     bars = {
         "mark": {"type": "bar", "binSpacing": 1},
         "encoding": {
             "x": {"field": "from", "type": "quantitative", "bin": "binned", "axis": axis},
             "x2": {"field": "to"},
-            "y": {**percent_axis("share", "share of tokens", "~%"), "stack": True, "scale": headroom},
+            "y": {
+                **percent_axis("share", "share of tokens", "~%"),
+                "stack": True,
+                "scale": headroom,
+            },
             "color": colour_by("domain", list(found.counts)),
             "tooltip": tooltip,
         },
@@ -167,14 +227,27 @@ def _marked(distribution: Sequence[Distribution]) -> list[Spec]:
     known: list[tuple[str, Figure | None]] = []
     if pooled:
         known = [("mean", pooled.kl_mean), ("99 %", pooled.kl_p99), ("99.9 %", pooled.kl_p999)]
-    at = [(name, log10(figure.value)) for name, figure in known if figure and figure.value and figure.value > 1e-9]
+    at = [
+        (name, log10(figure.value))
+        for name, figure in known
+        if figure and figure.value and figure.value > 1e-9
+    ]
     rows: list[Spec] = [{"name": name, "at": value, "row": n} for n, (name, value) in enumerate(at)]
     x = {"field": "at", "type": "quantitative"}
-    line = {"mark": {"type": "rule", "strokeDash": [3, 3], "color": "var(--ink)"}, "encoding": {"x": x}}
+    line = {
+        "mark": {"type": "rule", "strokeDash": [3, 3], "color": "var(--ink)"},
+        "encoding": {"x": x},
+    }
     words = [
         {
             "transform": [{"filter": f"datum.row == {row['row']}"}],
-            "mark": {"type": "text", "align": "left", "dx": 4, "dy": 7 + 14 * row["row"], "baseline": "middle"},
+            "mark": {
+                "type": "text",
+                "align": "left",
+                "dx": 4,
+                "dy": 7 + 14 * row["row"],
+                "baseline": "middle",
+            },
             "encoding": {"x": x, "y": {"value": 0}, "text": {"field": "name"}},
         }
         for row in rows
@@ -187,7 +260,9 @@ def _experts(experts: Experts) -> Spec:
     layers = [{"block": layer.block, "tokens": list(layer.tokens)} for layer in fed]
     widest = max(len(layer.tokens) for layer in fed)
     bounds = shades(experts)
-    colours = ["var(--under)", *(f"var(--load-{n})" for n in range(1, LOADS + 1))][: len(bounds) + 1]
+    colours = ["var(--under)", *(f"var(--load-{n})" for n in range(1, LOADS + 1))][
+        : len(bounds) + 1
+    ]
     height = min(24, max(7, 480 // len(layers)))
     domain = [layer.block for layer in fed]
     every = max(1, widest // 16)
@@ -200,7 +275,10 @@ def _experts(experts: Experts) -> Spec:
         "field": "block", "type": "ordinal", "sort": domain, "title": None,
         "axis": {"labelLimit": 150, "values": domain[::step]},
     }  # fmt: skip
-    shade = " : ".join(f"datum.tokens < {end} ? {n}" for n, end in enumerate(bounds)) + f" : {len(bounds)}"
+    shade = (
+        " : ".join(f"datum.tokens < {end} ? {n}" for n, end in enumerate(bounds))
+        + f" : {len(bounds)}"
+    )
     starts = [f"from {end:,}" for end in bounds]
     labels = ", ".join(f"'{text}'" for text in (f"under {bounds[0]:,}", *starts))
     legend = {
@@ -210,7 +288,12 @@ def _experts(experts: Experts) -> Spec:
     scale = {"domain": list(range(len(colours))), "range": colours}
     tooltip = [{"field": "block"}, {"field": "expert"}, {"field": "tokens", "format": ","}]
     cells = {
-        "mark": {"type": "rect", "aria": False, "stroke": "var(--page)", "strokeWidth": 0.5 if widest > 64 else 1.5},
+        "mark": {
+            "type": "rect",
+            "aria": False,
+            "stroke": "var(--page)",
+            "strokeWidth": 0.5 if widest > 64 else 1.5,
+        },
         "encoding": {
             "color": {"field": "shade", "type": "ordinal", "scale": scale, "legend": legend},
             "tooltip": tooltip,
@@ -243,14 +326,19 @@ def shades(experts: Experts) -> list[int]:
     counted = [n for layer in experts.layers for n in layer.tokens if n >= experts.min_tokens]
     least = max(1, experts.min_tokens, min(counted, default=1))
     ends = {round(least * (max(most, least) / least) ** (n / LOADS)) for n in range(1, LOADS)}
-    return [max(1, experts.min_tokens), *sorted(end for end in ends if end > max(1, experts.min_tokens))]
+    return [
+        max(1, experts.min_tokens),
+        *sorted(end for end in ends if end > max(1, experts.min_tokens)),
+    ]
 
 
 def _bits(rules: Sequence[PlanRule]) -> Spec:
     rows = [
         {
             "rule": f"{place}",
-            "name": rule.label if rule.label.endswith(rule.action) else f"{rule.label}: {rule.action}",
+            "name": rule.label
+            if rule.label.endswith(rule.action)
+            else f"{rule.label}: {rule.action}",
             "kept": rule.action.startswith(("keep", "drop")),
             "modules": rule.modules,
             "parameters": rule.parameters,
@@ -261,14 +349,27 @@ def _bits(rules: Sequence[PlanRule]) -> Spec:
     ]
     names = ("name", "modules", "parameters", "before", "after")
     formats = {"modules": ",", "parameters": ",", "before": ".2f", "after": ".2f"}
-    tooltip = [{"field": name, **({"format": formats[name]} if name in formats else {})} for name in names]
+    tooltip = [
+        {"field": name, **({"format": formats[name]} if name in formats else {})} for name in names
+    ]
     y = {"field": "rule", "type": "ordinal", "axis": None, "sort": [row["rule"] for row in rows]}
-    x = {"field": "after", "type": "quantitative", "title": "bits per weight", "axis": {"tickCount": 8}}
+    x = {
+        "field": "after",
+        "type": "quantitative",
+        "title": "bits per weight",
+        "axis": {"tickCount": 8},
+    }
     inner = {"padding": 0.62}
     kept = {"condition": {"test": "datum.kept", "value": "var(--line-strong)"}, "value": SERIES[0]}
-    bar = {"mark": {"type": "bar", "height": 12}, "encoding": {"x": x, "color": kept, "tooltip": tooltip}}
+    bar = {
+        "mark": {"type": "bar", "height": 12},
+        "encoding": {"x": x, "color": kept, "tooltip": tooltip},
+    }
     mark = {"type": "tick", "color": "var(--ink)", "thickness": 2, "size": 20}
-    before = {"mark": mark, "encoding": {"x": {"field": "before", "type": "quantitative"}, "tooltip": tooltip}}
+    before = {
+        "mark": mark,
+        "encoding": {"x": {"field": "before", "type": "quantitative"}, "tooltip": tooltip},
+    }
     words = {
         "mark": {"type": "text", "align": "left", "dy": -15, "limit": {"expr": "width"}},
         "encoding": {"x": {"datum": 0}, "text": _text("name")},
@@ -278,7 +379,9 @@ def _bits(rules: Sequence[PlanRule]) -> Spec:
         "encoding": {"x": x, "text": {"field": "after", "format": ".2f"}},
     }
     return {
-        **chart(rows, {"encoding": {"y": {**y, "scale": inner}}, "layer": [bar, before, words, value]}),
+        **chart(
+            rows, {"encoding": {"y": {**y, "scale": inner}}, "layer": [bar, before, words, value]}
+        ),
         "height": 46 * len(rows),
     }
 
@@ -306,7 +409,12 @@ def layer_axis(numbers: Any) -> Spec:
 
 def percent_axis(field: str, title: str = "relative error", form: str = "~%") -> Spec:
     """A vertical axis of shares."""
-    return {"field": field, "type": "quantitative", "title": title, "axis": {"format": form, "tickCount": 5}}
+    return {
+        "field": field,
+        "type": "quantitative",
+        "title": title,
+        "axis": {"format": form, "tickCount": 5},
+    }
 
 
 def colour_by(field: str, names: Sequence[str]) -> Spec:

@@ -21,15 +21,15 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from quantkit.artifact.fidelity_schema import Distribution, Fidelity, Figure
+from quantkit.artifact.layout import MANIFEST, mapping, read_manifest
+from quantkit.artifact.read_report import read_report, read_sealed
 from quantkit.errors import ArtifactError
-from quantkit.handover.verify import MANIFEST, mapping, read_manifest
-from quantkit.report import card, names, numbers, tables
+from quantkit.io import user_cache
+from quantkit.io.files import is_file, write_atomic, write_output
+from quantkit.report import card, format_numbers, module_ranges, tables
 from quantkit.report.charts import CONFIG, Plot, charts
-from quantkit.report.read import read_report, read_sealed
 from quantkit.report.samples import Answer, Changed, Samples, read_samples
-from quantkit.report.schema import Distribution, Fidelity, Figure
-from quantkit.storage import user_cache
-from quantkit.storage.files import is_file, write_atomic, write_output
 
 HTML = "quantkit/fidelity.html"
 
@@ -39,7 +39,9 @@ BEFORE, AFTER = 700, 1_400  # characters of an answer shown around its first dif
 PROMPT = 2_000  # characters at the end of a prompt
 ITEMS_BYTES = 1_100_000  # of all changed items together
 _KEPT = "\n\t\r\u200c\u200d"  # lines, and what joins letters in Indic scripts and emoji
-_WORD = re.compile(r"[^\W\u3040-\u9fff]{1,24}|\s|.", re.DOTALL)  # a word or number; one sign of a script without blanks
+_WORD = re.compile(
+    r"[^\W\u3040-\u9fff]{1,24}|\s|.", re.DOTALL
+)  # a word or number; one sign of a script without blanks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +84,16 @@ def rebuild(artifact: Path, output: Path | None = None) -> Path:
     files: Mapping[str, object] = {}
     if output is None or is_file(artifact / MANIFEST):
         files = mapping(read_manifest(artifact), "files", artifact)
-        read_sealed(artifact, absent=(HTML, *(name for name in files if not is_file(artifact / name))))
+        read_sealed(
+            artifact, absent=(HTML, *(name for name in files if not is_file(artifact / name)))
+        )
     content = page(artifact).encode()
     if output is None:
         entry = files.get(HTML)
-        if not isinstance(entry, Mapping) or entry.get("sha256") != hashlib.sha256(content).hexdigest():
+        if (
+            not isinstance(entry, Mapping)
+            or entry.get("sha256") != hashlib.sha256(content).hexdigest()
+        ):
             raise ArtifactError(
                 f"{artifact / MANIFEST}: {HTML}: expected the page that these files make, found another or none (made "
                 "with other versions?); write it elsewhere with --output FILE"
@@ -128,7 +135,10 @@ def drawn(made: Environment, plots: Mapping[str, Plot], styles: Sequence[str]) -
     vega, own = library(), template_text(made, "fidelity.js")
     return {
         "plots": plots,
-        "drawings": {"config": CONFIG, "specs": {name: spec for name, (_, _, spec) in plots.items()}},
+        "drawings": {
+            "config": CONFIG,
+            "specs": {name: spec for name, (_, _, spec) in plots.items()},
+        },
         "vega": Markup(vega),
         "script": Markup(own),
         "style": Markup("".join(template_text(made, name) for name in styles)),
@@ -147,8 +157,8 @@ def environment(*, autoescape: bool) -> Environment:
         finalize=visible,
     )
     made.filters |= {
-        "size": numbers.size, "parameters": numbers.parameters, "count": numbers.count, "tone": tone, "json": as_json,
-        "folded": names.folded,
+        "size": format_numbers.size, "parameters": format_numbers.parameters, "count": format_numbers.count, "tone": tone, "json": as_json,
+        "folded": module_ranges.folded,
     }  # fmt: skip
     return made
 
@@ -159,7 +169,9 @@ def library() -> str:
 
     Putting it together takes 1.4 s and 100 MB, so it is kept for the next page.
     """
-    return user_cache.text(user_cache.folder("charts") / f"vega-{version('vl-convert-python')}.js", bundled)
+    return user_cache.text(
+        user_cache.folder("charts") / f"vega-{version('vl-convert-python')}.js", bundled
+    )
 
 
 def bundled() -> str:
@@ -176,7 +188,9 @@ def csp_hash(script: str) -> str:
 
 def as_json(value: object) -> Markup:
     """JSON that ends no script element."""
-    text = json.dumps(_visible_all(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(
+        _visible_all(value), ensure_ascii=True, allow_nan=False, separators=(",", ":")
+    )
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
@@ -184,13 +198,20 @@ def visible(value: object) -> object:
     """Control characters, lone surrogates and marks that turn the direction of text become a replacement sign."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
-    return "".join(c if c.isprintable() or c in _KEPT or (c > "\x9f" and c.isspace()) else "\ufffd" for c in value)
+    return "".join(
+        c if c.isprintable() or c in _KEPT or (c > "\x9f" and c.isspace()) else "\ufffd"
+        for c in value
+    )
 
 
 def _visible_all(value: object) -> object:
     if isinstance(value, dict):
         return {key: _visible_all(each) for key, each in value.items()}
-    return [_visible_all(each) for each in value] if isinstance(value, list | tuple) else visible(value)
+    return (
+        [_visible_all(each) for each in value]
+        if isinstance(value, list | tuple)
+        else visible(value)
+    )
 
 
 def tone(text: str) -> str:
@@ -202,36 +223,46 @@ def tone(text: str) -> str:
 def tiles(fidelity: Fidelity) -> list[Tile]:
     """The figures that a reader wants first."""
     artifact = fidelity.artifact
-    before = f"from {numbers.size(artifact.bytes_source)}"
+    before = f"from {format_numbers.size(artifact.bytes_source)}"
     times = artifact.bytes_source / artifact.bytes_artifact if artifact.bytes_artifact else 0.0
     smaller = f", {times:.2f}x smaller" if times > 1 else ""
     found = [
-        Tile(label="Size", value=numbers.size(artifact.bytes_artifact), note=before + smaller),
-        Tile(label="Bits per weight", value=f"{artifact.bits_per_weight:.2f}", note="of what is quantized"),
+        Tile(
+            label="Size", value=format_numbers.size(artifact.bytes_artifact), note=before + smaller
+        ),
+        Tile(
+            label="Bits per weight",
+            value=f"{artifact.bits_per_weight:.2f}",
+            note="of what is quantized",
+        ),
     ]
     pooled = next((row for row in fidelity.distribution if row.domain == "all"), None)
     found += _distribution_tiles(pooled) if pooled else []
     known = [
-        (row.recovery.value, row.task) for row in fidelity.benchmarks if row.recovery and row.recovery.value is not None
+        (row.recovery.value, row.task)
+        for row in fidelity.benchmarks
+        if row.recovery and row.recovery.value is not None
     ]
     if known:
         worst, task = min(known)
         note = f"{task}, the lowest of {len(known)}" if len(known) > 1 else task
-        found.append(Tile(label="Recovery", value=numbers.percent(worst), note=note))
+        found.append(Tile(label="Recovery", value=format_numbers.percent(worst), note=note))
     return found
 
 
 def _distribution_tiles(pooled: Distribution) -> list[Tile]:
     told = (
-        ("Mean KL", numbers.kl(pooled.kl_mean), "nats per token"),
-        ("Perplexity", numbers.ratio(pooled.ppl_ratio), "times the source's"),
-        ("Same top token", numbers.share(pooled.top1), f"of {pooled.tokens:,} tokens"),
+        ("Mean KL", format_numbers.kl(pooled.kl_mean), "nats per token"),
+        ("Perplexity", format_numbers.ratio(pooled.ppl_ratio), "times the source's"),
+        ("Same top token", format_numbers.share(pooled.top1), f"of {pooled.tokens:,} tokens"),
     )
     found = []
     for label, text, note in told:
         value, _, error = text.partition(" ±")
-        if value != numbers.MISSING:
-            found.append(Tile(label=label, value=value, note=f"{note}, ±{error}" if error else note))
+        if value != format_numbers.MISSING:
+            found.append(
+                Tile(label=label, value=value, note=f"{note}, ±{error}" if error else note)
+            )
     return found
 
 
@@ -245,7 +276,9 @@ def intervals(differences: Sequence[Figure | None]) -> dict[int, Markup]:
         if low is not None and high is not None
     }
     limit = max((max(abs(low), abs(high)) for low, _, high in known.values()), default=1.0) or 1.0
-    return {n: _interval(*(60 + 56 * value / limit for value in values)) for n, values in known.items()}
+    return {
+        n: _interval(*(60 + 56 * value / limit for value in values)) for n, values in known.items()
+    }
 
 
 def _interval(low: float, middle: float, high: float) -> Markup:
@@ -269,7 +302,11 @@ def shown_items(changed: Sequence[Changed]) -> list[Item]:
             artifact=around(item.artifact, item.divergence),
         )
         sides = (made.source, made.artifact)
-        texts = (made.prompt, item.target[:PROMPT], *(part for s in sides for part in (s.before, s.differs, s.after)))
+        texts = (
+            made.prompt,
+            item.target[:PROMPT],
+            *(part for s in sides for part in (s.before, s.differs, s.after)),
+        )
         room -= 1_500 + sum(len(escape(text).encode("utf-8", "replace")) for text in texts)
         if room < 0:
             break
@@ -281,7 +318,11 @@ def around(answer: Answer, place: int) -> Shown:
     """The answer near `place`, cut where it is long; the word that holds the first difference stands by itself."""
     text = answer.text
     start = place
-    while start > max(0, place - 24) and _word(text[start - 1 : start]) and _word(text[start : start + 1] or "x"):
+    while (
+        start > max(0, place - 24)
+        and _word(text[start - 1 : start])
+        and _word(text[start : start + 1] or "x")
+    ):
         start -= 1
     match = _WORD.match(text, start)
     end = max(match.end(), min(place + 1, len(text))) if match else start

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.etree import ElementTree as Xml
 
-from quantkit.report import numbers
-from quantkit.report.schema import Fidelity, GateResult
+from quantkit.artifact.fidelity_schema import Fidelity, GateResult
+from quantkit.report import format_numbers
 
 
 def junit(reports: Sequence[Fidelity]) -> bytes:
@@ -19,12 +19,17 @@ def junit(reports: Sequence[Fidelity]) -> bytes:
         for gate in report.gates:
             name = f"{gate.figure} {gate.bound}"
             case = Xml.SubElement(
-                suite, "testcase", classname=f"quantkit.{_text(report.artifact.name)}", name=_text(name)
+                suite,
+                "testcase",
+                classname=f"quantkit.{_text(report.artifact.name)}",
+                name=_text(name),
             )
             case.set("time", "0")
-            told = f"{name}: found {numbers.digits(gate.value)}{f', {gate.reason}' if gate.reason else ''}"
+            told = f"{name}: found {format_numbers.digits(gate.value)}{f', {gate.reason}' if gate.reason else ''}"
             if gate.ok is False:
-                Xml.SubElement(case, "failure", type="gate missed", message=_text(told)).text = _text(told)
+                Xml.SubElement(
+                    case, "failure", type="gate missed", message=_text(told)
+                ).text = _text(told)
             elif gate.ok is None:
                 Xml.SubElement(case, "skipped", message=_text(gate.reason or "not judged"))
     for key, value in _counts([gate for report in reports for gate in report.gates]).items():
@@ -35,8 +40,17 @@ def junit(reports: Sequence[Fidelity]) -> bytes:
 
 
 def _counts(gates: Sequence[GateResult]) -> dict[str, str]:
-    missed, skipped = sum(gate.ok is False for gate in gates), sum(gate.ok is None for gate in gates)
-    return {"tests": str(len(gates)), "failures": str(missed), "errors": "0", "skipped": str(skipped), "time": "0"}
+    missed, skipped = (
+        sum(gate.ok is False for gate in gates),
+        sum(gate.ok is None for gate in gates),
+    )
+    return {
+        "tests": str(len(gates)),
+        "failures": str(missed),
+        "errors": "0",
+        "skipped": str(skipped),
+        "time": "0",
+    }
 
 
 def _text(text: str) -> str:

@@ -29,7 +29,14 @@ def cell(text: str, limit: int = CELL) -> str:
     """One line that neither ends a cell nor starts HTML."""
     line = " ".join(text.split())
     line = line if len(line) <= limit else line[: limit - 1] + "…"
-    return line.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("`", "\\`")
+    return (
+        line
+        .replace("\\", "\\\\")
+        .replace("|", "\\|")
+        .replace("<", "&lt;")
+        .replace("*", "\\*")
+        .replace("`", "\\`")
+    )
 
 
 def code(text: str, limit: int = 4 * CELL) -> str:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantkit import registry
+from quantkit.artifact.fidelity_schema import Benchmark, Fidelity, Figure
+from quantkit.artifact.layout import MANIFEST
+from quantkit.artifact.read_report import read_sealed
 from quantkit.errors import ArtifactError, UsageError
-from quantkit.handover.verify import MANIFEST
-from quantkit.report import numbers
-from quantkit.report.read import read_sealed
-from quantkit.report.schema import Benchmark, Fidelity, Figure
+from quantkit.report import format_numbers
 from quantkit.report.tables import Table
 
 DEPTH = 3  # folders below the one that is listed
@@ -48,7 +48,9 @@ class Run:
             "top1": _pooled(self.fidelity, "top1"),
             "tasks": {row.task: row.artifact for row in self.fidelity.benchmarks},
             "n": {row.task: row.n for row in self.fidelity.benchmarks},
-            "recovery": {row.task: row.recovery.value for row in self.fidelity.benchmarks if row.recovery},
+            "recovery": {
+                row.task: row.recovery.value for row in self.fidelity.benchmarks if row.recovery
+            },
             "front": self.front,
             "fault": "",
         }
@@ -63,7 +65,9 @@ def read_runs(folder: Path) -> list[Run]:
     if not folder.is_dir():
         raise UsageError(f"{folder}: expected a folder of artifacts, found none; check the path")
     if (folder / MANIFEST).is_file():
-        raise UsageError(f"{folder}: expected a folder of artifacts, found an artifact; name the folder that it is in")
+        raise UsageError(
+            f"{folder}: expected a folder of artifacts, found an artifact; name the folder that it is in"
+        )
     found = [_run(path, folder) for path in _candidates(folder, DEPTH)]
     return marked(sorted(found, key=lambda run: run.name))
 
@@ -77,15 +81,23 @@ def sort_runs(runs: Sequence[Run], column: str, *, reverse: bool = False) -> lis
     def value(run: Run) -> object:
         values = run.values()
         known = values.get("tasks")
-        return known.get(column) if column in tasks and isinstance(known, dict) else values.get(column)
+        return (
+            known.get(column) if column in tasks and isinstance(known, dict) else values.get(column)
+        )
 
     rows = [(value(run), run) for run in runs]
     numeric = [(float(v), run) for v, run in rows if isinstance(v, int | float)]
     most = column in BEST_IS_MOST or column in tasks
     numeric.sort(key=lambda row: row[0], reverse=most is not reverse)
-    words = sorted(((v, run) for v, run in rows if isinstance(v, str)), key=lambda row: row[0], reverse=reverse)
+    words = sorted(
+        ((v, run) for v, run in rows if isinstance(v, str)), key=lambda row: row[0], reverse=reverse
+    )
     rest = [run for v, run in rows if v is None]
-    return [*(r for _, r in numeric), *(r for _, r in words), *sorted(rest, key=lambda r: (bool(r.fault), r.name))]
+    return [
+        *(r for _, r in numeric),
+        *(r for _, r in words),
+        *sorted(rest, key=lambda r: (bool(r.fault), r.name)),
+    ]
 
 
 def marked(runs: Sequence[Run]) -> list[Run]:
@@ -95,7 +107,10 @@ def marked(runs: Sequence[Run]) -> list[Run]:
         if (place := _place(run)) is not None:
             points.setdefault(_group(run), []).append(place)
     return [
-        replace(run, front=on_front(place, points[_group(run)]) if (place := _place(run)) else False) for run in runs
+        replace(
+            run, front=on_front(place, points[_group(run)]) if (place := _place(run)) else False
+        )
+        for run in runs
     ]
 
 
@@ -117,7 +132,9 @@ def table(runs: Sequence[Run]) -> Table:
     rows = tuple(_row(run) for run in runs if run.fidelity)
     columns = (" ", "name", "status", "format", ">size", ">bits", ">KL", ">ppl ratio", ">top-1")
     note = "* nobody of the same source and text is both smaller and closer to it (size, mean KL)."
-    note += f" {len(sources)} sources or texts: their KL does not compare." if len(sources) > 1 else ""
+    note += (
+        f" {len(sources)} sources or texts: their KL does not compare." if len(sources) > 1 else ""
+    )
     return Table(title="Artifacts", columns=columns, rows=rows, note=note if rows else "")
 
 
@@ -138,14 +155,16 @@ def scores(runs: Sequence[Run]) -> Table:
 def _score(row: Benchmark | None) -> str:
     """ "81.3 % of 300 (98.79 %)"."""
     if row is None or row.artifact is None:
-        return numbers.MISSING
-    kept = f" ({numbers.percent(row.recovery.value)})" if row.recovery else ""
-    return f"{numbers.percent(row.artifact, 1)} of {row.n:,}{kept}"
+        return format_numbers.MISSING
+    kept = f" ({format_numbers.percent(row.recovery.value)})" if row.recovery else ""
+    return f"{format_numbers.percent(row.artifact, 1)} of {row.n:,}{kept}"
 
 
 def _asked(runs: Sequence[Run], task: str) -> set[tuple[str, int, str]]:
     """The different sets of items of a task: data, how many of it, and the filter that scores."""
-    rows = (row for run in runs if run.fidelity for row in run.fidelity.benchmarks if row.task == task)
+    rows = (
+        row for run in runs if run.fidelity for row in run.fidelity.benchmarks if row.task == task
+    )
     return {(row.data_sha256, row.n, row.metric) for row in rows if row.artifact is not None}
 
 
@@ -159,15 +178,18 @@ def _row(run: Run) -> tuple[str, ...]:
     fidelity = run.fidelity
     assert fidelity is not None  # the caller's
     show: tuple[tuple[str, Callable[[float], str]], ...] = (
-        ("kl_mean", numbers.digits), ("ppl_ratio", "{:.4f}".format), ("top1", numbers.percent),
+        ("kl_mean", format_numbers.digits), ("ppl_ratio", "{:.4f}".format), ("top1", format_numbers.percent),
     )  # fmt: skip
-    figures = [numbers.MISSING if (v := _pooled(fidelity, name)) is None else told(v) for name, told in show]
+    figures = [
+        format_numbers.MISSING if (v := _pooled(fidelity, name)) is None else told(v)
+        for name, told in show
+    ]
     return (
         "*" if run.front else " ",
         run.name,
         fidelity.status,
         fidelity.artifact.format,
-        numbers.size(fidelity.artifact.bytes_artifact),
+        format_numbers.size(fidelity.artifact.bytes_artifact),
         f"{fidelity.artifact.bits_per_weight:.2f}",
         *figures,
     )
@@ -175,10 +197,16 @@ def _row(run: Run) -> tuple[str, ...]:
 
 def _candidates(folder: Path, depth: int) -> Iterator[Path]:
     """Folders that are artifacts, or began to be: not what lies inside them."""
-    for path in sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
+    for path in sorted(
+        path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()
+    ):
         if path.name.endswith(SCRATCH):
             continue
-        if (path / "quantkit").is_dir() or path.name.endswith(BUILDING) or any(path.glob("*.safetensors")):
+        if (
+            (path / "quantkit").is_dir()
+            or path.name.endswith(BUILDING)
+            or any(path.glob("*.safetensors"))
+        ):
             yield path
         elif depth > 1:
             yield from _candidates(path, depth - 1)
@@ -194,7 +222,10 @@ def _run(path: Path, folder: Path) -> Run:
         return Run(name=name, fault=str(fault).splitlines()[0].removeprefix(f"{path}: "))
     if manifest.get("status") != fidelity.status:
         told = json.dumps(manifest.get("status"))
-        return Run(name=name, fault=f"{MANIFEST} says {told}, fidelity.json {fidelity.status}; pull or build it again")
+        return Run(
+            name=name,
+            fault=f"{MANIFEST} says {told}, fidelity.json {fidelity.status}; pull or build it again",
+        )
     return Run(name=name, fidelity=fidelity)
 
 
@@ -215,5 +246,7 @@ def _group(run: Run) -> str:
         return ""
     text = run.fidelity.measured_on
     return (
-        f"{run.fidelity.source.hash} {text.sha256} {text.sequences} {text.length}" if text else run.fidelity.source.hash
+        f"{run.fidelity.source.hash} {text.sha256} {text.sequences} {text.length}"
+        if text
+        else run.fidelity.source.hash
     )

@@ -102,14 +102,21 @@ def read_samples(artifact: Path, filters: Mapping[str, str]) -> Samples:
     if not (artifact / BENCHMARKS).is_file():
         return Samples(histogram=histogram)
     names = ["task", "filter", "doc_id", "prompt", "target"]
-    names += [f"{who}_{name}" for who in ("base", "quant") for name in ("response", "score", "outcome")]
+    names += [
+        f"{who}_{name}" for who in ("base", "quant") for name in ("response", "score", "outcome")
+    ]
     names += [f"{who}_{name}" for who in ("base", "quant") for name in ("n_tokens", "truncated")]
     rows: list[dict[str, Any]] = read_columns(artifact / BENCHMARKS, names).to_pylist()
     present = {row["task"]: row["filter"] for row in reversed(rows)}  # its first filter
     known = {(row["task"], row["filter"]) for row in rows}
-    chosen = {task: name if (task, name := filters.get(task, "")) in known else present[task] for task in present}
+    chosen = {
+        task: name if (task, name := filters.get(task, "")) in known else present[task]
+        for task in present
+    }
     mine = [row for row in rows if row["filter"] == chosen[row["task"]]]
-    scored = [row for row in mine if row["base_score"] is not None and row["quant_score"] is not None]
+    scored = [
+        row for row in mine if row["base_score"] is not None and row["quant_score"] is not None
+    ]
     same = [row for row in scored if row["base_score"] == row["quant_score"]]
     changed = [_changed(row) for row in scored if row["base_score"] != row["quant_score"]]
     return Samples(
@@ -135,7 +142,9 @@ def _histogram(path: Path) -> Histogram:
     for domain in sorted(set(domains)):
         picked = finite & np.array([name == domain for name in domains])
         counts[domain] = tuple(int(n) for n in np.bincount(place[picked], minlength=bins))
-    return Histogram(start=FLOOR, step=1 / BINS_PER_DECADE, counts=counts, not_finite=int((~finite).sum()))
+    return Histogram(
+        start=FLOOR, step=1 / BINS_PER_DECADE, counts=counts, not_finite=int((~finite).sum())
+    )
 
 
 def _changed(row: Mapping[str, Any]) -> Changed:
@@ -172,7 +181,9 @@ def read_columns(path: Path, columns: Sequence[str]) -> Any:
     try:
         with parquet.ParquetFile(path, read_dictionary=list(columns)) as file:
             told = file.metadata
-            stored = sum(told.row_group(number).total_byte_size for number in range(told.num_row_groups))
+            stored = sum(
+                told.row_group(number).total_byte_size for number in range(told.num_row_groups)
+            )
             if told.num_rows > MOST_ROWS or stored > MOST_BYTES:
                 raise _too_large(path, f"{told.num_rows:,} rows of {stored / 1e9:.1f} GB")
             table = file.read(columns=list(columns)).select(list(columns))

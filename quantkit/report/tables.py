@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from math import inf
 from statistics import median
 
-from quantkit.report import numbers
-from quantkit.report.schema import Benchmark, Distribution, Fidelity, Figure, Module
+from quantkit.artifact.fidelity_schema import Benchmark, Distribution, Fidelity, Figure, Module
+from quantkit.report import format_numbers
 
 WORST = 10
 EXAMPLES = 3
@@ -28,17 +28,17 @@ class Table:
 Show = Callable[[Figure | None], str]
 
 _DISTRIBUTION: tuple[tuple[str, str, Show], ...] = (
-    ("KL mean [nats/token]", "kl_mean", numbers.kl),
-    ("KL median", "kl_median", numbers.kl),
-    ("KL 99 %", "kl_p99", numbers.kl),
-    ("KL 99.9 %", "kl_p999", numbers.kl),
-    ("KL max", "kl_max", numbers.kl),
-    ("perplexity, source", "ppl_source", numbers.ratio),
-    ("perplexity, artifact", "ppl_artifact", numbers.ratio),
-    ("perplexity ratio", "ppl_ratio", numbers.ratio),
-    ("same top token", "top1", numbers.share),
-    ("mean Δp", "mean_delta_p", numbers.signed_share),
-    ("RMS Δp", "rms_delta_p", numbers.share),
+    ("KL mean [nats/token]", "kl_mean", format_numbers.kl),
+    ("KL median", "kl_median", format_numbers.kl),
+    ("KL 99 %", "kl_p99", format_numbers.kl),
+    ("KL 99.9 %", "kl_p999", format_numbers.kl),
+    ("KL max", "kl_max", format_numbers.kl),
+    ("perplexity, source", "ppl_source", format_numbers.ratio),
+    ("perplexity, artifact", "ppl_artifact", format_numbers.ratio),
+    ("perplexity ratio", "ppl_ratio", format_numbers.ratio),
+    ("same top token", "top1", format_numbers.share),
+    ("mean Δp", "mean_delta_p", format_numbers.signed_share),
+    ("RMS Δp", "rms_delta_p", format_numbers.share),
 )
 
 
@@ -52,18 +52,22 @@ def compared(found: Sequence[Benchmark], how: str) -> Table:
     rows: list[tuple[str, ...]] = []
     for row in found:
         if row.status == "not run":
-            rows.append((row.task, *(numbers.MISSING,) * 7, f"not run: {row.reason}"))
+            rows.append((row.task, *(format_numbers.MISSING,) * 7, f"not run: {row.reason}"))
             continue
-        changed = numbers.MISSING if row.lost is None or row.gained is None else f"{row.lost}/{row.gained}"
+        changed = (
+            format_numbers.MISSING
+            if row.lost is None or row.gained is None
+            else f"{row.lost}/{row.gained}"
+        )
         rows.append((
             row.task,
-            numbers.count(row.n),
-            numbers.percent(row.source, 1),
-            numbers.percent(row.artifact, 1),
-            numbers.points(row.delta_pp),
-            numbers.recovery(row.recovery),
+            format_numbers.count(row.n),
+            format_numbers.percent(row.source, 1),
+            format_numbers.percent(row.artifact, 1),
+            format_numbers.points(row.delta_pp),
+            format_numbers.recovery(row.recovery),
             changed,
-            numbers.probability(row.mcnemar_p),
+            format_numbers.probability(row.mcnemar_p),
             row.verdict,
         ))
     columns = (
@@ -86,7 +90,9 @@ def compared(found: Sequence[Benchmark], how: str) -> Table:
 def distribution(fidelity: Fidelity) -> Table:
     """Figures down, domains across."""
     domains = fidelity.distribution
-    rows: list[tuple[str, ...]] = [("tokens", *(numbers.count(row.tokens) for row in domains))] if domains else []
+    rows: list[tuple[str, ...]] = (
+        [("tokens", *(format_numbers.count(row.tokens) for row in domains))] if domains else []
+    )
     for label, name, show in _DISTRIBUTION:
         figures = [_measured(row, name) for row in domains]
         if any(figure is not None for figure in figures):
@@ -104,16 +110,22 @@ def likelihood(fidelity: Fidelity) -> Table:
     rows = tuple(
         (
             row.task,
-            numbers.count(row.n),
-            numbers.count(row.tokens),
-            numbers.digits(row.source, 4),
-            numbers.digits(row.artifact, 4),
-            numbers.nats(row.difference),
+            format_numbers.count(row.n),
+            format_numbers.count(row.tokens),
+            format_numbers.digits(row.source, 4),
+            format_numbers.digits(row.artifact, 4),
+            format_numbers.nats(row.difference),
         )
         for row in fidelity.likelihood
     )
-    silent = (f" {row.task} was not run: {row.reason}." for row in fidelity.likelihood if row.status == "not run")
-    note = "Log-likelihood of a right answer behind its prompt, nats per token; nothing is generated."
+    silent = (
+        f" {row.task} was not run: {row.reason}."
+        for row in fidelity.likelihood
+        if row.status == "not run"
+    )
+    note = (
+        "Log-likelihood of a right answer behind its prompt, nats per token; nothing is generated."
+    )
     return Table(
         title="Gold solutions (teacher-forced)",
         columns=("task", ">items", ">tokens", ">source", ">artifact", ">difference [95 % CI]"),
@@ -129,7 +141,9 @@ def gates(fidelity: Fidelity) -> Table:
         (
             row.figure,
             row.bound,
-            numbers.size(round(row.value)) if row.figure == "size" and row.value else numbers.digits(row.value),
+            format_numbers.size(round(row.value))
+            if row.figure == "size" and row.value
+            else format_numbers.digits(row.value),
             f"{words[row.ok]}: {row.reason}" if row.reason else words[row.ok],
         )
         for row in fidelity.gates
@@ -142,9 +156,9 @@ def roles(fidelity: Fidelity) -> Table:
     rows = tuple(
         (
             row.role.replace("_", " "),
-            numbers.count(row.quantized),
-            numbers.count(row.kept),
-            numbers.parameters(row.parameters),
+            format_numbers.count(row.quantized),
+            format_numbers.count(row.kept),
+            format_numbers.parameters(row.parameters),
             row.stored,
             row.reason,
         )
@@ -161,27 +175,47 @@ def worst_modules(fidelity: Fidelity, limit: int = WORST) -> Table:
     rows = tuple(
         (
             row.name,
-            f"{row.method}+{row.rounding}" if row.rounding not in (None, row.method) else str(row.method),
-            numbers.percent(row.relative_error),
-            numbers.MISSING if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
-            numbers.percent(row.output_relative_error),
-            numbers.count(row.tokens),
+            f"{row.method}+{row.rounding}"
+            if row.rounding not in (None, row.method)
+            else str(row.method),
+            format_numbers.percent(row.relative_error),
+            format_numbers.MISSING if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
+            format_numbers.percent(row.output_relative_error),
+            format_numbers.count(row.tokens),
             row.fallback or ("rescaled" if row.rescaled else ""),
         )
         for row in worst
     )
     columns = ("module", "method", ">weights", ">SQNR dB", ">outputs", ">tokens", "note")
-    note = f"The {len(rows)} worst of {len(quantized):,}; all in {MORE}." if len(rows) < len(quantized) else ""
-    return Table(title="Relative error of weights and of outputs, worst modules", columns=columns, rows=rows, note=note)
+    note = (
+        f"The {len(rows)} worst of {len(quantized):,}; all in {MORE}."
+        if len(rows) < len(quantized)
+        else ""
+    )
+    return Table(
+        title="Relative error of weights and of outputs, worst modules",
+        columns=columns,
+        rows=rows,
+        note=note,
+    )
 
 
 def worst_blocks(fidelity: Fidelity, limit: int = WORST) -> Table:
     """Relative error of the hidden states after a block, largest first."""
-    worst = sorted(fidelity.blocks, key=lambda row: _rank(row.relative_error, inf), reverse=True)[:limit]
+    worst = sorted(fidelity.blocks, key=lambda row: _rank(row.relative_error, inf), reverse=True)[
+        :limit
+    ]
     rows = tuple((row.block, _finite(row.relative_error)) for row in worst)
-    note = f"The {len(rows)} worst of {len(fidelity.blocks)} blocks." if len(rows) < len(fidelity.blocks) else ""
+    note = (
+        f"The {len(rows)} worst of {len(fidelity.blocks)} blocks."
+        if len(rows) < len(fidelity.blocks)
+        else ""
+    )
     return Table(
-        title="Relative error of the hidden states after a block", columns=("block", ">error"), rows=rows, note=note
+        title="Relative error of the hidden states after a block",
+        columns=("block", ">error"),
+        rows=rows,
+        note=note,
     )
 
 
@@ -189,7 +223,11 @@ def routers(fidelity: Fidelity, limit: int = WORST) -> Table:
     """Share of expert choices that agree, least first."""
     least = sorted(fidelity.routers, key=lambda row: _rank(row.agreement, missing=-1.0))[:limit]
     rows = tuple((row.block, _finite(row.agreement)) for row in least)
-    note = f"The {len(rows)} lowest of {len(fidelity.routers)} layers." if len(rows) < len(fidelity.routers) else ""
+    note = (
+        f"The {len(rows)} lowest of {len(fidelity.routers)} layers."
+        if len(rows) < len(fidelity.routers)
+        else ""
+    )
     return Table(title="Router agreement", columns=("block", ">same experts"), rows=rows, note=note)
 
 
@@ -199,20 +237,24 @@ def experts(fidelity: Fidelity, limit: int = WORST) -> Table:
     columns = ("block", ">experts", ">fewest tokens", ">median", ">most", ">under-calibrated")
     if facts is None or not facts.layers:
         return Table(title="Calibration tokens per expert", columns=columns, rows=())
-    layers = sorted((row for row in facts.layers if row.tokens), key=lambda row: min(row.tokens))[:limit]
+    layers = sorted((row for row in facts.layers if row.tokens), key=lambda row: min(row.tokens))[
+        :limit
+    ]
     rows = tuple(
         (
             row.block,
             str(len(row.tokens)),
-            numbers.count(min(row.tokens)),
-            numbers.count(round(median(row.tokens))),
-            numbers.count(max(row.tokens)),
+            format_numbers.count(min(row.tokens)),
+            format_numbers.count(round(median(row.tokens))),
+            format_numbers.count(max(row.tokens)),
             str(sum(tokens < facts.min_tokens for tokens in row.tokens)),
         )
         for row in layers
     )
     low = facts.uncalibrated()
-    named = ", ".join(f"{block} expert {expert} ({tokens:,})" for block, expert, tokens in low[:limit])
+    named = ", ".join(
+        f"{block} expert {expert} ({tokens:,})" for block, expert, tokens in low[:limit]
+    )
     note = f"{len(low)} of {sum(len(row.tokens) for row in facts.layers):,} experts saw fewer than {facts.min_tokens} "
     note += f"tokens and got {facts.policy}: {named}{_more(len(low), limit)}." if low else "tokens."
     return Table(title="Calibration tokens per expert", columns=columns, rows=rows, note=note)
@@ -223,13 +265,15 @@ def fallbacks(fidelity: Fidelity) -> Table:
     rows = tuple(
         (
             row.kind,
-            numbers.count(len(row.modules)),
+            format_numbers.count(len(row.modules)),
             row.meaning,
             ", ".join(row.modules[:EXAMPLES]) + _more(len(row.modules), EXAMPLES),
         )
         for row in fidelity.fallbacks
     )
-    return Table(title="Fallbacks", columns=("kind", ">modules", "what happened", "where"), rows=rows)
+    return Table(
+        title="Fallbacks", columns=("kind", ">modules", "what happened", "where"), rows=rows
+    )
 
 
 def texts(fidelity: Fidelity) -> Table:
@@ -240,7 +284,7 @@ def texts(fidelity: Fidelity) -> Table:
             use,
             f"{text.set}: {text.description}" if text.description else text.set,
             f"{text.sequences:,} x {text.length:,}",
-            numbers.count(text.tokens),
+            format_numbers.count(text.tokens),
             text.license,
             text.sha256[:12],
         )
@@ -253,10 +297,17 @@ def texts(fidelity: Fidelity) -> Table:
 
 def origin(fidelity: Fidelity) -> Table:
     """Versions, seeds and hashes: what to have to make the same bytes again."""
-    pairs = [("source", fidelity.source.model), ("source revision", fidelity.source.revision or numbers.MISSING)]
+    pairs = [
+        ("source", fidelity.source.model),
+        ("source revision", fidelity.source.revision or format_numbers.MISSING),
+    ]
     pairs += [("source sha256", fidelity.source.hash)]
     pairs += [(f"{name} sha256", value) for name, value in fidelity.hashes.items()]
-    pairs += [(f"{row.task} data sha256", row.data_sha256) for row in fidelity.benchmarks if row.data_sha256]
+    pairs += [
+        (f"{row.task} data sha256", row.data_sha256)
+        for row in fidelity.benchmarks
+        if row.data_sha256
+    ]
     pairs += [(name, value) for name, value in fidelity.versions.items()]
     pairs += [(f"seed, {name}", str(value)) for name, value in fidelity.seeds.items()]
     return Table(title="Origin", columns=("what", "value"), rows=tuple(pairs))
@@ -265,7 +316,7 @@ def origin(fidelity: Fidelity) -> Table:
 def _rates(what: str, pairs: Sequence[tuple[str, tuple[float | None, float | None] | None]]) -> str:
     """A sentence on the tasks where a rate is not zero on both sides: source -> artifact."""
     told = [
-        f"{task} {numbers.percent(rate[0], 1)} -> {numbers.percent(rate[1], 1)}"
+        f"{task} {format_numbers.percent(rate[0], 1)} -> {format_numbers.percent(rate[1], 1)}"
         for task, rate in pairs
         if rate and any(rate)
     ]
@@ -278,7 +329,9 @@ def _measured(row: Distribution, name: str) -> Figure | None:
 
 
 def _badness(row: Module) -> tuple[bool, float]:
-    known = row.output_relative_error if row.output_relative_error is not None else row.relative_error
+    known = (
+        row.output_relative_error if row.output_relative_error is not None else row.relative_error
+    )
     return row.output_relative_error is not None, _rank(known, missing=-1.0)
 
 
@@ -288,7 +341,7 @@ def _rank(value: float | None, missing: float) -> float:
 
 def _finite(share: float | None) -> str:
     """A figure that is always measured."""
-    return numbers.NOT_FINITE if share is None else numbers.percent(share)
+    return format_numbers.NOT_FINITE if share is None else format_numbers.percent(share)
 
 
 def _more(total: int, shown: int) -> str:

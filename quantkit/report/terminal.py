@@ -11,9 +11,9 @@ from rich.console import Console, ConsoleOptions, Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from quantkit.report import card, numbers, tables
-from quantkit.report.planned import PlanSummary
-from quantkit.report.schema import Fidelity
+from quantkit.artifact.fidelity_schema import Fidelity
+from quantkit.plan.plan_schema import PlanSummary
+from quantkit.report import card, format_numbers, tables
 from quantkit.report.tables import Table
 
 _STYLES = {"accepted": "green", "rejected": "bold red", "not judged": "yellow"}
@@ -39,7 +39,9 @@ class Rows:
         shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
         for name, width in zip(form.columns, chosen, strict=True):
             flush: Literal["left", "right"] = "right" if name.startswith(">") else "left"
-            shown.add_column(Text(name.removeprefix(">")), justify=flush, overflow="fold", width=width)
+            shown.add_column(
+                Text(name.removeprefix(">")), justify=flush, overflow="fold", width=width
+            )
         for row in form.rows:
             shown.add_row(*map(Text, row))
         yield shown
@@ -62,8 +64,13 @@ def forms(made: Table) -> Iterator[Table]:
     yield made
     numbers_at = [index for index, name in enumerate(made.columns) if name.startswith(">")]
     for names in (True, False):
-        gains = {index: _width(made, index) - _width(_stacked(made, index, names), index) for index in numbers_at}
-        for index in sorted(filter(gains.__getitem__, numbers_at), key=gains.__getitem__, reverse=True):
+        gains = {
+            index: _width(made, index) - _width(_stacked(made, index, names), index)
+            for index in numbers_at
+        }
+        for index in sorted(
+            filter(gains.__getitem__, numbers_at), key=gains.__getitem__, reverse=True
+        ):
             made = _stacked(made, index, names)
             yield made
 
@@ -74,7 +81,11 @@ def _stacked(made: Table, index: int, names: bool) -> Table:
     def stack(cells: tuple[str, ...]) -> tuple[str, ...]:
         return (*cells[:index], cells[index].replace(" ", "\n"), *cells[index + 1 :])
 
-    return replace(made, columns=stack(made.columns)) if names else replace(made, rows=tuple(map(stack, made.rows)))
+    return (
+        replace(made, columns=stack(made.columns))
+        if names
+        else replace(made, rows=tuple(map(stack, made.rows)))
+    )
 
 
 def _width(made: Table, index: int) -> int:
@@ -102,12 +113,16 @@ def widths(made: Table, line: int) -> list[int | None]:
     cells = [[name, *(row[index] for row in made.rows)] for index, name in enumerate(names)]
     natural = [_width(made, index) for index in range(len(names))]
     least = [
-        full if name.startswith(">") else max(len(word) for cell in column for word in (cell.split() or [""]))
+        full
+        if name.startswith(">")
+        else max(len(word) for cell in column for word in (cell.split() or [""]))
         for name, column, full in zip(made.columns, cells, natural)
     ]
     spare = line - sum(least) - 2 * len(least) + 1  # a blank and a divider between columns
     texts = [index for index, name in enumerate(made.columns) if not name.startswith(">")]
-    while spare < 0:  # a pattern or a path without blanks: the widest column folds in the middle of its words
+    while (
+        spare < 0
+    ):  # a pattern or a path without blanks: the widest column folds in the middle of its words
         widest = max(texts, key=lambda index: least[index], default=None)
         if widest is None or least[widest] <= NARROWEST:
             return [None] * len(least)
@@ -115,7 +130,9 @@ def widths(made: Table, line: int) -> list[int | None]:
         spare += 1
     chosen = list(least)
     while spare > 0 and chosen != natural:
-        narrowest = min((i for i in range(len(chosen)) if chosen[i] < natural[i]), key=lambda i: chosen[i])
+        narrowest = min(
+            (i for i in range(len(chosen)) if chosen[i] < natural[i]), key=lambda i: chosen[i]
+        )
         chosen[narrowest] += 1
         spare -= 1
     return list(chosen)
@@ -124,9 +141,11 @@ def widths(made: Table, line: int) -> list[int | None]:
 def fidelity_view(fidelity: Fidelity) -> Group:
     """The report: what came out, the tables, the verdict."""
     artifact = fidelity.artifact
-    head = Text(plain(f"{artifact.name}: {artifact.scheme}, format {artifact.format}"), style="bold")
+    head = Text(
+        plain(f"{artifact.name}: {artifact.scheme}, format {artifact.format}"), style="bold"
+    )
     head.append(
-        f"\n{numbers.size(artifact.bytes_source)} -> {numbers.size(artifact.bytes_artifact)}, "
+        f"\n{format_numbers.size(artifact.bytes_source)} -> {format_numbers.size(artifact.bytes_artifact)}, "
         f"{artifact.bits_per_weight:.2f} bits per quantized weight",
         style="not bold",
     )
@@ -139,16 +158,21 @@ def plan_view(plan: PlanSummary) -> Group:
     source, memory = plan.source, plan.memory
     head = Text(plain(f"{source.model} -> {plan.output}"), style="bold")
     revision = f" at {source.revision}" if source.revision else ""
-    weights, bare = numbers.parameters(source.parameters), source.parameters_without_mtp
-    mtp = f" ({numbers.parameters(bare)} without the MTP layer)" if bare is not None else ""
+    weights, bare = format_numbers.parameters(source.parameters), source.parameters_without_mtp
+    mtp = f" ({format_numbers.parameters(bare)} without the MTP layer)" if bare is not None else ""
     facts = f"{source.architecture}{revision}, {weights} parameters{mtp}, {source.dtype}, "
-    head.append("\n" + plain(f"{facts}{numbers.size(source.bytes)}; read from {source.read_from}"), style="not bold")
+    head.append(
+        "\n" + plain(f"{facts}{format_numbers.size(source.bytes)}; read from {source.read_from}"),
+        style="not bold",
+    )
     fits = memory.peak <= memory.budget
     waves = f", {memory.experts_per_wave} experts at once" if memory.experts_per_wave else ""
-    parts = ", ".join(f"{name} {numbers.size(n_bytes)}" for name, n_bytes in memory.parts.items())
+    parts = ", ".join(
+        f"{name} {format_numbers.size(n_bytes)}" for name, n_bytes in memory.parts.items()
+    )
     lines = Text(
-        f"memory: {numbers.size(memory.peak)} of {numbers.size(memory.budget)}{waves}"
-        f"{f' ({parts})' if parts else ''}; scratch disk {numbers.size(memory.scratch_disk)}",
+        f"memory: {format_numbers.size(memory.peak)} of {format_numbers.size(memory.budget)}{waves}"
+        f"{f' ({parts})' if parts else ''}; scratch disk {format_numbers.size(memory.scratch_disk)}",
         style="" if fits else "bold red",
     )
     warnings = [Text(plain(f"warning: {warning}"), style="yellow") for warning in plan.warnings]
@@ -159,7 +183,7 @@ def plans_view(plans: Sequence[PlanSummary]) -> Group:
     """The plans of a recipe with several formats: the first in full, of the others what differs."""
     first, lines = plans[0], list[Text]()
     for plan in plans[1:]:
-        told = f"and {plan.output}: {numbers.size(plan.totals.bytes_after)} in {len(plan.shards)} files"
+        told = f"and {plan.output}: {format_numbers.size(plan.totals.bytes_after)} in {len(plan.shards)} files"
         lines.append(Text(plain(told), style="bold"))
         new = [warning for warning in plan.warnings if warning not in first.warnings]
         lines += [Text(plain(f"warning: {warning}"), style="yellow") for warning in new]
@@ -182,10 +206,10 @@ def plan_rules(plan: PlanSummary) -> Table:
             rule.label,
             rule.match,
             rule.action,
-            numbers.count(rule.modules),
-            numbers.parameters(rule.parameters),
-            numbers.size(rule.bytes_before),
-            numbers.size(rule.bytes_after),
+            format_numbers.count(rule.modules),
+            format_numbers.parameters(rule.parameters),
+            format_numbers.size(rule.bytes_before),
+            format_numbers.size(rule.bytes_after),
             f"{rule.bits_per_weight:.2f}",
         )
         for rule in plan.rules
@@ -195,13 +219,22 @@ def plan_rules(plan: PlanSummary) -> Table:
         "total",
         "",
         f"{totals.modules_quantized:,} quantized, {totals.modules_kept:,} kept",
-        numbers.count(totals.modules_quantized + totals.modules_kept),
-        numbers.parameters(totals.parameters),
-        numbers.size(totals.bytes_before),
-        numbers.size(totals.bytes_after),
+        format_numbers.count(totals.modules_quantized + totals.modules_kept),
+        format_numbers.parameters(totals.parameters),
+        format_numbers.size(totals.bytes_before),
+        format_numbers.size(totals.bytes_after),
         f"{totals.bits_per_weight:.2f}",
     ))
-    columns = ("rule", "matches", "does", ">modules", ">parameters", ">before", ">after", ">bits/weight")
+    columns = (
+        "rule",
+        "matches",
+        "does",
+        ">modules",
+        ">parameters",
+        ">before",
+        ">after",
+        ">bits/weight",
+    )
     return Table(title="Rules", columns=columns, rows=tuple(rows))
 
 
@@ -209,6 +242,11 @@ def plan_shards(plan: PlanSummary) -> Table:
     """The first and the last output files."""
     shards = plan.shards
     shown = shards if len(shards) <= SHARDS else (*shards[: SHARDS - 1], shards[-1])
-    rows = tuple((shard.file, numbers.count(shard.tensors), numbers.size(shard.bytes)) for shard in shown)
-    note = f"{len(shards)} files, {plan.totals.tensors:,} tensors." if len(shards) > len(shown) else ""
+    rows = tuple(
+        (shard.file, format_numbers.count(shard.tensors), format_numbers.size(shard.bytes))
+        for shard in shown
+    )
+    note = (
+        f"{len(shards)} files, {plan.totals.tensors:,} tensors." if len(shards) > len(shown) else ""
+    )
     return Table(title="Output", columns=("file", ">tensors", ">size"), rows=rows, note=note)

@@ -29,13 +29,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import recipe_text, tiny_config, write_checkpoint
 
 from quantkit import pipeline
-from quantkit.cli import BOUNDED, REPRODUCIBLE
-from quantkit.planning.recipe import parse
-from quantkit.storage.builtin import folder
-from quantkit.storage.machine import multiplies_bfloat16
+from quantkit.cli.main import BOUNDED, REPRODUCIBLE
+from quantkit.io.host import multiplies_bfloat16
+from quantkit.io.package_data import folder
+from quantkit.recipe.parse import parse
 
 HERE = Path(__file__).resolve().parent
 RECORDS = HERE / "artifacts.json"
@@ -57,7 +57,10 @@ FEW = {"calibration.sequences": "24", "calibration.min_expert_tokens": "16"}
 
 RECIPES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "tiny-v3-awq4": ("tiny-v3-awq4", FEW),
-    "tiny-v3-awq4-all-linear-both": ("tiny-v3-awq4", {**FEW, "rules": "all-linear", "propagate": "both"}),
+    "tiny-v3-awq4-all-linear-both": (
+        "tiny-v3-awq4",
+        {**FEW, "rules": "all-linear", "propagate": "both"},
+    ),
     "tiny-v3-gptq4": ("tiny-v3-gptq4", FEW),
     "tiny-v3-gptq4-fp8": ("tiny-v3-gptq4-fp8", FEW),
     "tiny-v3-nf4": ("tiny-v3-nf4", {}),
@@ -119,13 +122,20 @@ def find_machine_kind() -> Kind:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    fields = {
+        key.strip(): value.strip()
+        for key, _, value in (line.partition(":") for line in reversed(lines))
+    }
     return {
         "cpu vendor": fields.get("vendor_id", "unknown"),
-        "cpu name": re.sub(r"\s*@.*", "", fields.get("model name", platform.processor() or "unknown")),
+        "cpu name": re.sub(
+            r"\s*@.*", "", fields.get("model name", platform.processor() or "unknown")
+        ),
         "cpu model": f"{fields.get('cpu family', 'unknown')}.{fields.get('model', 'unknown')}",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16 products": str(multiplies_bfloat16()).lower(),  # compute.calibration: auto depends on it
+        "bfloat16 products": str(
+            multiplies_bfloat16()
+        ).lower(),  # compute.calibration: auto depends on it
         "machine": platform.machine(),
         "torch": str(torch.__version__),
         "python": ".".join(platform.python_version_tuple()[:2]),
@@ -153,7 +163,10 @@ def find_record(records: Iterable[Record], kind: Kind) -> Record | None:
 def write_record(kind: Kind, artifacts: Hashes, path: Path = RECORDS) -> None:
     """Write the record of a machine kind, and keep those of the others."""
     others = [record for record in read_records(path) if record["kind"] != kind]
-    records = sorted([*others, {"kind": kind, "artifacts": artifacts}], key=lambda record: json.dumps(record["kind"]))
+    records = sorted(
+        [*others, {"kind": kind, "artifacts": artifacts}],
+        key=lambda record: json.dumps(record["kind"]),
+    )
     path.write_text(json.dumps({"records": records}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -174,7 +187,11 @@ def compare_hashes(recorded: Hashes, found: Hashes) -> list[str]:
 
 def hash_artifact(path: Path) -> dict[str, str]:
     """Hash the weights, the index and the config of an artifact."""
-    files = [*path.glob("*.safetensors"), *path.glob("model.safetensors.index.json"), path / "config.json"]
+    files = [
+        *path.glob("*.safetensors"),
+        *path.glob("model.safetensors.index.json"),
+        path / "config.json",
+    ]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
 
 
@@ -182,7 +199,9 @@ def build_recipe(text: str, name: str, overrides: Mapping[str, str]) -> Hashes:
     """Build the artifacts of a recipe without benchmarks, and hash their files."""
     began = time.monotonic()
     recipe = parse(text, f"{name}.yaml", {**overrides})
-    outcomes = pipeline.run(recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None)
+    outcomes = pipeline.run(
+        recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None
+    )
     print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
     return {outcome.path.name: hash_artifact(outcome.path) for outcome in outcomes}
 
@@ -192,19 +211,34 @@ def build_artifacts(place: Path) -> Hashes:
     found: Hashes = {}
     for name, (recipe_name, changes) in RECIPES.items():
         text = (folder("recipes") / f"{recipe_name}.yaml").read_text(encoding="utf-8")
-        found |= build_recipe(text, name, {**UNMEASURED, **changes, "output.path": str(place / name)})
+        found |= build_recipe(
+            text, name, {**UNMEASURED, **changes, "output.path": str(place / name)}
+        )
     for name, (architecture, fp8, keys) in TINY.items():
         source = write_checkpoint(place / "sources" / name, tiny_config(architecture), fp8=fp8)
         written = {key: value for key, value in keys.items() if key != "shards"}
         shards = {"output.shard_bytes": keys["shards"]} if "shards" in keys else {}
-        found |= build_recipe(recipe_text(source, place / name, **written), name, {**UNMEASURED, **shards})
+        found |= build_recipe(
+            recipe_text(source, place / name, **written), name, {**UNMEASURED, **shards}
+        )
     return found
 
 
 def build_in_subprocess(threads: int = 2) -> Hashes:
     """Build every artifact in a process whose libraries are told to be reproducible before they load."""
-    fixed = {**REPRODUCIBLE, **BOUNDED, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    command = [sys.executable, str(Path(__file__).resolve()), "--print-hashes", "--threads", str(threads)]
+    fixed = {
+        **REPRODUCIBLE,
+        **BOUNDED,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+    }
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--print-hashes",
+        "--threads",
+        str(threads),
+    ]
     root = os.pathsep.join(filter(None, [str(HERE.parent.parent), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, **fixed, "PYTHONPATH": root}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -214,9 +248,15 @@ def build_in_subprocess(threads: int = 2) -> Hashes:
 
 def main() -> int:
     """Compare or record; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true", help="write the record of this machine kind")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch; they change no byte")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="write the record of this machine kind"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=2, help="threads of torch; they change no byte"
+    )
     parser.add_argument("--print-hashes", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.print_hashes:
@@ -227,7 +267,9 @@ def main() -> int:
     kind = find_machine_kind()
     record = find_record(read_records(), kind)
     if record is None and not options.record:
-        print(f"no record of this machine kind: {describe_kind(kind)}; to write one: {RECORD_COMMAND}")
+        print(
+            f"no record of this machine kind: {describe_kind(kind)}; to write one: {RECORD_COMMAND}"
+        )
         return 1
     began = time.monotonic()
     found = build_in_subprocess(options.threads)
@@ -238,7 +280,9 @@ def main() -> int:
         write_record(kind, found)
     files, seconds = sum(map(len, found.values())), time.monotonic() - began
     verb = "recorded" if options.record else "compared"
-    print(f"{len(found)} artifacts, {files} files {verb} in {seconds:.0f} s; {len(differences)} differ from the record")
+    print(
+        f"{len(found)} artifacts, {files} files {verb} in {seconds:.0f} s; {len(differences)} differ from the record"
+    )
     return 1 if differences and not options.record else 0
 
 

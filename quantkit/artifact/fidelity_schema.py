@@ -1,0 +1,296 @@
+"""quantkit/fidelity.json, version 1: all that a report shows, as plain frozen values. Of a plan see planned.py.
+
+Shares (top-1, recovery, scores, agreement, errors) are 0 .. 1; KL is in nats per token; differences of scores are in
+percentage points; sizes are in bytes. A figure that was measured and is not finite has value None; a figure that was
+not measured is None itself. Non-finite numbers become None on the way in, because JSON has no word for them.
+"""
+
+from __future__ import annotations
+
+import json
+from math import isfinite
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel
+
+from quantkit.plan.plan_schema import FROZEN, PlanRule
+
+Status = Literal["accepted", "rejected", "not judged"]
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+Number = Annotated[
+    float | None, AfterValidator(_finite)
+]  # after: the text "nan" becomes a number first
+
+
+class Figure(BaseModel):
+    """A measured number with its standard error, or its 95 % confidence interval, where one is known."""
+
+    model_config = FROZEN
+    value: Number
+    se: Number = None
+    ci: tuple[Number, Number] | None = None
+
+
+# ------------------------------------------------------------------------------------------------- what was compared
+
+
+class Role(BaseModel):
+    """What happened to the linears of one role, and why."""
+
+    model_config = FROZEN
+    role: str  # "routed_expert"
+    quantized: int  # modules
+    kept: int
+    parameters: int
+    stored: str  # "int4 g128 asymmetric", "BF16"
+    reason: str  # the rule that decided, or why a role is never quantized unasked
+
+
+class Serving(BaseModel):
+    """How an engine serves the artifact: the exact command."""
+
+    model_config = FROZEN
+    engine: str
+    command: str
+
+
+class Artifact(BaseModel):
+    """What was made."""
+
+    model_config = FROZEN
+    name: str
+    format: str
+    scheme: str  # "AWQ, 4 bits, group 128, asymmetric, bfloat16 scales"
+    parameters: int
+    bytes_source: int
+    bytes_artifact: int
+    bits_per_weight: float  # over the quantized weights, scales and zero points included
+    rules: tuple[PlanRule, ...] = ()
+    roles: tuple[Role, ...] = ()
+    serving: tuple[Serving, ...] = ()
+    notes: tuple[str, ...] = ()  # what an operator must know
+    tags: tuple[str, ...] = ()  # for the model hub: "awq", "4-bit"
+    quantized_by: str = "quantkit"
+
+
+class License(BaseModel):
+    """The source's licence, carried over as it was found."""
+
+    model_config = FROZEN
+    id: str
+    name: str | None = None
+    link: str | None = None
+
+
+class Source(BaseModel):
+    """What it was made from, and what the figures compare with."""
+
+    model_config = FROZEN
+    model: str
+    revision: str | None
+    hash: str
+    architecture: str
+    dtype: str
+    baseline: str  # "BF16 dequantization of FP8 128x128": what the figures compare with
+    license: License | None = None
+    library_name: str = "transformers"
+    pipeline_tag: str = "text-generation"
+
+
+class Text(BaseModel):
+    """Text that was calibrated on or measured on."""
+
+    model_config = FROZEN
+    set: str
+    license: str
+    sha256: str
+    sequences: int
+    length: int
+    tokens: int
+    seed: int | None = None
+    description: str = ""
+
+
+# ----------------------------------------------------------------------------------------------------------- figures
+
+
+class Distribution(BaseModel):
+    """How the artifact's next-token distributions differ from the source's on one domain; "all" pools every token."""
+
+    model_config = FROZEN
+    domain: str
+    tokens: int
+    kl_mean: Figure | None = None
+    kl_median: Figure | None = None
+    kl_p99: Figure | None = None
+    kl_p999: Figure | None = None
+    kl_max: Figure | None = None
+    ppl_source: Figure | None = None
+    ppl_artifact: Figure | None = None
+    ppl_ratio: Figure | None = None
+    top1: Figure | None = None
+    mean_delta_p: Figure | None = None
+    rms_delta_p: Figure | None = None
+
+
+class Likelihood(BaseModel):
+    """Log-likelihood of a task's gold solutions behind their prompts, teacher-forced; nothing is generated.
+
+    source, artifact: mean over items of the log-likelihood per token of the solution, nats; difference: artifact -
+    source, paired by item.
+    """
+
+    model_config = FROZEN
+    task: str
+    status: Literal["ok", "not run"] = "ok"
+    reason: str = ""  # why it was not run
+    n: int = 0  # items
+    tokens: int = 0  # of all solutions
+    source: Number = None
+    artifact: Number = None
+    difference: Figure | None = None
+    data_sha256: str = ""
+
+
+class BlockError(BaseModel):
+    """||artifact - source|| / ||source|| of the hidden states after a block."""
+
+    model_config = FROZEN
+    block: str
+    relative_error: Number
+
+
+class Module(BaseModel):
+    """What became of one matrix."""
+
+    model_config = FROZEN
+    name: str
+    rule: str
+    method: str | None  # None: kept
+    rounding: str | None = None
+    scheme: str
+    relative_error: Number = None  # ||W - Q|| / ||W||
+    sqnr_db: Number = None
+    output_relative_error: Number = (
+        None  # the same of W x over the calibration tokens, from the gram
+    )
+    tokens: int | None = None
+    fallback: str | None = None  # Fallback.kind
+    rescaled: bool = False
+
+
+class Router(BaseModel):
+    """Share of a layer's top-k expert choices on which artifact and source agree."""
+
+    model_config = FROZEN
+    block: str
+    agreement: Number
+
+
+class ExpertLayer(BaseModel):
+    """Calibration tokens that each routed expert of a layer saw."""
+
+    model_config = FROZEN
+    block: str
+    tokens: tuple[int, ...]
+
+
+class Experts(BaseModel):
+    """How calibration tokens were shared among the routed experts."""
+
+    model_config = FROZEN
+    min_tokens: int
+    policy: str  # what an expert below min_tokens got
+    layers: tuple[ExpertLayer, ...]
+
+    def uncalibrated(self) -> list[tuple[str, int, int]]:
+        """(block, expert, tokens) of every expert that saw fewer than `min_tokens`."""
+        return [
+            (layer.block, expert, tokens)
+            for layer in self.layers
+            for expert, tokens in enumerate(layer.tokens)
+            if tokens < self.min_tokens
+        ]
+
+
+class Fallback(BaseModel):
+    """A named rule that took over where the method could not be applied."""
+
+    model_config = FROZEN
+    kind: str
+    meaning: str
+    modules: tuple[str, ...]
+
+
+class Benchmark(BaseModel):
+    """One task on source and artifact, item by item. Statistics are those of evaluate.statistics, shown as given."""
+
+    model_config = FROZEN
+    task: str
+    metric: str = ""
+    status: Literal["ok", "not run"] = "ok"
+    reason: str = ""  # why it was not run
+    n: int = 0
+    source: Number = None
+    artifact: Number = None
+    delta_pp: Figure | None = None
+    recovery: Figure | None = None
+    lost: int | None = None  # items right in the source and wrong in the artifact
+    gained: int | None = None
+    mcnemar_p: Number = None
+    verdict: str = ""
+    truncated: tuple[Number, Number] | None = (
+        None  # share of answers cut at the token limit: source, artifact
+    )
+    unparsed: tuple[Number, Number] | None = (
+        None  # share of answers in which no result was found: source, artifact
+    )
+    data_sha256: str = ""
+
+
+class GateResult(BaseModel):
+    """One bound of the recipe. ok None: the figure was not measured, so nothing is known."""
+
+    model_config = FROZEN
+    figure: str
+    bound: str  # "<= 0.05"
+    value: Number
+    ok: bool | None
+    reason: str = ""
+
+
+class Fidelity(BaseModel):
+    """The whole report."""
+
+    model_config = FROZEN
+    version: Literal[1] = 1
+    status: Status = "not judged"
+    artifact: Artifact
+    source: Source
+    calibration: Text | None = None
+    measured_on: Text | None = None
+    distribution: tuple[Distribution, ...] = ()
+    likelihood: tuple[Likelihood, ...] = ()
+    blocks: tuple[BlockError, ...] = ()
+    modules: tuple[Module, ...] = ()
+    routers: tuple[Router, ...] = ()
+    experts: Experts | None = None
+    fallbacks: tuple[Fallback, ...] = ()
+    benchmarks: tuple[Benchmark, ...] = ()
+    gates: tuple[GateResult, ...] = ()
+    versions: dict[str, str] = {}
+    seeds: dict[str, int] = {}
+    hashes: dict[str, str] = {}  # "recipe", "plan", ...
+    command: str = ""
+
+    def to_json(self) -> str:
+        """The text of quantkit/fidelity.json: the same report is the same bytes."""
+        return (
+            json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False)
+            + "\n"
+        )

@@ -1,0 +1,34 @@
+"""The front matter of a source's own model card: what its artifact must carry over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from quantkit.io import safe_yaml
+
+_LIMIT_BYTES = 1_000_000
+
+
+def front_matter(folder: Path) -> Mapping[str, str]:
+    """Text values between the `---` lines of README.md, in the folder or (a built-in model) beside it; else nothing.
+
+    A card is a courtesy, not part of the checkpoint: one that cannot be read says nothing and stops nothing.
+    """
+    for path in (folder / "README.md", folder.parent / "README.md"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_size <= _LIMIT_BYTES:
+            break
+    else:
+        return {}
+    parts = path.read_text(encoding="utf-8", errors="replace").split("---", 2)
+    if len(parts) != 3 or parts[0].strip():
+        return {}
+    try:
+        values = safe_yaml.load_any(parts[1])
+    except safe_yaml.Unreadable:
+        return {}
+    return (
+        {str(k): v for k, v in values.items() if isinstance(v, str)}
+        if isinstance(values, Mapping)
+        else {}
+    )

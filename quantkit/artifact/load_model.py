@@ -1,0 +1,224 @@
+"""`quantkit.load`: an artifact as a transformers model that runs here, whatever engine its format was made for.
+
+NF4 artifacts stay packed: every quantized linear is a bitsandbytes `Linear4bit`, and so are the projections of routed
+experts, which transformers itself cannot load (it fuses the experts of a layer into two tensors). What other formats
+hold is unpacked, so the model needs the memory of its source. Only safetensors and JSON are read; no code of the folder
+runs, and nothing is compared with the manifest's hashes: `quantkit verify` does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.activations import ACT2FN
+
+from quantkit import contracts, registry
+from quantkit.artifact.layout import mapping, read_manifest
+from quantkit.checkpoint.checkpoint import Checkpoint
+from quantkit.contracts import Layout, Linear, Scheme
+from quantkit.errors import ArtifactError, UsageError
+from quantkit.formats import bitsandbytes as nf4
+from quantkit.io.files import read_json
+from quantkit.models import full_model
+from quantkit.models.layers import MetaModel, RouterOutput, meta_model, relative, tokens_for_expert
+from quantkit.numerics import nf4 as codebook
+from quantkit.plan.plan import architecture_of
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+CPU_ROWS = 32
+"""bitsandbytes' bfloat16 kernel for CPUs works on so many rows of a weight at once."""
+
+
+def load(folder: str | Path, *, device: str | None = None, dtype: str | None = None) -> Any:
+    """The artifact in `folder` as a transformers causal language model in eval mode.
+
+    device: "cpu", "cuda", ...; None takes a GPU where there is one. dtype: "bfloat16", "float16" or "float32", what the
+    model computes in; None takes the dtype that config.json names. Raises ArtifactError or CheckpointError for a folder
+    that is no artifact, UsageError for a missing package, an unknown dtype or a device that is not there.
+    """
+    path = Path(folder)
+    manifest, checkpoint = read_manifest(path), Checkpoint.open(path)
+    format_name, schemes = stored_as(manifest, checkpoint, path)
+    config = checkpoint.config
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    named = dtype or str(
+        config.values.get("dtype") or config.values.get("torch_dtype") or "bfloat16"
+    )
+    if named not in DTYPES:
+        raise UsageError(f"dtype: expected {', '.join(DTYPES)}, found {named!r}; name one of them")
+    bones = meta_model(config, chosen_device(where), DTYPES[named])
+    layout = architecture_of(config).layout(config)
+    if format_name == "bitsandbytes":
+        model = packed_model(bones, layout, checkpoint, schemes)
+    else:
+        model = full_model.model(bones, layout, full_model.reader(checkpoint, format_name, schemes))
+    if (path / "generation_config.json").is_file():
+        model.generation_config = generation_config(path / "generation_config.json")
+    return model
+
+
+def generation_config(path: Path) -> Any:
+    """The settings in a generation_config.json; ArtifactError for one that transformers refuses."""
+    values = dict(read_json(path, ArtifactError))
+    try:
+        return GenerationConfig.from_dict(values)
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as fault:  # a wrong value surfaces as what it breaks in transformers
+        raise ArtifactError(
+            f"{path}: expected settings that transformers takes, found: {' '.join(str(fault).split()):.300}; repair "
+            "the value, or remove the file"
+        ) from fault
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device of that name; UsageError when it is not here."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as fault:
+        raise UsageError(
+            f"device: expected one of this machine, found {name!r}: {fault}; name another"
+        ) from fault
+    return device
+
+
+def stored_as(
+    manifest: Mapping[str, object], checkpoint: Checkpoint, path: Path
+) -> tuple[str | None, dict[str, Scheme]]:
+    """The format of the packed linears, None where there are none, and the scheme of each by the manifest."""
+    entry = checkpoint.config.values.get("quantization_config")
+    if not isinstance(entry, dict):
+        return None, {}
+    name = str(manifest.get("format") or format_told(entry))
+    registry.require(name)
+    try:
+        modules = mapping(manifest, "modules", path)
+        return name, {module: Scheme(**values["scheme"]) for module, values in modules.items()}  # type: ignore[index]
+    except (KeyError, TypeError) as fault:
+        raise ArtifactError(
+            f"{path}: its manifest does not say how modules are quantized: {fault}"
+        ) from fault
+
+
+def format_told(entry: Mapping[str, object]) -> str:
+    """The format by config.json, for artifacts of before manifests named it; gptq_v2 shares its method with gptq."""
+    return str(entry.get("checkpoint_format") or entry.get("quant_method")).replace("-", "_")
+
+
+# ------------------------------------------------------------------------------------------------------------ NF4
+
+
+def packed_model(
+    bones: MetaModel, layout: Layout, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]
+) -> Any:
+    """The model of `bones` with a Linear4bit for every linear in `schemes` that transformers runs."""
+    model = full_model.empty(bones)
+    for block in layout.blocks:
+        if block.kind != "decoder":
+            continue
+        made = {
+            linear.name: linear4bit(bones, linear, checkpoint, schemes[linear.name])
+            for linear in block.linears
+            if linear.name in schemes
+        }
+        experts = block.experts
+        if experts and experts.linear(0, experts.gate) in schemes:
+            routed = Experts4bit(experts, made, ACT2FN[bones.config.hidden_act])
+            model.set_submodule(f"{block.name}.{relative(block, experts.module)}", routed)
+        for linear in block.linears:
+            if linear.name in made and linear.role != "routed_expert":
+                model.set_submodule(
+                    f"{block.name}.{relative(block, linear.name)}", made[linear.name]
+                )
+    kind = codebook.library("nn").Linear4bit
+    packed = {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if type(module) is kind
+    }
+    return full_model.filled(
+        model,
+        bones,
+        layout,
+        full_model.state_dict(layout, full_model.reader(checkpoint), schemes),
+        packed,
+    )
+
+
+def linear4bit(
+    bones: MetaModel, linear: Linear, checkpoint: Checkpoint, scheme: Scheme
+) -> nn.Module:
+    """One linear as stored. Its bias comes with the rest of the model."""
+    bitsandbytes = codebook.library("nn")
+    names = [spec.name for spec in nf4.layout(linear, scheme)]
+    missing = [name for name in names if name not in checkpoint.specs]
+    if missing:
+        raise ArtifactError(
+            f"{checkpoint.folder}: tensor {missing[0]}: expected, found none; {nf4.AGAIN}"
+        )
+    tensors = {
+        name.removeprefix(f"{linear.name}."): part for name, part in checkpoint.read(names).items()
+    }
+    state = nf4.quant_state(tensors, scheme)
+    with torch.device("meta"):
+        module = bitsandbytes.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias,
+            compute_dtype=bones.dtype,
+            compress_statistics=scheme.double_quant,
+            quant_type="nf4",
+        )
+    module.weight = bitsandbytes.Params4bit.from_prequantized(
+        data=tensors["weight"], quantized_stats=state, device=str(bones.device), module=module
+    )
+    fits = bones.dtype == torch.bfloat16 and linear.out_features % CPU_ROWS == 0
+    module.support_avx512bf16_for_cpu = module.support_avx512bf16_for_cpu and fits
+    made: nn.Module = module
+    return made
+
+
+class Experts4bit(nn.Module):
+    """The routed experts of a layer, one Linear4bit per projection, where transformers has two fused tensors.
+
+    Submodules are named as in the checkpoint: "0.gate_proj".
+    """
+
+    def __init__(
+        self, names: contracts.Experts, linears: Mapping[str, nn.Module], activation: nn.Module
+    ) -> None:
+        super().__init__()
+        self.names = names
+        self.activation = activation
+        for e in range(names.count):
+            projections = (names.gate, names.up, names.down)
+            self.add_module(
+                str(e),
+                nn.ModuleDict({name: linears[names.linear(e, name)] for name in projections}),
+            )
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What the router asked of the experts: hidden [tokens, hidden], index and weights [tokens, k]."""
+        routed = RouterOutput(hidden=hidden_states, index=top_k_index, weight=top_k_weights)
+        out = torch.zeros_like(hidden_states)
+        for e in top_k_index.unique().tolist():
+            token, weight = tokens_for_expert(routed.index, routed.weight, e)  # [n], [n]
+            expert: Any = self.get_submodule(str(e))
+            x = hidden_states[token]  # [tokens, hidden] -> [n, hidden]
+            inner = self.activation(expert[self.names.gate](x)) * expert[self.names.up](
+                x
+            )  # -> [n, intermediate]
+            out.index_add_(0, token, expert[self.names.down](inner) * weight[:, None].to(inner))
+        return out

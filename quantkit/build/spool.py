@@ -1,0 +1,199 @@
+"""Hidden states on disk, read and written in slices: rows are tokens, columns are channels.
+
+The calibration stream of DeepSeek-V3 (a million tokens of 7168 floats) has 30 GB in float32; memory holds a slice of
+it. Plain positioned reads and writes instead of a memory map, because mapped pages count as resident memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from math import isfinite
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.tensors import raw, read_into, reserve, write_from
+from quantkit.errors import QuantkitError
+from quantkit.io.files import reason, unwritable
+
+SpoolDtype = Literal["float32", "bfloat16"]
+_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_SLICE_BYTES = 8 << 20  # most memory that gather and add use beside their result and argument
+_GAP_BYTES = 64 << 10  # reading over a gap this small is cheaper than a second system call
+
+
+class Spool:
+    """A file of `rows` x `width` numbers of one dtype, zero at first; no header, its owner knows the shape.
+
+    finite: whether nothing else was written through this object.
+
+    Reads may come from any thread; `write` and `add` from one at a time. Raises QuantkitError when the disk refuses,
+    ValueError for rows that are not there and tensors of another width (mistakes of the caller).
+    """
+
+    def __init__(
+        self, path: Path, rows: int, width: int, dtype: SpoolDtype, descriptor: int
+    ) -> None:
+        self.path = path
+        self.rows = rows
+        self.width = width
+        self.dtype = _DTYPES[dtype]
+        self.finite = True
+        self._descriptor = descriptor
+        self._row_bytes = width * self.dtype.itemsize
+
+    @classmethod
+    def create(cls, path: Path, rows: int, width: int, dtype: SpoolDtype) -> Self:
+        """A new spool of zeros with its space on the disk reserved; replaces an old file."""
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            try:
+                reserve(descriptor, rows * width * _DTYPES[dtype].itemsize)
+            except OSError:
+                os.close(descriptor)
+                path.unlink(missing_ok=True)
+                raise
+        except OSError as fault:
+            raise unwritable(path, fault) from fault
+        return cls(path, rows, width, dtype, descriptor)
+
+    @classmethod
+    def open(cls, path: Path, rows: int, width: int, dtype: SpoolDtype) -> Self:
+        """The spool of an interrupted build; raises QuantkitError when the file is not of this shape."""
+        expected = rows * width * _DTYPES[dtype].itemsize
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as fault:
+            raise QuantkitError(
+                f"{path}: expected hidden states of an earlier run, found: {reason(fault)}; begin anew with --restart"
+            ) from None
+        found = os.fstat(descriptor).st_size
+        if found != expected:
+            os.close(descriptor)
+            raise QuantkitError(
+                f"{path}: expected {expected} bytes of hidden states [{rows}, {width}] {dtype}, found {found}; "
+                "begin anew with --restart"
+            )
+        return cls(path, rows, width, dtype, descriptor)
+
+    def write(self, start: int, tensor: Tensor) -> None:
+        """Put [n, width] of any float dtype at rows start .. start + n - 1."""
+        if tensor.dim() != 2 or tensor.shape[1] != self.width:
+            raise ValueError(f"{self.path}: expected [n, {self.width}], found {list(tensor.shape)}")
+        self._check_rows(start, start + tensor.shape[0])
+        rows = tensor.detach().to(device="cpu", dtype=self.dtype).contiguous()
+        if (
+            rows.numel()
+        ):  # noticed while they are in memory: reading them again would cost the disk's time
+            self.finite = self.finite and all(map(isfinite, map(float, rows.aminmax())))
+        try:
+            write_from(self._descriptor, raw(rows), start * self._row_bytes)
+        except OSError as fault:
+            raise unwritable(self.path, fault) from fault
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows start .. stop-1: [stop - start, width]."""
+        self._check_rows(start, stop)
+        tensor = torch.empty(stop - start, self.width, dtype=self.dtype)
+        self._fill(tensor, start)
+        return tensor
+
+    def gather(self, indices: Tensor) -> Tensor:
+        """The rows that `indices` [n] names, in its order, repeats allowed: [n, width]."""
+        rows, order = self._sorted(indices)
+        result = torch.empty(len(rows), self.width, dtype=self.dtype)
+        for first, last in self._runs(rows):
+            piece = self.read(int(rows[first]), int(rows[last - 1]) + 1)
+            local = torch.from_numpy(rows[first:last] - rows[first])
+            result[order[first:last]] = piece[local]  # [span, width] -> [last - first, width]
+        return result
+
+    def add(self, indices: Tensor, tensor: Tensor) -> None:
+        """Add row i of `tensor` [n, width] to row indices[i]; repeats add up. Summed in float32, rounded once."""
+        if tensor.shape != (indices.numel(), self.width):
+            raise ValueError(
+                f"{self.path}: expected [{indices.numel()}, {self.width}], found {list(tensor.shape)}"
+            )
+        rows, order = self._sorted(indices)
+        for first, last in self._runs(rows):
+            start = int(rows[first])
+            total = self.read(start, int(rows[last - 1]) + 1).to(torch.float32)
+            local = torch.from_numpy(rows[first:last] - start)
+            total.index_add_(0, local, tensor[order[first:last]].to(torch.float32))
+            self.write(start, total)
+
+    def flush(self) -> None:
+        """Make what was written survive a crash, so that a journal may say so."""
+        try:
+            os.fsync(self._descriptor)
+        except OSError as fault:
+            raise unwritable(self.path, fault) from fault
+
+    def close(self) -> None:
+        """Stop using the file, which stays; safe to call twice."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def delete(self) -> None:
+        """Close and remove the file."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _fill(self, tensor: Tensor, start: int) -> None:
+        view = raw(tensor)
+        try:
+            count = read_into(self._descriptor, view, start * self._row_bytes)
+        except OSError as fault:
+            raise QuantkitError(
+                f"{self.path}: cannot be read: {reason(fault)}; start the build again"
+            ) from fault
+        if count != len(view):
+            raise QuantkitError(
+                f"{self.path}: expected {len(view)} bytes, found {count}; start the build again"
+            )
+
+    def _check_rows(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.rows:
+            raise ValueError(
+                f"{self.path}: expected rows within 0:{self.rows}, found {start}:{stop}"
+            )
+
+    def _sorted(self, indices: Tensor) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], Tensor]:
+        """The row numbers in rising order [n], and where each stood [n]; equal ones keep their order."""
+        flat = indices.reshape(-1).to(device="cpu", dtype=torch.int64)
+        order = torch.argsort(flat, stable=True)
+        rows = flat[order].numpy()
+        if len(rows):
+            self._check_rows(int(rows[0]), int(rows[-1]) + 1)
+        return rows, order
+
+    def _runs(self, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Iterator[tuple[int, int]]:
+        """Positions [first, last) of sorted rows that lie close together and span at most a slice."""
+        gap = max(1, _GAP_BYTES // max(self._row_bytes, 1))
+        span = max(1, _SLICE_BYTES // max(self._row_bytes, 1))
+        breaks = np.flatnonzero(np.diff(rows) > gap) + 1
+        ends = [*breaks.tolist(), len(rows)] if len(rows) else []
+        first = 0
+        for end in ends:
+            while first < end:
+                last = min(int(np.searchsorted(rows, rows[first] + span)), end)
+                yield first, last
+                first = last

@@ -1,1 +1,0 @@
-"""Models that are shipped inside the package, so that a build needs no network: `source: {model: builtin:tiny-v3}`."""

@@ -1,0 +1,116 @@
+"""Which stored tensors make one logical tensor: an FP8 weight and its block scales. Names and shapes only, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from quantkit.contracts import Config, TensorSpec
+from quantkit.errors import CheckpointError
+from quantkit.io.files import brief
+
+FP8 = "F8_E4M3"
+INVERSE = "_scale_inv"
+COMPRESSED = "_scale"
+"""What follows the name of an FP8 weight in that of its block scales: as DeepSeek, and as compressed-tensors."""
+_SCALE_DTYPES = ("F32", "BF16", "F16")
+_AGAIN = "fetch the checkpoint again"
+
+
+def scale_suffix(config: Config) -> str:
+    """INVERSE or COMPRESSED, by quantization_config.quant_method."""
+    entry = config.values.get("quantization_config")
+    return (
+        COMPRESSED
+        if isinstance(entry, dict) and entry.get("quant_method") == "compressed-tensors"
+        else INVERSE
+    )
+
+
+def scale_of(stored: Mapping[str, TensorSpec], name: str, suffix: str) -> bool:
+    """Whether a name is that of block scales. compressed-tensors calls the scales of packed codes likewise."""
+    return name.endswith(suffix) and (suffix == INVERSE or name.removesuffix(suffix) in stored)
+
+
+def logical_specs(stored: Mapping[str, TensorSpec], suffix: str) -> dict[str, TensorSpec]:
+    """The stored tensors without the scales of FP8 weights, in the same order, dtypes as stored."""
+    return {name: spec for name, spec in stored.items() if not scale_of(stored, name, suffix)}
+
+
+def block_size(config: Config, stored: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
+    """Rows and columns of an FP8 block by the config's quantization_config; None without FP8 weights."""
+    if not any(spec.dtype == FP8 for spec in stored.values()):
+        return None
+    key, size = announced(config)
+    if (
+        not isinstance(size, list)
+        or len(size) != 2
+        or not all(type(n) is int and n > 0 for n in size)
+    ):
+        raise CheckpointError(
+            f"{config.where}: {key}: expected two positive integers, as the weights "
+            f"are FP8, found {brief(size)}; quantkit reads FP8 in blocks only"
+        )
+    return size[0], size[1]
+
+
+def announced(config: Config) -> tuple[str, object]:
+    """The key that says how large FP8 blocks are, and what it says."""
+    entry = config.values.get("quantization_config")
+    entry = entry if isinstance(entry, dict) else {}
+    if scale_suffix(config) == INVERSE:
+        return "quantization_config.weight_block_size", entry.get("weight_block_size")
+    groups = entry.get("config_groups")
+    weights = (
+        [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
+    )
+    sizes = [
+        found["block_structure"]
+        for found in weights
+        if isinstance(found, dict) and "block_structure" in found
+    ]
+    return "quantization_config.config_groups: block_structure", sizes[0] if sizes else None
+
+
+def pair_faults(
+    stored: Mapping[str, TensorSpec], block: tuple[int, int] | None, where: str, suffix: str
+) -> list[str]:
+    """FP8 weights without a scale of the right shape, and scales without an FP8 weight; one sentence each."""
+    faults = []
+    for name, spec in stored.items():
+        if spec.dtype == FP8 and block is not None:
+            fault = _weight_fault(spec, stored.get(name + suffix), name + suffix, block)
+        elif spec.dtype == "F8_E5M2":
+            fault = "expected FP8 as F8_E4M3, found F8_E5M2; convert it to BF16"
+        elif scale_of(stored, name, suffix):
+            fault = _scale_fault(stored.get(name.removesuffix(suffix)), name.removesuffix(suffix))
+        else:
+            fault = None
+        if fault:
+            faults.append(f"{where}: tensor {brief(name)}: {fault}")
+    return faults
+
+
+def _weight_fault(
+    weight: TensorSpec, scale: TensorSpec | None, name: str, block: tuple[int, int]
+) -> str | None:
+    if len(weight.shape) != 2:
+        return f"expected two dimensions for FP8 blocks, found shape {list(weight.shape)}; convert it to BF16"
+    if scale is None:
+        return f"expected its scale {brief(name)}, found none in any file; {_AGAIN}"
+    expected = tuple(-(-size // edge) for size, edge in zip(weight.shape, block))
+    if scale.shape != expected:
+        return (
+            f"expected a scale of shape {list(expected)} for {list(weight.shape)} in blocks of {list(block)}, "
+            f"found {list(scale.shape)}; {_AGAIN}"
+        )
+    if scale.dtype not in _SCALE_DTYPES:
+        return f"expected a scale of {', '.join(_SCALE_DTYPES)}, found {scale.dtype}; {_AGAIN}"
+    return None
+
+
+def _scale_fault(weight: TensorSpec | None, base: str) -> str | None:
+    if weight is None:
+        return f"expected the weight {brief(base)} of this scale, found none in any file; {_AGAIN}"
+    if weight.dtype != FP8:
+        return f"expected {brief(base)} of this scale as {FP8}, found {weight.dtype}; {_AGAIN}"
+    return None

@@ -1,0 +1,254 @@
+"""The safetensors header: read with suspicion, and built so that the `safetensors` library writes the same bytes.
+
+    8 bytes   length of the JSON, little-endian
+    JSON      {"__metadata__": {str: str}, name: {"dtype", "shape", "data_offsets": [begin, end]}}, padded with spaces
+    data      every tensor's bytes, without holes, offsets counted from here
+
+No torch: `quantkit verify` and `quantkit plan` read headers only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from quantkit.contracts import DTYPE_BYTES, TensorSpec
+from quantkit.errors import CheckpointError
+from quantkit.io.files import brief, parse_json, reason
+
+HEADER_LIMIT_BYTES = 100_000_000
+"""The limit of the `safetensors` library; a longer header is not loadable by anybody."""
+
+MOST_TENSORS = 500_000
+"""In one file; DeepSeek-V3 has 92,000 in all of its 163."""
+
+PREFIX_BYTES = 8
+_LARGEST = 2**63 - 1
+_MAX_DIMENSIONS = 64  # torch refuses more
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+_WRITE_ORDER = (
+    "I64",
+    "F64",
+    "F32",
+    "I32",
+    "BF16",
+    "F16",
+    "I16",
+    "F8_E4M3",
+    "F8_E5M2",
+    "I8",
+    "U8",
+    "BOOL",
+)
+"""Wide dtypes first, as the library sorts them: each tensor is then aligned to its element size."""
+
+_AGAIN = "the file is damaged, fetch or write it again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a safetensors file holds: specs and [begin, end) byte offsets by name, counted from `data_start`."""
+
+    specs: Mapping[str, TensorSpec]
+    offsets: Mapping[str, tuple[int, int]]
+    data_start: int
+
+    @property
+    def n_data_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return max((end for _, end in self.offsets.values()), default=0)
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a file; raises one CheckpointError for the first thing that is wrong."""
+    try:
+        with path.open("rb") as file:
+            n_file_bytes = os.fstat(file.fileno()).st_size
+            length = header_length(file.read(PREFIX_BYTES), n_file_bytes, str(path))
+            text = file.read(length)
+    except OSError as fault:
+        raise CheckpointError(
+            f"{path}: expected a readable file, found: {reason(fault)}; check the path"
+        ) from None
+    if len(text) != length:
+        raise CheckpointError(
+            f"{path}: header: expected {length} bytes, found {len(text)}; {_AGAIN}"
+        )
+    return parse_header(text, str(path), n_file_bytes - PREFIX_BYTES - length)
+
+
+def parse_header(text: bytes, where: str, n_data_bytes: int) -> Header:
+    """Check a header's JSON against the number of data bytes that follow it; raises CheckpointError."""
+    if not text.startswith(b"{"):
+        raise CheckpointError(
+            f"{where}: header: expected to start with '{{', found {brief(text[:1])}; {_AGAIN}"
+        )
+    entries = parse_json(text, f"{where}: header")
+    if len(entries) > MOST_TENSORS:
+        raise CheckpointError(
+            f"{where}: header: expected at most {MOST_TENSORS:,} tensors in one file, found {len(entries):,}; {_AGAIN}"
+        )
+    _check_metadata(entries.get("__metadata__"), where)
+    specs: dict[str, TensorSpec] = {}
+    offsets: dict[str, tuple[int, int]] = {}
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            specs[name], offsets[name] = _entry(name, entry, where)
+    _check_cover(offsets, where, n_data_bytes)
+    return Header(specs=specs, offsets=offsets, data_start=PREFIX_BYTES + len(text))
+
+
+def build_header(specs: Iterable[TensorSpec]) -> bytes:
+    """Length, JSON and padding for a file of these tensors, in any order given; data starts 8-byte aligned.
+
+    The order on disk is by dtype, then by name, so the same tensors always give the same bytes. Raises
+    CheckpointError for two tensors of one name, an unknown dtype or a header beyond the limit.
+    """
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    given = list(specs)
+    for spec in given:
+        _check_name(spec.name, "new file")
+        _check_dtype(spec.name, spec.dtype, "new file")
+    for spec in sorted(given, key=lambda spec: (_WRITE_ORDER.index(spec.dtype), spec.name)):
+        if spec.name in entries:
+            raise CheckpointError(
+                f"new file: tensor {brief(spec.name)}: expected once, found twice; rename one of them"
+            )
+        end = begin + spec.n_bytes
+        entries[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % PREFIX_BYTES)
+    if len(text) > HEADER_LIMIT_BYTES:
+        raise CheckpointError(
+            f"new file: header: expected at most {HEADER_LIMIT_BYTES} bytes, found {len(text)}; use smaller shards"
+        )
+    return len(text).to_bytes(PREFIX_BYTES, "little") + text
+
+
+def header_length(prefix: bytes, n_file_bytes: int, where: str) -> int:
+    """The length of the JSON by a file's first 8 bytes; raises CheckpointError when it cannot be one."""
+    if len(prefix) < PREFIX_BYTES:
+        raise CheckpointError(
+            f"{where}: expected at least {PREFIX_BYTES} bytes of header length, found {len(prefix)}; {_AGAIN}"
+        )
+    length = int.from_bytes(prefix, "little")
+    if length > HEADER_LIMIT_BYTES:
+        raise CheckpointError(
+            f"{where}: header length: expected at most {HEADER_LIMIT_BYTES}, found {length}; "
+            "this is not a safetensors file"
+        )
+    if length > n_file_bytes - PREFIX_BYTES:
+        raise CheckpointError(
+            f"{where}: header length: expected at most {n_file_bytes - PREFIX_BYTES} (the rest of the file), "
+            f"found {length}; {_AGAIN}"
+        )
+    return length
+
+
+def _check_metadata(metadata: object, where: str) -> None:
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise CheckpointError(
+            f"{where}: __metadata__: expected an object of strings, found {brief(metadata)}; write the file again"
+        )
+
+
+def _check_name(name: str, where: str) -> None:
+    if not name or name == "__metadata__":
+        raise CheckpointError(
+            f"{where}: expected a tensor name, found {brief(name)}; write the file again"
+        )
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            f"{where}: tensor {brief(name)}: expected a name in UTF-8, found half a surrogate pair; {_AGAIN}"
+        ) from None
+
+
+def _check_dtype(name: str, dtype: object, where: str) -> str:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise CheckpointError(
+            f"{where}: tensor {brief(name)}: dtype: expected one of {', '.join(DTYPE_BYTES)}, found {brief(dtype)}; "
+            "convert the tensor"
+        )
+    return dtype
+
+
+def _entry(name: str, entry: object, where: str) -> tuple[TensorSpec, tuple[int, int]]:
+    """One tensor's entry, checked alone."""
+    _check_name(name, where)
+    at = f"{where}: tensor {brief(name)}"
+    if not isinstance(entry, dict) or set(entry) != _ENTRY_KEYS:
+        found = sorted(entry) if isinstance(entry, dict) else entry
+        raise CheckpointError(
+            f"{at}: expected an object of dtype, shape, data_offsets, found {brief(found)}; {_AGAIN}"
+        )
+    dtype = _check_dtype(name, entry["dtype"], where)
+    shape = _whole_numbers(entry["shape"], f"{at}: shape")
+    offsets = _whole_numbers(entry["data_offsets"], f"{at}: data_offsets")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise CheckpointError(
+            f"{at}: shape: expected at most {_MAX_DIMENSIONS} dimensions, found {len(shape)}; {_AGAIN}"
+        )
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(
+            f"{at}: data_offsets: expected [begin, end], found {brief(list(offsets))}; {_AGAIN}"
+        )
+    if prod(max(n, 1) for n in shape) > _LARGEST:  # torch multiplies strides before it meets a zero
+        raise CheckpointError(
+            f"{at}: shape: expected fewer than 2**63 elements, found {brief(list(shape))}; {_AGAIN}"
+        )
+    begin, end = offsets
+    spec = TensorSpec(name=name, dtype=dtype, shape=shape)
+    if spec.n_bytes != end - begin:
+        raise CheckpointError(
+            f"{at}: expected {brief(spec.n_bytes)} bytes for {dtype} {brief(list(shape))}, "
+            f"found data_offsets of {end - begin} bytes; {_AGAIN}"
+        )
+    return spec, (begin, end)
+
+
+def _whole_numbers(values: object, at: str) -> tuple[int, ...]:
+    """A list of integers 0 .. 2**63 - 1; JSON's true and 1.0 are none."""
+    if not isinstance(values, list) or not all(
+        type(v) is int and 0 <= v <= _LARGEST for v in values
+    ):
+        raise CheckpointError(
+            f"{at}: expected whole numbers from 0 to 2**63 - 1, found {brief(values)}; {_AGAIN}"
+        )
+    return tuple(values)
+
+
+def _check_cover(offsets: Mapping[str, tuple[int, int]], where: str, n_data_bytes: int) -> None:
+    """The tensors cover the data from 0 to its end, each byte once."""
+    expected = 0
+    for name, (begin, end) in sorted(offsets.items(), key=lambda item: item[1]):
+        if begin != expected:
+            kind = (
+                "overlaps the tensor before it" if begin < expected else "leaves a hole before it"
+            )
+            raise CheckpointError(
+                f"{where}: tensor {brief(name)}: data_offsets: expected to begin at {expected}, found {begin}, "
+                f"which {kind}; {_AGAIN}"
+            )
+        expected = end
+    if expected != n_data_bytes:
+        kind = "truncated" if n_data_bytes < expected else "longer than its header says"
+        raise CheckpointError(
+            f"{where}: expected {expected} bytes of tensor data, found {n_data_bytes}; "
+            f"the file is {kind}, fetch or write it again"
+        )

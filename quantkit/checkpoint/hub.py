@@ -1,0 +1,275 @@
+"""From `source.model` to a folder or to headers: a folder, `builtin:<name>`, or a model of the Hugging Face Hub.
+
+The Hub is asked for safetensors, JSON, tokenizer and licence files; code in a repository is copied, never run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
+
+from quantkit.checkpoint.checkpoint import CONFIG, Checkpoint
+from quantkit.checkpoint.fp8_pairs import block_size, logical_specs, pair_faults, scale_suffix
+from quantkit.checkpoint.header import PREFIX_BYTES, Header, header_length, parse_header
+from quantkit.checkpoint.shards import INDEX, SINGLE, index_faults, weight_map
+from quantkit.contracts import Config, TensorSpec
+from quantkit.errors import CheckpointError, HubUnreachable, UsageError
+from quantkit.io.files import brief, listed, read_json
+from quantkit.io.package_data import PREFIX, resolve_model
+
+_WANTED = [
+    "*.safetensors",
+    "*.json",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "*.txt",
+    "*.py",
+    "LICEN*",
+    "NOTICE*",
+]
+_UNWANTED = ["*/*", "consolidated*"]  # folders of other formats; the same weights a second time
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CONNECTIONS = 8
+_FIRST_BYTES = 100_000  # most headers are shorter
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A model on this machine; `revision` is the Hub's commit, None for a folder or a built-in model."""
+
+    folder: Path
+    revision: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceHeaders:
+    """What a plan needs of a model: config, logical and stored specs; no weights."""
+
+    config: Config
+    specs: Mapping[str, TensorSpec]
+    stored_specs: Mapping[str, TensorSpec]
+    revision: str | None
+
+
+def resolve(model: str, revision: str | None = None) -> Source:
+    """The folder of a model, downloaded into the Hub's cache when it is not local; raises CheckpointError."""
+    local = _local(model, revision)
+    if local is not None:
+        return Source(folder=local, revision=None)
+    with _hub_faults(model, revision):
+        path = snapshot_download(
+            model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+        )
+    return Source(
+        folder=Path(path), revision=Path(path).name
+    )  # <cache>/models--org--name/snapshots/<commit>
+
+
+def resolve_headers(model: str, revision: str | None = None) -> SourceHeaders:
+    """Config and tensor specs of a model; from the Hub only config, index and headers come. Raises CheckpointError."""
+    local = _local(model, revision)
+    if local is not None:
+        opened = Checkpoint.open(local)
+        return SourceHeaders(
+            config=opened.config,
+            specs=opened.specs,
+            stored_specs=opened.stored_specs,
+            revision=None,
+        )
+    with _hub_faults(model, revision):
+        return _remote_headers(model, revision)
+
+
+def _local(model: str, revision: str | None) -> Path | None:
+    """The folder of a model on this machine; None for a Hub id."""
+    try:
+        here = Path(model).expanduser()
+        is_here = here.is_dir()
+    except (OSError, RuntimeError):  # a name too long for any file; a home of nobody
+        here, is_here = Path(), False
+    if model.startswith(PREFIX):
+        found = resolve_model(model)
+    elif is_here:
+        found = here.absolute()
+    elif model.startswith(("/", "./", "../", "~")) or not _HUB_ID.fullmatch(model):
+        raise CheckpointError(
+            f"source.model: expected a folder, {PREFIX}<name> or a Hub id like org/name, found {brief(model)}, "
+            "which is none of these; check the path"
+        )
+    else:
+        return None
+    if revision is not None:
+        raise UsageError(
+            f"source.revision: expected none for a model on this machine ({model}), found {brief(revision)}; remove it"
+        )
+    return found
+
+
+def _remote_headers(model: str, revision: str | None) -> SourceHeaders:
+    api = HfApi()
+    info = api.model_info(model, revision=revision)
+    commit = info.sha
+    if commit is None:
+        raise CheckpointError(f"{model}: expected the Hub to name a commit, found none; try again")
+    present = {sibling.rfilename for sibling in info.siblings or ()}
+    config = Config(
+        values=read_json(_small_file(model, CONFIG, commit)), where=f"{model}: {CONFIG}"
+    )
+    index: dict[str, str] | None = None
+    if INDEX in present:
+        index = weight_map(read_json(_small_file(model, INDEX, commit)), f"{model}: {INDEX}")
+    elif SINGLE not in present:
+        raise CheckpointError(
+            f"{model}: expected {SINGLE} or {INDEX} in the repository, found neither; quantkit reads safetensors only"
+        )
+    files = list(dict.fromkeys(index.values())) if index is not None else [SINGLE]
+    if missing := [file for file in files if file not in present]:
+        raise CheckpointError(
+            f"{model}: {INDEX}: expected the repository to hold every file, found {len(missing)} missing, "
+            f"the first {brief(missing[0])}; the upload is not complete, use another revision"
+        )
+
+    def header(file: str) -> Header:
+        return _remote_header(hf_hub_url(model, file, revision=commit), f"{model}: {file}")
+
+    headers = _in_parallel(header, files)
+    faults = index_faults(index, headers, f"{model}: {INDEX}") if index is not None else []
+    order = index if index is not None else dict.fromkeys(headers[SINGLE].specs, SINGLE)
+    stored = {
+        name: headers[file].specs[name]
+        for name, file in order.items()
+        if name in headers[file].specs
+    }
+    suffix = scale_suffix(config)
+    faults = faults or pair_faults(stored, block_size(config, stored), model, suffix)
+    if faults:
+        raise CheckpointError(listed(faults))
+    return SourceHeaders(
+        config=config, specs=logical_specs(stored, suffix), stored_specs=stored, revision=commit
+    )
+
+
+def _small_file(model: str, name: str, commit: str) -> Path:
+    return Path(hf_hub_download(model, name, revision=commit))
+
+
+def _remote_header(url: str, where: str) -> Header:
+    """The header of a file on the Hub, by one range request, two when it is long; checked like a local one."""
+    start, n_file_bytes = _range(url, 0, _FIRST_BYTES, where)
+    end = PREFIX_BYTES + header_length(start[:PREFIX_BYTES], n_file_bytes, where)
+    if end > len(start):
+        start += _range(url, len(start), end - len(start), where)[0]
+    if len(start) < end:
+        raise CheckpointError(
+            f"{where}: header: expected {end} bytes, found {len(start)}; try again"
+        )
+    return parse_header(start[PREFIX_BYTES:end], where, n_file_bytes - end)
+
+
+def _range(url: str, first: int, n_bytes: int, where: str) -> tuple[bytes, int]:
+    """At most `n_bytes` bytes from `first` on, and the size of the whole file; a server may ignore the range."""
+    headers = {
+        **build_hf_headers(),
+        "Range": f"bytes={first}-{first + n_bytes - 1}",
+        "Accept-Encoding": "identity",
+    }
+    with get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer:
+        if answer.is_error:
+            answer.read()
+        hf_raise_for_status(answer)
+        if answer.status_code != 206:
+            raise CheckpointError(
+                f"{where}: expected the server to send a part of the file (206), found {answer.status_code}; "
+                "download the model and give its folder as source.model"
+            )
+        total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+        if not total.isdecimal():
+            raise CheckpointError(
+                f"{where}: expected the file's size in Content-Range, found {brief(total)}; try again"
+            )
+        found = bytearray()
+        for piece in answer.iter_bytes():
+            found += piece
+            if len(found) >= n_bytes:
+                break
+    return bytes(found[:n_bytes]), int(total)
+
+
+def _in_parallel(header: Callable[[str], Header], files: list[str]) -> dict[str, Header]:
+    """Each file's header, a few connections at a time: DeepSeek-V3 has 163 shards."""
+    with ThreadPoolExecutor(max_workers=_CONNECTIONS) as pool:
+        return dict(zip(files, pool.map(header, files), strict=True))
+
+
+_ANSWERS: tuple[tuple[type[Exception], str], ...] = (
+    (
+        GatedRepoError,
+        "expected access to this model, found a gate; accept its licence on the Hub and `hf auth login`",
+    ),
+    (RevisionNotFoundError, "expected this revision on the Hub, found none; check source.revision"),
+    (
+        RepositoryNotFoundError,
+        "expected this model on the Hub, found none that this user may see; check source.model",
+    ),
+    (
+        RemoteEntryNotFoundError,
+        f"expected a {CONFIG} in the repository, found none; use another model",
+    ),
+    (
+        HFValidationError,
+        "expected a Hub id like org/name and a revision, found something else; check source",
+    ),
+    (HfHubHTTPError, "expected an answer of the Hub, found an HTTP error; try again later"),
+)
+"""What the Hub answers, the special before the general; all but connections that fail."""
+
+_TRANSPORTS = frozenset({"httpx", "httpx2", "httpcore", "httpcore2", "requests"})
+"""huggingface_hub changed its HTTP library twice; their connection errors share no base class."""
+
+
+@contextmanager
+def _hub_faults(model: str, revision: str | None) -> Iterator[None]:
+    """Everything the Hub or the network can answer, as one CheckpointError that says what to do."""
+    at = f"{model}@{revision}" if revision else model
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as fault:
+        for kind, sentence in _ANSWERS:
+            if isinstance(fault, kind):
+                raise CheckpointError(f"{at}: {sentence}") from fault
+        if isinstance(fault, OSError) or type(fault).__module__.partition(".")[0] in _TRANSPORTS:
+            raise _unreachable(at, fault) from fault
+        raise
+
+
+def _unreachable(at: str, fault: Exception) -> HubUnreachable:
+    """The Hub's own transport errors differ between its versions; what the user can do does not."""
+    endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
+    state = (
+        "offline mode (HF_HUB_OFFLINE)"
+        if constants.HF_HUB_OFFLINE
+        else f"no connection ({type(fault).__name__})"
+    )
+    return HubUnreachable(
+        f"{at}: expected to reach {endpoint} or find the model in the local cache, found {state}; "
+        "connect, or download the model elsewhere and give its folder as source.model"
+    )

@@ -1,0 +1,57 @@
+"""Reading ahead: while one block computes, the next one is read by a single background thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+Request = TypeVar("Request")
+Result = TypeVar("Result")
+
+
+class ReadAhead(Generic[Request, Result]):
+    """Calls `load(request)` one request ahead of its taker.
+
+    At most two results exist at once, the one taken and the one announced: a memory plan counts both. An error of
+    the background read is raised by the `take` that asks for it. Use as a context manager; leaving it waits for the
+    read under way and drops its result.
+    """
+
+    def __init__(self, load: Callable[[Request], Result]) -> None:
+        self._load = load
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+        self._announced: tuple[Request, Future[Result]] | None = None
+
+    def take(self, request: Request, following: Request | None = None) -> Result:
+        """load(request), from the background if it was announced; then starts on `following`. Errors are load's."""
+        announced, self._announced = self._announced, None
+        if announced is not None and announced[0] == request:
+            result = announced[1].result()
+        else:
+            if announced is not None:
+                announced[1].cancel()
+            result = self._thread.submit(
+                self._load, request
+            ).result()  # after a read under way, never beside it
+        announced = None
+        if following is not None:
+            self._announced = (following, self._thread.submit(self._load, following))
+        return result
+
+    def close(self) -> None:
+        """Wait for the read under way, drop its result and end the thread; safe to call twice."""
+        self._announced = None
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

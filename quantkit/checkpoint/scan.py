@@ -1,0 +1,142 @@
+"""One reading of a file for its hash and for a look at every tensor's bytes: at the speed of the disk or of sha256.
+
+A thread hashes a piece while the next is read and looked at; memory is BUFFERS pieces, whatever the file's size. Links
+and what is no file (a pipe would never end) are not opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from stat import S_ISREG
+
+from quantkit.checkpoint.header import Header
+from quantkit.contracts import DTYPE_BYTES
+from quantkit.errors import ArtifactError
+from quantkit.io.files import reason
+
+Visit = Callable[[str, int, memoryview], None]
+"""Name of a tensor, where in it the bytes begin, and the bytes: whole elements, gone after the call."""
+
+PIECE_BYTES = 4 << 20
+BUFFERS = 3
+FEW_BYTES = 1 << 20
+"""Files up to this size are hashed at once: a thread would cost more."""
+
+
+class Places:
+    """Which tensor's bytes lie where in a file."""
+
+    def __init__(self, header: Header | None) -> None:
+        self._found: list[tuple[int, int, str, int]] = []  # begin, end, name, bytes of an element
+        if header is not None:
+            start = header.data_start
+            self._found = sorted(
+                (start + begin, start + end, name, DTYPE_BYTES[header.specs[name].dtype])
+                for name, (begin, end) in header.offsets.items()
+                if end > begin
+            )
+        self._begins = [begin for begin, *_ in self._found]
+
+    def cut(self, position: int) -> int:
+        """The last place up to `position` that does not divide an element."""
+        index = bisect_right(self._begins, position) - 1
+        if index < 0:
+            return position
+        begin, end, _, width = self._found[index]
+        return position if position >= end else position - (position - begin) % width
+
+    def tell(self, position: int, piece: memoryview, visit: Visit) -> None:
+        """Visit every tensor with bytes in a piece of the file that begins at `position`."""
+        last = position + len(piece)
+        first_index = max(bisect_right(self._begins, position) - 1, 0)
+        for begin, end, name, _ in self._found[first_index : bisect_left(self._begins, last)]:
+            first, stop = max(begin, position), min(end, last)
+            if first < stop:
+                visit(name, first - begin, piece[first - position : stop - position])
+
+
+def scan(path: Path, header: Header | None = None, visit: Visit | None = None) -> str:
+    """The sha256 of a file in hexadecimal; `visit` is shown the bytes of every tensor of its `header`, in file order.
+
+    Raises ArtifactError for a file that cannot be read, is a link or no file.
+    """
+    places = Places(header if visit else None)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            state = os.fstat(descriptor)
+            if not S_ISREG(state.st_mode):
+                raise ArtifactError(f"{path}: expected a file, found something else; remove it")
+            if state.st_size <= FEW_BYTES:
+                return _at_once(descriptor, places, visit)
+            return _in_pieces(descriptor, places, visit)
+        finally:
+            os.close(descriptor)
+    except OSError as fault:
+        raise ArtifactError(
+            f"{path}: expected a readable file, found: {reason(fault)}; check the path"
+        ) from None
+
+
+def _at_once(descriptor: int, places: Places, visit: Visit | None) -> str:
+    """A small file, read whole; it may have grown since it was measured, so that the rest is read too."""
+    parts = []
+    while part := os.read(descriptor, FEW_BYTES):
+        parts.append(part)
+    content = b"".join(parts)
+    if visit:
+        places.tell(0, memoryview(content), visit)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _in_pieces(descriptor: int, places: Places, visit: Visit | None) -> str:
+    """A large file, piece by piece."""
+    digest = hashlib.sha256()
+    buffers: Sequence[bytearray] = [bytearray(PIECE_BYTES) for _ in range(BUFFERS)]
+    hashing: list[Future[None]] = []
+    position = 0
+    with ThreadPoolExecutor(1) as hasher:
+        for number in range(1 << 62):
+            if number >= BUFFERS:
+                hashing[number - BUFFERS].result()  # its buffer is read into again
+            wanted = places.cut(position + PIECE_BYTES) - position
+            piece = memoryview(buffers[number % BUFFERS])[:wanted]
+            count = _fill(descriptor, piece)
+            hashing.append(hasher.submit(digest.update, piece[:count]))
+            if visit:
+                places.tell(position, piece[:count], visit)
+            position += count
+            if count < wanted:
+                break
+        for each in hashing[-BUFFERS:]:
+            each.result()
+    return digest.hexdigest()
+
+
+def _fill(descriptor: int, piece: memoryview) -> int:
+    """Bytes read into a piece; fewer than it holds only at the end of the file."""
+    done = 0
+    while done < len(piece):
+        count = os.readv(descriptor, [piece[done:]])
+        if count == 0:
+            break
+        done += count
+    return done
+
+
+def read_small(path: Path, header: Header, name: str, limit_bytes: int = FEW_BYTES) -> bytes:
+    """All bytes of a small tensor; no bytes when it is larger than the limit or cannot be read."""
+    begin, end = header.offsets[name]
+    if end - begin > limit_bytes:
+        return b""
+    try:
+        with path.open("rb") as file:
+            file.seek(header.data_start + begin)
+            return file.read(end - begin)
+    except OSError:
+        return b""

@@ -1,0 +1,204 @@
+"""The weight files of a folder: one model.safetensors, or shards under an index; names and headers, no data.
+
+No torch: `quantkit verify` and `quantkit plan` use this alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from quantkit.checkpoint.header import Header, read_header
+from quantkit.contracts import TensorSpec
+from quantkit.errors import CheckpointError
+from quantkit.io.files import brief, is_file, listed, read_json, read_start, sha256_file
+from quantkit.progress import Progress, ProgressCallback
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+LONGEST_NAME = 256  # no file has a longer one
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """The weight files of a folder by file name, and the tensors in them; every name is in exactly one file."""
+
+    folder: Path
+    headers: Mapping[str, Header]
+    files: Mapping[str, str]  # tensor -> file name
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Every stored tensor, in index order."""
+        return {name: self.headers[file].specs[name] for name, file in self.files.items()}
+
+    def locate(self, name: str) -> tuple[Path, Header]:
+        """File and header of a stored tensor; raises CheckpointError for an unknown name."""
+        if name not in self.files:
+            raise CheckpointError(
+                f"{self.folder}: expected a tensor {brief(name)}, found none of that name"
+            )
+        return self.folder / self.files[name], self.headers[self.files[name]]
+
+    def fingerprint(self) -> str:
+        """sha256 over file names, sizes and the headers' bytes: cheap, tells one checkpoint from another."""
+        digest = hashlib.sha256()
+        for name in sorted(self.headers):
+            header = self.headers[name]
+            digest.update(f"{name}\0{header.data_start + header.n_data_bytes}\0".encode())
+            digest.update(read_start(self.folder / name, header.data_start))
+        return digest.hexdigest()
+
+    def hashes(self, tell: ProgressCallback | None = None) -> dict[str, str]:
+        """sha256 of each weight file; reads every byte, and says around each file how far it is."""
+        sizes = {
+            name: header.data_start + header.n_data_bytes for name, header in self.headers.items()
+        }
+        found, done, total = dict[str, str](), 0, sum(sizes.values())
+
+        def say(next_file: str) -> None:
+            if tell:
+                tell(Progress(stage="source's sha256", done=done, total=total, note=next_file))
+
+        for name in sorted(sizes):
+            say(name)
+            found[name] = sha256_file(self.folder / name)
+            done += sizes[name]
+        say("")
+        return found
+
+
+def open_shards(folder: Path) -> Shards:
+    """Read the index and every header of a folder; raises one CheckpointError with all faults found."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a model folder, found none; check the path")
+    index = _index(folder)
+    names = [SINGLE] if index is None else list(dict.fromkeys(index.values()))
+    faults: list[str] = []
+    headers: dict[str, Header] = {}
+    for name in names:
+        if fault := path_fault(folder, name):
+            faults.append(fault)
+            continue
+        try:
+            headers[name] = read_header(folder / name)
+        except CheckpointError as damaged:
+            faults.append(str(damaged))
+    if index is not None:
+        faults += index_faults(index, headers, str(folder / INDEX))
+    if faults:
+        raise CheckpointError(listed(faults))
+    files = index if index is not None else dict.fromkeys(headers[SINGLE].specs, SINGLE)
+    return Shards(folder=folder, headers=headers, files=files)
+
+
+def weight_map(index: Mapping[str, object], where: str) -> dict[str, str]:
+    """The tensor -> file table of an index; raises CheckpointError when it is none."""
+    table = index.get("weight_map")
+    if (
+        not isinstance(table, dict)
+        or not table
+        or not all(isinstance(file, str) for file in table.values())
+    ):
+        raise CheckpointError(
+            f"{where}: weight_map: expected an object of tensor names and file names, found {brief(table)}; "
+            "fetch the index again"
+        )
+    return dict(table)
+
+
+def index_faults(index: Mapping[str, str], headers: Mapping[str, Header], where: str) -> list[str]:
+    """Where the index and the files' headers disagree, one sentence each; files without a header are left out."""
+    faults: list[str] = []
+    owner: dict[str, str] = {}
+    for file, header in headers.items():
+        for name in header.specs:
+            if name in owner:
+                faults.append(
+                    f"{where}: tensor {brief(name)}: expected in one file, found in {owner[name]} and {file}; "
+                    "fetch the checkpoint again"
+                )
+            elif name not in index:
+                faults.append(
+                    f"{where}: tensor {brief(name)} of {file}: expected in weight_map, found no entry; "
+                    "add it to the index or it would be lost"
+                )
+            owner.setdefault(name, file)
+    for name, file in index.items():
+        if file in headers and name not in headers[file].specs:
+            faults.append(
+                f"{where}: tensor {brief(name)}: expected in {file}, found no such tensor there; fetch the file again"
+            )
+    return faults
+
+
+def path_fault(folder: Path, name: str) -> str | None:
+    """Why a file name of an index is not a weight file inside the folder; None when it is one."""
+    path = PurePosixPath(name)
+    shown = f"{folder / INDEX}: file {brief(name)}"
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not name:
+        return f"{shown}: expected a path inside the folder, found one that leads elsewhere; do not use this checkpoint"
+    if path.suffix != ".safetensors":
+        return f"{shown}: expected a .safetensors file, found {brief(path.suffix)}; convert the checkpoint"
+    if leads_out(folder, folder / name):
+        return f"{folder / name}: expected a file inside the folder, found a link that leads out of it; copy the file"
+    if not is_file(folder / name):
+        place = folder / name if len(name) < LONGEST_NAME else f"{folder}: {brief(name)}"
+        return (
+            f"{place}: expected a file named by the checkpoint, found none; fetch the missing file"
+        )
+    return None
+
+
+def leads_out(folder: Path, path: Path) -> bool:
+    """Whether a path resolves outside its folder; the links of the Hugging Face cache into its blobs do not."""
+    home = folder.resolve()
+    roots = [home]
+    if home.parent.name == "snapshots":
+        cache = home.parent.parent  # <cache>/models--org--name/snapshots/<commit>
+        roots += [
+            cache / "blobs",
+            cache.parent / "blobs",
+        ]  # its own blobs; blobs shared between repositories
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):  # a link to itself
+        return True
+    return not any(target.is_relative_to(root) for root in roots)
+
+
+def _index(folder: Path) -> dict[str, str] | None:
+    """The index of the folder; None when one model.safetensors is all there is."""
+    single, index = folder / SINGLE, folder / INDEX
+    if index.is_file():
+        if leads_out(folder, index):
+            raise CheckpointError(
+                f"{index}: expected a file inside the folder, found a link out of it; copy the file"
+            )
+        table = weight_map(read_json(index), str(index))
+        if single.is_file() and SINGLE not in table.values():
+            raise CheckpointError(
+                f"{folder}: expected one set of weights, found {SINGLE} and an index that does not name it; "
+                "remove one of them"
+            )
+        return table
+    if single.is_symlink() or single.exists():
+        return None
+    raise CheckpointError(_no_weights(folder))
+
+
+def _no_weights(folder: Path) -> str:
+    expected = f"{folder}: expected {SINGLE} or {INDEX}"
+    pickled = _found(folder, _PICKLED)
+    if found := _found(folder, ("*.safetensors",)):
+        return f"{expected}, found {found} without an index; fetch or write the index"
+    if pickled:
+        return f"{expected}, found pickled weights ({pickled}) only; quantkit reads safetensors only, convert them"
+    return f"{expected}, found neither; check the path or fetch the checkpoint again"
+
+
+def _found(folder: Path, patterns: Sequence[str]) -> str:
+    return ", ".join(sorted(path.name for pattern in patterns for path in folder.glob(pattern))[:3])

@@ -1,0 +1,32 @@
+"""`quantkit plan`: what a build would do."""
+
+from __future__ import annotations
+
+import click
+
+from quantkit.cli.console import as_json_list, handle_errors, show
+from quantkit.cli.options import JSON, SET, read_recipe
+
+
+@click.command()
+@click.argument("recipe")
+@SET
+@JSON
+@handle_errors
+def COMMAND(recipe: str, overrides: tuple[str, ...], json_out: bool) -> None:
+    """Show what a build would do, from headers or the published config alone.
+
+    RECIPE is a file or the name of one that ships with quantkit.
+
+    Example: quantkit plan v3-awq4
+    """
+    from quantkit.plan.sources import facts, plan_recipe, text_tokens
+    from quantkit.plan.summary import plan_summary
+    from quantkit.report.terminal import plans_view
+
+    _, parsed = read_recipe(recipe, overrides)
+    found = [plan_summary(made) for made in plan_recipe(parsed, facts(parsed), text_tokens(parsed))]
+    if json_out:
+        as_json_list([summary.model_dump(mode="json") for summary in found])
+    else:
+        show(plans_view(found))

@@ -1,0 +1,58 @@
+"""File names from a manifest or a listing: what may become a path of this machine."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import PureWindowsPath
+
+from quantkit.io.files import PART, brief
+
+_MAX_COMPONENT_BYTES = 255 - len(PART)
+_MAX_BYTES = 1024
+
+
+def name_faults(names: Iterable[str]) -> Iterator[str]:
+    """Why names cannot all be files of one folder: leading out of it, not portable, or meeting in one place."""
+    places: dict[str, str] = {}
+    folders: dict[str, str] = {}
+    for name in sorted(names):
+        fault = _fault(name)
+        if fault:
+            yield f"{brief(name)}: {fault}"
+            continue
+        key = folded(name)
+        if key in places:
+            yield f"{brief(name)}: the same file as {brief(places[key])} where names ignore case"
+        places[key] = name
+        parts = key.split("/")
+        folders.update({"/".join(parts[:depth]): name for depth in range(1, len(parts))})
+    for key in sorted(places.keys() & folders.keys()):
+        yield f"{brief(places[key])}: a file, and the folder of {brief(folders[key])}"
+
+
+def folded(name: str) -> str:
+    """A name as a file system compares it that ignores case and the ways to write an accent."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _fault(name: str) -> str | None:
+    """Why a single name is none; None for a good one."""
+    parts = name.split("/")
+    try:
+        sizes = [len(part.encode()) for part in parts]
+    except UnicodeEncodeError:
+        return "no Unicode text"
+    checks = (
+        (not name or "" in parts or "." in parts, "expected a relative path"),
+        (".." in parts, "leads out of the folder"),
+        ("\\" in name or bool(PureWindowsPath(name).drive), "a path of another system"),
+        (any(unicodedata.category(c) in {"Cc", "Cf"} for c in name), "holds a control character"),
+        (max(sizes) > _MAX_COMPONENT_BYTES or sum(sizes) > _MAX_BYTES, "too long"),
+        (
+            any(part != part.strip() or part.endswith(".") for part in parts),
+            "begins or ends with a blank or a dot",
+        ),
+        (name.endswith(PART), f"ends with {PART}, as unfinished files do"),
+    )
+    return next((sentence for bad, sentence in checks if bad), None)

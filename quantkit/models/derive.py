@@ -1,0 +1,106 @@
+"""Families without a table: the layout is read off transformers' modules and proven on a small random instance.
+
+Slower than a table by seconds and narrower: dense blocks of `nn.Linear` with rotary position embeddings. Whatever
+cannot be proven is refused in one sentence. What was proven is told by the plan, plan.json and the model card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from quantkit import registry
+from quantkit.contracts import Architecture, Config, Layout
+from quantkit.errors import CheckpointError, UsageError
+from quantkit.models import layout_checks
+from quantkit.models.inspect import refusal, structure
+from quantkit.models.layers import MetaModel, meta_model
+
+REFUSED: Mapping[str, str] = {
+    "gpt_oss": "its experts are stored in MXFP4 with biases, gate and up interleaved and clamped, which no reader here "
+    "knows, and at 4.25 bits a weight there is nothing to gain from 4 bits; serve the release as it is",
+}
+"""Model types that transformers knows and that will not work, with what to do."""
+
+
+def architecture(config: Config) -> Architecture:
+    """What can be proven of a model type without a table; UsageError when transformers does not know it either.
+
+    Raises CheckpointError with the first thing that cannot be proven.
+    """
+    model_type = config.text("model_type")
+    if model_type in REFUSED:
+        raise refusal(config, REFUSED[model_type])
+    if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        own = (
+            ", and the code of a checkpoint (auto_map) is never run"
+            if config.has("auto_map")
+            else ""
+        )
+        raise UsageError(
+            f"{registry.unknown('architecture', model_type, registry.names('architectures'))} transformers "
+            f"{transformers.__version__} has no language model of that type to derive one from{own}"
+        )
+    layout = proven(config)
+    told = description(model_type, layout)
+    return Architecture(
+        layout=lambda _config: layout,
+        tiny={},
+        serving_notes=(f"{told} Whether an engine serves this family was not checked.",),
+        dropped=("*.rotary_emb.inv_freq",),  # a buffer that old uploads carry; engines recompute it
+        derived=told,
+    )
+
+
+def proven(config: Config) -> Layout:
+    """The layout of the real model with what the small instance proved."""
+    bones = bare(config, config)
+    layout = structure(config, bones)
+    small_config = layout_checks.reduced(config, bones.config)
+    small_bones = bare(config, small_config)
+    small = structure(config, small_bones)
+    if names(small) != names(layout):
+        raise refusal(config, "a small instance of it has other tensors")
+    tensors = layout_checks.random_tensors(small_bones)
+    layout_checks.check_logits(config, small_bones, small, tensors)
+    readings = layout_checks.learned(config, small_bones, small, tensors)
+    blocks = tuple(
+        replace(block, groups=layout_checks.groups_of(block, found, bones.config))
+        for block, found in zip(layout.blocks, readings, strict=True)
+    )
+    return replace(layout, blocks=blocks)
+
+
+def bare(config: Config, values: Config) -> MetaModel:
+    """The model of `values` without weights; transformers' complaint as a reason to refuse."""
+    try:
+        return meta_model(values, torch.device("cpu"), torch.float32)
+    except CheckpointError as fault:
+        raise refusal(config, str(fault).removeprefix(f"{config.where}: ")) from fault
+
+
+def names(layout: Layout) -> list[str]:
+    """Every module and tensor of a layout."""
+    inside = [spec.name for block in layout.blocks for spec in block.others]
+    return [
+        *(linear.name for linear in layout.linears),
+        *inside,
+        *(spec.name for spec in layout.final_tensors),
+    ]
+
+
+def description(model_type: str, layout: Layout) -> str:
+    """One sentence of what was found and proven."""
+    groups = [group for block in layout.blocks for group in block.groups]
+    linears = sum(len(block.linears) for block in layout.blocks)
+    scaled = sum(group.absorber is not None for group in groups)
+    return (
+        f"generic: model_type {model_type} has no table; found {linears} linears in {len(layout.blocks)} blocks of "
+        f"transformers' own, reading {len(groups)} inputs, of which {scaled} can be scaled; proven on a small random "
+        "instance, whose logits block by block equal transformers' own."
+    )

@@ -1,0 +1,84 @@
+"""The summary of a plan, which the terminal and `--json` show, as plain frozen values; sizes are in bytes."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+FROZEN = ConfigDict(frozen=True, extra="forbid")
+
+
+class PlanSource(BaseModel):
+    """What is quantized, and how it is known."""
+
+    model_config = FROZEN
+    model: str
+    revision: str | None = None
+    architecture: str
+    dtype: str
+    parameters: int
+    parameters_without_mtp: int | None = (
+        None  # what a model is named by; None when it has no MTP layer
+    )
+    bytes: int
+    read_from: str  # "headers", or "the published config, offline: sizes are computed"
+
+
+class PlanTotals(BaseModel):
+    """The whole artifact."""
+
+    model_config = FROZEN
+    modules_quantized: int
+    modules_kept: int
+    parameters: int
+    tensors: int
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+
+
+class PlanMemory(BaseModel):
+    """Bytes of host memory and scratch disk; `parts` add up to the peak."""
+
+    model_config = FROZEN
+    budget: int
+    peak: int
+    parts: dict[str, int] = {}
+    scratch_disk: int = 0
+    experts_per_wave: int | None = None
+
+
+class PlanShard(BaseModel):
+    """One output file."""
+
+    model_config = FROZEN
+    file: str
+    tensors: int
+    bytes: int
+
+
+class PlanSummary(BaseModel):
+    """What `quantkit plan` shows."""
+
+    model_config = FROZEN
+    recipe: str
+    output: str
+    source: PlanSource
+    rules: tuple[PlanRule, ...]
+    totals: PlanTotals
+    memory: PlanMemory
+    shards: tuple[PlanShard, ...]
+    warnings: tuple[str, ...] = ()
+
+
+class PlanRule(BaseModel):
+    """What one rule of the recipe decided, and what it costs in bytes."""
+
+    model_config = FROZEN
+    label: str
+    match: str
+    action: str  # "awq int4 g128", "keep source"
+    modules: int
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float

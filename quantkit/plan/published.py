@@ -1,0 +1,28 @@
+"""Configs that families publish under hub ids, shipped so that plans and sizes need no network."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+
+from quantkit import registry
+from quantkit.contracts import Config
+
+
+def published(model: str) -> tuple[str, Config] | None:
+    """File and config that a family publishes for a hub id, shipped so that its plan needs no network."""
+    folder = importlib.resources.files("quantkit.architectures") / "published"
+    for name in registry.names("architectures"):
+        files = registry.architecture(name).published or {}
+        if model in files:
+            values = json.loads((folder / files[model]).read_text(encoding="utf-8"))
+            return files[model], Config(values=values, where=files[model])
+    return None
+
+
+def names() -> tuple[str, ...]:
+    """Every hub id whose config is shipped."""
+    families = registry.names("architectures")
+    return tuple(
+        sorted(model for name in families for model in registry.architecture(name).published or {})
+    )

@@ -1,0 +1,169 @@
+"""A plan as the values that the terminal and `--json` show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quantkit.contracts import Scheme
+from quantkit.plan.decisions import Decision
+from quantkit.plan.match_checkpoint import fp8_block
+from quantkit.plan.plan import Plan
+from quantkit.plan.plan_schema import (
+    PlanMemory,
+    PlanRule,
+    PlanShard,
+    PlanSource,
+    PlanSummary,
+    PlanTotals,
+)
+
+
+def plan_summary(plan: Plan) -> PlanSummary:
+    """What `quantkit plan` prints."""
+    memory = plan.memory
+    parts = {"base": memory.base_bytes}
+    block = memory.dense_bytes + memory.batch_bytes + memory.wave_experts * memory.expert_bytes
+    if memory.head_bytes > block:
+        parts["final norm and head"] = memory.head_bytes
+    else:
+        parts |= {"block without experts": memory.dense_bytes, "one batch": memory.batch_bytes}
+        parts |= {
+            f"wave of {memory.wave_experts} experts": block
+            - memory.dense_bytes
+            - memory.batch_bytes
+        }
+    return PlanSummary(
+        recipe=plan.recipe.name,
+        output=plan.path,
+        source=source(plan),
+        rules=tuple(rules(plan)),
+        totals=totals(plan),
+        memory=PlanMemory(
+            budget=memory.budget_bytes,
+            peak=memory.peak_bytes,
+            parts={name: value for name, value in parts.items() if value},
+            scratch_disk=memory.scratch_bytes,
+            experts_per_wave=memory.wave_experts or None,
+        ),
+        shards=tuple(
+            PlanShard(file=s.file, tensors=len(s.tensors), bytes=s.n_bytes) for s in plan.shards
+        ),
+        warnings=plan.warnings,
+    )
+
+
+def source(plan: Plan) -> PlanSource:
+    """What is quantized, and how much of it was read to know."""
+    return PlanSource(
+        model=plan.source.model,
+        revision=plan.source.revision,
+        architecture=plan.source.config.text("model_type"),
+        dtype=source_dtype(plan),
+        parameters=plan.parameters,
+        parameters_without_mtp=without_mtp(plan),
+        bytes=plan.source_bytes(),
+        read_from="the published config; sizes are computed, no header was read"
+        if plan.assumed
+        else "headers",
+    )
+
+
+def without_mtp(plan: Plan) -> int | None:
+    """Parameters outside the MTP layers, the number a model is named by ("671 B"); None when it has none."""
+    inside = tuple(f"{block.name}." for block in plan.layout.blocks if block.kind == "mtp")
+    if not inside:
+        return None
+    return sum(spec.n_elements for name, spec in plan.specs.items() if not name.startswith(inside))
+
+
+def source_dtype(plan: Plan) -> str:
+    """How the source stores its matrices: "FP8 128x128", "BF16"."""
+    block = fp8_block(plan.source.config)
+    if block:
+        return f"FP8 {block}x{block}"
+    return plan.specs[f"{plan.layout.embedding.name}.weight"].dtype
+
+
+def scheme_text(scheme: Scheme) -> str:
+    """ "int4 g128 asymmetric", "nf4 g64 double quant"."""
+    if scheme.kind == "nf4":
+        return f"nf4 g{scheme.group_size}{' double quant' if scheme.double_quant else ''}"
+    group = "per row" if scheme.group_size == -1 else f"g{scheme.group_size}"
+    return f"int{scheme.bits} {group} {'symmetric' if scheme.symmetric else 'asymmetric'}"
+
+
+def action_text(decision: Decision) -> str:
+    """ "awq int4 g128 asymmetric", "keep", "keep FP8", "drop"."""
+    if decision.scheme is None:
+        return f"{decision.action} FP8" if decision.keep == "fp8" else decision.action
+    rounding = (
+        f"+{decision.rounding}"
+        if decision.rounding not in {None, "nearest", decision.method}
+        else ""
+    )
+    method = "" if decision.method == decision.scheme.kind else f"{decision.method}{rounding} "
+    return method + scheme_text(decision.scheme)
+
+
+def bytes_after(plan: Plan, decision: Decision) -> int:
+    """Bytes of a linear's weight in the artifact, its scales and zero points included."""
+    if decision.action == "drop":
+        return 0
+    if decision.scheme is not None:
+        return sum(spec.n_bytes for spec in plan.format.layout(decision.linear, decision.scheme))
+    return sum(spec.n_bytes for spec in plan.kept.weight(decision))
+
+
+def kept_text(plan: Plan, decision: Decision) -> str:
+    """How a kept weight lies in the artifact: "BF16", "F8_E4M3 128x128"."""
+    dtype = plan.kept.weight(decision)[0].dtype
+    return f"{dtype} {plan.kept.side}x{plan.kept.side}" if decision.keep == "fp8" else dtype
+
+
+def rules(plan: Plan) -> list[PlanRule]:
+    """One row per rule and outcome, in the order of the rules; linears that no rule matched come last."""
+    pattern = {rule.label: rule.match for rule in plan.rules}
+    found: dict[tuple[str, str], list[Decision]] = {}
+    for decision in plan.decisions.values():
+        found.setdefault((decision.rule, action_text(decision)), []).append(decision)
+    order = list(pattern)
+    rows = sorted(
+        found.items(),
+        key=lambda item: order.index(item[0][0]) if item[0][0] in order else len(order),
+    )
+    return [
+        rule_row(plan, label, pattern.get(label, ""), action, decisions)
+        for (label, action), decisions in rows
+    ]
+
+
+def rule_row(
+    plan: Plan, label: str, match: str, action: str, decisions: Sequence[Decision]
+) -> PlanRule:
+    """What one rule decided."""
+    parameters = sum(decision.linear.n_parameters for decision in decisions)
+    after = sum(bytes_after(plan, decision) for decision in decisions)
+    return PlanRule(
+        label=label,
+        match=match,
+        action=action,
+        modules=len(decisions),
+        parameters=parameters,
+        bytes_before=plan.source_bytes(f"{decision.linear.name}.weight" for decision in decisions),
+        bytes_after=after,
+        bits_per_weight=8 * after / parameters,
+    )
+
+
+def totals(plan: Plan) -> PlanTotals:
+    """The whole artifact."""
+    quantized = sum(decision.action == "quantize" for decision in plan.decisions.values())
+    return PlanTotals(
+        modules_quantized=quantized,
+        modules_kept=sum(decision.action == "keep" for decision in plan.decisions.values()),
+        parameters=plan.parameters,
+        tensors=sum(len(shard.tensors) for shard in plan.shards),
+        bytes_before=plan.source_bytes(),
+        bytes_after=plan.n_bytes,
+        bits_per_weight=8 * plan.n_bytes / plan.parameters,
+    )

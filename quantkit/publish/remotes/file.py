@@ -1,0 +1,182 @@
+"""A folder of this machine or of one that is mounted: `file:///folder`, or its path."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from urllib.parse import unquote
+
+from quantkit.errors import ArtifactError, TransferError, UsageError
+from quantkit.io.files import (
+    JSON_LIMIT_BYTES,
+    PART,
+    brief,
+    make_folder,
+    read_bytes,
+    reason,
+    sha256_file,
+    sync_folder,
+    unwritable,
+)
+from quantkit.io.lock import held
+from quantkit.publish.hashed_upload import HashedReader
+from quantkit.publish.remote import PIECE_BYTES, Arrived, Item, Options, RemoteScheme, RemoteState
+
+_MOST_FILES = 100_000
+"""No artifact has so many; whoever names / is told before all of it was listed."""
+
+
+class Folder:
+    """An artifact's files as they are; one publication at a time."""
+
+    def __init__(self, path: Path, jobs: int) -> None:
+        self.where = str(path)
+        self._path, self._jobs = path, jobs
+        self._open = ExitStack()
+
+    def look(self, items: Sequence[Item], manifest: str) -> RemoteState:
+        """Files of equal size are read and hashed; a place within the artifact is refused."""
+        source = items[0].path.parents[items[0].name.count("/")].resolve()
+        if source in self._path.resolve().parents:
+            raise UsageError(
+                f"{self.where}: expected a place outside the artifact {source}; choose another folder"
+            )
+        present = self._present()
+        same = [item for item in items if present.get(item.name) == item.n_bytes]
+        with ThreadPoolExecutor(max_workers=self._jobs) as pool:
+            found = list(pool.map(self._hash, [item.name for item in same]))
+        there = {item.name for item, sha256 in zip(same, found) if sha256 == item.sha256}
+        others = (
+            set(present)
+            - {i.name for i in items}
+            - {i.name + PART for i in items}
+            - {manifest, manifest + PART}
+        )
+        return RemoteState(
+            there=frozenset(there),
+            manifest=self.fetch_manifest(manifest),
+            others=tuple(sorted(others)),
+        )
+
+    def begin(self, gone: Sequence[str]) -> None:
+        """Lock the folder, make it, or take what was there out of it."""
+        beside = self._path.with_name(self._path.name + ".publishing.lock")
+        self._open.enter_context(held(beside, "publication", "another folder"))
+        make_folder(self._path)
+        try:
+            for name in gone:
+                (self._path / name).unlink(missing_ok=True)
+                sync_folder((self._path / name).parent)
+        except OSError as fault:
+            raise unwritable(self._path, fault) from fault
+
+    def send(self, item: Item, arrived: Arrived) -> None:
+        """Write beside and rename; a part that an earlier try left is compared with the file and gone on with."""
+        target, part = self._path / item.name, self._path / (item.name + PART)
+        make_folder(target.parent)
+        if target.is_symlink() or part.is_symlink():
+            raise TransferError(f"{target}: expected a file or none, found a link; remove it")
+        try:
+            with HashedReader(item) as pieces, part.open("r+b" if part.exists() else "w+b") as file:
+                for piece in pieces:
+                    if file.read(len(piece)) != piece:
+                        file.seek(pieces.sent - len(piece))
+                        file.truncate()
+                        file.write(piece)
+                    arrived(pieces.sent)
+                file.truncate(item.n_bytes)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, target)
+            sync_folder(target.parent)
+        except OSError as fault:
+            raise unwritable(target, fault) from fault
+
+    def seal(self, items: Sequence[Item], manifest: Item) -> str:
+        """The manifest, after all files are found there."""
+        present = self._present()
+        for item in items:
+            if present.get(item.name) != item.n_bytes:
+                raise TransferError(
+                    f"{self.where}: {brief(item.name)}: expected the {item.n_bytes} bytes that were written, found "
+                    f"{present.get(item.name, 'no file')}; publish again"
+                )
+        self.send(manifest, lambda _: None)
+        return self.where
+
+    def fetch_manifest(self, name: str) -> bytes | None:
+        """The file itself."""
+        path = self._path / name
+        if path.is_symlink() or not path.is_file():
+            return None
+        return read_bytes(path, JSON_LIMIT_BYTES, ArtifactError)
+
+    def sizes(self) -> Mapping[str, int]:
+        """Ordinary files; links lead elsewhere and count as absent."""
+        return {
+            name: size
+            for name, size in self._present().items()
+            if not (self._path / name).is_symlink()
+        }
+
+    def read(self, name: str, first: int) -> Generator[bytes, None, None]:
+        """A file's bytes; a folder on the way that is a link is refused."""
+        path = self._path / name
+        if not path.resolve().is_relative_to(self._path.resolve()) or path.is_symlink():
+            raise TransferError(
+                f"{path}: expected a file in this folder, found a link out of it; remove it"
+            )
+        try:
+            with path.open("rb") as file:
+                file.seek(first)
+                while piece := file.read(PIECE_BYTES):
+                    yield piece
+        except OSError as fault:
+            raise TransferError(
+                f"{path}: expected a readable file, found: {reason(fault)}; check it"
+            ) from fault
+
+    def close(self) -> None:
+        """Let the next one publish here."""
+        self._open.close()
+
+    def _present(self) -> dict[str, int]:
+        """Every file and link below the folder, with its size."""
+        found = (path for path in self._path.rglob("*") if path.is_symlink() or not path.is_dir())
+        sizes = {
+            path.relative_to(self._path).as_posix(): path.lstat().st_size
+            for path in islice(found, _MOST_FILES)
+        }
+        if len(sizes) == _MOST_FILES:
+            raise UsageError(
+                f"{self.where}: expected the folder of an artifact, found {_MOST_FILES} files; check the path"
+            )
+        return sizes
+
+    def _hash(self, name: str) -> str | None:
+        path = self._path / name
+        return None if path.is_symlink() else sha256_file(path, ArtifactError)
+
+
+def folder(rest: str, text: str, options: Options) -> Folder:
+    """The folder of a path or a file URL; UsageError for the URL of another machine."""
+    if text != rest:
+        host, slash, tail = rest.partition("/")
+        if not slash or host not in {"", "localhost"}:
+            raise UsageError(
+                f"{text}: expected a folder of this machine like file:///folder, found {brief(host)}"
+            )
+        rest = "/" + unquote(tail)
+    path = Path(rest).expanduser().absolute()
+    if path.exists() and not path.is_dir():
+        raise UsageError(
+            f"{path}: expected a folder or nothing, found a file; choose another place"
+        )
+    return Folder(path, options.jobs)
+
+
+REMOTE = RemoteScheme(open=folder)

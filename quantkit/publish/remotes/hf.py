@@ -1,0 +1,291 @@
+"""A model repository of the Hugging Face Hub: `hf://owner/name`, or owner/name.
+
+Large files are sent ahead, where nobody sees them; one commit then makes the whole artifact visible. What the hub has
+by hash is not sent again, also after an interruption. Token and endpoint are huggingface_hub's own (`hf auth login`,
+HF_TOKEN, HF_ENDPOINT). Files of the repository that no artifact has (.gitattributes, licences, pictures) stay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from urllib.parse import quote
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    build_hf_headers,
+    disable_progress_bars,
+    get_session,
+    hf_raise_for_status,
+    logging,
+)
+
+from quantkit.errors import TransferError, UsageError
+from quantkit.io.files import JSON_LIMIT_BYTES, brief
+from quantkit.io.retry import TransientError
+from quantkit.publish.hashed_upload import HashedReader
+from quantkit.publish.remote import (
+    Arrived,
+    Item,
+    Options,
+    RemoteScheme,
+    RemoteState,
+    check_arrived,
+    faults,
+    scrub,
+    told,
+)
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_FURNITURE = re.compile(
+    r"\.git\w+|README\.md|(?i:licen[cs]e|notice)[^/]*|.*\.(?:png|jpe?g|gif|svg|webp)"
+)
+_MAIN = "main"
+_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+class Hub:
+    """A repository at one revision: a branch to publish to; a branch, tag or commit to pull."""
+
+    def __init__(self, repository: str, options: Options) -> None:
+        self.where = f"hf://{repository}" + (f"@{options.revision}" if options.revision else "")
+        self._api, self._repository = HfApi(), repository
+        self._revision, self._private = options.revision or _MAIN, options.private
+        self._writing = options.writing
+        self._commit: str | None = None  # what `look` or `sizes` saw
+        self._exists = False
+        self._sent: dict[str, CommitOperationAdd] = {}
+        self._there: frozenset[str] = frozenset()
+        self._gone: tuple[str, ...] = ()
+
+    def look(self, items: Sequence[Item], manifest: str) -> RemoteState:
+        """Files by the hashes that the hub keeps: sha256 of large ones, git's own of small ones."""
+        files = self._files()
+        self._there = frozenset(item.name for item in items if same(item, files.get(item.name)))
+        found = self.fetch_manifest(manifest) if manifest in files else None
+        ours = {manifest, *self._there}
+        others = sorted(
+            name for name in files if name not in ours and not _FURNITURE.fullmatch(name)
+        )
+        return RemoteState(there=self._there, manifest=found, others=tuple(others))
+
+    def begin(self, gone: Sequence[str]) -> None:
+        """Make repository and branch; what is there stays until the commit."""
+        self._gone = tuple(gone)
+        with self._answers():
+            if not self._exists:
+                self._api.create_repo(self._repository, private=self._private, exist_ok=True)
+            if self._commit is None and self._revision != _MAIN:
+                self._api.create_branch(self._repository, branch=self._revision, exist_ok=True)
+
+    def send(self, item: Item, arrived: Arrived) -> None:
+        """Send a large file ahead; small ones travel in the commit."""
+        operation = addition(item)
+        with self._answers():
+            self._api.preupload_lfs_files(
+                self._repository,
+                [operation],
+                revision=self._revision,
+                num_threads=1,
+                free_memory=False,
+            )
+        self._sent[item.name] = operation
+        arrived(item.n_bytes)
+
+    def seal(self, items: Sequence[Item], manifest: Item) -> str:
+        """One commit on top of the one that `look` saw, and a look at what it made."""
+        every = (*items, manifest)
+        seen, files = self._commit, self._files()
+        if all(
+            same(item, files.get(item.name)) for item in every
+        ):  # an earlier try whose answer was lost
+            return f"hf://{self._repository}@{self._commit}"
+        new = [
+            self._sent.get(item.name) or addition(item)
+            for item in items
+            if item.name not in self._there
+        ]
+        old = set(files) & set(self._gone) - {item.name for item in every}
+        operations = [
+            *new,
+            addition(manifest),
+            *(CommitOperationDelete(name) for name in sorted(old)),
+        ]
+        with self._answers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it takes the samples' Parquet for a data set
+            done = self._api.create_commit(
+                self._repository,
+                operations,  # type: ignore[arg-type]  # a union
+                commit_message=f"quantkit publish {manifest.sha256[:12]}",
+                revision=self._revision,
+                parent_commit=seen,
+            )
+        self._revision = done.oid
+        files = self._files()
+        lost = [item.name for item in every if not same(item, files.get(item.name))]
+        if lost:
+            raise TransferError(
+                f"{self.where}: {brief(lost[0])}: expected the file that was committed, found another or none "
+                "(does the repository's .gitignore name it?); publish again"
+            )
+        return f"hf://{self._repository}@{done.oid}"
+
+    def fetch_manifest(self, name: str) -> bytes | None:
+        """The file at the commit that was seen."""
+        found = self._files().get(name)
+        if self._commit is None and not self._writing:
+            raise TransferError(
+                f"{self.where}: expected this on the Hub, found none that this user may see"
+            )
+        if found is None:
+            return None
+        if found.size > JSON_LIMIT_BYTES:
+            raise TransferError(
+                f"{self.where}: {name}: expected at most {JSON_LIMIT_BYTES} bytes, found {found.size}"
+            )
+        content = b"".join(self.read(name, 0))
+        if found.lfs is not None:
+            check_arrived(content, found.lfs.sha256)
+        elif git_id([content], len(content)) != found.blob_id:
+            raise TransientError("other bytes arrived than were sent")
+        return content
+
+    def sizes(self) -> Mapping[str, int]:
+        """Every file of one commit: later commits change nothing for this pull."""
+        return {name: file.size for name, file in self._files().items()}
+
+    def read(self, name: str, first: int) -> Generator[bytes, None, None]:
+        """A file of that commit; a server may ignore the range."""
+        url = f"{self._api.endpoint}/{self._repository}/resolve/{self._commit}/{quote(name)}"
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"} | (
+            {"Range": f"bytes={first}-"} if first else {}
+        )
+        with (
+            self._answers(name),
+            get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer,
+        ):
+            if answer.is_error:
+                answer.read()
+            hf_raise_for_status(answer)
+            skip = first if answer.status_code == 200 else 0
+            for piece in answer.iter_raw():
+                if len(piece) > skip:
+                    yield piece[skip:]
+                skip = max(0, skip - len(piece))
+
+    def close(self) -> None:
+        """huggingface_hub keeps its connections for the whole process."""
+
+    def _files(self) -> dict[str, RepoFile]:
+        """The files of the revision, and the commit it stands for; none where it is still to be made."""
+        with self._answers():
+            try:
+                self._commit = self._api.repo_info(self._repository, revision=self._revision).sha
+                self._exists = True
+                if not self._writing and self._commit:
+                    self._revision = self._commit
+                tree = self._api.list_repo_tree(
+                    self._repository, recursive=True, revision=self._commit
+                )
+                return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+            except GatedRepoError:
+                raise
+            except RevisionNotFoundError:
+                self._exists, self._commit = True, None
+            except RepositoryNotFoundError:
+                self._exists, self._commit = False, None
+        return {}
+
+    @contextmanager
+    def _answers(self, name: str = "") -> Iterator[None]:
+        """What the hub refuses, in one sentence each."""
+        where = f"{self.where}: {brief(name)}" if name else self.where
+        with faults(where):
+            try:
+                yield
+            except GatedRepoError as fault:
+                raise TransferError(
+                    f"{where}: expected access to this model, found a gate; accept its licence on the Hub"
+                ) from fault
+            except (HfHubHTTPError, RuntimeError) as fault:
+                raise refusal(where, fault) from fault
+            except HFValidationError as fault:
+                raise UsageError(
+                    f"{where}: expected a repository and a revision, found: {told(fault)}"
+                ) from fault
+
+
+def refusal(where: str, fault: Exception) -> Exception:
+    """HTTP errors by their status; an upload's is the cause of a RuntimeError."""
+    inner: BaseException = fault
+    while inner.__cause__ is not None and not isinstance(inner, HfHubHTTPError):
+        inner = inner.__cause__
+    status = inner.response.status_code if isinstance(inner, HfHubHTTPError) else None
+    if status is None or status in _PASSING or (status == 400 and "BadDigest" in str(inner)):
+        return TransientError(told(inner))
+    if status in {401, 403}:
+        return TransferError(
+            f"{where}: expected to be let in, found {status}; `hf auth login` with a token that may do this"
+        )
+    if status == 404:
+        return TransferError(
+            f"{where}: expected this on the Hub, found none that this user may see"
+        )
+    if status in {409, 412}:
+        return TransferError(
+            f"{where}: expected the repository as it was at the start, found a newer commit; publish again"
+        )
+    return TransferError(f"{where}: expected the Hub to agree, found {status}: {told(inner)}")
+
+
+def addition(item: Item) -> CommitOperationAdd:
+    """What huggingface_hub sends for a file."""
+    with HashedReader(item) as pieces:
+        for _ in pieces:
+            pass
+    operation = CommitOperationAdd(path_in_repo=item.name, path_or_fileobj=str(item.path))
+    operation.upload_info.sha256 = bytes.fromhex(item.sha256)
+    return operation
+
+
+def same(item: Item, file: RepoFile | None) -> bool:
+    """Whether the hub holds this content; LFS files are known by sha256, others as git names blobs."""
+    if file is None or file.size != item.n_bytes:
+        return False
+    if file.lfs is not None:
+        return file.lfs.sha256 == item.sha256
+    with HashedReader(item) as pieces:
+        return git_id(pieces, item.n_bytes) == file.blob_id
+
+
+def git_id(pieces: Iterable[bytes], n_bytes: int) -> str:
+    """How git names a file."""
+    digest = hashlib.sha1(f"blob {n_bytes}\0".encode(), usedforsecurity=False)
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def hub(rest: str, text: str, options: Options) -> Hub:
+    """The repository of an address."""
+    if not _ID.fullmatch(rest):
+        raise UsageError(
+            f"{scrub(text)}: expected hf://owner/name, found something else; --revision names a branch"
+        )
+    disable_progress_bars()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its warnings name signed URLs
+    return Hub(rest, options)
+
+
+REMOTE = RemoteScheme(open=hub, revisions=True)

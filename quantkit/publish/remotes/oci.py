@@ -1,0 +1,184 @@
+"""An OCI registry: `oci://host[:port]/name[:tag]`, to pull also `oci://host/name@sha256:...`.
+
+A file is a blob, and its name the title that `oras` gives files too, so that `oras pull` fetches such an artifact as
+well. The image manifest under the tag is written last and names all blobs: without it there is no artifact.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Generator, Mapping, Sequence
+
+from quantkit.errors import TransferError, UsageError
+from quantkit.io.files import JSON_LIMIT_BYTES, brief
+from quantkit.publish.oci_client import MANIFEST, Registry
+from quantkit.publish.remote import (
+    Arrived,
+    Item,
+    Options,
+    RemoteScheme,
+    RemoteState,
+    check_arrived,
+    scrub,
+)
+
+ARTIFACT_TYPE = "application/vnd.quantkit.artifact.v1"
+TITLE = "org.opencontainers.image.title"
+_EMPTY = "application/vnd.oci.empty.v1+json"
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_ADDRESS = re.compile(
+    r"(?P<host>[A-Za-z0-9.-]+(?::\d+)?|\[[0-9a-fA-F:]+\](?::\d+)?)"
+    r"/(?P<name>[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?:/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)*)"
+    r"(?::(?P<tag>\w[\w.-]{0,127}))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?",
+    re.ASCII,
+)
+
+Blobs = Mapping[str, tuple[str, int]]
+"""Digest and bytes by file name."""
+
+
+class Oci:
+    """A tag of a repository."""
+
+    def __init__(self, registry: Registry, reference: str) -> None:
+        self.where = registry.where
+        self._registry, self._reference = registry, reference
+        self._blobs: Blobs | None = None
+
+    def look(self, items: Sequence[Item], manifest: str) -> RemoteState:
+        """Blobs by digest, whatever they belong to; another image under the tag is an other."""
+        there = frozenset(
+            item.name for item in items if self._registry.has(f"sha256:{item.sha256}")
+        )
+        tagged = self._registry.manifest(self._reference)
+        if tagged is None:
+            return RemoteState(there=there)
+        found = self.fetch_manifest(manifest)
+        others = () if found is not None else (f"another image under the tag {self._reference}",)
+        return RemoteState(there=there, manifest=found, others=others)
+
+    def begin(self, gone: Sequence[str]) -> None:
+        """Nothing: the tag keeps what it names until it names another."""
+
+    def send(self, item: Item, arrived: Arrived) -> None:
+        """One blob."""
+        self._registry.put_file(item, arrived)
+
+    def seal(self, items: Sequence[Item], manifest: Item) -> str:
+        """The manifest as a blob, then the tag."""
+        for item in items:
+            if not self._registry.has(f"sha256:{item.sha256}"):
+                raise TransferError(
+                    f"{self.where}: {brief(item.name)}: expected the blob that was sent, found none; publish again"
+                )
+        self._registry.put(manifest.path.read_bytes())
+        empty = {
+            "mediaType": _EMPTY,
+            "digest": self._registry.put(b"{}"),
+            "size": 2,
+            "data": "e30=",
+        }
+        layers = [
+            {
+                "mediaType": "application/octet-stream",
+                "digest": f"sha256:{item.sha256}",
+                "size": item.n_bytes,
+                "annotations": {TITLE: item.name},
+            }
+            for item in sorted([*items, manifest], key=lambda item: item.name)
+        ]
+        image = {
+            "schemaVersion": 2, "mediaType": MANIFEST, "artifactType": ARTIFACT_TYPE, "config": empty,
+            "layers": layers,
+        }  # fmt: skip
+        digest = self._registry.set_tag(
+            self._reference, json.dumps(image, separators=(",", ":")).encode()
+        )
+        return f"{self.where}@{digest}"
+
+    def fetch_manifest(self, name: str) -> bytes | None:
+        """The blob of that title."""
+        blobs = self._titles()
+        if name not in blobs:
+            return None
+        digest, size = blobs[name]
+        if size > JSON_LIMIT_BYTES:
+            raise TransferError(
+                f"{self.where}: {name}: expected at most {JSON_LIMIT_BYTES} bytes, found {size}"
+            )
+        content = bytearray()
+        for piece in self._registry.blob(digest, 0, name):
+            content += piece
+            if len(content) > size:
+                break
+        check_arrived(content, digest.removeprefix("sha256:"))
+        return bytes(content)
+
+    def sizes(self) -> Mapping[str, int]:
+        """What the image manifest names that was seen first: a tag that moves meanwhile changes nothing."""
+        blobs = self._blobs if self._blobs is not None else self._titles()
+        return {name: size for name, (_, size) in blobs.items()}
+
+    def read(self, name: str, first: int) -> Generator[bytes, None, None]:
+        """A blob."""
+        blobs = self._blobs if self._blobs is not None else self._titles()
+        if name not in blobs:
+            raise TransferError(
+                f"{self.where}: {brief(name)}: expected a blob, found none; publish it again"
+            )
+        return self._registry.blob(blobs[name][0], first, name)
+
+    def close(self) -> None:
+        """End the connections."""
+        self._registry.close()
+
+    def _titles(self) -> Blobs:
+        """The titled layers of the tag; none for an image without any."""
+        image = self._registry.manifest(self._reference)
+        layers = image.get("layers") if image is not None else []
+        found: dict[str, tuple[str, int]] = {}
+        for layer in layers if isinstance(layers, list) else []:
+            digest, size, notes = (
+                (layer.get(k) for k in ("digest", "size", "annotations"))
+                if isinstance(layer, dict)
+                else (None, None, None)
+            )
+            title = notes.get(TITLE) if isinstance(notes, dict) else None
+            if not isinstance(title, str):
+                continue
+            if (
+                not isinstance(digest, str)
+                or not _DIGEST.fullmatch(digest)
+                or type(size) is not int
+                or size < 0
+            ):
+                raise TransferError(
+                    f"{self.where}: {brief(title)}: expected a sha256 and a size; publish it again"
+                )
+            if title in found:
+                raise TransferError(
+                    f"{self.where}: {brief(title)}: expected one blob, found two; publish it again"
+                )
+            found[title] = digest, size
+        self._blobs = found
+        return found
+
+
+def oci(rest: str, text: str, options: Options) -> Oci:
+    """The repository and tag of an address; the tag is "latest" when it names none."""
+    match = _ADDRESS.fullmatch(rest)
+    if match is None or (options.writing and match["digest"]):
+        raise UsageError(
+            f"{scrub(text)}: expected oci://host/name:tag with a name in small letters, found something else; "
+            "check the address"
+        )
+    tag = match["tag"] or "latest"
+    where = f"oci://{match['host']}/{match['name']}:{tag}" + (
+        f"@{match['digest']}" if match["digest"] else ""
+    )
+    registry = Registry(match["host"], match["name"], where, options.jobs, options.patience)
+    return Oci(registry, match["digest"] or tag)
+
+
+REMOTE = RemoteScheme(open=oci, package="httpx2", extra="oci")

@@ -1,0 +1,225 @@
+"""S3 and what speaks its language: `s3://bucket/prefix`, through s3fs.
+
+Credentials and endpoint come from botocore's own places (profiles, AWS_* variables, AWS_ENDPOINT_URL). An object
+carries the sha256 of its bytes as metadata, set when it is created, so that a later run knows it without reading it.
+Large files go up in parts; the parts that an interrupted upload left are compared by MD5 and not sent again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+from quantkit.errors import TransferError, UsageError
+from quantkit.io.retry import TransientError
+from quantkit.publish.hashed_upload import HashedReader
+from quantkit.publish.remote import (
+    Arrived,
+    Item,
+    Options,
+    RemoteScheme,
+    RemoteState,
+    check_arrived,
+    faults,
+    scrub,
+)
+from quantkit.publish.remotes.fsspec import FsspecRemote, check_sizes, md5
+
+PART_BYTES = 16 << 20
+"""Of a multipart upload; longer where a file would have more than 10,000 parts."""
+
+_MAX_PARTS = 10_000
+_AT_ONCE = 3
+_SHA = "quantkit-sha256"
+
+Parts = Mapping[int, tuple[str, int]]
+"""ETag and bytes of the parts that are there, by number."""
+
+
+class S3:
+    """Objects below a prefix."""
+
+    def __init__(self, files: Any, root: str, where: str) -> None:
+        self.where = where
+        self._files = files
+        self._bucket, _, self._prefix = root.strip("/").partition("/")
+        self._below = FsspecRemote(files, root, where)
+
+    def look(self, items: Sequence[Item], manifest: str) -> RemoteState:
+        """Objects of equal size are compared by the sha256 in their metadata, else read."""
+        present = self._below.sizes()
+        same = [item for item in items if present.get(item.name) == item.n_bytes]
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            kept = list(pool.map(self._holds, same))
+        there = frozenset(item.name for item, found in zip(same, kept) if found)
+        others = sorted(set(present) - {item.name for item in items} - {manifest})
+        found = self.fetch_manifest(manifest) if manifest in present else None
+        return RemoteState(there=there, manifest=found, others=tuple(others))
+
+    def begin(self, gone: Sequence[str]) -> None:
+        """Take what was there out of it, the manifest first."""
+        self._below.begin(gone)
+
+    def send(self, item: Item, arrived: Arrived) -> None:
+        """Put an object, or its missing parts; the MD5 that the server returns must be that of what was sent."""
+        size = part_bytes(item.n_bytes)
+        if item.n_bytes <= size:
+            with HashedReader(item, size) as pieces:
+                body = b"".join(pieces)
+            answer = self._call(
+                "put_object", item.name, {"Body": body, "Metadata": {_SHA: item.sha256}}
+            )
+            check_etag(self.where, item.name, answer, body)
+            arrived(item.n_bytes)
+            return
+        upload, parts = self._unfinished(item.name)
+        self._send_parts(item, upload, parts, arrived)
+        if parts and not self._holds(
+            item
+        ):  # the upload was begun for another content with the same first part
+            self._send_parts(item, None, {}, lambda _: None)
+
+    def seal(self, items: Sequence[Item], manifest: Item) -> str:
+        """The manifest, after all objects are found there."""
+        check_sizes(self.where, items, self._below.sizes())
+        self.send(manifest, lambda _: None)
+        return self.where
+
+    def fetch_manifest(self, name: str) -> bytes | None:
+        """The object itself, compared with the sha256 it was sent with; a missing bucket has none."""
+        content = self._below.fetch_manifest(name)
+        if content is not None:
+            told = self._call("head_object", name, {}).get("Metadata", {}).get(_SHA)
+            check_arrived(content, told)
+        return content
+
+    def sizes(self) -> Mapping[str, int]:
+        """What lies below the prefix."""
+        return self._below.sizes()
+
+    def read(self, name: str, first: int) -> Generator[bytes, None, None]:
+        """Ranges, one after the other."""
+        return self._below.read(name, first)
+
+    def close(self) -> None:
+        """s3fs keeps its client for the whole process."""
+
+    def _holds(self, item: Item) -> bool:
+        """By the sha256 it was sent with; an object of one part must also have the MD5 of the bytes that arrived."""
+        head = self._call("head_object", item.name, {})
+        told, etag = head.get("Metadata", {}).get(_SHA), plain_md5(head)
+        if not told:
+            return self._below.holds(item)
+        return told == item.sha256 and (etag is None or etag == md5(item).hex())
+
+    def _send_parts(self, item: Item, upload: str | None, parts: Parts, arrived: Arrived) -> None:
+        name, size = item.name, part_bytes(item.n_bytes)
+        if upload is None:
+            begun = self._call("create_multipart_upload", name, {"Metadata": {_SHA: item.sha256}})
+            upload = str(begun["UploadId"])
+
+        def one(number: int, body: bytes) -> str:
+            there = parts.get(number)
+            if there != (etag := hashlib.md5(body, usedforsecurity=False).hexdigest(), len(body)):
+                answer = self._call(
+                    "upload_part", name, {"UploadId": upload, "PartNumber": number, "Body": body}
+                )
+                check_etag(self.where, name, answer, body)
+                etag = str(answer["ETag"]).strip('"')
+            return etag
+
+        etags: list[str] = []
+        with HashedReader(item, size) as pieces, ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
+            for batch in batched(pieces, _AT_ONCE):
+                etags += pool.map(one, range(len(etags) + 1, len(etags) + 1 + len(batch)), batch)
+                arrived(pieces.sent)
+        listed = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
+        whole = {"UploadId": upload, "MultipartUpload": {"Parts": listed}}
+        self._call("complete_multipart_upload", name, whole)
+
+    def _unfinished(self, name: str) -> tuple[str | None, Parts]:
+        """The newest upload of an object that was not completed, and its parts; who may not list them begins anew."""
+        key = self._key(name)
+        try:
+            with faults(self.where):
+                found = self._files.call_s3(
+                    "list_multipart_uploads", Bucket=self._bucket, Prefix=key
+                )
+                ids = [
+                    entry["UploadId"] for entry in found.get("Uploads", ()) if entry["Key"] == key
+                ]
+                if not ids:
+                    return None, {}
+                parts: dict[int, tuple[str, int]] = {}
+                after = 0
+                while True:
+                    page = self._call(
+                        "list_parts", name, {"UploadId": ids[-1], "PartNumberMarker": after}
+                    )
+                    parts |= {
+                        p["PartNumber"]: (p["ETag"].strip('"'), p["Size"])
+                        for p in page.get("Parts", ())
+                    }
+                    after = page.get("NextPartNumberMarker", 0)
+                    if not page.get("IsTruncated"):
+                        return ids[-1], parts
+        except TransferError:
+            return None, {}
+
+    def _call(self, operation: str, name: str, values: Mapping[str, object]) -> dict[str, Any]:
+        with faults(self.where):
+            return dict(
+                self._files.call_s3(
+                    operation, dict(values), Bucket=self._bucket, Key=self._key(name)
+                )
+            )
+
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}/{name}".lstrip("/")
+
+
+def batched(pieces: Iterable[bytes], n: int) -> Iterator[list[bytes]]:
+    """Pieces, `n` at a time."""
+    iterator = iter(pieces)
+    while batch := list(islice(iterator, n)):
+        yield batch
+
+
+def part_bytes(n_bytes: int) -> int:
+    """Bytes of a part of a file of that size."""
+    return max(PART_BYTES, -(-n_bytes // _MAX_PARTS))
+
+
+def plain_md5(answer: Mapping[str, Any]) -> str | None:
+    """The MD5 of an object or part; None for encrypted objects and those of several parts, whose ETag is none."""
+    etag = str(answer.get("ETag", "")).strip('"')
+    plain = answer.get("ServerSideEncryption") in {None, "AES256"} and not answer.get(
+        "SSECustomerAlgorithm"
+    )
+    return etag if plain and len(etag) == 32 else None
+
+
+def check_etag(where: str, name: str, answer: Mapping[str, Any], body: bytes) -> None:
+    """Interrupted when the server holds other bytes than were sent."""
+    if plain_md5(answer) not in {None, hashlib.md5(body, usedforsecurity=False).hexdigest()}:
+        raise TransientError(f"{where}: {name}: other bytes arrived than were sent")
+
+
+def s3(rest: str, text: str, options: Options) -> S3:
+    """The bucket and prefix of a URL."""
+    import s3fs
+
+    where = scrub(text).rstrip("/")
+    if not rest.partition("/")[0] or "@" in rest.partition("/")[0]:
+        raise UsageError(
+            f"{where}: expected a place like s3://bucket/prefix, found no bucket; name one"
+        )
+    with faults(where):
+        files = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
+    return S3(files, rest, where)
+
+
+REMOTE = RemoteScheme(open=s3, package="s3fs", extra="s3")

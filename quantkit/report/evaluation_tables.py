@@ -1,0 +1,39 @@
+"""Results of `quantkit eval` as tables of text. Pure."""
+
+from __future__ import annotations
+
+from quantkit.evaluate.evaluation import Setup
+from quantkit.evaluate.results import Outcome
+from quantkit.report.tables import Table, compared
+
+
+def tables(outcome: Outcome, setup: Setup) -> list[Table]:
+    """Scores, and the comparison where there is one."""
+    rows = [
+        (
+            row.task,
+            row.filter,
+            f"{row.n:,}",
+            "not run" if row.score is None else f"{100 * row.score:.1f} %",
+            f"{100 * row.interval.low:.1f} to {100 * row.interval.high:.1f}"
+            if row.interval
+            else row.not_run[:60],
+            f"{100 * row.truncated:.0f} %",
+            f"{100 * row.unparsed:.0f} %",
+            f"{row.n_tokens:.0f}",
+        )
+        for row in outcome.scores
+    ]
+    columns = ("task", "filter", ">n", ">score", ">95 %", ">cut", ">no result", ">tokens")
+    note = "cut: answers ended by the token limit; no result: answers in which none was found; tokens per answer."
+    note += "".join(f"\nNot run: {reason}." for reason in outcome.not_run.values())
+    rows += [(name, "", "0", "not run", "", "", "", "") for name in outcome.not_run]
+    found = [Table(title="Scores", columns=columns, rows=tuple(rows), note=note)]
+    how = f"{setup.seeds} answers per item at temperature {setup.decoding.temperature}, averaged per item"
+    if not setup.decoding.temperature:
+        how = "Greedy"
+    return (
+        [*found, compared(outcome.rows, f"{how}, the same prompts on both")]
+        if outcome.rows
+        else found
+    )

@@ -1,0 +1,74 @@
+"""`make bench-memory`: peak memory does not grow with the number of blocks and stays under the recipe's `memory:`.
+
+Two synthetic FP8 checkpoints of one shape, with 8 and with 32 MoE blocks, are quantized in processes of their own.
+Exit 1 when the peaks differ by 5 % or more, or a peak is above the budget.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "moe_intermediate_size": 256,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_nextn_predict_layers": 0,
+    "first_k_dense_replace": 1,
+}
+BUDGET = "1050MB"
+BUDGET_BYTES = 1_050_000_000
+
+
+def peak(place: Path, blocks: int) -> tuple[int, int, int]:
+    """(bytes of the checkpoint, experts per wave, peak resident bytes) of a build with so many MoE blocks."""
+    source = write_checkpoint(
+        place / f"source{blocks}",
+        tiny_config("deepseek_v3", **SHAPE, num_hidden_layers=blocks + 1),
+        fp8=True,
+    )
+    recipe = place / f"{blocks}.yaml"
+    calibration = "{set: tiny-v3, sequences: 100, length: 128}"
+    recipe.write_text(
+        recipe_text(source, place / f"artifact{blocks}", memory=BUDGET, calibration=calibration)
+    )
+    quantkit = [sys.executable, "-m", "quantkit"]
+    planned = subprocess.run(
+        [*quantkit, "plan", str(recipe), "--json"], check=True, capture_output=True, text=True
+    )
+    subprocess.run(
+        [*quantkit, "build", str(recipe), "--skip-evaluation"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    timings = json.loads((place / f"artifact{blocks}" / "quantkit" / "timings.json").read_text())
+    wave = json.loads(planned.stdout)["memory"]["experts_per_wave"]
+    return (source / "model.safetensors").stat().st_size, wave, timings["peak_rss_bytes"]
+
+
+def main() -> None:
+    """Build both, print both peaks."""
+    peaks = []
+    for blocks in (8, 32):
+        with tempfile.TemporaryDirectory() as place:
+            size, wave, resident = peak(Path(place), blocks)
+        peaks.append(resident)
+        print(
+            f"{blocks:2d} MoE blocks: source {size / 1e6:.0f} MB, {wave} experts per wave, peak {resident / 1e6:.0f} MB"
+        )
+    difference = abs(peaks[1] - peaks[0]) / peaks[0]
+    print(
+        f"difference {100 * difference:.1f} % (goal < 5 %); budget {BUDGET}, largest peak {max(peaks) / 1e6:.0f} MB"
+    )
+    raise SystemExit(1 if difference >= 0.05 or max(peaks) > BUDGET_BYTES else 0)
+
+
+if __name__ == "__main__":
+    main()

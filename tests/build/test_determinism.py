@@ -1,0 +1,115 @@
+"""The same recipe gives the same bytes: again, with another number of threads, with another memory budget."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ARGUMENTS = (
+    "--skip-evaluation",
+    "--set",
+    "gates.kl_mean.max=1",
+    "--set",
+    "calibration.sequences=60",
+    "--set",
+    "fidelity.windows=20",
+)
+
+
+def build(place: Path, name: str, threads: int, *more: str) -> Path:
+    """A demo-like build in a process of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "quantkit",
+        "build",
+        "tiny-v3-awq4",
+        *ARGUMENTS,
+        "--set",
+        f"output.path={name}",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    subprocess.run([*command, *more], cwd=place, env=environment, check=True, capture_output=True)
+    return place / name
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every hashed file and the manifest itself."""
+    found = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    del found["quantkit/timings.json"]
+    return found
+
+
+def test_threads_and_memory_change_no_byte(tmp_path: Path) -> None:
+    """One thread and a wave of all experts, against two threads and waves of two."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "y").mkdir()
+    first = build(tmp_path / "x", "artifact", 1)
+    second = build(tmp_path / "y", "artifact", 2, "--set", "memory=964MB")
+    one, two = files(first), files(second)
+    assert json.loads((second / "quantkit/timings.json").read_text())["threads"] == 2
+    assert one.keys() == two.keys()
+    assert [name for name in one if one[name] != two[name]] == []
+
+
+@pytest.mark.slow
+def test_error_feedback_gives_the_same_bytes_with_any_number_of_threads(tmp_path: Path) -> None:
+    """Rounding gptq on every linear, with the original model's inputs beside: factors, corrections, refinement."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "y").mkdir()
+    learned = (
+        "quantize.method=awq",
+        "quantize.rounding=gptq",
+        "rules=all-linear",
+        "propagate=both",
+    )
+    changes = [word for change in learned for word in ("--set", change)]
+    one, two = (
+        files(build(tmp_path / place, "artifact", threads, *changes))
+        for place, threads in (("x", 1), ("y", 2))
+    )
+    assert one.keys() == two.keys()
+    assert [name for name in one if one[name] != two[name]] == []
+
+
+def test_shard_size_changes_no_tensor(tmp_path: Path) -> None:
+    """Many shards and an index hold what one file holds."""
+    one = build(tmp_path, "one", 2, "--set", "rules=all-linear")
+    many = build(
+        tmp_path, "many", 2, "--set", "rules=all-linear", "--set", "output.shard_bytes=300kB"
+    )
+    shards = sorted(many.glob("model-*.safetensors"))
+    assert len(shards) > 5
+    index = json.loads((many / "model.safetensors.index.json").read_text())
+    together = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    assert set(index["weight_map"]) == set(together)
+    for name, tensor in load_file(one / "model.safetensors").items():
+        assert tensor.equal(together[name]), name
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_command_line_fixes_how_libraries_sum(threads: int) -> None:
+    """A product of few rows depends on the number of threads unless MKL is told otherwise before it loads."""
+    code = (
+        "import os, hashlib; from quantkit.cli.main import REPRODUCIBLE; os.environ.update(REPRODUCIBLE); import torch;"
+        "g = torch.Generator().manual_seed(0); x = torch.randn(7, 256, generator=g);"
+        "w = torch.randn(512, 256, generator=g); print(hashlib.sha256((x @ w.T).numpy().tobytes()).hexdigest())"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+    )
+    again = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ, check=True, capture_output=True, text=True
+    )
+    assert done.stdout == again.stdout

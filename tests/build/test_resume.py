@@ -1,0 +1,479 @@
+"""A build that is interrupted, wherever that is, goes on and ends with the bytes of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+
+from quantkit import pipeline
+from quantkit.artifact import writer
+from quantkit.artifact.manifest import versions
+from quantkit.artifact.writer import ArtifactWriter
+from quantkit.build import expert_ops, moe, session, wave_checkpoint
+from quantkit.build.context import BlockContext
+from quantkit.build.expert_ops import Wave
+from quantkit.build.progress_log import BuildProgress
+from quantkit.build.session import BuildSession
+from quantkit.build.spool import Spool
+from quantkit.checkpoint.tensors import ShardWriter
+from quantkit.errors import ArtifactError, QuantkitError, UsageError
+from quantkit.io.journal import Journal
+from quantkit.plan import plan
+from quantkit.recipe.parse import parse
+from quantkit.verify.shallow import verify
+
+SYMMETRIC = "{method: awq, rounding: gptq, bits: 4, group_size: 64, symmetric: true}"
+THREE = {"format": "[gptq, compressed_tensors, dense]", "quantize": SYMMETRIC}
+"""Two formats that share a build loop, and one with a loop of its own."""
+SMALL = {
+    "calibration": "{set: tiny-v3, sequences: 12, length: 64, min_expert_tokens: 8}",
+    "fidelity": "{set: tiny-v3-heldout, windows: 4, length: 64}",
+    "output": "{path: x, shard_bytes: 200kB}",
+}
+
+
+class Killed(BaseException):
+    """Stands for whatever ends a process; nothing catches it."""
+
+
+def build(
+    source: Path, told: list[str] | None = None, *, restart: bool = False, **keys: str
+) -> list[str]:
+    """Build a small recipe into `x` of the current folder; what is `told` of an earlier, interrupted build."""
+    text, told = recipe_text(source, Path("x"), **{**SMALL, **keys}), [] if told is None else told
+    pipeline.run(
+        parse(text, "r.yaml"), text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None,
+        say=told.append, restart=restart,
+    )  # fmt: skip
+    return told
+
+
+def files(place: Path) -> dict[str, bytes]:
+    """Every file below a folder, but for those that tell times."""
+    found = {
+        path.relative_to(place).as_posix(): path.read_bytes()
+        for path in place.rglob("*")
+        if path.is_file()
+    }
+    return {
+        name: content
+        for name, content in found.items()
+        if not name.endswith("quantkit/timings.json")
+    }
+
+
+def differing(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
+    """Names of files that are not the same in both."""
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
+def dying(patch: pytest.MonkeyPatch, owner: object, name: str, call: int, after: bool) -> None:
+    """Let the process end at the `call`th call of a function, before it or right behind it."""
+    real, calls = getattr(owner, name), list[int]()
+
+    def fatal(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        if len(calls) == call and not after:
+            raise Killed
+        result = real(*args, **kwargs)
+        if len(calls) == call:
+            raise Killed
+        return result
+
+    patch.setattr(owner, name, fatal)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-MoE in BF16."""
+    return write_checkpoint(tmp_path_factory.mktemp("moe") / "source", tiny_config("qwen3_moe"))
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a build of three formats leaves that nobody interrupts."""
+    place = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        assert build(source, **THREE) == []
+    assert {path.name for path in place.iterdir()} == {"x-gptq", "x-compressed-tensors", "x-dense"}
+    return files(place)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_killed_before_and_behind_every_step(
+    source: Path, whole: dict[str, bytes], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process makes one step and dies before it is noted, or just behind it, until nothing is left to do."""
+    told, ends = list[str](), 0
+    for run in range(100):
+        with monkeypatch.context() as patch:
+            dying(patch, BuildProgress, "commit", 1, after=bool(run % 2))
+            try:
+                build(source, told, **THREE)
+            except Killed:
+                ends += 1
+                continue
+        break
+    steps = 1 + 2 + 1  # the embedding, two blocks, what follows them
+    assert ends == 2 * 2 * steps  # of two loops
+    assert "0 of 2 blocks are done" in told[0] and "2 of 2 blocks are done" in told[-1]
+    assert differing(files(place), whole) == []
+
+
+POINTS: Sequence[tuple[object, str, int, bool]] = (
+    (ArtifactWriter, "write", 1, False),  # nothing is there yet
+    (Journal, "append", 1, False),
+    (ArtifactWriter, "write", 3, True),
+    (Spool, "flush", 2, False),
+    (ShardWriter, "flush", 1, True),
+    (ShardWriter, "finish", 1, True),  # a whole file that no journal knows
+    (ShardWriter, "finish", 2, False),
+    (Journal, "append", 1, True),  # states that nobody needs are not removed
+    (ArtifactWriter, "close", 1, True),
+    (writer, "write_model_files", 1, True),
+    (pipeline, "measure", 1, False),
+    (pipeline, "write_evidence", 1, True),
+    (writer, "seal", 1, True),
+    (writer, "seal", 2, True),
+    (BuildSession, "seal", 1, True),
+    (writer, "give_name", 1, True),  # one of two has its name
+    (writer, "give_name", 2, True),
+    (BuildProgress, "commit", 2, True),  # of the second loop
+    (writer, "give_name", 3, False),
+    (writer, "give_name", 3, True),
+    (BuildSession, "finish", 1, False),
+)
+
+
+def test_killed_in_the_middle_of_things(
+    source: Path, whole: dict[str, bytes], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One build, dying again and again further on."""
+    for owner, name, call, after in POINTS:
+        with monkeypatch.context() as patch:
+            dying(patch, owner, name, call, after)
+            with pytest.raises(Killed):
+                build(source, **THREE)
+                pytest.fail(f"not killed at {name} {call}")
+    assert "2 of 2 blocks are done" in build(source, **THREE)[0]
+    assert differing(files(place), whole) == []
+    for path in place.iterdir():
+        verify(path)
+
+
+def in_waves(patch: pytest.MonkeyPatch, size: int) -> None:
+    """Builds that hold so many experts at a time, and make sure of every wave."""
+    real = plan.memory_plan
+
+    def fewer(*args, **kwargs):  # type: ignore[no-untyped-def]  # stands for `memory_plan`
+        return replace(real(*args, **kwargs), wave_experts=size)
+
+    patch.setattr(plan, "memory_plan", fewer)
+    patch.setattr(wave_checkpoint, "SECONDS", 0.0)
+    patch.setattr(wave_checkpoint, "SHARE", 0)
+
+
+def counting(patch: pytest.MonkeyPatch, waves: list[int], run: int) -> None:
+    """Note `run` for each wave that is read."""
+    real = moe.read_wave
+
+    def noted(work: BlockContext, first: int, stop: int) -> Wave:
+        waves.append(run)
+        return real(work, first, stop)
+
+    patch.setattr(moe, "read_wave", noted)
+
+
+GPTQ = SYMMETRIC.replace(
+    "awq", "gptq"
+)  # rescales nothing: there is no fold to check, and nothing to sum over waves
+
+
+@pytest.mark.parametrize(
+    ("propagate", "quantize"),
+    [
+        ("quantized", SYMMETRIC),
+        ("both", SYMMETRIC),
+        ("original", SYMMETRIC),
+        ("quantized", GPTQ),
+        ("original", GPTQ),
+    ],
+)
+def test_killed_behind_every_wave(
+    source: Path, propagate: str, quantize: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every process makes one wave, and dies before it is noted or behind it; a pass reads only what it lacks."""
+    keys = {**THREE, "propagate": propagate, "quantize": quantize}
+    with monkeypatch.context() as patch:
+        in_waves(patch, 3)
+        build(source, **keys)
+    whole = files(place)
+    for path in [*place.iterdir()]:
+        shutil.rmtree(path)
+    told, waves = list[str](), list[int]()
+    for run in range(100):
+        with monkeypatch.context() as patch:
+            in_waves(patch, 3 if run % 5 else 2)  # the budget may change in between
+            dying(patch, BuildProgress, "pause", 1, after=bool(run % 3))
+            counting(patch, waves, run)
+            try:
+                build(source, told, **keys)
+            except Killed:
+                continue
+        break
+    assert (
+        max(waves.count(run) for run in range(run)) <= 3
+    )  # the wave that ended it, and those behind the last halt
+    assert any("of 2 blocks and 3 experts of the next are done" in line for line in told)
+    assert differing(files(place), whole) == []
+    assert not list(place.rglob("*.building*"))
+
+
+def test_states_that_a_wave_left_are_as_they_were(
+    source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of a wave, again and again at the same place and then further on."""
+    in_waves(monkeypatch, 3)
+    build(source, **THREE)
+    whole = files(place)
+    for path in [*place.iterdir()]:
+        shutil.rmtree(path)
+    for call in (1, 2, 2, 5, 5, 3, 9, 4, 4, 7):
+        with monkeypatch.context() as patch:
+            dying(patch, expert_ops, "advance", call, after=bool(call % 2))
+            with suppress(Killed):
+                build(source, **THREE)
+    build(source, **THREE)
+    assert differing(files(place), whole) == []
+
+
+def half_way(source: Path, patch: pytest.MonkeyPatch, **keys: str) -> None:
+    """A build that ends behind its first block."""
+    with patch.context() as inner:
+        dying(inner, BuildProgress, "commit", 2, after=True)
+        with pytest.raises(Killed) as caught:
+            build(source, **keys)
+    assert "1 of 2 blocks are done and kept; the same command goes on" in caught.value.__notes__[0]
+
+
+def test_what_changed_is_named_and_restart_begins_anew(
+    source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another recipe, source or version would give a mixture; another budget gives the same bytes."""
+    copy = Path(shutil.copytree(source, place / "source"))
+    half_way(copy, monkeypatch)
+    with pytest.raises(
+        UsageError,
+        match=r"x\.building: .* recipe\.quantize\.group_size was 64, is 32; .* --restart",
+    ):
+        build(copy, quantize="{method: awq, bits: 4, group_size: 32}")
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(UsageError, match=r"another: source\.files\.model\.safetensors changed; "):
+        build(copy)
+    (copy / "model.safetensors").write_bytes(weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "versions", lambda plan: {**versions(plan), "torch": "0.1"})
+        with pytest.raises(UsageError, match=r"another: versions\.torch was '.*', is '0\.1'; "):
+            build(copy)
+    assert build(copy, memory="3GB") != []
+    resumed = files(place / "x")
+    shutil.rmtree(place / "x")
+    half_way(copy, monkeypatch)
+    assert build(copy, restart=True, quantize="{method: rtn, bits: 4, group_size: 64}") == []
+    shutil.rmtree(place / "x")
+    assert build(copy) == []
+    assert differing(files(place / "x"), resumed) == [
+        "quantkit/manifest.json",
+        "recipe.yaml",
+    ]  # the budget is in it
+    assert {path.name for path in place.iterdir()} == {"source", "x"}
+
+
+@pytest.mark.parametrize(
+    "formats", ["[compressed_tensors, gptq, dense]", "[gptq, dense]", "gptq_v2"]
+)
+def test_other_formats_destroy_nothing(
+    formats: str, source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal is found whatever the formats and their order."""
+    half_way(source, monkeypatch, **THREE)
+    before = files(place)
+    with pytest.raises(
+        UsageError,
+        match=r"another: recipe\.format\.0 was 'gptq', is|another: recipe\.format\.1 was",
+    ):
+        build(source, **{**THREE, "format": formats})
+    assert differing(files(place), before) == []
+
+
+def test_shards_that_are_gone_are_told_at_once(
+    source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half_way(source, monkeypatch, **{**THREE, "output": "{path: x}"})
+    shutil.rmtree(place / "x-gptq.building")
+    with pytest.raises(
+        ArtifactError,
+        match=r"safetensors\.part: expected the file that was begun, found none: what",
+    ):
+        build(source, **{**THREE, "output": "{path: x}"})
+    build(source, restart=True, **{**THREE, "output": "{path: x}"})
+    assert {path.name for path in place.iterdir()} == {"x-gptq", "x-compressed-tensors", "x-dense"}
+
+
+def test_a_source_that_changes_meanwhile_is_found(
+    source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read before the change and behind it would be a mixture; a file that is only touched is the same."""
+    copy = Path(shutil.copytree(source, place / "source"))
+    real, weights = pipeline.build, copy / "model.safetensors"
+
+    def changing(*args):  # type: ignore[no-untyped-def]  # stands for the build loop
+        content = weights.read_bytes()
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "build", changing)
+        with pytest.raises(QuantkitError, match=r"source: expected files that stay as they are"):
+            build(copy)
+    assert not (place / "x").exists()
+    (copy / "config.json").touch()
+    build(copy, restart=True)
+
+
+def test_a_damaged_journal_and_missing_shards_are_errors(
+    source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        dying(
+            patch, Journal, "append", 2, after=True
+        )  # the states in front of the block are still there
+        with pytest.raises(Killed):
+            build(source)
+    journal = place / "x.building.scratch" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    spooled = {path.name: path.read_bytes() for path in (journal.parent / "states-0").iterdir()}
+    shard = next((place / "x.building").glob("*.safetensors"))
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(
+        ArtifactError, match=r"safetensors: expected the \d+ bytes that were written, found no file"
+    ):
+        build(source)
+    shard.write_bytes(content)
+    for name, states in spooled.items():
+        (journal.parent / "states-0" / name).write_bytes(states)
+    journal.write_bytes(lines[0] + lines[1].replace(b"embed", b"amber") + lines[2])
+    with pytest.raises(
+        ArtifactError, match=r"journal\.jsonl: line 2: expected an entry with its sha256.*--restart"
+    ):
+        build(source)
+    journal.write_bytes(
+        lines[0] + lines[1] + lines[2][:100]
+    )  # torn: the second step had not been noted
+    assert "0 of 2 blocks are done" in build(source)[0]
+
+
+# ---------------------------------------------------------------------------------------------- what others put there
+
+
+@pytest.mark.parametrize(
+    "name", ["x.building", "x.building.scratch", "x.replaced", "x.building.lock"]
+)
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_no_build_made_is_left_alone(
+    source: Path, name: str, restart: bool, place: Path
+) -> None:
+    """A folder, a file or a link of the user's where a build works: refused, and as it was."""
+    keys = {"quantize": "{method: rtn, bits: 4, group_size: 64}", "fidelity": "none"}
+    theirs = place / name
+    if not name.endswith("lock"):
+        theirs.mkdir()
+        (theirs / "thesis.txt").write_text("years of work")
+        with pytest.raises(UsageError, match=rf"{theirs.name}: expected nothing.*; move it away"):
+            build(source, restart=restart, **keys)
+        theirs.rename(place / "elsewhere")
+        theirs.symlink_to("elsewhere")
+        with pytest.raises(UsageError, match=rf"{theirs.name}: expected nothing.*; move it away"):
+            build(source, restart=restart, **keys)
+        assert (theirs / "thesis.txt").read_text() == "years of work" and theirs.is_symlink()
+        theirs.unlink()
+    theirs.write_text("years of work")
+    with pytest.raises(UsageError, match=rf"{theirs.name}: expected .*; move it away"):
+        build(source, restart=restart, **keys)
+    assert theirs.read_text() == "years of work"
+    assert not (place / "x").exists()
+
+
+def test_an_empty_folder_is_taken(source: Path, place: Path) -> None:
+    """Of a build that was killed before its first file."""
+    for name in ("x.building", "x.building.scratch"):
+        (place / name).mkdir()
+    build(source, quantize="{method: rtn, bits: 4, group_size: 64}", fidelity="none")
+    assert {path.name for path in place.iterdir()} == {"x"}
+
+
+# ------------------------------------------------------------------------------------------------------- the journal
+
+
+def test_a_journal_gives_back_what_was_noted(tmp_path: Path) -> None:
+    """Floats to the last bit, infinities too; what the file lacks at its end is the last entry alone."""
+    path, last = tmp_path / "j", {"x": [0.1 + 0.2, 1e-310, float("inf")], "ü": None}
+    journal = Journal.begin(path, {"n": 0})
+    journal.append({"n": 1})
+    before = path.read_bytes()
+    journal.append(last)
+    found = Journal.open(path)
+    assert found is not None and found.entries == [{"n": 0}, {"n": 1}, last]
+    content = path.read_bytes()
+    for cut in range(len(before), len(content)):
+        path.write_bytes(content[:cut])
+        torn = Journal.open(path)
+        assert torn is not None and torn.entries == [{"n": 0}, {"n": 1}]
+        assert path.read_bytes() == before
+    torn.append(last)
+    assert path.read_bytes() == content
+
+
+def test_every_changed_byte_of_a_journal_is_found(tmp_path: Path) -> None:
+    """In the last line it makes a torn line, in front of it damage."""
+    path = tmp_path / "j"
+    journal = Journal.begin(path, {"n": 0})
+    journal.append({"n": 1})
+    content = path.read_bytes()
+    first = content.index(b"\n")
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        found = None
+        with suppress(ArtifactError):
+            found = Journal.open(path)
+        assert (
+            (found is None)
+            if place <= first
+            else (found is not None and found.entries == [{"n": 0}])
+        )
+    assert Journal.open(tmp_path / "none") is None
+    assert json.loads(content.splitlines()[0])["entry"] == {"n": 0}
+
+
+def test_a_build_leaves_no_file_open(source: Path, place: Path) -> None:
+    """Hidden states that are removed while a process holds them keep their space on the disk."""
+    build(source, **THREE)
+    links = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    assert [link for link in links if str(place) in link] == []

@@ -1,0 +1,507 @@
+"""The command line as a user meets it: exit codes, what goes to which stream, and one message per fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.command_line import RECIPE, build, fault, overrides, run
+
+from quantkit import registry
+from quantkit.artifact.fidelity_schema import Fidelity
+from quantkit.artifact.layout import read_manifest
+from quantkit.cli.main import main
+from quantkit.io.package_data import folder, resolve_model
+from quantkit.plan.plan_schema import PlanSummary
+from quantkit.verify.shallow import verify
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+COMMANDS = ("plan", "build", "report", "verify")
+
+
+@pytest.fixture
+def checkpoint_copy(tmp_path: Path) -> Path:
+    """A copy of the small model's checkpoint, to be damaged."""
+    return Path(shutil.copytree(resolve_model("builtin:tiny-v3"), tmp_path / "source"))
+
+
+def split(folder: Path) -> None:
+    """Cut the checkpoint into two shards with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    parts = dict(zip(SHARDS, (names[: len(names) // 2], names[len(names) // 2 :])))
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, folder / file)
+    weight_map = {name: file for file, held in parts.items() for name in held}
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+    (folder / "model.safetensors").unlink()
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    """Change keys of config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+# -------------------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command: str) -> None:
+    for flag in ("--help", "-h"):
+        result = run(command, flag)
+        assert result.exit_code == 0
+        assert f"Example: quantkit {command} " in result.stdout
+
+
+def test_the_group_lists_its_commands_and_an_example() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "Example: quantkit build" in result.stdout
+    assert set(main.commands) >= set(COMMANDS)
+    for name, command in main.commands.items():
+        assert "Example: quantkit " in (command.help or ""), name
+
+
+def test_usage_errors_are_two() -> None:
+    for arguments in (["plan"], ["nonsense"], ["build", RECIPE, "--fast"], ["verify"]):
+        assert run(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["--version"]])
+def test_help_does_not_start_torch(arguments: list[str]) -> None:
+    program = (
+        "import sys; from quantkit.cli.main import main\n"
+        f"main({arguments!r}, standalone_mode=False)\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'pydantic', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+
+
+def test_an_unknown_recipe() -> None:
+    shipped = ", ".join(sorted(path.stem for path in folder("recipes").glob("*.yaml")))
+    assert "v3-awq4" in shipped
+    assert fault(run("plan", "tiny-v3-awq5"), 2) == (
+        f"tiny-v3-awq5: no such recipe file; recipes that ship with quantkit: {shipped}"
+    )
+
+
+def test_every_typing_error_of_a_recipe_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "version: 1\n"
+        "source: {model: builtin:tiny-v3}\n"
+        "quantise: {bits: 4}\n"
+        "fidelity: {set: tiny-v3-heldout}\n"
+        "output: {path: x, shard_byte: 3}\n"
+        "memory: much\n"
+    )
+    lines = fault(run("build", path), 2).splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith(
+        f"{path}:3: quantise: unknown key. Did you mean 'quantize'? Known: version, source"
+    )
+    assert lines[1].startswith(
+        f"{path}:5: output.shard_byte: unknown key. Did you mean 'shard_bytes'?"
+    )
+    assert lines[2].startswith(f"{path}:6: memory: expected a size such as 64GB, ")
+
+
+def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe")
+    assert fault(run("plan", tmp_path / "mine.yaml"), 2).startswith(
+        f"{tmp_path / 'mine.yaml'}: expected a UTF-8 text file, found: "
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("memory", "--set: expected KEY=VALUE, e.g. --set output.path=artifacts/other"),
+        (
+            "quantize.bitz=4",
+            "override quantize.bitz: quantize.bitz: unknown key. Did you mean 'bits'?",
+        ),
+        (
+            "quantize.group_size=100",
+            "override quantize.group_size: quantize.group_size: expected 32, 64, 128 or -1, f",
+        ),
+        ("memory=1MB", "override memory: memory: the smallest wave (one expert) needs "),
+        (
+            "evaluation.tasks=[tiny-v3-math, tiny-v3-code, gsm9k]",
+            "no benchmark named 'gsm9k'. Did you mean 'gsm8k'?",
+        ),
+        (
+            "rules=[{match: '*.nothing', keep: source}]",
+            "rules[0]: '*.nothing' matches no linear of this model; ",
+        ),
+    ],
+)
+def test_a_recipe_that_is_refused(override: str, sentence: str, tmp_path: Path) -> None:
+    """The plan refuses it, and so does the build before it writes anything."""
+    assert sentence in fault(run("plan", RECIPE, "--set", override), 2)
+    output = tmp_path / "artifact"
+    refused = run(
+        "build", RECIPE, "--skip-evaluation", "--set", f"output.path={output}", "--set", override
+    )
+    assert sentence in fault(refused, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", ["calibration.set", "fidelity.set"])
+def test_text_that_does_not_exist(key: str, tmp_path: Path) -> None:
+    sentence = "no set of documents named 'tiny-v4'. Did you mean 'tiny-v3'?"
+    assert sentence in fault(run("plan", RECIPE, "--set", f"{key}=tiny-v4"), 2)
+    assert sentence in fault(
+        build(
+            tmp_path / "artifact", **{key.replace(".", "__"): "tiny-v4", "quantize__method": "awq"}
+        ),
+        2,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- plan
+
+
+def test_plan_prints_tables_or_json() -> None:
+    shown = run("plan", RECIPE)
+    assert shown.exit_code == 0 and shown.stderr == ""
+    assert "builtin:tiny-v3 -> artifacts/tiny-v3-awq4" in shown.stdout
+    assert "experts-only[0]" in shown.stdout and "int4" in shown.stdout
+    told = run("plan", RECIPE, "--json")
+    summary = PlanSummary.model_validate(json.loads(told.stdout))
+    assert told.exit_code == 0 and told.stderr == ""
+    assert summary.totals.modules_quantized == 3 * 3 * 16
+    assert summary.source.read_from == "headers"
+
+
+def test_plan_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("plan", RECIPE).exit_code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+# -------------------------------------------------------------------------------------------------------------- build
+
+
+def test_build_shows_plan_progress_report_and_where_it_is(tmp_path: Path) -> None:
+    result = build(tmp_path / "artifact")
+    assert result.exit_code == 0
+    for words in (
+        "Rules",
+        "Next-token distributions",
+        "Gates",
+        f"{tmp_path / 'artifact'}: not judged (plan ",
+    ):
+        assert words in result.stdout
+    assert (
+        "blocks: 100 % model.layers.3" in result.stderr
+        and "blocks" not in result.stdout.partition("Rules")[0]
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "artifact"
+    ]  # staging and scratch are gone
+
+
+def test_build_json_is_alone_on_stdout(tmp_path: Path) -> None:
+    """In a process of its own, because libraries print where they like."""
+    arguments = [
+        "build",
+        RECIPE,
+        "--json",
+        "--skip-evaluation",
+        *overrides(output__path=tmp_path / "artifact"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "quantkit", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert Fidelity.model_validate(json.loads(done.stdout)).status == "not judged"
+    assert "Traceback" not in done.stderr
+    assert json.loads(done.stdout) == json.loads(
+        (tmp_path / "artifact/quantkit/fidelity.json").read_text()
+    )
+
+
+def test_the_recipe_in_an_artifact_builds_it_again(built: Path, tmp_path: Path) -> None:
+    """With every --set of its build, and none beside."""
+    again = tmp_path / "again"
+    done = run("build", built / "recipe.yaml", "--skip-evaluation", "--set", f"output.path={again}")
+    assert done.exit_code == 0, done.output
+    shards = [path.name for path in built.glob("*.safetensors")]
+    assert len(shards) == 3
+    for name in (*shards, "config.json", "recipe.yaml", "quantkit/samples/tokens.parquet"):
+        assert (again / name).read_bytes() == (built / name).read_bytes(), name
+    manifests = [read_manifest(path) for path in (built, again)]
+    assert (
+        manifests[0]["plan"] == manifests[1]["plan"]
+        and manifests[0]["modules"] == manifests[1]["modules"]
+    )
+
+
+def test_report_prints_the_figures_again(built: Path) -> None:
+    shown = run("report", built)
+    assert shown.exit_code == 0 and shown.stderr == ""
+    assert "Next-token distributions" in shown.stdout
+    told = run("report", built, "--json")
+    assert json.loads(told.stdout) == json.loads((built / "quantkit/fidelity.json").read_text())
+
+
+def test_verify_says_what_it_checked(built: Path) -> None:
+    found = verify(built)
+    shown = run("verify", built)
+    assert shown.exit_code == 0 and shown.stderr == ""
+    assert shown.stdout == (
+        f"{built}: ok ({found.files} files, {found.tensors} tensors, {found.n_bytes / 1e6:.1f} MB, not judged)\n"
+    )
+    assert json.loads(run("verify", built, "--json").stdout) == {
+        "artifact": str(built),
+        "ok": True,
+        "status": "not judged",
+        "files": found.files,
+        "tensors": found.tensors,
+        "bytes": found.n_bytes,
+        "modules": 144,
+        "notes": [],
+        "unsealed": [],
+        "signed_by": None,
+    }
+
+
+def test_a_damaged_artifact_is_one(artifact: Path) -> None:
+    (artifact / "README.md").write_text("other")
+    for options in ([], ["--json"]):
+        result = run("verify", artifact, *options)
+        assert "README.md: expected " in fault(result, 1)
+        assert result.stdout == ""
+
+
+def test_report_and_verify_of_what_is_no_artifact(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent", tmp_path):
+        assert "not an artifact of quantkit, or its build did not finish" in fault(
+            run("report", path), 1
+        )
+        assert fault(run("verify", path), 1).startswith(f"{path}: ")
+
+
+def test_a_missed_gate_is_three_and_the_artifact_is_kept(tmp_path: Path) -> None:
+    output = tmp_path / "artifact"
+    result = build(output, gates="{kl_mean: {max: 1.0e-9}, top1: {min: 0.5}}")
+    assert fault(result, 3).startswith("gate kl_mean <= 1e-09: found 0.000")
+    assert f"{output}: rejected (" in result.stdout
+    assert verify(output).status == "rejected"
+    assert json.loads((output / "quantkit/manifest.json").read_text())["status"] == "rejected"
+    report = Fidelity.model_validate_json((output / "quantkit/fidelity.json").read_bytes())
+    assert {gate.figure: gate.ok for gate in report.gates} == {"kl_mean": False, "top1": True}
+    told = build(output, "--overwrite", "--json", gates="{kl_mean: {max: 1.0e-9}}")
+    assert told.exit_code == 3 and json.loads(told.stdout)["status"] == "rejected"
+
+
+def test_kept_gates_accept(tmp_path: Path) -> None:
+    assert build(tmp_path / "artifact", gates="{kl_mean: {max: 1}}").exit_code == 0
+    assert verify(tmp_path / "artifact").status == "accepted"
+
+
+def test_an_interrupted_build_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quantkit.pipeline.quantize", interrupted)
+    result = build(tmp_path / "artifact")
+    assert (result.exit_code, result.stderr) == (130, "source's sha256: 100 %\ninterrupted\n")
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_help_that_cannot_be_printed_says_so() -> None:
+    with open("/dev/full", "w") as full:
+        told = subprocess.run(
+            [sys.executable, "-m", "quantkit", "--help"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert told.returncode == 1
+    assert told.stderr.startswith(
+        "error: the operating system refused: no space left on device; check "
+    )
+    assert "Traceback" not in told.stderr
+
+
+# ---------------------------------------------------------------------------------------------- what is there already
+
+
+def test_an_existing_output_is_not_touched(tmp_path: Path) -> None:
+    output = tmp_path / "artifact"
+    output.mkdir()
+    (output / "thesis.txt").write_text("years of work")
+    assert (
+        fault(build(output), 2)
+        == f"{output}: exists already; choose another output.path or pass --overwrite"
+    )
+    assert fault(build(output, "--overwrite"), 2) == (
+        f"{output}: exists and is not an artifact of quantkit; --overwrite replaces artifacts only"
+    )
+    assert (output / "thesis.txt").read_text() == "years of work"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_an_output_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    assert "file: exists already; " in fault(build(tmp_path / "file"), 2)
+    assert "file: exists and is not an artifact" in fault(
+        build(tmp_path / "file", "--overwrite"), 2
+    )
+    assert "below.building: cannot be written: not a directory" in fault(
+        build(tmp_path / "file" / "below"), 1
+    )
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_overwrite_replaces_an_artifact_once_the_new_one_is_done(
+    artifact: Path, checkpoint_copy: Path
+) -> None:
+    before = (artifact / "quantkit/manifest.json").read_bytes()
+    (checkpoint_copy / "model.safetensors").unlink()
+    assert build(artifact, "--overwrite", source__model=checkpoint_copy).exit_code == 1
+    poison(checkpoint_copy, "model.norm.weight")
+    assert build(artifact, "--overwrite", source__model=checkpoint_copy).exit_code == 1
+    assert (artifact / "quantkit/manifest.json").read_bytes() == before
+    verify(artifact)
+    other = {"quantize__group_size": 64}
+    refused = fault(build(artifact, "--overwrite", **other), 2)
+    assert (
+        "recipe.quantize.group_size was 128, is 64" in refused
+        and "source.files.model.safetensors chan" in refused
+    )
+    assert refused.endswith("begin anew with --restart")
+    assert build(artifact, "--overwrite", "--restart", **other).exit_code == 0
+    assert (
+        json.loads((artifact / "config.json").read_text())["quantization_config"]["group_size"]
+        == 64
+    )
+    verify(artifact)
+    assert {path.name for path in artifact.parent.iterdir()} == {"artifact", "source"}
+
+
+# ------------------------------------------------------------------------------------------------- damaged checkpoints
+
+
+def poison(folder: Path, name: str) -> None:
+    """Write the checkpoint with one value of a tensor not a number."""
+    tensors = load_file(resolve_model("builtin:tiny-v3") / "model.safetensors")
+    if tensors[name].dtype == torch.float8_e4m3fn:
+        tensors[name].view(torch.uint8)[0, 0] = 0x7F
+    else:
+        tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+
+
+def no_shard(folder: Path) -> None:
+    split(folder)
+    (folder / SHARDS[1]).unlink()
+
+
+def cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def without(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors")
+
+
+EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing shard": (no_shard, f"{SHARDS[1]}: expected a file named by the checkpoint, found none; fetch the"),
+    "truncated shard": (cut, "model.safetensors: expected 7734632 bytes of tensor data, found 7733632; the file is"),
+    "missing tensor": (lambda f: without(f, "model.norm.weight"), "missing: model.norm.weight [256]"),
+    "missing scale": (lambda f: without(f, f"{EXPERT}_scale_inv"), f"{EXPERT}_scale_inv"),
+    "NaN in a norm": (lambda f: poison(f, "model.norm.weight"), "tensor 'model.norm.weight': expected finite values"),
+    "NaN in an expert": (lambda f: poison(f, EXPERT), f"tensor '{EXPERT}': expected finite values, found nan at elem"),
+    "NaN in a scale": (lambda f: poison(f, f"{EXPERT}_scale_inv"), f"tensor '{EXPERT}_scale_inv': expected finite"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: expected the model's configuration, found"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json: expected JSON, found an error ("),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "expected a tokenizer that transformers loads without"),
+    "unknown activation": (lambda f: change_config(f, hidden_act="silly"), "found: KeyError: 'silly'; repair"),
+    "mistyped value": (lambda f: change_config(f, rope_theta="much"), "expected a configuration that transformers mak"),
+    "mistyped size": (lambda f: change_config(f, hidden_size="big"), "config.json: expected a configuration that tran"),
+    "unknown dtype": (lambda f: change_config(f, dtype="float99"), "config.json: expected a configuration that transf"),
+    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json: expected JSON, found an e"),
+    "list of settings": (lambda f: (f / "tokenizer_config.json").write_text("[]"), "expected a JSON object, found lis"),
+    "too many experts": (lambda f: change_config(f, num_experts_per_tok=17), "found 17 of 16 experts, 2 of 4 groups;"),
+    "uneven groups": (lambda f: change_config(f, n_group=5), "found 2 of 16 experts, 2 of 5 groups; repair it"),
+    "other shapes": (lambda f: change_config(f, hidden_size=512), "model.norm.weight: expected shape [512], found"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "sentence"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint(
+    damage: Callable[[Path], object], sentence: str, checkpoint_copy: Path, tmp_path: Path
+) -> None:
+    """One message, exit 1, and nothing under the final name; below it how to go on, if a block was done."""
+    damage(checkpoint_copy)
+    message, *note = fault(build(tmp_path / "artifact", source__model=checkpoint_copy), 1).split(
+        "\n"
+    )
+    assert sentence in message
+    assert not note or (len(note) == 1 and "of 4 blocks are done and kept" in note[0])
+    left = {"source", "artifact.building", *(["artifact.building.scratch"] if note else [])}
+    assert {path.name for path in tmp_path.iterdir()} <= left
+
+
+def test_an_unknown_family_is_a_matter_of_usage(checkpoint_copy: Path, tmp_path: Path) -> None:
+    change_config(checkpoint_copy, model_type="gpt17")
+    message = fault(build(tmp_path / "artifact", source__model=checkpoint_copy), 2)
+    assert "'gpt17'" in message and ", ".join(registry.names("architectures")) in message
+
+
+def test_a_family_that_cannot_be_derived_is_told_with_the_reason(
+    checkpoint_copy: Path, tmp_path: Path
+) -> None:
+    change_config(checkpoint_copy, model_type="gpt2")
+    message = fault(build(tmp_path / "artifact", source__model=checkpoint_copy), 1)
+    assert (
+        "model_type 'gpt2' has no table in quantkit, and none can be derived: expected layers that are"
+        in message
+    )
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+    from support.checkpoints import tiny_config, write_checkpoint
+
+    source = write_checkpoint(tmp_path / "source", tiny_config("llama", vocab_size=512))
+    message = fault(build(tmp_path / "artifact", source__model=source, rules="all-linear"), 1)
+    assert message.startswith(
+        "tokenizer: expected token ids below 512, the rows of the embedding, found "
+    )
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
+    absent = "source.model: expected a folder, builtin:<name> or a Hub id like org/name, found './absent'"
+    for model, sentence, code in (("builtin:tiny-v4", "tiny-v3", 2), ("./absent", absent, 1)):
+        assert sentence in fault(run("plan", RECIPE, "--set", f"source.model={model}"), code)
+        assert sentence in fault(build(tmp_path / "artifact", source__model=model), code)

@@ -1,0 +1,556 @@
+"""What differs between two artifacts: values against scipy, what does not compare, views to the letter."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from math import exp, sqrt
+from typing import Any
+
+import pytest
+from scipy import stats
+from support.diff_example import (
+    A_SCORES,
+    B_SCORES,
+    EXPERT,
+    N_TOKENS,
+    SOURCE,
+    a_side,
+    answer,
+    b_side,
+    items,
+    report,
+    tokens,
+)
+from support.paths import GOLDEN
+from support.report_large import large
+from support.report_variants import drawn
+
+from quantkit.artifact.fidelity_schema import Fidelity, Figure
+from quantkit.diff import tables, views
+from quantkit.diff.compare import compare
+from quantkit.diff.sides import Side
+from quantkit.diff.values import Diff, Group
+from quantkit.errors import NotComparable
+
+
+@pytest.fixture(scope="module")
+def diff() -> Diff:
+    """B compared with A."""
+    return compare(a_side(), b_side())
+
+
+def with_text(side: Side, **changes: object) -> Side:
+    """The side as if it had been measured on other text."""
+    text = side.fidelity.measured_on
+    assert text is not None
+    return replace(
+        side,
+        fidelity=side.fidelity.model_copy(update={"measured_on": text.model_copy(update=changes)}),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- views
+
+
+def test_the_terminal_view_to_the_letter(diff: Diff) -> None:
+    assert drawn(views.terminal_view(diff)) == (GOLDEN / "diff.txt").read_text()
+
+
+def test_the_markdown_view_to_the_letter(diff: Diff) -> None:
+    assert views.markdown_view(diff) == (GOLDEN / "diff.md").read_text()
+
+
+def test_the_values_are_json_and_read_back(diff: Diff) -> None:
+    text = json.dumps(diff.model_dump(mode="json"), allow_nan=False)
+    assert Diff.model_validate(json.loads(text)) == diff
+
+
+def test_nothing_differs_from_itself() -> None:
+    found = compare(a_side(), a_side())
+    assert (
+        found.recipe,
+        found.decisions,
+        found.tensors,
+        found.flips,
+        found.made_with,
+        found.fallbacks,
+    ) == ((),) * 6
+    assert {row.verdict for row in found.benchmarks} == {"not resolved (n = 60, detectable 4.7 pp)"}
+    assert {row.shift for row in (*found.modules, *found.blocks, *found.routers)} == {0.0}
+    assert "The weight files of both are the same bytes." in found.notes
+    assert {row.resolved for row in found.distribution if row.difference} == {"not resolved"}
+    assert tables.modules(found, 10).rows == ()
+
+
+# ---------------------------------------------------------------------------------------------------- recipe, tensors
+
+
+def test_recipe_keys_are_told_once(diff: Diff) -> None:
+    """What the rule takes over from `quantize` is not told a second time."""
+    assert [(row.key, row.a, row.b) for row in diff.recipe] == [
+        ("quantize.method", "awq", "rtn"),
+        ("quantize.bits", "4", "3"),
+        ("format", '["awq"]', '["dense"]'),
+        ("calibration.set", "tiny-v3", None),
+    ]
+
+
+def test_plans_are_compared_key_by_key(diff: Diff) -> None:
+    assert [(row.key, row.a, row.b) for row in diff.plan] == [
+        ("rules[0].modules", "2", "3"),
+        ("rules[0].bytes_after", "4000000", "2700000"),
+    ]
+
+
+def test_a_rule_that_changed_by_itself_is_told() -> None:
+    other = b_side()
+    rules = [
+        {"label": "rules[0]", "match": "*", "quantize": {"method": "rtn", "bits": 8}, "keep": None}
+    ]
+    found = compare(a_side(), replace(other, recipe={**(other.recipe or {}), "rules": rules}))
+    assert ("rules[0].quantize.bits", "4", "8") in [(row.key, row.a, row.b) for row in found.recipe]
+
+
+def test_tensors_added_removed_and_stored_otherwise(diff: Diff) -> None:
+    folded = EXPERT.format("{0-1}")
+    assert diff.tensors == (
+        Group(change="removed", a="I32", b="none", count=2, names=(f"{folded}.qweight",)),
+        Group(change="added", a="none", b="BF16", count=2, names=(f"{folded}.weight",)),
+        Group(change="dtype", a="BF16", b="F16", count=1, names=("lm_head.weight",)),
+        Group(change="shape", a="[256]", b="[128]", count=1, names=("model.norm.weight",)),
+    )
+    assert [(row.a, row.b, row.count) for row in diff.decisions] == [
+        ("awq int4 g128 asymmetric", "rtn int3 g128 asymmetric", 2),
+        ("keep", "rtn int3 g128 asymmetric", 1),
+    ]
+
+
+def test_reports_alone_tell_schemes_instead_of_plans() -> None:
+    sides = [
+        Side(name=name, kind="report", fidelity=side.fidelity)
+        for name, side in (("a", a_side()), ("b", b_side()))
+    ]
+    found = compare(*sides)
+    assert [(row.change, row.a, row.b, row.count) for row in found.decisions] == [
+        ("scheme", "int4 g128 asymmetric", "int3 g128 asymmetric", 2),
+        ("scheme", "not quantized", "int3 g128 asymmetric", 1),
+    ]
+    assert found.tensors == () and found.recipe == () and found.flips == ()
+    assert [(row.task, row.a, row.b, row.verdict) for row in found.benchmarks] == [
+        ("tiny-v3-math", 0.82, 0.82, "not paired: no samples beside fidelity.json"),
+    ]
+    assert all(row.difference is None for row in found.distribution)
+    assert sum("is a fidelity.json alone" in note for note in found.notes) == 2
+    assert "no interval" in tables.distribution(found).note
+
+
+def test_sizes(diff: Diff) -> None:
+    rows = {row.name: (row.a, row.b) for row in diff.sizes}
+    assert rows["weights"] == (6_412_345, 5_100_000)
+    assert rows["the whole folder"] == (6_413_245, 5_100_900)
+    assert rows["quantized matrices"] == (2, 3)
+
+
+# -------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_benchmarks_are_paired_and_agree_with_scipy(diff: Diff) -> None:
+    row = diff.benchmarks[0]
+    lost = sum(a > b for a, b in zip(A_SCORES, B_SCORES, strict=True))
+    gained = sum(b > a for a, b in zip(A_SCORES, B_SCORES, strict=True))
+    assert (row.n, row.lost, row.gained) == (60, lost, gained) == (60, 12, 0)
+    assert row.mcnemar_p == pytest.approx(
+        stats.binomtest(min(lost, gained), lost + gained, 0.5).pvalue
+    )
+    assert row.delta_pp is not None and row.delta_pp.ci is not None
+    assert row.delta_pp.value == pytest.approx(100 * (sum(B_SCORES) - sum(A_SCORES)) / 60)
+    down, up, z = (lost + 1) / 62, (gained + 1) / 62, stats.norm.ppf(0.975)  # Bonett & Price 2012
+    half = z * sqrt((down + up - (up - down) ** 2) / 62)
+    assert row.delta_pp.ci == pytest.approx((100 * (up - down - half), 100 * (up - down + half)))
+    assert (row.source, row.a, row.b, row.verdict) == (0.75, 0.75, 0.55, "worse")
+
+
+def test_flips_come_with_both_answers_the_lost_ones_first() -> None:
+    b = replace(b_side(), items=items([0.0, *A_SCORES[1:-4], 1.0, *A_SCORES[-3:]], SOURCE))
+    found = compare(a_side(), b)
+    assert [(flip.item, flip.lost, flip.a.text, flip.b.text) for flip in found.flips] == [
+        (0, True, "It is 0", "It is 1"),
+        (56, False, "It is 57", "It is 56"),
+    ]
+    assert (found.compared_items, found.reworded) == (60, 0)
+    assert (found.flips[0].prompt, found.flips[0].target, found.flips[0].source_score) == (
+        "Question: what is 0?\nAnswer:", "0", 1.0,
+    )  # fmt: skip
+
+
+def test_other_words_with_the_same_score_are_counted() -> None:
+    b, key = a_side(), ("tiny-v3-math", "answer", 5)
+    assert b.items is not None
+    changed = {**b.items, key: replace(b.items[key], answer=answer("Surely 5", 1.0))}
+    assert compare(a_side(), replace(b, items=changed)).reworded == 1
+
+
+def pick(values: Any, domain: str) -> list[float]:
+    """The values of a domain's tokens."""
+    return [
+        v for v, name in zip(values, tokens(1.0).domains, strict=True) if domain in ("all", name)
+    ]
+
+
+@pytest.mark.parametrize("domain", ["all", "math"])
+def test_token_differences_agree_with_scipy(domain: str) -> None:
+    """scipy's t interval is wider by a hair at this n, so the normal one is built from scipy's standard error."""
+    rows = [{"domain": name, "tokens": N_TOKENS if name == "all" else 400, "kl_mean": {"value": 0.1},
+             "ppl_artifact": {"value": 3.0}, "top1": {"value": 0.9}, "mean_delta_p": {"value": 0.0}}
+            for name in ("all", "math")]  # fmt: skip
+    a, b = (replace(side, fidelity=report(distribution=rows)) for side in (a_side(), b_side()))
+    assert a.tokens is not None and b.tokens is not None
+    found = {row.figure: row for row in compare(a, b).distribution if row.domain == domain}
+    z = stats.norm.ppf(0.975)
+    for figure, one, two, map_ in (
+        ("kl_mean", a.tokens.kl, b.tokens.kl, None),
+        ("ppl_artifact", a.tokens.nll, b.tokens.nll, exp),
+        ("mean_delta_p", [exp(-x) for x in a.tokens.nll], [exp(-x) for x in b.tokens.nll], None),
+    ):
+        change = [y - x for x, y in zip(pick(one, domain), pick(two, domain), strict=True)]
+        mean, error = sum(change) / len(change), float(stats.sem(change))
+        expected = [mean, mean - z * error, mean + z * error]
+        told = found[figure].difference
+        assert told is not None and told.ci is not None
+        assert [told.value, *told.ci] == pytest.approx([map_(x) if map_ else x for x in expected])
+    same = [pick(side.tokens.same_top, domain) for side in (a, b) if side.tokens]
+    told = found["top1"].difference
+    assert told is not None and told.value == pytest.approx(
+        sum(same[1]) / len(same[1]) - sum(same[0]) / len(same[0])
+    )
+    assert found["kl_mean"].resolved == "worse" and found["top1"].resolved == "worse"
+
+
+def test_gold_solutions_are_paired_and_agree_with_scipy(diff: Diff) -> None:
+    (row,) = diff.likelihood
+    first, second = a_side().solutions or {}, b_side().solutions or {}
+    change = [second[key].value - first[key].value for key in first]
+    assert row.difference is not None and row.difference.ci is not None
+    half = float(stats.norm.ppf(0.975) * stats.sem(change))
+    assert row.difference.ci == pytest.approx((sum(change) / 20 - half, sum(change) / 20 + half))
+    assert (row.task, row.n, row.source, row.a, row.b, row.resolved) == (
+        "tiny-v3-math",
+        20,
+        -0.5,
+        -0.502,
+        -0.54,
+        "worse",
+    )
+    alone = compare(replace(a_side(), solutions=None), b_side()).likelihood[0]
+    assert (alone.difference, alone.n, alone.b) == (None, 20, -0.54)
+
+
+def test_two_that_learned_from_nothing_are_not_told_to_differ() -> None:
+    sides = [
+        replace(s, fidelity=s.fidelity.model_copy(update={"calibration": None}))
+        for s in (a_side(), b_side())
+    ]
+    assert not any("calibration" in note for note in compare(*sides).notes)
+
+
+def test_all_tasks_are_put_together() -> None:
+    """Items of two tasks count as one sample, and each task keeps its own line."""
+    a, b = (
+        replace(side, items={**(side.items or {}), **items(scores[:30], SOURCE[:30], "code")})
+        for side, scores in ((a_side(), A_SCORES), (b_side(), B_SCORES))
+    )
+    rows = {row.task: row for row in compare(a, b).benchmarks}
+    assert list(rows) == ["tiny-v3-math", "code", "all tasks"]
+    assert (rows["all tasks"].n, rows["all tasks"].lost) == (
+        90,
+        (rows["tiny-v3-math"].lost or 0) + (rows["code"].lost or 0),
+    )
+
+
+def test_a_token_that_is_not_finite_leaves_no_difference() -> None:
+    bad = tokens(0.004, seed=2)
+    b = replace(b_side(), tokens=replace(bad, kl=[float("inf"), *list(bad.kl)[1:]]))
+    found = {(row.domain, row.figure): row for row in compare(a_side(), b).distribution}
+    assert (
+        found["all", "kl_mean"].difference is None and found["all", "top1"].difference is not None
+    )
+    assert found["all", "kl_mean"].resolved == "" and found["math", "kl_mean"].resolved == "worse"
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+def test_modules_are_ordered_by_how_far_their_error_moved(diff: Diff) -> None:
+    assert [(row.name, row.by, round(row.shift or 0, 4)) for row in diff.modules] == [
+        (EXPERT.format(0), "outputs", 0.1588),
+        (EXPERT.format(1), "outputs", -0.0434),
+        ("lm_head", "outputs", 0.02),
+    ]
+    assert diff.modules[2].a == 0.0  # kept in A
+
+
+def test_other_calibration_text_leaves_the_weights() -> None:
+    b = b_side()
+    found = compare(
+        a_side(), replace(b, fidelity=b.fidelity.model_copy(update={"calibration": None}))
+    )
+    assert {row.by for row in found.modules} == {"weights"}
+    assert any(note.startswith(f"{b.name} learned from no text, so") for note in found.notes)
+
+
+# ------------------------------------------------------------------------------------------------- what is comparable
+
+Change = Callable[[Side], Side]
+
+
+def other_source(side: Side) -> Side:
+    """Made from another checkpoint."""
+    source = side.fidelity.source.model_copy(update={"hash": "99" * 32, "model": "org/other"})
+    return replace(side, fidelity=side.fidelity.model_copy(update={"source": source}))
+
+
+def other_source_bytes(side: Side) -> Side:
+    """Made from a checkpoint with the same headers and other weights: a fine-tuned one."""
+    return replace(side, source_files={"model.safetensors": "88" * 32})
+
+
+def other_text(side: Side) -> Side:
+    """Measured on other text."""
+    return with_text(side, sha256="ef" * 32)
+
+
+def fewer_windows(side: Side) -> Side:
+    """Measured on a part of the text."""
+    return with_text(side, sequences=10)
+
+
+def other_prompt(side: Side) -> Side:
+    """One item was asked in other words."""
+    key = ("tiny-v3-math", "answer", 7)
+    changed = replace((side.items or {})[key], hashes=("doc7", "other", "target7"))
+    return replace(side, items={**(side.items or {}), key: changed})
+
+
+def other_data(side: Side) -> Side:
+    """Asked another version of the task."""
+    rows = [row.model_copy(update={"data_sha256": "21" * 32}) for row in side.fidelity.benchmarks]
+    return replace(side, fidelity=side.fidelity.model_copy(update={"benchmarks": tuple(rows)}))
+
+
+def other_solutions(side: Side) -> Side:
+    """Scored on another version of the gold solutions."""
+    rows = [row.model_copy(update={"data_sha256": "21" * 32}) for row in side.fidelity.likelihood]
+    return replace(side, fidelity=side.fidelity.model_copy(update={"likelihood": tuple(rows)}))
+
+
+REFUSED: Mapping[str, tuple[Change, str, tuple[str, ...]]] = {
+    "source": (
+        other_source,
+        r"first was made from builtin:tiny-v3 \(5f5f.*\), second was made from org/other \(9999.*\): figures against "
+        r"different sources do not compare",
+        ("distribution", "benchmarks", "blocks", "modules", "routers", "flips"),
+    ),
+    "weights": (
+        other_source_bytes,
+        r".*7777.*8888.*different sources",
+        ("distribution", "benchmarks", "modules", "flips"),
+    ),
+    "text": (
+        other_text,
+        r"first was measured on tiny-v3-heldout \(cdcdcdcdcdcd, 20 x 512 tokens\), second .*: distributions on "
+        r"different text do not compare",
+        ("distribution", "blocks", "routers"),
+    ),
+    "windows": (
+        fewer_windows,
+        r".*10 x 512 tokens\): distributions on different text",
+        ("distribution", "blocks"),
+    ),
+    "prompt": (
+        other_prompt,
+        r"tiny-v3-math: the prompt of item 7 is not the same in first and second \(prompt_hash differs\): the "
+        r"scores do not compare",
+        ("flips",),
+    ),
+    "data": (
+        other_data,
+        r"tiny-v3-math: first was asked other data \(1212.*\) than second \(2121.*\)",
+        ("flips", "likelihood"),
+    ),
+    "solutions": (
+        other_solutions,
+        r"tiny-v3-math: first was asked other data",
+        ("flips", "likelihood"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_compare_is_refused_in_a_sentence(case: str) -> None:
+    change, sentence, _ = REFUSED[case]
+    with pytest.raises(NotComparable) as caught:
+        compare(a_side(), change(b_side()))
+    assert re.fullmatch(sentence + r".*; --partial compares the rest", str(caught.value))
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_rest_is_compared_when_asked(case: str) -> None:
+    change, sentence, gone = REFUSED[case]
+    found, whole = compare(a_side(), change(b_side()), partial=True), compare(a_side(), b_side())
+    assert re.match(sentence, found.left_out[0])
+    assert (
+        found.sizes == whole.sizes
+        and found.recipe == whole.recipe
+        and found.tensors == whole.tensors
+    )
+    for name in gone:
+        assert getattr(found, name) == () and getattr(whole, name) != (), name
+    assert not any(row.delta_pp for row in found.benchmarks) or "flips" not in gone
+    assert "left out: " in drawn(
+        views.terminal_view(found)
+    ) and "left out: " in views.markdown_view(found)
+
+
+def test_items_that_only_one_side_was_asked_are_counted() -> None:
+    found = compare(a_side(), replace(b_side(), items=items(B_SCORES[:40], SOURCE[:40])))
+    assert found.benchmarks[0].n == 40
+    assert "tiny-v3-math: 40 items are in both, 20 in one only." in found.notes
+
+
+def test_a_baseline_that_moved_is_told() -> None:
+    moved = tokens(0.004, seed=2)
+    moved = replace(moved, nll_source=[x + 1e-3 for x in moved.nll_source])
+    found = compare(
+        a_side(), replace(b_side(), tokens=moved, items=items(B_SCORES, [0.0, *SOURCE[1:]]))
+    )
+    assert any("differ by up to 0.001 nats between the two builds" in note for note in found.notes)
+    assert any("scored otherwise on 1 items" in note for note in found.notes)
+
+
+# ---------------------------------------------------------------------------------------------------- large, hostile
+
+
+@pytest.fixture(scope="module")
+def large_sides() -> tuple[Side, Side]:
+    """Two reports of DeepSeek-V3's size, with 600 items of which a third flipped."""
+    one = large()
+    modules = [
+        m.model_copy(update={"output_relative_error": 0.01}) if m.method else m for m in one.modules
+    ]
+    two = one.model_copy(update={"modules": tuple(modules), "benchmarks": ()})
+    many = [1.0] * 600
+    sides = [
+        Side(
+            name=n,
+            kind="artifact",
+            fidelity=f,
+            items=items([float(k % 3 > 0 or n == "a") for k in range(600)], many),
+        )
+        for n, f in (("a", one.model_copy(update={"benchmarks": ()})), ("b", two))
+    ]
+    return sides[0], sides[1]
+
+
+def test_markdown_of_a_large_model_fits_a_comment(large_sides: tuple[Side, Side]) -> None:
+    found = compare(*large_sides)
+    assert len(found.modules) == 44_544 and len(found.flips) == 200
+    text = views.markdown_view(found)
+    assert 5_000 < len(text) < views.MAX_CHARACTERS
+    assert "44,4" in text and "more rows in quantkit diff --json." in text
+    assert text.count("<details>") == text.count("</details>") > 3
+
+
+def hostile() -> Iterator[str]:
+    """Text that would end a fence, a cell, a details element, or steer a terminal."""
+    yield "```\n</details>\n# x\n````\n"
+    yield "| a | b |\n<script>x</script> \x1b[2J\u202e"
+    yield "`" * 5_000 + "a|b<c*" * 4_000
+
+
+@pytest.mark.parametrize("text", list(hostile()), ids=["fence", "cell", "long"])
+def test_text_from_elsewhere_ends_nothing(text: str) -> None:
+    a, b = a_side(), b_side()
+    assert a.items is not None and b.items is not None
+    both = []
+    for side in (a, b):
+        changed = {}
+        for key, item in (side.items or {}).items():
+            score = item.answer.score if item.answer else 0.0
+            changed[key] = replace(
+                item, prompt=text, target=text, answer=answer(f"{text}{score}", score)
+            )
+        both.append(replace(side, items=changed, name=text))
+    found = compare(*both)
+    shown = views.markdown_view(found)
+    assert len(shown) < views.MAX_CHARACTERS
+    outside, fence = [], ""
+    for line in shown.splitlines():
+        opened = re.match(r"`{3,}", line)
+        if not fence and opened:
+            fence = opened[0]
+        elif fence and line == fence:
+            fence = ""
+        elif not fence:
+            outside.append(line)
+    assert not fence
+    plain = "\n".join(outside)
+    assert (
+        plain.count("<details>") == plain.count("</details>")
+        and "<script" not in plain
+        and "\n# x" not in plain
+    )
+    assert "\x1b" not in drawn(views.terminal_view(found))
+
+
+def test_an_answer_calls_nobody_and_links_nothing() -> None:
+    """GitHub would read @name and #12 in a table; in a fence it does not."""
+    b = a_side()
+    key = ("tiny-v3-math", "answer", 5)
+    said = replace(answer("#12 @staticmethod", 0.0), outcome="@staticmethod #12 kl@math")
+    found = compare(
+        a_side(),
+        replace(
+            b,
+            name="@team",
+            items={**(b.items or {}), key: replace((b.items or {})[key], answer=said)},
+        ),
+    )
+    lines = [
+        line
+        for line in views.markdown_view(found).splitlines()
+        if "static" in line or "team" in line
+    ]
+    fenced = [line for line in lines if line == "#12 @staticmethod"]
+    assert len(fenced) == 1 and len(lines) == 4
+    for line in set(lines) - set(fenced):
+        assert not re.search(r"(?<!\w)[@#]\w", line) and ("kl@math" in line) == ("static" in line)
+
+
+def test_kl_of_a_source_is_zero_and_its_ratio_has_no_percent() -> None:
+    """Nothing divides by the source's KL of 0."""
+    a = a_side()
+    rows = [
+        row.model_copy(update={"kl_mean": Figure(value=0.0)}) for row in a.fidelity.distribution
+    ]
+    a = replace(a, fidelity=a.fidelity.model_copy(update={"distribution": tuple(rows)}))
+    assert "mean KL 0 -> 0.00400, higher beyond doubt" in tables.headline(compare(a, b_side()))
+
+
+def test_tokens_that_the_report_does_not_count_are_not_paired() -> None:
+    """Samples of another length than the report says are not those behind its figures."""
+    rows = [{"domain": "all", "tokens": N_TOKENS + 1, "kl_mean": {"value": 0.1}}]
+    a, b = (replace(side, fidelity=report(distribution=rows)) for side in (a_side(), b_side()))
+    assert [row.difference for row in compare(a, b).distribution] == [None]
+
+
+def test_reports_of_a_model_that_measured_nothing_compare() -> None:
+    bare = Fidelity.model_validate({
+        key: report().model_dump()[key] for key in ("artifact", "source")
+    })
+    side = Side(name="bare", kind="report", fidelity=bare)
+    found = compare(side, a_side())
+    assert found.distribution == () and tables.headline(found) == "Both have 6.41 MB of weights."

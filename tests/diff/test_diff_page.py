@@ -1,0 +1,258 @@
+"""The page of a comparison: its text everywhere, and in a real browser where there is one."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.browser_pages import NARROW, Tab, contrast, luminance
+from support.constants import CHROMIUM
+from support.diff_example import a_side, answer, b_side, items
+from support.report_large import large
+from support.report_pages import HOSTILE, LIMIT_BYTES, Page
+
+from quantkit.diff import page, tables
+from quantkit.diff.charts import layer_medians, tail
+from quantkit.diff.compare import compare
+from quantkit.diff.sides import Side
+from quantkit.diff.values import Shift
+from quantkit.report.html import csp_hash
+
+in_browser = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no chromium on this machine (Debian: apt-get install chromium)"
+    ),
+]
+
+
+def rendered(a: Side, b: Side) -> str:
+    """The page of B compared with A."""
+    return page.render(compare(a, b), a.tokens, b.tokens)
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    """The page of the example."""
+    return rendered(a_side(), b_side())
+
+
+@pytest.fixture(scope="module")
+def big_sides() -> tuple[Side, Side]:
+    """Two of DeepSeek-V3's size, 200 of 600 items flipped."""
+    one = large().model_copy(update={"benchmarks": ()})
+    modules = [
+        m.model_copy(update={"output_relative_error": 0.01}) if m.method else m for m in one.modules
+    ]
+    sides = [
+        Side(name=name, kind="artifact", fidelity=fidelity, items=items(scores, [1.0] * 600))
+        for name, fidelity, scores in (
+            ("a", one, [1.0] * 600),
+            (
+                "b",
+                one.model_copy(update={"modules": tuple(modules)}),
+                [float(n % 3 > 0) for n in range(600)],
+            ),
+        )
+    ]
+    return sides[0], sides[1]
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+
+
+def test_the_page_shows_the_cells_of_every_table(text: str) -> None:
+    words, diff = Page(text).words, compare(a_side(), b_side())
+    made = [made for made in tables.tables(diff, page.ROWS) if made.title != "Items that flipped"]
+    assert len(made) == 14
+    for table in made:
+        for row in table.rows:
+            assert all(cell in words for cell in row if cell), (table.title, row)
+
+
+def test_sections_are_linked_and_lost_items_come_first(text: str) -> None:
+    assert re.findall(r'<section id="(\w+)"', text) == re.findall(r'<li><a href="#(\w+)"', text)
+    assert re.findall(r'data-outcome="(\w+)"', text) == ["lost"] * 12
+    assert tables.headline(compare(a_side(), b_side())).replace("->", "-&gt;") in text
+
+
+def test_the_policy_names_the_two_scripts(text: str) -> None:
+    """Nothing may be fetched and nothing else may run, as in the report."""
+    found = Page(text)
+    policy = next(
+        value for name, value in found.values if name == "content" and "default-src" in value
+    )
+    assert policy.startswith("default-src 'none';") and len(found.scripts) == 3
+    for script in found.scripts[1:]:
+        assert f"'{csp_hash(script)}'" in policy
+    links = [value for name, value in found.values if name in ("href", "src")]
+    assert links and all(value.startswith("#") for value in links)
+    assert list(found.drawings["specs"]) == ["layers", "blocks", "kl"]
+
+
+def test_the_same_sides_are_the_same_bytes(text: str) -> None:
+    assert rendered(a_side(), b_side()) == text
+
+
+def test_a_large_pair_stays_small(big_sides: tuple[Side, Side]) -> None:
+    made = rendered(*big_sides)
+    assert len(made.encode()) < LIMIT_BYTES
+    assert made.count("<article") == 200 and "44,344 more; --json has all" in made
+
+
+def test_hostile_text_stays_text() -> None:
+    clean = Page(rendered(*named("plain")))
+    for hostile in HOSTILE:
+        found = Page(rendered(*named(hostile)))
+        assert found.tags == clean.tags, hostile
+        assert len(found.scripts) == 3
+
+
+def named(word: str) -> tuple[Side, Side]:
+    """Two sides in which all text from elsewhere is this one."""
+    sides = []
+    for side in (a_side(), b_side()):
+        held = {
+            key: replace(item, prompt=word, target=word[:99], answer=answer(f"{word}{n}", float(n)))
+            for key, item in items([1.0] * 3, [1.0] * 3).items()
+            for n in [(key[2] + (side.kind == "artifact" and side.name == "second")) % 2]
+        }
+        tensors = {f"{word}{n}": ("BF16", (n, 2 if side.name == "first" else 3)) for n in range(2)}
+        sides.append(
+            replace(
+                side,
+                name=word or "x",
+                items=held,
+                tensors=tensors,
+                recipe={"key": f"{word} {side.name}"},
+            )
+        )
+    return sides[0], sides[1]
+
+
+# ------------------------------------------------------------------------------------------------------------- plots
+
+
+def test_the_tail_counts_tokens_from_each_step_on() -> None:
+    kl = [1e-12, 1e-5, 1e-5, 3e-3, float("inf")]
+    rows = {row["at"]: (row["share"], row["tokens"]) for row in tail(kl, "A")}
+    assert (rows[-9.0], rows[-5.25], rows[-4.75], rows[-2.75]) == (
+        (0.75, 3),
+        (0.75, 3),
+        (0.25, 1),
+        (0.25, 1),
+    )
+    assert max(rows) == -2.75 and tail([], "A") == []
+
+
+def test_layers_have_the_median_of_each_side() -> None:
+    shifts = [
+        Shift(name=f"model.layers.{n}.up_proj", by="outputs", a=0.1, b=b, shift=None)
+        for n, b in ((1, 0.3), (1, 0.5))
+    ]
+    found = {(row["layer"], row["side"]): row["error"] for row in layer_medians(shifts)}
+    assert found == {(1, "A"): 0.1, (1, "B"): 0.4}
+
+
+def test_without_tokens_there_is_no_tail() -> None:
+    for a, there in ((replace(a_side(), tokens=None), False), (a_side(), True)):
+        assert ("kl" in Page(rendered(a, b_side())).drawings["specs"]) is there
+
+
+# ----------------------------------------------------------------------------------------------------------- browser
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
+    """The example's page on disk."""
+    path = tmp_path_factory.mktemp("diff") / "diff.html"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+class TestInABrowser:
+    pytestmark = in_browser
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_it_is_drawn_sorted_and_searched_without_a_complaint(
+        self, scheme: str, browser: Any, page_file: Path
+    ) -> None:
+        tab = Tab(browser, page_file, color_scheme=scheme)
+        names = tab.all(
+            "[...document.querySelectorAll('figure[data-plot]:has(svg)')].map(f => f.dataset.plot)"
+        )
+        assert names == ["layers", "blocks", "kl"]
+        tab.page.locator("#t-modules thead button").nth(4).click()
+        assert tab.column("t-modules", 4) == ["+15.880", "+2.000", "-4.340"]
+        tab.page.fill("[data-filters=t-modules]", "experts.1")
+        assert tab.column("t-modules", 0) == ["model.layers.1.mlp.experts.1.gate_proj"]
+        tab.page.fill("#search", "what is 33?")
+        assert tab.articles() == [("tiny-v3-math", "lost")]
+        assert tab.page.locator("#items article:not([hidden]) mark").all_inner_texts() == [
+            "33",
+            "34",
+        ]
+        tab.page.select_option("#outcome", "gained")
+        assert tab.articles() == []
+        assert tab.faults == []
+        tab.context.close()
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_words_can_be_read(self, scheme: str, browser: Any, page_file: Path) -> None:
+        tab = Tab(browser, page_file, color_scheme=scheme)
+        background = tab.all("getComputedStyle(document.documentElement).backgroundColor")
+        assert (luminance(background) > 0.5) == (scheme == "light")
+        told = tab.all("""['body', '.note', '.lead', 'td .tone.bad', '.parties small', '.parties .tone', 'mark',
+            '#t-distribution .tone.open', 'thead button', 'summary', '.plot svg text'].map(name => {
+                let element = document.querySelector(name), style = getComputedStyle(element);
+                const colour = name.endsWith('text') ? style.fill : style.color, clear = 'rgba(0, 0, 0, 0)';
+                while (getComputedStyle(element).backgroundColor === clear) element = element.parentElement;
+                return [name, colour, getComputedStyle(element).backgroundColor];
+            })""")
+        weak = {
+            name: round(contrast(front, back), 2)
+            for name, front, back in told
+            if contrast(front, back) < 4.5
+        }
+        assert weak == {} and len(told) == 11
+        tab.context.close()
+
+    def test_a_phone_scrolls_one_way_only(
+        self, browser: Any, page_file: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "long.html").write_text(rendered(*named("x" * 300)), encoding="utf-8")
+        for file in (page_file, tmp_path / "long.html"):
+            tab = Tab(browser, file, viewport=NARROW, is_mobile=True, has_touch=True)
+            assert tab.all("document.documentElement.scrollWidth") == NARROW["width"]
+            assert tab.faults == []
+            tab.context.close()
+
+    def test_hostile_text_runs_nothing(self, browser: Any, tmp_path: Path) -> None:
+        hostile = " ".join(HOSTILE).encode("utf-8", "ignore").decode()
+        (tmp_path / "page.html").write_text(rendered(*named(hostile)), encoding="utf-8")
+        tab = Tab(browser, tmp_path / "page.html")
+        tab.page.fill("#search", "onerror")
+        assert tab.all("typeof hacked") == "undefined"
+        assert tab.all("document.querySelectorAll('img, iframe, main script').length") == 0
+        assert tab.faults == []
+        tab.context.close()
+
+    def test_a_large_pair_is_drawn(
+        self, browser: Any, tmp_path: Path, big_sides: tuple[Side, Side]
+    ) -> None:
+        (tmp_path / "page.html").write_text(rendered(*big_sides), encoding="utf-8")
+        tab = Tab(browser, tmp_path / "page.html")
+        assert len(tab.column("t-modules", 0)) == page.ROWS and len(tab.articles()) == 12
+        assert tab.faults == []
+        tab.context.close()
+
+
+def test_headlines_of_hostile_names_are_escaped() -> None:
+    made = rendered(*named("</main><b>"))
+    assert escape("</main><b>") in made and "</main><b>" not in made
+    assert json.dumps(Page(made).drawings)  # the data of the plots is whole

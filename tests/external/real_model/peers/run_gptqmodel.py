@@ -1,0 +1,40 @@
+"""GPTQModel: GPTQ, 4 bits, groups of 64, symmetric, everything else as it comes (act-group-aware order).
+
+python run_gptqmodel.py MODEL TOKENS.json ARTIFACT COST.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from cost import measured
+from gptqmodel import GPTQModel, QuantizeConfig, extension
+
+
+def main() -> None:
+    """Load, quantize, save; the latter two are what is measured."""
+    model_folder, tokens, artifact, report = sys.argv[1:]
+    rows = json.loads(Path(tokens).read_text(encoding="utf-8"))
+    calibration = [
+        {
+            "input_ids": torch.tensor([row]),
+            "attention_mask": torch.ones(1, len(row), dtype=torch.long),
+        }
+        for row in rows
+    ]
+    extension.load(
+        name="pack_block_cpu"
+    )  # compiled once for all models, half a minute: not what is measured
+    model = GPTQModel.load(
+        model_folder, QuantizeConfig(bits=4, group_size=64, sym=True), device="cpu"
+    )
+    with measured(Path(report)):
+        model.quantize(calibration, batch_size=1)
+        model.save(artifact)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""One build of a recipe in a process of its own, and what it cost. Run by bench.py as a script.
+
+    python tests/external/real_model/run_quantkit.py RECIPE CHANGES.json COST.json
+
+Libraries are imported first, as for the other tools; reading and hashing the source counts as quantizing, for blocks
+are read as they are quantized.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import transformers.models.llama.modeling_llama  # noqa: F401  # what the first block would import
+from peers.cost import measured
+
+from quantkit import pipeline
+from quantkit.plan.plan import Plan
+from quantkit.progress import Progress
+from quantkit.recipe.parse import parse
+
+
+def ignore(_: Progress | Sequence[Plan]) -> None:
+    """Only the end counts."""
+
+
+def main() -> None:
+    """Build, measured."""
+    file, changes, report = sys.argv[1:]
+    text = Path(file).read_text(encoding="utf-8")
+    recipe = parse(text, file, json.loads(Path(changes).read_text(encoding="utf-8")))
+    with measured(Path(report)):
+        pipeline.run(recipe, text, overwrite=True, evaluate=False, planned=ignore, tell=ignore)
+
+
+if __name__ == "__main__":
+    main()

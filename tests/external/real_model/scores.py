@@ -1,0 +1,99 @@
+"""`make eval-real`: GSM8K, HumanEval and MBPP on SmolLM2-135M-Instruct, the source beside each method.
+
+    PYTHONPATH=tests .venv/bin/python -m external.real_model.scores [--model FOLDER] [--place FOLDER] [--only METHOD ...]
+        [--limit 200] [--max-tokens 256]
+
+Every artifact is asked by `quantkit eval --source`, which keeps each answer as it comes: a run that was stopped goes on
+where it was. Artifacts that `make real-model` left in the folder are used, others are built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from external.real_model.bench import (
+    ONE_THREAD,
+    PLACE,
+    ROOT,
+    artifact,
+    prepare,
+    quantkit,
+    say,
+    table,
+)
+from external.real_model.methods import BUILDS
+
+TASKS = "gsm8k,humaneval,mbpp"
+
+
+def scored(folder: Path, model: Path, options: Sequence[str]) -> dict[str, object]:
+    """results.json of an artifact beside its source; the answers of both stay on disk."""
+    output = folder.with_name(f"{folder.name}.eval")
+    data = os.environ.get("QUANTKIT_DATA", str(ROOT.parent / "shared" / "data"))
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "quantkit", "eval", str(folder), "--tasks", TASKS, "--source", str(model), "--dtype",
+            "bfloat16", "--device-map", "cpu", "--batch-size", "64", "--output", str(output), "--resume", *options,
+        ],
+        env={**os.environ, **ONE_THREAD, "QUANTKIT_DATA": data},
+    )  # fmt: skip
+    if done.returncode != 0:
+        sys.exit(f"{folder.name}: quantkit eval: exit code {done.returncode}")
+    found: dict[str, object] = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    return found
+
+
+def main() -> None:
+    """Build what is missing, ask, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=PLACE / "smollm2-135m")
+    parser.add_argument("--place", type=Path, default=PLACE)
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="of the table's first column")
+    parser.add_argument("--limit", default="200")
+    parser.add_argument("--max-tokens", default="256")
+    given = parser.parse_args()
+    bench = prepare(given.model, given.place)
+    if bench is None:
+        return
+    rows = []
+    for build in (build for build in BUILDS if not given.only or build.name in given.only):
+        folder = artifact(bench, build, measured=True)
+        if not (folder / "quantkit" / "manifest.json").is_file():
+            say(f"{build.name} ...")
+            quantkit(bench, build, measured=True)
+        found = scored(
+            folder, bench.model, ["--limit", given.limit, "--max-tokens", given.max_tokens]
+        )
+        for row in found["comparison"]:  # type: ignore[attr-defined]
+            delta = row["delta_pp"]
+            rows.append([
+                f"{build.name}, {row['task']}",
+                str(row["n"]),
+                f"{100 * row['source']:.1f} %",
+                f"{100 * row['artifact']:.1f} %",
+                f"{delta['value']:+.1f} [{delta['ci'][0]:+.1f}, {delta['ci'][1]:+.1f}]",
+                f"{row['lost']}/{row['gained']}",
+                row["verdict"],
+            ])
+    columns = (
+        "method, task",
+        "n",
+        "source",
+        "artifact",
+        "Δ pp [95 % CI]",
+        "lost/gained",
+        "verdict",
+    )
+    table(f"SmolLM2-135M-Instruct, greedy, at most {given.max_tokens} tokens", columns, rows)
+
+
+if __name__ == "__main__":
+    main()

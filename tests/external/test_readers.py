@@ -1,0 +1,217 @@
+"""AWQ and GPTQ artifacts as GPTQModel reads them: weights bit for bit, names, and the logits of its kernels.
+
+GPTQModel lives in an environment of its own (`make readers`): it pins an older numpy, and replaces parts of
+transformers when it is imported. QUANTKIT_READERS names its Python. Without it these tests are skipped, unless
+QUANTKIT_REQUIRE_READERS is set, as in CI: then they fail.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support.builds import build
+from support.checkpoints import tiny_config, write_checkpoint
+from support.dequantized import Stored
+
+pytestmark = pytest.mark.slow
+
+READER = Path(__file__).parent / "readers" / "gptqmodel_cpu.py"
+KERNEL_TOLERANCE = 0.03
+"""Relative error of a token's logits, in the median: the kernels compute in 16 bits. Measured: 0.003 to 0.011 where the
+rest of the model computes in float32; weights rounded by other codes are 0.1 away."""
+MLP_ONLY = '[{match: "*.mlp.*", quantize: {}}, {match: "*", keep: source}]'
+SEVERAL = (
+    '[{match: "*.o_proj", quantize: {bits: 8, group_size: -1}}, {match: "*.self_attn.*", quantize: {group_size: 32}}, '
+    '{match: "re:.*_proj$", quantize: default}, {match: "*", keep: source}]'
+)
+ALL_EXPERTS_ANSWER = {
+    "num_experts_per_tok": 8,
+    "num_nextn_predict_layers": 0,
+    "n_group": 1,
+    "topk_group": 1,
+}
+"""Every expert answers every token, so that no rounding decides who does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """An artifact, and who loads it: transformers, GPTQModel's own loader, or (None) its unpacking code alone."""
+
+    family: str
+    format: str
+    quantize: str
+    loader: str | None
+    rules: str = "all-linear"
+    changes: dict[str, object] = field(default_factory=dict)
+    dtype: str = "float32"
+
+
+AWQ, GPTQ = (
+    "method: awq, bits: 4, group_size: 64",
+    "method: gptq, bits: 4, group_size: 64, symmetric: true",
+)
+CASES = {
+    "llama-awq": Case(family="llama", format="awq", quantize=AWQ, loader="transformers"),
+    "llama-gptq": Case(family="llama", format="gptq", quantize=GPTQ, loader="transformers"),
+    **{
+        f"llama-{name}-tied": Case(
+            family="llama",
+            format=name,
+            quantize=quantize,
+            loader="transformers",
+            changes={"tie_word_embeddings": True},
+        )
+        for name, quantize in (("awq", AWQ), ("gptq", GPTQ))
+    },
+    "qwen2-awq-32": Case(
+        family="qwen2",
+        format="awq",
+        quantize="method: rtn, bits: 4, group_size: 32",
+        loader="transformers",
+    ),
+    "qwen2-gptq-8": Case(
+        family="qwen2",
+        format="gptq",
+        quantize="method: rtn, bits: 8, group_size: 128, symmetric: true",
+        loader="transformers",
+    ),
+    "qwen3-awq-mlp": Case(
+        family="qwen3",
+        format="awq",
+        quantize="method: rtn, bits: 4, group_size: -1",
+        loader="transformers",
+        rules=MLP_ONLY,
+    ),
+    "qwen3-gptq-mlp": Case(
+        family="qwen3",
+        format="gptq",
+        quantize="method: rtn, bits: 4, group_size: -1, symmetric: true",
+        loader="transformers",
+        rules=MLP_ONLY,
+    ),
+    # by the 4 bits on top GPTQModel 7.6 takes a kernel that holds no others, on a CPU
+    "llama-gptq-several": Case(
+        family="llama", format="gptq", quantize=GPTQ, loader=None, rules=SEVERAL
+    ),
+    "qwen3_moe-gptq-several": Case(
+        family="qwen3_moe", format="gptq", quantize=GPTQ, loader=None, rules=SEVERAL
+    ),
+    "llama-gptq_v2-3": Case(
+        family="llama",
+        format="gptq_v2",
+        quantize="method: rtn, bits: 3, group_size: 64",
+        loader="transformers",
+    ),
+    "qwen3_moe-gptq_v2": Case(
+        family="qwen3_moe",
+        format="gptq_v2",
+        quantize="method: rtn, bits: 4, group_size: 32",
+        loader="gptqmodel",
+        changes=ALL_EXPERTS_ANSWER,
+        dtype="bfloat16",  # in float32 GPTQModel 7.6 takes TorchFusedLinear, which on a CPU drops zero points
+    ),
+    **{
+        f"{family}-{name}": Case(
+            family=family,
+            format=name,
+            quantize=quantize,
+            loader="gptqmodel",
+            rules=rules,
+            changes=ALL_EXPERTS_ANSWER,
+        )
+        for family, rules in (("qwen3_moe", "all-linear"), ("deepseek_v3", "experts-only"))
+        for name, quantize in (("awq", AWQ), ("gptq", GPTQ))
+    },
+    # GPTQModel 7.6 looks for Mixtral's experts under other names than the checkpoint's w1, w2, w3
+    "mixtral-awq": Case(family="mixtral", format="awq", quantize=AWQ, loader=None),
+    "mixtral-gptq": Case(family="mixtral", format="gptq", quantize=GPTQ, loader=None),
+}
+
+
+def python() -> str:
+    """The Python that has GPTQModel."""
+    found = os.environ.get("QUANTKIT_READERS")
+    if found:
+        return found
+    if os.environ.get("QUANTKIT_REQUIRE_READERS"):
+        pytest.fail(
+            "QUANTKIT_REQUIRE_READERS is set, but QUANTKIT_READERS names no Python with gptqmodel"
+        )
+    pytest.skip("QUANTKIT_READERS names no Python with gptqmodel; `make readers` installs one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """An artifact and what GPTQModel found in it: weights [out, in] float32, logits, the kernel of each module."""
+
+    artifact: Path
+    tokens: torch.Tensor
+    weights: dict[str, torch.Tensor]
+    logits: torch.Tensor | None
+    kernels: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Read]:
+    """Every case built, and read in one process: starting GPTQModel takes longer than reading."""
+    reader, place = python(), tmp_path_factory.mktemp("readers")
+    tokens = torch.randint(3, 700, (2, 48), generator=torch.Generator().manual_seed(0))
+    save_file({"tokens": tokens}, place / "tokens")
+    jobs = []
+    for name, case in CASES.items():
+        known = tiny_config(case.family)
+        config = {**known, **{key: value for key, value in case.changes.items() if key in known}}
+        source = write_checkpoint(place / f"{name}-source", config)
+        keys = {"format": case.format, "quantize": f"{{{case.quantize}}}", "rules": case.rules}
+        artifact = build(source, place / name, **keys).path
+        paths = {"artifact": artifact, "tokens": place / "tokens", "found": place / f"{name}-found"}
+        jobs.append({
+            "loader": case.loader,
+            "dtype": case.dtype,
+            **{key: str(path) for key, path in paths.items()},
+        })
+    (place / "jobs.json").write_text(json.dumps(jobs))
+    done = subprocess.run([reader, READER, place / "jobs.json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return {name: found(place / name, place / f"{name}-found", tokens) for name in CASES}
+
+
+def found(artifact: Path, file: Path, tokens: torch.Tensor) -> Read:
+    """What the reader wrote."""
+    weights = load_file(file)
+    with safe_open(file, "pt") as opened:
+        kernels = json.loads(opened.metadata()["kernels"])
+    logits = weights.pop("logits", None)
+    return Read(artifact=artifact, tokens=tokens, weights=weights, logits=logits, kernels=kernels)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gptqmodel_unpacks_the_same_weights(name: str, read: dict[str, Read]) -> None:
+    """Bit for bit in float32, and of exactly the modules that the manifest calls quantized."""
+    theirs, ours = read[name].weights, Stored.open(read[name].artifact)
+    assert theirs.keys() == ours.quantized
+    assert not [
+        module
+        for module, weight in theirs.items()
+        if not torch.equal(weight, ours.read(f"{module}.weight"))
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.loader])
+def test_the_loaded_model_computes_with_them(name: str, read: dict[str, Read]) -> None:
+    """Logits of the model as loaded, whose kernels stand exactly where the manifest says, against plain weights."""
+    result, ours = read[name], Stored.open(read[name].artifact)
+    assert result.logits is not None and result.kernels.keys() == ours.quantized
+    with torch.no_grad():
+        expected = ours.model()(result.tokens).logits  # [sequences, tokens, vocabulary]
+    error = (result.logits - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.median() < KERNEL_TOLERANCE, set(result.kernels.values())
+    assert error.max() < 10 * KERNEL_TOLERANCE

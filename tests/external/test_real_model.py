@@ -1,0 +1,244 @@
+"""The benchmarks on a real model, as far as a test can go without one: text, readers, judge, goals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from external.real_model import against_peers, bench, texts, unpack
+from external.real_model.bench import Cost
+from external.real_model.measure import Judge
+from safetensors.torch import load_file, save_file
+from support.checkpoints import tiny_config, write_checkpoint
+
+from quantkit import registry
+from quantkit.contracts import Scheme
+from quantkit.io import package_data
+from quantkit.methods import rtn
+from quantkit.numerics.fidelity import Estimate
+from quantkit.texts import corpora
+
+TEXT = "".join(f"line {index} of a text that has many of them .\n" for index in range(400))
+CHECKPOINT = package_data.resolve_model("builtin:tiny-v3")
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+class Words:
+    """A tokenizer whose tokens are words, with where each stands."""
+
+    def __call__(
+        self, text: str, *, add_special_tokens: bool, return_offsets_mapping: bool, verbose: bool
+    ) -> dict[str, list[tuple[int, int]]]:
+        assert not add_special_tokens and return_offsets_mapping
+        places, at = [], 0
+        for word in text.split():
+            at = text.index(word, at)
+            places.append((at, at + len(word)))
+            at += len(word)
+        return {"offset_mapping": places}
+
+
+def test_the_first_windows_are_the_whole_texts_and_no_more() -> None:
+    head = texts.first(TEXT, Words(), 3, 20)
+    assert TEXT.startswith(head)
+    assert len(head.split()) == 3 * 20 + texts.MARGIN
+
+
+def test_passages_begin_with_a_line_at_even_shares_of_the_text() -> None:
+    passages = texts.spread(TEXT, Words(), 4, 20)
+    places = [TEXT.index(passage) for passage in passages]
+    assert all(passage.startswith("line ") for passage in passages)
+    assert places[0] == 0
+    assert all(0 <= place - index * len(TEXT) // 4 < 60 for index, place in enumerate(places))
+
+
+def test_a_text_that_is_too_short_is_refused() -> None:
+    with pytest.raises(SystemExit, match="expected a text of more than 264 tokens, found 54"):
+        texts.first(TEXT[:200], Words(), 2, 100)
+
+
+def test_the_sets_give_quantkit_the_windows_of_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From files with known hashes to tokens, through quantkit's own reader."""
+    data = TEXT.encode()
+    for file in ("valid.txt", "test.txt"):
+        (tmp_path / file).write_bytes(data)
+    known = hashlib.sha256(data).hexdigest()
+    monkeypatch.setattr(texts, "VALID", ("valid.txt", known))
+    monkeypatch.setattr(
+        texts, "TEST", {"tokenized": ("absent.txt", known), "raw": ("test.txt", known)}
+    )
+    for name, value in {"SEQUENCES": 3, "WINDOWS": 5, "LENGTH": 128}.items():
+        monkeypatch.setattr(texts, name, value)
+    tokenizer = corpora.load_tokenizer(CHECKPOINT)
+    sets = texts.write_sets(tmp_path, tokenizer, tmp_path)
+    assert sets.form == "raw"
+    calibration = corpora.token_batches(
+        corpora.load_set(str(sets.calibration), tmp_path), tokenizer, None, 128, 0
+    )
+    assert calibration.lengths == (128,) * 3
+    found = corpora.token_batches(
+        corpora.load_set(str(sets.fidelity), tmp_path), tokenizer, 5, 128, 0
+    )
+    whole = tokenizer([TEXT], add_special_tokens=False, verbose=False)["input_ids"][0]
+    rows = sorted(found.sequence(index).tolist()[1:] for index in range(5))  # without tiny-v3's BOS
+    assert rows == sorted(whole[start : start + 127] for start in range(0, 5 * 127, 127))
+
+
+def test_another_text_under_the_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("other")
+    with pytest.raises(SystemExit, match="expected sha256 00, found .*Restore the file"):
+        texts.read(tmp_path, "x.txt", "00")
+
+
+def test_without_wikitext_the_benchmark_says_that_it_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(texts, "wikitext", lambda: None)
+    assert bench.prepare(CHECKPOINT, tmp_path / "place") is None
+    assert capsys.readouterr().out.startswith("skipped: wikitext-2 is not on this machine")
+    assert not (tmp_path / "place").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- readers
+
+
+@pytest.mark.parametrize(("name", "symmetric"), [
+    ("awq", False), ("gptq", True), ("compressed_tensors", True), ("compressed_tensors", False),
+])  # fmt: skip
+def test_the_reader_agrees_with_each_format(name: str, symmetric: bool, tmp_path: Path) -> None:
+    """Two programs written apart, one artifact: bit for bit."""
+    scheme = Scheme(bits=4, group_size=32, symmetric=symmetric, scale_dtype="bfloat16", kind="int")
+    weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(1))
+    packed = registry.format(name).pack(rtn.METHOD.solve(weight, None, scheme), scheme)
+    save_file(
+        {f"model.a.{part}": value.contiguous() for part, value in packed.items()},
+        tmp_path / "x.safetensors",
+    )
+    config = {"quantization_config": {"quant_method": name}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    [(module, found)] = unpack.dense_weights(tmp_path).items()
+    assert module == "model.a.weight"
+    assert torch.equal(found, registry.format(name).dequantize(packed, scheme))
+
+
+def test_the_second_version_of_gptq_stores_zeros_as_they_are() -> None:
+    words = torch.tensor([[-1985229329]], dtype=torch.int32)  # 0x89ABCDEF: inputs 15, 14, ... 8
+    parts = {
+        "qweight": words.expand(1, 8).contiguous(),
+        "qzeros": torch.tensor([[-2004318072]], dtype=torch.int32),  # 0x88888888
+        "scales": torch.ones(1, 8),
+        "g_idx": torch.zeros(8, dtype=torch.int32),
+    }
+    assert unpack.gptq(parts, {"checkpoint_format": "gptq_v2"})[0].tolist() == [
+        7,
+        6,
+        5,
+        4,
+        3,
+        2,
+        1,
+        0,
+    ]
+    assert unpack.gptq(parts, {"checkpoint_format": "gptq"})[0].tolist() == [
+        6,
+        5,
+        4,
+        3,
+        2,
+        1,
+        0,
+        -1,
+    ]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_nf4_is_read_as_its_description_says(nested: bool) -> None:
+    """FORMATS.md's example: the first element in the high nibble; a scale of a scale where scales are quantized too."""
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [1, 64]}
+    scale = {"weight.absmax": torch.tensor([2.0])}
+    if nested:
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.5}
+        scale = {
+            "weight.absmax": torch.tensor([200], dtype=torch.uint8),
+            "weight.nested_absmax": torch.tensor([3.0]),
+            "weight.nested_quant_map": torch.full((256,), 0.5),
+        }
+    codes = bytes.fromhex("0123456789abcdef" + "77" * 24)
+    parts = {
+        **scale,
+        "weight": torch.tensor(list(codes), dtype=torch.uint8)[:, None],
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(
+            list(json.dumps(state).encode()), dtype=torch.uint8
+        ),
+    }
+    assert np.array_equal(
+        unpack.nf4(parts, {}), 2 * np.concatenate([unpack.NF4, np.zeros(48)])[None].astype("f4")
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- judge
+
+
+def test_the_judge_finds_no_difference_to_the_source_and_one_to_a_changed_model(
+    tmp_path: Path,
+) -> None:
+    source = write_checkpoint(tmp_path / "source", tiny_config("llama"))
+    changed = write_checkpoint(tmp_path / "changed", tiny_config("llama"))
+    tensors = load_file(changed / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 0.5
+    save_file(tensors, changed / "model.safetensors")
+    rows = [
+        ("prose", torch.randint(3, 700, (20,), generator=torch.Generator().manual_seed(i)).tolist())
+        for i in (0, 1)
+    ]
+    judge = Judge(source, corpora.pack_tokens(rows))
+    same, other = judge.figures(source), judge.figures(changed)
+    assert same["kl_mean"].n == other["kl_mean"].n == 2 * 19
+    assert same["kl_mean"].value < 1e-9 and same["top1"].value == 1
+    assert other["kl_mean"].value > 1e-4
+
+
+def result(name: str, kl: float, cpu_s: float, peak: int) -> against_peers.Result:
+    return against_peers.Result(
+        name=name,
+        figures={"kl_mean": Estimate(value=kl, error=0.0, n=1)},
+        cost=Cost(cpu_s=cpu_s, wall_s=cpu_s, peak_rss=peak),
+        n_bytes=1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kl", "cpu_s", "peak", "reached"),
+    [(0.08, 20, 90, True), (0.11, 20, 90, False), (0.08, 26, 90, False), (0.08, 20, 100, False)],
+)
+def test_the_goals_are_against_the_best_of_the_peers(
+    kl: float, cpu_s: float, peak: int, reached: bool
+) -> None:
+    others = against_peers.peers("a", "b")
+    theirs = [
+        result(peer.name, 0.2 + index / 10, 100 + index, 100 + index)
+        for index, peer in enumerate(others)
+    ]
+    symmetric = result(against_peers.SYMMETRIC.name, kl, cpu_s, peak)
+    ours = [result(build.name, 0.1, 20, 90) for build in against_peers.BUILDS[1:]]
+    rows, found = against_peers.against([symmetric, *ours, *theirs], others)
+    assert found is reached
+    assert rows[0][1:4] == [f"{kl / 0.2:.3f}", f"{cpu_s / 100:.3f}", f"{peak / 100:.3f}"]
+    assert rows[1][1] == f"{0.1 / 0.4:.3f}"  # its rival is the third peer
+
+
+def test_a_key_inside_one_that_is_replaced_goes_with_it() -> None:
+    keys = {"calibration.set": "x", "calibration": "null", "fidelity.set": "y", "source.model": "m"}
+    assert bench.without_parents(keys) == {
+        "calibration": "null",
+        "fidelity.set": "y",
+        "source.model": "m",
+    }

@@ -1,0 +1,77 @@
+"""`quantkit serve --engine vllm` on this CPU, a gateway before it, asked with OpenAI's own client, and stopped.
+
+    PYTHONPATH=tests .venv/bin/python -m external.vllm_cpu.served .venv-vllm/bin/python [ARTIFACT]
+
+The same questions as `make demo-serve`, and vLLM's own count of the prompt tokens that its prefix cache knew. Without
+an artifact tiny-v3's is built.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import openai
+from tools.demo_serve import PROMPT, ask, check, say, served
+
+from quantkit.serve.loadtest.engine import base, counters
+
+COMMAND = Path(__file__).parent / "command.py"
+UNMEASURED = ["--skip-evaluation", "--set", "fidelity=none", "--set", "gates={}"]
+BUILD = [sys.executable, "-m", "quantkit", "build", "tiny-v3-awq4", *UNMEASURED]
+ENGINE_FLAGS = [
+    "--dtype",
+    "bfloat16",
+    "--enforce-eager",
+    "--compilation-config",
+    '{"custom_ops": ["none"]}',
+]
+"""As in generate.py."""
+OPTIONS = ["--engine", "vllm", "--context", "512", "--users", "4"]
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+"""tiny-v3 brings none."""
+
+
+def on_path(folder: Path, vllm_python: str) -> None:
+    """Put a program called vllm before all others."""
+    program = folder / "vllm"
+    words = shlex.join([str(Path(vllm_python).absolute()), str(COMMAND.absolute())])
+    program.write_text(f'#!/bin/sh\nexec {words} "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def main(vllm_python: str, artifact: str = "") -> None:
+    """Serve, ask, stop; SystemExit when an answer is not what the API promises."""
+    os.environ.setdefault("NO_PROXY", "127.0.0.1")
+    with tempfile.TemporaryDirectory() as name:
+        on_path(Path(name), vllm_python)
+        if not artifact:
+            artifact = f"{name}/tiny-v3-awq4"
+            subprocess.run([*BUILD, "--set", f"output.path={artifact}"], check=True)
+        template = Path(name) / "template.jinja"
+        template.write_text(TEMPLATE, encoding="utf-8")
+        options = [*OPTIONS, "--chat-template", str(template), "--", *ENGINE_FLAGS]
+        with served(artifact, *options) as engine, served(engine, "--gateway") as url:
+            client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=300)
+            ask(client)
+            for _ in range(
+                2
+            ):  # a prompt of more than one block of the cache, which has 128 tokens on a CPU
+                client.completions.create(
+                    model=client.models.list().data[0].id, prompt=PROMPT * 8, max_tokens=1
+                )
+            found = counters(base(engine))
+    check(
+        found is not None and 0 < found.hits < found.asked,
+        "the engine tells how its prefix cache fares",
+    )
+    say("prefix cache", found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

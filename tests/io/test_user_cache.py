@@ -1,0 +1,81 @@
+"""What is kept in the user's cache: found again, made again when damaged, and done without when it cannot be kept."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from quantkit.io import user_cache
+
+
+@pytest.fixture
+def made():
+    return []
+
+
+@pytest.fixture
+def make(made):
+    def text() -> str:
+        made.append(1)
+        return "drawn: ä\n\n</script"
+
+    return text
+
+
+def test_a_text_is_made_once(tmp_path, made, make):
+    path = tmp_path / "charts" / "vega.js"
+    assert user_cache.text(path, make) == user_cache.text(path, make) == "drawn: ä\n\n</script"
+    assert made == [1]
+    assert [file.name for file in path.parent.iterdir()] == ["vega.js"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"drawn", b"\xff\xfe", b"0" * 64 + b"\nalert(1)"])
+def test_a_damaged_text_is_made_again(tmp_path, made, make, damage):
+    path = tmp_path / "vega.js"
+    path.write_bytes(damage)
+    assert user_cache.text(path, make) == "drawn: ä\n\n</script"
+    assert user_cache.text(path, make) == "drawn: ä\n\n</script"
+    assert made == [1]
+
+
+def test_one_changed_byte_is_noticed(tmp_path, made, make):
+    path = tmp_path / "vega.js"
+    user_cache.text(path, make)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert user_cache.text(path, make) == "drawn: ä\n\n</script"
+    assert made == [1, 1]
+
+
+def test_a_folder_that_cannot_be_made_costs_nothing_but_time(tmp_path, made, make):
+    (tmp_path / "file").write_text("in the way")
+    path = tmp_path / "file" / "vega.js"
+    assert user_cache.text(path, make) == user_cache.text(path, make) == "drawn: ä\n\n</script"
+    assert made == [1, 1]
+
+
+def test_the_folder_is_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "own"))
+    assert user_cache.folder("charts") == tmp_path / "own" / "charts"
+    monkeypatch.delenv("QUANTKIT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert user_cache.folder("charts") == tmp_path / "quantkit" / "charts"
+
+
+def test_the_second_process_draws_without_the_bundler(tmp_path, monkeypatch):
+    """vl-convert takes a second and 100 MB; what it made for the first page serves the next."""
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path))
+    code = (
+        "import hashlib, sys; from quantkit.report import html; text = html.library();"
+        "print(hashlib.sha256(text.encode()).hexdigest(), 'vl_convert' in sys.modules)"
+    )
+    told = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    first, second = (each.stdout.split() for each in told)
+    assert first[0] == second[0]
+    assert (first[1], second[1]) == ("True", "False")

@@ -1,0 +1,204 @@
+"""What every method promises, over whatever methods there are; and what AWQ adds."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+from support.method_cases import peak_bytes
+from torch import Tensor
+
+from quantkit import registry
+from quantkit.contracts import InputStats, Linear, Method, Quantized, ScaleDtype, Scheme
+from quantkit.errors import NumericsError
+from quantkit.methods import awq
+from quantkit.numerics import affine, gram
+from quantkit.plan.memory import solve_bytes
+
+METHODS = tuple(
+    name for name in registry.names("methods") if name != "nf4"
+)  # integers; tests/formats/test_bitsandbytes.py has nf4
+
+
+def scheme(
+    bits: int = 4, group: int = 32, symmetric: bool = False, dtype: ScaleDtype = "bfloat16"
+) -> Scheme:
+    return Scheme(bits=bits, group_size=group, symmetric=symmetric, scale_dtype=dtype)
+
+
+def problem(*shape: int, seed: int = 0) -> tuple[Tensor, InputStats]:
+    """Weights [..., out, in] and the statistics of 200 tokens with a few large channels."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape[:-2], 200, shape[-1], generator=g)
+    x[..., :3] *= 10
+    counts = torch.full(shape[:-2], 200)
+    return torch.randn(shape, generator=g) * 0.02, InputStats(
+        gram=x.mT @ x, mean_abs=x.abs().mean(-2), n_tokens=counts
+    )
+
+
+def same(first: Quantized, second: Quantized) -> bool:
+    zeros = (first.zero is None and second.zero is None) or (
+        first.zero is not None and second.zero is not None and torch.equal(first.zero, second.zero)
+    )
+    return (
+        torch.equal(first.codes, second.codes) and torch.equal(first.scale, second.scale) and zeros
+    )
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> Method:
+    return registry.method(request.param)
+
+
+@pytest.mark.parametrize("dtype", get_args(ScaleDtype))
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric"), [(4, 32, False), (3, -1, True), (8, 64, False), (2, 32, True)]
+)
+def test_solve_keeps_its_word(
+    method: Method, bits: int, group: int, symmetric: bool, dtype: ScaleDtype
+) -> None:
+    weight, stats = problem(2, 10, 64)
+    kept = weight.clone(), stats.gram.clone()
+    chosen = scheme(bits, group, symmetric, dtype)
+    found = method.solve(weight, stats, chosen)
+    groups = chosen.groups(64)
+    assert (
+        found.codes.shape == (2, 10, 64)
+        and found.codes.dtype == torch.uint8
+        and int(found.codes.max()) < 2**bits
+    )
+    assert found.scale.shape == (2, 10, groups) and found.scale.dtype == affine.scale_dtype(chosen)
+    assert bool((found.scale > 0).all())
+    assert (found.zero is None) == symmetric
+    if found.zero is not None:
+        assert found.zero.shape == (2, 10, groups) and found.zero.dtype == torch.uint8
+    assert torch.equal(weight, kept[0]) and torch.equal(stats.gram, kept[1]), "inputs were changed"
+    assert same(found, method.solve(weight, stats, chosen)), "not deterministic"
+
+
+def test_solve_of_a_batch_is_its_matrices(method: Method) -> None:
+    weight, stats = problem(3, 8, 64)
+    found = method.solve(weight, stats, scheme())
+    for e in range(3):
+        one = InputStats(gram=stats.gram[e], mean_abs=stats.mean_abs[e], n_tokens=stats.n_tokens[e])
+        single = method.solve(weight[e], one, scheme())
+        zero = None if found.zero is None else found.zero[e]
+        assert same(Quantized(codes=found.codes[e], scale=found.scale[e], zero=zero), single)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if registry.method(name).needs_stats])
+def test_what_learns_is_never_worse_than_rtn(name: str) -> None:
+    weight, stats = problem(4, 32, 128, seed=1)
+    for bits in (3, 4):
+        chosen = scheme(bits, 64)
+        plain = registry.method("rtn").solve(weight, None, chosen)
+        found = registry.method(name).solve(weight, stats, chosen)
+        ours, theirs = (
+            gram.error(affine.dequantize(q, chosen) - weight, stats.gram) for q in (found, plain)
+        )
+        assert bool((ours <= 1.001 * theirs).all())
+
+
+def test_methods_without_statistics(method: Method) -> None:
+    weight, _ = problem(8, 64)
+    if method.needs_stats:
+        with pytest.raises(NumericsError, match="use method rtn"):
+            method.solve(weight, None, scheme())
+    else:
+        assert method.solve(weight, None, scheme()).codes.shape == weight.shape
+
+
+def group_errors(found: Quantized, weight: Tensor, chosen: Scheme) -> Tensor:
+    """Squared error of each group in float64: [..., out, n_groups]."""
+    delta = (affine.dequantize(found, chosen) - weight).double()
+    return affine.split(delta, chosen.group_size).square().sum(-1)
+
+
+@pytest.mark.parametrize("dtype", get_args(ScaleDtype))
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric"), [(4, 32, False), (3, -1, True), (8, 64, False), (2, 32, True)]
+)
+def test_rtn_mse_is_never_worse_than_rtn(
+    bits: int, group: int, symmetric: bool, dtype: ScaleDtype
+) -> None:
+    """In the squared error of any group, on bell-shaped, heavy-tailed, one-sided and empty ones."""
+    weight, _ = problem(4, 24, 128, seed=5)
+    weight[1], weight[2], weight[3, :12] = weight[1] ** 3, weight[2].abs(), 0
+    chosen = scheme(bits, group, symmetric, dtype)
+    plain, found = (
+        registry.method(name).solve(weight, None, chosen) for name in ("rtn", "rtn_mse")
+    )
+    before, after = group_errors(plain, weight, chosen), group_errors(found, weight, chosen)
+    assert bool((after <= before * (1 + 1e-5) + 1e-12).all())
+    assert same(found, registry.method("rtn_mse").solve(weight, None, chosen))
+    if bits < 8:
+        assert float(after[0].sum()) < 0.99 * float(before[0].sum())
+
+
+def test_rtn_mse_lowers_the_error_by_a_fifth_where_one_weight_stands_out() -> None:
+    weight, _ = problem(16, 128, seed=6)
+    weight[:, 5] = 0.12  # six standard deviations
+    chosen = scheme(3, 128, symmetric=True)
+    plain, found = (
+        registry.method(name).solve(weight, None, chosen) for name in ("rtn", "rtn_mse")
+    )
+    assert float(group_errors(found, weight, chosen).sum()) < 0.8 * float(
+        group_errors(plain, weight, chosen).sum()
+    )
+
+
+def test_awq_without_tokens_is_rtn() -> None:
+    weight, stats = problem(8, 64)
+    blank = InputStats(
+        gram=torch.zeros_like(stats.gram), mean_abs=torch.zeros(64), n_tokens=torch.tensor(0)
+    )
+    assert same(
+        awq.METHOD.solve(weight, blank, scheme()),
+        registry.method("rtn").solve(weight, None, scheme()),
+    )
+
+
+def test_awq_lowers_the_error_by_a_third() -> None:
+    weight, stats = problem(64, 256, seed=2)
+    chosen = scheme(4, 128)
+    ours, theirs = (
+        gram.error(affine.dequantize(m.solve(weight, stats, chosen), chosen) - weight, stats.gram)
+        for m in (awq.METHOD, registry.method("rtn"))
+    )
+    assert float(ours) < 0.67 * float(theirs)
+
+
+def test_awq_rescale_scores_no_scaling_first() -> None:
+    assert awq.METHOD.rescale is not None
+    weight, stats = problem(64, 256, seed=3)
+    tried = awq.METHOD.rescale.candidates(stats.mean_abs)
+    assert torch.equal(tried[0], torch.ones(256))
+    losses = [
+        float(awq.METHOD.rescale.error(weight, stats.gram, scale, scheme(group=128)))
+        for scale in tried
+    ]
+    assert min(losses) < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("out", "width", "group"),
+    [(256, 1024, 128), (2048, 512, 128), (300, 512, -1), (2048, 1024, 32)],
+)
+@pytest.mark.parametrize("name", ["awq", "gptq", "rtn", "rtn_mse"])
+def test_no_method_holds_more_than_the_plan_counts(
+    name: str, out: int, width: int, group: int
+) -> None:
+    method, (weight, stats) = registry.method(name), problem(out, width, seed=4)
+    chosen = scheme(4, group)
+    linear = Linear(name="l", in_features=width, out_features=out, role="mlp")
+    counted = solve_bytes([linear], feedback=name == "gptq")
+    assert (
+        peak_bytes(lambda: method.solve(weight, stats if method.needs_stats else None, chosen))
+        <= counted
+    )
+    if method.rescale is not None:
+        scale = method.rescale.candidates(stats.mean_abs)[5]
+        rescale = method.rescale
+        assert peak_bytes(lambda: rescale.error(weight, stats.gram, scale, chosen)) <= counted

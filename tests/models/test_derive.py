@@ -1,0 +1,362 @@
+"""Families without a table: what can be proven of them is built, what cannot is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from support.checkpoints import recipe_text, tiny_config
+from support.underived_models import FAMILIES, family, write_model
+from transformers import AutoModelForCausalLM
+
+from quantkit import pipeline, registry
+from quantkit.architectures.components.decoder import TINY
+from quantkit.artifact import load_model
+from quantkit.checkpoint.checkpoint import Checkpoint
+from quantkit.cli.main import main
+from quantkit.contracts import Absorber, Architecture, Block, Config, HeadRows, Layout, Scheme
+from quantkit.errors import ArtifactError, CheckpointError, UsageError
+from quantkit.models import derive, full_model, inspect, layout_checks
+from quantkit.models.layers import meta_model
+from quantkit.plan.plan import Plan
+from quantkit.progress import Progress
+from quantkit.recipe.parse import parse
+from quantkit.verify import shallow
+
+SCALED = {
+    "olmo2": {"self_attn.o_proj", "mlp.down_proj"},
+    "phi3": {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"},
+    "starcoder2": {"self_attn.q_proj", "self_attn.o_proj", "mlp.c_fc"},
+    "persimmon": {"self_attn.query_key_value", "self_attn.dense", "mlp.dense_h_to_4h"},
+    "smollm3": {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"},
+}
+"""The first reader of each input of a block that can be scaled."""
+
+
+def derived(config: dict[str, object]) -> Architecture:
+    return derive.architecture(Config(values=config))
+
+
+def layout_of(config: dict[str, object]) -> Layout:
+    return derived(config).layout(Config(values=config))
+
+
+def reason(config: dict[str, object]) -> str:
+    """Why a config is refused, one sentence."""
+    with pytest.raises(CheckpointError) as caught:
+        derived(config)
+    text = str(caught.value)
+    start = f"config.json: model_type {config['model_type']!r} has no table in quantkit, and none can be derived: "
+    assert text.startswith(start) and "\n" not in text and len(text) < 900
+    assert "use a model of a family that has one (deepseek_v2, deepseek_v3, " in text
+    return text.removeprefix(start).partition("; use a model of a family")[0]
+
+
+def ignore(_: Progress | Sequence[Plan]) -> None:
+    """Nobody watches."""
+
+
+# -------------------------------------------------------------------------------------------------- what is proven
+
+
+def told(block: Block) -> dict[frozenset[str], tuple[str, tuple[int, ...] | None] | None]:
+    """A block's groups without names and order: readers -> who absorbs, with the rows spelled out."""
+    widths = {linear.name: linear.in_features for linear in block.linears}
+    found: dict[frozenset[str], tuple[str, tuple[int, ...] | None] | None] = {}
+    for group in block.groups:
+        absorber = group.absorber
+        rows = None
+        if absorber and absorber.module in widths:
+            rows = tuple(
+                absorber.rows.index() if absorber.rows else range(widths[group.readers[0]])
+            )
+        found[frozenset(group.readers)] = (absorber.module, rows) if absorber else None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("llama", {}),
+        (
+            "llama",
+            {
+                "num_key_value_heads": 4,
+                "attention_bias": True,
+                "mlp_bias": True,
+                "tie_word_embeddings": True,
+            },
+        ),
+        ("mistral", {"sliding_window": 16}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 16}),
+        ("qwen3", {"tie_word_embeddings": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
+)
+def test_what_is_derived_is_what_the_tables_say(
+    model_type: str, changes: dict[str, object]
+) -> None:
+    """The families that have a table are derived as well: same tensors, same readers, same absorbers."""
+    config = tiny_config(model_type, **changes)
+    table, found = (
+        registry.architecture(model_type).layout(Config(values=config)),
+        layout_of(config),
+    )
+    assert [told(block) for block in found.blocks] == [told(block) for block in table.blocks]
+    assert {linear.name: linear for linear in found.linears} == {
+        linear.name: linear for linear in table.linears
+    }
+    for ours, theirs in zip(found.blocks, table.blocks, strict=True):
+        assert {spec.name: spec.shape for spec in ours.others} == {
+            spec.name: spec.shape for spec in theirs.others
+        }
+        assert set(ours.fused) == set(theirs.fused)
+    assert (found.head, found.final_norm) == (table.head, table.final_norm)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_who_can_be_scaled(model_type: str) -> None:
+    layout = layout_of(family(model_type))
+    for block in layout.blocks:
+        readers = [reader for group in block.groups for reader in group.readers]
+        assert sorted(readers) == sorted(linear.name for linear in block.linears)
+        scaled = {
+            group.readers[0].removeprefix(f"{block.name}.")
+            for group in block.groups
+            if group.absorber
+        }
+        assert scaled == SCALED[model_type]
+
+
+def trial(model_type: str) -> layout_checks.Trial:
+    """The first block of a small instance."""
+    config = Config(values=family(model_type))
+    bones = meta_model(
+        layout_checks.reduced(config, skeleton_of(config).config),
+        torch.device("cpu"),
+        torch.float32,
+    )
+    layout, tensors = inspect.structure(config, bones), layout_checks.random_tensors(bones)
+    rows = torch.randn(
+        sum(layout_checks.LENGTHS),
+        layout.embedding.in_features,
+        generator=torch.Generator().manual_seed(5),
+    )
+    block = layout.blocks[0]
+    return layout_checks.Trial(
+        config=config,
+        bones=bones,
+        block=block,
+        tensors=layout_checks.tensors_of(block, tensors),
+        rows=rows,
+    )
+
+
+def skeleton_of(config: Config) -> Any:
+    return meta_model(config, torch.device("cpu"), torch.float32)
+
+
+def test_a_wrong_absorber_is_not_proven() -> None:
+    """gate_proj goes through the activation; a reader that is forgotten reads a scaled input."""
+    case = trial("smollm3")
+    readings = layout_checks.absorbed(case, case.readings())
+    groups = {
+        g.readers[0].rpartition(".")[2]: g
+        for g in layout_checks.groups_of(case.block, readings, case.bones.config)
+    }
+    assert case.holds(tuple(groups.values()))
+    mlp = f"{case.block.name}.mlp"
+    assert not case.holds((
+        replace(groups["down_proj"], absorber=Absorber(module=f"{mlp}.gate_proj")),
+    ))
+    assert not case.holds((replace(groups["gate_proj"], readers=(f"{mlp}.gate_proj",)),))
+    values = groups["o_proj"].absorber
+    assert values is not None and isinstance(values.rows, HeadRows)
+    shifted = replace(values, rows=replace(values.rows, stride=0))
+    assert not case.holds((replace(groups["o_proj"], absorber=shifted),))
+
+
+def test_logits_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof can fail: here the windows of the layers are forgotten."""
+    from quantkit.models import layers
+
+    monkeypatch.setattr(layers, "slides", lambda bones, layer: False)
+    assert "gives other logits than transformers" in reason(family("phi3"))
+
+
+# ---------------------------------------------------------------------------------------------- from plan to artifact
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_plan_build_verify(model_type: str, tmp_path: Path) -> None:
+    """A whole build of every linear, and what was proven is told in the plan and in the model card."""
+    folder = write_model(tmp_path / "source", family(model_type))
+    text = recipe_text(folder, tmp_path / "artifact", rules="all-linear")
+    outcome = build(text)
+    assert shallow.verify(outcome.path).status == "not judged"
+    pooled = outcome.fidelity.distribution[0]
+    assert (
+        pooled.kl_mean is not None
+        and pooled.kl_mean.value is not None
+        and 1e-6 < pooled.kl_mean.value < 1
+    )
+    modules = outcome.fidelity.modules
+    assert all(0 < module.relative_error < 0.3 for module in modules)
+    summary = json.loads((outcome.path / "quantkit" / "plan.json").read_text())["summary"]
+    [warning] = [found for found in summary["warnings"] if found.startswith("generic: ")]
+    assert warning.startswith(
+        f"generic: model_type {model_type} has no table; found {len(modules)} linears in 2 blocks"
+    )
+    assert warning in (outcome.path / "README.md").read_text()
+
+
+def build(text: str) -> pipeline.BuildResult:
+    """A build without benchmarks."""
+    recipe = parse(text, "test.yaml")
+    [outcome] = pipeline.run(
+        recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
+    )
+    return outcome
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "starcoder2"])
+def test_the_reported_divergence_is_that_of_two_models_of_transformers(
+    model_type: str, tmp_path: Path
+) -> None:
+    """The source, and the source with every weight of the artifact put in its place, run by transformers alone."""
+    folder = write_model(tmp_path / "source", family(model_type))
+    text = recipe_text(
+        folder, tmp_path / "artifact", rules="all-linear", quantize="{method: awq, rounding: gptq}"
+    )
+    outcome = build(text)
+    manifest = json.loads((outcome.path / "quantkit" / "manifest.json").read_text())
+    assert any(
+        choice["candidate"] for block in manifest["blocks"].values() for choice in block["scales"]
+    )
+    schemes = {module: Scheme(**values["scheme"]) for module, values in manifest["modules"].items()}
+    read = full_model.reader(Checkpoint.open(outcome.path), "awq", schemes)
+    source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    artifact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for (
+        name,
+        parameter,
+    ) in artifact.named_parameters():  # a tied head is the embedding, and named once
+        parameter.data.copy_(read(name))
+    tokens, lost = pipeline.tokenize(parse(text, "test.yaml"), folder).tokens["fidelity"], []
+    with torch.no_grad():
+        for number in range(tokens.n_sequences):
+            ids = tokens.sequence(number).long()[None]
+            p, q = (
+                model(ids).logits[0, :-1].double().log_softmax(-1) for model in (source, artifact)
+            )
+            lost.append((p.exp() * (p - q)).sum(-1))
+    with torch.no_grad():
+        again = load_model.load(outcome.path, device="cpu", dtype="float32")(ids).logits
+    assert torch.allclose(again, artifact(ids).logits, atol=2e-4, rtol=1e-4)
+    reported = outcome.fidelity.distribution[0].kl_mean
+    assert reported is not None and reported.value == pytest.approx(
+        float(torch.cat(lost).mean()), rel=1e-2
+    )
+
+
+def test_a_plan_needs_no_headers_and_tells_how_the_layout_was_found(tmp_path: Path) -> None:
+    """`quantkit plan` of a folder says it too, and knows q, k and v as what engines merge."""
+    folder = write_model(tmp_path / "source", family("olmo2"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_text(folder, tmp_path / "artifact"))
+    done = CliRunner().invoke(main, ["plan", str(path)])
+    told = " ".join(done.output.split())
+    assert done.exit_code == 0
+    assert (
+        "olmo2" in told
+        and "warning: generic: model_type olmo2 has no table; found 14 linears in 2 blocks" in told
+    )
+    assert "reading 8 inputs, of which 4 can be scaled; proven on a small random instance" in told
+    rules = '[{match: "*.q_proj", keep: source}, {match: "*", quantize: default}]'
+    path.write_text(recipe_text(folder, tmp_path / "artifact", rules=rules))
+    done = CliRunner().invoke(main, ["plan", str(path)])
+    assert done.exit_code == 2 and "vLLM and SGLang merge these linears when loading" in done.output
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "words"),
+    [
+        ("olmoe", {"num_experts": 4}, "model.layers.0.mlp.gate.weight [4, 128] is neither a norm's vector nor"),
+        ("gpt_oss", {}, "its experts are stored in MXFP4 with biases, gate and up interleaved and clamped"),
+        ("gpt_neox", {}, "transformers loads its tensors under other names than the checkpoint's (^embed_out"),
+        ("gpt2", {}, "found GPT2LMHeadModel without; only such layers can be run one by one"),
+        ("gemma3_text", {}, "expected an embedding and a linear head, found Gemma3TextScaledWordEmbedding and Linear"),
+        ("gemma2", {}, "Gemma2ForCausalLM does not support an attention implementation through torch.nn.functional"),
+        ("granite", {"embedding_multiplier": 12.0}, "gives other logits than transformers"),
+        ("granite", {"logits_scaling": 8.0}, "gives other logits than transformers"),
+        ("cohere", {"logit_scale": 0.0625, "pad_token_id": 0}, "gives other logits than transformers"),
+        ("olmo", {}, "expected one norm behind the blocks, found nothing"),
+        ("phi", {}, "lm_head.bias [768] is outside the embedding, blocks, norm and head"),
+        ("olmo3", {"sliding_window": 16}, "its layers cannot be run one by one (TypeError: Olmo3RotaryEmbedding"),
+        ("qwen3_next", {}, "layer_types[0]: expected full_attention or sliding_attention, found 'linear_attention'"),
+        ("olmo2", {"hidden_act": "no_such"}, "found: KeyError: "),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)  # fmt: skip
+def test_what_cannot_be_proven_is_refused(
+    model_type: str, changes: dict[str, object], words: str
+) -> None:
+    assert words in reason(family(model_type, **changes))
+
+
+def test_a_multiplier_of_one_is_none() -> None:
+    """The switch is refused, not the family."""
+    same = {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 0.5}
+    assert len(layout_of(family("granite", **same)).linears) == 2 * 7 + 2
+
+
+def test_a_linear_that_is_not_called_once_is_refused() -> None:
+    """Experts that are linears of their own see some of the tokens only; here the layer skips its MLP."""
+    case = trial("olmo2")
+    layer = case.bones.model.get_submodule(case.block.name)
+    layer.mlp.forward = lambda hidden: hidden
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.mlp\.gate_proj was called 0 times for one block"
+    ):
+        case.readings()
+
+
+@pytest.mark.parametrize(
+    "own", [{}, {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}], ids=["", "own code"]
+)
+def test_a_type_that_transformers_does_not_know(own: dict[str, object]) -> None:
+    with pytest.raises(UsageError) as caught:
+        derived({**TINY, "model_type": "olmo9", **own})
+    told = str(caught.value)
+    assert told.startswith("no architecture named 'olmo9'. Known: deepseek_v2, ")
+    assert "has no language model of that type to derive one from" in told
+    assert ("the code of a checkpoint (auto_map) is never run" in told) == bool(own)
+
+
+def test_a_tensor_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    """Derived or not, a layout claims every tensor of the checkpoint."""
+    folder = write_model(tmp_path / "source", family("olmo2", num_hidden_layers=3))
+    (folder / "config.json").write_text(json.dumps(family("olmo2")))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_text(folder, tmp_path / "artifact"))
+    done = CliRunner().invoke(main, ["plan", str(path)])
+    assert done.exit_code == 1
+    assert "not claimed by the architecture: model.layers.2." in done.output
+
+
+def test_settings_of_generation_that_transformers_refuses(tmp_path: Path) -> None:
+    (tmp_path / "g.json").write_text('{"max_new_tokens": -3}')
+    with pytest.raises(
+        ArtifactError,
+        match=r"g\.json: expected settings that transformers takes, found: .* but is -3",
+    ):
+        load_model.generation_config(tmp_path / "g.json")

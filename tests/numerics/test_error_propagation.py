@@ -1,0 +1,208 @@
+"""The correction for what earlier blocks did to the input, against least squares on activations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from support.gptq_cases import correlated, scheme
+from torch import Tensor
+
+from quantkit.contracts import InputStats
+from quantkit.methods import gptq
+from quantkit.models import scaling
+from quantkit.numerics import affine, error_propagation, gram
+from quantkit.numerics import gptq as rounding
+
+
+def changed(x: Tensor, size: float = 0.1, seed: int = 5) -> Tensor:
+    """The inputs as quantized blocks would make them: every token off by something that goes with the others."""
+    g = torch.Generator().manual_seed(seed)
+    width = x.shape[1]
+    return (
+        x
+        + size * x @ torch.randn(width, width, generator=g) / width**0.5
+        + size * torch.randn(x.shape, generator=g)
+    )
+
+
+def stats_of(original: Tensor, x: Tensor) -> InputStats:
+    width = x.shape[1]
+    total, cross, absolute = (
+        torch.zeros(width, width),
+        torch.zeros(width, width),
+        torch.zeros(width),
+    )
+    for now, before in zip(x.split(70), original.split(70), strict=True):
+        gram.accumulate(total, absolute, now)
+        gram.accumulate_cross(cross, now, before)
+    counts = torch.tensor(len(x))
+    return InputStats(
+        gram=gram.complete(total), mean_abs=absolute / len(x), n_tokens=counts, cross=cross
+    )
+
+
+def output_loss(weight: Tensor, original: Tensor, stored: Tensor, x: Tensor) -> float:
+    """Squared distance of the outputs from those of the original model, in float64."""
+    return float(
+        (original.double() @ weight.double().T - x.double() @ stored.double().T).square().sum()
+    )
+
+
+def test_cross_is_the_sum_over_tokens() -> None:
+    _, original = correlated(4, 48)
+    x = changed(original)
+    o, q = original.double().numpy(), x.double().numpy()
+    found = stats_of(original, x).cross
+    assert found is not None
+    assert np.allclose(
+        found.numpy(), (o - q).T @ q, rtol=1e-4, atol=1e-3 * np.abs((o - q).T @ q).max()
+    )
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_it_is_ridge_regression_on_the_changed_inputs(share: float) -> None:
+    weight, original = correlated(8, 192)  # more columns than one lazy batch
+    x = changed(original)
+    stats = stats_of(original, x)
+    assert stats.cross is not None
+    found = error_propagation.corrected(
+        weight, stats.cross, rounding.feedback(stats.gram), None, (share, 0.0)
+    )
+    o, q, w = (tensor.double().numpy() for tensor in (original, x, weight))
+    ridge = np.sqrt(0.01 * np.square(q).sum() / 192) * np.eye(192)
+    # W o is wanted of x; the ridge holds the weights near W
+    told = np.linalg.lstsq(np.vstack([q, ridge]), np.vstack([o @ w.T, ridge @ w.T]), rcond=None)[
+        0
+    ].T
+    assert np.allclose(
+        found.double().numpy() - w, share * (told - w), atol=2e-3 * np.abs(told - w).max()
+    )
+
+
+def test_what_the_stream_lacks_is_made_up_for() -> None:
+    """|W o + s - V x - r|^2 by least squares on the tokens, whatever the batches of the sums."""
+    weight, original = correlated(8, 192)
+    x, g = changed(original), torch.Generator().manual_seed(9)
+    gap = original @ torch.randn(192, 8, generator=g) * 0.05 + 0.1 * torch.randn(
+        len(x), 8, generator=g
+    )
+    stats, residual = stats_of(original, x), torch.zeros(8, 192)
+    for now, lacking in zip(x.split(70), gap.split(70), strict=True):
+        gram.accumulate_residual(residual, now, lacking)
+    assert stats.cross is not None
+    found = error_propagation.corrected(
+        weight, stats.cross, rounding.feedback(stats.gram), residual, (1.0, 1.0)
+    )
+    o, q, w, e = (tensor.double().numpy() for tensor in (original, x, weight, gap))
+    ridge = np.sqrt(0.01 * np.square(q).sum() / 192) * np.eye(192)
+    told = np.linalg.lstsq(
+        np.vstack([q, ridge]), np.vstack([o @ w.T + e, ridge @ w.T]), rcond=None
+    )[0].T
+    assert np.allclose(found.double().numpy() - w, told - w, atol=2e-3 * np.abs(told - w).max())
+    scale = torch.rand(192, generator=g) + 0.5
+    scaled = scaling.rescaled_stats(replace(stats, residual=residual.clone()), scale).residual
+    assert scaled is not None and torch.allclose(scaled * scale, residual, rtol=1e-5)
+
+
+def test_inputs_that_did_not_change_and_inputs_never_seen_leave_the_weight() -> None:
+    weight, x = correlated(8, 64)
+    stats = stats_of(x, x)
+    assert stats.cross is not None
+    assert torch.equal(
+        error_propagation.corrected(weight, stats.cross, rounding.feedback(stats.gram)), weight
+    )
+    blank = torch.zeros(64, 64)
+    assert torch.equal(error_propagation.corrected(weight, blank, rounding.feedback(blank)), weight)
+
+
+def test_a_batch_is_its_matrices_and_may_share_a_gram() -> None:
+    _, original = correlated(8, 64)
+    stats = stats_of(original, changed(original))
+    assert stats.cross is not None
+    weight = torch.stack([correlated(8, 64, seed=s)[0] for s in (1, 2)])
+    factor = rounding.feedback(stats.gram)
+    shared = error_propagation.corrected(weight, stats.cross, factor)
+    for e in range(2):
+        assert torch.allclose(
+            shared[e],
+            error_propagation.corrected(weight[e], stats.cross, factor),
+            rtol=1e-5,
+            atol=1e-8,
+        )
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_gptq_with_the_cross_is_nearer_to_the_original_outputs(bits: int) -> None:
+    weight, original = correlated(64, 128, tokens=1000)
+    x, chosen = changed(original), scheme(bits, 64)
+    stats = stats_of(original, x)
+    blind = InputStats(gram=stats.gram, mean_abs=stats.mean_abs, n_tokens=stats.n_tokens)
+    seeing, without = (
+        affine.dequantize(gptq.solve(weight, s, chosen), chosen) for s in (stats, blind)
+    )
+    assert output_loss(weight, original, seeing, x) < 0.7 * output_loss(
+        weight, original, without, x
+    )
+
+
+def test_scaling_the_input_and_correcting_go_in_any_order() -> None:
+    """But for the damping, which is a share of the diagonal that scaling changes."""
+    weight, original = correlated(8, 64, tokens=2000)
+    x = changed(original)
+    scale = torch.exp2(
+        torch.randint(-1, 2, (64,), generator=torch.Generator().manual_seed(0)).float()
+    )
+    stats = stats_of(original, x)
+    assert stats.cross is not None
+    first = error_propagation.corrected(weight, stats.cross, rounding.feedback(stats.gram)) * scale
+    wide = scaling.rescaled_stats(stats, scale)
+    assert wide.cross is not None
+    second = error_propagation.corrected(weight * scale, wide.cross, rounding.feedback(wide.gram))
+    apart, step = (
+        (x @ (each / scale).T).square().sum() for each in (second - first, first - weight * scale)
+    )
+    assert float(apart) < 0.01 * float(step)
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    weight, original = correlated(256, 512, tokens=600)
+    stats, before, found = stats_of(original, changed(original)), torch.get_num_threads(), []
+    assert stats.cross is not None
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(
+                error_propagation.corrected(weight, stats.cross, rounding.feedback(stats.gram))
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+
+
+def test_tokens_of_massive_activations_do_not_decide_what_is_made_up_for() -> None:
+    """One of 200 tokens has 400 times the norm of the others and lacks 1 % of it: without it nothing else changes."""
+    g = torch.Generator().manual_seed(2)
+    weight, x = torch.randn(24, 64, generator=g), torch.randn(200, 64, generator=g)
+    stream = torch.randn(200, 24, generator=g)
+    gap = 0.2 * x @ torch.randn(64, 24, generator=g) / 8 + 0.02 * torch.randn(200, 24, generator=g)
+    stream[7] *= 400
+    gap[7] = 0.01 * stream[7]
+    found = error_propagation.residual_gap(stream + gap, stream)
+    ordinary = torch.arange(200) != 7
+    assert torch.equal(found[7], torch.zeros(24))
+    assert torch.allclose(found[ordinary], gap[ordinary], atol=1e-5)
+
+    def left(residual: Tensor) -> float:
+        """What the other tokens still lack, of what they lacked."""
+        factor = rounding.feedback(stats_of(x, x).gram)
+        step = (
+            error_propagation.corrected(weight, torch.zeros(64, 64), factor, residual, (0.0, 1.0))
+            - weight
+        )
+        return float((gap - x @ step.T)[ordinary].norm() / gap[ordinary].norm())
+
+    assert left(found.T @ x) < 0.2
+    assert left(gap.T @ x) > 1.2 * left(found.T @ x)

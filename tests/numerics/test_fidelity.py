@@ -1,0 +1,133 @@
+"""Fidelity figures against their definitions, and against scipy where it has them."""
+
+from __future__ import annotations
+
+from math import exp, log, sqrt
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from support import oracle
+
+from quantkit.errors import NumericsError
+from quantkit.numerics import fidelity
+from quantkit.numerics.fidelity import TokenFidelity
+
+
+def logits(
+    seed: int, n: int = 40, vocabulary: int = 30
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    p = torch.randn(n, vocabulary, generator=g) * 4
+    q = p + torch.randn(n, vocabulary, generator=g) * 0.3
+    return p, q, torch.randint(0, vocabulary, (n,), generator=g)
+
+
+def test_kl_is_its_definition() -> None:
+    p, q, true = logits(0)
+    found = fidelity.compare(p, q, true)
+    expected = [
+        oracle.kl(a, b) for a, b in zip(p.double().numpy(), q.double().numpy(), strict=True)
+    ]
+    assert np.allclose(found.kl.numpy(), expected, rtol=1e-9)
+    assert float(found.kl.mean()) != pytest.approx(
+        float(fidelity.compare(q, p, true).kl.mean()), rel=1e-6
+    )
+
+
+def test_kl_resolves_what_float32_does_not() -> None:
+    """A shift of one logit by 1e-5 over 50,000 tokens: KL 1e-15, below float32's noise; equal logits give exactly 0."""
+    p = torch.zeros(1, 50_000, dtype=torch.float64)
+    q = p.clone()
+    q[0, 0] += 1e-3
+    share = 1 / 50_000
+    assert float(fidelity.compare(p, q, torch.tensor([0])).kl) == pytest.approx(
+        share * (1 - share) * 1e-6 / 2, rel=1e-3
+    )
+    assert float(fidelity.compare(p, p, torch.tensor([0])).kl) == 0
+
+
+def test_an_excluded_token_adds_nothing() -> None:
+    p, q = torch.tensor([[0.0, 1.0, -torch.inf]]), torch.tensor([[0.0, 1.0, -3.0]])
+    found = float(fidelity.compare(p, q, torch.tensor([1])).kl)
+    assert found == pytest.approx(log(1 + exp(-3) / (1 + exp(1))), rel=1e-6)
+
+
+def test_true_token_figures() -> None:
+    p, q, true = logits(1)
+    found = fidelity.compare(p, q, true)
+    probability = torch.softmax(p.double(), -1)[torch.arange(40), true]
+    changed = torch.softmax(q.double(), -1)[torch.arange(40), true]
+    assert torch.allclose(found.nll_source, -probability.log())
+    assert torch.allclose(found.delta_p, changed - probability)
+    assert torch.equal(found.same_top, p.argmax(-1) == q.argmax(-1)) and not bool(
+        found.same_top.all()
+    )
+
+
+def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, q, true = logits(2)
+    whole = fidelity.compare(p, q, true)
+    monkeypatch.setattr(fidelity, "CHUNK", 7)
+    joined = fidelity.concatenate([
+        fidelity.compare(*(t[part] for t in (p, q, true))) for part in (slice(0, 9), slice(9, 40))
+    ])
+    for name in ("kl", "nll_source", "nll_quantized", "same_top"):
+        assert torch.equal(getattr(whole, name), getattr(joined, name))
+
+
+def test_summary_figures() -> None:
+    tokens = fidelity.compare(*logits(3, n=2000))
+    found = fidelity.summary(tokens)
+    kl = tokens.kl.numpy()
+    assert found["kl_mean"].value == pytest.approx(kl.mean())
+    assert found["kl_mean"].error == pytest.approx(stats.sem(kl))
+    for name, share in (("kl_median", 0.5), ("kl_p99", 0.99), ("kl_p999", 0.999)):
+        assert found[name].value == pytest.approx(np.quantile(kl, share))
+    assert (found["kl_max"].value, found["kl_max"].error, found["kl_max"].n) == (
+        kl.max(),
+        None,
+        2000,
+    )
+    difference = (tokens.nll_quantized - tokens.nll_source).numpy()
+    ratio = found["ppl_artifact"].value / found["ppl_source"].value
+    assert found["ppl_ratio"].value == pytest.approx(ratio) and ratio == pytest.approx(
+        exp(difference.mean())
+    )
+    assert found["ppl_ratio"].error == pytest.approx(ratio * stats.sem(difference))
+    assert found["top1"].value == tokens.same_top.double().mean()
+    assert found["rms_delta_p"].value == pytest.approx(
+        sqrt(np.square(tokens.delta_p.numpy()).mean())
+    )
+
+
+def test_the_quantile_s_error_is_the_spread_of_samples() -> None:
+    """Over many samples the medians of 400 normal values scatter by sqrt(pi / 2) / 20; the estimate knows from one."""
+    values = torch.randn(300, 400, generator=torch.Generator().manual_seed(4))
+    estimates = [fidelity.quantile(row, 0.5) for row in values]
+    scatter = float(torch.tensor([e.value for e in estimates]).std())
+    claimed = float(torch.tensor([e.error for e in estimates]).mean())
+    assert claimed == pytest.approx(scatter, rel=0.15) and scatter == pytest.approx(
+        sqrt(np.pi / 2) / 20, rel=0.15
+    )
+
+
+def test_a_quantile_that_the_sample_cannot_resolve_has_no_error() -> None:
+    assert fidelity.quantile(torch.arange(100.0), 0.999).error is None
+
+
+def test_one_token_has_no_error_and_no_token_is_refused() -> None:
+    p, q, true = logits(5, n=1)
+    assert fidelity.summary(fidelity.compare(p, q, true))["kl_mean"].error is None
+    empty = torch.zeros(0)
+    with pytest.raises(NumericsError, match="no token to compare"):
+        fidelity.summary(
+            TokenFidelity(kl=empty, nll_source=empty, nll_quantized=empty, same_top=empty.bool())
+        )
+
+
+def test_router_agreement_ignores_order() -> None:
+    source = torch.tensor([[0, 1], [2, 3], [4, 5]])
+    quantized = torch.tensor([[1, 0], [2, 7], [6, 7]])
+    assert fidelity.router_agreement(source, quantized).tolist() == [1, 0.5, 0]

@@ -1,0 +1,477 @@
+"""What goes wrong on the way: each fault is survived, or refused with one sentence, and nothing unverified has a name.
+
+Every fault is recorded (`record_property("fault", ...)`), for `make reliability` to count.
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from _pytest.mark import ParameterSet
+from support.places.here import WIRED, Place
+from support.places.using import LAST, Record, fetched, files, flipped, other, sent
+from support.places.wire import Cuts, Flips, Slow
+
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.io.retry import RetryPolicy
+from quantkit.publish import publish
+from quantkit.publish.staging_dir import StagingDir, landing
+from quantkit.verify.shallow import verify
+
+CUTS = 8
+CUT_EVERY = 350_000  # bytes, in the mean; an artifact has six million
+PATIENT = RetryPolicy(first_wait=0.01, tries=8)
+
+Make = Callable[[str], Place]
+
+
+@pytest.fixture
+def make(make: Make, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Libraries that wait seconds between tries wait a hundredth of it."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    brief = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 100), time=time.time)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", brief)
+    return make
+
+
+def some(*kinds: str) -> list[ParameterSet]:
+    """Kinds of places; those that take longer are left to the slow tests."""
+    return [
+        pytest.param(kind, marks=pytest.mark.slow if kind in {"s3", "oci-real"} else ())
+        for kind in kinds
+    ]
+
+
+def sentence(work: Callable[[], object]) -> str:
+    """What is said when it is refused: one line."""
+    with pytest.raises(QuantkitError) as caught:
+        work()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ the wire
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("kind", WIRED)
+def test_connections_that_are_cut(
+    built: Path, make: Make, tmp_path: Path, kind: str, seed: int, record_property: Record
+) -> None:
+    """Eight times while publishing, eight times while pulling, at drawn places of the stream."""
+    there = make(kind)
+    up, down = Cuts(seed, CUTS, CUT_EVERY), Cuts(seed + 100, CUTS, CUT_EVERY)
+    with there.wired(up=up) as (address, _):
+        sent(built, address, PATIENT)
+    with there.wired(down=down) as (address, _):
+        fetched(address, tmp_path / "got", PATIENT)
+    assert files(tmp_path / "got") == files(built)
+    assert (up.made, down.made) == (CUTS, CUTS)
+    for way in ("publishing", "pulling"):
+        for number in range(CUTS):
+            record_property(
+                "fault", f"{kind}: connection cut while {way}, seed {seed}, cut {number}"
+            )
+
+
+@pytest.mark.parametrize("kind", some("s3", "oci", "hf"))
+def test_a_connection_that_is_always_cut(
+    built: Path, make: Make, tmp_path: Path, kind: str, record_property: Record
+) -> None:
+    """Given up with a sentence; what arrived is kept, and the next pull goes on with it."""
+    there = make(kind)
+    sent(built, there.address)
+    hurried = RetryPolicy(first_wait=0.01, tries=2)
+    with there.wired(down=Cuts(3, 10**6, 1_000)) as (address, _):
+        said = sentence(lambda: fetched(address, tmp_path / "got", hurried))
+    assert "2 failures in a row" in said and "the same command goes on" in said
+    assert not (tmp_path / "got").exists()
+    fetched(there.address, tmp_path / "got")
+    assert files(tmp_path / "got") == files(built)
+    record_property("fault", f"{kind}: every connection is cut")
+
+
+def test_connections_that_carry_little_are_enough(built: Path, make: Make, tmp_path: Path) -> None:
+    """S3 gives a range whole or not at all: behind a cut a shorter one is asked for."""
+    there = make("s3")
+    sent(built, there.address)
+
+    def short(piece: bytes, offset: int) -> bytes | None:
+        return piece if offset + len(piece) < 300_000 else None
+
+    with there.wired(down=short) as (address, _):
+        fetched(address, tmp_path / "got", RetryPolicy(first_wait=0.01, tries=3))
+    assert files(tmp_path / "got") == files(built)
+
+
+def test_a_cut_pull_fetches_only_what_is_missing(
+    built: Path, make: Make, tmp_path: Path, record_property: Record
+) -> None:
+    there = make("oci")
+    sent(built, there.address)
+    total = sum(map(len, files(built).values()))
+    with there.wired(down=Cuts(5, 10**6, 2_000_000)) as (address, _):
+        sentence(lambda: fetched(address, tmp_path / "got", RetryPolicy(tries=1), jobs=1))
+    kept = sum(map(len, files(tmp_path / "got.pulling").values()))
+    with there.wired() as (address, wire):
+        done = fetched(address, tmp_path / "got", jobs=1)
+        carried = wire.carried
+    assert kept > 10_000 and carried < total - kept + 100_000  # and what HTTP says beside
+    assert done.there_bytes == kept
+    assert done.n_bytes + done.there_bytes == total
+    assert files(tmp_path / "got") == files(built)
+    record_property("fault", "oci: a pull breaks off in a file")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["up", "down"])
+@pytest.mark.parametrize("kind", WIRED)
+def test_bytes_that_change_on_the_wire(
+    built: Path, make: Make, tmp_path: Path, kind: str, way: str, record_property: Record
+) -> None:
+    """Once is survived; always is refused, and nothing has the name."""
+    there = make(kind)
+    once, always = Flips(1), Flips(10**6)
+    if way == "up":
+        with there.wired(up=always) as (address, _):
+            sentence(lambda: sent(built, address, RetryPolicy(first_wait=0.01, tries=2)))
+        sentence(lambda: fetched(there.address, tmp_path / "got"))
+        with there.wired(up=once) as (address, _):
+            sent(built, address)
+        fetched(there.address, tmp_path / "got")
+    else:
+        sent(built, there.address)
+        with there.wired(down=always) as (address, _):
+            sentence(lambda: fetched(address, tmp_path / "got"))
+        assert not (tmp_path / "got").exists()
+        with there.wired(down=once) as (address, _):
+            fetched(address, tmp_path / "got")
+    assert always.made and once.made == 1
+    assert files(tmp_path / "got") == files(built)
+    record_property("fault", f"{kind}: a byte changes on the way {way}")
+    record_property("fault", f"{kind}: bytes always change on the way {way}")
+
+
+@pytest.mark.parametrize("kind", some(*WIRED))
+def test_nobody_there(
+    built: Path, make: Make, tmp_path: Path, kind: str, record_property: Record
+) -> None:
+    there = make(kind)
+    with there.wired(up=lambda _piece, _at: None) as (address, wire):
+        wire.close()
+        hurried = RetryPolicy(first_wait=0.01, tries=2)
+        assert "2 failures in a row" in sentence(lambda: sent(built, address, hurried))
+        assert "2 failures in a row" in sentence(
+            lambda: fetched(address, tmp_path / "got", hurried)
+        )
+    assert not (tmp_path / "got").exists()
+    record_property("fault", f"{kind}: nobody listens")
+
+
+# ----------------------------------------------------------------------------------------------------------- the place
+
+
+@pytest.mark.parametrize("kind", some("file", "s3", "memory", "oci"))
+def test_a_file_that_is_lost_before_the_manifest(
+    built: Path,
+    make: Make,
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Record,
+) -> None:
+    """The artifact is not made one; publishing again sends the file again."""
+    there = make(kind)
+    real = publish.in_parallel
+
+    def losing(*args: object) -> None:
+        real(*args)  # type: ignore[arg-type]
+        if kind == "oci":
+            blobs = there.server.blobs
+            del blobs[max(blobs, key=lambda digest: len(blobs[digest]))]
+        else:
+            there.write(LAST, None)
+
+    monkeypatch.setattr(publish, "in_parallel", losing)
+    assert "publish again" in sentence(lambda: sent(built, there.address))
+    monkeypatch.setattr(publish, "in_parallel", real)
+    assert "its publication did not finish" in sentence(
+        lambda: fetched(there.address, tmp_path / "got")
+    )
+    assert len(sent(built, there.address).files) == 2
+    fetched(there.address, tmp_path / "got")
+    assert files(tmp_path / "got") == files(built)
+    record_property("fault", f"{kind}: a file is lost while publishing")
+
+
+@pytest.mark.parametrize("kind", some("file", "s3", "memory", "oci", "hf"))
+def test_a_file_that_changes_while_it_is_pulled(
+    built: Path,
+    make: Make,
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Record,
+) -> None:
+    """The hub's commit stays what it was; elsewhere the file is refused."""
+    there = make(kind)
+    sent(built, there.address)
+    from quantkit.publish import pull
+
+    real = pull.in_parallel
+
+    def changing(*args: object) -> None:
+        there.write(LAST, flipped(there.read(LAST)))
+        real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pull, "in_parallel", changing)
+    if kind == "hf":
+        fetched(there.address, tmp_path / "got")
+        assert files(tmp_path / "got") == files(built)
+    else:
+        assert LAST in sentence(lambda: fetched(there.address, tmp_path / "got"))
+        assert not (tmp_path / "got").exists()
+    record_property("fault", f"{kind}: a file changes while it is pulled")
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_registry_that_fails_for_a_while(
+    built: Path, make: Make, tmp_path: Path, status: int, record_property: Record
+) -> None:
+    there = make("oci")
+    there.server.failing = random.Random(status), status
+    sent(built, there.address, PATIENT)
+    fetched(there.address, tmp_path / "got", PATIENT)
+    assert files(tmp_path / "got") == files(built)
+    record_property("fault", f"oci: every fifth answer is {status}")
+
+
+def test_somebody_commits_meanwhile(
+    built: Path, make: Make, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
+    there = make("hf")
+    there.server.make("team/tiny")
+    real = publish.in_parallel
+
+    def meanwhile(*args: object) -> None:
+        real(*args)  # type: ignore[arg-type]
+        there.write(".gitattributes", b"other")
+
+    monkeypatch.setattr(publish, "in_parallel", meanwhile)
+    assert "found a newer commit" in sentence(lambda: sent(built, there.address))
+    assert "config.json" not in there.server.files("team/tiny")
+    record_property("fault", "hf: somebody commits while publishing")
+
+
+def test_a_gitignore_that_names_a_file(
+    built: Path, make: Make, tmp_path: Path, record_property: Record
+) -> None:
+    there = make("hf")
+    there.server.ignored.add(LAST)
+    assert f"{LAST!r}: expected the file that was committed" in sentence(
+        lambda: sent(built, there.address)
+    )
+    assert LAST in sentence(lambda: fetched(there.address, tmp_path / "got"))
+    assert not (tmp_path / "got").exists()
+    record_property("fault", "hf: the repository ignores a file")
+
+
+# -------------------------------------------------------------------------------------------------------- this machine
+
+
+def run(*words: str, limit: int | None = None) -> subprocess.CompletedProcess[str]:
+    """The command line, with files of at most `limit` bytes."""
+
+    def limited() -> None:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.run(
+        [sys.executable, "-m", "quantkit", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=limited,
+    )
+
+
+@pytest.mark.parametrize("limit", [100_000, 2_500_000])
+def test_a_disk_that_is_full_while_pulling(
+    built: Path, tmp_path: Path, limit: int, record_property: Record
+) -> None:
+    sent(built, str(tmp_path / "there"))
+    done = run("pull", str(tmp_path / "there"), str(tmp_path / "got"), limit=limit)
+    assert done.returncode == 1
+    assert "cannot be written: file too large" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "got").exists()
+    again = fetched(str(tmp_path / "there"), tmp_path / "got")
+    assert again.there_bytes > 100_000
+    assert files(tmp_path / "got") == files(built)
+    record_property("fault", f"file: the disk is full at {limit} bytes while pulling")
+
+
+def test_a_disk_that_is_full_while_publishing(
+    built: Path, tmp_path: Path, record_property: Record
+) -> None:
+    done = run("publish", "--force", str(built), str(tmp_path / "there"), limit=2_500_000)
+    assert done.returncode == 1
+    assert "cannot be written: file too large" in done.stderr and "Traceback" not in done.stderr
+    assert "its publication did not finish" in sentence(
+        lambda: fetched(str(tmp_path / "there"), tmp_path / "got")
+    )
+    sent(built, str(tmp_path / "there"))
+    verify(tmp_path / "there")
+    record_property("fault", "file: the disk is full while publishing")
+
+
+def test_no_room_is_said_before_anything_is_fetched(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
+    sent(built, str(tmp_path / "there"))
+    monkeypatch.setattr("quantkit.publish.pull.disk_free", lambda _path: 1_000_000)
+    assert "found 1.0 MB; free some space" in sentence(
+        lambda: fetched(str(tmp_path / "there"), tmp_path / "got")
+    )
+    assert not [path for path in (tmp_path / "got.pulling").rglob("*") if path.is_file()]
+    record_property("fault", "file: too little room to pull")
+
+
+def test_a_second_pull_into_a_folder_is_refused(
+    built: Path, tmp_path: Path, record_property: Record
+) -> None:
+    sent(built, str(tmp_path / "there"))
+    with landing(tmp_path / "got"):
+        done = run("pull", str(tmp_path / "there"), str(tmp_path / "got"))
+    assert done.returncode == 2
+    assert "expected to be the only pull here, found another at work (process " in done.stderr
+    assert not (tmp_path / "got").exists()
+    fetched(str(tmp_path / "there"), tmp_path / "got")
+    record_property("fault", "two pulls into one folder")
+
+
+def test_a_pull_that_another_was_faster_than(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
+    """Between the look at the folder and the lock somebody else's artifact got the name: it is not replaced."""
+    from quantkit.publish import pull
+
+    sent(built, str(tmp_path / "there"))
+    second = other(Path(shutil.copytree(built, tmp_path / "copy")))
+    real = pull.landing
+    for source, refused in ((built, False), (second, True)):
+        got = tmp_path / f"got-{refused}"
+
+        @contextmanager
+        def late(path: Path, source: Path = source) -> Iterator[StagingDir]:
+            shutil.copytree(source, path)
+            with real(path) as place:
+                yield place
+
+        monkeypatch.setattr(pull, "landing", late)
+        if refused:
+            assert "exists already" in sentence(lambda: fetched(str(tmp_path / "there"), got))  # noqa: B023
+        else:
+            assert fetched(str(tmp_path / "there"), got).files == ()
+        assert files(got) == files(source) and not got.with_name(got.name + ".pulling").exists()
+    record_property("fault", "another pull was faster")
+
+
+def test_a_second_publication_into_a_folder_is_refused(
+    built: Path, tmp_path: Path, record_property: Record
+) -> None:
+    from quantkit.io.lock import held
+
+    with (
+        held(tmp_path / "there.publishing.lock"),
+        pytest.raises(UsageError, match="the only publication here"),
+    ):
+        sent(built, str(tmp_path / "there"))
+    sent(built, str(tmp_path / "there"))
+    verify(tmp_path / "there")
+    record_property("fault", "two publications into one folder")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_two_pulls_at_the_same_time(
+    built: Path, make: Make, tmp_path: Path, seed: int, record_property: Record
+) -> None:
+    """Whichever comes second is refused, or finds it there; both leave a whole artifact."""
+    there = make("oci")
+    sent(built, there.address)
+    with there.wired(down=Slow(6e6)) as (address, _):
+        words = [sys.executable, "-m", "quantkit", "pull", address, str(tmp_path / "got")]
+        first = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+        time.sleep(random.Random(seed).uniform(0, 1.5))
+        second = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+        told = [first.communicate()[1], second.communicate()[1]]
+    assert 0 in {first.returncode, second.returncode} <= {0, 2}, told
+    assert not any("Traceback" in text for text in told)
+    assert files(tmp_path / "got") == files(built)
+    record_property("fault", f"two pulls at the same time, seed {seed}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("command", ["publish", "pull"])
+@pytest.mark.parametrize("kind", ["oci", "s3"])
+def test_a_process_that_is_ended(
+    built: Path,
+    make: Make,
+    tmp_path: Path,
+    kind: str,
+    command: str,
+    end: signal.Signals,
+    record_property: Record,
+) -> None:
+    """Three times at drawn moments, then it is left to finish."""
+    there = make(kind)
+    if command == "pull":
+        sent(built, there.address)
+    moments = random.Random(f"{kind}{command}{end}")
+    for time_around in range(3):
+        slow = Slow(2.5e6)
+        with there.wired(up=slow, down=slow) as (address, wire):
+            words = (
+                (command, "--force", str(built), address)
+                if command == "publish"
+                else (command, address, str(tmp_path / "got"))
+            )
+            process = subprocess.Popen(
+                [sys.executable, "-m", "quantkit", *words], stderr=subprocess.PIPE, text=True
+            )
+            goal = moments.uniform(1e5, 1.5e6)
+            while wire.carried < goal and process.poll() is None:
+                time.sleep(0.01)
+            process.send_signal(end)
+            said = process.communicate()[1]
+        if time_around and process.returncode == 0:
+            break  # there was little left
+        assert process.returncode in {-9, 130, 143}, said
+        assert "Traceback" not in said
+        assert end == signal.SIGKILL or "what arrived is kept; the same command goes on" in said
+        if command == "publish":
+            assert "no quantkit/manifest.json" in sentence(
+                lambda: fetched(there.address, tmp_path / "got")
+            )
+        assert not (tmp_path / "got").exists()
+        record_property("fault", f"{kind}: {command} is ended by {end.name}")
+    if command == "publish":
+        sent(built, there.address)
+    done = fetched(there.address, tmp_path / "got")
+    assert (
+        command == "publish" or kind == "s3" or done.there_bytes
+    )  # S3's ranges arrive whole or not at all
+    assert files(tmp_path / "got") == files(built)

@@ -1,0 +1,255 @@
+"""What is particular to one kind of place, and what the two commands print."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.places.here import Place
+from support.places.registry import sha
+from support.places.using import PATIENCE, fetched, files, run, sent
+
+from quantkit.artifact.layout import MANIFEST
+from quantkit.errors import TransferError
+from quantkit.publish.publish import publish
+from quantkit.publish.pull import pull
+from quantkit.publish.remote import Item, Options, opened
+from quantkit.verify.shallow import verify
+
+# ----------------------------------------------------------------------------------------------------- kinds of places
+
+
+def test_s3_there_and_back(built: Path, make: Callable[[str], Place], tmp_path: Path) -> None:
+    there = make("s3")
+    sent(built, there.address)
+    assert sent(built, there.address).files == ()
+    fetched(there.address, tmp_path / "got")
+    assert files(tmp_path / "got") == files(built)
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes of a part: the fewest that S3 allows."""
+    monkeypatch.setattr("quantkit.publish.remotes.s3.PART_BYTES", 5 << 20)
+    return 5 << 20
+
+
+def big(folder: Path, content: bytes) -> Item:
+    """A file to be sent."""
+    (folder / "big").write_bytes(content)
+    return Item(
+        name="big",
+        path=folder / "big",
+        n_bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+
+
+def test_parts_of_an_upload_that_broke_off(
+    make: Callable[[str], Place], tmp_path: Path, parts: int
+) -> None:
+    """Those that are there by MD5 are not sent again, whatever else is under the key."""
+    there = make("s3")
+    client, (bucket, _, prefix) = there.server, there.address.removeprefix("s3://").partition("/")
+    content = os.urandom(1 << 20) * 16
+    item = big(tmp_path, content)
+    key = f"{prefix}/big"
+    meta = {"quantkit-sha256": item.sha256}
+    upload = client.create_multipart_upload(Bucket=bucket, Key=key, Metadata=meta)["UploadId"]
+    for number, body in ((1, content[:parts]), (2, b"\0" * parts)):
+        client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=number, Body=body)
+    with there.wired() as (address, wire):
+        remote = opened(address, Options(writing=True))
+        remote.send(item, lambda _: None)
+        assert len(content) - parts < wire.carried < len(content) - parts + 300_000
+        assert remote.look([item], MANIFEST).there == {"big"}
+    head = client.head_object(Bucket=bucket, Key=key)
+    assert head["Metadata"] == meta and head["ContentLength"] == len(content)
+    assert there.read("big") == content
+    assert not client.list_multipart_uploads(Bucket=bucket).get("Uploads")
+
+
+def test_an_upload_that_was_begun_for_another_content(
+    make: Callable[[str], Place], tmp_path: Path, parts: int
+) -> None:
+    """Its metadata would lie: the object is sent anew."""
+    there = make("s3")
+    client, (bucket, _, prefix) = there.server, there.address.removeprefix("s3://").partition("/")
+    content = os.urandom(1 << 20) * 12
+    item = big(tmp_path, content)
+    begun = {"Bucket": bucket, "Key": f"{prefix}/big"}
+    upload = client.create_multipart_upload(**begun, Metadata={"quantkit-sha256": "0" * 64})[
+        "UploadId"
+    ]
+    client.upload_part(**begun, UploadId=upload, PartNumber=1, Body=content[:parts])
+    remote = opened(there.address, Options(writing=True))
+    remote.send(item, lambda _: None)
+    assert client.head_object(**begun)["Metadata"] == {"quantkit-sha256": item.sha256}
+    assert remote.look([item], MANIFEST).there == {"big"}
+
+
+def test_an_object_without_metadata_is_read(make: Callable[[str], Place], tmp_path: Path) -> None:
+    there = make("s3")
+    (tmp_path / "x").write_bytes(b"content")
+    item = Item(
+        name="x", path=tmp_path / "x", n_bytes=7, sha256=hashlib.sha256(b"content").hexdigest()
+    )
+    remote = opened(there.address, Options(writing=True))
+    for content, found in ((b"content", {"x"}), (b"contend", set())):
+        there.write("x", content)
+        assert remote.look([item], MANIFEST).there == found
+
+
+def test_branches_and_private_repositories(
+    built: Path, tmp_path: Path, make: Callable[[str], Place]
+) -> None:
+    there = make("hf")
+    options = Options(writing=True, revision="v2", private=True, patience=PATIENCE)
+    done = publish(built, there.address, options, lambda _: None, force=True)
+    assert there.server.private == {"team/tiny": True}
+    assert set(there.server.files("team/tiny")) == {".gitattributes"}
+    assert set(there.server.files("team/tiny", "v2")) == {".gitattributes", *files(built)}
+    commit = there.server.repos["team/tiny"]["v2"][-1][0]
+    assert done.place == f"hf://team/tiny@{commit}"
+    with pytest.raises(TransferError, match="not an artifact of quantkit"):
+        fetched(there.address, tmp_path / "got")
+    for number, revision in enumerate(("v2", commit)):
+        pull(there.address, tmp_path / str(number), Options(revision=revision), lambda _: None)
+        assert files(tmp_path / str(number)) == files(built)
+
+
+def test_one_commit_makes_it_visible(built: Path, make: Callable[[str], Place]) -> None:
+    there = make("hf")
+    sent(built, there.address)
+    commits = there.server.repos["team/tiny"]["main"]
+    assert len(commits) == 2 and MANIFEST in commits[1][1]
+    sent(built, there.address)
+    assert len(commits) == 2
+
+
+def test_somebody_elses_model_is_not_replaced(built: Path, make: Callable[[str], Place]) -> None:
+    there = make("hf")
+    there.server.make("team/tiny")
+    there.server.repos["team/tiny"]["main"][-1][1].update({
+        "config.json": b"{}",
+        "logo.png": b"",
+        "LICENSE": b"MIT",
+    })
+    with pytest.raises(TransferError, match="found 1 other files, the first 'config.json'"):
+        sent(built, there.address)
+    sent(built, there.address, overwrite=True)
+    found = there.server.files("team/tiny")
+    assert (
+        found["LICENSE"] == b"MIT" and found["config.json"] == (built / "config.json").read_bytes()
+    )
+
+
+def test_a_pull_by_digest(built: Path, tmp_path: Path, make: Callable[[str], Place]) -> None:
+    there = make("oci")
+    done = sent(built, there.address)
+    there.server.tags.clear()
+    fetched(done.place.replace(":v1@", "@"), tmp_path / "got")
+    assert files(tmp_path / "got") == files(built)
+    assert (
+        json.loads(there.server.manifests[sha_of(done.place)])["artifactType"]
+        == "application/vnd.quantkit.artifact.v1"
+    )
+
+
+def test_a_tag_that_moves_while_it_is_pulled(
+    built: Path, tmp_path: Path, make: Callable[[str], Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was begun is finished."""
+    from quantkit.publish import pull as pulling
+
+    there = make("oci")
+    sent(built, there.address)
+    real = pulling.in_parallel
+
+    def moving(*args: object) -> None:
+        there.server.tags.clear()
+        real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pulling, "in_parallel", moving)
+    fetched(there.address, tmp_path / "got")
+    assert files(tmp_path / "got") == files(built)
+
+
+def sha_of(place: str) -> str:
+    return place.rpartition("@")[2]
+
+
+def test_another_image_under_the_tag(built: Path, make: Callable[[str], Place]) -> None:
+    there = make("oci")
+    image = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "layers": [],
+    }
+    content = json.dumps(image).encode()
+    there.server.manifests[sha(content)] = content
+    there.server.tags["v1"] = sha(content)
+    with pytest.raises(TransferError, match="another image under the tag v1"):
+        sent(built, there.address)
+    sent(built, there.address, overwrite=True)
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+
+
+def test_what_the_commands_print(built: Path, tmp_path: Path) -> None:
+    total = sum(map(len, files(built).values()))
+    there, count = tmp_path / "there", len(files(built))
+    refused = run("publish", built, there)
+    assert refused.exit_code == 1 and refused.stdout == ""
+    dry = run("publish", "--force", "--dry-run", built, there)
+    assert dry.exit_code == 0
+    assert (
+        dry.stdout.splitlines()[0]
+        == f"{there}: would send {count} files, {total / 1e6:.1f} MB; 0 files, 0 B were there"
+    )
+    assert sorted(line.strip() for line in dry.stdout.splitlines()[1:]) == sorted(files(built))
+    assert not list(tmp_path.iterdir()) or {p.name for p in tmp_path.iterdir()} == {"built0"}
+    done = run("publish", "--force", built, there)
+    assert (
+        done.stdout
+        == f"{there}: sent {count} files, {total / 1e6:.1f} MB; 0 files, 0 B were there\n"
+    )
+    assert "publish: 100 %" in done.stderr
+    told = json.loads(run("publish", "--force", "--json", built, there).stdout)
+    assert (
+        told["files"] == []
+        and told["bytes"] == 0
+        and told["there"] == count
+        and told["dry_run"] is False
+    )
+    got = run("pull", there, tmp_path / "got")
+    moved = f"fetched {count} files, {total / 1e6:.1f} MB; 0 files, 0 B were there"
+    assert got.stdout == f"{tmp_path / 'got'}: verified; {moved} (not judged)\n"
+    told = json.loads(run("pull", "--json", there, tmp_path / "got").stdout)
+    assert (
+        told["verified"]
+        and told["files"] == []
+        and told["manifest"] == hashlib.sha256((built / MANIFEST).read_bytes()).hexdigest()
+    )
+    verify(tmp_path / "got")
+
+
+def test_neither_command_starts_torch(built: Path, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    program = (
+        "import sys; from quantkit.cli.main import main\n"
+        f"main(['publish', '--force', {str(built)!r}, {str(tmp_path / 'there')!r}], standalone_mode=False)\n"
+        f"main(['pull', {str(tmp_path / 'there')!r}, {str(tmp_path / 'got')!r}], standalone_mode=False)\n"
+        "print(sorted({'torch', 'transformers', 'pydantic', 'fsspec', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,369 @@
+"""Input that wants to break publish and pull: names, manifests, links, addresses; and what must not be replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.places.here import Place, of_folder, of_registry
+from support.places.registry import TITLE, Registry, sha
+from support.places.using import LAST, Record, fetched, files, run, sent
+
+from quantkit.artifact.layout import MANIFEST
+from quantkit.errors import QuantkitError, TransferError, UsageError
+from quantkit.io.path_safety import name_faults
+from quantkit.io.retry import RetryPolicy
+from quantkit.publish.hashed_upload import HashedReader
+from quantkit.publish.pull import pull
+from quantkit.publish.remote import Item, Options, parse, scrub
+
+# --------------------------------------------------------------------------------------------------------------- names
+
+BAD_NAMES = [
+    "../outside", "a/../../outside", "/etc/passwd", "a//b", "./a", "a/.", "", "a/", "\x00", "a\x00b", "a\nb",
+    "a\x1b[2J", "..", "a\\..\\b", "C:evil", "C:\\evil", "con \u202egnp.exe", "x" * 300,
+    "/".join("abcdefgh" for _ in range(200)),
+    "\ud800", " a", "a ", "a.", "model.safetensors.part",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
+def test_a_name_that_is_no_file_of_the_folder(name: str) -> None:
+    assert len(list(name_faults(["config.json", name]))) == 1
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["A", "a"],
+        ["quantkit/x", "Quantkit/X"],
+        ["\u00e9", "e\u0301"],
+        ["stra\u00dfe", "STRASSE"],
+        ["a", "a/b"],
+        ["a", "A/b"],
+    ],
+)
+def test_names_that_meet_in_one_place(names: list[str]) -> None:
+    assert len(list(name_faults(names))) == 1
+
+
+def test_good_names() -> None:
+    names = [
+        "model-00001-of-00002.safetensors",
+        "quantkit/samples/tokens.parquet",
+        "\u6a21\u578b \u00fc.json",
+        ".gitattributes",
+        "..."[:1] + "x",
+    ]
+    assert list(name_faults(names)) == []
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=12), max_size=6, unique=True))
+def test_names_without_fault_stay_in_the_folder(names: list[str]) -> None:
+    good = [name for name in names if not list(name_faults([name]))]
+    root = Path("/somewhere/deep")
+    for name in good:
+        whole = Path(os.path.normpath(root / name))
+        assert whole.is_relative_to(root) and whole != root and "\x00" not in name
+
+
+def hostile(built: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Place:
+    """A published artifact with another manifest."""
+    there = of_folder(folder / "hostile")
+    sent(built, there.address)
+    values = json.loads(there.read(MANIFEST))
+    change(values)
+    there.write(MANIFEST, json.dumps(values).encode())
+    return there
+
+
+@pytest.mark.parametrize("name", [name for name in BAD_NAMES if name != "\ud800"], ids=ascii)
+def test_a_manifest_that_names_it_is_refused(
+    built: Path, tmp_path: Path, name: str, record_property: Record
+) -> None:
+    entry = {"sha256": hashlib.sha256(b"x").hexdigest(), "bytes": 1}
+    there = hostile(built, tmp_path / "in", lambda values: values["files"].update({name: entry}))
+    before = {path for path in tmp_path.rglob("*") if "got" not in path.name}
+    with pytest.raises(
+        TransferError, match="expected names that stay in the artifact's folder"
+    ) as caught:
+        fetched(there.address, tmp_path / "got")
+    assert "\n" not in str(caught.value) and "\x00" not in str(caught.value)
+    assert {path for path in tmp_path.rglob("*") if "got" not in path.name} == before
+    assert not (tmp_path / "got").exists()
+    record_property("fault", f"a manifest names {ascii(name)[:40]}")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda v: v.update(files=[]), "files: expected the files of an artifact"),
+        (lambda v: v.update(files={}), "files: expected the files of an artifact"),
+        (lambda v: v["files"].update(x=1), "files: 'x': expected sha256 and bytes"),
+        (
+            lambda v: v["files"].update(x={"sha256": "0" * 63, "bytes": 1}),
+            "files: 'x': expected sha256 and bytes",
+        ),
+        (
+            lambda v: v["files"].update(x={"sha256": "0" * 64, "bytes": -1}),
+            "files: 'x': expected sha256 and bytes",
+        ),
+        (
+            lambda v: v["files"].update(x={"sha256": "0" * 64, "bytes": True}),
+            "files: 'x': expected sha256 and bytes",
+        ),
+        (
+            lambda v: v["files"].update(x={"sha256": "0" * 64, "bytes": 10**30}),
+            "1 missing or changed",
+        ),
+        (lambda v: v["files"].pop("config.json"), "what arrived is not what its manifest says"),
+        (lambda v: v.update(schema_version=99), "schema_version: expected 1, found 99"),
+        (lambda v: v.update(unhashed=["../x"]), "expected names that stay"),
+    ],
+)
+def test_a_manifest_that_lies(
+    built: Path,
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], object],
+    said: str,
+    record_property: Record,
+) -> None:
+    there = hostile(built, tmp_path, change)
+    with pytest.raises(TransferError) as caught:
+        fetched(there.address, tmp_path / "got")
+    assert said in str(caught.value)
+    assert not (tmp_path / "got").exists()
+    record_property("fault", f"a manifest lies: {said}")
+
+
+def test_links_lead_nowhere(built: Path, tmp_path: Path, record_property: Record) -> None:
+    """At the source, and in what an earlier pull left."""
+    sent(built, str(tmp_path / "there"))
+    secret = tmp_path / "secret"
+    secret.write_bytes((built / "README.md").read_bytes())
+    (tmp_path / "there/README.md").unlink()
+    (tmp_path / "there/README.md").symlink_to(secret)
+    with pytest.raises(TransferError, match="README.md: expected .* bytes, found no file"):
+        fetched(str(tmp_path / "there"), tmp_path / "got")
+    (tmp_path / "there/README.md").unlink()
+    sent(built, str(tmp_path / "there"))
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (tmp_path / "got.pulling/quantkit").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "got.pulling/quantkit/samples").symlink_to(victim)
+    (tmp_path / "got.pulling/config.json.part").symlink_to(victim / "new")
+    fetched(str(tmp_path / "there"), tmp_path / "got")
+    assert not list(victim.iterdir())
+    assert files(tmp_path / "got") == files(built)
+    (tmp_path / "more.pulling").symlink_to(victim)
+    with pytest.raises(UsageError, match="found a link; move it away"):
+        fetched(str(tmp_path / "there"), tmp_path / "more")
+    (tmp_path / "most.pulling").mkdir()
+    (tmp_path / "most.pulling/quantkit").symlink_to(victim)
+    with pytest.raises(UsageError, match=r"most\.pulling: .* found another folder; move it away"):
+        fetched(str(tmp_path / "there"), tmp_path / "most")
+    assert not list(victim.iterdir())
+    record_property("fault", "links at the source and in what an earlier pull left")
+
+
+@pytest.mark.parametrize("name", ["got.pulling", "got.pulling.replaced"])
+def test_what_no_pull_made_is_left_alone(built: Path, name: str, tmp_path: Path) -> None:
+    sent(built, str(tmp_path / "there"))
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("years of work")
+    with pytest.raises(
+        UsageError, match=rf"{name}: expected nothing, or .*, found another folder; move it away"
+    ):
+        fetched(str(tmp_path / "there"), tmp_path / "got")
+    assert (tmp_path / name / "thesis.txt").read_text() == "years of work"
+    assert {path.name for path in tmp_path.iterdir()} == {"there", name}
+
+
+def test_a_link_where_a_publication_goes(built: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "victim").write_bytes(b"mine")
+    (tmp_path / "there/config.json").symlink_to(tmp_path / "victim")
+    with pytest.raises(TransferError, match="expected a file or none, found a link"):
+        sent(built, str(tmp_path / "there"))
+    assert (tmp_path / "victim").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("title", ["../evil", "/evil", "quantkit/manifest.json"])
+def test_an_image_that_lies(
+    built: Path, tmp_path: Path, title: str, record_property: Record
+) -> None:
+    """A title that leads out of the folder is not asked for; a title twice is refused."""
+    server = Registry()
+    there = of_registry(server)
+    sent(built, there.address)
+    digest = server.tags["v1"]
+    image = json.loads(server.manifests[digest])
+    server.blobs[sha(b"evil")] = b"evil"
+    image["layers"].append({"digest": sha(b"evil"), "size": 4, "annotations": {TITLE: title}})
+    server.manifests["sha256:" + "0" * 64] = json.dumps(image).encode()
+    server.tags["v1"] = "sha256:" + "0" * 64
+    with pytest.raises(TransferError, match="in a row .a manifest of another digest"):
+        fetched(there.address, tmp_path / "in" / "got")
+    content = json.dumps(image).encode()
+    server.manifests[sha(content)] = content
+    server.tags["v1"] = sha(content)
+    if title == MANIFEST:
+        with pytest.raises(TransferError, match="expected one blob, found two"):
+            fetched(there.address, tmp_path / "in" / "got")
+    else:
+        fetched(there.address, tmp_path / "in" / "got")
+        assert files(tmp_path / "in" / "got") == files(built)
+    assert not (tmp_path / "evil").exists() and not (tmp_path / "in" / "evil").exists()
+    server.close()
+    record_property("fault", f"an image has a layer titled {title}")
+
+
+# ------------------------------------------------------------------------------------------- what is at the final name
+
+
+def test_what_must_not_be_replaced_stays(built: Path, tmp_path: Path) -> None:
+    sent(built, str(tmp_path / "there"))
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/thesis.tex").write_text("years")
+    (tmp_path / "note").write_text("a file")
+    for name in ("thesis", "note"):
+        for overwrite in (False, True):
+            with pytest.raises(UsageError, match="exists"):
+                fetched(str(tmp_path / "there"), tmp_path / name, overwrite=overwrite)
+    assert (tmp_path / "thesis/thesis.tex").read_text() == "years" and (
+        tmp_path / "note"
+    ).read_text() == "a file"
+    (tmp_path / "empty").mkdir()
+    fetched(str(tmp_path / "there"), tmp_path / "empty")
+    assert files(tmp_path / "empty") == files(built)
+
+
+def test_a_damaged_artifact_is_replaced_when_asked(built: Path, tmp_path: Path) -> None:
+    sent(built, str(tmp_path / "there"))
+    fetched(str(tmp_path / "there"), tmp_path / "got")
+    (tmp_path / "got" / LAST).write_bytes(b"damaged")
+    with pytest.raises(
+        UsageError, match="is there already and was changed; --overwrite replaces it"
+    ):
+        fetched(str(tmp_path / "there"), tmp_path / "got")
+    fetched(str(tmp_path / "there"), tmp_path / "got", overwrite=True)
+    assert files(tmp_path / "got") == files(built)
+
+
+def test_a_place_within_the_artifact(artifact: Path) -> None:
+    before = files(artifact)
+    with pytest.raises(UsageError, match="expected a place outside the artifact"):
+        sent(artifact, str(artifact / "copy"))
+    assert sent(artifact, str(artifact)).files == ()
+    assert files(artifact) == before
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"other")
+    item = Item(
+        name="x", path=tmp_path / "x", n_bytes=5, sha256=hashlib.sha256(b"first").hexdigest()
+    )
+    with (
+        HashedReader(item) as pieces,
+        pytest.raises(QuantkitError, match="changed while it was published"),
+    ):
+        list(pieces)
+
+
+# ----------------------------------------------------------------------------------------------------------- addresses
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("hf://a/b", "hf"), ("owner/name", "hf"), ("s3://b/p", "s3"), ("S3A://b/p", "s3"), ("gs://b/p", "gs"),
+        ("oci://h:1/n:t", "oci"), ("file:///x", "file"), ("/x/y", "file"), ("./a/b", "file"), ("../a", "file"),
+        ("name", "file"), ("a/b/c", "file"), ("~/x", "file"), ("-x/y", "file"),
+    ],
+)  # fmt: skip
+def test_what_an_address_is(
+    text: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse(text)[0] == kind
+
+
+def test_a_folder_that_looks_like_a_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shared").mkdir()
+    with pytest.raises(UsageError, match=r"it could be either; write \./shared/x or hf://shared/x"):
+        parse("shared/x")
+    (tmp_path / "shared/x").mkdir()
+    assert parse("shared/x") == ("file", "shared/x")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "expected a URL"), ("a\x00b", "expected a URL"), ("s3://key:secret@bucket/x", "expected no password"),
+        ("oci://u:p@host/x", "expected no password"), ("simplecache::s3://b/x", "a chain of them"),
+        ("nope://x/y", "nope:// is none"), ("zip://x/y", "zip:// is none"),
+        ("s3://", "found no bucket"), ("hf://a", "expected hf://owner/name"),
+        ("hf://datasets/a/b", "expected hf://owner/name"), ("oci://host", "expected oci://host/name:tag"),
+        ("oci://host/UPPER", "expected oci://host/name:tag"), ("oci://h/../../x", "expected oci://host/name:tag"),
+        ("file://elsewhere/x", "expected a folder of this machine"), ("oci://h/n@sha256:12", "expected oci://"),
+    ],
+)  # fmt: skip
+def test_an_address_that_is_none(built: Path, tmp_path: Path, text: str, said: str) -> None:
+    for words in (("pull", text, tmp_path / "got"), ("publish", "--force", built, text)):
+        done = run(*words)
+        assert done.exit_code == 2 and said in done.stderr, done.stderr
+        assert "secret" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_revisions_are_the_hubs(tmp_path: Path) -> None:
+    for words in (("--revision", "x"), ("--private",)):
+        done = run("publish", "x", str(tmp_path / "y"), *words)
+        assert (
+            done.exit_code == 2 and "expected a repository of the Hugging Face Hub" in done.stderr
+        )
+
+
+def test_a_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    done = run("pull", "s3://bucket/x", tmp_path / "got")
+    assert done.exit_code == 2 and "pip install 'quantkit[s3]'" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "scheme",
+    sorted(set(fsspec.available_protocols()) - {"file", "local", "s3", "s3a", "hf", "memory"}),
+)
+def test_any_scheme_is_answered_with_a_sentence(tmp_path: Path, scheme: str) -> None:
+    """Whatever a library does without its package, its server or its login."""
+    options = Options(patience=RetryPolicy(tries=1))
+    with pytest.raises(QuantkitError) as caught:
+        pull(f"{scheme}://127.0.0.1:1/x", tmp_path / "got", options, lambda _: None)
+    assert "\n" not in str(caught.value)
+
+
+@given(
+    st.text(max_size=30)
+    | st.from_regex(r"(s3|gs|oci|hf|file|memory)://[a-z@:/.?#%-]{0,20}", fullmatch=True)
+)
+def test_an_address_is_read_or_refused(text: str) -> None:
+    with contextlib.suppress(UsageError):
+        scheme, rest = parse(text)
+        assert text.endswith(rest) and scheme == scheme.lower()
+
+
+@given(st.text(max_size=60))
+def test_scrubbing_twice_changes_nothing(text: str) -> None:
+    assert scrub(scrub(text)) == scrub(text)

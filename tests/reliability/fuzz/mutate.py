@@ -1,0 +1,183 @@
+"""Damage that keeps an input near to a good one: a value, a key or a line is changed, all else stays.
+
+Bytes thrown at random end at the first brace; what a parser believes of its own structure needs an input that has it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+
+Mutation = Callable[[bytes, random.Random], bytes]
+
+HOSTILE: tuple[object, ...] = (
+    None, True, False, 0, -1, 1, 2, 3, 7, 128, 10**6, 2**31, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30, 0.0, 0.5,
+    -1.5, 1e308, 5e-324, "", " ", "a", "\x00", "\x1b[2J\x1b]0;x\x07", "\n", "\u202e", "\ud800", "é", "../x",
+    "/etc/passwd", "..", ".", "C:\\x", "a/../../b", "A" * 1000, "NaN", "1e999", "none", "null", "true", "0",
+    "%s%n", "{{7*7}}", [], {}, [[]], [{}], {"": ""}, [0], [-1, 2**63], [1, 2, 3], ["a"], {"a": 1},
+)  # fmt: skip
+"""Values that somebody once forgot to expect."""
+
+RAW: tuple[bytes, ...] = (
+    b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-0", b"9" * 5000, b"0x10", b"[" * 3000, b'{"a":' * 2000, b"'a'",
+    b'"\\ud800"', b'"\\u0000"', b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\r\n", b"\r", b"\x00", b"\x85", b"// x",
+    b",", b"}", b"]", b'"', b"\x1b[31m",
+)  # fmt: skip
+"""What is no value of JSON, or one that readers dispute."""
+
+YAML_RAW: tuple[bytes, ...] = (
+    b"&a [*a]", b"*a", b"!!python/object:os.system x", b"!!binary aGk=", b"!<tag:yaml.org,2002:str> x", b"<<: *a",
+    b"? [a]", b"%YAML 1.1\n---", b"---", b"...", b"|", b">-", b"\t", b"- - - -", b"{a: b", b"[a, b", b"2001-01-01",
+    b"0o17", b"0b1", b"1_000", b"12:30:45", b".inf", b".nan", b"~", b"yes", b'"\\U00110000"', b'"\\ud800"', b"'",
+    b"a: b: c", b"#",
+)  # fmt: skip
+
+
+def json_mutation(data: bytes, rng: random.Random) -> bytes:
+    """One to three changes of a JSON text's values, keys or bytes."""
+    for _ in range(rng.randint(1, 3)):
+        data = rng.choice((_value, _value, _value, _key, _raw, _cut))(data, rng)
+    return data
+
+
+def lines_mutation(data: bytes, rng: random.Random) -> bytes:
+    """The same for a file with one JSON text a line."""
+    lines = data.split(b"\n")
+    at = rng.randrange(len(lines))
+    kind = rng.randrange(6)
+    if kind == 0:
+        del lines[at]
+    elif kind == 1:
+        lines.insert(at, rng.choice(lines))
+    elif kind == 2:
+        lines[at] = rng.choice((b"", b"\r", b" ", b"null", b"[]"))
+    else:
+        lines[at] = json_mutation(lines[at], rng)
+    return b"\n".join(lines)
+
+
+def yaml_mutation(data: bytes, rng: random.Random) -> bytes:
+    """One to three changes of a YAML text's lines, values or bytes."""
+    for _ in range(rng.randint(1, 3)):
+        data = rng.choice((_line, _after_colon, _after_colon, _raw_yaml, _cut))(data, rng)
+    return data
+
+
+def bytes_mutation(data: bytes, rng: random.Random) -> bytes:
+    """One to three changes of bytes that are no text."""
+    for _ in range(rng.randint(1, 3)):
+        data = rng.choice((_flip, _cut, _raw))(data, rng)
+    return data
+
+
+def _value(data: bytes, rng: random.Random) -> bytes:
+    """A value anywhere in the tree becomes another, is dropped or is given twice."""
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError):
+        return _raw(data, rng)
+    places = _places(tree)
+    if not places:
+        return json.dumps(rng.choice(HOSTILE)).encode()
+    parent, key = rng.choice(places)
+    kind = rng.randrange(8)
+    if kind == 0 and isinstance(parent, dict | list):
+        del parent[key]  # type: ignore[arg-type]
+    elif kind == 1:
+        other, name = rng.choice(places)
+        parent[key] = other[name]  # type: ignore[index,call-overload]
+    elif kind == 2:
+        parent[key] = [parent[key]] * rng.randint(1, 3)  # type: ignore[index,call-overload]
+    else:
+        parent[key] = rng.choice(HOSTILE)  # type: ignore[index,call-overload]
+    try:
+        return json.dumps(tree).encode()
+    except (ValueError, RecursionError):  # a value was put into itself
+        return data
+
+
+def _places(tree: object, limit: int = 3000) -> list[tuple[object, object]]:
+    found: list[tuple[object, object]] = []
+    waiting = [tree]
+    while waiting and len(found) < limit:
+        node = waiting.pop()
+        items = (
+            node.items()
+            if isinstance(node, dict)
+            else enumerate(node)
+            if isinstance(node, list)
+            else ()
+        )
+        for key, value in items:
+            found.append((node, key))
+            waiting.append(value)
+    return found
+
+
+def _key(data: bytes, rng: random.Random) -> bytes:
+    """A key is given another name, or a second time."""
+    marks = [at for at in range(len(data)) if data.startswith(b'":', at)]
+    if not marks:
+        return _raw(data, rng)
+    end = rng.choice(marks)
+    begin = data.rfind(b'"', 0, end) + 1
+    name = data[begin:end]
+    if rng.random() < 0.5:
+        return data[: begin - 1] + b'"' + name + b'": 1, "' + data[begin:]
+    changed = json.dumps(str(rng.choice([value for value in HOSTILE if isinstance(value, str)])))[
+        1:-1
+    ].encode()
+    return data[:begin] + changed + data[end:]
+
+
+def _raw(data: bytes, rng: random.Random) -> bytes:
+    return _put(data, rng, rng.choice(RAW))
+
+
+def _raw_yaml(data: bytes, rng: random.Random) -> bytes:
+    return _put(data, rng, rng.choice((*RAW, *YAML_RAW)))
+
+
+def _put(data: bytes, rng: random.Random, what: bytes) -> bytes:
+    at = rng.randint(0, len(data))
+    return data[:at] + what + data[at + rng.choice((0, 0, 1, len(what))) :]
+
+
+def _cut(data: bytes, rng: random.Random) -> bytes:
+    first, last = sorted((rng.randint(0, len(data)), rng.randint(0, len(data))))
+    return data[:first] + data[last:] if rng.random() < 0.7 else data[:last]
+
+
+def _flip(data: bytes, rng: random.Random) -> bytes:
+    if not data:
+        return b"\0"
+    at = rng.randrange(len(data))
+    return data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :]
+
+
+def _line(data: bytes, rng: random.Random) -> bytes:
+    lines = data.split(b"\n")
+    at = rng.randrange(len(lines))
+    kind = rng.randrange(4)
+    if kind == 0:
+        del lines[at]
+    elif kind == 1:
+        lines.insert(rng.randint(0, len(lines)), lines[at])
+    elif kind == 2:
+        lines[at] = b" " * rng.randint(1, 4) + lines[at]
+    else:
+        lines[at] = lines[at].lstrip()
+    return b"\n".join(lines)
+
+
+def _after_colon(data: bytes, rng: random.Random) -> bytes:
+    """The value behind a key becomes another."""
+    lines: Sequence[bytes] = data.split(b"\n")
+    keyed = [at for at, line in enumerate(lines) if b":" in line]
+    if not keyed:
+        return _raw_yaml(data, rng)
+    at = rng.choice(keyed)
+    values = [json.dumps(value).encode() for value in HOSTILE] + [*YAML_RAW, *RAW]
+    changed = lines[at].split(b":", 1)[0] + b": " + rng.choice(values)
+    return b"\n".join([*lines[:at], changed, *lines[at + 1 :]])

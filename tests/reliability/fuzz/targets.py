@@ -1,0 +1,669 @@
+"""The parsers of everything that quantkit reads and did not write a moment ago, each as one function of bytes.
+
+A target writes the bytes where the product would find them and calls what the product calls. QuantkitError is an
+answer; anything else that comes out is a defect, and so is a message that a terminal would obey or could not show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reliability.fuzz.mutate import (
+    Mutation,
+    bytes_mutation,
+    json_mutation,
+    lines_mutation,
+    yaml_mutation,
+)
+
+from quantkit import errors
+
+if TYPE_CHECKING:
+    from quantkit.recipe.schema import Recipe
+
+MESSAGE_LINES = 41
+ROOT = Path(__file__).parents[3]
+
+HEADER = {
+    "__metadata__": {"format": "pt"},
+    "a.weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
+    "b.weight": {"dtype": "BF16", "shape": [2, 4], "data_offsets": [16, 32]},
+    "c.weight": {"dtype": "F8_E4M3", "shape": [4, 4], "data_offsets": [32, 48]},
+    "c.weight_scale_inv": {"dtype": "F32", "shape": [1, 1], "data_offsets": [48, 52]},
+}
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128, "head_dim": 16, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "rope_theta": 10000.0, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}  # fmt: skip
+RECIPE = """\
+version: 1
+source: {model: builtin:tiny-v3, revision: null}
+quantize: {method: awq, rounding: gptq, bits: 4, group_size: 64, symmetric: false}
+format: [awq, dense]
+rules:
+  - {match: "re:.*[.]experts[.].*", quantize: {bits: 3}}
+  - match: "*.q_proj"
+    keep: bf16
+  - {preset: experts-only}
+calibration: {set: tiny-v3, sequences: 8, length: 64}
+fidelity: {set: tiny-v3-heldout, windows: 4, length: 64}
+evaluation: {tasks: [tiny-v3-math], limit: 5}
+gates: {kl_mean@math: {max: 0.1}, size: {max: 400GB}, tiny-v3-math: {margin_pp: 2}}
+output: {path: out, shard_bytes: 5GB}
+memory: 4GB
+compute: {device: cpu}
+"""
+SPEC = """\
+version: 1
+name: mine
+licence: CC0
+origin: written here
+domains: [math, prose]
+packing: documents
+end: eos
+file: mine.jsonl
+sha256: {sha256}
+"""
+ROWS = b'{"domain": "math", "text": "1 + 1 = 2"}\n{"domain": "prose", "text": "once upon"}\n'
+TASK = """\
+task: mine
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+filter_list:
+  - name: answer
+    filter: [{function: regex, regex_pattern: "([0-9]+)"}]
+quantkit:
+  domain: math
+  local: {test: {file: mine.jsonl, rows: [0, 2]}}
+  gold: "{{answer}}"
+  code: {source: "{{completion}}", tests: "{{test}}", cut: none, seconds: 10}
+"""
+TOKENIZER = {
+    "version": "1.0", "truncation": None, "padding": None,
+    "added_tokens": [
+        {"id": 0, "content": "<s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": True}
+    ],
+    "normalizer": {"type": "NFC"},
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True},
+    "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+    "model": {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+        "vocab": {"<s>": 0, "a": 1, "b": 2, "ab": 3}, "merges": [["a", "b"]],
+    },
+}  # fmt: skip
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<s>", "model_max_length": 512,
+    "added_tokens_decoder": {"0": {"content": "<s>", "lstrip": False, "special": True}}, "chat_template": "{{ x }}",
+    "clean_up_tokenization_spaces": False, "padding_side": "left", "add_bos_token": True,
+}  # fmt: skip
+CARD = "---\nlicense: mit\nlicense_link: x\ntags: [a, b]\n---\n# A model\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A parser. `read` takes a folder that `file` was written into; `mutate` damages a good input."""
+
+    name: str
+    file: str
+    read: Callable[[Path], object]
+    made: Callable[[], tuple[bytes, ...]]
+    mutate: Mutation
+    beside: Callable[[], Mapping[str, bytes]]
+
+    @cached_property
+    def seeds(self) -> tuple[bytes, ...]:
+        """Good inputs."""
+        return self.made()
+
+
+def as_bytes(value: object) -> bytes:
+    """JSON."""
+    return json.dumps(value, indent=1).encode()
+
+
+def framed(header: bytes, data: bytes) -> bytes:
+    """A safetensors file."""
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def shard_mutation(data: bytes, rng: random.Random) -> bytes:
+    """A damaged header, most times behind the length that it has."""
+    length = int.from_bytes(data[:8], "little")
+    if rng.random() < 0.2 or length > len(data):
+        return bytes_mutation(data, rng)
+    header = json_mutation(data[8 : 8 + length], rng)
+    return framed(header, data[8 + length :])
+
+
+PLAIN = dict([*HEADER.items()][:3])  # without FP8
+SHARD_NAME = "a.safetensors"
+SHARD = framed(as_bytes(HEADER), bytes(52))
+TARGETS: dict[str, Target] = {}
+
+
+def target(
+    name: str,
+    file: str,
+    seeds: Callable[[], tuple[bytes, ...]],
+    mutate: Mutation,
+    beside: Callable[[], Mapping[str, bytes]] = dict,
+) -> Callable[[Callable[[Path], object]], Callable[[Path], object]]:
+    """Note the decorated function as the parser `name`."""
+
+    def note(read: Callable[[Path], object]) -> Callable[[Path], object]:
+        TARGETS[name] = Target(
+            name=name, file=file, read=read, made=seeds, mutate=mutate, beside=beside
+        )
+        return read
+
+    return note
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+
+
+@target("recipe", "recipe.yaml", lambda: (RECIPE.encode(),), yaml_mutation)
+def recipe(folder: Path) -> object:
+    """A recipe file."""
+    from quantkit.cli.options import read_recipe
+
+    return read_recipe(str(folder / "recipe.yaml"), ())[1].hash
+
+
+@target(
+    "override",
+    "overrides",
+    lambda: (b"quantize.bits=3\noutput.path=x\nrules=[{match: a, keep: bf16}]",),
+    yaml_mutation,
+)
+def override(folder: Path) -> object:
+    """--set KEY=VALUE, one a line; what is set is written into the text too."""
+    from quantkit.recipe.parse import parse, with_overrides
+
+    text = (folder / "overrides").read_bytes().decode("utf-8", errors="surrogateescape")
+    pairs = dict(line.partition("=")[::2] for line in text.split("\n"))
+    return with_overrides(RECIPE, parse(RECIPE, "recipe.yaml", pairs))
+
+
+@target(
+    "gates",
+    "gates.yaml",
+    lambda: (
+        b"gates:\n  kl_mean@math: {max: 0.1}\n  size: {max: 4GB}\n  mine: {min_score: 0.5}\n",
+    ),
+    yaml_mutation,
+)
+def gates(folder: Path) -> object:
+    """A file of gates."""
+    from quantkit.cli.options import _text
+    from quantkit.recipe.parse import parse_gates
+
+    return parse_gates(_text(folder / "gates.yaml"), "gates.yaml", ["mine"])
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@target("config", "config.json", lambda: configs(), json_mutation)
+def config(folder: Path) -> object:
+    """config.json as a plan reads it, of a family with a table: layout, decisions, shards, memory."""
+    from quantkit import registry
+    from quantkit.checkpoint.checkpoint import read_config
+    from quantkit.plan import sources
+    from quantkit.plan.plan import SourceFacts
+
+    found = read_config(folder)
+    registry.architecture(
+        found.text("model_type")
+    )  # others are derived from transformers in seconds, not read
+    facts = SourceFacts(
+        model="m", revision=None, config=found, specs=None, fingerprint=None, where="m"
+    )
+    return [
+        plan.hash
+        for plan in sources.plan_recipe(small_recipe(), facts, {"calibration": 9, "fidelity": 9})
+    ]
+
+
+@cache
+def small_recipe() -> Recipe:
+    """A recipe that fits every family."""
+    from quantkit.recipe.parse import parse
+
+    text = "{version: 1, source: {model: m}, fidelity: none, output: {path: out}, memory: 64GB, format: dense, "
+    text += "calibration: {set: tiny-v3, sequences: 2, length: 8}, "
+    return parse(text + "quantize: {method: gptq, group_size: 32}, compute: {device: cpu}}", "r")
+
+
+@cache
+def configs() -> tuple[bytes, ...]:
+    """The tiny config of every family with a table."""
+    from quantkit import registry
+
+    names = registry.names("architectures")
+    return (as_bytes(LLAMA), *(as_bytes({**registry.architecture(name).tiny}) for name in names))
+
+
+@target(
+    "index", "model.safetensors.index.json",
+    lambda: (as_bytes({"metadata": {"total_size": 52}, "weight_map": dict.fromkeys(list(HEADER)[1:], SHARD_NAME)}),),
+    json_mutation, lambda: {SHARD_NAME: SHARD},
+)  # fmt: skip
+def index(folder: Path) -> object:
+    """The index of a sharded checkpoint."""
+    from quantkit.checkpoint.shards import open_shards
+
+    return open_shards(folder).fingerprint()
+
+
+@target("header", "model.safetensors", lambda: (SHARD, framed(b"{}", b"")), shard_mutation)
+def header(folder: Path) -> object:
+    """A safetensors header."""
+    from quantkit.checkpoint.header import read_header
+
+    return read_header(folder / "model.safetensors")
+
+
+@target(
+    "checkpoint",
+    "model.safetensors",
+    lambda: (SHARD,),
+    shard_mutation,
+    lambda: {"config.json": as_bytes(LLAMA)},
+)
+def checkpoint(folder: Path) -> object:
+    """A whole checkpoint, every tensor read."""
+    from quantkit.checkpoint.checkpoint import Checkpoint
+
+    opened = Checkpoint.open(folder)
+    opened.fingerprint()
+    return opened.read(opened.specs)
+
+
+@target("model card", "README.md", lambda: (CARD.encode(),), yaml_mutation)
+def model_card(folder: Path) -> object:
+    """The front matter of a source's card."""
+    from quantkit.artifact.front_matter import front_matter
+
+    return front_matter(folder)
+
+
+@target(
+    "tokenizer",
+    "tokenizer.json",
+    lambda: (as_bytes(TOKENIZER),),
+    json_mutation,
+    lambda: {"tokenizer_config.json": as_bytes(TOKENIZER_CONFIG), "config.json": as_bytes(LLAMA)},
+)
+def tokenizer(folder: Path) -> object:
+    """tokenizer.json, and a text tokenized with what it says."""
+    from quantkit.texts.corpora import load_tokenizer
+
+    return load_tokenizer(folder)(["abba"], add_special_tokens=True, verbose=False)
+
+
+@target(
+    "tokenizer config",
+    "tokenizer_config.json",
+    lambda: (as_bytes(TOKENIZER_CONFIG),),
+    json_mutation,
+    lambda: {"tokenizer.json": as_bytes(TOKENIZER), "config.json": as_bytes(LLAMA)},
+)
+def tokenizer_config(folder: Path) -> object:
+    """tokenizer_config.json."""
+    return tokenizer(folder)
+
+
+# -------------------------------------------------------------------------------------------------------------- texts
+
+
+@target(
+    "calibration spec",
+    "mine.yaml",
+    lambda: (SPEC.format(sha256=hashlib.sha256(ROWS).hexdigest()).encode(),),
+    yaml_mutation,
+    lambda: {"mine.jsonl": ROWS},
+)
+def calibration_spec(folder: Path) -> object:
+    """The spec of a calibration or fidelity set."""
+    from quantkit.texts.corpora import load_set
+
+    return load_set(str(folder / "mine.yaml"), folder)
+
+
+@target("calibration rows", "mine.jsonl", lambda: (ROWS,), lines_mutation)
+def calibration_rows(folder: Path) -> object:
+    """The rows of a set, behind a spec that states their hash."""
+    from quantkit.texts.corpora import load_set
+
+    digest = hashlib.sha256((folder / "mine.jsonl").read_bytes()).hexdigest()
+    (folder / "mine.yaml").write_text(SPEC.format(sha256=digest))
+    return load_set(str(folder / "mine.yaml"), folder)
+
+
+@target(
+    "evaluation task",
+    "mine.yaml",
+    lambda: (TASK.encode(),),
+    yaml_mutation,
+    lambda: {"mine.jsonl": b'{"question": "1"}\n' * 2},
+)
+def evaluation_task(folder: Path) -> object:
+    """A benchmark's file, and what is made of it for lm-eval."""
+    from quantkit.evaluate.tasks import load, rendered
+
+    found = load([str(folder / "mine.yaml")], folder)
+    with rendered(found):
+        return found
+
+
+@target(
+    "evaluation rows",
+    "mine.jsonl",
+    lambda: (b'{"question": "1 + 1", "answer": "2"}\n' * 3,),
+    lines_mutation,
+)
+def evaluation_rows(folder: Path) -> object:
+    """The rows of a benchmark."""
+    from quantkit.texts.task_files import first_rows, rows_of
+
+    rows_of(folder / "mine.jsonl", 0, 2)
+    return first_rows(folder / "mine.jsonl", (0, 3), 2)
+
+
+# ---------------------------------------------------------------------------------------------------------- artifacts
+
+
+def example() -> dict[str, object]:
+    """A report as builds write it: a figure that is not finite is null."""
+    from support.report_example import FIDELITY
+
+    from quantkit.artifact.fidelity_schema import Fidelity
+
+    return Fidelity.model_validate(FIDELITY).model_dump(mode="json")
+
+
+@cache
+def sealed() -> dict[str, bytes]:
+    """The files of a small artifact with evidence."""
+    kept = {"figure": "kl_mean", "bound": "<= 1", "value": 0.1, "ok": True, "reason": ""}
+    fidelity = as_bytes({**example(), "status": "accepted", "gates": [kept], "modules": []})
+    plan = as_bytes({
+        "hash": "00", "recipe": {"version": 1, "gates": {"kl_mean": {"max": 1}}, "evaluation": {"tasks": []}},
+        "summary": {"rules": [], "totals": {"tensors": 5}, "warnings": [], "shards": [{}]},
+        "decisions": {"a": ["awq int4 g128", "rules[0]"]}, "dropped": [],
+    })  # fmt: skip
+    files = {
+        "model.safetensors": framed(as_bytes(PLAIN), bytes(32)), "config.json": as_bytes({"model_type": "mine"}),
+        "quantkit/fidelity.json": fidelity,
+        "quantkit/plan.json": plan,
+    }  # fmt: skip
+    return files | {"quantkit/manifest.json": manifest_of(files)}
+
+
+def manifest_of(files: Mapping[str, bytes]) -> bytes:
+    """The manifest that agrees with these files."""
+    return as_bytes({
+        "schema_version": 1, "status": "accepted", "plan": "00", "unhashed": ["quantkit/timings.json"],
+        "files": {
+            name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()
+        },
+        "tensors": {name: [row["dtype"], row["shape"]] for name, row in PLAIN.items() if "dtype" in row},
+        "quantization_config": None,
+        "source": {"model": "x", "files": {"m": "00"}, "revision": None},
+        "versions": {"torch": "1"}, "environment": {"device": "cpu"}, "modules": {}, "blocks": {}, "seeds": {},
+    })  # fmt: skip
+
+
+def reseal(folder: Path) -> None:
+    """Make the manifest agree with the files, as somebody who forges an artifact would."""
+    names = [name for name in sealed() if name != "quantkit/manifest.json"]
+    (folder / "quantkit/manifest.json").write_bytes(
+        manifest_of({name: (folder / name).read_bytes() for name in names})
+    )
+
+
+@target(
+    "manifest",
+    "quantkit/manifest.json",
+    lambda: (sealed()["quantkit/manifest.json"],),
+    json_mutation,
+    lambda: sealed(),
+)
+def manifest(folder: Path) -> object:
+    """The manifest as verify and diff read it."""
+    from quantkit.diff.sides import read_sides
+
+    faults = attempt(lambda: read_sides(str(folder), str(folder)))
+    from quantkit.verify.shallow import verify
+
+    verify(folder)
+    return faults
+
+
+@target(
+    "plan.json",
+    "quantkit/plan.json",
+    lambda: (sealed()["quantkit/plan.json"],),
+    json_mutation,
+    lambda: sealed(),
+)
+def plan_json(folder: Path) -> object:
+    """plan.json under a manifest that agrees, as diff and gate read it."""
+    from quantkit.artifact.read_report import read_sealed
+    from quantkit.cli.options import read_gates
+    from quantkit.diff.compare import compare
+    from quantkit.diff.sides import read_sides
+
+    reseal(folder)
+    report, _ = read_sealed(folder)
+    attempt(lambda: read_gates(None, folder, report))
+    return compare(*read_sides(str(folder), str(folder)), partial=True)
+
+
+@target(
+    "fidelity.json",
+    "quantkit/fidelity.json",
+    lambda: reports(),
+    json_mutation,
+    lambda: sealed(),
+)
+def fidelity_json(folder: Path) -> object:
+    """fidelity.json as report, runs and gate read it."""
+    from quantkit.artifact.read_report import read_report
+    from quantkit.recipe.parse import parse_gates
+    from quantkit.report import gates as judge
+
+    found = judge.judged(
+        parse_gates("gates: {kl_mean: {max: 1}, size: {max: 1}}", "g", []), read_report(folder)
+    )
+    shown(found)
+    return found
+
+
+@cache
+def reports() -> tuple[bytes, ...]:
+    """Reports with and without modules."""
+    return as_bytes(example()), sealed()["quantkit/fidelity.json"]
+
+
+def shown(report: object) -> None:
+    """What `quantkit report` prints of it, as bytes for a terminal."""
+    import io
+
+    from rich.console import Console
+
+    from quantkit.cli.console import Harmless
+    from quantkit.report.terminal import fidelity_view
+
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    Console(file=out, width=100).print(Harmless(fidelity_view(report)))  # type: ignore[arg-type]
+    out.flush()
+    raw: bytes = out.buffer.getvalue()  # type: ignore[attr-defined]
+    assert not any(character < 32 and character != 10 for character in raw), (
+        "a control character reaches the terminal"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- resume
+
+
+@cache
+def ledger_lines() -> tuple[bytes, ...]:
+    """A journal of two entries."""
+    from quantkit.io.journal import _line
+
+    of = {"source": {"files": {"m": "0" * 64}, "other files": "0"}, "recipe": {"version": 1}}
+    first, digest = _line("", {"kind": "began", "stamps": {"m": [1, 2]}, "of": of})
+    step = {"loop": 0, "record": None, "states": {"calibration": "x"}, "stored": []}
+    second, digest = _line(digest, {"kind": "step", "step": step})
+    third, _ = _line(digest, {"kind": "ready", "loop": 0, "manifests": {"awq": "0" * 64}})
+    return (first + second + third,)
+
+
+@target("journal", "journal.jsonl", lambda: ledger_lines(), lines_mutation)
+def journal(folder: Path) -> object:
+    """The journal of an interrupted build."""
+    from quantkit.io.journal import Journal
+
+    return Journal.open(folder / "journal.jsonl")
+
+
+@target("answers", "answers.sqlite", lambda: answers_files(), bytes_mutation)
+def answers(folder: Path) -> object:
+    """The answers of an interrupted evaluation."""
+    from quantkit.evaluate.answer_store import AnswerKey, opened
+
+    for left in folder.glob("answers.sqlite-*"):
+        left.unlink()
+    question = AnswerKey("task", "doc", "prompt", "settings", "model", 0)
+    with opened(folder / "answers.sqlite") as found:
+        told = found.get(question), len(found)
+        found.put([(question, ["x"])])
+        return told
+
+
+@cache
+def answers_files() -> tuple[bytes, ...]:
+    """A file of answers as quantkit writes it."""
+    import tempfile
+
+    from quantkit.evaluate.answer_store import AnswerKey, opened
+
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "answers.sqlite"
+        with opened(path) as found:
+            found.put([
+                (AnswerKey("task", "doc", "prompt", "settings", "model", turn), ["yes", 1])
+                for turn in range(3)
+            ])
+        return (path.read_bytes(),)
+
+
+@target("samples", "quantkit/samples/tokens.parquet", lambda: samples_files(), bytes_mutation)
+def samples(folder: Path) -> object:
+    """Parquet samples of an artifact."""
+    from quantkit.diff.sides import _tokens
+    from quantkit.report.samples import read_samples
+
+    read_samples(folder, {})
+    return _tokens(folder / "quantkit/samples/tokens.parquet")
+
+
+@cache
+def samples_files() -> tuple[bytes, ...]:
+    """tokens.parquet of three tokens."""
+    import io
+
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    floats = arrow.array([0.1, 0.2, 0.3])
+    table = arrow.table({
+        "domain": ["math"] * 3, "kl": floats, "nll_source": floats, "nll_artifact": floats, "same_top": [True] * 3,
+    })  # fmt: skip
+    buffer = io.BytesIO()
+    parquet.write_table(table, buffer)
+    return (buffer.getvalue(),)
+
+
+@target(
+    "lock",
+    "x.lock",
+    lambda: (b'{"host": "a", "pid": 1, "ticks": 2, "since": "now"}',),
+    json_mutation,
+)
+def lock(folder: Path) -> object:
+    """The file that says whose a build folder is, left by a process that is gone, and held by one that is not."""
+    import fcntl
+    import os
+
+    from quantkit.io.lock import held
+
+    holder = os.open(folder / "x.lock", os.O_RDWR)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+
+        def again() -> None:
+            with held(folder / "x.lock"):
+                raise AssertionError("two hold the lock")
+
+        attempt(again)
+    finally:
+        os.close(holder)
+    with held(folder / "x.lock"):
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------ running
+
+
+def attempt(action: Callable[[], object]) -> str | None:
+    """What quantkit answers to a refused input, checked; None for an accepted one."""
+    try:
+        action()
+    except errors.QuantkitError as error:
+        check_message(str(error))
+        return str(error)
+    return None
+
+
+def check_message(message: str) -> None:
+    """A sentence, or a few of them line by line, as the command line shows them."""
+    from quantkit.cli.console import sentence
+
+    message = sentence(message)
+    assert message.strip(), "an error without words"
+    message.encode()
+    lines = message.split("\n")
+    assert len(lines) <= MESSAGE_LINES, f"a message of {len(lines)} lines"
+    unfit = [line for line in lines if not line.isprintable()]
+    assert not unfit, f"not printable: {unfit[0]!r:.200}"
+
+
+def prepare(chosen: Target, folder: Path) -> None:
+    """Put what lies beside the file of a target."""
+    for name, data in {**chosen.beside(), chosen.file: b""}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+def run(chosen: Target, folder: Path, data: bytes) -> str | None:
+    """One input; what quantkit answers when it refuses it."""
+    (folder / chosen.file).unlink(missing_ok=True)  # what still holds the old file holds another
+    (folder / chosen.file).write_bytes(data)
+    return attempt(lambda: chosen.read(folder))

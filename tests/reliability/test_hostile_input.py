@@ -1,0 +1,753 @@
+"""Files that somebody made to break whoever reads them, through the command line: one sentence, soon, and exit 1 or 2.
+
+Each case damages a good source, recipe, text or artifact in one way. `hostile` runs the command and asserts what all
+have in common; the case says which words the sentence has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+import pytest
+from click.testing import CliRunner
+from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+
+from quantkit.cli.main import main
+
+SECONDS = 20  # of processor time: other tests may run beside
+MEMORY_BYTES = 1_500_000_000
+MESSAGE_CHARACTERS = 1500
+Record = Callable[[str, object], None]
+
+
+def answer(*arguments: str | Path) -> tuple[int, str]:
+    """Exit code and everything printed; no traceback, no control character, in time and in memory."""
+    before, began = peak(), time.process_time()
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(
+        result.exception
+    )[:2000]
+    assert time.process_time() - began < SECONDS
+    assert peak() - before < MEMORY_BYTES
+    assert "Traceback" not in result.output
+    assert all(line.isprintable() for line in result.output.split("\n"))
+    return result.exit_code, result.output
+
+
+def refused(*arguments: str | Path) -> str:
+    """The one sentence of a command that refuses its input."""
+    code, printed = answer(*arguments)
+    assert code in (1, 2), printed
+    head, error, message = printed.partition("error: ")
+    assert error and not head, printed
+    assert 20 < len(message) < MESSAGE_CHARACTERS, message
+    assert message.count("\n") == 1, f"more than one sentence: {message}"
+    return message
+
+
+def peak() -> int:
+    """The most memory this process has had, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+# ------------------------------------------------------------------------------------------------------ the source
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small llama that plans."""
+    return write_checkpoint(tmp_path_factory.mktemp("good") / "source", tiny_config("llama"))
+
+
+@pytest.fixture
+def source(good: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(good, tmp_path / "source"))
+
+
+def plan(source: Path, **keys: str) -> tuple[str, Path]:
+    """The arguments of `quantkit plan` over a source."""
+    path = source.parent / "recipe.yaml"
+    path.write_text(recipe_text(source, source.parent / "out", rules="all-linear", **keys))
+    return "plan", path
+
+
+def header(source: Path) -> tuple[dict[str, Any], bytes]:
+    """The header and the data of the source's weights."""
+    whole = (source / "model.safetensors").read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    return json.loads(whole[8 : 8 + length]), whole[8 + length :]
+
+
+def put(source: Path, text: bytes, data: bytes = b"") -> None:
+    """Weights with this header."""
+    (source / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def changed(source: Path, name: str, **values: object) -> None:
+    """One tensor's entry changed, all else as it was."""
+    entries, data = header(source)
+    entries[name] |= values
+    put(source, json.dumps(entries).encode(), data)
+
+
+NORM = "model.norm.weight"
+EMBEDDING = "model.embed_tokens.weight"
+BOMB = "[" * 100_000 + "]" * 100_000
+DIGITS = "9" * 10_000
+ESCAPES = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202e"
+
+
+def announced(source: Path) -> None:
+    """A header that says it has 100 MB, in a file that has not."""
+    (source / "model.safetensors").write_bytes(
+        (100_000_000).to_bytes(8, "little") + b"{" + b" " * 1000
+    )
+
+
+def beyond(source: Path) -> None:
+    """A header of 2**63 bytes."""
+    (source / "model.safetensors").write_bytes((2**63).to_bytes(8, "little") + b"{}")
+
+
+def huge(source: Path) -> None:
+    """A header that really has 100 MB, all of it zeros, which the disk need not store."""
+    with (source / "model.safetensors").open("wb") as file:
+        file.write((100_000_000).to_bytes(8, "little") + b"{")
+        file.truncate(100_000_008)
+
+
+def blank(source: Path) -> None:
+    """A header of 100 MB of blanks behind one bracket."""
+    put(source, b"{" + b" " * 99_999_998 + b"}")
+
+
+def many(source: Path) -> None:
+    """A header of 36 MB that lists 600,000 empty tensors."""
+    one = '"t%07d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    put(source, ("{" + ",".join(one % number for number in range(600_000)) + "}").encode())
+
+
+def overlapping(source: Path) -> None:
+    """Two tensors share bytes."""
+    entries, _ = header(source)
+    first, second = [name for name in entries if name != "__metadata__"][:2]
+    changed(
+        source, second, data_offsets=entries[first]["data_offsets"], shape=entries[first]["shape"]
+    )
+
+
+def past_the_end(source: Path) -> None:
+    """The data stop in the middle of the last tensor."""
+    whole = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(whole[:-10])
+
+
+def lying(source: Path) -> None:
+    """A BF16 tensor said to be F32."""
+    changed(source, NORM, dtype="F32")
+
+
+def retyped(source: Path) -> None:
+    """A BF16 matrix said to be int16: as many bytes, other numbers."""
+    changed(source, "model.layers.0.mlp.up_proj.weight", dtype="I16")
+
+
+def overflowing(source: Path) -> None:
+    """A shape whose product is 0 in 64 bits."""
+    changed(source, NORM, shape=[2**32, 2**32])
+
+
+def empty_overflow(source: Path) -> None:
+    """A shape with a zero, whose strides overflow."""
+    changed(source, NORM, shape=[0, 2**62, 2**62], data_offsets=[0, 0])
+
+
+def twice(source: Path) -> None:
+    """A tensor named twice in the header."""
+    entries, data = header(source)
+    text = json.dumps(entries)
+    put(source, (text[:-1] + f', "{NORM}": ' + json.dumps(entries[NORM]) + "}").encode(), data)
+
+
+def config_text(text: str | bytes) -> Callable[[Path], None]:
+    """config.json is this."""
+
+    def damage(source: Path) -> None:
+        (source / "config.json").write_bytes(text.encode() if isinstance(text, str) else text)
+
+    return damage
+
+
+def config_key(key: str, raw: str) -> Callable[[Path], None]:
+    """A key of config.json has this text as its value."""
+
+    def damage(source: Path) -> None:
+        values = json.loads((source / "config.json").read_text()) | {key: "@"}
+        (source / "config.json").write_text(json.dumps(values).replace('"@"', raw))
+
+    return damage
+
+
+def indexed(name: str, make: Callable[[Path], object] | None = None) -> Callable[[Path], None]:
+    """The weights lie where an index says: in `name`, which `make` puts there."""
+
+    def damage(source: Path) -> None:
+        entries, _ = header(source)
+        table = {tensor: name for tensor in entries if tensor != "__metadata__"}
+        if make:
+            make(source)
+        (source / "model.safetensors").unlink()
+        (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+
+    return damage
+
+
+def copied_to(place: str) -> Callable[[Path], object]:
+    """The weights themselves, elsewhere."""
+    return lambda source: shutil.copy(source / "model.safetensors", source / place)
+
+
+def linked(source: Path) -> None:
+    """A shard that is a link out of the folder."""
+    shutil.move(source / "model.safetensors", source.parent / "real.safetensors")
+    (source / "model.safetensors").symlink_to(source.parent / "real.safetensors")
+
+
+def looped(source: Path) -> None:
+    """A shard that is a link to itself."""
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors").symlink_to(source / "model.safetensors")
+
+
+def piped(source: Path) -> None:
+    """A shard that is a pipe nobody writes to."""
+    (source / "model.safetensors").unlink()
+    os.mkfifo(source / "model.safetensors")
+
+
+def foldered(source: Path) -> None:
+    """A shard that is a folder."""
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors").mkdir()
+
+
+class Payload:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return exec, ("open('/tmp/quantkit-was-unpickled', 'w')",)
+
+
+def pickled(name: str) -> Callable[[Path], object]:
+    """A pickle under that name."""
+    return lambda source: (source / name).write_bytes(pickle.dumps(Payload()))
+
+
+def only_pickled(source: Path) -> None:
+    """Nothing but pytorch_model.bin."""
+    pickled("pytorch_model.bin")(source)
+    (source / "model.safetensors").unlink()
+
+
+def named(name: str) -> Callable[[Path], None]:
+    """One more tensor, of that name."""
+
+    def damage(source: Path) -> None:
+        entries, data = header(source)
+        end = len(data)
+        entries[name] = {"dtype": "F32", "shape": [1], "data_offsets": [end, end + 4]}
+        put(source, json.dumps(entries).encode(), data + bytes(4))
+
+    return damage
+
+
+SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "header of 100 MB that is not there": (announced, "header length: expected at most"),
+    "header of 2**63 bytes": (beyond, "header length: expected"),
+    "header of 100 MB of zeros": (huge, "header: expected JSON"),
+    "header of 100 MB of blanks": (blank, "the tensors do not fit"),
+    "header of 600,000 tensors": (many, "expected at most 500,000 tensors"),
+    "overlapping offsets": (overlapping, "which overlaps"),
+    "offsets past the end": (past_the_end, "the file is truncated"),
+    "dtype of other size": (lying, "bytes for F32"),
+    "shape that overflows": (overflowing, "fewer than 2**63 elements"),
+    "empty shape that overflows": (empty_overflow, "fewer than 2**63 elements"),
+    "tensor twice": (twice, "expected every key once"),
+    "header nested": (lambda s: put(s, b'{"a":' + BOMB.encode() + b"}"), "nesting"),
+    "header of 10,000 digits": (
+        lambda s: put(s, b'{"a":' + DIGITS.encode() + b"}"),
+        "a number beyond",
+    ),
+    "header with a BOM": (lambda s: put(s, b"\xef\xbb\xbf{}"), "expected to start with"),
+    "header not UTF-8": (lambda s: put(s, b'{"\xff":1}'), "expected UTF-8"),
+    "half a surrogate as a name": (lambda s: put(s, b'{"\\ud800":1}'), "half a surrogate"),
+    "NUL as a name": (named("\0"), "not claimed by the architecture"),
+    "escape sequences as a name": (named(ESCAPES), "not claimed by the architecture"),
+    "a name of a megabyte": (named("A" * 1_000_000), "not claimed by the architecture"),
+    "config: BOM": (config_text(b"\xef\xbb\xbf{}"), "byte order mark"),
+    "config: not UTF-8": (config_text(b'{"model_type": "\xff"}'), "expected UTF-8"),
+    "config: UTF-16": (config_text('{"a": 1}'.encode("utf-16")), "expected UTF-8"),
+    "config: NUL bytes": (config_text(b"\0" * 1000), "expected JSON"),
+    "config: a list": (config_text("[]"), "expected a JSON object"),
+    "config: empty": (config_text(""), "expected JSON"),
+    "config: key twice": (
+        config_text('{"model_type": "llama", "model_type": "mixtral"}'),
+        "every key once",
+    ),
+    "config: nested": (config_key("rope_scaling", BOMB), "nesting"),
+    "config: 10,000 digits": (config_key("hidden_size", DIGITS), "a number beyond"),
+    "config: 4,000 digits": (
+        config_key("hidden_size", "9" * 4000),
+        "hidden_size: expected an integer",
+    ),
+    "config: half a surrogate": (config_key("model_type", '"\\ud800"'), "half a surrogate"),
+    "config: escape sequences": (
+        config_key("model_type", json.dumps(ESCAPES)),
+        "no architecture named",
+    ),
+    "config: a path as a family": (config_key("model_type", '"../../x"'), "no architecture named"),
+    "config: NaN": (
+        config_key("hidden_size", "NaN"),
+        "config.json: expected finite numbers, found 'NaN'",
+    ),
+    "config: beyond a float": (
+        config_key("unused", "[-1e999]"),
+        "expected finite numbers, found '-1e999'",
+    ),
+    "config: a billion layers": (
+        config_key("num_hidden_layers", "1000000000"),
+        "1 to 4,000 blocks",
+    ),
+    "config: no layers": (config_key("num_hidden_layers", "0"), "num_hidden_layers"),
+    "config: fewer than none": (config_key("num_hidden_layers", "-1"), "num_hidden_layers"),
+    "config: no heads": (config_key("num_attention_heads", "0"), "num_attention_heads"),
+    "config: 2**31 wide": (config_key("hidden_size", str(2**31)), "hidden_size"),
+    "config: a link out": (
+        lambda s: (
+            shutil.move(s / "config.json", s.parent),
+            (s / "config.json").symlink_to(s.parent / "config.json"),
+        ),
+        "a link out of it",
+    ),
+    "index: ../": (
+        indexed("../real.safetensors", copied_to("../real.safetensors")),
+        "leads elsewhere",
+    ),
+    "index: absolute": (indexed("/etc/model.safetensors"), "leads elsewhere"),
+    "index: backslashes": (indexed("..\\real.safetensors"), "leads elsewhere"),
+    "index: NUL": (indexed("a\0.safetensors"), "leads elsewhere"),
+    "index: empty": (indexed(""), "leads elsewhere"),
+    "index: too long": (indexed("a" * 5000 + ".safetensors"), "found none"),
+    "index: a pickle": (
+        indexed("pytorch_model.bin", pickled("pytorch_model.bin")),
+        "a .safetensors file",
+    ),
+    "index: escape sequences": (indexed(ESCAPES + ".safetensors"), "found none"),
+    "a pickle as safetensors": (pickled("model.safetensors"), "header"),
+    "pickles only": (only_pickled, "pickled weights (pytorch_model.bin)"),
+    "a link out of the folder": (linked, "a link that leads out"),
+    "a link to itself": (looped, "a link that leads out"),
+    "a pipe": (piped, "found none"),
+    "a folder as weights": (foldered, "found none"),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_hostile_source(name: str, source: Path, record_property: Record) -> None:
+    """Before a byte of the weights is believed."""
+    damage, words = SOURCES[name]
+    damage(source)
+    assert words in refused(*plan(source))
+    assert not Path("/tmp/quantkit-was-unpickled").exists()
+    record_property("input", f"source: {name}")
+
+
+def test_a_dtype_that_lies_with_the_right_size(source: Path, record_property: Record) -> None:
+    """int16 where BF16 was: as many bytes, and no weights that anybody could quantize."""
+    retyped(source)
+    assert "I16" in refused(*plan(source))
+    record_property("input", "source: dtype of the same size")
+
+
+# ------------------------------------------------------------------------------------------------------ the recipe
+
+
+LAUGHS = "\n".join([
+    "a0: &a0 [lol]",
+    *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)),
+])
+RECIPES: dict[str, tuple[bytes, str]] = {
+    "billion laughs": (LAUGHS.encode(), "anchors"),
+    "one alias": (b"version: &a 1\nsource: *a\n", "anchors"),
+    "a merge key": (b"a: &a {b: 1}\nc: {<<: *a}\n", "anchors"),
+    "a tag that runs code": (b"version: !!python/object/apply:os.system [id]\n", "tags"),
+    "nested": (b"a: " + b"[" * 50_000, "deep"),
+    "nested by blocks": (b"\n".join(b" " * n + b"a:" for n in range(500)), "deep"),
+    "key twice": (b"version: 1\nversion: 1\n", "written twice"),
+    "not UTF-8": (b"version: \xff\n", "UTF-8"),
+    "UTF-16": ("version: 1\n".encode("utf-16"), "UTF-8"),
+    "NUL": (b"version: 1\0\n", "not valid YAML"),
+    "half a surrogate": (b'version: "\\ud800"\n', "surrogate"),
+    "10,000 digits": (b"version: " + DIGITS.encode(), "version"),
+    "a megabyte": (b"version: 1 #" + b"x" * 1_000_000, "at most"),
+    "escape sequences": (b'version: "\\e[2J\\u202e"\n', "version"),
+    "escape sequences as a key": (b'"\\e[2J": 1\n', "unknown key"),
+    "a list": (b"- 1\n", "mapping"),
+    "empty": (b"", "empty"),
+    "two documents": (b"version: 1\n---\nversion: 1\n", "one YAML document"),
+    "a directive": (b"%YAML 1.1\n---\nversion: 1\n", "directives"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_hostile_recipe(name: str, tmp_path: Path, record_property: Record) -> None:
+    """Every fault is listed, so there may be several lines; the words are in one of them."""
+    content, words = RECIPES[name]
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    for command in ("plan", "build"):
+        code, printed = answer(command, path)
+        assert code == 2 and printed.startswith("error: ") and words in printed, printed
+        assert len(printed) < 8000
+    record_property("input", f"recipe: {name}")
+
+
+@pytest.mark.parametrize("ends", [b"\r\n", b"\n"])
+@pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b""])
+def test_a_recipe_of_another_editor(
+    source: Path, ends: bytes, mark: bytes, record_property: Record
+) -> None:
+    """CRLF, and the byte order mark that Windows' editor writes: the recipe means what it means."""
+    _, path = plan(source)
+    path.write_bytes(mark + path.read_bytes().replace(b"\n", ends))
+    code, printed = answer("plan", path)
+    assert code == 0 and "all-linear" in printed, printed
+    record_property("input", f"recipe: line ends {ends!r}, mark {mark!r}")
+
+
+@pytest.mark.parametrize(
+    "name", ["a" * 300, "a" * 5000 + ".yaml", "x\x1b[2J", "../" * 2000 + "x.yaml", "~nobody/x.yaml"]
+)
+def test_a_recipe_that_cannot_be(name: str, record_property: Record) -> None:
+    """Names that no file has."""
+    assert "no such recipe file" in refused("plan", name)
+    record_property("input", "recipe: a name that no file has")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("source.model", "a" * 900), ("source.model", "~nobody/model"), ("source.model", "../../../../../../etc"),
+        ("source.model", "builtin:../../x"), ("source.model", ESCAPES), ("output.path", "a" * 900),
+        ("calibration.set", "../../../etc/passwd"), ("calibration.set", "a" * 900 + ".yaml"),
+        ("evaluation.tasks", "[" + "a" * 900 + "]"), ("evaluation.tasks", "[../../../etc/passwd]"),
+        ("rules", '[{match: "re:(a+)+$", quantize: default}]'), ("rules", '[{match: "re:[", quantize: default}]'),
+    ],
+)  # fmt: skip
+def test_a_hostile_value(source: Path, key: str, value: str, record_property: Record) -> None:
+    """A name that leads elsewhere or nowhere, a pattern that never ends."""
+    command, path = plan(source)
+    command = "build" if key == "output.path" else command
+    code, printed = answer(command, path, "--set", f"{key}={value}")
+    assert code in (1, 2) and "error: " in printed, printed
+    assert not (source.parent / "out").exists()
+    record_property("input", f"recipe: {key}")
+
+
+# -------------------------------------------------------------------------------------------- texts and tokenizers
+
+
+GOOD_ROWS = b'{"domain": "prose", "text": "' + b"once upon a time " * 40 + b'"}\n'
+ROWS: dict[str, tuple[bytes, str]] = {
+    "BOM": (b"\xef\xbb\xbf" + GOOD_ROWS, "byte order mark"),
+    "CRLF": (GOOD_ROWS.replace(b"\n", b"\r\n"), "CRLF"),
+    "not UTF-8": (b'{"domain": "prose", "text": "\xff"}\n', "UTF-8"),
+    "nested": (BOMB.encode() + b"\n", "nested"),
+    "10,000 digits": (b'{"domain": "prose", "text": ' + DIGITS.encode() + b"}\n", "number"),
+    "key twice": (b'{"domain": "prose", "text": "a", "text": "b"}\n', "every key once"),
+    "half a surrogate": (b'{"domain": "prose", "text": "a \\ud800 b"}\n', "half a surrogate"),
+    "NUL bytes": (b"\0" * 100, "expected one JSON object"),
+    "escape sequences": (
+        json.dumps({"domain": ESCAPES, "text": "a"}).encode() + b"\n",
+        "domain: expected prose",
+    ),
+    "empty": (b"", "empty file"),
+    "no text": (b'{"domain": "prose", "text": " "}\n', "text: expected text"),
+}
+SPEC = "version: 1\nname: mine\nlicence: CC0\norigin: here\ndomains: [prose]\npacking: documents\nfile: mine.jsonl\n"
+
+
+def calibrated(
+    source: Path, rows: bytes, spec: str = SPEC, digest: str | None = None
+) -> tuple[str, Path]:
+    """A build that calibrates on these rows."""
+    (source.parent / "mine.jsonl").write_bytes(rows)
+    digest = hashlib.sha256(rows).hexdigest() if digest is None else digest
+    (source.parent / "mine.yaml").write_text(f"{spec}sha256: {digest}\n")
+    text = f"{{set: {source.parent / 'mine.yaml'}, sequences: 1, length: 32}}"
+    _, path = plan(source, calibration=text, fidelity="none")
+    return "build", path
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_hostile_calibration_text(name: str, source: Path, record_property: Record) -> None:
+    """Told with the line, before a block is built."""
+    rows, words = ROWS[name]
+    assert words in refused(*calibrated(source, rows))
+    assert not (source.parent / "out").exists()
+    record_property("input", f"calibration text: {name}")
+
+
+SPECS = {
+    "billion laughs": (SPEC + LAUGHS + "\n", "alias"),
+    "nested": (SPEC + "end: " + "[" * 20_000 + "\n", "nested"),
+    "a tag": (SPEC + "end: !!binary aGk=\n", "a tag"),
+    "key twice": (SPEC + "name: yours\n", "name"),
+    "out of the folder": (SPEC.replace("mine.jsonl", "../../../../../../etc/hostname"), "hostname"),
+    "too long a name": (SPEC.replace("mine.jsonl", "a" * 900), "no such file"),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_hostile_spec(name: str, source: Path, record_property: Record) -> None:
+    """The YAML beside the text."""
+    spec, words = SPECS[name]
+    assert words in refused(*calibrated(source, GOOD_ROWS, spec))
+    record_property("input", f"calibration spec: {name}")
+
+
+def tokenizer(change: Callable[[dict[str, Any]], object]) -> bytes:
+    """tokenizer.json of tiny-v3, changed."""
+    from quantkit.io.package_data import resolve_model
+
+    values = json.loads((resolve_model("builtin:tiny-v3") / "tokenizer.json").read_text())
+    change(values)
+    return json.dumps(values).encode()
+
+
+TOKENIZERS: dict[str, tuple[str, bytes]] = {
+    "nested": ("tokenizer.json", BOMB.encode()),
+    "not JSON": ("tokenizer.json", b"\xff\0"),
+    "empty": ("tokenizer.json", b""),
+    "a panic of Rust": ("tokenizer.json", tokenizer(lambda v: v["model"].update(continuing_subword_prefix="a" * 50))),
+    "ids beyond": ("tokenizer.json", tokenizer(lambda v: v["model"]["vocab"].update(x=2**63))),
+    "length that is a list": (
+        "tokenizer_config.json",
+        b'{"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": []}',
+    ),
+    "a BOM": ("tokenizer_config.json", b"\xef\xbb\xbf{}"),
+}  # fmt: skip
+NO_JSON = {"nested", "not JSON", "empty", "a BOM"}
+"""Those whose file is told by name."""
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_hostile_tokenizer(
+    name: str, source: Path, record_property: Record, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What Rust prints on its own is not heard either."""
+    file, content = TOKENIZERS[name]
+    (source / file).write_bytes(content)
+    command, path = calibrated(source, GOOD_ROWS)
+    told = f"{source / file}: expected" if name in NO_JSON else f"{source}: expected a tokenizer"
+    assert told in refused(command, path)
+    assert capfd.readouterr() == ("", "")
+    record_property("input", f"tokenizer: {name}")
+
+
+def test_keys_of_a_tokenizer_do_not_reach_the_terminal(
+    source: Path, record_property: Record, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizers library prints the keys that it does not know, as they are, to the standard output."""
+    added = {"0": {"content": "<s>", "special": True, ESCAPES: 1}}
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": added}
+    (source / "tokenizer_config.json").write_text(json.dumps(values))
+    answer(*calibrated(source, GOOD_ROWS))
+    assert capfd.readouterr() == ("", "")
+    record_property("input", "tokenizer: keys that a terminal obeys")
+
+
+TASK = "task: mine\noutput_type: generate_until\nquantkit:\n  domain: math\n  local: {test: mine.jsonl}\n"
+TASKS = {
+    "billion laughs": (TASK + LAUGHS + "\n", b"{}\n", "alias"),
+    "nested": (TASK + "x: " + "[" * 20_000 + "\n", b"{}\n", "nested"),
+    "bytes": (TASK + "x: !!binary aGk=\n", b"{}\n", "a tag"),
+    "a key that is a number": (TASK + "1: x\n", b"{}\n", "no text"),
+    "not a number": (TASK + "x: .nan\n", b"{}\n", "cannot be used"),
+    "10,000 digits": (TASK + f"x: {DIGITS}\n", b"{}\n", "mine.yaml"),
+    "not UTF-8": (TASK + "x: '\udcff'\n", b"{}\n", "UTF-8"),
+    "rows nested": (TASK + 'gold: "{{a}}"\n', BOMB.encode(), "mine"),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_hostile_task(name: str, tmp_path: Path, artifact: Path, record_property: Record) -> None:
+    """A benchmark's file, of `quantkit eval`."""
+    text, rows, words = TASKS[name]
+    (tmp_path / "mine.yaml").write_bytes(text.encode(errors="surrogateescape"))
+    (tmp_path / "mine.jsonl").write_bytes(rows)
+    code, printed = answer(
+        "eval",
+        artifact,
+        "--tasks",
+        str(tmp_path / "mine.yaml"),
+        "--output",
+        tmp_path / "results",
+        "--limit",
+        "1",
+    )
+    assert code in (1, 2) and words in printed, printed
+    record_property("input", f"evaluation task: {name}")
+
+
+# ---------------------------------------------------------------------------------------------------- the artifact
+
+
+def reseal(folder: Path) -> None:
+    """Make the manifest agree with the files, as somebody who forges an artifact would."""
+    manifest = json.loads((folder / "quantkit/manifest.json").read_text())
+    for name in manifest["files"]:
+        content = (folder / name).read_bytes()
+        manifest["files"][name] = {
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "bytes": len(content),
+        }
+    (folder / "quantkit/manifest.json").write_text(json.dumps(manifest))
+
+
+def rows_without_end(path: Path) -> None:
+    """Fifty million rows in a few kilobytes: runs of one value."""
+    rows = 2**20
+    floats = arrow.array([0.5] * rows)
+    columns = {
+        "domain": arrow.array(["math"] * rows),
+        "kl": floats,
+        "nll_source": floats,
+        "nll_artifact": floats,
+    }
+    table = arrow.table({**columns, "same_top": arrow.array([True] * rows)})
+    with parquet.ParquetWriter(path, table.schema, compression="zstd") as writer:
+        for _ in range(52):
+            writer.write_table(table, row_group_size=rows)
+
+
+def one_long_text(path: Path) -> None:
+    """A text of 20 MB, stored once and named 500 times: 10 GB when it is written out."""
+    rows = 500
+    text = arrow.DictionaryArray.from_arrays(
+        arrow.array([0] * rows, arrow.int32()), ["x" * 20_000_000]
+    )
+    floats = arrow.array([0.5] * rows)
+    columns = {"domain": text, "kl": floats, "nll_source": floats, "nll_artifact": floats}
+    parquet.write_table(arrow.table({**columns, "same_top": arrow.array([True] * rows)}), path, compression="zstd",
+                        store_schema=False)  # fmt: skip
+
+
+def many_long_texts(path: Path) -> None:
+    """Three gigabytes of blanks, which zstd stores in a few hundred kilobytes."""
+    floats = arrow.array([0.5] * 30)
+    texts = arrow.array([f"{n}" + " " * 10_000_000 for n in range(30)])
+    table = arrow.table({"domain": texts, "kl": floats, "nll_source": floats, "nll_artifact": floats,
+                         "same_top": arrow.array([True] * 30)})  # fmt: skip
+    with parquet.ParquetWriter(
+        path, table.schema, compression="zstd", use_dictionary=False
+    ) as writer:
+        for _ in range(10):
+            writer.write_table(table)
+
+
+BOMBS = {
+    "rows": rows_without_end,
+    "one long text": one_long_text,
+    "many long texts": many_long_texts,
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_parquet_bomb(name: str, artifact: Path, record_property: Record) -> None:
+    """A small file that would fill the memory, under a manifest that agrees with it."""
+    path = artifact / "quantkit/samples/tokens.parquet"
+    BOMBS[name](path)
+    assert path.stat().st_size < 20_000_000
+    reseal(artifact)
+    for command in (
+        ("report", artifact, "--html", "--output", artifact.parent / "x.html"),
+        ("diff", artifact, artifact),
+    ):
+        assert "samples" in refused(*command)
+    record_property("input", f"samples: {name}")
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "plan.json", "fidelity.json"])
+@pytest.mark.parametrize(
+    "content",
+    [BOMB.encode(), b"\xff", b"", b"[]", b"\xef\xbb\xbf{}", b'{"a": ' + DIGITS.encode() + b"}", b'{"a": 1, "a": 1}',
+     b'{"schema_version": 1, "files": "\\ud800"}', b"\0" * 100],
+    ids=["nested", "not UTF-8", "empty", "a list", "BOM", "10,000 digits", "key twice", "half a surrogate", "NUL"],
+)  # fmt: skip
+def test_hostile_evidence(
+    file: str, content: bytes, artifact: Path, record_property: Record
+) -> None:
+    """Every command that reads it refuses, or does not need it."""
+    (artifact / "quantkit" / file).write_bytes(content)
+    if file != "manifest.json":
+        reseal(artifact)
+    commands: list[tuple[str | Path, ...]] = [("diff", artifact, artifact), ("gate", artifact)]
+    if file == "fidelity.json":
+        commands.append(("report", artifact))
+    if file == "manifest.json":
+        commands.append(("verify", artifact))
+    for command in commands:
+        code, printed = answer(*command)
+        assert code in (1, 2) and "error: " in printed, printed
+    code, printed = answer("runs", artifact.parent)
+    assert code == 0
+    record_property("input", f"{file}: damaged")
+
+
+def test_names_in_a_report_do_not_reach_the_terminal(
+    artifact: Path, record_property: Record
+) -> None:
+    """Tables, Markdown and JSON of a report whose every name is a command to the terminal."""
+    path = artifact / "quantkit/fidelity.json"
+    values = json.loads(path.read_text())
+    values["artifact"]["name"] = values["source"]["model"] = ESCAPES
+    values["modules"][0]["name"] = f"{ESCAPES}.mlp"
+    path.write_text(json.dumps(values))
+    reseal(artifact)
+    for command in (("report", artifact), ("report", artifact, "--json"), ("diff", artifact, artifact),
+                    ("diff", artifact, artifact, "--markdown"), ("diff", artifact, artifact, "--json"),
+                    ("runs", artifact.parent), ("runs", artifact.parent, "--json"), ("verify", artifact)):  # fmt: skip
+        answer(*command)
+    record_property("input", "report: names that a terminal obeys")
+
+
+def test_a_real_process_keeps_its_memory(
+    source: Path, tmp_path: Path, record_property: Record
+) -> None:
+    """The largest header there may be, read by a process that may have 4 GB of addresses."""
+    many(source)
+    command, path = plan(source)
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)); "
+    limit += "from quantkit.cli.main import main; sys.argv = ['quantkit', *sys.argv[1:]]; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", limit, command, path], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "at most 500,000 tensors" in done.stderr
+    record_property("input", "source: header of 600,000 tensors, a process of its own")

@@ -1,0 +1,374 @@
+"""Gates over every figure of the report, an artifact judged anew, and JUnit XML as CI systems read it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as Xml
+
+import pytest
+from support.command_line import build, fault, run
+from support.report_example import FIDELITY
+from support.report_variants import emptied, example
+
+from quantkit.artifact.fidelity_schema import Benchmark, Fidelity, Figure
+from quantkit.errors import RecipeError, UsageError
+from quantkit.recipe.parse import parse_gates
+from quantkit.recipe.schema import FIGURES, Gate
+from quantkit.report import gates
+from quantkit.report.junit import junit
+
+TASK = Benchmark(
+    task="t", n=300, source=0.8, artifact=0.79, lost=5, gained=2, delta_pp=Figure(value=-1.0, ci=(-2.5, 0.5)),
+    recovery=Figure(value=0.9875), mcnemar_p=0.45, truncated=(0.0, 0.03), unparsed=(0.01, 0.0),
+)  # fmt: skip
+
+
+def one(figure: str, gate: Gate, fidelity: Fidelity) -> tuple[float | None, bool | None, str]:
+    """Value, result and reason of a single bound."""
+    (result,) = gates.judge({figure: gate}, fidelity)
+    return result.value, result.ok, result.reason
+
+
+# ----------------------------------------------------------------------------------------------------------- figures
+
+
+@pytest.mark.parametrize(
+    ("figure", "value"),
+    [
+        ("kl_mean@math", 0.00045),
+        ("kl_mean@all", 0.000361),
+        ("top1@math", 0.9971),
+        ("module_error", 0.0912),
+        ("module_output_error", 0.0934),
+        ("block_error", 0.0123),
+        ("fallbacks", 1.0),
+        ("bits_per_weight", 4.25),
+        ("size", 6_412_345.0),
+    ],
+)
+def test_a_figure_is_the_reports(figure: str, value: float) -> None:
+    assert one(figure, Gate(max=value), example()) == (value, True, "")
+    assert one(figure, Gate(max=value * 0.999), example()) == (value, False, "")
+    assert one(figure, Gate(min=value), example()) == (value, True, "")
+
+
+def test_every_figure_has_a_value_in_a_full_report() -> None:
+    pooled = {
+        **dict(FIDELITY["distribution"][0]),
+        "ppl_source": {"value": 3.1},
+        "ppl_artifact": {"value": 3.2},
+    }  # type: ignore[index]
+    gold = {"task": "t", "n": 9, "source": -0.5, "artifact": -0.6, "difference": {"value": -0.1}}
+    report = example({"distribution": [pooled], "benchmarks": [TASK], "likelihood": [gold]})
+    values = {figure: one(figure, Gate(max=1e12), report)[0] for figure in FIGURES}
+    assert [figure for figure, value in values.items() if value is None] == []
+    assert values["lost_items"] == 5
+
+
+def test_a_domain_that_the_text_does_not_have() -> None:
+    assert one("kl_mean@code", Gate(max=1), example()) == (
+        None,
+        None,
+        "not measured: the text has all, math",
+    )
+
+
+def test_a_module_without_output_error_is_told_and_one_without_an_error_misses() -> None:
+    modules = [dict(module) for module in FIDELITY["modules"]]  # type: ignore[attr-defined]
+    modules[0]["output_relative_error"] = None
+    told = one("module_output_error", Gate(max=1), example({"modules": modules}))
+    assert told == (0.0934, True, "1 of 2 modules not measured")
+    modules[0]["relative_error"] = float("nan")
+    assert one("module_error", Gate(max=1), example({"modules": modules})) == (
+        None,
+        False,
+        "not finite",
+    )
+
+
+def test_lost_items_of_a_task_that_was_not_run_are_not_known() -> None:
+    silent = Benchmark(task="u", status="not run", reason="no sandbox")
+    report = example({"benchmarks": [TASK, silent]})
+    assert one("lost_items", Gate(max=9), report) == (None, None, "not measured: u was not run")
+
+
+# ------------------------------------------------------------------------------------------------------------- tasks
+
+
+@pytest.mark.parametrize(
+    ("gate", "figure", "bound", "value", "ok", "reason"),
+    [
+        (Gate(margin_pp=3), "t.delta_pp.low", "> -3", -2.5, True, ""),
+        (
+            Gate(margin_pp=2.5),
+            "t.delta_pp.low",
+            "> -2.5",
+            -2.5,
+            False,
+            "not resolved: 300 items cannot exclude",
+        ),
+        (
+            Gate(margin_pp=1),
+            "t.delta_pp.low",
+            "> -1",
+            -2.5,
+            False,
+            "not resolved: 300 items cannot exclude",
+        ),
+        (Gate(margin_pp=0), "t.delta_pp.low", "> 0", -2.5, False, "not resolved"),
+        (Gate(max_lost=5), "t.lost", "<= 5", 5.0, True, ""),
+        (Gate(max_lost=4), "t.lost", "<= 4", 5.0, False, ""),
+        (Gate(min_score=0.79), "t.score", ">= 0.79", 0.79, True, ""),
+        (Gate(min_score=0.8), "t.score", ">= 0.8", 0.79, False, ""),
+        (Gate(max_truncated_pp=2), "t.truncated_pp", "<= 2", 3.0, False, ""),
+        (Gate(max_truncated_pp=3), "t.truncated_pp", "<= 3", 3.0, True, ""),
+        (Gate(max_unparsed_pp=0), "t.unparsed_pp", "<= 0", -1.0, True, ""),
+        (Gate(min_recovery=0.98), "t.recovery", ">= 0.98", 0.9875, True, ""),
+    ],
+)
+def test_bounds_of_a_task(
+    gate: Gate, figure: str, bound: str, value: float, ok: bool, reason: str
+) -> None:
+    (result,) = gates.judge({"t": gate}, example({"benchmarks": [TASK]}))
+    assert (result.figure, result.bound, result.value, result.ok) == (figure, bound, value, ok)
+    assert result.reason.startswith(reason) and bool(result.reason) == bool(reason)
+
+
+def test_a_loss_beyond_the_margin_is_not_called_unresolved() -> None:
+    worse = TASK.model_copy(update={"delta_pp": Figure(value=-5, ci=(-7.0, -3.0))})
+    (result,) = gates.judge({"t": Gate(margin_pp=2)}, example({"benchmarks": [worse]}))
+    assert (result.ok, result.reason) == (False, "")
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        Gate(margin_pp=1),
+        Gate(max_lost=0),
+        Gate(min_score=0.1),
+        Gate(min_recovery=0.5),
+        Gate(max_truncated_pp=1),
+    ],
+)
+def test_a_task_that_was_not_run_keeps_and_misses_nothing(gate: Gate) -> None:
+    silent = Benchmark(task="t", status="not run", reason="no sandbox")
+    for rows, reason in (([silent], "not run: no sandbox"), ([], "not run")):
+        assert one("t", gate, example({"benchmarks": rows})) == (None, None, reason)
+
+
+def test_where_both_score_nothing_nothing_is_known() -> None:
+    floor = TASK.model_copy(update={"source": 0.0, "artifact": 0.0, "recovery": None, "lost": 0})
+    report = example({"benchmarks": [floor]})
+    for gate in (Gate(margin_pp=1), Gate(max_lost=0), Gate(min_recovery=0.5)):
+        value, ok, reason = one("t", gate, report)
+        assert (value, ok) == (None, None) and "score" in reason
+    assert one("t", Gate(min_score=0.5), report) == (0.0, False, "")
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+
+
+def test_gates_of_a_file() -> None:
+    found = parse_gates(
+        "gates: {size: {max: 400GB}, kl_mean@math: {max: 0.1}, t: {margin_pp: 2}}", "g.yaml", ["t"]
+    )
+    assert found == {"size": Gate(max=4e11), "kl_mean@math": Gate(max=0.1), "t": Gate(margin_pp=2)}
+    recipe = "version: 1\nsource: {model: x}\ngates: {top1: {min: 0.9}}\n"
+    assert parse_gates(recipe, "recipe.yaml", []) == {"top1": Gate(min=0.9)}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("gates: {u: {margin_pp: 2}}", "g.yaml:1: gates.u: no figure or task of evaluation.tasks named 'u'."),
+        ("gates: {kl_maen: {max: 2}}", "g.yaml:1: gates.kl_maen: no figure or task of evaluation.tasks named "
+         "'kl_maen'. Did you mean 'kl_mean'?"),
+        ("gate: {kl_mean: {max: 2}}", "g.yaml:1: gate: unknown key. Did you mean 'gates'? Expected gates."),
+        ("version: 1", "g.yaml:1: gates: expected a mapping of keys, found nothing"),
+        ("gates: {}", "g.yaml:1: gates: expected one entry or more, found an empty mapping"),
+        ("gates: {kl_mean.max: 1, kl_mean: {max: 2}}", "g.yaml:1: gates.kl_mean.max: no figure"),
+        ("gates: {kl_mean.max: x}", "g.yaml:1: gates.kl_mean.max: expected a number, found 'x'"),
+        ("gates: {kl_mean.maxx: 1}", "g.yaml:1: gates.kl_mean.maxx: no figure"),
+    ],
+)  # fmt: skip
+def test_a_file_of_gates_that_is_refused(text: str, sentence: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_gates(text, "g.yaml", ["t"])
+    assert any(found.startswith(sentence) for found in caught.value.faults), caught.value.faults
+    assert issubclass(RecipeError, UsageError)
+
+
+def test_a_bound_may_stand_in_the_key() -> None:
+    dotted = "gates: {kl_mean.max: 0.1, kl_mean.min: 0, t.min_recovery: 0.9, ppl_ratio: {max: 2}, size.max: 4GB}"
+    nested = "gates: {kl_mean: {max: 0.1, min: 0}, t: {min_recovery: 0.9}, ppl_ratio: {max: 2}, size: {max: 4GB}}"
+    assert parse_gates(dotted, "g.yaml", ["t"]) == parse_gates(nested, "g.yaml", ["t"])
+
+
+def test_a_domain_that_the_set_does_not_have_is_refused_before_the_build(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(
+        "version: 1\nsource: {model: builtin:tiny-v3}\nquantize: {method: rtn}\n"
+        "fidelity: {set: tiny-v3-heldout, length: 512}\ngates:\n  kl_mean@math: {max: 1}\n"
+        f"output: {{path: {tmp_path / 'x'}}}\n"
+    )
+    assert run("plan", tmp_path / "x.yaml").exit_code == 0
+    wrong = (tmp_path / "x.yaml").read_text().replace("tiny-v3-heldout", str(only_prose(tmp_path)))
+    (tmp_path / "y.yaml").write_text(wrong)
+    message = fault(run("plan", tmp_path / "y.yaml"), 2)
+    assert "y.yaml:6: gates.kl_mean@math: no domain of" in message and "Known: prose." in message
+
+
+def only_prose(folder: Path) -> Path:
+    """A text set of one domain."""
+    import hashlib
+
+    (folder / "p.jsonl").write_text(json.dumps({"domain": "prose", "text": "one two three"}) + "\n")
+    digest = hashlib.sha256((folder / "p.jsonl").read_bytes()).hexdigest()
+    (folder / "p.yaml").write_text(
+        f"version: 1\nname: p\nlicence: Apache-2.0\norigin: made up\ndomains: [prose]\npacking: documents\nend: none\n"
+        f"file: p.jsonl\nsha256: {digest}\n"
+    )
+    return folder / "p.yaml"
+
+
+# ------------------------------------------------------------------------------------------------------------- JUnit
+
+ALLOWED: Mapping[str, tuple[set[str], set[str], set[str]]] = {
+    "testsuites": (set(), {"name", "time", "tests", "failures", "errors"}, {"testsuite"}),
+    "testsuite": (
+        {"name", "tests", "failures", "errors"},
+        {
+            "group",
+            "time",
+            "skipped",
+            "timestamp",
+            "hostname",
+            "id",
+            "package",
+            "file",
+            "log",
+            "url",
+        },
+        {"testsuite", "properties", "testcase", "system-out", "system-err"},
+    ),
+    "testcase": (
+        {"name"},
+        {"time", "classname", "group"},
+        {"skipped", "error", "failure", "system-out", "system-err"},
+    ),
+    "failure": (set(), {"type", "message"}, set()),
+    "skipped": (set(), {"type", "message"}, set()),
+}
+"""Of Jenkins' junit-10.xsd: per element the attributes it needs, those it may have, and what may stand in it."""
+
+
+def valid(content: bytes) -> Xml.Element:
+    """The tree of a file that keeps every rule of the schema, with counts that agree with its cases."""
+    root = Xml.fromstring(content)
+    assert root.tag in {"testsuites", "testsuite"}
+    for element in root.iter():
+        needed, possible, children = ALLOWED[element.tag]
+        assert needed <= set(element.attrib) <= needed | possible, element.attrib
+        assert {child.tag for child in element} <= children
+    for suite in (*root.iter("testsuite"), root):
+        cases = list(suite.iter("testcase"))
+        assert int(suite.get("tests", "-1")) == len(cases)
+        assert int(suite.get("failures", "-1")) == sum(
+            case.find("failure") is not None for case in cases
+        )
+        if suite.tag == "testsuite":
+            assert int(suite.get("skipped", "-1")) == sum(
+                case.find("skipped") is not None for case in cases
+            )
+    return root
+
+
+def test_junit_says_what_was_missed_and_what_was_skipped() -> None:
+    bounds = {"kl_mean": Gate(max=0.0003), "top1": Gate(min=0.9), "t": Gate(min_recovery=0.9)}
+    report = gates.judged(bounds, example())
+    root = valid(junit([report, gates.judged({}, emptied())]))
+    cases = {case.get("name"): [child.tag for child in case] for case in root.iter("testcase")}
+    assert cases == {
+        "kl_mean <= 0.0003": ["failure"],
+        "top1 >= 0.9": [],
+        "t.recovery >= 0.9": ["skipped"],
+    }
+    assert [suite.get("tests") for suite in root] == ["3", "0"]
+    failure = root.find(".//failure")
+    assert failure is not None and failure.get("message") == "kl_mean <= 0.0003: found 0.000361"
+    assert junit([report]) == junit([report])
+
+
+def test_names_from_elsewhere_do_not_break_the_xml() -> None:
+    name = 'a<b>&"\x00\x1b\ud800]]>'
+    row = TASK.model_copy(update={"task": name, "status": "not run", "reason": name})
+    artifact: dict[str, Any] = {**dict(FIDELITY["artifact"]), "name": name}  # type: ignore[call-overload]
+    report = example({"artifact": artifact, "benchmarks": [row]})
+    root = valid(junit([gates.judged({name: Gate(max_lost=1)}, report)]))
+    assert root[0].get("name") == 'a<b>&"   ]]>'
+
+
+# ---------------------------------------------------------------------------------------------------- a real artifact
+
+
+def test_an_artifact_is_judged_anew_and_stays_as_it_is(built: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in built.rglob("*") if path.is_file()}
+    (tmp_path / "strict.yaml").write_text(
+        "gates: {kl_mean: {max: 1.0e-9}, kl_mean@math: {max: 1}, size: {max: 9MB}}"
+    )
+    result = run(
+        "gate", built, "--gates", tmp_path / "strict.yaml", "--junit", tmp_path / "gates.xml"
+    )
+    assert fault(result, 3).startswith("gate kl_mean <= 1e-09: found 0.000")
+    assert "rejected: 2 of 3 gates kept, 1 missed" in result.stdout
+    assert [case.get("name") for case in valid((tmp_path / "gates.xml").read_bytes()).iter("testcase")] == [
+        "kl_mean <= 1e-09", "kl_mean@math <= 1", "size <= 9.00 MB",
+    ]  # fmt: skip
+    told = json.loads(run("gate", built, "--gates", tmp_path / "strict.yaml", "--json").stdout)
+    assert (told["status"], told["built"], len(told["gates"])) == ("rejected", "not judged", 3)
+    assert {path: path.read_bytes() for path in built.rglob("*") if path.is_file()} == before
+
+
+def test_the_recipes_own_gates_are_the_default(built: Path) -> None:
+    """Its benchmarks were skipped, so two of three gates have no figure; nothing is missed, and nothing is passed."""
+    result = run("gate", built, "--json")
+    told = json.loads(result.stdout)
+    assert (result.exit_code, told["status"]) == (3, "not judged")
+    assert (
+        "error: could not be judged: tiny-v3-math." in result.stderr and "(not run" in result.stderr
+    )
+    assert [gate["ok"] for gate in told["gates"]] == [True, None, None]
+
+
+def test_what_cannot_be_judged(built: Path, artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "typo.yaml").write_text("gates: {kl_maen: {max: 1}}")
+    assert "Did you mean 'kl_mean'?" in fault(
+        run("gate", built, "--gates", tmp_path / "typo.yaml"), 2
+    )
+    assert "absent.yaml: no such file" in fault(
+        run("gate", built, "--gates", tmp_path / "absent.yaml"), 2
+    )
+    assert "expected an artifact's folder, found none" in fault(run("gate", tmp_path / "absent"), 2)
+    assert "not an artifact of quantkit" in fault(run("gate", tmp_path), 1)
+    report = artifact / "quantkit/fidelity.json"
+    report.write_text(report.read_text().replace('"kl_mean"', '"kl_mean" ', 1))
+    assert "expected the file that quantkit/manifest.json names, found another" in fault(
+        run("gate", artifact), 1
+    )
+
+
+def test_an_artifact_without_gates_says_so(tmp_path: Path) -> None:
+    assert build(tmp_path / "a", "--junit", str(tmp_path / "b.xml"), gates="{}").exit_code == 0
+    assert valid((tmp_path / "b.xml").read_bytes()).get("tests") == "0"
+    assert "its recipe has no gates; name a file" in fault(run("gate", tmp_path / "a"), 2)
+
+
+def test_a_build_writes_junit_also_when_a_gate_is_missed(tmp_path: Path) -> None:
+    result = build(
+        tmp_path / "a", "--junit", str(tmp_path / "b.xml"), gates="{kl_mean@code: {max: 1.0e-9}}"
+    )
+    assert result.exit_code == 3
+    root = valid((tmp_path / "b.xml").read_bytes())
+    assert (root.get("tests"), root.get("failures")) == ("1", "1")

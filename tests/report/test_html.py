@@ -1,0 +1,467 @@
+"""quantkit/fidelity.html as text: what it says and in which order, that hostile text stays text, bytes and size."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as some
+from support.report_large import large, pair
+from support.report_pages import HOSTILE, LIMIT_BYTES, Page, example, folder_with, poisoned
+from support.report_variants import emptied
+
+from quantkit.artifact.fidelity_schema import Experts, Module
+from quantkit.cli.main import main
+from quantkit.errors import ArtifactError
+from quantkit.report import charts, html, tables
+from quantkit.report.module_ranges import block_of, folded
+from quantkit.report.samples import FLOOR, Answer, Samples, read_samples
+from quantkit.verify.shallow import verify
+
+ORDER = (
+    "verdict", "artifact", "benchmarks", "distribution", "plots", "modules", "fallbacks", "changed", "provenance",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a model of DeepSeek-V3's size with 300 changed items."""
+    return html.page(folder_with(tmp_path_factory.mktemp("big"), large(), items=900))
+
+
+# ------------------------------------------------------------------------------------------------------------ content
+
+
+def test_sections_stand_in_the_order_of_a_review(big: str) -> None:
+    found = re.findall(r'<section id="(\w+)"', big)
+    assert tuple(found) == ORDER
+    linked = re.findall(r'<li><a href="#(\w+)"', big)
+    assert tuple(linked) == ORDER
+    assert "<noscript><p" in big
+
+
+def test_the_page_shows_the_cells_of_the_card(tmp_path: Path) -> None:
+    fidelity = example()
+    words = Page(html.page(folder_with(tmp_path, fidelity))).words
+    for made in tables.tables(fidelity):
+        for row in (
+            made.rows
+            if made.title not in {"Fallbacks", tables.worst_blocks(fidelity).title}
+            else ()
+        ):
+            assert all(cell in words for cell in row if cell), row
+
+
+def test_the_head_says_the_verdict_and_the_figures(big: str) -> None:
+    words = Page(big).words
+    assert "Rejected: it misses 1 of the 3 gates of its recipe." in words
+    for figure in (
+        "400.89 GB",
+        "from 688.57 GB, 1.72x smaller",
+        "4.25",
+        "0.000361",
+        "1.0003",
+        "99.53 %",
+        "99.64 %",
+    ):
+        assert figure in words, figure
+
+
+def test_what_is_missing_is_said_and_not_drawn() -> None:
+    text = html.render(emptied(), Samples())
+    for sentence in (
+        "The recipe sets no gates.", "Nothing is quantized: the artifact is a copy of the source.",
+        "No benchmark was run.", "No distribution was measured.", "Nothing was measured that could be drawn.",
+        "No module was quantized.", "No fallback was needed.", "No benchmark item was compared.",
+    ):  # fmt: skip
+        assert sentence in text
+    assert tuple(re.findall(r'<section id="(\w+)"', text)) == ORDER
+    assert Page(text).drawings["specs"] == {} and "<figure" not in text
+
+
+def test_a_dense_model_without_a_distribution_has_no_plot_of_experts() -> None:
+    text = html.render(
+        example({"experts": None, "routers": [], "distribution": [], "blocks": []}), Samples()
+    )
+    assert list(Page(text).drawings["specs"]) == ["layers"]
+
+
+def test_every_module_of_a_fallback_is_there() -> None:
+    names = [
+        f"model.layers.{layer}.mlp.experts.{expert}.up_proj"
+        for layer in (3, 4)
+        for expert in range(250)
+    ]
+    rows = [{"kind": "shared-gram", "meaning": "m", "modules": names}]
+    text = html.render(example({"fallbacks": rows}), Samples())
+    assert "<li>model.layers.{3-4}.mlp.experts.{0-249}.up_proj</li>" in text
+    assert "<b>500</b> modules" in text
+
+
+# ------------------------------------------------------------------------------------------------------ hostile text
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_hostile_text_stays_text(attack: str, tmp_path: Path) -> None:
+    """The page has the same elements and attributes as one with harmless words, and the same scripts."""
+    made = []
+    for place, text in (("bad", attack), ("good", "x" * len(attack))):
+        clean = text.encode(
+            "utf-8", "ignore"
+        ).decode()  # JSON and Parquet of quantkit hold no lone surrogates
+        fidelity, items = poisoned(clean, clean * 3)
+        artifact = folder_with(tmp_path / place, fidelity)
+        (artifact / "quantkit/samples").mkdir()
+        parquet.write_table(
+            arrow.Table.from_pylist(items), artifact / "quantkit/samples/benchmarks.parquet"
+        )
+        made.append(Page(html.page(artifact)))
+    bad, good = made
+    assert bad.tags == good.tags
+    assert bad.scripts[1:] == good.scripts[1:] and len(bad.scripts) == 3
+    assert bad.drawings["specs"].keys() == good.drawings["specs"].keys()
+    assert (
+        "<" not in bad.scripts[0]
+        and "\\u202e" not in bad.scripts[0]
+        and "\\u0000" not in bad.scripts[0]
+    )
+    assert not [
+        value for name, value in bad.values if name in {"href", "src"} and not value.startswith("#")
+    ]
+    assert not set("".join(bad.words)) & set("\x00\x1b\u202e")
+
+
+def test_a_lone_surrogate_is_replaced() -> None:
+    assert html.visible("a\ud800\x07\u202eb\n\tc d\u00a0é") == "a\ufffd\ufffd\ufffdb\n\tc d\u00a0é"
+
+
+def test_only_the_two_scripts_named_by_their_hash_may_run(big: str) -> None:
+    page = Page(big)
+    policy = next(value for name, value in page.values if value.startswith("default-src"))
+    assert policy.startswith("default-src 'none';")
+    allowed = re.findall(r"'(sha256-[^']+)'", policy)
+    assert allowed == [html.csp_hash(script) for script in page.scripts[1:]]
+    assert "unsafe-eval" not in policy and "http" not in policy
+
+
+def test_nothing_is_fetched(big: str) -> None:
+    page = Page(big)
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"link", "img", "iframe", "object", "embed", "base", "form"}
+    assert all(
+        value.startswith("#")
+        for name, value in page.values
+        if name in {"href", "src", "action", "srcset"}
+    )
+    style = re.search(r"<style>(.*?)</style>", big, re.DOTALL)
+    assert style and "url(" not in style.group(1) and "@import" not in style.group(1)
+
+
+# ----------------------------------------------------------------------------------------------------- size and bytes
+
+
+def test_a_model_of_45_000_modules_stays_under_three_megabytes(big: str) -> None:
+    assert len(large().modules) > 44_500
+    assert len(big.encode()) < LIMIT_BYTES
+
+
+def test_endless_answers_and_names_do_too(tmp_path: Path) -> None:
+    """Every third of 1,500 items changed, each answer of 8,000 characters of which most need escaping."""
+    artifact = folder_with(tmp_path, large())
+    (artifact / "quantkit/samples").mkdir()
+    dice = random.Random(2)
+    rows = [pair(n, "".join(dice.choices("<&\"'>é漢", k=400)) * 20) for n in range(1_500)]
+    parquet.write_table(
+        arrow.Table.from_pylist(rows), artifact / "quantkit/samples/benchmarks.parquet"
+    )
+    text = html.page(artifact)
+    assert len(text.encode()) < LIMIT_BYTES
+    shown = text.count("<article")
+    assert 50 < shown < 500
+    assert f"{500 - shown} more changed items in quantkit/samples/benchmarks.parquet." in text
+
+
+def test_the_same_report_is_the_same_bytes(tmp_path: Path) -> None:
+    """In other processes with other hash seeds and time zones."""
+    artifact = folder_with(tmp_path, example(), items=60)
+    code = (
+        "import sys, pathlib; from quantkit.report.html import page;"
+        "sys.stdout.buffer.write(page(pathlib.Path(sys.argv[1])).encode())"
+    )
+    made = [
+        subprocess.run(
+            [sys.executable, "-c", code, str(artifact)],
+            env={**os.environ, "PYTHONHASHSEED": seed, "TZ": zone},
+            check=True,
+            capture_output=True,
+        ).stdout
+        for seed, zone in (("1", "UTC"), ("2", "Asia/Tokyo"))
+    ]
+    assert made[0] == made[1] == html.page(artifact).encode()
+
+
+# ------------------------------------------------------------------------------------------------------------ samples
+
+
+def test_the_histogram_counts_every_token(tmp_path: Path) -> None:
+    kl = [0.0, -1e-12, 1e-12, 2e-9, 1.0, 9.9, 0.0101, float("inf"), float("nan")]
+    (tmp_path / "quantkit/samples").mkdir(parents=True)
+    columns = {"domain": ["a"] * 6 + ["b"] * 3, "kl": arrow.array(kl, arrow.float32())}
+    parquet.write_table(arrow.table(columns), tmp_path / "quantkit/samples/tokens.parquet")
+    found = read_samples(tmp_path, {}).histogram
+    assert found is not None
+    assert found.tokens == 7 and found.not_finite == 2 and found.start == FLOOR and found.bins == 40
+    placed = {
+        (name, n): count
+        for name, counts in found.counts.items()
+        for n, count in enumerate(counts)
+        if count
+    }
+    assert placed == {("a", 0): 3, ("a", 1): 1, ("a", 36): 1, ("a", 39): 1, ("b", 28): 1}
+
+
+def test_changed_items_regressions_first_by_the_filter_that_scores(tmp_path: Path) -> None:
+    (tmp_path / "quantkit/samples").mkdir(parents=True)
+    rows = [pair(n, "") for n in range(12)]
+    rows += [{**row, "filter": "lenient", "quant_score": 0.5} for row in rows]
+    rows += [{**pair(3, ""), "task": "other", "base_score": None}]
+    rows[1]["quant_response"] = "in other words"
+    parquet.write_table(
+        arrow.Table.from_pylist(rows), tmp_path / "quantkit/samples/benchmarks.parquet"
+    )
+    found = read_samples(tmp_path, {"gsm8k": "strict", "mgsm_zh": "unknown"})
+    assert [(item.task, item.item, item.lost) for item in found.changed] == [
+        ("mgsm_zh", 0, True), ("mgsm_zh", 6, True), ("gsm8k", 3, False), ("gsm8k", 9, False),
+    ]  # fmt: skip
+    assert (found.items, found.reworded) == (12, 1)
+    loose = read_samples(tmp_path, {"gsm8k": "lenient", "mgsm_zh": "lenient"})
+    assert len(loose.changed) == 12
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ("128 cakes.", "118 cakes.", ("128", "118")),
+        ("so 41", "so 418 and more", ("41", "418")),
+        ("the cat", "the dog", ("cat", "dog")),
+        ("a = b", "a + b", ("=", "+")),
+        ("same, then nothing", "same", (",", "")),
+        ("答案是四", "答案是五", ("四", "五")),
+        ("ends", "ends\nhere", ("", "\n")),
+        ("", "x", ("", "x")),
+        ("x" * 90 + "1 rest", "x" * 90 + "2 rest", ("x" * 23 + "1", "x" * 23 + "2")),
+    ],
+)
+def test_the_word_that_holds_the_first_difference_is_marked(
+    first: str, second: str, expected: tuple[str, str]
+) -> None:
+    place = len(os.path.commonprefix([first, second]))
+    for text, differs in zip((first, second), expected):
+        shown = html.around(
+            Answer(text=text, score=1.0, outcome="", n_tokens=1, truncated=False), place
+        )
+        assert shown.before + shown.differs + shown.after == text
+        assert shown.differs.endswith(differs) and len(shown.differs) <= 26
+        assert len(shown.before) <= place <= len(shown.before) + max(1, len(shown.differs))
+
+
+def test_long_answers_are_cut_around_the_difference() -> None:
+    text = "a " * 5_000 + "HERE" + " b" * 5_000
+    shown = html.around(
+        Answer(text=text, score=1.0, outcome="", n_tokens=1, truncated=False), 10_000
+    )
+    assert shown.differs == "HERE"
+    assert shown.cut_before + len(shown.before) == 10_000
+    assert shown.cut_before + len(shown.before) + len(shown.differs) + len(
+        shown.after
+    ) + shown.cut_after == len(text)
+    assert len(shown.before) == html.BEFORE
+
+
+@pytest.mark.parametrize("content", [b"not parquet", b""])
+def test_damaged_samples_are_a_fault_with_a_name(content: bytes, tmp_path: Path) -> None:
+    artifact = folder_with(tmp_path, example(), items=6)
+    (artifact / "quantkit/samples/tokens.parquet").write_bytes(content)
+    with pytest.raises(
+        ArtifactError, match=r"tokens\.parquet: expected samples with the columns domain, kl, found"
+    ):
+        html.page(artifact)
+
+
+def test_samples_without_a_column_are_a_fault(tmp_path: Path) -> None:
+    artifact = folder_with(tmp_path, example(), items=6)
+    rows = [{key: value for key, value in pair(1, "").items() if key != "quant_response"}]
+    parquet.write_table(
+        arrow.Table.from_pylist(rows), artifact / "quantkit/samples/benchmarks.parquet"
+    )
+    with pytest.raises(
+        ArtifactError,
+        match=r"benchmarks\.parquet: expected samples with the columns .*quant_response",
+    ):
+        html.page(artifact)
+
+
+# -------------------------------------------------------------------------------------------------------------- plots
+
+
+def test_errors_per_layer_are_percentiles_of_its_quantized_matrices() -> None:
+    modules = [
+        Module(
+            name=f"model.layers.{layer}.mlp.experts.{n}.up_proj", rule="r", method="awq", scheme="s",
+            relative_error=(n + 1) / 100 + layer, output_relative_error=None if layer else 0.0,
+        )
+        for layer, n in product((0, 1), range(11))
+    ]  # fmt: skip
+    kept = [
+        Module(
+            name="model.layers.1.mlp.gate", rule="r", method=None, scheme="BF16", relative_error=9.0
+        )
+    ]
+    rows = charts.layer_errors([*modules, *kept])
+    assert [(row["kind"], row["layer"], row["matrices"]) for row in rows] == [
+        ("outputs", 0, 11), ("weights", 0, 11), ("weights", 1, 11),
+    ]  # fmt: skip
+    assert rows[1] | {} == {
+        "kind": "weights", "layer": 0, "low": 0.02, "median": 0.06, "high": 0.10, "worst": 0.11, "matrices": 11,
+    }  # fmt: skip
+    assert rows[0]["median"] == charts.SMALLEST  # a logarithm needs one
+
+
+def test_shades_start_at_the_fewest_tokens_allowed() -> None:
+    def ends(*tokens: int, least: int = 64) -> list[int]:
+        layer = {"block": "b", "tokens": tokens}
+        return charts.shades(
+            Experts.model_validate({"min_tokens": least, "policy": "p", "layers": [layer]})
+        )
+
+    assert ends(3, 100, 6_400) == [64, 200, 400, 800, 1_600, 3_200]
+    assert ends(100, 100) == [64, 100]
+    assert ends(1, 2) == [64]
+    assert ends(0, 0, least=0) == [1]
+
+
+def test_the_heatmap_says_who_saw_too_little(big: str) -> None:
+    low = len(large().experts.uncalibrated())  # type: ignore[union-attr]
+    words = "".join(Page(big).words)
+    assert f"{low} of 14,848 routed experts saw fewer than 256 tokens (crossed)" in words
+    spec = Page(big).drawings["specs"]["experts"]
+    assert sum(len(row["tokens"]) for row in spec["data"]["values"]) == 58 * 256
+
+
+def test_vega_lite_takes_every_plot(big: str) -> None:
+    from vl_convert import vegalite_to_vega
+
+    drawings = Page(big).drawings
+    assert list(drawings["specs"]) == ["layers", "blocks", "kl", "experts", "bits"]
+    for name, spec in drawings["specs"].items():
+        compiled = vegalite_to_vega({**spec, "config": drawings["config"]})
+        assert compiled["marks"], name
+
+
+# ------------------------------------------------------------------------------------------------- names of modules
+
+
+def expanded(line: str) -> Iterator[str]:
+    """What `folded` folded."""
+    parts = re.split(r"\{([^}]*)\}", line)
+    choices = []
+    for text in parts[1::2]:
+        ends = [each.split("-") for each in text.split(", ")]
+        choices.append([n for end in ends for n in range(int(end[0]), int(end[-1]) + 1)])
+    for numbers in product(*choices):
+        yield "".join(text + str(n) for text, n in zip(parts[::2], [*numbers, ""]))
+
+
+NAMES = some.lists(
+    some.builds(
+        "model.layers.{}.mlp.experts.{}.{}".format,
+        some.integers(0, 5),
+        some.integers(0, 9),
+        some.sampled_from("gu"),
+    )
+    | some.builds(
+        "model.layers.{}.{}".format, some.integers(0, 5), some.sampled_from(["a1", "q_proj"])
+    )
+    | some.just("lm_head")
+)
+
+
+@given(NAMES)
+def test_folding_loses_no_name_and_invents_none(names: list[str]) -> None:
+    lines = folded(names)
+    found = [name for line in lines for name in expanded(line)]
+    assert sorted(found) == sorted(set(names))
+    assert len(lines) <= len(set(names))
+
+
+def test_folding_in_words() -> None:
+    names = [f"m.{a}.e.{b}.w1" for a in (1, 2) for b in (0, 1, 2, 7)]
+    assert folded(names) == ["m.{1-2}.e.{0-2, 7}.w1"]
+    assert folded(["a.1.b", "lm_head", "a.3.b"]) == ["a.{1, 3}.b", "lm_head"]
+    assert folded([f"x.{'9' * 5_000}.y"]) == [
+        f"x.{'9' * 5_000}.y"
+    ]  # a number nobody would count with
+    assert block_of("model.layers.12.mlp") == 12 and block_of("lm_head") is None
+
+
+# --------------------------------------------------------------------------------------------- inside an artifact
+
+
+def test_a_build_seals_the_page_and_it_can_be_made_again(artifact: Path) -> None:
+    page = artifact / html.HTML
+    sealed = page.read_bytes()
+    manifest = json.loads((artifact / "quantkit/manifest.json").read_text())
+    assert manifest["files"][html.HTML]["bytes"] == len(sealed)
+    page.unlink()
+    shown = CliRunner().invoke(main, ["report", str(artifact), "--html"])
+    assert (shown.exit_code, shown.stdout) == (0, f"{page}\n")
+    assert page.read_bytes() == sealed
+    assert verify(artifact).status == "not judged"
+
+
+def test_another_page_goes_elsewhere(artifact: Path, tmp_path: Path) -> None:
+    """Samples that were taken away give another page; in the artifact it would break the manifest's hash."""
+    shutil.rmtree(artifact / "quantkit/samples")
+    before = (artifact / html.HTML).read_bytes()
+    refused = CliRunner().invoke(main, ["report", str(artifact), "--html"])
+    assert refused.exit_code == 1
+    assert "expected the page that these files make, found another or none" in refused.stderr
+    assert (artifact / html.HTML).read_bytes() == before
+    output = tmp_path / "review.html"
+    shown = CliRunner().invoke(
+        main, ["report", str(artifact), "--html", "--output", str(output), "--json"]
+    )
+    assert json.loads(shown.stdout) == {"html": str(output)}
+    assert output.read_bytes() != before and b"<h1>tiny</h1>" in output.read_bytes()
+
+
+def test_figures_that_were_changed_are_not_shown(artifact: Path, tmp_path: Path) -> None:
+    path = artifact / "quantkit/fidelity.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version":  1', 1))
+    for options in ((), ("--json",), ("--html", "--output", str(tmp_path / "x.html"))):
+        result = CliRunner().invoke(main, ["report", str(artifact), *options])
+        assert result.exit_code == 1 and result.stdout == ""
+        assert (
+            "fidelity.json: expected the file that quantkit/manifest.json names, found another"
+            in result.stderr
+        )
+
+
+def test_output_without_html_is_a_matter_of_usage(artifact: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        main, ["report", str(artifact), "--output", str(tmp_path / "x.html")]
+    )
+    assert result.exit_code == 2 and "--output: expected --html with it" in result.stderr

@@ -1,0 +1,231 @@
+"""Admission as a machine: whatever happens in whatever order, the bounds hold and nobody's place is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from itertools import count
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from quantkit.serve.gateway.admission_policy import LEVELS, LONGEST_RETRY, AdmissionPolicy
+from quantkit.serve.gateway.admission_queue import AdmissionQueue, QueueFull
+
+RUNNING, WAITING, AGING = 3, 5, 4.0
+
+
+class Machine(RuleBasedStateMachine):
+    """A model that keeps plain lists and sorts them, beside the real thing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.real = AdmissionPolicy(running=RUNNING, waiting=WAITING, aging=AGING)
+        self.now, self.numbers = 0.0, count()
+        self.running: list[int] = []
+        self.waiting: dict[int, tuple[float, int]] = {}  # request -> (rank, request)
+        self.who: dict[int, str] = {}
+
+    @rule(seconds=st.sampled_from([0.0, 0.5, 3.0, 40.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(
+        priority=st.integers(0, LEVELS - 1),
+        who=st.sampled_from("ab"),
+        most=st.sampled_from([0, 0, 4]),
+    )
+    def arrive(self, priority: int, who: str, most: int) -> None:
+        request = next(self.numbers)
+        mine = Counter(self.who.values())[who]
+        offer = self.real.offer(request, priority, who, self.now, most=most)
+        rank = (self.now + priority * AGING, request)
+        if most and mine >= most:
+            assert offer.outcome == "over"
+            return
+        if len(self.running) < RUNNING:
+            assert (offer.outcome, offer.displaced) == ("run", None)
+            self.running.append(request)
+        elif len(self.waiting) < WAITING:
+            assert (offer.outcome, offer.displaced) == ("wait", None)
+            self.waiting[request] = rank
+        else:
+            last = max(self.waiting, key=self.waiting.__getitem__)
+            if rank > self.waiting[last]:
+                assert offer.outcome == "full"
+                return
+            assert (offer.outcome, offer.displaced) == ("wait", last)
+            del self.waiting[last], self.who[last]
+            self.waiting[request] = rank
+        self.who[request] = who
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.running))
+        following = self.real.leave(request, self.now)
+        self.running.remove(request)
+        del self.who[request]
+        if not self.waiting:
+            assert following is None
+            return
+        first = min(self.waiting, key=self.waiting.__getitem__)
+        assert following == first
+        del self.waiting[first]
+        self.running.append(first)
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def give_up(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(sorted(self.waiting)))
+        assert self.real.leave(request, self.now) is None
+        del self.waiting[request], self.who[request]
+
+    @rule()
+    def leave_twice_or_unknown(self) -> None:
+        assert self.real.leave(-1, self.now) is None
+
+    @invariant()
+    def the_two_agree_and_the_bounds_hold(self) -> None:
+        assert set(self.real.running) == set(self.running)
+        assert [request for _, request in self.real.order] == sorted(
+            self.waiting, key=self.waiting.__getitem__
+        )
+        assert len(self.running) <= RUNNING and len(self.waiting) <= WAITING
+        assert not self.waiting or len(self.running) == RUNNING  # nobody waits beside an idle place
+        assert 1 <= self.real.retry_after() <= LONGEST_RETRY
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.integers(0, LEVELS - 1)), min_size=2, max_size=30))
+def test_nobody_is_passed_by_who_came_too_late_and_the_urgent_go_first(
+    arrivals: list[tuple[float, int]],
+) -> None:
+    """One runs, the others queue up while it does; then they run one by one."""
+    real = AdmissionPolicy(running=1, waiting=len(arrivals), aging=AGING)
+    real.offer(-1, 0, "", 0.0)
+    arrivals.sort(key=lambda one: one[0])
+    for request, (at, priority) in enumerate(arrivals):
+        assert real.offer(request, priority, "", at).outcome == "wait"
+    served, current = [], -1
+    while (following := real.leave(current, 200.0)) is not None:
+        served.append(current := following)
+    assert sorted(served) == list(range(len(arrivals)))
+    for place, early in enumerate(served):
+        for late in served[place + 1 :]:  # `early` was served before `late`
+            (early_at, early_level), (late_at, late_level) = arrivals[early], arrivals[late]
+            assert early_at <= late_at + late_level * AGING  # the bound on being passed
+            if abs(early_at - late_at) < AGING * 0.999 and early_level != late_level:
+                assert early_level < late_level
+
+
+# ----------------------------------------------------------------------------------------------------------- asyncio
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, LEVELS - 1), st.integers(0, 6), st.integers(0, 6)),
+        min_size=1,
+        max_size=25,
+    )
+)
+def test_no_turn_is_lost_whoever_is_cancelled_whenever(plan: list[tuple[int, int, int]]) -> None:
+    """Each asks, works for some steps, and is cancelled after some steps: before its turn, at it, during its work."""
+
+    async def scenario() -> None:
+        turns, at_once, most = (
+            AdmissionQueue(AdmissionPolicy(running=2, waiting=6, aging=AGING)),
+            0,
+            0,
+        )
+
+        async def one(priority: int, steps: int) -> str:
+            nonlocal at_once, most
+            try:
+                number = await turns.enter(priority, "", patience=30)
+            except QueueFull as busy:
+                return busy.reason
+            at_once += 1
+            most = max(most, at_once)
+            try:
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+            finally:
+                at_once -= 1
+                turns.leave(number)
+            return "done"
+
+        async def cancelled(task: asyncio.Task[str], after: int) -> None:
+            for _ in range(after):
+                await asyncio.sleep(0)
+            if after != 6:  # some live
+                task.cancel()
+
+        tasks = [asyncio.create_task(one(priority, steps)) for priority, steps, _ in plan]
+        cancels = [
+            asyncio.create_task(cancelled(task, after))
+            for task, (_, _, after) in zip(tasks, plan, strict=True)
+        ]
+        ended = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+        await asyncio.gather(*cancels)
+        assert most <= 2
+        assert all(
+            one in ("done", "full", "displaced") or isinstance(one, asyncio.CancelledError)
+            for one in ended
+        )
+        assert not turns.admission.running and not turns.admission.order and not turns._waiting
+
+    asyncio.run(scenario())
+
+
+def test_patience_ends_in_a_word_and_a_time_to_come_again() -> None:
+    async def scenario() -> None:
+        turns = AdmissionQueue(AdmissionPolicy(running=1, waiting=5, aging=AGING))
+        first = await turns.enter(0, "", patience=1)
+        with pytest.raises(QueueFull, match=r"no turn came in time; try again in \d+ s") as caught:
+            await turns.enter(0, "", patience=0.01)
+        assert caught.value.retry_after >= 1
+        assert not turns.admission.order
+        turns.leave(first)
+        turns.leave(first)
+        assert not turns.admission.running
+
+    asyncio.run(scenario())
+
+
+def test_a_key_has_its_own_bound() -> None:
+    async def scenario() -> None:
+        turns = AdmissionQueue(AdmissionPolicy(running=3, waiting=5, aging=AGING))
+        mine = [await turns.enter(0, "a", patience=1, most=2) for _ in range(2)]
+        with pytest.raises(QueueFull, match="this key has too many requests at once"):
+            await turns.enter(0, "a", patience=1, most=2)
+        other = await turns.enter(0, "b", patience=1, most=2)
+        turns.leave(mine[0])
+        turns.leave(await turns.enter(0, "a", patience=1, most=2))
+        turns.leave(other)
+
+    asyncio.run(scenario())
+
+
+def test_a_full_queue_gives_the_last_place_to_the_more_urgent() -> None:
+    async def scenario() -> None:
+        turns = AdmissionQueue(AdmissionPolicy(running=1, waiting=1, aging=AGING))
+        first = await turns.enter(5, "", patience=1)
+        idle = asyncio.create_task(turns.enter(9, "", patience=5))
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull, match="the queue is full"):
+            await turns.enter(9, "", patience=5)
+        urgent = asyncio.create_task(turns.enter(0, "", patience=5))
+        with pytest.raises(QueueFull, match="a more urgent request took this place"):
+            await idle
+        turns.leave(first)
+        turns.leave(await urgent)
+        assert not turns.admission.running
+
+    asyncio.run(scenario())

@@ -1,0 +1,701 @@
+"""The gateway over real sockets, before engines that are slow, that die, and that flood."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from support import stub_engine
+from support.stub_engine import Engine, Serving, half_a_request
+
+from quantkit.errors import UsageError
+from quantkit.serve.gateway.api_keys import Key, authenticate, new_key, read_keys
+from quantkit.serve.gateway.app import make_app
+from quantkit.serve.gateway.settings import Limits, Settings, Upstream, limits_from
+
+HERE = Path(__file__).parents[1]
+
+
+class Setup:
+    """An engine, perhaps a second one, and a gateway before them."""
+
+    def __init__(self, engines: list[Engine], urls: list[str], gateway: str) -> None:
+        self.engine, self.second = engines[0], engines[-1]
+        self.urls, self.url = urls, gateway
+
+    def ask(
+        self, plan: dict[str, Any], *, stream: bool = False, key: str = "", **extra: Any
+    ) -> httpx2.Response:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        body = {"model": "stub", "prompt": json.dumps(plan), "stream": stream, **extra}
+        return httpx2.post(f"{self.url}/completions", json=body, headers=headers, timeout=30)
+
+    def metric(self, name: str) -> float:
+        """A sample of /metrics; 0 when it is not there."""
+        text = httpx2.get(self.url.removesuffix("/v1") + "/metrics").text
+        return sum(
+            float(line.split()[-1])
+            for line in text.splitlines()
+            if line.startswith(f"quantkit_gateway_{name}")
+        )
+
+
+@contextmanager
+def gateway(
+    *, engines: int = 1, keys: tuple[Key, ...] = (), keep_alive: float = 5, upstreams: tuple[Upstream, ...] = (),
+    **limits: Any,
+) -> Iterator[Setup]:  # fmt: skip
+    with ExitStack() as stack:
+        stubs = [Engine() for _ in range(engines)]
+        serving = [stack.enter_context(Serving(stub, keep_alive)) for stub in stubs]
+        local = [Upstream(name="engine", url=serving[0].url, priorities=True)]
+        local += [
+            Upstream(name=f"other-{n}", url=one.url, model="big", key="secret")
+            for n, one in enumerate(serving[1:])
+        ]
+        settings = Settings(upstreams=(*upstreams, *local), limits=Limits(**limits))
+        front = stack.enter_context(Serving(make_app(settings, keys)))
+        yield Setup(stubs, [one.url for one in serving], front.url)
+
+
+def events(text: str) -> list[Any]:
+    """The data of a stream's events."""
+    data = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
+    return [one if one == "[DONE]" else json.loads(one) for one in data]
+
+
+def until(check: Any, seconds: float = 5) -> None:
+    end = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.01)
+
+
+def client(setup: Setup, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=setup.url, api_key=key, max_retries=0, timeout=20)
+
+
+# ------------------------------------------------------------------------------------------------------- plain service
+
+
+def test_the_official_client_gets_what_the_engine_says() -> None:
+    with gateway() as setup:
+        api = client(setup)
+        assert [model.id for model in api.models.list()] == ["stub"]
+        whole = api.completions.create(model="stub", prompt=json.dumps({"tokens": 4}), max_tokens=4)
+        assert (
+            whole.choices[0].text == "t t t t "
+            and whole.usage
+            and whole.usage.completion_tokens == 4
+        )
+        stream = api.completions.create(model="stub", prompt=json.dumps({"tokens": 4}), stream=True)
+        assert "".join(chunk.choices[0].text for chunk in stream if chunk.choices) == "0 1 2 3 "
+        with pytest.raises(openai.NotFoundError, match="stub says no"):
+            api.completions.create(model="stub", prompt=json.dumps({"status": 404}))
+        assert setup.metric('tokens_total{kind="completion"}') == 8
+        assert setup.metric("time_to_first_token_seconds_count") == 1
+        assert setup.metric("inter_token_seconds_count") >= 1
+        assert setup.metric('requests_total{key="anonymous",outcome="ok"}') == 2
+        assert setup.metric('requests_total{key="anonymous",outcome="refused"}') == 1
+        assert (
+            setup.metric('request_seconds_count{outcome="ok"}') == 2
+        )  # how long answers take, refusals apart
+
+
+def test_a_stream_comes_byte_for_byte_and_piece_by_piece() -> None:
+    """Each token is here before the engine makes the next one."""
+    with gateway() as setup:
+        body = {"prompt": json.dumps({"tokens": 4, "pause": 0.15}), "stream": True}
+        with httpx2.stream("POST", f"{setup.url}/completions", json=body) as answer:
+            times = [time.monotonic() for _ in answer.iter_raw()]
+        assert max(b - a for a, b in pairwise(times[:4])) < 0.3 and times[3] - times[0] > 0.4
+        urls, body["prompt"] = (setup.urls[0], setup.url), '{"tokens": 3}'
+        texts = [httpx2.post(f"{url}/completions", json=body).text for url in urls]
+        straight, through = (re.sub(r'"at": [\d.]+', "", text) for text in texts)
+        assert straight == through
+        assert through.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "told"),
+    [
+        (b"{", 400, "expected JSON"),
+        (b"[" * 100_000, 400, "expected JSON"),
+        (b"[]", 400, "expected an object, found list"),
+        (
+            b'{"prompt": "{}", "max_tokens": 101}',
+            400,
+            "max_tokens: expected a whole number, at most 100, found 101",
+        ),
+        (
+            b'{"prompt": "{}", "max_tokens": 6.0}',
+            400,
+            "max_tokens: expected a whole number, at most 100, found 6.0",
+        ),
+        (
+            b'{"prompt": "{}", "max_completion_tokens": "600"}',
+            400,
+            "expected a whole number, at most 100, found '600'",
+        ),
+        (
+            b'{"prompt": "{}", "max_tokens": -1}',
+            400,
+            "max_tokens: expected a whole number, at most 100, found -1",
+        ),
+        (b'{"prompt": "{}", "n": 17}', 400, "n: expected a whole number, at most 16, found 17"),
+        (
+            b'{"prompt": "{}", "priority": "high"}',
+            400,
+            "priority: expected 0 (first) to 9, found 'high'",
+        ),
+        (b'{"prompt": "' + b"x" * 200_000 + b'"}', 413, "expected at most 150000 bytes"),
+    ],
+)
+def test_bad_requests_are_told_apart_and_never_reach_the_engine(
+    body: bytes, status: int, told: str
+) -> None:
+    with gateway(max_tokens=100, body_bytes=150_000) as setup:
+        answer = httpx2.post(f"{setup.url}/completions", content=body)
+        assert answer.status_code == status and told in answer.json()["error"]["message"]
+        assert not setup.engine.asked
+
+
+@pytest.mark.parametrize(
+    ("path", "said", "heard"),
+    [
+        ("/completions", {}, {"max_tokens": 5}),
+        ("/completions", {"max_tokens": None}, {"max_tokens": 5}),
+        (
+            "/completions",
+            {"max_completion_tokens": 3},
+            {"max_completion_tokens": 3, "max_tokens": 5},
+        ),
+        ("/completions", {"max_tokens": 3}, {"max_tokens": 3}),
+        ("/chat/completions", {}, {"max_completion_tokens": 5}),
+        ("/chat/completions", {"max_completion_tokens": None, "max_tokens": 3}, {"max_tokens": 3}),
+        ("/responses", {}, {"max_output_tokens": 5}),
+        ("/embeddings", {}, {}),
+    ],
+)
+def test_who_says_no_number_of_tokens_is_given_the_limit(path: str, said: Any, heard: Any) -> None:
+    with gateway(max_tokens=5) as setup:
+        assert httpx2.post(setup.url + path, json={"prompt": "{}", **said}).status_code == 200
+        told = {name: value for name, value in setup.engine.asked[0].items() if value is not None}
+        assert told == {"prompt": "{}", **heard}
+    with gateway() as setup:
+        httpx2.post(setup.url + path, json={"prompt": "{}", **said})
+        assert setup.engine.asked[0] == {"prompt": "{}", **said}
+
+
+@pytest.mark.parametrize("told", ["x", "--5", "²", "9" * 5000, "1_0", "1.5"])
+def test_a_priority_that_is_no_number_is_refused(told: str) -> None:
+    with gateway() as setup:
+        headers = {"x-priority": told.encode("latin-1")}
+        answer = httpx2.post(f"{setup.url}/completions", json={"prompt": "{}"}, headers=headers)
+        assert (
+            answer.status_code == 400
+            and "priority: expected 0 (first) to 9" in answer.json()["error"]["message"]
+        )
+        assert (
+            setup.metric('requests_total{key="anonymous",outcome="refused"}') == 1
+            and not setup.engine.asked
+        )
+
+
+def test_a_fault_of_the_gateway_is_told_and_counted_as_any_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr("quantkit.serve.gateway.app.asked", broken)
+    with gateway() as setup:
+        answer = httpx2.post(
+            f"{setup.url}/completions", json={"prompt": "{}"}, headers={"x-request-id": "mine"}
+        )
+        assert answer.status_code == 500 and answer.headers["x-request-id"] == "mine"
+        assert answer.json()["error"]["message"] == "the gateway failed; ask again"
+        assert setup.metric('requests_total{key="anonymous",outcome="fault"}') == 1
+
+
+def test_only_the_api_is_passed_on() -> None:
+    with gateway() as setup:
+        for path in ("/v1/load_lora_adapter", "/shutdown", "/v1/../metrics/x"):
+            assert httpx2.post(setup.url.removesuffix("/v1") + path, json={}).status_code == 404
+        unknown, wrong = httpx2.get(f"{setup.url}/load"), httpx2.get(f"{setup.url}/completions")
+        assert (
+            unknown.json()["error"]["code"] == 404
+            and "GET /v1/load: expected" in unknown.json()["error"]["message"]
+        )
+        assert (wrong.status_code, wrong.headers["allow"], wrong.json()["error"]["code"]) == (
+            405,
+            "POST",
+            405,
+        )
+        assert not setup.engine.asked
+
+
+def test_health_says_the_gateway_lives_and_readiness_that_an_engine_does() -> None:
+    with Serving(
+        make_app(Settings(upstreams=(Upstream(name="none", url="http://127.0.0.1:9/v1"),)))
+    ) as front:
+        root = front.url.removesuffix("/v1")
+        assert httpx2.get(f"{root}/health").status_code == 200
+        assert httpx2.get(f"{root}/ready").status_code == 503
+        assert httpx2.get(f"{root}/v1/models").status_code == 503
+    with gateway() as setup:
+        assert httpx2.get(setup.url.removesuffix("/v1") + "/ready").json() == {"status": "ready"}
+
+
+# -------------------------------------------------------------------------------------------------- a slow engine
+
+
+def test_a_full_queue_is_429_with_a_time_and_nobody_is_lost() -> None:
+    with gateway(running=2, waiting=3) as setup, ThreadPoolExecutor(20) as pool:
+        answers = list(
+            pool.map(lambda n: setup.ask({"tokens": 1, "pause": 0.2}, stream=n % 2 == 0), range(20))
+        )
+        codes = sorted(answer.status_code for answer in answers)
+        assert codes.count(200) >= 5 and set(codes) == {200, 429} and len(codes) == 20
+        assert all(
+            int(answer.headers["retry-after"]) >= 1
+            for answer in answers
+            if answer.status_code == 429
+        )
+        assert setup.engine.most_at_once == 2
+        assert setup.metric("running") == setup.metric("waiting") == 0
+
+
+def test_waiting_is_bounded() -> None:
+    with gateway(running=1, queue_seconds=0.2) as setup, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(setup.ask, {"hold": True})
+        until(lambda: setup.engine.asked)
+        began = time.monotonic()
+        second = setup.ask({})
+        assert (
+            second.status_code == 429 and 0.19 < time.monotonic() - began < 10
+        )  # not until it is released
+        setup.engine.released.set()
+        assert "no turn came in time" in second.json()["error"]["message"]
+        assert first.result().status_code == 200
+
+
+def test_the_urgent_go_first() -> None:
+    with gateway(running=1) as setup, ThreadPoolExecutor(6) as pool:
+        running = pool.submit(setup.ask, {"name": "first", "hold": True})
+        until(lambda: setup.engine.asked)
+        later = []
+        for n, priority in enumerate((7, 3, 5, 0)):
+            later.append(pool.submit(setup.ask, {"name": str(priority)}, priority=priority))
+            until(lambda n=n: setup.metric("waiting") == n + 1)
+        setup.engine.released.set()
+        assert all(one.result().status_code == 200 for one in (running, *later))
+        assert setup.engine.order == ["first", "0", "3", "5", "7"]
+        assert [body.get("priority") for body in setup.engine.asked] == [
+            None,
+            0,
+            3,
+            5,
+            7,
+        ]  # the engine is told too
+
+
+def test_a_deadline_is_504_before_the_answer_and_an_event_inside_it() -> None:
+    with gateway(deadline=0.8) as setup:
+        whole = setup.ask({"tokens": 1, "pause": 3, "name": "a"})
+        assert (
+            whole.status_code == 504
+            and "not answered within 0.8 s" in whole.json()["error"]["message"]
+        )
+        stream = setup.ask({"tokens": 20, "pause": 0.05, "name": "b"}, stream=True)
+        told = events(stream.text)
+        assert (
+            stream.status_code == 200
+            and len(told) > 2
+            and told[-1]["error"]["type"] == "timeout_error"
+        )
+        until(lambda: setup.engine.left == ["a", "b"])  # and the engine stops working
+        until(lambda: setup.metric("running") == 0)
+
+
+def test_a_client_that_never_reads_keeps_its_place_until_the_deadline_and_no_longer(
+    monkeypatch: Any,
+) -> None:
+    monkeypatch.setattr("quantkit.serve.gateway.app.FAREWELL", 0.2)
+    with gateway(running=1) as setup:
+        with socket.create_connection(("127.0.0.1", httpx2.URL(setup.url).port)) as raw:
+            content = json.dumps({
+                "prompt": json.dumps({"flood": 4000, "size": 100_000}),
+                "stream": True,
+            }).encode()
+            raw.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-request-timeout: 1\r\ncontent-length: %d\r\n\r\n"
+                % len(content)
+                + content
+            )
+            until(lambda: setup.metric("running") == 1)
+            assert setup.ask({}).status_code == 200  # as soon as the place is free
+            until(lambda: setup.metric('requests_total{key="anonymous",outcome="late"}') == 1)
+        assert setup.engine.left == [""]
+
+
+def test_half_a_surrogate_reaches_an_engine_as_it_came() -> None:
+    with gateway() as setup:
+        body = json.dumps({"prompt": '{"name": "\\ud800"}', "priority": 3})
+        answer = httpx2.post(f"{setup.url}/completions", content=body, headers={"x-priority": "5"})
+        assert answer.status_code == 200 and setup.engine.order == ["\ud800"]
+        assert setup.engine.asked[0]["priority"] == 5
+
+
+@pytest.mark.parametrize("limits", [{"deadline": 0.3}, {"body_seconds": 0.3}])
+def test_a_body_that_never_comes_is_408(limits: dict[str, float]) -> None:
+    with gateway(**limits) as setup:
+        answer = half_a_request(setup.url)
+        assert (
+            answer.startswith(b"HTTP/1.1 408 ")
+            and b"expected its end within 0.3 s, found 4 bytes" in answer
+        )
+        assert setup.metric('requests_total{key="anonymous",outcome="refused"}') == 1
+
+
+def test_a_client_may_ask_for_less_time() -> None:
+    with gateway() as setup:
+        body = {"prompt": json.dumps({"tokens": 1, "pause": 3})}
+        answer = httpx2.post(
+            f"{setup.url}/completions", json=body, headers={"x-request-timeout": "0.2"}
+        )
+        assert answer.status_code == 504
+        answer = httpx2.post(
+            f"{setup.url}/completions", json=body, headers={"x-request-timeout": "nan"}
+        )
+        assert answer.status_code == 400
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_takes_its_work_with_it(stream: bool) -> None:
+    with gateway(running=1) as setup:
+        for name in ("running", "waiting"):
+            body = {
+                "prompt": json.dumps({"tokens": 50, "pause": 0.1, "name": name}),
+                "stream": stream,
+            }
+            with socket.create_connection(("127.0.0.1", httpx2.URL(setup.url).port)) as raw:
+                content = json.dumps(body).encode()
+                raw.sendall(
+                    b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
+                    % len(content)
+                    + content
+                )
+                if name == "running":
+                    until(lambda: setup.engine.order == ["running"])
+                    held = threading.Thread(
+                        target=setup.ask, args=({"tokens": 2, "pause": 0.2, "name": "next"},)
+                    )
+                    held.start()
+                    until(lambda: setup.metric("waiting") == 1)
+                else:
+                    until(lambda: setup.metric("running") == 1)
+        held.join(5)
+        until(lambda: setup.engine.left[:1] == ["running"])
+        assert setup.engine.order[:2] == ["running", "next"]
+        until(lambda: setup.metric("running") == 0)
+        assert setup.metric("waiting") == 0
+        assert setup.metric('requests_total{key="anonymous",outcome="left"}') == 2
+
+
+# ---------------------------------------------------------------------------------------------- quiet and long streams
+
+
+def test_quiet_streams_get_comments_that_no_client_sees_as_tokens() -> None:
+    with gateway(heartbeat=0.1) as setup:
+        answer = setup.ask({"first": 0.5, "tokens": 3, "pause": 0.4}, stream=True)
+        head, _, rest = answer.text.partition("data: ")
+        assert head.count(": heartbeat\n\n") >= 2 and rest.count(": heartbeat\n\n") >= 2
+        assert len(events(answer.text)) == 5
+        stream = client(setup).completions.create(
+            model="stub", prompt='{"tokens": 3, "pause": 0.3}', stream=True
+        )
+        assert "".join(chunk.choices[0].text for chunk in stream if chunk.choices) == "0 1 2 "
+        assert setup.metric("heartbeats_total") >= 4
+
+
+def test_no_stream_is_cut_by_keep_alive_limits() -> None:
+    """The engine closes idle connections after 0.3 s; streams are quiet for longer, and connections rest between."""
+    with gateway(keep_alive=0.3, heartbeat=60) as setup, httpx2.Client(timeout=20) as api:
+        for pause in (0.0, 0.5, 0.3):
+            time.sleep(pause)  # the gateway's own connection to the engine grows old meanwhile
+            body = {"prompt": json.dumps({"tokens": 2, "pause": 0.45}), "stream": True}
+            answer = api.post(f"{setup.url}/completions", json=body)
+            assert answer.status_code == 200 and events(answer.text)[-1] == "[DONE]"
+
+
+# ----------------------------------------------------------------------------------------------------- a dying engine
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("plan", [{"die": 0}, {"status": 503}, {"status": 500}, {"status": 429}])
+def test_who_fails_before_a_byte_is_replaced(plan: dict[str, Any], stream: bool) -> None:
+    class Failing(Engine):
+        async def work(
+            self, values: dict[str, Any], own: dict[str, Any], send: Any, receive: Any
+        ) -> None:
+            await super().work(values, own | plan, send, receive)
+
+    engine = Failing()
+    with Serving(engine) as serving:
+        upstream = Upstream(name="dying", url=serving.url)
+        with gateway(engines=2, upstreams=(upstream,)) as setup:
+            answer = setup.ask({"first": 0, "tokens": 2}, stream=stream, priority=3)
+            assert answer.status_code == 200 and ("[DONE]" in answer.text) == stream
+            assert setup.engine.order == [""] and setup.engine.asked[0]["priority"] == 3
+            assert setup.metric('failovers_total{upstream="engine"}') == 1
+            assert "priority" not in engine.asked[0]  # it was not said to know priorities
+
+
+def test_a_stand_in_is_asked_with_its_own_key_and_model_and_the_dead_one_last() -> None:
+    with gateway(
+        engines=2, upstreams=(Upstream(name="dead", url="http://127.0.0.1:9/v1"),)
+    ) as setup:
+        settings = Settings(upstreams=(
+            Upstream(name="dead", url="http://127.0.0.1:9/v1"),
+            Upstream(name="cloud", url=setup.urls[1], model="big", key="secret"),
+        ))  # fmt: skip
+        with Serving(make_app(settings)) as front:
+            body = {"model": "small", "prompt": '{"tokens": 1}', "priority": 4}
+            headers = {"authorization": "Bearer mine"}
+            for _ in range(3):
+                assert (
+                    httpx2.post(f"{front.url}/completions", json=body, headers=headers).status_code
+                    == 200
+                )
+            text = httpx2.get(front.url.removesuffix("/v1") + "/metrics").text
+        assert [asked["model"] for asked in setup.second.asked] == ["big"] * 3
+        assert all("priority" not in asked for asked in setup.second.asked)
+        assert {one["authorization"] for one in setup.second.headers} == {
+            "Bearer secret"
+        }  # and never the client's
+        assert (
+            'upstream_failures_total{reason="unreachable",upstream="dead"} 1.0' in text
+        )  # once, then it is asked last
+
+
+@pytest.mark.parametrize("plan", [{"tokens": 5, "die": 3}, {"tokens": 5, "polite_end": 3}])
+def test_once_bytes_were_streamed_nobody_takes_over_and_the_client_is_told(
+    plan: dict[str, Any],
+) -> None:
+    with gateway(engines=2) as setup:
+        told = events(setup.ask(plan, stream=True).text)
+        assert [one["choices"][0]["text"] for one in told[:-1]] == ["0 ", "1 ", "2 "]
+        assert told[-1]["error"]["type"] == "server_error"
+        assert not setup.second.asked
+        with pytest.raises(openai.APIError, match="ask again"):
+            list(
+                client(setup).completions.create(model="stub", prompt=json.dumps(plan), stream=True)
+            )
+
+
+def test_after_heartbeats_another_may_still_take_over() -> None:
+    """The first engine is silent, then dies; the client has seen comments only."""
+    with gateway(heartbeat=0.1) as setup, Serving(Engine()) as dying:
+        settings = Settings(
+            upstreams=(
+                Upstream(name="silent", url=dying.url, model="x"),
+                Upstream(name="good", url=setup.urls[0], model="y"),
+            ),
+            limits=Limits(heartbeat=0.1, silence=0.5),
+        )
+        with Serving(make_app(settings)) as front:
+            body = {
+                "model": "x",
+                "prompt": json.dumps({"first": 0.45, "tokens": 2, "pause": 0.2}),
+                "stream": True,
+            }
+            dying_engine = httpx2.post(f"{front.url}/completions", json=body, timeout=20)
+            assert (
+                events(dying_engine.text)[-1] == "[DONE]"
+            )  # slower than a heartbeat, faster than the bound
+            body["prompt"] = json.dumps({"first": 1.2, "tokens": 2})
+            both = httpx2.post(f"{front.url}/completions", json=body, timeout=20)
+            assert both.status_code == 200 and both.text.startswith(": heartbeat")
+            assert events(both.text)[-1]["error"]["message"].startswith("good: said nothing")
+
+
+def test_all_dead_is_an_answer_too() -> None:
+    dead = (
+        Upstream(name="a", url="http://127.0.0.1:9/v1"),
+        Upstream(name="b", url="http://127.0.0.1:9/v1"),
+    )
+    with Serving(make_app(Settings(upstreams=dead))) as front:
+        answer = httpx2.post(f"{front.url}/completions", json={"prompt": "{}"})
+        assert answer.status_code == 503 and answer.json()["error"]["message"].startswith(
+            "b: not reachable"
+        )
+        assert answer.headers["retry-after"] == "1"
+
+
+def test_an_engine_alone_that_says_no_is_quoted() -> None:
+    with gateway() as setup:
+        answer = setup.ask({"status": 503})
+        assert (answer.status_code, answer.headers["retry-after"]) == (
+            503,
+            "7",
+        ) and "stub says no" in answer.text
+
+
+# --------------------------------------------------------------------------------------------------------------- keys
+
+
+def test_without_a_key_nobody_is_served_and_each_key_has_its_bounds() -> None:
+    secret, entry = new_key("team-a", priority=4, most=1)
+    with gateway(keys=(entry, new_key("other")[1])) as setup, ThreadPoolExecutor(2) as pool:
+        assert setup.ask({}).status_code == setup.ask({}, key="qk-wrong").status_code == 401
+        assert httpx2.get(f"{setup.url}/models").status_code == 401
+        assert [model.id for model in client(setup, secret).models.list()] == ["stub"]
+        first = pool.submit(setup.ask, {"hold": True}, key=secret, priority=0)
+        until(lambda: setup.engine.asked)
+        second = setup.ask({}, key=secret)
+        setup.engine.released.set()
+        assert second.status_code == 429 and "too many requests at once" in second.text
+        assert first.result().status_code == 200
+        assert setup.engine.asked[0]["priority"] == 4  # no more urgent than the key allows
+        assert "authorization" not in setup.engine.headers[0]  # the client's key stays here
+
+
+def test_keys_are_kept_as_hashes_and_read_strictly(tmp_path: Path) -> None:
+    secret, entry = new_key("a")
+    assert secret not in entry.model_dump_json() and len(secret) > 40
+    assert (
+        authenticate((entry,), f"Bearer {secret}")
+        == entry
+        == authenticate((entry,), f"bearer {secret} ")
+    )
+    for wrong in ("", secret, f"Basic {secret}", f"Bearer {secret}x", "Bearer ", "Bearer \udc80"):
+        assert authenticate((entry,), wrong) is None
+    entries = {"keys": [entry.model_dump()]}
+    assert read_keys(entries, "keys.json") == (entry,)
+    for values, told in (
+        ({"keys": [{**entry.model_dump(), "sha256": secret}]}, "keys.json: keys.0.sha256"),
+        ({"keys": [{**entry.model_dump(), "admin": True}]}, "keys.json: keys.0.admin"),
+        ({"keys": [entry.model_dump()] * 2}, "keys.json: a: expected once, found twice"),
+        ({}, "keys.json: keys"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            read_keys(values, "keys.json")
+    with pytest.raises(UsageError, match="name the key by letters"):
+        new_key("a b")
+
+
+def test_limits_are_named_when_wrong() -> None:
+    assert limits_from({"running": "3", "deadline": "2.5"}) == Limits(running=3, deadline=2.5)
+    with pytest.raises(UsageError, match="--limit runing: .*known limits: running, waiting"):
+        limits_from({"runing": "3"})
+    with pytest.raises(UsageError, match="--limit running: .*found '0'"):
+        limits_from({"running": "0"})
+
+
+# ------------------------------------------------------------------------------------------------- a flooding engine
+
+
+def resident(pid: int) -> int:
+    """Resident memory of a process, in bytes."""
+    line = next(
+        one
+        for one in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if one.startswith("VmRSS")
+    )
+    return int(line.split()[1]) * 1024
+
+
+def test_a_flood_waits_for_a_client_that_reads_slowly() -> None:
+    """An engine offers 400 MB to a client that reads nothing: the gateway holds no more than its windows."""
+    with (
+        gateway() as setup,
+        stub_engine.process(str(HERE / "bench" / "gateway.py"), "--gateway", setup.urls[0]) as (
+            url,
+            pid,
+        ),
+    ):
+        httpx2.post(f"{url}/completions", json={"prompt": '{"tokens": 1}', "stream": True})
+        before, port = resident(pid), httpx2.URL(url).port
+        with socket.create_connection(("127.0.0.1", port)) as raw:
+            content = json.dumps({
+                "prompt": json.dumps({"flood": 4000, "size": 100_000}),
+                "stream": True,
+            }).encode()
+            raw.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
+                % len(content)
+                + content
+            )
+            time.sleep(1.0)
+            held, sent = resident(pid) - before, setup.engine.sent
+            time.sleep(0.5)
+            assert (
+                setup.engine.sent == sent and sent < 60e6
+            )  # the engine stands still: it is not read
+            assert held < 15e6
+        until(lambda: setup.engine.left == [""])  # and the client's leaving reaches it
+
+
+@pytest.mark.slow
+def test_memory_is_flat_under_a_thousand_queued_requests() -> None:
+    """64 run, 936 wait; all are answered, and what they took is a few kilobytes each."""
+    with (
+        gateway() as setup,
+        stub_engine.process(str(HERE / "bench" / "gateway.py"), "--gateway", setup.urls[0]) as (
+            url,
+            pid,
+        ),
+    ):
+        root, port = url.removesuffix("/v1"), httpx2.URL(url).port
+        plan = json.dumps({
+            "prompt": json.dumps({"tokens": 2, "pause": 0.1}),
+            "stream": True,
+        }).encode()
+        request = (
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+            % len(plan)
+            + plan
+        )
+
+        def wave() -> None:
+            nonlocal peak, waited
+            with ExitStack() as stack:
+                held = [
+                    stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                    for _ in range(1000)
+                ]
+                for one in held:
+                    one.sendall(request)
+                text = httpx2.get(f"{root}/metrics", timeout=20).text
+                found = [
+                    line.split()[1]
+                    for line in text.splitlines()
+                    if line.startswith("quantkit_gateway_waiting ")
+                ]
+                waited, peak = max(waited, float(found[0])), max(peak, resident(pid))
+                for one in held:
+                    answer = b""
+                    while piece := one.recv(65536):
+                        answer += piece
+                    assert b"200 OK" in answer and b"[DONE]" in answer
+
+        peak, waited = 0, 0.0
+        wave()
+        first = resident(pid)
+        wave()
+        assert waited > 500
+        assert resident(pid) - first < 4e6  # nothing stays of a thousand requests
+        assert peak - first < 30e6

@@ -1,0 +1,418 @@
+"""`quantkit loadtest`: what GuideLLM is told, what is read of its results, and what is kept, shown and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from support.loadtest_example import GOLDEN, example
+from support.stub_engine import Engine, Serving, whole
+from tools import demo_load
+
+from quantkit.artifact.layout import LOADTEST as FILE
+from quantkit.artifact.layout import LOADTEST_PAGE
+from quantkit.artifact.loadtest_schema import Cache, parse
+from quantkit.cli.main import main
+from quantkit.errors import ArtifactError, QuantkitError, UsageError
+from quantkit.serve.loadtest import engine, guidellm, tables
+from quantkit.serve.loadtest.charts import charts
+from quantkit.serve.loadtest.page import render
+from quantkit.serve.loadtest.prompts import read_prompts
+from quantkit.verify.shallow import verify
+
+REAL = os.environ.get("QUANTKIT_GUIDELLM", "")
+
+FAKE = """#!{python}
+import json, pathlib, shutil, sys, urllib.request
+if sys.argv[1] == "--version":
+    sys.exit(print("guidellm version: 0.0"))
+assert sys.argv[1:3] == ["run", "--config"], sys.argv
+spec = json.loads(pathlib.Path(sys.argv[3]).read_text())["spec"]
+with open({log!r}, "a") as log:
+    log.write(json.dumps(spec) + "\\n")
+prompt = json.loads(pathlib.Path(spec["data"][0]["path"]).read_text().splitlines()[0])["prompt"]
+body = json.dumps({{"prompt": json.dumps({{"name": prompt}}), "model": spec["backend"]["model"]}}).encode()
+urllib.request.urlopen(spec["backend"]["target"] + spec["backend"]["request_format"], body)
+{then}
+shutil.copy({golden!r}, spec["outputs"][0]["path"])
+"""
+
+
+class Counting(Engine):
+    """A stub that counts the tokens of its prompts as vLLM does: each asks for 100, from the second on 40 are there."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"] == "/metrics":
+            n = len(self.asked)
+            asked = f'vllm:prefix_cache_queries_total{{engine="0"}} {100.0 * n}'
+            text = f'# TYPE x counter\n{asked}\nvllm:prefix_cache_hits_total{{engine="0"}} {40.0 * max(n - 1, 0)}\n'
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": text.encode()})
+        elif (
+            scope["type"] == "http"
+            and scope["path"] == "/v1/models"
+            and getattr(self, "two", False)
+        ):
+            await whole(send, 200, {"data": [{"id": "a"}, {"id": "b"}]})
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def fake(folder: Path, then: str = "") -> tuple[str, Path]:
+    """A program in GuideLLM's place, and the log of what it was told."""
+    program, log = folder / "guidellm", folder / "told.jsonl"
+    program.write_text(
+        FAKE.format(python=sys.executable, log=str(log), golden=str(GOLDEN), then=then)
+    )
+    program.chmod(0o755)
+    return str(program), log
+
+
+def run(*words: str) -> Any:
+    return CliRunner().invoke(main, ["loadtest", *words], prog_name="quantkit")
+
+
+def test_results_are_read_as_guidellm_means_them() -> None:
+    """The stub waited 10 ms before each of its 8 tokens; the golden file's own numbers are the reference."""
+    raw = json.loads(GOLDEN.read_text())["benchmarks"][0]
+    level = guidellm.level(json.loads(GOLDEN.read_text()), 1, "golden")
+    assert (level.answered, level.errored, level.output_tokens, level.prompt_tokens) == (
+        6,
+        0,
+        8.0,
+        5.0,
+    )
+    assert 10 <= level.ttft_ms.p50 <= level.ttft_ms.p90 <= level.ttft_ms.p99 < 20
+    assert 10 <= level.inter_token_ms.p50 < 12 and 80 <= level.latency_ms.p50 < 120
+    assert level.latency_ms.p50 == pytest.approx(
+        1000 * raw["metrics"]["request_latency"]["successful"]["percentiles"]["p50"]
+    )
+    assert level.output_tokens_per_second == pytest.approx(48 / raw["duration"])
+    assert level.requests_per_second == pytest.approx(6 / raw["duration"])
+
+
+def test_results_of_another_shape_or_without_an_answer_are_refused() -> None:
+    with pytest.raises(QuantkitError, match=r"expected results of GuideLLM 0\.8"):
+        guidellm.level({"benchmarks": []}, 1, "x")
+    raw = json.loads(GOLDEN.read_text())
+    raw["benchmarks"][0]["metrics"]["request_totals"] = {
+        "successful": 0,
+        "errored": 5,
+        "incomplete": 0,
+        "total": 5,
+    }
+    with pytest.raises(
+        QuantkitError, match=r"no request of 5 was answered at 3 at once \(5 errors\)"
+    ):
+        guidellm.level(raw, 3, "x")
+
+
+def test_a_run_asks_each_level_reads_the_cache_and_keeps_the_result(
+    artifact: Path, tmp_path: Path
+) -> None:
+    program, log = fake(tmp_path)
+    page, output = tmp_path / "load.html", tmp_path / "out.json"
+    with Serving(Counting()) as serving:
+        words = [
+            serving.url,
+            "--artifact",
+            str(artifact),
+            "--guidellm",
+            program,
+            "--concurrency",
+            "4,1",
+            "--requests",
+            "8",
+        ]
+        found = run(
+            *words,
+            "--html",
+            str(page),
+            "--output",
+            str(output),
+            "--max-tokens",
+            "9",
+            "--note",
+            "a stub",
+        )
+    assert found.exit_code == 0, found.output
+    warm, one, four = map(json.loads, log.read_text().splitlines())
+    assert [spec["profile"]["streams"] for spec in (warm, one, four)] == [[1], [1], [4]]
+    assert [spec["constraints"][0]["count"] for spec in (warm, one, four)] == [
+        4,
+        8,
+        16,
+    ]  # at least 4 per place
+    backend = one["backend"]
+    assert backend["target"] == serving.url.removesuffix("/v1") and backend["model"] == "stub"
+    assert (
+        backend["extras"]["body"] == {"temperature": 0, "ignore_eos": True}
+        and backend["max_tokens"] == 9
+    )
+    kept = parse(json.loads((artifact / FILE).read_text()), "kept")
+    assert kept == parse(json.loads(output.read_text()), "output")
+    assert [level.concurrency for level in kept.levels] == [1, 4] and kept.note == "a stub"
+    assert [level.cache for level in kept.levels] == [Cache(asked=100, hits=40)] * 2
+    assert "40.0%" in found.output and "Under load" in found.output
+    assert "<script" in page.read_text()
+    assert "<script" in (artifact / LOADTEST_PAGE).read_text()
+    assert verify(artifact).unsealed == (FILE, LOADTEST_PAGE)  # what was added is known to it
+    again = run(str(artifact), "--json")
+    assert parse(json.loads(again.output), "again") == kept
+
+
+def test_nothing_else_is_written_into_an_artifact(artifact: Path) -> None:
+    """A file that its manifest does not know would break it."""
+    for option, place in (
+        ("--html", "load.html"),
+        ("--output", "quantkit/x.json"),
+        ("--html", FILE),
+    ):
+        found = run("http://127.0.0.1:9/v1", option, str(artifact / place))
+        assert (
+            found.exit_code == 2
+            and f"{option}: {artifact / place}: expected a place outside" in found.output
+        )
+    (artifact / FILE).write_text(example().model_dump_json())
+    assert run(str(artifact), "--html", str(artifact / LOADTEST_PAGE)).exit_code == 0
+    assert verify(artifact).unsealed == (FILE, LOADTEST_PAGE)
+
+
+def test_the_key_is_in_no_command_line_and_in_no_result(
+    artifact: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    program, log = fake(tmp_path)
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    with Serving(Counting()) as serving:
+        found = run(
+            serving.url,
+            "--guidellm",
+            program,
+            "--concurrency",
+            "1",
+            "--key-variable",
+            "MY_KEY",
+            "--json",
+        )
+    assert found.exit_code == 0 and "sk-secret" not in found.output
+    assert json.loads(log.read_text().splitlines()[0])["backend"]["api_key"] == "sk-secret"
+
+
+def test_a_tool_that_fails_or_hangs_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guidellm, "SLACK_SECONDS", 3)
+    with Serving(Counting()) as serving:
+        for name, then, told in (
+            ("a", "sys.exit('it broke')", "ended with 1, and said: it broke"),
+            ("b", "import time; time.sleep(60)", "did not end 3 s after its time"),
+            ("c", "sys.exit(0)", "ended with 0, and said: nothing"),
+        ):
+            (tmp_path / name).mkdir()
+            program, _ = fake(tmp_path / name, then)
+            found = run(serving.url, "--guidellm", program, "--seconds", "1")
+            assert found.exit_code == 1 and told in found.output
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["localhost:8000"], 2, "expected http://HOST:PORT/v1"),
+        (["http://127.0.0.1:9/v1"], 1, "expected an OpenAI-compatible server, found none"),
+        (["http://127.0.0.1:9/v1", "--concurrency", "0"], 2, "expected numbers from 1"),
+        (["http://127.0.0.1:9/v1", "--model", "m"], 1, "expected an answer, found none"),
+        (
+            ["http://127.0.0.1:9/v1", "--model", "m", "--metrics", "http://127.0.0.1:9"],
+            1,
+            "--metrics http://127.0.0.1",
+        ),
+        (
+            ["http://127.0.0.1:9/v1", "--concurrency", "1,1"],
+            2,
+            "expected every number once, found '1,1'",
+        ),
+        (["http://127.0.0.1:9/v1", "--concurrency", "1,x"], 2, "expected numbers from 1"),
+        (
+            ["http://127.0.0.1:9/v1", "--data", "nothing"],
+            2,
+            "expected a file, or one of tiny-v3-code, tiny-v3-math",
+        ),
+        (
+            ["http://127.0.0.1:9/v1", "--guidellm", "no-such-program"],
+            2,
+            "expected GuideLLM, found none",
+        ),
+        (["http://127.0.0.1:9/v1", "--artifact", "EMPTY"], 1, "not an artifact of quantkit"),
+        (["EMPTY"], 2, "expected a load test, found none"),
+    ],
+)
+def test_refusals(words: list[str], code: int, told: str, tmp_path: Path) -> None:
+    program, _ = fake(tmp_path)
+    (tmp_path / "empty").mkdir()
+    words = [str(tmp_path / "empty") if word == "EMPTY" else word for word in words]
+    found = run(*words, *([] if "--guidellm" in words else ["--guidellm", program]))
+    assert found.exit_code == code and told in found.output and "Traceback" not in found.output
+
+
+class Refusing(Engine):
+    """A stub that takes no request."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            await whole(send, 400, {"error": {"message": f"no {scope['path']} of 'foo'"}})
+        else:
+            await super().__call__(scope, receive, send)
+
+
+@pytest.mark.parametrize(
+    ("words", "path"), [([], "/v1/completions"), (["--chat"], "/v1/chat/completions")]
+)
+def test_what_the_server_says_against_a_request_is_told_before_a_tool_is_started(
+    words: list[str], path: str, tmp_path: Path
+) -> None:
+    program, log = fake(tmp_path)
+    with Serving(Refusing()) as serving:
+        found = run(serving.url, "--guidellm", program, "--model", "foo", *words)
+    assert found.exit_code == 1 and not log.exists()
+    assert f"found status 400: no {path} of 'foo'; ask for what it serves (stub)" in found.output
+    assert engine.said("<html>\nno") == "<html> no" and engine.said("") == "nothing"
+
+
+def test_a_server_of_several_models_asks_for_one(tmp_path: Path) -> None:
+    stub = Counting()
+    stub.two = True  # type: ignore[attr-defined]
+    with (
+        Serving(stub) as serving,
+        pytest.raises(UsageError, match="expected one served model, found a, b"),
+    ):
+        engine.served_model(serving.url, "")
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"question": "a"}\n\n{"prompt": "b", "text": "c"}\n')
+    assert read_prompts(str(file)).texts == ("a", "b") and read_prompts(str(file)).rows(3) == [
+        "a",
+        "b",
+        "a",
+    ]
+    (tmp_path / "p.txt").write_text("x y\nz\n")
+    assert read_prompts(str(tmp_path / "p.txt")).texts == ("x y", "z")
+    for text, told in (
+        ("", "expected prompts, found none"),
+        ('{"a": 1}', ":1: expected a text under"),
+        ("[", ":1: "),
+    ):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=told):
+            read_prompts(str(file))
+    file.write_bytes(b"\xff")
+    with pytest.raises(UsageError, match="expected UTF-8"):
+        read_prompts(str(file))
+
+
+def test_counters_of_engines() -> None:
+    vllm = 'vllm:prefix_cache_queries_total{e="0"} 10\nvllm:prefix_cache_queries_total{e="1"} 5\n'
+    assert engine.counted(vllm + 'vllm:prefix_cache_hits_total{e="0"} 3.0\n') == Cache(
+        asked=15, hits=3
+    )
+    sglang = 'sglang:prompt_tokens_total{m="x y"} 8\nsglang:cached_tokens_total{m="x y"} 2\n'
+    assert engine.counted(sglang) == Cache(asked=8, hits=2)
+    assert engine.counted("quantkit_gateway_running 3\n") is None
+    later, earlier = Cache(asked=9, hits=4), Cache(asked=4, hits=1)
+    assert (
+        engine.during(earlier, later) == Cache(asked=5, hits=3)
+        and engine.during(later, earlier) is None
+    )
+
+
+def test_tables_plots_and_page_show_every_level() -> None:
+    made = example()
+    table = tables.levels(made)
+    assert [row[:2] for row in table.rows] == [("1", "6"), ("4", "6, 1 failed")]
+    assert [row[-1] for row in table.rows] == ["-", "25.0%"]
+    assert "fewer than 100 answers" in table.note
+    many = made.levels[0].model_copy(update={"answered": 100})
+    assert "fewer than" not in tables.levels(made.model_copy(update={"levels": (many,)})).note
+    for name, (_, _, spec) in charts(made).items():
+        assert {row["at"] for row in spec["data"]["values"]} == {1, 4}, name
+    page = render(made)
+    assert "&lt;m&gt;" in page and "<m>" not in page
+
+
+def test_diff_lays_runs_side_by_side_that_asked_alike(artifact: Path, tmp_path: Path) -> None:
+    """Its own artifact once more with a slower run beside it; then with one that asked something else."""
+    other = Path(shutil.copytree(artifact, tmp_path / "other"))
+    first = example()
+    slow = first.levels[1].model_copy(
+        update={"output_tokens_per_second": first.levels[1].output_tokens_per_second / 2}
+    )
+    (artifact / FILE).write_text(first.model_dump_json())
+    (other / FILE).write_text(
+        first.model_copy(update={"levels": (slow,), "note": "2 x A100"}).model_dump_json()
+    )
+    found = CliRunner().invoke(main, ["diff", str(artifact), str(other), "--json"])
+    assert found.exit_code == 0, found.output
+    told = json.loads(found.stdout)
+    rows = {(row["at_once"], row["figure"]): (row["a"], row["b"]) for row in told["load"]}
+    assert {at for at, _ in rows} == {4}
+    a, b = rows[4, "output tokens/s"]
+    assert b == pytest.approx(a / 2) and any(
+        "What served A: nobody noted, B: 2 x A100." in note for note in told["notes"]
+    )
+    for words, said in (
+        ([], "-50.0%"),
+        (["--markdown"], "Under load"),
+        (["--html"], 'id="t-load"'),
+    ):
+        assert said in CliRunner().invoke(main, ["diff", str(artifact), str(other), *words]).stdout
+    (other / FILE).write_text(first.model_copy(update={"max_tokens": 9}).model_dump_json())
+    found = CliRunner().invoke(main, ["diff", str(artifact), str(other)])
+    assert (
+        "asked otherwise (max_tokens: 8 and 9)" in " ".join(found.stdout.split())
+        and "-50.0%" not in found.stdout
+    )
+
+
+def test_a_damaged_result_does_not_pass_and_diff_shows_the_rest(
+    artifact: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(artifact, tmp_path / "other"))
+    (artifact / FILE).write_text(example().model_dump_json())
+    assert verify(artifact).unsealed == (FILE,)
+    for text, told in (
+        ("{", "expected JSON, found an error"),
+        ('{"evil": 1}', r"tool: Field required; run the load test again"),
+    ):
+        (other / FILE).write_text(text)
+        with pytest.raises(ArtifactError, match=rf"{FILE}: .*{told}"):
+            verify(other)
+        found = CliRunner().invoke(main, ["diff", str(artifact), str(other)])
+        said = " ".join(found.stdout.split())
+        assert found.exit_code == 0 and "The load test is left out:" in said and "KL" in said, (
+            found.output
+        )
+
+
+def test_a_damaged_result_is_told_by_key() -> None:
+    values = example().model_dump(mode="json")
+    values["levels"][0]["ttft_ms"]["p99"] = -1
+    with pytest.raises(ArtifactError, match=r"x: levels\.0\.ttft_ms\.p99: "):
+        parse(values, "x")
+    changed = example().model_copy(update={"max_tokens": 9})
+    assert (
+        example().comparable(changed) == "max_tokens: 8 and 9"
+        and example().comparable(example()) is None
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL, reason="QUANTKIT_GUIDELLM names no GuideLLM; `make demo-load` does")
+def test_guidellm_itself(built: Path) -> None:
+    demo_load.main(built, REAL, "1,2")

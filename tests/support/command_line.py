@@ -1,0 +1,41 @@
+"""Runs quantkit commands in-process and reads what they print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+from support.constants import FAST
+
+from quantkit.cli.main import main
+
+RECIPE = "tiny-v3-awq4"
+
+
+def run(*arguments: str | Path) -> Result:
+    """One command in this process. Whatever it does, it never ends in a traceback."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    assert "Traceback" not in result.output
+    return result
+
+
+def overrides(**changes: object) -> list[str]:
+    """--set options that make a build fast; dotted keys are written with double underscores."""
+    values = {**FAST, **{key.replace("__", "."): str(value) for key, value in changes.items()}}
+    return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+
+
+def build(output: Path, *options: str, **changes: object) -> Result:
+    """A fast build of tiny-v3 without benchmarks."""
+    return run(
+        "build", RECIPE, "--skip-evaluation", *options, *overrides(output__path=output, **changes)
+    )
+
+
+def fault(result: Result, code: int) -> str:
+    """The message of a command that failed as it should, with nothing of it on stdout."""
+    assert result.exit_code == code, result.output
+    assert "error: " not in result.stdout
+    *_, message = result.stderr.partition("error: ")
+    return message.rstrip("\n")

@@ -1,0 +1,47 @@
+"""An artifact as an ordinary model of unpacked float32 weights: what every reader is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.artifact.layout import read_manifest
+from quantkit.artifact.load_model import stored_as
+from quantkit.checkpoint.checkpoint import Checkpoint
+from quantkit.contracts import Layout
+from quantkit.models import full_model
+from quantkit.models.layers import meta_model
+from quantkit.plan.plan import architecture_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What an artifact says of itself in its manifest: as resolved, with every override of recipe.yaml.
+
+    `read` unpacks a weight by the name it had in the source; `quantized`: modules that are packed.
+    """
+
+    checkpoint: Checkpoint
+    layout: Layout
+    read: full_model.Read
+    quantized: frozenset[str]
+
+    @staticmethod
+    def open(artifact: Path) -> Stored:
+        """Read the artifact's headers and its description."""
+        checkpoint = Checkpoint.open(artifact)
+        name, schemes = stored_as(read_manifest(artifact), checkpoint, artifact)
+        return Stored(
+            checkpoint=checkpoint,
+            layout=architecture_of(checkpoint.config).layout(checkpoint.config),
+            read=full_model.reader(checkpoint, name, schemes),
+            quantized=frozenset(schemes),
+        )
+
+    def model(self) -> Any:
+        """The model of transformers with these weights, in float32."""
+        bones = meta_model(self.checkpoint.config, torch.device("cpu"), torch.float32)
+        return full_model.model(bones, self.layout, self.read)

@@ -1,0 +1,24 @@
+"""An example load test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from quantkit.artifact.loadtest_schema import Cache, LoadTest
+from quantkit.serve.loadtest import guidellm
+
+GOLDEN = Path(__file__).parents[1] / "golden/guidellm.json"
+"""Results of GuideLLM 0.8.1 before a stub that answers every 10 ms, cut to what is read."""
+
+
+def example() -> LoadTest:
+    """Two levels of the golden results."""
+    level = guidellm.level(json.loads(GOLDEN.read_text()), 1, "golden")
+    second = level.model_copy(
+        update={"concurrency": 4, "errored": 1, "cache": Cache(asked=100, hits=25)}
+    )
+    return LoadTest(
+        tool="t", model="<m>", api="completions", data="d", data_sha256="0" * 64, prompts=3, max_tokens=8,
+        ignore_eos=True, started="2026-01-01 00:00 UTC", machine="2 cores", levels=(level, second),
+    )  # fmt: skip

@@ -1,0 +1,298 @@
+"""Processes that are made to die: builds whose calls of the operating system fail, kill them or cut the power.
+
+A server imports quantkit once and forks for each build, so that a build takes a second and not six. It reads one JSON
+object per line (`Order`) and answers with one: how the process ended, and how many calls it had made.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+CALLS = (
+    "pwrite",
+    "write",
+    "fsync",
+    "replace",
+    "rename",
+    "unlink",
+    "ftruncate",
+    "posix_fallocate",
+    "open",
+    "mkdir",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """A command line in a folder, and what ends it.
+
+    `seconds`: SIGKILL after so long; `step`: `number` is sent when so many steps of a build loop are done; `call`: the
+    call of the operating system at which `fault` happens: "kill", "power" or the name of an error, "ENOSPC"; `wave`:
+    memory holds so many experts, and every wave of them is made sure of.
+    """
+
+    place: str
+    arguments: Sequence[str]
+    seconds: float = 0
+    step: int = 0
+    number: int = 0
+    call: int = 0
+    fault: str = ""
+    wave: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """Exit code, or minus the signal; the calls made in front of the end; standard error."""
+
+    code: int
+    calls: int
+    stderr: str
+
+
+class Server:
+    """Starts processes that die."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def run(self, order: Order) -> End:
+        """What became of an order."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(asdict(order)) + "\n")
+        self._process.stdin.flush()
+        return End(**json.loads(self._process.stdout.readline()))
+
+
+@contextmanager
+def server() -> Iterator[Server]:
+    """A server, which ends with the block."""
+    command = [sys.executable, __file__]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "QUANTKIT_CACHE": cache}
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        ) as found:
+            try:
+                yield Server(found)
+            finally:
+                assert found.stdin
+                found.stdin.close()
+
+
+# --------------------------------------------------------------------------------------------------- inside the server
+
+
+@dataclass
+class Undo:
+    """How to take back what a power cut would lose: `file` says whose sync makes it last."""
+
+    file: tuple[int, int]
+    act: Callable[[], None]
+
+
+class Faults:
+    """Counts the calls of the operating system below a folder, and lets one of them go wrong."""
+
+    def __init__(self, order: Order, counted: Path) -> None:
+        self.order, self.counted, self.calls = order, counted, 0
+        self.real = {name: getattr(os, name) for name in CALLS}
+        self.undo: list[Undo] = []
+        self.lock = threading.RLock()
+
+    def install(self) -> None:
+        """Stand between the program and its operating system."""
+        for name in CALLS:
+            setattr(os, name, self.watched(name))
+
+    def watched(self, name: str) -> Callable[..., object]:
+        """A call that is counted, and remembered until it is synced."""
+
+        def call(*args: object, **more: object) -> object:
+            changing = name != "open" or bool(int(args[1]) & os.O_CREAT)  # type: ignore[call-overload]
+            mine = isinstance(args[0], int) or "/dev/" not in os.fspath(args[0])  # type: ignore[call-overload]
+            if not (changing and mine) or (isinstance(args[0], int) and args[0] <= 2):
+                return self.real[name](*args, **more)
+            with self.lock:
+                self.calls += 1
+                if self.calls == self.order.call:
+                    self.strike()
+                if self.order.fault == "power" and not more:
+                    self.remember(name, args)
+                found = self.real[name](*args, **more)
+                if name == "open" and self.order.fault == "power":
+                    self.born(args[0], found)
+            return found
+
+        return call
+
+    def strike(self) -> None:
+        """The fault itself."""
+        if self.order.fault in ("kill", "power"):
+            for undo in reversed(self.undo):
+                undo.act()
+            self.note()
+            os.kill(os.getpid(), signal.SIGKILL)
+        number = getattr(errno, self.order.fault)
+        raise OSError(number, os.strerror(number))
+
+    def note(self) -> None:
+        """Leave the number of calls where the server finds it."""
+        self.counted.write_text(str(self.calls))
+
+    def remember(self, name: str, args: tuple[object, ...]) -> None:
+        """Note how to take a call back, or that earlier ones now last."""
+        if name == "fsync":
+            state = os.fstat(args[0])  # type: ignore[arg-type]
+            self.undo = [undo for undo in self.undo if undo.file != (state.st_dev, state.st_ino)]
+        elif name in ("pwrite", "write", "ftruncate"):
+            self.written(args[0], args[2] if name == "pwrite" else None, name)  # type: ignore[arg-type]
+        elif name in ("replace", "rename"):
+            self.moved(Path(str(args[0])), Path(str(args[1])))
+
+    def written(self, descriptor: int, offset: int | None, name: str) -> None:
+        """Bytes that may not reach the disk: the file's old content comes back."""
+        state, path = os.fstat(descriptor), os.readlink(f"/proc/self/fd/{descriptor}")
+        if any(
+            undo.file == (state.st_dev, state.st_ino) and undo.act.__name__ == "back"
+            for undo in self.undo
+        ):
+            return  # the oldest content counts
+        content = Path(path).read_bytes() if os.path.exists(path) else b""
+
+        def back() -> None:
+            if not os.path.exists(path):  # removed since
+                return
+            again = self.real["open"](path, os.O_RDWR)
+            os.truncate(path, len(content))
+            self.real["pwrite"](again, content, 0)
+
+        self.undo.append(Undo((state.st_dev, state.st_ino), back))
+
+    def moved(self, old: Path, new: Path) -> None:
+        """A name that may not reach the disk: file and folder have their old names again."""
+        folder = new.parent.stat()
+        kept = new.read_bytes() if new.is_file() else None
+
+        def back_again() -> None:
+            if new.exists():
+                self.real["rename"](new, old)
+            if kept is not None:
+                new.write_bytes(kept)
+
+        self.undo.append(Undo((folder.st_dev, folder.st_ino), back_again))
+
+    def born(self, path: object, descriptor: object) -> None:
+        """A file that may not be there: nobody synced its folder."""
+        where, state = Path(str(path)), os.fstat(descriptor)  # type: ignore[arg-type]
+        folder = where.parent.stat()
+        if state.st_size == 0:
+            gone = Undo((folder.st_dev, folder.st_ino), lambda: where.unlink(missing_ok=True))
+            self.undo.append(gone)
+
+
+def child(order: Order, counted: Path) -> int:
+    """Run an order in this process; its exit code."""
+    from quantkit.build.progress_log import BuildProgress
+    from quantkit.cli.main import main
+
+    os.chdir(order.place)
+    faults = Faults(order, counted)
+    if order.call:
+        faults.install()
+    if order.wave:
+        in_waves(order.wave)
+    if order.step:
+        commit, done = BuildProgress.commit, list[int]()
+
+        def dying(self: BuildProgress, *args: object) -> None:
+            commit(self, *args)  # type: ignore[arg-type]
+            done.append(1)
+            if len(done) == order.step:
+                os.kill(os.getpid(), order.number)
+
+        BuildProgress.commit = dying  # type: ignore[assignment,method-assign]
+    try:
+        main([*order.arguments])
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        faults.note()
+    return 0
+
+
+def in_waves(size: int) -> None:
+    """Let builds hold so many experts at a time, and make sure of every wave."""
+    from quantkit.build import wave_checkpoint
+    from quantkit.plan import plan
+
+    real = plan.memory_plan
+
+    def fewer(*args: object, **kwargs: object) -> object:
+        return replace(real(*args, **kwargs), wave_experts=size)  # type: ignore[arg-type]
+
+    plan.memory_plan = fewer  # type: ignore[assignment]
+    wave_checkpoint.SECONDS, wave_checkpoint.SHARE = 0.0, 0
+
+
+def fork(order: Order) -> End:
+    """Run an order in a process of its own."""
+    place = Path(order.place)
+    counted, told = place.with_suffix(".calls"), place.with_suffix(".stderr")
+    counted.write_text("0")
+    pid = os.fork()
+    if pid == 0:
+        for number, path in ((1, "/dev/null"), (2, told)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+        code = 70
+        try:
+            code = child(order, counted)
+        finally:
+            if sys.exc_info()[0] is not None:
+                traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(code)
+    if order.seconds:
+        time.sleep(order.seconds)
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    return End(
+        code=os.waitstatus_to_exitcode(status),
+        calls=int(counted.read_text() or 0),
+        stderr=told.read_text(),
+    )
+
+
+def serve() -> None:
+    """Answer orders until there are none."""
+    from quantkit.cli.main import REPRODUCIBLE
+
+    os.environ.update(REPRODUCIBLE)
+    import torch
+
+    from quantkit import pipeline
+    from quantkit.report import html, terminal
+
+    assert pipeline and terminal  # what a build imports, but for what it uses once
+    html.library()  # made by the first build and found by others: each shall make the same calls
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(asdict(fork(Order(**json.loads(line))))) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    serve()

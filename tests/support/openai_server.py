@@ -1,0 +1,245 @@
+"""A real HTTP server that speaks OpenAI's API over loopback, misbehaves by plan and records everything.
+
+Answers are a function of the prompt. Faults are a function of (prompt, how often it was asked): "429", "500", "drop"
+(no response at all), "cut" (the connection breaks inside the stream), "end" (the stream ends politely before its answer
+does), "error" (an error told inside the stream), "slow" (pieces with pauses), "silent" (nothing for a long time),
+"html" (a page of another program).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+RETRY_AFTER = 0.5  # seconds
+SILENCE = 2.0
+
+
+@dataclass
+class Record:
+    """One request as it arrived: when, what was asked, and what became of it ("served" or the fault)."""
+
+    at: float
+    prompt: str
+    body: dict
+    fault: str
+
+
+@dataclass
+class Server:
+    """`with Server(...) as server:` listens on `server.url`."""
+
+    answer: Callable[[str, dict], str]
+    fault: Callable[[str, int], str] = lambda prompt, nth: ""
+    pause: float = 0.0
+    piece: int = 3  # characters
+    models: Sequence[str] = ("tiny",)
+    key: str = ""
+    # tokens -> of each but the first: its log probability, and that of the most probable token there
+    logprobs: Callable[[list[int]], list[tuple[float, float]]] | None = None
+    records: list[Record] = field(default_factory=list)
+    most_at_once: int = 0
+    at_once: int = 0
+
+    def __enter__(self) -> Server:
+        self.lock, self.asked = threading.Lock(), Counter()
+        handler = type("Handler", (Handler,), {"owner": self})
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+    def served(self) -> Counter:
+        """How often each prompt was answered in full."""
+        return Counter(
+            record.prompt for record in self.records if record.fault in ("served", "slow")
+        )
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
+    owner: Server
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.reply(
+            200,
+            {
+                "object": "list",
+                "data": [{"id": name, "object": "model"} for name in self.owner.models],
+            },
+        )
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        chat = self.path.endswith("/chat/completions")
+        prompt = json.dumps(body["messages"]) if chat else body["prompt"]
+        name = prompt if isinstance(prompt, str) else json.dumps(prompt)
+        owner = self.owner
+        with owner.lock:
+            fault = owner.fault(name, owner.asked[name])
+            owner.asked[name] += 1
+            record = Record(at=time.monotonic(), prompt=name, body=body, fault=fault or "pending")
+            owner.records.append(record)
+            owner.at_once += 1
+            owner.most_at_once = max(owner.most_at_once, owner.at_once)
+        try:
+            with suppress(BrokenPipeError, ConnectionResetError):
+                time.sleep(owner.pause)
+                self.respond(body, prompt, chat, fault)
+                record.fault = fault or "served"
+        finally:
+            with owner.lock:
+                owner.at_once -= 1
+
+    def respond(self, body: dict, prompt: str | list[int], chat: bool, fault: str) -> None:
+        if self.owner.key and self.headers.get("Authorization") != f"Bearer {self.owner.key}":
+            said = self.headers.get("Authorization", "")
+            self.reply(
+                401,
+                {
+                    "error": {
+                        "message": f"Incorrect API key provided: {said}",
+                        "code": "invalid_api_key",
+                    }
+                },
+            )
+        elif fault == "429":
+            self.reply(
+                429, {"error": {"message": "too many requests"}}, {"Retry-After": str(RETRY_AFTER)}
+            )
+        elif fault in ("500", "503", "400"):
+            self.reply(int(fault), {"error": {"message": "something broke"}})
+        elif fault == "long":
+            self.reply(
+                400,
+                {
+                    "error": {
+                        "message": "maximum context length is 512 tokens",
+                        "code": 400,
+                        "param": None,
+                    }
+                },
+            )
+        elif fault == "unknown":
+            self.reply(
+                400,
+                {
+                    "error": {
+                        "message": "no such model",
+                        "code": "model_not_found",
+                        "param": "model",
+                    }
+                },
+            )
+        elif fault == "drop":
+            self.close_connection = True
+        elif fault == "html":
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", "13")
+            self.end_headers()
+            self.wfile.write(b"<html></html>")
+        elif fault == "silent":
+            time.sleep(SILENCE)
+            self.close_connection = True
+        elif body.get("stream"):
+            self.stream(self.owner.answer(prompt, body), body, chat, fault)
+        else:
+            self.echo(prompt)
+
+    def reply(self, status: int, values: dict, headers: dict[str, str] | None = None) -> None:
+        text = json.dumps(values).encode()
+        self.send_response(status)
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(text)),
+            **(headers or {}),
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(text)
+
+    def stream(self, text: str, body: dict, chat: bool, fault: str) -> None:
+        """The answer in pieces, which count as tokens, as server-sent events in chunks."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        words = [
+            text[start : start + self.owner.piece]
+            for start in range(0, len(text), self.owner.piece)
+        ]
+        kept = words[: body["max_tokens"]]
+        broken = fault in ("cut", "end", "error")
+        for word in kept[: len(kept) // 2] if broken else kept:
+            self.event({"choices": [self.choice(word, None, chat)]})
+            if fault == "slow":
+                time.sleep(0.06)
+        if fault == "cut":
+            self.close_connection = True
+            return
+        if fault == "error":
+            self.event({"error": {"message": "the engine died", "type": "internal"}})
+        elif fault != "end":
+            reason = "stop" if len(kept) == len(words) else "length"
+            self.event({"choices": [self.choice("", reason, chat)]})
+            self.event({
+                "choices": [],
+                "usage": {"prompt_tokens": 1, "completion_tokens": len(kept), "total_tokens": 0},
+            })
+            self.chunk(b"data: [DONE]\n\n")
+        self.chunk(b"")
+
+    def choice(self, text: str, reason: str | None, chat: bool) -> dict:
+        said = {"delta": {"content": text}} if chat else {"text": text}
+        return {"index": 0, "finish_reason": reason, **said}
+
+    def event(self, values: dict) -> None:
+        self.chunk(
+            b"data: "
+            + json.dumps({
+                "id": "x",
+                "object": "chunk",
+                "created": 0,
+                "model": "tiny",
+                **values,
+            }).encode()
+            + b"\n\n"
+        )
+
+    def chunk(self, data: bytes) -> None:
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        self.wfile.flush()
+
+    def echo(self, tokens: str | list[int]) -> None:
+        """Log probabilities of the prompt's tokens and of one more, as /v1/completions gives them for echo."""
+        assert self.owner.logprobs is not None
+        both = [*self.owner.logprobs(tokens), (-0.5, -0.5)]
+        values = [None, *(value for value, _ in both)]
+        top = [None, *({"best": best} for _, best in both)]
+        probs = {
+            "tokens": [""] * len(values),
+            "token_logprobs": values,
+            "top_logprobs": top,
+            "text_offset": [0] * len(values),
+        }
+        self.reply(200, {
+            "id": "x", "object": "text_completion", "created": 0, "model": "tiny",
+            "choices": [{"index": 0, "text": "", "finish_reason": "length", "logprobs": probs}],
+        })  # fmt: skip

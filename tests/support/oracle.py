@@ -1,0 +1,179 @@
+"""Slow float64 references in numpy for quantkit's numerics; they share no code with it and no idea of speed.
+
+Errors are taken from activations, never from a gram: sum over tokens of |x (W - Q)^T|^2.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def bfloat16(values: Array) -> Array:
+    """Round to bfloat16, nearest even, on the bits of float32."""
+    bits = np.asarray(values, dtype=np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return rounded.astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+def stored(scale: float, dtype: str) -> float:
+    """A positive scale as it is stored."""
+    if dtype == "bfloat16":
+        return float(bfloat16(np.array([scale]))[0])
+    return float(np.dtype(dtype).type(scale))
+
+
+def range_of(weights: Array, symmetric: bool) -> tuple[float, float]:
+    """Range of one group, zero inside."""
+    low, high = min(0.0, float(weights.min())), max(0.0, float(weights.max()))
+    return (-max(-low, high), max(-low, high)) if symmetric else (low, high)
+
+
+def scale_and_zero(weights: Array, bits: int, symmetric: bool, dtype: str) -> tuple[float, int]:
+    """Scale and zero point of one group from its range."""
+    low, high = range_of(weights, symmetric)
+    if low == high:
+        return 1.0, 2 ** (bits - 1)
+    scale = stored((high - low) / (2**bits - 1), dtype)
+    return scale, 2 ** (bits - 1) if symmetric else int(
+        np.clip(np.round(-low / scale), 0, 2**bits - 1)
+    )
+
+
+def codes(weights: Array, scale: float, zero: int, bits: int) -> Array:
+    """Nearest codes."""
+    return np.clip(np.round(weights / scale) + zero, 0, 2**bits - 1)
+
+
+def back(weights: Array, scale: float, zero: int, bits: int) -> Array:
+    """Weights after rounding to codes and back."""
+    return (codes(weights, scale, zero, bits) - zero) * scale
+
+
+def rtn(weight: Array, bits: int, group: int, symmetric: bool, dtype: str) -> tuple[Array, Array]:
+    """Round-to-nearest of a matrix [out, in], group by group: codes, dequantized weight."""
+    chosen, result = np.empty_like(weight), np.empty_like(weight)
+    for row in range(weight.shape[0]):
+        for start in range(0, weight.shape[1], group):
+            part = slice(start, start + group)
+            scale, zero = scale_and_zero(weight[row, part], bits, symmetric, dtype)
+            chosen[row, part] = codes(weight[row, part], scale, zero, bits)
+            result[row, part] = back(weight[row, part], scale, zero, bits)
+    return chosen, result
+
+
+def output_error(delta: Array, x: Array) -> float:
+    """Summed squared change of the outputs of tokens x [n, in] for a weight error [out, in]."""
+    return float(np.square(x @ delta.T).sum())
+
+
+def clip_search(
+    weight: Array, x: Array, bits: int, group: int, symmetric: bool, dtype: str
+) -> Array:
+    """Range search by trying everything on the activations, row by row; the dequantized weight.
+
+    First sweep: 11 shares of the scale from 1 to 0.5, then 9 around the best; second sweep: the 9 again. The zero point
+    moves by one code. Whatever lowers the error of the whole row is taken.
+    """
+    result = np.empty_like(weight)
+    starts = range(0, weight.shape[1], group)
+    for row, values in enumerate(weight):
+        settings = {
+            s: scale_and_zero(values[s : s + group], bits, symmetric, dtype) for s in starts
+        }
+        current = np.concatenate([back(values[s : s + group], *settings[s], bits) for s in starts])
+        for passes in (([1 - 0.05 * i for i in range(11)], FINE), (FINE,)):
+            for start in starts:
+                for shares in passes:
+                    scale, zero = settings[start]
+                    for share in shares:
+                        for shift in (0,) if symmetric else (0, -1, 1):
+                            tried = (
+                                stored(scale * share, dtype),
+                                int(np.clip(zero + shift, 0, 2**bits - 1)),
+                            )
+                            new = current.copy()
+                            new[start : start + group] = back(
+                                values[start : start + group], *tried, bits
+                            )
+                            if output_error((new - values)[None], x) < output_error(
+                                (current - values)[None], x
+                            ):
+                                current, settings[start] = new, tried
+        result[row] = current
+    return result
+
+
+FINE = [1 + 0.01 * i for i in range(-4, 5)]
+
+
+def weighted_search(
+    weight: Array, counts: Array, bits: int, group: int, symmetric: bool, dtype: str
+) -> Array:
+    """Ranges by squared errors, column k counting counts[k], group by group; the dequantized weight.
+
+    7 shares of the min/max scale from 1 to 0.57 with the zero point moved by one code, then the best scale so far a
+    little smaller and larger, three times.
+    """
+    result = np.empty_like(weight)
+    for row in range(weight.shape[0]):
+        for start in range(0, weight.shape[1], group):
+            part = slice(start, start + group)
+            values = weight[row, part]
+            scale, zero = scale_and_zero(values, bits, symmetric, dtype)
+            coarse = [1.0, *(0.92 - 0.07 * i for i in range(6))]
+            best: tuple[float, float, int] = (float("inf"), scale, zero)
+            for shares, shifts in [
+                (coarse, (0, -1, 1)),
+                *(((1 - d, 1 + d), (0,)) for d in (0.035, 0.018, 0.01)),
+            ]:
+                around, middle = best[1:]
+                for share in shares:
+                    for shift in (0,) if symmetric else shifts:
+                        tried = (
+                            stored(around * share, dtype),
+                            int(np.clip(middle + shift, 0, 2**bits - 1)),
+                        )
+                        lost = float(
+                            (counts[part] * np.square(back(values, *tried, bits) - values)).sum()
+                        )
+                        best = min(best, (lost, *tried), key=lambda each: each[0])
+            result[row, part] = back(values, *best[1:], bits)
+    return result
+
+
+def awq_scales(mean_abs: Array) -> Array:
+    """AWQ's 20 candidates, from its definition: mean|x| ** ratio, over sqrt(max * min)."""
+    found = []
+    for ratio in np.arange(20) / 20:
+        scale = np.maximum(mean_abs / mean_abs.max(), 1e-4) ** ratio
+        found.append(scale / np.sqrt(scale.max() * scale.min()))
+    return np.array(found)
+
+
+def awq_error(
+    weight: Array, x: Array, scale: Array, bits: int, group: int, symmetric: bool, dtype: str
+) -> float:
+    """Output error after scaling, rounding with each group's range shrunk by its inputs' energies, and unscaling."""
+    wide, result = weight * scale, np.empty_like(weight)
+    for row in range(weight.shape[0]):
+        for start in range(0, weight.shape[1], group):
+            part = slice(start, start + group)
+            values, energy = wide[row, part], np.square(x[:, part] / scale[part]).sum(0)
+            first, zero = scale_and_zero(values, bits, symmetric, dtype)
+            tried = [
+                back(values, stored(first * (1 - 0.1 * i), dtype), zero, bits) for i in range(5)
+            ]
+            losses = [float(energy @ np.square(new - values)) for new in tried]
+            result[row, part] = tried[int(np.argmin(losses))]
+    return output_error(result / scale - weight, x)
+
+
+def kl(p_logits: Array, q_logits: Array) -> float:
+    """KL(p || q) of one token, in nats, from its definition."""
+    p = np.exp(p_logits - p_logits.max())
+    q = np.exp(q_logits - q_logits.max())
+    p, q = p / p.sum(), q / q.sum()
+    return float(sum(a * np.log(a / b) for a, b in zip(p, q) if a > 0))

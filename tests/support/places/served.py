@@ -1,0 +1,127 @@
+"""What the stand-ins share: a threaded HTTP/1.1 server around a function of the request."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+
+@dataclass
+class Answer:
+    """What a server says."""
+
+    status: int
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def as_json(status: int, value: object, headers: Mapping[str, str] | None = None) -> Answer:
+    """An answer in JSON."""
+    return Answer(
+        status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})}
+    )
+
+
+@dataclass
+class Request:
+    """What a client asked; `read` takes the body piece by piece and ends early where the client did."""
+
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: Mapping[str, str]
+    read: Callable[[], bytes]
+
+    def body(self) -> bytes:
+        """All of the body."""
+        return b"".join(iter(self.read, b""))
+
+
+class Served:
+    """A server on a port of its own."""
+
+    def __init__(self, answer: Callable[[Request], Answer]) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+            wbufsize = (
+                1 << 16
+            )  # head and body in one packet: without, each answer waits 40 ms for the client's ACK
+
+            def do(self) -> None:
+                parts = urlsplit(self.path)
+                query = {
+                    key: values[0]
+                    for key, values in parse_qs(parts.query, keep_blank_values=True).items()
+                }
+                request = Request(
+                    self.command, unquote(parts.path), query, self.headers, body_of(self)
+                )
+                told = ranged(answer(request), self.headers.get("Range"))
+                while request.read():  # what was not wanted: the connection stays in step
+                    pass
+                self.send_response(told.status)
+                for name, value in told.headers.items():
+                    self.send_header(name, value)
+                if "Content-Length" not in told.headers:
+                    self.send_header("Content-Length", str(len(told.body)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(told.body)
+
+            do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do
+
+            def log_message(self, format: str, *values: object) -> None:
+                pass
+
+        class Quiet(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, request: object, client_address: object) -> None:
+                pass  # a connection that was cut
+
+        self.server = Quiet(("127.0.0.1", 0), Handler)
+        self.port = self.server.server_port
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        """End it."""
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def body_of(handler: BaseHTTPRequestHandler) -> Callable[[], bytes]:
+    """Reads a body by its length or its chunks; b"" at its end, and where the client left."""
+    left = int(handler.headers.get("Content-Length") or 0)
+    chunked = "chunked" in handler.headers.get("Transfer-Encoding", "")
+
+    def read() -> bytes:
+        nonlocal left, chunked
+        if chunked:
+            n_bytes = int(handler.rfile.readline().strip() or b"0", 16)
+            piece = handler.rfile.read(n_bytes)
+            handler.rfile.readline()
+            chunked = bool(n_bytes)
+            return piece
+        piece = handler.rfile.read1(min(left, 1 << 16)) if left else b""
+        left = left - len(piece) if piece else 0
+        return piece
+
+    return read
+
+
+def ranged(answer: Answer, asked: str | None) -> Answer:
+    """The part that a Range header asks for."""
+    if answer.status != 200 or not asked:
+        return answer
+    first, _, last = asked.removeprefix("bytes=").partition("-")
+    total = len(answer.body)
+    if int(first) >= total:
+        return Answer(416, b"", {"Content-Range": f"bytes */{total}"})
+    part = answer.body[int(first) : int(last or total) + 1]
+    told = f"bytes {first}-{int(first) + len(part) - 1}/{total}"
+    return Answer(206, part, {**answer.headers, "Content-Range": told})

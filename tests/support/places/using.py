@@ -1,0 +1,108 @@
+"""What tests of publishing and pulling do again and again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+
+from quantkit.artifact.layout import MANIFEST
+from quantkit.cli.main import main
+from quantkit.io.retry import RetryPolicy
+from quantkit.publish.publish import publish
+from quantkit.publish.pull import pull
+from quantkit.publish.remote import Options
+from quantkit.publish.transfer import Transfer
+from quantkit.verify.shallow import verify
+
+PATIENCE = RetryPolicy(first_wait=0.01, tries=4)
+WRITING = Options(writing=True, patience=PATIENCE)
+LAST = "model-00003-of-00003.safetensors"
+
+Record = Callable[[str, object], None]
+"""pytest's record_property: a fault that was survived or refused as it should, for `make reliability`."""
+
+
+@contextmanager
+def moto() -> Iterator[int]:
+    """The port of an S3 server."""
+    from moto.server import ThreadedMotoServer
+    from werkzeug.serving import WSGIRequestHandler
+
+    WSGIRequestHandler.disable_nagle_algorithm = True
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    yield port
+    server.stop()
+
+
+def sent(
+    artifact: Path,
+    address: str,
+    patience: RetryPolicy = PATIENCE,
+    *,
+    jobs: int = 4,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Transfer:
+    """Published, though its benchmarks were left out."""
+    options = Options(writing=True, jobs=jobs, patience=patience)
+    return publish(
+        artifact, address, options, lambda _: None, force=True, overwrite=overwrite, dry_run=dry_run
+    )
+
+
+def fetched(
+    address: str,
+    folder: Path,
+    patience: RetryPolicy = PATIENCE,
+    *,
+    jobs: int = 4,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Transfer:
+    """Pulled."""
+    options = Options(jobs=jobs, patience=patience)
+    return pull(address, folder, options, lambda _: None, overwrite=overwrite, dry_run=dry_run)
+
+
+def run(*words: object) -> Result:
+    """The command line; never a traceback."""
+    done = CliRunner().invoke(main, [str(word) for word in words])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file with its bytes."""
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+def flipped(content: bytes) -> bytes:
+    """One bit of the last byte changed."""
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+def other(artifact: Path) -> Path:
+    """Another artifact beside one: the same with another model card, and a file more."""
+    path = Path(shutil.copytree(artifact, artifact.with_name("other")))
+    manifest = json.loads((path / MANIFEST).read_text())
+    for name, content in (("README.md", b"# another\n"), ("more.txt", b"more")):
+        (path / name).write_bytes(content)
+        manifest["files"][name] = {
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "bytes": len(content),
+        }
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    verify(path)
+    return path

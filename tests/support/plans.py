@@ -1,0 +1,53 @@
+"""Plans of small checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from quantkit import registry
+from quantkit.contracts import Config, TensorSpec
+from quantkit.plan.match_checkpoint import expected
+from quantkit.plan.plan import Plan, SourceFacts, claimed_of, make_plan
+from quantkit.recipe.parse import parse
+
+
+def specs_of(config: Mapping[str, object]) -> dict[str, TensorSpec]:
+    """The headers of a checkpoint with this config."""
+    values = Config(values=config)
+    return expected(registry.architecture(values.text("model_type")).layout(values), values)
+
+
+def plan_of(
+    model_type: str = "deepseek_v3",
+    *,
+    budget: int = 8 * 10**9,
+    specs: Mapping[str, TensorSpec] | None = None,
+    config: Mapping[str, object] = {},
+    **keys: str,
+) -> Plan:
+    """The plan for a random checkpoint of a TINY config; keyword arguments are keys of the recipe."""
+    values = {**registry.architecture(model_type).tiny, **config}
+    lines = {
+        "version": "1",
+        "source": "{model: org/name}",
+        "quantize": "{method: awq, group_size: 64}",
+        "calibration": "{set: tiny-v3, sequences: 8, length: 128}",
+        "fidelity": "{set: tiny-v3-heldout, windows: 8, length: 128}",
+        "output": "{path: out}",
+        "compute": "{device: cpu}",
+    }
+    text = "\n".join(f"{key}: {value}" for key, value in (lines | keys).items())
+    facts = SourceFacts(
+        model="org/name",
+        revision=None,
+        config=Config(values=values),
+        specs=specs_of(values) if specs is None else specs,
+        fingerprint=None,
+        where="org/name",
+    )
+    tokens = {"calibration": 1024, "fidelity": 1024}
+    recipe = parse(text, "r.yaml")
+    claimed, name = claimed_of(facts), recipe.format[0]
+    return make_plan(
+        recipe, facts, claimed, name, budget_bytes=budget, tokens=tokens, hidden_bytes=4
+    )

@@ -1,0 +1,238 @@
+"""A stand-in for an inference engine over real sockets. What it does is asked in the prompt, as JSON:
+
+    {"name": "a", "tokens": 5, "hold": true, "first": 0.0, "pause": 0.0, "die": 3, "status": 503, "polite_end": 2,
+     "flood": 1000, "size": 10}
+
+`hold` waits until `Engine.released` is set, `first` and `pause` are seconds before the first and before each token,
+`die` closes the connection after so many tokens (0: before the head), `polite_end` ends the stream without its mark,
+`flood` sends so many events of `size` bytes as fast as the other side takes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+
+class Engine:
+    """An ASGI application that remembers what it was asked, and what was taken from it."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.order: list[str] = []
+        self.left: list[str] = []
+        self.sent = 0
+        self.at_once = self.most_at_once = 0
+        self.released = threading.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        if scope["method"] == "GET":
+            await whole(send, 200, {"object": "list", "data": [{"id": "stub", "object": "model"}]})
+            return
+        body = b""
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        values = json.loads(body)
+        self.asked.append(values)
+        self.headers.append({key.decode(): value.decode() for key, value in scope["headers"]})
+        plan = plan_of(values["prompt"])
+        name = plan.get("name", "")
+        self.order.append(name)
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        ended = False
+
+        async def counted(message: Any) -> None:
+            nonlocal ended
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                ended = True
+                self.at_once -= 1  # before whoever waits for the end can know of it
+            await send(message)
+
+        work = asyncio.create_task(self.work(values, plan, counted, receive))
+        gone = asyncio.create_task(disconnected(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                self.left.append(name)
+        finally:
+            self.at_once -= 0 if ended else 1
+            work.cancel()
+            gone.cancel()
+
+    async def work(
+        self, values: dict[str, Any], plan: dict[str, Any], send: Any, receive: Any
+    ) -> None:
+        while plan.get("hold") and not self.released.is_set():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(plan.get("first", 0))
+        if "status" in plan:
+            await whole(send, plan["status"], {"error": {"message": "stub says no"}}, retry_after=7)
+            return
+        if plan.get("die") == 0:
+            await abort(receive)
+            return
+        n, pause = plan.get("tokens", 3), plan.get("pause", 0.0)
+        usage = {"prompt_tokens": 11, "completion_tokens": n, "total_tokens": 11 + n}
+        if not values.get("stream"):
+            await asyncio.sleep(n * pause)
+            choice = {"index": 0, "text": "t " * n, "finish_reason": "stop"}
+            await whole(
+                send,
+                200,
+                {"id": "x", "object": "text_completion", "choices": [choice], "usage": usage},
+            )
+            return
+        head = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        for _ in range(plan.get("flood", 0)):
+            await event(
+                send, {"choices": [{"index": 0, "text": "x" * plan["size"], "finish_reason": None}]}
+            )
+            self.sent += plan["size"]
+        for token in range(n):
+            if plan.get("die") == token:
+                await abort(receive)
+                return
+            if plan.get("polite_end") == token:
+                await send({"type": "http.response.body", "body": b""})
+                return
+            await asyncio.sleep(pause)
+            text = {"index": 0, "text": f"{token} ", "finish_reason": None, "at": time.monotonic()}
+            await event(
+                send,
+                {
+                    "id": "x",
+                    "object": "text_completion",
+                    "created": 0,
+                    "model": "stub",
+                    "choices": [text],
+                },
+            )
+        await event(
+            send,
+            {
+                "id": "x",
+                "choices": [{"index": 0, "text": "", "finish_reason": "stop"}],
+                "usage": usage,
+            },
+        )
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+
+def plan_of(prompt: str) -> dict[str, Any]:
+    """What a prompt asks for; one that is no JSON is a name."""
+    try:
+        return dict(json.loads(prompt))
+    except ValueError:
+        return {"name": prompt}
+
+
+async def disconnected(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def event(send: Any, values: dict[str, Any]) -> None:
+    await send({
+        "type": "http.response.body",
+        "body": b"data: " + json.dumps(values).encode() + b"\n\n",
+        "more_body": True,
+    })
+
+
+async def whole(
+    send: Any, status: int, values: dict[str, Any], retry_after: int | None = None
+) -> None:
+    headers = [(b"content-type", b"application/json")]
+    headers += [(b"retry-after", str(retry_after).encode())] if retry_after else []
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps(values).encode()})
+
+
+async def abort(receive: Any) -> None:
+    """Close the connection as a process that dies does: uvicorn's cycle knows its transport."""
+    receive.__self__.transport.abort()
+    await asyncio.sleep(0)
+
+
+class Serving:
+    """An ASGI application on a port of its own, in a thread of this process."""
+
+    def __init__(self, app: Any, keep_alive: float = 5) -> None:
+        config = uvicorn.Config(
+            app, port=0, log_level="critical", timeout_keep_alive=keep_alive, lifespan="auto"
+        )
+        self.server = uvicorn.Server(config)
+        self.socket = socket.socket()
+        self.socket.bind(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        self.thread = threading.Thread(
+            target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True
+        )
+
+    def __enter__(self) -> Serving:
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.005)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.should_exit = self.server.force_exit = (
+            True  # within a tenth of a second; nobody waits for it
+        )
+
+
+def half_a_request(url: str) -> bytes:
+    """What is answered to a request whose body never comes in full, until the connection is closed."""
+    with socket.create_connection(
+        ("127.0.0.1", int(url.split(":")[2].partition("/")[0])), timeout=10
+    ) as raw:
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{   ")
+        return b"".join(iter(lambda: raw.recv(65536), b""))
+
+
+@contextmanager
+def process(*arguments: str) -> Iterator[tuple[str, int]]:
+    """A program that prints its port in a process of its own; its address and its process id."""
+    started = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
+    assert started.stdout
+    try:
+        yield f"http://127.0.0.1:{int(started.stdout.readline())}/v1", started.pid
+    finally:
+        os.kill(started.pid, signal.SIGTERM)
+        started.wait(20)
+
+
+def run_forever(app: Any) -> None:
+    """Serve in this process, and print the port first."""
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(2048)
+    sys.stdout.write(f"{listening.getsockname()[1]}\n")
+    sys.stdout.flush()
+    config = uvicorn.Config(app, log_level="critical", backlog=2048)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+if __name__ == "__main__":
+    run_forever(Engine())

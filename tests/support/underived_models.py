@@ -1,0 +1,71 @@
+"""Models of families without a table."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from quantkit.architectures.components.decoder import TINY
+from quantkit.io.package_data import resolve_model
+from quantkit.models import derive
+
+
+def write_model(folder: Path, config: dict[str, object]) -> Path:
+    """A random checkpoint as transformers itself saves it, with tiny-v3's tokenizer."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        value = torch.randn(parameter.shape, generator=generator)
+        wide = parameter.dim() > 1
+        value = (
+            value * parameter.shape[-1] ** -0.5
+            if wide
+            else 0.1 * value + (not name.endswith(".bias"))
+        )
+        if wide:
+            value[:, :: parameter.shape[1] // 8] *= (
+                4  # a few loud channels, so that scaling has something to do
+            )
+        parameter.data.copy_(value)
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(resolve_model("builtin:tiny-v3") / name, folder / name)
+    return folder
+
+
+def family(model_type: str, **changes: object) -> dict[str, object]:
+    """A small config.json of a model type without a table."""
+    named = {"architectures": [type_of(model_type)], "model_type": model_type}
+    return {**TINY, **named, **FAMILIES.get(model_type, {}), **changes}
+
+
+FAMILIES: dict[str, dict[str, object]] = {
+    "olmo2": {},  # norms behind attention and MLP: their inputs have nobody who could absorb a scale
+    "phi3": {
+        "pad_token_id": 0,
+        "sliding_window": 16,
+    },  # one matrix for q, k, v and one for gate and up
+    "starcoder2": {
+        "tie_word_embeddings": True,
+        "use_bias": True,
+        "sliding_window": 16,
+    },  # norms with a bias, no gate
+    "persimmon": {
+        "num_key_value_heads": 4
+    },  # q, k, v of each head in turn, norms with a bias, no gate
+    "smollm3": {
+        "pad_token_id": 0,
+        "no_rope_layers": [1, 0],
+        "tie_word_embeddings": True,
+    },  # a layer without rotation
+}
+
+
+def type_of(model_type: str) -> str:
+    """The class that transformers makes of a model type."""
+    return derive.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]

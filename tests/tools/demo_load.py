@@ -1,0 +1,61 @@
+"""Serve an artifact here, ask it more and more at once with GuideLLM, and keep the result beside its report.
+
+    python -m tools.demo_load ARTIFACT GUIDELLM
+
+Works on a copy of the artifact in a temporary folder, which must still verify. Exits with 1 when something is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tools import demo_serve
+
+
+def main(artifact: Path, program: str, levels: str = "1,2,4") -> None:
+    quantkit = [sys.executable, "-m", "quantkit"]
+    with tempfile.TemporaryDirectory() as made:
+        copy = Path(shutil.copytree(artifact, Path(made) / artifact.name))
+        with demo_serve.served(copy, "--engine", "transformers", "--gateway") as url:
+            options = [
+                "--concurrency",
+                levels,
+                "--requests",
+                "16",
+                "--max-tokens",
+                "24",
+                "--guidellm",
+                program,
+            ]
+            page = Path(made) / "load.html"
+            words = [
+                *quantkit,
+                "loadtest",
+                url,
+                "--artifact",
+                str(copy),
+                "--html",
+                str(page),
+                *options,
+            ]
+            subprocess.run(words, check=True)
+        told = json.loads((copy / "quantkit/loadtest.json").read_text(encoding="utf-8"))
+        demo_serve.check(
+            [level["concurrency"] for level in told["levels"]] == [*map(int, levels.split(","))],
+            "levels",
+        )
+        demo_serve.check(all(level["errored"] == 0 for level in told["levels"]), "nothing failed")
+        demo_serve.check(
+            all(level["output_tokens"] == 24 for level in told["levels"]), "answers of one length"
+        )
+        demo_serve.check(page.stat().st_size > 500_000, "a page with plots")
+        subprocess.run([*quantkit, "verify", str(copy)], check=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
