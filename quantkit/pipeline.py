@@ -47,7 +47,7 @@ from quantkit.plan import sources
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress, ProgressCallback
 from quantkit.recipe.schema import Recipe
-from quantkit.report import card, gates, html
+from quantkit.report import card, gates, html_page
 from quantkit.report import make as evidence
 from quantkit.report.make import TextName
 from quantkit.texts import corpora
@@ -233,15 +233,15 @@ def make(
     compute, kept = sources.compute(plan.recipe), begun.answers(loop)
     compared = compare(plan, source, folder, compute, evaluate=evaluate, tell=tell, kept=kept)
     clock.lap("benchmarks")
-    licence = evidence.licence(front_matter(source.folder))
+    licence = evidence.parse_license(front_matter(source.folder))
     likely = likelihood.rows(plan.recipe.evaluation.tasks, texts.solutions, figures.solutions)
     session.check_source(begun.journal, source)
     sealed = dict[str, str]()
     for each, files in zip(made, written, strict=True):
-        report = evidence.fidelity(
+        report = evidence.make_report(
             each.plan, built.blocks, figures.tokens, texts.told, likely, compared.rows, licence
         )
-        report = gates.judged(each.plan.recipe.gates, report)
+        report = gates.apply_gates(each.plan.recipe.gates, report)
         write_evidence(each.plan, each.folder, report, figures, compared)
         write_timings(each.folder, built, clock)
         manifest = manifests.manifest(each.plan, source, report, built.blocks)
@@ -269,7 +269,7 @@ def tokenize(recipe: Recipe, folder: Path) -> Texts:
     for name, set_name, sequences, length, seed in wanted:
         corpus = corpora.load_set(set_name, sets)
         tokens[name] = corpora.token_batches(corpus, tokenizer, sequences, length, seed)
-        told[name] = evidence.text(corpus, tokens[name], length, seed)
+        told[name] = evidence.summarize_text(corpus, tokens[name], length, seed)
     nothing = corpora.pack_tokens([])
     asked, wanted_items = recipe.evaluation.tasks, recipe.evaluation.likelihood
     solutions = likelihood.none()
@@ -350,7 +350,7 @@ def write_evidence(
     if figures.tokens or compared.pairs:
         (folder / "quantkit" / "samples").mkdir(exist_ok=True)
     write_atomic(folder / "quantkit" / "fidelity.json", report.to_json().encode())
-    write_atomic(folder / "README.md", card.render(report).encode())
+    write_atomic(folder / "README.md", card.render_card(report).encode())
     write_atomic(folder / "quantkit" / "plan.json", manifests.plan_json(plan).encode())
     if figures.tokens:
         tokens_to_parquet(figures.tokens, folder / "quantkit" / "samples" / "tokens.parquet")
@@ -360,7 +360,7 @@ def write_evidence(
         )
     if compared.pairs:
         pairs_to_parquet(compared.pairs, folder / "quantkit" / "samples" / "benchmarks.parquet")
-    write_atomic(folder / html.HTML, html.page(folder).encode())
+    write_atomic(folder / html_page.HTML, html_page.make_page(folder).encode())
 
 
 def write_timings(folder: Path, built: BuiltBlocks, clock: Clock) -> None:

@@ -32,7 +32,7 @@ UNFUSED_NOTE = (
 PROTECTED_REASON = "only a rule that names it quantizes it"
 
 
-def fidelity(
+def make_report(
     plan: Plan,
     blocks: Sequence[BlockRecord],
     measured: Measured | None,
@@ -44,40 +44,40 @@ def fidelity(
     """The whole report, not judged yet."""
     records = [record for block in blocks for record in block.modules]
     return Fidelity(
-        artifact=artifact(plan),
-        source=source(plan, licence),
+        artifact=summarize_artifact(plan),
+        source=summarize_source(plan, licence),
         calibration=texts.get("calibration"),
         measured_on=texts.get("fidelity"),
-        distribution=distribution(measured) if measured else (),
+        distribution=summarize_distribution(measured) if measured else (),
         likelihood=tuple(likelihood),
         blocks=tuple(
             fidelity_schema.BlockError(block=block.name, relative_error=block.output_error)
             for block in blocks
             if block.output_error is not None
         ),
-        modules=tuple(module(record) for record in records),
+        modules=tuple(summarize_module(record) for record in records),
         routers=tuple(
             fidelity_schema.Router(block=block.name, agreement=block.router_agreement)
             for block in blocks
             if block.router_agreement is not None
         ),
-        experts=experts(plan, blocks),
-        fallbacks=fallbacks(records),
+        experts=summarize_experts(plan, blocks),
+        fallbacks=summarize_fallbacks(records),
         benchmarks=tuple(benchmarks),
         versions=versions(plan),
         seeds={"calibration": plan.recipe.calibration.seed} if plan.recipe.calibration else {},
         hashes={"recipe": plan.recipe.hash, "plan": plan.hash},
-        command=command(plan),
+        command=format_build_command(plan),
     )
 
 
-def command(plan: Plan) -> str:
+def format_build_command(plan: Plan) -> str:
     """What makes the artifact again."""
     changes = [f"--set {shlex.quote(f'{key}={text}')}" for key, text in plan.recipe.overrides]
     return " ".join(["quantkit build", PurePath(plan.recipe.name).name, *changes])
 
 
-def artifact(plan: Plan) -> fidelity_schema.Artifact:
+def summarize_artifact(plan: Plan) -> fidelity_schema.Artifact:
     """What was made, in numbers and in words."""
     quantized = [decision for decision in plan.decisions.values() if decision.action == "quantize"]
     weights = sum(decision.linear.n_parameters for decision in quantized)
@@ -87,25 +87,25 @@ def artifact(plan: Plan) -> fidelity_schema.Artifact:
     return fidelity_schema.Artifact(
         name=PurePath(plan.path).name,
         format=plan.format_name,
-        scheme="; ".join(schemes(quantized)) or "nothing is quantized",
+        scheme="; ".join(format_schemes(quantized)) or "nothing is quantized",
         parameters=plan.parameters,
         bytes_source=plan.source_bytes(),
         bytes_artifact=plan.n_bytes,
         bits_per_weight=8 * stored / weights if weights else 16.0,
         rules=tuple(rules(plan)),
-        roles=tuple(roles(plan)),
-        serving=tuple(serving(plan, refusing, unfused)),
+        roles=tuple(summarize_roles(plan)),
+        serving=tuple(iterate_serving_commands(plan, refusing, unfused)),
         notes=(
             *plan.architecture.serving_notes,
             *((UNFUSED_NOTE,) if unfused else ()),
             *(f"Not for {engine}: {why}." for engine, why in refusing.items()),
-            *fp8_notes(plan),
+            *make_fp8_notes(plan),
         ),
         tags=(plan.format_name.replace("_", "-"), f"{plan.recipe.quantize.bits}-bit"),
     )
 
 
-def serving(
+def iterate_serving_commands(
     plan: Plan, refusing: Mapping[str, str], unfused: bool
 ) -> Iterator[fidelity_schema.Serving]:
     """The command of every engine that reads all that is quantized."""
@@ -116,7 +116,7 @@ def serving(
             yield fidelity_schema.Serving(engine=engine, command=command.format(path=name) + flag)
 
 
-def fp8_notes(plan: Plan) -> tuple[str, ...]:
+def make_fp8_notes(plan: Plan) -> tuple[str, ...]:
     """What an operator must know of FP8 blocks that were kept."""
     if not any(decision.keep == "fp8" for decision in plan.decisions.values()):
         return ()
@@ -126,7 +126,7 @@ def fp8_notes(plan: Plan) -> tuple[str, ...]:
     )
 
 
-def schemes(quantized: Sequence[Decision]) -> list[str]:
+def format_schemes(quantized: Sequence[Decision]) -> list[str]:
     """ "awq, int4 g128 asymmetric, bfloat16 scales", one per scheme in use."""
     told = [
         f"{d.method}{'' if d.rounding in ('nearest', d.method) else f' + {d.rounding} rounding'}, "
@@ -137,7 +137,7 @@ def schemes(quantized: Sequence[Decision]) -> list[str]:
     return list(dict.fromkeys(told))
 
 
-def roles(plan: Plan) -> list[fidelity_schema.Role]:
+def summarize_roles(plan: Plan) -> list[fidelity_schema.Role]:
     """What happened to the linears of each role, and why."""
     patterns = {rule.label: rule.match for rule in plan.rules}
     by_role: dict[LinearRole, list[Decision]] = {}
@@ -152,7 +152,7 @@ def roles(plan: Plan) -> list[fidelity_schema.Role]:
             else ("dropped" if d.action == "drop" else kept_text(plan, d))
             for d in decisions
         )
-        reasons = dict.fromkeys(why(d, patterns) for d in decisions)
+        reasons = dict.fromkeys(explain_decision(d, patterns) for d in decisions)
         found.append(
             fidelity_schema.Role(
                 role=role,
@@ -160,13 +160,13 @@ def roles(plan: Plan) -> list[fidelity_schema.Role]:
                 kept=len(kept),
                 parameters=sum(decision.linear.n_parameters for decision in decisions),
                 stored=", ".join(stored),
-                reason=", ".join(reasons) + unpacked(plan, kept),
+                reason=", ".join(reasons) + explain_unpacked_fp8(plan, kept),
             )
         )
     return found
 
 
-def why(decision: Decision, patterns: Mapping[str, str]) -> str:
+def explain_decision(decision: Decision, patterns: Mapping[str, str]) -> str:
     """The rule that decided, with its pattern."""
     if decision.rule == NO_RULE:
         return PROTECTED_REASON if decision.linear.role in PROTECTED_ROLES else "no rule matches it"
@@ -176,7 +176,7 @@ def why(decision: Decision, patterns: Mapping[str, str]) -> str:
     return f"{kept}{decision.rule} ({patterns[decision.rule]})"
 
 
-def unpacked(plan: Plan, kept: Sequence[Decision]) -> str:
+def explain_unpacked_fp8(plan: Plan, kept: Sequence[Decision]) -> str:
     """Why FP8 blocks that rules keep as they are became BF16; "" where none did."""
     fp8 = (
         plan.specs[f"{d.linear.name}.weight"].dtype == FP8
@@ -189,7 +189,7 @@ def unpacked(plan: Plan, kept: Sequence[Decision]) -> str:
     return f"; BF16 because {'nothing is quantized' if holds else f'format {plan.format_name} cannot hold FP8'}"
 
 
-def source(plan: Plan, licence: fidelity_schema.License | None) -> fidelity_schema.Source:
+def summarize_source(plan: Plan, licence: fidelity_schema.License | None) -> fidelity_schema.Source:
     """What the artifact is compared with."""
     dtype = source_dtype(plan)
     return fidelity_schema.Source(
@@ -203,7 +203,7 @@ def source(plan: Plan, licence: fidelity_schema.License | None) -> fidelity_sche
     )
 
 
-def licence(card: Mapping[str, str]) -> fidelity_schema.License | None:
+def parse_license(card: Mapping[str, str]) -> fidelity_schema.License | None:
     """The source's licence as its own model card states it; None when it states none."""
     if "license" not in card:
         return None
@@ -212,7 +212,9 @@ def licence(card: Mapping[str, str]) -> fidelity_schema.License | None:
     )
 
 
-def text(corpus: CorpusSet, tokens: Tokens, length: int, seed: int | None) -> fidelity_schema.Text:
+def summarize_text(
+    corpus: CorpusSet, tokens: Tokens, length: int, seed: int | None
+) -> fidelity_schema.Text:
     """Text that was calibrated or measured on."""
     return fidelity_schema.Text(
         set=corpus.name,
@@ -226,23 +228,23 @@ def text(corpus: CorpusSet, tokens: Tokens, length: int, seed: int | None) -> fi
     )
 
 
-def figure(estimate: Estimate) -> Figure:
+def make_figure(estimate: Estimate) -> Figure:
     """A measured number with its standard error."""
     return Figure(value=estimate.value, se=estimate.error)
 
 
-def distribution(measured: Measured) -> tuple[fidelity_schema.Distribution, ...]:
+def summarize_distribution(measured: Measured) -> tuple[fidelity_schema.Distribution, ...]:
     """The figures of every domain, all text first."""
     found = []
     for domain, figures in measured.summaries().items():
-        values = {name: figure(estimate) for name, estimate in figures.items()}
+        values = {name: make_figure(estimate) for name, estimate in figures.items()}
         found.append(
             fidelity_schema.Distribution(domain=domain, tokens=figures["kl_mean"].n, **values)
         )
     return tuple(found)
 
 
-def module(record: ModuleRecord) -> fidelity_schema.Module:
+def summarize_module(record: ModuleRecord) -> fidelity_schema.Module:
     """What became of one quantized matrix."""
     return fidelity_schema.Module(
         name=record.module,
@@ -259,7 +261,7 @@ def module(record: ModuleRecord) -> fidelity_schema.Module:
     )
 
 
-def experts(plan: Plan, blocks: Sequence[BlockRecord]) -> fidelity_schema.Experts | None:
+def summarize_experts(plan: Plan, blocks: Sequence[BlockRecord]) -> fidelity_schema.Experts | None:
     """Calibration tokens per expert."""
     layers = tuple(
         fidelity_schema.ExpertLayer(block=b.name, tokens=b.expert_tokens)
@@ -274,7 +276,7 @@ def experts(plan: Plan, blocks: Sequence[BlockRecord]) -> fidelity_schema.Expert
     )
 
 
-def fallbacks(records: Sequence[ModuleRecord]) -> tuple[fidelity_schema.Fallback, ...]:
+def summarize_fallbacks(records: Sequence[ModuleRecord]) -> tuple[fidelity_schema.Fallback, ...]:
     """Every fallback that was taken, with the modules that took it."""
     taken: dict[str, list[str]] = {}
     for record in records:

@@ -394,7 +394,7 @@ def test_scores_of_other_items_are_marked(shelf: Path) -> None:
     fewer = whole.fidelity.model_copy(
         update={"benchmarks": (row.model_copy(update={"n": row.n + 1}),)}
     )
-    made = runs.scores([whole, replace(whole, name="other", fidelity=fewer)])
+    made = runs.make_score_table([whole, replace(whole, name="other", fidelity=fewer)])
     assert "Other items, and so scores that do not compare: tiny-v3-math." in made.note
     assert f" of {row.n} (" in made.rows[0][1] and f" of {row.n + 1} (" in made.rows[1][1]
 

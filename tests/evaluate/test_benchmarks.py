@@ -440,7 +440,7 @@ def test_a_row_tells_what_was_cut_and_what_had_no_result_on_both_sides(items):
     cut = [replace(item, truncated=True, parsed=False) for item in mine[:1]] + whole[1:]
     row = compare.row(task, samples.pair(whole, cut), 0.98)
     assert row.truncated == row.unparsed == (0.0, 1 / len(mine))
-    note = tables.compared([row], "Greedy").note
+    note = tables.make_comparison_table([row], "Greedy").note
     assert "Cut at the token limit: tiny-v3-math 0.0 % ->" in note
     assert "No result found: tiny-v3-math 0.0 % ->" in note
 

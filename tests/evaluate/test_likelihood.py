@@ -314,7 +314,7 @@ def report(*values: float | None) -> Fidelity:
 def test_gates(
     figure: str, values: tuple[float | None, ...], value: float | None, ok: bool | None
 ) -> None:
-    (result,) = gates.judge({figure: Gate(min=-0.2)}, report(*values))
+    (result,) = gates.judge_gates({figure: Gate(min=-0.2)}, report(*values))
     assert (result.value, result.ok) == (value, ok)
 
 
@@ -346,7 +346,7 @@ def test_a_plan_counts_the_solutions() -> None:
 
 
 def test_the_table_says_what_was_not_run() -> None:
-    made = tables.likelihood(report(-0.25, None))
+    made = tables.make_likelihood_table(report(-0.25, None))
     assert [row[0] for row in made.rows] == ["t0", "t1"]
     assert "t1 was not run: no data." in made.note
-    assert tables.likelihood(report()).rows == ()
+    assert tables.make_likelihood_table(report()).rows == ()

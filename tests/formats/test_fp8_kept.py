@@ -291,7 +291,7 @@ def test_fp8_is_no_reason_to_refuse_a_format_that_cannot_hold_it(source: Path) -
     plan = plan_of(source, format="gptq")
     assert {d.keep for d in plan.decisions.values()} == {"source"}
     assert plan.warnings == ("format gptq cannot hold FP8 blocks: what is kept is stored as BF16",)
-    told = {row.role: row.reason for row in make.roles(plan)}
+    told = {row.role: row.reason for row in make.summarize_roles(plan)}
     assert (
         told["attention"]
         == "kept by experts-only[1] (*), mtp: keep; BF16 because format gptq cannot hold FP8"
@@ -301,14 +301,14 @@ def test_fp8_is_no_reason_to_refuse_a_format_that_cannot_hold_it(source: Path) -
         r"experts-only[0] (re:.*\.experts\.\d+\.[^.]+), mtp: keep"
     )
     some = plan_of(source, format="gptq", rules='[{match: "*.experts.*", quantize: default}]')
-    told = {row.role: row.reason for row in make.roles(some)}
+    told = {row.role: row.reason for row in make.summarize_roles(some)}
     assert told["router"].startswith("only a rule that names it quantizes it")
     assert (
         told["attention"]
         == "no rule matches it, mtp: keep; BF16 because format gptq cannot hold FP8"
     )
     everything = plan_of(source, rules='[{match: "*", keep: source}]', calibration="null")
-    assert {row.reason for row in make.roles(everything) if row.role == "attention"} == {
+    assert {row.reason for row in make.summarize_roles(everything) if row.role == "attention"} == {
         "kept by rules[0] (*), mtp: keep; BF16 because nothing is quantized"
     }
     assert "F8_E4M3" not in {spec.dtype for shard in everything.shards for spec in shard.tensors}

@@ -18,7 +18,7 @@ from quantkit.errors import RecipeError, UsageError
 from quantkit.recipe.parse import parse_gates
 from quantkit.recipe.schema import FIGURES, Gate
 from quantkit.report import gates
-from quantkit.report.junit import junit
+from quantkit.report.junit import format_junit
 
 TASK = Benchmark(
     task="t", n=300, source=0.8, artifact=0.79, lost=5, gained=2, delta_pp=Figure(value=-1.0, ci=(-2.5, 0.5)),
@@ -28,7 +28,7 @@ TASK = Benchmark(
 
 def one(figure: str, gate: Gate, fidelity: Fidelity) -> tuple[float | None, bool | None, str]:
     """Value, result and reason of a single bound."""
-    (result,) = gates.judge({figure: gate}, fidelity)
+    (result,) = gates.judge_gates({figure: gate}, fidelity)
     return result.value, result.ok, result.reason
 
 
@@ -132,14 +132,14 @@ def test_lost_items_of_a_task_that_was_not_run_are_not_known() -> None:
 def test_bounds_of_a_task(
     gate: Gate, figure: str, bound: str, value: float, ok: bool, reason: str
 ) -> None:
-    (result,) = gates.judge({"t": gate}, example({"benchmarks": [TASK]}))
+    (result,) = gates.judge_gates({"t": gate}, example({"benchmarks": [TASK]}))
     assert (result.figure, result.bound, result.value, result.ok) == (figure, bound, value, ok)
     assert result.reason.startswith(reason) and bool(result.reason) == bool(reason)
 
 
 def test_a_loss_beyond_the_margin_is_not_called_unresolved() -> None:
     worse = TASK.model_copy(update={"delta_pp": Figure(value=-5, ci=(-7.0, -3.0))})
-    (result,) = gates.judge({"t": Gate(margin_pp=2)}, example({"benchmarks": [worse]}))
+    (result,) = gates.judge_gates({"t": Gate(margin_pp=2)}, example({"benchmarks": [worse]}))
     assert (result.ok, result.reason) == (False, "")
 
 
@@ -287,8 +287,8 @@ def valid(content: bytes) -> Xml.Element:
 
 def test_junit_says_what_was_missed_and_what_was_skipped() -> None:
     bounds = {"kl_mean": Gate(max=0.0003), "top1": Gate(min=0.9), "t": Gate(min_recovery=0.9)}
-    report = gates.judged(bounds, example())
-    root = valid(junit([report, gates.judged({}, emptied())]))
+    report = gates.apply_gates(bounds, example())
+    root = valid(format_junit([report, gates.apply_gates({}, emptied())]))
     cases = {case.get("name"): [child.tag for child in case] for case in root.iter("testcase")}
     assert cases == {
         "kl_mean <= 0.0003": ["failure"],
@@ -298,7 +298,7 @@ def test_junit_says_what_was_missed_and_what_was_skipped() -> None:
     assert [suite.get("tests") for suite in root] == ["3", "0"]
     failure = root.find(".//failure")
     assert failure is not None and failure.get("message") == "kl_mean <= 0.0003: found 0.000361"
-    assert junit([report]) == junit([report])
+    assert format_junit([report]) == format_junit([report])
 
 
 def test_names_from_elsewhere_do_not_break_the_xml() -> None:
@@ -306,7 +306,7 @@ def test_names_from_elsewhere_do_not_break_the_xml() -> None:
     row = TASK.model_copy(update={"task": name, "status": "not run", "reason": name})
     artifact: dict[str, Any] = {**dict(FIDELITY["artifact"]), "name": name}  # type: ignore[call-overload]
     report = example({"artifact": artifact, "benchmarks": [row]})
-    root = valid(junit([gates.judged({name: Gate(max_lost=1)}, report)]))
+    root = valid(format_junit([gates.apply_gates({name: Gate(max_lost=1)}, report)]))
     assert root[0].get("name") == 'a<b>&"   ]]>'
 
 

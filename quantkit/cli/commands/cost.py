@@ -73,11 +73,13 @@ def COMMAND(
     else:
         from rich.text import Text
 
-        from quantkit.report.terminal import plain, table
+        from quantkit.report.terminal import render_table, strip_control_characters
 
-        head = Text(plain(found.title), style="bold")
-        head.append("\n" + plain(tables.answer(found, made)) + "\n", style="not bold")
-        show(head, *(table(each) for each in tables.all_tables(found, made, moved, claimed)))
+        head = Text(strip_control_characters(found.title), style="bold")
+        head.append(
+            "\n" + strip_control_characters(tables.answer(found, made)) + "\n", style="not bold"
+        )
+        show(head, *(render_table(each) for each in tables.all_tables(found, made, moved, claimed)))
     wrong = [claim for claim in claimed if not claim.right]
     if wrong:
         told = "; ".join(claim.told for claim in wrong)

@@ -80,7 +80,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
     Example: quantkit loadtest http://localhost:8000/v1 --artifact artifacts/tiny-v3-awq4 --html load.html
     """
     from quantkit.artifact.layout import LOADTEST, LOADTEST_PAGE, read_manifest
-    from quantkit.report.terminal import table
+    from quantkit.report.terminal import render_table
     from quantkit.serve.loadtest import engine
     from quantkit.serve.loadtest import guidellm as tool
     from quantkit.serve.loadtest.prompts import read_prompts
@@ -121,7 +121,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
     if json_out:
         as_json(run.model_dump(mode="json"))
     else:
-        show(table(levels(run)))
+        show(render_table(levels(run)))
 
 
 def refuse_inside(place: Path | None, option: str, name: str) -> None:

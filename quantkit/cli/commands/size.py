@@ -146,7 +146,7 @@ def view(found: dict[str, Fit], dated: GpuCatalog, *, in_full: bool) -> list[Ren
     """The tables of one model."""
     from rich.text import Text
 
-    from quantkit.report.terminal import plain, table
+    from quantkit.report.terminal import render_table, strip_control_characters
     from quantkit.serve.sizing import tables
     from quantkit.serve.sizing.batch import advice
     from quantkit.serve.sizing.fit import missed
@@ -155,25 +155,25 @@ def view(found: dict[str, Fit], dated: GpuCatalog, *, in_full: bool) -> list[Ren
 
     fits = list(found.values())
     model = fits[0].needs.model
-    head = Text(plain(model.name), style="bold")
-    head.append("\n" + plain(tables.headline(model)) + "\n", style="not bold")
-    shown: list[RenderableType] = [head, table(tables.memory(fits[0].needs))]
+    head = Text(strip_control_characters(model.name), style="bold")
+    head.append("\n" + strip_control_characters(tables.headline(model)) + "\n", style="not bold")
+    shown: list[RenderableType] = [head, render_table(tables.memory(fits[0].needs))]
     made = [(fit, bounds(fit)) for fit in fits]
-    shown.append(table(tables.cards_table(made, dated)))
+    shown.append(render_table(tables.cards_table(made, dated)))
     for fit, limits in made if in_full else ():
         if single := tables.one_card_told(fit):
             shown.append(Text(f"{single}\n"))
         if miss := missed(fit):
             shown.append(Text(f"{tables.miss_told(miss)}.\n"))
         if limits:
-            shown.append(table(tables.bounds_table(fit, limits)))
+            shown.append(render_table(tables.bounds_table(fit, limits)))
             shown += [Text(sentence) for sentence in (*tables.interconnect(fit, limits), "")]
-        shown.append(table(tables.degrees(fit)))
+        shown.append(render_table(tables.degrees(fit)))
         batches = tables.batches(fit)
         advised = {server: each for server in SERVERS if (each := advice(fit, server))}
-        shown += [table(batches)] if batches else []
-        shown += [table(tables.advice_table(advised, fit))] if advised else []
-        shown.append(table(tables.card_facts(fit.card, dated)))
+        shown += [render_table(batches)] if batches else []
+        shown += [render_table(tables.advice_table(advised, fit))] if advised else []
+        shown.append(render_table(tables.card_facts(fit.card, dated)))
     return shown
 
 
@@ -194,7 +194,7 @@ def json_values(found: dict[str, Fit], dated: GpuCatalog) -> dict[str, object]:
 
 def show_sides(found: Sequence[tuple[str, Fit]], json_out: bool) -> None:
     """Several models side by side."""
-    from quantkit.report.terminal import table
+    from quantkit.report.terminal import render_table
     from quantkit.serve.sizing.compare import Side, fidelity, report_of, sizes, speeds
     from quantkit.serve.sizing.roofline import bounds
     from quantkit.serve.sizing.summary import fit_values, model_values, needs_values
@@ -224,4 +224,8 @@ def show_sides(found: Sequence[tuple[str, Fit]], json_out: bool) -> None:
         ])
         return
     told = fidelity(sides)
-    show(table(sizes(sides)), table(speeds(sides)), *([table(told)] if told else []))
+    show(
+        render_table(sizes(sides)),
+        render_table(speeds(sides)),
+        *([render_table(told)] if told else []),
+    )

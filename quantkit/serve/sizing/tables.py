@@ -38,19 +38,19 @@ BOUND = "Computed upper bounds from peak figures; nothing was measured."
 
 def gb(n_bytes: float) -> str:
     """Both readings: "673.15 GB (626.92 GiB)"."""
-    return f"{format_numbers.size(round(n_bytes))} ({n_bytes / GIB:,.2f} GiB)"
+    return f"{format_numbers.format_size(round(n_bytes))} ({n_bytes / GIB:,.2f} GiB)"
 
 
 def rate(bound: Bound) -> str:
     """Tokens per second to three digits: "1,234" or "12.3"."""
     value = bound.tokens_per_s
-    return f"{value:,.0f}" if value >= 100 else format_numbers.digits(value)
+    return f"{value:,.0f}" if value >= 100 else format_numbers.format_digits(value)
 
 
 def headline(model: Model) -> str:
     """What the model is: "671.03 B parameters, 37.55 B at work per token; FP8 128x128"."""
-    active = format_numbers.parameters(active_parameters(model))
-    return f"{format_numbers.parameters(model.weights.parameters)} parameters, {active} at work per token; {model.scheme}"
+    active = format_numbers.format_parameters(active_parameters(model))
+    return f"{format_numbers.format_parameters(model.weights.parameters)} parameters, {active} at work per token; {model.scheme}"
 
 
 def memory(needs: MemoryEstimate) -> Table:
@@ -86,7 +86,7 @@ def mtp_note(needs: MemoryEstimate) -> str:
     """Whether the block that predicts further tokens is counted."""
     if not needs.model.mtp.n_bytes:
         return ""
-    size = format_numbers.size(needs.model.mtp.n_bytes)
+    size = format_numbers.format_size(needs.model.mtp.n_bytes)
     if needs.speculative:
         return f"The MTP block ({size}) is counted: speculative decoding loads it."
     return f"The MTP block ({size}) is not counted: engines load it for speculative decoding alone (--mtp)."
@@ -107,8 +107,8 @@ def cards_table(found: Sequence[tuple[Fit, Bounds | None]], dated: GpuCatalog) -
             str(placement.cards),
             str(placement.nodes),
             split,
-            format_numbers.count(fit.max_context),
-            format_numbers.count(fit.max_users),
+            format_numbers.format_count(fit.max_context),
+            format_numbers.format_count(fit.max_users),
             rate(made.one),
             rate(made.all),
             f"{rate(made.prefill)}{'*' if made.prefill.limit == 'interconnect' else ''}",
@@ -243,8 +243,8 @@ def batches(fit: Fit) -> Table | None:
         rows.append((
             str(batch),
             f"{hit:.1f} of {model.mixture.count}",
-            format_numbers.size(round(read)),
-            format_numbers.size(round(read / batch)),
+            format_numbers.format_size(round(read)),
+            format_numbers.format_size(round(read / batch)),
         ))
     note = "Expected of a router that spreads tokens evenly: E (1 - (1 - k/E)^n); a skewed one hits fewer."
     columns = (">tokens in a step", ">experts hit per layer", ">weights read", ">per token")
@@ -264,19 +264,23 @@ def advice_table(found: Mapping[Server, MaxBatchedTokens], fit: Fit) -> Table:
     each = f"{one.per_token:,} B a token, {one.routed_per_token:,} B of it copies for experts"
     reserve = f"{100 * RESERVE:g} % of the first line on purpose, for fragmentation"
     rows = (
-        ("left to a step", told, *(format_numbers.size(max(0, side.free_bytes)) for side in sides)),
+        (
+            "left to a step",
+            told,
+            *(format_numbers.format_size(max(0, side.free_bytes)) for side in sides),
+        ),
         (
             "engine",
             "CUDA context, buffers, graphs: assumed",
-            *(f"-{format_numbers.size(s.runtime_bytes)}" for s in sides),
+            *(f"-{format_numbers.format_size(s.runtime_bytes)}" for s in sides),
         ),
         (
             "logits",
             f"{told_users(needs.users)} x {needs.model.vocabulary:,} x 4 B",
-            *(f"-{format_numbers.size(side.logits_bytes)}" for side in sides),
+            *(f"-{format_numbers.format_size(side.logits_bytes)}" for side in sides),
         ),
-        ("activations", each, *(f"-{format_numbers.size(side.used)}" for side in sides)),
-        ("left", reserve, *(format_numbers.size(max(0, side.left)) for side in sides)),
+        ("activations", each, *(f"-{format_numbers.format_size(side.used)}" for side in sides)),
+        ("left", reserve, *(format_numbers.format_size(max(0, side.left)) for side in sides)),
         ("safe tokens", "whichever experts they hit", *(f"{side.safe:,}" for side in sides)),
     )
     note = (
@@ -301,14 +305,14 @@ def miss_told(found: NoFit) -> str:
         *([f"--users {found.users}"] if found.users else []),
     ]
     why = " (MLA's cache lies whole on every rank)" if found.latent else ""
-    return f"TP{found.tp} alone misses {format_numbers.size(found.n_bytes)} a card{why}; it fits with {' or '.join(ways)}"
+    return f"TP{found.tp} alone misses {format_numbers.format_size(found.n_bytes)} a card{why}; it fits with {' or '.join(ways)}"
 
 
 def one_card_told(fit: Fit) -> str | None:
     """What one card would do where more are taken; None where it does not hold the weights."""
     if fit.one_card or not fit.one_card_context:
         return None
-    context, users = format_numbers.count(fit.one_card_context), told_users(fit.needs.users)
+    context, users = format_numbers.format_count(fit.one_card_context), told_users(fit.needs.users)
     return f"On one card: at most {context} tokens for {users} (--context {fit.one_card_context})."
 
 

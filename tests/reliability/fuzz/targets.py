@@ -466,13 +466,13 @@ def plan_json(folder: Path) -> object:
     """plan.json under a manifest that agrees, as diff and gate read it."""
     from quantkit.artifact.read_report import read_sealed
     from quantkit.cli.options import read_gates
-    from quantkit.diff.compare import compare
+    from quantkit.diff.compare import compare_sides
     from quantkit.diff.sides import read_sides
 
     reseal(folder)
     report, _ = read_sealed(folder)
     attempt(lambda: read_gates(None, folder, report))
-    return compare(*read_sides(str(folder), str(folder)), partial=True)
+    return compare_sides(*read_sides(str(folder), str(folder)), partial=True)
 
 
 @target(
@@ -488,7 +488,7 @@ def fidelity_json(folder: Path) -> object:
     from quantkit.recipe.parse import parse_gates
     from quantkit.report import gates as judge
 
-    found = judge.judged(
+    found = judge.apply_gates(
         parse_gates("gates: {kl_mean: {max: 1}, size: {max: 1}}", "g", []), read_report(folder)
     )
     shown(found)
@@ -508,10 +508,10 @@ def shown(report: object) -> None:
     from rich.console import Console
 
     from quantkit.cli.console import Harmless
-    from quantkit.report.terminal import fidelity_view
+    from quantkit.report.terminal import render_report
 
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    Console(file=out, width=100).print(Harmless(fidelity_view(report)))  # type: ignore[arg-type]
+    Console(file=out, width=100).print(Harmless(render_report(report)))  # type: ignore[arg-type]
     out.flush()
     raw: bytes = out.buffer.getvalue()  # type: ignore[attr-defined]
     assert not any(character < 32 and character != 10 for character in raw), (

@@ -8,16 +8,22 @@ from typing import Literal
 
 from quantkit.artifact import fidelity_schema
 from quantkit.artifact.fidelity_schema import Figure
-from quantkit.diff.comparable import Comparable, same_text
-from quantkit.diff.sides import Key, Side, Tokens
-from quantkit.diff.values import Benchmark, Distribution, Flip, Likelihood, Shift
+from quantkit.diff.comparability import Comparability, is_same_text
+from quantkit.diff.diff_schema import (
+    BenchmarkDiff,
+    DistributionDiff,
+    ErrorShift,
+    FlippedItem,
+    LikelihoodDiff,
+)
+from quantkit.diff.sides import ItemKey, Side, TokenFigures
 from quantkit.evaluate import statistics
 
 RECOVERY = 0.98
 """Of A's score B must keep for "as good", as benchmarks of an artifact against its source."""
 
 ALL_TASKS = "all tasks"
-Resolved = Literal["better", "worse", "not resolved", ""]
+Resolution = Literal["better", "worse", "not resolved", ""]
 
 FIGURES = (
     "kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "ppl_artifact", "top1", "mean_delta_p", "rms_delta_p",
@@ -27,12 +33,12 @@ FIGURES = (
 # ------------------------------------------------------------------------------------------------------ distributions
 
 
-def distribution(a: Side, b: Side, allowed: Comparable) -> tuple[Distribution, ...]:
+def pair_distributions(a: Side, b: Side, allowed: Comparability) -> tuple[DistributionDiff, ...]:
     """Every figure on every domain that both have; means with the paired interval where both kept their tokens."""
     if allowed.source or allowed.text:
         return ()
     second = {row.domain: row for row in b.fidelity.distribution}
-    rows: list[Distribution] = []
+    rows: list[DistributionDiff] = []
     for first in a.fidelity.distribution:
         other = second.get(first.domain)
         pairs = (
@@ -46,7 +52,7 @@ def distribution(a: Side, b: Side, allowed: Comparable) -> tuple[Distribution, .
                 continue
             difference = pairs.get(name)
             rows.append(
-                Distribution(
+                DistributionDiff(
                     domain=first.domain,
                     tokens=first.tokens,
                     figure=name,
@@ -59,7 +65,7 @@ def distribution(a: Side, b: Side, allowed: Comparable) -> tuple[Distribution, .
     return tuple(rows)
 
 
-def paired_tokens(a: Tokens, b: Tokens) -> bool:
+def is_pairable(a: TokenFigures, b: TokenFigures) -> bool:
     """Whether both hold the same tokens of the same domains in the same order."""
     return list(a.domains) == list(b.domains)
 
@@ -70,10 +76,10 @@ def _value(row: fidelity_schema.Distribution | None, name: str) -> float | None:
 
 
 def _paired_tokens(
-    a: Tokens | None, b: Tokens | None, row: fidelity_schema.Distribution
+    a: TokenFigures | None, b: TokenFigures | None, row: fidelity_schema.Distribution
 ) -> dict[str, Figure]:
     """Mean differences over the tokens of a domain, if the row counts as many; of the perplexity the ratio."""
-    if a is None or b is None or not paired_tokens(a, b):
+    if a is None or b is None or not is_pairable(a, b):
         return {}
     places = [n for n, name in enumerate(a.domains) if row.domain in ("all", name)]
     if len(places) < 2 or len(places) != row.tokens:
@@ -122,7 +128,7 @@ def _exp(figure: Figure, end: int) -> float | None:
     return None if bound is None else exp(bound)
 
 
-def _resolved(name: str, difference: Figure | None) -> Resolved:
+def _resolved(name: str, difference: Figure | None) -> Resolution:
     """Which way the interval excludes "no change"; mean_delta_p has no better or worse direction of its own."""
     low, high = (difference.ci if difference else None) or (None, None)
     if low is None or high is None:
@@ -139,7 +145,7 @@ def _resolved(name: str, difference: Figure | None) -> Resolved:
 # ---------------------------------------------------------------------------------------------------- gold solutions
 
 
-def likelihood(a: Side, b: Side, allowed: Comparable) -> tuple[Likelihood, ...]:
+def pair_likelihoods(a: Side, b: Side, allowed: Comparability) -> tuple[LikelihoodDiff, ...]:
     """Gold solutions of every task that both scored, paired where both kept the solutions' figures."""
     if allowed.source:
         return ()
@@ -154,7 +160,7 @@ def likelihood(a: Side, b: Side, allowed: Comparable) -> tuple[Likelihood, ...]:
             _mean([one for one, _ in pairs], [two for _, two in pairs]) if len(pairs) > 1 else None
         )
         rows.append(
-            Likelihood(
+            LikelihoodDiff(
                 task=row.task, n=len(pairs) or row.n, source=row.source, a=row.artifact, b=other.artifact,
                 difference=found, resolved=_resolved("likelihood", found),
             )
@@ -175,23 +181,23 @@ def _paired_solutions(a: Side, b: Side, task: str) -> list[tuple[float, float]]:
 # --------------------------------------------------------------------------------------------------------- benchmarks
 
 
-def benchmarks(a: Side, b: Side, allowed: Comparable) -> tuple[Benchmark, ...]:
+def pair_benchmarks(a: Side, b: Side, allowed: Comparability) -> tuple[BenchmarkDiff, ...]:
     """Every task that both ran, under every filter, paired over the items both were asked; last all tasks together."""
     if allowed.source:
         return ()
-    keys = [key for key in common_items(a, b) if key[0] not in allowed.tasks]
-    rows: list[Benchmark] = []
+    keys = [key for key in list_common_items(a, b) if key[0] not in allowed.tasks]
+    rows: list[BenchmarkDiff] = []
     for task, name in dict.fromkeys((task, name) for task, name, _ in keys):
         mine = [key for key in keys if key[:2] == (task, name)]
         rows.append(_paired_row(task, name, a, b, mine))
-    scored = scoring(a, b)
+    scored = choose_filters(a, b)
     pooled = [key for key in keys if scored.get(key[0]) == key[1]]
     if len({task for task, _, _ in pooled}) > 1:
         rows.append(_paired_row(ALL_TASKS, "", a, b, pooled))
     return (*rows, *_unpaired(a, b, {row.task for row in rows} | allowed.tasks.keys()))
 
 
-def scoring(a: Side, b: Side) -> dict[str, str]:
+def choose_filters(a: Side, b: Side) -> dict[str, str]:
     """Task -> the filter it is scored by: the report's, else the first in the samples."""
     found: dict[str, str] = {}
     for task, name, _ in (*(a.items or {}), *(b.items or {})):
@@ -204,7 +210,7 @@ def scoring(a: Side, b: Side) -> dict[str, str]:
     }
 
 
-def common_items(a: Side, b: Side) -> list[Key]:
+def list_common_items(a: Side, b: Side) -> list[ItemKey]:
     """Items that both were asked and that both could be scored on, in A's order."""
     first, second = a.items or {}, b.items or {}
     return [
@@ -212,21 +218,21 @@ def common_items(a: Side, b: Side) -> list[Key]:
     ]
 
 
-def _scores(side: Side, keys: Iterable[Key]) -> list[float]:
+def _scores(side: Side, keys: Iterable[ItemKey]) -> list[float]:
     items = side.items or {}
     return [answer.score for key in keys if (answer := items[key].answer)]
 
 
-def _paired_row(task: str, name: str, a: Side, b: Side, keys: Sequence[Key]) -> Benchmark:
+def _paired_row(task: str, name: str, a: Side, b: Side, keys: Sequence[ItemKey]) -> BenchmarkDiff:
     """One line of the table."""
     if len(keys) < 2:
-        return Benchmark(
+        return BenchmarkDiff(
             task=task, filter=name, n=len(keys), verdict=f"{len(keys)} items are too few to compare"
         )
     found = statistics.compare(_scores(a, keys), _scores(b, keys), RECOVERY)
     source = [answer.score for key in keys if (answer := (a.items or {})[key].source)]
     interval = found.difference.interval
-    return Benchmark(
+    return BenchmarkDiff(
         task=task,
         filter=name,
         n=found.n,
@@ -259,7 +265,7 @@ def _verdict(found: statistics.Comparison) -> str:
     )
 
 
-def _unpaired(a: Side, b: Side, told: set[str]) -> list[Benchmark]:
+def _unpaired(a: Side, b: Side, told: set[str]) -> list[BenchmarkDiff]:
     """Tasks that cannot be paired: the scores, and why there is no more."""
     first, second = ({row.task: row for row in side.fidelity.benchmarks} for side in (a, b))
     rows = []
@@ -284,7 +290,7 @@ def _unpaired(a: Side, b: Side, told: set[str]) -> list[Benchmark]:
         ]
         n, source = {row.n for row in known}, {row.source for row in known}
         rows.append(
-            Benchmark(
+            BenchmarkDiff(
                 task=task, n=n.pop() if len(n) == 1 else 0, source=source.pop() if len(source) == 1 else None,
                 a=scores[0], b=scores[1], verdict=why,
             )
@@ -292,13 +298,13 @@ def _unpaired(a: Side, b: Side, told: set[str]) -> list[Benchmark]:
     return rows
 
 
-def flips(a: Side, b: Side, allowed: Comparable) -> tuple[Flip, ...]:
+def list_flips(a: Side, b: Side, allowed: Comparability) -> tuple[FlippedItem, ...]:
     """Items whose score differs, those that B lost first."""
     if allowed.source:
         return ()
-    scored, first, second = scoring(a, b), a.items or {}, b.items or {}
+    scored, first, second = choose_filters(a, b), a.items or {}, b.items or {}
     found = []
-    for key in common_items(a, b):
+    for key in list_common_items(a, b):
         task, name, item = key
         one, two = first[key].answer, second[key].answer
         if (
@@ -311,7 +317,7 @@ def flips(a: Side, b: Side, allowed: Comparable) -> tuple[Flip, ...]:
             continue
         source = first[key].source
         found.append(
-            Flip(
+            FlippedItem(
                 task=task,
                 item=item,
                 prompt=first[key].prompt,
@@ -324,14 +330,14 @@ def flips(a: Side, b: Side, allowed: Comparable) -> tuple[Flip, ...]:
     return tuple(sorted(found, key=lambda flip: (not flip.lost, flip.task, flip.item)))
 
 
-def counts(a: Side, b: Side, allowed: Comparable) -> tuple[int, int]:
+def count_items(a: Side, b: Side, allowed: Comparability) -> tuple[int, int]:
     """Items compared under the filter that scores them, and how many of them have other words and the same score."""
     if allowed.source:
         return 0, 0
-    scored, first, second = scoring(a, b), a.items or {}, b.items or {}
+    scored, first, second = choose_filters(a, b), a.items or {}, b.items or {}
     keys = [
         key
-        for key in common_items(a, b)
+        for key in list_common_items(a, b)
         if key[0] not in allowed.tasks and scored[key[0]] == key[1]
     ]
     pairs = [
@@ -343,7 +349,7 @@ def counts(a: Side, b: Side, allowed: Comparable) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
-def modules(a: Side, b: Side, allowed: Comparable) -> tuple[Shift, ...]:
+def compare_modules(a: Side, b: Side, allowed: Comparability) -> tuple[ErrorShift, ...]:
     """Every matrix that either has quantized, the largest shift of its error first; what was kept has no error.
 
     Errors of outputs are those over the calibration text, so they compare where both learned from the same one.
@@ -351,7 +357,9 @@ def modules(a: Side, b: Side, allowed: Comparable) -> tuple[Shift, ...]:
     if allowed.source:
         return ()
     first, second = ({m.name: m for m in side.fidelity.modules if m.method} for side in (a, b))
-    same = "source" in (a.kind, b.kind) or same_text(a.fidelity.calibration, b.fidelity.calibration)
+    same = "source" in (a.kind, b.kind) or is_same_text(
+        a.fidelity.calibration, b.fidelity.calibration
+    )
     found = []
     for name in {**first, **second}:
         pair = first.get(name), second.get(name)
@@ -363,7 +371,7 @@ def modules(a: Side, b: Side, allowed: Comparable) -> tuple[Shift, ...]:
     return _largest_first(found)
 
 
-def blocks(a: Side, b: Side, allowed: Comparable) -> tuple[Shift, ...]:
+def compare_blocks(a: Side, b: Side, allowed: Comparability) -> tuple[ErrorShift, ...]:
     """Error of the hidden states after each block, in the order of the model."""
     first, second = (
         {row.block: row.relative_error for row in side.fidelity.blocks} for side in (a, b)
@@ -371,7 +379,7 @@ def blocks(a: Side, b: Side, allowed: Comparable) -> tuple[Shift, ...]:
     return _by_block("hidden states", first, second, allowed)
 
 
-def routers(a: Side, b: Side, allowed: Comparable) -> tuple[Shift, ...]:
+def compare_routers(a: Side, b: Side, allowed: Comparability) -> tuple[ErrorShift, ...]:
     """Share of expert choices that agree with the source's, layer by layer."""
     first, second = ({row.block: row.agreement for row in side.fidelity.routers} for side in (a, b))
     return _by_block("same experts", first, second, allowed)
@@ -381,8 +389,8 @@ def _by_block(
     by: Literal["hidden states", "same experts"],
     a: Mapping[str, float | None],
     b: Mapping[str, float | None],
-    allowed: Comparable,
-) -> tuple[Shift, ...]:
+    allowed: Comparability,
+) -> tuple[ErrorShift, ...]:
     """What the fidelity text told of the blocks that both have; nothing where it was not the same."""
     if allowed.source or allowed.text:
         return ()
@@ -394,11 +402,11 @@ def _shift(
     by: Literal["outputs", "weights", "hidden states", "same experts"],
     a: float | None,
     b: float | None,
-) -> Shift:
-    return Shift(name=name, by=by, a=a, b=b, shift=None if a is None or b is None else b - a)
+) -> ErrorShift:
+    return ErrorShift(name=name, by=by, a=a, b=b, shift=None if a is None or b is None else b - a)
 
 
-def _largest_first(found: Iterable[Shift]) -> tuple[Shift, ...]:
+def _largest_first(found: Iterable[ErrorShift]) -> tuple[ErrorShift, ...]:
     return tuple(
         sorted(found, key=lambda row: -abs(row.shift) if row.shift is not None else float("inf"))
     )
