@@ -202,7 +202,7 @@ def test_the_same_report_is_the_same_bytes(tmp_path: Path) -> None:
     artifact = folder_with(tmp_path, example(), items=60)
     code = (
         "import sys, pathlib; from quantkit.report.html_page import make_page;"
-        "sys.stdout.buffer.write(page(pathlib.Path(sys.argv[1])).encode())"
+        "sys.stdout.buffer.write(make_page(pathlib.Path(sys.argv[1])).encode())"
     )
     made = [
         subprocess.run(
