@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from quantkit.diff import render_text, tables
 from quantkit.diff.charts import make_charts
 from quantkit.diff.diff_schema import Diff, DistributionDiff, FlippedItem
 from quantkit.diff.sides import TokenFigures
+from quantkit.figures import ALL_TEXT, find_figure
 from quantkit.report import format_numbers, html_page
 from quantkit.report.html_page import Tile
 from quantkit.report.samples import ChangedItem
@@ -76,7 +77,7 @@ def make_tiles(diff: Diff) -> list[Tile]:
         )
         label = "Size" if row.unit == "B" else "Bits per weight"
         found.append(Tile(label=label, value=b, note="as A" if a == b else f"from {a}"))
-    found += _distribution_tiles(diff.distribution)
+    found += _make_distribution_tiles(diff.distribution)
     if diff.compared_items:
         lost = sum(flip.lost for flip in diff.flips)
         value = f"{lost} / {len(diff.flips) - lost}"
@@ -86,16 +87,15 @@ def make_tiles(diff: Diff) -> list[Tile]:
     return found
 
 
-def _distribution_tiles(rows: Sequence[DistributionDiff]) -> list[Tile]:
-    shown: dict[str, tuple[str, Callable[[float], str]]] = {
-        "kl_mean": ("Mean KL", format_numbers.format_digits),
-        "ppl_artifact": ("Perplexity", "{:.4f}".format),
-        "top1": ("Same top token", format_numbers.format_percent),
-    }
-    found = []
+def _make_distribution_tiles(rows: Sequence[DistributionDiff]) -> list[Tile]:
+    """Return the tiles of the figures that the table gives one, over all text."""
+    tiles = []
     for row in rows:
-        if row.domain == "all" and row.figure in shown and row.a is not None and row.b is not None:
-            label, told = shown[row.figure]
-            sure = f", {row.resolved}" if row.resolved else ""
-            found.append(Tile(label=label, value=told(row.b), note=f"from {told(row.a)}{sure}"))
-    return found
+        figure = find_figure(row.figure)
+        if figure is None or not figure.diff_tile or row.domain != ALL_TEXT:
+            continue
+        if row.a is not None and row.b is not None:
+            a, b = (format_numbers.format_value(figure, value) for value in (row.a, row.b))
+            resolution = f", {row.resolved}" if row.resolved else ""
+            tiles.append(Tile(label=figure.diff_tile, value=b, note=f"from {a}{resolution}"))
+    return tiles

@@ -18,6 +18,7 @@ from quantkit.diff.diff_schema import (
 )
 from quantkit.diff.sides import ItemKey, Side, TokenFigures
 from quantkit.evaluate import statistics
+from quantkit.figures import ALL_TEXT, FigureDefinition, find_figure, list_figures
 
 RECOVERY = 0.98
 """Of A's score B must keep for "as good", as benchmarks of an artifact against its source."""
@@ -25,121 +26,114 @@ RECOVERY = 0.98
 ALL_TASKS = "all tasks"
 Resolution = Literal["better", "worse", "not resolved", ""]
 
-FIGURES = (
-    "kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "ppl_artifact", "top1", "mean_delta_p", "rms_delta_p",
-)  # fmt: skip
 
-
-# ------------------------------------------------------------------------------------------------------ distributions
+# ------------------------------------------------------------------------------- distributions
 
 
 def pair_distributions(a: Side, b: Side, allowed: Comparability) -> tuple[DistributionDiff, ...]:
-    """Every figure on every domain that both have; means with the paired interval where both kept their tokens."""
+    """Return every figure of the table on every domain that both sides have.
+
+    A figure with a `Pairing` gets a difference over the same tokens with its 95 % interval if both
+    sides kept their tokens.
+    """
     if allowed.source or allowed.text:
         return ()
     second = {row.domain: row for row in b.fidelity.distribution}
+    figures = [row for row in list_figures() if row.scope == "domain" and row.diff_label]
     rows: list[DistributionDiff] = []
     for first in a.fidelity.distribution:
         other = second.get(first.domain)
-        pairs = (
-            _paired_tokens(a.tokens, b.tokens, first)
-            if other and other.tokens == first.tokens
-            else {}
-        )
-        for name in FIGURES:
-            values = [_value(row, name) for row in (first, other)]
-            if None in values and not any(value is not None for value in values):
+        has_same_size = other is not None and other.tokens == first.tokens
+        positions = _list_positions(a.tokens, b.tokens, first) if has_same_size else []
+        for figure in figures:
+            values = [
+                figure.read(a.fidelity, first.domain).value,
+                figure.read(b.fidelity, first.domain).value if other else None,
+            ]
+            if values == [None, None]:
                 continue
-            difference = pairs.get(name)
+            difference = _pair_tokens(figure, a.tokens, b.tokens, positions)
             rows.append(
                 DistributionDiff(
                     domain=first.domain,
                     tokens=first.tokens,
-                    figure=name,
+                    figure=figure.key,
                     a=values[0],
                     b=values[1],
                     difference=difference,
-                    resolved=_resolved(name, difference),
+                    resolved=_resolve(figure, difference),
                 )
             )
     return tuple(rows)
 
 
 def is_pairable(a: TokenFigures, b: TokenFigures) -> bool:
-    """Whether both hold the same tokens of the same domains in the same order."""
+    """Return whether both hold the same tokens of the same domains in the same order."""
     return list(a.domains) == list(b.domains)
 
 
-def _value(row: fidelity_schema.Distribution | None, name: str) -> float | None:
-    figure: Figure | None = getattr(row, name, None)
-    return figure.value if figure else None
-
-
-def _paired_tokens(
+def _list_positions(
     a: TokenFigures | None, b: TokenFigures | None, row: fidelity_schema.Distribution
-) -> dict[str, Figure]:
-    """Mean differences over the tokens of a domain, if the row counts as many; of the perplexity the ratio."""
+) -> list[int]:
+    """Return the positions of a domain's tokens; none if the row counts another number of them."""
     if a is None or b is None or not is_pairable(a, b):
-        return {}
-    places = [n for n, name in enumerate(a.domains) if row.domain in ("all", name)]
-    if len(places) < 2 or len(places) != row.tokens:
-        return {}
-
-    def picked(values: Sequence[float]) -> list[float]:
-        return [float(values[n]) for n in places]
-
-    first_p, second_p = ([exp(-nll) for nll in picked(side.nll)] for side in (a, b))
-    log_ratio = _mean(picked(a.nll), picked(b.nll))
-    hits = [(bool(a.same_top[n]), bool(b.same_top[n])) for n in places]
-    lost, gained = (
-        sum(one and not two for one, two in hits),
-        sum(two and not one for one, two in hits),
-    )
-    shares = statistics.paired_shares(lost, gained, len(places))
-    found = {
-        "kl_mean": _mean(picked(a.kl), picked(b.kl)),
-        "ppl_artifact": Figure(
-            value=exp(log_ratio.value), ci=(_exp(log_ratio, 0), _exp(log_ratio, 1))
-        )
-        if log_ratio.value is not None
-        else None,
-        "top1": Figure(value=(gained - lost) / len(places), ci=(shares.low, shares.high)),
-        "mean_delta_p": _mean(first_p, second_p),
-    }
-    return {
-        name: figure
-        for name, figure in found.items()
-        if figure is not None and figure.value is not None
-    }
+        return []
+    positions = [n for n, name in enumerate(a.domains) if row.domain in (ALL_TEXT, name)]
+    return positions if 2 <= len(positions) == row.tokens else []
 
 
-def _mean(first: Sequence[float], second: Sequence[float]) -> Figure:
-    """Paired mean difference; value None where a token is not finite."""
+def _pair_tokens(
+    figure: FigureDefinition,
+    a: TokenFigures | None,
+    b: TokenFigures | None,
+    positions: Sequence[int],
+) -> Figure | None:
+    """Return B - A of a figure over the same tokens (B / A for a ratio); None if it is not paired."""
+    pairing = figure.pairing
+    if pairing is None or a is None or b is None or not positions:
+        return None
+    columns = [pairing.column(tokens) for tokens in (a, b)]
+    first, second = ([column[n] for n in positions] for column in columns)
+    if pairing.statistic == "share":
+        lost = sum(bool(one) and not two for one, two in zip(first, second, strict=True))
+        gained = sum(bool(two) and not one for one, two in zip(first, second, strict=True))
+        shares = statistics.paired_shares(lost, gained, len(positions))
+        return Figure(value=(gained - lost) / len(positions), ci=(shares.low, shares.high))
+    mean = _pair_means(list(map(float, first)), list(map(float, second)))
+    if mean.value is None:
+        return None
+    if pairing.statistic == "ratio":
+        return Figure(value=exp(mean.value), ci=(_exp_bound(mean, 0), _exp_bound(mean, 1)))
+    return mean
+
+
+def _pair_means(first: Sequence[float], second: Sequence[float]) -> Figure:
+    """Return the paired mean difference; value None if a token is not finite."""
     if not all(map(isfinite, (*first, *second))):
         return Figure(value=None)
-    found = statistics.paired(first, second)
+    paired = statistics.paired(first, second)
     return Figure(
-        value=found.mean, se=found.standard_error, ci=(found.interval.low, found.interval.high)
+        value=paired.mean,
+        se=paired.standard_error,
+        ci=(paired.interval.low, paired.interval.high),
     )
 
 
-def _exp(figure: Figure, end: int) -> float | None:
+def _exp_bound(figure: Figure, end: int) -> float | None:
     bound = figure.ci[end] if figure.ci else None
     return None if bound is None else exp(bound)
 
 
-def _resolved(name: str, difference: Figure | None) -> Resolution:
-    """Which way the interval excludes "no change"; mean_delta_p has no better or worse direction of its own."""
+def _resolve(figure: FigureDefinition | None, difference: Figure | None) -> Resolution:
+    """Return in which direction the interval excludes "no change"; "" without an interval."""
     low, high = (difference.ci if difference else None) or (None, None)
-    if low is None or high is None:
+    if figure is None or low is None or high is None:
         return ""
-    middle, sign = (
-        (1.0 if name == "ppl_artifact" else 0.0),
-        (-1 if name in ("kl_mean", "ppl_artifact") else 1),
-    )
-    if low <= middle <= high:
+    is_ratio = figure.pairing is not None and figure.pairing.statistic == "ratio"
+    no_change = 1.0 if is_ratio else 0.0
+    if low <= no_change <= high:
         return "not resolved"
-    return "better" if (low > middle) == (sign > 0) else "worse"
+    return "better" if (low > no_change) == (figure.direction == "higher") else "worse"
 
 
 # ---------------------------------------------------------------------------------------------------- gold solutions
@@ -157,12 +151,14 @@ def pair_likelihoods(a: Side, b: Side, allowed: Comparability) -> tuple[Likeliho
             continue
         pairs = _paired_solutions(a, b, row.task)
         found = (
-            _mean([one for one, _ in pairs], [two for _, two in pairs]) if len(pairs) > 1 else None
+            _pair_means([one for one, _ in pairs], [two for _, two in pairs])
+            if len(pairs) > 1
+            else None
         )
         rows.append(
             LikelihoodDiff(
                 task=row.task, n=len(pairs) or row.n, source=row.source, a=row.artifact, b=other.artifact,
-                difference=found, resolved=_resolved("likelihood", found),
+                difference=found, resolved=_resolve(find_figure("likelihood"), found),
             )
         )  # fmt: skip
     return tuple(rows)

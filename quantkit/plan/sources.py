@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from quantkit import registry
+from quantkit import figures, registry
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import HubUnreachable, RecipeError, UsageError
@@ -14,7 +14,7 @@ from quantkit.io import package_data
 from quantkit.io.host import memory_available, multiplies_bfloat16
 from quantkit.plan.plan import Plan, SourceFacts, claimed_of, make_plan
 from quantkit.plan.published import published
-from quantkit.recipe.schema import POOLED, Recipe
+from quantkit.recipe.schema import Recipe
 from quantkit.texts import task_files
 from quantkit.texts.corpus_files import most_sequences
 from quantkit.texts.corpus_spec import read_spec
@@ -220,7 +220,7 @@ def gate_faults(recipe: Recipe) -> list[str]:
     asked = [
         figure
         for figure in recipe.gates
-        if figure.partition("@")[0] in POOLED
+        if figures.is_per_domain(figure.partition("@")[0])
         and "@" in figure
         and figure not in recipe.evaluation.tasks
     ]

@@ -21,10 +21,11 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from quantkit.artifact.fidelity_schema import Distribution, Fidelity, Figure
+from quantkit.artifact.fidelity_schema import Fidelity, Figure
 from quantkit.artifact.layout import MANIFEST, mapping, read_manifest
 from quantkit.artifact.read_report import read_report, read_sealed
 from quantkit.errors import ArtifactError
+from quantkit.figures import ALL_TEXT, FigureDefinition, list_headline_figures
 from quantkit.io import user_cache
 from quantkit.io.files import is_file, write_atomic, write_output
 from quantkit.report import card, format_numbers, module_ranges, tables
@@ -223,55 +224,43 @@ def choose_tone(text: str) -> str:
 
 
 def make_tiles(fidelity: Fidelity) -> list[Tile]:
-    """The figures that a reader wants first."""
-    artifact = fidelity.artifact
-    before = f"from {format_numbers.format_size(artifact.bytes_source)}"
-    times = artifact.bytes_source / artifact.bytes_artifact if artifact.bytes_artifact else 0.0
-    smaller = f", {times:.2f}x smaller" if times > 1 else ""
-    found = [
-        Tile(
-            label="Size",
-            value=format_numbers.format_size(artifact.bytes_artifact),
-            note=before + smaller,
-        ),
-        Tile(
-            label="Bits per weight",
-            value=f"{artifact.bits_per_weight:.2f}",
-            note="of what is quantized",
-        ),
+    """Return the figures of the page's head: those that the table gives a tile, then recovery."""
+    tiles = [
+        tile
+        for definition in list_headline_figures()
+        if definition.tile and (tile := _make_tile(definition, fidelity))
     ]
-    pooled = next((row for row in fidelity.distribution if row.domain == "all"), None)
-    found += _distribution_tiles(pooled) if pooled else []
-    known = [
+    recoveries = [
         (row.recovery.value, row.task)
         for row in fidelity.benchmarks
         if row.recovery and row.recovery.value is not None
     ]
-    if known:
-        worst, task = min(known)
-        note = f"{task}, the lowest of {len(known)}" if len(known) > 1 else task
-        found.append(Tile(label="Recovery", value=format_numbers.format_percent(worst), note=note))
-    return found
+    if recoveries:
+        lowest, task = min(recoveries)
+        note = f"{task}, the lowest of {len(recoveries)}" if len(recoveries) > 1 else task
+        value = format_numbers.format_percent(lowest)
+        tiles.append(Tile(label="Recovery", value=value, note=note))
+    return tiles
 
 
-def _distribution_tiles(pooled: Distribution) -> list[Tile]:
-    told = (
-        ("Mean KL", format_numbers.format_kl(pooled.kl_mean), "nats per token"),
-        ("Perplexity", format_numbers.format_ratio(pooled.ppl_ratio), "times the source's"),
-        (
-            "Same top token",
-            format_numbers.format_share(pooled.top1),
-            f"of {pooled.tokens:,} tokens",
-        ),
-    )
-    found = []
-    for label, text, note in told:
-        value, _, error = text.partition(" ±")
-        if value != format_numbers.MISSING:
-            found.append(
-                Tile(label=label, value=value, note=f"{note}, ±{error}" if error else note)
-            )
-    return found
+def _make_tile(definition: FigureDefinition, fidelity: Fidelity) -> Tile | None:
+    """Return a figure's tile; None if it was not measured."""
+    text = format_numbers.format_reading(definition, definition.read(fidelity))
+    value, _, error = text.partition(" ±")
+    if value == format_numbers.MISSING:
+        return None
+    note = _describe_size(fidelity) if definition.key == "size" else definition.tile_note
+    tokens = next((row.tokens for row in fidelity.distribution if row.domain == ALL_TEXT), 0)
+    note = note.format(tokens=f"{tokens:,}")
+    return Tile(label=definition.tile, value=value, note=f"{note}, ±{error}" if error else note)
+
+
+def _describe_size(fidelity: Fidelity) -> str:
+    """Return "from 7.80 MB, 1.22x smaller"."""
+    artifact = fidelity.artifact
+    ratio = artifact.bytes_source / artifact.bytes_artifact if artifact.bytes_artifact else 0.0
+    smaller = f", {ratio:.2f}x smaller" if ratio > 1 else ""
+    return f"from {format_numbers.format_size(artifact.bytes_source)}{smaller}"
 
 
 def draw_intervals(differences: Sequence[Figure | None]) -> dict[int, Markup]:
