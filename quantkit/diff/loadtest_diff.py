@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.artifact.loadtest_schema import Level
+from quantkit.artifact.loadtest_schema import LoadLevel
 from quantkit.diff.diff_schema import LoadDiff
 from quantkit.diff.sides import Side
 
@@ -20,7 +20,7 @@ def compare_loadtests(a: Side, b: Side) -> tuple[LoadDiff, ...]:
     )
 
 
-def compare_levels(a: Level, b: Level) -> list[LoadDiff]:
+def compare_levels(a: LoadLevel, b: LoadLevel) -> list[LoadDiff]:
     """The figures of two levels that a serving team asks for."""
     figures = {
         "output tokens/s": (a.output_tokens_per_second, b.output_tokens_per_second),

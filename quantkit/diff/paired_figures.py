@@ -73,7 +73,7 @@ def is_pairable(a: TokenFigures, b: TokenFigures) -> bool:
 
 
 def _list_positions(
-    a: TokenFigures | None, b: TokenFigures | None, row: fidelity_schema.Distribution
+    a: TokenFigures | None, b: TokenFigures | None, row: fidelity_schema.DistributionResult
 ) -> list[int]:
     """Return the positions of a domain's tokens; none if the row counts another number of them."""
     if a is None or b is None or not is_pairable(a, b):
@@ -97,7 +97,7 @@ def _pair_tokens(
     if pairing.statistic == "share":
         lost = sum(bool(one) and not two for one, two in zip(first, second, strict=True))
         gained = sum(bool(two) and not one for one, two in zip(first, second, strict=True))
-        shares = statistics.paired_shares(lost, gained, len(positions))
+        shares = statistics.paired_proportions_interval(lost, gained, len(positions))
         return Figure(value=(gained - lost) / len(positions), ci=(shares.low, shares.high))
     mean = _pair_means(list(map(float, first)), list(map(float, second)))
     if mean.value is None:
@@ -111,7 +111,7 @@ def _pair_means(first: Sequence[float], second: Sequence[float]) -> Figure:
     """Return the paired mean difference; value None if a token is not finite."""
     if not all(map(isfinite, (*first, *second))):
         return Figure(value=None)
-    paired = statistics.paired(first, second)
+    paired = statistics.paired_difference(first, second)
     return Figure(
         value=paired.mean,
         se=paired.standard_error,
@@ -225,7 +225,7 @@ def _paired_row(task: str, name: str, a: Side, b: Side, keys: Sequence[ItemKey])
         return BenchmarkDiff(
             task=task, filter=name, n=len(keys), verdict=f"{len(keys)} items are too few to compare"
         )
-    found = statistics.compare(_scores(a, keys), _scores(b, keys), RECOVERY)
+    found = statistics.compare_scores(_scores(a, keys), _scores(b, keys), RECOVERY)
     source = [answer.score for key in keys if (answer := (a.items or {})[key].source)]
     interval = found.difference.interval
     return BenchmarkDiff(

@@ -23,9 +23,9 @@ from pydantic import (
 )
 
 from quantkit import registry
-from quantkit.io.owned_dirs import own_folder
+from quantkit.io.owned_dirs import validate_folder
 from quantkit.recipe import patterns
-from quantkit.recipe.yaml_document import Document, shown
+from quantkit.recipe.yaml_document import YamlDocument, shown
 
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -53,9 +53,9 @@ def size_bytes(value: object) -> int:
 
 
 def _registered(kind: registry.Kind, name: str) -> str:
-    known = registry.names(kind)
+    known = registry.list_names(kind)
     if name not in known:
-        raise ValueError(registry.unknown(kind.removesuffix("s"), name, known))
+        raise ValueError(registry.format_unknown_name(kind.removesuffix("s"), name, known))
     return name
 
 
@@ -185,7 +185,7 @@ class Quantize(BaseModel):
                 "method gptq is a rounding, found rounding: nearest; set rounding: gptq, or method: awq for "
                 "ranges by calibration and codes by plain rounding"
             )
-        if self.rounding != "nearest" and not registry.method(self.method).needs_stats:
+        if self.rounding != "nearest" and not registry.get_method(self.method).needs_stats:
             raise ValueError(
                 f"rounding {self.rounding} learns from calibration, and method {self.method} does without; set "
                 "rounding: nearest, or method: gptq"
@@ -273,7 +273,7 @@ class Output(BaseModel):
     """The artifact."""
 
     model_config = FROZEN
-    path: Annotated[Text, AfterValidator(own_folder)]
+    path: Annotated[Text, AfterValidator(validate_folder)]
     shard_bytes: Size = 5 * 10**9
 
 
@@ -306,7 +306,7 @@ class Recipe(BaseModel):
     mtp: Literal["keep", "quantize", "drop"] = "keep"
     propagate: Literal["quantized", "original", "both"] = "quantized"
     compute: Compute = Compute()
-    _document: Document = PrivateAttr(default=Document(name="recipe", values={}, lines={}))
+    _document: YamlDocument = PrivateAttr(default=YamlDocument(name="recipe", values={}, lines={}))
     _overrides: tuple[tuple[str, str], ...] = PrivateAttr(default=())
 
     @property
@@ -342,7 +342,7 @@ class Recipe(BaseModel):
             self.quantize.method,
             *(rule.quantize.method for rule in self.rules or () if rule.quantize),
         }
-        return any(registry.method(name).needs_stats for name in used)
+        return any(registry.get_method(name).needs_stats for name in used)
 
     @property
     def hash(self) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from math import ceil, floor, log10
 from typing import Any
 
-from quantkit.artifact.fidelity_schema import Experts, Fidelity, Module
+from quantkit.artifact.fidelity_schema import ExpertCoverage, Fidelity, ModuleResult
 from quantkit.figures import list_figures
 from quantkit.plan.plan_schema import PlanRule
 from quantkit.report.module_ranges import find_block_number
@@ -73,7 +73,7 @@ def make_charts(fidelity: Fidelity, histogram: Histogram | None) -> dict[str, Pl
     return made
 
 
-def describe_expert_tokens(experts: Experts) -> str:
+def describe_expert_tokens(experts: ExpertCoverage) -> str:
     """How many experts saw too little, and what they got."""
     low, every = experts.uncalibrated(), sum(len(layer.tokens) for layer in experts.layers)
     if not low:
@@ -82,7 +82,7 @@ def describe_expert_tokens(experts: Experts) -> str:
     return f"{told}{experts.policy}."
 
 
-def summarize_layer_errors(modules: Sequence[Module]) -> list[Spec]:
+def summarize_layer_errors(modules: Sequence[ModuleResult]) -> list[Spec]:
     """Percentiles of the quantized matrices' errors per layer and kind of error."""
     found: dict[tuple[str, int], list[float]] = {}
     for module in modules:
@@ -254,7 +254,7 @@ def _marked(fidelity: Fidelity) -> list[Spec]:
     return [{"data": {"values": rows}, "layer": [line, *words]}] if rows else []
 
 
-def _experts(experts: Experts) -> Spec:
+def _experts(experts: ExpertCoverage) -> Spec:
     fed = [layer for layer in experts.layers if layer.tokens]
     layers = [{"block": layer.block, "tokens": list(layer.tokens)} for layer in fed]
     widest = max(len(layer.tokens) for layer in fed)
@@ -319,7 +319,7 @@ def _experts(experts: Experts) -> Spec:
     }
 
 
-def compute_shade_bounds(experts: Experts) -> list[int]:
+def compute_shade_bounds(experts: ExpertCoverage) -> list[int]:
     """Where a shade of the heatmap ends: at the fewest tokens allowed, then in equal ratios up to the most."""
     most = max((max(layer.tokens) for layer in experts.layers if layer.tokens), default=0)
     counted = [n for layer in experts.layers for n in layer.tokens if n >= experts.min_tokens]

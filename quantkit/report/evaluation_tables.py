@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from quantkit.evaluate.evaluation import Setup
-from quantkit.evaluate.results import Outcome
+from quantkit.evaluate.results import EvaluationResult
 from quantkit.report.tables import Table, make_comparison_table
 
 
-def make_evaluation_tables(outcome: Outcome, setup: Setup) -> list[Table]:
+def make_evaluation_tables(outcome: EvaluationResult, setup: Setup) -> list[Table]:
     """Scores, and the comparison where there is one."""
     rows = [
         (

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantkit.artifact.fidelity_schema import Benchmark, Fidelity, GateResult
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, GateResult
 from quantkit.figures import NOT_FINITE, NOT_MEASURED, Reading, find_figure, is_size
 from quantkit.recipe.schema import Gate
 from quantkit.report import format_numbers
-from quantkit.verify.report import status
+from quantkit.verify.report import compute_status
 
 
 def judge_gates(gates: Mapping[str, Gate], fidelity: Fidelity) -> list[GateResult]:
@@ -44,7 +44,10 @@ def apply_gates(gates: Mapping[str, Gate], fidelity: Fidelity) -> Fidelity:
     """Return the report with its gates and its status filled in."""
     results = judge_gates(gates, fidelity)
     return fidelity.model_copy(
-        update={"gates": tuple(results), "status": status([result.ok for result in results])}
+        update={
+            "gates": tuple(results),
+            "status": compute_status([result.ok for result in results]),
+        }
     )
 
 
@@ -73,7 +76,7 @@ def _make_result(figure: str, bound: str, reading: Reading, is_kept: bool) -> Ga
 # ------------------------------------------------------------------------------- bounds of a task
 
 
-def _judge_task(task: str, gate: Gate, row: Benchmark | None) -> list[GateResult]:
+def _judge_task(task: str, gate: Gate, row: BenchmarkResult | None) -> list[GateResult]:
     """Judge the bounds of a benchmark that the gate sets."""
     if row is None or row.status == "not run":
         row, absent = None, f"not run: {row.reason}" if row else "not run"
@@ -105,7 +108,7 @@ def _judge_task(task: str, gate: Gate, row: Benchmark | None) -> list[GateResult
 
 
 def _judge_recovery(
-    task: str, min_recovery: float, row: Benchmark | None, absent: str
+    task: str, min_recovery: float, row: BenchmarkResult | None, absent: str
 ) -> GateResult:
     """Judge the artifact's score as a share of the source's."""
     value = row.recovery.value if row and row.recovery else None
@@ -116,7 +119,7 @@ def _judge_recovery(
 
 
 def _judge_rise(
-    task: str, name: str, limit: float, row: Benchmark | None, absent: str
+    task: str, name: str, limit: float, row: BenchmarkResult | None, absent: str
 ) -> GateResult:
     """Judge the rise, in points, of the share of answers that were cut or that had no result."""
     before, after = (getattr(row, name) if row else None) or (None, None)
@@ -126,7 +129,7 @@ def _judge_rise(
     return _make_result(f"{task}.{name}_pp", f"<= {limit:g}", reading, is_kept)
 
 
-def _judge_margin(task: str, margin: float, row: Benchmark | None, absent: str) -> GateResult:
+def _judge_margin(task: str, margin: float, row: BenchmarkResult | None, absent: str) -> GateResult:
     """Judge non-inferiority: the paired interval must lie above -margin percentage points."""
     figure, bound = f"{task}.delta_pp.low", f"> {-margin:g}" if margin else "> 0"
     if row and row.source == row.artifact == 0:

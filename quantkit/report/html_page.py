@@ -22,8 +22,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from quantkit.artifact.fidelity_schema import Fidelity, Figure
-from quantkit.artifact.layout import MANIFEST, mapping, read_manifest
-from quantkit.artifact.read_report import read_report, read_sealed
+from quantkit.artifact.layout import MANIFEST, get_section, read_manifest
+from quantkit.artifact.read_report import read_report, read_sealed_report
 from quantkit.errors import ArtifactError
 from quantkit.figures import ALL_TEXT, FigureDefinition, list_headline_figures
 from quantkit.io import user_cache
@@ -84,8 +84,8 @@ def rebuild_page(artifact: Path, output: Path | None = None) -> Path:
     """
     files: Mapping[str, object] = {}
     if output is None or is_file(artifact / MANIFEST):
-        files = mapping(read_manifest(artifact), "files", artifact)
-        read_sealed(
+        files = get_section(read_manifest(artifact), "files", artifact)
+        read_sealed_report(
             artifact, absent=(HTML, *(name for name in files if not is_file(artifact / name)))
         )
     content = make_page(artifact).encode()
@@ -172,8 +172,9 @@ def load_vega_bundle() -> str:
 
     Putting it together takes 1.4 s and 100 MB, so it is kept for the next page.
     """
-    return user_cache.text(
-        user_cache.folder("charts") / f"vega-{version('vl-convert-python')}.js", build_vega_bundle
+    return user_cache.load_or_make_text(
+        user_cache.locate_folder("charts") / f"vega-{version('vl-convert-python')}.js",
+        build_vega_bundle,
     )
 
 

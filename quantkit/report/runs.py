@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantkit import registry
-from quantkit.artifact.fidelity_schema import Benchmark, Fidelity
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity
 from quantkit.artifact.layout import MANIFEST
-from quantkit.artifact.read_report import read_sealed
+from quantkit.artifact.read_report import read_sealed_report
 from quantkit.errors import ArtifactError, UsageError
 from quantkit.figures import FigureDefinition, list_headline_figures
 from quantkit.report import format_numbers
@@ -79,7 +79,7 @@ def sort_runs(runs: Sequence[Run], column: str, *, reverse: bool = False) -> lis
     tasks, figures = list_tasks(runs), {row.run_column: row for row in list_run_columns()}
     columns = (*TEXT_COLUMNS, *figures, *tasks)
     if column not in columns:
-        raise UsageError(f"--sort: {registry.unknown('column', column, columns)}")
+        raise UsageError(f"--sort: {registry.format_unknown_name('column', column, columns)}")
 
     def value(run: Run) -> object:
         values = run.values()
@@ -158,7 +158,7 @@ def make_score_table(runs: Sequence[Run]) -> Table:
     return Table(title="Benchmarks", columns=columns, rows=tuple(rows), note=note if rows else "")
 
 
-def _score(row: Benchmark | None) -> str:
+def _score(row: BenchmarkResult | None) -> str:
     """ "81.3 % of 300 (98.79 %)"."""
     if row is None or row.artifact is None:
         return format_numbers.MISSING
@@ -217,7 +217,7 @@ def _run(path: Path, folder: Path) -> Run:
     if path.name.endswith(BUILDING):
         return Run(name=name, fault="an interrupted build, or one under way")
     try:
-        fidelity, manifest = read_sealed(path)
+        fidelity, manifest = read_sealed_report(path)
     except (ArtifactError, OSError) as fault:
         return Run(name=name, fault=str(fault).splitlines()[0].removeprefix(f"{path}: "))
     if manifest.get("status") != fidelity.status:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import inf
 from statistics import median
 
-from quantkit.artifact.fidelity_schema import Benchmark, Fidelity, Module
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, ModuleResult
 from quantkit.figures import NOT_FINITE, is_size, list_figures
 from quantkit.report import format_numbers
 
@@ -31,7 +31,7 @@ def make_benchmark_table(fidelity: Fidelity) -> Table:
     return make_comparison_table(fidelity.benchmarks, "Greedy, the same prompts on both")
 
 
-def make_comparison_table(found: Sequence[Benchmark], how: str) -> Table:
+def make_comparison_table(found: Sequence[BenchmarkResult], how: str) -> Table:
     """Rows of two models on the same items; `how` says how both answered."""
     rows: list[tuple[str, ...]] = []
     for row in found:
@@ -310,7 +310,7 @@ def _rates(what: str, pairs: Sequence[tuple[str, tuple[float | None, float | Non
     return f" {what}: {', '.join(told)}." if told else ""
 
 
-def _badness(row: Module) -> tuple[bool, float]:
+def _badness(row: ModuleResult) -> tuple[bool, float]:
     known = (
         row.output_relative_error if row.output_relative_error is not None else row.relative_error
     )

@@ -28,7 +28,7 @@ from support.paths import GOLDEN
 from support.report_large import large
 from support.report_variants import drawn
 
-from quantkit.artifact.fidelity_schema import Distribution, Fidelity
+from quantkit.artifact.fidelity_schema import DistributionResult, Fidelity
 from quantkit.diff import render_text, tables
 from quantkit.diff.compare import compare_sides
 from quantkit.diff.diff_schema import Diff, TensorGroup
@@ -537,7 +537,7 @@ def test_kl_of_a_source_is_zero_and_its_ratio_has_no_percent() -> None:
     """Nothing divides by the source's KL of 0."""
     a = a_side()
     rows = [
-        Distribution.model_validate({**row.model_dump(), "kl_mean": {"value": 0.0}})
+        DistributionResult.model_validate({**row.model_dump(), "kl_mean": {"value": 0.0}})
         for row in a.fidelity.distribution
     ]
     a = replace(a, fidelity=a.fidelity.model_copy(update={"distribution": tuple(rows)}))

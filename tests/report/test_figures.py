@@ -12,7 +12,7 @@ from support.report_example import FIDELITY
 from support.report_variants import drawn, example
 
 from quantkit import figures
-from quantkit.artifact.fidelity_schema import Distribution, Fidelity
+from quantkit.artifact.fidelity_schema import DistributionResult, Fidelity
 from quantkit.diff import page as diff_page
 from quantkit.diff import render_text
 from quantkit.diff import tables as diff_tables
@@ -23,7 +23,7 @@ from quantkit.recipe.parse import parse_gates
 from quantkit.report import card, gates, html_page, runs, tables, terminal
 from quantkit.report.runs import Run
 from quantkit.report.samples import Samples
-from quantkit.verify.report import status
+from quantkit.verify.report import compute_status
 
 README = Path(figures.__file__).parent / "report" / "README.md"
 
@@ -76,7 +76,7 @@ def test_recipe_accepts_a_new_figure_as_gate_and_it_is_judged() -> None:
     assert results[0].value == pytest.approx(VALUE)
     assert results[1].reason == figures.NOT_MEASURED
     judged = gates.apply_gates(bounds, example())
-    assert judged.status == status([False, None]) == "rejected"
+    assert judged.status == compute_status([False, None]) == "rejected"
     with pytest.raises(RecipeError, match="Did you mean 'kl_tail'"):
         parse_gates("gates: {kl_tial: {max: 10}}", "g.yaml", [])
 
@@ -169,13 +169,13 @@ def test_new_stored_figure_is_a_key_of_fidelity_json(monkeypatch: pytest.MonkeyP
 
 
 def test_stored_keys_stay_in_order_and_unknown_ones_are_refused() -> None:
-    row = Distribution.model_validate({"tokens": 1, "top1": {"value": 1.0}, "domain": "all"})
+    row = DistributionResult.model_validate({"tokens": 1, "top1": {"value": 1.0}, "domain": "all"})
     assert list(row.model_dump()) == [
         "domain", "tokens", "kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "ppl_source",
         "ppl_artifact", "ppl_ratio", "top1", "mean_delta_p", "rms_delta_p",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="speed: extra keys"):
-        Distribution.model_validate({"domain": "all", "tokens": 1, "speed": {"value": 1.0}})
+        DistributionResult.model_validate({"domain": "all", "tokens": 1, "speed": {"value": 1.0}})
 
 
 def test_keys_and_run_columns_are_unique() -> None:

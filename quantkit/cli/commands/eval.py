@@ -145,7 +145,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
         )  # fmt: skip
         setup = replace(setup, server=server)
     setup.check()
-    folder = results.output_folder(artifact, output, resume=resume)
+    folder = results.select_output_folder(artifact, output, resume=resume)
     who = evaluation.subject(artifact, backend)
     names = [name for group in tasks for name in group.split(",") if name] or [
         *evaluation.default_tasks(who)
