@@ -167,8 +167,8 @@ def test_without_a_fidelity_text_nothing_is_measured(
     started: list[str] = []
     monkeypatch.setattr(
         loop,
-        "start",
-        lambda name, *rest, real=loop.start: started.append(name) or real(name, *rest),
+        "open_stream",
+        lambda name, *rest, real=loop.open_stream: started.append(name) or real(name, *rest),
     )
     quantize = f"{{method: {method}, bits: 4, group_size: 64}}"
     found = build(source, tmp_path / "x", quantize=quantize, rules=rules, fidelity="none")
