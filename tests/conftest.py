@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.constants import CHROMIUM, FAST
 
-from quantkit.evaluate.sandbox.execution import Sandbox, probe_sandbox
+from quantkit.evaluate.sandbox import Sandbox, probe_sandbox
 from quantkit.io.package_data import locate_folder
 
 if TYPE_CHECKING:

@@ -82,7 +82,7 @@ def run(*options: str, code: int = 0):
 
 def test_the_same_model_here_and_behind_a_server_gives_the_same_items(folder, data):
     """Generation and likelihoods: prompts, BOS, stop strings, tokens and scores agree item by item."""
-    from quantkit.evaluate.transformers_backend import _Stop, decode
+    from quantkit.evaluate.transformers_backend import StopCondition, decode
 
     model, tokenizer = (
         LlamaForCausalLM.from_pretrained(folder).eval(),
@@ -91,8 +91,8 @@ def test_the_same_model_here_and_behind_a_server_gives_the_same_items(folder, da
 
     def answer(prompt: str, body: dict) -> str:
         ids = tokenizer(prompt).input_ids
-        stop = _Stop(tokenizer=tokenizer, eos=frozenset({1}), strings=tuple(body["stop"]))
-        return stop.answer(decode(model, [ids], 0, body["max_tokens"], stop.reached)[0]).text
+        stop = StopCondition(tokenizer=tokenizer, eos=frozenset({1}), strings=tuple(body["stop"]))
+        return stop.make_answer(decode(model, [ids], 0, body["max_tokens"], stop.is_met)[0]).text
 
     @torch.inference_mode()
     def logprobs(tokens: list[int]) -> list[tuple[float, float]]:
@@ -310,7 +310,7 @@ def test_code_outside_the_sandbox_is_refused():
         match_tasks=lambda names: names, load=lambda names: {"tasks": {names[0]: unsafe}}
     )
     with pytest.raises(EvaluationError, match="would run generated code outside the sandbox"):
-        lm_eval_tasks._managed(manager, "humaneval_plus")
+        lm_eval_tasks._load_matching(manager, "humaneval_plus")
 
 
 def test_task_sets():
@@ -322,7 +322,7 @@ def test_task_sets():
     assert lm_eval_tasks.expand_names(["math"])[:2] == ["gsm8k", "minerva_math"]
     assert len(lm_eval_tasks.expand_names(["general"])) == 12
     for name in lm_eval_tasks.expand_names(["math", "general"]):
-        assert lm_eval_tasks._collection().match_tasks([name]), name
+        assert lm_eval_tasks._index_lm_eval().match_tasks([name]), name
 
 
 def test_transformers_itself_and_a_device_map(folder):

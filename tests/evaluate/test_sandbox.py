@@ -12,14 +12,8 @@ from support.paths import ROOT
 
 from quantkit.errors import EvaluationError
 from quantkit.evaluate import task_runner, tasks
-from quantkit.evaluate.sandbox.execution import (
-    PROCESSES,
-    Program,
-    ProgramResult,
-    Sandbox,
-    probe_sandbox,
-    run_programs,
-)
+from quantkit.evaluate.sandbox import Program, ProgramResult, Sandbox, probe_sandbox, run_programs
+from quantkit.evaluate.sandbox.limits import PROCESSES
 from quantkit.io import package_data
 
 DATA = Path(os.environ.get("QUANTKIT_DATA", ROOT.parent / "shared" / "data"))

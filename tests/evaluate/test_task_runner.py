@@ -366,19 +366,19 @@ def test_what_is_not_shared(model):
 
 
 def test_stop_strings_end_an_answer_and_are_cut_off(tokenizer):
-    from quantkit.evaluate.transformers_backend import _Stop
+    from quantkit.evaluate.transformers_backend import StopCondition
 
-    stop = _Stop(tokenizer=tokenizer, eos=frozenset({1}), strings=("\nQuestion:", "é!"))
+    stop = StopCondition(tokenizer=tokenizer, eos=frozenset({1}), strings=("\nQuestion:", "é!"))
     tokens = tokenizer("The answer is 4.\nQuestion: 5", add_special_tokens=False).input_ids
-    ends = [end for end in range(1, len(tokens) + 1) if stop.reached(tokens[:end])]
+    ends = [end for end in range(1, len(tokens) + 1) if stop.is_met(tokens[:end])]
     assert tokenizer.decode(tokens[: ends[0]]).endswith("\nQuestion:")
-    answer = stop.answer(tokens[: ends[0]])
+    answer = stop.make_answer(tokens[: ends[0]])
     assert answer.text == "The answer is 4."
     assert answer.n_tokens == ends[0]
     assert not answer.truncated
-    assert stop.answer(tokens[:3]).truncated
-    assert not stop.answer([*tokens[:3], 1]).truncated
-    assert stop.reached(tokenizer("caf é!", add_special_tokens=False).input_ids)
+    assert stop.make_answer(tokens[:3]).truncated
+    assert not stop.make_answer([*tokens[:3], 1]).truncated
+    assert stop.is_met(tokenizer("caf é!", add_special_tokens=False).input_ids)
 
 
 def test_a_completion_is_cut_at_the_first_unindented_line():

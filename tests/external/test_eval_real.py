@@ -18,7 +18,7 @@ from support.paths import ROOT
 
 from quantkit.cli.main import main
 from quantkit.evaluate.item_results import read_items
-from quantkit.evaluate.sandbox import execution
+from quantkit.evaluate.sandbox import probe_sandbox
 
 MODEL = Path(os.environ.get("QUANTKIT_SMOLLM2", ROOT / "artifacts" / "real" / "smollm2-135m"))
 DATA = Path(os.environ.get("QUANTKIT_DATA", ROOT.parent / "shared" / "data"))
@@ -93,7 +93,7 @@ def test_smollm2_on_the_real_benchmarks(method, tmp_path, monkeypatch, tmp_path_
         "five worked examples"
     )
     code = [item for item in items if item.task != "gsm8k"]
-    if execution.probe_sandbox().kind == "none":
+    if probe_sandbox().kind == "none":
         assert {item.score for item in code} == {None}
     else:
         assert {item.score for item in items} <= {0.0, 1.0}
