@@ -40,7 +40,15 @@ from quantkit.recipe.yaml_document import (
 )
 from quantkit.texts.corpus_spec import DOMAINS
 
-__all__ = ["Quantize", "Recipe", "Rule", "parse_recipe", "parse_gates", "expand_preset", "apply_overrides"]
+__all__ = [
+    "Quantize",
+    "Recipe",
+    "Rule",
+    "parse_recipe",
+    "parse_gates",
+    "expand_preset",
+    "apply_overrides",
+]
 
 _RULE_SHAPE = "a rule is {match: PATTERN, quantize: default} or {match: PATTERN, keep: source}, or {preset: NAME}"
 
