@@ -47,7 +47,7 @@ from quantkit.plan import sources
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress, ProgressCallback
 from quantkit.recipe.schema import Recipe
-from quantkit.report import card, gates, html
+from quantkit.report import card, gates, html_page
 from quantkit.report import make as evidence
 from quantkit.report.make import TextName
 from quantkit.texts import corpora
@@ -369,7 +369,7 @@ def write_evidence(
         )
     if compared.pairs:
         pairs_to_parquet(compared.pairs, folder / "quantkit" / "samples" / "benchmarks.parquet")
-    write_atomic(folder / html.HTML, html.page(folder).encode())
+    write_atomic(folder / html_page.HTML, html_page.make_page(folder).encode())
 
 
 def write_timings(folder: Path, built: BuiltBlocks, clock: StepTimer) -> None:

@@ -225,7 +225,7 @@ def test_a_build_does_not_import_lm_eval(tmp_path: Path) -> None:
     """It would take 130 MB of the recipe's memory."""
     code = (
         "import sys; from quantkit import pipeline; from quantkit.recipe.parse import parse_recipe;"
-        "from quantkit.io import package_data as builtin; text = open(sys.argv[1]).read();"
+        "from quantkit.io import builtin; text = open(sys.argv[1]).read();"
         "found = pipeline.tokenize(parse(text, 'x'), builtin.resolve_model('builtin:tiny-v3'));"
         "assert len(found.solutions.items) == 128; assert not {'lm_eval', 'datasets'} & sys.modules.keys()"
     )
