@@ -113,7 +113,8 @@ def main(requests: int) -> int:
         if line.startswith("model name")
     ]
     load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
-    print(f"{os.cpu_count()} x {models[0].partition(': ')[2] if models else platform.machine()}, load {load}, "
+    print(f"{os.cpu_count()} x {models[0].partition(': ')[2] if models else platform.machine()}, "
+          f"load {load}, "
           f"Python {platform.python_version()}; p50 / p99 in ms, n = {requests}")  # fmt: skip
     kept = []
     with ExitStack() as stack:
@@ -133,7 +134,8 @@ def main(requests: int) -> int:
                 print_comparison(f"request, {'stream' if stream else 'whole'}", taken, REQUEST_GOAL)
             )
             print(
-                f"{'':34}  the gateway's CPU {(read_cpu_seconds(pid) - used) / (requests + 20) * 1e3:.3f} ms per request"
+                f"{'':34}  the gateway's CPU "
+                f"{(read_cpu_seconds(pid) - used) / (requests + 20) * 1e3:.3f} ms per request"
             )
         one = {way: [] for way in WAYS}
         many = {way: [] for way in WAYS}

@@ -222,10 +222,12 @@ def print_phases(shape: Shape, phases: Phases, experts: int) -> None:
         unit = "GB/s" if name in {"read", "pack"} else "Gflop/s"
         total += 0 if name == "factorize" else seconds * scale
         print(
-            f"{name:10s} {seconds * scale:10.3f} s a block  {phases.work[name] / seconds / 1e9:12.2f} {unit}"
+            f"{name:10s} {seconds * scale:10.3f} s a block  "
+            f"{phases.work[name] / seconds / 1e9:12.2f} {unit}"
         )
     print(
-        f"a block {total:.2f} s (round factorizes by itself); {BLOCKS} blocks {BLOCKS * total / 3600:.3f} h"
+        f"a block {total:.2f} s (round factorizes by itself); {BLOCKS} blocks "
+        f"{BLOCKS * total / 3600:.3f} h"
     )
 
 
@@ -239,7 +241,8 @@ def main() -> None:
     options = parser.parse_args()
     if not options.tiny and not torch.cuda.is_available():
         print(
-            "no CUDA device: this benchmark has not run, and nothing was measured (--tiny runs its code on the CPU)"
+            "no CUDA device: this benchmark has not run, and nothing was measured (--tiny runs "
+            "its code on the CPU)"
         )
         return
     shape = TINY if options.tiny else FULL

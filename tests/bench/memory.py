@@ -63,11 +63,13 @@ def main() -> None:
             size, wave, resident = measure_peak(Path(place), blocks)
         peaks.append(resident)
         print(
-            f"{blocks:2d} MoE blocks: source {size / 1e6:.0f} MB, {wave} experts per wave, peak {resident / 1e6:.0f} MB"
+            f"{blocks:2d} MoE blocks: source {size / 1e6:.0f} MB, {wave} experts per wave, peak "
+            f"{resident / 1e6:.0f} MB"
         )
     difference = abs(peaks[1] - peaks[0]) / peaks[0]
     print(
-        f"difference {100 * difference:.1f} % (goal < 5 %); budget {BUDGET}, largest peak {max(peaks) / 1e6:.0f} MB"
+        f"difference {100 * difference:.1f} % (goal < 5 %); budget {BUDGET}, largest peak "
+        f"{max(peaks) / 1e6:.0f} MB"
     )
     raise SystemExit(1 if difference >= 0.05 or max(peaks) > BUDGET_BYTES else 0)
 

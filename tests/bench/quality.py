@@ -1,4 +1,4 @@
-"""`make bench-quality`: mean KL of RTN, AWQ, GPTQ and AWQ with GPTQ rounding on tiny-v3, as one table.
+"""`make bench-quality`: mean KL of RTN, AWQ, GPTQ and AWQ + GPTQ rounding on tiny-v3.
 
 The KL is in nats per token against the BF16 dequantization of the FP8 source, on 220,000 held-out
 tokens (880,000 for routed experts at 4 bits), computed from emitted files. Calibrated methods are
@@ -59,7 +59,7 @@ GOALS = {
         ("experts-only", 3): 0.45,
     },
 }
-"""Maximum ratio to RTN's mean KL. AWQ+GPTQ must not exceed the better of both by more than NOISE."""
+"""Maximum ratio to RTN's mean KL. AWQ+GPTQ may not exceed the better one by more than NOISE."""
 NOISE = 2.0
 """A difference of at most this many standard errors counts as equal."""
 HELD_OUT_ITEMS, HELD_OUT_SEED = 4000, 99
@@ -142,7 +142,7 @@ def average_kl(runs: Sequence[DistributionResult]) -> float:
 
 
 def average_error(runs: list[DistributionResult]) -> float:
-    """Return the standard error; builds share the held-out text, so more builds do not reduce it."""
+    """Return the standard error; builds share one text, so more builds do not reduce it."""
     return sum(run.kl_mean.se or 0.0 for run in runs if run.kl_mean) / len(runs)
 
 
@@ -155,7 +155,8 @@ def find_missed_goals(
         ratio = average_kl(runs[column]) / base
         if row in goals and ratio > goals[row]:
             faults.append(
-                f"{column}, {row[0]}, {row[1]} bits: {ratio:.3f} of RTN's mean KL, goal {goals[row]}"
+                f"{column}, {row[0]}, {row[1]} bits: {ratio:.3f} of RTN's mean KL, goal "
+                f"{goals[row]}"
             )
     best = min(("AWQ", "GPTQ"), key=lambda column: average_kl(runs[column]))
     spread = (average_error(runs[best]) ** 2 + average_error(runs["AWQ+GPTQ"]) ** 2) ** 0.5

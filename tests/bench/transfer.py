@@ -1,4 +1,4 @@
-"""`make bench-transfer`: time of `quantkit publish` to a folder and `pull` from it, relative to `cp -r`.
+"""`make bench-transfer`: time of `quantkit publish` and `pull` in a folder, relative to `cp -r`.
 
     PYTHONPATH=tests .venv/bin/python -m bench.transfer [--bytes N] [--rounds N] [--folder DIR]
 

@@ -1,4 +1,4 @@
-"""`make bench-verify`: time of `quantkit verify` relative to `sha256sum`, 1 GB of codes and of BF16 weights.
+"""`make bench-verify`: time of `quantkit verify` relative to `sha256sum`, on codes and on BF16.
 
 All commands read from the page cache, alternating, and the fastest round counts, so the disk has no
 influence. verify hashes the same bytes, checks every number in the same pass, and starts Python.
@@ -150,7 +150,8 @@ def main() -> None:
             peak = max(int(times["verify"][1]) for times in rounds) / 1e3
             size = file.stat().st_size / 1e9
             print(
-                f"{label}, {size:.2f} GB: verify {best['verify']:.2f} s, at most {peak:.0f} MB of memory"
+                f"{label}, {size:.2f} GB: verify {best['verify']:.2f} s, at most {peak:.0f} MB of "
+                "memory"
             )
             for name in others:
                 print(f"    {name} {best[name]:.2f} s: ratio {best['verify'] / best[name]:.2f}")
