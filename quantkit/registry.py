@@ -1,4 +1,4 @@
-"""What can be named in a recipe: the methods, formats and architectures that quantkit carries.
+"""What can be named in a recipe: the methods, roundings, formats and architectures that quantkit carries.
 
 The file name is the registration: `methods/awq.py` holds `METHOD`, and is found because it is there. Nothing is
 imported until it is asked for, so that `--help` stays fast and a broken optional dependency hurts its own plug-in only.
@@ -14,16 +14,21 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal, TypeVar
 
-from quantkit import architectures, formats, methods
-from quantkit.contracts import Architecture, Format, Method
+from quantkit import architectures, formats, methods, roundings
+from quantkit.contracts import Architecture, Format, Method, Rounding
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats.common.checks import Checks
 
-Kind = Literal["methods", "formats", "architectures"]
+Kind = Literal["methods", "roundings", "formats", "architectures"]
 
 Plugin = TypeVar("Plugin")
 
-_PACKAGES = {"methods": methods, "formats": formats, "architectures": architectures}
+_PACKAGES = {
+    "methods": methods,
+    "roundings": roundings,
+    "formats": formats,
+    "architectures": architectures,
+}
 
 
 def names(kind: Kind) -> tuple[str, ...]:
@@ -35,6 +40,11 @@ def names(kind: Kind) -> tuple[str, ...]:
 def method(name: str) -> Method:
     """The method in methods/<name>.py; UsageError when there is none."""
     return _get("methods", name, "METHOD", Method)
+
+
+def rounding(name: str) -> Rounding:
+    """The rounding in roundings/<name>.py; UsageError when there is none."""
+    return _get("roundings", name, "ROUNDING", Rounding)
 
 
 def format(name: str) -> Format:

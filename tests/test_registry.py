@@ -10,7 +10,7 @@ import pytest
 from quantkit import contracts, registry
 from quantkit.errors import QuantkitError, UsageError
 
-KINDS: tuple[registry.Kind, ...] = ("methods", "formats", "architectures")
+KINDS: tuple[registry.Kind, ...] = ("methods", "roundings", "formats", "architectures")
 
 
 def planted(
@@ -35,11 +35,13 @@ def test_names_are_the_files_of_the_folder(kind: registry.Kind) -> None:
 def test_every_name_loads(kind: registry.Kind) -> None:
     get = {
         "methods": registry.method,
+        "roundings": registry.rounding,
         "formats": registry.format,
         "architectures": registry.architecture,
     }[kind]
     expected = {
         "methods": contracts.Method,
+        "roundings": contracts.Rounding,
         "formats": contracts.Format,
         "architectures": contracts.Architecture,
     }[kind]
@@ -101,7 +103,8 @@ def test_looking_up_names_imports_no_plugin() -> None:
 
     program = (
         "import sys; from quantkit import registry; registry.names('methods'); registry.names('formats'); "
-        "print([m for m in sys.modules if m.startswith(('torch', 'quantkit.methods.', 'quantkit.formats.'))])"
+        "registry.names('roundings'); folders = ('methods', 'roundings', 'formats'); "
+        "print([m for m in sys.modules if m.startswith(('torch', *(f'quantkit.{f}.' for f in folders)))])"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

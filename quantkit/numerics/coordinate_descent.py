@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantkit.contracts import Quantized, Scheme
 from quantkit.numerics import affine
-from quantkit.numerics.gptq import LAZY, damping_unit
+from quantkit.numerics.cholesky import LAZY, damping_unit
 
 SWEEPS = 2
 """Visits of every group. On text that was not calibrated on (SmolLM2-135M, 4 bits) the first lowers the error by 2.2 %,

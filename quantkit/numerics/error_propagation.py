@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.numerics.gptq import LAZY, GptqFactor
+from quantkit.numerics.cholesky import LAZY, GptqFactor
 
 SHARE = 0.5
 """Share of the correction for changed inputs that is applied (QEP's alpha)."""

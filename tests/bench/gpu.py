@@ -26,10 +26,9 @@ from quantkit.build.quantize_linear import select_expert_stats
 from quantkit.build.spool import Spool
 from quantkit.checkpoint import fp8
 from quantkit.contracts import Experts, Linear, Scheme
-from quantkit.methods import awq, gptq
+from quantkit.methods import awq
 from quantkit.models import scaling
-from quantkit.numerics import awq_scales, coordinate_descent
-from quantkit.numerics import gptq as rounding
+from quantkit.numerics import awq_scales, cholesky, coordinate_descent, gptq
 from quantkit.plan.memory import BATCH_TOKENS, expert_bytes, solve_bytes
 
 BLOCKS = 58
@@ -170,7 +169,7 @@ def run_wave(shape: Shape, wave: Wave, routing: Routing, phases: Phases) -> int:
     ):  # gate and up each factorize their gram
         for e in range(n):
             for matrix in (stats.into, stats.into, stats.inner):
-                rounding.feedback(matrix.gram[e])
+                cholesky.feedback(matrix.gram[e])
     return solve_wave(shape, wave, stats, phases)
 
 
@@ -188,7 +187,7 @@ def solve_wave(shape: Shape, wave: Wave, stats: WaveStats, phases: Phases) -> in
             with phases.timed(
                 "round", (1 + 2 * coordinate_descent.SWEEPS + 4) * out * width**2 + width**3 / 3
             ):
-                found = gptq.round_weight(weights[e], select_expert_stats(inputs, e), shape.scheme)
+                found = gptq.quantize_gptq(weights[e], select_expert_stats(inputs, e), shape.scheme)
             with phases.timed("pack", 0):
                 tensors = output.pack(found.quantized, shape.scheme)
                 packed += sum(tensor.cpu().nbytes for tensor in tensors.values())

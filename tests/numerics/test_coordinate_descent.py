@@ -12,7 +12,7 @@ from support.oracle import Array, output_error, stored
 from torch import Tensor
 
 from quantkit.contracts import Quantized, Scheme
-from quantkit.numerics import affine, coordinate_descent, gptq, gram
+from quantkit.numerics import affine, cholesky, coordinate_descent, gptq, gram
 
 DAMPING = torch.tensor(0.01)
 
@@ -121,7 +121,7 @@ def test_no_sweep_raises_the_error_of_a_row(
 def test_it_lowers_what_feedback_leaves() -> None:
     weight, x = correlated(64, 256)
     chosen, seen = scheme(4, 64), x.T @ x
-    factor = gptq.feedback(seen)
+    factor = cholesky.feedback(seen)
     fed = gptq.gptq_round(
         weight, factor, affine.qparams(*affine.ranges(weight, 64), chosen), chosen
     )

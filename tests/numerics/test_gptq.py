@@ -13,7 +13,7 @@ from support.oracle import Array, back, bfloat16, output_error
 from quantkit.contracts import InputStats
 from quantkit.errors import NumericsError
 from quantkit.methods import gptq, rtn
-from quantkit.numerics import affine, gram, range_search
+from quantkit.numerics import affine, cholesky, gram, range_search
 from quantkit.numerics import gptq as rounding
 from quantkit.plan.memory import SOLVE_COPIES, solve_bytes
 
@@ -46,7 +46,7 @@ def test_feedback_is_textbook_gptq(bits: int, group: int, symmetric: bool, seed:
     weight, x = correlated(16, 192, seed=seed)  # more columns than one lazy batch
     chosen = scheme(bits, group, symmetric)
     scale, zero = affine.qparams(*affine.ranges(weight, group), chosen)
-    factor = rounding.feedback(x.T @ x)
+    factor = cholesky.feedback(x.T @ x)
     found = rounding.gptq_round(weight, factor, (scale, zero), chosen)
     zeros = np.full(scale.shape, 2 ** (bits - 1)) if zero is None else zero.numpy().astype(int)
     width = 192 if group == -1 else group
@@ -99,7 +99,7 @@ def test_gptq_has_less_than_half_of_the_error_of_the_range_search() -> None:
     chosen = scheme(4, 128)
     seen = x.T @ x
     ranges = range_search.search(weight, seen, chosen)
-    fed = rounding.gptq_round(weight, rounding.feedback(seen), ranges, chosen)
+    fed = rounding.gptq_round(weight, cholesky.feedback(seen), ranges, chosen)
     lost = [
         float(gram.error(affine.dequantize(q, chosen) - weight, seen))
         for q in (fed, affine.quantize(weight, *ranges, chosen))
@@ -112,7 +112,7 @@ def test_a_gram_of_few_tokens_has_a_factor(tokens: int) -> None:
     """Rank 1 and rank 5 of 64: the damping makes them definite, and what they see is met almost exactly."""
     weight, x = correlated(16, 64, tokens)
     ranges = affine.qparams(*affine.ranges(weight, 32), scheme())
-    found = rounding.gptq_round(weight, rounding.feedback(x.T @ x), ranges, scheme())
+    found = rounding.gptq_round(weight, cholesky.feedback(x.T @ x), ranges, scheme())
     back_again = affine.dequantize(found, scheme())
     plain = affine.dequantize(rtn.solve(weight, None, scheme()), scheme())
     assert gram.error(back_again - weight, x.T @ x) < 0.2 * gram.error(plain - weight, x.T @ x)
@@ -130,12 +130,12 @@ def test_columns_that_were_never_used_round_to_nearest() -> None:
     weight, x = correlated(16, 64)
     x[:, 10:20] = 0
     ranges = affine.qparams(*affine.ranges(weight, 32), scheme())
-    found = rounding.gptq_round(weight, rounding.feedback(x.T @ x), ranges, scheme())
+    found = rounding.gptq_round(weight, cholesky.feedback(x.T @ x), ranges, scheme())
     plain = affine.quantize(weight, *ranges, scheme())
     assert torch.equal(found.codes[:, 10:20], plain.codes[:, 10:20])
     assert not torch.equal(found.codes, plain.codes)
     rest = [c for c in range(64) if not 10 <= c < 20]
-    order = rounding.feedback(x.T @ x).order
+    order = cholesky.feedback(x.T @ x).order
     assert set(order[:54].tolist()) == set(rest)
 
 
@@ -145,7 +145,7 @@ def test_a_gram_that_is_not_finite_is_refused(value: float) -> None:
     seen = x.T @ x
     seen[3, 5] = value
     with pytest.raises(NumericsError, match="Gram matrix holds NaN or infinity"):
-        rounding.feedback(seen)
+        cholesky.feedback(seen)
 
 
 def test_damping_grows_for_the_matrix_that_needs_it() -> None:
@@ -155,22 +155,22 @@ def test_damping_grows_for_the_matrix_that_needs_it() -> None:
     mean = sound.diagonal().mean()
     pushed = torch.diag(torch.full((32,), float(mean)))
     pushed[0, 1] = pushed[1, 0] = 1.05 * mean  # smallest eigenvalue -0.05 of the mean
-    damping = rounding.feedback(torch.stack([sound, pushed])).damping
+    damping = cholesky.feedback(torch.stack([sound, pushed])).damping
     assert damping.tolist() == pytest.approx([0.01, 0.1])
 
 
 def test_a_gram_far_from_definite_is_refused() -> None:
     with pytest.raises(NumericsError, match="far from positive semi-definite"):
-        rounding.feedback(torch.tensor([[1.0, 1e7], [1e7, 1.0]]))
+        cholesky.feedback(torch.tensor([[1.0, 1e7], [1e7, 1.0]]))
 
 
 def test_one_gram_serves_a_batch() -> None:
     _, x = correlated(8, 64)
     weight = torch.stack([correlated(8, 64, seed=s)[0] for s in (1, 2)])
     ranges = affine.qparams(*affine.ranges(weight, 32), scheme())
-    shared = rounding.gptq_round(weight, rounding.feedback(x.T @ x), ranges, scheme())
+    shared = rounding.gptq_round(weight, cholesky.feedback(x.T @ x), ranges, scheme())
     each = rounding.gptq_round(
-        weight, rounding.feedback((x.T @ x).expand(2, 64, 64)), ranges, scheme()
+        weight, cholesky.feedback((x.T @ x).expand(2, 64, 64)), ranges, scheme()
     )
     assert torch.equal(shared.codes, each.codes)
 
@@ -179,7 +179,7 @@ def test_one_gram_serves_a_batch() -> None:
 def test_own_is_what_later_columns_cannot_make_up_for(tokens: int) -> None:
     """Column by column: the damped energy of its input that no linear combination of later ones explains."""
     _, x = correlated(4, 48, tokens)
-    factor = rounding.feedback(x.T @ x)
+    factor = cholesky.feedback(x.T @ x)
     rows = x.double().numpy()
     ridge = np.sqrt(0.01 * np.square(rows).sum() / 48) * np.eye(48)
     inputs, order = np.concatenate([rows, ridge]), factor.order.tolist()
