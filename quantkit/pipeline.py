@@ -42,7 +42,7 @@ from quantkit.evaluate.samples import pairs_to_parquet
 from quantkit.io import package_data
 from quantkit.io.files import read_json, write_atomic, write_json
 from quantkit.io.host import HEAP_BYTES, keep_freed_memory, peak_resident_bytes, return_freed_memory
-from quantkit.models.layers import meta_model
+from quantkit.models.layers import make_meta_model
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress, ProgressCallback
@@ -154,7 +154,7 @@ def run(
     """
     return_freed_memory()
     for format_name in recipe.format:
-        registry.require(format_name)
+        registry.check_packages(format_name)
     clock = Clock()
     located = hub.resolve(recipe.source.model, recipe.source.revision)
     source = Checkpoint.open(located.folder)
@@ -320,7 +320,10 @@ def quantize(
     clock.lap("quantize")
     figures, streams = Figures(), built.streams
     if "reference" in streams:
-        bones, head = meta_model(plans[0].source.config, device, dtype), Checkpoint.open(folder)
+        bones, head = (
+            make_meta_model(plans[0].source.config, device, dtype),
+            Checkpoint.open(folder),
+        )
         both = sides(
             bones, plans[0].layout, source, head, streams["reference"], streams["quantized"]
         )

@@ -18,13 +18,13 @@ from quantkit.models.layers import (
     ExpertTap,
     MetaModel,
     RouterOutput,
-    decoder_layer,
-    observing,
-    relative,
-    run,
+    get_layer_name,
+    make_decoder_layer,
+    observe_inputs,
+    run_layer,
 )
 from quantkit.numerics import gram as grams
-from quantkit.numerics.error_propagation import residual_gap
+from quantkit.numerics.error_propagation import compute_residual_gap
 
 Tensors = Mapping[str, Tensor]
 
@@ -92,7 +92,7 @@ class GramAccumulator:
 
     def add(self, rows: Tensor, original: Tensor | None = None, gap: Tensor | None = None) -> None:
         """Add tokens [n, in], what the original model has in their place, and what the stream lacks [n, stream]."""
-        grams.accumulate(self.gram, self.abs_sum, rows)
+        grams.accumulate_gram(self.gram, self.abs_sum, rows)
         if self.cross is not None and original is not None:
             grams.accumulate_cross(self.cross, rows, original)
         if self.residual is not None and gap is not None:
@@ -101,7 +101,7 @@ class GramAccumulator:
 
     def stats(self) -> InputStats:
         """The statistics of all tokens, once they were added."""
-        gram, mean = grams.complete(self.gram), self.abs_sum / max(self.tokens, 1)
+        gram, mean = grams.complete_gram(self.gram), self.abs_sum / max(self.tokens, 1)
         count = torch.tensor(self.tokens)
         return InputStats(
             gram=gram, mean_abs=mean, n_tokens=count, cross=self.cross, residual=self.residual
@@ -126,7 +126,7 @@ def sampled(
     longest = stream.batches[0].lengths
     lengths = longest[: max(1, SAMPLE_TOKENS // longest[0])]
     rows = stream.hidden.read(0, sum(lengths))
-    out, valid = run(work.job.skeleton, layer, rows, lengths)
+    out, valid = run_layer(work.job.skeleton, layer, rows, lengths)
     return ScalingCheckSample(rows=rows, lengths=lengths, out=out, asked=asked(tap, valid))
 
 
@@ -154,7 +154,7 @@ def calibrate_dense(
     """
     stream, bones, groups = work.streams["calibration"], work.job.learning, work.quantized_groups()
     beside = work.streams.get("original")
-    layer, tap = decoder_layer(bones, work.block, tensors)
+    layer, tap = make_decoder_layer(bones, work.block, tensors)
     widths = {linear.name: linear.in_features for linear in work.block.linears}
     crossed, hidden = beside is not None, stream.hidden.width
     sums = {
@@ -166,15 +166,15 @@ def calibrate_dense(
         )
         for name, group in groups.items()
     }
-    observe = {name: relative(work.block, group.readers[0]) for name, group in groups.items()}
+    observe = {name: get_layer_name(work.block, group.readers[0]) for name, group in groups.items()}
     if crossed:
         observe |= {
-            group.adds_to: relative(work.block, group.adds_to)
+            group.adds_to: get_layer_name(work.block, group.adds_to)
             for group in groups.values()
             if group.adds_to
         }
     here, there = list[Routing](), list[Routing]()
-    with observing(layer, observe) as inputs:
+    with observe_inputs(layer, observe) as inputs:
         for batch in stream.batches:
             original: dict[str, Tensor] = {}
             if beside is not None:
@@ -190,7 +190,7 @@ def calibrate_dense(
             for name, total in sums.items():
                 at = groups[name].adds_to
                 gap = (
-                    residual_gap(original[at], tokens(inputs[at], valid))
+                    compute_residual_gap(original[at], tokens(inputs[at], valid))
                     if at and original
                     else None
                 )
@@ -216,7 +216,7 @@ def scales_of(
         learned.stats[group.name],
     )
     scaling.check_input(group.absorber.module, stats.mean_abs, stats.gram)
-    return scaling.candidates(rescale, stats.mean_abs, group.absorber, into_norm)
+    return scaling.compute_group_candidates(rescale, stats.mean_abs, group.absorber, into_norm)
 
 
 def batch_by_shape(
@@ -248,13 +248,13 @@ def fold_groups(
             group.routed_experts and expert_errors
         ):  # summed at once: the cut into waves must not change the sum
             added = torch.cat(list(expert_errors), dim=1).sum(1)  # [n, experts] -> [n]
-        choice = scaling.search(name, added, batches, gram, rescale, scales)
+        choice = scaling.search_scales(name, added, batches, gram, rescale, scales)
         work.record.choices.append(choice)
         if choice.rescaled:
             scale = scales[choice.candidate]
-            scaling.absorb(changed, group.absorber, scale)
+            scaling.divide_absorber(changed, group.absorber, scale)
             scaling.multiply_readers(changed, group, scale)
-            stats[name] = scaling.rescaled_stats(stats[name], scale)
+            stats[name] = scaling.rescale_stats(stats[name], scale)
             rescaled.add(name)
             expert_scale = scale if group.routed_experts else expert_scale
     folded = ScaledBlock(
@@ -265,8 +265,8 @@ def fold_groups(
 
 def check(work: BlockContext, folded: ScaledBlock, sample: ScalingCheckSample) -> ScaledBlock:
     """The folded dense part must give what the original gave; adds what its experts see of the sample."""
-    layer, tap = decoder_layer(work.job.skeleton, work.block, folded.tensors)
-    out, valid = run(work.job.skeleton, layer, sample.rows, sample.lengths)
+    layer, tap = make_decoder_layer(work.job.skeleton, work.block, folded.tensors)
+    out, valid = run_layer(work.job.skeleton, layer, sample.rows, sample.lengths)
     part = "the block's output without its experts" if tap else "the block's output"
     change = scaling.check_unchanged(work.block.name, part, sample.out, out, work.tolerance)
     work.record.fold_change = max(work.record.fold_change, change)
@@ -275,7 +275,7 @@ def check(work: BlockContext, folded: ScaledBlock, sample: ScalingCheckSample) -
         return folded
     count = work.block.experts.count
     before, after = (
-        scaling.routing_matrix(request.index, request.weight, count)
+        scaling.make_routing_matrix(request.index, request.weight, count)
         for request in (sample.asked, now)
     )
     scaling.check_unchanged(
@@ -340,7 +340,7 @@ def advance(work: BlockContext, stored: Tensors) -> dict[StreamName, Routing | N
         moving["calibration"] = work.job.learning
     found: dict[StreamName, Routing | None] = {}
     for name, bones in moving.items():
-        layer, tap = decoder_layer(bones, work.block, stored)
+        layer, tap = make_decoder_layer(bones, work.block, stored)
         found[name] = through(
             bones, layer, tap, work.streams[name], work.targets[name], work.streams[name].seen
         )

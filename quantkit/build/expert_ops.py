@@ -15,7 +15,7 @@ from torch import Tensor
 from quantkit.build.hidden_states import Routing, chunks
 from quantkit.build.spool import Spool
 from quantkit.contracts import InputStats
-from quantkit.models.layers import RouterOutput, tokens_for_expert
+from quantkit.models.layers import RouterOutput, select_expert_tokens
 from quantkit.numerics import gram as grams
 
 Activation = Callable[[Tensor], Tensor]
@@ -93,29 +93,29 @@ def collect_stats(
         )  # [tokens, hidden]
         other = original.read(first, stop).to(x) if original else None
         if common:
-            grams.accumulate(gram_in[0], abs_in[0], x)
+            grams.accumulate_gram(gram_in[0], abs_in[0], x)
             if cross_in is not None and other is not None:
                 grams.accumulate_cross(cross_in[0], x, other)
         for e in range(n):
             token = (
                 slice(None)
                 if wave.first + e in everyone
-                else tokens_for_expert(decided.index, decided.weight, wave.first + e)[0]
+                else select_expert_tokens(decided.index, decided.weight, wave.first + e)[0]
             )
             mine = x[token]  # [tokens, hidden] -> [n, hidden]
             if not len(mine):
                 continue
             made = inner(mine, wave, e, activation)  # [n, hidden] -> [n, intermediate]
             count[e] += len(mine)
-            grams.accumulate(gram_mid[e], abs_mid[e], made)
+            grams.accumulate_gram(gram_mid[e], abs_mid[e], made)
             if not common:
-                grams.accumulate(gram_in[e], abs_in[e], mine)
+                grams.accumulate_gram(gram_in[e], abs_in[e], mine)
             if other is not None and cross_in is not None and cross_mid is not None:
                 grams.accumulate_cross(cross_mid[e], made, inner(other[token], wave, e, activation))
                 if not common:
                     grams.accumulate_cross(cross_in[e], mine, other[token])
     tokens = count.clamp(min=1)[:, None]
-    into, inside = grams.complete(gram_in), grams.complete(gram_mid)
+    into, inside = grams.complete_gram(gram_in), grams.complete_gram(gram_mid)
     return WaveStats(
         into=InputStats(
             gram=into, mean_abs=abs_in / tokens[:inputs], n_tokens=count[:inputs], cross=cross_in
@@ -129,7 +129,7 @@ def add_outputs(
 ) -> Tensor:
     """Add the wave's weighted outputs for x [tokens, hidden], routed as `routing` says, to out [tokens, hidden]."""
     for e in range(len(wave)):
-        token, weight = tokens_for_expert(routing.index, routing.weight, wave.first + e)
+        token, weight = select_expert_tokens(routing.index, routing.weight, wave.first + e)
         if len(token):
             y = inner(x[token], wave, e, activation) @ wave.down[e].T  # [n, hidden]
             out.index_add_(0, token, y * weight[:, None].to(y))

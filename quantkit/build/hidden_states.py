@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quantkit.build.spool import Spool, SpoolDtype
 from quantkit.errors import CheckpointError
-from quantkit.models.layers import ExpertTap, MetaModel, run
+from quantkit.models.layers import ExpertTap, MetaModel, run_layer
 from quantkit.plan.memory import BATCH_TOKENS
 from quantkit.texts.corpora import Tokens, pack_tokens
 
@@ -205,7 +205,9 @@ def step(
     Returns which padded position [sequences * longest] is a token, and what the router asks of the experts, whose
     inputs go to `seen`.
     """
-    out, valid = run(skeleton, layer, stream.hidden.read(batch.first, batch.stop), batch.lengths)
+    out, valid = run_layer(
+        skeleton, layer, stream.hidden.read(batch.first, batch.stop), batch.lengths
+    )
     target.write(batch.first, out)
     if tap is None or tap.last is None or seen is None:
         return valid, None

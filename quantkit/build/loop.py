@@ -41,8 +41,8 @@ from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.prefetch import ReadAhead
 from quantkit.contracts import Block
 from quantkit.errors import NumericsError
-from quantkit.models.layers import decoder_layer, meta_model
-from quantkit.numerics.fidelity import router_agreement
+from quantkit.models.layers import make_decoder_layer, make_meta_model
+from quantkit.numerics.fidelity import compute_router_agreement
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress
 from quantkit.texts.corpora import Tokens
@@ -83,7 +83,7 @@ def build(
     when a fold changes a block's output.
     """
     standing = standing or BuildProgress()
-    plan, bones = plans[0], meta_model(plans[0].source.config, device, dtype)
+    plan, bones = plans[0], make_meta_model(plans[0].source.config, device, dtype)
     total = len(plan.layout.blocks)
     with closing(in_order(source, requests(plan, standing.done, standing.halt))) as reads:
         job = BuildContext(
@@ -139,7 +139,7 @@ def quantize_block(
     mark = f".again-{halt.surveyed}-{halt.solved}" if halt else ""
     targets = {name: scratch(stream, block.name, mark) for name, stream in streams.items()}
     work = BlockContext(job=job, block=block, streams=streams, targets=targets, record=record)
-    layer, tap = decoder_layer(job.skeleton, block, tensors)
+    layer, tap = make_decoder_layer(job.skeleton, block, tensors)
     reference = dense.reference_pass(work, layer, tap)
     learned = (
         dense.calibrate_dense(work, tensors, dense.sampled(work, layer, tap))
@@ -199,7 +199,7 @@ def measure(work: BlockContext, reference: Routing | None, quantized: Routing | 
         work.targets["reference"], work.targets["quantized"], rows
     )
     if reference and quantized:
-        agreement = router_agreement(reference.index[:rows], quantized.index[:rows])
+        agreement = compute_router_agreement(reference.index[:rows], quantized.index[:rows])
         work.record.router_agreement = float(agreement.mean())
 
 

@@ -157,8 +157,8 @@ def wave_errors(
     rescale: Rescale, wave: Wave, stats: WaveStats, scales: Tensor, scheme: Scheme | None
 ) -> Tensor:
     """Error [n, experts] of gate and up of a wave for each candidate scale [n, hidden] of their input."""
-    gate = scaling.errors(rescale, wave.gate, stats.into.gram, scales, scheme)
-    return gate + scaling.errors(rescale, wave.up, stats.into.gram, scales, scheme)
+    gate = scaling.compute_scale_errors(rescale, wave.gate, stats.into.gram, scales, scheme)
+    return gate + scaling.compute_scale_errors(rescale, wave.up, stats.into.gram, scales, scheme)
 
 
 def added(total: Tensor | None, share: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def fold_wave(
         wave = Wave(
             first=wave.first, gate=wave.gate.mul_(scale), up=wave.up.mul_(scale), down=wave.down
         )
-        into = scaling.rescaled_stats(into, scale)
+        into = scaling.rescale_stats(into, scale)
     group, scheme = work.expert_group, work.expert_scheme
     rescale = (
         work.search_of(group) if group else None
@@ -258,14 +258,14 @@ def fold_wave(
         scaling.check_input(name, stats.inner.mean_abs[e], stats.inner.gram[e])
         scales = rescale.candidates(stats.inner.mean_abs[e])  # [n, intermediate]
         alone, batch = torch.zeros(len(scales), dtype=torch.float64), [(wave.down[e], scheme)]
-        choice = scaling.search("down", alone, batch, stats.inner.gram[e], rescale, scales)
+        choice = scaling.search_scales("down", alone, batch, stats.inner.gram[e], rescale, scales)
         best[e] = scales[choice.candidate]
         chosen.append(choice.rescaled)
     up, down = (
         wave.up.div_(best[:, :, None]),
         wave.down.mul_(best[:, None, :]),
     )  # rows of up make down's input
-    inner = scaling.rescaled_stats(stats.inner, best)
+    inner = scaling.rescale_stats(stats.inner, best)
     return (
         Wave(first=wave.first, gate=wave.gate, up=up, down=down),
         WaveStats(into=into, inner=inner),

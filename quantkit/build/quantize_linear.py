@@ -79,13 +79,13 @@ class QuantizeRequest:
         """Who chooses its codes: what learns gives way to rtn where nothing is known of its input."""
         name = self.decision.method
         assert name is not None
-        return "rtn" if self.stats is None and registry.method(name).needs_stats else name
+        return "rtn" if self.stats is None and registry.get_method(name).needs_stats else name
 
     @property
     def rounding(self) -> str:
         """Effective rounding: FALLBACK_ROUNDING if a rounding that needs statistics has none."""
         name = self.decision.rounding or FALLBACK_ROUNDING
-        is_blind = self.stats is None and registry.rounding(name).needs_stats
+        is_blind = self.stats is None and registry.get_rounding(name).needs_stats
         return FALLBACK_ROUNDING if is_blind else name
 
 
@@ -143,8 +143,10 @@ def pack_and_measure(
         raise NumericsError(
             f"{decision.linear.name}: the recipe's formats do not store the same weight; build each on its own"
         )
-    sqnr_db = float(grams.sqnr_db(weight, back))
-    output_error = None if stats is None else float(grams.relative_error(weight, back, stats.gram))
+    sqnr_db = float(grams.compute_sqnr_db(weight, back))
+    output_error = (
+        None if stats is None else float(grams.compute_relative_error(weight, back, stats.gram))
+    )
     if isnan(sqnr_db) or not isfinite(output_error or 0.0):
         raise NumericsError(
             f"{decision.linear.name}: expected a finite error, found NaN or infinity; look for huge values among its "
@@ -174,11 +176,15 @@ def compute_codes(
     name: str, rounding: str, weight: Tensor, stats: InputStats | None, scheme: Scheme
 ) -> RoundedWeight:
     """Return the codes of a method with a rounding, and the fallbacks that the rounding took."""
-    solve = registry.method(name).solve
-    return registry.rounding(rounding).round_weight(weight, stats, scheme, solve)
+    solve = registry.get_method(name).solve
+    return registry.get_rounding(rounding).round_weight(weight, stats, scheme, solve)
 
 
 def found_fallbacks(quantized: Quantized, scheme: Scheme) -> tuple[str, ...]:
     """Fallbacks that the rounding itself met in some group."""
-    met = nf4.fallbacks(quantized) if scheme.kind == "nf4" else affine.fallbacks(quantized, scheme)
+    met = (
+        nf4.count_fallbacks(quantized)
+        if scheme.kind == "nf4"
+        else affine.count_fallbacks(quantized, scheme)
+    )
     return tuple(name for name, count in met.items() if int(count.sum()))

@@ -348,7 +348,7 @@ def loaded(who: Subject, setup: Setup) -> Any:
     from quantkit.artifact.load_model import DTYPES, chosen_device, load
     from quantkit.evaluate import backends
     from quantkit.models import full_model
-    from quantkit.models.layers import meta_model
+    from quantkit.models.layers import make_meta_model
     from quantkit.plan.plan import architecture_of
 
     assert who.folder is not None
@@ -366,8 +366,8 @@ def loaded(who: Subject, setup: Setup) -> Any:
     else:
         source = Checkpoint.open(who.folder)
         layout = architecture_of(source.config).layout(source.config)
-        bones = meta_model(source.config, chosen_device(first), getattr(torch, dtype))
-        model = full_model.model(bones, layout, full_model.reader(source))
+        bones = make_meta_model(source.config, chosen_device(first), getattr(torch, dtype))
+        model = full_model.make_model(bones, layout, full_model.make_reader(source))
     return backends.placed(model, device) if spread else model
 
 

@@ -13,15 +13,15 @@ DAMPING = 0.01
 """Share of the gram's mean diagonal that is added to its diagonal: GPTQ's own."""
 
 
-GROWTH = 10.0
+DAMPING_GROWTH = 10.0
 """What the damping is multiplied with after each factorization that fails."""
 
 
-MOST_DAMPING = 1e4
+MAX_DAMPING = 1e4
 """A gram that needs more is no sum of x x^T."""
 
 
-LAZY = 128
+BLOCK_COLUMNS = 128
 """Columns rounded before their errors reach the columns behind them, in one product."""
 
 
@@ -40,7 +40,7 @@ class GptqFactor:
     damping: Tensor
 
 
-def feedback(gram: Tensor) -> GptqFactor:
+def factorize_gram(gram: Tensor) -> GptqFactor:
     """The factor of a gram [..., in, in] float32.
 
     Columns that were never used (diagonal 0) come last and neither give nor take: they are rounded to nearest. Raises
@@ -53,9 +53,9 @@ def feedback(gram: Tensor) -> GptqFactor:
             "activations of this block, or use rounding nearest"
         )
     order = diagonal.argsort(dim=-1, descending=True, stable=True)
-    unit = damping_unit(gram)
+    unit = compute_mean_diagonal(gram)
     # reversed: Cholesky gives a lower factor, and what is lower in the reversed order is upper in this one
-    lower, damping = damped_factor(gram, order.flip(-1), unit)
+    lower, damping = factorize_damped(gram, order.flip(-1), unit)
     upper = lower.flip((-2, -1))
     roots = upper.diagonal(dim1=-2, dim2=-1).clone()  # [..., in]
     upper.div_(roots.unsqueeze(-2))  # column by column
@@ -63,13 +63,13 @@ def feedback(gram: Tensor) -> GptqFactor:
     return GptqFactor(upper=upper, order=order, own=own, damping=damping)
 
 
-def damping_unit(gram: Tensor) -> Tensor:
+def compute_mean_diagonal(gram: Tensor) -> Tensor:
     """What damping is a share of: the mean diagonal of gram [..., in, in], 1 where that is 0; [...] float32."""
     mean = gram.diagonal(dim1=-2, dim2=-1).double().mean(dim=-1).float()  # [..., in, in] -> [...]
     return torch.where(mean > 0, mean, torch.ones_like(mean))
 
 
-def ordered(gram: Tensor, order: Tensor) -> Tensor:
+def permute_gram(gram: Tensor, order: Tensor) -> Tensor:
     """A gram [..., in, in] with rows and columns in another order [..., in], a copy."""
     width = gram.shape[-1]
     pairs = zip(gram.reshape(-1, width, width), order.reshape(-1, width), strict=True)
@@ -79,7 +79,7 @@ def ordered(gram: Tensor, order: Tensor) -> Tensor:
     )
 
 
-def damped_factor(gram: Tensor, order: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+def factorize_damped(gram: Tensor, order: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
     """Cholesky factor of a gram [..., in, in] in another order [..., in], with damping * unit [...] on its diagonal.
 
     The damping starts at DAMPING and grows by GROWTH, for the matrices that need it alone. Result: lower [..., in, in]
@@ -87,34 +87,34 @@ def damped_factor(gram: Tensor, order: Tensor, unit: Tensor) -> tuple[Tensor, Te
     """
     damping = torch.full_like(unit, DAMPING)
     while True:
-        work = ordered(gram, order)
+        work = permute_gram(gram, order)
         work.diagonal(dim1=-2, dim2=-1).add_((damping * unit).unsqueeze(-1))
-        failed = cholesky(work)
+        failed = cholesky_in_place(work)
         if not bool(failed.any()):
             return work, damping
-        if bool((damping > MOST_DAMPING).any()):
+        if bool((damping > MAX_DAMPING).any()):
             raise NumericsError(
-                f"a Gram matrix is far from positive semi-definite: {MOST_DAMPING:g} times its mean diagonal was added "
+                f"a Gram matrix is far from positive semi-definite: {MAX_DAMPING:g} times its mean diagonal was added "
                 "and it still has no Cholesky factor; check the calibration of this block, or use rounding nearest"
             )
-        damping = torch.where(failed, damping * GROWTH, damping)
+        damping = torch.where(failed, damping * DAMPING_GROWTH, damping)
 
 
-def cholesky(matrix: Tensor) -> Tensor:
+def cholesky_in_place(matrix: Tensor) -> Tensor:
     """Replace symmetric matrices [..., n, n] by their lower Cholesky factor; [...] bool, true where there is none.
 
     LAZY columns at a time, each in products whose sums do not depend on the number of threads, which LAPACK's
     factorization of a whole matrix does not promise. It takes no second matrix, either.
     """
     failed = torch.zeros(matrix.shape[:-2], dtype=torch.bool, device=matrix.device)
-    for start in range(0, matrix.shape[-1], LAZY):
-        here, before = slice(start, start + LAZY), slice(0, start)
+    for start in range(0, matrix.shape[-1], BLOCK_COLUMNS):
+        here, before = slice(start, start + BLOCK_COLUMNS), slice(0, start)
         panel = matrix[..., start:, here]  # [..., n - start, LAZY]
         panel -= matrix[..., start:, before] @ matrix[..., here, before].mT
-        lower, status = torch.linalg.cholesky_ex(panel[..., :LAZY, :])
+        lower, status = torch.linalg.cholesky_ex(panel[..., :BLOCK_COLUMNS, :])
         failed |= status != 0
-        panel[..., :LAZY, :] = lower
-        below = panel[..., LAZY:, :]
+        panel[..., :BLOCK_COLUMNS, :] = lower
+        below = panel[..., BLOCK_COLUMNS:, :]
         below.copy_(torch.linalg.solve_triangular(lower.mT, below, upper=True, left=False))
     matrix.tril_()
     return failed

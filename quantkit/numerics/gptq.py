@@ -34,7 +34,7 @@ from quantkit.numerics import (
     range_search,
 )
 from quantkit.numerics import gram as grams
-from quantkit.numerics.cholesky import LAZY, GptqFactor
+from quantkit.numerics.cholesky import BLOCK_COLUMNS, GptqFactor
 
 
 def quantize_gptq(
@@ -53,28 +53,32 @@ def quantize_gptq(
         raise NumericsError(
             "gptq rounds by calibration statistics, found none; use method rtn for this linear"
         )
-    factor = cholesky.feedback(stats.gram)
+    factor = cholesky.factorize_gram(stats.gram)
     damping = factor.damping
     if stats.cross is not None:
-        weight = error_propagation.corrected(weight, stats.cross, factor, stats.residual)
-    ranges = range_search.weighted(weight, stats.gram.diagonal(dim1=-2, dim2=-1), scheme)
-    rounded = gptq_round(weight, factor, ranges, scheme)
+        weight = error_propagation.correct_weight(weight, stats.cross, factor, stats.residual)
+    ranges = range_search.search_ranges_by_diagonal(
+        weight, stats.gram.diagonal(dim1=-2, dim2=-1), scheme
+    )
+    rounded = round_with_feedback(weight, factor, ranges, scheme)
     del factor  # as large as the gram
     if refine:
-        damped = coordinate_descent.damped(stats.gram, damping)
-        refined = coordinate_descent.improved(weight, damped, rounded, scheme)
+        damped = coordinate_descent.add_damping(stats.gram, damping)
+        refined = coordinate_descent.refine_codes_and_scales(weight, damped, rounded, scheme)
         del damped
     else:
         refined = rounded
     plain = affine.quantize(
-        weight, *affine.qparams(*affine.ranges(weight, scheme.group_size), scheme), scheme
+        weight,
+        *affine.compute_qparams(*affine.compute_min_max(weight, scheme.group_size), scheme),
+        scheme,
     )
-    quantized = better_rows(weight, stats.gram, refined, plain, scheme)
+    quantized = select_better_rows(weight, stats.gram, refined, plain, scheme)
     is_raised = bool((damping > cholesky.DAMPING * 1.5).any())
     return RoundedWeight(quantized=quantized, fallbacks=("damping-raised",) if is_raised else ())
 
 
-def rows_at(matrix: Tensor, index: Tensor) -> Tensor:
+def select_rows(matrix: Tensor, index: Tensor) -> Tensor:
     """Rows of matrices in another order, or several times: matrix [..., n, m], index [..., k] -> [..., k, m].
 
     As one selection of whole rows: a gather would read an index for every value.
@@ -86,12 +90,12 @@ def rows_at(matrix: Tensor, index: Tensor) -> Tensor:
     )  # by [.. * n, m]
 
 
-def per_column(values: Tensor, order: Tensor, group: int) -> Tensor:
+def expand_to_columns(values: Tensor, order: Tensor, group: int) -> Tensor:
     """Values of groups, for columns in visiting order: [..., out, n_groups] -> [..., in, out] float32."""
-    return rows_at(values.float().mT, order // group)
+    return select_rows(values.float().mT, order // group)
 
 
-def gptq_round(
+def round_with_feedback(
     weight: Tensor, fed: GptqFactor, ranges: tuple[Tensor, Tensor | None], scheme: Scheme
 ) -> Quantized:
     """Round weights [..., out, in] float32 under given scale and zero [..., out, n_groups], errors fed back.
@@ -102,20 +106,21 @@ def gptq_round(
     lead, width = weight.shape[:-2], weight.shape[-1]
     upper, order = fed.upper.expand(*lead, width, width), fed.order.expand(*lead, width)
     # [..., out, in] -> [..., in, out], in visiting order: a column is a row in memory
-    visited = rows_at(weight.mT, order)
-    chosen = visited_codes(visited, upper, order, ranges, width // scale.shape[-1], scheme)
-    codes = rows_at(
+    visited = select_rows(weight.mT, order)
+    chosen = round_blocks(visited, upper, order, ranges, width // scale.shape[-1], scheme)
+    codes = select_rows(
         chosen, order.argsort(dim=-1)
     ).mT.contiguous()  # [..., in, out] -> [..., out, in]
     return Quantized(codes=codes, scale=scale, zero=zero)
 
 
-def better_rows(
+def select_better_rows(
     weight: Tensor, gram: Tensor, first: Quantized, second: Quantized, scheme: Scheme
 ) -> Quantized:
     """Row by row the one that loses less under the gram, the second where both lose the same."""
     lost = [
-        row_error(affine.dequantize(each, scheme).sub_(weight), gram) for each in (first, second)
+        compute_row_errors(affine.dequantize(each, scheme).sub_(weight), gram)
+        for each in (first, second)
     ]
     better = (lost[0] < lost[1]).unsqueeze(-1)  # [..., out] -> [..., out, 1]
     zero = None
@@ -128,7 +133,7 @@ def better_rows(
     return Quantized(codes=codes, scale=scale, zero=zero)
 
 
-def visited_codes(
+def round_blocks(
     visited: Tensor,
     upper: Tensor,
     order: Tensor,
@@ -142,16 +147,16 @@ def visited_codes(
     """
     scale, zero = ranges
     errors, codes = torch.empty_like(visited), torch.empty_like(visited, dtype=torch.uint8)
-    for start in range(0, visited.shape[-2], LAZY):
-        here = slice(start, start + LAZY)
+    for start in range(0, visited.shape[-2], BLOCK_COLUMNS):
+        here = slice(start, start + BLOCK_COLUMNS)
         target = (
             visited[..., here, :] + upper[..., :start, here].mT @ errors[..., :start, :]
         )  # [..., LAZY, out]
-        step = per_column(scale, order[..., here], group)
+        step = expand_to_columns(scale, order[..., here], group)
         offset = (
-            affine.default_zero_point(scheme)
+            affine.get_default_zero_point(scheme)
             if zero is None
-            else per_column(zero, order[..., here], group)
+            else expand_to_columns(zero, order[..., here], group)
         )
         chosen = round_columns(
             visited[..., here, :],
@@ -198,7 +203,7 @@ def round_columns(
     return target
 
 
-def row_error(delta: Tensor, gram: Tensor) -> Tensor:
+def compute_row_errors(delta: Tensor, gram: Tensor) -> Tensor:
     """d G d^T of each row: delta [..., out, in], gram [..., in, in] -> [..., out] float64."""
-    rows = delta.split(grams.ROWS, dim=-2)  # [..., ROWS, in]
-    return torch.cat([matmul.row_forms(part, gram) for part in rows], dim=-1)
+    rows = delta.split(grams.BLOCK_ROWS, dim=-2)  # [..., ROWS, in]
+    return torch.cat([matmul.compute_quadratic_forms(part, gram) for part in rows], dim=-1)

@@ -43,7 +43,7 @@ class Decision:
     @property
     def feeds_back(self) -> bool:
         """Whether rounding errors move on from column to column."""
-        return self.rounding is not None and registry.rounding(self.rounding).needs_stats
+        return self.rounding is not None and registry.get_rounding(self.rounding).needs_stats
 
 
 def scale_dtype(quantize: Quantize, source_dtype: str) -> Literal["bfloat16", "float16"]:
@@ -181,7 +181,7 @@ def search_of(
     used = {method for reader in names if (method := decisions[reader].method)}
     if block.kind == "mtp" or group.absorber is None or len(used) != 1:
         return None
-    return registry.method(used.pop()).rescale
+    return registry.get_method(used.pop()).rescale
 
 
 def held_by_fp8(block: Block, group: LinearGroup, decisions: Mapping[str, Decision]) -> bool:

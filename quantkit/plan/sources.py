@@ -209,7 +209,7 @@ def task_faults(recipe: Recipe) -> list[str]:
     where, known = recipe.where("evaluation", "tasks"), task_files.task_names()
     missing = [name for name in recipe.evaluation.tasks if not task_files.task_path(name).is_file()]
     return [
-        f"{where}: evaluation.tasks: {registry.unknown('benchmark', name, known)}"
+        f"{where}: evaluation.tasks: {registry.format_unknown_name('benchmark', name, known)}"
         for name in missing
     ]
 
@@ -228,7 +228,7 @@ def gate_faults(recipe: Recipe) -> list[str]:
         return []
     domains = read_spec(text.set, package_data.folder("calibration")).domains
     return [
-        f"{recipe.where('gates', figure)}: gates.{figure}: {registry.unknown(f'domain of {text.set}', found, domains)}"
+        f"{recipe.where('gates', figure)}: gates.{figure}: {registry.format_unknown_name(f'domain of {text.set}', found, domains)}"
         for figure in asked
         if (found := figure.partition("@")[2]) not in domains
     ]

@@ -91,7 +91,7 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
     for key in document.values.keys() - Recipe.model_fields.keys():
         check.fault(
             (key,),
-            f"unknown key.{registry.did_you_mean(key, tuple(Recipe.model_fields))} Expected gates.",
+            f"unknown key.{registry.suggest_name(key, tuple(Recipe.model_fields))} Expected gates.",
         )
     found = check.model(Gates, {"gates": document.values.get("gates")}, ())
     check.gates(document.values.get("gates"), {"tasks": list(tasks)}, {})
@@ -199,7 +199,7 @@ class _Check:
     def preset(self, name: str, path: Path, default: Quantize) -> tuple[Rule, ...]:
         """The rules of a preset that the recipe names."""
         if name not in PRESETS:
-            self.fault(path, registry.unknown("preset", shown(name), tuple(PRESETS)))
+            self.fault(path, registry.format_unknown_name("preset", shown(name), tuple(PRESETS)))
             return ()
         return preset(name, default, self.document.line(path))
 
@@ -262,8 +262,8 @@ def _unknown_figure(figure: str, tasks: Sequence[str]) -> str:
     """Why a gate names nothing, with what it may have meant."""
     base, at, domain = figure.partition("@")
     if at and base in POOLED:
-        return registry.unknown("domain", shown(domain), DOMAINS)
-    sentence = registry.unknown(
+        return registry.format_unknown_name("domain", shown(domain), DOMAINS)
+    sentence = registry.format_unknown_name(
         "figure or task of evaluation.tasks", shown(figure), (*FIGURES, *tasks)
     )
     return f"{sentence} Of one domain: kl_mean@{DOMAINS[-1]}."

@@ -69,9 +69,9 @@ def size_bytes(value: object) -> int:
 
 
 def _registered(kind: registry.Kind, name: str) -> str:
-    known = registry.names(kind)
+    known = registry.list_names(kind)
     if name not in known:
-        raise ValueError(registry.unknown(kind.removesuffix("s"), name, known))
+        raise ValueError(registry.format_unknown_name(kind.removesuffix("s"), name, known))
     return name
 
 
@@ -202,8 +202,8 @@ class Quantize(BaseModel):
                 "method gptq is a rounding, found rounding: nearest; set rounding: gptq, or method: awq for "
                 "ranges by calibration and codes by plain rounding"
             )
-        learns = registry.rounding(self.rounding).needs_stats
-        if learns and not registry.method(self.method).needs_stats:
+        learns = registry.get_rounding(self.rounding).needs_stats
+        if learns and not registry.get_method(self.method).needs_stats:
             raise ValueError(
                 f"rounding {self.rounding} learns from calibration, and method {self.method} does without; set "
                 "rounding: nearest, or method: gptq"
@@ -360,7 +360,7 @@ class Recipe(BaseModel):
             self.quantize.method,
             *(rule.quantize.method for rule in self.rules or () if rule.quantize),
         }
-        return any(registry.method(name).needs_stats for name in used)
+        return any(registry.get_method(name).needs_stats for name in used)
 
     @property
     def hash(self) -> str:

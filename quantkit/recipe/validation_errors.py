@@ -25,7 +25,7 @@ def sentence(path: Path, details: ErrorDetails, known: Sequence[str]) -> str:
     kind, found, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "extra_forbidden":
         return (
-            f"unknown key.{registry.did_you_mean(str(path[-1]), known)} Known: {', '.join(known)}."
+            f"unknown key.{registry.suggest_name(str(path[-1]), known)} Known: {', '.join(known)}."
         )
     if kind == "missing":
         return "missing; this key has no default"

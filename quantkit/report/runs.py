@@ -76,7 +76,9 @@ def sort_runs(runs: Sequence[Run], column: str, *, reverse: bool = False) -> lis
     """By a column: the best first, then those without that figure, then the broken; UsageError for an unknown one."""
     tasks = task_names(runs)
     if column not in (*COLUMNS, *tasks):
-        raise UsageError(f"--sort: {registry.unknown('column', column, (*COLUMNS, *tasks))}")
+        raise UsageError(
+            f"--sort: {registry.format_unknown_name('column', column, (*COLUMNS, *tasks))}"
+        )
 
     def value(run: Run) -> object:
         values = run.values()

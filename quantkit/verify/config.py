@@ -24,7 +24,7 @@ def config_faults(values: Mapping[str, object], found: Found) -> Iterator[str]:
         if entry is not None:
             yield "config.json: quantization_config: expected none, as nothing is quantized"
         return
-    output, checks = registry.format(found.name), registry.checks(found.name)
+    output, checks = registry.get_format(found.name), registry.get_checks(found.name)
     if values.get("tie_word_embeddings") is True and HEAD not in found.kept:
         found = replace(found, kept=(*found.kept, HEAD))
     expected, fault = config_contents(output, found.contents)
@@ -106,12 +106,12 @@ def model_faults(values: Mapping[str, object], found: Found) -> tuple[list[str],
     config = Config(values=plain, where="config.json")
     try:
         model_type = config.text("model_type")
-        if model_type not in registry.names("architectures"):
+        if model_type not in registry.list_names("architectures"):
             return (
                 [],
                 f"no table for model_type {model_type!r}: tensors were not compared with the model's shape",
             )
-        claimed = claim(registry.architecture(model_type), config, found.logical, "config.json")
+        claimed = claim(registry.get_architecture(model_type), config, found.logical, "config.json")
     except (CheckpointError, QuantkitError) as fault:
         return [str(fault)], None
     except (

@@ -192,14 +192,14 @@ def open_sides(path: Path, source: str | None) -> Sides:
     }
     name = format_name(manifest)
     if schemes:
-        registry.require(str(name))
+        registry.check_packages(str(name))
     blocks = {
         name: block for name, block in mapping(manifest, "blocks", path).items() if isinstance(block, Mapping)
     }  # fmt: skip
     return Sides(
         path=path,
         named=model,
-        format=registry.format(str(name)) if schemes else None,
+        format=registry.get_format(str(name)) if schemes else None,
         stored=Checkpoint.open(path),
         source=opened,
         layout=architecture_of(opened.config).layout(opened.config),

@@ -155,7 +155,7 @@ def run_wave(shape: Shape, wave: Wave, routing: Routing, phases: Phases) -> int:
     pairs = shape.tokens * shape.top_k * n / shape.experts  # tokens that this wave's experts see
     with phases.timed("calibrate", pairs * (2 * hidden**2 + 2 * width**2 + 4 * hidden * width)):
         stats = collect_stats(wave, routing, silu, frozenset())
-    judged = min(awq_scales.JUDGES, width)
+    judged = min(awq_scales.SAMPLED_ROWS, width)
     with phases.timed("search", 20 * 2 * n * judged * 2 * hidden**2):
         tried = awq.METHOD.rescale
         assert tried is not None  # AWQ searches scales
@@ -163,19 +163,19 @@ def run_wave(shape: Shape, wave: Wave, routing: Routing, phases: Phases) -> int:
             stats.into.mean_abs.mean(0)
         )  # [experts, hidden] -> [candidates, hidden]
         for weights in (wave.gate, wave.up):
-            scaling.errors(tried, weights, stats.into.gram, scales, shape.scheme)
+            scaling.compute_scale_errors(tried, weights, stats.into.gram, scales, shape.scheme)
     with phases.timed(
         "factorize", n * (2 * hidden**3 + width**3) / 3
     ):  # gate and up each factorize their gram
         for e in range(n):
             for matrix in (stats.into, stats.into, stats.inner):
-                cholesky.feedback(matrix.gram[e])
+                cholesky.factorize_gram(matrix.gram[e])
     return solve_wave(shape, wave, stats, phases)
 
 
 def solve_wave(shape: Shape, wave: Wave, stats: WaveStats, phases: Phases) -> int:
     """Round (which factorizes again) and pack every matrix of a wave; the bytes that were packed."""
-    output, packed = registry.format("awq"), 0
+    output, packed = registry.get_format("awq"), 0
     for e in range(len(wave)):
         for weights, inputs in (
             (wave.gate, stats.into),

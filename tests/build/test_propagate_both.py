@@ -17,7 +17,7 @@ from quantkit.build.expert_ops import Wave, collect_stats
 from quantkit.build.hidden_states import Routing
 from quantkit.build.spool import Spool
 from quantkit.contracts import Experts
-from quantkit.models.layers import tokens_for_expert
+from quantkit.models.layers import select_expert_tokens
 from quantkit.plan.memory import expert_bytes
 
 EXPERTS, HIDDEN, INNER, TOKENS = 3, 32, 16, 90
@@ -59,7 +59,7 @@ def test_crosses_of_experts_are_sums_over_their_tokens(
         mine = (
             torch.arange(TOKENS)
             if e in everyone
-            else tokens_for_expert(routing.index, routing.weight, e)[0]
+            else select_expert_tokens(routing.index, routing.weight, e)[0]
         )
         now, before = x[mine].double(), original[mine].double()
         inner, meant = (

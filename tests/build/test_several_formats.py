@@ -99,11 +99,11 @@ def test_formats_that_would_differ_are_an_error(
     """A format that says it holds the codes and does not is found before anything is sealed."""
     from dataclasses import replace
 
-    lying = replace(registry.format("dense"), holds_codes=True)
+    lying = replace(registry.get_format("dense"), holds_codes=True)
     monkeypatch.setattr(
         registry,
-        "format",
-        lambda name, real=registry.format: lying if name == "dense" else real(name),
+        "get_format",
+        lambda name, real=registry.get_format: lying if name == "dense" else real(name),
     )
     with pytest.raises(NumericsError, match=r"the recipe's formats do not store the same weight"):
         build_all(source, tmp_path / "x", format="[awq, dense]")

@@ -475,7 +475,7 @@ def test_a_damaged_checkpoint(
 def test_an_unknown_family_is_a_matter_of_usage(checkpoint_copy: Path, tmp_path: Path) -> None:
     change_config(checkpoint_copy, model_type="gpt17")
     message = fault(build(tmp_path / "artifact", source__model=checkpoint_copy), 2)
-    assert "'gpt17'" in message and ", ".join(registry.names("architectures")) in message
+    assert "'gpt17'" in message and ", ".join(registry.list_names("architectures")) in message
 
 
 def test_a_family_that_cannot_be_derived_is_told_with_the_reason(

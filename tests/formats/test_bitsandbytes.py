@@ -69,7 +69,7 @@ def solved(weight: Tensor, double_quant: bool = False) -> Quantized:
 def test_golden_words() -> None:
     """FORMATS.md's example: the codebook twice as large, and a row with its largest weights in front."""
     weight = torch.zeros(2, 64)
-    weight[0, :16] = 2 * torch.tensor(codebook.VALUES)
+    weight[0, :16] = 2 * torch.tensor(codebook.CODEBOOK)
     weight[1, :3] = torch.tensor([4, -4, 0.1])
     tensors = nf4.FORMAT.pack(solved(weight.bfloat16().float()), scheme())
     first, second = tensors["weight"].reshape(2, 32).tolist()
@@ -86,7 +86,7 @@ def oracle(weight: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """The nearest of 16 values by trying each, in float64: the weight that is meant, and absmax."""
     blocks = weight.double().numpy().reshape(-1, 64)
     absmax = np.abs(blocks).max(1)
-    values = np.array(codebook.VALUES)
+    values = np.array(codebook.CODEBOOK)
     back = [
         [min(values * a, key=lambda v: abs(v - w)) for w in block]
         for block, a in zip(blocks, absmax)
@@ -99,14 +99,14 @@ def test_codes_are_the_nearest_values() -> None:
     weight = weights(6, 192)
     found, (expected, absmax) = solved(weight), oracle(weight)
     assert np.array_equal(found.scale.numpy(), absmax) and found.zero is None
-    back = np.array(codebook.VALUES)[found.codes.numpy()] * np.repeat(absmax, 64, axis=-1)
+    back = np.array(codebook.CODEBOOK)[found.codes.numpy()] * np.repeat(absmax, 64, axis=-1)
     ours, best = np.abs(back - weight.double().numpy()), np.abs(expected - weight.double().numpy())
     assert (ours <= best + 1e-6 * np.repeat(absmax, 64, axis=-1)).all()
 
 
 def ties() -> Tensor:
     """Weights on every midpoint between two values and one step beside it; tiny, subnormal and huge blocks."""
-    values = torch.tensor(codebook.VALUES)
+    values = torch.tensor(codebook.CODEBOOK)
     middle = (values[1:] + values[:-1]) / 2
     near = [middle, middle.nextafter(torch.tensor(9.0)), middle.nextafter(torch.tensor(-9.0))]
     row = torch.cat([torch.ones(1), *near, torch.zeros(18)])  # [64]
@@ -120,13 +120,15 @@ def test_codes_are_those_of_bitsandbytes(weight: Tensor) -> None:
     """Bit for bit, of matrices and of batches, in more pieces than one."""
     found = solved(weight)
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    assert torch.equal(codebook.pair(found.codes), packed)
+    assert torch.equal(codebook.pack_pairs(found.codes), packed)
     assert torch.equal(found.scale.reshape(-1), state.absmax)
     assert found.codes.shape == weight.shape and found.scale.shape == (
         *weight.shape[:-1],
         weight.shape[-1] // 64,
     )
-    kernel_codes, kernel_absmax = codebook.by_kernel(weight)  # what an accelerator would run
+    kernel_codes, kernel_absmax = codebook.quantize_with_kernel(
+        weight
+    )  # what an accelerator would run
     assert torch.equal(kernel_codes.reshape(weight.shape), found.codes) and torch.equal(
         kernel_absmax, state.absmax
     )
@@ -206,7 +208,7 @@ def test_double_quantization_loses_little() -> None:
     state = json.loads(bytes(tensors[nf4.STATE].tolist()))
     scale = tensors["weight.nested_quant_map"][tensors["weight.absmax"].long()]
     scale = scale * tensors["weight.nested_absmax"].repeat_interleave(256) + state["nested_offset"]
-    expected = torch.tensor(codebook.VALUES)[solved(weight).codes.long()] * scale.reshape(
+    expected = torch.tensor(codebook.CODEBOOK)[solved(weight).codes.long()] * scale.reshape(
         256, 8
     ).repeat_interleave(64, 1)
     assert torch.allclose(nf4.FORMAT.dequantize(tensors, scheme(True)), expected, rtol=1e-6)
@@ -222,7 +224,9 @@ def test_the_state_has_its_planned_length_whatever_the_offset(offset: float) -> 
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 70_000])
 def test_the_mean_of_scales(count: int) -> None:
     values = torch.rand(count, generator=torch.Generator().manual_seed(count)) * 0.1
-    assert float(codebook.mean(values)) == pytest.approx(float(values.double().mean()), rel=1e-7)
+    assert float(codebook.compute_mean(values)) == pytest.approx(
+        float(values.double().mean()), rel=1e-7
+    )
 
 
 def test_threads_change_no_byte() -> None:
@@ -312,10 +316,10 @@ def test_what_cannot_be_loaded_is_refused(one: Linear, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in registry.names("formats") if name != "bitsandbytes"]
+    "name", [name for name in registry.list_names("formats") if name != "bitsandbytes"]
 )
 def test_no_other_format_holds_nf4(name: str) -> None:
-    assert "use format bitsandbytes" in str(registry.format(name).accepts(scheme(), linear()))
+    assert "use format bitsandbytes" in str(registry.get_format(name).accepts(scheme(), linear()))
 
 
 KEYS = {"quantize": "{method: nf4}", "format": "bitsandbytes", "calibration": "null"}

@@ -24,7 +24,7 @@ from quantkit.contracts import Config
 from quantkit.errors import NumericsError, RecipeError
 from quantkit.io import package_data
 from quantkit.models import full_model
-from quantkit.models.layers import meta_model
+from quantkit.models.layers import make_meta_model
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan, SourceFacts
 from quantkit.recipe.parse import parse
@@ -197,9 +197,11 @@ def test_the_demo_in_fp8_end_to_end(tmp_path: Path) -> None:
     for weight in theirs.parameters():
         weight.data = weight.data.float() if weight.dtype == torch.bfloat16 else weight.data
     opened = Checkpoint.open(source)
-    bones = meta_model(opened.config, torch.device("cpu"), torch.float32)
-    original = full_model.model(
-        bones, registry.architecture("deepseek_v3").layout(opened.config), full_model.reader(opened)
+    bones = make_meta_model(opened.config, torch.device("cpu"), torch.float32)
+    original = full_model.make_model(
+        bones,
+        registry.get_architecture("deepseek_v3").layout(opened.config),
+        full_model.make_reader(opened),
     )
     tokenizer = AutoTokenizer.from_pretrained(outcome.path)
     lines = (

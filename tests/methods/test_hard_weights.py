@@ -250,17 +250,22 @@ def test_errors_of_any_magnitude() -> None:
     """A power of two in all weights changes no figure, and no figure of ordinary weights changed."""
     weight = torch.randn(3, 8, 128, generator=torch.Generator().manual_seed(0))
     near, inputs = (weight * 8).round() / 8, torch.eye(128)
-    sqnr, lost = gram.sqnr_db(weight, near), gram.relative_error(weight, near, inputs)
+    sqnr, lost = (
+        gram.compute_sqnr_db(weight, near),
+        gram.compute_relative_error(weight, near, inputs),
+    )
     for exponent in (-100, 100):
         factor = 2.0**exponent
-        assert torch.equal(gram.relative_error(weight * factor, near * factor, inputs), lost)
-        assert torch.allclose(gram.sqnr_db(weight * factor, near * factor), sqnr)
+        assert torch.equal(
+            gram.compute_relative_error(weight * factor, near * factor, inputs), lost
+        )
+        assert torch.allclose(gram.compute_sqnr_db(weight * factor, near * factor), sqnr)
     tiny = torch.full((8, 128), 1e-40)
     assert (
-        float(gram.sqnr_db(tiny, tiny * 0)) == 0.0
-        and float(gram.relative_error(tiny, tiny * 0, inputs)) == 1.0
+        float(gram.compute_sqnr_db(tiny, tiny * 0)) == 0.0
+        and float(gram.compute_relative_error(tiny, tiny * 0, inputs)) == 1.0
     )
-    assert float(gram.relative_error(tiny * 0, tiny * 0, inputs)) == 0.0
+    assert float(gram.compute_relative_error(tiny * 0, tiny * 0, inputs)) == 0.0
 
 
 @pytest.mark.parametrize("method", ["awq", "awq+gptq", "gptq"])

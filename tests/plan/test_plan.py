@@ -539,7 +539,7 @@ def test_an_announced_mtp_layer_that_is_not_stored() -> None:
     """Common in re-uploads: left out with a warning, and engines are not told to look for it."""
     stored = {
         n: s
-        for n, s in specs_of(registry.architecture("deepseek_v3").tiny).items()
+        for n, s in specs_of(registry.get_architecture("deepseek_v3").tiny).items()
         if ".layers.2." not in n
     }
     plan = plan_of(specs=stored)
@@ -568,7 +568,7 @@ def test_tied_embeddings_have_no_head() -> None:
 
 
 def test_missing_unclaimed_and_misshaped_tensors_are_told_together() -> None:
-    specs = specs_of(registry.architecture("llama").tiny)
+    specs = specs_of(registry.get_architecture("llama").tiny)
     del specs["model.norm.weight"]
     specs["model.layers.9.extra"] = TensorSpec(
         name="model.layers.9.extra", dtype="BF16", shape=(3,)
@@ -594,7 +594,7 @@ def test_many_faults_of_a_checkpoint_are_counted() -> None:
 def test_tensors_no_engine_reads_are_dropped_and_told() -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     specs = {
-        **specs_of(registry.architecture("llama").tiny),
+        **specs_of(registry.get_architecture("llama").tiny),
         name: TensorSpec(name=name, dtype="F32", shape=(16,)),
     }
     plan = plan_of("llama", specs=specs)
@@ -617,7 +617,7 @@ def test_tensors_no_engine_reads_are_dropped_and_told() -> None:
     ],
 )
 def test_a_source_that_is_quantized_otherwise(entry: object, sentence: str) -> None:
-    specs = specs_of(registry.architecture("llama").tiny)
+    specs = specs_of(registry.get_architecture("llama").tiny)
     with pytest.raises(CheckpointError) as caught:
         plan_of("llama", specs=specs, config={"quantization_config": entry})
     assert sentence in str(caught.value)

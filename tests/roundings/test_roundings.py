@@ -25,7 +25,7 @@ from quantkit.plan.decisions import Decision
 from quantkit.recipe.parse import parse
 from quantkit.recipe.schema import Quantize
 
-SOLVE = registry.method("awq").solve
+SOLVE = registry.get_method("awq").solve
 
 DOWNWARD = """
 from quantkit.contracts import Quantized, RoundedWeight, Rounding
@@ -43,9 +43,9 @@ ROUNDING = Rounding(round_weight=round_weight, needs_stats=NEEDS_STATS)
 """A rounding that stores the code below the method's."""
 
 
-@pytest.fixture(params=registry.names("roundings"))
+@pytest.fixture(params=registry.list_names("roundings"))
 def rounding(request: pytest.FixtureRequest) -> Rounding:
-    return registry.rounding(request.param)
+    return registry.get_rounding(request.param)
 
 
 def make_scheme(bits: int = 4, group_size: int = 32, symmetric: bool = False) -> Scheme:
@@ -110,17 +110,18 @@ def test_error_under_the_gram_is_at_most_that_of_rtn(rounding: Rounding) -> None
     weight, stats = make_problem(2, 32, 128, seed=1)
     for bits in (3, 4):
         scheme = make_scheme(bits, 64)
-        plain = registry.method("rtn").solve(weight, None, scheme)
+        plain = registry.get_method("rtn").solve(weight, None, scheme)
         rounded = rounding.round_weight(weight, stats, scheme, SOLVE).quantized
         errors, baseline = (
-            gram.error(affine.dequantize(q, scheme) - weight, stats.gram) for q in (rounded, plain)
+            gram.compute_error(affine.dequantize(q, scheme) - weight, stats.gram)
+            for q in (rounded, plain)
         )
         assert bool((errors <= 1.001 * baseline).all())
 
 
 def test_missing_statistics_raise_or_give_the_methods_codes(rounding: Rounding) -> None:
     weight, _ = make_problem(8, 64)
-    solve = registry.method("rtn").solve
+    solve = registry.get_method("rtn").solve
     if rounding.needs_stats:
         with pytest.raises(NumericsError, match="use method rtn"):
             rounding.round_weight(weight, None, make_scheme(), solve)
@@ -130,14 +131,14 @@ def test_missing_statistics_raise_or_give_the_methods_codes(rounding: Rounding) 
 
 
 def test_fallback_rounding_needs_no_statistics() -> None:
-    assert FALLBACK_ROUNDING in registry.names("roundings")
-    assert not registry.rounding(FALLBACK_ROUNDING).needs_stats
+    assert FALLBACK_ROUNDING in registry.list_names("roundings")
+    assert not registry.get_rounding(FALLBACK_ROUNDING).needs_stats
     assert Quantize().rounding == FALLBACK_ROUNDING
 
 
 def test_unknown_rounding_is_rejected_with_the_nearest_name() -> None:
     with pytest.raises(UsageError) as caught:
-        registry.rounding("gptq_onse")
+        registry.get_rounding("gptq_onse")
     assert str(caught.value) == (
         "no rounding named 'gptq_onse'. Did you mean 'gptq_once'? Known: gptq, gptq_once, nearest."
     )
@@ -158,7 +159,7 @@ def test_new_rounding_is_one_file(
     (tmp_path / "downward.py").write_text(text, encoding="utf-8")
     monkeypatch.setattr(roundings, "__path__", [*roundings.__path__, str(tmp_path)])
     monkeypatch.delitem(sys.modules, "quantkit.roundings.downward", raising=False)
-    assert "downward" in registry.names("roundings")
+    assert "downward" in registry.list_names("roundings")
     assert Quantize(method="awq", rounding="downward").rounding == "downward"
 
     weight, stats = make_problem(8, 64)
@@ -180,7 +181,7 @@ def test_new_rounding_is_one_file(
         for s in (stats, None)
     ]
     with_stats, without = (
-        quantize_group([request], (registry.format("dense"),))[0] for request in requests
+        quantize_group([request], (registry.get_format("dense"),))[0] for request in requests
     )
     nearest = SOLVE(weight, stats, make_scheme())
     below = Quantized(

@@ -145,9 +145,9 @@ def transformers_model(values: dict[str, object]) -> transformers.PreTrainedMode
         return transformers.AutoModelForCausalLM.from_config(config)
 
 
-@pytest.mark.parametrize("family", registry.names("architectures"))
+@pytest.mark.parametrize("family", registry.list_names("architectures"))
 def test_parameters_are_those_of_transformers_own_modules(family: str, tmp_path: Path) -> None:
-    values = dict(registry.architecture(family).tiny)
+    values = dict(registry.get_architecture(family).tiny)
     model = config_model(written(tmp_path / "config.json", values))
     assert model.weights.parameters == sum(
         p.numel() for p in transformers_model(values).parameters()
@@ -203,7 +203,7 @@ def test_the_cache_is_as_large_as_transformers_own(changes: dict[str, object]) -
     family = str(changes["model_type"])
     tiny = {
         key: value
-        for key, value in registry.architecture(family).tiny.items()
+        for key, value in registry.get_architecture(family).tiny.items()
         if key != "sliding_window"
     }
     values = {**tiny, **changes}
@@ -223,7 +223,7 @@ def test_the_cache_is_as_large_as_transformers_own(changes: dict[str, object]) -
 def test_layer_types_say_which_layers_have_windows() -> None:
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     values = {
-        **registry.architecture("llama").tiny, "num_hidden_layers": 3, "layer_types": types, "sliding_window": 16,
+        **registry.get_architecture("llama").tiny, "num_hidden_layers": 3, "layer_types": types, "sliding_window": 16,
     }  # fmt: skip
     assert [layer.window for layer in attentions(Config(values=values))] == [16, None, 16]
     with pytest.raises(CheckpointError, match="expected 2 entries, found 3"):
@@ -286,11 +286,11 @@ def test_degrees_that_heads_groups_and_widths_allow(v3: Model) -> None:
     assert degree_fault(smollm, 3) is None and degree_fault(smollm, 2) is not None
 
 
-@pytest.mark.parametrize("family", registry.names("architectures"))
+@pytest.mark.parametrize("family", registry.list_names("architectures"))
 def test_one_rank_is_always_allowed(family: str, tmp_path: Path) -> None:
     """Also where FP8 blocks end in the middle of a block: 576 rows in blocks of 128."""
     values = {
-        **registry.architecture(family).tiny, "num_attention_heads": 9, "num_key_value_heads": 9, "head_dim": 64,
+        **registry.get_architecture(family).tiny, "num_attention_heads": 9, "num_key_value_heads": 9, "head_dim": 64,
         "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     }  # fmt: skip
     model = config_model(written(tmp_path / "config.json", values))

@@ -23,7 +23,7 @@ BLOCK = 128
 
 def tiny_config(model_type: str, **changes: object) -> dict[str, object]:
     """The TINY config of an architecture, with changes."""
-    return {**registry.architecture(model_type).tiny, **changes}
+    return {**registry.get_architecture(model_type).tiny, **changes}
 
 
 def write_checkpoint(
@@ -32,7 +32,7 @@ def write_checkpoint(
     """Random weights for every tensor the architecture claims, with tiny-v3's tokenizer (768 tokens)."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
-    layout = registry.architecture(str(config["model_type"])).layout(Config(values=config))
+    layout = registry.get_architecture(str(config["model_type"])).layout(Config(values=config))
     fp8_names = (
         {f"{x.name}.weight" for x in layout.linears if x.role in STORED_AS_FP8} if fp8 else set()
     )

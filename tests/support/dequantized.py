@@ -13,7 +13,7 @@ from quantkit.artifact.load_model import stored_as
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Layout
 from quantkit.models import full_model
-from quantkit.models.layers import meta_model
+from quantkit.models.layers import make_meta_model
 from quantkit.plan.plan import architecture_of
 
 
@@ -26,7 +26,7 @@ class Stored:
 
     checkpoint: Checkpoint
     layout: Layout
-    read: full_model.Read
+    read: full_model.TensorReader
     quantized: frozenset[str]
 
     @staticmethod
@@ -37,11 +37,11 @@ class Stored:
         return Stored(
             checkpoint=checkpoint,
             layout=architecture_of(checkpoint.config).layout(checkpoint.config),
-            read=full_model.reader(checkpoint, name, schemes),
+            read=full_model.make_reader(checkpoint, name, schemes),
             quantized=frozenset(schemes),
         )
 
     def model(self) -> Any:
         """The model of transformers with these weights, in float32."""
-        bones = meta_model(self.checkpoint.config, torch.device("cpu"), torch.float32)
-        return full_model.model(bones, self.layout, self.read)
+        bones = make_meta_model(self.checkpoint.config, torch.device("cpu"), torch.float32)
+        return full_model.make_model(bones, self.layout, self.read)

@@ -14,7 +14,7 @@ from quantkit.recipe.parse import parse
 def specs_of(config: Mapping[str, object]) -> dict[str, TensorSpec]:
     """The headers of a checkpoint with this config."""
     values = Config(values=config)
-    return expected(registry.architecture(values.text("model_type")).layout(values), values)
+    return expected(registry.get_architecture(values.text("model_type")).layout(values), values)
 
 
 def plan_of(
@@ -26,7 +26,7 @@ def plan_of(
     **keys: str,
 ) -> Plan:
     """The plan for a random checkpoint of a TINY config; keyword arguments are keys of the recipe."""
-    values = {**registry.architecture(model_type).tiny, **config}
+    values = {**registry.get_architecture(model_type).tiny, **config}
     lines = {
         "version": "1",
         "source": "{model: org/name}",

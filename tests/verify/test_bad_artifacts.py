@@ -1007,10 +1007,10 @@ def test_the_command_line_refuses_with_one_message(bad: Callable[[str], Path]) -
     ]
 
 
-@pytest.mark.parametrize("name", registry.names("formats"))
+@pytest.mark.parametrize("name", registry.list_names("formats"))
 def test_every_format_says_what_its_numbers_must_be(name: str) -> None:
-    assert registry.checks(name).shape({}, None, lambda _: b"") is None  # type: ignore[arg-type]  # nothing to look at
+    assert registry.get_checks(name).shape({}, None, lambda _: b"") is None  # type: ignore[arg-type]  # nothing to look at
 
 
 def test_the_codebook_without_torch_is_that_of_the_numerics() -> None:
-    assert NF4_VALUES == nf4.VALUES
+    assert NF4_VALUES == nf4.CODEBOOK

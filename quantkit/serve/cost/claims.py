@@ -38,7 +38,7 @@ def checked(found: Assumptions, made: Figures, name: str) -> list[Claim]:
     unknown = [key for key in found.claimed if key not in made]
     if unknown:
         raise RecipeError([
-            f"{name}: claimed.{key}: {registry.unknown('figure', key, tuple(made))}"
+            f"{name}: claimed.{key}: {registry.format_unknown_name('figure', key, tuple(made))}"
             for key in unknown
         ])
     return [

@@ -72,11 +72,11 @@ def artifact_target(path: Path, model: Model) -> Target:
     """An artifact of quantkit: its manifest says the format, its report which engines read what is in it."""
     manifest = read_manifest(path)
     name = str(manifest.get("format") or by_config(model.config.values.get("quantization_config")))
-    if name not in registry.names("formats"):
+    if name not in registry.list_names("formats"):
         raise ArtifactError(
-            f"{path / MANIFEST}: {registry.unknown('format', name, registry.names('formats'))}"
+            f"{path / MANIFEST}: {registry.format_unknown_name('format', name, registry.list_names('formats'))}"
         )
-    engines = dict(registry.format(name).engines)
+    engines = dict(registry.get_format(name).engines)
     served = told_engines(path)
     why = "its report names the engines that load what is quantized here, and not this one"
     refused = {engine: why for engine in engines if served is not None and engine not in served}

@@ -117,7 +117,7 @@ class GpuCatalog(BaseModel):
             sold = f"{key} {card.memory_gb.value:g}"
             if wanted in map(_folded, (key, sold, f"{sold} GB", card.name, card.short)):
                 return card
-        raise UsageError(f"--gpu: {registry.unknown('card', name, tuple(self.cards))}")
+        raise UsageError(f"--gpu: {registry.format_unknown_name('card', name, tuple(self.cards))}")
 
 
 def _folded(name: str) -> str:

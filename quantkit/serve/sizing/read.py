@@ -112,7 +112,7 @@ def planned_by_config(config: Config, name: str) -> Model:
 
 def tabled(config: Config) -> bool:
     """Whether the family has a table in architectures/."""
-    return config.text("model_type") in registry.names("architectures")
+    return config.text("model_type") in registry.list_names("architectures")
 
 
 def unknown(

@@ -227,7 +227,7 @@ def config(folder: Path) -> object:
     from quantkit.plan.plan import SourceFacts
 
     found = read_config(folder)
-    registry.architecture(
+    registry.get_architecture(
         found.text("model_type")
     )  # others are derived from transformers in seconds, not read
     facts = SourceFacts(
@@ -254,8 +254,11 @@ def configs() -> tuple[bytes, ...]:
     """The tiny config of every family with a table."""
     from quantkit import registry
 
-    names = registry.names("architectures")
-    return (as_bytes(LLAMA), *(as_bytes({**registry.architecture(name).tiny}) for name in names))
+    names = registry.list_names("architectures")
+    return (
+        as_bytes(LLAMA),
+        *(as_bytes({**registry.get_architecture(name).tiny}) for name in names),
+    )
 
 
 @target(
