@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 from quantkit import architectures, formats, methods, roundings
 from quantkit.contracts import Architecture, Format, Method, Rounding
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.formats.common.checks import Checks
+from quantkit.formats.common.checks import FormatChecks
 
 Kind = Literal["methods", "roundings", "formats", "architectures"]
 
@@ -52,9 +52,9 @@ def get_format(name: str) -> Format:
     return _load_plugin("formats", name, "FORMAT", Format)
 
 
-def get_checks(format_name: str) -> Checks:
+def get_checks(format_name: str) -> FormatChecks:
     """What `quantkit verify` must know of the format in formats/<name>.py; UsageError when there is none."""
-    return _load_plugin("formats", format_name, "CHECKS", Checks)
+    return _load_plugin("formats", format_name, "CHECKS", FormatChecks)
 
 
 def get_architecture(model_type: str) -> Architecture:

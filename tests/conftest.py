@@ -13,7 +13,7 @@ import pytest
 from support.constants import CHROMIUM, FAST
 
 from quantkit.evaluate.sandbox.sandbox import Sandbox, probe
-from quantkit.io.package_data import folder
+from quantkit.io.package_data import locate_folder
 
 if TYPE_CHECKING:
     from support.places.here import Place
@@ -27,12 +27,12 @@ signal.signal(
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sealed artifact of tiny-v3 that nobody may change; `artifact` is a copy for those who do."""
     from quantkit import pipeline
-    from quantkit.recipe.parse import parse
+    from quantkit.recipe.parse import parse_recipe
 
     path = tmp_path_factory.mktemp("built") / "tiny"
-    text = (folder("recipes") / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
-    recipe = parse(text, "tiny-v3-awq4.yaml", {**FAST, "output.path": str(path)})
-    pipeline.run(
+    text = (locate_folder("recipes") / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
+    recipe = parse_recipe(text, "tiny-v3-awq4.yaml", {**FAST, "output.path": str(path)})
+    pipeline.build_artifacts(
         recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None
     )
     return path

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 
 from quantkit import contracts, registry
-from quantkit.artifact.layout import mapping, read_manifest
+from quantkit.artifact.layout import get_section, read_manifest
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Layout, Linear, Scheme
 from quantkit.errors import ArtifactError, UsageError
@@ -33,7 +33,7 @@ from quantkit.models.layers import (
     select_expert_tokens,
 )
 from quantkit.numerics import nf4 as codebook
-from quantkit.plan.plan import architecture_of
+from quantkit.plan.plan import load_architecture
 
 DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -44,7 +44,7 @@ CPU_ROWS = 32
 """bitsandbytes' bfloat16 kernel for CPUs works on so many rows of a weight at once."""
 
 
-def load(folder: str | Path, *, device: str | None = None, dtype: str | None = None) -> Any:
+def load_model(folder: str | Path, *, device: str | None = None, dtype: str | None = None) -> Any:
     """The artifact in `folder` as a transformers causal language model in eval mode.
 
     device: "cpu", "cuda", ...; None takes a GPU where there is one. dtype: "bfloat16", "float16" or "float32", what the
@@ -53,7 +53,7 @@ def load(folder: str | Path, *, device: str | None = None, dtype: str | None = N
     """
     path = Path(folder)
     manifest, checkpoint = read_manifest(path), Checkpoint.open(path)
-    format_name, schemes = stored_as(manifest, checkpoint, path)
+    format_name, schemes = read_schemes(manifest, checkpoint, path)
     config = checkpoint.config
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     named = dtype or str(
@@ -61,8 +61,8 @@ def load(folder: str | Path, *, device: str | None = None, dtype: str | None = N
     )
     if named not in DTYPES:
         raise UsageError(f"dtype: expected {', '.join(DTYPES)}, found {named!r}; name one of them")
-    bones = make_meta_model(config, chosen_device(where), DTYPES[named])
-    layout = architecture_of(config).layout(config)
+    bones = make_meta_model(config, get_device(where), DTYPES[named])
+    layout = load_architecture(config).layout(config)
     if format_name == "bitsandbytes":
         model = packed_model(bones, layout, checkpoint, schemes)
     else:
@@ -70,11 +70,11 @@ def load(folder: str | Path, *, device: str | None = None, dtype: str | None = N
             bones, layout, full_model.make_reader(checkpoint, format_name, schemes)
         )
     if (path / "generation_config.json").is_file():
-        model.generation_config = generation_config(path / "generation_config.json")
+        model.generation_config = read_generation_config(path / "generation_config.json")
     return model
 
 
-def generation_config(path: Path) -> Any:
+def read_generation_config(path: Path) -> Any:
     """The settings in a generation_config.json; ArtifactError for one that transformers refuses."""
     values = dict(read_json(path, ArtifactError))
     try:
@@ -90,7 +90,7 @@ def generation_config(path: Path) -> Any:
         ) from fault
 
 
-def chosen_device(name: str) -> torch.device:
+def get_device(name: str) -> torch.device:
     """The device of that name; UsageError when it is not here."""
     try:
         device = torch.device(name)
@@ -102,7 +102,7 @@ def chosen_device(name: str) -> torch.device:
     return device
 
 
-def stored_as(
+def read_schemes(
     manifest: Mapping[str, object], checkpoint: Checkpoint, path: Path
 ) -> tuple[str | None, dict[str, Scheme]]:
     """The format of the packed linears, None where there are none, and the scheme of each by the manifest."""
@@ -112,7 +112,7 @@ def stored_as(
     name = str(manifest.get("format") or format_told(entry))
     registry.check_packages(name)
     try:
-        modules = mapping(manifest, "modules", path)
+        modules = get_section(manifest, "modules", path)
         return name, {module: Scheme(**values["scheme"]) for module, values in modules.items()}  # type: ignore[index]
     except (KeyError, TypeError) as fault:
         raise ArtifactError(
@@ -170,16 +170,16 @@ def linear4bit(
 ) -> nn.Module:
     """One linear as stored. Its bias comes with the rest of the model."""
     bitsandbytes = codebook.import_bitsandbytes("nn")
-    names = [spec.name for spec in nf4.layout(linear, scheme)]
+    names = [spec.name for spec in nf4.list_tensors(linear, scheme)]
     missing = [name for name in names if name not in checkpoint.specs]
     if missing:
         raise ArtifactError(
-            f"{checkpoint.folder}: tensor {missing[0]}: expected, found none; {nf4.AGAIN}"
+            f"{checkpoint.folder}: tensor {missing[0]}: expected, found none; {nf4.REPAIR_HINT}"
         )
     tensors = {
         name.removeprefix(f"{linear.name}."): part for name, part in checkpoint.read(names).items()
     }
-    state = nf4.quant_state(tensors, scheme)
+    state = nf4.extract_quant_state(tensors, scheme)
     with torch.device("meta"):
         module = bitsandbytes.Linear4bit(
             linear.in_features,

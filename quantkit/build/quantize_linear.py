@@ -116,12 +116,12 @@ def quantize_group(
             )
         except NumericsError as fault:
             raise NumericsError(f"{first.decision.linear.name}: {fault}") from fault
-        for index, part in zip(indices, split(rounded.quantized, rows), strict=True):
+        for index, part in zip(indices, split_quantized(rounded.quantized, rows), strict=True):
             found[index] = pack_and_measure(asked[index], part, rounded.fallbacks, outputs)
     return [found[index] for index in range(len(asked))]
 
 
-def split(quantized: Quantized, rows: Sequence[int]) -> list[Quantized]:
+def split_quantized(quantized: Quantized, rows: Sequence[int]) -> list[Quantized]:
     """Codes of matrices that lie one under the other, matrix by matrix."""
     codes, scales = quantized.codes.split(list(rows)), quantized.scale.split(list(rows))
     zeros = [None] * len(rows) if quantized.zero is None else quantized.zero.split(list(rows))
@@ -163,7 +163,7 @@ def pack_and_measure(
         output_error=output_error,
         tokens=asked.tokens,
         rescaled=asked.rescaled,
-        fallbacks=asked.fallbacks + found + found_fallbacks(quantized, scheme),
+        fallbacks=asked.fallbacks + found + find_fallbacks(quantized, scheme),
     )
     name = decision.linear.name
     named = tuple(
@@ -180,7 +180,7 @@ def compute_codes(
     return registry.get_rounding(rounding).round_weight(weight, stats, scheme, solve)
 
 
-def found_fallbacks(quantized: Quantized, scheme: Scheme) -> tuple[str, ...]:
+def find_fallbacks(quantized: Quantized, scheme: Scheme) -> tuple[str, ...]:
     """Fallbacks that the rounding itself met in some group."""
     met = (
         nf4.count_fallbacks(quantized)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from quantkit.artifact.fidelity_schema import Benchmark, Likelihood, Text
-from quantkit.diff.sides import HASHES, Key, Side
+from quantkit.artifact.fidelity_schema import BenchmarkResult, LikelihoodResult, TextSet
+from quantkit.diff.sides import HASHES, ItemKey, Side
 
-Asked = Benchmark | Likelihood
+Asked = BenchmarkResult | LikelihoodResult
 """What a task gave: generated answers, or the likelihood of its gold solutions."""
 
 BASELINE_NOISE = 1e-6
@@ -41,7 +41,7 @@ def comparable(a: Side, b: Side) -> Comparable:
     return Comparable(source=_source(a, b), text=_text(a, b), tasks=_tasks(a, b))
 
 
-def same_text(first: Text | None, second: Text | None) -> bool:
+def same_text(first: TextSet | None, second: TextSet | None) -> bool:
     """Whether the same tokens were cut from the same file."""
     parts = ("sha256", "sequences", "length", "tokens", "seed")
     return (
@@ -126,7 +126,7 @@ def _tasks(a: Side, b: Side) -> dict[str, str]:
 _WORDS = dict(zip(HASHES, ("the item itself", "the prompt", "the expected answer"), strict=True))
 
 
-def _changed_items(a: Side, b: Side) -> list[tuple[Key, str]]:
+def _changed_items(a: Side, b: Side) -> list[tuple[ItemKey, str]]:
     """Items that both were asked and that are not the same, with the hash that says so: the prompt first."""
     first, second = a.items or {}, b.items or {}
     order = ("prompt_hash", "doc_hash", "target_hash")

@@ -24,25 +24,25 @@ from pydantic import (
 
 from quantkit import registry
 from quantkit.contracts import FALLBACK_ROUNDING
-from quantkit.io.owned_dirs import own_folder
+from quantkit.io.owned_dirs import validate_folder
 from quantkit.recipe import patterns
-from quantkit.recipe.yaml_document import Document, shown
+from quantkit.recipe.yaml_document import YamlDocument, shown
 
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-POOLED: tuple[str, ...] = (
+POOLED_FIGURES: tuple[str, ...] = (
     "kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "ppl_source", "ppl_artifact", "ppl_ratio", "top1",
     "mean_delta_p", "rms_delta_p",
 )  # fmt: skip
 """Figures of the fidelity text: over all of it, or with "@math" behind the name over one of its domains."""
 
 FIGURES: tuple[str, ...] = (
-    *POOLED, "router_agreement", "block_error", "module_error", "module_output_error", "experts_uncalibrated",
+    *POOLED_FIGURES, "router_agreement", "block_error", "module_error", "module_output_error", "experts_uncalibrated",
     "fallbacks", "lost_items", "bits_per_weight", "size", "likelihood",
 )  # fmt: skip
 """What a gate may bound with min or max; a task of evaluation.tasks takes the others. report.gates reads them."""
 
-MEASURED = frozenset({*POOLED, "router_agreement", "block_error", "likelihood"})
+MEASURED = frozenset({*POOLED_FIGURES, "router_agreement", "block_error", "likelihood"})
 """Those that come from the streams behind the fidelity text."""
 
 _UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -291,7 +291,7 @@ class Output(BaseModel):
     """The artifact."""
 
     model_config = FROZEN
-    path: Annotated[Text, AfterValidator(own_folder)]
+    path: Annotated[Text, AfterValidator(validate_folder)]
     shard_bytes: Size = 5 * 10**9
 
 
@@ -324,7 +324,7 @@ class Recipe(BaseModel):
     mtp: Literal["keep", "quantize", "drop"] = "keep"
     propagate: Literal["quantized", "original", "both"] = "quantized"
     compute: Compute = Compute()
-    _document: Document = PrivateAttr(default=Document(name="recipe", values={}, lines={}))
+    _document: YamlDocument = PrivateAttr(default=YamlDocument(name="recipe", values={}, lines={}))
     _overrides: tuple[tuple[str, str], ...] = PrivateAttr(default=())
 
     @property

@@ -20,7 +20,7 @@ PATTERNS: Mapping[str, str] = {
 }
 
 
-def sentence(path: Path, details: ErrorDetails, known: Sequence[str]) -> str:
+def describe_fault(path: Path, details: ErrorDetails, known: Sequence[str]) -> str:
     """What is wrong with the value at `path`, and what was found; `known`: the keys that may stand beside it."""
     kind, found, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "extra_forbidden":

@@ -21,15 +21,15 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from quantkit.artifact.fidelity_schema import Distribution, Fidelity, Figure
-from quantkit.artifact.layout import MANIFEST, mapping, read_manifest
-from quantkit.artifact.read_report import read_report, read_sealed
+from quantkit.artifact.fidelity_schema import DistributionResult, Fidelity, Figure
+from quantkit.artifact.layout import MANIFEST, get_section, read_manifest
+from quantkit.artifact.read_report import read_report, read_sealed_report
 from quantkit.errors import ArtifactError
 from quantkit.io import user_cache
 from quantkit.io.files import is_file, write_atomic, write_output
 from quantkit.report import card, format_numbers, module_ranges, tables
-from quantkit.report.charts import CONFIG, Plot, charts
-from quantkit.report.samples import Answer, Changed, Samples, read_samples
+from quantkit.report.charts import CONFIG, Plot, make_charts
+from quantkit.report.samples import Answer, ChangedItem, Samples, read_samples
 
 HTML = "quantkit/fidelity.html"
 
@@ -68,7 +68,7 @@ class Shown:
 class Item:
     """A changed item as the page shows it."""
 
-    changed: Changed
+    changed: ChangedItem
     prompt: str
     cut_prompt: int
     source: Shown
@@ -83,8 +83,8 @@ def rebuild(artifact: Path, output: Path | None = None) -> Path:
     """
     files: Mapping[str, object] = {}
     if output is None or is_file(artifact / MANIFEST):
-        files = mapping(read_manifest(artifact), "files", artifact)
-        read_sealed(
+        files = get_section(read_manifest(artifact), "files", artifact)
+        read_sealed_report(
             artifact, absent=(HTML, *(name for name in files if not is_file(artifact / name)))
         )
     content = page(artifact).encode()
@@ -122,11 +122,11 @@ def render(fidelity: Fidelity, samples: Samples) -> str:
         hidden=len(samples.changed) - len(items),
         tables=tables,
         tiles=tiles(fidelity),
-        verdict=card.verdict(fidelity),
+        verdict=card.format_verdict(fidelity),
         intervals=intervals([row.delta_pp for row in fidelity.benchmarks]),
         worst=WORST,
         folded_lines=FOLDED,
-        **drawn(made, charts(fidelity, samples.histogram), ("fidelity.css",)),
+        **drawn(made, make_charts(fidelity, samples.histogram), ("fidelity.css",)),
     )
 
 
@@ -157,8 +157,8 @@ def environment(*, autoescape: bool) -> Environment:
         finalize=visible,
     )
     made.filters |= {
-        "size": format_numbers.size, "parameters": format_numbers.parameters, "count": format_numbers.count, "tone": tone, "json": as_json,
-        "folded": module_ranges.folded,
+        "size": format_numbers.format_size, "parameters": format_numbers.format_parameters, "count": format_numbers.format_count, "tone": tone, "json": as_json,
+        "folded": module_ranges.fold_names,
     }  # fmt: skip
     return made
 
@@ -169,8 +169,8 @@ def library() -> str:
 
     Putting it together takes 1.4 s and 100 MB, so it is kept for the next page.
     """
-    return user_cache.text(
-        user_cache.folder("charts") / f"vega-{version('vl-convert-python')}.js", bundled
+    return user_cache.load_or_make_text(
+        user_cache.locate_folder("charts") / f"vega-{version('vl-convert-python')}.js", bundled
     )
 
 
@@ -223,12 +223,14 @@ def tone(text: str) -> str:
 def tiles(fidelity: Fidelity) -> list[Tile]:
     """The figures that a reader wants first."""
     artifact = fidelity.artifact
-    before = f"from {format_numbers.size(artifact.bytes_source)}"
+    before = f"from {format_numbers.format_size(artifact.bytes_source)}"
     times = artifact.bytes_source / artifact.bytes_artifact if artifact.bytes_artifact else 0.0
     smaller = f", {times:.2f}x smaller" if times > 1 else ""
     found = [
         Tile(
-            label="Size", value=format_numbers.size(artifact.bytes_artifact), note=before + smaller
+            label="Size",
+            value=format_numbers.format_size(artifact.bytes_artifact),
+            note=before + smaller,
         ),
         Tile(
             label="Bits per weight",
@@ -246,15 +248,19 @@ def tiles(fidelity: Fidelity) -> list[Tile]:
     if known:
         worst, task = min(known)
         note = f"{task}, the lowest of {len(known)}" if len(known) > 1 else task
-        found.append(Tile(label="Recovery", value=format_numbers.percent(worst), note=note))
+        found.append(Tile(label="Recovery", value=format_numbers.format_percent(worst), note=note))
     return found
 
 
-def _distribution_tiles(pooled: Distribution) -> list[Tile]:
+def _distribution_tiles(pooled: DistributionResult) -> list[Tile]:
     told = (
-        ("Mean KL", format_numbers.kl(pooled.kl_mean), "nats per token"),
-        ("Perplexity", format_numbers.ratio(pooled.ppl_ratio), "times the source's"),
-        ("Same top token", format_numbers.share(pooled.top1), f"of {pooled.tokens:,} tokens"),
+        ("Mean KL", format_numbers.format_kl(pooled.kl_mean), "nats per token"),
+        ("Perplexity", format_numbers.format_ratio(pooled.ppl_ratio), "times the source's"),
+        (
+            "Same top token",
+            format_numbers.format_share(pooled.top1),
+            f"of {pooled.tokens:,} tokens",
+        ),
     )
     found = []
     for label, text, note in told:
@@ -289,7 +295,7 @@ def _interval(low: float, middle: float, high: float) -> Markup:
     ).format(side, low, high, middle)
 
 
-def shown_items(changed: Sequence[Changed]) -> list[Item]:
+def shown_items(changed: Sequence[ChangedItem]) -> list[Item]:
     """The changed items that the page has room for, each around its first difference."""
     found: list[Item] = []
     room = ITEMS_BYTES

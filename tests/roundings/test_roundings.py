@@ -22,7 +22,7 @@ from quantkit.contracts import (
 from quantkit.errors import NumericsError, UsageError
 from quantkit.numerics import affine, gram
 from quantkit.plan.decisions import Decision
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 from quantkit.recipe.schema import Quantize
 
 SOLVE = registry.get_method("awq").solve
@@ -143,7 +143,7 @@ def test_unknown_rounding_is_rejected_with_the_nearest_name() -> None:
         "no rounding named 'gptq_onse'. Did you mean 'gptq_once'? Known: gptq, gptq_once, nearest."
     )
     with pytest.raises(UsageError, match=r"no rounding named 'gtpq'\. Did you mean 'gptq'\?"):
-        parse(
+        parse_recipe(
             "version: 1\nsource: {model: m}\nquantize: {rounding: gtpq}\nfidelity: none\n"
             "output: {path: out}\n",
             "recipe.yaml",

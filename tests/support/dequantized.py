@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from quantkit.artifact.layout import read_manifest
-from quantkit.artifact.load_model import stored_as
+from quantkit.artifact.load_model import read_schemes
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Layout
 from quantkit.models import full_model
 from quantkit.models.layers import make_meta_model
-from quantkit.plan.plan import architecture_of
+from quantkit.plan.plan import load_architecture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,10 @@ class Stored:
     def open(artifact: Path) -> Stored:
         """Read the artifact's headers and its description."""
         checkpoint = Checkpoint.open(artifact)
-        name, schemes = stored_as(read_manifest(artifact), checkpoint, artifact)
+        name, schemes = read_schemes(read_manifest(artifact), checkpoint, artifact)
         return Stored(
             checkpoint=checkpoint,
-            layout=architecture_of(checkpoint.config).layout(checkpoint.config),
+            layout=load_architecture(checkpoint.config).layout(checkpoint.config),
             read=full_model.make_reader(checkpoint, name, schemes),
             quantized=frozenset(schemes),
         )

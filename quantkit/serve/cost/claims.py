@@ -33,7 +33,7 @@ class Claim:
         return f"{how}: wrong, {number(max(ratio, 1 / ratio))} times too {'high' if ratio > 1 else 'low'}"
 
 
-def checked(found: Assumptions, made: Figures, name: str) -> list[Claim]:
+def recompute_claims(found: Assumptions, made: Figures, name: str) -> list[Claim]:
     """Every claim with its verdict; RecipeError for a claim about a figure that there is none of."""
     unknown = [key for key in found.claimed if key not in made]
     if unknown:

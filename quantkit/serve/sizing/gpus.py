@@ -124,7 +124,7 @@ def _folded(name: str) -> str:
     return "".join(character for character in name.lower() if character.isalnum())
 
 
-def read_cards() -> GpuCatalog:
+def read_gpus() -> GpuCatalog:
     """The cards that ship with quantkit."""
     from ruamel.yaml import YAML
 
