@@ -40,7 +40,15 @@ from quantkit.recipe.yaml_document import (
 )
 from quantkit.texts.corpus_spec import DOMAINS
 
-__all__ = ["Quantize", "Recipe", "Rule", "apply_overrides", "expand_preset", "parse_gates", "parse_recipe"]
+__all__ = [
+    "Quantize",
+    "Recipe",
+    "Rule",
+    "apply_overrides",
+    "expand_preset",
+    "parse_gates",
+    "parse_recipe",
+]
 
 _RULE_SHAPE = "a rule is {match: PATTERN, quantize: default} or {match: PATTERN, keep: source}, or {preset: NAME}"
 
