@@ -47,7 +47,7 @@ from quantkit.plan import sources
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress, ProgressCallback
 from quantkit.recipe.schema import Recipe
-from quantkit.report import card, gates, html
+from quantkit.report import card, gates, html_page
 from quantkit.report import make as evidence
 from quantkit.report.make import TextName
 from quantkit.texts import corpora
@@ -156,7 +156,7 @@ def build_artifacts(
     for format_name in recipe.format:
         registry.check_packages(format_name)
     clock = StepTimer()
-    located = hub.resolve_model(recipe.source.model, recipe.source.revision)
+    located = hub.locate_model(recipe.source.model, recipe.source.revision)
     source = Checkpoint.open(located.folder)
     texts = tokenize(recipe, located.folder)
     plans = sources.plan_recipe(
@@ -369,7 +369,7 @@ def write_evidence(
         )
     if compared.pairs:
         pairs_to_parquet(compared.pairs, folder / "quantkit" / "samples" / "benchmarks.parquet")
-    write_atomic(folder / html.HTML, html.page(folder).encode())
+    write_atomic(folder / html_page.HTML, html_page.make_page(folder).encode())
 
 
 def write_timings(folder: Path, built: BuiltBlocks, clock: StepTimer) -> None:

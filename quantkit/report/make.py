@@ -250,9 +250,9 @@ def summarize_distribution(measured: Measured) -> tuple[fidelity_schema.Distribu
     found = []
     for domain, figures in measured.summaries().items():
         values = {name: make_figure(estimate) for name, estimate in figures.items()}
-        found.append(
-            fidelity_schema.DistributionResult(domain=domain, tokens=figures["kl_mean"].n, **values)
-        )
+        tokens = figures["kl_mean"].n
+        row = {"domain": domain, "tokens": tokens, **values}
+        found.append(fidelity_schema.DistributionResult.model_validate(row))
     return tuple(found)
 
 

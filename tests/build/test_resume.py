@@ -293,7 +293,9 @@ def test_what_changed_is_named_and_restart_begins_anew(
         build(copy)
     (copy / "model.safetensors").write_bytes(weights)
     with monkeypatch.context() as patch:
-        patch.setattr(session, "versions", lambda plan: {**read_versions(plan), "torch": "0.1"})
+        patch.setattr(
+            session, "read_versions", lambda plan: {**read_versions(plan), "torch": "0.1"}
+        )
         with pytest.raises(UsageError, match=r"another: versions\.torch was '.*', is '0\.1'; "):
             build(copy)
     assert build(copy, memory="3GB") != []

@@ -340,7 +340,7 @@ def test_no_room_is_said_before_anything_is_fetched(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     sent(built, str(tmp_path / "there"))
-    monkeypatch.setattr("quantkit.publish.pull.disk_free", lambda _path: 1_000_000)
+    monkeypatch.setattr("quantkit.publish.pull.get_free_bytes", lambda _path: 1_000_000)
     assert "found 1.0 MB; free some space" in sentence(
         lambda: fetched(str(tmp_path / "there"), tmp_path / "got")
     )
