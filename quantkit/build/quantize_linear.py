@@ -116,8 +116,8 @@ def quantize_group(
             )
         except NumericsError as fault:
             raise NumericsError(f"{first.decision.linear.name}: {fault}") from fault
-        for index, part in zip(indices, split_quantized(quantized, rows), strict=True):
-            found[index] = pack_and_measure(asked[index], part, met, outputs)
+        for index, part in zip(indices, split_quantized(rounded.quantized, rows), strict=True):
+            found[index] = pack_and_measure(asked[index], part, rounded.fallbacks, outputs)
     return [found[index] for index in range(len(asked))]
 
 
@@ -174,13 +174,10 @@ def pack_and_measure(
 
 def compute_codes(
     name: str, rounding: str, weight: Tensor, stats: InputStats | None, scheme: Scheme
-) -> tuple[Quantized, tuple[str, ...]]:
-    """The codes of a method with a rounding, and the fallbacks it took on the way."""
-    if rounding != "nearest":  # whatever the method did to the weight before
-        rounded = gptq.round_weight(weight, stats, scheme, once=rounding == "gptq_once")
-        return rounded.quantized, ("damping-raised",) if rounded.damping_raised else ()
-    method: Method = registry.get_method(name)
-    return method.solve(weight, stats, scheme), ()
+) -> RoundedWeight:
+    """Return the codes of a method with a rounding, and the fallbacks that the rounding took."""
+    solve = registry.get_method(name).solve
+    return registry.get_rounding(rounding).round_weight(weight, stats, scheme, solve)
 
 
 def find_fallbacks(quantized: Quantized, scheme: Scheme) -> tuple[str, ...]:

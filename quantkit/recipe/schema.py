@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from quantkit import registry
+from quantkit.contracts import FALLBACK_ROUNDING
 from quantkit.io.owned_dirs import validate_folder
 from quantkit.recipe import patterns
 from quantkit.recipe.yaml_document import YamlDocument, shown
@@ -186,7 +187,8 @@ class Quantize(BaseModel):
                 "method gptq is a rounding, found rounding: nearest; set rounding: gptq, or method: awq for "
                 "ranges by calibration and codes by plain rounding"
             )
-        if self.rounding != "nearest" and not registry.get_method(self.method).needs_stats:
+        learns = registry.get_rounding(self.rounding).needs_stats
+        if learns and not registry.get_method(self.method).needs_stats:
             raise ValueError(
                 f"rounding {self.rounding} learns from calibration, and method {self.method} does without; set "
                 "rounding: nearest, or method: gptq"
