@@ -156,7 +156,7 @@ def build_artifacts(
     for format_name in recipe.format:
         registry.check_packages(format_name)
     clock = StepTimer()
-    located = hub.locate_model(recipe.source.model, recipe.source.revision)
+    located = hub.resolve_model(recipe.source.model, recipe.source.revision)
     source = Checkpoint.open(located.folder)
     texts = tokenize(recipe, located.folder)
     plans = sources.plan_recipe(

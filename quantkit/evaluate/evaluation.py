@@ -136,7 +136,7 @@ def subject(name: str, backend: BackendName) -> Subject:
             name=name, kind="served", folder=None, hash=hashlib.sha256(name.encode()).hexdigest()
         )
     try:
-        found = hub.locate_model(name).folder
+        found = hub.resolve_model(name).folder
     except HubUnreachable:
         raise
     except CheckpointError as fault:
@@ -156,7 +156,7 @@ def source_of(asked: Subject, given: str) -> Subject:
     told = get_section(read_manifest(asked.folder), "source", asked.folder)
     revision = told.get("revision")
     name = given or str(told.get("model"))
-    folder = hub.locate_model(name, str(revision) if revision and not given else None).folder
+    folder = hub.resolve_model(name, str(revision) if revision and not given else None).folder
     source = Checkpoint.open(folder)
     if source.fingerprint() != told.get("fingerprint"):
         raise EvaluationError(

@@ -172,7 +172,7 @@ def open_sides(path: Path, source: str | None) -> Sides:
     told = get_section(manifest, "source", path)
     model, revision = source or str(told.get("model")), None if source else told.get("revision")
     try:
-        folder = hub.locate_model(model, revision if isinstance(revision, str) else None).folder
+        folder = hub.resolve_model(model, revision if isinstance(revision, str) else None).folder
     except (CheckpointError, UsageError) as fault:
         raise CheckpointError(
             f"{path}: its source {model} cannot be read, and --deep needs it: {fault}"

@@ -136,7 +136,7 @@ def point_at(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def refused(model: str, revision: str | None = None) -> str:
     messages = set()
-    for resolve in (hub.locate_model, hub.read_model_headers):
+    for resolve in (hub.resolve_model, hub.read_model_headers):
         with pytest.raises((CheckpointError, UsageError)) as caught:
             resolve(model, revision)
         messages.add(str(caught.value))
@@ -157,7 +157,7 @@ def test_headers_come_without_weights(fake_hub: FakeHub) -> None:
 
 
 def test_a_model_is_fetched_and_opened(fake_hub: FakeHub) -> None:
-    found = hub.locate_model("org/tiny", "v1")
+    found = hub.resolve_model("org/tiny", "v1")
     assert found.revision == COMMIT
     opened = Checkpoint.open(found.folder)
     assert opened.read(["w"])["w"].tolist() == [[1.0] * 3] * 3
@@ -238,7 +238,7 @@ def test_a_server_without_ranges_is_refused(fake_hub: FakeHub) -> None:
 
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     point_at("http://127.0.0.1:9", tmp_path, monkeypatch)
-    for resolve in (hub.locate_model, hub.read_model_headers):
+    for resolve in (hub.resolve_model, hub.read_model_headers):
         with pytest.raises(CheckpointError) as caught:
             resolve("org/tiny")
         message = str(caught.value)
@@ -260,10 +260,10 @@ def test_models_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text("{}")
     (tmp_path / "m" / "model.safetensors").write_bytes(save({"a": torch.zeros(2)}))
-    assert hub.locate_model(str(tmp_path / "m")) == hub.Source(folder=tmp_path / "m", revision=None)
+    assert hub.resolve_model(str(tmp_path / "m")) == hub.Source(folder=tmp_path / "m", revision=None)
     assert hub.read_model_headers(str(tmp_path / "m")).specs["a"].shape == (2,)
     monkeypatch.chdir(tmp_path)
-    assert hub.locate_model("m").folder == tmp_path / "m"
+    assert hub.resolve_model("m").folder == tmp_path / "m"
     assert refused(f"{tmp_path}/m", "v1") == (
         f"source.revision: expected none for a model on this machine ({tmp_path}/m), found 'v1'; remove it"
     )
