@@ -27,10 +27,9 @@ from quantkit.build.quantize_linear import select_expert_stats
 from quantkit.build.spool import Spool
 from quantkit.checkpoint import fp8
 from quantkit.contracts import Experts, Linear, Scheme
-from quantkit.methods import awq, gptq
+from quantkit.methods import awq
 from quantkit.models import scaling
-from quantkit.numerics import awq_scales, coordinate_descent
-from quantkit.numerics import gptq as rounding
+from quantkit.numerics import awq_scales, cholesky, coordinate_descent, gptq
 from quantkit.plan.memory import BATCH_TOKENS, estimate_expert_bytes, estimate_solve_bytes
 
 BLOCKS = 58
