@@ -73,7 +73,7 @@ TINY = Shape(experts=5, top_k=2, hidden=256, intermediate=128, tokens=2000, grou
 
 @dataclass(kw_only=True)
 class Phases:
-    """Seconds and leading floating-point operations (or bytes) of each phase, summed over slices."""
+    """Seconds and leading operations (or bytes) of each phase, summed over slices."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
@@ -170,7 +170,7 @@ def run_slice(shape: Shape, wave: ExpertSlice, routing: Routing, phases: Phases)
     ):  # gate and up each factorize their gram
         for e in range(n):
             for matrix in (stats.into, stats.into, stats.inner):
-                rounding.feedback(matrix.gram[e])
+                cholesky.factorize_gram(matrix.gram[e])
     return round_slice(shape, wave, stats, phases)
 
 
@@ -188,7 +188,7 @@ def round_slice(shape: Shape, wave: ExpertSlice, stats: SliceStats, phases: Phas
             with phases.timed(
                 "round", (1 + 2 * coordinate_descent.SWEEPS + 4) * out * width**2 + width**3 / 3
             ):
-                rounded = gptq.round_weight(
+                rounded = gptq.quantize_gptq(
                     weights[e], select_expert_stats(inputs, e), shape.scheme
                 )
             with phases.timed("pack", 0):

@@ -58,10 +58,16 @@ def build_artifact(
     """Quantize all linears, run the benchmarks, and return the report."""
     name, rounding = METHODS[method]
     keys = {
-        "quantize.method": name, "quantize.rounding": rounding, "quantize.bits": str(bits), "format": "dense",
-        "rules": "all-linear", "gates": "{}", "evaluation.tasks": json.dumps([*tasks]),
-        "output.path": str(place / f"{method}-{bits}"), **dict(pair.split("=", 1) for pair in options.set),
-    }  # fmt: skip
+        "quantize.method": name,
+        "quantize.rounding": rounding,
+        "quantize.bits": str(bits),
+        "format": "dense",
+        "rules": "all-linear",
+        "gates": "{}",
+        "evaluation.tasks": json.dumps([*tasks]),
+        "output.path": str(place / f"{method}-{bits}"),
+        **dict(pair.split("=", 1) for pair in options.set),
+    }
     if options.limit:
         keys["evaluation.limit"] = str(options.limit)
     recipe = parse_recipe(text, options.recipe.name, keys)
