@@ -18,11 +18,14 @@ import torch
 from pydantic import BaseModel
 
 from quantkit import registry
-from quantkit.artifact import layout, writer
-from quantkit.artifact import manifest as manifests
-from quantkit.artifact.fidelity_schema import Fidelity, Text
-from quantkit.artifact.front_matter import front_matter
+from quantkit.artifact import layout
+from quantkit.artifact.fidelity_schema import Fidelity, TextSet
+from quantkit.artifact.front_matter import read_front_matter
+from quantkit.artifact.make_manifest import format_plan, make_manifest
+from quantkit.artifact.model_files import write_model_files
 from quantkit.artifact.read_report import read_report
+from quantkit.artifact.seal import seal_artifact
+from quantkit.artifact.staging import get_staging_path, prepare_staging, rename_into_place
 from quantkit.artifact.writer import ArtifactWriter, WrittenState
 from quantkit.build import session
 from quantkit.build.loop import BuiltBlocks, build
@@ -31,8 +34,8 @@ from quantkit.build.progress_log import BuildProgress
 from quantkit.build.session import BuildSession
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.checkpoint.remote_code import may_run
-from quantkit.checkpoint.tensors import Written
+from quantkit.checkpoint.remote_code import allows_remote_code
+from quantkit.checkpoint.tensors import WrittenFile
 from quantkit.errors import ArtifactError
 from quantkit.evaluate import likelihood
 from quantkit.evaluate.compare import Compared, compare
@@ -41,7 +44,7 @@ from quantkit.evaluate.likelihood import Scored, Solutions
 from quantkit.evaluate.samples import pairs_to_parquet
 from quantkit.io import package_data
 from quantkit.io.files import read_json, write_atomic, write_json
-from quantkit.io.host import HEAP_BYTES, keep_freed_memory, peak_resident_bytes, return_freed_memory
+from quantkit.io.host import HEAP_BYTES, get_peak_memory, keep_freed_memory, return_freed_memory
 from quantkit.models.layers import meta_model
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan
@@ -72,7 +75,7 @@ class Texts:
     """The tokens of the streams, and what the report says of them."""
 
     tokens: Mapping[TextName, Tokens]
-    told: Mapping[TextName, Text]
+    told: Mapping[TextName, TextSet]
     solutions: Solutions  # run behind the fidelity text
 
     def streamed(self) -> StreamTexts:
@@ -156,7 +159,7 @@ def run(
     for format_name in recipe.format:
         registry.require(format_name)
     clock = Clock()
-    located = hub.resolve(recipe.source.model, recipe.source.revision)
+    located = hub.resolve_model(recipe.source.model, recipe.source.revision)
     source = Checkpoint.open(located.folder)
     texts = tokenize(recipe, located.folder)
     plans = sources.plan_recipe(
@@ -178,8 +181,8 @@ def run(
                     make(begun, loop, source, texts, text, clock, evaluate=evaluate, tell=tell)
                 for plan in together:
                     path = Path(plan.path)
-                    writer.rename_into_place(
-                        writer.staging(path), path, begun.ready(loop)[plan.format_name]
+                    rename_into_place(
+                        get_staging_path(path), path, begun.ready(loop)[plan.format_name]
                     )
             if left := begun.finish():
                 say(left)
@@ -221,7 +224,7 @@ def make(
     made = [
         ArtifactInProgress(
             plan=plan,
-            folder=writer.prepare(plan, standing.stored(number)),
+            folder=prepare_staging(plan, standing.stored(number)),
             stored=standing.stored(number),
         )
         for number, plan in enumerate(session.group_by_solve(begun.plans)[loop])
@@ -233,7 +236,7 @@ def make(
     compute, kept = sources.compute(plan.recipe), begun.answers(loop)
     compared = compare(plan, source, folder, compute, evaluate=evaluate, tell=tell, kept=kept)
     clock.lap("benchmarks")
-    licence = evidence.licence(front_matter(source.folder))
+    licence = evidence.licence(read_front_matter(source.folder))
     likely = likelihood.rows(plan.recipe.evaluation.tasks, texts.solutions, figures.solutions)
     session.check_source(begun.journal, source)
     sealed = dict[str, str]()
@@ -244,15 +247,18 @@ def make(
         report = gates.judged(each.plan.recipe.gates, report)
         write_evidence(each.plan, each.folder, report, figures, compared)
         write_timings(each.folder, built, clock)
-        manifest = manifests.manifest(each.plan, source, report, built.blocks)
-        sealed[each.plan.format_name] = writer.seal(each.folder, manifest, files)
+        manifest = make_manifest(each.plan, source, report, built.blocks)
+        sealed[each.plan.format_name] = seal_artifact(each.folder, manifest, files)
     begun.seal(loop, sealed)
 
 
 def tokenize(recipe: Recipe, folder: Path) -> Texts:
     """Load the recipe's text sets and cut them into token sequences with the source's tokenizer."""
-    own_code = may_run(recipe.source.trust_remote_code, folder)
-    tokenizer, sets = corpora.load_tokenizer(folder, own_code), package_data.folder("calibration")
+    own_code = allows_remote_code(recipe.source.trust_remote_code, folder)
+    tokenizer, sets = (
+        corpora.load_tokenizer(folder, own_code),
+        package_data.locate_folder("calibration"),
+    )
     wanted: list[tuple[TextName, str, int | None, int, int]] = []
     calibration = recipe.calibration if recipe.learns else None
     if calibration:
@@ -265,7 +271,7 @@ def tokenize(recipe: Recipe, folder: Path) -> Texts:
         ))
     if fidelity := recipe.fidelity:
         wanted.append(("fidelity", fidelity.set, fidelity.windows, fidelity.length, 0))
-    tokens, told = dict[TextName, Tokens](), dict[TextName, Text]()
+    tokens, told = dict[TextName, Tokens](), dict[TextName, TextSet]()
     for name, set_name, sequences, length, seed in wanted:
         corpus = corpora.load_set(set_name, sets)
         tokens[name] = corpora.token_batches(corpus, tokenizer, sequences, length, seed)
@@ -293,7 +299,7 @@ def quantize(
     clock: Clock,
     states: Path,
     standing: BuildProgress,
-) -> tuple[BuiltBlocks, list[dict[str, Written]], Figures]:
+) -> tuple[BuiltBlocks, list[dict[str, WrittenFile]], Figures]:
     """Build into every folder, then compare the streams behind the last block, the head read from the first's files.
 
     Their hidden states lie in `states`. Nothing is compared when the recipe says `fidelity: none`.
@@ -316,7 +322,7 @@ def quantize(
         for sink in sinks:
             sink.abandon()
     for each in made:
-        writer.write_model_files(each.folder, each.plan, source.sidecars, text)
+        write_model_files(each.folder, each.plan, source.sidecars, text)
     clock.lap("quantize")
     figures, streams = Figures(), built.streams
     if "reference" in streams:
@@ -348,19 +354,17 @@ def write_evidence(
 ) -> None:
     """fidelity.json, the model card, plan.json, the samples, and the page made of what was written."""
     if figures.tokens or compared.pairs:
-        (folder / "quantkit" / "samples").mkdir(exist_ok=True)
-    write_atomic(folder / "quantkit" / "fidelity.json", report.to_json().encode())
-    write_atomic(folder / "README.md", card.render(report).encode())
-    write_atomic(folder / "quantkit" / "plan.json", manifests.plan_json(plan).encode())
+        (folder / layout.SAMPLES_FOLDER).mkdir(exist_ok=True)
+    write_atomic(folder / layout.FIDELITY, report.to_json().encode())
+    write_atomic(folder / layout.MODEL_CARD, card.render(report).encode())
+    write_atomic(folder / layout.PLAN, format_plan(plan).encode())
     if figures.tokens:
-        tokens_to_parquet(figures.tokens, folder / "quantkit" / "samples" / "tokens.parquet")
+        tokens_to_parquet(figures.tokens, folder / layout.TOKEN_SAMPLES)
     if figures.solutions:
-        likelihood.to_parquet(
-            figures.solutions, folder / "quantkit" / "samples" / "solutions.parquet"
-        )
+        likelihood.to_parquet(figures.solutions, folder / layout.SOLUTION_SAMPLES)
     if compared.pairs:
-        pairs_to_parquet(compared.pairs, folder / "quantkit" / "samples" / "benchmarks.parquet")
-    write_atomic(folder / html.HTML, html.page(folder).encode())
+        pairs_to_parquet(compared.pairs, folder / layout.BENCHMARK_SAMPLES)
+    write_atomic(folder / layout.PAGE, html.page(folder).encode())
 
 
 def write_timings(folder: Path, built: BuiltBlocks, clock: Clock) -> None:
@@ -370,6 +374,6 @@ def write_timings(folder: Path, built: BuiltBlocks, clock: Clock) -> None:
         blocks={block.name: block.seconds for block in built.blocks},
         threads=torch.get_num_threads(),
         cpus=os.cpu_count(),
-        peak_rss_bytes=peak_resident_bytes(),
+        peak_rss_bytes=get_peak_memory(),
     )
     write_json(folder / layout.TIMINGS, timings.model_dump())

@@ -13,7 +13,7 @@ import pytest
 from support.constants import CHROMIUM, FAST
 
 from quantkit.evaluate.sandbox.sandbox import Sandbox, probe
-from quantkit.io.package_data import folder
+from quantkit.io.package_data import locate_folder
 
 if TYPE_CHECKING:
     from support.places.here import Place
@@ -30,7 +30,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from quantkit.recipe.parse import parse
 
     path = tmp_path_factory.mktemp("built") / "tiny"
-    text = (folder("recipes") / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
+    text = (locate_folder("recipes") / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
     recipe = parse(text, "tiny-v3-awq4.yaml", {**FAST, "output.path": str(path)})
     pipeline.run(
         recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None

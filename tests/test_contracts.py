@@ -163,7 +163,7 @@ def test_plan_build_verify(
     """A whole build of every linear: the artifact verifies and its figures are those of a quantized model."""
     folder = write_checkpoint(tmp_path / "source", tiny_config(name, **changes), fp8=fp8)
     outcome = build(folder, tmp_path / "artifact", rules="all-linear")
-    assert shallow.verify(outcome.path).status == "not judged"
+    assert shallow.verify_artifact(outcome.path).status == "not judged"
     pooled = outcome.fidelity.distribution[0]
     assert pooled.kl_mean is not None and pooled.kl_mean.value is not None
     assert 1e-6 < pooled.kl_mean.value < 1

@@ -18,7 +18,8 @@ from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 
 from quantkit import contracts, registry
-from quantkit.artifact.layout import mapping, read_manifest
+from quantkit.artifact.layout import GENERATION_CONFIG
+from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Layout, Linear, Scheme
 from quantkit.errors import ArtifactError, UsageError
@@ -38,7 +39,7 @@ CPU_ROWS = 32
 """bitsandbytes' bfloat16 kernel for CPUs works on so many rows of a weight at once."""
 
 
-def load(folder: str | Path, *, device: str | None = None, dtype: str | None = None) -> Any:
+def load_model(folder: str | Path, *, device: str | None = None, dtype: str | None = None) -> Any:
     """The artifact in `folder` as a transformers causal language model in eval mode.
 
     device: "cpu", "cuda", ...; None takes a GPU where there is one. dtype: "bfloat16", "float16" or "float32", what the
@@ -47,7 +48,7 @@ def load(folder: str | Path, *, device: str | None = None, dtype: str | None = N
     """
     path = Path(folder)
     manifest, checkpoint = read_manifest(path), Checkpoint.open(path)
-    format_name, schemes = stored_as(manifest, checkpoint, path)
+    format_name, schemes = read_schemes(manifest, checkpoint, path)
     config = checkpoint.config
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     named = dtype or str(
@@ -55,18 +56,18 @@ def load(folder: str | Path, *, device: str | None = None, dtype: str | None = N
     )
     if named not in DTYPES:
         raise UsageError(f"dtype: expected {', '.join(DTYPES)}, found {named!r}; name one of them")
-    bones = meta_model(config, chosen_device(where), DTYPES[named])
+    bones = meta_model(config, get_device(where), DTYPES[named])
     layout = architecture_of(config).layout(config)
     if format_name == "bitsandbytes":
-        model = packed_model(bones, layout, checkpoint, schemes)
+        model = build_packed_model(bones, layout, checkpoint, schemes)
     else:
         model = full_model.model(bones, layout, full_model.reader(checkpoint, format_name, schemes))
-    if (path / "generation_config.json").is_file():
-        model.generation_config = generation_config(path / "generation_config.json")
+    if (path / GENERATION_CONFIG).is_file():
+        model.generation_config = read_generation_config(path / GENERATION_CONFIG)
     return model
 
 
-def generation_config(path: Path) -> Any:
+def read_generation_config(path: Path) -> Any:
     """The settings in a generation_config.json; ArtifactError for one that transformers refuses."""
     values = dict(read_json(path, ArtifactError))
     try:
@@ -82,7 +83,7 @@ def generation_config(path: Path) -> Any:
         ) from fault
 
 
-def chosen_device(name: str) -> torch.device:
+def get_device(name: str) -> torch.device:
     """The device of that name; UsageError when it is not here."""
     try:
         device = torch.device(name)
@@ -94,17 +95,17 @@ def chosen_device(name: str) -> torch.device:
     return device
 
 
-def stored_as(
+def read_schemes(
     manifest: Mapping[str, object], checkpoint: Checkpoint, path: Path
 ) -> tuple[str | None, dict[str, Scheme]]:
     """The format of the packed linears, None where there are none, and the scheme of each by the manifest."""
     entry = checkpoint.config.values.get("quantization_config")
     if not isinstance(entry, dict):
         return None, {}
-    name = str(manifest.get("format") or format_told(entry))
+    name = str(manifest.get("format") or read_config_format(entry))
     registry.require(name)
     try:
-        modules = mapping(manifest, "modules", path)
+        modules = get_section(manifest, "modules", path)
         return name, {module: Scheme(**values["scheme"]) for module, values in modules.items()}  # type: ignore[index]
     except (KeyError, TypeError) as fault:
         raise ArtifactError(
@@ -112,7 +113,7 @@ def stored_as(
         ) from fault
 
 
-def format_told(entry: Mapping[str, object]) -> str:
+def read_config_format(entry: Mapping[str, object]) -> str:
     """The format by config.json, for artifacts of before manifests named it; gptq_v2 shares its method with gptq."""
     return str(entry.get("checkpoint_format") or entry.get("quant_method")).replace("-", "_")
 
@@ -120,7 +121,7 @@ def format_told(entry: Mapping[str, object]) -> str:
 # ------------------------------------------------------------------------------------------------------------ NF4
 
 
-def packed_model(
+def build_packed_model(
     bones: MetaModel, layout: Layout, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]
 ) -> Any:
     """The model of `bones` with a Linear4bit for every linear in `schemes` that transformers runs."""
@@ -129,7 +130,7 @@ def packed_model(
         if block.kind != "decoder":
             continue
         made = {
-            linear.name: linear4bit(bones, linear, checkpoint, schemes[linear.name])
+            linear.name: build_linear4bit(bones, linear, checkpoint, schemes[linear.name])
             for linear in block.linears
             if linear.name in schemes
         }
@@ -157,7 +158,7 @@ def packed_model(
     )
 
 
-def linear4bit(
+def build_linear4bit(
     bones: MetaModel, linear: Linear, checkpoint: Checkpoint, scheme: Scheme
 ) -> nn.Module:
     """One linear as stored. Its bias comes with the rest of the model."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 import click
 
 from quantkit.errors import QuantkitError
-from quantkit.io.files import reason
+from quantkit.io.files import describe_os_error
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -92,7 +92,7 @@ def leave(message: str, error: BaseException, code: int) -> NoReturn:
 def refused(error: OSError) -> str:
     """What the operating system would not do, and with which file."""
     where = f"{error.filename}: " if error.filename else ""
-    return f"{where}the operating system refused: {reason(error)}; check the path, its permissions and the free space"
+    return f"{where}the operating system refused: {describe_os_error(error)}; check the path, its permissions and the free space"
 
 
 def sentence(message: str) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from quantkit.artifact.fidelity_schema import Benchmark, Likelihood, Text
+from quantkit.artifact.fidelity_schema import BenchmarkResult, LikelihoodResult, TextSet
 from quantkit.diff.sides import HASHES, Key, Side
 
-Asked = Benchmark | Likelihood
+Asked = BenchmarkResult | LikelihoodResult
 """What a task gave: generated answers, or the likelihood of its gold solutions."""
 
 BASELINE_NOISE = 1e-6
@@ -41,7 +41,7 @@ def comparable(a: Side, b: Side) -> Comparable:
     return Comparable(source=_source(a, b), text=_text(a, b), tasks=_tasks(a, b))
 
 
-def same_text(first: Text | None, second: Text | None) -> bool:
+def same_text(first: TextSet | None, second: TextSet | None) -> bool:
     """Whether the same tokens were cut from the same file."""
     parts = ("sha256", "sequences", "length", "tokens", "seed")
     return (

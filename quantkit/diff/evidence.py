@@ -64,13 +64,13 @@ def paired_tokens(a: Tokens, b: Tokens) -> bool:
     return list(a.domains) == list(b.domains)
 
 
-def _value(row: fidelity_schema.Distribution | None, name: str) -> float | None:
+def _value(row: fidelity_schema.DistributionResult | None, name: str) -> float | None:
     figure: Figure | None = getattr(row, name, None)
     return figure.value if figure else None
 
 
 def _paired_tokens(
-    a: Tokens | None, b: Tokens | None, row: fidelity_schema.Distribution
+    a: Tokens | None, b: Tokens | None, row: fidelity_schema.DistributionResult
 ) -> dict[str, Figure]:
     """Mean differences over the tokens of a domain, if the row counts as many; of the perplexity the ratio."""
     if a is None or b is None or not paired_tokens(a, b):

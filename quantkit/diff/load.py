@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.artifact.loadtest_schema import Level
+from quantkit.artifact.loadtest_schema import LoadLevel
 from quantkit.diff.sides import Side
 from quantkit.diff.values import Load
 
@@ -20,7 +20,7 @@ def load(a: Side, b: Side) -> tuple[Load, ...]:
     )
 
 
-def compared(a: Level, b: Level) -> list[Load]:
+def compared(a: LoadLevel, b: LoadLevel) -> list[Load]:
     """The figures of two levels that a serving team asks for."""
     figures = {
         "output tokens/s": (a.output_tokens_per_second, b.output_tokens_per_second),

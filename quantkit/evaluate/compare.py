@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from quantkit.artifact.fidelity_schema import Benchmark, Figure
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Figure
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.checkpoint.remote_code import may_run
+from quantkit.checkpoint.remote_code import allows_remote_code
 from quantkit.errors import EvaluationError
 from quantkit.evaluate import benchmarks, samples, statistics, tasks
 from quantkit.evaluate.samples import ItemPair, ItemResult
@@ -45,7 +45,7 @@ DEFAULT_RECOVERY = 0.98
 class Compared:
     """A row per task, and both answers of every item of the tasks that ran."""
 
-    rows: tuple[Benchmark, ...]
+    rows: tuple[BenchmarkResult, ...]
     pairs: tuple[ItemPair, ...] = ()
 
 
@@ -111,7 +111,7 @@ def not_run(names: Sequence[str], reason: str) -> Compared:
     """Every task with the reason why it has no figures."""
     called = map(tasks.called, names)
     return Compared(
-        rows=tuple(Benchmark(task=name, status="not run", reason=reason) for name in called)
+        rows=tuple(BenchmarkResult(task=name, status="not run", reason=reason) for name in called)
     )
 
 
@@ -119,11 +119,11 @@ def source_items(job: Job, source: Checkpoint) -> list[ItemResult]:
     """The source's answers, from the cache when nothing that could change them has changed."""
     where = f"{job.compute.dtype} on {job.compute.device}"
     key = baseline_key(source, job.tasks, job.plan.recipe.evaluation.limit, where, job.jail)
-    cached = samples.read_cached(user_cache.folder(BASELINES), key)
+    cached = samples.read_cached(user_cache.locate_folder(BASELINES), key)
     if cached is not None:
         return cached
     items = answers(job, "source", full_model.reader(source), source)
-    samples.write_cached(user_cache.folder(BASELINES), key, items)
+    samples.write_cached(user_cache.locate_folder(BASELINES), key, items)
     return items
 
 
@@ -152,7 +152,9 @@ def answers(job: Job, name: str, read: full_model.Read, source: Checkpoint) -> l
             model,
             load_tokenizer(
                 source.folder,
-                own_code=may_run(job.plan.recipe.source.trust_remote_code, source.folder),
+                own_code=allows_remote_code(
+                    job.plan.recipe.source.trust_remote_code, source.folder
+                ),
             ),
             job.tasks,
             limit=job.plan.recipe.evaluation.limit,
@@ -168,7 +170,7 @@ def answers(job: Job, name: str, read: full_model.Read, source: Checkpoint) -> l
         gc.collect()
 
 
-def row(task: Task, pairs: Sequence[ItemPair], smallest_recovery: float) -> Benchmark:
+def row(task: Task, pairs: Sequence[ItemPair], smallest_recovery: float) -> BenchmarkResult:
     """The row of one task, scored by its first filter; smallest_recovery: the share of the source's score to keep."""
     mine = [
         pair
@@ -183,13 +185,13 @@ def row(task: Task, pairs: Sequence[ItemPair], smallest_recovery: float) -> Benc
     if unscored or len(mine) < 2:
         reason = next((score.not_run for score in reversed(told) if score.not_run), "")
         reason = reason or f"{len(mine)} items are too few to compare"
-        return Benchmark(task=task.name, status="not run", reason=reason, n=len(mine))
+        return BenchmarkResult(task=task.name, status="not run", reason=reason, n=len(mine))
     found = statistics.compare(
         [pair.baseline.score or 0.0 for pair in mine],
         [pair.candidate.score or 0.0 for pair in mine],
         smallest_recovery,
     )
-    return Benchmark(
+    return BenchmarkResult(
         task=task.name,
         metric=task.filters[0],
         n=found.n,

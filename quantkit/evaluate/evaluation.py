@@ -17,7 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from quantkit.artifact.layout import FIDELITY, MANIFEST, mapping, read_manifest
+from quantkit.artifact.layout import FIDELITY, MANIFEST
+from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.artifact.read_report import read_report
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
@@ -136,7 +137,7 @@ def subject(name: str, backend: BackendName) -> Subject:
             name=name, kind="served", folder=None, hash=hashlib.sha256(name.encode()).hexdigest()
         )
     try:
-        found = hub.resolve(name).folder
+        found = hub.resolve_model(name).folder
     except HubUnreachable:
         raise
     except CheckpointError as fault:
@@ -153,10 +154,10 @@ def source_of(asked: Subject, given: str) -> Subject:
         raise UsageError(
             f"--source: expected an artifact to compare with its source, found {asked.name}"
         )
-    told = mapping(read_manifest(asked.folder), "source", asked.folder)
+    told = get_section(read_manifest(asked.folder), "source", asked.folder)
     revision = told.get("revision")
     name = given or str(told.get("model"))
-    folder = hub.resolve(name, str(revision) if revision and not given else None).folder
+    folder = hub.resolve_model(name, str(revision) if revision and not given else None).folder
     source = Checkpoint.open(folder)
     if source.fingerprint() != told.get("fingerprint"):
         raise EvaluationError(
@@ -270,7 +271,7 @@ def ask_source(
         device, dtype = chosen(setup)
         where = f"{dtype} on {device}"
         key = compare.baseline_key(Checkpoint.open(who.folder), own, setup.limit, where, jail)
-        cached = samples.read_cached(user_cache.folder(compare.BASELINES), key)
+        cached = samples.read_cached(user_cache.locate_folder(compare.BASELINES), key)
         if cached is not None:
             return cached
     items = [
@@ -278,12 +279,12 @@ def ask_source(
             who,
             names,
             setup,
-            user_cache.folder(compare.BASELINES) / f"{who.hash[:16]}.sqlite",
+            user_cache.locate_folder(compare.BASELINES) / f"{who.hash[:16]}.sqlite",
             tell,
         ).items
     ]
     if key:
-        samples.write_cached(user_cache.folder(compare.BASELINES), key, items)
+        samples.write_cached(user_cache.locate_folder(compare.BASELINES), key, items)
     return items
 
 
@@ -345,7 +346,7 @@ def loaded(who: Subject, setup: Setup) -> Any:
     """A transformers model: native, or with plain weights from quantkit's own reader."""
     import torch
 
-    from quantkit.artifact.load_model import DTYPES, chosen_device, load
+    from quantkit.artifact.load_model import DTYPES, get_device, load_model
     from quantkit.evaluate import backends
     from quantkit.models import full_model
     from quantkit.models.layers import meta_model
@@ -362,11 +363,11 @@ def loaded(who: Subject, setup: Setup) -> Any:
     spread = device in ("auto", "balanced", "sequential")
     first = "cpu" if spread else device
     if who.kind == "artifact":
-        model = load(who.folder, device=first, dtype=dtype)
+        model = load_model(who.folder, device=first, dtype=dtype)
     else:
         source = Checkpoint.open(who.folder)
         layout = architecture_of(source.config).layout(source.config)
-        bones = meta_model(source.config, chosen_device(first), getattr(torch, dtype))
+        bones = meta_model(source.config, get_device(first), getattr(torch, dtype))
         model = full_model.model(bones, layout, full_model.reader(source))
     return backends.placed(model, device) if spread else model
 

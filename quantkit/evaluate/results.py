@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from quantkit.artifact.fidelity_schema import Benchmark
+from quantkit.artifact.fidelity_schema import BenchmarkResult
 from quantkit.errors import EvaluationError, UsageError
 from quantkit.evaluate import answer_store, benchmarks, compare, harness, samples, statistics
 from quantkit.evaluate.evaluation import (
@@ -60,7 +60,7 @@ class Outcome:
     folder: Path
     scores: tuple[Scored, ...]
     not_run: Mapping[str, str]
-    rows: tuple[Benchmark, ...]
+    rows: tuple[BenchmarkResult, ...]
     told: Mapping[str, object]
 
     @property

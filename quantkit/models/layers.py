@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quantkit.contracts import Block, Config, Layout
 from quantkit.errors import CheckpointError
-from quantkit.io.files import refused_config
+from quantkit.io.files import make_config_error
 from quantkit.numerics import matmul
 
 
@@ -96,7 +96,7 @@ def meta_model(config: Config, device: torch.device, dtype: torch.dtype) -> Meta
     except CheckpointError as fault:
         raise CheckpointError(f"{config.where}: {fault}") from fault
     except Exception as fault:
-        raise refused_config(config.where, model_type, fault) from fault
+        raise make_config_error(config.where, model_type, fault) from fault
     check_patterns(hf_config, config.where)
     model.eval()
     return MetaModel(config=hf_config, model=model, rotary=rotary, device=device, dtype=dtype)

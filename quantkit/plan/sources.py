@@ -11,7 +11,7 @@ from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import HubUnreachable, RecipeError, UsageError
 from quantkit.io import package_data
-from quantkit.io.host import memory_available, multiplies_bfloat16
+from quantkit.io.host import get_available_memory, has_bfloat16_instructions
 from quantkit.plan.plan import Plan, SourceFacts, claimed_of, make_plan
 from quantkit.plan.published import published
 from quantkit.recipe.schema import POOLED, Recipe
@@ -60,7 +60,9 @@ def compute(recipe: Recipe) -> Compute:
     )
     calibration = wanted.calibration
     if calibration == "auto":
-        calibration = "bfloat16" if dtype == "bfloat16" or multiplies_bfloat16() else "float32"
+        calibration = (
+            "bfloat16" if dtype == "bfloat16" or has_bfloat16_instructions() else "float32"
+        )
     return Compute(device=device, dtype=dtype, calibration=calibration)
 
 
@@ -68,7 +70,7 @@ def facts(recipe: Recipe) -> SourceFacts:
     """Headers of the source; for a hub model that cannot be reached, the config its family publishes."""
     model, revision = recipe.source.model, recipe.source.revision
     try:
-        headers = hub.resolve_headers(model, revision)
+        headers = hub.read_model_headers(model, revision)
     except HubUnreachable:
         known = published(model)
         if known is None:
@@ -105,7 +107,9 @@ def facts_of(recipe: Recipe, source: Checkpoint, revision: str | None) -> Source
 
 def budget(recipe: Recipe) -> int:
     """Bytes of host memory a build may use."""
-    return recipe.memory if recipe.memory is not None else int(MEMORY_SHARE * memory_available())
+    return (
+        recipe.memory if recipe.memory is not None else int(MEMORY_SHARE * get_available_memory())
+    )
 
 
 def text_tokens(recipe: Recipe) -> dict[Literal["calibration", "fidelity"], int]:
@@ -131,7 +135,7 @@ def most_tokens(name: str, sequences: int | None, length: int) -> int:
 
     The size of a set that is not here is not known: UNKNOWN_SEQUENCES are assumed.
     """
-    spec = read_spec(name, package_data.folder("calibration"))
+    spec = read_spec(name, package_data.locate_folder("calibration"))
     if sequences is not None:
         return sequences * length
     return (
@@ -195,7 +199,7 @@ def too_many(
     recipe: Recipe, key: tuple[str, str], name: str, wanted: int | None, length: int
 ) -> list[str]:
     """The fault of asking a set for more sequences than it has; none where that is not known."""
-    most = most_sequences(read_spec(name, package_data.folder("calibration")), length)
+    most = most_sequences(read_spec(name, package_data.locate_folder("calibration")), length)
     if wanted is None or most is None or wanted <= most:
         return []
     return [
@@ -226,7 +230,7 @@ def gate_faults(recipe: Recipe) -> list[str]:
     ]
     if text is None or not asked:
         return []
-    domains = read_spec(text.set, package_data.folder("calibration")).domains
+    domains = read_spec(text.set, package_data.locate_folder("calibration")).domains
     return [
         f"{recipe.where('gates', figure)}: gates.{figure}: {registry.unknown(f'domain of {text.set}', found, domains)}"
         for figure in asked

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from quantkit import registry
-from quantkit.io.owned_dirs import own_folder
+from quantkit.io.owned_dirs import validate_folder
 from quantkit.recipe import patterns
 from quantkit.recipe.yaml_document import Document, shown
 
@@ -288,7 +288,7 @@ class Output(BaseModel):
     """The artifact."""
 
     model_config = FROZEN
-    path: Annotated[Text, AfterValidator(own_folder)]
+    path: Annotated[Text, AfterValidator(validate_folder)]
     shard_bytes: Size = 5 * 10**9
 
 

@@ -9,7 +9,13 @@ from collections.abc import Mapping, Sequence
 from math import ceil, floor, log10
 from typing import Any
 
-from quantkit.artifact.fidelity_schema import Distribution, Experts, Fidelity, Figure, Module
+from quantkit.artifact.fidelity_schema import (
+    DistributionResult,
+    ExpertCoverage,
+    Fidelity,
+    Figure,
+    ModuleResult,
+)
 from quantkit.plan.plan_schema import PlanRule
 from quantkit.report.module_ranges import block_of
 from quantkit.report.samples import Histogram
@@ -72,7 +78,7 @@ def charts(fidelity: Fidelity, histogram: Histogram | None) -> dict[str, Plot]:
     return made
 
 
-def load_told(experts: Experts) -> str:
+def load_told(experts: ExpertCoverage) -> str:
     """How many experts saw too little, and what they got."""
     low, every = experts.uncalibrated(), sum(len(layer.tokens) for layer in experts.layers)
     if not low:
@@ -81,7 +87,7 @@ def load_told(experts: Experts) -> str:
     return f"{told}{experts.policy}."
 
 
-def layer_errors(modules: Sequence[Module]) -> list[Spec]:
+def layer_errors(modules: Sequence[ModuleResult]) -> list[Spec]:
     """Percentiles of the quantized matrices' errors per layer and kind of error."""
     found: dict[tuple[str, int], list[float]] = {}
     for module in modules:
@@ -170,7 +176,7 @@ def _blocks(fidelity: Fidelity) -> Spec:
     )
 
 
-def _histogram(found: Histogram, distribution: Sequence[Distribution]) -> Spec:
+def _histogram(found: Histogram, distribution: Sequence[DistributionResult]) -> Spec:
     rows = [
         {
             "from": found.start + place * found.step,
@@ -221,7 +227,7 @@ def _histogram(found: Histogram, distribution: Sequence[Distribution]) -> Spec:
     return chart(rows, {"layer": [bars, *_marked(distribution)]})
 
 
-def _marked(distribution: Sequence[Distribution]) -> list[Spec]:
+def _marked(distribution: Sequence[DistributionResult]) -> list[Spec]:
     """The mean and the upper percentiles over all text, as lines with their names."""
     pooled = next((row for row in distribution if row.domain == "all"), None)
     known: list[tuple[str, Figure | None]] = []
@@ -255,7 +261,7 @@ def _marked(distribution: Sequence[Distribution]) -> list[Spec]:
     return [{"data": {"values": rows}, "layer": [line, *words]}] if rows else []
 
 
-def _experts(experts: Experts) -> Spec:
+def _experts(experts: ExpertCoverage) -> Spec:
     fed = [layer for layer in experts.layers if layer.tokens]
     layers = [{"block": layer.block, "tokens": list(layer.tokens)} for layer in fed]
     widest = max(len(layer.tokens) for layer in fed)
@@ -320,7 +326,7 @@ def _experts(experts: Experts) -> Spec:
     }
 
 
-def shades(experts: Experts) -> list[int]:
+def shades(experts: ExpertCoverage) -> list[int]:
     """Where a shade of the heatmap ends: at the fewest tokens allowed, then in equal ratios up to the most."""
     most = max((max(layer.tokens) for layer in experts.layers if layer.tokens), default=0)
     counted = [n for layer in experts.layers for n in layer.tokens if n >= experts.min_tokens]

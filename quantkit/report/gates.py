@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from quantkit.artifact.fidelity_schema import Benchmark, Fidelity, GateResult
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, GateResult
 from quantkit.recipe.schema import POOLED, Gate
 from quantkit.report import format_numbers
-from quantkit.verify.report import status
+from quantkit.verify.check_report import compute_status
 
 NOT_MEASURED = "not measured"
 NOT_FINITE = "not finite"
@@ -41,7 +41,10 @@ def judged(gates: Mapping[str, Gate], fidelity: Fidelity) -> Fidelity:
     """The report with its gates and status filled in."""
     results = judge(gates, fidelity)
     return fidelity.model_copy(
-        update={"gates": tuple(results), "status": status([result.ok for result in results])}
+        update={
+            "gates": tuple(results),
+            "status": compute_status([result.ok for result in results]),
+        }
     )
 
 
@@ -120,7 +123,7 @@ def _extreme(values: Sequence[float | None], sign: int) -> Found:
     )
 
 
-def _lost(rows: Sequence[Benchmark]) -> Found:
+def _lost(rows: Sequence[BenchmarkResult]) -> Found:
     """Items of all tasks that the source has right and the artifact wrong."""
     silent = [row.task for row in rows if row.lost is None]
     if silent or not rows:
@@ -150,7 +153,7 @@ def _bounded(figure: str, bound: str, found: Found, kept: bool) -> GateResult:
 # ----------------------------------------------------------------------------------------------- figures of one task
 
 
-def _task(task: str, gate: Gate, row: Benchmark | None) -> list[GateResult]:
+def _task(task: str, gate: Gate, row: BenchmarkResult | None) -> list[GateResult]:
     """The bounds that are set, of those that a task takes."""
     if row is None or row.status == "not run":
         row, absent = None, f"not run: {row.reason}" if row else "not run"
@@ -199,7 +202,9 @@ def _task(task: str, gate: Gate, row: Benchmark | None) -> list[GateResult]:
     ]
 
 
-def _rise(task: str, name: str, most: float, row: Benchmark | None, absent: str) -> GateResult:
+def _rise(
+    task: str, name: str, most: float, row: BenchmarkResult | None, absent: str
+) -> GateResult:
     """By how many points the share of answers that were cut, or had no result, is above the source's."""
     before, after = (getattr(row, name) if row else None) or (None, None)
     rise = None if before is None or after is None else 100 * (after - before)
@@ -209,7 +214,7 @@ def _rise(task: str, name: str, most: float, row: Benchmark | None, absent: str)
     )
 
 
-def _margin(task: str, margin: float, row: Benchmark | None, absent: str) -> GateResult:
+def _margin(task: str, margin: float, row: BenchmarkResult | None, absent: str) -> GateResult:
     """Non-inferiority: a loss of `margin` points is excluded when the paired interval lies above it."""
     figure, bound = f"{task}.delta_pp.low", f"> {-margin:g}" if margin else "> 0"
     if row and row.source == row.artifact == 0:

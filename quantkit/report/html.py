@@ -1,4 +1,4 @@
-"""quantkit/fidelity.html: one file for people, from fidelity.json and the samples alone. Nothing is fetched to show it.
+"""The page quantkit/fidelity.html: one file for people, from fidelity.json and the samples alone. Nothing is fetched to show it.
 
 Text from models and checkpoints is hostile: the template escapes everything, plots are data, and the page's content
 security policy lets no script run but the two it names by hash. Drawn by Vega-Lite, whose code comes from the package
@@ -21,17 +21,16 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from quantkit.artifact.fidelity_schema import Distribution, Fidelity, Figure
-from quantkit.artifact.layout import MANIFEST, mapping, read_manifest
-from quantkit.artifact.read_report import read_report, read_sealed
+from quantkit.artifact.fidelity_schema import DistributionResult, Fidelity, Figure
+from quantkit.artifact.layout import MANIFEST, PAGE
+from quantkit.artifact.read_manifest import get_section, read_manifest
+from quantkit.artifact.read_report import read_report, read_sealed_report
 from quantkit.errors import ArtifactError
 from quantkit.io import user_cache
 from quantkit.io.files import is_file, write_atomic, write_output
 from quantkit.report import card, format_numbers, module_ranges, tables
 from quantkit.report.charts import CONFIG, Plot, charts
 from quantkit.report.samples import Answer, Changed, Samples, read_samples
-
-HTML = "quantkit/fidelity.html"
 
 WORST = 200  # modules in the table
 FOLDED = 400  # lines of names per fallback
@@ -83,23 +82,23 @@ def rebuild(artifact: Path, output: Path | None = None) -> Path:
     """
     files: Mapping[str, object] = {}
     if output is None or is_file(artifact / MANIFEST):
-        files = mapping(read_manifest(artifact), "files", artifact)
-        read_sealed(
-            artifact, absent=(HTML, *(name for name in files if not is_file(artifact / name)))
+        files = get_section(read_manifest(artifact), "files", artifact)
+        read_sealed_report(
+            artifact, absent=(PAGE, *(name for name in files if not is_file(artifact / name)))
         )
     content = page(artifact).encode()
     if output is None:
-        entry = files.get(HTML)
+        entry = files.get(PAGE)
         if (
             not isinstance(entry, Mapping)
             or entry.get("sha256") != hashlib.sha256(content).hexdigest()
         ):
             raise ArtifactError(
-                f"{artifact / MANIFEST}: {HTML}: expected the page that these files make, found another or none (made "
+                f"{artifact / MANIFEST}: {PAGE}: expected the page that these files make, found another or none (made "
                 "with other versions?); write it elsewhere with --output FILE"
             )
-        write_atomic(artifact / HTML, content)
-        return artifact / HTML
+        write_atomic(artifact / PAGE, content)
+        return artifact / PAGE
     write_output(output, content)
     return output
 
@@ -169,8 +168,8 @@ def library() -> str:
 
     Putting it together takes 1.4 s and 100 MB, so it is kept for the next page.
     """
-    return user_cache.text(
-        user_cache.folder("charts") / f"vega-{version('vl-convert-python')}.js", bundled
+    return user_cache.load_or_make_text(
+        user_cache.locate_folder("charts") / f"vega-{version('vl-convert-python')}.js", bundled
     )
 
 
@@ -250,7 +249,7 @@ def tiles(fidelity: Fidelity) -> list[Tile]:
     return found
 
 
-def _distribution_tiles(pooled: Distribution) -> list[Tile]:
+def _distribution_tiles(pooled: DistributionResult) -> list[Tile]:
     told = (
         ("Mean KL", format_numbers.kl(pooled.kl_mean), "nats per token"),
         ("Perplexity", format_numbers.ratio(pooled.ppl_ratio), "times the source's"),

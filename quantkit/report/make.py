@@ -8,8 +8,8 @@ from pathlib import PurePath
 from typing import Literal
 
 from quantkit.artifact import fidelity_schema
-from quantkit.artifact.fidelity_schema import Benchmark, Fidelity, Figure
-from quantkit.artifact.manifest import versions
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
+from quantkit.artifact.make_manifest import read_versions
 from quantkit.artifact.records import BlockRecord, ModuleRecord
 from quantkit.build.quantize_linear import FALLBACKS
 from quantkit.checkpoint.fp8_pairs import FP8
@@ -36,9 +36,9 @@ def fidelity(
     plan: Plan,
     blocks: Sequence[BlockRecord],
     measured: Measured | None,
-    texts: Mapping[TextName, fidelity_schema.Text],
-    likelihood: Sequence[fidelity_schema.Likelihood],
-    benchmarks: Sequence[Benchmark],
+    texts: Mapping[TextName, fidelity_schema.TextSet],
+    likelihood: Sequence[fidelity_schema.LikelihoodResult],
+    benchmarks: Sequence[BenchmarkResult],
     licence: fidelity_schema.License | None,
 ) -> Fidelity:
     """The whole report, not judged yet."""
@@ -57,14 +57,14 @@ def fidelity(
         ),
         modules=tuple(module(record) for record in records),
         routers=tuple(
-            fidelity_schema.Router(block=block.name, agreement=block.router_agreement)
+            fidelity_schema.RouterAgreement(block=block.name, agreement=block.router_agreement)
             for block in blocks
             if block.router_agreement is not None
         ),
         experts=experts(plan, blocks),
         fallbacks=fallbacks(records),
         benchmarks=tuple(benchmarks),
-        versions=versions(plan),
+        versions=read_versions(plan),
         seeds={"calibration": plan.recipe.calibration.seed} if plan.recipe.calibration else {},
         hashes={"recipe": plan.recipe.hash, "plan": plan.hash},
         command=command(plan),
@@ -77,14 +77,14 @@ def command(plan: Plan) -> str:
     return " ".join(["quantkit build", PurePath(plan.recipe.name).name, *changes])
 
 
-def artifact(plan: Plan) -> fidelity_schema.Artifact:
+def artifact(plan: Plan) -> fidelity_schema.ArtifactSummary:
     """What was made, in numbers and in words."""
     quantized = [decision for decision in plan.decisions.values() if decision.action == "quantize"]
     weights = sum(decision.linear.n_parameters for decision in quantized)
     stored = sum(bytes_after(plan, decision) for decision in quantized)
     refusing = unserved(plan.format, plan.source.config, plan.layout, plan.decisions)
     unfused = apart(spec.name for shard in plan.shards for spec in shard.tensors)
-    return fidelity_schema.Artifact(
+    return fidelity_schema.ArtifactSummary(
         name=PurePath(plan.path).name,
         format=plan.format_name,
         scheme="; ".join(schemes(quantized)) or "nothing is quantized",
@@ -107,13 +107,15 @@ def artifact(plan: Plan) -> fidelity_schema.Artifact:
 
 def serving(
     plan: Plan, refusing: Mapping[str, str], unfused: bool
-) -> Iterator[fidelity_schema.Serving]:
+) -> Iterator[fidelity_schema.ServeCommand]:
     """The command of every engine that reads all that is quantized."""
     name = PurePath(plan.path).name
     for engine, command in plan.format.engines.items():
         flag = f" {UNFUSED}" if unfused and engine == "SGLang" else ""
         if engine not in refusing:
-            yield fidelity_schema.Serving(engine=engine, command=command.format(path=name) + flag)
+            yield fidelity_schema.ServeCommand(
+                engine=engine, command=command.format(path=name) + flag
+            )
 
 
 def fp8_notes(plan: Plan) -> tuple[str, ...]:
@@ -137,7 +139,7 @@ def schemes(quantized: Sequence[Decision]) -> list[str]:
     return list(dict.fromkeys(told))
 
 
-def roles(plan: Plan) -> list[fidelity_schema.Role]:
+def roles(plan: Plan) -> list[fidelity_schema.RoleSummary]:
     """What happened to the linears of each role, and why."""
     patterns = {rule.label: rule.match for rule in plan.rules}
     by_role: dict[LinearRole, list[Decision]] = {}
@@ -154,7 +156,7 @@ def roles(plan: Plan) -> list[fidelity_schema.Role]:
         )
         reasons = dict.fromkeys(why(d, patterns) for d in decisions)
         found.append(
-            fidelity_schema.Role(
+            fidelity_schema.RoleSummary(
                 role=role,
                 quantized=len(decisions) - len(kept),
                 kept=len(kept),
@@ -189,10 +191,10 @@ def unpacked(plan: Plan, kept: Sequence[Decision]) -> str:
     return f"; BF16 because {'nothing is quantized' if holds else f'format {plan.format_name} cannot hold FP8'}"
 
 
-def source(plan: Plan, licence: fidelity_schema.License | None) -> fidelity_schema.Source:
+def source(plan: Plan, licence: fidelity_schema.License | None) -> fidelity_schema.SourceModel:
     """What the artifact is compared with."""
     dtype = source_dtype(plan)
-    return fidelity_schema.Source(
+    return fidelity_schema.SourceModel(
         model=plan.source.model,
         revision=plan.source.revision,
         hash=plan.source.fingerprint or "",
@@ -212,9 +214,11 @@ def licence(card: Mapping[str, str]) -> fidelity_schema.License | None:
     )
 
 
-def text(corpus: CorpusSet, tokens: Tokens, length: int, seed: int | None) -> fidelity_schema.Text:
+def text(
+    corpus: CorpusSet, tokens: Tokens, length: int, seed: int | None
+) -> fidelity_schema.TextSet:
     """Text that was calibrated or measured on."""
-    return fidelity_schema.Text(
+    return fidelity_schema.TextSet(
         set=corpus.name,
         license=corpus.licence,
         sha256=corpus.sha256,
@@ -231,20 +235,20 @@ def figure(estimate: Estimate) -> Figure:
     return Figure(value=estimate.value, se=estimate.error)
 
 
-def distribution(measured: Measured) -> tuple[fidelity_schema.Distribution, ...]:
+def distribution(measured: Measured) -> tuple[fidelity_schema.DistributionResult, ...]:
     """The figures of every domain, all text first."""
     found = []
     for domain, figures in measured.summaries().items():
         values = {name: figure(estimate) for name, estimate in figures.items()}
         found.append(
-            fidelity_schema.Distribution(domain=domain, tokens=figures["kl_mean"].n, **values)
+            fidelity_schema.DistributionResult(domain=domain, tokens=figures["kl_mean"].n, **values)
         )
     return tuple(found)
 
 
-def module(record: ModuleRecord) -> fidelity_schema.Module:
+def module(record: ModuleRecord) -> fidelity_schema.ModuleResult:
     """What became of one quantized matrix."""
-    return fidelity_schema.Module(
+    return fidelity_schema.ModuleResult(
         name=record.module,
         rule=record.rule,
         method=record.method,
@@ -259,28 +263,28 @@ def module(record: ModuleRecord) -> fidelity_schema.Module:
     )
 
 
-def experts(plan: Plan, blocks: Sequence[BlockRecord]) -> fidelity_schema.Experts | None:
+def experts(plan: Plan, blocks: Sequence[BlockRecord]) -> fidelity_schema.ExpertCoverage | None:
     """Calibration tokens per expert."""
     layers = tuple(
-        fidelity_schema.ExpertLayer(block=b.name, tokens=b.expert_tokens)
+        fidelity_schema.ExpertTokens(block=b.name, tokens=b.expert_tokens)
         for b in blocks
         if b.expert_tokens
     )
     calibration = plan.recipe.calibration
     if not layers or calibration is None:
         return None
-    return fidelity_schema.Experts(
+    return fidelity_schema.ExpertCoverage(
         min_tokens=calibration.min_expert_tokens, policy=calibration.under_calibrated, layers=layers
     )
 
 
-def fallbacks(records: Sequence[ModuleRecord]) -> tuple[fidelity_schema.Fallback, ...]:
+def fallbacks(records: Sequence[ModuleRecord]) -> tuple[fidelity_schema.FallbackUse, ...]:
     """Every fallback that was taken, with the modules that took it."""
     taken: dict[str, list[str]] = {}
     for record in records:
         for name in record.fallbacks:
             taken.setdefault(name, []).append(record.module)
     return tuple(
-        fidelity_schema.Fallback(kind=k, meaning=FALLBACKS[k], modules=tuple(m))
+        fidelity_schema.FallbackUse(kind=k, meaning=FALLBACKS[k], modules=tuple(m))
         for k, m in taken.items()
     )

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantkit import registry
-from quantkit.artifact.fidelity_schema import Benchmark, Fidelity, Figure
-from quantkit.artifact.layout import MANIFEST
-from quantkit.artifact.read_report import read_sealed
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
+from quantkit.artifact.layout import EVIDENCE_FOLDER, MANIFEST
+from quantkit.artifact.read_report import read_sealed_report
 from quantkit.errors import ArtifactError, UsageError
 from quantkit.report import format_numbers
 from quantkit.report.tables import Table
@@ -152,7 +152,7 @@ def scores(runs: Sequence[Run]) -> Table:
     return Table(title="Benchmarks", columns=columns, rows=tuple(rows), note=note if rows else "")
 
 
-def _score(row: Benchmark | None) -> str:
+def _score(row: BenchmarkResult | None) -> str:
     """ "81.3 % of 300 (98.79 %)"."""
     if row is None or row.artifact is None:
         return format_numbers.MISSING
@@ -203,7 +203,7 @@ def _candidates(folder: Path, depth: int) -> Iterator[Path]:
         if path.name.endswith(SCRATCH):
             continue
         if (
-            (path / "quantkit").is_dir()
+            (path / EVIDENCE_FOLDER).is_dir()
             or path.name.endswith(BUILDING)
             or any(path.glob("*.safetensors"))
         ):
@@ -217,7 +217,7 @@ def _run(path: Path, folder: Path) -> Run:
     if path.name.endswith(BUILDING):
         return Run(name=name, fault="an interrupted build, or one under way")
     try:
-        fidelity, manifest = read_sealed(path)
+        fidelity, manifest = read_sealed_report(path)
     except (ArtifactError, OSError) as fault:
         return Run(name=name, fault=str(fault).splitlines()[0].removeprefix(f"{path}: "))
     if manifest.get("status") != fidelity.status:

@@ -7,12 +7,19 @@ from dataclasses import dataclass
 from math import inf
 from statistics import median
 
-from quantkit.artifact.fidelity_schema import Benchmark, Distribution, Fidelity, Figure, Module
+from quantkit.artifact.fidelity_schema import (
+    BenchmarkResult,
+    DistributionResult,
+    Fidelity,
+    Figure,
+    ModuleResult,
+)
+from quantkit.artifact.layout import FIDELITY
 from quantkit.report import format_numbers
 
 WORST = 10
 EXAMPLES = 3
-MORE = "quantkit/fidelity.json"
+MORE = FIDELITY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +54,7 @@ def benchmarks(fidelity: Fidelity) -> Table:
     return compared(fidelity.benchmarks, "Greedy, the same prompts on both")
 
 
-def compared(found: Sequence[Benchmark], how: str) -> Table:
+def compared(found: Sequence[BenchmarkResult], how: str) -> Table:
     """Rows of two models on the same items; `how` says how both answered."""
     rows: list[tuple[str, ...]] = []
     for row in found:
@@ -323,12 +330,12 @@ def _rates(what: str, pairs: Sequence[tuple[str, tuple[float | None, float | Non
     return f" {what}: {', '.join(told)}." if told else ""
 
 
-def _measured(row: Distribution, name: str) -> Figure | None:
+def _measured(row: DistributionResult, name: str) -> Figure | None:
     figure: Figure | None = getattr(row, name)
     return figure
 
 
-def _badness(row: Module) -> tuple[bool, float]:
+def _badness(row: ModuleResult) -> tuple[bool, float]:
     known = (
         row.output_relative_error if row.output_relative_error is not None else row.relative_error
     )

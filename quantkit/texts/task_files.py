@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 from quantkit.errors import EvaluationError
-from quantkit.io.files import is_file, read_bytes, reason, whole
-from quantkit.io.package_data import folder
+from quantkit.io.files import describe_os_error, is_encodable, is_file, read_bytes
+from quantkit.io.package_data import locate_folder
 
 SUFFIX = ".yaml"
 LIMIT_BYTES = 1_000_000  # no task description is larger
@@ -19,12 +19,12 @@ LIMIT_BYTES = 1_000_000  # no task description is larger
 
 def task_names() -> tuple[str, ...]:
     """The tasks that ship with quantkit, in alphabetical order."""
-    return tuple(sorted(path.stem for path in folder("evals").glob(f"*{SUFFIX}")))
+    return tuple(sorted(path.stem for path in locate_folder("evals").glob(f"*{SUFFIX}")))
 
 
 def task_path(name: str) -> Path:
     """The file of a task that ships with quantkit, or of one given by its path (anything that ends in .yaml)."""
-    return Path(name) if name.endswith(SUFFIX) else folder("evals") / f"{name}{SUFFIX}"
+    return Path(name) if name.endswith(SUFFIX) else locate_folder("evals") / f"{name}{SUFFIX}"
 
 
 def task_text(path: Path) -> str:
@@ -49,7 +49,7 @@ def rows_of(path: Path, start: int, end: int) -> str:
         with path.open(encoding="utf-8") as file:
             rows = list(islice(file, start, end))
     except (OSError, UnicodeDecodeError) as fault:
-        said = reason(fault) if isinstance(fault, OSError) else "it is not UTF-8 text"
+        said = describe_os_error(fault) if isinstance(fault, OSError) else "it is not UTF-8 text"
         raise EvaluationError(
             f"{path}: expected a readable JSONL file, found: {said}; fetch it again"
         ) from None
@@ -71,7 +71,7 @@ def first_rows(path: Path, rows: tuple[int, int] | None, count: int) -> list[dic
         raise EvaluationError(
             f"{path}: expected a readable JSONL file, found: {fault}; fetch it again"
         ) from None
-    if not whole(found):
+    if not is_encodable(found):
         raise EvaluationError(f"{path}: expected text, found half a surrogate pair; fetch it again")
     if not all(isinstance(row, dict) for row in found):
         raise EvaluationError(

@@ -115,7 +115,7 @@ def read(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     scales = 1e-4 * (
         1 + torch.rand(-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK), generator=generator)
     )
-    return fp8.dequantize(
+    return fp8.dequantize_fp8(
         lambda i, j: stored[i:j], scales, (FP8_BLOCK, FP8_BLOCK), 0, rows, columns
     ).float()
 

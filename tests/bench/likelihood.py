@@ -118,7 +118,7 @@ def main() -> None:
     """Build, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--recipe", type=Path, default=package_data.folder("recipes") / "tiny-v3-awq4.yaml"
+        "--recipe", type=Path, default=package_data.locate_folder("recipes") / "tiny-v3-awq4.yaml"
     )
     parser.add_argument("--task", action="append", default=[])
     parser.add_argument("--method", action="append", choices=METHODS, default=[])
@@ -130,7 +130,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.smollm2:
-        options.recipe = package_data.folder("recipes") / "smollm2-135m-awq4.yaml"
+        options.recipe = package_data.locate_folder("recipes") / "smollm2-135m-awq4.yaml"
         changes = {"source.model": str(options.smollm2.resolve()), **SMOLLM2}
         options.set = [*(f"{key}={value}" for key, value in changes.items()), *options.set]
     text = options.recipe.read_text(encoding="utf-8")

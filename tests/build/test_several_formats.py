@@ -12,15 +12,15 @@ from support.builds import build, build_all
 from support.checkpoints import planned, recipe_text, tiny_config, write_checkpoint
 
 from quantkit import pipeline, registry
-from quantkit.artifact.layout import read_manifest
-from quantkit.artifact.load_model import stored_as
+from quantkit.artifact.load_model import read_schemes
+from quantkit.artifact.read_manifest import read_manifest
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import NumericsError, RecipeError
 from quantkit.formats import compressed_tensors, gptq
 from quantkit.plan import sources
 from quantkit.plan.plan import architecture_of
 from quantkit.recipe.parse import parse
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 SYMMETRIC = "{method: awq, rounding: gptq, bits: 4, group_size: 64, symmetric: true}"
 
@@ -51,7 +51,7 @@ def test_formats_that_hold_the_same_codes_share_a_solve(
     )
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     for outcome in both:
-        assert verify(outcome.path).status == "not judged"
+        assert verify_artifact(outcome.path).status == "not judged"
         assert outcome.fidelity.artifact.format == outcome.format_name
         assert outcome.fidelity.distribution == alone.fidelity.distribution
         assert outcome.fidelity.modules == alone.fidelity.modules
@@ -59,10 +59,10 @@ def test_formats_that_hold_the_same_codes_share_a_solve(
             encoding="utf-8"
         )
         manifest, checkpoint = read_manifest(outcome.path), Checkpoint.open(outcome.path)
-        told = stored_as(manifest, checkpoint, outcome.path)
+        told = read_schemes(manifest, checkpoint, outcome.path)
         assert manifest["format"] == told[0] == outcome.format_name
         older = {key: value for key, value in manifest.items() if key != "format"}
-        assert stored_as(older, checkpoint, outcome.path) == told
+        assert read_schemes(older, checkpoint, outcome.path) == told
     methods = [
         json.loads((o.path / "config.json").read_text())["quantization_config"]["quant_method"]
         for o in both
@@ -90,7 +90,7 @@ def test_a_format_that_rounds_once_more_is_built_alone(source: Path, tmp_path: P
     assert (
         found[0].fidelity.modules[0].relative_error != found[1].fidelity.modules[0].relative_error
     )
-    assert all(verify(outcome.path) for outcome in found)
+    assert all(verify_artifact(outcome.path) for outcome in found)
 
 
 def test_formats_that_would_differ_are_an_error(
@@ -166,7 +166,7 @@ def test_without_a_fidelity_text_nothing_is_measured(
         and not found.fidelity.blocks
     )
     assert not (found.path / "quantkit" / "samples" / "tokens.parquet").exists()
-    assert verify(found.path).status == "not judged"
+    assert verify_artifact(found.path).status == "not judged"
     measured = build(source, tmp_path / "y", quantize=quantize, rules=rules)
     mine, theirs = (load_file(o.path / "model.safetensors") for o in (found, measured))
     assert mine.keys() == theirs.keys() and all(

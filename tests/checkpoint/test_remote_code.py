@@ -15,7 +15,7 @@ from support.checkpoints import recipe_text, tiny_config, write_checkpoint
 from support.command_line import fault, run
 
 from quantkit.recipe.parse import parse
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "f" * 40
@@ -97,7 +97,7 @@ def test_code_is_carried_over_and_never_run(
     tokenizer: bool, snapshot: Path, sentinel: Path, tmp_path: Path, record_property: Record
 ) -> None:
     """A known architecture with an auto_map: built, verified, loaded, reported from transformers' own code."""
-    from quantkit.artifact.load_model import load
+    from quantkit.artifact.load_model import load_model
 
     if tokenizer:
         maps = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
@@ -111,8 +111,8 @@ def test_code_is_carried_over_and_never_run(
         json.loads((made / "config.json").read_text())["auto_map"]["AutoConfig"]
         == "modeling_own.OwnConfig"
     )
-    verify(made)
-    load(made)
+    verify_artifact(made)
+    load_model(made)
     for command in (("report", made), ("diff", made, made), ("verify", made)):
         assert run(*command).exit_code == 0
     assert not sentinel.exists()

@@ -19,7 +19,7 @@ from quantkit import pipeline
 from quantkit.errors import CheckpointError
 from quantkit.progress import Progress
 from quantkit.recipe.parse import parse
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 Record = Callable[[str, object], None]
 ODD = ("a b  c", "模型 文件夹", "ünïcödé", "quote'\"s", "-dash", "#hash %20 &", "🦆")
@@ -230,7 +230,7 @@ def test_a_source_that_was_only_touched(tmp_path: Path) -> None:
         planned=lambda _: None,
         tell=tell,
     )
-    assert verify(output).tensors > 0
+    assert verify_artifact(output).tensors > 0
 
 
 def test_the_message_of_a_faulty_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ TINY = ("tiny-v3-math", "tiny-v3-code")
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(package_data.resolve_model("builtin:tiny-v3"))
+    return AutoTokenizer.from_pretrained(package_data.locate_model("builtin:tiny-v3"))
 
 
 @pytest.fixture(scope="module")

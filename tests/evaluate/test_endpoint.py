@@ -26,7 +26,7 @@ from quantkit.io import package_data
 TASK = "tiny-v3-math"
 DOCS = [
     json.loads(line)
-    for line in (package_data.folder("evals") / "data" / f"{TASK}.jsonl")
+    for line in (package_data.locate_folder("evals") / "data" / f"{TASK}.jsonl")
     .read_text(encoding="utf-8")
     .splitlines()
 ]

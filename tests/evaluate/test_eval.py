@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
         initializer_range=0.2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(path)
-    AutoTokenizer.from_pretrained(package_data.resolve_model("builtin:tiny-v3")).save_pretrained(
+    AutoTokenizer.from_pretrained(package_data.locate_model("builtin:tiny-v3")).save_pretrained(
         path
     )
     return path

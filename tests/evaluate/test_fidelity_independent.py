@@ -25,7 +25,7 @@ AGREEMENT = 0.01
 @pytest.mark.parametrize("rules", ["experts-only", "all-linear"])
 def test_streaming_figures_equal_whole_models(rules: str, tmp_path: Path) -> None:
     """KL, perplexity ratio, top-1 and delta-p of the demo's recipe, on all of its held-out text."""
-    text = (package_data.folder("recipes") / "tiny-v3-awq4.yaml").read_text()
+    text = (package_data.locate_folder("recipes") / "tiny-v3-awq4.yaml").read_text()
     recipe = parse(
         text,
         "tiny-v3-awq4.yaml",
@@ -34,12 +34,12 @@ def test_streaming_figures_equal_whole_models(rules: str, tmp_path: Path) -> Non
     (outcome,) = pipeline.run(
         recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
     )
-    source = package_data.resolve_model("builtin:tiny-v3")
+    source = package_data.locate_model("builtin:tiny-v3")
     first, second = (
         whole_model(source, fp8_weights(source)),
         whole_model(outcome.path, awq_weights(outcome.path)),
     )
-    corpus = corpora.load_set(recipe.fidelity.set, package_data.folder("calibration"))
+    corpus = corpora.load_set(recipe.fidelity.set, package_data.locate_folder("calibration"))
     tokens = corpora.token_batches(corpus, corpora.load_tokenizer(source), None, 512, 0)
     kl, nll_p, nll_q, same = [], [], [], []
     with torch.no_grad():

@@ -210,6 +210,6 @@ def test_positive_control_of_mbpp():
 def test_the_shipped_items_are_all_there():
     counts = {
         path.name: len(path.read_text().splitlines())
-        for path in (package_data.folder("evals") / "data").iterdir()
+        for path in (package_data.locate_folder("evals") / "data").iterdir()
     }
     assert counts == {"tiny-v3-math.jsonl": 300, "tiny-v3-code.jsonl": 100}

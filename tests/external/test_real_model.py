@@ -23,7 +23,7 @@ from quantkit.numerics.fidelity import Estimate
 from quantkit.texts import corpora
 
 TEXT = "".join(f"line {index} of a text that has many of them .\n" for index in range(400))
-CHECKPOINT = package_data.resolve_model("builtin:tiny-v3")
+CHECKPOINT = package_data.locate_model("builtin:tiny-v3")
 
 
 # --------------------------------------------------------------------------------------------------------------- text

@@ -27,8 +27,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 import quantkit
 from quantkit import pipeline, registry
-from quantkit.artifact.layout import read_manifest
-from quantkit.artifact.load_model import Experts4bit, stored_as
+from quantkit.artifact.load_model import Experts4bit, read_schemes
+from quantkit.artifact.read_manifest import read_manifest
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Contents, Linear, Quantized, Scheme
 from quantkit.errors import ArtifactError, NumericsError, RecipeError, UsageError
@@ -38,7 +38,7 @@ from quantkit.methods.nf4 import METHOD
 from quantkit.numerics import nf4 as codebook
 from quantkit.plan.decisions import scheme_of
 from quantkit.recipe.parse import Quantize, parse
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 IDS = torch.arange(2, 66)[None]  # [1, 64]
 
@@ -389,7 +389,7 @@ def built(
     )
     quantize = f"{{method: nf4, double_quant: {str(double_quant).lower()}}}"
     outcome = build(source, tmp_path / "artifact", **{**KEYS, "quantize": quantize}, rules=rules)
-    verify(outcome.path)
+    verify_artifact(outcome.path)
     assert outcome.fidelity.modules and all(
         0 < module.relative_error < 0.15 for module in outcome.fidelity.modules
     )
@@ -434,7 +434,7 @@ def test_transformers_loads_what_was_stored(
     assert not any(told.values()), told
     ours = Stored.open(path).model()
     found = packed_linears(theirs)
-    assert set(found) == set(stored_as(read_manifest(path), Checkpoint.open(path), path)[1])
+    assert set(found) == set(read_schemes(read_manifest(path), Checkpoint.open(path), path)[1])
     for module_name, module in found.items():
         unpacked = bnb.dequantize_4bit(module.weight, module.weight.quant_state)
         assert torch.equal(unpacked, ours.get_submodule(module_name).weight.bfloat16())
@@ -464,7 +464,7 @@ def test_load_runs_experts_in_nf4(name: str, double_quant: bool, fp8: bool, tmp_
     """The logits of a mixture that no engine loads are those of the dequantized model."""
     path = built(tmp_path, name, double_quant=double_quant, fp8=fp8)
     model = quantkit.load(path, device="cpu", dtype="float32")
-    quantized = stored_as(read_manifest(path), Checkpoint.open(path), path)[1]
+    quantized = read_schemes(read_manifest(path), Checkpoint.open(path), path)[1]
     assert len(packed_linears(model)) == len(quantized) and not model.training
     assert any(isinstance(module, Experts4bit) for module in model.modules()) == (name != "llama")
     expected = logits(Stored.open(path).model())
@@ -530,7 +530,7 @@ def test_importing_quantkit_does_not_start_torch() -> None:
 @pytest.mark.parametrize("name", ["tiny-v3-nf4", "tiny-v3-rtn4"])
 def test_recipes_without_calibration(name: str, tmp_path: Path) -> None:
     """As shipped, but with less text and no benchmarks: no calibration stream, the bound on the KL, and what loads."""
-    text = (package_data.folder("recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (package_data.locate_folder("recipes") / f"{name}.yaml").read_text(encoding="utf-8")
     shorter = {
         "fidelity.windows": "24",
         "compute.device": "cpu",

@@ -29,7 +29,7 @@ from quantkit.plan import sources
 from quantkit.plan.plan import Plan, SourceFacts
 from quantkit.recipe.parse import parse
 from quantkit.report import make
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 GPTQ = "{method: gptq, bits: 4, group_size: 64, symmetric: true}"
 EXPERTS = '{match: "re:.*\\\\.experts\\\\..*", quantize: default}'
@@ -110,7 +110,7 @@ def test_every_kept_bit_is_the_sources(
         "model.layers.1.mlp.shared_experts.up_proj.weight",
     ):
         assert torch.equal(read.read([name])[name], original.read([name])[name])
-    assert verify(outcome.path).status == "not judged"
+    assert verify_artifact(outcome.path).status == "not judged"
     stored = {role.role: role.stored for role in outcome.fidelity.artifact.roles}
     assert stored["mlp"] == "F8_E4M3 128x128"
     assert stored["attention"] == ("F8_E4M3 128x128, BF16" if bf16 else "F8_E4M3 128x128")
@@ -129,7 +129,7 @@ def test_transformers_loads_codes_beside_fp8(rules: str, tmp_path: Path) -> None
     plain = "{method: rtn, bits: 4, group_size: 64, symmetric: true}"
     outcome = build(folder, tmp_path / "a", rules=rules, quantize=plain)
     ours = Stored.open(outcome.path).model()
-    own = load_model.load(outcome.path, device="cpu", dtype="float32").state_dict()
+    own = load_model.load_model(outcome.path, device="cpu", dtype="float32").state_dict()
     assert all(torch.equal(own[key], value) for key, value in ours.state_dict().items())
     theirs: Any
     theirs, told = AutoModelForCausalLM.from_pretrained(
@@ -169,7 +169,7 @@ def test_the_demo_in_fp8_end_to_end(tmp_path: Path) -> None:
 
     transformers rounds the inputs of FP8 layers to FP8, as engines do: that costs as much again, or twice as much.
     """
-    text = (package_data.folder("recipes") / "tiny-v3-gptq4-fp8.yaml").read_text()
+    text = (package_data.locate_folder("recipes") / "tiny-v3-gptq4-fp8.yaml").read_text()
     recipe = parse(
         text,
         "tiny-v3-gptq4-fp8.yaml",
@@ -184,7 +184,7 @@ def test_the_demo_in_fp8_end_to_end(tmp_path: Path) -> None:
     assert (
         outcome.path / "model.safetensors"
     ).stat().st_size < 5_600_000  # 7.9 MB with BF16 in place of FP8
-    source = package_data.resolve_model("builtin:tiny-v3")
+    source = package_data.locate_model("builtin:tiny-v3")
     kept, wanted = fp8_bits(outcome.path), fp8_bits(source)
     assert len(kept) == 2 * 32 and all(
         torch.equal(bits, wanted[name]) for name, bits in kept.items()
@@ -203,7 +203,9 @@ def test_the_demo_in_fp8_end_to_end(tmp_path: Path) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(outcome.path)
     lines = (
-        (package_data.folder("calibration") / "tiny-v3-heldout.jsonl").read_text().splitlines()[:60]
+        (package_data.locate_folder("calibration") / "tiny-v3-heldout.jsonl")
+        .read_text()
+        .splitlines()[:60]
     )
     batches = [
         torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"][:200]]) for line in lines

@@ -33,8 +33,8 @@ from support.checkpoints import recipe_text, tiny_config, write_checkpoint
 
 from quantkit import pipeline
 from quantkit.cli.main import BOUNDED, REPRODUCIBLE
-from quantkit.io.host import multiplies_bfloat16
-from quantkit.io.package_data import folder
+from quantkit.io.host import has_bfloat16_instructions
+from quantkit.io.package_data import locate_folder
 from quantkit.recipe.parse import parse
 
 HERE = Path(__file__).resolve().parent
@@ -134,7 +134,7 @@ def find_machine_kind() -> Kind:
         "cpu model": f"{fields.get('cpu family', 'unknown')}.{fields.get('model', 'unknown')}",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "bfloat16 products": str(
-            multiplies_bfloat16()
+            has_bfloat16_instructions()
         ).lower(),  # compute.calibration: auto depends on it
         "machine": platform.machine(),
         "torch": str(torch.__version__),
@@ -210,7 +210,7 @@ def build_artifacts(place: Path) -> Hashes:
     """Build every artifact under `place`, and hash their files."""
     found: Hashes = {}
     for name, (recipe_name, changes) in RECIPES.items():
-        text = (folder("recipes") / f"{recipe_name}.yaml").read_text(encoding="utf-8")
+        text = (locate_folder("recipes") / f"{recipe_name}.yaml").read_text(encoding="utf-8")
         found |= build_recipe(
             text, name, {**UNMEASURED, **changes, "output.path": str(place / name)}
         )

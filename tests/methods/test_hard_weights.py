@@ -18,10 +18,10 @@ from support.builds import build
 from support.checkpoints import tiny_config, write_checkpoint
 from torch import Tensor
 
-from quantkit.artifact.load_model import load
+from quantkit.artifact.load_model import load_model
 from quantkit.errors import CheckpointError, NumericsError
 from quantkit.numerics import gram
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 Record = Callable[[str, object], None]
 METHODS: Mapping[str, dict[str, str]] = {
@@ -79,7 +79,7 @@ def modules(artifact: Path) -> dict[str, Any]:
 
 def weights(artifact: Path) -> dict[str, Tensor]:
     """Every weight of the artifact, unpacked to float32."""
-    model = load(artifact)
+    model = load_model(artifact)
     found = {}
     for name, module in model.named_modules():
         if (
@@ -108,7 +108,7 @@ def test_hard_weights(method: str, hard: Path, tmp_path: Path, record_property: 
         fidelity="none",
         **METHODS[method],
     ).path
-    verify(out)
+    verify_artifact(out)
     for name, tensor in load_file(out / "model.safetensors").items():
         assert not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()), name
     told, stored = modules(out), weights(out)
@@ -152,7 +152,7 @@ def test_values_beyond_fp16_under_fp16_scales(
     out = build(
         hard, tmp_path / "out", rules="all-linear", calibration=FEW, fidelity="none", **keys
     ).path
-    verify(out)
+    verify_artifact(out)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(out).values())
     if method not in ("awq", "awq+gptq"):  # which move it into the next matrix
         assert "scale-clamped" in modules(out)[HUGE]["fallbacks"]
@@ -289,7 +289,7 @@ def test_an_input_of_almost_nothing(
         fidelity="none",
         **METHODS[method],
     ).path
-    verify(out)
+    verify_artifact(out)
     told = modules(out)
     for name, module in told.items():
         assert 0 < module["relative_error"] < 1 and 0 <= module["output_error"] < 0.5, (
@@ -323,7 +323,7 @@ def test_a_router_that_is_no_router(
     keys = dict(METHODS[method])
     learns = method in ("awq", "awq+gptq", "gptq")
     outcome = build(folder, tmp_path / "out", rules="experts-only", calibration=FEW, **keys)
-    verify(outcome.path)
+    verify_artifact(outcome.path)
     told = modules(outcome.path)
     alone = {5} if kind == "never routed to" else {0, 1, 4, 5, 6, 7}
     for name, module in told.items():

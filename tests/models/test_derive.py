@@ -199,7 +199,7 @@ def test_plan_build_verify(model_type: str, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "source", family(model_type))
     text = recipe_text(folder, tmp_path / "artifact", rules="all-linear")
     outcome = build(text)
-    assert shallow.verify(outcome.path).status == "not judged"
+    assert shallow.verify_artifact(outcome.path).status == "not judged"
     pooled = outcome.fidelity.distribution[0]
     assert (
         pooled.kl_mean is not None
@@ -257,7 +257,7 @@ def test_the_reported_divergence_is_that_of_two_models_of_transformers(
             )
             lost.append((p.exp() * (p - q)).sum(-1))
     with torch.no_grad():
-        again = load_model.load(outcome.path, device="cpu", dtype="float32")(ids).logits
+        again = load_model.load_model(outcome.path, device="cpu", dtype="float32")(ids).logits
     assert torch.allclose(again, artifact(ids).logits, atol=2e-4, rtol=1e-4)
     reported = outcome.fidelity.distribution[0].kl_mean
     assert reported is not None and reported.value == pytest.approx(
@@ -359,4 +359,4 @@ def test_settings_of_generation_that_transformers_refuses(tmp_path: Path) -> Non
         ArtifactError,
         match=r"g\.json: expected settings that transformers takes, found: .* but is -3",
     ):
-        load_model.generation_config(tmp_path / "g.json")
+        load_model.read_generation_config(tmp_path / "g.json")

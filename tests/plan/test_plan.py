@@ -19,7 +19,7 @@ from support.plans import plan_of, specs_of
 from tools.calibration_sets.specs import TINY_HELD_OUT, spec_yaml
 
 from quantkit import registry
-from quantkit.artifact.writer import config_values
+from quantkit.artifact.model_files import make_config
 from quantkit.contracts import TensorSpec
 from quantkit.errors import CheckpointError, RecipeError, UsageError
 from quantkit.plan import sources
@@ -43,8 +43,8 @@ import sys, time
 began = time.monotonic()
 from quantkit.cli import main
 main(["plan", sys.argv[1], "--json"], standalone_mode=False)
-from quantkit.storage.machine import peak_resident_bytes
-used = peak_resident_bytes()
+from quantkit.io.host import get_peak_memory
+used = get_peak_memory()
 print(f"{time.monotonic() - began} {used}", file=sys.stderr)
 """
 
@@ -335,7 +335,7 @@ def test_a_rule_that_decides_nothing_is_told() -> None:
 def test_keeping_everything_is_told() -> None:
     plan = plan_of(rules='[{match: "*", keep: source}]', quantize="{method: rtn}")
     assert "no linear is quantized: the artifact is a copy of the source" in plan.warnings
-    assert "quantization_config" not in config_values(plan)
+    assert "quantization_config" not in make_config(plan)
     assert not plan.needs_calibration
     assert {n: (s.dtype, s.shape) for n, s in outputs(plan).items()} == {
         n: (s.dtype, s.shape) for n, s in plan.specs.items()
@@ -518,7 +518,7 @@ def test_the_mtp_layer_is_never_lost_by_accident(mtp: str) -> None:
     experts = [name for name in quantized(plan) if name.startswith("model.layers.2.mlp.experts.")]
     assert bool(inside) == (mtp != "drop")
     assert len(experts) == (8 * 3 if mtp == "quantize" else 0)
-    assert config_values(plan)["num_nextn_predict_layers"] == (0 if mtp == "drop" else 1)
+    assert make_config(plan)["num_nextn_predict_layers"] == (0 if mtp == "drop" else 1)
     assert plan.source.config.integer("num_nextn_predict_layers") == 1
     assert any("mtp-rtn" in warning for warning in plan.warnings) == (mtp == "quantize")
     if mtp != "drop":
@@ -547,14 +547,14 @@ def test_an_announced_mtp_layer_that_is_not_stored() -> None:
         "config.json announces the MTP block model.layers.2, the checkpoint has none of its tensors: left out"
     )
     assert [block.name for block in plan.layout.blocks] == ["model.layers.0", "model.layers.1"]
-    assert config_values(plan)["num_nextn_predict_layers"] == 0
+    assert make_config(plan)["num_nextn_predict_layers"] == 0
     assert plan_summary(plan).source.parameters_without_mtp is None
 
 
 def test_a_model_without_mtp_keeps_its_config() -> None:
     plan = plan_of(config={"num_nextn_predict_layers": 0})
-    assert config_values(plan)["num_nextn_predict_layers"] == 0
-    assert "num_nextn_predict_layers" not in config_values(plan_of("llama"))
+    assert make_config(plan)["num_nextn_predict_layers"] == 0
+    assert "num_nextn_predict_layers" not in make_config(plan_of("llama"))
 
 
 # ------------------------------------------------------------------------------------------ checkpoints that do not fit

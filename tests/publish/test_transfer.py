@@ -15,7 +15,7 @@ from support.places.using import LAST, WRITING, Record, fetched, files, flipped,
 from quantkit.artifact.layout import LOADTEST, LOADTEST_PAGE, MANIFEST, SIGNATURE
 from quantkit.errors import ArtifactError, TransferError, UsageError
 from quantkit.publish.publish import publish
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 QUICK = {"file", "oci", "hf"}
 
@@ -41,7 +41,7 @@ def test_what_is_published_is_pulled_byte_for_byte(
         got.manifest == done.manifest == hashlib.sha256((built / MANIFEST).read_bytes()).hexdigest()
     )
     assert files(tmp_path / "got") == files(built)
-    verify(tmp_path / "got")
+    verify_artifact(tmp_path / "got")
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("got")) == ["got"]
 
 
@@ -145,7 +145,7 @@ def test_only_accepted_artifacts(artifact: Path, tmp_path: Path, status: str) ->
     missed = {"figure": "kl_mean", "bound": "<= 1e-07", "value": 0.001, "ok": False}
     judged(artifact, status, [missed] if status == "rejected" else [])
     rehash(artifact)
-    assert verify(artifact).status == status
+    assert verify_artifact(artifact).status == status
     with pytest.raises(
         ArtifactError,
         match=f"expected an accepted artifact, found one that is {status}; .* --force",

@@ -35,7 +35,7 @@ CARDS = {
 """Billions of parameters, as the models' cards have them (32.8, 30.5, 46.7, 685 with MTP), with a digit more."""
 
 
-def no_hub(model: str, revision: str | None) -> hub.SourceHeaders:
+def no_hub(model: str, revision: str | None) -> hub.ModelHeaders:
     """Instead of asking the hub."""
     raise HubUnreachable(f"{model}@{revision}: nobody answers")
 

@@ -13,14 +13,14 @@ from support.command_line import build, fault, run
 from support.report_example import FIDELITY
 from support.report_variants import emptied, example
 
-from quantkit.artifact.fidelity_schema import Benchmark, Fidelity, Figure
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
 from quantkit.errors import RecipeError, UsageError
 from quantkit.recipe.parse import parse_gates
 from quantkit.recipe.schema import FIGURES, Gate
 from quantkit.report import gates
 from quantkit.report.junit import junit
 
-TASK = Benchmark(
+TASK = BenchmarkResult(
     task="t", n=300, source=0.8, artifact=0.79, lost=5, gained=2, delta_pp=Figure(value=-1.0, ci=(-2.5, 0.5)),
     recovery=Figure(value=0.9875), mcnemar_p=0.45, truncated=(0.0, 0.03), unparsed=(0.01, 0.0),
 )  # fmt: skip
@@ -90,7 +90,7 @@ def test_a_module_without_output_error_is_told_and_one_without_an_error_misses()
 
 
 def test_lost_items_of_a_task_that_was_not_run_are_not_known() -> None:
-    silent = Benchmark(task="u", status="not run", reason="no sandbox")
+    silent = BenchmarkResult(task="u", status="not run", reason="no sandbox")
     report = example({"benchmarks": [TASK, silent]})
     assert one("lost_items", Gate(max=9), report) == (None, None, "not measured: u was not run")
 
@@ -154,7 +154,7 @@ def test_a_loss_beyond_the_margin_is_not_called_unresolved() -> None:
     ],
 )
 def test_a_task_that_was_not_run_keeps_and_misses_nothing(gate: Gate) -> None:
-    silent = Benchmark(task="t", status="not run", reason="no sandbox")
+    silent = BenchmarkResult(task="t", status="not run", reason="no sandbox")
     for rows, reason in (([silent], "not run: no sandbox"), ([], "not run")):
         assert one("t", gate, example({"benchmarks": rows})) == (None, None, reason)
 

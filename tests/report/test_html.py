@@ -23,13 +23,14 @@ from support.report_large import large, pair
 from support.report_pages import HOSTILE, LIMIT_BYTES, Page, example, folder_with, poisoned
 from support.report_variants import emptied
 
-from quantkit.artifact.fidelity_schema import Experts, Module
+from quantkit.artifact import layout
+from quantkit.artifact.fidelity_schema import ExpertCoverage, ModuleResult
 from quantkit.cli.main import main
 from quantkit.errors import ArtifactError
 from quantkit.report import charts, html, tables
 from quantkit.report.module_ranges import block_of, folded
 from quantkit.report.samples import FLOOR, Answer, Samples, read_samples
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 ORDER = (
     "verdict", "artifact", "benchmarks", "distribution", "plots", "modules", "fallbacks", "changed", "provenance",
@@ -319,14 +320,14 @@ def test_samples_without_a_column_are_a_fault(tmp_path: Path) -> None:
 
 def test_errors_per_layer_are_percentiles_of_its_quantized_matrices() -> None:
     modules = [
-        Module(
+        ModuleResult(
             name=f"model.layers.{layer}.mlp.experts.{n}.up_proj", rule="r", method="awq", scheme="s",
             relative_error=(n + 1) / 100 + layer, output_relative_error=None if layer else 0.0,
         )
         for layer, n in product((0, 1), range(11))
     ]  # fmt: skip
     kept = [
-        Module(
+        ModuleResult(
             name="model.layers.1.mlp.gate", rule="r", method=None, scheme="BF16", relative_error=9.0
         )
     ]
@@ -344,7 +345,7 @@ def test_shades_start_at_the_fewest_tokens_allowed() -> None:
     def ends(*tokens: int, least: int = 64) -> list[int]:
         layer = {"block": "b", "tokens": tokens}
         return charts.shades(
-            Experts.model_validate({"min_tokens": least, "policy": "p", "layers": [layer]})
+            ExpertCoverage.model_validate({"min_tokens": least, "policy": "p", "layers": [layer]})
         )
 
     assert ends(3, 100, 6_400) == [64, 200, 400, 800, 1_600, 3_200]
@@ -421,25 +422,25 @@ def test_folding_in_words() -> None:
 
 
 def test_a_build_seals_the_page_and_it_can_be_made_again(artifact: Path) -> None:
-    page = artifact / html.HTML
+    page = artifact / layout.PAGE
     sealed = page.read_bytes()
     manifest = json.loads((artifact / "quantkit/manifest.json").read_text())
-    assert manifest["files"][html.HTML]["bytes"] == len(sealed)
+    assert manifest["files"][layout.PAGE]["bytes"] == len(sealed)
     page.unlink()
     shown = CliRunner().invoke(main, ["report", str(artifact), "--html"])
     assert (shown.exit_code, shown.stdout) == (0, f"{page}\n")
     assert page.read_bytes() == sealed
-    assert verify(artifact).status == "not judged"
+    assert verify_artifact(artifact).status == "not judged"
 
 
 def test_another_page_goes_elsewhere(artifact: Path, tmp_path: Path) -> None:
     """Samples that were taken away give another page; in the artifact it would break the manifest's hash."""
     shutil.rmtree(artifact / "quantkit/samples")
-    before = (artifact / html.HTML).read_bytes()
+    before = (artifact / layout.PAGE).read_bytes()
     refused = CliRunner().invoke(main, ["report", str(artifact), "--html"])
     assert refused.exit_code == 1
     assert "expected the page that these files make, found another or none" in refused.stderr
-    assert (artifact / html.HTML).read_bytes() == before
+    assert (artifact / layout.PAGE).read_bytes() == before
     output = tmp_path / "review.html"
     shown = CliRunner().invoke(
         main, ["report", str(artifact), "--html", "--output", str(output), "--json"]

@@ -11,12 +11,12 @@ from support.report_example import FIDELITY, PLAN
 from support.report_variants import GATES, drawn, emptied, example
 
 from quantkit.artifact.fidelity_schema import (
-    Benchmark,
-    Distribution,
-    Experts,
+    BenchmarkResult,
+    DistributionResult,
+    ExpertCoverage,
     Fidelity,
     Figure,
-    Module,
+    ModuleResult,
 )
 from quantkit.plan.plan_schema import PlanSummary
 from quantkit.recipe.schema import FIGURES, Gate
@@ -143,7 +143,7 @@ def test_only_tasks_that_were_not_run() -> None:
 
 def test_worst_modules_come_first_and_the_rest_is_counted() -> None:
     modules = [
-        Module(
+        ModuleResult(
             name=f"m{i}",
             rule="r",
             method="awq",
@@ -153,7 +153,7 @@ def test_worst_modules_come_first_and_the_rest_is_counted() -> None:
         )
         for i in range(200)
     ]
-    kept = [Module(name="kept", rule="r", method=None, scheme="BF16")]
+    kept = [ModuleResult(name="kept", rule="r", method=None, scheme="BF16")]
     made = tables.worst_modules(example({"modules": [*modules, *kept]}))
     assert [row[0] for row in made.rows] == [f"m{199 - i}" for i in range(10)]
     assert made.note == "The 10 worst of 200; all in quantkit/fidelity.json."
@@ -163,7 +163,7 @@ def test_worst_modules_come_first_and_the_rest_is_counted() -> None:
 def test_a_method_that_is_its_rounding_is_named_once() -> None:
     pairs = (("gptq", "gptq"), ("awq", "gptq"), ("awq", "nearest"))
     modules = [
-        Module(name="m", rule="r", method=method, rounding=rounding, scheme="s")
+        ModuleResult(name="m", rule="r", method=method, rounding=rounding, scheme="s")
         for method, rounding in pairs
     ]
     told = [tables.worst_modules(example({"modules": [module]})).rows[0][1] for module in modules]
@@ -304,7 +304,7 @@ def test_a_number_that_is_not_finite_is_none_however_it_is_spelled() -> None:
 
 
 def test_a_figure_that_is_not_finite_misses_every_bound() -> None:
-    pooled = Distribution(domain="all", tokens=1, kl_mean=Figure(value=float("nan")))
+    pooled = DistributionResult(domain="all", tokens=1, kl_mean=Figure(value=float("nan")))
     fidelity = example({"distribution": [pooled]})
     (result,) = gates.judge({"kl_mean": Gate(max=1)}, fidelity)
     assert (result.ok, result.value, result.reason) == (False, None, "not finite")
@@ -321,7 +321,7 @@ def test_a_figure_that_was_not_measured_is_not_judged(figure: str) -> None:
 
 
 def test_a_source_that_scores_nothing_gives_no_information() -> None:
-    floor = example({"benchmarks": [Benchmark(task="t", n=9, source=0.0, artifact=0.0)]})
+    floor = example({"benchmarks": [BenchmarkResult(task="t", n=9, source=0.0, artifact=0.0)]})
     (result,) = gates.judge({"t": Gate(min_recovery=0.5)}, floor)
     assert (result.ok, result.reason) == (None, "the source scores 0: no information")
     (result,) = gates.judge({"other": Gate(min_recovery=0.5)}, floor)
@@ -347,7 +347,7 @@ def test_an_unknown_key_is_refused() -> None:
 
 
 def test_experts_below_the_limit_are_listed() -> None:
-    experts = Experts.model_validate({
+    experts = ExpertCoverage.model_validate({
         "min_tokens": 10,
         "policy": "rtn",
         "layers": [{"block": "b", "tokens": [10, 9, 0]}],

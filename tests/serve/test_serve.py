@@ -26,7 +26,7 @@ from ruamel.yaml import YAML
 from support.stub_engine import Serving, half_a_request
 from tools import demo_serve
 
-from quantkit.artifact.load_model import load
+from quantkit.artifact.load_model import load_model
 from quantkit.cli.main import main
 from quantkit.errors import UsageError
 from quantkit.formats.common.engine_names import apart
@@ -676,7 +676,7 @@ def test_greedy_answers_are_those_of_generate(
     api: openai.OpenAI, decoder: Decoder, built: Path
 ) -> None:
     ids = decoder.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    made = load(built).generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1] :]
+    made = load_model(built).generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1] :]
     expected = decoder.tokenizer.decode(made, skip_special_tokens=True)
     answer = api.completions.create(model="tiny", prompt=PROMPT, max_tokens=30, temperature=0)
     assert answer.choices[0].text == expected

@@ -13,7 +13,7 @@ import transformers
 from quantkit import registry
 from quantkit.contracts import Config
 from quantkit.errors import CheckpointError, UsageError
-from quantkit.io.package_data import folder, resolve_model
+from quantkit.io.package_data import locate_folder, locate_model
 from quantkit.recipe.parse import parse
 from quantkit.serve.sizing.attention import attentions
 from quantkit.serve.sizing.fit import (
@@ -54,7 +54,7 @@ def v3() -> Model:
 
 @cache
 def recipe_model(name: str) -> Model:
-    text = (folder("recipes") / f"{name}.yaml").read_text()
+    text = (locate_folder("recipes") / f"{name}.yaml").read_text()
     (found,) = recipe_models(parse(text, name))
     return found
 
@@ -246,7 +246,7 @@ def test_a_window_caps_what_a_long_context_costs(tmp_path: Path) -> None:
 
 def test_an_artifacts_bytes_are_those_of_its_headers() -> None:
     model = model_of("builtin:tiny-v3")
-    path = resolve_model("builtin:tiny-v3")
+    path = locate_model("builtin:tiny-v3")
     size = (path / "model.safetensors").stat().st_size
     header = int.from_bytes((path / "model.safetensors").read_bytes()[:8], "little")
     assert (model.weights + model.mtp).n_bytes == size - 8 - header

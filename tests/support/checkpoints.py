@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from quantkit import registry
 from quantkit.checkpoint.tensors import TORCH_DTYPES
 from quantkit.contracts import Config
-from quantkit.io.package_data import resolve_model
+from quantkit.io.package_data import locate_model
 from quantkit.plan import sources
 from quantkit.plan.match_checkpoint import STORED_AS_FP8, expected
 from quantkit.plan.plan import Plan
@@ -61,7 +61,7 @@ def write_checkpoint(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(resolve_model("builtin:tiny-v3") / name, folder / name)
+        shutil.copy(locate_model("builtin:tiny-v3") / name, folder / name)
     return folder
 
 

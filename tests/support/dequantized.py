@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from quantkit.artifact.layout import read_manifest
-from quantkit.artifact.load_model import stored_as
+from quantkit.artifact.load_model import read_schemes
+from quantkit.artifact.read_manifest import read_manifest
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Layout
 from quantkit.models import full_model
@@ -33,7 +33,7 @@ class Stored:
     def open(artifact: Path) -> Stored:
         """Read the artifact's headers and its description."""
         checkpoint = Checkpoint.open(artifact)
-        name, schemes = stored_as(read_manifest(artifact), checkpoint, artifact)
+        name, schemes = read_schemes(read_manifest(artifact), checkpoint, artifact)
         return Stored(
             checkpoint=checkpoint,
             layout=architecture_of(checkpoint.config).layout(checkpoint.config),

@@ -47,7 +47,7 @@ from quantkit.errors import ArtifactError, QuantkitError
 from quantkit.formats.bitsandbytes import NF4_VALUES
 from quantkit.numerics import nf4
 from quantkit.recipe.parse import parse
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 SYMMETRIC = "{method: rtn, bits: 4, group_size: 64, symmetric: true}"
 SEVERAL = '[{match: "*.down_proj", quantize: {bits: 8}}, {match: "*.mlp.*", quantize: default}, {match: "*", keep: source}]'
@@ -773,7 +773,7 @@ CONTENT: dict[str, tuple[str, Damage, str]] = {
 def refused(path: Path) -> str:
     """What verify says."""
     with pytest.raises(ArtifactError) as caught:
-        verify(path)
+        verify_artifact(path)
     return str(caught.value)
 
 
@@ -846,7 +846,7 @@ def fuzz(path: Path, count: int, seed: int) -> tuple[int, int]:
                 )
             rehash(path)
         try:
-            verify(path)
+            verify_artifact(path)
         except QuantkitError:
             refused += 1
         for file, content in files.items():
@@ -988,7 +988,7 @@ def test_an_artifact_that_is_only_sealed_again_is_accepted(
     for shard in shards(path):
         write_shard(shard, read_shard(shard))
     reseal(path)
-    found = verify(path)
+    found = verify_artifact(path)
     assert found.notes == () and found.modules == len(
         json.loads((path / MANIFEST).read_text())["modules"]
     )

@@ -30,14 +30,14 @@ def COMMAND(artifact: Path, gates_file: Path | None, junit: Path | None, json_ou
 
     Example: quantkit gate artifacts/tiny-v3-awq4 --gates strict.yaml --junit gates.xml
     """
-    from quantkit.artifact.read_report import read_sealed
+    from quantkit.artifact.read_report import read_sealed_report
     from quantkit.io.files import write_output
     from quantkit.report import gates, tables, terminal
     from quantkit.report.junit import junit as junit_bytes
 
     if not artifact.is_dir():
         raise UsageError(f"{artifact}: expected an artifact's folder, found none; check the path")
-    report, _ = read_sealed(artifact)
+    report, _ = read_sealed_report(artifact)
     found = gates.judged(read_gates(gates_file, artifact, report), report)
     missed = [gate for gate in found.gates if gate.ok is False]
     if junit:

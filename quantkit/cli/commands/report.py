@@ -29,7 +29,7 @@ def COMMAND(artifact: Path, html_out: bool, output: Path | None, json_out: bool)
 
     Example: quantkit report artifacts/tiny-v3-awq4 --html --output review.html
     """
-    from quantkit.artifact.read_report import read_artifact
+    from quantkit.artifact.read_report import read_artifact_report
     from quantkit.report.terminal import fidelity_view
 
     if output and not html_out:
@@ -42,7 +42,7 @@ def COMMAND(artifact: Path, html_out: bool, output: Path | None, json_out: bool)
         page = rebuild(artifact, output)
         as_json({"html": str(page)}) if json_out else click.echo(page)
         return
-    found = read_artifact(artifact)
+    found = read_artifact_report(artifact)
     if json_out:
         as_json(found.model_dump(mode="json"))
     else:

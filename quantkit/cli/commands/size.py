@@ -131,10 +131,10 @@ def COMMAND(
 
 def read_models(target: str, overrides: Sequence[str], width: Width | None) -> tuple[Model, ...]:
     """The models that a target names: one per format of a recipe, else one."""
-    from quantkit.io.package_data import names_recipe
+    from quantkit.io.package_data import is_recipe_name
     from quantkit.serve.sizing.read import assuming, model_of, recipe_models
 
-    if names_recipe(target):
+    if is_recipe_name(target):
         made = recipe_models(read_recipe(target, overrides)[1])
         return tuple(assuming(model, width) for model in made) if width else made
     if overrides:

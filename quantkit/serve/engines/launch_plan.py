@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantkit.errors import UsageError
-from quantkit.io.host import memory_available
+from quantkit.io.host import get_available_memory
 from quantkit.serve.engines.containers import MODEL, TEMPLATE, docker_text, kubernetes_text
 from quantkit.serve.engines.launch import SHOWN, Engine, Flag, Launch, Place, fit_of, launch
 from quantkit.serve.engines.target import Target, read_target
@@ -117,7 +117,7 @@ def chosen(
             )
         return wanted.engine
     unpacked = target.model.weights.parameters * UNPACKED_BYTES
-    small_enough = target.kind == "artifact" and unpacked < memory_available()
+    small_enough = target.kind == "artifact" and unpacked < get_available_memory()
     if not (wanted.gpu or found or containers) and small_enough:
         return "transformers"
     engines: tuple[Engine, ...] = ("vllm", "sglang")

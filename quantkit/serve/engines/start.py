@@ -17,7 +17,7 @@ from quantkit.serve.engines.launch import SHOWN
 from quantkit.serve.engines.launch_plan import Planned, installed
 from quantkit.serve.gateway.api_keys import Key, read_keys
 from quantkit.serve.gateway.settings import Limits, Settings, Upstream, limits_from
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 Tell = Callable[[str], None]
 
@@ -166,7 +166,7 @@ def run(
         )
     engine_process.check_port(front.host, front.port)
     if target.kind == "artifact" and not verified:
-        found = verify(Path(target.path))
+        found = verify_artifact(Path(target.path))
         tell(f"verified: {found.files} files, {found.n_bytes / 1e6:,.1f} MB, {found.status}")
     if target.status == "rejected":
         tell("warning: this artifact misses a gate of its recipe; `quantkit report` says which")

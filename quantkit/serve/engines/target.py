@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from quantkit import registry
-from quantkit.artifact.layout import MANIFEST, mapping, read_manifest
+from quantkit.artifact.layout import FIDELITY, MANIFEST
+from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.checkpoint.shards import open_shards
 from quantkit.errors import ArtifactError, UsageError
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, apart
 from quantkit.io.files import read_json
-from quantkit.io.package_data import names_recipe
+from quantkit.io.package_data import is_recipe_name
 from quantkit.serve.sizing.model import Model
 from quantkit.serve.sizing.read import model_of
 
@@ -44,7 +45,7 @@ class Target:
 def read_target(target: str) -> Target:
     """What a folder, a config.json or a hub id holds; UsageError or CheckpointError as sizing says."""
     path = Path(target)
-    if names_recipe(target):
+    if is_recipe_name(target):
         raise UsageError(
             f"{target}: expected an artifact, found a recipe; build it, and name the folder it makes"
         )
@@ -87,7 +88,7 @@ def artifact_target(path: Path, model: Model) -> Target:
         model=model,
         engines=engines,
         refused=refused,
-        fused_apart=apart(mapping(manifest, "tensors", path)),
+        fused_apart=apart(get_section(manifest, "tensors", path)),
         chat=chat_template(path),
         status=str(manifest.get("status")),
     )
@@ -102,7 +103,7 @@ def by_config(entry: object) -> str:
 
 def told_engines(path: Path) -> frozenset[str] | None:
     """Engines that the report says serve it; None without a report."""
-    file = path / "quantkit/fidelity.json"
+    file = path / FIDELITY
     if not file.is_file():
         return None
     artifact = read_json(file, ArtifactError).get("artifact")

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2
 
-from quantkit.artifact.loadtest_schema import Cache
+from quantkit.artifact.loadtest_schema import CacheCounters
 from quantkit.errors import QuantkitError, UsageError
 
 SECONDS = 10.0
@@ -100,7 +100,7 @@ def check_metrics(url: str) -> None:
         )
 
 
-def counters(url: str) -> Cache | None:
+def counters(url: str) -> CacheCounters | None:
     """The prefix cache's counters so far; None where the server tells none (or has no /metrics)."""
     text = scraped(url)
     return None if text is None else counted(text)
@@ -115,12 +115,12 @@ def scraped(url: str) -> str | None:
     return found.text if found.status_code == 200 else None
 
 
-def counted(text: str) -> Cache | None:
+def counted(text: str) -> CacheCounters | None:
     """The counters in a text of Prometheus, summed over a server's engines."""
     for asked, hits in COUNTERS.values():
         found = {name: total(text, name) for name in (asked, hits)}
         if found[asked] is not None:
-            return Cache(asked=found[asked] or 0.0, hits=found[hits] or 0.0)
+            return CacheCounters(asked=found[asked] or 0.0, hits=found[hits] or 0.0)
     return None
 
 
@@ -137,8 +137,8 @@ def total(text: str, name: str) -> float | None:
         return None
 
 
-def during(before: Cache | None, after: Cache | None) -> Cache | None:
+def during(before: CacheCounters | None, after: CacheCounters | None) -> CacheCounters | None:
     """What happened between two readings; None when the server was started anew between them."""
     if before is None or after is None or after.asked < before.asked or after.hits < before.hits:
         return None
-    return Cache(asked=after.asked - before.asked, hits=after.hits - before.hits)
+    return CacheCounters(asked=after.asked - before.asked, hits=after.hits - before.hits)

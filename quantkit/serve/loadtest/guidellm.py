@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifact.loadtest_schema import Level, Spread
+from quantkit.artifact.loadtest_schema import LoadLevel, Percentiles
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.io.files import read_json, write_atomic
 
@@ -100,7 +100,7 @@ def request(setup: Setup, text: str) -> dict[str, Any]:
     return body | ({"ignore_eos": True} if setup.ignore_eos else {})
 
 
-def run(setup: Setup, concurrency: int, texts: Sequence[str], folder: Path) -> Level:
+def run(setup: Setup, concurrency: int, texts: Sequence[str], folder: Path) -> LoadLevel:
     """One level. QuantkitError when the tool fails, says nothing or finds no answer."""
     prompts, results, told = (
         folder / "prompts.jsonl",
@@ -151,7 +151,7 @@ def surroundings() -> dict[str, str]:
     return {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
 
 
-def level(found: Mapping[str, Any], concurrency: int, where: str) -> Level:
+def level(found: Mapping[str, Any], concurrency: int, where: str) -> LoadLevel:
     """A level in quantkit's words; QuantkitError for results of another shape, or without one answer."""
     try:
         benchmark = found["benchmarks"][0]
@@ -161,7 +161,7 @@ def level(found: Mapping[str, Any], concurrency: int, where: str) -> Level:
                 f"no request of {counts['total']} was answered at {concurrency} at once "
                 f"({counts['errored']} errors); try one by hand, and see the server's messages"
             )
-        return Level(
+        return LoadLevel(
             concurrency=concurrency,
             seconds=benchmark["duration"],
             answered=counts["successful"],
@@ -182,11 +182,11 @@ def level(found: Mapping[str, Any], concurrency: int, where: str) -> Level:
         ) from None
 
 
-def spread(metrics: Mapping[str, Any], name: str, factor: float = 1.0) -> Spread:
+def spread(metrics: Mapping[str, Any], name: str, factor: float = 1.0) -> Percentiles:
     """Mean and quantiles of the answered requests, times `factor`."""
     found = metrics[name]["successful"]
     quantiles = found["percentiles"]
-    return Spread(
+    return Percentiles(
         mean=found["mean"] * factor,
         p50=quantiles["p50"] * factor,
         p90=quantiles["p90"] * factor,

@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from quantkit.artifact.loadtest_schema import Level, LoadTest
+from quantkit.artifact.loadtest_schema import LoadLevel, LoadTest
 from quantkit.serve.loadtest import engine, guidellm
 from quantkit.serve.loadtest.prompts import Prompts
 
@@ -28,7 +28,7 @@ def load_test(
 ) -> LoadTest:
     """Ask at each level. `metrics`: where the engine tells its counters."""
     started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    levels: list[Level] = []
+    levels: list[LoadLevel] = []
     engine.check_answers(
         setup.url, setup.key, setup.path, guidellm.request(setup, prompts.texts[0]), setup.seconds
     )

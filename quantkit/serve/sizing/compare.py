@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.artifact.layout import MANIFEST
-from quantkit.artifact.read_report import read_sealed
+from quantkit.artifact.read_report import read_sealed_report
 from quantkit.report import format_numbers
 from quantkit.report.tables import Table
 from quantkit.serve.sizing.fit import Fit
@@ -30,7 +30,7 @@ class Side:
 def report_of(target: str) -> Fidelity | None:
     """The fidelity report of an artifact; None for what has none. ArtifactError for a damaged one."""
     folder = Path(target)
-    return read_sealed(folder)[0] if (folder / MANIFEST).is_file() else None
+    return read_sealed_report(folder)[0] if (folder / MANIFEST).is_file() else None
 
 
 def sizes(sides: Sequence[Side]) -> Table:

@@ -22,7 +22,7 @@ from quantkit import registry
 from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, UsageError
-from quantkit.io.files import refused_config
+from quantkit.io.files import make_config_error
 from quantkit.serve.sizing.attention import attentions
 from quantkit.serve.sizing.model import (
     Attention,
@@ -140,7 +140,7 @@ def built(config: Config) -> tuple[Any, Any]:
         with torch.device("meta"):
             return known, AutoModelForCausalLM.from_config(known, dtype=torch.bfloat16)
     except Exception as fault:
-        raise refused_config(config.where, model_type, fault) from fault
+        raise make_config_error(config.where, model_type, fault) from fault
 
 
 def as_built(

@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import Literal
 
 from quantkit import registry
-from quantkit.checkpoint.fp8_pairs import logical_specs, scale_suffix
-from quantkit.checkpoint.shards import INDEX, SINGLE, open_shards
+from quantkit.checkpoint.file_names import CONFIG, INDEX, SINGLE
+from quantkit.checkpoint.fp8_pairs import get_scale_suffix, select_logical_specs
+from quantkit.checkpoint.shards import open_shards
 from quantkit.contracts import Config, Scheme, TensorSpec
 from quantkit.errors import CheckpointError, RecipeError, UsageError
 from quantkit.io.files import read_json
-from quantkit.io.package_data import PREFIX, resolve_model
+from quantkit.io.package_data import BUILTIN_PREFIX, locate_model
 from quantkit.plan import published
 from quantkit.plan.match_checkpoint import expected, fp8_block
 from quantkit.plan.plan import SourceFacts, architecture_of, claimed_of, decided, written
 from quantkit.recipe.schema import Recipe
 from quantkit.serve.sizing.model import Layer, Model, ReadFrom, Weights
 from quantkit.serve.sizing.weight_bytes import weigh
-
-CONFIG = "config.json"
 
 Width = Literal["bf16", "fp16", "fp8", "int8", "int4"]
 WIDTHS: Mapping[Width, int] = {"bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4}
@@ -47,8 +46,8 @@ def model_of(target: str, width: Width | None = None) -> Model:
         made = stored_model(path) if has_weights else config_model(path / CONFIG)
     elif path.is_file():
         made = config_model(path)
-    elif target.startswith(PREFIX):
-        made = replace(stored_model(resolve_model(target)), name=target)
+    elif target.startswith(BUILTIN_PREFIX):
+        made = replace(stored_model(locate_model(target)), name=target)
     elif found := published.published(target):
         made = planned_by_config(found[1], target)
     else:
@@ -187,10 +186,10 @@ def packed(method: str, bits: Iterable[object], groups: Iterable[object]) -> str
 def source_facts(recipe: Recipe) -> SourceFacts:
     """The source's headers where they are here, the shipped config of its family, else what the hub says."""
     model, revision = recipe.source.model, recipe.source.revision
-    folder = resolve_model(model) if model.startswith(PREFIX) else Path(model)
+    folder = locate_model(model) if model.startswith(BUILTIN_PREFIX) else Path(model)
     if folder.is_dir():
         config = Config(values=read_json(folder / CONFIG), where=str(folder / CONFIG))
-        specs = logical_specs(open_shards(folder).specs, scale_suffix(config))
+        specs = select_logical_specs(open_shards(folder).specs, get_scale_suffix(config))
         return SourceFacts(
             model=model,
             revision=revision,

@@ -297,9 +297,9 @@ def checkpoint(folder: Path) -> object:
 @target("model card", "README.md", lambda: (CARD.encode(),), yaml_mutation)
 def model_card(folder: Path) -> object:
     """The front matter of a source's card."""
-    from quantkit.artifact.front_matter import front_matter
+    from quantkit.artifact.front_matter import read_front_matter
 
-    return front_matter(folder)
+    return read_front_matter(folder)
 
 
 @target(
@@ -449,9 +449,9 @@ def manifest(folder: Path) -> object:
     from quantkit.diff.sides import read_sides
 
     faults = attempt(lambda: read_sides(str(folder), str(folder)))
-    from quantkit.verify.shallow import verify
+    from quantkit.verify.shallow import verify_artifact
 
-    verify(folder)
+    verify_artifact(folder)
     return faults
 
 
@@ -464,13 +464,13 @@ def manifest(folder: Path) -> object:
 )
 def plan_json(folder: Path) -> object:
     """plan.json under a manifest that agrees, as diff and gate read it."""
-    from quantkit.artifact.read_report import read_sealed
+    from quantkit.artifact.read_report import read_sealed_report
     from quantkit.cli.options import read_gates
     from quantkit.diff.compare import compare
     from quantkit.diff.sides import read_sides
 
     reseal(folder)
-    report, _ = read_sealed(folder)
+    report, _ = read_sealed_report(folder)
     attempt(lambda: read_gates(None, folder, report))
     return compare(*read_sides(str(folder), str(folder)), partial=True)
 
@@ -612,20 +612,20 @@ def lock(folder: Path) -> object:
     import fcntl
     import os
 
-    from quantkit.io.lock import held
+    from quantkit.io.lock import hold_lock
 
     holder = os.open(folder / "x.lock", os.O_RDWR)
     try:
         fcntl.flock(holder, fcntl.LOCK_EX)
 
         def again() -> None:
-            with held(folder / "x.lock"):
+            with hold_lock(folder / "x.lock"):
                 raise AssertionError("two hold the lock")
 
         attempt(again)
     finally:
         os.close(holder)
-    with held(folder / "x.lock"):
+    with hold_lock(folder / "x.lock"):
         return None
 
 
