@@ -28,8 +28,8 @@ from quantkit.artifact.seal import seal_artifact
 from quantkit.artifact.staging import get_staging_path, prepare_staging, rename_into_place
 from quantkit.artifact.writer import ArtifactWriter, WrittenState
 from quantkit.build import session
-from quantkit.build.loop import BuiltBlocks, build
-from quantkit.build.loop import Texts as StreamTexts
+from quantkit.build.loop import BuiltBlocks, build_blocks
+from quantkit.build.loop import StreamTexts as StreamTexts
 from quantkit.build.progress_log import BuildProgress
 from quantkit.build.session import BuildSession
 from quantkit.checkpoint import hub
@@ -45,7 +45,7 @@ from quantkit.evaluate.samples import pairs_to_parquet
 from quantkit.io import package_data
 from quantkit.io.files import read_json, write_atomic, write_json
 from quantkit.io.host import HEAP_BYTES, get_peak_memory, keep_freed_memory, return_freed_memory
-from quantkit.models.layers import meta_model
+from quantkit.models.layers import make_meta_model
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress, ProgressCallback
@@ -71,7 +71,7 @@ class BuildResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Texts:
+class TokenizedTexts:
     """The tokens of the streams, and what the report says of them."""
 
     tokens: Mapping[TextName, Tokens]
@@ -98,7 +98,7 @@ class Texts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures:
+class StreamFigures:
     """What the streams behind the last block say; `tokens` None when the recipe says `fidelity: none`."""
 
     tokens: Measured | None = None
@@ -125,7 +125,7 @@ class Timings(BaseModel):
 
 
 @dataclass(kw_only=True)
-class Clock:
+class StepTimer:
     """Seconds per step."""
 
     began: float = field(default_factory=time.monotonic)
@@ -138,7 +138,7 @@ class Clock:
         self.began = now
 
 
-def run(
+def build_artifacts(
     recipe: Recipe,
     text: str,
     *,
@@ -157,28 +157,30 @@ def run(
     """
     return_freed_memory()
     for format_name in recipe.format:
-        registry.require(format_name)
-    clock = Clock()
+        registry.check_packages(format_name)
+    clock = StepTimer()
     located = hub.resolve_model(recipe.source.model, recipe.source.revision)
     source = Checkpoint.open(located.folder)
     texts = tokenize(recipe, located.folder)
     plans = sources.plan_recipe(
-        recipe, sources.facts_of(recipe, source, located.revision), texts.counts()
+        recipe, sources.make_source_facts(recipe, source, located.revision), texts.counts()
     )
     if all(plan.memory.budget_bytes - plan.memory.peak_bytes >= HEAP_BYTES for plan in plans):
         keep_freed_memory()
     with session.exclusive_lock(plans):
-        journal = session.interrupted(plans, overwrite=overwrite, restart=restart)
+        journal = session.find_interrupted(plans, overwrite=overwrite, restart=restart)
         planned(plans)
         clock.lap("plan")
-        begun = session.begin(plans, journal, source, texts.hashes(), tell)
+        begun = session.begin_session(plans, journal, source, texts.hashes(), tell)
         clock.lap("source hashes")
         try:
             if begun.resumed:
                 say(f"continuing: {begun.told()}")
             for loop, together in enumerate(session.group_by_solve(plans)):
                 if not begun.ready(loop):
-                    make(begun, loop, source, texts, text, clock, evaluate=evaluate, tell=tell)
+                    build_group(
+                        begun, loop, source, texts, text, clock, evaluate=evaluate, tell=tell
+                    )
                 for plan in together:
                     path = Path(plan.path)
                     rename_into_place(
@@ -189,10 +191,10 @@ def run(
         except BaseException as error:
             begun.leave(error)
             raise
-    return tuple(outcome(plan) for plan in plans)
+    return tuple(read_result(plan) for plan in plans)
 
 
-def outcome(plan: Plan) -> BuildResult:
+def read_result(plan: Plan) -> BuildResult:
     """What a sealed artifact says of itself."""
     path = Path(plan.path)
     timings = Timings.model_validate(read_json(path / layout.TIMINGS, ArtifactError))
@@ -205,13 +207,13 @@ def outcome(plan: Plan) -> BuildResult:
     )
 
 
-def make(
+def build_group(
     begun: BuildSession,
     loop: int,
     source: Checkpoint,
-    texts: Texts,
+    texts: TokenizedTexts,
     text: str,
-    clock: Clock,
+    clock: StepTimer,
     *,
     evaluate: bool,
     tell: ProgressCallback,
@@ -230,21 +232,21 @@ def make(
         for number, plan in enumerate(session.group_by_solve(begun.plans)[loop])
     ]
     plan, folder = made[0].plan, made[0].folder
-    built, written, figures = quantize(
+    built, written, figures = quantize_and_measure(
         made, source, texts, text, tell, clock, begun.states(loop), standing
     )
-    compute, kept = sources.compute(plan.recipe), begun.answers(loop)
+    compute, kept = sources.resolve_compute(plan.recipe), begun.answers(loop)
     compared = compare(plan, source, folder, compute, evaluate=evaluate, tell=tell, kept=kept)
     clock.lap("benchmarks")
-    licence = evidence.licence(read_front_matter(source.folder))
+    licence = evidence.parse_license(read_front_matter(source.folder))
     likely = likelihood.rows(plan.recipe.evaluation.tasks, texts.solutions, figures.solutions)
     session.check_source(begun.journal, source)
     sealed = dict[str, str]()
     for each, files in zip(made, written, strict=True):
-        report = evidence.fidelity(
+        report = evidence.make_report(
             each.plan, built.blocks, figures.tokens, texts.told, likely, compared.rows, licence
         )
-        report = gates.judged(each.plan.recipe.gates, report)
+        report = gates.apply_gates(each.plan.recipe.gates, report)
         write_evidence(each.plan, each.folder, report, figures, compared)
         write_timings(each.folder, built, clock)
         manifest = make_manifest(each.plan, source, report, built.blocks)
@@ -252,7 +254,7 @@ def make(
     begun.seal(loop, sealed)
 
 
-def tokenize(recipe: Recipe, folder: Path) -> Texts:
+def tokenize(recipe: Recipe, folder: Path) -> TokenizedTexts:
     """Load the recipe's text sets and cut them into token sequences with the source's tokenizer."""
     own_code = allows_remote_code(recipe.source.trust_remote_code, folder)
     tokenizer, sets = (
@@ -274,8 +276,8 @@ def tokenize(recipe: Recipe, folder: Path) -> Texts:
     tokens, told = dict[TextName, Tokens](), dict[TextName, TextSet]()
     for name, set_name, sequences, length, seed in wanted:
         corpus = corpora.load_set(set_name, sets)
-        tokens[name] = corpora.token_batches(corpus, tokenizer, sequences, length, seed)
-        told[name] = evidence.text(corpus, tokens[name], length, seed)
+        tokens[name] = corpora.sample_sequences(corpus, tokenizer, sequences, length, seed)
+        told[name] = evidence.summarize_text(corpus, tokens[name], length, seed)
     nothing = corpora.pack_tokens([])
     asked, wanted_items = recipe.evaluation.tasks, recipe.evaluation.likelihood
     solutions = likelihood.none()
@@ -283,29 +285,29 @@ def tokenize(recipe: Recipe, folder: Path) -> Texts:
         solutions = likelihood.tokenize(
             asked, tokenizer, items=wanted_items, length=fidelity.length
         )
-    return Texts(
+    return TokenizedTexts(
         tokens={"calibration": nothing, "fidelity": nothing, **tokens},
         told=told,
         solutions=solutions,
     )
 
 
-def quantize(
+def quantize_and_measure(
     made: Sequence[ArtifactInProgress],
     source: Checkpoint,
-    texts: Texts,
+    texts: TokenizedTexts,
     text: str,
     tell: ProgressCallback,
-    clock: Clock,
+    clock: StepTimer,
     states: Path,
     standing: BuildProgress,
-) -> tuple[BuiltBlocks, list[dict[str, WrittenFile]], Figures]:
+) -> tuple[BuiltBlocks, list[dict[str, WrittenFile]], StreamFigures]:
     """Build into every folder, then compare the streams behind the last block, the head read from the first's files.
 
     Their hidden states lie in `states`. Nothing is compared when the recipe says `fidelity: none`.
     """  # fmt: skip
     plans, folder = [each.plan for each in made], made[0].folder
-    compute = sources.compute(plans[0].recipe)
+    compute = sources.resolve_compute(plans[0].recipe)
     device, dtype, learning = (
         torch.device(compute.device),
         getattr(torch, compute.dtype),
@@ -315,7 +317,8 @@ def quantize(
     streamed = texts.streamed()
     try:
         built = run_to_end(
-            build(plans, source, streamed, sinks, states, device, dtype, learning, standing), tell
+            build_blocks(plans, source, streamed, sinks, states, device, dtype, learning, standing),
+            tell,
         )
         written = [sink.close() for sink in sinks]
     finally:
@@ -324,13 +327,16 @@ def quantize(
     for each in made:
         write_model_files(each.folder, each.plan, source.sidecars, text)
     clock.lap("quantize")
-    figures, streams = Figures(), built.streams
+    figures, streams = StreamFigures(), built.streams
     if "reference" in streams:
-        bones, head = meta_model(plans[0].source.config, device, dtype), Checkpoint.open(folder)
+        bones, head = (
+            make_meta_model(plans[0].source.config, device, dtype),
+            Checkpoint.open(folder),
+        )
         both = sides(
             bones, plans[0].layout, source, head, streams["reference"], streams["quantized"]
         )
-        figures = Figures(
+        figures = StreamFigures(
             tokens=measure(both), solutions=likelihood.score(both, texts.solutions.items)
         )
     for stream in streams.values():
@@ -350,13 +356,13 @@ def run_to_end(steps: Generator[Progress, None, Returned], tell: ProgressCallbac
 
 
 def write_evidence(
-    plan: Plan, folder: Path, report: Fidelity, figures: Figures, compared: Compared
+    plan: Plan, folder: Path, report: Fidelity, figures: StreamFigures, compared: Compared
 ) -> None:
     """fidelity.json, the model card, plan.json, the samples, and the page made of what was written."""
     if figures.tokens or compared.pairs:
         (folder / layout.SAMPLES_FOLDER).mkdir(exist_ok=True)
     write_atomic(folder / layout.FIDELITY, report.to_json().encode())
-    write_atomic(folder / layout.MODEL_CARD, card.render(report).encode())
+    write_atomic(folder / layout.MODEL_CARD, card.render_card(report).encode())
     write_atomic(folder / layout.PLAN, format_plan(plan).encode())
     if figures.tokens:
         tokens_to_parquet(figures.tokens, folder / layout.TOKEN_SAMPLES)
@@ -367,7 +373,7 @@ def write_evidence(
     write_atomic(folder / layout.PAGE, html.page(folder).encode())
 
 
-def write_timings(folder: Path, built: BuiltBlocks, clock: Clock) -> None:
+def write_timings(folder: Path, built: BuiltBlocks, clock: StepTimer) -> None:
     """Note what this run took, and what each block took when it was made."""
     timings = Timings(
         seconds=clock.laps,

@@ -26,9 +26,15 @@ from quantkit.errors import ArtifactError, UsageError
 from quantkit.formats import bitsandbytes as nf4
 from quantkit.io.files import read_json
 from quantkit.models import full_model
-from quantkit.models.layers import MetaModel, RouterOutput, meta_model, relative, tokens_for_expert
+from quantkit.models.layers import (
+    MetaModel,
+    RouterOutput,
+    get_layer_name,
+    make_meta_model,
+    select_expert_tokens,
+)
 from quantkit.numerics import nf4 as codebook
-from quantkit.plan.plan import architecture_of
+from quantkit.plan.plan import load_architecture
 
 DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -56,12 +62,14 @@ def load_model(folder: str | Path, *, device: str | None = None, dtype: str | No
     )
     if named not in DTYPES:
         raise UsageError(f"dtype: expected {', '.join(DTYPES)}, found {named!r}; name one of them")
-    bones = meta_model(config, get_device(where), DTYPES[named])
-    layout = architecture_of(config).layout(config)
+    bones = make_meta_model(config, get_device(where), DTYPES[named])
+    layout = load_architecture(config).layout(config)
     if format_name == "bitsandbytes":
         model = build_packed_model(bones, layout, checkpoint, schemes)
     else:
-        model = full_model.model(bones, layout, full_model.reader(checkpoint, format_name, schemes))
+        model = full_model.make_model(
+            bones, layout, full_model.make_reader(checkpoint, format_name, schemes)
+        )
     if (path / GENERATION_CONFIG).is_file():
         model.generation_config = read_generation_config(path / GENERATION_CONFIG)
     return model
@@ -103,7 +111,7 @@ def read_schemes(
     if not isinstance(entry, dict):
         return None, {}
     name = str(manifest.get("format") or read_config_format(entry))
-    registry.require(name)
+    registry.check_packages(name)
     try:
         modules = get_section(manifest, "modules", path)
         return name, {module: Scheme(**values["scheme"]) for module, values in modules.items()}  # type: ignore[index]
@@ -125,7 +133,7 @@ def build_packed_model(
     bones: MetaModel, layout: Layout, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]
 ) -> Any:
     """The model of `bones` with a Linear4bit for every linear in `schemes` that transformers runs."""
-    model = full_model.empty(bones)
+    model = full_model.make_empty_model(bones)
     for block in layout.blocks:
         if block.kind != "decoder":
             continue
@@ -137,23 +145,23 @@ def build_packed_model(
         experts = block.experts
         if experts and experts.linear(0, experts.gate) in schemes:
             routed = Experts4bit(experts, made, ACT2FN[bones.config.hidden_act])
-            model.set_submodule(f"{block.name}.{relative(block, experts.module)}", routed)
+            model.set_submodule(f"{block.name}.{get_layer_name(block, experts.module)}", routed)
         for linear in block.linears:
             if linear.name in made and linear.role != "routed_expert":
                 model.set_submodule(
-                    f"{block.name}.{relative(block, linear.name)}", made[linear.name]
+                    f"{block.name}.{get_layer_name(block, linear.name)}", made[linear.name]
                 )
-    kind = codebook.library("nn").Linear4bit
+    kind = codebook.import_bitsandbytes("nn").Linear4bit
     packed = {
         f"{name}.weight": module.weight
         for name, module in model.named_modules()
         if type(module) is kind
     }
-    return full_model.filled(
+    return full_model.fill_model(
         model,
         bones,
         layout,
-        full_model.state_dict(layout, full_model.reader(checkpoint), schemes),
+        full_model.iterate_state_dict(layout, full_model.make_reader(checkpoint), schemes),
         packed,
     )
 
@@ -162,17 +170,17 @@ def build_linear4bit(
     bones: MetaModel, linear: Linear, checkpoint: Checkpoint, scheme: Scheme
 ) -> nn.Module:
     """One linear as stored. Its bias comes with the rest of the model."""
-    bitsandbytes = codebook.library("nn")
-    names = [spec.name for spec in nf4.layout(linear, scheme)]
+    bitsandbytes = codebook.import_bitsandbytes("nn")
+    names = [spec.name for spec in nf4.list_tensors(linear, scheme)]
     missing = [name for name in names if name not in checkpoint.specs]
     if missing:
         raise ArtifactError(
-            f"{checkpoint.folder}: tensor {missing[0]}: expected, found none; {nf4.AGAIN}"
+            f"{checkpoint.folder}: tensor {missing[0]}: expected, found none; {nf4.REPAIR_HINT}"
         )
     tensors = {
         name.removeprefix(f"{linear.name}."): part for name, part in checkpoint.read(names).items()
     }
-    state = nf4.quant_state(tensors, scheme)
+    state = nf4.extract_quant_state(tensors, scheme)
     with torch.device("meta"):
         module = bitsandbytes.Linear4bit(
             linear.in_features,
@@ -215,7 +223,7 @@ class Experts4bit(nn.Module):
         routed = RouterOutput(hidden=hidden_states, index=top_k_index, weight=top_k_weights)
         out = torch.zeros_like(hidden_states)
         for e in top_k_index.unique().tolist():
-            token, weight = tokens_for_expert(routed.index, routed.weight, e)  # [n], [n]
+            token, weight = select_expert_tokens(routed.index, routed.weight, e)  # [n], [n]
             expert: Any = self.get_submodule(str(e))
             x = hidden_states[token]  # [tokens, hidden] -> [n, hidden]
             inner = self.activation(expert[self.names.gate](x)) * expert[self.names.up](

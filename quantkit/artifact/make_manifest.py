@@ -17,7 +17,7 @@ from quantkit.artifact.records import BlockRecord, ModuleRecord
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan
-from quantkit.plan.summary import action_text, plan_summary
+from quantkit.plan.summary import format_action, summarize_plan
 
 ENVIRONMENT = ("MKL_CBWR", "CUBLAS_WORKSPACE_CONFIG")
 
@@ -69,7 +69,7 @@ def make_block_entry(block: BlockRecord) -> dict[str, object]:
 
 def read_environment(plan: Plan) -> dict[str, str]:
     """What could change a bit: device, dtype, and how the linear algebra libraries were told to sum."""
-    compute = sources.compute(plan.recipe)
+    compute = sources.resolve_compute(plan.recipe)
     found: dict[str, str] = {
         "device": compute.device,
         "dtype": compute.dtype,
@@ -83,8 +83,8 @@ def read_environment(plan: Plan) -> dict[str, str]:
 
 def format_plan(plan: Plan) -> str:
     """Return the text of plan.json: the recipe as resolved, and what it decided over every linear."""
-    summary = plan_summary(plan).model_dump(mode="json", exclude={"memory", "output"})
-    decisions = {name: [action_text(d), d.rule] for name, d in plan.decisions.items()}
+    summary = summarize_plan(plan).model_dump(mode="json", exclude={"memory", "output"})
+    decisions = {name: [format_action(d), d.rule] for name, d in plan.decisions.items()}
     values = {
         "hash": plan.hash,
         "recipe": {

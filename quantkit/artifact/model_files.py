@@ -7,10 +7,10 @@ from pathlib import Path
 
 from quantkit.artifact.layout import CONFIG, INDEX, RECIPE
 from quantkit.contracts import Contents
-from quantkit.formats.common.engine_names import HEAD
+from quantkit.formats.common.engine_names import LM_HEAD
 from quantkit.io.files import write_atomic, write_json
 from quantkit.plan.plan import Plan
-from quantkit.recipe.parse import with_overrides
+from quantkit.recipe.parse import apply_overrides
 
 
 def make_config(plan: Plan) -> dict[str, object]:
@@ -22,7 +22,7 @@ def make_config(plan: Plan) -> dict[str, object]:
     }
     kept = [name for name, decision in plan.decisions.items() if decision.action == "keep"]
     fp8 = [name for name in kept if plan.decisions[name].keep == "fp8"]
-    kept += [] if plan.layout.head else [HEAD]
+    kept += [] if plan.layout.head else [LM_HEAD]
     contents = Contents(schemes=plan.schemes, kept=kept, fp8=fp8, fp8_block=plan.kept.side)
     entry = plan.format.quantization_config(contents) if contents.schemes else None
     if entry is not None:
@@ -48,7 +48,7 @@ def write_model_files(folder: Path, plan: Plan, sidecars: Sequence[Path], recipe
     for path in sidecars:
         write_atomic(folder / path.name, path.read_bytes())
     write_json(folder / CONFIG, make_config(plan))
-    write_atomic(folder / RECIPE, with_overrides(recipe_text, plan.recipe).encode())
+    write_atomic(folder / RECIPE, apply_overrides(recipe_text, plan.recipe).encode())
     if len(plan.shards) > 1:
         weight_map = {spec.name: shard.file for shard in plan.shards for spec in shard.tensors}
         write_json(

@@ -73,7 +73,7 @@ class QuantizeRequest:
         """Who chooses its codes: what learns gives way to rtn where nothing is known of its input."""
         name = self.decision.method
         assert name is not None
-        return "rtn" if self.stats is None and registry.method(name).needs_stats else name
+        return "rtn" if self.stats is None and registry.get_method(name).needs_stats else name
 
     @property
     def rounding(self) -> str:
@@ -112,12 +112,12 @@ def quantize_group(
             )
         except NumericsError as fault:
             raise NumericsError(f"{first.decision.linear.name}: {fault}") from fault
-        for index, part in zip(indices, split(quantized, rows), strict=True):
+        for index, part in zip(indices, split_quantized(quantized, rows), strict=True):
             found[index] = pack_and_measure(asked[index], part, met, outputs)
     return [found[index] for index in range(len(asked))]
 
 
-def split(quantized: Quantized, rows: Sequence[int]) -> list[Quantized]:
+def split_quantized(quantized: Quantized, rows: Sequence[int]) -> list[Quantized]:
     """Codes of matrices that lie one under the other, matrix by matrix."""
     codes, scales = quantized.codes.split(list(rows)), quantized.scale.split(list(rows))
     zeros = [None] * len(rows) if quantized.zero is None else quantized.zero.split(list(rows))
@@ -139,8 +139,10 @@ def pack_and_measure(
         raise NumericsError(
             f"{decision.linear.name}: the recipe's formats do not store the same weight; build each on its own"
         )
-    sqnr_db = float(grams.sqnr_db(weight, back))
-    output_error = None if stats is None else float(grams.relative_error(weight, back, stats.gram))
+    sqnr_db = float(grams.compute_sqnr_db(weight, back))
+    output_error = (
+        None if stats is None else float(grams.compute_relative_error(weight, back, stats.gram))
+    )
     if isnan(sqnr_db) or not isfinite(output_error or 0.0):
         raise NumericsError(
             f"{decision.linear.name}: expected a finite error, found NaN or infinity; look for huge values among its "
@@ -157,7 +159,7 @@ def pack_and_measure(
         output_error=output_error,
         tokens=asked.tokens,
         rescaled=asked.rescaled,
-        fallbacks=asked.fallbacks + found + found_fallbacks(quantized, scheme),
+        fallbacks=asked.fallbacks + found + find_fallbacks(quantized, scheme),
     )
     name = decision.linear.name
     named = tuple(
@@ -173,11 +175,15 @@ def compute_codes(
     if rounding != "nearest":  # whatever the method did to the weight before
         rounded = gptq.round_weight(weight, stats, scheme, once=rounding == "gptq_once")
         return rounded.quantized, ("damping-raised",) if rounded.damping_raised else ()
-    method: Method = registry.method(name)
+    method: Method = registry.get_method(name)
     return method.solve(weight, stats, scheme), ()
 
 
-def found_fallbacks(quantized: Quantized, scheme: Scheme) -> tuple[str, ...]:
+def find_fallbacks(quantized: Quantized, scheme: Scheme) -> tuple[str, ...]:
     """Fallbacks that the rounding itself met in some group."""
-    met = nf4.fallbacks(quantized) if scheme.kind == "nf4" else affine.fallbacks(quantized, scheme)
+    met = (
+        nf4.count_fallbacks(quantized)
+        if scheme.kind == "nf4"
+        else affine.count_fallbacks(quantized, scheme)
+    )
     return tuple(name for name, count in met.items() if int(count.sum()))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quantkit.artifact.fidelity_schema import BenchmarkResult, LikelihoodResult, TextSet
-from quantkit.diff.sides import HASHES, Key, Side
+from quantkit.diff.sides import HASHES, ItemKey, Side
 
 Asked = BenchmarkResult | LikelihoodResult
 """What a task gave: generated answers, or the likelihood of its gold solutions."""
@@ -126,7 +126,7 @@ def _tasks(a: Side, b: Side) -> dict[str, str]:
 _WORDS = dict(zip(HASHES, ("the item itself", "the prompt", "the expected answer"), strict=True))
 
 
-def _changed_items(a: Side, b: Side) -> list[tuple[Key, str]]:
+def _changed_items(a: Side, b: Side) -> list[tuple[ItemKey, str]]:
     """Items that both were asked and that are not the same, with the hash that says so: the prompt first."""
     first, second = a.items or {}, b.items or {}
     order = ("prompt_hash", "doc_hash", "target_hash")

@@ -9,7 +9,7 @@ from quantkit.diff.values import Diff, Party
 from quantkit.errors import NotComparable
 
 
-def compare(a: Side, b: Side, *, partial: bool = False) -> Diff:
+def compare_sides(a: Side, b: Side, *, partial: bool = False) -> Diff:
     """B compared with A.
 
     Raises NotComparable for another source, other text or other prompts; `partial` leaves such parts out instead.

@@ -9,7 +9,7 @@ from typing import Literal
 from quantkit.artifact import fidelity_schema
 from quantkit.artifact.fidelity_schema import Figure
 from quantkit.diff.comparable import Comparable, same_text
-from quantkit.diff.sides import Key, Side, Tokens
+from quantkit.diff.sides import ItemKey, Side, TokenFigures
 from quantkit.diff.values import Benchmark, Distribution, Flip, Likelihood, Shift
 from quantkit.evaluate import statistics
 
@@ -59,7 +59,7 @@ def distribution(a: Side, b: Side, allowed: Comparable) -> tuple[Distribution, .
     return tuple(rows)
 
 
-def paired_tokens(a: Tokens, b: Tokens) -> bool:
+def paired_tokens(a: TokenFigures, b: TokenFigures) -> bool:
     """Whether both hold the same tokens of the same domains in the same order."""
     return list(a.domains) == list(b.domains)
 
@@ -70,7 +70,7 @@ def _value(row: fidelity_schema.DistributionResult | None, name: str) -> float |
 
 
 def _paired_tokens(
-    a: Tokens | None, b: Tokens | None, row: fidelity_schema.DistributionResult
+    a: TokenFigures | None, b: TokenFigures | None, row: fidelity_schema.DistributionResult
 ) -> dict[str, Figure]:
     """Mean differences over the tokens of a domain, if the row counts as many; of the perplexity the ratio."""
     if a is None or b is None or not paired_tokens(a, b):
@@ -89,7 +89,7 @@ def _paired_tokens(
         sum(one and not two for one, two in hits),
         sum(two and not one for one, two in hits),
     )
-    shares = statistics.paired_shares(lost, gained, len(places))
+    shares = statistics.paired_proportions_interval(lost, gained, len(places))
     found = {
         "kl_mean": _mean(picked(a.kl), picked(b.kl)),
         "ppl_artifact": Figure(
@@ -111,7 +111,7 @@ def _mean(first: Sequence[float], second: Sequence[float]) -> Figure:
     """Paired mean difference; value None where a token is not finite."""
     if not all(map(isfinite, (*first, *second))):
         return Figure(value=None)
-    found = statistics.paired(first, second)
+    found = statistics.paired_difference(first, second)
     return Figure(
         value=found.mean, se=found.standard_error, ci=(found.interval.low, found.interval.high)
     )
@@ -204,7 +204,7 @@ def scoring(a: Side, b: Side) -> dict[str, str]:
     }
 
 
-def common_items(a: Side, b: Side) -> list[Key]:
+def common_items(a: Side, b: Side) -> list[ItemKey]:
     """Items that both were asked and that both could be scored on, in A's order."""
     first, second = a.items or {}, b.items or {}
     return [
@@ -212,18 +212,18 @@ def common_items(a: Side, b: Side) -> list[Key]:
     ]
 
 
-def _scores(side: Side, keys: Iterable[Key]) -> list[float]:
+def _scores(side: Side, keys: Iterable[ItemKey]) -> list[float]:
     items = side.items or {}
     return [answer.score for key in keys if (answer := items[key].answer)]
 
 
-def _paired_row(task: str, name: str, a: Side, b: Side, keys: Sequence[Key]) -> Benchmark:
+def _paired_row(task: str, name: str, a: Side, b: Side, keys: Sequence[ItemKey]) -> Benchmark:
     """One line of the table."""
     if len(keys) < 2:
         return Benchmark(
             task=task, filter=name, n=len(keys), verdict=f"{len(keys)} items are too few to compare"
         )
-    found = statistics.compare(_scores(a, keys), _scores(b, keys), RECOVERY)
+    found = statistics.compare_scores(_scores(a, keys), _scores(b, keys), RECOVERY)
     source = [answer.score for key in keys if (answer := (a.items or {})[key].source)]
     interval = found.difference.interval
     return Benchmark(

@@ -5,40 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from quantkit.diff import tables, views
-from quantkit.diff.charts import charts
-from quantkit.diff.sides import Tokens
+from quantkit.diff.charts import make_charts
+from quantkit.diff.sides import TokenFigures
 from quantkit.diff.values import Diff, Distribution, Flip
 from quantkit.report import format_numbers, html
 from quantkit.report.html import Tile
-from quantkit.report.samples import Changed
+from quantkit.report.samples import ChangedItem
 
 ROWS = 200  # of the tables of modules, blocks and routers
 NAMES = 400  # lines of folded names per group
 
 
-def render(diff: Diff, a: Tokens | None = None, b: Tokens | None = None) -> str:
+def render_page(diff: Diff, a: TokenFigures | None = None, b: TokenFigures | None = None) -> str:
     """The whole page. `a`, `b`: the tokens behind the distributions, for the plot of their tails."""
     made = html.environment(autoescape=True)
     made.filters["party"] = views.party_text
-    made.filters["tone"] = tone
-    items = html.shown_items([changed(flip) for flip in diff.flips])
+    made.filters["tone"] = choose_tone
+    items = html.shown_items([make_changed_item(flip) for flip in diff.flips])
     return made.get_template("diff.html.j2").render(
         diff=diff,
         items=items,
         hidden=len(diff.flips) - len(items),
         tables=tables,
-        tiles=tiles(diff),
-        headline=tables.headline(diff),
+        tiles=make_tiles(diff),
+        headline=tables.format_headline(diff),
         intervals=html.intervals([row.delta_pp for row in diff.benchmarks]),
         rows=ROWS,
         names=NAMES,
-        **html.drawn(made, charts(diff, a, b), ("fidelity.css", "diff.css")),
+        **html.drawn(made, make_charts(diff, a, b), ("fidelity.css", "diff.css")),
     )
 
 
-def changed(flip: Flip) -> Changed:
+def make_changed_item(flip: Flip) -> ChangedItem:
     """A flipped item as the report's page shows changed ones: A in the place of the source."""
-    return Changed(
+    return ChangedItem(
         task=flip.task,
         item=flip.item,
         prompt=flip.prompt,
@@ -48,7 +48,7 @@ def changed(flip: Flip) -> Changed:
     )
 
 
-def tone(text: str) -> str:
+def choose_tone(text: str) -> str:
     """The class of a cell that says which way something went."""
     word = text.split(":")[0].split("(")[0].strip().lower()
     return {
@@ -60,7 +60,7 @@ def tone(text: str) -> str:
     }.get(word, "open")
 
 
-def tiles(diff: Diff) -> list[Tile]:
+def make_tiles(diff: Diff) -> list[Tile]:
     """The figures that a reader wants first: B's, with A's below."""
     found = []
     for row in diff.sizes:
@@ -71,7 +71,8 @@ def tiles(diff: Diff) -> list[Tile]:
         ):
             continue
         a, b = (
-            format_numbers.size(round(v)) if row.unit == "B" else f"{v:.2f}" for v in (row.a, row.b)
+            format_numbers.format_size(round(v)) if row.unit == "B" else f"{v:.2f}"
+            for v in (row.a, row.b)
         )
         label = "Size" if row.unit == "B" else "Bits per weight"
         found.append(Tile(label=label, value=b, note="as A" if a == b else f"from {a}"))
@@ -87,9 +88,9 @@ def tiles(diff: Diff) -> list[Tile]:
 
 def _distribution_tiles(rows: Sequence[Distribution]) -> list[Tile]:
     shown: dict[str, tuple[str, Callable[[float], str]]] = {
-        "kl_mean": ("Mean KL", format_numbers.digits),
+        "kl_mean": ("Mean KL", format_numbers.format_digits),
         "ppl_artifact": ("Perplexity", "{:.4f}".format),
-        "top1": ("Same top token", format_numbers.percent),
+        "top1": ("Same top token", format_numbers.format_percent),
     }
     found = []
     for row in rows:

@@ -30,7 +30,7 @@ from quantkit.diff.values import Kind
 from quantkit.errors import ArtifactError, CheckpointError, HubUnreachable, UsageError
 from quantkit.io.files import read_json
 from quantkit.io.package_data import BUILTIN_PREFIX
-from quantkit.report.samples import Answer, answer, read_columns
+from quantkit.report.samples import Answer, parse_answer, read_columns
 
 if TYPE_CHECKING:
     from quantkit.contracts import TensorSpec
@@ -58,11 +58,11 @@ _SOLUTION = {
 }
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
-Key = tuple[str, str, int]  # task, filter, item
+ItemKey = tuple[str, str, int]  # task, filter, item
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
+class ItemResult:
     """A benchmark item and what one side answered; `source` is the baseline's answer to it."""
 
     hashes: tuple[str, str, str]
@@ -73,7 +73,7 @@ class Item:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens:
+class TokenFigures:
     """Figures of every scored token, in the order of the text."""
 
     domains: Sequence[str]
@@ -84,7 +84,7 @@ class Tokens:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solution:
+class SolutionScore:
     """Log-likelihood per token of an item's gold solution, nats; `source`: under the baseline."""
 
     n_tokens: int
@@ -106,9 +106,9 @@ class Side:
     files: Mapping[str, tuple[str, int]] | None = None  # of the artifact: sha256, bytes
     source_files: Mapping[str, str] | None = None  # weight file of the source -> sha256
     versions: Mapping[str, str] | None = None
-    items: Mapping[Key, Item] | None = None
-    tokens: Tokens | None = None
-    solutions: Mapping[tuple[str, int], Solution] | None = None  # by task and item
+    items: Mapping[ItemKey, ItemResult] | None = None
+    tokens: TokenFigures | None = None
+    solutions: Mapping[tuple[str, int], SolutionScore] | None = None  # by task and item
     load: LoadTest | None = None
     load_fault: str = ""  # why the load test that lies there cannot be read
 
@@ -240,7 +240,7 @@ def _typed(path: Path, types: Mapping[str, str]) -> Any:
     return table
 
 
-def _items(path: Path) -> dict[Key, Item]:
+def _items(path: Path) -> dict[ItemKey, ItemResult]:
     rows = _typed(
         path,
         _ITEM
@@ -248,7 +248,7 @@ def _items(path: Path) -> dict[Key, Item]:
     )
     rows = rows.to_pylist()
     return {
-        (row["task"], row["filter"], row["doc_id"]): Item(
+        (row["task"], row["filter"], row["doc_id"]): ItemResult(
             hashes=(row["doc_hash"], row["prompt_hash"], row["target_hash"]),
             prompt=row["prompt"],
             target=row["target"],
@@ -260,12 +260,12 @@ def _items(path: Path) -> dict[Key, Item]:
 
 
 def _answer(row: Mapping[str, Any], who: str) -> Answer | None:
-    return None if row[f"{who}_score"] is None else answer(row, who)
+    return None if row[f"{who}_score"] is None else parse_answer(row, who)
 
 
-def _tokens(path: Path) -> Tokens:
+def _tokens(path: Path) -> TokenFigures:
     table = _typed(path, _TOKEN).to_pydict()
-    return Tokens(
+    return TokenFigures(
         domains=table["domain"],
         kl=table["kl"],
         nll_source=table["nll_source"],
@@ -274,9 +274,9 @@ def _tokens(path: Path) -> Tokens:
     )
 
 
-def _solutions(path: Path) -> dict[tuple[str, int], Solution]:
+def _solutions(path: Path) -> dict[tuple[str, int], SolutionScore]:
     return {
-        (row["task"], row["doc_id"]): Solution(
+        (row["task"], row["doc_id"]): SolutionScore(
             n_tokens=row["n_tokens"], source=row["source"], value=row["artifact"]
         )
         for row in _typed(path, _SOLUTION).to_pylist()

@@ -9,7 +9,7 @@ from typing import Literal
 from quantkit.diff.sides import Side, Tensors
 from quantkit.diff.values import Change, Group, Quantity
 from quantkit.report import format_numbers
-from quantkit.report.module_ranges import folded
+from quantkit.report.module_ranges import fold_names
 
 ABSENT = "none"
 UNQUANTIZED = "not quantized"
@@ -59,7 +59,7 @@ def gates(a: Side, b: Side) -> tuple[Change, ...]:
     words = {True: "kept", False: "missed", None: "not judged"}
     told = [
         {
-            f"{row.figure} {row.bound}": f"{words[row.ok]} ({format_numbers.digits(row.value)})"
+            f"{row.figure} {row.bound}": f"{words[row.ok]} ({format_numbers.format_digits(row.value)})"
             if row.value is not None
             else words[row.ok]
             for row in side.fidelity.gates
@@ -192,7 +192,7 @@ def _grouped(
             groups.setdefault((a, b), []).append(name)
     ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
     return tuple(
-        Group(change=change, a=a, b=b, count=len(n), names=tuple(folded(n)))
+        Group(change=change, a=a, b=b, count=len(n), names=tuple(fold_names(n)))
         for (a, b), n in ordered
     )
 

@@ -24,7 +24,7 @@ NAMES = {
 }  # fmt: skip
 
 
-def headline(diff: Diff) -> str:
+def format_headline(diff: Diff) -> str:
     """What a reviewer wants to know first, in one or two sentences."""
     told = [_size_told(diff.sizes)]
     kl = next(
@@ -38,7 +38,7 @@ def headline(diff: Diff) -> str:
             "not resolved": ", not resolved",
         }
         told.append(
-            f"mean KL {format_numbers.digits(kl.a)} -> {format_numbers.digits(kl.b)}{change}{sure.get(kl.resolved, '')}"
+            f"mean KL {format_numbers.format_digits(kl.a)} -> {format_numbers.format_digits(kl.b)}{change}{sure.get(kl.resolved, '')}"
         )
     paired = [row for row in diff.benchmarks if row.delta_pp and row.task != ALL_TASKS]
     if paired:
@@ -66,19 +66,19 @@ def _size_told(rows: Sequence[Quantity]) -> str:
     if row is None or row.a is None or row.b is None:
         return ""
     if row.a == row.b:
-        return f"Both have {format_numbers.size(round(row.a))} of weights"
-    return f"Weights {format_numbers.size(round(row.a))} -> {format_numbers.size(round(row.b))} ({_relative(row.a, row.b)})"
+        return f"Both have {format_numbers.format_size(round(row.a))} of weights"
+    return f"Weights {format_numbers.format_size(round(row.a))} -> {format_numbers.format_size(round(row.b))} ({_relative(row.a, row.b)})"
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def sizes(diff: Diff) -> Table:
+def make_size_table(diff: Diff) -> Table:
     """Bytes, bits and counts."""
     show: dict[str, Callable[[float], str]] = {
-        "B": lambda value: format_numbers.size(round(value)),
+        "B": lambda value: format_numbers.format_size(round(value)),
         "bits": "{:.2f}".format,
-        "": lambda value: format_numbers.count(round(value)),
+        "": lambda value: format_numbers.format_count(round(value)),
     }
     rows = tuple(
         (
@@ -92,19 +92,19 @@ def sizes(diff: Diff) -> Table:
     return Table(title="Size", columns=("what", ">A", ">B", ">change"), rows=rows)
 
 
-def benchmarks(diff: Diff) -> Table:
+def make_benchmark_table(diff: Diff) -> Table:
     """Task by task, paired item by item."""
     several = {row.task for row in diff.benchmarks if row.filter and _filters(diff, row.task) > 1}
     rows = tuple(
         (
             f"{row.task} ({row.filter})" if row.task in several else row.task,
-            format_numbers.count(row.n or None),
-            format_numbers.percent(row.source, 1),
-            format_numbers.percent(row.a, 1),
-            format_numbers.percent(row.b, 1),
-            format_numbers.points(row.delta_pp),
+            format_numbers.format_count(row.n or None),
+            format_numbers.format_percent(row.source, 1),
+            format_numbers.format_percent(row.a, 1),
+            format_numbers.format_percent(row.b, 1),
+            format_numbers.format_points(row.delta_pp),
             format_numbers.MISSING if row.lost is None else f"{row.lost}/{row.gained}",
-            format_numbers.probability(row.mcnemar_p),
+            format_numbers.format_probability(row.mcnemar_p),
             row.verdict,
         )
         for row in diff.benchmarks
@@ -132,7 +132,7 @@ def _filters(diff: Diff, task: str) -> int:
     return len({row.filter for row in diff.benchmarks if row.task == task})
 
 
-def distribution(diff: Diff, domain: str | None = None) -> Table:
+def make_distribution_table(diff: Diff, domain: str | None = None) -> Table:
     """Figures of all text, and the paired means of every domain; or the paired means of one."""
     shown = [row for row in diff.distribution if row.domain == "all" or row.figure in PAIRED]
     if domain:
@@ -162,12 +162,12 @@ def distribution(diff: Diff, domain: str | None = None) -> Table:
     return Table(title="Next-token distributions", columns=columns, rows=rows, note=note)
 
 
-def likelihood(diff: Diff) -> Table:
+def make_likelihood_table(diff: Diff) -> Table:
     """Right answers behind their prompts, task by task."""
     rows = tuple(
         (
-            row.task, format_numbers.count(row.n), format_numbers.digits(row.source, 4), format_numbers.digits(row.a, 4),
-            format_numbers.digits(row.b, 4), format_numbers.nats(row.difference), row.resolved,
+            row.task, format_numbers.format_count(row.n), format_numbers.format_digits(row.source, 4), format_numbers.format_digits(row.a, 4),
+            format_numbers.format_digits(row.b, 4), format_numbers.format_nats(row.difference), row.resolved,
         )
         for row in diff.likelihood
     )  # fmt: skip
@@ -180,59 +180,59 @@ def likelihood(diff: Diff) -> Table:
     return Table(title="Gold solutions (teacher-forced)", columns=columns, rows=rows, note=note)
 
 
-def recipe(diff: Diff) -> Table:
+def make_recipe_table(diff: Diff) -> Table:
     """Keys of the recipes, as resolved."""
     return _changes("Recipe", "key", diff.recipe)
 
 
-def plan(diff: Diff) -> Table:
+def make_plan_table(diff: Diff) -> Table:
     """What the rules came to."""
     return _changes("Plan", "key", diff.plan)
 
 
-def made_with(diff: Diff) -> Table:
+def make_version_table(diff: Diff) -> Table:
     """Versions and machines that differ."""
     return _changes("Made with", "what", diff.made_with)
 
 
-def gates(diff: Diff) -> Table:
+def make_gate_table(diff: Diff) -> Table:
     """Every bound of either recipe."""
     return _changes("Gates", "bound", diff.gates)
 
 
-def fallbacks(diff: Diff) -> Table:
+def make_fallback_table(diff: Diff) -> Table:
     """Modules that took each fallback."""
     return _changes("Fallbacks", "kind", diff.fallbacks)
 
 
-def decisions(diff: Diff) -> Table:
+def make_decision_table(diff: Diff) -> Table:
     """What the plans do otherwise."""
     return _groups("Matrices stored otherwise", ">matrices", diff.decisions, 12, with_change=False)
 
 
-def tensors(diff: Diff, names: int = 12) -> Table:
+def make_tensor_table(diff: Diff, names: int = 12) -> Table:
     """What lies in the files; at most `names` lines of folded names per group."""
     return _groups("Tensors", ">tensors", diff.tensors, names, with_change=True)
 
 
-def modules(diff: Diff, limit: int) -> Table:
+def make_module_table(diff: Diff, limit: int) -> Table:
     """The largest shifts of a matrix's error, either way."""
     moved = [row for row in diff.modules if row.shift != 0]
     return _shifts("Error of modules, largest shift first", "module", moved, limit, rising="larger")
 
 
-def blocks(diff: Diff, limit: int) -> Table:
+def make_block_table(diff: Diff, limit: int) -> Table:
     """Hidden states after each block."""
     return _shifts("Error of the hidden states", "block", diff.blocks, limit, rising="larger")
 
 
-def routers(diff: Diff, limit: int) -> Table:
+def make_router_table(diff: Diff, limit: int) -> Table:
     """Choices of experts."""
     moved = [row for row in diff.routers if row.shift != 0]
     return _shifts("Router agreement with the source", "block", moved, limit, rising="higher")
 
 
-def flips(diff: Diff, limit: int) -> Table:
+def make_flip_table(diff: Diff, limit: int) -> Table:
     """Items that one has right and the other wrong: results only."""
     rows = tuple(
         (
@@ -255,7 +255,7 @@ def flips(diff: Diff, limit: int) -> Table:
     return Table(title="Items that flipped", columns=columns, rows=rows, note=note if rows else "")
 
 
-def load(diff: Diff) -> Table:
+def make_loadtest_table(diff: Diff) -> Table:
     """Load tests that both sides have, level by level."""
     rows = tuple(
         (
@@ -294,7 +294,7 @@ def _groups(
             *((row.change,) if with_change else ()),
             row.a,
             row.b,
-            format_numbers.count(row.count),
+            format_numbers.format_count(row.count),
             _listed(row.names, names),
         )
         for row in found
@@ -308,8 +308,8 @@ def _shifts(title: str, what: str, found: Sequence[Shift], limit: int, rising: s
         (
             row.name,
             row.by,
-            format_numbers.percent(row.a, 3),
-            format_numbers.percent(row.b, 3),
+            format_numbers.format_percent(row.a, 3),
+            format_numbers.format_percent(row.b, 3),
             _points(row.shift),
         )
         for row in found[:limit]
@@ -338,13 +338,13 @@ def _relative(a: float, b: float) -> str:
 
 _SHOWN: dict[str, tuple[Callable[[float], str], Callable[[float], str]]] = {
     "kl": (
-        format_numbers.digits,
-        lambda value: f"{'+' if value > 0 else ''}{format_numbers.digits(value)}",
+        format_numbers.format_digits,
+        lambda value: f"{'+' if value > 0 else ''}{format_numbers.format_digits(value)}",
     ),
     "ppl": ("{:.4f}".format, "x{:.4f}".format),
-    "top": (format_numbers.percent, lambda value: f"{100 * value:+.2f}"),
+    "top": (format_numbers.format_percent, lambda value: f"{100 * value:+.2f}"),
     "mean": (lambda value: f"{100 * value:+.3f} %", lambda value: f"{100 * value:+.3f}"),
-    "rms": (format_numbers.percent, lambda value: f"{100 * value:+.2f}"),
+    "rms": (format_numbers.format_percent, lambda value: f"{100 * value:+.2f}"),
 }  # a figure's kind -> how itself and its difference are written
 
 
@@ -383,11 +383,11 @@ def _brief(text: str, limit: int = 60) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def tables(diff: Diff, limit: int) -> list[Table]:
+def make_tables(diff: Diff, limit: int) -> list[Table]:
     """All of them in the order of a review; empty ones left out. `limit`: rows of the long ones."""
     made = (
-        sizes(diff), benchmarks(diff), distribution(diff), likelihood(diff), gates(diff), recipe(diff), plan(diff),
-        decisions(diff), tensors(diff), blocks(diff, limit), modules(diff, limit), routers(diff, limit),
-        fallbacks(diff), made_with(diff), flips(diff, limit), load(diff),
+        make_size_table(diff), make_benchmark_table(diff), make_distribution_table(diff), make_likelihood_table(diff), make_gate_table(diff), make_recipe_table(diff), make_plan_table(diff),
+        make_decision_table(diff), make_tensor_table(diff), make_block_table(diff, limit), make_module_table(diff, limit), make_router_table(diff, limit),
+        make_fallback_table(diff), make_version_table(diff), make_flip_table(diff, limit), make_loadtest_table(diff),
     )  # fmt: skip
     return [table for table in made if table.rows]

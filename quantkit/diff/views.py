@@ -10,7 +10,7 @@ from rich.text import Text
 from quantkit.diff import tables
 from quantkit.diff.values import Diff, Flip, Party
 from quantkit.report import html, markdown, terminal
-from quantkit.report.samples import divergence
+from quantkit.report.samples import find_divergence
 
 MAX_CHARACTERS = 60_000
 """GitHub takes 65,536 in a comment."""
@@ -35,21 +35,22 @@ def party_text(party: Party) -> str:
 def terminal_view(diff: Diff) -> Group:
     """Who is compared, what matters, then the tables."""
     head = Text(
-        f"A  {terminal.plain(party_text(diff.a))}\nB  {terminal.plain(party_text(diff.b))}",
+        f"A  {terminal.strip_control_characters(party_text(diff.a))}\nB  {terminal.strip_control_characters(party_text(diff.b))}",
         style="bold",
     )
     lines = [
-        Text(terminal.plain(f"left out: {reason}"), style="yellow") for reason in diff.left_out
+        Text(terminal.strip_control_characters(f"left out: {reason}"), style="yellow")
+        for reason in diff.left_out
     ]
-    lines += [Text(terminal.plain(note), style="dim") for note in diff.notes]
-    made = [terminal.table(table) for table in tables.tables(diff, TERMINAL_ROWS)]
+    lines += [Text(terminal.strip_control_characters(note), style="dim") for note in diff.notes]
+    made = [terminal.render_table(table) for table in tables.make_tables(diff, TERMINAL_ROWS)]
     return Group(
         head,
         Text(),
         *lines,
         *([Text()] if lines else []),
         *made,
-        Text(terminal.plain(tables.headline(diff))),
+        Text(terminal.strip_control_characters(tables.format_headline(diff))),
     )
 
 
@@ -68,12 +69,12 @@ def _markdown(diff: Diff, rows: int, cell: int, items: int, answer: int) -> str:
         autoescape=False
     )  # Markdown: the filters take care of text from elsewhere
     environment.filters["table"] = lambda made: unlinked(
-        markdown.table(made, rows, cell, "quantkit diff --json")
+        markdown.format_table(made, rows, cell, "quantkit diff --json")
     )
-    environment.filters["cell"] = lambda text: unlinked(markdown.cell(text, 4 * cell))
+    environment.filters["cell"] = lambda text: unlinked(markdown.escape_cell(text, 4 * cell))
     environment.filters["answer"] = lambda text: fenced(text, answer)
     text = environment.get_template("diff.md.j2").render(
-        diff=diff, tables=tables, headline=tables.headline(diff), party=party_text, rows=rows, items=diff.flips[:items],
+        diff=diff, tables=tables, headline=tables.format_headline(diff), party=party_text, rows=rows, items=diff.flips[:items],
         around=around_first,
     )  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", text)
@@ -81,7 +82,7 @@ def _markdown(diff: Diff, rows: int, cell: int, items: int, answer: int) -> str:
 
 def around_first(flip: Flip, limit: int = 300) -> tuple[str, str]:
     """Both answers from shortly before the first character in which they differ."""
-    place = divergence(flip.a.text, flip.b.text)
+    place = find_divergence(flip.a.text, flip.b.text)
     start = max(0, place - limit)
     cut = f"[{start:,} characters before] … " if start else ""
     return cut + flip.a.text[start:], cut + flip.b.text[start:]

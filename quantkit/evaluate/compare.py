@@ -24,10 +24,10 @@ from quantkit.evaluate.sandbox import sandbox
 from quantkit.evaluate.tasks import Task
 from quantkit.io import user_cache
 from quantkit.models import full_model
-from quantkit.models.layers import meta_model
+from quantkit.models.layers import make_meta_model
 from quantkit.plan.memory import BASE_BYTES
 from quantkit.plan.plan import Plan
-from quantkit.plan.sources import Compute
+from quantkit.plan.sources import ResolvedCompute
 from quantkit.progress import Progress, ProgressCallback
 from quantkit.texts.corpora import load_tokenizer
 
@@ -54,7 +54,7 @@ class Job:
     """What both models are asked, and in which way."""
 
     plan: Plan
-    compute: Compute
+    compute: ResolvedCompute
     tasks: tuple[Task, ...]
     jail: sandbox.Sandbox
     tell: ProgressCallback
@@ -65,7 +65,7 @@ def compare(
     plan: Plan,
     source: Checkpoint,
     folder: Path,
-    compute: Compute,
+    compute: ResolvedCompute,
     *,
     evaluate: bool,
     tell: ProgressCallback,
@@ -79,7 +79,7 @@ def compare(
     if not names or not evaluate:
         return not_run(names, "skipped by --skip-evaluation")
     needed = BASE_BYTES + int(
-        WHOLE_MODEL_COPIES * compute.hidden_bytes * full_model.parameters(plan.layout)
+        WHOLE_MODEL_COPIES * compute.hidden_bytes * full_model.count_parameters(plan.layout)
     )
     if needed > plan.memory.budget_bytes:
         return not_run(
@@ -88,11 +88,11 @@ def compare(
             f"{plan.memory.budget_bytes / 1e9:.0f} GB",
         )
     try:
-        loaded = tasks.load(names)
+        loaded = tasks.load_tasks(names)
         jail = benchmarks.jail_for(loaded)
         job = Job(plan=plan, compute=compute, tasks=loaded, jail=jail, tell=tell, kept=kept)
         baseline = source_items(job, source)
-        stored = full_model.reader(Checkpoint.open(folder), plan.format_name, plan.schemes)
+        stored = full_model.make_reader(Checkpoint.open(folder), plan.format_name, plan.schemes)
         candidate = answers(job, "artifact", stored, source)
     except EvaluationError as error:
         return not_run(names, str(error))
@@ -109,7 +109,7 @@ def compare(
 
 def not_run(names: Sequence[str], reason: str) -> Compared:
     """Every task with the reason why it has no figures."""
-    called = map(tasks.called, names)
+    called = map(tasks.get_task_name, names)
     return Compared(
         rows=tuple(BenchmarkResult(task=name, status="not run", reason=reason) for name in called)
     )
@@ -122,7 +122,7 @@ def source_items(job: Job, source: Checkpoint) -> list[ItemResult]:
     cached = samples.read_cached(user_cache.locate_folder(BASELINES), key)
     if cached is not None:
         return cached
-    items = answers(job, "source", full_model.reader(source), source)
+    items = answers(job, "source", full_model.make_reader(source), source)
     samples.write_cached(user_cache.locate_folder(BASELINES), key, items)
     return items
 
@@ -141,11 +141,13 @@ def baseline_key(
     )
 
 
-def answers(job: Job, name: str, read: full_model.Read, source: Checkpoint) -> list[ItemResult]:
+def answers(
+    job: Job, name: str, read: full_model.TensorReader, source: Checkpoint
+) -> list[ItemResult]:
     """Load one model whole, let it answer every item, and let go of it."""
     device, dtype = torch.device(job.compute.device), getattr(torch, job.compute.dtype)
-    model = full_model.model(
-        meta_model(job.plan.source.config, device, dtype), job.plan.layout, read
+    model = full_model.make_model(
+        make_meta_model(job.plan.source.config, device, dtype), job.plan.layout, read
     )
     try:
         return benchmarks.run(
@@ -186,7 +188,7 @@ def row(task: Task, pairs: Sequence[ItemPair], smallest_recovery: float) -> Benc
         reason = next((score.not_run for score in reversed(told) if score.not_run), "")
         reason = reason or f"{len(mine)} items are too few to compare"
         return BenchmarkResult(task=task.name, status="not run", reason=reason, n=len(mine))
-    found = statistics.compare(
+    found = statistics.compare_scores(
         [pair.baseline.score or 0.0 for pair in mine],
         [pair.candidate.score or 0.0 for pair in mine],
         smallest_recovery,

@@ -19,7 +19,7 @@ from quantkit.contracts import Architecture, Config, Layout
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.models import layout_checks
 from quantkit.models.inspect import refusal, structure
-from quantkit.models.layers import MetaModel, meta_model
+from quantkit.models.layers import MetaModel, make_meta_model
 
 REFUSED: Mapping[str, str] = {
     "gpt_oss": "its experts are stored in MXFP4 with biases, gate and up interleaved and clamped, which no reader here "
@@ -28,7 +28,7 @@ REFUSED: Mapping[str, str] = {
 """Model types that transformers knows and that will not work, with what to do."""
 
 
-def architecture(config: Config) -> Architecture:
+def derive_architecture(config: Config) -> Architecture:
     """What can be proven of a model type without a table; UsageError when transformers does not know it either.
 
     Raises CheckpointError with the first thing that cannot be proven.
@@ -43,7 +43,7 @@ def architecture(config: Config) -> Architecture:
             else ""
         )
         raise UsageError(
-            f"{registry.unknown('architecture', model_type, registry.names('architectures'))} transformers "
+            f"{registry.format_unknown_name('architecture', model_type, registry.list_names('architectures'))} transformers "
             f"{transformers.__version__} has no language model of that type to derive one from{own}"
         )
     layout = proven(config)
@@ -79,7 +79,7 @@ def proven(config: Config) -> Layout:
 def bare(config: Config, values: Config) -> MetaModel:
     """The model of `values` without weights; transformers' complaint as a reason to refuse."""
     try:
-        return meta_model(values, torch.device("cpu"), torch.float32)
+        return make_meta_model(values, torch.device("cpu"), torch.float32)
     except CheckpointError as fault:
         raise refusal(config, str(fault).removeprefix(f"{config.where}: ")) from fault
 

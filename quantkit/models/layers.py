@@ -71,7 +71,7 @@ class Product(nn.Module):
         return matmul.linear(x, self.weight, self.bias)
 
 
-def meta_model(config: Config, device: torch.device, dtype: torch.dtype) -> MetaModel:
+def make_meta_model(config: Config, device: torch.device, dtype: torch.dtype) -> MetaModel:
     """The model of `config` on the meta device, computing in `dtype` on `device`. No code of the checkpoint runs."""
     model_type = config.text("model_type")
     if model_type not in CONFIG_MAPPING:
@@ -113,7 +113,7 @@ def rotary_class(model: Any) -> type[nn.Module]:
     return type(found)
 
 
-def decoder_layer(
+def make_decoder_layer(
     skeleton: MetaModel, block: Block, tensors: Mapping[str, Tensor]
 ) -> tuple[nn.Module, ExpertTap | None]:
     """One decoder layer with `tensors` (full names, routed experts left out) and the tap in place of its experts.
@@ -123,7 +123,7 @@ def decoder_layer(
     layer: nn.Module = copy.deepcopy(skeleton.model.get_submodule(block.name))
     tap = None
     if block.experts:
-        parent, _, leaf = relative(block, block.experts.module).rpartition(".")
+        parent, _, leaf = get_layer_name(block, block.experts.module).rpartition(".")
         tap = ExpertTap()
         setattr(layer.get_submodule(parent), leaf, tap)
     for name, module in list(layer.named_modules()):
@@ -131,9 +131,9 @@ def decoder_layer(
             layer.set_submodule(name, Product(module))
     buffers = {name for name, _ in layer.named_buffers()}
     state = {
-        relative(block, name): tensor.to(
+        get_layer_name(block, name): tensor.to(
             device=skeleton.device,
-            dtype=torch.float32 if relative(block, name) in buffers else skeleton.dtype,
+            dtype=torch.float32 if get_layer_name(block, name) in buffers else skeleton.dtype,
         )
         for name, tensor in tensors.items()
     }
@@ -152,7 +152,7 @@ def load(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     module.requires_grad_(False)
 
 
-def relative(block: Block, name: str) -> str:
+def get_layer_name(block: Block, name: str) -> str:
     """A full tensor or module name as transformers' layer calls it."""
     inner = name.removeprefix(f"{block.name}.")
     for stored, called in block.renames:
@@ -162,7 +162,7 @@ def relative(block: Block, name: str) -> str:
 
 
 @contextmanager
-def observing(layer: nn.Module, modules: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
+def observe_inputs(layer: nn.Module, modules: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
     """A dict that holds, after every forward of `layer`, the first input of each module (key -> module path)."""
     seen: dict[str, Tensor] = {}
 
@@ -183,7 +183,7 @@ def observing(layer: nn.Module, modules: Mapping[str, str]) -> Iterator[dict[str
             handle.remove()
 
 
-def run(
+def run_layer(
     skeleton: MetaModel, layer: nn.Module, rows: Tensor, lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Run a layer over sequences that lie one behind the other.
@@ -248,7 +248,9 @@ def padding(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.arange(max(lengths), device=device)[None] < count[:, None]
 
 
-def final_norm(skeleton: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]) -> nn.Module:
+def make_final_norm(
+    skeleton: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
+) -> nn.Module:
     """The norm behind the last block, with its tensors by full name."""
     module = layout.final_norm.name.rpartition(".")[0]
     norm: nn.Module = copy.deepcopy(skeleton.model.get_submodule(module))
@@ -263,7 +265,7 @@ def final_norm(skeleton: MetaModel, layout: Layout, tensors: Mapping[str, Tensor
     return norm
 
 
-def tokens_for_expert(index: Tensor, weight: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+def select_expert_tokens(index: Tensor, weight: Tensor, expert: int) -> tuple[Tensor, Tensor]:
     """Rows routed to `expert`, and their router weights: [n], [n]; index, weight: [tokens, k]."""
     hit = index == expert  # [tokens, k]
     token = hit.any(-1).nonzero(as_tuple=True)[0]  # [n]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from quantkit.contracts import Absorber, Block, Config, HeadRows, Layout, LinearGroup
 from quantkit.models import full_model, scaling
 from quantkit.models.inspect import refusal
-from quantkit.models.layers import MetaModel, decoder_layer, final_norm, run
+from quantkit.models.layers import MetaModel, make_decoder_layer, make_final_norm, run_layer
 
 LENGTHS = (20, 13)
 """Tokens of the two sequences: unequal, so that padding is tried, and longer than the window."""
@@ -102,12 +102,12 @@ def check_logits(
     try:
         rows = tensors[f"{layout.embedding.name}.weight"][ids]  # [tokens] -> [tokens, hidden]
         for block in layout.blocks:
-            layer, _ = decoder_layer(bones, block, tensors_of(block, tensors))
-            rows, _ = run(bones, layer, rows, LENGTHS)
+            layer, _ = make_decoder_layer(bones, block, tensors_of(block, tensors))
+            rows, _ = run_layer(bones, layer, rows, LENGTHS)
         ours = (
-            final_norm(bones, layout, tensors)(rows) @ tensors[f"{head}.weight"].T
+            make_final_norm(bones, layout, tensors)(rows) @ tensors[f"{head}.weight"].T
         )  # -> [tokens, vocabulary]
-        model = full_model.model(bones, layout, tensors.__getitem__)
+        model = full_model.make_model(bones, layout, tensors.__getitem__)
         with torch.no_grad():
             parts = [model(part[None], use_cache=False).logits[0] for part in ids.split(LENGTHS)]
     except Exception as fault:  # whatever transformers' layer needs and is not given
@@ -144,14 +144,14 @@ class Trial:
 
     def run(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """[tokens, hidden] behind the block with these tensors."""
-        layer, _ = decoder_layer(self.bones, self.block, tensors)
-        return run(self.bones, layer, self.rows, LENGTHS)[0]
+        layer, _ = make_decoder_layer(self.bones, self.block, tensors)
+        return run_layer(self.bones, layer, self.rows, LENGTHS)[0]
 
     def readings(self) -> tuple[Reading, ...]:
         """The linears by the values they were given; CheckpointError for one not called once with every token."""
-        layer, _ = decoder_layer(self.bones, self.block, self.tensors)
+        layer, _ = make_decoder_layer(self.bones, self.block, self.tensors)
         names = [linear.name.removeprefix(f"{self.block.name}.") for linear in self.block.linears]
-        calls = inputs_of(layer, names, lambda: run(self.bones, layer, self.rows, LENGTHS))
+        calls = inputs_of(layer, names, lambda: run_layer(self.bones, layer, self.rows, LENGTHS))
         tokens = len(LENGTHS) * max(LENGTHS)
         groups: list[tuple[Tensor, list[str]]] = []
         for name, linear in zip(names, self.block.linears, strict=True):
@@ -181,7 +181,7 @@ class Trial:
             if group.absorber:
                 width = self.tensors[f"{group.readers[0]}.weight"].shape[1]
                 scale = random_scale(group.absorber, width, generator)
-                scaling.absorb(changed, group.absorber, scale)
+                scaling.divide_absorber(changed, group.absorber, scale)
                 scaling.multiply_readers(changed, group, scale)
         return float((self.run(changed) - self.out).norm()) <= EXACT * float(self.out.norm())
 

@@ -72,10 +72,10 @@ def qparams(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor |
         return scale, None
     # zero is a code too: when low is 0 it is 0, when high is 0 it is the last one
     zero = torch.round(-low / scale.float()).clamp_(0, steps).to(torch.uint8)
-    return scale, zero.masked_fill_(width == 0, default_zero_point(scheme))
+    return scale, zero.masked_fill_(width == 0, get_default_zero_point(scheme))
 
 
-def default_zero_point(scheme: Scheme) -> int:
+def get_default_zero_point(scheme: Scheme) -> int:
     """The code that means zero in a symmetric scheme, and in a group of zeros."""
     return 1 << (scheme.bits - 1)
 
@@ -98,7 +98,7 @@ def scale_dtype(scheme: Scheme) -> torch.dtype:
 def offset(zero: Tensor | None, scheme: Scheme) -> Tensor | float:
     """The zero point [...] as float32 [..., 1], or the middle code as one number: ready to broadcast over a group."""
     return (
-        float(default_zero_point(scheme)) if zero is None else zero.unsqueeze(-1).float()
+        float(get_default_zero_point(scheme)) if zero is None else zero.unsqueeze(-1).float()
     )  # [...] -> [..., 1]
 
 
@@ -139,14 +139,16 @@ def dequantize(quantized: Quantized, scheme: Scheme) -> Tensor:
     )
 
 
-def fallbacks(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
+def count_fallbacks(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
     """How many groups of each matrix took a named fallback; [...] int64 per name, 0 where none.
 
     zero-group: every code is the zero point, so the group is stored as exact zeros.
     scale-clamped: the scale is the smallest normal or the largest finite number of its dtype.
     """
     groups, limits = split(quantized.codes, scheme.group_size), torch.finfo(quantized.scale.dtype)
-    zero = default_zero_point(scheme) if quantized.zero is None else quantized.zero.unsqueeze(-1)
+    zero = (
+        get_default_zero_point(scheme) if quantized.zero is None else quantized.zero.unsqueeze(-1)
+    )
     same = (groups == zero).view(
         torch.uint8
     )  # bytes: their minimum takes a third of the time of `all`

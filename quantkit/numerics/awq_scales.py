@@ -20,7 +20,7 @@ SMALLEST = 1e-4
 
 SHARES = (1, 0.9, 0.8, 0.7, 0.6)
 """Shares of the min/max range that a candidate is judged with."""
-JUDGES = 128
+SAMPLED_ROWS = 128
 """Rows of a matrix that judge a scale: a sixteenth of DeepSeek-V3's experts, and of the cost."""
 
 
@@ -68,7 +68,11 @@ def error(weight: Tensor, stats: Tensor, candidate: Tensor, scheme: Scheme | Non
 
 def judging(rows: int) -> Tensor:
     """Numbers of the rows that judge a scale: all, or JUDGES of them, evenly spread; int64."""
-    return torch.arange(rows) if rows <= JUDGES else torch.arange(JUDGES) * rows // JUDGES
+    return (
+        torch.arange(rows)
+        if rows <= SAMPLED_ROWS
+        else torch.arange(SAMPLED_ROWS) * rows // SAMPLED_ROWS
+    )
 
 
 def unscaled_error(

@@ -47,7 +47,7 @@ def improved(
         for index in range(scale.shape[-2]):
             columns = slice(index * group, (index + 1) * group)
             middle = (
-                torch.full_like(scale[..., 0, :], affine.default_zero_point(scheme))
+                torch.full_like(scale[..., 0, :], affine.get_default_zero_point(scheme))
                 if zero is None
                 else zero[..., index, :]
             )

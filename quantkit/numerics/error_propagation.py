@@ -26,7 +26,7 @@ MASSIVE = 10.0
 """How many times the typical norm a token's state may have for a linear to make up for what it lacks."""
 
 
-def residual_gap(original: Tensor, stream: Tensor) -> Tensor:
+def compute_residual_gap(original: Tensor, stream: Tensor) -> Tensor:
     """What the residual stream lacks of the original one, s - r [tokens, hidden]; 0 for tokens of massive activations.
 
     Those (Sun et al., arXiv 2402.17762) have hundreds of times the norm of others, one or two of a sequence. The next

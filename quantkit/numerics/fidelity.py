@@ -42,7 +42,7 @@ class Estimate:
     n: int
 
 
-def compare(source: Tensor, quantized: Tensor, targets: Tensor) -> TokenFidelity:
+def compare_logits(source: Tensor, quantized: Tensor, targets: Tensor) -> TokenFidelity:
     """Compare logits [n, vocab] of both models, any float dtype, at true next tokens [n] int64.
 
     KL and log-probabilities are taken in float64: at 8 bits the mean KL is near float32's rounding noise.
@@ -68,7 +68,7 @@ def compare(source: Tensor, quantized: Tensor, targets: Tensor) -> TokenFidelity
     )
 
 
-def concatenate(parts: list[TokenFidelity]) -> TokenFidelity:
+def concatenate_tokens(parts: list[TokenFidelity]) -> TokenFidelity:
     """Join the tokens of several chunks, in order."""
     return TokenFidelity(
         kl=torch.cat([part.kl for part in parts]),
@@ -135,7 +135,7 @@ def perplexity(nll: Tensor) -> Estimate:
     return Estimate(value=value, error=None if log.error is None else value * log.error, n=log.n)
 
 
-def summary(tokens: TokenFidelity) -> dict[str, Estimate]:
+def summarize_tokens(tokens: TokenFidelity) -> dict[str, Estimate]:
     """Every figure of the report for a set of tokens, under the names the report uses.
 
     The perplexity ratio's standard error comes from paired differences: both models see the same tokens. Raises
@@ -160,7 +160,7 @@ def summary(tokens: TokenFidelity) -> dict[str, Estimate]:
     }
 
 
-def router_agreement(source: Tensor, quantized: Tensor) -> Tensor:
+def compute_router_agreement(source: Tensor, quantized: Tensor) -> Tensor:
     """Share of a token's top-k experts that both models pick: indices [n, k] each -> [n] float64, order ignored."""
     hits = source.unsqueeze(-1) == quantized.unsqueeze(-2)  # [n, k, 1] == [n, 1, k] -> [n, k, k]
     return hits.any(dim=-1).double().mean(dim=-1)  # [n, k, k] -> [n]

@@ -209,7 +209,7 @@ def visited_codes(
         )  # [..., LAZY, out]
         step = per_column(scale, order[..., here], group)
         offset = (
-            affine.default_zero_point(scheme)
+            affine.get_default_zero_point(scheme)
             if zero is None
             else per_column(zero, order[..., here], group)
         )

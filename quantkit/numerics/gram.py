@@ -23,7 +23,7 @@ ENERGY_WEIGHTS = 1 << 17
 """Weights of a difference that are held at once: fresh memory costs more than the sum (storage.machine)."""
 
 
-def accumulate(gram: Tensor, abs_sum: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
+def accumulate_gram(gram: Tensor, abs_sum: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
     """Add tokens x [n, in] to gram [in, in] and to abs_sum [in], both float32, in place.
 
     On a CPU the gram's lower triangle waits for `complete`. weight [n], if given, multiplies each token's share of the
@@ -51,7 +51,7 @@ def channels(x: Tensor) -> Tensor:
     return x.T.contiguous().float()
 
 
-def complete(gram: Tensor) -> Tensor:
+def complete_gram(gram: Tensor) -> Tensor:
     """A gram [..., in, in] to which everything was added, its lower triangle filled in; in place."""
     return matmul.mirror(gram)
 
@@ -86,7 +86,7 @@ def error(delta: Tensor, gram: Tensor) -> Tensor:
     return total
 
 
-def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> Tensor:
+def compute_relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> Tensor:
     """Share of a linear's output energy that an approximate weight loses: [...] float64, 0 for no energy and no loss.
 
     weight, approximation [..., out, in]; gram [..., in, in]. It is ||X (W - Q)^T||^2 / ||X W^T||^2.
@@ -103,7 +103,7 @@ def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> Tenso
     return torch.where(lost == 0, lost, lost / energy)
 
 
-def sqnr_db(weight: Tensor, approximation: Tensor) -> Tensor:
+def compute_sqnr_db(weight: Tensor, approximation: Tensor) -> Tensor:
     """Signal to quantization noise of the weights alone, 10 log10(||W||^2 / ||W - Q||^2) in dB: [...] float64.
 
     Infinite where nothing is lost, a matrix of zeros included.

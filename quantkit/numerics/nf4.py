@@ -21,7 +21,7 @@ from quantkit.errors import NumericsError
 BLOCK = 64
 """Weights that share a scale; a row is a whole number of blocks, so that no block crosses rows."""
 
-VALUES = (
+CODEBOOK = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
@@ -45,7 +45,7 @@ def encode(weight: Tensor) -> tuple[Tensor, Tensor]:
         raise NumericsError(
             f"NF4 has blocks of {BLOCK} weights, found rows of {weight.shape[-1]}; keep this linear"
         )
-    codes, absmax = counted(weight) if weight.device.type == "cpu" else by_kernel(weight)
+    codes, absmax = counted(weight) if weight.device.type == "cpu" else quantize_with_kernel(weight)
     if not bool(torch.isfinite(absmax).all()):
         raise NumericsError(
             "a weight to be quantized is NaN or infinite; every weight must be finite: check the source tensor"
@@ -58,7 +58,7 @@ def counted(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [n, 64] and absmax [n] of a weight on the CPU, in pieces, with numpy's vectorized comparisons."""
     blocks = weight.reshape(-1, BLOCK)  # [..., out, in] -> [n, 64]
     codes, absmax = np.empty(blocks.shape, np.uint8), np.empty(len(blocks), np.float32)
-    values = np.array(VALUES, np.float32)
+    values = np.array(CODEBOOK, np.float32)
     midpoints = (values[:-1] + values[1:]) / 2
     above = np.empty((min(PIECE_BLOCKS, len(blocks)), BLOCK), np.bool_)
     for first in range(0, len(blocks), PIECE_BLOCKS):
@@ -75,9 +75,9 @@ def counted(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(codes), torch.from_numpy(absmax)
 
 
-def by_kernel(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_with_kernel(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [n, 64] and absmax [n] of a weight on an accelerator."""
-    packed, state = library("functional").quantize_4bit(
+    packed, state = import_bitsandbytes("functional").quantize_4bit(
         weight.contiguous(), blocksize=BLOCK, quant_type="nf4"
     )
     pairs = torch.cat([packed >> 4, packed & 15], dim=1)  # [n * 32, 1] -> [n * 32, 2]
@@ -85,7 +85,7 @@ def by_kernel(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache  # asked for twice per matrix
-def library(part: str) -> Any:
+def import_bitsandbytes(part: str) -> Any:
     """bitsandbytes.functional or bitsandbytes.nn; heavy, so imported where it is used.
 
     On CPUs with bfloat16 instructions it advises to install a package that would fetch compiled code: not told here.
@@ -99,7 +99,7 @@ def library(part: str) -> Any:
         advice.setLevel(level)
 
 
-def pair(codes: Tensor) -> Tensor:
+def pack_pairs(codes: Tensor) -> Tensor:
     """Two codes in a byte, the first in its high bits: [..., out, in] uint8 -> [n / 2, 1] uint8, row behind row."""
     both = codes.reshape(-1).view(
         torch.int16
@@ -107,7 +107,7 @@ def pair(codes: Tensor) -> Tensor:
     return ((both << 4) | (both >> 8)).to(torch.uint8).unsqueeze(1)
 
 
-def mean(values: Tensor) -> Tensor:
+def compute_mean(values: Tensor) -> Tensor:
     """The mean of [n] float32, summed in float64 in an order that no number of threads changes; [] float32."""
     total = values.double()
     while total.numel() > 1:
@@ -116,6 +116,6 @@ def mean(values: Tensor) -> Tensor:
     return (total.reshape(()) / values.numel()).float()
 
 
-def fallbacks(quantized: Quantized) -> dict[str, Tensor]:
+def count_fallbacks(quantized: Quantized) -> dict[str, Tensor]:
     """How many blocks of each matrix took a named fallback; [...] int64. zero-group: every weight is zero."""
     return {"zero-group": (quantized.scale == 0).sum(dim=(-2, -1))}  # [..., out, n_groups] -> [...]

@@ -25,23 +25,23 @@ from pydantic import (
 from quantkit import registry
 from quantkit.io.owned_dirs import validate_folder
 from quantkit.recipe import patterns
-from quantkit.recipe.yaml_document import Document, shown
+from quantkit.recipe.yaml_document import YamlDocument, shown
 
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-POOLED: tuple[str, ...] = (
+POOLED_FIGURES: tuple[str, ...] = (
     "kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "ppl_source", "ppl_artifact", "ppl_ratio", "top1",
     "mean_delta_p", "rms_delta_p",
 )  # fmt: skip
 """Figures of the fidelity text: over all of it, or with "@math" behind the name over one of its domains."""
 
 FIGURES: tuple[str, ...] = (
-    *POOLED, "router_agreement", "block_error", "module_error", "module_output_error", "experts_uncalibrated",
+    *POOLED_FIGURES, "router_agreement", "block_error", "module_error", "module_output_error", "experts_uncalibrated",
     "fallbacks", "lost_items", "bits_per_weight", "size", "likelihood",
 )  # fmt: skip
 """What a gate may bound with min or max; a task of evaluation.tasks takes the others. report.gates reads them."""
 
-MEASURED = frozenset({*POOLED, "router_agreement", "block_error", "likelihood"})
+MEASURED = frozenset({*POOLED_FIGURES, "router_agreement", "block_error", "likelihood"})
 """Those that come from the streams behind the fidelity text."""
 
 _UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -68,9 +68,9 @@ def size_bytes(value: object) -> int:
 
 
 def _registered(kind: registry.Kind, name: str) -> str:
-    known = registry.names(kind)
+    known = registry.list_names(kind)
     if name not in known:
-        raise ValueError(registry.unknown(kind.removesuffix("s"), name, known))
+        raise ValueError(registry.format_unknown_name(kind.removesuffix("s"), name, known))
     return name
 
 
@@ -200,7 +200,7 @@ class Quantize(BaseModel):
                 "method gptq is a rounding, found rounding: nearest; set rounding: gptq, or method: awq for "
                 "ranges by calibration and codes by plain rounding"
             )
-        if self.rounding != "nearest" and not registry.method(self.method).needs_stats:
+        if self.rounding != "nearest" and not registry.get_method(self.method).needs_stats:
             raise ValueError(
                 f"rounding {self.rounding} learns from calibration, and method {self.method} does without; set "
                 "rounding: nearest, or method: gptq"
@@ -321,7 +321,7 @@ class Recipe(BaseModel):
     mtp: Literal["keep", "quantize", "drop"] = "keep"
     propagate: Literal["quantized", "original", "both"] = "quantized"
     compute: Compute = Compute()
-    _document: Document = PrivateAttr(default=Document(name="recipe", values={}, lines={}))
+    _document: YamlDocument = PrivateAttr(default=YamlDocument(name="recipe", values={}, lines={}))
     _overrides: tuple[tuple[str, str], ...] = PrivateAttr(default=())
 
     @property
@@ -357,7 +357,7 @@ class Recipe(BaseModel):
             self.quantize.method,
             *(rule.quantize.method for rule in self.rules or () if rule.quantize),
         }
-        return any(registry.method(name).needs_stats for name in used)
+        return any(registry.get_method(name).needs_stats for name in used)
 
     @property
     def hash(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, GateResult
-from quantkit.recipe.schema import POOLED, Gate
+from quantkit.recipe.schema import POOLED_FIGURES, Gate
 from quantkit.report import format_numbers
 from quantkit.verify.check_report import compute_status
 
@@ -16,7 +16,7 @@ Found = tuple[float | None, str]
 """A figure, or None and why there is none; beside a figure, what it does not cover."""
 
 
-def judge(gates: Mapping[str, Gate], fidelity: Fidelity) -> list[GateResult]:
+def judge_gates(gates: Mapping[str, Gate], fidelity: Fidelity) -> list[GateResult]:
     """One result per bound, in the order of the recipe. A figure that is not finite misses every bound."""
     tasks = {row.task: row for row in fidelity.benchmarks}
     results: list[GateResult] = []
@@ -26,7 +26,9 @@ def judge(gates: Mapping[str, Gate], fidelity: Fidelity) -> list[GateResult]:
             continue
         value, missing = _figure(figure, fidelity)
         told = (
-            (lambda bound: format_numbers.size(round(bound))) if figure == "size" else "{:g}".format
+            (lambda bound: format_numbers.format_size(round(bound)))
+            if figure == "size"
+            else "{:g}".format
         )
         if gate.max is not None:
             kept = value is not None and value <= gate.max
@@ -37,9 +39,9 @@ def judge(gates: Mapping[str, Gate], fidelity: Fidelity) -> list[GateResult]:
     return results
 
 
-def judged(gates: Mapping[str, Gate], fidelity: Fidelity) -> Fidelity:
+def apply_gates(gates: Mapping[str, Gate], fidelity: Fidelity) -> Fidelity:
     """The report with its gates and status filled in."""
-    results = judge(gates, fidelity)
+    results = judge_gates(gates, fidelity)
     return fidelity.model_copy(
         update={
             "gates": tuple(results),
@@ -54,7 +56,7 @@ def judged(gates: Mapping[str, Gate], fidelity: Fidelity) -> Fidelity:
 def _figure(figure: str, fidelity: Fidelity) -> Found:
     """The value of one of FIGURES, or of a domain's: see schema.FIGURES."""
     name, _, domain = figure.partition("@")
-    if name in POOLED:
+    if name in POOLED_FIGURES:
         return _pooled(name, domain or "all", fidelity)
     if name == "likelihood":
         return _likelihood(domain, fidelity)

@@ -29,8 +29,8 @@ from quantkit.errors import ArtifactError
 from quantkit.io import user_cache
 from quantkit.io.files import is_file, write_atomic, write_output
 from quantkit.report import card, format_numbers, module_ranges, tables
-from quantkit.report.charts import CONFIG, Plot, charts
-from quantkit.report.samples import Answer, Changed, Samples, read_samples
+from quantkit.report.charts import CONFIG, Plot, make_charts
+from quantkit.report.samples import Answer, ChangedItem, Samples, read_samples
 
 WORST = 200  # modules in the table
 FOLDED = 400  # lines of names per fallback
@@ -67,7 +67,7 @@ class Shown:
 class Item:
     """A changed item as the page shows it."""
 
-    changed: Changed
+    changed: ChangedItem
     prompt: str
     cut_prompt: int
     source: Shown
@@ -121,11 +121,11 @@ def render(fidelity: Fidelity, samples: Samples) -> str:
         hidden=len(samples.changed) - len(items),
         tables=tables,
         tiles=tiles(fidelity),
-        verdict=card.verdict(fidelity),
+        verdict=card.format_verdict(fidelity),
         intervals=intervals([row.delta_pp for row in fidelity.benchmarks]),
         worst=WORST,
         folded_lines=FOLDED,
-        **drawn(made, charts(fidelity, samples.histogram), ("fidelity.css",)),
+        **drawn(made, make_charts(fidelity, samples.histogram), ("fidelity.css",)),
     )
 
 
@@ -156,8 +156,8 @@ def environment(*, autoescape: bool) -> Environment:
         finalize=visible,
     )
     made.filters |= {
-        "size": format_numbers.size, "parameters": format_numbers.parameters, "count": format_numbers.count, "tone": tone, "json": as_json,
-        "folded": module_ranges.folded,
+        "size": format_numbers.format_size, "parameters": format_numbers.format_parameters, "count": format_numbers.format_count, "tone": tone, "json": as_json,
+        "folded": module_ranges.fold_names,
     }  # fmt: skip
     return made
 
@@ -222,12 +222,14 @@ def tone(text: str) -> str:
 def tiles(fidelity: Fidelity) -> list[Tile]:
     """The figures that a reader wants first."""
     artifact = fidelity.artifact
-    before = f"from {format_numbers.size(artifact.bytes_source)}"
+    before = f"from {format_numbers.format_size(artifact.bytes_source)}"
     times = artifact.bytes_source / artifact.bytes_artifact if artifact.bytes_artifact else 0.0
     smaller = f", {times:.2f}x smaller" if times > 1 else ""
     found = [
         Tile(
-            label="Size", value=format_numbers.size(artifact.bytes_artifact), note=before + smaller
+            label="Size",
+            value=format_numbers.format_size(artifact.bytes_artifact),
+            note=before + smaller,
         ),
         Tile(
             label="Bits per weight",
@@ -245,15 +247,19 @@ def tiles(fidelity: Fidelity) -> list[Tile]:
     if known:
         worst, task = min(known)
         note = f"{task}, the lowest of {len(known)}" if len(known) > 1 else task
-        found.append(Tile(label="Recovery", value=format_numbers.percent(worst), note=note))
+        found.append(Tile(label="Recovery", value=format_numbers.format_percent(worst), note=note))
     return found
 
 
 def _distribution_tiles(pooled: DistributionResult) -> list[Tile]:
     told = (
-        ("Mean KL", format_numbers.kl(pooled.kl_mean), "nats per token"),
-        ("Perplexity", format_numbers.ratio(pooled.ppl_ratio), "times the source's"),
-        ("Same top token", format_numbers.share(pooled.top1), f"of {pooled.tokens:,} tokens"),
+        ("Mean KL", format_numbers.format_kl(pooled.kl_mean), "nats per token"),
+        ("Perplexity", format_numbers.format_ratio(pooled.ppl_ratio), "times the source's"),
+        (
+            "Same top token",
+            format_numbers.format_share(pooled.top1),
+            f"of {pooled.tokens:,} tokens",
+        ),
     )
     found = []
     for label, text, note in told:
@@ -288,7 +294,7 @@ def _interval(low: float, middle: float, high: float) -> Markup:
     ).format(side, low, high, middle)
 
 
-def shown_items(changed: Sequence[Changed]) -> list[Item]:
+def shown_items(changed: Sequence[ChangedItem]) -> list[Item]:
     """The changed items that the page has room for, each around its first difference."""
     found: list[Item] = []
     room = ITEMS_BYTES

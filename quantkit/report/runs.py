@@ -69,14 +69,16 @@ def read_runs(folder: Path) -> list[Run]:
             f"{folder}: expected a folder of artifacts, found an artifact; name the folder that it is in"
         )
     found = [_run(path, folder) for path in _candidates(folder, DEPTH)]
-    return marked(sorted(found, key=lambda run: run.name))
+    return mark_front(sorted(found, key=lambda run: run.name))
 
 
 def sort_runs(runs: Sequence[Run], column: str, *, reverse: bool = False) -> list[Run]:
     """By a column: the best first, then those without that figure, then the broken; UsageError for an unknown one."""
-    tasks = task_names(runs)
+    tasks = list_tasks(runs)
     if column not in (*COLUMNS, *tasks):
-        raise UsageError(f"--sort: {registry.unknown('column', column, (*COLUMNS, *tasks))}")
+        raise UsageError(
+            f"--sort: {registry.format_unknown_name('column', column, (*COLUMNS, *tasks))}"
+        )
 
     def value(run: Run) -> object:
         values = run.values()
@@ -100,7 +102,7 @@ def sort_runs(runs: Sequence[Run], column: str, *, reverse: bool = False) -> lis
     ]
 
 
-def marked(runs: Sequence[Run]) -> list[Run]:
+def mark_front(runs: Sequence[Run]) -> list[Run]:
     """The runs with the front of each group marked: smaller, or closer to the source, than every other."""
     points: dict[str, list[tuple[int, float]]] = {}
     for run in runs:
@@ -108,25 +110,25 @@ def marked(runs: Sequence[Run]) -> list[Run]:
             points.setdefault(_group(run), []).append(place)
     return [
         replace(
-            run, front=on_front(place, points[_group(run)]) if (place := _place(run)) else False
+            run, front=is_on_front(place, points[_group(run)]) if (place := _place(run)) else False
         )
         for run in runs
     ]
 
 
-def on_front(place: tuple[int, float], others: Sequence[tuple[int, float]]) -> bool:
+def is_on_front(place: tuple[int, float], others: Sequence[tuple[int, float]]) -> bool:
     """Whether none of the others is at least as small and as close, and better in one of both (Pareto)."""
     size, kl = place
     return not any(s <= size and k <= kl and (s, k) != place for s, k in others)
 
 
-def task_names(runs: Sequence[Run]) -> tuple[str, ...]:
+def list_tasks(runs: Sequence[Run]) -> tuple[str, ...]:
     """Benchmarks of any of the runs."""
     names = (row.task for run in runs if run.fidelity for row in run.fidelity.benchmarks)
     return tuple(dict.fromkeys(names))
 
 
-def table(runs: Sequence[Run]) -> Table:
+def make_run_table(runs: Sequence[Run]) -> Table:
     """The runs for a terminal; "*" marks the front."""
     sources = {_group(run) for run in runs if run.fidelity}
     rows = tuple(_row(run) for run in runs if run.fidelity)
@@ -138,9 +140,9 @@ def table(runs: Sequence[Run]) -> Table:
     return Table(title="Artifacts", columns=columns, rows=rows, note=note if rows else "")
 
 
-def scores(runs: Sequence[Run]) -> Table:
+def make_score_table(runs: Sequence[Run]) -> Table:
     """The artifacts' scores, benchmark by benchmark, each with its items and its share of its own source's score."""
-    tasks, rows = task_names(runs), list[tuple[str, ...]]()
+    tasks, rows = list_tasks(runs), list[tuple[str, ...]]()
     for run in runs:
         told = {row.task: row for row in run.fidelity.benchmarks} if run.fidelity else {}
         if told:
@@ -156,8 +158,8 @@ def _score(row: BenchmarkResult | None) -> str:
     """ "81.3 % of 300 (98.79 %)"."""
     if row is None or row.artifact is None:
         return format_numbers.MISSING
-    kept = f" ({format_numbers.percent(row.recovery.value)})" if row.recovery else ""
-    return f"{format_numbers.percent(row.artifact, 1)} of {row.n:,}{kept}"
+    kept = f" ({format_numbers.format_percent(row.recovery.value)})" if row.recovery else ""
+    return f"{format_numbers.format_percent(row.artifact, 1)} of {row.n:,}{kept}"
 
 
 def _asked(runs: Sequence[Run], task: str) -> set[tuple[str, int, str]]:
@@ -168,7 +170,7 @@ def _asked(runs: Sequence[Run], task: str) -> set[tuple[str, int, str]]:
     return {(row.data_sha256, row.n, row.metric) for row in rows if row.artifact is not None}
 
 
-def faults(runs: Sequence[Run]) -> Table:
+def make_fault_table(runs: Sequence[Run]) -> Table:
     """What is no artifact, and why."""
     rows = tuple((run.name, run.fault) for run in runs if run.fidelity is None)
     return Table(title="Broken", columns=("name", "why"), rows=rows)
@@ -178,7 +180,7 @@ def _row(run: Run) -> tuple[str, ...]:
     fidelity = run.fidelity
     assert fidelity is not None  # the caller's
     show: tuple[tuple[str, Callable[[float], str]], ...] = (
-        ("kl_mean", format_numbers.digits), ("ppl_ratio", "{:.4f}".format), ("top1", format_numbers.percent),
+        ("kl_mean", format_numbers.format_digits), ("ppl_ratio", "{:.4f}".format), ("top1", format_numbers.format_percent),
     )  # fmt: skip
     figures = [
         format_numbers.MISSING if (v := _pooled(fidelity, name)) is None else told(v)
@@ -189,7 +191,7 @@ def _row(run: Run) -> tuple[str, ...]:
         run.name,
         fidelity.status,
         fidelity.artifact.format,
-        format_numbers.size(fidelity.artifact.bytes_artifact),
+        format_numbers.format_size(fidelity.artifact.bytes_artifact),
         f"{fidelity.artifact.bits_per_weight:.2f}",
         *figures,
     )

@@ -166,7 +166,7 @@ def unheard() -> Iterator[None]:
         os.close(nowhere)
 
 
-def token_batches(
+def sample_sequences(
     corpus: CorpusSet, tokenizer: Tokenizer, sequences: int | None, length: int, seed: int
 ) -> Tokens:
     """`sequences` token sequences of at most `length` tokens, chosen by `seed`; None takes all, in file order.
@@ -207,7 +207,9 @@ def pack_tokens(rows: Sequence[tuple[str, Sequence[int]]]) -> Tokens:
     )
 
 
-def continued(tokenizer: Tokenizer, prompt: str, text: str, length: int) -> tuple[list[int], int]:
+def encode_continuation(
+    tokenizer: Tokenizer, prompt: str, text: str, length: int
+) -> tuple[list[int], int]:
     """Ids of a prompt with `text` behind it, and how many of them, the last, are the text's.
 
     A prompt that does not fit into `length` tokens loses its beginning, but for BOS; nothing is left of a text that

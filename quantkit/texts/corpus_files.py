@@ -125,7 +125,7 @@ def _parse_row(line: bytes, domains: tuple[str, ...]) -> Document | str:
     return Document(domain=domain, text=text)
 
 
-def most_sequences(spec: Spec, length: int) -> int | None:
+def bound_sequences(spec: Spec, length: int) -> int | None:
     """Documents of a set, or an upper bound of its windows of `length` tokens; None for a set that is not here."""
     if spec.file is None or not spec.file.is_file():
         return None

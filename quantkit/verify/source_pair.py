@@ -17,7 +17,7 @@ from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.scan import scan_file
 from quantkit.contracts import Absorber, Block, Format, Layout, LinearGroup, Scheme, TensorSpec
 from quantkit.errors import ArtifactError, CheckpointError, UsageError
-from quantkit.plan.plan import architecture_of
+from quantkit.plan.plan import load_architecture
 from quantkit.verify.classify_tensors import parts_of, scheme_of
 
 
@@ -192,17 +192,17 @@ def open_sides(path: Path, source: str | None) -> Sides:
     }
     name = get_format_name(manifest)
     if schemes:
-        registry.require(str(name))
+        registry.check_packages(str(name))
     blocks = {
         name: block for name, block in get_section(manifest, "blocks", path).items() if isinstance(block, Mapping)
     }  # fmt: skip
     return Sides(
         path=path,
         named=model,
-        format=registry.format(str(name)) if schemes else None,
+        format=registry.get_format(str(name)) if schemes else None,
         stored=Checkpoint.open(path),
         source=opened,
-        layout=architecture_of(opened.config).layout(opened.config),
+        layout=load_architecture(opened.config).layout(opened.config),
         modules=modules,
         schemes=schemes,
         blocks=blocks,

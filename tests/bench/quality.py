@@ -28,10 +28,10 @@ from tools.tiny_v3.corpus import DOMAIN, draw, draw_kind
 
 from quantkit.artifact.fidelity_schema import DistributionResult
 from quantkit.io.package_data import locate_folder
-from quantkit.pipeline import run
+from quantkit.pipeline import build_artifacts
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 
 ROWS = (("all-linear", 4), ("all-linear", 3), ("experts-only", 4), ("experts-only", 3))
 COLUMNS = {
@@ -127,8 +127,8 @@ def measure(
         "fidelity.set": str(text),
         "output.path": str(place / f"{column}{bits}-{rules}-{seed}"),
     }
-    recipe = parse(recipe_text, "tiny-v3-awq4.yaml", changes)
-    (outcome,) = run(
+    recipe = parse_recipe(recipe_text, "tiny-v3-awq4.yaml", changes)
+    (outcome,) = build_artifacts(
         recipe, recipe_text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
     )
     return outcome.fidelity.distribution[0]

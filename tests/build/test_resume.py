@@ -11,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 
 from quantkit import pipeline
 from quantkit.artifact.make_manifest import read_versions
 from quantkit.artifact.writer import ArtifactWriter
 from quantkit.build import expert_ops, moe, session, wave_checkpoint
 from quantkit.build.context import BlockContext
-from quantkit.build.expert_ops import Wave
+from quantkit.build.expert_ops import ExpertSlice
 from quantkit.build.progress_log import BuildProgress
 from quantkit.build.session import BuildSession
 from quantkit.build.spool import Spool
@@ -26,7 +26,7 @@ from quantkit.checkpoint.tensors import ShardWriter
 from quantkit.errors import ArtifactError, QuantkitError, UsageError
 from quantkit.io.journal import Journal
 from quantkit.plan import plan
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 from quantkit.verify.shallow import verify_artifact
 
 SYMMETRIC = "{method: awq, rounding: gptq, bits: 4, group_size: 64, symmetric: true}"
@@ -47,9 +47,12 @@ def build(
     source: Path, told: list[str] | None = None, *, restart: bool = False, **keys: str
 ) -> list[str]:
     """Build a small recipe into `x` of the current folder; what is `told` of an earlier, interrupted build."""
-    text, told = recipe_text(source, Path("x"), **{**SMALL, **keys}), [] if told is None else told
-    pipeline.run(
-        parse(text, "r.yaml"), text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None,
+    text, told = (
+        make_recipe_text(source, Path("x"), **{**SMALL, **keys}),
+        [] if told is None else told,
+    )
+    pipeline.build_artifacts(
+        parse_recipe(text, "r.yaml"), text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None,
         say=told.append, restart=restart,
     )  # fmt: skip
     return told
@@ -93,7 +96,9 @@ def dying(patch: pytest.MonkeyPatch, owner: object, name: str, call: int, after:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3-MoE in BF16."""
-    return write_checkpoint(tmp_path_factory.mktemp("moe") / "source", tiny_config("qwen3_moe"))
+    return write_checkpoint(
+        tmp_path_factory.mktemp("moe") / "source", make_tiny_config("qwen3_moe")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +196,7 @@ def counting(patch: pytest.MonkeyPatch, waves: list[int], run: int) -> None:
     """Note `run` for each wave that is read."""
     real = moe.read_wave
 
-    def noted(work: BlockContext, first: int, stop: int) -> Wave:
+    def noted(work: BlockContext, first: int, stop: int) -> ExpertSlice:
         waves.append(run)
         return real(work, first, stop)
 
@@ -287,7 +292,9 @@ def test_what_changed_is_named_and_restart_begins_anew(
         build(copy)
     (copy / "model.safetensors").write_bytes(weights)
     with monkeypatch.context() as patch:
-        patch.setattr(session, "read_versions", lambda plan: {**read_versions(plan), "torch": "0.1"})
+        patch.setattr(
+            session, "read_versions", lambda plan: {**read_versions(plan), "torch": "0.1"}
+        )
         with pytest.raises(UsageError, match=r"another: versions\.torch was '.*', is '0\.1'; "):
             build(copy)
     assert build(copy, memory="3GB") != []

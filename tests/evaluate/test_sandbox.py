@@ -163,7 +163,7 @@ def test_a_jail_that_fails_is_not_used(tmp_path):
 
 def reference(task: str, solution: str, sandbox: Sandbox) -> tuple[list[Outcome], list[Outcome]]:
     """Outcomes of every reference solution of a task, and of 20 empty bodies."""
-    (loaded,) = tasks.load([task], DATA)
+    (loaded,) = tasks.load_tasks([task], DATA)
     assert loaded.code is not None
     file = loaded.files["test"]
     lines = file.path.read_text(encoding="utf-8").splitlines()

@@ -36,11 +36,11 @@ def stats_of(original: Tensor, x: Tensor) -> InputStats:
         torch.zeros(width),
     )
     for now, before in zip(x.split(70), original.split(70), strict=True):
-        gram.accumulate(total, absolute, now)
+        gram.accumulate_gram(total, absolute, now)
         gram.accumulate_cross(cross, now, before)
     counts = torch.tensor(len(x))
     return InputStats(
-        gram=gram.complete(total), mean_abs=absolute / len(x), n_tokens=counts, cross=cross
+        gram=gram.complete_gram(total), mean_abs=absolute / len(x), n_tokens=counts, cross=cross
     )
 
 
@@ -103,7 +103,7 @@ def test_what_the_stream_lacks_is_made_up_for() -> None:
     )[0].T
     assert np.allclose(found.double().numpy() - w, told - w, atol=2e-3 * np.abs(told - w).max())
     scale = torch.rand(192, generator=g) + 0.5
-    scaled = scaling.rescaled_stats(replace(stats, residual=residual.clone()), scale).residual
+    scaled = scaling.rescale_stats(replace(stats, residual=residual.clone()), scale).residual
     assert scaled is not None and torch.allclose(scaled * scale, residual, rtol=1e-5)
 
 
@@ -158,7 +158,7 @@ def test_scaling_the_input_and_correcting_go_in_any_order() -> None:
     stats = stats_of(original, x)
     assert stats.cross is not None
     first = error_propagation.corrected(weight, stats.cross, rounding.feedback(stats.gram)) * scale
-    wide = scaling.rescaled_stats(stats, scale)
+    wide = scaling.rescale_stats(stats, scale)
     assert wide.cross is not None
     second = error_propagation.corrected(weight * scale, wide.cross, rounding.feedback(wide.gram))
     apart, step = (
@@ -190,7 +190,7 @@ def test_tokens_of_massive_activations_do_not_decide_what_is_made_up_for() -> No
     gap = 0.2 * x @ torch.randn(64, 24, generator=g) / 8 + 0.02 * torch.randn(200, 24, generator=g)
     stream[7] *= 400
     gap[7] = 0.01 * stream[7]
-    found = error_propagation.residual_gap(stream + gap, stream)
+    found = error_propagation.compute_residual_gap(stream + gap, stream)
     ordinary = torch.arange(200) != 7
     assert torch.equal(found[7], torch.zeros(24))
     assert torch.allclose(found[ordinary], gap[ordinary], atol=1e-5)

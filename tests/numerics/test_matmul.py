@@ -56,8 +56,8 @@ def test_half_a_gram_and_its_mirror_are_the_whole(width: int) -> None:
     x = random(4, 300, width)
     total, absolute = torch.zeros(width, width), torch.zeros(width)
     for part in x.split(100):
-        gram.accumulate(total, absolute, part)
-    found = gram.complete(total)
+        gram.accumulate_gram(total, absolute, part)
+    found = gram.complete_gram(total)
     assert np.allclose(found.numpy(), (x.double().T @ x.double()).numpy(), rtol=1e-5, atol=1e-4)
     assert torch.equal(found, found.T)
 
@@ -66,7 +66,7 @@ def test_bfloat16_tokens_are_multiplied_exactly() -> None:
     """Products of bfloat16 values fit float32; only their sum is rounded."""
     x = random(5, 200, 24).bfloat16()
     total, absolute = torch.zeros(24, 24), torch.zeros(24)
-    gram.accumulate(total, absolute, x)
+    gram.accumulate_gram(total, absolute, x)
     assert np.allclose(total.numpy(), (x.double().T @ x.double()).numpy(), rtol=1e-6, atol=1e-4)
     assert np.allclose(absolute.numpy(), x.double().abs().sum(0).numpy(), rtol=1e-6)
 

@@ -47,7 +47,7 @@ def test_accumulate_in_parts_is_the_whole() -> None:
     x, weight = tokens(0, 50, 16), torch.rand(50, generator=torch.Generator().manual_seed(1))
     total, absolute = torch.zeros(16, 16), torch.zeros(16)
     for rows, part in zip(x.split(17), weight.split(17), strict=True):
-        gram.accumulate(total, absolute, rows, part)
+        gram.accumulate_gram(total, absolute, rows, part)
     expected = sum(
         w * np.outer(row, row) for w, row in zip(weight.double().numpy(), x.double().numpy())
     )
@@ -74,11 +74,11 @@ def test_error_sums_in_float64() -> None:
 
 def test_relative_error_and_sqnr() -> None:
     weight, x = weights(1, 8, 32), tokens(1, 60, 32)
-    assert float(gram.relative_error(weight, 0.9 * weight, gram_of(x))) == pytest.approx(
+    assert float(gram.compute_relative_error(weight, 0.9 * weight, gram_of(x))) == pytest.approx(
         0.01, rel=1e-3
     )
-    assert float(gram.sqnr_db(weight, 0.9 * weight)) == pytest.approx(20, rel=1e-4)
-    assert float(gram.relative_error(weight, weight, torch.zeros(32, 32))) == 0
+    assert float(gram.compute_sqnr_db(weight, 0.9 * weight)) == pytest.approx(20, rel=1e-4)
+    assert float(gram.compute_relative_error(weight, weight, torch.zeros(32, 32))) == 0
 
 
 def test_blocks_and_rescaled() -> None:

@@ -28,7 +28,7 @@ from quantkit.artifact.fidelity_schema import ExpertCoverage, ModuleResult
 from quantkit.cli.main import main
 from quantkit.errors import ArtifactError
 from quantkit.report import charts, html, tables
-from quantkit.report.module_ranges import block_of, folded
+from quantkit.report.module_ranges import find_block_number, fold_names
 from quantkit.report.samples import FLOOR, Answer, Samples, read_samples
 from quantkit.verify.shallow import verify_artifact
 
@@ -57,10 +57,10 @@ def test_sections_stand_in_the_order_of_a_review(big: str) -> None:
 def test_the_page_shows_the_cells_of_the_card(tmp_path: Path) -> None:
     fidelity = example()
     words = Page(html.page(folder_with(tmp_path, fidelity))).words
-    for made in tables.tables(fidelity):
+    for made in tables.make_tables(fidelity):
         for row in (
             made.rows
-            if made.title not in {"Fallbacks", tables.worst_blocks(fidelity).title}
+            if made.title not in {"Fallbacks", tables.make_block_table(fidelity).title}
             else ()
         ):
             assert all(cell in words for cell in row if cell), row
@@ -331,7 +331,7 @@ def test_errors_per_layer_are_percentiles_of_its_quantized_matrices() -> None:
             name="model.layers.1.mlp.gate", rule="r", method=None, scheme="BF16", relative_error=9.0
         )
     ]
-    rows = charts.layer_errors([*modules, *kept])
+    rows = charts.summarize_layer_errors([*modules, *kept])
     assert [(row["kind"], row["layer"], row["matrices"]) for row in rows] == [
         ("outputs", 0, 11), ("weights", 0, 11), ("weights", 1, 11),
     ]  # fmt: skip
@@ -344,7 +344,7 @@ def test_errors_per_layer_are_percentiles_of_its_quantized_matrices() -> None:
 def test_shades_start_at_the_fewest_tokens_allowed() -> None:
     def ends(*tokens: int, least: int = 64) -> list[int]:
         layer = {"block": "b", "tokens": tokens}
-        return charts.shades(
+        return charts.compute_shade_bounds(
             ExpertCoverage.model_validate({"min_tokens": least, "policy": "p", "layers": [layer]})
         )
 
@@ -402,7 +402,7 @@ NAMES = some.lists(
 
 @given(NAMES)
 def test_folding_loses_no_name_and_invents_none(names: list[str]) -> None:
-    lines = folded(names)
+    lines = fold_names(names)
     found = [name for line in lines for name in expanded(line)]
     assert sorted(found) == sorted(set(names))
     assert len(lines) <= len(set(names))
@@ -410,12 +410,12 @@ def test_folding_loses_no_name_and_invents_none(names: list[str]) -> None:
 
 def test_folding_in_words() -> None:
     names = [f"m.{a}.e.{b}.w1" for a in (1, 2) for b in (0, 1, 2, 7)]
-    assert folded(names) == ["m.{1-2}.e.{0-2, 7}.w1"]
-    assert folded(["a.1.b", "lm_head", "a.3.b"]) == ["a.{1, 3}.b", "lm_head"]
-    assert folded([f"x.{'9' * 5_000}.y"]) == [
+    assert fold_names(names) == ["m.{1-2}.e.{0-2, 7}.w1"]
+    assert fold_names(["a.1.b", "lm_head", "a.3.b"]) == ["a.{1, 3}.b", "lm_head"]
+    assert fold_names([f"x.{'9' * 5_000}.y"]) == [
         f"x.{'9' * 5_000}.y"
     ]  # a number nobody would count with
-    assert block_of("model.layers.12.mlp") == 12 and block_of("lm_head") is None
+    assert find_block_number("model.layers.12.mlp") == 12 and find_block_number("lm_head") is None
 
 
 # --------------------------------------------------------------------------------------------- inside an artifact

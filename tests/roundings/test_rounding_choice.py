@@ -47,7 +47,7 @@ def solved(
     asked = QuantizeRequest(
         decision=chosen, weight=weight, stats=stats, tokens=7, rescaled=False, fallbacks=fallbacks
     )
-    (found,) = quantize_group([asked], (registry.format("dense"),))
+    (found,) = quantize_group([asked], (registry.get_format("dense"),))
     return found
 
 
@@ -145,7 +145,7 @@ def test_linears_that_read_one_input_are_solved_as_if_alone(way: str) -> None:
         QuantizeRequest(decision=d, weight=w, stats=stats, tokens=7, rescaled=False, fallbacks=())
         for d, w in zip(chosen, weights)
     ]
-    together = quantize_group(asked, (registry.format("dense"),))
+    together = quantize_group(asked, (registry.get_format("dense"),))
     for found, one in zip(together, asked):
         alone = solved(one.decision, one.weight, stats)
         assert torch.equal(found.weight, alone.weight) and found.record == alone.record

@@ -13,8 +13,8 @@ from quantkit.artifact.read_manifest import read_manifest
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Layout
 from quantkit.models import full_model
-from quantkit.models.layers import meta_model
-from quantkit.plan.plan import architecture_of
+from quantkit.models.layers import make_meta_model
+from quantkit.plan.plan import load_architecture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Stored:
 
     checkpoint: Checkpoint
     layout: Layout
-    read: full_model.Read
+    read: full_model.TensorReader
     quantized: frozenset[str]
 
     @staticmethod
@@ -36,12 +36,12 @@ class Stored:
         name, schemes = read_schemes(read_manifest(artifact), checkpoint, artifact)
         return Stored(
             checkpoint=checkpoint,
-            layout=architecture_of(checkpoint.config).layout(checkpoint.config),
-            read=full_model.reader(checkpoint, name, schemes),
+            layout=load_architecture(checkpoint.config).layout(checkpoint.config),
+            read=full_model.make_reader(checkpoint, name, schemes),
             quantized=frozenset(schemes),
         )
 
     def model(self) -> Any:
         """The model of transformers with these weights, in float32."""
-        bones = meta_model(self.checkpoint.config, torch.device("cpu"), torch.float32)
-        return full_model.model(bones, self.layout, self.read)
+        bones = make_meta_model(self.checkpoint.config, torch.device("cpu"), torch.float32)
+        return full_model.make_model(bones, self.layout, self.read)

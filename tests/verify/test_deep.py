@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 from support.damage import (
     Stored,
     add,
@@ -36,7 +36,7 @@ from quantkit import pipeline
 from quantkit.artifact.layout import MANIFEST
 from quantkit.cli.main import main
 from quantkit.errors import ArtifactError, CheckpointError
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 from quantkit.verify.deep import PROOF_MEANINGS, DeepReport, verify_deep
 from quantkit.verify.prove_tensors import powers_of_two, prove_linear
 from quantkit.verify.shallow import verify_artifact
@@ -102,12 +102,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             if kind == "derived":  # a family without a table
                 write_model(source, make_family(family))
             else:
-                write_checkpoint(source, tiny_config(family), fp8=kind == "fp8")
+                write_checkpoint(source, make_tiny_config(family), fp8=kind == "fp8")
         if not output.exists():
             few = {"calibration": "{set: tiny-v3, sequences: 16, length: 64, min_expert_tokens: 1}"}
-            text = recipe_text(source, output, fidelity="none", **few | keys)
-            recipe = parse(text, "deep.yaml")
-            pipeline.run(recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore)
+            text = make_recipe_text(source, output, fidelity="none", **few | keys)
+            recipe = parse_recipe(text, "deep.yaml")
+            pipeline.build_artifacts(
+                recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
+            )
         return output
 
     return build

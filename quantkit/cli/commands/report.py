@@ -30,7 +30,7 @@ def COMMAND(artifact: Path, html_out: bool, output: Path | None, json_out: bool)
     Example: quantkit report artifacts/tiny-v3-awq4 --html --output review.html
     """
     from quantkit.artifact.read_report import read_artifact_report
-    from quantkit.report.terminal import fidelity_view
+    from quantkit.report.terminal import render_report
 
     if output and not html_out:
         raise UsageError(
@@ -46,4 +46,4 @@ def COMMAND(artifact: Path, html_out: bool, output: Path | None, json_out: bool)
     if json_out:
         as_json(found.model_dump(mode="json"))
     else:
-        show(fidelity_view(found))
+        show(render_report(found))

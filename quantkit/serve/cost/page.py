@@ -14,7 +14,7 @@ from quantkit.serve.cost.figures import Figures, number, sides
 from quantkit.serve.cost.sensitivity import Swing
 
 
-def render(
+def render_page(
     found: Assumptions, made: Figures, moved: Sequence[Swing], claimed: Sequence[Claim]
 ) -> str:
     """The whole page."""
@@ -22,7 +22,7 @@ def render(
     environment.filters["tone"] = tone
     return environment.get_template("cost.html.j2").render(
         found=found,
-        answer=tables.answer(found, made),
+        answer=tables.format_ranking(found, made),
         tiles=tiles(found, made),
         claims=tables.claims(claimed),
         capacity=tables.capacity(found, made),

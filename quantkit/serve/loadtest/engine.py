@@ -20,7 +20,7 @@ COUNTERS: Mapping[str, tuple[str, str]] = {
 }
 
 
-def base(url: str) -> str:
+def get_base_url(url: str) -> str:
     """The server's address without /v1; UsageError when it is none."""
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"{url}: expected http://HOST:PORT/v1; name the server's API")
@@ -30,7 +30,9 @@ def base(url: str) -> str:
 def served(url: str, key: str) -> list[str]:
     """The models that a server serves; QuantkitError when it does not answer."""
     try:
-        found = httpx2.get(f"{base(url)}/v1/models", headers=authorized(key), timeout=SECONDS)
+        found = httpx2.get(
+            f"{get_base_url(url)}/v1/models", headers=authorized(key), timeout=SECONDS
+        )
         values: Any = found.json()
     except (httpx2.TransportError, ValueError) as fault:
         raise QuantkitError(
@@ -48,7 +50,7 @@ def served(url: str, key: str) -> list[str]:
     )
 
 
-def served_model(url: str, key: str) -> str:
+def read_served_model(url: str, key: str) -> str:
     """The one model that a server serves; QuantkitError when it does not answer, UsageError when it serves more."""
     names = served(url, key)
     if len(names) != 1:
@@ -100,7 +102,7 @@ def check_metrics(url: str) -> None:
         )
 
 
-def counters(url: str) -> CacheCounters | None:
+def read_cache_counters(url: str) -> CacheCounters | None:
     """The prefix cache's counters so far; None where the server tells none (or has no /metrics)."""
     text = scraped(url)
     return None if text is None else counted(text)

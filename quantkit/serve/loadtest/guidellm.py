@@ -26,7 +26,7 @@ SLACK_SECONDS = 180
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class LoadTestSetup:
     """How it asks. tokenizer: a folder or a hub id, for counting where a server tells no usage; key: "" sends none."""
 
     program: str
@@ -45,7 +45,7 @@ class Setup:
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
 
-def program(named: str) -> str:
+def find_program(named: str) -> str:
     """The program to run; UsageError when it is not there."""
     found = shutil.which(named)
     if found is None:
@@ -64,7 +64,9 @@ def version(found: str) -> str:
     return " ".join(told.stdout.split()) or PROGRAM
 
 
-def scenario(setup: Setup, concurrency: int, prompts: Path, results: Path) -> dict[str, Any]:
+def scenario(
+    setup: LoadTestSetup, concurrency: int, prompts: Path, results: Path
+) -> dict[str, Any]:
     """GuideLLM's own words (0.8) for one level."""
     body = {"temperature": 0, "ignore_eos": setup.ignore_eos}
     backend = {
@@ -92,7 +94,7 @@ def scenario(setup: Setup, concurrency: int, prompts: Path, results: Path) -> di
     return {"spec": spec}
 
 
-def request(setup: Setup, text: str) -> dict[str, Any]:
+def request(setup: LoadTestSetup, text: str) -> dict[str, Any]:
     """The body of a request as GuideLLM sends it."""
     asked = {"messages": [{"role": "user", "content": text}]} if setup.chat else {"prompt": text}
     most = "max_completion_tokens" if setup.chat else "max_tokens"
@@ -100,7 +102,7 @@ def request(setup: Setup, text: str) -> dict[str, Any]:
     return body | ({"ignore_eos": True} if setup.ignore_eos else {})
 
 
-def run(setup: Setup, concurrency: int, texts: Sequence[str], folder: Path) -> LoadLevel:
+def run(setup: LoadTestSetup, concurrency: int, texts: Sequence[str], folder: Path) -> LoadLevel:
     """One level. QuantkitError when the tool fails, says nothing or finds no answer."""
     prompts, results, told = (
         folder / "prompts.jsonl",

@@ -9,14 +9,14 @@ from quantkit.serve.loadtest import tables
 from quantkit.serve.loadtest.charts import charts
 
 
-def render(run: LoadTest) -> str:
+def render_page(run: LoadTest) -> str:
     """The whole page."""
     environment = html.environment(autoescape=True)
     environment.filters["tone"] = lambda text: "open"
     return environment.get_template("loadtest.html.j2").render(
         run=run,
         tiles=tiles(run),
-        levels=tables.levels(run),
+        levels=tables.make_level_table(run),
         **html.drawn(environment, charts(run), ("fidelity.css",)),
     )
 

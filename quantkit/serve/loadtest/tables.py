@@ -40,7 +40,7 @@ def cached(level: LoadLevel) -> str:
     return "-" if rate is None else f"{rate:.1%}"
 
 
-def levels(run: LoadTest) -> Table:
+def make_level_table(run: LoadTest) -> Table:
     """A row per level."""
     with_cache = any(level.cache for level in run.levels)
     columns = [

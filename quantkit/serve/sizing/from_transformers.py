@@ -126,7 +126,7 @@ def built(config: Config) -> tuple[Any, Any]:
     model_type = str(values.get("model_type"))
     if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UsageError(
-            f"{config.where}: model_type: {registry.unknown('family', model_type, registry.names('architectures'))} "
+            f"{config.where}: model_type: {registry.format_unknown_name('family', model_type, registry.list_names('architectures'))} "
             "transformers has no language model of that type either"
         )
     for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
