@@ -347,7 +347,7 @@ def test_a_source_that_changes_meanwhile_is_found(
 ) -> None:
     """What was read before the change and behind it would be a mixture; a file that is only touched is the same."""
     copy = Path(shutil.copytree(source, place / "source"))
-    real, weights = pipeline.build, copy / "model.safetensors"
+    real, weights = pipeline.build_blocks, copy / "model.safetensors"
 
     def changing(*args):  # type: ignore[no-untyped-def]  # stands for the build loop
         content = weights.read_bytes()
@@ -355,7 +355,7 @@ def test_a_source_that_changes_meanwhile_is_found(
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "build", changing)
+        patch.setattr(pipeline, "build_blocks", changing)
         with pytest.raises(QuantkitError, match=r"source: expected files that stay as they are"):
             build(copy)
     assert not (place / "x").exists()

@@ -39,7 +39,7 @@ def test_formats_that_hold_the_same_codes_share_a_solve(
     """Each has a folder of its own, its own config and card; the codes and figures are those of a build alone."""
     loops = []
     monkeypatch.setattr(
-        pipeline, "build", lambda *a, build=pipeline.build: loops.append(a) or build(*a)
+        pipeline, "build_blocks", lambda *a, build=pipeline.build_blocks: loops.append(a) or build(*a)
     )
     both = build_all(
         source, tmp_path / "x", format="[gptq, compressed_tensors]", quantize=SYMMETRIC

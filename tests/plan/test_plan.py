@@ -78,7 +78,7 @@ def flagship() -> Plan:
     recipe = parse_recipe(
         FLAGSHIP.read_text(encoding="utf-8"), "recipes/v3-awq4.yaml", {"compute.device": "cpu"}
     )
-    found = sources.published(recipe.source.model)
+    found = sources.find_published_config(recipe.source.model)
     assert found is not None
     facts = SourceFacts(
         model=recipe.source.model,
