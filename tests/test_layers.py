@@ -13,7 +13,7 @@ PACKAGE = ROOT / "quantkit"
 
 ROWS = (
     "__init__ errors progress",
-    "contracts",
+    "contracts figures",
     "numerics/ io/",
     "methods/ formats/ architectures/",
     "registry",

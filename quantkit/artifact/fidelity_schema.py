@@ -8,10 +8,11 @@ not measured is None itself. Non-finite numbers become None on the way in, becau
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from math import isfinite
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from quantkit.artifact.layout import FIDELITY_VERSION
 from quantkit.plan.plan_schema import FROZEN, PlanRule
@@ -123,7 +124,12 @@ class TextSet(BaseModel):
 class DistributionResult(BaseModel):
     """How the artifact's next-token distributions differ from the source's on one domain; "all" pools every token."""
 
-    model_config = FROZEN
+    Domain "all" pools every token. The other keys are those of `figures.list_stored_keys()`, each a
+    `Figure` or None where it was not measured.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, Figure | None] = Field(init=False)
     domain: str
     tokens: int
     kl_mean: Figure | None = None

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from math import floor, isfinite, log10
 from statistics import median
 
+from quantkit.diff.diff_schema import Diff, ErrorShift
 from quantkit.diff.sides import TokenFigures
-from quantkit.diff.values import Diff, Shift
 from quantkit.report.charts import (
     SUPERSCRIPT,
     TIGHT,
@@ -49,7 +49,7 @@ def make_charts(diff: Diff, a: TokenFigures | None, b: TokenFigures | None) -> d
     return made
 
 
-def compute_layer_medians(modules: Sequence[Shift]) -> list[Spec]:
+def compute_layer_medians(modules: Sequence[ErrorShift]) -> list[Spec]:
     """Median error per layer and side."""
     found: dict[tuple[int, str], list[float]] = {}
     for row in modules:
@@ -63,7 +63,7 @@ def compute_layer_medians(modules: Sequence[Shift]) -> list[Spec]:
     ]
 
 
-def _by_block(blocks: Sequence[Shift]) -> list[Spec]:
+def _by_block(blocks: Sequence[ErrorShift]) -> list[Spec]:
     return [
         {
             "layer": place if (n := find_block_number(row.name)) is None else n,

@@ -12,25 +12,15 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from quantkit.artifact.fidelity_schema import BenchmarkResult, DistributionResult, Fidelity, Figure
-from quantkit.artifact.layout import (
-    BENCHMARK_SAMPLES,
-    CONFIG,
-    EVIDENCE_FOLDER,
-    FIDELITY,
-    LOADTEST,
-    MANIFEST,
-    PLAN,
-    SOLUTION_SAMPLES,
-    TOKEN_SAMPLES,
-)
+from quantkit.artifact.layout import LOADTEST, MANIFEST, get_section
 from quantkit.artifact.loadtest_schema import LoadTest, read_load_test
-from quantkit.artifact.read_manifest import get_section
 from quantkit.artifact.read_report import read_report_file, read_sealed_report
-from quantkit.diff.values import Kind
+from quantkit.diff.diff_schema import SideKind
 from quantkit.errors import ArtifactError, CheckpointError, HubUnreachable, UsageError
+from quantkit.figures import list_figures
 from quantkit.io.files import read_json
 from quantkit.io.package_data import BUILTIN_PREFIX
-from quantkit.report.samples import Answer, parse_answer, read_columns
+from quantkit.report.samples import BENCHMARKS, TOKENS, Answer, parse_answer, read_columns
 
 if TYPE_CHECKING:
     from quantkit.contracts import TensorSpec
@@ -97,7 +87,7 @@ class Side:
     """What is known of one side; None where nobody wrote it down."""
 
     name: str
-    kind: Kind
+    kind: SideKind
     fidelity: Fidelity
     recipe: Mapping[str, object] | None = None
     plan: Mapping[str, object] | None = None  # what its rules came to, and the totals
@@ -353,7 +343,7 @@ def _specs(specs: Mapping[str, TensorSpec]) -> Tensors:
 
 def _unquantized(fidelity: Fidelity) -> Fidelity:
     """The report of an artifact that would be its source: nothing quantized, nothing lost."""
-    source, zero = fidelity.source, Figure(value=0.0)
+    source = fidelity.source
     artifact = fidelity.artifact.model_copy(
         update={
             "name": source.model,
@@ -362,22 +352,7 @@ def _unquantized(fidelity: Fidelity) -> Fidelity:
             "bytes_artifact": fidelity.artifact.bytes_source,
         }
     )
-    none = dict.fromkeys(
-        ("kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "mean_delta_p", "rms_delta_p"), zero
-    )
-    one = dict.fromkeys(("ppl_ratio", "top1"), Figure(value=1.0))
-    distribution = [
-        DistributionResult.model_validate({
-            **row.model_dump(exclude_none=True),
-            **{
-                name: figure
-                for name, figure in (none | one).items()
-                if getattr(row, name) is not None
-            },
-            "ppl_artifact": row.ppl_source,
-        })
-        for row in fidelity.distribution
-    ]
+    distribution = [_unquantized_distribution(row) for row in fidelity.distribution]
     return fidelity.model_copy(
         update={
             "artifact": artifact,
@@ -396,6 +371,22 @@ def _unquantized(fidelity: Fidelity) -> Fidelity:
             "status": "not judged",
         }
     )
+
+
+def _unquantized_distribution(row: DistributionResult) -> DistributionResult:
+    """Return the figures of the source against itself, those that the artifact has."""
+    figures = dict(row.figures)
+    for definition in list_figures():
+        key, value = definition.key, definition.at_source
+        if isinstance(value, str):
+            figures[key] = row.figures[value]
+        elif value is not None and figures.get(key) is not None:
+            figures[key] = Figure(value=value)
+    return DistributionResult.model_validate({
+        "domain": row.domain,
+        "tokens": row.tokens,
+        **figures,
+    })
 
 
 def _own(row: BenchmarkResult) -> BenchmarkResult:

@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from quantkit.artifact.fidelity_schema import Figure
-from quantkit.diff.evidence import ALL_TASKS
-from quantkit.diff.values import Change, Diff, Distribution, Group, Quantity, Shift
+from quantkit.diff.diff_schema import (
+    Change,
+    Diff,
+    DistributionDiff,
+    ErrorShift,
+    Quantity,
+    TensorGroup,
+)
+from quantkit.diff.paired_figures import ALL_TASKS
+from quantkit.figures import ALL_TEXT, NOT_FINITE, FigureDefinition, list_figures
 from quantkit.report import format_numbers
 from quantkit.report.tables import Table
 
 MORE = "--json has all"
-PAIRED = (
-    "kl_mean",
-    "ppl_artifact",
-    "top1",
-    "mean_delta_p",
-)  # shown of every domain; the others of all text
-NAMES = {
-    "kl_mean": "KL mean [nats/token]", "kl_median": "KL median", "kl_p99": "KL 99 %", "kl_p999": "KL 99.9 %",
-    "kl_max": "KL max", "ppl_artifact": "perplexity", "top1": "same top token", "mean_delta_p": "mean Δp",
-    "rms_delta_p": "RMS Δp",
-}  # fmt: skip
 
 
 def format_headline(diff: Diff) -> str:
@@ -134,16 +131,20 @@ def _filters(diff: Diff, task: str) -> int:
 
 def make_distribution_table(diff: Diff, domain: str | None = None) -> Table:
     """Figures of all text, and the paired means of every domain; or the paired means of one."""
-    shown = [row for row in diff.distribution if row.domain == "all" or row.figure in PAIRED]
-    if domain:
-        shown = [row for row in shown if row.domain == domain and row.figure in PAIRED]
+    figures = {row.key: row for row in list_figures()}
+    shown = [
+        row
+        for row in diff.distribution
+        if domain in (None, row.domain)
+        and (figures[row.figure].pairing or (domain is None and row.domain == ALL_TEXT))
+    ]
     rows = tuple(
         (
-            NAMES[row.figure],
+            figures[row.figure].diff_label,
             row.domain,
-            _value(row, row.a),
-            _value(row, row.b),
-            _difference(row),
+            format_numbers.format_value(figures[row.figure], row.a),
+            format_numbers.format_value(figures[row.figure], row.b),
+            _format_difference(figures[row.figure], row),
             row.resolved,
         )
         for row in shown
@@ -287,7 +288,7 @@ def _changes(title: str, what: str, found: Sequence[Change]) -> Table:
 
 
 def _groups(
-    title: str, counted: str, found: Iterable[Group], names: int, *, with_change: bool
+    title: str, counted: str, found: Iterable[TensorGroup], names: int, *, with_change: bool
 ) -> Table:
     rows = tuple(
         (
@@ -303,7 +304,7 @@ def _groups(
     return Table(title=title, columns=columns, rows=rows)
 
 
-def _shifts(title: str, what: str, found: Sequence[Shift], limit: int, rising: str) -> Table:
+def _shifts(title: str, what: str, found: Sequence[ErrorShift], limit: int, rising: str) -> Table:
     rows = tuple(
         (
             row.name,
@@ -327,7 +328,7 @@ def _listed(names: Sequence[str], limit: int) -> str:
 
 
 def _points(shift: float | None) -> str:
-    return format_numbers.NOT_FINITE if shift is None else f"{100 * shift:+.3f}"
+    return NOT_FINITE if shift is None else f"{100 * shift:+.3f}"
 
 
 def _relative(a: float, b: float) -> str:
@@ -336,42 +337,19 @@ def _relative(a: float, b: float) -> str:
     return f"{100 * (b / a - 1):+.2f} %" if a else f"{b - a:+,.0f}"
 
 
-_SHOWN: dict[str, tuple[Callable[[float], str], Callable[[float], str]]] = {
-    "kl": (
-        format_numbers.format_digits,
-        lambda value: f"{'+' if value > 0 else ''}{format_numbers.format_digits(value)}",
-    ),
-    "ppl": ("{:.4f}".format, "x{:.4f}".format),
-    "top": (format_numbers.format_percent, lambda value: f"{100 * value:+.2f}"),
-    "mean": (lambda value: f"{100 * value:+.3f} %", lambda value: f"{100 * value:+.3f}"),
-    "rms": (format_numbers.format_percent, lambda value: f"{100 * value:+.2f}"),
-}  # a figure's kind -> how itself and its difference are written
-
-
-def _kind(figure: str) -> str:
-    return "top" if figure == "top1" else figure.partition("_")[0]
-
-
-def _value(row: Distribution, value: float | None) -> str:
-    return format_numbers.MISSING if value is None else _SHOWN[_kind(row.figure)][0](value)
-
-
-def _difference(row: Distribution) -> str:
-    """ "+0.000378 [+0.000279, +0.000478]"; without an interval where the tokens are not paired."""
-    show = _SHOWN[_kind(row.figure)][1]
-    found: Figure | None = row.difference
-    if found is None or found.value is None:
-        return (
-            format_numbers.MISSING
-            if row.a is None or row.b is None or row.figure == "ppl_artifact"
-            else show(row.b - row.a)
-        )
-    low, high = found.ci or (None, None)
-    return (
-        f"{show(found.value)} [{show(low)}, {show(high)}]"
-        if low is not None and high is not None
-        else show(found.value)
-    )
+def _format_difference(figure: FigureDefinition, row: DistributionDiff) -> str:
+    """Return "+0.000378 [+0.000279, +0.000478]"; without an interval if the tokens are not paired."""
+    is_ratio = figure.pairing is not None and figure.pairing.statistic == "ratio"
+    show = "x{:.4f}".format if is_ratio else format_numbers.STYLES[figure.style].difference
+    difference: Figure | None = row.difference
+    if difference is None or difference.value is None:
+        if row.a is None or row.b is None or is_ratio:
+            return format_numbers.MISSING
+        return show(row.b - row.a)
+    low, high = difference.ci or (None, None)
+    if low is None or high is None:
+        return show(difference.value)
+    return f"{show(difference.value)} [{show(low)}, {show(high)}]"
 
 
 def _result(outcome: str, score: float) -> str:

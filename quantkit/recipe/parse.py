@@ -11,14 +11,11 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from quantkit import registry
+from quantkit import figures, registry
 from quantkit.errors import RecipeError
 from quantkit.recipe.patterns import PRESETS, pattern_fault
 from quantkit.recipe.rewrite import rewritten
 from quantkit.recipe.schema import (
-    FIGURES,
-    MEASURED,
-    POOLED_FIGURES,
     SECTIONS,
     Gate,
     Gates,
@@ -225,11 +222,15 @@ class _Check:
             path = ("gates", figure)
             base, _, domain = str(figure).partition("@")
             of_part = domain in (
-                DOMAINS if base in POOLED_FIGURES else tasks if base == "likelihood" else ()
+                DOMAINS
+                if figures.is_per_domain(base)
+                else tasks
+                if figures.is_per_task(base)
+                else ()
             )
-            if figure not in (*FIGURES, *tasks) and not of_part:
+            if figure not in (*figures.list_keys(), *tasks) and not of_part:
                 self.fault(path, _unknown_figure(str(figure), tasks))
-            elif base in MEASURED and fidelity in (None, "none"):
+            elif figures.is_streamed(base) and fidelity in (None, "none"):
                 self.fault(
                     path,
                     "needs a fidelity text, found fidelity: none; name a set, or drop this gate",
@@ -243,7 +244,7 @@ class _Check:
                     self.fault(
                         path, f"expected {' or '.join(f'{{{key}: NUMBER}}' for key in allowed)}"
                     )
-                if figure != "size" and any(
+                if not figures.is_size(base) and any(
                     isinstance(bounds.get(key), str) for key in ("max", "min")
                 ):
                     self.fault(path, "expected a number; only size takes one such as 400GB")
@@ -273,10 +274,10 @@ def _spelled_out(document: YamlDocument) -> YamlDocument:
 def _unknown_figure(figure: str, tasks: Sequence[str]) -> str:
     """Why a gate names nothing, with what it may have meant."""
     base, at, domain = figure.partition("@")
-    if at and base in POOLED_FIGURES:
+    if at and figures.is_per_domain(base):
         return registry.format_unknown_name("domain", shown(domain), DOMAINS)
     sentence = registry.format_unknown_name(
-        "figure or task of evaluation.tasks", shown(figure), (*FIGURES, *tasks)
+        "figure or task of evaluation.tasks", shown(figure), (*figures.list_keys(), *tasks)
     )
     return f"{sentence} Of one domain: kl_mean@{DOMAINS[-1]}."
 

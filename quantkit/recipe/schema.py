@@ -29,21 +29,6 @@ from quantkit.recipe.yaml_document import YamlDocument, shown
 
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-POOLED_FIGURES: tuple[str, ...] = (
-    "kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "ppl_source", "ppl_artifact", "ppl_ratio", "top1",
-    "mean_delta_p", "rms_delta_p",
-)  # fmt: skip
-"""Figures of the fidelity text: over all of it, or with "@math" behind the name over one of its domains."""
-
-FIGURES: tuple[str, ...] = (
-    *POOLED_FIGURES, "router_agreement", "block_error", "module_error", "module_output_error", "experts_uncalibrated",
-    "fallbacks", "lost_items", "bits_per_weight", "size", "likelihood",
-)  # fmt: skip
-"""What a gate may bound with min or max; a task of evaluation.tasks takes the others. report.gates reads them."""
-
-MEASURED = frozenset({*POOLED_FIGURES, "router_agreement", "block_error", "likelihood"})
-"""Those that come from the streams behind the fidelity text."""
-
 _UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}  # fmt: skip
 

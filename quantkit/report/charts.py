@@ -9,13 +9,8 @@ from collections.abc import Mapping, Sequence
 from math import ceil, floor, log10
 from typing import Any
 
-from quantkit.artifact.fidelity_schema import (
-    DistributionResult,
-    ExpertCoverage,
-    Fidelity,
-    Figure,
-    ModuleResult,
-)
+from quantkit.artifact.fidelity_schema import ExpertCoverage, Fidelity, ModuleResult
+from quantkit.figures import list_figures
 from quantkit.plan.plan_schema import PlanRule
 from quantkit.report.module_ranges import find_block_number
 from quantkit.report.samples import Histogram
@@ -65,7 +60,7 @@ def make_charts(fidelity: Fidelity, histogram: Histogram | None) -> dict[str, Pl
             if histogram.not_finite
             else ""
         )
-        made["kl"] = ("KL divergence per token", told, _histogram(histogram, fidelity.distribution))
+        made["kl"] = ("KL divergence per token", told, _histogram(histogram, fidelity))
     if fidelity.experts and any(layer.tokens for layer in fidelity.experts.layers):
         made["experts"] = (
             "Calibration tokens per expert",
@@ -177,7 +172,7 @@ def _blocks(fidelity: Fidelity) -> Spec:
     )
 
 
-def _histogram(found: Histogram, distribution: Sequence[DistributionResult]) -> Spec:
+def _histogram(found: Histogram, fidelity: Fidelity) -> Spec:
     rows = [
         {
             "from": found.start + place * found.step,
@@ -225,19 +220,16 @@ def _histogram(found: Histogram, distribution: Sequence[DistributionResult]) -> 
             "tooltip": tooltip,
         },
     }
-    return make_chart(rows, {"layer": [bars, *_marked(distribution)]})
+    return make_chart(rows, {"layer": [bars, *_marked(fidelity)]})
 
 
-def _marked(distribution: Sequence[DistributionResult]) -> list[Spec]:
+def _marked(fidelity: Fidelity) -> list[Spec]:
     """The mean and the upper percentiles over all text, as lines with their names."""
-    pooled = next((row for row in distribution if row.domain == "all"), None)
-    known: list[tuple[str, Figure | None]] = []
-    if pooled:
-        known = [("mean", pooled.kl_mean), ("99 %", pooled.kl_p99), ("99.9 %", pooled.kl_p999)]
+    readings = [(row.mark, row.read(fidelity)) for row in list_figures() if row.mark]
     at = [
-        (name, log10(figure.value))
-        for name, figure in known
-        if figure and figure.value and figure.value > 1e-9
+        (name, log10(reading.value))
+        for name, reading in readings
+        if reading.value and reading.value > 1e-9
     ]
     rows: list[Spec] = [{"name": name, "at": value, "row": n} for n, (name, value) in enumerate(at)]
     x = {"field": "at", "type": "quantitative"}

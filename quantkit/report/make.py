@@ -9,7 +9,7 @@ from typing import Literal
 
 from quantkit.artifact import fidelity_schema
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
-from quantkit.artifact.make_manifest import read_versions
+from quantkit.artifact.manifest import read_versions
 from quantkit.artifact.records import BlockRecord, ModuleRecord
 from quantkit.build.quantize_linear import FALLBACKS
 from quantkit.checkpoint.fp8_pairs import FP8
@@ -250,9 +250,9 @@ def summarize_distribution(measured: Measured) -> tuple[fidelity_schema.Distribu
     found = []
     for domain, figures in measured.summaries().items():
         values = {name: make_figure(estimate) for name, estimate in figures.items()}
-        found.append(
-            fidelity_schema.DistributionResult(domain=domain, tokens=figures["kl_mean"].n, **values)
-        )
+        tokens = figures["kl_mean"].n
+        row = {"domain": domain, "tokens": tokens, **values}
+        found.append(fidelity_schema.DistributionResult.model_validate(row))
     return tuple(found)
 
 

@@ -6,16 +6,18 @@ KL compares only between artifacts of one source measured on one text, so each s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantkit import registry
-from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
-from quantkit.artifact.layout import EVIDENCE_FOLDER, MANIFEST
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity
+from quantkit.artifact.layout import MANIFEST
 from quantkit.artifact.read_report import read_sealed_report
 from quantkit.errors import ArtifactError, UsageError
+from quantkit.figures import FigureDefinition, list_headline_figures
 from quantkit.report import format_numbers
+from quantkit.report.gates import read_figure
 from quantkit.report.tables import Table
 
 DEPTH = 3  # folders below the one that is listed
@@ -41,11 +43,7 @@ class Run:
             "status": self.fidelity.status,
             "source": self.fidelity.source.model,
             "format": artifact.format,
-            "size": artifact.bytes_artifact,
-            "bits": artifact.bits_per_weight,
-            "kl": _pooled(self.fidelity, "kl_mean"),
-            "ppl": _pooled(self.fidelity, "ppl_ratio"),
-            "top1": _pooled(self.fidelity, "top1"),
+            **{row.run_column: row.read(self.fidelity).value for row in list_run_columns()},
             "tasks": {row.task: row.artifact for row in self.fidelity.benchmarks},
             "n": {row.task: row.n for row in self.fidelity.benchmarks},
             "recovery": {
@@ -56,8 +54,12 @@ class Run:
         }
 
 
-COLUMNS = ("name", "status", "source", "format", "size", "bits", "kl", "ppl", "top1")
-BEST_IS_MOST = frozenset({"top1"})  # and every benchmark; of the others the smallest comes first
+TEXT_COLUMNS = ("name", "status", "source", "format")
+
+
+def list_run_columns() -> tuple[FigureDefinition, ...]:
+    """Return the figures that are columns of `quantkit runs`."""
+    return tuple(row for row in list_headline_figures() if row.run_column)
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -74,11 +76,10 @@ def read_runs(folder: Path) -> list[Run]:
 
 def sort_runs(runs: Sequence[Run], column: str, *, reverse: bool = False) -> list[Run]:
     """By a column: the best first, then those without that figure, then the broken; UsageError for an unknown one."""
-    tasks = list_tasks(runs)
-    if column not in (*COLUMNS, *tasks):
-        raise UsageError(
-            f"--sort: {registry.format_unknown_name('column', column, (*COLUMNS, *tasks))}"
-        )
+    tasks, figures = list_tasks(runs), {row.run_column: row for row in list_run_columns()}
+    columns = (*TEXT_COLUMNS, *figures, *tasks)
+    if column not in columns:
+        raise UsageError(f"--sort: {registry.format_unknown_name('column', column, columns)}")
 
     def value(run: Run) -> object:
         values = run.values()
@@ -89,8 +90,10 @@ def sort_runs(runs: Sequence[Run], column: str, *, reverse: bool = False) -> lis
 
     rows = [(value(run), run) for run in runs]
     numeric = [(float(v), run) for v, run in rows if isinstance(v, int | float)]
-    most = column in BEST_IS_MOST or column in tasks
-    numeric.sort(key=lambda row: row[0], reverse=most is not reverse)
+    is_higher_better = column in tasks or (
+        column in figures and figures[column].direction == "higher"
+    )
+    numeric.sort(key=lambda row: row[0], reverse=is_higher_better is not reverse)
     words = sorted(
         ((v, run) for v, run in rows if isinstance(v, str)), key=lambda row: row[0], reverse=reverse
     )
@@ -132,7 +135,8 @@ def make_run_table(runs: Sequence[Run]) -> Table:
     """The runs for a terminal; "*" marks the front."""
     sources = {_group(run) for run in runs if run.fidelity}
     rows = tuple(_row(run) for run in runs if run.fidelity)
-    columns = (" ", "name", "status", "format", ">size", ">bits", ">KL", ">ppl ratio", ">top-1")
+    headings = (f">{row.run_heading}" for row in list_run_columns())
+    columns = (" ", "name", "status", "format", *headings)
     note = "* nobody of the same source and text is both smaller and closer to it (size, mean KL)."
     note += (
         f" {len(sources)} sources or texts: their KL does not compare." if len(sources) > 1 else ""
@@ -179,20 +183,14 @@ def make_fault_table(runs: Sequence[Run]) -> Table:
 def _row(run: Run) -> tuple[str, ...]:
     fidelity = run.fidelity
     assert fidelity is not None  # the caller's
-    show: tuple[tuple[str, Callable[[float], str]], ...] = (
-        ("kl_mean", format_numbers.format_digits), ("ppl_ratio", "{:.4f}".format), ("top1", format_numbers.format_percent),
-    )  # fmt: skip
-    figures = [
-        format_numbers.MISSING if (v := _pooled(fidelity, name)) is None else told(v)
-        for name, told in show
-    ]
+    figures = (
+        format_numbers.format_value(row, row.read(fidelity).value) for row in list_run_columns()
+    )
     return (
         "*" if run.front else " ",
         run.name,
         fidelity.status,
         fidelity.artifact.format,
-        format_numbers.format_size(fidelity.artifact.bytes_artifact),
-        f"{fidelity.artifact.bits_per_weight:.2f}",
         *figures,
     )
 
@@ -231,14 +229,8 @@ def _run(path: Path, folder: Path) -> Run:
     return Run(name=name, fidelity=fidelity)
 
 
-def _pooled(fidelity: Fidelity, name: str) -> float | None:
-    row = next((row for row in fidelity.distribution if row.domain == "all"), None)
-    figure: Figure | None = getattr(row, name, None)
-    return figure.value if figure else None
-
-
 def _place(run: Run) -> tuple[int, float] | None:
-    kl = _pooled(run.fidelity, "kl_mean") if run.fidelity else None
+    kl = read_figure("kl_mean", run.fidelity).value if run.fidelity else None
     return (run.fidelity.artifact.bytes_artifact, kl) if run.fidelity and kl is not None else None
 
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from statistics import median
 
-from quantkit.artifact.fidelity_schema import (
-    BenchmarkResult,
-    DistributionResult,
-    Fidelity,
-    Figure,
-    ModuleResult,
-)
-from quantkit.artifact.layout import FIDELITY
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, ModuleResult
+from quantkit.figures import NOT_FINITE, is_size, list_figures
 from quantkit.report import format_numbers
 
 WORST = 10
@@ -30,23 +24,6 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
-
-
-Show = Callable[[Figure | None], str]
-
-_DISTRIBUTION: tuple[tuple[str, str, Show], ...] = (
-    ("KL mean [nats/token]", "kl_mean", format_numbers.format_kl),
-    ("KL median", "kl_median", format_numbers.format_kl),
-    ("KL 99 %", "kl_p99", format_numbers.format_kl),
-    ("KL 99.9 %", "kl_p999", format_numbers.format_kl),
-    ("KL max", "kl_max", format_numbers.format_kl),
-    ("perplexity, source", "ppl_source", format_numbers.format_ratio),
-    ("perplexity, artifact", "ppl_artifact", format_numbers.format_ratio),
-    ("perplexity ratio", "ppl_ratio", format_numbers.format_ratio),
-    ("same top token", "top1", format_numbers.format_share),
-    ("mean Δp", "mean_delta_p", format_numbers.format_signed_share),
-    ("RMS Δp", "rms_delta_p", format_numbers.format_share),
-)
 
 
 def make_benchmark_table(fidelity: Fidelity) -> Table:
@@ -102,10 +79,11 @@ def make_distribution_table(fidelity: Fidelity) -> Table:
         if domains
         else []
     )
-    for label, name, show in _DISTRIBUTION:
-        figures = [_measured(row, name) for row in domains]
-        if any(figure is not None for figure in figures):
-            rows.append((label, *(show(figure) for figure in figures)))
+    for figure in list_figures():
+        readings = [figure.read(fidelity, row.domain) for row in domains]
+        if figure.scope == "domain" and any(reading.is_measured for reading in readings):
+            cells = (format_numbers.format_reading(figure, reading) for reading in readings)
+            rows.append((figure.label, *cells))
     return Table(
         title="Next-token distributions",
         columns=("figure", *(f">{row.domain}" for row in domains)),
@@ -151,7 +129,7 @@ def make_gate_table(fidelity: Fidelity) -> Table:
             row.figure,
             row.bound,
             format_numbers.format_size(round(row.value))
-            if row.figure == "size" and row.value
+            if is_size(row.figure) and row.value
             else format_numbers.format_digits(row.value),
             f"{words[row.ok]}: {row.reason}" if row.reason else words[row.ok],
         )
@@ -332,11 +310,6 @@ def _rates(what: str, pairs: Sequence[tuple[str, tuple[float | None, float | Non
     return f" {what}: {', '.join(told)}." if told else ""
 
 
-def _measured(row: DistributionResult, name: str) -> Figure | None:
-    figure: Figure | None = getattr(row, name)
-    return figure
-
-
 def _badness(row: ModuleResult) -> tuple[bool, float]:
     known = (
         row.output_relative_error if row.output_relative_error is not None else row.relative_error
@@ -350,7 +323,7 @@ def _rank(value: float | None, missing: float) -> float:
 
 def _finite(share: float | None) -> str:
     """A figure that is always measured."""
-    return format_numbers.NOT_FINITE if share is None else format_numbers.format_percent(share)
+    return NOT_FINITE if share is None else format_numbers.format_percent(share)
 
 
 def _more(total: int, shown: int) -> str:

@@ -12,8 +12,8 @@ from support.builds import build, build_all
 from support.checkpoints import make_plan, make_recipe_text, make_tiny_config, write_checkpoint
 
 from quantkit import pipeline, registry
+from quantkit.artifact.layout import read_manifest
 from quantkit.artifact.load_model import read_schemes
-from quantkit.artifact.read_manifest import read_manifest
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import NumericsError, RecipeError
 from quantkit.formats import compressed_tensors, gptq
@@ -39,7 +39,9 @@ def test_formats_that_hold_the_same_codes_share_a_solve(
     """Each has a folder of its own, its own config and card; the codes and figures are those of a build alone."""
     loops = []
     monkeypatch.setattr(
-        pipeline, "build_blocks", lambda *a, build=pipeline.build_blocks: loops.append(a) or build(*a)
+        pipeline,
+        "build_blocks",
+        lambda *a, build=pipeline.build_blocks: loops.append(a) or build(*a),
     )
     both = build_all(
         source, tmp_path / "x", format="[gptq, compressed_tensors]", quantize=SYMMETRIC

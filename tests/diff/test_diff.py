@@ -28,11 +28,11 @@ from support.paths import GOLDEN
 from support.report_large import large
 from support.report_variants import drawn
 
-from quantkit.artifact.fidelity_schema import Fidelity, Figure
-from quantkit.diff import tables, views
+from quantkit.artifact.fidelity_schema import DistributionResult, Fidelity
+from quantkit.diff import render_text, tables
 from quantkit.diff.compare import compare_sides
+from quantkit.diff.diff_schema import Diff, TensorGroup
 from quantkit.diff.sides import Side
-from quantkit.diff.values import Diff, Group
 from quantkit.errors import NotComparable
 
 
@@ -56,11 +56,11 @@ def with_text(side: Side, **changes: object) -> Side:
 
 
 def test_the_terminal_view_to_the_letter(diff: Diff) -> None:
-    assert drawn(views.terminal_view(diff)) == (GOLDEN / "diff.txt").read_text()
+    assert drawn(render_text.render_terminal(diff)) == (GOLDEN / "diff.txt").read_text()
 
 
 def test_the_markdown_view_to_the_letter(diff: Diff) -> None:
-    assert views.markdown_view(diff) == (GOLDEN / "diff.md").read_text()
+    assert render_text.render_markdown(diff) == (GOLDEN / "diff.md").read_text()
 
 
 def test_the_values_are_json_and_read_back(diff: Diff) -> None:
@@ -117,10 +117,10 @@ def test_a_rule_that_changed_by_itself_is_told() -> None:
 def test_tensors_added_removed_and_stored_otherwise(diff: Diff) -> None:
     folded = EXPERT.format("{0-1}")
     assert diff.tensors == (
-        Group(change="removed", a="I32", b="none", count=2, names=(f"{folded}.qweight",)),
-        Group(change="added", a="none", b="BF16", count=2, names=(f"{folded}.weight",)),
-        Group(change="dtype", a="BF16", b="F16", count=1, names=("lm_head.weight",)),
-        Group(change="shape", a="[256]", b="[128]", count=1, names=("model.norm.weight",)),
+        TensorGroup(change="removed", a="I32", b="none", count=2, names=(f"{folded}.qweight",)),
+        TensorGroup(change="added", a="none", b="BF16", count=2, names=(f"{folded}.weight",)),
+        TensorGroup(change="dtype", a="BF16", b="F16", count=1, names=("lm_head.weight",)),
+        TensorGroup(change="shape", a="[256]", b="[128]", count=1, names=("model.norm.weight",)),
     )
     assert [(row.a, row.b, row.count) for row in diff.decisions] == [
         ("awq int4 g128 asymmetric", "rtn int3 g128 asymmetric", 2),
@@ -414,8 +414,8 @@ def test_the_rest_is_compared_when_asked(case: str) -> None:
         assert getattr(found, name) == () and getattr(whole, name) != (), name
     assert not any(row.delta_pp for row in found.benchmarks) or "flips" not in gone
     assert "left out: " in drawn(
-        views.terminal_view(found)
-    ) and "left out: " in views.markdown_view(found)
+        render_text.render_terminal(found)
+    ) and "left out: " in render_text.render_markdown(found)
 
 
 def test_items_that_only_one_side_was_asked_are_counted() -> None:
@@ -461,8 +461,8 @@ def large_sides() -> tuple[Side, Side]:
 def test_markdown_of_a_large_model_fits_a_comment(large_sides: tuple[Side, Side]) -> None:
     found = compare_sides(*large_sides)
     assert len(found.modules) == 44_544 and len(found.flips) == 200
-    text = views.markdown_view(found)
-    assert 5_000 < len(text) < views.MAX_CHARACTERS
+    text = render_text.render_markdown(found)
+    assert 5_000 < len(text) < render_text.MAX_CHARACTERS
     assert "44,4" in text and "more rows in quantkit diff --json." in text
     assert text.count("<details>") == text.count("</details>") > 3
 
@@ -488,8 +488,8 @@ def test_text_from_elsewhere_ends_nothing(text: str) -> None:
             )
         both.append(replace(side, items=changed, name=text))
     found = compare_sides(*both)
-    shown = views.markdown_view(found)
-    assert len(shown) < views.MAX_CHARACTERS
+    shown = render_text.render_markdown(found)
+    assert len(shown) < render_text.MAX_CHARACTERS
     outside, fence = [], ""
     for line in shown.splitlines():
         opened = re.match(r"`{3,}", line)
@@ -506,7 +506,7 @@ def test_text_from_elsewhere_ends_nothing(text: str) -> None:
         and "<script" not in plain
         and "\n# x" not in plain
     )
-    assert "\x1b" not in drawn(views.terminal_view(found))
+    assert "\x1b" not in drawn(render_text.render_terminal(found))
 
 
 def test_an_answer_calls_nobody_and_links_nothing() -> None:
@@ -524,7 +524,7 @@ def test_an_answer_calls_nobody_and_links_nothing() -> None:
     )
     lines = [
         line
-        for line in views.markdown_view(found).splitlines()
+        for line in render_text.render_markdown(found).splitlines()
         if "static" in line or "team" in line
     ]
     fenced = [line for line in lines if line == "#12 @staticmethod"]
@@ -537,7 +537,8 @@ def test_kl_of_a_source_is_zero_and_its_ratio_has_no_percent() -> None:
     """Nothing divides by the source's KL of 0."""
     a = a_side()
     rows = [
-        row.model_copy(update={"kl_mean": Figure(value=0.0)}) for row in a.fidelity.distribution
+        DistributionResult.model_validate({**row.model_dump(), "kl_mean": {"value": 0.0}})
+        for row in a.fidelity.distribution
     ]
     a = replace(a, fidelity=a.fidelity.model_copy(update={"distribution": tuple(rows)}))
     assert "mean KL 0 -> 0.00400, higher beyond doubt" in tables.format_headline(

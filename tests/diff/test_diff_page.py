@@ -19,9 +19,9 @@ from support.report_pages import HOSTILE, LIMIT_BYTES, Page
 from quantkit.diff import page, tables
 from quantkit.diff.charts import compute_layer_medians, compute_tail
 from quantkit.diff.compare import compare_sides
+from quantkit.diff.diff_schema import ErrorShift
 from quantkit.diff.sides import Side
-from quantkit.diff.values import Shift
-from quantkit.report.html import csp_hash
+from quantkit.report.html_page import compute_csp_hash
 
 in_browser = [
     pytest.mark.slow,
@@ -91,7 +91,7 @@ def test_the_policy_names_the_two_scripts(text: str) -> None:
     )
     assert policy.startswith("default-src 'none';") and len(found.scripts) == 3
     for script in found.scripts[1:]:
-        assert f"'{csp_hash(script)}'" in policy
+        assert f"'{compute_csp_hash(script)}'" in policy
     links = [value for name, value in found.values if name in ("href", "src")]
     assert links and all(value.startswith("#") for value in links)
     assert list(found.drawings["specs"]) == ["layers", "blocks", "kl"]
@@ -154,7 +154,7 @@ def test_the_tail_counts_tokens_from_each_step_on() -> None:
 
 def test_layers_have_the_median_of_each_side() -> None:
     shifts = [
-        Shift(name=f"model.layers.{n}.up_proj", by="outputs", a=0.1, b=b, shift=None)
+        ErrorShift(name=f"model.layers.{n}.up_proj", by="outputs", a=0.1, b=b, shift=None)
         for n, b in ((1, 0.3), (1, 0.5))
     ]
     found = {(row["layer"], row["side"]): row["error"] for row in compute_layer_medians(shifts)}

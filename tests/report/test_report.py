@@ -18,8 +18,9 @@ from quantkit.artifact.fidelity_schema import (
     Figure,
     ModuleResult,
 )
+from quantkit.figures import list_keys
 from quantkit.plan.plan_schema import PlanSummary
-from quantkit.recipe.schema import FIGURES, Gate
+from quantkit.recipe.schema import Gate
 from quantkit.report import card, format_numbers, gates, markdown, tables, terminal
 
 
@@ -316,7 +317,9 @@ def test_a_figure_that_is_not_finite_misses_every_bound() -> None:
     assert result.ok is False
 
 
-@pytest.mark.parametrize("figure", sorted({*FIGURES} - {"fallbacks", "bits_per_weight", "size"}))
+@pytest.mark.parametrize(
+    "figure", sorted({*list_keys()} - {"fallbacks", "bits_per_weight", "size"})
+)
 def test_a_figure_that_was_not_measured_is_not_judged(figure: str) -> None:
     (result,) = gates.judge_gates({figure: Gate(max=1)}, emptied())
     assert (result.ok, result.reason) == (None, "not measured")
@@ -377,10 +380,13 @@ def test_experts_below_the_limit_are_listed() -> None:
             "-0.91 [-1.97, +0.08]",
         ),
         (format_numbers.format_points(Figure(value=0.5)), "+0.50"),
-        (format_numbers.format_kl(Figure(value=0.0, se=0.0)), "0 ±0"),
-        (format_numbers.format_ratio(None), "-"),
-        (format_numbers.format_ratio(Figure(value=float("inf"))), "not finite"),
-        (format_numbers.format_signed_share(Figure(value=-0.00031, se=0.00002)), "-0.031 % ±0.002"),
+        (format_numbers.format_figure(Figure(value=0.0, se=0.0), "nats"), "0 ±0"),
+        (format_numbers.format_figure(None, "ratio"), "-"),
+        (format_numbers.format_figure(Figure(value=float("inf")), "ratio"), "not finite"),
+        (
+            format_numbers.format_figure(Figure(value=-0.00031, se=0.00002), "signed percent"),
+            "-0.031 % ±0.002",
+        ),
     ],
 )
 def test_numbers(shown: str, expected: str) -> None:

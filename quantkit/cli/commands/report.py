@@ -37,9 +37,9 @@ def COMMAND(artifact: Path, html_out: bool, output: Path | None, json_out: bool)
             "--output: expected --html with it; tables and JSON go to the standard output"
         )
     if html_out:
-        from quantkit.report.html import rebuild
+        from quantkit.report.html_page import rebuild_page
 
-        page = rebuild(artifact, output)
+        page = rebuild_page(artifact, output)
         as_json({"html": str(page)}) if json_out else click.echo(page)
         return
     found = read_artifact_report(artifact)

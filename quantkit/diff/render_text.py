@@ -8,8 +8,8 @@ from rich.console import Group
 from rich.text import Text
 
 from quantkit.diff import tables
-from quantkit.diff.values import Diff, Flip, Party
-from quantkit.report import html, markdown, terminal
+from quantkit.diff.diff_schema import ComparedModel, Diff, FlippedItem
+from quantkit.report import html_page, markdown, terminal
 from quantkit.report.samples import find_divergence
 
 MAX_CHARACTERS = 60_000
@@ -26,16 +26,16 @@ _LIMITS = (
 """Rows of a table, characters of a cell, flipped items, characters of an answer: the first that fits."""
 
 
-def party_text(party: Party) -> str:
+def describe_model(party: ComparedModel) -> str:
     """ "tiny-v3-awq4: awq, int4 g128 asymmetric, bfloat16 scales, format awq; accepted"."""
     status = "" if party.status == "source" else f"; {party.status}"
     return f"{party.name}: {party.scheme}, format {party.format}{status}"
 
 
-def terminal_view(diff: Diff) -> Group:
+def render_terminal(diff: Diff) -> Group:
     """Who is compared, what matters, then the tables."""
     head = Text(
-        f"A  {terminal.strip_control_characters(party_text(diff.a))}\nB  {terminal.strip_control_characters(party_text(diff.b))}",
+        f"A  {terminal.strip_control_characters(describe_model(diff.a))}\nB  {terminal.strip_control_characters(describe_model(diff.b))}",
         style="bold",
     )
     lines = [
@@ -54,7 +54,7 @@ def terminal_view(diff: Diff) -> Group:
     )
 
 
-def markdown_view(diff: Diff) -> str:
+def render_markdown(diff: Diff) -> str:
     """A comment of fewer than 60,000 characters: tables and answers are cut where they must be, and say so."""
     text = ""
     for rows, cell, items, answer in _LIMITS:
@@ -65,22 +65,24 @@ def markdown_view(diff: Diff) -> str:
 
 
 def _markdown(diff: Diff, rows: int, cell: int, items: int, answer: int) -> str:
-    environment = html.environment(
+    environment = html_page.make_environment(
         autoescape=False
     )  # Markdown: the filters take care of text from elsewhere
-    environment.filters["table"] = lambda made: unlinked(
+    environment.filters["table"] = lambda made: disable_mentions(
         markdown.format_table(made, rows, cell, "quantkit diff --json")
     )
-    environment.filters["cell"] = lambda text: unlinked(markdown.escape_cell(text, 4 * cell))
-    environment.filters["answer"] = lambda text: fenced(text, answer)
+    environment.filters["cell"] = lambda text: disable_mentions(
+        markdown.escape_cell(text, 4 * cell)
+    )
+    environment.filters["answer"] = lambda text: fence_text(text, answer)
     text = environment.get_template("diff.md.j2").render(
-        diff=diff, tables=tables, headline=tables.format_headline(diff), party=party_text, rows=rows, items=diff.flips[:items],
-        around=around_first,
+        diff=diff, tables=tables, headline=tables.format_headline(diff), party=describe_model, rows=rows, items=diff.flips[:items],
+        around=cut_to_difference,
     )  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
-def around_first(flip: Flip, limit: int = 300) -> tuple[str, str]:
+def cut_to_difference(flip: FlippedItem, limit: int = 300) -> tuple[str, str]:
     """Both answers from shortly before the first character in which they differ."""
     place = find_divergence(flip.a.text, flip.b.text)
     start = max(0, place - limit)
@@ -88,12 +90,12 @@ def around_first(flip: Flip, limit: int = 300) -> tuple[str, str]:
     return cut + flip.a.text[start:], cut + flip.b.text[start:]
 
 
-def unlinked(text: str) -> str:
+def disable_mentions(text: str) -> str:
     """Without mentions and issue numbers: a decorator in an answer must call nobody to the pull request."""
     return re.sub(r"(?<![\w])([@#])(?=\w)", "\\1\u200b", text)
 
 
-def fenced(text: str, limit: int) -> str:
+def fence_text(text: str, limit: int) -> str:
     """A block that the text in it cannot end."""
     kept = "".join(sign if sign.isprintable() or sign in "\n\t" else "\ufffd" for sign in text)
     kept = kept if len(kept) <= limit else kept[:limit] + " …"
