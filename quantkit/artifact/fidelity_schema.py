@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from quantkit.artifact.layout import FIDELITY_VERSION
+from quantkit.figures import list_stored_keys
 from quantkit.plan.plan_schema import FROZEN, PlanRule
 
 Status = Literal["accepted", "rejected", "not judged"]
@@ -122,7 +123,7 @@ class TextSet(BaseModel):
 
 
 class DistributionResult(BaseModel):
-    """How the artifact's next-token distributions differ from the source's on one domain; "all" pools every token."""
+    """Difference of the artifact's next-token distributions from the source's on one domain.
 
     Domain "all" pools every token. The other keys are those of `figures.list_stored_keys()`, each a
     `Figure` or None where it was not measured.
@@ -132,17 +133,24 @@ class DistributionResult(BaseModel):
     __pydantic_extra__: dict[str, Figure | None] = Field(init=False)
     domain: str
     tokens: int
-    kl_mean: Figure | None = None
-    kl_median: Figure | None = None
-    kl_p99: Figure | None = None
-    kl_p999: Figure | None = None
-    kl_max: Figure | None = None
-    ppl_source: Figure | None = None
-    ppl_artifact: Figure | None = None
-    ppl_ratio: Figure | None = None
-    top1: Figure | None = None
-    mean_delta_p: Figure | None = None
-    rms_delta_p: Figure | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def complete_figures(cls, values: object) -> object:
+        """Put the figures in the order of the table, None where one is absent; refuse other keys."""
+        if not isinstance(values, dict):
+            return values
+        stored = list_stored_keys()
+        unknown = [key for key in values if key not in (*stored, "domain", "tokens")]
+        if unknown:
+            raise ValueError(f"{', '.join(map(str, unknown))}: extra keys; expected figures")
+        named = {key: values[key] for key in ("domain", "tokens") if key in values}
+        return named | {key: values.get(key) for key in stored}
+
+    @property
+    def figures(self) -> Mapping[str, Figure | None]:
+        """The stored figures by key."""
+        return self.__pydantic_extra__
 
 
 class LikelihoodResult(BaseModel):

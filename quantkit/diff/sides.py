@@ -12,15 +12,26 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from quantkit.artifact.fidelity_schema import BenchmarkResult, DistributionResult, Fidelity, Figure
-from quantkit.artifact.layout import LOADTEST, MANIFEST, get_section
+from quantkit.artifact.layout import (
+    BENCHMARK_SAMPLES,
+    CONFIG,
+    EVIDENCE_FOLDER,
+    FIDELITY,
+    LOADTEST,
+    MANIFEST,
+    PLAN,
+    SOLUTION_SAMPLES,
+    TOKEN_SAMPLES,
+)
 from quantkit.artifact.loadtest_schema import LoadTest, read_load_test
+from quantkit.artifact.read_manifest import get_section
 from quantkit.artifact.read_report import read_report_file, read_sealed_report
 from quantkit.diff.diff_schema import SideKind
 from quantkit.errors import ArtifactError, CheckpointError, HubUnreachable, UsageError
 from quantkit.figures import list_figures
 from quantkit.io.files import read_json
 from quantkit.io.package_data import BUILTIN_PREFIX
-from quantkit.report.samples import BENCHMARKS, TOKENS, Answer, parse_answer, read_columns
+from quantkit.report.samples import Answer, parse_answer, read_columns
 
 if TYPE_CHECKING:
     from quantkit.contracts import TensorSpec

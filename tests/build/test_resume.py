@@ -11,11 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from quantkit.artifact.manifest import read_versions
 from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 
 from quantkit import pipeline
-from quantkit.artifact import writer
+from quantkit.artifact.make_manifest import read_versions
 from quantkit.artifact.writer import ArtifactWriter
 from quantkit.build import expert_ops, moe, session, wave_checkpoint
 from quantkit.build.context import BlockContext
@@ -293,7 +292,9 @@ def test_what_changed_is_named_and_restart_begins_anew(
         build(copy)
     (copy / "model.safetensors").write_bytes(weights)
     with monkeypatch.context() as patch:
-        patch.setattr(session, "versions", lambda plan: {**read_versions(plan), "torch": "0.1"})
+        patch.setattr(
+            session, "read_versions", lambda plan: {**read_versions(plan), "torch": "0.1"}
+        )
         with pytest.raises(UsageError, match=r"another: versions\.torch was '.*', is '0\.1'; "):
             build(copy)
     assert build(copy, memory="3GB") != []

@@ -17,7 +17,7 @@ from scipy import stats
 from support.command_line import build, read_error, run
 from support.constants import FAST
 
-from quantkit.diff.sides import SOLUTIONS
+from quantkit.artifact.layout import BENCHMARK_SAMPLES, SOLUTION_SAMPLES, TOKEN_SAMPLES
 from quantkit.io.package_data import locate_folder
 from quantkit.report import runs
 
@@ -243,9 +243,9 @@ def test_another_source_is_refused(both: tuple[Path, Path], tmp_path: Path) -> N
 
 def test_evidence_that_was_changed_is_refused(both: tuple[Path, Path], tmp_path: Path) -> None:
     other = Path(shutil.copytree(both[1], tmp_path / "other"))
-    column(other / BENCHMARKS, "quant_score", [1.0] * 24)
+    column(other / BENCHMARK_SAMPLES, "quant_score", [1.0] * 24)
     assert read_error(run("diff", both[0], other), 1).startswith(
-        f"{other / BENCHMARKS}: expected the file that"
+        f"{other / BENCHMARK_SAMPLES}: expected the file that"
     )
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from quantkit.verify.report import compute_status
 from support.diff_example import a_side, b_side
 from support.report_example import FIDELITY
 from support.report_variants import drawn, example
@@ -24,6 +23,7 @@ from quantkit.recipe.parse import parse_gates
 from quantkit.report import card, gates, html_page, runs, tables, terminal
 from quantkit.report.runs import Run
 from quantkit.report.samples import Samples
+from quantkit.verify.check_report import compute_status
 
 README = Path(figures.__file__).parent / "report" / "README.md"
 

@@ -328,7 +328,9 @@ def test_a_damaged_artifact_is_not_served(artifact: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    found = serve(str(artifact), "--engine", "transformers", "--port", str(demo_serve.free_port()))
+    found = serve(
+        str(artifact), "--engine", "transformers", "--port", str(demo_serve.find_free_port())
+    )
     assert found.exit_code == 1 and "expected sha256" in found.output
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from quantkit import registry
+from quantkit.checkpoint.file_names import CONFIG, INDEX, SINGLE
 from quantkit.checkpoint.fp8_pairs import get_scale_suffix, select_logical_specs
-from quantkit.checkpoint.shards import INDEX, SINGLE, open_shards
+from quantkit.checkpoint.shards import open_shards
 from quantkit.contracts import Config, Scheme, TensorSpec
 from quantkit.errors import CheckpointError, RecipeError, UsageError
 from quantkit.io.files import read_json
