@@ -26,10 +26,9 @@ from quantkit.build.quantize_linear import select_expert_stats
 from quantkit.build.spool import Spool
 from quantkit.checkpoint import fp8
 from quantkit.contracts import Experts, Linear, Scheme
-from quantkit.methods import awq, gptq
+from quantkit.methods import awq
 from quantkit.models import scaling
-from quantkit.numerics import awq_scales, coordinate_descent
-from quantkit.numerics import gptq as rounding
+from quantkit.numerics import awq_scales, cholesky, coordinate_descent, gptq
 from quantkit.plan.memory import BATCH_TOKENS, estimate_expert_bytes, estimate_solve_bytes
 
 BLOCKS = 58
@@ -94,7 +93,7 @@ class Phases:
             torch.cuda.synchronize()
 
 
-def wave_size(shape: Shape, device: torch.device) -> int:
+def choose_slice_size(shape: Shape, device: torch.device) -> int:
     """Experts at once: what the build's own memory plan counts for each, in what is free on the device."""
     if device.type != "cuda":
         return 2
@@ -105,7 +104,7 @@ def wave_size(shape: Shape, device: torch.device) -> int:
     return max(1, min(shape.experts, int(free // estimate_expert_bytes(shape.block, True, True))))
 
 
-def read(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+def read_weight(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """A weight [rows, columns] float32 as quantkit reads it from random FP8 blocks, on the CPU."""
     codes = torch.randint(
         0, 0x7F, (rows, columns), dtype=torch.uint8, generator=generator
@@ -120,7 +119,7 @@ def read(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     ).float()
 
 
-def read_wave(shape: Shape, first: int, stop: int, device: torch.device) -> ExpertSlice:
+def read_slice(shape: Shape, first: int, stop: int, device: torch.device) -> ExpertSlice:
     """Experts first..stop with random weights, the same for any cut into waves."""
     found: dict[str, list[Tensor]] = {"gate": [], "up": [], "down": []}
     for e in range(first, stop):
@@ -131,12 +130,12 @@ def read_wave(shape: Shape, first: int, stop: int, device: torch.device) -> Expe
                 if name == "down"
                 else (shape.intermediate, shape.hidden)
             )
-            weights.append(read(*size, generator).to(device))
+            weights.append(read_weight(*size, generator).to(device))
     gate, up, down = (torch.stack(weights) for weights in found.values())
     return ExpertSlice(first=first, gate=gate, up=up, down=down)
 
 
-def routed(shape: Shape, folder: Path, device: torch.device) -> Routing:
+def make_routing(shape: Shape, folder: Path, device: torch.device) -> Routing:
     """Random tokens on the disk, each sent to `top_k` random experts."""
     generator = torch.Generator().manual_seed(0)
     seen = Spool.create(folder / "seen", shape.tokens, shape.hidden, "bfloat16")
@@ -150,7 +149,7 @@ def routed(shape: Shape, folder: Path, device: torch.device) -> Routing:
     return Routing(index=index, weight=weight, seen=seen)
 
 
-def run_wave(shape: Shape, wave: ExpertSlice, routing: Routing, phases: Phases) -> int:
+def run_slice(shape: Shape, wave: ExpertSlice, routing: Routing, phases: Phases) -> int:
     """Calibrate, search, factorize, round and pack one wave; the bytes that were packed."""
     hidden, width, n = shape.hidden, shape.intermediate, len(wave)
     pairs = shape.tokens * shape.top_k * n / shape.experts  # tokens that this wave's experts see
@@ -170,11 +169,11 @@ def run_wave(shape: Shape, wave: ExpertSlice, routing: Routing, phases: Phases) 
     ):  # gate and up each factorize their gram
         for e in range(n):
             for matrix in (stats.into, stats.into, stats.inner):
-                rounding.feedback(matrix.gram[e])
-    return solve_wave(shape, wave, stats, phases)
+                cholesky.factorize_gram(matrix.gram[e])
+    return round_slice(shape, wave, stats, phases)
 
 
-def solve_wave(shape: Shape, wave: ExpertSlice, stats: SliceStats, phases: Phases) -> int:
+def round_slice(shape: Shape, wave: ExpertSlice, stats: SliceStats, phases: Phases) -> int:
     """Round (which factorizes again) and pack every matrix of a wave; the bytes that were packed."""
     output, packed = registry.get_format("awq"), 0
     for e in range(len(wave)):
@@ -188,29 +187,29 @@ def solve_wave(shape: Shape, wave: ExpertSlice, stats: SliceStats, phases: Phase
             with phases.timed(
                 "round", (1 + 2 * coordinate_descent.SWEEPS + 4) * out * width**2 + width**3 / 3
             ):
-                found = gptq.round_weight(weights[e], select_expert_stats(inputs, e), shape.scheme)
+                found = gptq.quantize_gptq(weights[e], select_expert_stats(inputs, e), shape.scheme)
             with phases.timed("pack", 0):
                 tensors = output.pack(found.quantized, shape.scheme)
                 packed += sum(tensor.cpu().nbytes for tensor in tensors.values())
     return packed
 
 
-def measure(shape: Shape, device: torch.device, experts: int) -> Phases:
+def measure_block(shape: Shape, device: torch.device, experts: int) -> Phases:
     """Run `experts` experts of the block in waves; the phases."""
-    phases, size, packed = Phases(device=device), wave_size(shape, device), 0
+    phases, size, packed = Phases(device=device), choose_slice_size(shape, device), 0
     with tempfile.TemporaryDirectory() as place:
-        routing = routed(shape, Path(place), device)
+        routing = make_routing(shape, Path(place), device)
         for first in range(0, experts, size):
             stop = min(first + size, experts)
             with phases.timed("read", 0):
-                wave = read_wave(shape, first, stop, device)
-            packed += run_wave(shape, wave, routing, phases)
+                wave = read_slice(shape, first, stop, device)
+            packed += run_slice(shape, wave, routing, phases)
     weights = experts * 3 * shape.hidden * shape.intermediate
     phases.work["read"], phases.work["pack"] = weights, packed  # bytes: FP8 in, INT4 out
     return phases
 
 
-def show(shape: Shape, phases: Phases, experts: int) -> None:
+def print_phases(shape: Shape, phases: Phases, experts: int) -> None:
     """Print a line per phase and the sum."""
     scale, total = shape.experts / experts, 0.0
     size = f"{shape.hidden} x {shape.intermediate}"
@@ -242,7 +241,7 @@ def main() -> None:
     experts = min(chosen.experts or shape.experts, shape.experts)
     if device.type == "cuda":
         print(torch.cuda.get_device_name(device), "torch", torch.__version__)
-    show(shape, measure(shape, device, experts), experts)
+    print_phases(shape, measure_block(shape, device, experts), experts)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def ignore(_: Progress | list[Plan]) -> None:
     """Nobody listens."""
 
 
-def artifact(
+def build_artifact(
     text: str,
     place: Path,
     method: str,
@@ -69,7 +69,7 @@ def artifact(
     return outcome.fidelity
 
 
-def short(report: Fidelity) -> str:
+def format_scores(report: Fidelity) -> str:
     """The scores of one artifact, as soon as it has them."""
     pooled = report.distribution[0].kl_mean
     scores = [
@@ -79,7 +79,7 @@ def short(report: Fidelity) -> str:
     return ", ".join([f"KL {pooled.value:.5f}" if pooled and pooled.value else "no KL", *scores])
 
 
-def told(found: dict[str, Fidelity], task: str) -> str:
+def format_task(found: dict[str, Fidelity], task: str) -> str:
     """A Markdown table of one task, and what correlates with its score."""
     lines = [
         f"\n{task}\n",
@@ -143,10 +143,10 @@ def main() -> None:
         for bits in options.bits or BITS:
             for method in options.method or METHODS:
                 name = f"{method} {bits} bits"
-                found[name] = artifact(text, place, method, bits, tasks, options)
-                print(f"{name}: {short(found[name])}", flush=True)
+                found[name] = build_artifact(text, place, method, bits, tasks, options)
+                print(f"{name}: {format_scores(found[name])}", flush=True)
     for task in tasks:
-        print(told(found, Path(task).stem))
+        print(format_task(found, Path(task).stem))
 
 
 if __name__ == "__main__":

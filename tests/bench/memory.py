@@ -27,7 +27,7 @@ BUDGET = "1050MB"
 BUDGET_BYTES = 1_050_000_000
 
 
-def peak(place: Path, blocks: int) -> tuple[int, int, int]:
+def measure_peak(place: Path, blocks: int) -> tuple[int, int, int]:
     """(bytes of the checkpoint, experts per wave, peak resident bytes) of a build with so many MoE blocks."""
     source = write_checkpoint(
         place / f"source{blocks}",
@@ -60,7 +60,7 @@ def main() -> None:
     peaks = []
     for blocks in (8, 32):
         with tempfile.TemporaryDirectory() as place:
-            size, wave, resident = peak(Path(place), blocks)
+            size, wave, resident = measure_peak(Path(place), blocks)
         peaks.append(resident)
         print(
             f"{blocks:2d} MoE blocks: source {size / 1e6:.0f} MB, {wave} experts per wave, peak {resident / 1e6:.0f} MB"

@@ -43,7 +43,7 @@ COLUMNS = {
 """What is compared: every key that decides codes is written out, whatever the recipe says."""
 
 
-def propagated(column: str, rules: str) -> str:
+def choose_propagation(column: str, rules: str) -> str:
     """As the recipes have it: a second stream where every linear is rounded with feedback."""
     return "both" if rules == "all-linear" and column.endswith("GPTQ") else "quantized"
 
@@ -70,7 +70,7 @@ def ignore(_: Progress | Plan) -> None:
     """Only the end counts."""
 
 
-def held_out(place: Path, items: int) -> Path:
+def write_held_out_set(place: Path, items: int) -> Path:
     """A larger held-out text in tiny-v3's own mix, as a set of its own; more items begin with the fewer."""
     rng, rows, seen = random.Random(HELD_OUT_SEED), [], set[str]()
     while len(rows) < items:
@@ -81,19 +81,19 @@ def held_out(place: Path, items: int) -> Path:
     return write_set(place, rows, end="eos")
 
 
-def goal_text(place: Path) -> Path:
+def write_goal_set(place: Path) -> Path:
     """The first 80 items of the held-out text and of the math benchmark, as a set of its own."""
     rows = list(
-        islice(json_lines(locate_folder("calibration") / "tiny-v3-heldout.jsonl"), GOAL_ITEMS)
+        islice(iterate_rows(locate_folder("calibration") / "tiny-v3-heldout.jsonl"), GOAL_ITEMS)
     )
     for item in islice(
-        json_lines(locate_folder("evals") / "data" / "tiny-v3-math.jsonl"), GOAL_ITEMS
+        iterate_rows(locate_folder("evals") / "data" / "tiny-v3-math.jsonl"), GOAL_ITEMS
     ):
         rows.append({"domain": "math", "text": item["prompt"] + item["solution"]})
     return write_set(place, rows, end="none")
 
 
-def json_lines(path: Path) -> Iterator[dict[str, str]]:
+def iterate_rows(path: Path) -> Iterator[dict[str, str]]:
     """A JSONL file's rows."""
     with path.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
@@ -110,7 +110,7 @@ def write_set(place: Path, rows: Sequence[Mapping[str, str]], *, end: str) -> Pa
     return place / "held-out.yaml"
 
 
-def measure(
+def measure_build(
     place: Path, text: Path, column: str, row: tuple[str, int], seed: int
 ) -> DistributionResult:
     """The pooled figures of one build."""
@@ -118,7 +118,7 @@ def measure(
     rules, bits = row
     changes = {
         **COLUMNS[column],
-        "propagate": propagated(column, rules),
+        "propagate": choose_propagation(column, rules),
         "quantize.bits": str(bits),
         "format": "awq" if bits == 4 else "dense",
         "rules": rules,
@@ -134,48 +134,52 @@ def measure(
     return outcome.fidelity.distribution[0]
 
 
-def mean_kl(runs: Sequence[DistributionResult]) -> float:
+def average_kl(runs: Sequence[DistributionResult]) -> float:
     """Mean over builds of the mean KL."""
     return sum(run.kl_mean.value or 0.0 for run in runs if run.kl_mean) / len(runs)
 
 
-def standard_error(runs: list[DistributionResult]) -> float:
+def average_error(runs: list[DistributionResult]) -> float:
     """Of the mean over builds: they share the held-out text, so that it does not shrink with their number."""
     return sum(run.kl_mean.se or 0.0 for run in runs if run.kl_mean) / len(runs)
 
 
-def missed_goals(row: tuple[str, int], runs: Mapping[str, list[DistributionResult]]) -> list[str]:
+def find_missed_goals(
+    row: tuple[str, int], runs: Mapping[str, list[DistributionResult]]
+) -> list[str]:
     """What a row of the table fails at."""
-    base, found = mean_kl(runs["RTN"]), []
+    base, found = average_kl(runs["RTN"]), []
     for column, goals in GOALS.items():
-        ratio = mean_kl(runs[column]) / base
+        ratio = average_kl(runs[column]) / base
         if row in goals and ratio > goals[row]:
             found.append(
                 f"{column}, {row[0]}, {row[1]} bits: {ratio:.3f} of RTN's mean KL, wanted {goals[row]}"
             )
-    best = min(("AWQ", "GPTQ"), key=lambda column: mean_kl(runs[column]))
-    spread = (standard_error(runs[best]) ** 2 + standard_error(runs["AWQ+GPTQ"]) ** 2) ** 0.5
-    if mean_kl(runs["AWQ+GPTQ"]) > mean_kl(runs[best]) + NOISE * spread:
+    best = min(("AWQ", "GPTQ"), key=lambda column: average_kl(runs[column]))
+    spread = (average_error(runs[best]) ** 2 + average_error(runs["AWQ+GPTQ"]) ** 2) ** 0.5
+    if average_kl(runs["AWQ+GPTQ"]) > average_kl(runs[best]) + NOISE * spread:
         found.append(f"AWQ+GPTQ, {row[0]}, {row[1]} bits: worse than {best}")
     return found
 
 
-def cells(row: tuple[str, int], runs: Mapping[str, list[DistributionResult]]) -> list[str]:
+def format_cells(row: tuple[str, int], runs: Mapping[str, list[DistributionResult]]) -> list[str]:
     """One row of the table: mean KL and its share of RTN's, with the goal."""
-    base = mean_kl(runs["RTN"])
-    shown = [row[0], str(row[1]), f"{base:.6f} ±{standard_error(runs['RTN']):.6f}"]
+    base = average_kl(runs["RTN"])
+    shown = [row[0], str(row[1]), f"{base:.6f} ±{average_error(runs['RTN']):.6f}"]
     for column in ("AWQ", "GPTQ", "AWQ+GPTQ"):
         goal = GOALS.get(column, {}).get(row)
         told = f" (<= {goal})" if goal else ""
-        mean = mean_kl(runs[column])
-        shown.append(f"{mean:.6f} ±{standard_error(runs[column]):.6f}  {mean / base:.3f}{told}")
+        mean = average_kl(runs[column])
+        shown.append(f"{mean:.6f} ±{average_error(runs[column]):.6f}  {mean / base:.3f}{told}")
     return shown
 
 
-def by_draw(row: tuple[str, int], runs: Mapping[str, list[DistributionResult]], base: float) -> str:
+def format_draws(
+    row: tuple[str, int], runs: Mapping[str, list[DistributionResult]], base: float
+) -> str:
     """The shares of RTN's mean KL one by one."""
     shares = {
-        c: " ".join(f"{mean_kl([run]) / base:.3f}" for run in found) for c, found in runs.items()
+        c: " ".join(f"{average_kl([run]) / base:.3f}" for run in found) for c, found in runs.items()
     }
     return f"{row[0]}, {row[1]} bits: " + "; ".join(
         f"{c} {told}" for c, told in shares.items() if c != "RTN"
@@ -212,15 +216,15 @@ def main() -> None:
             if wanted.rules not in (None, row[0]) or wanted.bits not in (None, row[1]):
                 continue
             items = wanted.items or MORE_ITEMS.get(row, HELD_OUT_ITEMS)
-            text = goal_text(place) if wanted.goal_text else held_out(place, items)
+            text = write_goal_set(place) if wanted.goal_text else write_held_out_set(place, items)
             draws = {column: range(1 if column == "RTN" else wanted.draws) for column in COLUMNS}
             runs = {
-                c: [measure(place, text, c, row, seed) for seed in seeds]
+                c: [measure_build(place, text, c, row, seed) for seed in seeds]
                 for c, seeds in draws.items()
             }
-            console.print(by_draw(row, runs, mean_kl(runs["RTN"])))
-            table.add_row(*cells(row, runs))
-            missed += missed_goals(row, runs)
+            console.print(format_draws(row, runs, average_kl(runs["RTN"])))
+            table.add_row(*format_cells(row, runs))
+            missed += find_missed_goals(row, runs)
     console.print(table)
     for fault in missed:
         console.print(f"missed: {fault}")

@@ -15,7 +15,7 @@ PHASES = ("read", "calibrate", "search", "factorize", "round", "pack")
 
 
 def test_every_phase_does_its_work(capsys: pytest.CaptureFixture[str]) -> None:
-    found = gpu.measure(gpu.TINY, torch.device("cpu"), 3)
+    found = gpu.measure_block(gpu.TINY, torch.device("cpu"), 3)
     assert tuple(found.seconds) == PHASES
     weights = 3 * 3 * gpu.TINY.hidden * gpu.TINY.intermediate
     groups = weights / gpu.TINY.group_size
@@ -23,7 +23,7 @@ def test_every_phase_does_its_work(capsys: pytest.CaptureFixture[str]) -> None:
     assert found.work["pack"] == weights / 2 + groups * (
         2 + 0.5
     )  # a BF16 scale and a 4-bit zero point each
-    gpu.show(gpu.TINY, found, 3)
+    gpu.print_phases(gpu.TINY, found, 3)
     told = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in told[1:-1]] == list(PHASES)
     assert told[-1].startswith("a block ") and " 58 blocks " in told[-1]

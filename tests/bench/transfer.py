@@ -16,12 +16,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.verify import asked, write
+from bench.verify import parse_options, write_artifact
 
 QUANTKIT = [sys.executable, "-m", "quantkit"]
 
 
-def seconds(command: list[str]) -> tuple[float, float]:
+def time_command(command: list[str]) -> tuple[float, float]:
     """Wall time of a command, and what it computed."""
     begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, capture_output=True)
@@ -30,7 +30,7 @@ def seconds(command: list[str]) -> tuple[float, float]:
     return time.perf_counter() - begun, computed
 
 
-def once(place: Path) -> dict[str, tuple[float, float]]:
+def run_round(place: Path) -> dict[str, tuple[float, float]]:
     """One round: each copies the artifact to a place that is not there yet."""
     artifact, there = place / "artifact", place / "there"
     commands = {
@@ -48,7 +48,7 @@ def once(place: Path) -> dict[str, tuple[float, float]]:
         "pull": [*QUANTKIT, "pull", str(there), str(place / "got")],
     }
     subprocess.run(["sync"], check=True)
-    found = {name: seconds(command) for name, command in commands.items()}
+    found = {name: time_command(command) for name, command in commands.items()}
     for name in ("cp", "sync", "there", "got"):
         shutil.rmtree(place / name)
     return found
@@ -56,14 +56,14 @@ def once(place: Path) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     """Write, measure, print."""
-    chosen = asked(__doc__)
+    chosen = parse_options(__doc__)
     place = Path(tempfile.mkdtemp(prefix="bench-transfer-", dir=chosen.folder))
     try:
-        write(place / "artifact", "awq", int(chosen.bytes))
+        write_artifact(place / "artifact", "awq", int(chosen.bytes))
         n_bytes = sum(
             path.stat().st_size for path in (place / "artifact").rglob("*") if path.is_file()
         )
-        rounds = [once(place) for _ in range(chosen.rounds)]
+        rounds = [run_round(place) for _ in range(chosen.rounds)]
         best = {name: min(found[name] for found in rounds) for name in rounds[0]}
         print(f"{n_bytes / 1e9:.2f} GB in one folder")
         for name, (took, computed) in best.items():

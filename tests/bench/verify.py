@@ -42,7 +42,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """The command, and the most memory that it held, in kB."""
 
 
-def config(layers: int) -> dict[str, object]:
+def make_config(layers: int) -> dict[str, object]:
     """A Llama with matrices of 4096 x 14336."""
     tiny = dict(registry.get_architecture("llama").tiny)
     return tiny | {
@@ -56,13 +56,13 @@ def config(layers: int) -> dict[str, object]:
     }
 
 
-def write(folder: Path, format_name: str, n_bytes: int) -> None:
+def write_artifact(folder: Path, format_name: str, n_bytes: int) -> None:
     """A sealed artifact of random codes, or of random weights, of at least so many bytes."""
     output, layers = registry.get_format(format_name), 0
     specs: list[TensorSpec] = []
     while sum(spec.n_bytes for spec in specs) < n_bytes:
         layers += 1
-        values = config(layers)
+        values = make_config(layers)
         layout = registry.get_architecture("llama").layout(Config(values=values))
         codes = [x for x in layout.linears if x.role in {"attention", "mlp"}]
         quantized = {f"{x.name}.weight" for x in codes}
@@ -76,7 +76,7 @@ def write(folder: Path, format_name: str, n_bytes: int) -> None:
     (folder / "config.json").write_text(
         json.dumps(values | ({"quantization_config": entry} if entry else {}))
     )
-    shard(folder / "model.safetensors", specs)
+    write_shard(folder / "model.safetensors", specs)
     manifest = {
         "schema_version": 1,
         "status": "not judged",
@@ -89,7 +89,7 @@ def write(folder: Path, format_name: str, n_bytes: int) -> None:
     rehash(folder)
 
 
-def shard(path: Path, specs: list[TensorSpec]) -> None:
+def write_shard(path: Path, specs: list[TensorSpec]) -> None:
     """One file of random tensors."""
     text = build_header(specs)
     header, random = (
@@ -99,25 +99,25 @@ def shard(path: Path, specs: list[TensorSpec]) -> None:
     with path.open("wb") as file:
         file.write(text)
         for name in sorted(header.offsets, key=lambda name: header.offsets[name]):
-            for piece in numbers(header.specs[name], random):
+            for piece in iterate_numbers(header.specs[name], random):
                 file.write(piece)
 
 
-def numbers(spec: TensorSpec, random: np.random.Generator) -> Iterator[bytes]:
+def iterate_numbers(spec: TensorSpec, random: np.random.Generator) -> Iterator[bytes]:
     """Random words; of floating tensors positive numbers below 2."""
     for first in range(0, spec.n_bytes, PIECE):
         words = random.integers(0, 1 << 16, min(PIECE, spec.n_bytes - first) // 2, dtype=np.uint16)
         yield ((words & 0x3FFF | 0x0100) if spec.dtype == "BF16" else words).tobytes()
 
 
-def seconds(command: list[str]) -> tuple[float, str]:
+def time_command(command: list[str]) -> tuple[float, str]:
     """Wall time of a command, and the last line it printed."""
     begun = time.perf_counter()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return time.perf_counter() - begun, done.stdout.splitlines()[-1]
 
 
-def asked(description: str | None) -> argparse.Namespace:
+def parse_options(description: str | None) -> argparse.Namespace:
     """What the command line asks for."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -130,20 +130,20 @@ def asked(description: str | None) -> argparse.Namespace:
 
 def main() -> None:
     """Write, measure, print."""
-    chosen = asked(__doc__)
+    chosen = parse_options(__doc__)
     place = Path(tempfile.mkdtemp(prefix="bench-verify-", dir=chosen.folder))
     try:
         for format_name, what in (("awq", "4-bit codes (awq)"), ("dense", "BF16 weights (dense)")):
             folder = place / format_name
-            write(folder, format_name, int(chosen.bytes))
+            write_artifact(folder, format_name, int(chosen.bytes))
             file = folder / "model.safetensors"
             verify = [sys.executable, "-c", VERIFY, str(folder)]
             others = {
                 name: command for name, command in HASHERS.items() if shutil.which(command[0])
             }
             rounds = [
-                {name: seconds([*command, str(file)]) for name, command in others.items()}
-                | {"verify": seconds(verify)}
+                {name: time_command([*command, str(file)]) for name, command in others.items()}
+                | {"verify": time_command(verify)}
                 for _ in range(chosen.rounds)
             ]
             best = {name: min(found[name][0] for found in rounds) for name in rounds[0]}

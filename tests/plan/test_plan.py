@@ -44,7 +44,7 @@ began = time.monotonic()
 from quantkit.cli import main
 main(["plan", sys.argv[1], "--json"], standalone_mode=False)
 from quantkit.io.host import get_peak_memory
-used = get_peak_memory()
+used = peak_resident_bytes()
 print(f"{time.monotonic() - began} {used}", file=sys.stderr)
 """
 
