@@ -12,7 +12,7 @@ from pathlib import Path
 
 from quantkit import registry
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity
-from quantkit.artifact.layout import MANIFEST
+from quantkit.artifact.layout import EVIDENCE_FOLDER, MANIFEST
 from quantkit.artifact.read_report import read_sealed_report
 from quantkit.errors import ArtifactError, UsageError
 from quantkit.figures import FigureDefinition, list_headline_figures
@@ -203,7 +203,7 @@ def _candidates(folder: Path, depth: int) -> Iterator[Path]:
         if path.name.endswith(SCRATCH):
             continue
         if (
-            (path / "quantkit").is_dir()
+            (path / EVIDENCE_FOLDER).is_dir()
             or path.name.endswith(BUILDING)
             or any(path.glob("*.safetensors"))
         ):

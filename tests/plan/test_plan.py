@@ -19,7 +19,7 @@ from support.plans import plan_checkpoint, specs_of
 from tools.calibration_sets.specs import TINY_HELD_OUT, spec_yaml
 
 from quantkit import registry
-from quantkit.artifact.writer import make_config
+from quantkit.artifact.model_files import make_config
 from quantkit.contracts import TensorSpec
 from quantkit.errors import CheckpointError, RecipeError, UsageError
 from quantkit.plan import sources
@@ -43,7 +43,7 @@ import sys, time
 began = time.monotonic()
 from quantkit.cli import main
 main(["plan", sys.argv[1], "--json"], standalone_mode=False)
-from quantkit.storage.machine import peak_resident_bytes
+from quantkit.io.host import get_peak_memory
 used = peak_resident_bytes()
 print(f"{time.monotonic() - began} {used}", file=sys.stderr)
 """
