@@ -375,11 +375,11 @@ def write_evidence(
     write_atomic(folder / layout.MODEL_CARD, card.render_card(report).encode())
     write_atomic(folder / layout.PLAN, format_plan(plan).encode())
     if figures.tokens:
-        tokens_to_parquet(figures.tokens, folder / layout.TOKEN_SAMPLES)
+        write_tokens(figures.tokens, folder / layout.TOKEN_SAMPLES)
     if figures.solutions:
-        likelihood.to_parquet(figures.solutions, folder / layout.SOLUTION_SAMPLES)
+        solution_likelihood.write_solutions(figures.solutions, folder / layout.SOLUTION_SAMPLES)
     if compared.pairs:
-        pairs_to_parquet(compared.pairs, folder / layout.BENCHMARK_SAMPLES)
+        write_pairs(compared.pairs, folder / layout.BENCHMARK_SAMPLES)
     write_atomic(folder / layout.PAGE, html_page.make_page(folder).encode())
 
 

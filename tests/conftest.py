@@ -57,7 +57,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module", params=["bubblewrap", "namespaces"])
 def jail(request: pytest.FixtureRequest) -> Sandbox:
     """Each kind of sandbox that works on this machine."""
-    sandbox = probe(kinds=(request.param,))
+    sandbox = probe_sandbox(kinds=(request.param,))
     if sandbox.kind == "none":
         pytest.skip(f"{request.param} does not work here: {sandbox.reason}")
     return sandbox

@@ -1,5 +1,4 @@
-"""Answers of an evaluation in one SQLite file, stored as they arrive: a killed evaluation resumes
-from it.
+"""Store of an evaluation's answers in one SQLite file, from which a killed evaluation resumes.
 
 A row is one answer to one request; SQLite commits it whole or not at all, whenever the process
 dies. The primary key has everything that can change the answer, so that no request is sent or
@@ -18,7 +17,8 @@ from typing import NamedTuple
 from quantkit.errors import EvaluationError, QuantkitError
 
 _SCHEMA = """create table if not exists answers (
- task text, doc_hash text, prompt_hash text, settings text, model text, turn integer, value text not null,
+ task text, doc_hash text, prompt_hash text, settings text, model text, turn integer,
+ value text not null,
  primary key (task, doc_hash, prompt_hash, settings, model, turn)) without rowid"""
 _SELECT = """select value from answers
  where (task, doc_hash, prompt_hash, settings, model, turn) = (?, ?, ?, ?, ?, ?)"""

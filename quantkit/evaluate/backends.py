@@ -79,16 +79,19 @@ def connect_server(
     from quantkit.evaluate.openai_backend import ServerOptions, get_served_model, normalize_url
 
     server = ServerOptions(
-        url=normalize_url(url), model=model, chat=chat, concurrency=concurrency, tries=tries, seconds=seconds,
+        url=normalize_url(url),
+        model=model,
+        chat=chat,
+        concurrency=concurrency,
+        tries=tries,
+        seconds=seconds,
         key_variable=key_variable,
-    )  # fmt: skip
+    )
     return server if model else replace(server, model=get_served_model(server))
 
 
 def describe_backend(target: EvaluationTarget, options: EvaluationOptions) -> dict[str, object]:
-    """Return everything about model and backend that can change an answer, without secrets and
-    local paths.
-    """
+    """Return everything of model and backend that can change an answer; no secrets, no paths."""
     description: dict[str, object] = {"model": target.hash, "backend": options.backend}
     if options.server is not None:
         return description | {
@@ -104,23 +107,21 @@ def describe_backend(target: EvaluationTarget, options: EvaluationOptions) -> di
         }
     device, dtype = select_device_and_dtype(options)
     return description | {
-        "device": device, "dtype": dtype, "weights": "native" if options.native else "dequantized",
+        "device": device,
+        "dtype": dtype,
+        "weights": "native" if options.native else "dequantized",
         "versions": {name: version(name) for name in packages},
-    }  # fmt: skip
+    }
 
 
 def select_device_and_dtype(options: EvaluationOptions) -> tuple[str, str]:
-    """Return device (or device map) and dtype: those of the options, else bfloat16 on a GPU, else
-    float32 on the CPU.
-    """
+    """Return device (or device map) and dtype; default: bfloat16 on a GPU, else float32 on CPU."""
     device = options.device_map or ("cuda" if torch.cuda.is_available() else "cpu")
     return device, options.dtype or ("float32" if device == "cpu" else "bfloat16")
 
 
 def load_target_model(target: EvaluationTarget, options: EvaluationOptions) -> Any:
-    """Load a transformers model: with native kernels, or with weights dequantized by quantkit's own
-    reader.
-    """
+    """Load a transformers model, with native kernels or with weights dequantized by quantkit."""
     assert target.folder is not None
     device, dtype = select_device_and_dtype(options)
     if dtype not in DTYPES:
@@ -142,8 +143,7 @@ def load_target_model(target: EvaluationTarget, options: EvaluationOptions) -> A
 
 
 def load_native_model(folder: Path, dtype: str, device_map: str) -> Any:
-    """Load a folder with transformers itself, with the kernels of its format's library, placed by
-    accelerate.
+    """Load a folder with transformers and its format's kernels, placed by accelerate.
 
     device_map: "auto", "balanced", "sequential", or a device. Raises EvaluationError if
     transformers cannot load it.
@@ -152,19 +152,23 @@ def load_native_model(folder: Path, dtype: str, device_map: str) -> Any:
 
     try:
         return AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=getattr(torch, dtype), device_map=device_map, local_files_only=True,
+            str(folder),
+            dtype=getattr(torch, dtype),
+            device_map=device_map,
+            local_files_only=True,
             trust_remote_code=False,
-        ).eval()  # fmt: skip
+        ).eval()
     except (ImportError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise EvaluationError(
-            f"{folder}: transformers cannot load it ({message}); install the library of its format, or leave out "
+            f"{folder}: transformers cannot load it ({message}); install the library of its "
+            "format, or leave out "
             "--native"
         ) from None
 
 
 def dispatch_model(model: Any, device_map: str) -> Any:
-    """Dispatch a model in CPU memory to the devices of this machine with accelerate's device map."""
+    """Dispatch a model in CPU memory to this machine's devices with accelerate."""
     accelerate: Any = import_module("accelerate")  # it has no types
     no_split = [*(getattr(model, "_no_split_modules", None) or ())]
     max_memory = None

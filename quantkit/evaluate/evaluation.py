@@ -99,9 +99,11 @@ def run_evaluation(
         raise EvaluationError("\n".join(failed.values()))
     completed = tuple(task for task in loaded.tasks if task.name not in failed)
     return EvaluationRuns(
-        runs=tuple(tuple(run) for run in runs), items=tuple(item_results.average_runs(runs)),
-        loaded=replace(loaded, tasks=completed, failed=failed), backend=describe_backend(target, options),
-    )  # fmt: skip
+        runs=tuple(tuple(run) for run in runs),
+        items=tuple(item_results.average_runs(runs)),
+        loaded=replace(loaded, tasks=completed, failed=failed),
+        backend=describe_backend(target, options),
+    )
 
 
 def run_each_task(
@@ -173,8 +175,7 @@ def run_source(
     options: EvaluationOptions,
     on_progress: ProgressCallback,
 ) -> list[ItemResult]:
-    """Return a source's items: from the user's cache if the settings are a build's, else by running
-    it.
+    """Return a source's items, from the user's cache if the settings are those of a build.
 
     The answers of a run are stored in the cache as well, in a file of their own.
     """

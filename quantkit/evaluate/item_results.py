@@ -1,5 +1,4 @@
-"""Per-item results as Parquet files: the samples of an artifact, and the cache of a source's
-results.
+"""Per-item results as Parquet files: samples of an artifact, cached results of a source.
 
 All files have one schema; the same items give the same bytes with the same version of pyarrow.
 """
@@ -103,7 +102,8 @@ def pair_items(baseline: Sequence[ItemResult], candidate: Sequence[ItemResult]) 
     if baselines.keys() != candidates.keys():
         task, filter_name, doc_id = min(baselines.keys() ^ candidates.keys())
         raise EvaluationError(
-            f"{task}: item {doc_id} ({filter_name}) was answered by one model only; run both with the "
+            f"{task}: item {doc_id} ({filter_name}) was answered by one model only; run both with "
+            "the "
             "same tasks and limit"
         )
     pairs = [ItemPair(baseline=item, candidate=candidates[key]) for key, item in baselines.items()]
@@ -111,15 +111,15 @@ def pair_items(baseline: Sequence[ItemResult], candidate: Sequence[ItemResult]) 
         for name in ("doc_hash", "prompt_hash", "target_hash"):
             if getattr(pair.baseline, name) != getattr(pair.candidate, name):
                 raise EvaluationError(
-                    f"{pair.baseline.task}: item {pair.baseline.doc_id}: {name} differs between the two "
+                    f"{pair.baseline.task}: item {pair.baseline.doc_id}: {name} differs between "
+                    "the two "
                     "models; run both with the same task, data and chat template"
                 )
     return pairs
 
 
 def average_runs(runs: Sequence[Sequence[ItemResult]]) -> list[ItemResult]:
-    """Average one run per seed into one item per question: the seeds of an item are not
-    independent.
+    """Average one run per seed into one item per question; seeds are not independent.
 
     score: the mean, None if a seed has none; response: the first seed's; truncated: any of them
     was; parsed: all of them were.

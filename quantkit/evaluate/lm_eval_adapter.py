@@ -1,5 +1,4 @@
-"""The adapter between lm-eval and a backend: stored answers are reused, new answers are stored at
-once.
+"""Adapter between lm-eval and a backend that reuses stored answers and stores new ones.
 
 Imported only when a benchmark runs: lm-eval takes seconds to import.
 """
@@ -69,7 +68,8 @@ class GenerationParams:
         temperature = kwargs.get("temperature")
         if not isinstance(temperature, int | float) or temperature <= 0:
             raise UnsuitedError(
-                f"{task}: generation_kwargs.temperature: expected more than 0 with do_sample, found "
+                f"{task}: generation_kwargs.temperature: expected more than 0 with do_sample, "
+                "found "
                 f"{temperature!r}; set a temperature"
             )
         return cls(
@@ -180,7 +180,8 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm-eval is untyped
     ) -> list[float]:
         """Refuse tasks that measure the perplexity of whole texts."""
         raise UnsuitedError(
-            f"{requests[0].task_name}: it measures perplexity, which has no score per item; see the "
+            f"{requests[0].task_name}: it measures perplexity, which has no score per item; see "
+            "the "
             "fidelity report for perplexity"
         )
 

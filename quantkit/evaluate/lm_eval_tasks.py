@@ -60,9 +60,7 @@ _SHORTCUTS = {"mgsm": "mgsm_native_cot_*"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedTasks:
-    """Tasks that can run: `tasks` for the report, `lm_eval_tasks` as lm-eval has them; `failed`:
-    name -> reason.
-    """
+    """Tasks that can run, for the report and as lm-eval has them; `failed`: name -> reason."""
 
     tasks: tuple[Task, ...]
     lm_eval_tasks: Mapping[str, Any]
@@ -87,8 +85,7 @@ def expand_names(names: Sequence[str]) -> list[str]:
 def open_lm_eval_tasks(
     own_tasks: Sequence[Task], names: Sequence[str] = ()
 ) -> Iterator[LoadedTasks]:
-    """Load checked tasks (see tasks.load_tasks) and lm-eval's own by name or pattern, without
-    output.
+    """Load checked tasks (tasks.load_tasks) and lm-eval's own by name or pattern, silently.
 
     Nothing connects to a network unless data has to be fetched. lm-eval reads the data of its tasks
     while it loads them.
@@ -133,9 +130,7 @@ def open_lm_eval_tasks(
 def split_names(
     names: Sequence[str], data_folder: Path | None = None
 ) -> tuple[list[Task], list[str], dict[str, str]]:
-    """Split expanded names into tasks of evals/, names of lm-eval, and tasks of evals/ that fail to
-    load.
-    """
+    """Split names into tasks of evals/, names of lm-eval, and tasks of evals/ that fail."""
     own_tasks, lm_eval_names, failed = list[Task](), list[str](), dict[str, str]()
     for name in expand_names(names):
         if not task_files.find_task_path(name).is_file() and not name.endswith(task_files.SUFFIX):
@@ -149,9 +144,7 @@ def split_names(
 
 
 def is_known_task(name: str) -> bool:
-    """Return whether a task of this name exists in evals/ or in lm-eval, or whether the file
-    exists.
-    """
+    """Return whether a task of this name, or the file, exists."""
     if name.endswith(task_files.SUFFIX):
         return is_file(Path(name))
     return task_files.find_task_path(name).is_file() or bool(_index_lm_eval().match_tasks([name]))
@@ -224,8 +217,7 @@ def _format_failure(name: str, error: Exception, *, hub: bool, own: bool) -> str
 
 @contextmanager
 def _silence(*, offline: bool) -> Iterator[None]:
-    """Silence the logs and progress bars of lm-eval and datasets; `offline` keeps datasets from the
-    network.
+    """Silence lm-eval and datasets; `offline` keeps datasets from the network.
 
     datasets asks a server to count even a local file, with 3 s of timeout, unless its own constant
     says offline; the environment variables are read at import only.

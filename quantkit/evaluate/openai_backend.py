@@ -149,9 +149,7 @@ class OpenAIBackend:
         requests: Sequence[Instance],
         on_answers: Callable[[Sequence[tuple[int, LogLikelihood]]], None],
     ) -> None:
-        """Compute (log probability, is greedy) per request from the log probabilities of an echoed
-        prompt.
-        """
+        """Compute (log probability, is greedy) per request from an echoed prompt."""
         if self._server.chat:
             raise UnsuitedError(
                 f"{requests[0].task_name}: it compares likelihoods, which the chat API does not "
@@ -159,7 +157,8 @@ class OpenAIBackend:
             )
         if self._tokenizer is None:
             raise UnsuitedError(
-                f"{requests[0].task_name}: it compares likelihoods, which needs the model's tokenizer; "
+                f"{requests[0].task_name}: it compares likelihoods, which needs the model's "
+                "tokenizer; "
                 "name the folder of the artifact"
             )
         asyncio.run(
@@ -230,7 +229,8 @@ class OpenAIBackend:
         top_count = len(logprobs.top_logprobs or ()) if logprobs else 0
         if token_count != n_tokens or top_count != n_tokens:
             raise UnsuitedError(
-                f"{self._server.url}: expected log probabilities of {n_tokens - 1} echoed tokens and "
+                f"{self._server.url}: expected log probabilities of {n_tokens - 1} echoed tokens "
+                "and "
                 f"one more, found {token_count}; this server cannot score likelihoods"
             )
         likelihood: LogLikelihood = LocalCompletionsAPI.parse_logprobs(
@@ -239,9 +239,7 @@ class OpenAIBackend:
         return likelihood
 
     def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokenize both, split as lm-eval does: trailing spaces of the context belong to the
-        continuation.
-        """
+        """Tokenize both; trailing spaces of the context go to the continuation, as in lm-eval."""
         assert self._tokenizer is not None
         stripped = context.rstrip()
         context_ids = list(self._tokenizer(stripped).input_ids) if stripped else []
@@ -318,9 +316,7 @@ async def _retry(server: ServerOptions, send: Callable[[], Awaitable[Answer]]) -
 
 
 def _is_unsuited(error: Exception) -> bool:
-    """Return whether the server refuses this one request (such as a long prompt) and not the
-    client.
-    """
+    """Return whether the server refuses this request (a long prompt), not the client."""
     if not isinstance(error, openai.APIStatusError) or error.status_code not in _UNSUITED_STATUS:
         return False
     return error.param != "model" and error.code != "model_not_found"

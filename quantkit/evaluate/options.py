@@ -71,12 +71,14 @@ class EvaluationOptions:
             raise UsageError(f"--limit: expected 1 or more items, found {self.limit}")
         if self.seeds > 1 and not self.decoding.temperature:
             raise UsageError(
-                "--seeds: expected --temperature above 0, found greedy decoding, which has one answer; "
+                "--seeds: expected --temperature above 0, found greedy decoding, which has one "
+                "answer; "
                 "set a temperature"
             )
         if (self.backend == "openai") != (self.server is not None):
             raise UsageError(
-                "--endpoint: expected with --backend openai and with no other backend; name the server's address"
+                "--endpoint: expected with --backend openai and with no other backend; name the "
+                "server's address"
             )
 
 

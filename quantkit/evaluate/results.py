@@ -87,16 +87,13 @@ class EvaluationResult:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Tasks without a score: those that could not run, and those whose programs could not be
-        judged.
-        """
+        """Tasks that could not run, or whose programs could not be judged."""
         unscored = (row.task for row in self.task_results if row.score is None)
         return (*self.not_run, *dict.fromkeys(unscored))
 
 
 def select_output_folder(name: str, output: Path | None, *, resume: bool) -> Path:
-    """Return `output`, else `NAME.eval` next to a model's folder, or in the working folder for any
-    other model.
+    """Return `output`, else `NAME.eval` next to a model's folder or in the working folder.
 
     An artifact's folder is sealed, so results never go into it. Raises UsageError if the folder has
     an evaluation already and `resume` is false.
@@ -106,7 +103,8 @@ def select_output_folder(name: str, output: Path | None, *, resume: bool) -> Pat
     folder = output or base.with_name(f"{base.name}.eval")
     if not resume and answer_store.has_answers(folder / ANSWERS_FILE):
         raise UsageError(
-            f"{folder}: it holds an evaluation already; add --resume to continue it, or name another --output"
+            f"{folder}: it holds an evaluation already; add --resume to continue it, or name "
+            "another --output"
         )
     return folder
 
@@ -119,9 +117,7 @@ def write_results(
     baseline: Sequence[ItemResult] | None,
     baseline_name: str,
 ) -> EvaluationResult:
-    """Write items, one file per seed if there are several, pairs if there is a baseline, and
-    results.json.
-    """
+    """Write items, items per seed, pairs with a baseline, and results.json."""
     folder.mkdir(parents=True, exist_ok=True)
     item_results.write_items(runs.items, folder / ITEMS_FILE)
     if len(runs.runs) > 1:
@@ -184,7 +180,8 @@ def read_baseline(
     """
     if not folder.is_dir():
         raise UsageError(
-            f"--baseline: {folder}: expected the folder of an evaluation, found none; check the path"
+            f"--baseline: {folder}: expected the folder of an evaluation, found none; check the "
+            "path"
         )
     recorded = read_json(folder / RESULTS_FILE, EvaluationError).get("settings")
     settings = describe_settings(options)
@@ -192,7 +189,8 @@ def read_baseline(
         value = recorded.get(name) if isinstance(recorded, dict) else None
         if value != settings[name]:
             raise EvaluationError(
-                f"{folder}: {name}: expected {settings[name]!r} as in this evaluation, found {value!r}; evaluate both "
+                f"{folder}: {name}: expected {settings[name]!r} as in this evaluation, found "
+                f"{value!r}; evaluate both "
                 "with the same settings"
             )
     items = item_results.read_items(folder / ITEMS_FILE)
@@ -225,12 +223,19 @@ def summarize_task(
     is_complete = len(scores) == len(items)
     hashes = "".join(f"{item.doc_hash} {item.prompt_hash} {item.target_hash}\n" for item in items)
     return TaskResult(
-        task=task.name, domain=task.domain, filter=items[0].filter, n=len(items),
+        task=task.name,
+        domain=task.domain,
+        filter=items[0].filter,
+        n=len(items),
         score=sum(scores) / len(scores) if is_complete else None,
         interval=statistics.mean_interval(scores) if is_complete else None,
-        truncated=rates.truncated, unparsed=rates.unparsed, n_tokens=rates.n_tokens, not_run=rates.not_run,
-        task_sha256=task.sha256, items_sha256=hashlib.sha256(hashes.encode()).hexdigest(),
-    )  # fmt: skip
+        truncated=rates.truncated,
+        unparsed=rates.unparsed,
+        n_tokens=rates.n_tokens,
+        not_run=rates.not_run,
+        task_sha256=task.sha256,
+        items_sha256=hashlib.sha256(hashes.encode()).hexdigest(),
+    )
 
 
 def task_result_to_json(row: TaskResult) -> dict[str, object]:

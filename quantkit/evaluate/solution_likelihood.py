@@ -47,8 +47,7 @@ class GoldSolution:
 
 @dataclass(frozen=True, kw_only=True)
 class GoldSolutions:
-    """Sequences to score: prompt and solution of each item, longest first, with one of `items` per
-    sequence.
+    """Prompt and solution of each item as one sequence, longest first, and its item.
 
     `hashes`: task -> sha256 of its file and data; `failed`: task -> why it is not scored.
     """
@@ -76,8 +75,7 @@ def make_empty_solutions() -> GoldSolutions:
 def tokenize_solutions(
     names: Sequence[str], tokenizer: Tokenizer, *, items: int, length: int
 ) -> GoldSolutions:
-    """Tokenize prompts and gold solutions of the first `items` of each task with gold, `length`
-    tokens at most.
+    """Tokenize prompt and gold solution of the first `items` of each task with gold.
 
     A task that cannot be read is left out with the reason: missing benchmark data does not stop a
     build.

@@ -1,5 +1,4 @@
-"""Benchmarks of a build: source and artifact on the same items, the artifact read back from its
-files.
+"""Benchmarks of a build: source and artifact (read from its files) on the same items.
 
 The source's answers are cached under everything that can change them, so that the second artifact
 of a model costs one run. A task that cannot run becomes a row of the report with its reason and
@@ -37,9 +36,7 @@ BASELINES = "baselines"
 """The folder of the user's cache that keeps the source's answers."""
 
 WHOLE_MODEL_COPIES = 1.7
-"""Peak memory over size of a model assembled in memory: its largest stacked tensors briefly exist
-twice.
-"""
+"""Peak memory over size of an assembled model: its largest tensors briefly exist twice."""
 
 DEFAULT_RECOVERY = 0.98
 """The share of the source's score that a task must keep for "pass" if the recipe sets no gate."""
@@ -156,9 +153,7 @@ def get_source_items(context: ComparisonContext, source: Checkpoint) -> list[Ite
 def compute_baseline_key(
     source: Checkpoint, loaded: Sequence[Task], limit: int | None, compute: str, jail: Sandbox
 ) -> str:
-    """Return the cache key of a source's greedy answers. compute: "float32 on cpu", which changes
-    the sums.
-    """
+    """Return the cache key of a source's greedy answers. compute: as "float32 on cpu"."""
     versions = {name: version(name) for name in ("quantkit", "torch", "transformers", "lm_eval")}
     return item_results.compute_cache_key(
         source.content_hash(),

@@ -89,9 +89,7 @@ def wilson_interval(successes: int, n: int, level: float = LEVEL) -> Interval:
 
 
 def mean_interval(scores: Sequence[float], level: float = LEVEL) -> Interval:
-    """Return the interval of a mean score: Wilson's for scores of 0 and 1, else the normal one,
-    clipped to 0 to 1.
-    """
+    """Return the interval of a mean score: Wilson's for 0 and 1, else the normal one."""
     n, mean = len(scores), sum(scores) / len(scores)
     if {*scores} <= {0.0, 1.0}:
         return wilson_interval(round(sum(scores)), n, level)
@@ -101,16 +99,14 @@ def mean_interval(scores: Sequence[float], level: float = LEVEL) -> Interval:
 
 
 def mcnemar_p_value(lost: int, gained: int) -> float:
-    """Return the exact two-sided p-value of McNemar's test (McNemar 1947): lost ~ Binomial(lost +
-    gained, 1/2).
-    """
+    """Return the exact two-sided p-value of McNemar's test (McNemar 1947)."""
     return float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
 def paired_difference(
     baseline: Sequence[float], candidate: Sequence[float], level: float = LEVEL
 ) -> Difference:
-    """Return the mean difference, SE = sd(d) / sqrt(n) and the normal interval (Miller 2024, eq. 7).
+    """Return mean difference, SE = sd(d) / sqrt(n) and normal interval (Miller 2024, eq. 7).
 
     N >= 2.
     """
@@ -143,8 +139,7 @@ def bootstrap_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Return the percentile interval of the mean difference, items resampled with replacement
-    (Efron 1979).
+    """Return the bootstrap percentile interval of the mean difference (Efron 1979).
 
     Both scores of an item are drawn together. The same seed gives the same interval.
     """
@@ -160,8 +155,7 @@ def bootstrap_interval(
 
 
 def recovery_interval(baseline: float, difference: Interval) -> Interval:
-    """Return the interval of candidate / baseline: (baseline + limits of the difference) /
-    baseline.
+    """Return the interval of candidate / baseline: 1 + limits of the difference / baseline.
 
     The baseline's score counts as known. So the interval lies above the required recovery exactly
     if that of the difference excludes the loss: the two never contradict each other, and few flips
@@ -222,13 +216,19 @@ def compare_scores(
         verdict = decide_verdict(interval, (1 - smallest_recovery) * baseline_score)
     flips = max(lost + gained, 1) / n  # without any flip, count one
     return Comparison(
-        n=n, baseline=baseline_score, candidate=candidate_score, difference=replace(difference, interval=interval),
+        n=n,
+        baseline=baseline_score,
+        candidate=candidate_score,
+        difference=replace(difference, interval=interval),
         recovery=candidate_score / baseline_score if baseline_score else None,
         recovery_interval=recovery_interval(baseline_score, interval) if baseline_score else None,
-        lost=lost, gained=gained, p_value=mcnemar_p_value(lost, gained),
+        lost=lost,
+        gained=gained,
+        p_value=mcnemar_p_value(lost, gained),
         detectable=minimum_detectable_difference(flips, n, level=level),
-        smallest_recovery=smallest_recovery, verdict=verdict,
-    )  # fmt: skip
+        smallest_recovery=smallest_recovery,
+        verdict=verdict,
+    )
 
 
 def _subtract(baseline: Sequence[float], candidate: Sequence[float]) -> list[float]:

@@ -40,8 +40,7 @@ class EvaluationTarget:
 
 
 def resolve_target(name: str, backend: BackendName) -> EvaluationTarget:
-    """Resolve an artifact folder, a model folder, `builtin:NAME`, a hub id or the name of a served
-    model.
+    """Resolve a folder (artifact or model), `builtin:NAME`, a hub id or a served model.
 
     Raises UsageError if the name is none of these, HubUnreachable if the hub does not answer.
     """
@@ -70,8 +69,7 @@ def resolve_target(name: str, backend: BackendName) -> EvaluationTarget:
 
 
 def resolve_source(target: EvaluationTarget, name: str) -> EvaluationTarget:
-    """Resolve the source model of an artifact: the model `name`, or the one in its manifest if
-    `name` is empty.
+    """Resolve an artifact's source model: `name`, or the manifest's if `name` is empty.
 
     Raises UsageError if the target is no artifact, EvaluationError if the model's fingerprint is
     not the manifest's.
@@ -88,7 +86,8 @@ def resolve_source(target: EvaluationTarget, name: str) -> EvaluationTarget:
     if source.fingerprint() != recorded.get("fingerprint"):
         raise EvaluationError(
             f"{source_name}: not the model that {target.name} was made from: fingerprint "
-            f"{source.fingerprint()[:12]}, the manifest has {str(recorded.get('fingerprint'))[:12]}; name its folder "
+            f"{source.fingerprint()[:12]}, the manifest has "
+            f"{str(recorded.get('fingerprint'))[:12]}; name its folder "
             "with --source"
         )
     path = Path(source_name)

@@ -71,9 +71,7 @@ def write_tokens(measured: TextFidelity, path: Path) -> None:
 
 
 class LMHead:
-    """Final norm and language-model head of one checkpoint: hidden states [n, hidden] -> logits [n,
-    vocab].
-    """
+    """Final norm and language-model head of one checkpoint."""
 
     def __init__(self, skeleton: MetaModel, layout: Layout, checkpoint: Checkpoint) -> None:
         head = layout.head or layout.embedding

@@ -27,8 +27,7 @@ from quantkit.evaluate.lm_eval_adapter import GeneratedAnswer, GenerationParams,
 
 _MIN_SHARED_TOKENS = 16  # a second call of the model costs as much as reading a few tokens
 TokenSelector = Callable[[Tensor, Sequence[int]], Tensor]
-"""(logits [rows, vocab], index of each row in its batch) -> the next token of each row [rows, 1].
-"""
+"""(logits [rows, vocab], index of each row in its batch) -> next tokens [rows, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +39,7 @@ class StopCondition:
     strings: tuple[str, ...]
 
     def is_met(self, tokens: Sequence[int]) -> bool:
-        """Return whether the newest token ends the answer; `tokens`: all tokens generated so far."""
+        """Return whether the newest of the generated `tokens` ends the answer."""
         if tokens[-1] in self.eos:
             return True
         if not self.strings:
@@ -107,7 +106,8 @@ class TransformersBackend(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         longest = max(len(prompt) for prompt in prompts)
         if longest + params.max_tokens > self.max_length:
             raise UnsuitedError(
-                f"{params.task}: a prompt of {longest} tokens and {params.max_tokens} new ones do not "
+                f"{params.task}: a prompt of {longest} tokens and {params.max_tokens} new ones do "
+                "not "
                 f"fit into the model's context of {self.max_length}; use fewer examples or a model "
                 "with more context"
             )
@@ -128,9 +128,7 @@ class TransformersBackend(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         return [stop.make_answer(row) for row in rows]
 
     def _collect_eos(self) -> frozenset[int]:
-        """Return the tokenizer's EOS and those of the model's generation config (chat models have
-        several).
-        """
+        """Return EOS of the tokenizer and of the generation config (chat models have several)."""
         config = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         tokens = config if isinstance(config, list) else [config]
         return frozenset(
@@ -146,8 +144,7 @@ def select_greedy(logits: Tensor, indices: Sequence[int]) -> Tensor:
 def make_sampler(
     prompts: Sequence[Sequence[int]], temperature: float, top_p: float, seed: int
 ) -> TokenSelector:
-    """Return a sampler from softmax(logits / temperature), cut to the top tokens of probability
-    `top_p`.
+    """Return a sampler from softmax(logits / temperature), cut to the nucleus `top_p`.
 
     Each row has its own generator, seeded by its prompt and `seed`: other rows of a batch change no
     sample.
@@ -248,8 +245,7 @@ def prefill(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> tuple[Any
 
 
 def count_shared_tokens(prompts: Sequence[Sequence[int]], cache: DynamicCache) -> int:
-    """Return how many leading tokens of all prompts are read once: all but a prompt's last, 0 if
-    few.
+    """Return how many leading tokens are read once for all prompts; 0 if they are few.
 
     0 as well if padding after them would count: sliding windows and recurrent states go by
     position, not by the mask.

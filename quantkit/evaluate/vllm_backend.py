@@ -15,9 +15,7 @@ from quantkit.errors import EvaluationError, UsageError
 from quantkit.evaluate.lm_eval_adapter import GeneratedAnswer, GenerationParams, LogLikelihood
 
 CHUNK_SIZE = 256
-"""Requests per call: vLLM returns answers only when a call ends, and answers are stored between
-calls.
-"""
+"""Requests per call; answers are stored between calls."""
 
 _SERVE_HINT = "start `vllm serve` and name it with --backend openai --endpoint http://HOST:8000/v1"
 
@@ -39,7 +37,8 @@ class VllmBackend:
             from lm_eval.models.vllm_causallms import VLLM
         except ImportError as error:  # also for CPU builds, whose package has another name
             raise UsageError(
-                f"--backend vllm: lm-eval cannot use this vLLM ({error}); install vllm, or {_SERVE_HINT}"
+                f"--backend vllm: lm-eval cannot use this vLLM ({error}); install vllm, or "
+                f"{_SERVE_HINT}"
             ) from None
         try:
             self._engine = VLLM(pretrained=str(folder), **arguments)
@@ -68,7 +67,7 @@ class VllmBackend:
         requests: Sequence[Any],
         on_answers: Callable[[Sequence[tuple[int, LogLikelihood]]], None],
     ) -> None:
-        """Compute log-likelihoods with lm-eval's own code; `on_answers` is called chunk by chunk."""
+        """Compute log-likelihoods with lm-eval's code; `on_answers` is called per chunk."""
         for start in range(0, len(requests), CHUNK_SIZE):
             chunk = requests[start : start + CHUNK_SIZE]
             on_answers([*enumerate(self._engine.loglikelihood(chunk, disable_tqdm=True), start)])

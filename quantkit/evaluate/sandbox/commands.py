@@ -25,7 +25,7 @@ exec chroot . {setpriv} --no-new-privs --inh-caps=-all --bounding-set=-all \
 
 
 def list_interpreters() -> list[str]:
-    """Return interpreters to try: the system's under /usr, then the base of quantkit's environment."""
+    """Return interpreters to try: the system's, then the base of quantkit's environment."""
     own = str(Path(sys.base_prefix) / "bin" / "python3")
     return [python for python in dict.fromkeys(("/usr/bin/python3", own)) if Path(python).exists()]
 
@@ -86,7 +86,7 @@ def build_namespaces_command(path: str, python: str) -> tuple[str, ...] | str:
 
 
 def _build_setpriv_prefix(path: str) -> list[str] | str:
-    """Return the prefix of a command that keeps it from running as root, or why that is impossible."""
+    """Return a prefix that keeps a command from running as root, or why there is none."""
     if os.geteuid() != 0:
         return []
     setpriv = shutil.which("setpriv", path=path)
@@ -96,11 +96,11 @@ def _build_setpriv_prefix(path: str) -> list[str] | str:
 
 
 def _list_folders(python: str) -> list[str]:
-    """Return the host's folders that an interpreter needs; _find_root_links has the links to them."""
+    """Return the host's folders that an interpreter needs, without the links at the root."""
     return ["/usr"] if python.startswith("/usr/") else ["/usr", sys.base_prefix]
 
 
 def _find_root_links() -> dict[str, str | None]:
-    """Return /bin, /lib, ... -> the link's target on a merged-/usr system, None for a real folder."""
+    """Return /bin, /lib, ... -> target of the link (merged /usr), None for a real folder."""
     paths = [Path(name) for name in ("/bin", "/sbin", "/lib", "/lib64") if Path(name).exists()]
     return {str(path): os.readlink(path) if path.is_symlink() else None for path in paths}

@@ -87,7 +87,7 @@ class Jail:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Kill the jail: its first process dies with the starting one, all others with its first."""
+        """Kill the jail: its first process dies with its parent, all others with the first."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

@@ -123,7 +123,7 @@ def encode_value(value: Any, encode_object: Callable[[Any], Any]) -> Any:
 
 
 def decode_value(parts: Any, decode_object: Callable[[Any], Any]) -> Any:
-    """Decode the result of `encode_value`; `decode_object` decodes anything that is not plain data."""
+    """Decode the result of `encode_value`; `decode_object` decodes other than plain data."""
     if not isinstance(parts, list):
         return parts
     tag, rest = parts[0], parts[1:]
@@ -381,9 +381,7 @@ def run_tests(channel: int, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run `python -c TEXT program|tests FD`: the job is JSON on standard input, the report goes to
-    standard output.
-    """
+    """Run a role: job as JSON from standard input, report to standard output."""
     role, channel = sys.argv[1], int(sys.argv[2])
     with os.fdopen(os.dup(0), "rb") as job_file:
         job = json.loads(job_file.read())

@@ -67,8 +67,7 @@ _CLONE, _CLONE3 = (56, 220), 435
 
 
 def build_filter(machine: str) -> bytes:
-    """Build the filter for a machine of AUDIT_ARCHES, 8 bytes per rule: a denied call fails with
-    EPERM.
+    """Build the filter for a machine of AUDIT_ARCHES, 8 bytes per rule.
 
     clone3 fails with ENOSYS, because a filter cannot read its flags; the C library then uses clone,
     whose flags are checked. Calls with another machine's numbers kill the process.
