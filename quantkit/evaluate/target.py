@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from quantkit.artifact.layout import FIDELITY, MANIFEST, get_section, read_manifest
+from quantkit.artifact.layout import FIDELITY, MANIFEST
+from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.artifact.read_report import read_report
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
