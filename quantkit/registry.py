@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal, TypeVar
@@ -18,6 +16,7 @@ from quantkit import architectures, formats, methods
 from quantkit.contracts import Architecture, Format, Method
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats.common.checks import Checks
+from quantkit.io.suggestions import unknown
 
 Kind = Literal["methods", "formats", "architectures"]
 
@@ -60,19 +59,6 @@ def require(format_name: str) -> None:
             f"format {format_name} needs the package {missing[0]}, which is not installed; "
             f"pip install 'quantkit[{missing[0]}]', or choose another format"
         )
-
-
-def unknown(noun: str, name: str, known: Sequence[str]) -> str:
-    """The sentence for a name that is not known: "no method named 'gtpq'. Did you mean 'gptq'? Known: gptq, rtn."."""
-    return (
-        f"no {noun} named {name!r}.{did_you_mean(name, known)} Known: {', '.join(known) or 'none'}."
-    )
-
-
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """ " Did you mean 'gptq'?" with its leading space, or nothing when no known name is near."""
-    close = get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _get(kind: Kind, name: str, attribute: str, expected: type[Plugin]) -> Plugin:

@@ -37,8 +37,8 @@ def read_recipe(name: str, overrides: Iterable[str]) -> tuple[str, Recipe]:
     """The text of a recipe file, or of a recipe that ships with quantkit, and what it says."""
     from quantkit.io.files import is_file
     from quantkit.io.package_data import folder
+    from quantkit.io.yaml_document import shown
     from quantkit.recipe.parse import parse
-    from quantkit.recipe.yaml_document import shown
 
     path = Path(name)
     if not is_file(path) and not path.suffix:

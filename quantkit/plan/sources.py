@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from quantkit import registry
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import HubUnreachable, RecipeError, UsageError
 from quantkit.io import package_data
 from quantkit.io.host import memory_available, multiplies_bfloat16
+from quantkit.io.suggestions import unknown
 from quantkit.plan.plan import Plan, SourceFacts, claimed_of, make_plan
 from quantkit.plan.published import published
 from quantkit.recipe.schema import POOLED, Recipe
@@ -208,10 +208,7 @@ def task_faults(recipe: Recipe) -> list[str]:
     """Benchmarks that do not exist: known before hours are spent on the model they should judge."""
     where, known = recipe.where("evaluation", "tasks"), task_files.task_names()
     missing = [name for name in recipe.evaluation.tasks if not task_files.task_path(name).is_file()]
-    return [
-        f"{where}: evaluation.tasks: {registry.unknown('benchmark', name, known)}"
-        for name in missing
-    ]
+    return [f"{where}: evaluation.tasks: {unknown('benchmark', name, known)}" for name in missing]
 
 
 def gate_faults(recipe: Recipe) -> list[str]:
@@ -228,7 +225,7 @@ def gate_faults(recipe: Recipe) -> list[str]:
         return []
     domains = read_spec(text.set, package_data.folder("calibration")).domains
     return [
-        f"{recipe.where('gates', figure)}: gates.{figure}: {registry.unknown(f'domain of {text.set}', found, domains)}"
+        f"{recipe.where('gates', figure)}: gates.{figure}: {unknown(f'domain of {text.set}', found, domains)}"
         for figure in asked
         if (found := figure.partition("@")[2]) not in domains
     ]

@@ -11,8 +11,19 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from quantkit import registry
 from quantkit.errors import RecipeError
+from quantkit.io.suggestions import did_you_mean, unknown
+from quantkit.io.validation_errors import sentence
+from quantkit.io.yaml_document import (
+    NO_TEXT,
+    Document,
+    Path,
+    dotted,
+    not_text,
+    read,
+    shown,
+    value_of,
+)
 from quantkit.recipe.patterns import PRESETS, pattern_fault
 from quantkit.recipe.rewrite import rewritten
 from quantkit.recipe.schema import (
@@ -26,17 +37,6 @@ from quantkit.recipe.schema import (
     Recipe,
     Rule,
     RuleEntry,
-)
-from quantkit.recipe.validation_errors import sentence
-from quantkit.recipe.yaml_document import (
-    NO_TEXT,
-    Document,
-    Path,
-    dotted,
-    not_text,
-    read,
-    shown,
-    value_of,
 )
 from quantkit.texts.corpus_spec import DOMAINS
 
@@ -91,7 +91,7 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
     for key in document.values.keys() - Recipe.model_fields.keys():
         check.fault(
             (key,),
-            f"unknown key.{registry.did_you_mean(key, tuple(Recipe.model_fields))} Expected gates.",
+            f"unknown key.{did_you_mean(key, tuple(Recipe.model_fields))} Expected gates.",
         )
     found = check.model(Gates, {"gates": document.values.get("gates")}, ())
     check.gates(document.values.get("gates"), {"tasks": list(tasks)}, {})
@@ -199,7 +199,7 @@ class _Check:
     def preset(self, name: str, path: Path, default: Quantize) -> tuple[Rule, ...]:
         """The rules of a preset that the recipe names."""
         if name not in PRESETS:
-            self.fault(path, registry.unknown("preset", shown(name), tuple(PRESETS)))
+            self.fault(path, unknown("preset", shown(name), tuple(PRESETS)))
             return ()
         return preset(name, default, self.document.line(path))
 
@@ -262,10 +262,8 @@ def _unknown_figure(figure: str, tasks: Sequence[str]) -> str:
     """Why a gate names nothing, with what it may have meant."""
     base, at, domain = figure.partition("@")
     if at and base in POOLED:
-        return registry.unknown("domain", shown(domain), DOMAINS)
-    sentence = registry.unknown(
-        "figure or task of evaluation.tasks", shown(figure), (*FIGURES, *tasks)
-    )
+        return unknown("domain", shown(domain), DOMAINS)
+    sentence = unknown("figure or task of evaluation.tasks", shown(figure), (*FIGURES, *tasks))
     return f"{sentence} Of one domain: kl_mean@{DOMAINS[-1]}."
 
 

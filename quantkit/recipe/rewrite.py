@@ -15,7 +15,7 @@ from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from quantkit.errors import RecipeError
-from quantkit.recipe.yaml_document import MAX_CHARACTERS, PARSER_FAULTS, Path, read, scalar
+from quantkit.io.yaml_document import MAX_CHARACTERS, PARSER_FAULTS, Path, read, scalar
 
 
 def rewritten(text: str, changes: Sequence[tuple[Path, object]]) -> str:

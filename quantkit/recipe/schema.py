@@ -24,8 +24,9 @@ from pydantic import (
 
 from quantkit import registry
 from quantkit.io.owned_dirs import own_folder
+from quantkit.io.suggestions import unknown
+from quantkit.io.yaml_document import Document, shown
 from quantkit.recipe import patterns
-from quantkit.recipe.yaml_document import Document, shown
 
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -70,7 +71,7 @@ def size_bytes(value: object) -> int:
 def _registered(kind: registry.Kind, name: str) -> str:
     known = registry.names(kind)
     if name not in known:
-        raise ValueError(registry.unknown(kind.removesuffix("s"), name, known))
+        raise ValueError(unknown(kind.removesuffix("s"), name, known))
     return name
 
 

@@ -15,7 +15,7 @@ from quantkit.recipe import patterns
 from quantkit.recipe.parse import Quantize, Recipe, parse, preset, with_overrides
 from quantkit.recipe.patterns import PRESETS, matches, names
 from quantkit.recipe.schema import keys, size_bytes
-from quantkit.recipe.yaml_document import MAX_CHARACTERS, read, scalar
+from quantkit.io.yaml_document import MAX_CHARACTERS, read, scalar
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALLEST = """\

@@ -14,6 +14,7 @@ from quantkit.errors import ArtifactError, UsageError
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, apart
 from quantkit.io.files import read_json
 from quantkit.io.package_data import names_recipe
+from quantkit.io.suggestions import unknown
 from quantkit.serve.sizing.model import Model
 from quantkit.serve.sizing.read import model_of
 
@@ -74,7 +75,7 @@ def artifact_target(path: Path, model: Model) -> Target:
     name = str(manifest.get("format") or by_config(model.config.values.get("quantization_config")))
     if name not in registry.names("formats"):
         raise ArtifactError(
-            f"{path / MANIFEST}: {registry.unknown('format', name, registry.names('formats'))}"
+            f"{path / MANIFEST}: {unknown('format', name, registry.names('formats'))}"
         )
     engines = dict(registry.format(name).engines)
     served = told_engines(path)

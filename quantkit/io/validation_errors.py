@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from pydantic_core import ErrorDetails
 
-from quantkit import registry
-from quantkit.recipe.yaml_document import Path, shown
+from quantkit.io.suggestions import did_you_mean
+from quantkit.io.yaml_document import Path, shown
 
 EXPECTED: Mapping[str, str] = {
     "int_type": "a whole number", "float_type": "a number", "string_type": "text", "bool_type": "true or false",
@@ -24,9 +24,7 @@ def sentence(path: Path, details: ErrorDetails, known: Sequence[str]) -> str:
     """What is wrong with the value at `path`, and what was found; `known`: the keys that may stand beside it."""
     kind, found, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "extra_forbidden":
-        return (
-            f"unknown key.{registry.did_you_mean(str(path[-1]), known)} Known: {', '.join(known)}."
-        )
+        return f"unknown key.{did_you_mean(str(path[-1]), known)} Known: {', '.join(known)}."
     if kind == "missing":
         return "missing; this key has no default"
     if kind == "value_error":
