@@ -268,7 +268,7 @@ def tokenize(recipe: Recipe, folder: Path) -> Texts:
     tokens, told = dict[TextName, Tokens](), dict[TextName, Text]()
     for name, set_name, sequences, length, seed in wanted:
         corpus = corpora.load_set(set_name, sets)
-        tokens[name] = corpora.token_batches(corpus, tokenizer, sequences, length, seed)
+        tokens[name] = corpora.sample_sequences(corpus, tokenizer, sequences, length, seed)
         told[name] = evidence.text(corpus, tokens[name], length, seed)
     nothing = corpora.pack_tokens([])
     asked, wanted_items = recipe.evaluation.tasks, recipe.evaluation.likelihood

@@ -15,8 +15,8 @@ from typing import Literal, TypeVar
 from quantkit import architectures, formats, methods
 from quantkit.contracts import Architecture, Format, Method
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.formats.common.checks import Checks
-from quantkit.io.suggestions import unknown
+from quantkit.formats.common.checks import FormatChecks
+from quantkit.io.suggestions import describe_unknown
 
 Kind = Literal["methods", "formats", "architectures"]
 
@@ -41,9 +41,9 @@ def format(name: str) -> Format:
     return _get("formats", name, "FORMAT", Format)
 
 
-def checks(format_name: str) -> Checks:
+def checks(format_name: str) -> FormatChecks:
     """What `quantkit verify` must know of the format in formats/<name>.py; UsageError when there is none."""
-    return _get("formats", format_name, "CHECKS", Checks)
+    return _get("formats", format_name, "CHECKS", FormatChecks)
 
 
 def architecture(model_type: str) -> Architecture:
@@ -64,7 +64,7 @@ def require(format_name: str) -> None:
 def _get(kind: Kind, name: str, attribute: str, expected: type[Plugin]) -> Plugin:
     known = names(kind)
     if name not in known:
-        raise UsageError(unknown(kind.removesuffix("s"), name, known))
+        raise UsageError(describe_unknown(kind.removesuffix("s"), name, known))
     plugin = getattr(_imported(kind, name), attribute, None)
     if not isinstance(plugin, expected):
         found = "nothing" if plugin is None else f"a {type(plugin).__name__}"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.builds import build, ignore
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.builds import build, ignore_progress
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit import pipeline, registry
@@ -71,7 +71,7 @@ def test_every_tensor_is_claimed_exactly_once(
     name: str, changes: dict[str, object], tmp_path: Path
 ) -> None:
     """The table names what transformers saves for the same config, no more and no less (MTP blocks apart)."""
-    config = tiny_config(name, **changes)
+    config = make_tiny_config(name, **changes)
     layout = registry.architecture(name).layout(Config(values=config))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     model.save_pretrained(tmp_path)
@@ -90,7 +90,7 @@ def test_block_by_block_logits_equal_transformers(
     name: str, changes: dict[str, object], tmp_path: Path
 ) -> None:
     """The reference stream, run layer by layer and expert by expert, ends where transformers' own forward ends."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config(name, **changes))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config(name, **changes))
     plan, streams = run_streams(
         folder, tmp_path, rules='[{match: "*", keep: source}]', quantize="{method: rtn}"
     )
@@ -111,7 +111,9 @@ def test_what_is_said_to_add_to_the_residual_stream_does(
     name: str, changes: dict[str, object], tmp_path: Path
 ) -> None:
     """The norm's input and the reader's output make the stream's next state; attention's output is always named."""
-    source = Checkpoint.open(write_checkpoint(tmp_path / "source", tiny_config(name, **changes)))
+    source = Checkpoint.open(
+        write_checkpoint(tmp_path / "source", make_tiny_config(name, **changes))
+    )
     bones = meta_model(source.config, torch.device("cpu"), torch.float32)
     layout = registry.architecture(name).layout(source.config)
     for block in (found for found in layout.blocks if found.kind == "decoder"):
@@ -161,7 +163,7 @@ def test_plan_build_verify(
     name: str, changes: dict[str, object], fp8: bool, tmp_path: Path
 ) -> None:
     """A whole build of every linear: the artifact verifies and its figures are those of a quantized model."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config(name, **changes), fp8=fp8)
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config(name, **changes), fp8=fp8)
     outcome = build(folder, tmp_path / "artifact", rules="all-linear")
     assert shallow.verify(outcome.path).status == "not judged"
     pooled = outcome.fidelity.distribution[0]
@@ -186,7 +188,7 @@ def test_plan_build_verify(
 @pytest.mark.parametrize("name", registry.names("architectures"))
 def test_the_whole_model_answers_as_transformers(name: str, tmp_path: Path) -> None:
     """What benchmarks run, put together from the files, is the model transformers loads."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config(name))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config(name))
     source = Checkpoint.open(folder)
     bones = meta_model(source.config, torch.device("cpu"), torch.float32)
     ours = full_model.model(
@@ -200,7 +202,7 @@ def test_the_whole_model_answers_as_transformers(name: str, tmp_path: Path) -> N
 def test_the_config_of_the_source_stays_as_it_was_read() -> None:
     """transformers adds keys to rope_scaling where it finds it; the artifact's config.json is the source's."""
     scaling = {"type": "yarn", "factor": 2, "original_max_position_embeddings": 128}
-    config = tiny_config("deepseek_v3", rope_scaling=scaling)
+    config = make_tiny_config("deepseek_v3", rope_scaling=scaling)
     meta_model(Config(values=config), torch.device("cpu"), torch.float32)
     assert config["rope_scaling"] == {
         "type": "yarn",
@@ -211,7 +213,7 @@ def test_the_config_of_the_source_stays_as_it_was_read() -> None:
 
 def test_an_attention_pattern_without_a_mask_is_an_error() -> None:
     """A layer that attends in chunks would be run as if it saw everything."""
-    config = tiny_config("qwen2", layer_types=["full_attention", "chunked_attention"])
+    config = make_tiny_config("qwen2", layer_types=["full_attention", "chunked_attention"])
     with pytest.raises(
         CheckpointError, match=r"config\.json: layer_types\[1\]: expected full_attention or sliding"
     ):
@@ -223,7 +225,7 @@ def run_streams(folder: Path, place: Path, **keys: str):  # type: ignore[no-unty
     from quantkit.build.loop import build as build_loop
     from quantkit.plan import sources
 
-    recipe = parse(recipe_text(folder, place / "unused", **keys), "test.yaml")
+    recipe = parse(make_recipe_text(folder, place / "unused", **keys), "test.yaml")
     source = Checkpoint.open(folder)
     texts = pipeline.tokenize(recipe, folder)
     (plan,) = sources.plan_recipe(recipe, sources.facts_of(recipe, source, None), texts.counts())
@@ -234,7 +236,7 @@ def run_streams(folder: Path, place: Path, **keys: str):  # type: ignore[no-unty
     steps = build_loop(
         [plan], source, texts.streamed(), [sink], place / "scratch", device, dtype, dtype
     )
-    built = pipeline.run_to_end(steps, ignore)
+    built = pipeline.run_to_end(steps, ignore_progress)
     sink.close()
     return plan, built.streams
 
@@ -247,8 +249,8 @@ def test_a_router_that_is_not_rescaled_is_an_error(
 
     from quantkit.architectures import deepseek_v3
 
-    folder = write_checkpoint(tmp_path / "source", tiny_config("deepseek_v3"))
-    correct = deepseek_v3.expert_mlp
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("deepseek_v3"))
+    correct = deepseek_v3.make_moe_mlp
 
     def forgetful(config: Config, name: str):  # type: ignore[no-untyped-def]  # as the function it stands for
         part = correct(config, name)
@@ -258,7 +260,7 @@ def test_a_router_that_is_not_rescaled_is_an_error(
         return replace(part, groups=(replace(part.groups[0], readers=shared), *part.groups[1:]))
 
     build(folder, tmp_path / "correct")
-    monkeypatch.setattr(deepseek_v3, "expert_mlp", forgetful)
+    monkeypatch.setattr(deepseek_v3, "make_moe_mlp", forgetful)
     with pytest.raises(
         NumericsError, match=r"model\.layers\.1: folding the scales changed the router's decisions"
     ):
@@ -274,8 +276,8 @@ def test_a_forgotten_shared_expert_is_an_error(
 
     from quantkit.architectures import deepseek_v3
 
-    folder = write_checkpoint(tmp_path / "source", tiny_config("deepseek_v3"))
-    correct = deepseek_v3.expert_mlp
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("deepseek_v3"))
+    correct = deepseek_v3.make_moe_mlp
 
     def forgetful(config: Config, name: str):  # type: ignore[no-untyped-def]  # as the function it stands for
         part = correct(config, name)
@@ -284,6 +286,6 @@ def test_a_forgotten_shared_expert_is_an_error(
         )
         return replace(part, groups=(replace(part.groups[0], readers=readers), *part.groups[1:]))
 
-    monkeypatch.setattr(deepseek_v3, "expert_mlp", forgetful)
+    monkeypatch.setattr(deepseek_v3, "make_moe_mlp", forgetful)
     with pytest.raises(NumericsError, match="the block's output without its experts"):
         build(folder, tmp_path / "broken")

@@ -7,26 +7,28 @@ from quantkit.architectures.components import decoder, moe
 from quantkit.contracts import Architecture, Block, Config, Layout
 
 
-def block(config: Config, layer: int) -> Block:
+def make_block(config: Config, layer: int) -> Block:
     """Decoder block `layer`: dense below `first_k_dense_replace`, experts from there on."""
     name, bias = f"model.layers.{layer}", config.flag("mlp_bias")
     dense = layer < config.integer("first_k_dense_replace", 0)
-    experts = moe.deepseek_experts
+    experts = moe.make_deepseek_moe
     mlp = (
-        decoder.dense_mlp(config, name, bias)
+        decoder.make_dense_mlp(config, name, bias)
         if dense
         else experts(config, name, correction=False, bias=bias)
     )
-    return decoder.decoder(config, name, decoder.latent_attention(config, name), mlp)
+    return decoder.make_decoder_block(
+        config, name, decoder.make_latent_attention(config, name), mlp
+    )
 
 
-def layout(config: Config) -> Layout:
+def make_layout(config: Config) -> Layout:
     """Every tensor of a DeepSeek-V2 checkpoint."""
-    return decoder.model(config, block)
+    return decoder.make_layout(config, make_block)
 
 
 TINY = {
-    **decoder.TINY,
+    **decoder.TINY_COMMON,
     **moe.TINY_DEEPSEEK,
     "architectures": ["DeepseekV2ForCausalLM"],
     "model_type": "deepseek_v2",
@@ -37,4 +39,4 @@ TINY = {
     "topk_method": "group_limited_greedy",
 }
 
-ARCHITECTURE = Architecture(layout=layout, tiny=TINY, experts_only=True)
+ARCHITECTURE = Architecture(layout=make_layout, tiny=TINY, experts_only=True)

@@ -4,30 +4,34 @@ multi-token-prediction (MTP) blocks behind the last one, which transformers does
 from __future__ import annotations
 
 from quantkit.architectures.components import decoder, moe
-from quantkit.architectures.components.decoder import Part
+from quantkit.architectures.components.decoder import BlockPart
 from quantkit.contracts import Architecture, Block, Config, Layout
 
 
-def expert_mlp(config: Config, name: str) -> Part:
+def make_moe_mlp(config: Config, name: str) -> BlockPart:
     """The MLP from block `first_k_dense_replace` on."""
-    return moe.deepseek_experts(config, name, correction=True)
+    return moe.make_deepseek_moe(config, name, correction=True)
 
 
-def block(config: Config, layer: int) -> Block:
+def make_block(config: Config, layer: int) -> Block:
     """Block `layer`: dense below `first_k_dense_replace`, experts from there on, in MTP blocks too."""
     name = f"model.layers.{layer}"
     dense = layer < config.integer("first_k_dense_replace")
-    mlp = decoder.dense_mlp(config, name) if dense else expert_mlp(config, name)
-    return decoder.decoder(config, name, decoder.latent_attention(config, name), mlp)
+    mlp = decoder.make_dense_mlp(config, name) if dense else make_moe_mlp(config, name)
+    return decoder.make_decoder_block(
+        config, name, decoder.make_latent_attention(config, name), mlp
+    )
 
 
-def layout(config: Config) -> Layout:
+def make_layout(config: Config) -> Layout:
     """Every tensor of a DeepSeek-V3 checkpoint, the MTP blocks included."""
-    return decoder.model(config, block, predictions=config.integer("num_nextn_predict_layers", 0))
+    return decoder.make_layout(
+        config, make_block, predictions=config.integer("num_nextn_predict_layers", 0)
+    )
 
 
 TINY = {
-    **decoder.TINY,
+    **decoder.TINY_COMMON,
     **moe.TINY_DEEPSEEK,
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
@@ -40,7 +44,7 @@ TINY = {
 }
 
 ARCHITECTURE = Architecture(
-    layout=layout,
+    layout=make_layout,
     tiny=TINY,
     experts_only=True,
     published={

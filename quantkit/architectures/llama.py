@@ -6,23 +6,23 @@ from quantkit.architectures.components import decoder
 from quantkit.contracts import Architecture, Block, Config, Layout
 
 
-def block(config: Config, layer: int) -> Block:
+def make_block(config: Config, layer: int) -> Block:
     """Decoder block `layer`."""
     name, bias = f"model.layers.{layer}", config.flag("attention_bias")
-    attention = decoder.grouped_attention(config, name, qkv_bias=bias, o_bias=bias)
-    return decoder.decoder(
-        config, name, attention, decoder.dense_mlp(config, name, config.flag("mlp_bias"))
+    attention = decoder.make_grouped_query_attention(config, name, qkv_bias=bias, o_bias=bias)
+    return decoder.make_decoder_block(
+        config, name, attention, decoder.make_dense_mlp(config, name, config.flag("mlp_bias"))
     )
 
 
-def layout(config: Config) -> Layout:
+def make_layout(config: Config) -> Layout:
     """Every tensor of a Llama checkpoint."""
-    return decoder.model(config, block)
+    return decoder.make_layout(config, make_block)
 
 
 ARCHITECTURE = Architecture(
-    layout=layout,
-    tiny={**decoder.TINY, "architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+    layout=make_layout,
+    tiny={**decoder.TINY_COMMON, "architectures": ["LlamaForCausalLM"], "model_type": "llama"},
     published={"HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m.json"},
     dropped=(
         "*.self_attn.rotary_emb.inv_freq",

@@ -11,22 +11,24 @@ from quantkit.contracts import Architecture, Block, Config, Layout
 MODULE = "block_sparse_moe"
 
 
-def block(config: Config, layer: int) -> Block:
+def make_block(config: Config, layer: int) -> Block:
     """Decoder block `layer`."""
     name = f"model.layers.{layer}"
-    found = moe.experts_of(config, f"{name}.{MODULE}", "num_local_experts", "intermediate_size")
-    mlp = moe.routed_mlp(name, replace(found, gate="w1", up="w3", down="w2"))
-    made = decoder.decoder(config, name, decoder.grouped_attention(config, name), mlp)
+    found = moe.make_experts(config, f"{name}.{MODULE}", "num_local_experts", "intermediate_size")
+    mlp = moe.make_moe_mlp(name, replace(found, gate="w1", up="w3", down="w2"))
+    made = decoder.make_decoder_block(
+        config, name, decoder.make_grouped_query_attention(config, name), mlp
+    )
     return replace(made, renames=((MODULE, "mlp"),))
 
 
-def layout(config: Config) -> Layout:
+def make_layout(config: Config) -> Layout:
     """Every tensor of a Mixtral checkpoint."""
-    return decoder.model(config, block)
+    return decoder.make_layout(config, make_block)
 
 
 TINY = {
-    **decoder.TINY,
+    **decoder.TINY_COMMON,
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",
     "intermediate_size": 128,
@@ -36,7 +38,7 @@ TINY = {
 }
 
 ARCHITECTURE = Architecture(
-    layout=layout,
+    layout=make_layout,
     tiny=TINY,
     experts_only=True,
     published={

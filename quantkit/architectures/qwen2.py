@@ -7,20 +7,20 @@ from quantkit.architectures.components import decoder
 from quantkit.contracts import Architecture, Block, Config, Layout
 
 
-def block(config: Config, layer: int) -> Block:
+def make_block(config: Config, layer: int) -> Block:
     """Decoder block `layer`."""
     name = f"model.layers.{layer}"
-    attention = decoder.grouped_attention(config, name, qkv_bias=True)
-    return decoder.decoder(config, name, attention, decoder.dense_mlp(config, name))
+    attention = decoder.make_grouped_query_attention(config, name, qkv_bias=True)
+    return decoder.make_decoder_block(config, name, attention, decoder.make_dense_mlp(config, name))
 
 
-def layout(config: Config) -> Layout:
+def make_layout(config: Config) -> Layout:
     """Every tensor of a Qwen2 checkpoint."""
-    return decoder.model(config, block)
+    return decoder.make_layout(config, make_block)
 
 
 TINY = {
-    **decoder.TINY,
+    **decoder.TINY_COMMON,
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
     "use_sliding_window": False,
@@ -29,7 +29,7 @@ TINY = {
 }
 
 ARCHITECTURE = Architecture(
-    layout=layout,
+    layout=make_layout,
     tiny=TINY,
     published={"deepseek-ai/DeepSeek-R1-Distill-Qwen-32B": "r1-distill-qwen-32b.json"},
 )

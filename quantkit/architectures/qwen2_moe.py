@@ -7,22 +7,24 @@ from quantkit.architectures.components import decoder, moe
 from quantkit.contracts import Architecture, Block, Config, Layout
 
 
-def block(config: Config, layer: int) -> Block:
+def make_block(config: Config, layer: int) -> Block:
     """Decoder block `layer`."""
     name = f"model.layers.{layer}"
-    attention = decoder.grouped_attention(
+    attention = decoder.make_grouped_query_attention(
         config, name, qkv_bias=config.flag("qkv_bias", default=True)
     )
-    return decoder.decoder(config, name, attention, moe.qwen_mlp(config, layer, shared=True))
+    return decoder.make_decoder_block(
+        config, name, attention, moe.make_qwen_mlp(config, layer, shared=True)
+    )
 
 
-def layout(config: Config) -> Layout:
+def make_layout(config: Config) -> Layout:
     """Every tensor of a Qwen2-MoE checkpoint."""
-    return decoder.model(config, block)
+    return decoder.make_layout(config, make_block)
 
 
 TINY = {
-    **decoder.TINY,
+    **decoder.TINY_COMMON,
     **moe.TINY_QWEN,
     "architectures": ["Qwen2MoeForCausalLM"],
     "model_type": "qwen2_moe",
@@ -30,4 +32,4 @@ TINY = {
     "norm_topk_prob": False,
 }
 
-ARCHITECTURE = Architecture(layout=layout, tiny=TINY, experts_only=True)
+ARCHITECTURE = Architecture(layout=make_layout, tiny=TINY, experts_only=True)

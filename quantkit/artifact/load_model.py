@@ -162,16 +162,16 @@ def linear4bit(
 ) -> nn.Module:
     """One linear as stored. Its bias comes with the rest of the model."""
     bitsandbytes = codebook.library("nn")
-    names = [spec.name for spec in nf4.layout(linear, scheme)]
+    names = [spec.name for spec in nf4.list_tensors(linear, scheme)]
     missing = [name for name in names if name not in checkpoint.specs]
     if missing:
         raise ArtifactError(
-            f"{checkpoint.folder}: tensor {missing[0]}: expected, found none; {nf4.AGAIN}"
+            f"{checkpoint.folder}: tensor {missing[0]}: expected, found none; {nf4.REPAIR_HINT}"
         )
     tensors = {
         name.removeprefix(f"{linear.name}."): part for name, part in checkpoint.read(names).items()
     }
-    state = nf4.quant_state(tensors, scheme)
+    state = nf4.check_quant_state(tensors, scheme)
     with torch.device("meta"):
         module = bitsandbytes.Linear4bit(
             linear.in_features,

@@ -17,7 +17,7 @@ from quantkit.artifact.layout import INDEX, MANIFEST, SCHEMA_VERSION, TIMINGS
 from quantkit.checkpoint.tensors import ShardWriter, Written
 from quantkit.contracts import Contents, TensorSpec
 from quantkit.errors import ArtifactError, UsageError
-from quantkit.formats.common.engine_names import HEAD
+from quantkit.formats.common.engine_names import LM_HEAD
 from quantkit.io.files import PART, sha256_file, sync_folder, unwritable, write_atomic, write_json
 from quantkit.io.owned_dirs import make_ours, remove_ours
 from quantkit.plan.output_tensors import Shard
@@ -188,7 +188,7 @@ def config_values(plan: Plan) -> dict[str, object]:
     }
     kept = [name for name, decision in plan.decisions.items() if decision.action == "keep"]
     fp8 = [name for name in kept if plan.decisions[name].keep == "fp8"]
-    kept += [] if plan.layout.head else [HEAD]
+    kept += [] if plan.layout.head else [LM_HEAD]
     contents = Contents(schemes=plan.schemes, kept=kept, fp8=fp8, fp8_block=plan.kept.side)
     entry = plan.format.quantization_config(contents) if contents.schemes else None
     if entry is not None:

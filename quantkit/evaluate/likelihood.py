@@ -19,7 +19,7 @@ from quantkit.evaluate import harness, statistics, tasks
 from quantkit.evaluate.distribution import Sides
 from quantkit.evaluate.tasks import TEMPLATES, Task
 from quantkit.texts import task_files
-from quantkit.texts.corpora import Tokenizer, Tokens, continued, pack_tokens
+from quantkit.texts.corpora import Tokenizer, Tokens, encode_continuation, pack_tokens
 
 Prompt = tuple[int, str, dict[str, object]]
 """Number of an item, its prompt, and its columns."""
@@ -108,7 +108,7 @@ def _sequences(
     except TemplateError as fault:
         raise EvaluationError(f"{task.name}: {fault}; correct the task's file") from fault
     for doc_id, prompt, solution in pairs:
-        ids, own = continued(tokenizer, prompt, solution, length)
+        ids, own = encode_continuation(tokenizer, prompt, solution, length)
         if own:
             found.append((Solution(task=task.name, doc_id=doc_id, n_tokens=own), ids))
     return found
@@ -138,7 +138,7 @@ def written(task: Task, items: int) -> list[Prompt]:
 def _local(task: Task, items: int) -> list[dict[str, object]] | None:
     """The first rows of the split that is scored."""
     file = task.files.get(str(task.config.get("test_split")))
-    return None if file is None else task_files.first_rows(file.path, file.rows, items)
+    return None if file is None else task_files.read_first_rows(file.path, file.rows, items)
 
 
 def _shots(task: Task) -> list[dict[str, object]] | None:
@@ -152,7 +152,7 @@ def _shots(task: Task) -> list[dict[str, object]] | None:
         return samples[:count]
     split = task.config.get("fewshot_split")
     file = None if split == task.config.get("test_split") else task.files.get(str(split))
-    return None if file is None else task_files.first_rows(file.path, file.rows, count)
+    return None if file is None else task_files.read_first_rows(file.path, file.rows, count)
 
 
 def asked(task: Task, items: int) -> list[Prompt]:

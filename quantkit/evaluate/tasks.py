@@ -84,7 +84,7 @@ class Task:
 
 def called(name: str) -> str:
     """What reports call a task that is asked for by its name or by its file's path: no path of this machine."""
-    return task_files.task_path(name).stem
+    return task_files.find_task_path(name).stem
 
 
 def load(names: Sequence[str], data_folder: Path | None = None) -> tuple[Task, ...]:
@@ -107,14 +107,17 @@ def load(names: Sequence[str], data_folder: Path | None = None) -> tuple[Task, .
 @contextmanager
 def rendered(tasks: Sequence[Task]) -> Iterator[Path]:
     """A temporary folder with the tasks as lm-eval reads them (JSON is YAML), and a place for its data cache."""
-    with task_files.temporary_folder() as place:
+    with task_files.make_temporary_folder() as place:
         for task in tasks:
             for split, file in task.files.items():
                 if file.rows is not None:
-                    task_files.put(
-                        _selected(task, split, place), task_files.rows_of(file.path, *file.rows)
+                    task_files.write_text(
+                        _selected(task, split, place),
+                        task_files.read_row_range(file.path, *file.rows),
                     )
-            task_files.put(place / f"{task.name}.yaml", json.dumps(_lm_eval_config(task, place)))
+            task_files.write_text(
+                place / f"{task.name}.yaml", json.dumps(_lm_eval_config(task, place))
+            )
         yield place
 
 
@@ -143,15 +146,15 @@ def _lm_eval_config(task: Task, place: Path) -> dict[str, object]:
 
 
 def _load(name: str, data_folder: Path | None) -> Task:
-    path = task_files.task_path(name)
+    path = task_files.find_task_path(name)
     if not is_file(path):
-        known = task_files.task_names()
+        known = task_files.list_task_names()
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise EvaluationError(
             f"evaluation task {name!r}: no such task; {hint}known: {', '.join(known)}"
         )
-    text = task_files.task_text(path)
+    text = task_files.read_task_text(path)
     check = _Check(where=str(path), faults=[])
     config = _mapping_of(text, path)
     block = check.mapping(config.pop(_BLOCK, None), _BLOCK, _KEYS)
@@ -270,7 +273,7 @@ class _Check:
             whole = {"file": entry} if isinstance(entry, str) else entry
             parts = self.mapping(whole, f"{key}.{split}", ("file", "rows"))
             name = self.text(parts, "file", f"{key}.{split}")
-            found = task_files.first_file(name, places) if name else None
+            found = task_files.find_first_file(name, places) if name else None
             if found is None:
                 missing += [name] if name else []
             else:

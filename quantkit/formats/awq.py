@@ -25,15 +25,20 @@ from quantkit.contracts import (
 from quantkit.errors import UsageError
 from quantkit.formats.common.checks import (
     SCALE,
-    Checks,
+    FormatChecks,
     Loader,
     Treatment,
-    left_out,
-    matcher,
-    switched_off,
-    texts,
+    classify_as_transformers,
+    classify_by_dynamic,
+    compile_any,
+    parse_name_list,
 )
-from quantkit.formats.common.engine_names import SERVERS, engine_names, kept_patterns, lines
+from quantkit.formats.common.engine_names import (
+    SERVERS,
+    expand_fused_names,
+    join_lines,
+    make_patterns,
+)
 from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES
 from quantkit.numerics.runs import per_run
 
@@ -55,12 +60,12 @@ SCALED_ACTIVATIONS = frozenset({
 """AWQ_SCALES_MAPPINGS of transformers' integrations/awq.py: there a scale that no file holds stays uninitialized."""
 
 
-def accepts(scheme: Scheme, linear: Linear) -> str | None:
+def find_rejection(scheme: Scheme, linear: Linear) -> str | None:
     """None, or the first reason why engines could not load this linear, with what to do."""
-    return scheme_fault(scheme) or linear_fault(scheme, linear)
+    return find_scheme_fault(scheme) or find_linear_fault(scheme, linear)
 
 
-def scheme_fault(scheme: Scheme) -> str | None:
+def find_scheme_fault(scheme: Scheme) -> str | None:
     """Why no linear of this scheme can be stored."""
     if scheme.kind != "int" or scheme.bits != BITS:
         found = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
@@ -81,7 +86,7 @@ def scheme_fault(scheme: Scheme) -> str | None:
     return None
 
 
-def linear_fault(scheme: Scheme, linear: Linear) -> str | None:
+def find_linear_fault(scheme: Scheme, linear: Linear) -> str | None:
     """Why this linear cannot be stored in a scheme that others can."""
     if linear.role in PROTECTED_ROLES:
         return f"vLLM and SGLang build a {linear.role.replace('_', ' ')} without AWQ and find no weight; keep it"
@@ -99,7 +104,7 @@ def linear_fault(scheme: Scheme, linear: Linear) -> str | None:
     return None
 
 
-def limits(
+def find_engine_limits(
     model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]
 ) -> dict[str, str]:
     """Engines that do not load an artifact of these linears, and why."""
@@ -109,7 +114,7 @@ def limits(
     return {"transformers": why}
 
 
-def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
+def list_tensors(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
     """qweight, qzeros and scales of one linear, with full names."""
     groups, words = scheme.groups(linear.in_features), linear.out_features // PER_WORD
     dtype = SCALE_DTYPES[scheme.scale_dtype]
@@ -155,7 +160,7 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
     return affine.dequantize(stored, scheme)
 
 
-def quantization_config(contents: Contents) -> dict[str, object]:
+def make_quantization_config(contents: Contents) -> dict[str, object]:
     """The entry for config.json; UsageError when a kept module cannot be named without hitting a quantized one.
 
     `dynamic` says the same to GPTQModel's own loader, which reads no other list.
@@ -171,27 +176,27 @@ def quantization_config(contents: Contents) -> dict[str, object]:
         "group_size": found[0],
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": not_converted(list(contents.schemes), contents.kept),
+        "modules_to_not_convert": list_not_converted(list(contents.schemes), contents.kept),
         "dynamic": {
-            f"-:{pattern}": {} for pattern in kept_patterns(list(contents.schemes), contents.kept)
+            f"-:{pattern}": {} for pattern in make_patterns(list(contents.schemes), contents.kept)
         },
     }
 
 
-def not_converted(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
+def list_not_converted(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
     """Names that make every loader leave `kept` alone and none of `quantized`.
 
     Each kept linear is named by its highest parent under which nothing is quantized, as far as no loader takes that
     name for a quantized module too. Where no parent serves, fused modules are named beside their members.
     """
-    avoid = lines(engine_names(quantized))
+    avoid = join_lines(expand_fused_names(quantized))
     safe: dict[str, bool] = {}
     named: dict[str, None] = {}
     for name in kept:
-        for form in forms(name):
+        for form in list_name_forms(name):
             if form not in safe:
-                safe[form] = not hits(form, avoid)
-        entry = next((form for form in forms(name) if safe[form]), None)
+                safe[form] = not matches_any(form, avoid)
+        entry = next((form for form in list_name_forms(name) if safe[form]), None)
         if entry is None:
             raise UsageError(
                 f"format awq: {name} is kept, but some engine would take its name in modules_to_not_convert for a "
@@ -200,13 +205,13 @@ def not_converted(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
         named[entry] = None
     fused = [
         name
-        for name in engine_names(kept)
-        if not any(hits(entry, lines([name])) for entry in named)
+        for name in expand_fused_names(kept)
+        if not any(matches_any(entry, join_lines([name])) for entry in named)
     ]
-    return [*named, *(name for name in fused if not hits(name, avoid))]
+    return [*named, *(name for name in fused if not matches_any(name, avoid))]
 
 
-def forms(name: str) -> list[str]:
+def list_name_forms(name: str) -> list[str]:
     """Ways to name a module, the highest parent first. A layer keeps its trailing dot: "layers.1" is in "layers.10"."""
     parts = name.split(".")
     parents = [
@@ -216,7 +221,7 @@ def forms(name: str) -> list[str]:
     return [*parents, name]
 
 
-def hits(entry: str, modules: str) -> bool:
+def matches_any(entry: str, modules: str) -> bool:
     """Whether some loader takes one of the `modules` (as `lines`) for unconverted because of `entry`.
 
     AutoAWQ, vLLM and SGLang ask whether a module's name contains the entry. transformers matches the entry as a regular
@@ -227,7 +232,7 @@ def hits(entry: str, modules: str) -> bool:
     )
 
 
-def shape(
+def read_shape(
     specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]
 ) -> tuple[int, int] | None:
     """[out, in] by the specs of a linear's tensors."""
@@ -236,32 +241,32 @@ def shape(
     return specs["scales"].shape[-1], specs["qweight"].shape[0]
 
 
-def contained(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
+def classify_by_substring(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
     """AutoAWQ, vLLM and SGLang: a module is kept when its name contains an entry."""
-    kept = matcher(tuple(map(re.escape, texts(entry.get(LIST), LIST))))
+    kept = compile_any(tuple(map(re.escape, parse_name_list(entry.get(MODULE_LIST), MODULE_LIST))))
     return lambda module: "plain" if kept.search(module) else "codes"
 
 
-LIST = "modules_to_not_convert"
+MODULE_LIST = "modules_to_not_convert"
 
-CHECKS = Checks(
-    shape=shape,
+CHECKS = FormatChecks(
+    shape=read_shape,
     numbers=lambda linear, scheme: {"scales": SCALE},
     loaders=(
-        Loader(engines="AutoAWQ, vLLM and SGLang", told=contained),
-        Loader(engines="transformers", told=left_out(LIST), fused=False),
-        Loader(engines="GPTQModel", told=switched_off),
+        Loader(engines="AutoAWQ, vLLM and SGLang", told=classify_by_substring),
+        Loader(engines="transformers", told=classify_as_transformers(MODULE_LIST), fused=False),
+        Loader(engines="GPTQModel", told=classify_by_dynamic),
     ),
-    lists=frozenset({LIST, "dynamic"}),
+    lists=frozenset({MODULE_LIST, "dynamic"}),
 )
 
 FORMAT = Format(
-    accepts=accepts,
-    layout=layout,
+    accepts=find_rejection,
+    layout=list_tensors,
     pack=pack,
     dequantize=dequantize,
-    quantization_config=quantization_config,
+    quantization_config=make_quantization_config,
     one_scheme=True,
     engines=SERVERS,
-    limits=limits,
+    limits=find_engine_limits,
 )

@@ -38,27 +38,27 @@ from quantkit.errors import ArtifactError, UsageError
 from quantkit.formats.common.checks import (
     MAGNITUDE,
     RISING,
-    Checks,
+    FormatChecks,
     Loader,
-    Numbers,
-    exactly,
-    left_out,
+    ValueCheck,
+    classify_as_transformers,
+    require_bytes,
 )
-from quantkit.formats.common.engine_names import TRANSFORMERS, lines, parents
+from quantkit.formats.common.engine_names import TRANSFORMERS, join_lines, list_parents
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK = 64
 NESTED_BLOCK = 256
-STATE = "weight.quant_state.bitsandbytes__nf4"
+STATE_TENSOR = "weight.quant_state.bitsandbytes__nf4"
 DTYPES = {"torch.uint8": "U8", "torch.float32": "F32"}
-AGAIN = "pull or build the artifact again"
-OFFSET_CHARACTERS = 24
+REPAIR_HINT = "pull or build the artifact again"
+MAX_OFFSET_CHARACTERS = 24
 """The longest text of a float64 in JSON."""
 
 
-def accepts(scheme: Scheme, linear: Linear) -> str | None:
+def find_rejection(scheme: Scheme, linear: Linear) -> str | None:
     """None, or the first reason why no engine could load this linear, with what to do."""
     if scheme.kind != "nf4":
         return (
@@ -72,7 +72,7 @@ def accepts(scheme: Scheme, linear: Linear) -> str | None:
     return None
 
 
-def limits(
+def find_engine_limits(
     model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]
 ) -> dict[str, str]:
     """Engines that do not load an artifact of these linears, and why."""
@@ -82,11 +82,11 @@ def limits(
     return dict.fromkeys(("transformers", "vLLM", "SGLang"), why)
 
 
-def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
+def list_tensors(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
     """The packed weight and its quantization state, with full names."""
     size = linear.n_parameters
     blocks = size // BLOCK
-    text = state_length(linear.out_features, linear.in_features, scheme)
+    text = compute_state_length(linear.out_features, linear.in_features, scheme)
     shapes: dict[str, tuple[str, int]] = {"absmax": ("F32", blocks), "quant_map": ("F32", 16)}
     if scheme.double_quant:
         shapes["absmax"] = ("U8", blocks)
@@ -100,19 +100,19 @@ def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
             TensorSpec(name=f"{linear.name}.weight.{n}", dtype=d, shape=(s,))
             for n, (d, s) in shapes.items()
         ),
-        TensorSpec(name=f"{linear.name}.{STATE}", dtype="U8", shape=(text,)),
+        TensorSpec(name=f"{linear.name}.{STATE_TENSOR}", dtype="U8", shape=(text,)),
     )
 
 
 @cache  # asked for once per linear, 45,000 times for DeepSeek-V3
-def state_length(out_features: int, in_features: int, scheme: Scheme) -> int:
+def compute_state_length(out_features: int, in_features: int, scheme: Scheme) -> int:
     """Bytes of the JSON blob, whatever the offset."""
     return len(
-        state_text((out_features, in_features), scheme, 0.0 if scheme.double_quant else None)
+        format_state((out_features, in_features), scheme, 0.0 if scheme.double_quant else None)
     )
 
 
-def state_text(shape: Sequence[int], scheme: Scheme, offset: float | None) -> bytes:
+def format_state(shape: Sequence[int], scheme: Scheme, offset: float | None) -> bytes:
     """The JSON blob as bitsandbytes writes it; `offset` None: no double quantization."""
     values: dict[str, object] = {
         "quant_type": "nf4",
@@ -123,7 +123,7 @@ def state_text(shape: Sequence[int], scheme: Scheme, offset: float | None) -> by
     if offset is None:
         return json.dumps(values).encode()
     values |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
-    longest = len(json.dumps({**values, "nested_offset": 0})) - 1 + OFFSET_CHARACTERS
+    longest = len(json.dumps({**values, "nested_offset": 0})) - 1 + MAX_OFFSET_CHARACTERS
     return json.dumps(values).ljust(longest).encode()
 
 
@@ -148,8 +148,8 @@ def pack(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
         found["weight.absmax"], nested = quantize(absmax - middle, blocksize=NESTED_BLOCK)
         found |= {"weight.nested_absmax": nested.absmax, "weight.nested_quant_map": nested.code}
         offset = float(middle)
-    text = state_text(tuple(quantized.codes.shape), scheme, offset)
-    return {**found, STATE: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+    text = format_state(tuple(quantized.codes.shape), scheme, offset)
+    return {**found, STATE_TENSOR: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
 
 def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
@@ -160,33 +160,33 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
 
     bitsandbytes = nf4.library("functional")
     state = bitsandbytes.QuantState.from_dict(
-        quant_state(tensors, scheme), device=tensors["weight"].device
+        check_quant_state(tensors, scheme), device=tensors["weight"].device
     )
     state.dtype = torch.float32  # as it is before an engine rounds it to its compute dtype
     unpacked: Tensor = bitsandbytes.dequantize_4bit(tensors["weight"], state)
     return unpacked
 
 
-def quant_state(tensors: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
+def check_quant_state(tensors: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
     """The tensors of bitsandbytes' QuantState, without the "weight." before their names.
 
     Raises ArtifactError when they do not belong together: bitsandbytes reads memory by what the JSON says.
     """
-    told = json_values(bytes(tensors[STATE].tolist()))
+    told = parse_json_object(bytes(tensors[STATE_TENSOR].tolist()))
     shape, offset = told.get("shape", ()), told.get("nested_offset")
     fits = (
         isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
     )
     fits = fits and (type(offset) is float if scheme.double_quant else offset is None)
-    if not fits or told != json_values(state_text(shape, scheme, offset)):
+    if not fits or told != parse_json_object(format_state(shape, scheme, offset)):
         raise ArtifactError(
-            f"{STATE}: expected the state of NF4 in blocks of {BLOCK}, found {told}; {AGAIN}"
+            f"{STATE_TENSOR}: expected the state of NF4 in blocks of {BLOCK}, found {told}; {REPAIR_HINT}"
         )
     one = Linear(name="", out_features=shape[0], in_features=shape[1], role="mlp")
     parts = {
         spec.name[1:]: (spec.dtype, spec.shape)
-        for spec in layout(one, scheme)
-        if spec.name != f".{STATE}"
+        for spec in list_tensors(one, scheme)
+        if spec.name != f".{STATE_TENSOR}"
     }
     found = {
         name: (DTYPES.get(str(part.dtype)), tuple(part.shape))
@@ -194,7 +194,7 @@ def quant_state(tensors: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tens
         if name in parts
     }
     if found != parts:
-        raise ArtifactError(f"weight: expected the tensors {parts}, found {found}; {AGAIN}")
+        raise ArtifactError(f"weight: expected the tensors {parts}, found {found}; {REPAIR_HINT}")
     return {
         name.removeprefix("weight."): part
         for name, part in tensors.items()
@@ -202,7 +202,7 @@ def quant_state(tensors: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tens
     }
 
 
-def json_values(text: bytes) -> dict[str, Any]:
+def parse_json_object(text: bytes) -> dict[str, Any]:
     """The object in a JSON text; an empty one when there is none."""
     try:
         values = json.loads(text)
@@ -211,7 +211,7 @@ def json_values(text: bytes) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def quantization_config(contents: Contents) -> dict[str, object]:
+def make_quantization_config(contents: Contents) -> dict[str, object]:
     """The entry for config.json; UsageError when several schemes are asked for."""
     found = set(contents.schemes.values())
     if len(found) != 1:
@@ -230,24 +230,24 @@ def quantization_config(contents: Contents) -> dict[str, object]:
         "bnb_4bit_use_double_quant": scheme.double_quant,
         "bnb_4bit_compute_dtype": scheme.source_dtype or "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": skipped(list(contents.schemes), contents.kept),
+        "llm_int8_skip_modules": list_skipped(list(contents.schemes), contents.kept),
         "llm_int8_threshold": 6.0,
         "llm_int8_has_fp16_weight": False,
         "llm_int8_enable_fp32_cpu_offload": False,
     }
 
 
-def skipped(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
+def list_skipped(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
     """Module names under which nothing is quantized, so that together they name everything that is kept.
 
     Plain names, the highest parent of each: transformers takes one as an expression that a module's name must match up
     to a dot or its end, or as the end of a name; SGLang as the beginning of a name up to a dot.
     """
-    busy = {parent for name in quantized for parent in parents(name)}
+    busy = {parent for name in quantized for parent in list_parents(name)}
     named = dict.fromkeys(
-        next((part for part in parents(name) if part not in busy), name) for name in kept
+        next((part for part in list_parents(name) if part not in busy), name) for name in kept
     )
-    avoid = lines(quantized)
+    avoid = join_lines(quantized)
     for name in named:
         if re.search(rf"\n(?:{name})(?=[.\n])", avoid) or f"{name}\n" in avoid:
             raise UsageError(
@@ -257,45 +257,45 @@ def skipped(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
     return list(named)
 
 
-def shape(
+def read_shape(
     specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]
 ) -> tuple[int, int] | None:
     """[out, in] by the state of a linear, which is the one place where it stands."""
-    if STATE not in specs:
+    if STATE_TENSOR not in specs:
         return None
-    found = json_values(read(STATE)).get("shape")
+    found = parse_json_object(read(STATE_TENSOR)).get("shape")
     fits = (
         isinstance(found, list) and len(found) == 2 and all(type(n) is int and n > 0 for n in found)
     )
     return (found[0], found[1]) if isinstance(found, list) and fits else None
 
 
-def numbers(linear: Linear, scheme: Scheme) -> dict[str, Numbers]:
+def list_value_checks(linear: Linear, scheme: Scheme) -> dict[str, ValueCheck]:
     """What the tensors of one linear must hold."""
     sides = linear.out_features, linear.in_features
 
     def state_fault(text: bytes) -> str | None:
-        told = json_values(text)
+        told = parse_json_object(text)
         offset = told.get("nested_offset")
         fits = (
             (type(offset) is float and isfinite(offset)) if scheme.double_quant else offset is None
         )
-        if fits and told == json_values(state_text(sides, scheme, offset)):
+        if fits and told == parse_json_object(format_state(sides, scheme, offset)):
             return None
         return (
             f"expected the state of NF4 for {list(sides)} in blocks of {BLOCK}, found {told!r:.100}"
         )
 
     found = {
-        "weight.quant_map": exactly(struct.pack("<16f", *NF4_VALUES), "the 16 values of NF4"),
-        STATE: Numbers(kind="whole", fault=state_fault),
+        "weight.quant_map": require_bytes(struct.pack("<16f", *NF4_VALUES), "the 16 values of NF4"),
+        STATE_TENSOR: ValueCheck(kind="whole", fault=state_fault),
     }
     if not scheme.double_quant:
         return {**found, "weight.absmax": MAGNITUDE}
     return {**found, "weight.nested_absmax": MAGNITUDE, "weight.nested_quant_map": RISING}
 
 
-LIST = "llm_int8_skip_modules"
+MODULE_LIST = "llm_int8_skip_modules"
 
 NF4_VALUES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -304,25 +304,27 @@ NF4_VALUES = (
 )  # fmt: skip
 """numerics.codebook.VALUES, for those who check an artifact without torch."""
 
-CHECKS = Checks(
-    shape=shape,
-    numbers=numbers,
-    loaders=(Loader(engines="transformers", told=left_out(LIST), fused=False),),
-    lists=frozenset({LIST}),
+CHECKS = FormatChecks(
+    shape=read_shape,
+    numbers=list_value_checks,
+    loaders=(
+        Loader(engines="transformers", told=classify_as_transformers(MODULE_LIST), fused=False),
+    ),
+    lists=frozenset({MODULE_LIST}),
 )
 
 FORMAT = Format(
-    accepts=accepts,
-    layout=layout,
+    accepts=find_rejection,
+    layout=list_tensors,
     pack=pack,
     dequantize=dequantize,
-    quantization_config=quantization_config,
+    quantization_config=make_quantization_config,
     one_scheme=True,
     holds_codes=False,
     engines={
         **TRANSFORMERS,
         "quantkit.load": "python -ic \"import quantkit; model = quantkit.load('{path}')\"",
     },
-    limits=limits,
+    limits=find_engine_limits,
     packages=("bitsandbytes",),
 )

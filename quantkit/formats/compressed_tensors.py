@@ -32,20 +32,20 @@ from quantkit.contracts import (
 from quantkit.errors import ArtifactError
 from quantkit.formats.common.checks import (
     SCALE,
-    Checks,
-    Codes,
+    FormatChecks,
+    IntegerCodes,
     Loader,
-    Numbers,
     Treatment,
-    by_codes,
-    codes_told,
-    exactly,
-    matcher,
-    pattern,
-    texts,
+    ValueCheck,
+    check_pattern,
+    compile_any,
+    group_by_codes,
+    parse_codes,
+    parse_name_list,
+    require_bytes,
 )
-from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, kept_patterns
-from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, require_agreement
+from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, make_patterns
+from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, check_zero_points
 from quantkit.numerics.runs import per_run
 
 if TYPE_CHECKING:
@@ -57,12 +57,12 @@ ROUTED = ".experts."
 """In the name of every routed expert's linear and of no other."""
 
 
-def accepts(scheme: Scheme, linear: Linear) -> str | None:
+def find_rejection(scheme: Scheme, linear: Linear) -> str | None:
     """None, or the first reason why engines could not load this linear, with what to do."""
-    return scheme_fault(scheme) or linear_fault(scheme, linear)
+    return find_scheme_fault(scheme) or find_linear_fault(scheme, linear)
 
 
-def scheme_fault(scheme: Scheme) -> str | None:
+def find_scheme_fault(scheme: Scheme) -> str | None:
     """Why no linear of this scheme can be stored."""
     if scheme.kind != "int" or scheme.bits not in BITS:
         found = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
@@ -81,7 +81,7 @@ def scheme_fault(scheme: Scheme) -> str | None:
     return None
 
 
-def linear_fault(scheme: Scheme, linear: Linear) -> str | None:
+def find_linear_fault(scheme: Scheme, linear: Linear) -> str | None:
     """Why this linear cannot be stored in a scheme that others can."""
     count = per_run(scheme.bits)
     if linear.role in PROTECTED_ROLES:
@@ -106,7 +106,7 @@ def linear_fault(scheme: Scheme, linear: Linear) -> str | None:
     return None
 
 
-def limits(
+def find_engine_limits(
     model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]
 ) -> dict[str, str]:
     """Engines that do not load an artifact of these linears, and why."""
@@ -121,12 +121,15 @@ def limits(
             "loads zero points of compressed-tensors only by from_pretrained(..., quantization_config="
             "CompressedTensorsConfig(dequantize=True)), and of one scheme"
         )
-    elif len(by_codes({e.name: s for e, s in schemes.items() if e.role == "routed_expert"})) > 1:
+    elif (
+        len(group_by_codes({e.name: s for e, s in schemes.items() if e.role == "routed_expert"}))
+        > 1
+    ):
         found["transformers"] = "reads all routed experts of compressed-tensors by one scheme"
     return found
 
 
-def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
+def list_tensors(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
     """weight_packed, weight_scale, weight_zero_point if asymmetric, and weight_shape of one linear, with full names."""
     out, groups, bits = linear.out_features, scheme.groups(linear.in_features), scheme.bits
     dtype, name = SCALE_DTYPES[scheme.scale_dtype], f"{linear.name}.weight"
@@ -150,7 +153,7 @@ def pack(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
 
     from quantkit.numerics import bitpack
 
-    require_agreement(quantized, scheme, "compressed_tensors")
+    check_zero_points(quantized, scheme, "compressed_tensors")
     found = {
         "weight_packed": bitpack.pack(
             quantized.codes, scheme.bits, axis=1
@@ -181,7 +184,7 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
     )
 
 
-def accepts_fp8(linear: Linear, block: int) -> str | None:
+def find_fp8_rejection(linear: Linear, block: int) -> str | None:
     """None, or why a linear of a block that transformers runs cannot stay in the source's FP8 blocks."""
     if block != FP8_BLOCK:
         return f"vLLM and SGLang read FP8 in blocks of 128 x 128, found {block} x {block}; use keep: bf16"
@@ -193,7 +196,7 @@ def accepts_fp8(linear: Linear, block: int) -> str | None:
     return None
 
 
-def quantization_config(contents: Contents) -> dict[str, object]:
+def make_quantization_config(contents: Contents) -> dict[str, object]:
     """The entry for config.json. What stays BF16 must be in `ignore`.
 
     Of one scheme without FP8, one group whose target is every linear: SGLang then sees by itself that it must not fuse
@@ -207,15 +210,15 @@ def quantization_config(contents: Contents) -> dict[str, object]:
     # SGLang looks for the block size of kv_b_proj in the group of "Linear"
     fp8_is_rest = any(name.endswith(".kv_b_proj") for name in blocks)
     groups: list[dict[str, object]] = []
-    for kind, names in by_codes(contents.schemes):
+    for kind, names in group_by_codes(contents.schemes):
         others = [*(contents.schemes.keys() - names), *contents.kept]
         groups.append(
-            packed_group(targets(others, names) if groups or fp8_is_rest else every, kind)
+            make_packed_group(list_targets(others, names) if groups or fp8_is_rest else every, kind)
         )
     if blocks:
         groups.append(
-            fp8_group(
-                every if fp8_is_rest else unlike_experts(targets([*codes, *plain], contents.fp8))
+            make_fp8_group(
+                every if fp8_is_rest else hide_experts(list_targets([*codes, *plain], contents.fp8))
             )
         )
     return {
@@ -224,23 +227,23 @@ def quantization_config(contents: Contents) -> dict[str, object]:
         "quantization_status": "compressed",
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
-        "ignore": ignored([*codes, *contents.fp8], plain),
+        "ignore": list_ignored([*codes, *contents.fp8], plain),
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
     }
 
 
-def packed_group(targets: Sequence[str], kind: Codes) -> dict[str, object]:
+def make_packed_group(targets: Sequence[str], kind: IntegerCodes) -> dict[str, object]:
     """A group of integer codes. They come first: readers take the first group that an expert's name fits."""
     return {
         "format": "pack-quantized",
         "targets": list(targets),
-        "weights": weights(kind),
+        "weights": make_weight_args(kind),
         "input_activations": None,
         "output_activations": None,
     }
 
 
-def fp8_group(targets: Sequence[str]) -> dict[str, object]:
+def make_fp8_group(targets: Sequence[str]) -> dict[str, object]:
     """The group of FP8 blocks; engines round its inputs to FP8 too, 128 channels of a token by one scale."""
     eight = {"num_bits": 8, "type": "float", "symmetric": True}
     return {
@@ -262,13 +265,13 @@ def fp8_group(targets: Sequence[str]) -> dict[str, object]:
     }
 
 
-def targets(others: Sequence[str], modules: Sequence[str]) -> list[str]:
+def list_targets(others: Sequence[str], modules: Sequence[str]) -> list[str]:
     """Expressions that match these modules, fused ones included, and none of the others."""
-    named = [f"re:{pattern}" for pattern in kept_patterns(others, modules)]
-    return named if any(ROUTED in module for module in modules) else unlike_experts(named)
+    named = [f"re:{pattern}" for pattern in make_patterns(others, modules)]
+    return named if any(ROUTED in module for module in modules) else hide_experts(named)
 
 
-def unlike_experts(targets: Sequence[str]) -> list[str]:
+def hide_experts(targets: Sequence[str]) -> list[str]:
     """The same without the text "experts", by which transformers finds the group of the routed experts.
 
     A shared expert has it in its name too.
@@ -276,7 +279,7 @@ def unlike_experts(targets: Sequence[str]) -> list[str]:
     return [target.replace("experts", "exp[e]rts") for target in targets]
 
 
-def weights(kind: Codes) -> dict[str, object]:
+def make_weight_args(kind: IntegerCodes) -> dict[str, object]:
     """The arguments of a group; readers refuse keys they do not know, so there are no others."""
     strategy = {"strategy": "channel"} if kind.group_size == -1 else {"strategy": "group"}
     size = {} if kind.group_size == -1 else {"group_size": kind.group_size}
@@ -290,13 +293,13 @@ def weights(kind: Codes) -> dict[str, object]:
     }
 
 
-def ignored(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
+def list_ignored(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
     """Every kept module by its name where it stands alone ("lm_head" is looked for so), else by "re:" and a pattern."""
     plain = {f"{re.escape(name)}$": name for name in kept}
-    return [plain.get(pattern, f"re:{pattern}") for pattern in kept_patterns(quantized, kept)]
+    return [plain.get(pattern, f"re:{pattern}") for pattern in make_patterns(quantized, kept)]
 
 
-def shape(
+def read_shape(
     specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]
 ) -> tuple[int, int] | None:
     """[out, in] by the specs of a linear's tensors."""
@@ -305,16 +308,16 @@ def shape(
     return specs["weight_scale"].shape[0], specs["weight_packed"].shape[-1] * 32 // scheme.bits
 
 
-def numbers(linear: Linear, scheme: Scheme) -> dict[str, Numbers]:
+def list_value_checks(linear: Linear, scheme: Scheme) -> dict[str, ValueCheck]:
     """What the tensors of one linear must hold."""
     sides = linear.out_features, linear.in_features
     told = b"".join(side.to_bytes(8, "little") for side in sides)
-    return {"weight_scale": SCALE, "weight_shape": exactly(told, f"{list(sides)}")}
+    return {"weight_scale": SCALE, "weight_shape": require_bytes(told, f"{list(sides)}")}
 
 
-def targeted(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
+def classify_by_targets(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
     """All engines: `ignore` first, then the group that names the module, then the one of every linear."""
-    ignored, groups = names_of(entry.get("ignore"), "ignore"), entry.get("config_groups")
+    ignored, groups = compile_names(entry.get("ignore"), "ignore"), entry.get("config_groups")
     if not isinstance(groups, Mapping) or not all(
         isinstance(group, Mapping) for group in groups.values()
     ):
@@ -325,12 +328,15 @@ def targeted(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
     rest: Treatment = "plain"
     for key, group in groups.items():
         found: Treatment = (
-            "fp8" if group.get("format") == "float-quantized" else kind_of(group, key)
+            "fp8" if group.get("format") == "float-quantized" else parse_group_codes(group, key)
         )
         if group.get("targets") == ["Linear"]:
             rest = found
         else:
-            named.append((names_of(group.get("targets"), f"config_groups.{key}.targets"), found))
+            named.append((
+                compile_names(group.get("targets"), f"config_groups.{key}.targets"),
+                found,
+            ))
 
     def treatment(module: str) -> Treatment:
         if ignored.match(module):
@@ -340,7 +346,7 @@ def targeted(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
     return treatment
 
 
-def kind_of(group: Mapping[str, object], key: str) -> Codes:
+def parse_group_codes(group: Mapping[str, object], key: str) -> IntegerCodes:
     """The codes of a group."""
     told = group.get("weights")
     if not isinstance(told, Mapping):
@@ -348,37 +354,37 @@ def kind_of(group: Mapping[str, object], key: str) -> Codes:
             f"config.json: quantization_config.config_groups.{key}.weights: expected an object, found {told!r:.60}"
         )
     found = told.get("num_bits"), told.get("group_size", -1), told.get("symmetric")
-    return codes_told(*found, f"config_groups.{key}.weights")
+    return parse_codes(*found, f"config_groups.{key}.weights")
 
 
-def names_of(value: object, key: str) -> re.Pattern[str]:
+def compile_names(value: object, key: str) -> re.Pattern[str]:
     """One expression for a list of names, "re:" before those that are expressions."""
-    return matcher(
+    return compile_any(
         tuple(
-            pattern(text.removeprefix("re:"), key)
+            check_pattern(text.removeprefix("re:"), key)
             if text.startswith("re:")
             else f"{re.escape(text)}$"
-            for text in texts(value, key)
+            for text in parse_name_list(value, key)
         )
     )
 
 
-CHECKS = Checks(
-    shape=shape,
-    numbers=numbers,
-    loaders=(Loader(engines="vLLM, SGLang and transformers", told=targeted),),
+CHECKS = FormatChecks(
+    shape=read_shape,
+    numbers=list_value_checks,
+    loaders=(Loader(engines="vLLM, SGLang and transformers", told=classify_by_targets),),
     lists=frozenset({"ignore", "targets"}),
 )
 
 FORMAT = Format(
-    accepts=accepts,
-    layout=layout,
+    accepts=find_rejection,
+    layout=list_tensors,
     pack=pack,
     dequantize=dequantize,
-    quantization_config=quantization_config,
+    quantization_config=make_quantization_config,
     one_scheme=False,
     fp8_scale="weight_scale",
-    accepts_fp8=accepts_fp8,
-    limits=limits,
+    accepts_fp8=find_fp8_rejection,
+    limits=find_engine_limits,
     engines={**SERVERS, **TRANSFORMERS},
 )

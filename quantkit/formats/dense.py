@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import Contents, Format, Linear, Quantized, Scheme, TensorSpec
-from quantkit.formats.common.checks import FINITE, Checks
+from quantkit.formats.common.checks import FINITE, FormatChecks
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def accepts(scheme: Scheme, linear: Linear) -> str | None:
+def find_rejection(scheme: Scheme, linear: Linear) -> str | None:
     """None for whole groups of integer codes, any bits, any role; else one sentence why not."""
     if scheme.kind != "int":
         return f"format dense stores integer schemes, found {scheme.kind}; use format bitsandbytes"
@@ -26,7 +26,7 @@ def accepts(scheme: Scheme, linear: Linear) -> str | None:
     return None
 
 
-def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
+def list_tensors(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
     """One BF16 tensor, `weight` [out, in]."""
     shape = (linear.out_features, linear.in_features)
     return (TensorSpec(name=f"{linear.name}.weight", dtype="BF16", shape=shape),)
@@ -44,11 +44,11 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
     return tensors["weight"].float()
 
 
-def quantization_config(contents: Contents) -> None:
+def make_quantization_config(contents: Contents) -> None:
     """None: engines see an unquantized checkpoint."""
 
 
-def shape(
+def read_shape(
     specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]
 ) -> tuple[int, int] | None:
     """[out, in] by the spec of a linear's weight."""
@@ -56,14 +56,14 @@ def shape(
     return (found[0], found[1]) if len(found) == 2 else None
 
 
-CHECKS = Checks(shape=shape, numbers=lambda linear, scheme: {"weight": FINITE})
+CHECKS = FormatChecks(shape=read_shape, numbers=lambda linear, scheme: {"weight": FINITE})
 
 FORMAT = Format(
-    accepts=accepts,
-    layout=layout,
+    accepts=find_rejection,
+    layout=list_tensors,
     pack=pack,
     dequantize=dequantize,
-    quantization_config=quantization_config,
+    quantization_config=make_quantization_config,
     one_scheme=False,
     holds_codes=False,
     ordinary=True,

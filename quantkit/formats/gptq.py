@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def accepts(scheme: Scheme, linear: Linear) -> str | None:
+def find_rejection(scheme: Scheme, linear: Linear) -> str | None:
     """None, or the first reason why engines could not load this linear, with what to do."""
-    return scheme_fault(scheme) or linear_fault(scheme, linear)
+    return find_scheme_fault(scheme) or find_linear_fault(scheme, linear)
 
 
-def scheme_fault(scheme: Scheme) -> str | None:
+def find_scheme_fault(scheme: Scheme) -> str | None:
     """Why no linear of this scheme can be stored."""
     if scheme.kind != "int" or scheme.bits not in SERVED_BITS:
         found = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
@@ -50,12 +50,12 @@ def scheme_fault(scheme: Scheme) -> str | None:
     return None
 
 
-def linear_fault(scheme: Scheme, linear: Linear) -> str | None:
+def find_linear_fault(scheme: Scheme, linear: Linear) -> str | None:
     """Why this linear cannot be stored in a scheme that others can."""
     count, last = per_run(scheme.bits), linear.name.rpartition(".")[2]
     if linear.role in PROTECTED_ROLES:
         return f"vLLM and SGLang build this {linear.role.replace('_', ' ')} without GPTQ and find no weight; keep it"
-    if last in gptq_tensors.MLA:
+    if last in gptq_tensors.MLA_PROJECTIONS:
         return f"SGLang reads {last} wrongly from GPTQ files; keep it, or use format awq"
     if linear.out_features % count or linear.in_features % count:
         return (
@@ -84,31 +84,31 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
     return gptq_tensors.dequantize(tensors, scheme, less=1)
 
 
-def quantization_config(contents: Contents) -> dict[str, object]:
+def make_quantization_config(contents: Contents) -> dict[str, object]:
     """The entry for config.json."""
-    return gptq_tensors.quantization_config(contents, "gptq")
+    return gptq_tensors.make_quantization_config(contents, "gptq")
 
 
-def limits(
+def find_engine_limits(
     model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]
 ) -> dict[str, str]:
     """Engines that do not load an artifact of these linears, and why."""
     return {
         engine: why
-        for engine, why in gptq_tensors.limits(model_type, schemes, kept).items()
+        for engine, why in gptq_tensors.find_engine_limits(model_type, schemes, kept).items()
         if engine in SERVERS
     }
 
 
-CHECKS = gptq_tensors.checks(less=1)
+CHECKS = gptq_tensors.make_checks(less=1)
 
 FORMAT = Format(
-    accepts=accepts,
-    layout=gptq_tensors.layout,
+    accepts=find_rejection,
+    layout=gptq_tensors.list_tensors,
     pack=pack,
     dequantize=dequantize,
-    quantization_config=quantization_config,
+    quantization_config=make_quantization_config,
     one_scheme=False,
     engines=SERVERS,
-    limits=limits,
+    limits=find_engine_limits,
 )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme
 from quantkit.formats.common import gptq_tensors
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS
-from quantkit.formats.common.packed import SCALE_DTYPES, SERVED_BITS, require_agreement
+from quantkit.formats.common.packed import SCALE_DTYPES, SERVED_BITS, check_zero_points
 from quantkit.numerics.runs import per_run
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BITS = (2, 3, 4, 8)
 
 
-def accepts(scheme: Scheme, linear: Linear) -> str | None:
+def find_rejection(scheme: Scheme, linear: Linear) -> str | None:
     """None, or the first reason why GPTQModel could not load this linear, with what to do."""
     if scheme.kind != "int" or scheme.bits not in BITS:
         found = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
@@ -47,14 +47,14 @@ def accepts(scheme: Scheme, linear: Linear) -> str | None:
     return None
 
 
-def limits(
+def find_engine_limits(
     model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]
 ) -> dict[str, str]:
     """Engines that do not load an artifact of these linears, and why."""
-    found, used = gptq_tensors.limits(model_type, schemes, kept), set(schemes.values())
+    found, used = gptq_tensors.find_engine_limits(model_type, schemes, kept), set(schemes.values())
     if not all(scheme.symmetric and scheme.bits in SERVED_BITS for scheme in used):
         found |= dict.fromkeys(("vLLM", "SGLang"), "no GPTQ but symmetric codes of 4 or 8 bits")
-    elif any(linear.name.endswith(gptq_tensors.MLA) for linear in schemes):
+    elif any(linear.name.endswith(gptq_tensors.MLA_PROJECTIONS) for linear in schemes):
         found["SGLang"] = "no multi-head latent attention in GPTQ"
     if any(scheme.bits == 3 for scheme in used):
         found["llama.cpp"] = "no GPTQ of 3 bits"
@@ -68,7 +68,7 @@ def pack(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
 
     Raises NumericsError when a code does not fit, UsageError when zero points and scheme.symmetric contradict.
     """
-    require_agreement(quantized, scheme, "gptq_v2")
+    check_zero_points(quantized, scheme, "gptq_v2")
     return gptq_tensors.pack(quantized, scheme, less=0)
 
 
@@ -77,19 +77,19 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
     return gptq_tensors.dequantize(tensors, scheme, less=0)
 
 
-def quantization_config(contents: Contents) -> dict[str, object]:
+def make_quantization_config(contents: Contents) -> dict[str, object]:
     """The entry for config.json."""
-    return gptq_tensors.quantization_config(contents, "gptq_v2")
+    return gptq_tensors.make_quantization_config(contents, "gptq_v2")
 
 
-CHECKS = gptq_tensors.checks(less=0)
+CHECKS = gptq_tensors.make_checks(less=0)
 
 FORMAT = Format(
-    accepts=accepts,
-    layout=gptq_tensors.layout,
+    accepts=find_rejection,
+    layout=gptq_tensors.list_tensors,
     pack=pack,
     dequantize=dequantize,
-    quantization_config=quantization_config,
+    quantization_config=make_quantization_config,
     one_scheme=False,
     engines={
         **SERVERS,
@@ -97,5 +97,5 @@ FORMAT = Format(
         "GPTQModel": "python -ic \"from gptqmodel import GPTQModel; model = GPTQModel.load('{path}')\"",
         "llama.cpp": "python convert_hf_to_gguf.py {path}",
     },
-    limits=limits,
+    limits=find_engine_limits,
 )

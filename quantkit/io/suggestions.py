@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 
-def unknown(noun: str, name: str, known: Sequence[str]) -> str:
+def describe_unknown(noun: str, name: str, known: Sequence[str]) -> str:
     """Return the sentence: "no method named 'gtpq'. Did you mean 'gptq'? Known: gptq, rtn."."""
     return (
-        f"no {noun} named {name!r}.{did_you_mean(name, known)} Known: {', '.join(known) or 'none'}."
+        f"no {noun} named {name!r}.{suggest_name(name, known)} Known: {', '.join(known) or 'none'}."
     )
 
 
-def did_you_mean(name: str, known: Sequence[str]) -> str:
+def suggest_name(name: str, known: Sequence[str]) -> str:
     """Return " Did you mean 'gptq'?" with its leading space; "" if no known name is close."""
     close = get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from pydantic_core import ErrorDetails
 
-from quantkit.io.suggestions import did_you_mean
-from quantkit.io.yaml_document import Path, shown
+from quantkit.io.suggestions import suggest_name
+from quantkit.io.yaml_document import KeyPath, printable
 
 EXPECTED: Mapping[str, str] = {
     "int_type": "a whole number", "float_type": "a number", "string_type": "text", "bool_type": "true or false",
@@ -20,11 +20,11 @@ PATTERNS: Mapping[str, str] = {
 }
 
 
-def sentence(path: Path, details: ErrorDetails, known: Sequence[str]) -> str:
+def describe_fault(path: KeyPath, details: ErrorDetails, known: Sequence[str]) -> str:
     """What is wrong with the value at `path`, and what was found; `known`: the keys that may stand beside it."""
     kind, found, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"unknown key.{did_you_mean(str(path[-1]), known)} Known: {', '.join(known)}."
+        return f"unknown key.{suggest_name(str(path[-1]), known)} Known: {', '.join(known)}."
     if kind == "missing":
         return "missing; this key has no default"
     if kind == "value_error":
@@ -48,10 +48,10 @@ def sentence(path: Path, details: ErrorDetails, known: Sequence[str]) -> str:
         if kind == "string_type" and isinstance(found, int | float)
         else ""
     )
-    return f"expected {expected}, found {found_told(found)}{hint}"
+    return f"expected {expected}, found {describe_value(found)}{hint}"
 
 
-def found_told(value: object) -> str:
+def describe_value(value: object) -> str:
     """How a message calls a value that was found."""
     if value is None:
         return "nothing"
@@ -59,4 +59,4 @@ def found_told(value: object) -> str:
         return str(value).lower()
     if isinstance(value, dict | list):
         return f"{'a' if value else 'an empty'} {'mapping' if isinstance(value, dict) else 'list'}"
-    return shown(str(value)) if isinstance(value, int | float) else f"'{shown(str(value))}'"
+    return printable(str(value)) if isinstance(value, int | float) else f"'{printable(str(value))}'"

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from quantkit import registry
 from quantkit.contracts import Architecture, Config, Layout
 from quantkit.errors import CheckpointError, UsageError
-from quantkit.io.suggestions import unknown
+from quantkit.io.suggestions import describe_unknown
 from quantkit.models import layout_checks
 from quantkit.models.inspect import refusal, structure
 from quantkit.models.layers import MetaModel, meta_model
@@ -44,7 +44,7 @@ def architecture(config: Config) -> Architecture:
             else ""
         )
         raise UsageError(
-            f"{unknown('architecture', model_type, registry.names('architectures'))} transformers "
+            f"{describe_unknown('architecture', model_type, registry.names('architectures'))} transformers "
             f"{transformers.__version__} has no language model of that type to derive one from{own}"
         )
     layout = proven(config)

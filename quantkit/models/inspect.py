@@ -15,7 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from quantkit import registry
 from quantkit.contracts import Block, Config, Layout, Linear, Role, TensorSpec
 from quantkit.errors import CheckpointError
-from quantkit.formats.common.engine_names import FUSED, HEAD
+from quantkit.formats.common.engine_names import FUSED_MODULES, LM_HEAD
 from quantkit.models.layers import MetaModel
 
 SHOWN = 300
@@ -95,8 +95,8 @@ def tied(config: Config, bones: MetaModel) -> bool:
         raise refusal(
             config, f"expected only the head to be tied to the embedding, found {sorted(pairs)}"
         )
-    if is_tied and pairs != {f"{HEAD}.weight"}:
-        raise refusal(config, f"expected a tied head called {HEAD}, found {sorted(pairs)}")
+    if is_tied and pairs != {f"{LM_HEAD}.weight"}:
+        raise refusal(config, f"expected a tied head called {LM_HEAD}, found {sorted(pairs)}")
     return is_tied
 
 
@@ -173,6 +173,6 @@ def fused(linears: Mapping[str, Linear]) -> list[tuple[str, ...]]:
     sets = {
         tuple(f"{parent}.{last}" for last in members): None
         for parent in parents
-        for members in FUSED.values()
+        for members in FUSED_MODULES.values()
     }
     return [members for members in sets if all(member in linears for member in members)]

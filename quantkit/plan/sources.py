@@ -11,12 +11,12 @@ from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import HubUnreachable, RecipeError, UsageError
 from quantkit.io import package_data
 from quantkit.io.host import memory_available, multiplies_bfloat16
-from quantkit.io.suggestions import unknown
+from quantkit.io.suggestions import describe_unknown
 from quantkit.plan.plan import Plan, SourceFacts, claimed_of, make_plan
 from quantkit.plan.published import published
 from quantkit.recipe.schema import POOLED, Recipe
 from quantkit.texts import task_files
-from quantkit.texts.corpus_files import most_sequences
+from quantkit.texts.corpus_files import bound_sequences
 from quantkit.texts.corpus_spec import read_spec
 
 UNKNOWN_SEQUENCES = 1024
@@ -195,7 +195,7 @@ def too_many(
     recipe: Recipe, key: tuple[str, str], name: str, wanted: int | None, length: int
 ) -> list[str]:
     """The fault of asking a set for more sequences than it has; none where that is not known."""
-    most = most_sequences(read_spec(name, package_data.folder("calibration")), length)
+    most = bound_sequences(read_spec(name, package_data.folder("calibration")), length)
     if wanted is None or most is None or wanted <= most:
         return []
     return [
@@ -206,9 +206,14 @@ def too_many(
 
 def task_faults(recipe: Recipe) -> list[str]:
     """Benchmarks that do not exist: known before hours are spent on the model they should judge."""
-    where, known = recipe.where("evaluation", "tasks"), task_files.task_names()
-    missing = [name for name in recipe.evaluation.tasks if not task_files.task_path(name).is_file()]
-    return [f"{where}: evaluation.tasks: {unknown('benchmark', name, known)}" for name in missing]
+    where, known = recipe.where("evaluation", "tasks"), task_files.list_task_names()
+    missing = [
+        name for name in recipe.evaluation.tasks if not task_files.find_task_path(name).is_file()
+    ]
+    return [
+        f"{where}: evaluation.tasks: {describe_unknown('benchmark', name, known)}"
+        for name in missing
+    ]
 
 
 def gate_faults(recipe: Recipe) -> list[str]:
@@ -225,7 +230,7 @@ def gate_faults(recipe: Recipe) -> list[str]:
         return []
     domains = read_spec(text.set, package_data.folder("calibration")).domains
     return [
-        f"{recipe.where('gates', figure)}: gates.{figure}: {unknown(f'domain of {text.set}', found, domains)}"
+        f"{recipe.where('gates', figure)}: gates.{figure}: {describe_unknown(f'domain of {text.set}', found, domains)}"
         for figure in asked
         if (found := figure.partition("@")[2]) not in domains
     ]

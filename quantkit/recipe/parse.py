@@ -12,17 +12,17 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from quantkit.errors import RecipeError
-from quantkit.io.suggestions import did_you_mean, unknown
-from quantkit.io.validation_errors import sentence
+from quantkit.io.suggestions import describe_unknown, suggest_name
+from quantkit.io.validation_errors import describe_fault
 from quantkit.io.yaml_document import (
-    NO_TEXT,
-    Document,
-    Path,
-    dotted,
-    not_text,
-    read,
-    shown,
-    value_of,
+    INVALID_TEXT,
+    KeyPath,
+    YamlDocument,
+    format_path,
+    is_invalid_text,
+    parse_document,
+    parse_value,
+    printable,
 )
 from quantkit.recipe.patterns import PRESETS, pattern_fault
 from quantkit.recipe.rewrite import rewritten
@@ -50,7 +50,7 @@ def parse(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
 
     `name` is how messages call the file; `overrides` maps dotted keys to values ("output.path" -> "x") and wins.
     """
-    document, faults = _overridden(read(text, name), overrides)
+    document, faults = _overridden(parse_document(text, name), overrides)
     document = _spelled_out(document)
     check = _Check(document=document, faults=faults)
     recipe = check.model(
@@ -86,12 +86,12 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
 
     `tasks`: the benchmarks that the report to be judged has.
     """
-    document = _spelled_out(read(text, name))
+    document = _spelled_out(parse_document(text, name))
     check = _Check(document=document, faults=[])
     for key in document.values.keys() - Recipe.model_fields.keys():
         check.fault(
             (key,),
-            f"unknown key.{did_you_mean(key, tuple(Recipe.model_fields))} Expected gates.",
+            f"unknown key.{suggest_name(key, tuple(Recipe.model_fields))} Expected gates.",
         )
     found = check.model(Gates, {"gates": document.values.get("gates")}, ())
     check.gates(document.values.get("gates"), {"tasks": list(tasks)}, {})
@@ -126,24 +126,24 @@ _Model = TypeVar("_Model", bound=BaseModel)
 class _Check:
     """Turns parts of a document into models; `faults` (line, sentence) fills up on the way."""
 
-    document: Document
+    document: YamlDocument
     faults: list[tuple[int, str]]
 
-    def fault(self, path: Path, sentence: str) -> None:
+    def fault(self, path: KeyPath, sentence: str) -> None:
         """Note what is wrong with the value at `path`."""
         self.faults.append((
             self.document.line(path),
-            f"{self.document.where(path)}: {dotted(path)}: {sentence}",
+            f"{self.document.where(path)}: {format_path(path)}: {sentence}",
         ))
 
-    def model(self, model: type[_Model], values: object, path: Path) -> _Model | None:
+    def model(self, model: type[_Model], values: object, path: KeyPath) -> _Model | None:
         """`values` as a model, or None and its faults."""
         try:
             return model.model_validate(values)
         except ValidationError as error:
             for details in error.errors(include_url=False):
                 place = (*path, *(part for part in details["loc"] if part != "[key]"))
-                self.fault(place, sentence(place, details, _known(place[:-1])))
+                self.fault(place, describe_fault(place, details, _known(place[:-1])))
             return None
 
     def rules(self, written: object, default: Quantize) -> tuple[Rule, ...] | None:
@@ -164,7 +164,7 @@ class _Check:
             for rule in self.rule(item, ("rules", index), default)
         )
 
-    def rule(self, item: object, path: Path, default: Quantize) -> tuple[Rule, ...]:
+    def rule(self, item: object, path: KeyPath, default: Quantize) -> tuple[Rule, ...]:
         """One item of the list: one rule, or those of a preset; none when it has faults."""
         entry = self.model(RuleEntry, item, path)
         if entry is None:
@@ -180,7 +180,7 @@ class _Check:
             return ()
         wrong = pattern_fault(entry.match)
         if wrong:
-            self.fault((*path, "match"), shown(wrong, 200))
+            self.fault((*path, "match"), printable(wrong, 200))
             return ()
         scheme = default if entry.quantize == "default" else None
         if entry.quantize is not None and scheme is None:
@@ -192,14 +192,18 @@ class _Check:
         line = self.document.line(path)
         return (
             Rule(
-                label=dotted(path), line=line, match=entry.match, quantize=scheme, keep=entry.keep
+                label=format_path(path),
+                line=line,
+                match=entry.match,
+                quantize=scheme,
+                keep=entry.keep,
             ),
         )
 
-    def preset(self, name: str, path: Path, default: Quantize) -> tuple[Rule, ...]:
+    def preset(self, name: str, path: KeyPath, default: Quantize) -> tuple[Rule, ...]:
         """The rules of a preset that the recipe names."""
         if name not in PRESETS:
-            self.fault(path, unknown("preset", shown(name), tuple(PRESETS)))
+            self.fault(path, describe_unknown("preset", printable(name), tuple(PRESETS)))
             return ()
         return preset(name, default, self.document.line(path))
 
@@ -237,7 +241,7 @@ class _Check:
                     self.fault(path, "expected a number; only size takes one such as 400GB")
 
 
-def _spelled_out(document: Document) -> Document:
+def _spelled_out(document: YamlDocument) -> YamlDocument:
     """The document with gates such as `kl_mean.max: 1` as `kl_mean: {max: 1}`; a bound given twice stays a fault."""
     gates = document.values.get("gates")
     if not isinstance(gates, dict):
@@ -262,14 +266,16 @@ def _unknown_figure(figure: str, tasks: Sequence[str]) -> str:
     """Why a gate names nothing, with what it may have meant."""
     base, at, domain = figure.partition("@")
     if at and base in POOLED:
-        return unknown("domain", shown(domain), DOMAINS)
-    sentence = unknown("figure or task of evaluation.tasks", shown(figure), (*FIGURES, *tasks))
+        return describe_unknown("domain", printable(domain), DOMAINS)
+    sentence = describe_unknown(
+        "figure or task of evaluation.tasks", printable(figure), (*FIGURES, *tasks)
+    )
     return f"{sentence} Of one domain: kl_mean@{DOMAINS[-1]}."
 
 
 def _overridden(
-    document: Document, overrides: Mapping[str, str]
-) -> tuple[Document, list[tuple[int, str]]]:
+    document: YamlDocument, overrides: Mapping[str, str]
+) -> tuple[YamlDocument, list[tuple[int, str]]]:
     faults: list[tuple[int, str]] = []
     for key, text in overrides.items():
         try:
@@ -279,22 +285,22 @@ def _overridden(
     return document, faults
 
 
-def _change(key: str, text: str) -> tuple[Path, object]:
+def _change(key: str, text: str) -> tuple[KeyPath, object]:
     """Path and value of an override; RecipeError when it is no text."""
     path = tuple(key.split("."))
-    if not_text(text):
-        raise RecipeError([f"override {shown(key)}: {NO_TEXT}"])
-    return path, text if _is_text(path) else value_of(text, f"override {shown(key)}")
+    if is_invalid_text(text):
+        raise RecipeError([f"override {printable(key)}: {INVALID_TEXT}"])
+    return path, text if _is_text(path) else parse_value(text, f"override {printable(key)}")
 
 
-def _is_text(path: Path) -> bool:
+def _is_text(path: KeyPath) -> bool:
     """Whether the key takes any text, so that an override of "123" or "[x]" stays what it is."""
     section = SECTIONS.get(str(path[0])) if len(path) == 2 else None
     field = section.model_fields.get(str(path[-1])) if section else None
     return field is not None and field.annotation is str
 
 
-def _known(path: Path) -> tuple[str, ...]:
+def _known(path: KeyPath) -> tuple[str, ...]:
     """The keys that may stand in the mapping at `path`."""
     model: type[BaseModel] = Recipe
     if path and path[-1] == "quantize":

@@ -24,8 +24,8 @@ from pydantic import (
 
 from quantkit import registry
 from quantkit.io.owned_dirs import own_folder
-from quantkit.io.suggestions import unknown
-from quantkit.io.yaml_document import Document, shown
+from quantkit.io.suggestions import describe_unknown
+from quantkit.io.yaml_document import YamlDocument, printable
 from quantkit.recipe import patterns
 
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -58,20 +58,20 @@ def size_bytes(value: object) -> int:
         else None
     )
     if parts is None or parts[3] not in _UNITS:
-        found = f"'{shown(text)}'" if isinstance(text, str) else type(value).__name__
+        found = f"'{printable(text)}'" if isinstance(text, str) else type(value).__name__
         raise ValueError(
             f"expected a size such as 64GB, 512MiB or a number of bytes, found {found}"
         )
     total = int(Decimal(parts[1] + (parts[2] or "")) * _UNITS[parts[3]])
     if not 0 < total < 2**63:
-        raise ValueError(f"expected a size above 0 and below 8 EiB, found '{shown(str(text))}'")
+        raise ValueError(f"expected a size above 0 and below 8 EiB, found '{printable(str(text))}'")
     return total
 
 
 def _registered(kind: registry.Kind, name: str) -> str:
     known = registry.names(kind)
     if name not in known:
-        raise ValueError(unknown(kind.removesuffix("s"), name, known))
+        raise ValueError(describe_unknown(kind.removesuffix("s"), name, known))
     return name
 
 
@@ -322,7 +322,7 @@ class Recipe(BaseModel):
     mtp: Literal["keep", "quantize", "drop"] = "keep"
     propagate: Literal["quantized", "original", "both"] = "quantized"
     compute: Compute = Compute()
-    _document: Document = PrivateAttr(default=Document(name="recipe", values={}, lines={}))
+    _document: YamlDocument = PrivateAttr(default=YamlDocument(name="recipe", values={}, lines={}))
     _overrides: tuple[tuple[str, str], ...] = PrivateAttr(default=())
 
     @property

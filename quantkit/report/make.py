@@ -16,7 +16,7 @@ from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.contracts import PROTECTED_ROLES
 from quantkit.contracts import Role as LinearRole
 from quantkit.evaluate.distribution import Measured
-from quantkit.formats.common.engine_names import UNFUSED, apart
+from quantkit.formats.common.engine_names import DISABLE_SHARED_FUSION, has_separate_shared_experts
 from quantkit.numerics.fidelity import Estimate
 from quantkit.plan.decisions import NO_RULE, Decision
 from quantkit.plan.plan import Plan, unserved
@@ -26,9 +26,7 @@ from quantkit.texts.corpora import CorpusSet, Tokens
 TextName = Literal["calibration", "fidelity"]
 
 
-UNFUSED_NOTE = (
-    f"SGLang needs {UNFUSED}, because the shared experts are not stored like the routed ones."
-)
+UNFUSED_NOTE = f"SGLang needs {DISABLE_SHARED_FUSION}, because the shared experts are not stored like the routed ones."
 PROTECTED_REASON = "only a rule that names it quantizes it"
 
 
@@ -83,7 +81,9 @@ def artifact(plan: Plan) -> fidelity_schema.Artifact:
     weights = sum(decision.linear.n_parameters for decision in quantized)
     stored = sum(bytes_after(plan, decision) for decision in quantized)
     refusing = unserved(plan.format, plan.source.config, plan.layout, plan.decisions)
-    unfused = apart(spec.name for shard in plan.shards for spec in shard.tensors)
+    unfused = has_separate_shared_experts(
+        spec.name for shard in plan.shards for spec in shard.tensors
+    )
     return fidelity_schema.Artifact(
         name=PurePath(plan.path).name,
         format=plan.format_name,
@@ -111,7 +111,7 @@ def serving(
     """The command of every engine that reads all that is quantized."""
     name = PurePath(plan.path).name
     for engine, command in plan.format.engines.items():
-        flag = f" {UNFUSED}" if unfused and engine == "SGLang" else ""
+        flag = f" {DISABLE_SHARED_FUSION}" if unfused and engine == "SGLang" else ""
         if engine not in refusing:
             yield fidelity_schema.Serving(engine=engine, command=command.format(path=name) + flag)
 

@@ -14,7 +14,7 @@ from quantkit.artifact.fidelity_schema import Benchmark, Fidelity, Figure
 from quantkit.artifact.layout import MANIFEST
 from quantkit.artifact.read_report import read_sealed
 from quantkit.errors import ArtifactError, UsageError
-from quantkit.io.suggestions import unknown
+from quantkit.io.suggestions import describe_unknown
 from quantkit.report import format_numbers
 from quantkit.report.tables import Table
 
@@ -76,7 +76,7 @@ def sort_runs(runs: Sequence[Run], column: str, *, reverse: bool = False) -> lis
     """By a column: the best first, then those without that figure, then the broken; UsageError for an unknown one."""
     tasks = task_names(runs)
     if column not in (*COLUMNS, *tasks):
-        raise UsageError(f"--sort: {unknown('column', column, (*COLUMNS, *tasks))}")
+        raise UsageError(f"--sort: {describe_unknown('column', column, (*COLUMNS, *tasks))}")
 
     def value(run: Run) -> object:
         values = run.values()

@@ -21,8 +21,13 @@ from typing import TYPE_CHECKING, Protocol
 from quantkit.checkpoint.remote_code import hint, tokenizer_map
 from quantkit.checkpoint.tokenizer_files import check_files
 from quantkit.errors import CheckpointError, UsageError
-from quantkit.texts.corpus_files import Document, read_documents, read_hub, read_local
-from quantkit.texts.corpus_spec import Packing, first_line, read_spec
+from quantkit.texts.corpus_files import (
+    TextDocument,
+    read_documents,
+    read_hub_dataset,
+    read_local_text,
+)
+from quantkit.texts.corpus_spec import Packing, get_first_line, read_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +49,7 @@ class CorpusSet:
     packing: Packing
     end_of_document: bool  # documents end with the tokenizer's EOS
     sha256: str
-    documents: tuple[Document, ...]
+    documents: tuple[TextDocument, ...]
 
 
 class Tokenizer(Protocol):
@@ -102,9 +107,9 @@ def load_set(name_or_path: str, folder: Path) -> CorpusSet:
     if spec.file is not None:
         documents, sha256 = read_documents(spec)
     elif spec.local is not None and spec.local.path is not None:
-        documents, sha256 = read_local(spec)
+        documents, sha256 = read_local_text(spec)
     else:
-        documents, sha256 = read_hub(spec)
+        documents, sha256 = read_hub_dataset(spec)
     return CorpusSet(
         name=spec.name,
         where=str(spec.where),
@@ -125,7 +130,7 @@ def load_tokenizer(folder: Path, own_code: bool = False) -> Tokenizer:
     # transformers would run the code of a config as well; without a config of ours it looks for one
     config = PretrainedConfig(auto_map=tokenizer_map(folder)) if own_code else None
     try:
-        with unheard():
+        with silence_output():
             tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
                 str(folder), config=config, trust_remote_code=own_code, local_files_only=True
             )
@@ -140,14 +145,14 @@ def load_tokenizer(folder: Path, own_code: bool = False) -> Tokenizer:
         check_files(folder)
         raise CheckpointError(
             f"{folder}: expected a tokenizer that transformers loads without code of its own, "
-            f"found: {first_line(error):.300}. Copy tokenizer.json and tokenizer_config.json of the model there"
+            f"found: {get_first_line(error):.300}. Copy tokenizer.json and tokenizer_config.json of the model there"
             f"{hint(folder)}"
         ) from error
     return tokenizer
 
 
 @contextmanager
-def unheard() -> Iterator[None]:
+def silence_output() -> Iterator[None]:
     """Nothing reaches the terminal meanwhile: Rust prints keys of the file as they are, and backtraces."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -166,7 +171,7 @@ def unheard() -> Iterator[None]:
         os.close(nowhere)
 
 
-def token_batches(
+def sample_sequences(
     corpus: CorpusSet, tokenizer: Tokenizer, sequences: int | None, length: int, seed: int
 ) -> Tokens:
     """`sequences` token sequences of at most `length` tokens, chosen by `seed`; None takes all, in file order.
@@ -182,7 +187,7 @@ def token_batches(
             f"found {sequences} of {length}. Raise `sequences` or `length` in the recipe"
         )
     candidates = {
-        domain: _candidates(corpus, domain, tokenizer, length) for domain in corpus.domains
+        domain: _list_candidates(corpus, domain, tokenizer, length) for domain in corpus.domains
     }
     chosen = _choose(corpus, candidates, sequences, length, seed)
     return pack_tokens([(domain, candidates[domain][index]) for domain, index in chosen])
@@ -207,7 +212,9 @@ def pack_tokens(rows: Sequence[tuple[str, Sequence[int]]]) -> Tokens:
     )
 
 
-def continued(tokenizer: Tokenizer, prompt: str, text: str, length: int) -> tuple[list[int], int]:
+def encode_continuation(
+    tokenizer: Tokenizer, prompt: str, text: str, length: int
+) -> tuple[list[int], int]:
     """Ids of a prompt with `text` behind it, and how many of them, the last, are the text's.
 
     A prompt that does not fit into `length` tokens loses its beginning, but for BOS; nothing is left of a text that
@@ -216,7 +223,7 @@ def continued(tokenizer: Tokenizer, prompt: str, text: str, length: int) -> tupl
     """
     bare = prompt.rstrip()
     before, both = _encode(tokenizer, [bare, prompt + text])
-    own, first = both[len(before) :], _bos(tokenizer)
+    own, first = both[len(before) :], _find_bos(tokenizer)
     room = length - len(first) - len(own)
     if not own or room < 0 or len(first) + min(room, len(before)) < 1:
         return [], 0
@@ -224,12 +231,12 @@ def continued(tokenizer: Tokenizer, prompt: str, text: str, length: int) -> tupl
     return [*first, *kept, *own], len(own)
 
 
-def _candidates(
+def _list_candidates(
     corpus: CorpusSet, domain: str, tokenizer: Tokenizer, length: int
 ) -> list[list[int]]:
     """Every sequence that the documents of a domain give."""
     texts = [document.text for document in corpus.documents if document.domain == domain]
-    bos = _bos(tokenizer)
+    bos = _find_bos(tokenizer)
     if corpus.packing == "documents":
         eos = (
             [tokenizer.eos_token_id]
@@ -244,7 +251,7 @@ def _candidates(
     ]
 
 
-def _bos(tokenizer: Tokenizer) -> list[int]:
+def _find_bos(tokenizer: Tokenizer) -> list[int]:
     """The BOS that the tokenizer itself puts in front of a text; many name one and put none (GPT-2's, SmolLM2's)."""
     first = tokenizer(["a"], add_special_tokens=True, verbose=False)["input_ids"][0][:1]
     return list(first) if first == [tokenizer.bos_token_id] else []
@@ -280,14 +287,14 @@ def _choose(
     rng = random.Random(seed)
     chosen = [
         (domain, index)
-        for domain, share in proportional(available, sequences).items()
+        for domain, share in split_proportionally(available, sequences).items()
         for index in rng.sample(range(available[domain]), share)
     ]
     rng.shuffle(chosen)  # so that any run of sequences is a mixture
     return chosen
 
 
-def proportional(available: Mapping[str, int], wanted: int) -> dict[str, int]:
+def split_proportionally(available: Mapping[str, int], wanted: int) -> dict[str, int]:
     """How many of `wanted` each domain gets: in proportion, never more than it has, at least one if there is room."""
     total = sum(available.values())
     least = {name: min(count, 1) for name, count in available.items()}

@@ -13,33 +13,33 @@ from quantkit.errors import CalibrationError
 from quantkit.io.files import DuplicateKey, brief, is_file, read_bytes, unique, whole
 from quantkit.texts.corpus_spec import (
     DATA_VARIABLE,
-    HubSet,
+    CorpusSpec,
+    HubDataset,
     LocalText,
-    Spec,
-    first_line,
+    get_first_line,
     raise_faults,
 )
 
-LIMIT_BYTES = 1_000_000_000
+MAX_BYTES = 1_000_000_000
 """Of a set's file; what is calibrated on is thousands of times smaller."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Document:
+class TextDocument:
     """One text and the domain that its scores are reported under."""
 
     domain: str
     text: str
 
 
-def read_documents(spec: Spec) -> tuple[tuple[Document, ...], str]:
+def read_documents(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:
     """The rows of the set's JSON lines file, and the file's sha256, which must be the spec's."""
     path = cast(Path, spec.file)
     if not is_file(path):
         raise CalibrationError(
             f"{spec.where}: file: expected {path}, found no such file. Correct the key"
         )
-    data = read_bytes(path, LIMIT_BYTES, CalibrationError)
+    data = read_bytes(path, MAX_BYTES, CalibrationError)
     documents = parse_jsonl(data, str(path), spec.domains)
     absent = [
         domain
@@ -51,10 +51,10 @@ def read_documents(spec: Spec) -> tuple[tuple[Document, ...], str]:
             f"{path}: expected documents of every domain in {spec.where}, found none of {', '.join(absent)}. "
             f"Correct `domains`"
         )
-    return documents, _checked_sha256(data, spec.sha256, path, spec.where)
+    return documents, _check_sha256(data, spec.sha256, path, spec.where)
 
 
-def _checked_sha256(data: bytes, expected: str, path: Path, where: Path) -> str:
+def _check_sha256(data: bytes, expected: str, path: Path, where: Path) -> str:
     found = hashlib.sha256(data).hexdigest()
     if found != expected:
         raise CalibrationError(
@@ -64,7 +64,7 @@ def _checked_sha256(data: bytes, expected: str, path: Path, where: Path) -> str:
     return found
 
 
-def parse_jsonl(data: bytes, where: str, domains: tuple[str, ...]) -> tuple[Document, ...]:
+def parse_jsonl(data: bytes, where: str, domains: tuple[str, ...]) -> tuple[TextDocument, ...]:
     """Documents of a JSON lines file: UTF-8 without byte order mark, LF line ends, no empty line.
 
     CalibrationError lists the faults as `where:line`.
@@ -73,11 +73,11 @@ def parse_jsonl(data: bytes, where: str, domains: tuple[str, ...]) -> tuple[Docu
         raise CalibrationError(
             f"{where}:1: expected UTF-8 without a byte order mark, found one. Save it without"
         )
-    documents: list[Document] = []
+    documents: list[TextDocument] = []
     faults: list[str] = []
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n") if data else [], start=1):
         result = _parse_row(line, domains)
-        if isinstance(result, Document):
+        if isinstance(result, TextDocument):
             documents.append(result)
         else:
             faults.append(f"{where}:{number}: {result}")
@@ -87,7 +87,7 @@ def parse_jsonl(data: bytes, where: str, domains: tuple[str, ...]) -> tuple[Docu
     return tuple(documents)
 
 
-def _parse_row(line: bytes, domains: tuple[str, ...]) -> Document | str:
+def _parse_row(line: bytes, domains: tuple[str, ...]) -> TextDocument | str:
     """The document in a line, or what is wrong with it."""
     if line.endswith(b"\r"):
         return "expected the line to end with LF, found CRLF. Convert the file (git: core.autocrlf=false)"
@@ -111,10 +111,10 @@ def _parse_row(line: bytes, domains: tuple[str, ...]) -> Document | str:
         return f"text: expected text, found {brief(text)}"
     if not whole(text):
         return "text: expected text, found half a surrogate pair (\\ud800 to \\udfff). Correct the line"
-    return Document(domain=domain, text=text)
+    return TextDocument(domain=domain, text=text)
 
 
-def most_sequences(spec: Spec, length: int) -> int | None:
+def bound_sequences(spec: CorpusSpec, length: int) -> int | None:
     """Documents of a set, or an upper bound of its windows of `length` tokens; None for a set that is not here."""
     if spec.file is None or not spec.file.is_file():
         return None
@@ -126,12 +126,12 @@ def most_sequences(spec: Spec, length: int) -> int | None:
         return sum(1 for _ in lines)
 
 
-def read_local(spec: Spec) -> tuple[tuple[Document, ...], str]:
+def read_local_text(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:
     """The local text that stands in for a data set of the hub: one row a line, as the hub has it."""
-    local, hub = cast(LocalText, spec.local), cast(HubSet, spec.hub)
+    local, hub = cast(LocalText, spec.local), cast(HubDataset, spec.hub)
     path = cast(Path, local.path)
-    data = read_bytes(path, LIMIT_BYTES, CalibrationError)
-    _checked_sha256(data, local.sha256, path, spec.where)
+    data = read_bytes(path, MAX_BYTES, CalibrationError)
+    _check_sha256(data, local.sha256, path, spec.where)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -139,14 +139,14 @@ def read_local(spec: Spec) -> tuple[tuple[Document, ...], str]:
             f"{path}: expected UTF-8, found byte {data[error.start]:#04x}. Restore the file"
         ) from None
     rows = [line + "\n" for line in text.removesuffix("\n").split("\n")]
-    return _hub_documents([row if row.strip() else "" for row in rows], hub)
+    return _make_hub_documents([row if row.strip() else "" for row in rows], hub)
 
 
-def read_hub(spec: Spec) -> tuple[tuple[Document, ...], str]:
+def read_hub_dataset(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:
     """The rows of a data set of the hub at the spec's revision; CalibrationError when it cannot be had."""
     import datasets
 
-    hub = cast(HubSet, spec.hub)
+    hub = cast(HubDataset, spec.hub)
     load = cast(Callable[..., Any], datasets.load_dataset)
     try:
         rows = load(hub.path, hub.name, split=hub.split, revision=hub.revision)
@@ -160,12 +160,12 @@ def read_hub(spec: Spec) -> tuple[tuple[Document, ...], str]:
         )
         raise CalibrationError(
             f"{spec.where}: datasets: expected {hub.path} {hub.name} {hub.split} at {hub.revision[:12]} from the hub, "
-            f"found: {first_line(error)}. Connect once so that it is cached{other}, or choose a set that is a file"
+            f"found: {get_first_line(error)}. Connect once so that it is cached{other}, or choose a set that is a file"
         ) from error
-    return _hub_documents(texts, hub)
+    return _make_hub_documents(texts, hub)
 
 
-def _hub_documents(rows: list[str], hub: HubSet) -> tuple[tuple[Document, ...], str]:
+def _make_hub_documents(rows: list[str], hub: HubDataset) -> tuple[tuple[TextDocument, ...], str]:
     """Rows as documents, empty ones kept (windows join them), and the sha256 of all rows."""
     digest = hashlib.sha256("\n".join(rows).encode("utf-8")).hexdigest()
-    return tuple(Document(domain=hub.domain, text=row) for row in rows), digest
+    return tuple(TextDocument(domain=hub.domain, text=row) for row in rows), digest

@@ -23,12 +23,12 @@ Packing = Literal["documents", "windows"]
 DOMAINS = ("prose", "math", "code")
 PACKINGS = ("documents", "windows")
 DATA_VARIABLE = "QUANTKIT_DATA"
-SHOWN_FAULTS = 8
+MAX_SHOWN_FAULTS = 8
 MOST_CHARACTERS = 2000  # of a value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HubSet:
+class HubDataset:
     """A column of text of a data set on the hub, at a fixed revision."""
 
     path: str
@@ -49,7 +49,7 @@ class LocalText:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Spec:
+class CorpusSpec:
     """A checked spec; either `file` with `sha256`, or `hub`, which `local` may stand in for."""
 
     where: Path
@@ -61,7 +61,7 @@ class Spec:
     end_of_document: bool
     file: Path | None
     sha256: str
-    hub: HubSet | None
+    hub: HubDataset | None
     local: LocalText | None
 
 
@@ -82,7 +82,7 @@ HUB_KEYS = ("path", "name", "split", "revision", "column", "domain")
 LOCAL_KEYS = ("file", "sha256")
 
 
-def read_spec(name_or_path: str, folder: Path) -> Spec:
+def read_spec(name_or_path: str, folder: Path) -> CorpusSpec:
     """Find and check the spec of a set; CalibrationError lists every fault with its line."""
     where = _find(name_or_path, folder)
     faults: list[str] = []
@@ -96,7 +96,7 @@ def read_spec(name_or_path: str, folder: Path) -> Spec:
         keys.fault("end", "expected none with `packing: windows`, found eos. Remove the key")
     hub, local = _hub(keys, domains), _local(keys)
     file = None if "datasets" in keys.values else keys.text("file")
-    spec = Spec(
+    spec = CorpusSpec(
         where=where,
         name=keys.text("name"),
         licence=keys.text("licence"),
@@ -124,12 +124,14 @@ def raise_faults(faults: list[str]) -> None:
     """Raise the collected faults as one CalibrationError, the first few written out."""
     if faults:
         more = (
-            [f"and {len(faults) - SHOWN_FAULTS} more faults"] if len(faults) > SHOWN_FAULTS else []
+            [f"and {len(faults) - MAX_SHOWN_FAULTS} more faults"]
+            if len(faults) > MAX_SHOWN_FAULTS
+            else []
         )
-        raise CalibrationError("\n".join([*faults[:SHOWN_FAULTS], *more]))
+        raise CalibrationError("\n".join([*faults[:MAX_SHOWN_FAULTS], *more]))
 
 
-def first_line(error: BaseException) -> str:
+def get_first_line(error: BaseException) -> str:
     """The first line of an error's message, without a full stop; its type when it has none."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
@@ -171,7 +173,7 @@ def _load_yaml(path: Path) -> CommentedMap:
         ) from error
     except (YAMLError, *safe_yaml.PARSER_FAULTS) as error:
         raise CalibrationError(
-            f"{path}: expected YAML, found: {first_line(error)}. Correct the file"
+            f"{path}: expected YAML, found: {get_first_line(error)}. Correct the file"
         ) from error
     if not isinstance(data, CommentedMap):
         raise CalibrationError(
@@ -253,7 +255,7 @@ class _Keys:
         return inner
 
 
-def _hub(keys: _Keys, domains: tuple[str, ...]) -> HubSet | None:
+def _hub(keys: _Keys, domains: tuple[str, ...]) -> HubDataset | None:
     section = keys.section("datasets", HUB_KEYS)
     if section is None:
         return None
@@ -263,7 +265,7 @@ def _hub(keys: _Keys, domains: tuple[str, ...]) -> HubSet | None:
             "domain",
             f"expected the one domain of the set, found {brief(domain)} and {list(domains)}",
         )
-    return HubSet(
+    return HubDataset(
         path=path, name=name, split=split, revision=revision, column=column, domain=domain
     )
 

@@ -14,36 +14,36 @@ from quantkit.io.files import is_file, read_bytes, reason, whole
 from quantkit.io.package_data import folder
 
 SUFFIX = ".yaml"
-LIMIT_BYTES = 1_000_000  # no task description is larger
+MAX_BYTES = 1_000_000  # no task description is larger
 
 
-def task_names() -> tuple[str, ...]:
+def list_task_names() -> tuple[str, ...]:
     """The tasks that ship with quantkit, in alphabetical order."""
     return tuple(sorted(path.stem for path in folder("evals").glob(f"*{SUFFIX}")))
 
 
-def task_path(name: str) -> Path:
+def find_task_path(name: str) -> Path:
     """The file of a task that ships with quantkit, or of one given by its path (anything that ends in .yaml)."""
     return Path(name) if name.endswith(SUFFIX) else folder("evals") / f"{name}{SUFFIX}"
 
 
-def task_text(path: Path) -> str:
+def read_task_text(path: Path) -> str:
     """The text of a task's file; EvaluationError when it cannot be read."""
     try:
-        return read_bytes(path, LIMIT_BYTES, EvaluationError).decode("utf-8")
+        return read_bytes(path, MAX_BYTES, EvaluationError).decode("utf-8")
     except UnicodeDecodeError:
         raise EvaluationError(
             f"{path}: expected UTF-8 text, found other bytes; save it as UTF-8"
         ) from None
 
 
-def first_file(name: str, places: tuple[Path, ...]) -> Path | None:
+def find_first_file(name: str, places: tuple[Path, ...]) -> Path | None:
     """The absolute path of `name` in the first of `places` that has it."""
     found = (place / name for place in places)
     return next((path.resolve() for path in found if is_file(path)), None)
 
 
-def rows_of(path: Path, start: int, end: int) -> str:
+def read_row_range(path: Path, start: int, end: int) -> str:
     """Lines start to end (exclusive, counted from 0) of a JSONL file; EvaluationError when it has fewer."""
     try:
         with path.open(encoding="utf-8") as file:
@@ -61,7 +61,9 @@ def rows_of(path: Path, start: int, end: int) -> str:
     return "".join(rows)
 
 
-def first_rows(path: Path, rows: tuple[int, int] | None, count: int) -> list[dict[str, object]]:
+def read_first_rows(
+    path: Path, rows: tuple[int, int] | None, count: int
+) -> list[dict[str, object]]:
     """The first `count` rows, or all there are, of a JSONL file or of the rows [from, to) of it."""
     start, end = rows or (0, count)
     try:
@@ -81,12 +83,12 @@ def first_rows(path: Path, rows: tuple[int, int] | None, count: int) -> list[dic
 
 
 @contextmanager
-def temporary_folder() -> Iterator[Path]:
+def make_temporary_folder() -> Iterator[Path]:
     """A folder that is gone afterwards, with whatever was put into it."""
     with tempfile.TemporaryDirectory(prefix="quantkit-evals-") as name:
         yield Path(name)
 
 
-def put(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a text file into a temporary folder."""
     path.write_text(text, encoding="utf-8")

@@ -8,8 +8,8 @@ from dataclasses import replace
 from quantkit import registry
 from quantkit.contracts import Config
 from quantkit.errors import ArtifactError, CheckpointError, QuantkitError
-from quantkit.formats.common.checks import Codes, Loader, Treatment, by_codes
-from quantkit.formats.common.engine_names import HEAD, engine_names
+from quantkit.formats.common.checks import IntegerCodes, Loader, Treatment, group_by_codes
+from quantkit.formats.common.engine_names import LM_HEAD, expand_fused_names
 from quantkit.plan.match_checkpoint import claim
 from quantkit.verify.contents import Found, config_contents
 
@@ -25,8 +25,8 @@ def config_faults(values: Mapping[str, object], found: Found) -> Iterator[str]:
             yield "config.json: quantization_config: expected none, as nothing is quantized"
         return
     output, checks = registry.format(found.name), registry.checks(found.name)
-    if values.get("tie_word_embeddings") is True and HEAD not in found.kept:
-        found = replace(found, kept=(*found.kept, HEAD))
+    if values.get("tie_word_embeddings") is True and LM_HEAD not in found.kept:
+        found = replace(found, kept=(*found.kept, LM_HEAD))
     expected, fault = config_contents(output, found.contents)
     if fault:
         yield f"config.json: {fault}"
@@ -49,14 +49,14 @@ def loader_faults(loader: Loader, entry: Mapping[str, object], found: Found) -> 
     treatment, blocks = loader.told(entry), set(found.fp8)
     wrong: dict[tuple[Treatment, Treatment], list[str]] = {}
     held: Mapping[Treatment, Sequence[str]] = {
-        **dict(by_codes(found.schemes)),
+        **dict(group_by_codes(found.schemes)),
         "fp8": found.fp8,
         "plain": [name for name in found.kept if name not in blocks],
     }
     for kind, names in held.items():
-        for name in engine_names(names) if loader.fused else names:
+        for name in expand_fused_names(names) if loader.fused else names:
             taken = treatment(name)
-            if taken != kind and not (taken == "codes" and isinstance(kind, Codes)):
+            if taken != kind and not (taken == "codes" and isinstance(kind, IntegerCodes)):
                 wrong.setdefault((kind, taken), []).append(name)
     for (kind, taken), names in wrong.items():
         yield misread(loader.engines, kind, taken, names)
@@ -69,8 +69,10 @@ def misread(engines: str, held: Treatment, taken: Treatment, names: Sequence[str
     """The sentence for modules that engines would take for something else than they are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     verb = "is" if len(names) == 1 else "are"
-    here, there = (WORDS["codes" if isinstance(each, Codes) else each] for each in (held, taken))
-    if isinstance(held, Codes) and isinstance(taken, Codes):
+    here, there = (
+        WORDS["codes" if isinstance(each, IntegerCodes) else each] for each in (held, taken)
+    )
+    if isinstance(held, IntegerCodes) and isinstance(taken, IntegerCodes):
         here, there = f"of {held}", f"of {taken}"
     return (
         f"config.json: quantization_config: {', '.join(names[:SHOWN])}{more} {verb} {here} in the tensors, but {there} "

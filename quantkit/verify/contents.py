@@ -13,7 +13,7 @@ from quantkit import registry
 from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.contracts import Contents, Format, Linear, ScaleDtype, Scheme, TensorSpec
 from quantkit.errors import UsageError
-from quantkit.formats.common.checks import FINITE, MAGNITUDE, Checks, Numbers
+from quantkit.formats.common.checks import FINITE, MAGNITUDE, FormatChecks, ValueCheck
 
 FP8_SIDE = 128
 FLOATING = frozenset({"F64", "F32", "F16", "BF16", FP8})
@@ -40,7 +40,7 @@ class Found:
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     kept: tuple[str, ...] = ()  # modules with a matrix that is not quantized
     fp8: tuple[str, ...] = ()  # those of them in FP8 blocks
-    numbers: Mapping[str, Numbers] = field(default_factory=dict)
+    numbers: Mapping[str, ValueCheck] = field(default_factory=dict)
     logical: Mapping[str, TensorSpec] = field(
         default_factory=dict
     )  # as the model computes: every matrix a `weight`
@@ -83,7 +83,7 @@ def read_contents(
     output, checks = registry.format(name), registry.checks(name)
     parts = parts_of(schemes, specs)
     linears: dict[str, Linear] = {}
-    numbers: dict[str, Numbers] = {}
+    numbers: dict[str, ValueCheck] = {}
     taken: set[str] = set()
     for module, scheme in schemes.items():
         own = parts.get(module, {})
@@ -136,7 +136,7 @@ def linear_of(
     scheme: Scheme,
     own: Mapping[str, TensorSpec],
     output: Format,
-    checks: Checks,
+    checks: FormatChecks,
     read: ReadSmall,
 ) -> tuple[Linear | None, str | None]:
     """A quantized linear by its tensors; or why they are not those that the scheme asks for."""

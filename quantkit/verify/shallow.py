@@ -225,13 +225,13 @@ def scan_all(
 def scan_one(file: Path, header: Header | None, numbers: Mapping[str, object]) -> Scanned:
     """Hash a file and look at the numbers of its tensors, in one reading."""
     from quantkit.checkpoint.scan import scan
-    from quantkit.formats.common.checks import Numbers
+    from quantkit.formats.common.checks import ValueCheck
     from quantkit.verify.numbers import Watch
 
     watched = {
         name: Watch(spec=spec, wanted=wanted)
         for name, spec in (header.specs if header else {}).items()
-        if isinstance(wanted := numbers.get(name), Numbers)
+        if isinstance(wanted := numbers.get(name), ValueCheck)
     }
 
     def visit(name: str, begin: int, piece: memoryview) -> None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 
 SHAPE = {
     "hidden_size": 512,
@@ -31,13 +31,15 @@ def peak(place: Path, blocks: int) -> tuple[int, int, int]:
     """(bytes of the checkpoint, experts per wave, peak resident bytes) of a build with so many MoE blocks."""
     source = write_checkpoint(
         place / f"source{blocks}",
-        tiny_config("deepseek_v3", **SHAPE, num_hidden_layers=blocks + 1),
+        make_tiny_config("deepseek_v3", **SHAPE, num_hidden_layers=blocks + 1),
         fp8=True,
     )
     recipe = place / f"{blocks}.yaml"
     calibration = "{set: tiny-v3, sequences: 100, length: 128}"
     recipe.write_text(
-        recipe_text(source, place / f"artifact{blocks}", memory=BUDGET, calibration=calibration)
+        make_recipe_text(
+            source, place / f"artifact{blocks}", memory=BUDGET, calibration=calibration
+        )
     )
     quantkit = [sys.executable, "-m", "quantkit"]
     planned = subprocess.run(

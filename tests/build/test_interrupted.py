@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from build.test_resume import SMALL, SYMMETRIC, differing, files
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 from support.mortal import Order, Server, server
 
 from quantkit.errors import UsageError
@@ -33,7 +33,7 @@ def mortals() -> Iterator[Server]:
 def recipe(place: Path, source: Path, **keys: str) -> Path:
     """A folder with a recipe."""
     place.mkdir(parents=True)
-    (place / "r.yaml").write_text(recipe_text(source, Path("x"), **{**SMALL, **keys}))
+    (place / "r.yaml").write_text(make_recipe_text(source, Path("x"), **{**SMALL, **keys}))
     return place
 
 
@@ -54,7 +54,9 @@ def left(place: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3-MoE in BF16."""
-    return write_checkpoint(tmp_path_factory.mktemp("moe") / "source", tiny_config("qwen3_moe"))
+    return write_checkpoint(
+        tmp_path_factory.mktemp("moe") / "source", make_tiny_config("qwen3_moe")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +201,7 @@ def test_killed_at_random(
     """Builds that are killed, or lose power and all that was not synced, until they are through: nothing differs."""
     family, fp8, wave, keys = MATRIX[name]
     source, chance = (
-        write_checkpoint(tmp_path / "source", tiny_config(family), fp8=fp8),
+        write_checkpoint(tmp_path / "source", make_tiny_config(family), fp8=fp8),
         random.Random(name),
     )
     whole = finished(mortals, recipe(tmp_path / "whole", source, **keys))
@@ -229,7 +231,7 @@ def test_the_power_goes_at_every_call(
 ) -> None:
     """A build per call that writes: there all that was not synced is lost, and in the end none differs."""
     source, keys = (
-        write_checkpoint(tmp_path / "source", tiny_config(family, num_hidden_layers=1)),
+        write_checkpoint(tmp_path / "source", make_tiny_config(family, num_hidden_layers=1)),
         FEW,
     )
     whole, calls = finished(mortals, recipe(tmp_path / "whole", source, **keys)), 0
@@ -256,7 +258,7 @@ def test_the_disk_fails_at_every_call(
 ) -> None:
     """An error of the disk is one sentence, whichever call it hits, and the build goes on afterwards."""
     source, calls = (
-        write_checkpoint(tmp_path / "source", tiny_config("qwen3_moe", num_hidden_layers=1)),
+        write_checkpoint(tmp_path / "source", make_tiny_config("qwen3_moe", num_hidden_layers=1)),
         0,
     )
     whole = finished(mortals, recipe(tmp_path / "whole", source, **FEW))

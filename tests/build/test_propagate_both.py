@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.builds import build
-from support.checkpoints import tiny_config, write_checkpoint
+from support.checkpoints import make_tiny_config, write_checkpoint
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -26,7 +26,9 @@ EXPERTS, HIDDEN, INNER, TOKENS = 3, 32, 16, 90
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random DeepSeek-V3: one dense block, one with 8 experts, one MTP block."""
-    return write_checkpoint(tmp_path_factory.mktemp("v3") / "source", tiny_config("deepseek_v3"))
+    return write_checkpoint(
+        tmp_path_factory.mktemp("v3") / "source", make_tiny_config("deepseek_v3")
+    )
 
 
 def spool(path: Path, rows: Tensor) -> Spool:

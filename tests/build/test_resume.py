@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 
 from quantkit import pipeline
 from quantkit.artifact import writer
@@ -48,7 +48,10 @@ def build(
     source: Path, told: list[str] | None = None, *, restart: bool = False, **keys: str
 ) -> list[str]:
     """Build a small recipe into `x` of the current folder; what is `told` of an earlier, interrupted build."""
-    text, told = recipe_text(source, Path("x"), **{**SMALL, **keys}), [] if told is None else told
+    text, told = (
+        make_recipe_text(source, Path("x"), **{**SMALL, **keys}),
+        [] if told is None else told,
+    )
     pipeline.run(
         parse(text, "r.yaml"), text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None,
         say=told.append, restart=restart,
@@ -94,7 +97,9 @@ def dying(patch: pytest.MonkeyPatch, owner: object, name: str, call: int, after:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3-MoE in BF16."""
-    return write_checkpoint(tmp_path_factory.mktemp("moe") / "source", tiny_config("qwen3_moe"))
+    return write_checkpoint(
+        tmp_path_factory.mktemp("moe") / "source", make_tiny_config("qwen3_moe")
+    )
 
 
 @pytest.fixture(scope="module")

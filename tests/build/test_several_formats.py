@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.builds import build, build_all
-from support.checkpoints import planned, recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_plan, make_recipe_text, make_tiny_config, write_checkpoint
 
 from quantkit import pipeline, registry
 from quantkit.artifact.layout import read_manifest
@@ -28,7 +28,9 @@ SYMMETRIC = "{method: awq, rounding: gptq, bits: 4, group_size: 64, symmetric: t
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3-MoE in BF16."""
-    return write_checkpoint(tmp_path_factory.mktemp("moe") / "source", tiny_config("qwen3_moe"))
+    return write_checkpoint(
+        tmp_path_factory.mktemp("moe") / "source", make_tiny_config("qwen3_moe")
+    )
 
 
 def test_formats_that_hold_the_same_codes_share_a_solve(
@@ -70,7 +72,7 @@ def test_formats_that_hold_the_same_codes_share_a_solve(
     assert methods == ["gptq", "compressed-tensors"]
     module = both[0].fidelity.modules[0]
     name = module.name
-    plan = planned(source, format="gptq", quantize=SYMMETRIC)
+    plan = make_plan(source, format="gptq", quantize=SYMMETRIC)
     scheme = plan.decisions[name].scheme
     first = load_file(both[0].path / "model.safetensors")
     weights = [
@@ -112,7 +114,7 @@ def test_formats_that_would_differ_are_an_error(
 
 def test_faults_of_every_format_are_shown_once(source: Path, tmp_path: Path) -> None:
     """gptq holds no zero points; what is wrong with both formats is one fault."""
-    text = recipe_text(
+    text = make_recipe_text(
         source, tmp_path / "x", format="[awq, gptq]", quantize="{bits: 4, group_size: 128}"
     )
     recipe = parse(text, "r.yaml")
@@ -131,7 +133,7 @@ def test_a_family_is_looked_up_once_for_all_formats(
         "quantkit.plan.plan.architecture_of",
         lambda config: asked.append(config) or architecture_of(config),
     )
-    recipe = parse(recipe_text(source, tmp_path / "x", format="[awq, dense]"), "r.yaml")
+    recipe = parse(make_recipe_text(source, tmp_path / "x", format="[awq, dense]"), "r.yaml")
     assert len(sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))) == 2
     assert len(asked) == 1
 
@@ -172,7 +174,7 @@ def test_without_a_fidelity_text_nothing_is_measured(
     assert mine.keys() == theirs.keys() and all(
         torch.equal(mine[name], theirs[name]) for name in mine
     )
-    plan = planned(source, format="gptq", quantize=SYMMETRIC)
+    plan = make_plan(source, format="gptq", quantize=SYMMETRIC)
     assert (
         Checkpoint.open(found.path).config.values["model_type"]
         == plan.source.config.values["model_type"]
@@ -180,12 +182,14 @@ def test_without_a_fidelity_text_nothing_is_measured(
 
 
 def test_a_plan_says_that_nothing_will_be_measured(source: Path) -> None:
-    plan = planned(source, fidelity="none")
+    plan = make_plan(source, fidelity="none")
     assert any("nobody will know what this artifact lost" in warning for warning in plan.warnings)
 
 
 def test_a_gate_needs_something_that_measures_it(tmp_path: Path) -> None:
-    text = recipe_text("builtin:tiny-v3", tmp_path, fidelity="none", gates="{kl_mean: {max: 0.1}}")
+    text = make_recipe_text(
+        "builtin:tiny-v3", tmp_path, fidelity="none", gates="{kl_mean: {max: 0.1}}"
+    )
     with pytest.raises(RecipeError) as caught:
         parse(text, "r.yaml")
     assert caught.value.faults == (

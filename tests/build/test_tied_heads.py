@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.builds import build
-from support.checkpoints import tiny_config, write_checkpoint
+from support.checkpoints import make_tiny_config, write_checkpoint
 from support.dequantized import Stored
 from support.underived_models import write_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -24,7 +24,7 @@ ENTRIES = {"compressed_tensors": "ignore", "bitsandbytes": "llm_int8_skip_module
 
 
 def llama(folder: Path) -> Path:
-    return write_checkpoint(folder, tiny_config("llama", tie_word_embeddings=True))
+    return write_checkpoint(folder, make_tiny_config("llama", tie_word_embeddings=True))
 
 
 def starcoder2(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 from support.command_line import fault, run
 
 from quantkit import pipeline
@@ -30,12 +30,12 @@ CLI = (
 
 def small(folder: Path) -> Path:
     """A source of one block."""
-    return write_checkpoint(folder, tiny_config("llama", num_hidden_layers=1))
+    return write_checkpoint(folder, make_tiny_config("llama", num_hidden_layers=1))
 
 
 def recipe(source: Path, output: Path, place: Path, name: str = "r.yaml") -> Path:
     """A build that needs no text."""
-    text = recipe_text(
+    text = make_recipe_text(
         json.dumps(str(source), ensure_ascii=False), output, rules="all-linear", quantize="{method: rtn}",
         fidelity="none", output=json.dumps({"path": str(output)}, ensure_ascii=False),
     )  # fmt: skip
@@ -176,7 +176,7 @@ def flip(source: Path) -> None:
 def replaced(source: Path) -> None:
     """The shard is replaced by another of the same tensors."""
     other = write_checkpoint(
-        source.parent / "other", tiny_config("llama", num_hidden_layers=1), seed=1
+        source.parent / "other", make_tiny_config("llama", num_hidden_layers=1), seed=1
     )
     os.replace(other / "model.safetensors", source / "model.safetensors")
 

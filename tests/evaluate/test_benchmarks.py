@@ -71,7 +71,7 @@ def shorter(task: tasks.Task, tokens: int) -> tasks.Task:
 # --------------------------------------------------------------------------------------------------------- the files
 
 
-@pytest.mark.parametrize("name", task_files.task_names())
+@pytest.mark.parametrize("name", task_files.list_task_names())
 def test_each_task_loads(name, tmp_path):
     (task,) = tasks.load([name], tmp_path)
     assert task.name == name
@@ -82,8 +82,8 @@ def test_each_task_loads(name, tmp_path):
 
 
 def test_every_key_of_a_task_is_explained():
-    for name in task_files.task_names():
-        text = task_files.task_path(name).read_text(encoding="utf-8")
+    for name in task_files.list_task_names():
+        text = task_files.find_task_path(name).read_text(encoding="utf-8")
         assert text.startswith("#"), name
         assert text.count("#") > 12, name
 

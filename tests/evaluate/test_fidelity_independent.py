@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.builds import ignore
+from support.builds import ignore_progress
 from support.whole_models import awq_weights, fp8_weights, whole_model
 
 from quantkit import pipeline
@@ -32,7 +32,7 @@ def test_streaming_figures_equal_whole_models(rules: str, tmp_path: Path) -> Non
         {"output.path": str(tmp_path / "a"), "rules": rules, "calibration.sequences": "100"},
     )
     (outcome,) = pipeline.run(
-        recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
+        recipe, text, overwrite=False, evaluate=False, planned=ignore_progress, tell=ignore_progress
     )
     source = package_data.resolve_model("builtin:tiny-v3")
     first, second = (
@@ -40,7 +40,7 @@ def test_streaming_figures_equal_whole_models(rules: str, tmp_path: Path) -> Non
         whole_model(outcome.path, awq_weights(outcome.path)),
     )
     corpus = corpora.load_set(recipe.fidelity.set, package_data.folder("calibration"))
-    tokens = corpora.token_batches(corpus, corpora.load_tokenizer(source), None, 512, 0)
+    tokens = corpora.sample_sequences(corpus, corpora.load_tokenizer(source), None, 512, 0)
     kl, nll_p, nll_q, same = [], [], [], []
     with torch.no_grad():
         for i in range(tokens.n_sequences):

@@ -15,7 +15,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from support import report_example
-from support.builds import ignore
+from support.builds import ignore_progress
 from support.paths import ROOT
 from support.whole_models import awq_weights, fp8_weights, whole_model
 from transformers import AutoTokenizer
@@ -29,7 +29,7 @@ from quantkit.plan import sources
 from quantkit.recipe.parse import parse
 from quantkit.recipe.schema import Gate
 from quantkit.report import gates, tables
-from quantkit.texts.corpora import continued, load_tokenizer
+from quantkit.texts.corpora import encode_continuation, load_tokenizer
 
 ITEMS = 12
 TEXT = (package_data.folder("recipes") / "tiny-v3-awq4.yaml").read_text()
@@ -47,7 +47,7 @@ def built(place: Path, **changes: str) -> pipeline.BuildResult:
         keys | {key.replace("__", "."): text for key, text in changes.items()},
     )
     (outcome,) = pipeline.run(
-        recipe, TEXT, overwrite=False, evaluate=False, planned=ignore, tell=ignore
+        recipe, TEXT, overwrite=False, evaluate=False, planned=ignore_progress, tell=ignore_progress
     )
     return outcome
 
@@ -190,14 +190,14 @@ def test_nothing_is_scored_without_a_fidelity_text() -> None:
 def test_a_prompt_that_is_too_long_loses_its_beginning() -> None:
     tokenizer = load_tokenizer(package_data.resolve_model("builtin:tiny-v3"))
     prompt, solution = pairs("tiny-v3-math")[0]
-    whole, own = continued(tokenizer, prompt, solution, 512)
+    whole, own = encode_continuation(tokenizer, prompt, solution, 512)
     assert whole[0] == tokenizer.bos_token_id
     assert tokenizer.decode(whole[1:]) == prompt + solution  # type: ignore[attr-defined]
     assert tokenizer.decode(whole[-own:]) == solution  # type: ignore[attr-defined]
-    cut, same = continued(tokenizer, prompt, solution, own + 4)
+    cut, same = encode_continuation(tokenizer, prompt, solution, own + 4)
     assert (len(cut), same) == (own + 4, own)
     assert cut == [whole[0], *whole[-own - 3 :]]
-    assert continued(tokenizer, prompt, solution, own) == ([], 0)
+    assert encode_continuation(tokenizer, prompt, solution, own) == ([], 0)
 
 
 @pytest.mark.parametrize("name", ["tiny-v3-math", "tiny-v3-code", "gsm8k", "humaneval", "mbpp"])

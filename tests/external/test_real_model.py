@@ -13,7 +13,7 @@ from external.real_model import against_peers, bench, texts, unpack
 from external.real_model.bench import Cost
 from external.real_model.measure import Judge
 from safetensors.torch import load_file, save_file
-from support.checkpoints import tiny_config, write_checkpoint
+from support.checkpoints import make_tiny_config, write_checkpoint
 
 from quantkit import registry
 from quantkit.contracts import Scheme
@@ -80,11 +80,11 @@ def test_the_sets_give_quantkit_the_windows_of_the_text(
     tokenizer = corpora.load_tokenizer(CHECKPOINT)
     sets = texts.write_sets(tmp_path, tokenizer, tmp_path)
     assert sets.form == "raw"
-    calibration = corpora.token_batches(
+    calibration = corpora.sample_sequences(
         corpora.load_set(str(sets.calibration), tmp_path), tokenizer, None, 128, 0
     )
     assert calibration.lengths == (128,) * 3
-    found = corpora.token_batches(
+    found = corpora.sample_sequences(
         corpora.load_set(str(sets.fidelity), tmp_path), tokenizer, 5, 128, 0
     )
     whole = tokenizer([TEXT], add_special_tokens=False, verbose=False)["input_ids"][0]
@@ -190,8 +190,8 @@ def test_nf4_is_read_as_its_description_says(nested: bool) -> None:
 def test_the_judge_finds_no_difference_to_the_source_and_one_to_a_changed_model(
     tmp_path: Path,
 ) -> None:
-    source = write_checkpoint(tmp_path / "source", tiny_config("llama"))
-    changed = write_checkpoint(tmp_path / "changed", tiny_config("llama"))
+    source = write_checkpoint(tmp_path / "source", make_tiny_config("llama"))
+    changed = write_checkpoint(tmp_path / "changed", make_tiny_config("llama"))
     tensors = load_file(changed / "model.safetensors")
     tensors["model.layers.0.mlp.down_proj.weight"] *= 0.5
     save_file(tensors, changed / "model.safetensors")

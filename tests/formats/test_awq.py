@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from support.format_examples import SELECTIONS, linear, model_modules
+from support.format_examples import SELECTIONS, list_model_modules, make_linear
 
 from quantkit import registry
 from quantkit.contracts import Config, Contents, Linear, Quantized, Role, Scheme
@@ -78,7 +78,7 @@ def test_unpacking_as_autoawq_does() -> None:
 @pytest.mark.parametrize("name", registry.names("formats"))
 @pytest.mark.parametrize(("out", "width", "group"), [(64, 256, 128), (8, 64, 32), (16, 96, -1)])
 def test_layout_is_what_pack_makes(name: str, out: int, width: int, group: int) -> None:
-    found, one = registry.format(name), linear(out=out, width=width)
+    found, one = registry.format(name), make_linear(out=out, width=width)
     chosen = scheme(group=group)
     if found.accepts(chosen, one) is not None:
         pytest.skip(f"{name} does not store this scheme")
@@ -112,7 +112,7 @@ def test_what_pack_cannot_hold_is_not_planned(name: str) -> None:
     found, packed = registry.format(name), 0
     sizes = [(64, size) for size in range(4, 65, 4)] + [(size, 64) for size in range(4, 65, 4)]
     for bits, symmetric, (out, width) in product(range(2, 9), (True, False), sizes):
-        chosen, one = scheme(bits, -1, symmetric), linear(out=out, width=width)
+        chosen, one = scheme(bits, -1, symmetric), make_linear(out=out, width=width)
         if found.accepts(chosen, one) is None:
             zero = None if symmetric else torch.zeros(out, 1, dtype=torch.uint8)
             codes, scale = (
@@ -154,46 +154,46 @@ def test_what_has_no_word_is_refused_while_packing() -> None:
     [
         (
             scheme(bits=3),
-            linear(),
+            make_linear(),
             "4-bit integers only, found 3 bits; use format compressed_tensors",
         ),
         (
             scheme(symmetric=True),
-            linear(),
+            make_linear(),
             "with zero points, found symmetric: true; use symmetric: false",
         ),
         (
             scheme(group=16),
-            linear(),
+            make_linear(),
             "the AWQ kernels of vLLM and SGLang know group sizes 32, 64, 128 and -1, found 16",
         ),
         (
             scheme(),
-            linear(width=192),
+            make_linear(width=192),
             "no engine loads AWQ with group_size 128 over 192 input features",
         ),
-        (scheme(), linear(out=12), "12 output features do not fill AWQ's words of 8 codes"),
-        (scheme(), linear(role="router"), "vLLM and SGLang build a router without AWQ"),
-        (scheme(), linear(role="embedding"), "vLLM and SGLang build a embedding without AWQ"),
-        (scheme(), linear(role="head"), "vLLM and SGLang build a head without AWQ"),
+        (scheme(), make_linear(out=12), "12 output features do not fill AWQ's words of 8 codes"),
+        (scheme(), make_linear(role="router"), "vLLM and SGLang build a router without AWQ"),
+        (scheme(), make_linear(role="embedding"), "vLLM and SGLang build a embedding without AWQ"),
+        (scheme(), make_linear(role="head"), "vLLM and SGLang build a head without AWQ"),
         (
             scheme(),
-            linear(role="mtp_projection"),
+            make_linear(role="mtp_projection"),
             "vLLM and SGLang build a mtp projection without AWQ",
         ),
         (
             scheme(group=-1),
-            linear(role="routed_expert"),
+            make_linear(role="routed_expert"),
             "vLLM divides experts by the AWQ group size and fails on -1",
         ),
         (
             Scheme(bits=4, group_size=128, symmetric=False, scale_dtype="float32"),
-            linear(),
+            make_linear(),
             "vLLM and SGLang hold AWQ scales in 16 bits, found float32; use bfloat16 or float16",
         ),
         (
             Scheme(bits=4, group_size=64, symmetric=False, scale_dtype="float16", kind="nf4"),
-            linear(),
+            make_linear(),
             "4-bit integers only, found nf4",
         ),
     ],
@@ -205,17 +205,20 @@ def test_what_engines_cannot_load_is_refused(chosen: Scheme, one: Linear, reason
 @pytest.mark.parametrize("role", ["attention", "mlp", "shared_expert", "routed_expert"])
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_what_engines_load_is_accepted(role: Role, group: int) -> None:
-    assert awq.FORMAT.accepts(scheme(group=group), linear(role=role)) is None
-    assert awq.FORMAT.accepts(scheme(group=-1), linear()) is None
+    assert awq.FORMAT.accepts(scheme(group=group), make_linear(role=role)) is None
+    assert awq.FORMAT.accepts(scheme(group=-1), make_linear()) is None
 
 
 def test_dense_stores_any_integer_scheme() -> None:
-    assert dense.FORMAT.accepts(scheme(bits=3, group=96, symmetric=True), linear(width=192)) is None
-    assert "does not divide" in str(dense.FORMAT.accepts(scheme(), linear(width=192)))
+    assert (
+        dense.FORMAT.accepts(scheme(bits=3, group=96, symmetric=True), make_linear(width=192))
+        is None
+    )
+    assert "does not divide" in str(dense.FORMAT.accepts(scheme(), make_linear(width=192)))
     assert "found nf4" in str(
         dense.FORMAT.accepts(
             Scheme(bits=4, group_size=64, symmetric=False, scale_dtype="float16", kind="nf4"),
-            linear(),
+            make_linear(),
         )
     )
     assert dense.FORMAT.quantization_config(Contents(schemes={"a": scheme()}, kept=[])) is None
@@ -265,11 +268,11 @@ def gptqmodel(dynamic: object, module: str) -> bool:
 
 @pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS.keys())
 def test_every_loader_leaves_exactly_the_kept_modules(selection: str) -> None:
-    modules = model_modules()
+    modules = list_model_modules()
     quantized = [name for name in modules if re.search(selection, name)]
     kept = [name for name in modules if name not in quantized]
     assert quantized and kept
-    entries = awq.not_converted(quantized, kept)
+    entries = awq.list_not_converted(quantized, kept)
     for loader in (autoawq, vllm, sglang, transformers):
         wrong = [name for name in quantized if loader(entries, name)] + [
             n for n in kept if not loader(entries, n)
@@ -293,7 +296,7 @@ def test_every_loader_leaves_exactly_the_kept_modules(selection: str) -> None:
     for layer in range(3, 24):
         whole = f"model.layers.{layer}.mlp.experts"
         assert vllm(entries, whole) == (f"{whole}.0.up_proj" in kept)
-    dynamic = awq.quantization_config(
+    dynamic = awq.make_quantization_config(
         Contents(schemes=dict.fromkeys(quantized, scheme()), kept=kept)
     )["dynamic"]
     for name in modules:
@@ -301,9 +304,9 @@ def test_every_loader_leaves_exactly_the_kept_modules(selection: str) -> None:
 
 
 def test_names_are_as_high_as_they_can_be() -> None:
-    modules = model_modules(layers=5, dense_layers=2)
+    modules = list_model_modules(layers=5, dense_layers=2)
     quantized = [name for name in modules if ".experts." in name]
-    entries = awq.not_converted(quantized, [name for name in modules if name not in quantized])
+    entries = awq.list_not_converted(quantized, [name for name in modules if name not in quantized])
     assert entries == [
         "model.embed_tokens",
         "model.layers.0.",
@@ -319,9 +322,9 @@ def test_names_are_as_high_as_they_can_be() -> None:
 
 def test_a_layer_is_never_named_so_that_transformers_takes_ten_more() -> None:
     """ "model.layers.1." is a regular expression there, and its last dot is the 0 of layer 10."""
-    modules = model_modules(layers=12, dense_layers=12)
+    modules = list_model_modules(layers=12, dense_layers=12)
     kept = [name for name in modules if name.startswith("model.layers.1.")]
-    entries = awq.not_converted(
+    entries = awq.list_not_converted(
         [name for name in modules if name not in kept and "layers" in name], kept
     )
     assert entries == ["model.layers.1.self_attn", "model.layers.1.mlp"]
@@ -329,7 +332,7 @@ def test_a_layer_is_never_named_so_that_transformers_takes_ten_more() -> None:
 
 def test_a_name_that_hits_a_quantized_module_is_refused() -> None:
     with pytest.raises(UsageError, match="model.layers.1.mlp.gate is kept, but some engine"):
-        awq.not_converted(["model.layers.1.mlp.gate_proj"], ["model.layers.1.mlp.gate"])
+        awq.list_not_converted(["model.layers.1.mlp.gate_proj"], ["model.layers.1.mlp.gate"])
 
 
 def test_config_entry() -> None:
@@ -363,7 +366,7 @@ def test_the_whole_of_deepseek_v3_takes_seconds() -> None:
     layout = found.layout(Config(values=values))
     names = [one.name for block in layout.blocks for one in block.linears]
     quantized = [name for name in names if ".experts." in name]
-    entries = awq.not_converted(quantized, [name for name in names if ".experts." not in name])
+    entries = awq.list_not_converted(quantized, [name for name in names if ".experts." not in name])
     assert (
         len(quantized) > 44_000
         and "model.layers.60.mlp.shared_experts" in entries
@@ -376,6 +379,6 @@ def test_transformers_waits_for_scales_of_some_activations() -> None:
     assert awq.FORMAT.limits is not None
     assert (
         "starcoder2's activations"
-        in awq.FORMAT.limits("starcoder2", {linear(): scheme()}, [])["transformers"]
+        in awq.FORMAT.limits("starcoder2", {make_linear(): scheme()}, [])["transformers"]
     )
-    assert awq.FORMAT.limits("llama", {linear(): scheme()}, []) == {}
+    assert awq.FORMAT.limits("llama", {make_linear(): scheme()}, []) == {}

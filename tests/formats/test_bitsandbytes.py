@@ -17,9 +17,9 @@ from bitsandbytes.nn import Linear4bit
 from hypothesis import given
 from hypothesis import strategies as st
 from support.builds import build
-from support.checkpoints import tiny_config, write_checkpoint
+from support.checkpoints import make_tiny_config, write_checkpoint
 from support.dequantized import Stored
-from support.format_examples import SELECTIONS, linear, model_modules
+from support.format_examples import SELECTIONS, list_model_modules, make_linear
 from support.plans import plan_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -76,8 +76,8 @@ def test_golden_words() -> None:
     assert bytes(first).hex() == "0123456789abcdef" + "77" * 24
     assert bytes(second).hex() == "f0" + "77" * 31
     assert tensors["weight.absmax"].tolist() == [2.0, 4.0]
-    assert len(tensors[nf4.STATE]) == 77
-    assert json.loads(bytes(tensors[nf4.STATE].tolist())) == {
+    assert len(tensors[nf4.STATE_TENSOR]) == 77
+    assert json.loads(bytes(tensors[nf4.STATE_TENSOR].tolist())) == {
         "quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [2, 64]
     }  # fmt: skip
 
@@ -163,7 +163,7 @@ def test_bitsandbytes_reads_what_is_stored(shape: tuple[int, int], double_quant:
     weight, chosen = weights(2, *shape)[0], scheme(double_quant)
     tensors = nf4.FORMAT.pack(solved(weight, double_quant), chosen)
     dtypes = {torch.uint8: "U8", torch.float32: "F32"}
-    one = linear(out=shape[0], width=shape[1])
+    one = make_linear(out=shape[0], width=shape[1])
     made = {
         f"{one.name}.{local}": (dtypes[x.dtype], tuple(x.shape)) for local, x in tensors.items()
     }
@@ -203,7 +203,7 @@ def test_double_quantization_loses_little() -> None:
             (nf4.FORMAT.dequantize(tensors, scheme(double_quant)) - weight).norm()
         )
     assert losses[False] < losses[True] < 1.01 * losses[False]
-    state = json.loads(bytes(tensors[nf4.STATE].tolist()))
+    state = json.loads(bytes(tensors[nf4.STATE_TENSOR].tolist()))
     scale = tensors["weight.nested_quant_map"][tensors["weight.absmax"].long()]
     scale = scale * tensors["weight.nested_absmax"].repeat_interleave(256) + state["nested_offset"]
     expected = torch.tensor(codebook.VALUES)[solved(weight).codes.long()] * scale.reshape(
@@ -214,8 +214,8 @@ def test_double_quantization_loses_little() -> None:
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_the_state_has_its_planned_length_whatever_the_offset(offset: float) -> None:
-    text = nf4.state_text((2048, 7168), scheme(True), offset)
-    assert len(text) == len(nf4.state_text((2048, 7168), scheme(True), 0.0))
+    text = nf4.format_state((2048, 7168), scheme(True), offset)
+    assert len(text) == len(nf4.format_state((2048, 7168), scheme(True), 0.0))
     assert json.loads(text)["nested_offset"] == offset
 
 
@@ -241,8 +241,8 @@ def test_threads_change_no_byte() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        (nf4.STATE, torch.zeros(5, dtype=torch.uint8)),
-        (nf4.STATE, torch.tensor(list(b'{"shape": [999999, 64]}'), dtype=torch.uint8)),
+        (nf4.STATE_TENSOR, torch.zeros(5, dtype=torch.uint8)),
+        (nf4.STATE_TENSOR, torch.tensor(list(b'{"shape": [999999, 64]}'), dtype=torch.uint8)),
         ("weight", torch.zeros(5, 1, dtype=torch.uint8)),
         ("weight.absmax", torch.zeros(8, dtype=torch.float16)),
     ],
@@ -259,10 +259,10 @@ def test_tensors_that_do_not_belong_together_are_refused(name: str, value: Tenso
 
 @pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS.keys())
 def test_transformers_and_sglang_skip_exactly_the_kept_modules(selection: str) -> None:
-    modules = model_modules()
+    modules = list_model_modules()
     quantized = [name for name in modules if re.search(selection, name)]
     kept = [name for name in modules if name not in quantized]
-    entries = nf4.skipped(quantized, kept)
+    entries = nf4.list_skipped(quantized, kept)
     assert [name for name in modules if should_convert_module(name, entries)] == quantized
     named = {
         name
@@ -289,33 +289,41 @@ def test_config_entry() -> None:
     with pytest.raises(
         UsageError, match="gate is kept, but transformers would take its name for a quantized"
     ):
-        nf4.skipped(["other.gate"], ["gate"])
+        nf4.list_skipped(["other.gate"], ["gate"])
 
 
 @pytest.mark.parametrize(
     ("one", "reason"),
     [
-        (linear(width=96), "blocks of 64 weights would cross the rows of 96; keep this linear"),
-        (linear(role="router"), "transformers builds this router without bitsandbytes; keep it"),
         (
-            linear(role="embedding"),
+            make_linear(width=96),
+            "blocks of 64 weights would cross the rows of 96; keep this linear",
+        ),
+        (
+            make_linear(role="router"),
+            "transformers builds this router without bitsandbytes; keep it",
+        ),
+        (
+            make_linear(role="embedding"),
             "transformers builds this embedding without bitsandbytes; keep it",
         ),
-        (linear(role="head"), "transformers builds this head without bitsandbytes; keep it"),
+        (make_linear(role="head"), "transformers builds this head without bitsandbytes; keep it"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused(one: Linear, reason: str) -> None:
     assert nf4.FORMAT.accepts(scheme(), one) == reason
-    assert nf4.FORMAT.accepts(scheme(), linear(role="routed_expert")) is None
+    assert nf4.FORMAT.accepts(scheme(), make_linear(role="routed_expert")) is None
     integers = Scheme(bits=4, group_size=64, symmetric=True, scale_dtype="bfloat16")
-    assert "found 4-bit integers; use method nf4" in str(nf4.FORMAT.accepts(integers, linear()))
+    assert "found 4-bit integers; use method nf4" in str(
+        nf4.FORMAT.accepts(integers, make_linear())
+    )
 
 
 @pytest.mark.parametrize(
     "name", [name for name in registry.names("formats") if name != "bitsandbytes"]
 )
 def test_no_other_format_holds_nf4(name: str) -> None:
-    assert "use format bitsandbytes" in str(registry.format(name).accepts(scheme(), linear()))
+    assert "use format bitsandbytes" in str(registry.format(name).accepts(scheme(), make_linear()))
 
 
 KEYS = {"quantize": "{method: nf4}", "format": "bitsandbytes", "calibration": "null"}
@@ -342,7 +350,7 @@ def test_the_dtype_of_the_source_is_noted(stored: str, told: str) -> None:
         "nf4",
         True,
     )
-    assert json.loads(nf4.state_text((64, 64), found, 0.1))["dtype"] == told
+    assert json.loads(nf4.format_state((64, 64), found, 0.1))["dtype"] == told
     entry = nf4.FORMAT.quantization_config(Contents(schemes={"model.layers.0.a": found}, kept=[]))
     assert entry is not None and entry["bnb_4bit_compute_dtype"] == told
     assert scheme_of(Quantize(method="nf4"), "F8_E4M3").source_dtype == "bfloat16"
@@ -385,7 +393,7 @@ def built(
     fp8: bool = False,
 ) -> Path:
     source = write_checkpoint(
-        tmp_path / "source", tiny_config(name, num_nextn_predict_layers=0), fp8=fp8
+        tmp_path / "source", make_tiny_config(name, num_nextn_predict_layers=0), fp8=fp8
     )
     quantize = f"{{method: nf4, double_quant: {str(double_quant).lower()}}}"
     outcome = build(source, tmp_path / "artifact", **{**KEYS, "quantize": quantize}, rules=rules)
@@ -478,7 +486,7 @@ def test_load_runs_experts_in_nf4(name: str, double_quant: bool, fp8: bool, tmp_
 
 
 def test_load_unpacks_other_formats(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "source", tiny_config("deepseek_v3"))
+    source = write_checkpoint(tmp_path / "source", make_tiny_config("deepseek_v3"))
     for name, quantize in (
         ("awq", "{method: rtn, group_size: 64}"),
         ("dense", "{method: rtn, bits: 3}"),
@@ -498,7 +506,7 @@ def test_load_unpacks_other_formats(tmp_path: Path) -> None:
 
 def test_what_load_refuses(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"no quantkit/manifest\.json: not an artifact"):
-        quantkit.load(write_checkpoint(tmp_path / "source", tiny_config("llama")))
+        quantkit.load(write_checkpoint(tmp_path / "source", make_tiny_config("llama")))
     path = built(tmp_path, "llama")
     with pytest.raises(
         UsageError, match="dtype: expected bfloat16, float16, float32, found 'int8'"

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-from support.format_examples import block_modules, linear
+from support.format_examples import list_block_modules, make_linear
 from torch import nn
 from transformers.integrations.compressed_tensors import get_experts_scheme
 
 from quantkit.contracts import Contents, Scheme
 from quantkit.formats import compressed_tensors as ct
-from quantkit.formats.common.engine_names import FUSED
+from quantkit.formats.common.engine_names import FUSED_MODULES
 
 SCHEME = Scheme(bits=4, group_size=128, symmetric=True, scale_dtype="bfloat16")
 MTP = 12
@@ -23,7 +23,7 @@ MTP = 12
 
 def modules() -> list[str]:
     """A DeepSeek-V3 of 12 layers, the first three dense, and its MTP block."""
-    inner = [name for layer in range(MTP + 1) for name in block_modules(layer, moe=layer >= 3)]
+    inner = [name for layer in range(MTP + 1) for name in list_block_modules(layer, moe=layer >= 3)]
     mtp = [f"model.layers.{MTP}.{name}" for name in ("embed_tokens", "eh_proj", "shared_head.head")]
     return ["model.embed_tokens", *inner, *mtp, "lm_head"]
 
@@ -158,9 +158,13 @@ def sglang(config: Mapping[str, Any], name: str, kind: str, members: tuple[str, 
 ENGINES: Mapping[str, tuple[Callable[..., str | None], dict[str, tuple[str, ...]]]] = {
     "vllm": (
         vllm,
-        {k: v for k, v in FUSED.items() if k in ("qkv_proj", "gate_up_proj", "fused_qkv_a_proj")},
+        {
+            k: v
+            for k, v in FUSED_MODULES.items()
+            if k in ("qkv_proj", "gate_up_proj", "fused_qkv_a_proj")
+        },
     ),
-    "sglang": (sglang, {k: v for k, v in FUSED.items() if k != "fused_qkv_a_proj"}),
+    "sglang": (sglang, {k: v for k, v in FUSED_MODULES.items() if k != "fused_qkv_a_proj"}),
 }
 
 
@@ -230,8 +234,8 @@ def test_config_entry_of_both_variants() -> None:
 def test_what_cannot_stay_in_fp8_is_told_with_its_reason() -> None:
     assert ct.FORMAT.accepts_fp8 is not None
     for role in ("attention", "mlp", "shared_expert"):
-        assert ct.FORMAT.accepts_fp8(linear(role=role), 128) is None  # type: ignore[arg-type]
+        assert ct.FORMAT.accepts_fp8(make_linear(role=role), 128) is None  # type: ignore[arg-type]
     assert "as if there were one per weight" in str(
-        ct.FORMAT.accepts_fp8(linear(role="routed_expert"), 128)
+        ct.FORMAT.accepts_fp8(make_linear(role="routed_expert"), 128)
     )
-    assert "blocks of 128 x 128, found 64 x 64" in str(ct.FORMAT.accepts_fp8(linear(), 64))
+    assert "blocks of 128 x 128, found 64 x 64" in str(ct.FORMAT.accepts_fp8(make_linear(), 64))

@@ -11,16 +11,16 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from support.builds import build
-from support.checkpoints import tiny_config, write_checkpoint
+from support.checkpoints import make_tiny_config, write_checkpoint
 from support.dequantized import Stored
-from support.format_examples import SELECTIONS, linear, model_modules
+from support.format_examples import SELECTIONS, list_model_modules, make_linear
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from quantkit.contracts import Contents, Linear, Quantized, Scheme
 from quantkit.errors import NumericsError, UsageError
 from quantkit.formats import compressed_tensors as ct
-from quantkit.formats.common.checks import Codes, by_codes
-from quantkit.formats.common.engine_names import FUSED
+from quantkit.formats.common.checks import IntegerCodes, group_by_codes
+from quantkit.formats.common.engine_names import FUSED_MODULES
 from quantkit.methods import rtn
 from quantkit.numerics import affine
 
@@ -46,8 +46,8 @@ def scheme(bits: int = 4, group: int = 128, symmetric: bool = True, kind: str = 
     )  # type: ignore[arg-type]
 
 
-def codes_of(chosen: Scheme) -> Codes:
-    ((found, _),) = by_codes({"": chosen})
+def codes_of(chosen: Scheme) -> IntegerCodes:
+    ((found, _),) = group_by_codes({"": chosen})
     return found
 
 
@@ -85,7 +85,7 @@ def test_signed_codes_are_stored_with_an_offset_of_eight() -> None:
 @pytest.mark.parametrize("group", [32, -1])
 def test_the_library_finds_the_same_weights(bits: int, symmetric: bool, group: int) -> None:
     """Unpacked by compressed-tensors itself, in float32 and so exactly; its group is made from our config.json."""
-    chosen, one = scheme(bits, group, symmetric), linear(out=96, width=256)
+    chosen, one = scheme(bits, group, symmetric), make_linear(out=96, width=256)
     weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(bits)) * 0.03
     quantized = rtn.METHOD.solve(weight, None, chosen)
     tensors = ct.FORMAT.pack(quantized, chosen)
@@ -99,7 +99,7 @@ def test_the_library_finds_the_same_weights(bits: int, symmetric: bool, group: i
     assert torch.equal(ct.FORMAT.dequantize(tensors, chosen), expected)
     library = BaseCompressor.get_value_from_registry(CompressionFormat.pack_quantized.value)
     group_0 = QuantizationScheme(
-        targets=["Linear"], weights=QuantizationArgs(**ct.weights(codes_of(chosen)))
+        targets=["Linear"], weights=QuantizationArgs(**ct.make_weight_args(codes_of(chosen)))
     )
     theirs = library.decompress(
         {**tensors, "weight_scale": tensors["weight_scale"].float()}, group_0
@@ -131,50 +131,54 @@ def test_what_has_no_place_is_refused_while_packing() -> None:
     [
         (
             scheme(bits=9),
-            linear(),
+            make_linear(),
             "read compressed-tensors with 2 to 8 bits, found 9 bits; use format dense",
         ),
-        (scheme(kind="nf4"), linear(), "found nf4; use format bitsandbytes"),
+        (scheme(kind="nf4"), make_linear(), "found nf4; use format bitsandbytes"),
         (
             scheme(bits=3, group=-1),
-            linear(width=208),
+            make_linear(width=208),
             "256 x 208 features do not fill the words of 32 codes",
         ),
         (
             scheme(bits=6, group=-1),
-            linear(width=208),
+            make_linear(width=208),
             "256 x 208 features do not fill the words of 32 codes",
         ),
-        (scheme(group=16), linear(), "know group sizes 32, 64, 128 and -1, found 16"),
+        (scheme(group=16), make_linear(), "know group sizes 32, 64, 128 and -1, found 16"),
         (
             scheme(),
-            linear(width=192),
+            make_linear(width=192),
             "no engine loads compressed-tensors with group_size 128 over 192 input features",
         ),
         (
             scheme(symmetric=False),
-            linear(out=12),
+            make_linear(out=12),
             "12 x 256 features do not fill the words of 8 codes",
         ),
-        (scheme(group=-1), linear(width=28), "256 x 28 features do not fill the words of 8 codes"),
+        (
+            scheme(group=-1),
+            make_linear(width=28),
+            "256 x 28 features do not fill the words of 8 codes",
+        ),
         (
             scheme(),
-            linear(role="router"),
+            make_linear(role="router"),
             "build this router without codes and find no weight; keep it",
         ),
         (
             scheme(symmetric=False),
-            linear(role="routed_expert"),
+            make_linear(role="routed_expert"),
             "transformers cannot load experts with zero points from compressed-tensors",
         ),
         (
             scheme(),
-            linear("model.layers.0.self_attn.kv_b_proj"),
+            make_linear("model.layers.0.self_attn.kv_b_proj"),
             "SGLang looks for kv_b_proj's plain weight",
         ),
         (
             Scheme(bits=4, group_size=128, symmetric=True, scale_dtype="float32"),
-            linear(),
+            make_linear(),
             "hold compressed-tensors scales in 16 bits, found float32",
         ),
     ],
@@ -187,8 +191,8 @@ def test_what_engines_cannot_load_is_refused(chosen: Scheme, one: Linear, reason
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True)])
 def test_what_engines_load_is_accepted(bits: int, symmetric: bool, group: int) -> None:
     for role in ("attention", "mlp", "shared_expert"):
-        assert ct.FORMAT.accepts(scheme(bits, group, symmetric), linear(role=role)) is None  # type: ignore[arg-type]
-    assert ct.FORMAT.accepts(scheme(bits, group), linear(out=12, role="routed_expert")) is None
+        assert ct.FORMAT.accepts(scheme(bits, group, symmetric), make_linear(role=role)) is None  # type: ignore[arg-type]
+    assert ct.FORMAT.accepts(scheme(bits, group), make_linear(out=12, role="routed_expert")) is None
 
 
 @pytest.mark.parametrize(
@@ -205,8 +209,10 @@ def test_what_engines_load_is_accepted(bits: int, symmetric: bool, group: int) -
     ],
 )
 def test_who_does_not_read_it_is_told(chosen: Scheme, left: set[str]) -> None:
-    assert ct.FORMAT.accepts(chosen, linear()) is None and ct.FORMAT.limits is not None
-    assert set(ct.FORMAT.engines) - set(ct.FORMAT.limits("llama", {linear(): chosen}, [])) == left
+    assert ct.FORMAT.accepts(chosen, make_linear()) is None and ct.FORMAT.limits is not None
+    assert (
+        set(ct.FORMAT.engines) - set(ct.FORMAT.limits("llama", {make_linear(): chosen}, [])) == left
+    )
 
 
 # ------------------------------------------------------------------------------------------------- config.json
@@ -227,21 +233,21 @@ def sglang(entries: list[str], module: str) -> bool:
 
 @pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS.keys())
 def test_every_loader_ignores_exactly_the_kept_modules(selection: str) -> None:
-    modules = model_modules()
+    modules = list_model_modules()
     quantized = [name for name in modules if re.search(selection, name)]
     kept = [name for name in modules if name not in quantized]
-    entries = ct.ignored(quantized, kept)
+    entries = ct.list_ignored(quantized, kept)
     for loader in (library, sglang):
         wrong = [name for name in modules if loader(entries, name) != (name in kept)]
         assert not wrong, f"{loader.__name__}: {wrong[:5]}"
     for name in (name for name in modules if ".experts." not in name):
         parent, _, last = name.rpartition(".")
-        for fused in (fused for fused, members in FUSED.items() if last in members):
+        for fused in (fused for fused, members in FUSED_MODULES.items() if last in members):
             assert sglang(entries, f"{parent}.{fused}") == (name in kept), f"{parent}.{fused}"
 
 
 def test_config_entry() -> None:
-    modules = model_modules(layers=3, dense_layers=1)
+    modules = list_model_modules(layers=3, dense_layers=1)
     quantized = [name for name in modules if ".experts." in name]
     kept = [name for name in modules if name not in quantized]
     entry = ct.FORMAT.quantization_config(
@@ -285,12 +291,12 @@ def test_config_entry() -> None:
         "strategy": "channel",
         "dynamic": False,
     }
-    assert ct.weights(codes_of(scheme(8, -1))) == channel
+    assert ct.make_weight_args(codes_of(scheme(8, -1))) == channel
 
 
 def test_each_scheme_has_a_group() -> None:
     """The commonest is that of every linear; the others are named, fused modules too, without the text "experts"."""
-    modules = model_modules(layers=3, dense_layers=1)
+    modules = list_model_modules(layers=3, dense_layers=1)
     schemes = {
         n: scheme(8, -1) if "shared" in n else scheme()
         for n in modules
@@ -306,19 +312,19 @@ def test_each_scheme_has_a_group() -> None:
         (r"re:model\.layers\.(1|2)\.mlp\.shared_exp[e]rts(\..*)?$",): 8,
         (r"re:model\.layers\.0\.mlp\.down_proj$",): 4,
     }
-    told = ct.targeted(entry)
+    told = ct.classify_by_targets(entry)
     assert all(told(name) == codes_of(chosen) for name, chosen in schemes.items())
     assert told("model.layers.1.mlp.shared_experts.gate_up_proj") == codes_of(scheme(8, -1))
 
 
 def test_routed_experts_of_two_schemes_are_not_for_transformers() -> None:
     experts = [
-        linear(f"model.layers.{layer}.mlp.experts.0.up_proj", role="routed_expert")
+        make_linear(f"model.layers.{layer}.mlp.experts.0.up_proj", role="routed_expert")
         for layer in range(2)
     ]
-    found = ct.limits("llama", {experts[0]: scheme(), experts[1]: scheme(8)}, [])
+    found = ct.find_engine_limits("llama", {experts[0]: scheme(), experts[1]: scheme(8)}, [])
     assert found == {"transformers": "reads all routed experts of compressed-tensors by one scheme"}
-    assert not ct.limits("llama", {experts[0]: scheme(), linear(): scheme(8)}, [])
+    assert not ct.find_engine_limits("llama", {experts[0]: scheme(), make_linear(): scheme(8)}, [])
 
 
 # --------------------------------------------------------------------------------- artifacts in transformers
@@ -364,7 +370,9 @@ def test_transformers_loads_what_was_stored(
     name: str, rules: str, wanted: str, tmp_path: Path
 ) -> None:
     """Every weight bit for bit in bfloat16, the dtype of the scales, and the logits of the model they make."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config(name, num_nextn_predict_layers=0))
+    folder = write_checkpoint(
+        tmp_path / "source", make_tiny_config(name, num_nextn_predict_layers=0)
+    )
     quantize = f"{{method: rtn, {wanted}}}"
     outcome = build(
         folder, tmp_path / "artifact", rules=rules, quantize=quantize, format="compressed_tensors"

@@ -11,7 +11,7 @@ import torch
 from compressed_tensors.quantization import disable_quantization
 from safetensors.torch import load_file
 from support.builds import build_all
-from support.checkpoints import planned, recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_plan, make_recipe_text, make_tiny_config, write_checkpoint
 from support.dequantized import Stored
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,7 +41,7 @@ LATENT = f'[{EXPERTS}, {{match: "*.kv_b_proj", keep: bf16}}, {{match: "*", keep:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random DeepSeek-V3 in FP8, blocks at the edges partial: one dense block, one with 8 experts, one MTP block."""
     return write_checkpoint(
-        tmp_path_factory.mktemp("v3") / "source", tiny_config("deepseek_v3"), fp8=True
+        tmp_path_factory.mktemp("v3") / "source", make_tiny_config("deepseek_v3"), fp8=True
     )
 
 
@@ -58,7 +58,7 @@ def build(folder: Path, output: Path, **keys: str) -> pipeline.BuildResult:
 
 def plan_of(folder: Path, **keys: str) -> Plan:
     """The plan of a small recipe for compressed_tensors."""
-    return planned(folder, **{"quantize": GPTQ, "format": "compressed_tensors", **keys})
+    return make_plan(folder, **{"quantize": GPTQ, "format": "compressed_tensors", **keys})
 
 
 def faults_of(folder: Path, **keys: str) -> list[str]:
@@ -124,7 +124,7 @@ def test_every_kept_bit_is_the_sources(
 def test_transformers_loads_codes_beside_fp8(rules: str, tmp_path: Path) -> None:
     """Every weight bit for bit; the logits those of the weights once inputs are not rounded to FP8 on the way."""
     folder = write_checkpoint(
-        tmp_path / "s", tiny_config("deepseek_v3", num_nextn_predict_layers=0), fp8=True
+        tmp_path / "s", make_tiny_config("deepseek_v3", num_nextn_predict_layers=0), fp8=True
     )
     plain = "{method: rtn, bits: 4, group_size: 64, symmetric: true}"
     outcome = build(folder, tmp_path / "a", rules=rules, quantize=plain)
@@ -337,7 +337,7 @@ def test_what_no_engine_reads_is_refused(source: Path, rules: str, fault: str) -
 
 def test_fused_rows_must_fill_whole_blocks(tmp_path: Path) -> None:
     """vLLM puts one linear under another: only the last may end within a block."""
-    folder = write_checkpoint(tmp_path / "s", tiny_config("llama"), fp8=True)
+    folder = write_checkpoint(tmp_path / "s", make_tiny_config("llama"), fp8=True)
     rules = '[{match: "*.mlp.*", quantize: default}, {match: "*", keep: source}]'
     (fault,) = faults_of(folder, rules=rules)
     assert (
@@ -351,7 +351,7 @@ def test_fused_rows_must_fill_whole_blocks(tmp_path: Path) -> None:
 
 def test_blocks_of_another_size_are_refused(tmp_path: Path) -> None:
     """Planned from the config alone: no checkpoint of such blocks is at hand."""
-    folder = write_checkpoint(tmp_path / "s", tiny_config("deepseek_v3"), fp8=True)
+    folder = write_checkpoint(tmp_path / "s", make_tiny_config("deepseek_v3"), fp8=True)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["weight_block_size"] = [64, 64]
     facts = SourceFacts(
@@ -363,7 +363,8 @@ def test_blocks_of_another_size_are_refused(tmp_path: Path) -> None:
         where="config.json",
     )
     recipe = parse(
-        recipe_text("x", tmp_path / "out", quantize=GPTQ, format="compressed_tensors"), "r.yaml"
+        make_recipe_text("x", tmp_path / "out", quantize=GPTQ, format="compressed_tensors"),
+        "r.yaml",
     )
     with pytest.raises(RecipeError, match="read FP8 in blocks of 128 x 128, found 64 x 64"):
         sources.plan_recipe(recipe, facts, sources.text_tokens(recipe))

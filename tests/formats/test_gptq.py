@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.builds import build
-from support.checkpoints import planned, tiny_config, write_checkpoint
-from support.format_examples import SELECTIONS, linear, model_modules
+from support.checkpoints import make_plan, make_tiny_config, write_checkpoint
+from support.format_examples import SELECTIONS, list_model_modules, make_linear
 from support.gptq_examples import M_WORDS, M, as_numpy
 
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Contents, Format, Quantized, Scheme
 from quantkit.errors import NumericsError, UsageError
 from quantkit.formats import gptq, gptq_v2
-from quantkit.formats.common.checks import by_codes
-from quantkit.formats.common.engine_names import FUSED
+from quantkit.formats.common.checks import group_by_codes
+from quantkit.formats.common.engine_names import FUSED_MODULES
 from quantkit.methods import rtn
 from quantkit.numerics import affine
 
@@ -73,7 +73,7 @@ def unpacked(tensors: dict[str, np.ndarray], bits: int) -> np.ndarray:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [32, 64, 128, -1])
 def test_an_independent_reader_finds_the_same_weights(bits: int, group: int) -> None:
-    chosen, one = scheme(bits, group), linear(out=40, width=256)
+    chosen, one = scheme(bits, group), make_linear(out=40, width=256)
     weight = torch.randn(40, 256, generator=torch.Generator().manual_seed(bits)) * 0.03
     quantized = rtn.METHOD.solve(weight, None, chosen)
     tensors = gptq.FORMAT.pack(quantized, chosen)
@@ -106,34 +106,42 @@ def test_what_has_no_place_is_refused_while_packing() -> None:
     [
         (
             scheme(bits=3),
-            linear(),
+            make_linear(),
             "vLLM and SGLang read GPTQ with 4-bit or 8-bit integers, found 3 bits; use format gptq_v2",
         ),
-        (scheme(kind="nf4"), linear(), "found nf4; use format bitsandbytes"),
+        (scheme(kind="nf4"), make_linear(), "found nf4; use format bitsandbytes"),
         (
             scheme(symmetric=False),
-            linear(),
+            make_linear(),
             "cannot hold the zero point 0, found symmetric: false; use symmetric: true",
         ),
-        (scheme(group=16), linear(), "know group sizes 32, 64, 128 and -1, found 16"),
+        (scheme(group=16), make_linear(), "know group sizes 32, 64, 128 and -1, found 16"),
         (
             scheme(),
-            linear(width=192),
+            make_linear(width=192),
             "no engine loads GPTQ with group_size 128 over 192 input features",
         ),
-        (scheme(), linear(out=12), "12 x 256 features do not fill GPTQ's words of 8 codes"),
-        (scheme(group=-1), linear(width=28), "256 x 28 features do not fill"),
+        (scheme(), make_linear(out=12), "12 x 256 features do not fill GPTQ's words of 8 codes"),
+        (scheme(group=-1), make_linear(width=28), "256 x 28 features do not fill"),
         (
             scheme(),
-            linear(role="router"),
+            make_linear(role="router"),
             "build this router without GPTQ and find no weight; keep it",
         ),
-        (scheme(), linear(role="embedding"), "build this embedding without GPTQ"),
-        (scheme(), linear("model.layers.0.self_attn.kv_b_proj"), "SGLang reads kv_b_proj wrongly"),
-        (scheme(), linear("model.layers.0.self_attn.q_a_proj"), "SGLang reads q_a_proj wrongly"),
+        (scheme(), make_linear(role="embedding"), "build this embedding without GPTQ"),
+        (
+            scheme(),
+            make_linear("model.layers.0.self_attn.kv_b_proj"),
+            "SGLang reads kv_b_proj wrongly",
+        ),
+        (
+            scheme(),
+            make_linear("model.layers.0.self_attn.q_a_proj"),
+            "SGLang reads q_a_proj wrongly",
+        ),
         (
             Scheme(bits=4, group_size=128, symmetric=True, scale_dtype="float32"),
-            linear(),
+            make_linear(),
             "hold GPTQ scales in 16 bits, found float32",
         ),
     ],
@@ -146,7 +154,7 @@ def test_what_engines_cannot_load_is_refused(chosen: Scheme, one: gptq.Linear, r
 @pytest.mark.parametrize("bits", [4, 8])
 def test_what_engines_load_is_accepted(bits: int, group: int) -> None:
     for role in ("attention", "mlp", "shared_expert", "routed_expert"):
-        assert gptq.FORMAT.accepts(scheme(bits, group), linear(role=role)) is None  # type: ignore[arg-type]
+        assert gptq.FORMAT.accepts(scheme(bits, group), make_linear(role=role)) is None  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------- config.json
@@ -159,7 +167,7 @@ def skipped_by_dynamic(entry: dict[str, object], module: str) -> bool:
 
 @pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS.keys())
 def test_every_loader_quantizes_exactly_what_is_quantized(selection: str) -> None:
-    modules = model_modules()
+    modules = list_model_modules()
     quantized = [name for name in modules if re.search(selection, name)]
     kept = [name for name in modules if name not in quantized]
     entry = gptq.FORMAT.quantization_config(
@@ -173,7 +181,7 @@ def test_every_loader_quantizes_exactly_what_is_quantized(selection: str) -> Non
         assert any(part in name for part in inner) == (name in quantized), f"vLLM: {name}"
     for name in (name for name in modules if ".experts." not in name):
         parent, _, last = name.rpartition(".")
-        for fused in (fused for fused, members in FUSED.items() if last in members):
+        for fused in (fused for fused, members in FUSED_MODULES.items() if last in members):
             assert skipped_by_dynamic(entry, f"{parent}.{fused}") == (name in kept), (
                 f"{parent}.{fused}"
             )
@@ -183,7 +191,7 @@ def test_every_loader_quantizes_exactly_what_is_quantized(selection: str) -> Non
 
 
 def test_config_entry() -> None:
-    modules = model_modules(layers=3, dense_layers=1)
+    modules = list_model_modules(layers=3, dense_layers=1)
     quantized = [
         name
         for name in modules
@@ -221,7 +229,7 @@ def test_config_entry() -> None:
 
 def test_dynamic_tells_other_schemes() -> None:
     """FORMATS.md 2.4: the first rule that matches; the commonest scheme stands on top."""
-    modules = model_modules(layers=3, dense_layers=1)
+    modules = list_model_modules(layers=3, dense_layers=1)
     schemes = {
         n: scheme(8, -1) if "shared" in n else scheme()
         for n in modules
@@ -246,14 +254,16 @@ def test_dynamic_tells_other_schemes() -> None:
     }
     for loader in gptq.CHECKS.loaders[:2]:  # SGLang and GPTQModel, vLLM
         told = loader.told(entry)
-        assert all(told(name) == by_codes({"": chosen})[0][0] for name, chosen in schemes.items())
+        assert all(
+            told(name) == group_by_codes({"": chosen})[0][0] for name, chosen in schemes.items()
+        )
         assert all(told(name) == "plain" for name in kept)
     (inner,) = entry["modules_in_block_to_quantize"]  # type: ignore[misc]
     assert all(name.endswith(tuple(inner)) == (name in schemes) for name in modules)
 
 
 EXPERTS = [
-    linear(f"model.layers.{layer}.mlp.experts.0.up_proj", role="routed_expert")
+    make_linear(f"model.layers.{layer}.mlp.experts.0.up_proj", role="routed_expert")
     for layer in range(2)
 ]
 
@@ -264,12 +274,14 @@ def test_sglang_reads_every_routed_expert_as_the_config_says_on_top(output: Form
     assert output.limits is not None
     why = "reads all routed experts as GPTQ of 4 bits, group 128, symmetric; here some are not"
     for schemes, kept in (
-        ({linear(): scheme()}, EXPERTS),
+        ({make_linear(): scheme()}, EXPERTS),
         ({EXPERTS[0]: scheme()}, EXPERTS[1:]),
-        ({EXPERTS[0]: scheme(), linear(): scheme(), EXPERTS[1]: scheme(8)}, []),
+        ({EXPERTS[0]: scheme(), make_linear(): scheme(), EXPERTS[1]: scheme(8)}, []),
     ):
         assert output.limits("qwen3_moe", schemes, kept)["SGLang"] == why
-    assert "SGLang" not in output.limits("qwen3_moe", dict.fromkeys(EXPERTS, scheme()), [linear()])
+    assert "SGLang" not in output.limits(
+        "qwen3_moe", dict.fromkeys(EXPERTS, scheme()), [make_linear()]
+    )
 
 
 # --------------------------------------------------------------------------------------------- whole artifacts
@@ -278,7 +290,7 @@ def test_sglang_reads_every_routed_expert_as_the_config_says_on_top(output: Form
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
 def test_an_artifact_is_what_an_independent_reader_expects(name: str, tmp_path: Path) -> None:
     """Rounded to nearest, every stored weight is within half a step of its source; the config names what is packed."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config(name))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config(name))
     outcome = build(
         folder,
         tmp_path / "artifact",
@@ -303,7 +315,7 @@ def test_an_artifact_is_what_an_independent_reader_expects(name: str, tmp_path: 
 
 def test_what_mtp_keeps_is_no_matter_to_sglang(tmp_path: Path) -> None:
     """Only speculative decoding runs an MTP block; a whole layer of kept experts is another matter."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config("deepseek_v3"))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("deepseek_v3"))
     quantize = {
         "format": "gptq",
         "quantize": "{method: rtn, bits: 4, group_size: 64, symmetric: true}",
@@ -311,6 +323,6 @@ def test_what_mtp_keeps_is_no_matter_to_sglang(tmp_path: Path) -> None:
     told = (
         "SGLang: reads all routed experts as GPTQ of 4 bits, group 64, symmetric; here some are not"
     )
-    assert told not in planned(folder, **quantize, rules="experts-only").warnings
+    assert told not in make_plan(folder, **quantize, rules="experts-only").warnings
     attention = '[{match: "*.mlp.shared_experts.*", quantize: default}, {match: "*", keep: source}]'
-    assert told in planned(folder, **quantize, rules=attention).warnings
+    assert told in make_plan(folder, **quantize, rules=attention).warnings

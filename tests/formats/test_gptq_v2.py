@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.builds import build
-from support.checkpoints import planned, tiny_config, write_checkpoint
-from support.format_examples import linear
+from support.checkpoints import make_plan, make_tiny_config, write_checkpoint
+from support.format_examples import make_linear
 from support.gptq_examples import M_WORDS, M, as_numpy
 
 import quantkit
@@ -78,7 +78,7 @@ def unpacked(tensors: dict[str, np.ndarray], bits: int) -> np.ndarray:
 def test_an_independent_reader_finds_the_same_weights(
     bits: int, group: int, symmetric: bool
 ) -> None:
-    chosen, one = scheme(bits, group, symmetric), linear(out=64, width=256)
+    chosen, one = scheme(bits, group, symmetric), make_linear(out=64, width=256)
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(bits)) * 0.03 + 0.01
     quantized = rtn.METHOD.solve(weight, None, chosen)
     tensors = gptq_v2.FORMAT.pack(quantized, chosen)
@@ -109,20 +109,20 @@ def test_what_has_no_place_is_refused_while_packing() -> None:
     [
         (
             scheme(bits=5),
-            linear(),
+            make_linear(),
             "with 2, 3, 4 or 8 bits, found 5 bits; use format compressed_tensors",
         ),
-        (scheme(kind="nf4"), linear(), "found nf4"),
-        (scheme(), linear(width=192), "loads no group_size 128 over 192 input features"),
+        (scheme(kind="nf4"), make_linear(), "found nf4"),
+        (scheme(), make_linear(width=192), "loads no group_size 128 over 192 input features"),
         (
             scheme(bits=3),
-            linear(out=48),
+            make_linear(out=48),
             "48 x 256 features do not fill the words that GPTQModel reads, 32 codes at",
         ),
-        (scheme(), linear(out=12), "12 x 256 features do not fill"),
+        (scheme(), make_linear(out=12), "12 x 256 features do not fill"),
         (
             scheme(),
-            linear(role="router"),
+            make_linear(role="router"),
             "GPTQModel builds this router without GPTQ and finds no weight; keep it",
         ),
     ],
@@ -136,19 +136,19 @@ def test_what_no_reader_loads_is_refused(chosen: Scheme, one: Linear, reason: st
     [
         (
             scheme(symmetric=True),
-            linear(),
+            make_linear(),
             {"vLLM", "SGLang", "transformers", "GPTQModel", "llama.cpp"},
         ),
-        (scheme(), linear(), {"transformers", "GPTQModel", "llama.cpp"}),
-        (scheme(bits=3, symmetric=True), linear(), {"transformers", "GPTQModel"}),
+        (scheme(), make_linear(), {"transformers", "GPTQModel", "llama.cpp"}),
+        (scheme(bits=3, symmetric=True), make_linear(), {"transformers", "GPTQModel"}),
         (
             scheme(symmetric=True),
-            linear(role="routed_expert"),
+            make_linear(role="routed_expert"),
             {"vLLM", "SGLang", "GPTQModel", "llama.cpp"},
         ),
         (
             scheme(8, -1, True),
-            linear("a.q_a_proj"),
+            make_linear("a.q_a_proj"),
             {"vLLM", "transformers", "GPTQModel", "llama.cpp"},
         ),
     ],
@@ -180,12 +180,12 @@ def test_config_entry_says_the_version() -> None:
 
 def test_an_artifact_of_three_bits(tmp_path: Path) -> None:
     """Every stored weight is within half a step of its source; the plan and the card say who reads it."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config("llama"))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama"))
     quantize = "{method: rtn, bits: 3, group_size: 64, symmetric: false}"
     keys = {"format": "gptq_v2", "quantize": quantize, "rules": "all-linear"}
     assert (
         "vLLM, SGLang: no GPTQ but symmetric codes of 4 or 8 bits"
-        in planned(folder, **keys).warnings
+        in make_plan(folder, **keys).warnings
     )
     outcome = build(folder, tmp_path / "artifact", **keys)
     assert [serving.engine for serving in outcome.fidelity.artifact.serving] == [

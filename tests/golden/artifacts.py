@@ -29,7 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 
 from quantkit import pipeline
 from quantkit.cli.main import BOUNDED, REPRODUCIBLE
@@ -215,11 +215,11 @@ def build_artifacts(place: Path) -> Hashes:
             text, name, {**UNMEASURED, **changes, "output.path": str(place / name)}
         )
     for name, (architecture, fp8, keys) in TINY.items():
-        source = write_checkpoint(place / "sources" / name, tiny_config(architecture), fp8=fp8)
+        source = write_checkpoint(place / "sources" / name, make_tiny_config(architecture), fp8=fp8)
         written = {key: value for key, value in keys.items() if key != "shards"}
         shards = {"output.shard_bytes": keys["shards"]} if "shards" in keys else {}
         found |= build_recipe(
-            recipe_text(source, place / name, **written), name, {**UNMEASURED, **shards}
+            make_recipe_text(source, place / name, **written), name, {**UNMEASURED, **shards}
         )
     return found
 

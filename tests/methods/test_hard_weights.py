@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.builds import build
-from support.checkpoints import tiny_config, write_checkpoint
+from support.checkpoints import make_tiny_config, write_checkpoint
 from torch import Tensor
 
 from quantkit.artifact.load_model import load
@@ -68,7 +68,8 @@ def harden(tensors: dict[str, Tensor]) -> None:
 def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama in BF16 with hard weights."""
     return changed(
-        write_checkpoint(tmp_path_factory.mktemp("hard") / "source", tiny_config("llama")), harden
+        write_checkpoint(tmp_path_factory.mktemp("hard") / "source", make_tiny_config("llama")),
+        harden,
     )
 
 
@@ -165,7 +166,7 @@ def test_what_is_not_finite_is_refused(
     method: str, value: float, tmp_path: Path, record_property: Record
 ) -> None:
     """Before the artifact has its name, with the tensor's."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config("llama", num_hidden_layers=1))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama", num_hidden_layers=1))
     changed(folder, lambda tensors: tensors[f"{LAYER}.mlp.up_proj.weight"][3, 5].fill_(value))
     with pytest.raises(
         CheckpointError,
@@ -198,7 +199,7 @@ def test_finite_weights_that_overflow(
     name: str, method: str, tmp_path: Path, record_property: Record
 ) -> None:
     """What they make of the text is NaN or infinite: one sentence that says where, and no artifact."""
-    folder = changed(write_checkpoint(tmp_path / "source", tiny_config("llama")), BEYOND[name])
+    folder = changed(write_checkpoint(tmp_path / "source", make_tiny_config("llama")), BEYOND[name])
     with pytest.raises(NumericsError, match=r"^(model\.layers\.0|final norm)\S*.*: .*(NaN|infin)"):
         build(
             folder,
@@ -214,7 +215,7 @@ def test_finite_weights_that_overflow(
 
 @pytest.mark.parametrize("values", [{"rms_norm_eps": -1.0}, {"rope_theta": 0.0}], ids=str)
 def test_a_config_that_overflows(values: dict[str, object], tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "source", tiny_config("llama", **values))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama", **values))
     with pytest.raises(
         NumericsError, match=r"model\.layers\.0: expected finite hidden states.*reference stream"
     ):
@@ -226,7 +227,7 @@ def test_weights_too_small_to_be_stored_are_lost_and_said_to_be(
     method: str, tmp_path: Path
 ) -> None:
     """Their squares are 0 in float32: the error that is recorded was 0, too."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config("llama", num_hidden_layers=1))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama", num_hidden_layers=1))
     changed(folder, lambda tensors: tensors[f"{LAYER}.mlp.up_proj.weight"].fill_(1e-40))
     changed(folder, lambda tensors: tensors[f"{LAYER}.mlp.gate_proj.weight"].mul_(1e-38))
     out = build(
@@ -269,7 +270,7 @@ def test_an_input_of_almost_nothing(
     method: str, kind: str, tmp_path: Path, record_property: Record
 ) -> None:
     """Two tokens are the least that a sequence has; and one token over and over, whose gram has rank 1."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config("llama"))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama"))
     text = "{set: tiny-v3, sequences: 1, length: 2}"
     if (
         kind == "rank 1"
@@ -308,7 +309,7 @@ def test_a_router_that_is_no_router(
 ) -> None:
     """Experts without a token of their own learn from those of the layer, which manifest and report name."""
     folder = write_checkpoint(
-        tmp_path / "source", tiny_config("deepseek_v3", num_nextn_predict_layers=0)
+        tmp_path / "source", make_tiny_config("deepseek_v3", num_nextn_predict_layers=0)
     )
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from support.checkpoints import recipe_text, tiny_config
+from support.checkpoints import make_recipe_text, make_tiny_config
 from support.underived_models import FAMILIES, family, write_model
 from transformers import AutoModelForCausalLM
 
 from quantkit import pipeline, registry
-from quantkit.architectures.components.decoder import TINY
+from quantkit.architectures.components.decoder import TINY_COMMON
 from quantkit.artifact import load_model
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.cli.main import main
@@ -103,7 +103,7 @@ def test_what_is_derived_is_what_the_tables_say(
     model_type: str, changes: dict[str, object]
 ) -> None:
     """The families that have a table are derived as well: same tensors, same readers, same absorbers."""
-    config = tiny_config(model_type, **changes)
+    config = make_tiny_config(model_type, **changes)
     table, found = (
         registry.architecture(model_type).layout(Config(values=config)),
         layout_of(config),
@@ -197,7 +197,7 @@ def test_logits_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
 def test_plan_build_verify(model_type: str, tmp_path: Path) -> None:
     """A whole build of every linear, and what was proven is told in the plan and in the model card."""
     folder = write_model(tmp_path / "source", family(model_type))
-    text = recipe_text(folder, tmp_path / "artifact", rules="all-linear")
+    text = make_recipe_text(folder, tmp_path / "artifact", rules="all-linear")
     outcome = build(text)
     assert shallow.verify(outcome.path).status == "not judged"
     pooled = outcome.fidelity.distribution[0]
@@ -231,7 +231,7 @@ def test_the_reported_divergence_is_that_of_two_models_of_transformers(
 ) -> None:
     """The source, and the source with every weight of the artifact put in its place, run by transformers alone."""
     folder = write_model(tmp_path / "source", family(model_type))
-    text = recipe_text(
+    text = make_recipe_text(
         folder, tmp_path / "artifact", rules="all-linear", quantize="{method: awq, rounding: gptq}"
     )
     outcome = build(text)
@@ -269,7 +269,7 @@ def test_a_plan_needs_no_headers_and_tells_how_the_layout_was_found(tmp_path: Pa
     """`quantkit plan` of a folder says it too, and knows q, k and v as what engines merge."""
     folder = write_model(tmp_path / "source", family("olmo2"))
     path = tmp_path / "recipe.yaml"
-    path.write_text(recipe_text(folder, tmp_path / "artifact"))
+    path.write_text(make_recipe_text(folder, tmp_path / "artifact"))
     done = CliRunner().invoke(main, ["plan", str(path)])
     told = " ".join(done.output.split())
     assert done.exit_code == 0
@@ -279,7 +279,7 @@ def test_a_plan_needs_no_headers_and_tells_how_the_layout_was_found(tmp_path: Pa
     )
     assert "reading 8 inputs, of which 4 can be scaled; proven on a small random instance" in told
     rules = '[{match: "*.q_proj", keep: source}, {match: "*", quantize: default}]'
-    path.write_text(recipe_text(folder, tmp_path / "artifact", rules=rules))
+    path.write_text(make_recipe_text(folder, tmp_path / "artifact", rules=rules))
     done = CliRunner().invoke(main, ["plan", str(path)])
     assert done.exit_code == 2 and "vLLM and SGLang merge these linears when loading" in done.output
 
@@ -335,7 +335,7 @@ def test_a_linear_that_is_not_called_once_is_refused() -> None:
 )
 def test_a_type_that_transformers_does_not_know(own: dict[str, object]) -> None:
     with pytest.raises(UsageError) as caught:
-        derived({**TINY, "model_type": "olmo9", **own})
+        derived({**TINY_COMMON, "model_type": "olmo9", **own})
     told = str(caught.value)
     assert told.startswith("no architecture named 'olmo9'. Known: deepseek_v2, ")
     assert "has no language model of that type to derive one from" in told
@@ -347,7 +347,7 @@ def test_a_tensor_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "source", family("olmo2", num_hidden_layers=3))
     (folder / "config.json").write_text(json.dumps(family("olmo2")))
     path = tmp_path / "recipe.yaml"
-    path.write_text(recipe_text(folder, tmp_path / "artifact"))
+    path.write_text(make_recipe_text(folder, tmp_path / "artifact"))
     done = CliRunner().invoke(main, ["plan", str(path)])
     assert done.exit_code == 1
     assert "not claimed by the architecture: model.layers.2." in done.output

@@ -28,7 +28,7 @@ from quantkit.plan.plan import Plan, SourceFacts
 from quantkit.plan.plan_schema import PlanSummary
 from quantkit.plan.summary import plan_summary
 from quantkit.recipe.parse import parse
-from quantkit.texts.corpus_files import most_sequences
+from quantkit.texts.corpus_files import bound_sequences
 from quantkit.texts.corpus_spec import read_spec
 
 FLAGSHIP = ROOT / "recipes" / "v3-awq4.yaml"
@@ -693,6 +693,6 @@ def test_windows_are_bounded_by_the_bytes_of_their_text(tmp_path: Path) -> None:
     spec = dataclasses.replace(TINY_HELD_OUT, name="some", end="none", packing="windows")
     set_file = tmp_path / "some.yaml"
     set_file.write_text(spec_yaml(spec, hashlib.sha256(rows.encode()).hexdigest(), {"prose"}))
-    assert most_sequences(read_spec(str(set_file), tmp_path), 11) == len(rows) // 10
+    assert bound_sequences(read_spec(str(set_file), tmp_path), 11) == len(rows) // 10
     (tmp_path / "some.jsonl").unlink()
-    assert most_sequences(read_spec(str(set_file), tmp_path), 11) is None
+    assert bound_sequences(read_spec(str(set_file), tmp_path), 11) is None

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import RecipeError, UsageError
+from quantkit.io.yaml_document import MAX_CHARACTERS, parse_document, parse_scalar
 from quantkit.recipe import patterns
 from quantkit.recipe.parse import Quantize, Recipe, parse, preset, with_overrides
 from quantkit.recipe.patterns import PRESETS, matches, names
 from quantkit.recipe.schema import keys, size_bytes
-from quantkit.io.yaml_document import MAX_CHARACTERS, read, scalar
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALLEST = """\
@@ -120,7 +120,7 @@ def test_the_flagship_explains_every_key_of_the_schema() -> None:
 def test_every_recipe_explains_every_key_it_writes(path: Path) -> None:
     written = {
         ".".join((str(place[0]), str(place[-1])) if len(place) > 1 else (str(place[0]),))
-        for place in read(path.read_text(), path.name).lines
+        for place in parse_document(path.read_text(), path.name).lines
     }
     assert (written & set(keys())) - commented(path) == set()
 
@@ -560,8 +560,8 @@ def test_sizes(text: object, n_bytes: int) -> None:
     ],
 )
 def test_plain_scalars_follow_yaml_1_2(text: str, value: object) -> None:
-    assert scalar(text) == value
-    assert type(scalar(text)) is type(value)
+    assert parse_scalar(text) == value
+    assert type(parse_scalar(text)) is type(value)
 
 
 def test_overrides() -> None:

@@ -29,7 +29,7 @@ from tools import demo_serve
 from quantkit.artifact.load_model import load
 from quantkit.cli.main import main
 from quantkit.errors import UsageError
-from quantkit.formats.common.engine_names import apart
+from quantkit.formats.common.engine_names import has_separate_shared_experts
 from quantkit.serve.engines import engine_process
 from quantkit.serve.engines.containers import label_of
 from quantkit.serve.engines.decoding import Decoder, Writer
@@ -130,7 +130,11 @@ def test_shared_experts_stored_apart_are_not_fused(built: Path) -> None:
     assert any("--disable-shared-experts-fusion" in note for note in told["notes"])
     routed = ["m.0.mlp.experts.0.up_proj.qweight", "m.0.mlp.experts.0.up_proj.scales"]
     shared = ["m.0.mlp.shared_experts.up_proj.qweight", "m.0.mlp.shared_experts.up_proj.scales"]
-    assert not apart(routed + shared) and not apart(routed) and apart(routed + shared[:1])
+    assert (
+        not has_separate_shared_experts(routed + shared)
+        and not has_separate_shared_experts(routed)
+        and has_separate_shared_experts(routed + shared[:1])
+    )
 
 
 def test_the_memory_fraction_grows_when_the_plan_needs_it() -> None:

@@ -21,7 +21,7 @@ from quantkit.recipe.parse import parse
 BLOCK = 128
 
 
-def tiny_config(model_type: str, **changes: object) -> dict[str, object]:
+def make_tiny_config(model_type: str, **changes: object) -> dict[str, object]:
     """The TINY config of an architecture, with changes."""
     return {**registry.architecture(model_type).tiny, **changes}
 
@@ -48,7 +48,7 @@ def write_checkpoint(
                 4  # a few loud channels, so that scaling has something to do
             )
         if name in fp8_names:
-            tensors[name], tensors[f"{name}_scale_inv"] = to_fp8(value)
+            tensors[name], tensors[f"{name}_scale_inv"] = quantize_to_fp8(value)
         else:
             tensors[name] = value.to(TORCH_DTYPES[spec.dtype])
     if fp8:
@@ -65,7 +65,7 @@ def write_checkpoint(
     return folder
 
 
-def to_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_to_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[out, in] -> float8_e4m3fn [out, in] and scale_inv [out / 128, in / 128], edge blocks truncated."""
     rows, columns = weight.shape
     quantized = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
@@ -78,7 +78,7 @@ def to_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return quantized, scales
 
 
-def recipe_text(model: Path | str, output: Path, /, **keys: str) -> str:
+def make_recipe_text(model: Path | str, output: Path, /, **keys: str) -> str:
     """A small recipe over tiny-v3's text; dotted keys are written with double underscores."""
     lines = {
         "version": "1",
@@ -94,8 +94,8 @@ def recipe_text(model: Path | str, output: Path, /, **keys: str) -> str:
     return "\n".join(f"{key}: {value}" for key, value in (lines | keys).items()) + "\n"
 
 
-def planned(folder: Path, **keys: str) -> Plan:
+def make_plan(folder: Path, **keys: str) -> Plan:
     """The plan of `recipe_text` over the files of a checkpoint."""
-    recipe = parse(recipe_text(folder, folder.parent / "out", **keys), "r.yaml")
+    recipe = parse(make_recipe_text(folder, folder.parent / "out", **keys), "r.yaml")
     (plan,) = sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))
     return plan

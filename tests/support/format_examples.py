@@ -5,13 +5,13 @@ from __future__ import annotations
 from quantkit.contracts import Linear, Role
 
 
-def linear(
+def make_linear(
     name: str = "model.layers.0.mlp.up_proj", out: int = 256, width: int = 256, role: Role = "mlp"
 ) -> Linear:
     return Linear(name=name, out_features=out, in_features=width, role=role)
 
 
-def block_modules(layer: int, moe: bool, experts: int = 3) -> list[str]:
+def list_block_modules(layer: int, moe: bool, experts: int = 3) -> list[str]:
     """Names of a DeepSeek block's linears."""
     name = f"model.layers.{layer}"
     found = [
@@ -25,9 +25,9 @@ def block_modules(layer: int, moe: bool, experts: int = 3) -> list[str]:
     return found + [f"{name}.mlp.experts.{e}.{x}" for e in range(experts) for x in gated]
 
 
-def model_modules(layers: int = 24, dense_layers: int = 3) -> list[str]:
+def list_model_modules(layers: int = 24, dense_layers: int = 3) -> list[str]:
     inner = [
-        name for layer in range(layers) for name in block_modules(layer, layer >= dense_layers)
+        name for layer in range(layers) for name in list_block_modules(layer, layer >= dense_layers)
     ]
     return ["model.embed_tokens", *inner, "lm_head"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quantkit.architectures.components.decoder import TINY
+from quantkit.architectures.components.decoder import TINY_COMMON
 from quantkit.io.package_data import resolve_model
 from quantkit.models import derive
 
@@ -41,7 +41,7 @@ def write_model(folder: Path, config: dict[str, object]) -> Path:
 def family(model_type: str, **changes: object) -> dict[str, object]:
     """A small config.json of a model type without a table."""
     named = {"architectures": [type_of(model_type)], "model_type": model_type}
-    return {**TINY, **named, **FAMILIES.get(model_type, {}), **changes}
+    return {**TINY_COMMON, **named, **FAMILIES.get(model_type, {}), **changes}
 
 
 FAMILIES: dict[str, dict[str, object]] = {

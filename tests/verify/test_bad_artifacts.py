@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 from support.damage import (
     Stored,
     add,
@@ -100,14 +100,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         family, keys = KINDS[kind]
         source, output = place / f"source-{family}", place / kind
         if not source.exists():
-            write_checkpoint(source, tiny_config(family), fp8=kind == "fp8")
+            write_checkpoint(source, make_tiny_config(family), fp8=kind == "fp8")
         if not output.exists():
             cut = (
                 f"{{path: {output}, shard_bytes: 200KB}}"
                 if kind in {"awq", "eight"}
                 else f"{{path: {output}}}"
             )
-            text = recipe_text(source, output, fidelity="none", output=cut, **keys)
+            text = make_recipe_text(source, output, fidelity="none", output=cut, **keys)
             recipe = parse(text, "bad.yaml")
             pipeline.run(recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore)
         return output

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 from support.damage import (
     Stored,
     add,
@@ -102,10 +102,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             if kind == "derived":  # a family without a table
                 write_model(source, make_family(family))
             else:
-                write_checkpoint(source, tiny_config(family), fp8=kind == "fp8")
+                write_checkpoint(source, make_tiny_config(family), fp8=kind == "fp8")
         if not output.exists():
             few = {"calibration": "{set: tiny-v3, sequences: 16, length: 64, min_expert_tokens: 1}"}
-            text = recipe_text(source, output, fidelity="none", **few | keys)
+            text = make_recipe_text(source, output, fidelity="none", **few | keys)
             recipe = parse(text, "deep.yaml")
             pipeline.run(recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore)
         return output

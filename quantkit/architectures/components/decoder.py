@@ -23,7 +23,7 @@ from quantkit.contracts import (
 )
 from quantkit.errors import CheckpointError
 
-TINY: Mapping[str, object] = {
+TINY_COMMON: Mapping[str, object] = {
     "torch_dtype": "bfloat16",
     "hidden_act": "silu",
     "hidden_size": 128,
@@ -41,14 +41,14 @@ TINY: Mapping[str, object] = {
 }
 """What the TINY configs have in common; sizes that fill AWQ's groups and words, and FP8's blocks."""
 
-MOST_BLOCKS, MOST_LINEARS = 4_000, 200_000
+MAX_BLOCKS, MAX_LINEARS = 4_000, 200_000
 """No published model has half of either: DeepSeek-V3 has 62 and 45,872."""
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
+class BlockPart:
     """Attention or MLP of a block: the fields are those of Block."""
 
     linears: tuple[Linear, ...]
@@ -61,12 +61,12 @@ class Part:
 # ------------------------------------------------------------------------------------------------------ small parts
 
 
-def norm(module: str, width: int, dtype: str = "BF16") -> TensorSpec:
+def make_rms_norm(module: str, width: int, dtype: str = "BF16") -> TensorSpec:
     """The weight vector of an RMS norm."""
     return TensorSpec(name=f"{module}.weight", dtype=dtype, shape=(width,))
 
 
-def gated_mlp(
+def make_gated_mlp(
     module: str,
     hidden: int,
     intermediate: int,
@@ -86,14 +86,14 @@ def gated_mlp(
 # -------------------------------------------------------------------------------------------------------- attention
 
 
-def grouped_attention(
+def make_grouped_query_attention(
     config: Config,
     name: str,
     *,
     qkv_bias: bool = False,
     o_bias: bool = False,
     qk_norm: bool = False,
-) -> Part:
+) -> BlockPart:
     """Attention whose query heads share key/value heads (arXiv 2305.13245), `name` being its block.
 
     With `qk_norm` queries and keys pass a norm per head; the values do not, so o_proj's input scale goes into v_proj
@@ -113,14 +113,14 @@ def grouped_attention(
     def linear(name: str, out: int, into: int, bias: bool) -> Linear:
         return Linear(name=name, out_features=out, in_features=into, role="attention", bias=bias)
 
-    return Part(
+    return BlockPart(
         linears=(
             linear(q, heads * width, hidden, qkv_bias),
             linear(k, kv_heads * width, hidden, qkv_bias),
             linear(v, kv_heads * width, hidden, qkv_bias),
             linear(o, hidden, heads * width, o_bias),
         ),
-        others=(norm(f"{module}.q_norm", width), norm(f"{module}.k_norm", width))
+        others=(make_rms_norm(f"{module}.q_norm", width), make_rms_norm(f"{module}.k_norm", width))
         if qk_norm
         else (),
         groups=(
@@ -145,7 +145,7 @@ def grouped_attention(
     )
 
 
-def latent_linears(config: Config, module: str) -> tuple[Linear, ...]:
+def make_latent_projections(config: Config, module: str) -> tuple[Linear, ...]:
     """MLA projections; with `q_lora_rank` null one q_proj takes the place of q_a_proj and q_b_proj."""
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     nope, rope = config.integer("qk_nope_head_dim"), config.integer("qk_rope_head_dim")
@@ -177,7 +177,7 @@ def latent_linears(config: Config, module: str) -> tuple[Linear, ...]:
     )
 
 
-def latent_attention(config: Config, name: str) -> Part:
+def make_latent_attention(config: Config, name: str) -> BlockPart:
     """Multi-head latent attention (MLA, arXiv 2405.04434) of block `name`.
 
     o_proj's input scale goes into the value rows of kv_b_proj.
@@ -208,12 +208,12 @@ def latent_attention(config: Config, name: str) -> Part:
         absorber=Absorber(module=f"{module}.kv_b_proj", rows=values),
         adds_to=f"{name}.input_layernorm",
     )
-    kv_norm = norm(f"{module}.kv_a_layernorm", config.integer("kv_lora_rank"))
-    linears = latent_linears(config, module)
+    kv_norm = make_rms_norm(f"{module}.kv_a_layernorm", config.integer("kv_lora_rank"))
+    linears = make_latent_projections(config, module)
     if not compressed:
-        return Part(linears=linears, others=(kv_norm,), groups=(into, kv_b, out))
-    q_norm = norm(f"{module}.q_a_layernorm", config.integer("q_lora_rank"))
-    return Part(
+        return BlockPart(linears=linears, others=(kv_norm,), groups=(into, kv_b, out))
+    q_norm = make_rms_norm(f"{module}.q_a_layernorm", config.integer("q_lora_rank"))
+    return BlockPart(
         linears=linears,
         others=(kv_norm, q_norm),
         groups=(into, q_b, kv_b, out),
@@ -224,15 +224,15 @@ def latent_attention(config: Config, name: str) -> Part:
 # -------------------------------------------------------------------------------------------------------------- MLP
 
 
-def dense_mlp(config: Config, name: str, bias: bool = False) -> Part:
+def make_dense_mlp(config: Config, name: str, bias: bool = False) -> BlockPart:
     """The gated MLP of block `name`."""
     module = f"{name}.mlp"
-    linears = gated_mlp(
+    linears = make_gated_mlp(
         module, config.integer("hidden_size"), config.integer("intermediate_size"), "mlp", bias
     )
     gate, up, down = (linear.name for linear in linears)
     before = f"{name}.post_attention_layernorm"
-    return Part(
+    return BlockPart(
         linears=linears,
         groups=(
             LinearGroup(name=f"{module}.in", readers=(gate, up), absorber=Absorber(module=before)),
@@ -247,12 +247,12 @@ def dense_mlp(config: Config, name: str, bias: bool = False) -> Part:
 # ------------------------------------------------------------------------------------------------ blocks and models
 
 
-def decoder(config: Config, name: str, attention: Part, mlp: Part) -> Block:
+def make_decoder_block(config: Config, name: str, attention: BlockPart, mlp: BlockPart) -> Block:
     """A block with a norm before attention and one before the MLP."""
     hidden = config.integer("hidden_size")
     norms = (
-        norm(f"{name}.input_layernorm", hidden),
-        norm(f"{name}.post_attention_layernorm", hidden),
+        make_rms_norm(f"{name}.input_layernorm", hidden),
+        make_rms_norm(f"{name}.post_attention_layernorm", hidden),
     )
     return Block(
         name=name,
@@ -265,7 +265,7 @@ def decoder(config: Config, name: str, attention: Part, mlp: Part) -> Block:
     )
 
 
-def prediction_block(config: Config, block: Block) -> Block:
+def make_mtp_block(config: Config, block: Block) -> Block:
     """An MTP block: a decoder block with an embedding, a projection of [embedding, hidden] and a head of its own."""
     name, hidden, vocabulary = (
         block.name,
@@ -292,29 +292,34 @@ def prediction_block(config: Config, block: Block) -> Block:
             role="head",
         ),
     )
-    norms = (norm(f"{name}.{module}", hidden) for module in ("enorm", "hnorm", "shared_head.norm"))
+    norms = (
+        make_rms_norm(f"{name}.{module}", hidden)
+        for module in ("enorm", "hnorm", "shared_head.norm")
+    )
     return replace(
         block, kind="mtp", linears=(*extra, *block.linears), others=(*norms, *block.others)
     )
 
 
-def model(config: Config, block: Callable[[Config, int], Block], predictions: int = 0) -> Layout:
+def make_layout(
+    config: Config, block: Callable[[Config, int], Block], predictions: int = 0
+) -> Layout:
     """Embedding, blocks 0, 1, ... (then `predictions` MTP blocks), final norm, and a head that is not tied.
 
     Raises CheckpointError for more linears than any model has: a config must not decide how much memory a plan takes.
     """
     count, made, linears = config.integer("num_hidden_layers"), list[Block](), 0
-    if not 0 < count + predictions <= MOST_BLOCKS or not count:
+    if not 0 < count + predictions <= MAX_BLOCKS or not count:
         raise CheckpointError(
-            f"{config.where}: num_hidden_layers: expected a model of 1 to {MOST_BLOCKS:,} blocks, found "
+            f"{config.where}: num_hidden_layers: expected a model of 1 to {MAX_BLOCKS:,} blocks, found "
             f"{count + predictions:,}; repair it"
         )
     for layer in range(count + predictions):
         made.append(block(config, layer))
         linears += len(made[-1].linears)
-        if linears > MOST_LINEARS:
+        if linears > MAX_LINEARS:
             raise CheckpointError(
-                f"{config.where}: expected a model of at most {MOST_LINEARS:,} linears, found more in the first "
+                f"{config.where}: expected a model of at most {MAX_LINEARS:,} linears, found more in the first "
                 f"{layer + 1:,} of {count + predictions:,} blocks; repair num_hidden_layers and the number of experts"
             )
     hidden, vocabulary = config.integer("hidden_size"), config.integer("vocab_size")
@@ -323,7 +328,7 @@ def model(config: Config, block: Callable[[Config, int], Block], predictions: in
         embedding=Linear(
             name="model.embed_tokens", out_features=vocabulary, in_features=hidden, role="embedding"
         ),
-        blocks=(*made[:count], *(prediction_block(config, decoder) for decoder in made[count:])),
-        final_norm=norm("model.norm", hidden),
+        blocks=(*made[:count], *(make_mtp_block(config, decoder) for decoder in made[count:])),
+        final_norm=make_rms_norm("model.norm", hidden),
         head=None if config.flag("tie_word_embeddings") else head,
     )

@@ -36,14 +36,14 @@ TINY_QWEN: Mapping[str, object] = {
 """What the TINY configs of Qwen's families have in common."""
 
 
-def routed_mlp(
+def make_moe_mlp(
     name: str,
     experts: Experts,
     *,
     shared: tuple[Linear, ...] = (),
     others: tuple[TensorSpec, ...] = (),
     gates: tuple[Linear, ...] = (),
-) -> decoder.Part:
+) -> decoder.BlockPart:
     """Router, shared experts and routed experts of block `name`.
 
     `shared` is the shared experts' gated MLP, where there is one; `gates` what else reads the common input (the gate
@@ -57,7 +57,7 @@ def routed_mlp(
     routed = tuple(
         linear
         for e in range(experts.count)
-        for linear in decoder.gated_mlp(
+        for linear in decoder.make_gated_mlp(
             f"{experts.module}.{e}",
             hidden,
             experts.intermediate,
@@ -83,7 +83,7 @@ def routed_mlp(
             )
         )
         fused.insert(0, (gate, up))
-    return decoder.Part(
+    return decoder.BlockPart(
         linears=(router, *shared, *gates, *routed),
         others=others,
         groups=tuple(groups),
@@ -92,7 +92,7 @@ def routed_mlp(
     )
 
 
-def experts_of(
+def make_experts(
     config: Config, module: str, count: str, width: str = "moe_intermediate_size"
 ) -> Experts:
     """The routed experts in `module`, their number and width under these keys.
@@ -108,9 +108,9 @@ def experts_of(
         intermediate=config.integer(width),
     )
     groups, top_groups = config.integer("n_group", 1), config.integer("topk_group", 1)
-    if found.count > decoder.MOST_LINEARS:
+    if found.count > decoder.MAX_LINEARS:
         raise CheckpointError(
-            f"{config.where}: {count}: expected at most {decoder.MOST_LINEARS:,} experts, found {found.count:,}; "
+            f"{config.where}: {count}: expected at most {decoder.MAX_LINEARS:,} experts, found {found.count:,}; "
             "repair it"
         )
     if not (
@@ -123,35 +123,35 @@ def experts_of(
     return found
 
 
-def deepseek_experts(
+def make_deepseek_moe(
     config: Config, name: str, *, correction: bool, bias: bool = False
-) -> decoder.Part:
+) -> decoder.BlockPart:
     """Routed and shared experts as DeepSeek names them, which GLM follows; `bias`: the shared ones have one.
 
     `correction`: the router has a bias per expert that balances their load (arXiv 2412.19437, equation 16).
     """
     module = f"{name}.mlp"
-    experts = experts_of(config, module, "n_routed_experts")
+    experts = make_experts(config, module, "n_routed_experts")
     width = experts.intermediate * config.integer("n_shared_experts", 1)
     balance = TensorSpec(
         name=f"{experts.router}.e_score_correction_bias", dtype="F32", shape=(experts.count,)
     )
-    return routed_mlp(
+    return make_moe_mlp(
         name,
         experts,
-        shared=decoder.gated_mlp(
+        shared=decoder.make_gated_mlp(
             f"{module}.shared_experts", experts.hidden, width, "shared_expert", bias
         ),
         others=(balance,) if correction else (),
     )
 
 
-def qwen_experts(config: Config, name: str, *, shared: bool) -> decoder.Part:
+def make_qwen_moe(config: Config, name: str, *, shared: bool) -> decoder.BlockPart:
     """Routed experts as Qwen names them; with `shared` one shared expert, weighed by a gate of its own."""
     module = f"{name}.mlp"
-    experts = experts_of(config, module, "num_experts")
+    experts = make_experts(config, module, "num_experts")
     if not shared:
-        return routed_mlp(name, experts)
+        return make_moe_mlp(name, experts)
     width = config.integer("shared_expert_intermediate_size")
     gate = Linear(
         name=f"{module}.shared_expert_gate",
@@ -159,20 +159,20 @@ def qwen_experts(config: Config, name: str, *, shared: bool) -> decoder.Part:
         in_features=experts.hidden,
         role="router",
     )
-    mlp = decoder.gated_mlp(f"{module}.shared_expert", experts.hidden, width, "shared_expert")
-    return routed_mlp(name, experts, shared=mlp, gates=(gate,))
+    mlp = decoder.make_gated_mlp(f"{module}.shared_expert", experts.hidden, width, "shared_expert")
+    return make_moe_mlp(name, experts, shared=mlp, gates=(gate,))
 
 
-def qwen_mlp(config: Config, layer: int, *, shared: bool) -> decoder.Part:
+def make_qwen_mlp(config: Config, layer: int, *, shared: bool) -> decoder.BlockPart:
     """The MLP of block `layer`: experts on every `decoder_sparse_step`th layer that `mlp_only_layers` does not name."""
     name, step = f"model.layers.{layer}", config.integer("decoder_sparse_step", 1)
     sparse = step > 0 and (layer + 1) % step == 0 and config.integer("num_experts") > 0
-    if layer in integers(config, "mlp_only_layers") or not sparse:
-        return decoder.dense_mlp(config, name)
-    return qwen_experts(config, name, shared=shared)
+    if layer in read_integers(config, "mlp_only_layers") or not sparse:
+        return decoder.make_dense_mlp(config, name)
+    return make_qwen_moe(config, name, shared=shared)
 
 
-def integers(config: Config, key: str) -> tuple[int, ...]:
+def read_integers(config: Config, key: str) -> tuple[int, ...]:
     """The list of integers under `key`, empty when it is absent or null; CheckpointError for anything else."""
     value = config.values.get(key)
     if value is None:

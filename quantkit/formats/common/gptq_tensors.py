@@ -18,35 +18,40 @@ from quantkit.contracts import Contents, Linear, Quantized, Scheme, TensorSpec
 from quantkit.errors import ArtifactError
 from quantkit.formats.common.checks import (
     SCALE,
-    Checks,
-    Codes,
+    FormatChecks,
+    IntegerCodes,
     Loader,
-    Numbers,
     Treatment,
-    by_codes,
-    codes_told,
-    dynamic,
-    matcher,
-    pattern,
-    texts,
+    ValueCheck,
+    check_pattern,
+    compile_any,
+    group_by_codes,
+    parse_codes,
+    parse_dynamic,
+    parse_name_list,
 )
-from quantkit.formats.common.engine_names import engine_names, kept_patterns, lines, split_layer
+from quantkit.formats.common.engine_names import (
+    expand_fused_names,
+    join_lines,
+    make_patterns,
+    split_layer,
+)
 from quantkit.formats.common.packed import SCALE_DTYPES
 from quantkit.numerics.runs import per_run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MLA = ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+MLA_PROJECTIONS = ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 """DeepSeek's compressed attention: SGLang joins the first two along the wrong axis and unpacks the last as AWQ."""
 
 
-def limits(
+def find_engine_limits(
     model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]
 ) -> dict[str, str]:
     """Engines that do not read this mixture of linears in GPTQ of either version, and why."""
     found: dict[str, str] = {}
-    kinds = by_codes({linear.name: scheme for linear, scheme in schemes.items()})
+    kinds = group_by_codes({linear.name: scheme for linear, scheme in schemes.items()})
     if len(kinds) > 1:
         found |= dict.fromkeys(
             ("transformers", "llama.cpp"), "reads every GPTQ linear by one scheme"
@@ -58,7 +63,7 @@ def limits(
     return found
 
 
-def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
+def list_tensors(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
     """qweight, qzeros, scales and g_idx of one linear, with full names."""
     width, out, bits = linear.in_features, linear.out_features, scheme.bits
     groups, dtype = scheme.groups(width), SCALE_DTYPES[scheme.scale_dtype]
@@ -114,21 +119,21 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme, less: int) -> Tens
     return affine.dequantize(stored, scheme)
 
 
-def quantization_config(contents: Contents, format_name: str) -> dict[str, object]:
+def make_quantization_config(contents: Contents, format_name: str) -> dict[str, object]:
     """The entry for config.json. `dynamic` is what SGLang and GPTQModel read, the module list what transformers does.
 
     vLLM reads both. The commonest scheme stands on top, the others in `dynamic`, which transformers does not read.
     `format_name` is the value of checkpoint_format.
     """
-    (general, _), *others = by_codes(contents.schemes)
+    (general, _), *others = group_by_codes(contents.schemes)
     overrides = {
-        f"+:{pattern}": values(codes)
+        f"+:{pattern}": make_codes_config(codes)
         for codes, names in others
-        for pattern in kept_patterns([*(contents.schemes.keys() - names), *contents.kept], names)
+        for pattern in make_patterns([*(contents.schemes.keys() - names), *contents.kept], names)
     }
     return {
         "quant_method": "gptq",
-        **values(general),
+        **make_codes_config(general),
         "desc_act": False,
         "checkpoint_format": format_name,
         "pack_dtype": "int32",
@@ -136,25 +141,27 @@ def quantization_config(contents: Contents, format_name: str) -> dict[str, objec
         "dynamic": {
             **{
                 f"-:{pattern}": {}
-                for pattern in kept_patterns(list(contents.schemes), contents.kept)
+                for pattern in make_patterns(list(contents.schemes), contents.kept)
             },
             **overrides,
         },
-        "modules_in_block_to_quantize": [quantized_suffixes(list(contents.schemes), contents.kept)],
+        "modules_in_block_to_quantize": [
+            list_quantized_suffixes(list(contents.schemes), contents.kept)
+        ],
     }
 
 
-def values(codes: Codes) -> dict[str, object]:
+def make_codes_config(codes: IntegerCodes) -> dict[str, object]:
     """Codes in the words of GPTQ's config."""
     return {"bits": codes.bits, "group_size": codes.group_size, "sym": codes.symmetric}
 
 
-def quantized_suffixes(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
+def list_quantized_suffixes(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
     """Names within a block that mean the quantized modules and no kept one; full names where blocks differ.
 
     transformers asks whether a module's name ends with an entry, vLLM whether it contains one.
     """
-    others = lines(engine_names(kept))
+    others = join_lines(expand_fused_names(kept))
     found: dict[str, None] = {}
     clear: dict[str, bool] = {}
     for name in quantized:
@@ -165,7 +172,7 @@ def quantized_suffixes(quantized: Sequence[str], kept: Sequence[str]) -> list[st
     return list(found)
 
 
-def shape(
+def read_shape(
     specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]
 ) -> tuple[int, int] | None:
     """[out, in] by the specs of a linear's tensors."""
@@ -174,80 +181,83 @@ def shape(
     return specs["scales"].shape[-1], specs["g_idx"].shape[0]
 
 
-def numbers(linear: Linear, scheme: Scheme, less: int) -> dict[str, Numbers]:
+def list_value_checks(linear: Linear, scheme: Scheme, less: int) -> dict[str, ValueCheck]:
     """What the tensors of one linear must hold; symmetric zero points are the middle code `less` that much."""
     group = linear.in_features if scheme.group_size == -1 else scheme.group_size
-    found = {"scales": SCALE, "g_idx": Numbers(kind="groups", group=group)}
+    found = {"scales": SCALE, "g_idx": ValueCheck(kind="groups", group=group)}
     if scheme.symmetric:
         run, middle = per_run(scheme.bits), (1 << (scheme.bits - 1)) - less
         words = sum(middle << slot * scheme.bits for slot in range(run))
-        found["qzeros"] = Numbers(
+        found["qzeros"] = ValueCheck(
             kind="repeated", pattern=words.to_bytes(run * scheme.bits // 8, "little")
         )
     return found
 
 
-def by_suffix(entry: Mapping[str, object]) -> list[str]:
+def parse_suffixes(entry: Mapping[str, object]) -> list[str]:
     """The nested list of suffixes that are quantized."""
-    found = entry.get(LIST)
+    found = entry.get(MODULE_LIST)
     if not isinstance(found, list) or not found:
         raise ArtifactError(
-            f"config.json: quantization_config.{LIST}: expected a list of lists, found {found!r:.60}"
+            f"config.json: quantization_config.{MODULE_LIST}: expected a list of lists, found {found!r:.60}"
         )
-    return [name for inner in found for name in texts(inner, LIST)]
+    return [name for inner in found for name in parse_name_list(inner, MODULE_LIST)]
 
 
-def ending(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
+def classify_by_suffix(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
     """transformers: a module is quantized when its name ends with an entry."""
-    suffixes = tuple(by_suffix(entry))
+    suffixes = tuple(parse_suffixes(entry))
     return lambda module: "codes" if module.endswith(suffixes) else "plain"
 
 
-def overridden(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
+def classify_by_rules(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
     """SGLang and GPTQModel: "-:pattern" leaves a module alone, "+:pattern" gives it other codes than those on top."""
-    general = codes_told(
+    general = parse_codes(
         entry.get("bits"), entry.get("group_size"), entry.get("sym"), "bits, group_size, sym"
     )
     rules: dict[Treatment, list[str]] = {}
-    for key, told in dynamic(entry).items():
+    for key, told in parse_dynamic(entry).items():
         if key.startswith("-:") and told == {}:
-            rules.setdefault("plain", []).append(pattern(key.removeprefix("-:"), "dynamic"))
+            rules.setdefault("plain", []).append(check_pattern(key.removeprefix("-:"), "dynamic"))
         elif (
             key.startswith("+:")
             and isinstance(told, Mapping)
             and set(told) == {"bits", "group_size", "sym"}
         ):
-            other = codes_told(told["bits"], told["group_size"], told["sym"], f"dynamic.{key}")
-            rules.setdefault(other, []).append(pattern(key.removeprefix("+:"), "dynamic"))
+            other = parse_codes(told["bits"], told["group_size"], told["sym"], f"dynamic.{key}")
+            rules.setdefault(other, []).append(check_pattern(key.removeprefix("+:"), "dynamic"))
         else:
             raise ArtifactError(
                 "config.json: quantization_config.dynamic: expected '-:pattern' with {} or '+:pattern' with bits, "
                 f"group_size and sym, found {key!r:.60}"
             )
-    found = [(matcher(tuple(patterns)), treatment) for treatment, patterns in rules.items()]
+    found = [(compile_any(tuple(patterns)), treatment) for treatment, patterns in rules.items()]
     return lambda module: next(
         (treatment for named, treatment in found if named.match(module)), general
     )
 
 
-def containing(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
+def classify_as_vllm(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
     """vLLM: a module is quantized when its name contains an entry, and then as `dynamic` says."""
-    named, treatment = matcher(tuple(map(re.escape, by_suffix(entry)))), overridden(entry)
+    named, treatment = (
+        compile_any(tuple(map(re.escape, parse_suffixes(entry)))),
+        classify_by_rules(entry),
+    )
     return lambda module: treatment(module) if named.search(module) else "plain"
 
 
-LIST = "modules_in_block_to_quantize"
+MODULE_LIST = "modules_in_block_to_quantize"
 
 
-def checks(less: int) -> Checks:
+def make_checks(less: int) -> FormatChecks:
     """What `quantkit verify` must know of either version."""
-    return Checks(
-        shape=shape,
-        numbers=lambda linear, scheme: numbers(linear, scheme, less),
+    return FormatChecks(
+        shape=read_shape,
+        numbers=lambda linear, scheme: list_value_checks(linear, scheme, less),
         loaders=(
-            Loader(engines="SGLang and GPTQModel", told=overridden),
-            Loader(engines="vLLM", told=containing, fused=False),
-            Loader(engines="transformers", told=ending, fused=False),
+            Loader(engines="SGLang and GPTQModel", told=classify_by_rules),
+            Loader(engines="vLLM", told=classify_as_vllm, fused=False),
+            Loader(engines="transformers", told=classify_by_suffix, fused=False),
         ),
-        lists=frozenset({LIST, "dynamic"}),
+        lists=frozenset({MODULE_LIST, "dynamic"}),
     )

@@ -14,7 +14,7 @@ SERVED_BITS = (4, 8)
 """What the Marlin kernels of vLLM and SGLang know; other group sizes fall to slow kernels or fail."""
 
 
-def require_agreement(quantized: Quantized, scheme: Scheme, format_name: str) -> None:
+def check_zero_points(quantized: Quantized, scheme: Scheme, format_name: str) -> None:
     """UsageError when a matrix has zero points and its scheme says symmetric, or the other way round."""
     if (quantized.zero is None) != scheme.symmetric:
         raise UsageError(

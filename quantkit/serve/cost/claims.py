@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import floor, log10
 
 from quantkit.errors import RecipeError
+from quantkit.io.suggestions import describe_unknown
 from quantkit.serve.cost.assumptions import Assumptions
 from quantkit.serve.cost.figures import Figure, Figures, number
 
@@ -37,7 +38,8 @@ def checked(found: Assumptions, made: Figures, name: str) -> list[Claim]:
     unknown = [key for key in found.claimed if key not in made]
     if unknown:
         raise RecipeError([
-            f"{name}: claimed.{key}: {unknown('figure', key, tuple(made))}" for key in unknown
+            f"{name}: claimed.{key}: {describe_unknown('figure', key, tuple(made))}"
+            for key in unknown
         ])
     return [
         Claim(figure=made[key], claimed=claimed, right=agrees(claimed, made[key].value))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quantkit.errors import UsageError
-from quantkit.formats.common.engine_names import SERVERS, UNFUSED
+from quantkit.formats.common.engine_names import DISABLE_SHARED_FUSION, SERVERS
 from quantkit.serve.engines.target import Target
 from quantkit.serve.sizing.batch import STEP, advice
 from quantkit.serve.sizing.fit import Fit, Placement, fits, missed
@@ -224,7 +224,7 @@ def fusion(target: Target) -> Iterator[Flag]:
     """SGLang counts shared experts among the routed ones, which must then be stored alike."""
     if target.fused_apart:
         why = "the shared experts are not stored like the routed ones"
-        yield Flag(name=UNFUSED, value="", why=why)
+        yield Flag(name=DISABLE_SHARED_FUSION, value="", why=why)
 
 
 def nodes(engine: Engine, placement: Placement) -> tuple[tuple[Flag, ...], ...]:

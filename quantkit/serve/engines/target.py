@@ -11,10 +11,10 @@ from quantkit import registry
 from quantkit.artifact.layout import MANIFEST, mapping, read_manifest
 from quantkit.checkpoint.shards import open_shards
 from quantkit.errors import ArtifactError, UsageError
-from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, apart
+from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, has_separate_shared_experts
 from quantkit.io.files import read_json
 from quantkit.io.package_data import names_recipe
-from quantkit.io.suggestions import unknown
+from quantkit.io.suggestions import describe_unknown
 from quantkit.serve.sizing.model import Model
 from quantkit.serve.sizing.read import model_of
 
@@ -64,7 +64,7 @@ def read_target(target: str) -> Target:
         model=model,
         engines=served,
         refused={},
-        fused_apart=apart(names),
+        fused_apart=has_separate_shared_experts(names),
         chat=chat_template(path) if path.is_dir() else None,
     )
 
@@ -75,7 +75,7 @@ def artifact_target(path: Path, model: Model) -> Target:
     name = str(manifest.get("format") or by_config(model.config.values.get("quantization_config")))
     if name not in registry.names("formats"):
         raise ArtifactError(
-            f"{path / MANIFEST}: {unknown('format', name, registry.names('formats'))}"
+            f"{path / MANIFEST}: {describe_unknown('format', name, registry.names('formats'))}"
         )
     engines = dict(registry.format(name).engines)
     served = told_engines(path)
@@ -88,7 +88,7 @@ def artifact_target(path: Path, model: Model) -> Target:
         model=model,
         engines=engines,
         refused=refused,
-        fused_apart=apart(mapping(manifest, "tensors", path)),
+        fused_apart=has_separate_shared_experts(mapping(manifest, "tensors", path)),
         chat=chat_template(path),
         status=str(manifest.get("status")),
     )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from support.checkpoints import tiny_config
+from support.checkpoints import make_tiny_config
 from tokenizers import Tokenizer
 from tools.tiny_v3.packing import encode, pack
 from tools.tiny_v3.train import Batch, attention_mask, clean_items, weighted_loss
@@ -40,7 +40,7 @@ def student(model_type: str, place: Path) -> Path:
     folder = place / f"student-{model_type}"
     if folder.exists():
         return folder
-    config = tiny_config(model_type, **WIDTHS, **STUDENTS[model_type])
+    config = make_tiny_config(model_type, **WIDTHS, **STUDENTS[model_type])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(dict(config)))
     teach(model)

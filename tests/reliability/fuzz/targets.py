@@ -379,10 +379,10 @@ def evaluation_task(folder: Path) -> object:
 )
 def evaluation_rows(folder: Path) -> object:
     """The rows of a benchmark."""
-    from quantkit.texts.task_files import first_rows, rows_of
+    from quantkit.texts.task_files import read_first_rows, read_row_range
 
-    rows_of(folder / "mine.jsonl", 0, 2)
-    return first_rows(folder / "mine.jsonl", (0, 3), 2)
+    read_row_range(folder / "mine.jsonl", 0, 2)
+    return read_first_rows(folder / "mine.jsonl", (0, 3), 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- artifacts
