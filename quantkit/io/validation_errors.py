@@ -1,4 +1,4 @@
-"""pydantic's complaints in our words: what was expected, what was found, which keys there are."""
+"""Sentences for pydantic's validation errors: the expected value, the value found, the known keys."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ EXPECTED: Mapping[str, str] = {
 }  # fmt: skip
 PATTERNS: Mapping[str, str] = {
     "^[0-9a-f]{40}$": "the 40 hexadecimal digits of a commit (a branch or a tag can be moved)",
+    "^[0-9a-f]{64}$": "64 hexadecimal digits",
 }
 
 
 def describe_fault(path: KeyPath, details: ErrorDetails, known: Sequence[str]) -> str:
-    """What is wrong with the value at `path`, and what was found; `known`: the keys that may stand beside it."""
+    """Return the sentence for one error at `path`; `known`: the keys allowed in the same mapping."""
     kind, found, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "extra_forbidden":
         return f"unknown key.{suggest_name(str(path[-1]), known)} Known: {', '.join(known)}."
@@ -41,6 +42,8 @@ def describe_fault(path: KeyPath, details: ErrorDetails, known: Sequence[str]) -
         expected = str(context["expected"]).replace("'", "")
     elif kind == "string_pattern_mismatch" and context["pattern"] in PATTERNS:
         expected = PATTERNS[context["pattern"]]
+    elif kind == "string_too_long":
+        expected = f"text of at most {context['max_length']:,} characters"
     else:
         expected = EXPECTED.get(kind, details["msg"].lower())
     hint = (
@@ -52,7 +55,7 @@ def describe_fault(path: KeyPath, details: ErrorDetails, known: Sequence[str]) -
 
 
 def describe_value(value: object) -> str:
-    """How a message calls a value that was found."""
+    """Return a value as messages print it."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):

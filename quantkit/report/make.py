@@ -216,7 +216,7 @@ def text(corpus: CorpusSet, tokens: Tokens, length: int, seed: int | None) -> fi
     """Text that was calibrated or measured on."""
     return fidelity_schema.Text(
         set=corpus.name,
-        license=corpus.licence,
+        license=corpus.license,
         sha256=corpus.sha256,
         sequences=tokens.n_sequences,
         length=length,

@@ -43,7 +43,7 @@ class CorpusSet:
 
     name: str
     where: str  # the spec's path, for messages
-    licence: str
+    license: str
     origin: str
     domains: tuple[str, ...]
     packing: Packing
@@ -113,7 +113,7 @@ def load_set(name_or_path: str, folder: Path) -> CorpusSet:
     return CorpusSet(
         name=spec.name,
         where=str(spec.where),
-        licence=spec.licence,
+        license=spec.license,
         origin=spec.origin,
         domains=spec.domains,
         packing=spec.packing,

@@ -86,7 +86,7 @@ def corpus_of(
     return CorpusSet(
         name="made",
         where="made.yaml",
-        licence="MIT",
+        license="MIT",
         origin="",
         domains=tuple(texts),
         packing=packing,  # type: ignore[arg-type]
@@ -116,7 +116,7 @@ def test_shipped_set_loads_and_its_readme_line_is_true(name: str) -> None:
     )
     assert f"{counts['prose']}, {counts['math']}, {counts['code']}" in line
     assert f"{size:,}" in line
-    assert corpus.licence.split(" AND ")[0] in line
+    assert corpus.license.split(" AND ")[0] in line
 
 
 def test_shipped_sets_stay_small() -> None:
@@ -347,7 +347,7 @@ def test_tokenizer_that_cannot_be_loaded(tmp_path: Path) -> None:
 
 def test_a_set_of_ones_own_by_path(tmp_path: Path) -> None:
     corpus = load_set(str(write_set(tmp_path)), SETS)
-    assert (corpus.name, corpus.licence, corpus.end_of_document) == ("mine", "MIT", True)
+    assert (corpus.name, corpus.license, corpus.end_of_document) == ("mine", "MIT", True)
     assert [document.text for document in corpus.documents] == ["one two", "1 + 1 = 2"]
     assert corpus.sha256 == hashlib.sha256(ROWS).hexdigest()
 
@@ -373,14 +373,14 @@ def test_unknown_names(tmp_path: Path) -> None:
             "license: MIT",
             "mine.yaml:3: license: unknown key. Did you mean 'licence'?",
         ),
-        ("licence: MIT\n", "", "mine.yaml:1: licence: expected text, found nothing"),
+        ("licence: MIT\n", "", "mine.yaml:1: licence: missing; this key has no default"),
         ("version: 1", "version: 2", "mine.yaml:1: version: expected 1, found 2"),
         (
             "[prose, math]",
             "[prose, poetry]",
-            "mine.yaml:7: domains: unknown domain 'poetry'. Use one of prose, math, code",
+            "mine.yaml:7: domains[1]: expected prose, math or code, found 'poetry'",
         ),
-        ("[prose, math]", "prose", "mine.yaml:7: domains: expected a list without repetition"),
+        ("[prose, math]", "prose", "mine.yaml:7: domains: expected a list, found 'prose'"),
         ("documents", "rows", "mine.yaml:8: packing: expected documents or windows, found 'rows'"),
         (
             "documents",
@@ -391,16 +391,36 @@ def test_unknown_names(tmp_path: Path) -> None:
         ("file: mine.jsonl", "file: other.jsonl", "other.jsonl, found no such file"),
         (
             "end: eos",
-            "local: {{file: x, sha256: y}}",
+            "local: {{file: x, sha256: {sha256}}}",
             "mine.yaml:9: local: expected a `datasets` entry",
         ),
-        ("end: eos", "datasets: 3", "mine.yaml:9: datasets: expected keys path, name"),
+        ("[prose, math]", "[prose, prose]", "mine.yaml:7: domains: prose: listed twice"),
+        ("[prose, math]", "[]", "mine.yaml:7: domains: expected one entry or more, found an empty"),
+        (
+            "end: eos",
+            "local: {{file: x, sha256: y}}",
+            "local.sha256: expected 64 hexadecimal digits",
+        ),
+        ("file: mine.jsonl\n", "", "mine.yaml:1: file: expected either `file` or `datasets`"),
+        ("sha256: {sha256}\n", "", "mine.yaml:1: sha256: expected the sha256 of `file`"),
+        ("origin: written", "origin: " + "x" * 2000, "origin: expected text of at most 2,000"),
+        (
+            "end: eos",
+            "datasets: {{path: a, name: b, split: c, revision: d, column: e, domain: code}}",
+            "mine.yaml:5: file: expected either `file` or `datasets`, found both",
+        ),
+        (
+            "file: mine.jsonl\nsha256: {sha256}",
+            "datasets: {{path: a, name: b, split: c, revision: d, column: e, domain: code}}",
+            "mine.yaml:5: datasets.domain: expected the one domain of the set, found 'code'",
+        ),
+        ("end: eos", "datasets: 3", "mine.yaml:9: datasets: expected the keys path, name"),
         ("[prose, math]", "[prose, math, code]", "found none of code"),
-        ("[prose, math]", "[prose", "mine.yaml:8: expected YAML, found: "),
+        ("[prose, math]", "[prose", "mine.yaml:8: not valid YAML: "),
         (
             "version: 1\n",
             "version: 1\nversion: 1\n",
-            "mine.yaml:2: expected YAML, found: found duplicate key",
+            "mine.yaml:2: version: written twice, first in line 1",
         ),
     ],
 )
@@ -420,7 +440,8 @@ def test_a_spec_that_is_not_a_mapping_or_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(b"- 1\n")
     with pytest.raises(
-        CalibrationError, match=r"mine\.yaml:1: expected keys and values, found CommentedSeq"
+        CalibrationError,
+        match=r"mine\.yaml:1: expected a mapping of keys \(version: 1, \.\.\.\), found a list",
     ):
         load_set(str(path), SETS)
     path.write_bytes(b"name: \xff\n")
@@ -549,4 +570,4 @@ def test_wikitext_from_a_local_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DATA_VARIABLE, str(WIKITEXT))
     corpus = load_set("wikitext", SETS)
     assert len(corpus.documents) == 4358
-    assert corpus.licence == "CC-BY-SA-3.0"
+    assert corpus.license == "CC-BY-SA-3.0"
