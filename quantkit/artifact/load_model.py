@@ -171,7 +171,7 @@ def linear4bit(
     tensors = {
         name.removeprefix(f"{linear.name}."): part for name, part in checkpoint.read(names).items()
     }
-    state = nf4.check_quant_state(tensors, scheme)
+    state = nf4.extract_quant_state(tensors, scheme)
     with torch.device("meta"):
         module = bitsandbytes.Linear4bit(
             linear.in_features,

@@ -253,7 +253,7 @@ def test_dynamic_tells_other_schemes() -> None:
         r"+:model\.layers\.0\.mlp\.down_proj$": {"bits": 4, "group_size": 32, "sym": True},
     }
     for loader in gptq.CHECKS.loaders[:2]:  # SGLang and GPTQModel, vLLM
-        told = loader.told(entry)
+        told = loader.classify(entry)
         assert all(
             told(name) == group_by_codes({"": chosen})[0][0] for name, chosen in schemes.items()
         )
