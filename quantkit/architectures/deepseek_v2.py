@@ -1,5 +1,8 @@
-"""DeepSeek-V2, V2-Lite and Coder-V2: multi-head latent attention (Lite without compressed queries), dense first blocks,
-then routed experts picked by softmax, from all groups or from the best ones, and shared experts."""
+"""DeepSeek-V2, V2-Lite and Coder-V2.
+
+Multi-head latent attention (Lite without compressed queries); dense first blocks, then shared
+experts and routed experts selected by softmax, from all groups or from the best ones.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from quantkit.contracts import Architecture, Block, Config, Layout
 
 
 def make_block(config: Config, layer: int) -> Block:
-    """Decoder block `layer`: dense below `first_k_dense_replace`, experts from there on."""
+    """Return decoder block `layer`: dense below `first_k_dense_replace`, MoE above."""
     name, bias = f"model.layers.{layer}", config.flag("mlp_bias")
     dense = layer < config.integer("first_k_dense_replace", 0)
     experts = moe.make_deepseek_moe
@@ -23,7 +26,7 @@ def make_block(config: Config, layer: int) -> Block:
 
 
 def make_layout(config: Config) -> Layout:
-    """Every tensor of a DeepSeek-V2 checkpoint."""
+    """Return every tensor of a DeepSeek-V2 checkpoint."""
     return decoder.make_layout(config, make_block)
 
 

@@ -1,5 +1,8 @@
-"""GLM-4.5, 4.5-Air and 4.6: grouped-query attention (the large ones with a norm on queries and keys), and from there on
-as DeepSeek-V3: dense first blocks, routed and shared experts, a balancing bias in the router, an MTP block."""
+"""GLM-4.5, 4.5-Air and 4.6.
+
+Grouped-query attention (the large models with a norm on queries and keys). Everything else as in
+DeepSeek-V3: dense first blocks, routed and shared experts, a balancing bias in the router, MTP.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from quantkit.contracts import Architecture, Block, Config, Layout
 
 
 def make_block(config: Config, layer: int) -> Block:
-    """Block `layer`: dense below `first_k_dense_replace`, experts from there on, in MTP blocks too."""
+    """Return block `layer`: dense below `first_k_dense_replace`, MoE above and in MTP blocks."""
     name, bias = f"model.layers.{layer}", config.flag("attention_bias")
     attention = decoder.make_grouped_query_attention(
         config, name, qkv_bias=bias, qk_norm=config.flag("use_qk_norm")
@@ -23,7 +26,7 @@ def make_block(config: Config, layer: int) -> Block:
 
 
 def make_layout(config: Config) -> Layout:
-    """Every tensor of a GLM-4 MoE checkpoint, the MTP block included."""
+    """Return every tensor of a GLM-4 MoE checkpoint, the MTP block included."""
     return decoder.make_layout(
         config, make_block, predictions=config.integer("num_nextn_predict_layers", 0)
     )

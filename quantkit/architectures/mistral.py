@@ -1,4 +1,4 @@
-"""Mistral 7B and its successors with `model_type: mistral`: dense; in 0.1 every block sees a sliding window only."""
+"""Mistral 7B and later models with `model_type: mistral`: dense; 0.1 has sliding windows."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from quantkit.contracts import Architecture, Block, Config, Layout
 
 
 def make_block(config: Config, layer: int) -> Block:
-    """Decoder block `layer`."""
+    """Return decoder block `layer`."""
     name = f"model.layers.{layer}"
     attention = decoder.make_grouped_query_attention(config, name)
     return decoder.make_decoder_block(config, name, attention, decoder.make_dense_mlp(config, name))
 
 
 def make_layout(config: Config) -> Layout:
-    """Every tensor of a Mistral checkpoint."""
+    """Return every tensor of a Mistral checkpoint."""
     return decoder.make_layout(config, make_block)
 
 

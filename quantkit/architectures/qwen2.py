@@ -1,5 +1,7 @@
-"""Qwen2 and Qwen2.5 (and what is distilled into them): dense; queries, keys and values have a bias, and the blocks
-from `max_window_layers` on may see a sliding window only."""
+"""Qwen2, Qwen2.5 and models distilled into them: dense, with biases on queries, keys and values.
+
+Blocks from `max_window_layers` may have sliding-window attention.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,14 @@ from quantkit.contracts import Architecture, Block, Config, Layout
 
 
 def make_block(config: Config, layer: int) -> Block:
-    """Decoder block `layer`."""
+    """Return decoder block `layer`."""
     name = f"model.layers.{layer}"
     attention = decoder.make_grouped_query_attention(config, name, qkv_bias=True)
     return decoder.make_decoder_block(config, name, attention, decoder.make_dense_mlp(config, name))
 
 
 def make_layout(config: Config) -> Layout:
-    """Every tensor of a Qwen2 checkpoint."""
+    """Return every tensor of a Qwen2 checkpoint."""
     return decoder.make_layout(config, make_block)
 
 

@@ -1,5 +1,8 @@
-"""Qwen1.5-MoE and Qwen2-MoE (57B-A14B): biases on queries, keys and values, routed experts, and one shared expert whose
-output a gate of one row weighs. That gate reads what the experts read, so it follows when their input is scaled."""
+"""Qwen1.5-MoE and Qwen2-MoE (57B-A14B): biases on queries, keys and values, routed experts.
+
+One shared expert, whose output is multiplied by the sigmoid of a gate with one row. The gate reads
+the experts' input, so scaling that input scales its columns too.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from quantkit.contracts import Architecture, Block, Config, Layout
 
 
 def make_block(config: Config, layer: int) -> Block:
-    """Decoder block `layer`."""
+    """Return decoder block `layer`."""
     name = f"model.layers.{layer}"
     attention = decoder.make_grouped_query_attention(
         config, name, qkv_bias=config.flag("qkv_bias", default=True)
@@ -19,7 +22,7 @@ def make_block(config: Config, layer: int) -> Block:
 
 
 def make_layout(config: Config) -> Layout:
-    """Every tensor of a Qwen2-MoE checkpoint."""
+    """Return every tensor of a Qwen2-MoE checkpoint."""
     return decoder.make_layout(config, make_block)
 
 

@@ -1,4 +1,4 @@
-"""Qwen3, dense: a norm on the queries and keys of each head, small models tie their head to the embedding."""
+"""Qwen3, dense: a norm on the queries and keys of each head; small models have a tied head."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from quantkit.contracts import Architecture, Block, Config, Layout
 
 
 def make_block(config: Config, layer: int) -> Block:
-    """Decoder block `layer`."""
+    """Return decoder block `layer`."""
     name = f"model.layers.{layer}"
     bias = config.flag("attention_bias")
     attention = decoder.make_grouped_query_attention(
@@ -17,7 +17,7 @@ def make_block(config: Config, layer: int) -> Block:
 
 
 def make_layout(config: Config) -> Layout:
-    """Every tensor of a Qwen3 checkpoint."""
+    """Return every tensor of a Qwen3 checkpoint."""
     return decoder.make_layout(config, make_block)
 
 

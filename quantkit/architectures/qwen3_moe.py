@@ -1,5 +1,7 @@
-"""Qwen3-MoE (30B-A3B, 235B-A22B, Coder): grouped-query attention with a norm on queries and keys, routed experts
-without a shared one, dense MLPs where `mlp_only_layers` and `decoder_sparse_step` say so."""
+"""Qwen3-MoE (30B-A3B, 235B-A22B, Coder): grouped-query attention with a norm on queries and keys.
+
+Routed experts without a shared one; `mlp_only_layers` and `decoder_sparse_step` select dense MLPs.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from quantkit.contracts import Architecture, Block, Config, Layout
 
 
 def make_block(config: Config, layer: int) -> Block:
-    """Decoder block `layer`."""
+    """Return decoder block `layer`."""
     name, bias = f"model.layers.{layer}", config.flag("attention_bias")
     attention = decoder.make_grouped_query_attention(
         config, name, qkv_bias=bias, o_bias=bias, qk_norm=True
@@ -19,7 +21,7 @@ def make_block(config: Config, layer: int) -> Block:
 
 
 def make_layout(config: Config) -> Layout:
-    """Every tensor of a Qwen3-MoE checkpoint."""
+    """Return every tensor of a Qwen3-MoE checkpoint."""
     return decoder.make_layout(config, make_block)
 
 

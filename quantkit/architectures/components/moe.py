@@ -1,4 +1,4 @@
-"""Mixtures of experts: the MLPs in which a router sends each token to a few of many experts, as families name them."""
+"""Mixture-of-experts MLPs: a router sends each token to a few of many experts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TINY_DEEPSEEK: Mapping[str, object] = {
     "qk_nope_head_dim": 64,
     "v_head_dim": 64,
 }
-"""What the TINY configs of DeepSeek's families have in common."""
+"""Keys that the TINY configs of DeepSeek's families share."""
 
 TINY_QWEN: Mapping[str, object] = {
     "moe_intermediate_size": 128,
@@ -33,7 +33,7 @@ TINY_QWEN: Mapping[str, object] = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
-"""What the TINY configs of Qwen's families have in common."""
+"""Keys that the TINY configs of Qwen's families share."""
 
 
 def make_moe_mlp(
@@ -44,10 +44,11 @@ def make_moe_mlp(
     others: tuple[TensorSpec, ...] = (),
     gates: tuple[Linear, ...] = (),
 ) -> decoder.BlockPart:
-    """Router, shared experts and routed experts of block `name`.
+    """Return router, shared experts and routed experts of block `name`.
 
-    `shared` is the shared experts' gated MLP, where there is one; `gates` what else reads the common input (the gate
-    of a shared expert). Router and gates are readers: they must follow when that input is scaled.
+    `shared`: the gated MLP of the shared experts, if any; `gates`: further readers of the input,
+    such as the gate of a shared expert. Router and gates are readers: scaling the input scales
+    their columns too.
     """
     hidden = experts.hidden
     router = Linear(
@@ -76,7 +77,7 @@ def make_moe_mlp(
     if shared:
         gate, up, down = (linear.name for linear in shared)
         owner = down.rpartition(".")[0]
-        adds_to = None if gates else before  # a gated output is not added as it is
+        adds_to = None if gates else before  # a gated output is multiplied before it is added
         groups.append(
             LinearGroup(
                 name=f"{owner}.down", readers=(down,), absorber=Absorber(module=up), adds_to=adds_to
@@ -95,11 +96,12 @@ def make_moe_mlp(
 def make_experts(
     config: Config, module: str, count: str, width: str = "moe_intermediate_size"
 ) -> Experts:
-    """The routed experts in `module`, their number and width under these keys.
+    """Return the routed experts in `module`; `count` and `width` are keys of the config.
 
-    Raises CheckpointError when the router's numbers contradict each other: its top-k would fail in the first block.
+    Raises CheckpointError if the router's numbers contradict each other: its top-k would fail in
+    the first block.
     """
-    found = Experts(
+    experts = Experts(
         module=f"{module}.experts",
         router=f"{module}.gate",
         count=config.integer(count),
@@ -108,27 +110,31 @@ def make_experts(
         intermediate=config.integer(width),
     )
     groups, top_groups = config.integer("n_group", 1), config.integer("topk_group", 1)
-    if found.count > decoder.MAX_LINEARS:
+    if experts.count > decoder.MAX_LINEARS:
         raise CheckpointError(
-            f"{config.where}: {count}: expected at most {decoder.MAX_LINEARS:,} experts, found {found.count:,}; "
-            "repair it"
+            f"{config.where}: {count}: expected at most {decoder.MAX_LINEARS:,} experts, "
+            f"found {experts.count:,}; repair it"
         )
     if not (
-        1 <= found.top_k <= found.count and 1 <= top_groups <= groups and found.count % groups == 0
+        1 <= experts.top_k <= experts.count
+        and 1 <= top_groups <= groups
+        and experts.count % groups == 0
     ):
         raise CheckpointError(
-            f"{config.where}: expected num_experts_per_tok <= {count}, topk_group <= n_group and n_group that "
-            f"divides {count}, found {found.top_k} of {found.count} experts, {top_groups} of {groups} groups; repair it"
+            f"{config.where}: expected num_experts_per_tok <= {count}, topk_group <= n_group and "
+            f"n_group that divides {count}, found {experts.top_k} of {experts.count} experts, "
+            f"{top_groups} of {groups} groups; repair it"
         )
-    return found
+    return experts
 
 
 def make_deepseek_moe(
     config: Config, name: str, *, correction: bool, bias: bool = False
 ) -> decoder.BlockPart:
-    """Routed and shared experts as DeepSeek names them, which GLM follows; `bias`: the shared ones have one.
+    """Return routed and shared experts under DeepSeek's names, which GLM uses too.
 
-    `correction`: the router has a bias per expert that balances their load (arXiv 2412.19437, equation 16).
+    `bias`: the shared experts have biases. `correction`: the router has a bias per expert that
+    balances their load (arXiv 2412.19437, equation 16).
     """
     module = f"{name}.mlp"
     experts = make_experts(config, module, "n_routed_experts")
@@ -147,7 +153,7 @@ def make_deepseek_moe(
 
 
 def make_qwen_moe(config: Config, name: str, *, shared: bool) -> decoder.BlockPart:
-    """Routed experts as Qwen names them; with `shared` one shared expert, weighed by a gate of its own."""
+    """Return routed experts under Qwen's names; with `shared`, one shared expert with a gate."""
     module = f"{name}.mlp"
     experts = make_experts(config, module, "num_experts")
     if not shared:
@@ -164,16 +170,22 @@ def make_qwen_moe(config: Config, name: str, *, shared: bool) -> decoder.BlockPa
 
 
 def make_qwen_mlp(config: Config, layer: int, *, shared: bool) -> decoder.BlockPart:
-    """The MLP of block `layer`: experts on every `decoder_sparse_step`th layer that `mlp_only_layers` does not name."""
+    """Return the MLP of block `layer`.
+
+    Every `decoder_sparse_step`th layer has experts, unless `mlp_only_layers` lists it.
+    """
     name, step = f"model.layers.{layer}", config.integer("decoder_sparse_step", 1)
-    sparse = step > 0 and (layer + 1) % step == 0 and config.integer("num_experts") > 0
-    if layer in read_integers(config, "mlp_only_layers") or not sparse:
+    is_sparse = step > 0 and (layer + 1) % step == 0 and config.integer("num_experts") > 0
+    if layer in read_integers(config, "mlp_only_layers") or not is_sparse:
         return decoder.make_dense_mlp(config, name)
     return make_qwen_moe(config, name, shared=shared)
 
 
 def read_integers(config: Config, key: str) -> tuple[int, ...]:
-    """The list of integers under `key`, empty when it is absent or null; CheckpointError for anything else."""
+    """Return the list of integers under `key`, empty if absent or null.
+
+    Raises CheckpointError for anything else.
+    """
     value = config.values.get(key)
     if value is None:
         return ()
