@@ -18,8 +18,8 @@ def ignore_progress(_: Progress | Plan) -> None:
 
 def build(folder: Path, output: Path, **keys: str) -> pipeline.BuildResult:
     """A build without benchmarks."""
-    (outcome,) = build_all(folder, output, **keys)
-    return outcome
+    (result,) = build_all(folder, output, **keys)
+    return result
 
 
 def build_all(folder: Path, output: Path, **keys: str) -> tuple[pipeline.BuildResult, ...]:

@@ -43,5 +43,5 @@ class Stored:
 
     def model(self) -> Any:
         """The model of transformers with these weights, in float32."""
-        bones = meta_model(self.checkpoint.config, torch.device("cpu"), torch.float32)
-        return full_model.model(bones, self.layout, self.read)
+        meta = meta_model(self.checkpoint.config, torch.device("cpu"), torch.float32)
+        return full_model.model(meta, self.layout, self.read)

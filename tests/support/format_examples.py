@@ -14,15 +14,15 @@ def make_linear(
 def list_block_modules(layer: int, moe: bool, experts: int = 3) -> list[str]:
     """Names of a DeepSeek block's linears."""
     name = f"model.layers.{layer}"
-    found = [
+    names = [
         f"{name}.self_attn.{x}"
         for x in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
     ]
     gated = ("gate_proj", "up_proj", "down_proj")
     if not moe:
-        return found + [f"{name}.mlp.{x}" for x in gated]
-    found += [f"{name}.mlp.gate"] + [f"{name}.mlp.shared_experts.{x}" for x in gated]
-    return found + [f"{name}.mlp.experts.{e}.{x}" for e in range(experts) for x in gated]
+        return names + [f"{name}.mlp.{x}" for x in gated]
+    names += [f"{name}.mlp.gate"] + [f"{name}.mlp.shared_experts.{x}" for x in gated]
+    return names + [f"{name}.mlp.experts.{e}.{x}" for e in range(experts) for x in gated]
 
 
 def list_model_modules(layers: int = 24, dense_layers: int = 3) -> list[str]:
