@@ -152,7 +152,7 @@ def answers(job: Job, name: str, read: full_model.Read, source: Checkpoint) -> l
             model,
             load_tokenizer(
                 source.folder,
-                own_code=may_run(job.plan.recipe.source.trust_remote_code, source.folder),
+                trust_remote_code=may_run(job.plan.recipe.source.trust_remote_code, source.folder),
             ),
             job.tasks,
             limit=job.plan.recipe.evaluation.limit,

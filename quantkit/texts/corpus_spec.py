@@ -1,4 +1,4 @@
-"""The YAML spec of a set of documents: every key with its type, every fault with file, line and key."""
+"""The YAML spec of a set: every key with its type, every fault with file, line and key."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class HubDataset(BaseModel):
     domain: Domain
 
 
-class LocalFile(BaseModel):
+class LocalTextFile(BaseModel):
     """The text of `datasets` as one file, by its path below QUANTKIT_DATA."""
 
     model_config = FROZEN
@@ -89,7 +89,7 @@ class SpecFile(BaseModel):
     packing: Packing
     end: Literal["eos", "none"] = "none"
     datasets: HubDataset | None = None
-    local: LocalFile | None = None
+    local: LocalTextFile | None = None
     file: Text | None = Field(default=None, validate_default=True)
     sha256: Sha256 | None = Field(default=None, validate_default=True)
 
@@ -102,7 +102,9 @@ class SpecFile(BaseModel):
 
     @field_validator("local")
     @classmethod
-    def _check_local(cls, local: LocalFile | None, info: ValidationInfo) -> LocalFile | None:
+    def _check_local(
+        cls, local: LocalTextFile | None, info: ValidationInfo
+    ) -> LocalTextFile | None:
         if local is not None and info.data.get("datasets", "faulty") is None:
             raise ValueError(
                 "expected a `datasets` entry that the local text replaces. Use `file` instead"
@@ -127,7 +129,7 @@ class SpecFile(BaseModel):
         return sha256
 
 
-SECTIONS: dict[str, type[BaseModel]] = {"datasets": HubDataset, "local": LocalFile}
+SECTIONS: dict[str, type[BaseModel]] = {"datasets": HubDataset, "local": LocalTextFile}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +143,7 @@ class LocalText:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusSpec:
-    """A checked spec with resolved paths; either `file` with `sha256`, or `hub` with perhaps `local`."""
+    """A checked spec with resolved paths: `file` with `sha256`, or `hub` and optionally `local`."""
 
     where: Path
     name: str
@@ -179,7 +181,7 @@ def read_spec(name_or_path: str, folder: Path) -> CorpusSpec:
 
 
 def raise_faults(faults: Sequence[str]) -> None:
-    """Raise the collected faults as one CalibrationError with the first few of them; none: return."""
+    """Raise one CalibrationError with the first few faults, if there are any."""
     if faults:
         more = len(faults) - MAX_SHOWN_FAULTS
         rest = [f"and {more} more faults"] if more > 0 else []
@@ -234,7 +236,8 @@ def _parse_spec(document: YamlDocument) -> SpecFile:
     if values.datasets is not None and values.domains != (values.datasets.domain,):
         domain = values.datasets.domain
         raise CalibrationError(
-            f"{document.where(('datasets', 'domain'))}: datasets.domain: expected the one domain of "
+            f"{document.where(('datasets', 'domain'))}: datasets.domain: expected the one domain "
+            "of "
             f"the set, found {domain!r} and {list(values.domains)}. Correct `domains`"
         )
     return values
@@ -262,7 +265,7 @@ def _list_keys(model: type[BaseModel]) -> tuple[str, ...]:
     return tuple(field.alias or name for name, field in model.model_fields.items())
 
 
-def _resolve_local(local: LocalFile) -> LocalText:
+def _resolve_local(local: LocalTextFile) -> LocalText:
     folder = os.environ.get(DATA_VARIABLE)
     path = Path(folder) / local.file if folder else None
     return LocalText(
