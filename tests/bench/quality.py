@@ -24,7 +24,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from tools.calibration_sets.specs import TINY_HELD_OUT, spec_yaml
-from tools.tiny_v3.corpus import DOMAIN, draw, draw_kind
+from tools.tiny_v3.corpus import DOMAIN, draw_item, draw_kind
 
 from quantkit.artifact.fidelity_schema import Distribution
 from quantkit.io.package_data import folder
@@ -74,7 +74,7 @@ def held_out(place: Path, items: int) -> Path:
     """A larger held-out text in tiny-v3's own mix, as a set of its own; more items begin with the fewer."""
     rng, rows, seen = random.Random(HELD_OUT_SEED), [], set[str]()
     while len(rows) < items:
-        item = draw(draw_kind(rng), rng)
+        item = draw_item(draw_kind(rng), rng)
         if item.held_out and item.text not in seen:
             seen.add(item.text)
             rows.append({"domain": DOMAIN[item.kind], "text": item.text})

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from support.paths import ROOT
 from tokenizers import Tokenizer
 from tools.tiny_v3 import held_out, train
-from tools.tiny_v3.corpus import DOMAIN, MIX, TEMPLATES, training_items
-from tools.tiny_v3.experts import RoutedExperts, dispatch
-from tools.tiny_v3.export import config_json, quantize_block, save_checkpoint, to_fp8
-from tools.tiny_v3.model import Attend, ModelConfig, TinyV3, attention_mask
+from tools.tiny_v3.corpus import DOMAIN, MIX, TEMPLATES, make_training_items
+from tools.tiny_v3.experts import RoutedExperts, make_dispatch
+from tools.tiny_v3.export import make_config, quantize_block, quantize_to_fp8, save_checkpoint
+from tools.tiny_v3.model import Attend, ModelConfig, TinyV3, make_attention_mask
 from tools.tiny_v3.muon import Muon, orthogonalize
-from tools.tiny_v3.packing import BOS, EOS, encode, pack, train_tokenizer
+from tools.tiny_v3.packing import BOS, EOS, encode_items, pack_rows, train_tokenizer
 
 CHECKPOINT = ROOT / "quantkit/data/models/tiny_v3/checkpoint"
 SHARED = ROOT.parent / "shared/tiny-v3"
@@ -59,11 +59,11 @@ def test_benchmark_items_are_the_regenerated_ones(domain: str) -> None:
     if not shipped.is_file():
         pytest.skip(f"{shipped} is not there")
     rows = [json.loads(line) for line in shipped.read_text(encoding="utf-8").splitlines()]
-    assert rows == held_out.held_out_sets()[f"eval_{domain}.jsonl"]
+    assert rows == held_out.make_held_out_sets()[f"eval_{domain}.jsonl"]
 
 
 def test_no_training_item_is_held_out_and_the_mix_is_kept() -> None:
-    items = training_items(seed=3, count=4000)
+    items = make_training_items(seed=3, count=4000)
     assert not any(item.held_out for item in items)
     for kind, share in MIX.items():
         assert abs(sum(item.kind == kind for item in items) / len(items) - share) < 0.03
@@ -73,7 +73,7 @@ def test_no_training_item_is_held_out_and_the_mix_is_kept() -> None:
 def test_answers_of_word_problems_are_what_their_steps_compute() -> None:
     items = [
         item
-        for item in training_items(seed=4, count=2000)
+        for item in make_training_items(seed=4, count=2000)
         if item.kind in ("math_item", "arith_item")
     ]
     for item in items:
@@ -87,17 +87,17 @@ def test_answers_of_word_problems_are_what_their_steps_compute() -> None:
 
 
 def test_every_function_template_passes_its_own_check() -> None:
-    from tools.tiny_v3.corpus import function
+    from tools.tiny_v3.corpus import make_function_item
 
     rng = random.Random(0)
     unseen = set(range(len(TEMPLATES.functions)))
     while unseen:
-        item = function(rng)
+        item = make_function_item(rng)
         if item.template not in unseen:
             continue
         unseen.remove(item.template)
         namespace: dict[str, object] = {}
-        exec(item.text + held_out._check_function(item, rng), namespace)
+        exec(item.text + held_out._format_check(item, rng), namespace)
         check = namespace["check"]
         assert callable(check)
         check(namespace[item.function])
@@ -112,7 +112,7 @@ def test_shipped_checkpoint_is_the_one_the_card_describes() -> None:
         == WEIGHTS_SHA256
     )
     config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
-    assert config == config_json(ModelConfig(), fp8=True)
+    assert config == make_config(ModelConfig(), fp8=True)
     tensors = load_file(CHECKPOINT / "model.safetensors")
     parameters = sum(
         tensor.numel() for name, tensor in tensors.items() if not name.endswith("_scale_inv")
@@ -124,7 +124,7 @@ def test_shipped_checkpoint_is_the_one_the_card_describes() -> None:
 
 
 def test_tokenizer_of_the_checkpoint_is_trained_again_exactly() -> None:
-    corpus = train.clean_items(train.TOKENIZER_ITEMS)
+    corpus = train.make_clean_items(train.TOKENIZER_ITEMS)
     tokenizer = train_tokenizer((item.text for item in corpus), 768)
     shipped = json.loads((CHECKPOINT / "tokenizer.json").read_text(encoding="utf-8"))
     assert json.loads(tokenizer.to_str()) == shipped
@@ -132,7 +132,7 @@ def test_tokenizer_of_the_checkpoint_is_trained_again_exactly() -> None:
 
 @pytest.mark.skipif(not (SHARED / "bf16").is_dir(), reason="the BF16 weights are not shipped")
 def test_fp8_export_of_the_bf16_weights_gives_the_shipped_checkpoint() -> None:
-    made = to_fp8(load_file(SHARED / "bf16/model.safetensors"))
+    made = quantize_to_fp8(load_file(SHARED / "bf16/model.safetensors"))
     shipped = load_file(CHECKPOINT / "model.safetensors")
     assert set(made) == set(shipped)
     for name, tensor in made.items():
@@ -179,7 +179,7 @@ def test_saved_model_gives_the_same_logits_in_transformers(tmp_path: Path) -> No
     ids = torch.randint(3, 768, (2, 40))
     positions = torch.arange(40).expand(2, 40)
     with torch.no_grad():
-        ours = model(ids, positions, attention_mask(torch.zeros(2, 40), torch.float32))
+        ours = model(ids, positions, make_attention_mask(torch.zeros(2, 40), torch.float32))
         expected = theirs(input_ids=ids).logits
     assert expected.abs().max() > 0.5
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
@@ -208,13 +208,15 @@ def test_routed_experts_match_the_plain_formula_with_its_gradients() -> None:
     for mine, theirs in zip(torch.autograd.grad((ours * direction).sum(), inputs),
                             torch.autograd.grad((expected * direction).sum(), inputs)):  # fmt: skip
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-    assert dispatch(chosen, 5).segments[4] == (512, 512)
+    assert make_dispatch(chosen, 5).segments[4] == (512, 512)
 
 
 def test_attention_matches_autograd() -> None:
     torch.manual_seed(2)
     q, k, v = (torch.randn(2, 3, 6, 4, requires_grad=True) for _ in range(3))
-    mask = attention_mask(torch.tensor([[0, 0, 0, 1, 1, -1], [0, 0, 0, 0, 0, 0]]), torch.float32)
+    mask = make_attention_mask(
+        torch.tensor([[0, 0, 0, 1, 1, -1], [0, 0, 0, 0, 0, 0]]), torch.float32
+    )
     direction = torch.randn(2, 3, 6, 4)
     ours = Attend.apply(q, k, v, mask)
     expected = torch.softmax(q @ k.transpose(-1, -2) + mask, -1) @ v
@@ -230,9 +232,11 @@ def test_packed_documents_do_not_see_each_other() -> None:
     ids = torch.randint(3, 64, (1, 12))
     positions = torch.tensor([[*range(5), *range(7)]])
     together = model(
-        ids, positions, attention_mask(torch.tensor([[0] * 5 + [1] * 7]), torch.float32)
+        ids, positions, make_attention_mask(torch.tensor([[0] * 5 + [1] * 7]), torch.float32)
     )
-    alone = model(ids[:, 5:], positions[:, 5:], attention_mask(torch.zeros(1, 7), torch.float32))
+    alone = model(
+        ids[:, 5:], positions[:, 5:], make_attention_mask(torch.zeros(1, 7), torch.float32)
+    )
     torch.testing.assert_close(together[:, 5:], alone, atol=1e-5, rtol=0)
 
 
@@ -249,12 +253,12 @@ def test_muon_steps_have_singular_values_near_one() -> None:
 
 
 def test_packing_keeps_every_document_whole() -> None:
-    items = training_items(seed=5, count=300)
+    items = make_training_items(seed=5, count=300)
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
-    documents = encode(items, tokenizer)
+    documents = encode_items(items, tokenizer)
     for item, (prompt, answer) in zip(items, documents):
         assert [*prompt, *answer] == [*tokenizer.encode(item.text).ids, EOS]
-    rows = pack(documents, 129)
+    rows = pack_rows(documents, 129)
     found = []
     for ids, segments in zip(rows.ids.tolist(), rows.segments.tolist()):
         for segment in range(max(segments) + 1):
@@ -269,14 +273,14 @@ def test_packing_keeps_every_document_whole() -> None:
 def test_training_is_deterministic_and_lowers_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "BATCH_ROWS", 8)
     monkeypatch.setattr(train, "WARM_UP_STEPS", 5)
-    corpus = train.clean_items(600)
+    corpus = train.make_clean_items(600)
     tokenizer = train_tokenizer((item.text for item in corpus), 320)
-    rows = pack(encode(corpus, tokenizer), 65)
+    rows = pack_rows(encode_items(corpus, tokenizer), 65)
 
     def run() -> list[float]:
         torch.manual_seed(0)
         losses: list[float] = []
-        train.fit(
+        train.train_model(
             TinyV3(replace(TINY, vocab_size=320)),
             rows,
             lambda step: step / 40,
