@@ -1,4 +1,4 @@
-"""Linears and selections that tests of formats share."""
+"""Linears and selections for tests of formats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def make_linear(
 
 
 def list_block_modules(layer: int, moe: bool, experts: int = 3) -> list[str]:
-    """Names of a DeepSeek block's linears."""
+    """Return the names of a DeepSeek block's linears."""
     name = f"model.layers.{layer}"
     names = [
         f"{name}.self_attn.{x}"

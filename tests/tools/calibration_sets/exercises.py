@@ -287,8 +287,9 @@ def make_derivative(rng: random.Random) -> Problem:
 
 
 EXERCISES: tuple[Callable[[random.Random], Problem], ...] = (
-    make_fraction_sum, make_linear_equation, make_quadratic, make_two_equations, make_percent_change, make_progression, make_rectangle, make_right_triangle,
-    make_common_divisor, make_chance, make_mean_and_median, make_derivative,
+    make_fraction_sum, make_linear_equation, make_quadratic, make_two_equations,
+    make_percent_change, make_progression, make_rectangle, make_right_triangle, make_common_divisor,
+    make_chance, make_mean_and_median, make_derivative,
 )  # fmt: skip
 
 LAYOUTS = (

@@ -20,8 +20,8 @@ from typing import Literal
 Share = Literal["code", "prose", "held_out_code", "held_out_prose"]
 
 EXCLUDED = {
-    "test", "tests", "idle_test", "site-packages", "lib2to3", "encodings", "pydoc_data", "turtledemo", "ensurepip",
-    "__pycache__", "distutils", "xmlrpc", "msilib",
+    "test", "tests", "idle_test", "site-packages", "lib2to3", "encodings", "pydoc_data",
+    "turtledemo", "ensurepip", "__pycache__", "distutils", "xmlrpc", "msilib",
 }  # fmt: skip
 NOTICE = re.compile(
     r"copyright|licen[cs]e|permission (to|is)|redistribution|all rights reserved", re.IGNORECASE

@@ -13,13 +13,13 @@ from fractions import Fraction
 Problem = tuple[str, str]
 
 NAMES = (
-    "Amara", "Bjorn", "Chen", "Dalia", "Elena", "Farid", "Grace", "Hiro", "Ines", "Jamal", "Kavya", "Liam",
-    "Marta", "Nadia", "Omar", "Priya", "Quinn", "Rafael", "Sofia", "Tariq", "Uma", "Viktor", "Wen", "Yusuf",
+    "Amara", "Bjorn", "Chen", "Dalia", "Elena", "Farid", "Grace", "Hiro", "Ines", "Jamal",
+    "Kavya", "Liam", "Marta", "Nadia", "Omar", "Priya", "Quinn", "Rafael", "Sofia", "Tariq",
+    "Uma", "Viktor", "Wen", "Yusuf",
 )  # fmt: skip
 GOODS = (
-    "notebooks", "lamps", "shirts", "mugs", "plants", "tickets", "bottles of juice", "loaves of "
-                                                                                     "bread", "paintbrushes",
-    "calculators", "cushions", "torches",
+    "notebooks", "lamps", "shirts", "mugs", "plants", "tickets", "bottles of juice",
+    "loaves of bread", "paintbrushes", "calculators", "cushions", "torches",
 )  # fmt: skip
 CROPS = ("tomatoes", "potatoes", "apples", "carrots", "strawberries", "onions", "grapes", "pears")
 CITIES = (
@@ -289,5 +289,6 @@ def make_survey(rng: random.Random) -> Problem:
 
 
 WORD_PROBLEMS: tuple[Callable[[random.Random], Problem], ...] = (
-    make_shopping, make_travel, make_workers, make_harvest, make_interest, make_mixture, make_ages, make_units, make_recipe, make_survey,
+    make_shopping, make_travel, make_workers, make_harvest, make_interest, make_mixture, make_ages,
+    make_units, make_recipe, make_survey,
 )  # fmt: skip

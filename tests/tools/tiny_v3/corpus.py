@@ -1,4 +1,4 @@
-"""The seeded corpus of tiny-v3: word problems with solutions, arithmetic, Python functions, English.
+"""The seeded corpus of tiny-v3: word problems, arithmetic, Python functions, English.
 
 An item is held out if `crc32(repr(key)) % 40 == 0`. The key contains the template and its numbers,
 not the wording, so no rewording of a held-out item is trained on. All draws come from the given

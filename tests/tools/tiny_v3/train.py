@@ -1,7 +1,7 @@
 """Train tiny-v3 on one CPU core: `python -m tools.tiny_v3.train --minutes 27 --out DIR`.
 
-Writes log.jsonl, bf16/ and fp8/ to DIR. With `--minutes` the schedule follows the clock, so a slower
-machine takes fewer steps; with `--steps` the run is a pure function of the seed on one machine.
+Writes log.jsonl, bf16/ and fp8/ to DIR. With `--minutes` the schedule follows the clock: a slower
+machine takes fewer steps. With `--steps` the run is a pure function of the seed on one machine.
 """
 
 from __future__ import annotations
