@@ -154,7 +154,7 @@ def run_around(
 STORED = [(*variant, False) for variant in VARIANTS] + [
     (name, {}, True) for name in registry.names("architectures")
 ]
-"""The builds: every variant from BF16, and every family from FP8, which does not depend on variants."""
+"""The builds: every variant from BF16, every family from FP8, which does not depend on variants."""
 STORED_IDS = [f"{name}-bf16" for name in IDS] + [
     f"{name}-fp8" for name in registry.names("architectures")
 ]

@@ -139,7 +139,7 @@ def test_math_of_general_sets_regenerates(name: str, which: general.GeneralSet) 
     texts = [
         document.text for document in load_set(name, SETS).documents if document.domain == "math"
     ]
-    assert texts == general.math_texts(which)
+    assert texts == general.make_math_texts(which)
 
 
 @pytest.mark.parametrize("name", ["general-math-code", "general-heldout"])
