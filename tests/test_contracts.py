@@ -18,12 +18,19 @@ from quantkit.contracts import Config
 from quantkit.errors import CheckpointError, NumericsError
 from quantkit.evaluate.distribution import Head, scored
 from quantkit.models import full_model
-from quantkit.models.layers import MetaModel, decoder_layer, meta_model, observing, relative, run
-from quantkit.plan.match_checkpoint import expected
-from quantkit.recipe.parse import parse
+from quantkit.models.layers import (
+    MetaModel,
+    get_layer_name,
+    make_decoder_layer,
+    make_meta_model,
+    observe_inputs,
+    run_layer,
+)
+from quantkit.plan.match_checkpoint import list_expected_tensors
+from quantkit.recipe.parse import parse_recipe
 from quantkit.verify import shallow
 
-VARIANTS = [(name, {}) for name in registry.names("architectures")] + [
+VARIANTS = [(name, {}) for name in registry.list_names("architectures")] + [
     ("deepseek_v3", {"q_lora_rank": None, "num_nextn_predict_layers": 0}),
     ("deepseek_v3", {"attention_bias": True, "first_k_dense_replace": 0}),
     ("llama", {"tie_word_embeddings": True}),
@@ -72,14 +79,14 @@ def test_layout_lists_every_tensor_once(
 ) -> None:
     """The layout equals the tensors that transformers saves for the config, except MTP blocks."""
     config = make_tiny_config(name, **changes)
-    layout = registry.architecture(name).layout(Config(values=config))
+    layout = registry.get_architecture(name).layout(Config(values=config))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     model.save_pretrained(tmp_path)
     saved = Checkpoint.open(tmp_path).specs
     mtp = tuple(f"{block.name}." for block in layout.blocks if block.kind == "mtp")
     claimed = {
         n: s.shape
-        for n, s in expected(layout, Config(values=config)).items()
+        for n, s in list_expected_tensors(layout, Config(values=config)).items()
         if not n.startswith(mtp or ("\0",))
     }
     assert claimed == {n: s.shape for n, s in saved.items()}
@@ -115,7 +122,7 @@ def test_adds_to_names_residual_additions(
         write_checkpoint(tmp_path / "source", make_tiny_config(name, **changes))
     )
     meta = meta_model(source.config, torch.device("cpu"), torch.float32)
-    layout = registry.architecture(name).layout(source.config)
+    layout = registry.get_architecture(name).layout(source.config)
     for block in (block for block in layout.blocks if block.kind == "decoder"):
         adding = {group.readers[0]: group.adds_to for group in block.groups if group.adds_to}
         assert f"{block.name}.self_attn.o_proj" in adding
@@ -152,11 +159,11 @@ def run_around(
 
 
 STORED = [(*variant, False) for variant in VARIANTS] + [
-    (name, {}, True) for name in registry.names("architectures")
+    (name, {}, True) for name in registry.list_names("architectures")
 ]
 """The builds: every variant from BF16, every family from FP8, which does not depend on variants."""
 STORED_IDS = [f"{name}-bf16" for name in IDS] + [
-    f"{name}-fp8" for name in registry.names("architectures")
+    f"{name}-fp8" for name in registry.list_names("architectures")
 ]
 
 
@@ -167,7 +174,7 @@ def test_artifact_of_all_linears_verifies(
     """A build of every linear: the artifact verifies, its figures are those of quantization."""
     folder = write_checkpoint(tmp_path / "source", make_tiny_config(name, **changes), fp8=fp8)
     result = build(folder, tmp_path / "artifact", rules="all-linear")
-    assert shallow.verify(result.path).status == "not judged"
+    assert shallow.verify_artifact(result.path).status == "not judged"
     pooled = result.fidelity.distribution[0]
     assert pooled.kl_mean is not None and pooled.kl_mean.value is not None
     assert 1e-6 < pooled.kl_mean.value < 1
@@ -180,19 +187,19 @@ def test_artifact_of_all_linears_verifies(
     )
     config = json.loads((result.path / "config.json").read_text(encoding="utf-8"))
     left = config["quantization_config"]["modules_to_not_convert"]
-    for linear in registry.architecture(name).layout(Config(values=config)).linears:
+    for linear in registry.get_architecture(name).layout(Config(values=config)).linears:
         if linear.role == "router":  # a linear in vLLM, which matches substrings
             assert f"{linear.name}.weight" in specs and any(entry in linear.name for entry in left)
 
 
-@pytest.mark.parametrize("name", registry.names("architectures"))
+@pytest.mark.parametrize("name", registry.list_names("architectures"))
 def test_full_model_has_logits_of_transformers(name: str, tmp_path: Path) -> None:
     """The model that benchmarks run, assembled from files, equals the one transformers loads."""
     folder = write_checkpoint(tmp_path / "source", make_tiny_config(name))
     source = Checkpoint.open(folder)
     meta = meta_model(source.config, torch.device("cpu"), torch.float32)
-    ours = full_model.model(
-        meta, registry.architecture(name).layout(source.config), full_model.reader(source)
+    ours = full_model.make_model(
+        meta, registry.get_architecture(name).layout(source.config), full_model.make_reader(source)
     )
     ids = torch.arange(2, 66)[None]  # [1, 64]
     with torch.no_grad():
@@ -219,18 +226,20 @@ def test_unsupported_attention_pattern_raises() -> None:
     with pytest.raises(
         CheckpointError, match=r"config\.json: layer_types\[1\]: expected full_attention or sliding"
     ):
-        meta_model(Config(values=config), torch.device("cpu"), torch.float32)
+        make_meta_model(Config(values=config), torch.device("cpu"), torch.float32)
 
 
 def run_streams(folder: Path, place: Path, **keys: str):  # type: ignore[no-untyped-def]  # streams are internal
     """Return the plan and the streams after the last block."""
-    from quantkit.build.loop import build as build_loop
+    from quantkit.build.loop import build_blocks as build_loop
     from quantkit.plan import sources
 
     recipe = parse(make_recipe_text(folder, place / "unused", **keys), "test.yaml")
     source = Checkpoint.open(folder)
     texts = pipeline.tokenize(recipe, folder)
-    (plan,) = sources.plan_recipe(recipe, sources.facts_of(recipe, source, None), texts.counts())
+    (plan,) = sources.plan_recipe(
+        recipe, sources.make_source_facts(recipe, source, None), texts.counts()
+    )
     (place / "out").mkdir()
     (place / "scratch").mkdir()
     sink = ArtifactWriter(place / "out", plan.shards)

@@ -13,9 +13,9 @@ PACKAGE = ROOT / "quantkit"
 
 ROWS = (
     "__init__ errors progress",
-    "contracts",
+    "contracts figures",
     "numerics/ io/",
-    "methods/ formats/ architectures/",
+    "methods/ roundings/ formats/ architectures/",
     "registry",
     "checkpoint/",
     "models/ texts/",
@@ -32,7 +32,7 @@ ROWS = (
 )
 """A file imports only from rows above its own."""
 
-PLUGINS = ("methods/", "formats/", "architectures/")
+PLUGINS = ("methods/", "roundings/", "formats/", "architectures/")
 """Plug-ins do not import each other. They share what is in the subpackages of their folder."""
 
 FILE_PACKAGES = ("io/", "checkpoint/", "texts/", "publish/")
@@ -329,6 +329,8 @@ PLANTED = [
     ("upward_imports", "numerics/gram.py", "from quantkit.plan.plan import Plan", "imports plan/plan.py"),
     ("upward_imports", "io/files.py", "def f():\n    from quantkit.recipe import schema", "imports recipe/"),
     ("upward_imports", "methods/awq.py", "from quantkit.methods import rtn", "imports methods/rtn.py, which is"),
+    ("upward_imports", "roundings/gptq_once.py", "from quantkit.roundings import gptq", "imports roundings/gptq.py, which"),
+    ("upward_imports", "roundings/gptq.py", "from quantkit.methods import gptq", "imports methods/gptq.py, which is not above"),
     ("upward_imports", "formats/common/checks.py", "from quantkit.formats import awq", "which is a plug-in"),
     ("upward_imports", "plan/plan.py", "from quantkit.report.tables import Table", "imports report/tables.py"),
     ("upward_imports", "plan/plan.py", "from . import errors", "imports ., which is no file"),

@@ -27,7 +27,7 @@ UNHASHED = frozenset({"quantkit/timings.json"})
 LOADTEST, LOADTEST_PAGE = "quantkit/loadtest.json", "quantkit/loadtest.html"
 
 
-ADDED = (LOADTEST, LOADTEST_PAGE)
+ADDED_LATER = (LOADTEST, LOADTEST_PAGE)
 """What `quantkit loadtest` adds later, by other machines: neither manifest nor signature speaks of it."""
 
 
@@ -50,7 +50,7 @@ def read_manifest(path: Path) -> Mapping[str, object]:
     return manifest
 
 
-def mapping(manifest: Mapping[str, object], key: str, path: Path) -> Mapping[str, object]:
+def get_section(manifest: Mapping[str, object], key: str, path: Path) -> Mapping[str, object]:
     """An object of the manifest."""
     value = manifest.get(key)
     if not isinstance(value, Mapping):

@@ -13,16 +13,16 @@ import torch
 
 from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.artifact.records import BlockRecord, ModuleRecord
-from quantkit.artifact.writer import config_values
+from quantkit.artifact.writer import make_config
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan
-from quantkit.plan.summary import action_text, plan_summary
+from quantkit.plan.summary import format_action, summarize_plan
 
 ENVIRONMENT = ("MKL_CBWR", "CUBLAS_WORKSPACE_CONFIG")
 
 
-def manifest(
+def make_manifest(
     plan: Plan, source: Checkpoint, report: Fidelity, blocks: Sequence[BlockRecord]
 ) -> dict[str, object]:
     """What `verify` checks and a reviewer traces: `seal` adds the hashes of the files."""
@@ -37,14 +37,14 @@ def manifest(
             "fingerprint": plan.source.fingerprint,
             "files": source.hashes(),
         },
-        "quantization_config": config_values(plan).get("quantization_config"),
+        "quantization_config": make_config(plan).get("quantization_config"),
         "tensors": {
             t.name: [t.dtype, list(t.shape)] for shard in plan.shards for t in shard.tensors
         },
         "modules": {record.module: module(record) for block in blocks for record in block.modules},
         "blocks": {block.name: block_values(block) for block in blocks},
-        "versions": versions(plan),
-        "environment": environment(plan),
+        "versions": read_versions(plan),
+        "environment": read_environment(plan),
         "seeds": report.seeds,
     }
 
@@ -65,9 +65,9 @@ def block_values(block: BlockRecord) -> dict[str, object]:
     }
 
 
-def environment(plan: Plan) -> dict[str, str]:
+def read_environment(plan: Plan) -> dict[str, str]:
     """What could change a bit: device, dtype, and how the linear algebra libraries were told to sum."""
-    compute = sources.compute(plan.recipe)
+    compute = sources.resolve_compute(plan.recipe)
     found: dict[str, str] = {
         "device": compute.device,
         "dtype": compute.dtype,
@@ -79,10 +79,10 @@ def environment(plan: Plan) -> dict[str, str]:
     return found | {name: os.environ.get(name, "unset") for name in ENVIRONMENT}
 
 
-def plan_json(plan: Plan) -> str:
+def format_plan(plan: Plan) -> str:
     """quantkit/plan.json: the recipe as resolved, and what it decided over every linear."""
-    summary = plan_summary(plan).model_dump(mode="json", exclude={"memory", "output"})
-    decisions = {name: [action_text(d), d.rule] for name, d in plan.decisions.items()}
+    summary = summarize_plan(plan).model_dump(mode="json", exclude={"memory", "output"})
+    decisions = {name: [format_action(d), d.rule] for name, d in plan.decisions.items()}
     values = {
         "hash": plan.hash,
         "recipe": {
@@ -100,7 +100,7 @@ def plan_json(plan: Plan) -> str:
 PACKAGES = ("quantkit", "torch", "transformers", "safetensors", "tokenizers", "lm_eval")
 
 
-def versions(plan: Plan) -> dict[str, str]:
+def read_versions(plan: Plan) -> dict[str, str]:
     """What computed the artifact."""
     return {
         "python": python_version(),

@@ -14,15 +14,22 @@ from pathlib import Path
 from torch import Tensor
 
 from quantkit.artifact.layout import INDEX, MANIFEST, SCHEMA_VERSION, TIMINGS
-from quantkit.checkpoint.tensors import ShardWriter, Written
+from quantkit.checkpoint.tensors import ShardWriter, WrittenFile
 from quantkit.contracts import Contents, TensorSpec
 from quantkit.errors import ArtifactError, UsageError
 from quantkit.formats.common.engine_names import LM_HEAD
-from quantkit.io.files import PART, sha256_file, sync_folder, unwritable, write_atomic, write_json
-from quantkit.io.owned_dirs import make_ours, remove_ours
+from quantkit.io.files import (
+    PART,
+    make_write_error,
+    sha256_file,
+    sync_folder,
+    write_atomic,
+    write_json,
+)
+from quantkit.io.owned_dirs import make_owned_dir, remove_owned_dir
 from quantkit.plan.output_tensors import Shard
 from quantkit.plan.plan import Plan
-from quantkit.recipe.parse import with_overrides
+from quantkit.recipe.parse import apply_overrides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +37,7 @@ class WrittenState:
     """What of an artifact is on disk for good: tensors by name, and the files that are complete."""
 
     tensors: tuple[str, ...] = ()
-    files: Mapping[str, Written] = field(default_factory=dict)
+    files: Mapping[str, WrittenFile] = field(default_factory=dict)
 
 
 class ArtifactWriter:
@@ -58,7 +65,7 @@ class ArtifactWriter:
         self._open: dict[str, ShardWriter] = {}
         self._new: list[str] = []  # since the last commit
         self._told = set(done.files)
-        self.written: dict[str, Written] = dict(done.files)
+        self.written: dict[str, WrittenFile] = dict(done.files)
         for file, written in self.written.items():
             check_size(folder / file, written)
         for file, names in self._done.items():
@@ -98,7 +105,7 @@ class ArtifactWriter:
         self._told |= set(files)
         return found
 
-    def close(self) -> dict[str, Written]:
+    def close(self) -> dict[str, WrittenFile]:
         """Files by name once every planned tensor was written; ArtifactError naming what is missing."""
         missing = sorted(name for names in self._missing.values() for name in names)
         if missing:
@@ -114,7 +121,7 @@ class ArtifactWriter:
         self._open.clear()
 
 
-def check_size(path: Path, written: Written) -> None:
+def check_size(path: Path, written: WrittenFile) -> None:
     """ArtifactError unless a file of an interrupted build is as long as it was."""
     found = path.stat().st_size if path.is_file() else None
     if found != written.n_bytes:
@@ -133,7 +140,7 @@ def check_begun(path: Path) -> None:
         )
 
 
-def staging(path: Path) -> Path:
+def get_staging_path(path: Path) -> Path:
     """Where an artifact is made before it has its name."""
     return path.with_name(path.name + ".building")
 
@@ -143,7 +150,7 @@ def replaced(path: Path) -> Path:
     return path.with_name(path.name + ".replaced")
 
 
-def check_free(path: Path, overwrite: bool) -> None:
+def check_output_free(path: Path, overwrite: bool) -> None:
     """UsageError when something is at `path` that must not be replaced."""
     if path.exists() and not overwrite:
         raise UsageError(f"{path}: exists already; choose another output.path or pass --overwrite")
@@ -153,7 +160,7 @@ def check_free(path: Path, overwrite: bool) -> None:
         )
 
 
-def check_room(path: Path) -> None:
+def check_replaced_free(path: Path) -> None:
     """UsageError when something is where an artifact goes that is replaced."""
     old = replaced(path)
     if old.exists() or old.is_symlink():
@@ -162,9 +169,9 @@ def check_room(path: Path) -> None:
         )
 
 
-def prepare(plan: Plan, stored: WrittenState) -> Path:
+def prepare_staging(plan: Plan, stored: WrittenState) -> Path:
     """The staging folder of a plan, with nothing in it but the shards that hold what was `stored`."""
-    folder, there = staging(Path(plan.path)), set(stored.tensors)
+    folder, there = get_staging_path(Path(plan.path)), set(stored.tensors)
     begun = {
         shard.file for shard in plan.shards if any(spec.name in there for spec in shard.tensors)
     }
@@ -174,12 +181,12 @@ def prepare(plan: Plan, stored: WrittenState) -> Path:
             if path.is_file() and path.relative_to(folder).as_posix() not in keep:
                 path.unlink()
     except OSError as fault:
-        raise unwritable(folder, fault) from fault
-    make_ours(folder)
+        raise make_write_error(folder, fault) from fault
+    make_owned_dir(folder)
     return folder
 
 
-def config_values(plan: Plan) -> dict[str, object]:
+def make_config(plan: Plan) -> dict[str, object]:
     """config.json of the artifact: the source's, with the source's quantization replaced by the artifact's own."""
     values = {
         key: value
@@ -214,8 +221,8 @@ def write_model_files(folder: Path, plan: Plan, sidecars: Sequence[Path], recipe
     """
     for path in sidecars:
         write_atomic(folder / path.name, path.read_bytes())
-    write_json(folder / "config.json", config_values(plan))
-    write_atomic(folder / "recipe.yaml", with_overrides(recipe_text, plan.recipe).encode())
+    write_json(folder / "config.json", make_config(plan))
+    write_atomic(folder / "recipe.yaml", apply_overrides(recipe_text, plan.recipe).encode())
     if len(plan.shards) > 1:
         weight_map = {spec.name: shard.file for shard in plan.shards for spec in shard.tensors}
         write_json(
@@ -223,7 +230,7 @@ def write_model_files(folder: Path, plan: Plan, sidecars: Sequence[Path], recipe
         )
 
 
-def hashes(folder: Path, known: Mapping[str, Written]) -> dict[str, dict[str, object]]:
+def hashes(folder: Path, known: Mapping[str, WrittenFile]) -> dict[str, dict[str, object]]:
     """sha256 and bytes of every file but the manifest and the timings, by relative path in sorted order."""
     found: dict[str, dict[str, object]] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -239,7 +246,9 @@ def hashes(folder: Path, known: Mapping[str, Written]) -> dict[str, dict[str, ob
     return found
 
 
-def seal(folder: Path, manifest: Mapping[str, object], known: Mapping[str, Written]) -> str:
+def seal_artifact(
+    folder: Path, manifest: Mapping[str, object], known: Mapping[str, WrittenFile]
+) -> str:
     """Write the manifest, after everything else; its sha256."""
     values = {
         "schema_version": SCHEMA_VERSION,
@@ -270,11 +279,11 @@ def rename_into_place(folder: Path, path: Path, manifest: str) -> None:
             folder.rename(path)
             sync_folder(path.parent)
         except OSError as fault:
-            raise unwritable(path, fault) from fault
+            raise make_write_error(path, fault) from fault
     elif not is_sealed(path, manifest):
         raise ArtifactError(
             f"{path}: expected the artifact that was built, found none; begin anew with --restart"
         )
     if old.is_symlink():  # the name was a link to the artifact, which stays
         old.unlink()
-    remove_ours(old)
+    remove_owned_dir(old)

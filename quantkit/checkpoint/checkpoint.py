@@ -17,13 +17,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.fp8 import dequantize
-from quantkit.checkpoint.fp8_pairs import FP8, block_size, logical_specs, pair_faults, scale_suffix
+from quantkit.checkpoint.fp8 import dequantize_fp8
+from quantkit.checkpoint.fp8_pairs import (
+    FP8,
+    block_size,
+    get_scale_suffix,
+    pair_faults,
+    select_logical_specs,
+)
 from quantkit.checkpoint.shards import Shards, leads_out, open_shards
 from quantkit.checkpoint.tensors import read_rows, read_tensor
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError
-from quantkit.io.files import brief, is_file, listed, read_bytes, read_json
+from quantkit.io.files import is_file, listed, read_bytes, read_json, shorten_repr
 from quantkit.progress import ProgressCallback
 
 CONFIG = "config.json"
@@ -97,10 +103,12 @@ class Checkpoint:
         if config is None or shards is None or faults:
             raise CheckpointError(listed(list(dict.fromkeys(faults))))
         stored = shards.specs
-        block, suffix = block_size(config, stored), scale_suffix(config)
+        block, suffix = block_size(config, stored), get_scale_suffix(config)
         if faults := pair_faults(stored, block, str(folder), suffix):
             raise CheckpointError(listed(faults))
-        return Checkpoint(folder, config, shards, logical_specs(stored, suffix), block, suffix)
+        return Checkpoint(
+            folder, config, shards, select_logical_specs(stored, suffix), block, suffix
+        )
 
     @cached_property
     def stored_specs(self) -> Mapping[str, TensorSpec]:
@@ -123,7 +131,7 @@ class Checkpoint:
         spec = self._spec(name)
         if spec.dtype != FP8:
             raise CheckpointError(
-                f"{self.folder}: tensor {brief(name)}: expected {FP8} blocks, found {spec.dtype}; read it as it is"
+                f"{self.folder}: tensor {shorten_repr(name)}: expected {FP8} blocks, found {spec.dtype}; read it as it is"
             )
         codes = read_tensor(*self.shards.locate(name), name)
         scale = self._scale(name)
@@ -205,12 +213,12 @@ class Checkpoint:
         if spec is None:
             near = difflib.get_close_matches(name, self.specs, n=1)
             hint = (
-                f"did you mean {brief(near[0])}?"
+                f"did you mean {shorten_repr(near[0])}?"
                 if near
                 else "check the architecture and the config"
             )
             raise CheckpointError(
-                f"{self.folder}: expected a tensor {brief(name)}, found none of that name; {hint}"
+                f"{self.folder}: expected a tensor {shorten_repr(name)}, found none of that name; {hint}"
             )
         return spec
 
@@ -246,7 +254,7 @@ class Checkpoint:
     ) -> Tensor:
         """Rows start .. stop-1 of an FP8 weight: [stop - start, in] bfloat16; `rows` gives them strip by strip."""
         assert self.block is not None  # `open` refuses FP8 weights without a block size
-        return dequantize(rows, scales, self.block, start, stop, spec.shape[1])
+        return dequantize_fp8(rows, scales, self.block, start, stop, spec.shape[1])
 
     def _check_finite(self, name: str, tensor: Tensor) -> None:
         if tensor.is_floating_point():
@@ -256,7 +264,7 @@ class Checkpoint:
                 if not _finite(piece):
                     position = first + int((~torch.isfinite(piece.to(torch.float32))).nonzero()[0])
                     raise CheckpointError(
-                        f"{self.shards.locate(name)[0]}: tensor {brief(name)}: expected finite values, "
+                        f"{self.shards.locate(name)[0]}: tensor {shorten_repr(name)}: expected finite values, "
                         f"found {float(flat[position])} at element {position}; "
                         "the weights are damaged, fetch the file again"
                     )

@@ -25,13 +25,18 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from quantkit.checkpoint.checkpoint import CONFIG, Checkpoint
-from quantkit.checkpoint.fp8_pairs import block_size, logical_specs, pair_faults, scale_suffix
+from quantkit.checkpoint.fp8_pairs import (
+    block_size,
+    get_scale_suffix,
+    pair_faults,
+    select_logical_specs,
+)
 from quantkit.checkpoint.header import PREFIX_BYTES, Header, header_length, parse_header
 from quantkit.checkpoint.shards import INDEX, SINGLE, index_faults, weight_map
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, HubUnreachable, UsageError
-from quantkit.io.files import brief, listed, read_json
-from quantkit.io.package_data import PREFIX, resolve_model
+from quantkit.io.files import listed, read_json, shorten_repr
+from quantkit.io.package_data import BUILTIN_PREFIX, locate_model
 
 _WANTED = [
     "*.safetensors",
@@ -59,7 +64,7 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SourceHeaders:
+class ModelHeaders:
     """What a plan needs of a model: config, logical and stored specs; no weights."""
 
     config: Config
@@ -68,7 +73,7 @@ class SourceHeaders:
     revision: str | None
 
 
-def resolve(model: str, revision: str | None = None) -> Source:
+def resolve_model(model: str, revision: str | None = None) -> Source:
     """The folder of a model, downloaded into the Hub's cache when it is not local; raises CheckpointError."""
     local = _local(model, revision)
     if local is not None:
@@ -82,12 +87,12 @@ def resolve(model: str, revision: str | None = None) -> Source:
     )  # <cache>/models--org--name/snapshots/<commit>
 
 
-def resolve_headers(model: str, revision: str | None = None) -> SourceHeaders:
+def read_model_headers(model: str, revision: str | None = None) -> ModelHeaders:
     """Config and tensor specs of a model; from the Hub only config, index and headers come. Raises CheckpointError."""
     local = _local(model, revision)
     if local is not None:
         opened = Checkpoint.open(local)
-        return SourceHeaders(
+        return ModelHeaders(
             config=opened.config,
             specs=opened.specs,
             stored_specs=opened.stored_specs,
@@ -104,25 +109,25 @@ def _local(model: str, revision: str | None) -> Path | None:
         is_here = here.is_dir()
     except (OSError, RuntimeError):  # a name too long for any file; a home of nobody
         here, is_here = Path(), False
-    if model.startswith(PREFIX):
-        found = resolve_model(model)
+    if model.startswith(BUILTIN_PREFIX):
+        found = locate_model(model)
     elif is_here:
         found = here.absolute()
     elif model.startswith(("/", "./", "../", "~")) or not _HUB_ID.fullmatch(model):
         raise CheckpointError(
-            f"source.model: expected a folder, {PREFIX}<name> or a Hub id like org/name, found {brief(model)}, "
+            f"source.model: expected a folder, {BUILTIN_PREFIX}<name> or a Hub id like org/name, found {shorten_repr(model)}, "
             "which is none of these; check the path"
         )
     else:
         return None
     if revision is not None:
         raise UsageError(
-            f"source.revision: expected none for a model on this machine ({model}), found {brief(revision)}; remove it"
+            f"source.revision: expected none for a model on this machine ({model}), found {shorten_repr(revision)}; remove it"
         )
     return found
 
 
-def _remote_headers(model: str, revision: str | None) -> SourceHeaders:
+def _remote_headers(model: str, revision: str | None) -> ModelHeaders:
     api = HfApi()
     info = api.model_info(model, revision=revision)
     commit = info.sha
@@ -143,7 +148,7 @@ def _remote_headers(model: str, revision: str | None) -> SourceHeaders:
     if missing := [file for file in files if file not in present]:
         raise CheckpointError(
             f"{model}: {INDEX}: expected the repository to hold every file, found {len(missing)} missing, "
-            f"the first {brief(missing[0])}; the upload is not complete, use another revision"
+            f"the first {shorten_repr(missing[0])}; the upload is not complete, use another revision"
         )
 
     def header(file: str) -> Header:
@@ -157,12 +162,15 @@ def _remote_headers(model: str, revision: str | None) -> SourceHeaders:
         for name, file in order.items()
         if name in headers[file].specs
     }
-    suffix = scale_suffix(config)
+    suffix = get_scale_suffix(config)
     faults = faults or pair_faults(stored, block_size(config, stored), model, suffix)
     if faults:
         raise CheckpointError(listed(faults))
-    return SourceHeaders(
-        config=config, specs=logical_specs(stored, suffix), stored_specs=stored, revision=commit
+    return ModelHeaders(
+        config=config,
+        specs=select_logical_specs(stored, suffix),
+        stored_specs=stored,
+        revision=commit,
     )
 
 
@@ -202,7 +210,7 @@ def _range(url: str, first: int, n_bytes: int, where: str) -> tuple[bytes, int]:
         total = answer.headers.get("Content-Range", "").rpartition("/")[2]
         if not total.isdecimal():
             raise CheckpointError(
-                f"{where}: expected the file's size in Content-Range, found {brief(total)}; try again"
+                f"{where}: expected the file's size in Content-Range, found {shorten_repr(total)}; try again"
             )
         found = bytearray()
         for piece in answer.iter_bytes():

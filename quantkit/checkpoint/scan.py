@@ -17,7 +17,7 @@ from stat import S_ISREG
 from quantkit.checkpoint.header import Header
 from quantkit.contracts import DTYPE_BYTES
 from quantkit.errors import ArtifactError
-from quantkit.io.files import reason
+from quantkit.io.files import describe_os_error
 
 Visit = Callable[[str, int, memoryview], None]
 """Name of a tensor, where in it the bytes begin, and the bytes: whole elements, gone after the call."""
@@ -60,7 +60,7 @@ class Places:
                 visit(name, first - begin, piece[first - position : stop - position])
 
 
-def scan(path: Path, header: Header | None = None, visit: Visit | None = None) -> str:
+def scan_file(path: Path, header: Header | None = None, visit: Visit | None = None) -> str:
     """The sha256 of a file in hexadecimal; `visit` is shown the bytes of every tensor of its `header`, in file order.
 
     Raises ArtifactError for a file that cannot be read, is a link or no file.
@@ -79,7 +79,7 @@ def scan(path: Path, header: Header | None = None, visit: Visit | None = None) -
             os.close(descriptor)
     except OSError as fault:
         raise ArtifactError(
-            f"{path}: expected a readable file, found: {reason(fault)}; check the path"
+            f"{path}: expected a readable file, found: {describe_os_error(fault)}; check the path"
         ) from None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from quantkit.checkpoint.header import Header, read_header
 from quantkit.contracts import TensorSpec
 from quantkit.errors import CheckpointError
-from quantkit.io.files import brief, is_file, listed, read_json, read_start, sha256_file
+from quantkit.io.files import is_file, listed, read_json, read_start, sha256_file, shorten_repr
 from quantkit.progress import Progress, ProgressCallback
 
 SINGLE = "model.safetensors"
@@ -39,7 +39,7 @@ class Shards:
         """File and header of a stored tensor; raises CheckpointError for an unknown name."""
         if name not in self.files:
             raise CheckpointError(
-                f"{self.folder}: expected a tensor {brief(name)}, found none of that name"
+                f"{self.folder}: expected a tensor {shorten_repr(name)}, found none of that name"
             )
         return self.folder / self.files[name], self.headers[self.files[name]]
 
@@ -104,7 +104,7 @@ def weight_map(index: Mapping[str, object], where: str) -> dict[str, str]:
         or not all(isinstance(file, str) for file in table.values())
     ):
         raise CheckpointError(
-            f"{where}: weight_map: expected an object of tensor names and file names, found {brief(table)}; "
+            f"{where}: weight_map: expected an object of tensor names and file names, found {shorten_repr(table)}; "
             "fetch the index again"
         )
     return dict(table)
@@ -118,19 +118,19 @@ def index_faults(index: Mapping[str, str], headers: Mapping[str, Header], where:
         for name in header.specs:
             if name in owner:
                 faults.append(
-                    f"{where}: tensor {brief(name)}: expected in one file, found in {owner[name]} and {file}; "
+                    f"{where}: tensor {shorten_repr(name)}: expected in one file, found in {owner[name]} and {file}; "
                     "fetch the checkpoint again"
                 )
             elif name not in index:
                 faults.append(
-                    f"{where}: tensor {brief(name)} of {file}: expected in weight_map, found no entry; "
+                    f"{where}: tensor {shorten_repr(name)} of {file}: expected in weight_map, found no entry; "
                     "add it to the index or it would be lost"
                 )
             owner.setdefault(name, file)
     for name, file in index.items():
         if file in headers and name not in headers[file].specs:
             faults.append(
-                f"{where}: tensor {brief(name)}: expected in {file}, found no such tensor there; fetch the file again"
+                f"{where}: tensor {shorten_repr(name)}: expected in {file}, found no such tensor there; fetch the file again"
             )
     return faults
 
@@ -138,15 +138,15 @@ def index_faults(index: Mapping[str, str], headers: Mapping[str, Header], where:
 def path_fault(folder: Path, name: str) -> str | None:
     """Why a file name of an index is not a weight file inside the folder; None when it is one."""
     path = PurePosixPath(name)
-    shown = f"{folder / INDEX}: file {brief(name)}"
+    shown = f"{folder / INDEX}: file {shorten_repr(name)}"
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not name:
         return f"{shown}: expected a path inside the folder, found one that leads elsewhere; do not use this checkpoint"
     if path.suffix != ".safetensors":
-        return f"{shown}: expected a .safetensors file, found {brief(path.suffix)}; convert the checkpoint"
+        return f"{shown}: expected a .safetensors file, found {shorten_repr(path.suffix)}; convert the checkpoint"
     if leads_out(folder, folder / name):
         return f"{folder / name}: expected a file inside the folder, found a link that leads out of it; copy the file"
     if not is_file(folder / name):
-        place = folder / name if len(name) < LONGEST_NAME else f"{folder}: {brief(name)}"
+        place = folder / name if len(name) < LONGEST_NAME else f"{folder}: {shorten_repr(name)}"
         return (
             f"{place}: expected a file named by the checkpoint, found none; fetch the missing file"
         )

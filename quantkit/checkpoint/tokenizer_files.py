@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-from quantkit.io.files import is_file, read_json, refused_config
+from quantkit.io.files import is_file, make_config_error, read_json
 
 _FILES = (
     "config.json",
@@ -16,7 +16,7 @@ _FILES = (
 )
 
 
-def check_files(folder: Path) -> None:
+def check_tokenizer_files(folder: Path) -> None:
     """CheckpointError for the first file that is no JSON object, and for a config.json that transformers refuses.
 
     Asked only when the tokenizer did not load: others are taken as transformers takes them.
@@ -33,4 +33,4 @@ def check_files(folder: Path) -> None:
     try:
         CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(values))
     except Exception as fault:
-        raise refused_config(folder / "config.json", model_type, fault) from fault
+        raise make_config_error(folder / "config.json", model_type, fault) from fault

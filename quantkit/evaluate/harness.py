@@ -19,7 +19,7 @@ from typing import Any
 
 from quantkit.errors import EvaluationError
 from quantkit.evaluate import tasks
-from quantkit.evaluate.tasks import DATA_VARIABLE, Task, rendered
+from quantkit.evaluate.tasks import DATA_VARIABLE, Task, render_tasks
 from quantkit.io.files import is_file
 from quantkit.texts import task_files
 
@@ -103,7 +103,10 @@ def opened(own: Sequence[Task], names: Sequence[str] = ()) -> Iterator[Opened]:
 
     Without a socket, when nothing has to be fetched. lm-eval reads the data of its tasks while it loads them.
     """
-    with _quiet(offline=not names and all(task.is_local for task in own)), rendered(own) as folder:
+    with (
+        _quiet(offline=not names and all(task.is_local for task in own)),
+        render_tasks(own) as folder,
+    ):
         found: dict[str, Task] = {}
         loaded: dict[str, Any] = {}
         failed: dict[str, str] = {}
@@ -147,7 +150,7 @@ def split(
             theirs.append(name)
             continue
         try:
-            own += tasks.load([name], data_folder)
+            own += tasks.load_tasks([name], data_folder)
         except EvaluationError as fault:
             failed[name] = str(fault)
     return own, theirs, failed

@@ -147,13 +147,16 @@ def pack(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
     device = quantized.codes.device
     absmax = quantized.scale.reshape(-1)  # [out, n_groups] -> [n_blocks]
     tensors = {
-        "weight": nf4.pair(quantized.codes),  # [out, in] -> [out * in / 2, 1]
+        "weight": nf4.pack_pairs(quantized.codes),  # [out, in] -> [out * in / 2, 1]
         "weight.absmax": absmax,
-        "weight.quant_map": torch.tensor(nf4.VALUES, device=device),
+        "weight.quant_map": torch.tensor(nf4.CODEBOOK, device=device),
     }
     offset = None
     if scheme.double_quant:
-        quantize, middle = nf4.library("functional").quantize_blockwise, nf4.mean(absmax)
+        quantize, middle = (
+            nf4.import_bitsandbytes("functional").quantize_blockwise,
+            nf4.compute_mean(absmax),
+        )
         tensors["weight.absmax"], nested = quantize(absmax - middle, blocksize=NESTED_BLOCK)
         tensors |= {"weight.nested_absmax": nested.absmax, "weight.nested_quant_map": nested.code}
         offset = float(middle)
@@ -167,7 +170,7 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
 
     from quantkit.numerics import nf4
 
-    bitsandbytes = nf4.library("functional")
+    bitsandbytes = nf4.import_bitsandbytes("functional")
     state = bitsandbytes.QuantState.from_dict(
         extract_quant_state(tensors, scheme), device=tensors["weight"].device
     )

@@ -21,11 +21,13 @@ PATTERNS: Mapping[str, str] = {
 }
 
 
-def describe_fault(path: KeyPath, details: ErrorDetails, known: Sequence[str]) -> str:
-    """Return the sentence for one error at `path`; `known`: the keys allowed in the same mapping."""
+def describe_fault(path: Path, details: ErrorDetails, known: Sequence[str]) -> str:
+    """What is wrong with the value at `path`, and what was found; `known`: the keys that may stand beside it."""
     kind, found, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"unknown key.{suggest_name(str(path[-1]), known)} Known: {', '.join(known)}."
+        return (
+            f"unknown key.{registry.suggest_name(str(path[-1]), known)} Known: {', '.join(known)}."
+        )
     if kind == "missing":
         return "missing; this key has no default"
     if kind == "value_error":

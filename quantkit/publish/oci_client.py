@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from quantkit.errors import TransferError
-from quantkit.io.files import brief
+from quantkit.io.files import shorten_repr
 from quantkit.io.retry import RetryPolicy, TransientError, retry
 from quantkit.publish.docker_login import login
 from quantkit.publish.hashed_upload import HashedReader
@@ -156,7 +156,7 @@ class Registry:
         with faults(self.where), self._streamed(f"blobs/{digest}", headers) as answer:
             if answer.status_code == 404:
                 raise TransferError(
-                    f"{self.where}: {brief(name)}: expected its blob, found none; publish it again"
+                    f"{self.where}: {shorten_repr(name)}: expected its blob, found none; publish it again"
                 )
             skip = first if answer.status_code == 200 else 0
             for piece in answer.iter_raw():
@@ -211,7 +211,7 @@ class Registry:
         place = answer.url.join(told)
         if (place.scheme, place.netloc) != (answer.url.scheme, answer.url.netloc):
             raise TransferError(
-                f"{self.where}: expected uploads to stay at the registry, found {brief(scrub(str(place)))}; "
+                f"{self.where}: expected uploads to stay at the registry, found {shorten_repr(scrub(str(place)))}; "
                 "publish to that registry itself"
             )
         return str(place)
@@ -278,7 +278,7 @@ class Registry:
         lost = status == 416 and answer.request.method != "GET"
         if lost or any(code in answer.content for code in _ANEW):
             raise TransientError("the registry gave an upload up")
-        text = brief(scrub(answer.text), 160)
+        text = shorten_repr(scrub(answer.text), 160)
         raise TransferError(
             f"{self.where}: expected the registry to answer, found {status} ({text}); check the name"
         )
@@ -300,7 +300,7 @@ class Registry:
         realm = challenge.get("realm", "")
         if urlsplit(realm).scheme != "https" and self._scheme == "https":
             raise TransferError(
-                f"{self.where}: expected the registry to name a login over https, found {brief(scrub(realm))}; "
+                f"{self.where}: expected the registry to name a login over https, found {shorten_repr(scrub(realm))}; "
                 "credentials are not sent there"
             )
         asked = {key: challenge[key] for key in ("service", "scope") if challenge.get(key)}

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from quantkit.artifact.layout import LOADTEST, LOADTEST_PAGE, MANIFEST, SIGNATURE
 from quantkit.errors import ArtifactError, QuantkitError, TransferError
-from quantkit.io.files import brief, parse_json, read_json, sha256_file
-from quantkit.io.path_safety import name_faults
+from quantkit.io.files import parse_json, read_json, sha256_file, shorten_repr
+from quantkit.io.path_safety import find_name_faults
 from quantkit.io.retry import RetryPolicy, retry
 from quantkit.progress import ProgressCallback
 from quantkit.publish.remote import Item, Options, Remote, RemoteState, opened
@@ -26,7 +26,7 @@ from quantkit.publish.transfer import (
     resumable,
     unhashed,
 )
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 ACCEPTED = "accepted"
 
@@ -37,7 +37,7 @@ def publish(
 ) -> Transfer:  # fmt: skip
     """Send an artifact to a place; ArtifactError for one that is not what its manifest says or was not accepted."""
     with resumable(), closing(opened(dest, options)) as remote:
-        status = verify(artifact).status
+        status = verify_artifact(artifact).status
         if status != ACCEPTED and not force:
             raise ArtifactError(
                 f"{artifact}: expected an accepted artifact, found one that is {status}; build one that keeps the "
@@ -110,7 +110,7 @@ def replaced(
     if strangers and not overwrite:
         raise TransferError(
             f"{where}: expected an empty place or this artifact, found {len(strangers)} other files, the first "
-            f"{brief(strangers[0])}; choose another place, or pass --overwrite"
+            f"{shorten_repr(strangers[0])}; choose another place, or pass --overwrite"
         )
     if same:  # a signature that this copy lacks stays
         return (MANIFEST,) if any(item.name not in found.there for item in items) else ()
@@ -125,7 +125,7 @@ def names_in(manifest: bytes) -> set[str]:
         files = {*files_of(values, MANIFEST), *unhashed(values), SIGNATURE, LOADTEST}
     except QuantkitError:
         return set()
-    return set() if any(name_faults(files)) else files
+    return set() if any(find_name_faults(files)) else files
 
 
 def send(remote: Remote, item: Item, tally: TransferProgress, patience: RetryPolicy) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from quantkit.artifact.layout import LOADTEST, MANIFEST, SCHEMA_VERSION, SIGNATURE
 from quantkit.errors import ArtifactError, TransferError, UsageError
-from quantkit.io.files import JSON_LIMIT_BYTES, brief, disk_free, parse_json
+from quantkit.io.files import JSON_LIMIT_BYTES, get_free_bytes, parse_json, shorten_repr
 from quantkit.io.retry import RetryPolicy, TransientError, retry
 from quantkit.progress import ProgressCallback
 from quantkit.publish.remote import Options, Remote, opened
@@ -34,7 +34,7 @@ from quantkit.publish.transfer import (
     size,
     unhashed,
 )
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 
 def pull(
@@ -75,7 +75,7 @@ def pull(
             there = fetch_all(remote, place, wanted, options, tell)
             place.put(MANIFEST, content)
             try:
-                verify(place.folder)
+                verify_artifact(place.folder)
             except ArtifactError as fault:
                 raise TransferError(
                     f"{remote.where}: what arrived is not what its manifest says; it lies in {place.folder}: {fault}"
@@ -99,7 +99,7 @@ def arriving(
     if values.get("schema_version") != SCHEMA_VERSION:
         raise TransferError(
             f"{where}: {MANIFEST}: schema_version: expected {SCHEMA_VERSION}, found "
-            f"{brief(values.get('schema_version'))}; use the quantkit that made it"
+            f"{shorten_repr(values.get('schema_version'))}; use the quantkit that made it"
         )
     files = files_of(values, where)
     free = [*unhashed(values), SIGNATURE, LOADTEST]
@@ -121,9 +121,9 @@ def arriving(
         if name in present and name not in files and present[name] <= JSON_LIMIT_BYTES
     }
     status = values.get("status")
-    return sorted([*files.values(), *extra.values()], key=lambda e: (-e.n_bytes, e.name)), brief(
-        status
-    ).strip("'")
+    return sorted(
+        [*files.values(), *extra.values()], key=lambda e: (-e.n_bytes, e.name)
+    ), shorten_repr(status).strip("'")
 
 
 def is_there(path: Path, manifest: bytes, overwrite: bool) -> bool:
@@ -133,7 +133,7 @@ def is_there(path: Path, manifest: bytes, overwrite: bool) -> bool:
         return False
     if found == manifest:
         try:
-            verify(path)
+            verify_artifact(path)
             return True
         except ArtifactError as fault:
             if not overwrite:
@@ -160,7 +160,7 @@ def fetch_all(
     there = place.prepare(wanted)
     new = [entry for entry in wanted if entry.name not in there.whole]
     missing = sum(entry.n_bytes - there.n_bytes.get(entry.name, 0) for entry in new)
-    if missing > (room := disk_free(place.folder)):
+    if missing > (room := get_free_bytes(place.folder)):
         raise TransferError(
             f"{place.folder}: expected room for {size(missing)}, found {size(room)}; free some space or choose another "
             "folder"

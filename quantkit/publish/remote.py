@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Protocol
 
 from quantkit.errors import QuantkitError, TransferError, UsageError
-from quantkit.io.files import brief
+from quantkit.io.files import shorten_repr
 from quantkit.io.retry import RetryPolicy, TransientError, retry
 from quantkit.publish import remotes
 
@@ -150,7 +150,7 @@ def parse(text: str) -> tuple[str, str]:
     """Scheme and what follows it: a URL, owner/name of the hub, or a folder; UsageError where that is not clear."""
     if not text or _CONTROL.search(text):
         raise UsageError(
-            f"expected a URL, owner/name or a folder, found {brief(scrub(text))}; check the address"
+            f"expected a URL, owner/name or a folder, found {shorten_repr(scrub(text))}; check the address"
         )
     match = _SCHEME.fullmatch(text)
     if match:

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifact.layout import ADDED, MANIFEST, SIGNATURE, UNHASHED
-from quantkit.checkpoint.scan import scan
+from quantkit.artifact.layout import ADDED_LATER, MANIFEST, SIGNATURE, UNHASHED
+from quantkit.checkpoint.scan import scan_file
 from quantkit.errors import ArtifactError, QuantkitError, UsageError
 from quantkit.io.files import read_bytes, write_atomic, write_output
-from quantkit.verify.shallow import Verified, verify
+from quantkit.verify.shallow import VerifyReport, verify_artifact
 
 PASSWORD = "QUANTKIT_KEY_PASSWORD"
 TOKEN = "SIGSTORE_ID_TOKEN"
@@ -100,7 +100,7 @@ class Held:
     @property
     def serialization_type(self) -> dict[str, Any]:
         """How others must hash the folder to get the same list."""
-        later = [SIGNATURE, *ADDED]
+        later = [SIGNATURE, *ADDED_LATER]
         return {
             "method": "files",
             "hash_type": "sha256",
@@ -134,12 +134,12 @@ class Held:
     __hash__ = None  # type: ignore[assignment]  # it changes
 
 
-def held(verified: Verified) -> Held:
+def held(verified: VerifyReport) -> Held:
     """The files of an artifact that was verified, with those that its manifest does not hash."""
     beside = [name for name in (MANIFEST, *sorted(UNHASHED)) if (verified.path / name).is_file()]
     return Held(
         model_name=verified.path.resolve().name,
-        sha256={**verified.sha256, **{name: scan(verified.path / name) for name in beside}},
+        sha256={**verified.sha256, **{name: scan_file(verified.path / name) for name in beside}},
     )
 
 
@@ -158,7 +158,7 @@ def sign(artifact: Path, signer: Signer, output: Path | None, *, overwrite: bool
     config = signing.Config()
     with telling(f"{signer.private_key or 'sigstore'}: cannot sign with it"):
         configured(config, signer)
-    files = held(verify(artifact))
+    files = held(verify_artifact(artifact))
     config.set_hashing_config(files)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "signature.json"
@@ -192,7 +192,7 @@ def configured(config: Any, signer: Signer) -> None:
 # ------------------------------------------------------------------------------------------------------- verifying
 
 
-def check_signature(verified: Verified, signature: Path | None, trust: Trust) -> Path:
+def check_signature(verified: VerifyReport, signature: Path | None, trust: Trust) -> Path:
     """Whether somebody trusted signed exactly these files; the signature's file.
 
     Raises ArtifactError for an artifact without signature, a signature that is damaged or by somebody else, and one of

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from quantkit.artifact.layout import MANIFEST
 from quantkit.errors import TransferError
-from quantkit.io.files import brief
-from quantkit.io.path_safety import name_faults
+from quantkit.io.files import shorten_repr
+from quantkit.io.path_safety import find_name_faults
 from quantkit.io.retry import Cancelled
 from quantkit.progress import Progress, ProgressCallback
 from quantkit.publish.staging_dir import ExpectedFile
@@ -112,7 +112,7 @@ def files_of(values: Mapping[str, object], where: str) -> dict[str, ExpectedFile
         )
         if not isinstance(sha256, str) or not good or type(n_bytes) is not int or n_bytes < 0:
             raise TransferError(
-                f"{where}: {MANIFEST}: files: {brief(name)}: expected sha256 and bytes, found {brief(entry)}; publish "
+                f"{where}: {MANIFEST}: files: {shorten_repr(name)}: expected sha256 and bytes, found {shorten_repr(entry)}; publish "
                 "it again"
             )
         found[name] = ExpectedFile(name=name, n_bytes=n_bytes, sha256=sha256)
@@ -131,7 +131,7 @@ def unhashed(values: Mapping[str, object]) -> list[str]:
 
 def check_names(names: Iterable[str], where: str) -> None:
     """TransferError unless all names can be files of one folder, anywhere."""
-    faults = list(name_faults(names))
+    faults = list(find_name_faults(names))
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise TransferError(

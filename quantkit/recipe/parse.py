@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from quantkit import figures, registry
 from quantkit.errors import RecipeError
 from quantkit.io.suggestions import describe_unknown, suggest_name
 from quantkit.io.validation_errors import describe_fault
@@ -27,9 +28,6 @@ from quantkit.io.yaml_document import (
 from quantkit.recipe.patterns import PRESETS, pattern_fault
 from quantkit.recipe.rewrite import rewritten
 from quantkit.recipe.schema import (
-    FIGURES,
-    MEASURED,
-    POOLED,
     SECTIONS,
     Gate,
     Gates,
@@ -38,14 +36,33 @@ from quantkit.recipe.schema import (
     Rule,
     RuleEntry,
 )
+from quantkit.recipe.validation_errors import describe_fault
+from quantkit.recipe.yaml_document import (
+    NO_TEXT,
+    Path,
+    YamlDocument,
+    format_path,
+    not_text,
+    parse_document,
+    shown,
+    value_of,
+)
 from quantkit.texts.corpus_spec import DOMAINS
 
-__all__ = ["Quantize", "Recipe", "Rule", "parse", "parse_gates", "preset", "with_overrides"]
+__all__ = [
+    "Quantize",
+    "Recipe",
+    "Rule",
+    "parse_recipe",
+    "parse_gates",
+    "expand_preset",
+    "apply_overrides",
+]
 
 _RULE_SHAPE = "a rule is {match: PATTERN, quantize: default} or {match: PATTERN, keep: source}, or {preset: NAME}"
 
 
-def parse(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
+def parse_recipe(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
     """The recipe in `text`; RecipeError with every fault, in the order of the lines, otherwise.
 
     `name` is how messages call the file; `overrides` maps dotted keys to values ("output.path" -> "x") and wins.
@@ -73,7 +90,7 @@ def parse(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
     return recipe
 
 
-def with_overrides(text: str, recipe: Recipe) -> str:
+def apply_overrides(text: str, recipe: Recipe) -> str:
     """`text`, the recipe's file, with what was set beside it written in: it makes the same artifact by itself.
 
     But for `Recipe.overrides`, where and in how much memory it is made.
@@ -91,7 +108,7 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
     for key in document.values.keys() - Recipe.model_fields.keys():
         check.fault(
             (key,),
-            f"unknown key.{suggest_name(key, tuple(Recipe.model_fields))} Expected gates.",
+            f"unknown key.{registry.suggest_name(key, tuple(Recipe.model_fields))} Expected gates.",
         )
     found = check.model(Gates, {"gates": document.values.get("gates")}, ())
     check.gates(document.values.get("gates"), {"tasks": list(tasks)}, {})
@@ -102,7 +119,7 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
     return found.gates
 
 
-def preset(name: str, default: Quantize, line: int | None = None) -> tuple[Rule, ...]:
+def expand_preset(name: str, default: Quantize, line: int | None = None) -> tuple[Rule, ...]:
     """The rules a preset stands for. `line` None: an architecture chose it and nobody wrote it, so it is optional."""
     return tuple(
         Rule(
@@ -203,9 +220,9 @@ class _Check:
     def preset(self, name: str, path: KeyPath, default: Quantize) -> tuple[Rule, ...]:
         """The rules of a preset that the recipe names."""
         if name not in PRESETS:
-            self.fault(path, describe_unknown("preset", printable(name), tuple(PRESETS)))
+            self.fault(path, registry.format_unknown_name("preset", shown(name), tuple(PRESETS)))
             return ()
-        return preset(name, default, self.document.line(path))
+        return expand_preset(name, default, self.document.line(path))
 
     def gates(self, gates: object, evaluation: object, fidelity: object) -> None:
         """Gates on figures that do not exist or that nothing measures, or bounded in a way that they do not have."""
@@ -217,11 +234,15 @@ class _Check:
             path = ("gates", figure)
             base, _, domain = str(figure).partition("@")
             of_part = domain in (
-                DOMAINS if base in POOLED else tasks if base == "likelihood" else ()
+                DOMAINS
+                if figures.is_per_domain(base)
+                else tasks
+                if figures.is_per_task(base)
+                else ()
             )
-            if figure not in (*FIGURES, *tasks) and not of_part:
+            if figure not in (*figures.list_keys(), *tasks) and not of_part:
                 self.fault(path, _unknown_figure(str(figure), tasks))
-            elif base in MEASURED and fidelity in (None, "none"):
+            elif figures.is_streamed(base) and fidelity in (None, "none"):
                 self.fault(
                     path,
                     "needs a fidelity text, found fidelity: none; name a set, or drop this gate",
@@ -235,7 +256,7 @@ class _Check:
                     self.fault(
                         path, f"expected {' or '.join(f'{{{key}: NUMBER}}' for key in allowed)}"
                     )
-                if figure != "size" and any(
+                if not figures.is_size(base) and any(
                     isinstance(bounds.get(key), str) for key in ("max", "min")
                 ):
                     self.fault(path, "expected a number; only size takes one such as 400GB")
@@ -265,10 +286,10 @@ def _spelled_out(document: YamlDocument) -> YamlDocument:
 def _unknown_figure(figure: str, tasks: Sequence[str]) -> str:
     """Why a gate names nothing, with what it may have meant."""
     base, at, domain = figure.partition("@")
-    if at and base in POOLED:
-        return describe_unknown("domain", printable(domain), DOMAINS)
-    sentence = describe_unknown(
-        "figure or task of evaluation.tasks", printable(figure), (*FIGURES, *tasks)
+    if at and figures.is_per_domain(base):
+        return registry.format_unknown_name("domain", shown(domain), DOMAINS)
+    sentence = registry.format_unknown_name(
+        "figure or task of evaluation.tasks", shown(figure), (*figures.list_keys(), *tasks)
     )
     return f"{sentence} Of one domain: kl_mean@{DOMAINS[-1]}."
 

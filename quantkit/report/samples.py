@@ -57,7 +57,7 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Changed:
+class ChangedItem:
     """An item whose score differs between source and artifact."""
 
     task: str
@@ -75,7 +75,7 @@ class Changed:
     @property
     def divergence(self) -> int:
         """The first character at which the answers differ; the length of both when they are equal."""
-        return divergence(self.source.text, self.artifact.text)
+        return find_divergence(self.source.text, self.artifact.text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +83,12 @@ class Samples:
     """All that the report shows beyond fidelity.json."""
 
     histogram: Histogram | None = None
-    changed: tuple[Changed, ...] = ()  # regressions first
+    changed: tuple[ChangedItem, ...] = ()  # regressions first
     reworded: int = 0  # items whose answers differ and whose outcome does not
     items: int = 0
 
 
-def divergence(first: str, second: str) -> int:
+def find_divergence(first: str, second: str) -> int:
     """The first character at which two texts differ; the length of both when they are equal."""
     return len(os.path.commonprefix([first, second]))
 
@@ -147,18 +147,18 @@ def _histogram(path: Path) -> Histogram:
     )
 
 
-def _changed(row: Mapping[str, Any]) -> Changed:
-    return Changed(
+def _changed(row: Mapping[str, Any]) -> ChangedItem:
+    return ChangedItem(
         task=row["task"],
         item=row["doc_id"],
         prompt=row["prompt"],
         target=row["target"],
-        source=answer(row, "base"),
-        artifact=answer(row, "quant"),
+        source=parse_answer(row, "base"),
+        artifact=parse_answer(row, "quant"),
     )
 
 
-def answer(row: Mapping[str, Any], who: str) -> Answer:
+def parse_answer(row: Mapping[str, Any], who: str) -> Answer:
     """One side of a row of benchmarks.parquet: `who` is base or quant."""
     return Answer(
         text=row[f"{who}_response"],

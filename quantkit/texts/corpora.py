@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from quantkit.checkpoint.remote_code import hint, tokenizer_map
-from quantkit.checkpoint.tokenizer_files import check_files
+from quantkit.checkpoint.remote_code import format_trust_hint, read_tokenizer_map
+from quantkit.checkpoint.tokenizer_files import check_tokenizer_files
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.texts.corpus_files import (
     TextDocument,
@@ -149,7 +149,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != RUST_PANIC:
             raise
-        check_files(folder)
+        check_tokenizer_files(folder)
         raise CheckpointError(
             f"{folder}: expected a tokenizer that transformers loads without code of its own, "
             f"found: {get_first_line(error):.300}. Copy tokenizer.json and tokenizer_config.json "

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from quantkit.errors import CalibrationError
-from quantkit.io.files import DuplicateKey, brief, is_file, read_bytes, unique, whole
+from quantkit.io.files import (
+    DuplicateKey,
+    is_encodable,
+    is_file,
+    read_bytes,
+    reject_duplicate_keys,
+    shorten_repr,
+)
 from quantkit.texts.corpus_spec import (
     DATA_VARIABLE,
     CorpusSpec,
@@ -95,7 +102,7 @@ def _parse_row(line: bytes, domains: tuple[str, ...]) -> TextDocument | str:
             "core.autocrlf=false)"
         )
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=unique)
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=reject_duplicate_keys)
     except UnicodeDecodeError as error:
         return (
             f"expected UTF-8, found byte {line[error.start]:#04x} at column {error.start + 1}. "

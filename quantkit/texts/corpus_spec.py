@@ -23,7 +23,8 @@ from pydantic import (
 
 from quantkit.errors import CalibrationError, RecipeError, UsageError
 from quantkit.io import yaml_document
-from quantkit.io.files import brief, is_file, read_bytes
+from quantkit.io.files import is_file, read_bytes
+from quantkit.io.files import shorten_repr as shorten_repr
 from quantkit.io.validation_errors import describe_fault
 from quantkit.io.yaml_document import KeyPath, YamlDocument, format_path
 
@@ -209,7 +210,7 @@ def _find_spec(name_or_path: str, folder: Path) -> Path:
     close = get_close_matches(name_or_path, known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise UsageError(
-        f"{folder}: no set of documents named {brief(name_or_path)}.{hint} "
+        f"{folder}: no set of documents named {shorten_repr(name_or_path)}.{hint} "
         f"Known: {', '.join(known) or 'none'}; or give the path of a .yaml spec"
     )
 

@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 from quantkit.errors import EvaluationError
-from quantkit.io.files import is_file, read_bytes, reason, whole
-from quantkit.io.package_data import folder
+from quantkit.io.files import describe_os_error, is_encodable, is_file, read_bytes
+from quantkit.io.package_data import locate_folder
 
 SUFFIX = ".yaml"
 MAX_BYTES = 1_000_000  # no task description is larger

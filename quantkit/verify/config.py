@@ -10,7 +10,7 @@ from quantkit.contracts import Config
 from quantkit.errors import ArtifactError, CheckpointError, QuantkitError
 from quantkit.formats.common.checks import IntegerCodes, Loader, Treatment, group_by_codes
 from quantkit.formats.common.engine_names import LM_HEAD, expand_fused_names
-from quantkit.plan.match_checkpoint import claim
+from quantkit.plan.match_checkpoint import match_layout
 from quantkit.verify.contents import Found, config_contents
 
 SHOWN = 3
@@ -24,7 +24,7 @@ def config_faults(values: Mapping[str, object], found: Found) -> Iterator[str]:
         if entry is not None:
             yield "config.json: quantization_config: expected none, as nothing is quantized"
         return
-    output, checks = registry.format(found.name), registry.checks(found.name)
+    output, checks = registry.get_format(found.name), registry.get_checks(found.name)
     if values.get("tie_word_embeddings") is True and LM_HEAD not in found.kept:
         found = replace(found, kept=(*found.kept, LM_HEAD))
     expected, fault = config_contents(output, found.contents)
@@ -54,7 +54,7 @@ def loader_faults(loader: Loader, entry: Mapping[str, object], found: Found) -> 
         "plain": [name for name in found.kept if name not in blocks],
     }
     for kind, names in held.items():
-        for name in expand_fused_names(names) if loader.has_fused_names else names:
+        for name in expand_fused_names(names) if loader.fused else names:
             taken = treatment(name)
             if taken != kind and not (taken == "codes" and isinstance(kind, IntegerCodes)):
                 wrong.setdefault((kind, taken), []).append(name)
@@ -108,12 +108,14 @@ def model_faults(values: Mapping[str, object], found: Found) -> tuple[list[str],
     config = Config(values=plain, where="config.json")
     try:
         model_type = config.text("model_type")
-        if model_type not in registry.names("architectures"):
+        if model_type not in registry.list_names("architectures"):
             return (
                 [],
                 f"no table for model_type {model_type!r}: tensors were not compared with the model's shape",
             )
-        claimed = claim(registry.architecture(model_type), config, found.logical, "config.json")
+        claimed = match_layout(
+            registry.get_architecture(model_type), config, found.logical, "config.json"
+        )
     except (CheckpointError, QuantkitError) as fault:
         return [str(fault)], None
     except (

@@ -72,15 +72,15 @@ def read_contents(
             )
         else:
             schemes[module] = scheme
-    if not isinstance(name, str) or name not in registry.names("formats"):
-        known = ", ".join(registry.names("formats"))
+    if not isinstance(name, str) or name not in registry.list_names("formats"):
+        known = ", ".join(registry.list_names("formats"))
         found = f"quantkit/manifest.json: format: expected one of {known}, found {name!r:.60}"
         return (
             Found(name=None, faults=(*faults, found))
             if schemes or name is not None
             else rest(None, {}, specs)
         )
-    output, checks = registry.format(name), registry.checks(name)
+    output, checks = registry.get_format(name), registry.get_checks(name)
     parts = parts_of(schemes, specs)
     linears: dict[str, Linear] = {}
     numbers: dict[str, ValueCheck] = {}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from quantkit.artifact.layout import mapping, read_manifest
-from quantkit.checkpoint.scan import scan
+from quantkit.artifact.layout import get_section, read_manifest
+from quantkit.checkpoint.scan import scan_file
 from quantkit.errors import ArtifactError
 from quantkit.verify.deep_proofs import Kind, Proof, prove_kept, prove_linear
 from quantkit.verify.deep_sides import Sides, open_sides
@@ -64,7 +64,7 @@ def verify_deep(
     Raises ArtifactError naming everything that contradicts the source, and for a source that changed.
     """
     sides = open_sides(path, source)
-    told = mapping(mapping(read_manifest(path), "source", path), "files", path)
+    told = get_section(get_section(read_manifest(path), "source", path), "files", path)
     random = Random(seed)
     modules = drawn(random, sorted(sides.schemes), sample)
     tensors = drawn(random, sorted(sides.kept), sample)
@@ -108,7 +108,7 @@ def carried_faults(sides: Sides) -> Iterator[str]:
             yield f"config.json: {key}: expected the source's, found {found}"
     for file in sides.source.sidecars:
         there = sides.path / file.name
-        if not there.is_file() or scan(there) != scan(file.resolve()):
+        if not there.is_file() or scan_file(there) != scan_file(file.resolve()):
             yield f"{file.name}: expected the source's file, found {'another' if there.is_file() else 'none'}"
 
 
@@ -160,7 +160,7 @@ def read_of(sides: Sides, modules: Sequence[str], tensors: Sequence[str]) -> Ite
         yield name + sides.source.scale_suffix
 
 
-def lines(deep: DeepReport) -> Iterator[str]:
+def iterate_report_lines(deep: DeepReport) -> Iterator[str]:
     """What was proven, for people."""
     yield (
         f"source {deep.source}: names, headers, config and tokenizer unchanged, {deep.files[0]} of {deep.files[1]} "

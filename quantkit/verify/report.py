@@ -51,7 +51,7 @@ def gate_faults(report: Mapping[str, object]) -> Iterator[str]:
     """A status that its gates do not give, and gates whose figure lies on the other side of their bound."""
     listed = report.get("gates")
     rows = [row for row in listed if isinstance(row, Mapping)] if isinstance(listed, list) else []
-    expected = status([row.get("ok") for row in rows])
+    expected = compute_status([row.get("ok") for row in rows])
     if report.get("status") != expected:
         yield f"{REPORT}: status: expected {expected!r} by its gates, found {report.get('status')!r:.60}"
     for row in rows:
@@ -60,7 +60,7 @@ def gate_faults(report: Mapping[str, object]) -> Iterator[str]:
             yield f"{REPORT}: gates: {told}: kept, it says, with the figure {row.get('value')!r:.60}"
 
 
-def status(outcomes: Sequence[object]) -> Literal["accepted", "rejected", "not judged"]:
+def compute_status(outcomes: Sequence[object]) -> Literal["accepted", "rejected", "not judged"]:
     """rejected when a bound is missed (False); accepted when there are some and all are kept; otherwise not judged."""
     if any(ok is False for ok in outcomes):
         return "rejected"

@@ -15,14 +15,14 @@ from pathlib import Path
 from stat import S_ISREG
 
 from quantkit.artifact.layout import (
-    ADDED,
+    ADDED_LATER,
     INDEX,
     LOADTEST,
     MANIFEST,
     SIGNATURE,
     UNHASHED,
     format_name,
-    mapping,
+    get_section,
     read_manifest,
 )
 from quantkit.checkpoint.header import Header, read_header
@@ -36,7 +36,7 @@ READERS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verified:
+class VerifyReport:
     """What was checked. sha256: of every hashed file; unsealed: files beside them that nobody vouches for; notes: what
     was not looked at, and why."""
 
@@ -59,7 +59,7 @@ class Scanned:
     faults: tuple[str, ...] = ()
 
 
-def verify(path: Path) -> Verified:
+def verify_artifact(path: Path) -> VerifyReport:
     """Check an artifact; ArtifactError with every fault found, and what to do."""
     from quantkit.verify.config import (
         config_faults,
@@ -69,12 +69,12 @@ def verify(path: Path) -> Verified:
     from quantkit.verify.report import report_faults
 
     manifest = read_manifest(path)
-    files, present = mapping(manifest, "files", path), entries(path)
+    files, present = get_section(manifest, "files", path), entries(path)
     here = {name: entry for name, entry in files.items() if present.get(name) == "file"}
     headers, damaged = read_headers(path, here)
     specs = {name: spec for header in headers.values() for name, spec in header.specs.items()}
     owner = {name: file for file, header in headers.items() for name in header.specs}
-    modules = mapping(manifest, "modules", path)
+    modules = get_section(manifest, "modules", path)
 
     def small(name: str) -> bytes:
         from quantkit.checkpoint.scan import read_small
@@ -89,7 +89,7 @@ def verify(path: Path) -> Verified:
         *(fault for each in scanned.values() for fault in each.faults),
         *twice(headers),
     ]
-    faults += tensor_faults(specs, mapping(manifest, "tensors", path))
+    faults += tensor_faults(specs, get_section(manifest, "tensors", path))
     faults += index_faults(path, specs, headers, here)
     config, notes = read_config(path, here, faults), tuple[str, ...]()
     faults += found.faults
@@ -103,10 +103,10 @@ def verify(path: Path) -> Verified:
             faults += [*config_faults(config, found), *unfit]
             notes = (note,) if note else ()
     faults += report_faults(path, manifest, here)
-    added = tuple(name for name in ADDED if present.get(name) == "file")
+    added = tuple(name for name in ADDED_LATER if present.get(name) == "file")
     faults += added_faults(path, added)
     refuse(path, faults)
-    return Verified(
+    return VerifyReport(
         path=path,
         status=str(manifest.get("status")),
         files=len(files),
@@ -164,14 +164,14 @@ def name_faults(
     free = {str(name) for name in told} if isinstance(told, list) else set()
     for name in sorted(free - UNHASHED):
         yield f"{MANIFEST}: unhashed: expected {', '.join(UNHASHED)} at most, found {name}"
-    beside = {MANIFEST, SIGNATURE, *ADDED, *(free & UNHASHED)}
+    beside = {MANIFEST, SIGNATURE, *ADDED_LATER, *(free & UNHASHED)}
     for name in sorted(set(present) - set(files) - beside):
         yield f"{name}: not in the manifest"
     for name in sorted(beside & set(present)):
         if present[name] != "file":
             yield f"{name}: {present[name]}, expected a file"
     for name in sorted(files):
-        if name in {MANIFEST, SIGNATURE, *ADDED, *UNHASHED}:
+        if name in {MANIFEST, SIGNATURE, *ADDED_LATER, *UNHASHED}:
             yield f"{MANIFEST}: files: {name}: expected without a hash, found one"
         if name.endswith(PICKLED) and not name.startswith("vocab."):
             yield f"{name}: a pickle, which runs code when it is loaded; an artifact holds safetensors only"
@@ -224,7 +224,7 @@ def scan_all(
 
 def scan_one(file: Path, header: Header | None, numbers: Mapping[str, object]) -> Scanned:
     """Hash a file and look at the numbers of its tensors, in one reading."""
-    from quantkit.checkpoint.scan import scan
+    from quantkit.checkpoint.scan import scan_file
     from quantkit.formats.common.checks import ValueCheck
     from quantkit.verify.numbers import Watch
 
@@ -239,7 +239,7 @@ def scan_one(file: Path, header: Header | None, numbers: Mapping[str, object]) -
             watched[name].see(begin, piece)
 
     try:
-        digest = scan(file, header, visit if watched else None)
+        digest = scan_file(file, header, visit if watched else None)
     except ArtifactError as fault:
         return Scanned(sha256=None, faults=(str(fault),))
     told = (each.close() for each in watched.values())

@@ -20,17 +20,16 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from quantkit import registry
-from quantkit.build.expert_ops import Wave, WaveStats, collect_stats
+from quantkit.build.expert_ops import ExpertSlice, SliceStats, collect_stats
 from quantkit.build.hidden_states import Routing
 from quantkit.build.quantize_linear import select_expert_stats
 from quantkit.build.spool import Spool
 from quantkit.checkpoint import fp8
 from quantkit.contracts import Experts, Linear, Scheme
-from quantkit.methods import awq, gptq
+from quantkit.methods import awq
 from quantkit.models import scaling
-from quantkit.numerics import awq_scales, coordinate_descent
-from quantkit.numerics import gptq as rounding
-from quantkit.plan.memory import BATCH_TOKENS, expert_bytes, solve_bytes
+from quantkit.numerics import awq_scales, cholesky, coordinate_descent, gptq
+from quantkit.plan.memory import BATCH_TOKENS, estimate_expert_bytes, estimate_solve_bytes
 
 BLOCKS = 58
 """MoE blocks of DeepSeek-V3."""
@@ -101,8 +100,8 @@ def wave_size(shape: Shape, device: torch.device) -> int:
     linear = Linear(
         name="x", out_features=shape.intermediate, in_features=shape.hidden, role="routed_expert"
     )
-    free = SHARE * torch.cuda.mem_get_info(device)[0] - solve_bytes([linear], True)
-    return max(1, min(shape.experts, int(free // expert_bytes(shape.block, True, True))))
+    free = SHARE * torch.cuda.mem_get_info(device)[0] - estimate_solve_bytes([linear], True)
+    return max(1, min(shape.experts, int(free // estimate_expert_bytes(shape.block, True, True))))
 
 
 def read(rows: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -115,12 +114,12 @@ def read(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     scales = 1e-4 * (
         1 + torch.rand(-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK), generator=generator)
     )
-    return fp8.dequantize(
+    return fp8.dequantize_fp8(
         lambda i, j: stored[i:j], scales, (FP8_BLOCK, FP8_BLOCK), 0, rows, columns
     ).float()
 
 
-def read_wave(shape: Shape, first: int, stop: int, device: torch.device) -> Wave:
+def read_wave(shape: Shape, first: int, stop: int, device: torch.device) -> ExpertSlice:
     """Experts first..stop with random weights, the same for any cut into waves."""
     found: dict[str, list[Tensor]] = {"gate": [], "up": [], "down": []}
     for e in range(first, stop):
@@ -133,7 +132,7 @@ def read_wave(shape: Shape, first: int, stop: int, device: torch.device) -> Wave
             )
             weights.append(read(*size, generator).to(device))
     gate, up, down = (torch.stack(weights) for weights in found.values())
-    return Wave(first=first, gate=gate, up=up, down=down)
+    return ExpertSlice(first=first, gate=gate, up=up, down=down)
 
 
 def routed(shape: Shape, folder: Path, device: torch.device) -> Routing:
@@ -150,13 +149,13 @@ def routed(shape: Shape, folder: Path, device: torch.device) -> Routing:
     return Routing(index=index, weight=weight, seen=seen)
 
 
-def run_wave(shape: Shape, wave: Wave, routing: Routing, phases: Phases) -> int:
+def run_wave(shape: Shape, wave: ExpertSlice, routing: Routing, phases: Phases) -> int:
     """Calibrate, search, factorize, round and pack one wave; the bytes that were packed."""
     hidden, width, n = shape.hidden, shape.intermediate, len(wave)
     pairs = shape.tokens * shape.top_k * n / shape.experts  # tokens that this wave's experts see
     with phases.timed("calibrate", pairs * (2 * hidden**2 + 2 * width**2 + 4 * hidden * width)):
         stats = collect_stats(wave, routing, silu, frozenset())
-    judged = min(awq_scales.JUDGES, width)
+    judged = min(awq_scales.SAMPLED_ROWS, width)
     with phases.timed("search", 20 * 2 * n * judged * 2 * hidden**2):
         tried = awq.METHOD.rescale
         assert tried is not None  # AWQ searches scales
@@ -164,19 +163,19 @@ def run_wave(shape: Shape, wave: Wave, routing: Routing, phases: Phases) -> int:
             stats.into.mean_abs.mean(0)
         )  # [experts, hidden] -> [candidates, hidden]
         for weights in (wave.gate, wave.up):
-            scaling.errors(tried, weights, stats.into.gram, scales, shape.scheme)
+            scaling.compute_scale_errors(tried, weights, stats.into.gram, scales, shape.scheme)
     with phases.timed(
         "factorize", n * (2 * hidden**3 + width**3) / 3
     ):  # gate and up each factorize their gram
         for e in range(n):
             for matrix in (stats.into, stats.into, stats.inner):
-                rounding.feedback(matrix.gram[e])
+                cholesky.factorize_gram(matrix.gram[e])
     return solve_wave(shape, wave, stats, phases)
 
 
-def solve_wave(shape: Shape, wave: Wave, stats: WaveStats, phases: Phases) -> int:
+def solve_wave(shape: Shape, wave: ExpertSlice, stats: SliceStats, phases: Phases) -> int:
     """Round (which factorizes again) and pack every matrix of a wave; the bytes that were packed."""
-    output, packed = registry.format("awq"), 0
+    output, packed = registry.get_format("awq"), 0
     for e in range(len(wave)):
         for weights, inputs in (
             (wave.gate, stats.into),
@@ -188,7 +187,7 @@ def solve_wave(shape: Shape, wave: Wave, stats: WaveStats, phases: Phases) -> in
             with phases.timed(
                 "round", (1 + 2 * coordinate_descent.SWEEPS + 4) * out * width**2 + width**3 / 3
             ):
-                found = gptq.round_weight(weights[e], select_expert_stats(inputs, e), shape.scheme)
+                found = gptq.quantize_gptq(weights[e], select_expert_stats(inputs, e), shape.scheme)
             with phases.timed("pack", 0):
                 tensors = output.pack(found.quantized, shape.scheme)
                 packed += sum(tensor.cpu().nbytes for tensor in tensors.values())

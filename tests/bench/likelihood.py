@@ -25,7 +25,7 @@ from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.io import package_data
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 
 METHODS = {
     "rtn": ("rtn", "nearest"),
@@ -62,8 +62,8 @@ def artifact(
     }  # fmt: skip
     if options.limit:
         keys["evaluation.limit"] = str(options.limit)
-    recipe = parse(text, options.recipe.name, keys)
-    (outcome,) = pipeline.run(
+    recipe = parse_recipe(text, options.recipe.name, keys)
+    (outcome,) = pipeline.build_artifacts(
         recipe, text, overwrite=True, evaluate=True, planned=ignore, tell=ignore
     )
     return outcome.fidelity
@@ -118,7 +118,7 @@ def main() -> None:
     """Build, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--recipe", type=Path, default=package_data.folder("recipes") / "tiny-v3-awq4.yaml"
+        "--recipe", type=Path, default=package_data.locate_folder("recipes") / "tiny-v3-awq4.yaml"
     )
     parser.add_argument("--task", action="append", default=[])
     parser.add_argument("--method", action="append", choices=METHODS, default=[])
@@ -130,7 +130,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.smollm2:
-        options.recipe = package_data.folder("recipes") / "smollm2-135m-awq4.yaml"
+        options.recipe = package_data.locate_folder("recipes") / "smollm2-135m-awq4.yaml"
         changes = {"source.model": str(options.smollm2.resolve()), **SMOLLM2}
         options.set = [*(f"{key}={value}" for key, value in changes.items()), *options.set]
     text = options.recipe.read_text(encoding="utf-8")

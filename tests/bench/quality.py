@@ -26,12 +26,12 @@ from rich.table import Table
 from tools.calibration_sets.specs import TINY_HELD_OUT, spec_yaml
 from tools.tiny_v3.corpus import DOMAIN, draw_item, draw_kind
 
-from quantkit.artifact.fidelity_schema import Distribution
-from quantkit.io.package_data import folder
-from quantkit.pipeline import run
+from quantkit.artifact.fidelity_schema import DistributionResult
+from quantkit.io.package_data import locate_folder
+from quantkit.pipeline import build_artifacts
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 
 ROWS = (("all-linear", 4), ("all-linear", 3), ("experts-only", 4), ("experts-only", 3))
 COLUMNS = {
@@ -83,8 +83,12 @@ def held_out(place: Path, items: int) -> Path:
 
 def goal_text(place: Path) -> Path:
     """The first 80 items of the held-out text and of the math benchmark, as a set of its own."""
-    rows = list(islice(json_lines(folder("calibration") / "tiny-v3-heldout.jsonl"), GOAL_ITEMS))
-    for item in islice(json_lines(folder("evals") / "data" / "tiny-v3-math.jsonl"), GOAL_ITEMS):
+    rows = list(
+        islice(json_lines(locate_folder("calibration") / "tiny-v3-heldout.jsonl"), GOAL_ITEMS)
+    )
+    for item in islice(
+        json_lines(locate_folder("evals") / "data" / "tiny-v3-math.jsonl"), GOAL_ITEMS
+    ):
         rows.append({"domain": "math", "text": item["prompt"] + item["solution"]})
     return write_set(place, rows, end="none")
 
@@ -106,9 +110,11 @@ def write_set(place: Path, rows: Sequence[Mapping[str, str]], *, end: str) -> Pa
     return place / "held-out.yaml"
 
 
-def measure(place: Path, text: Path, column: str, row: tuple[str, int], seed: int) -> Distribution:
+def measure(
+    place: Path, text: Path, column: str, row: tuple[str, int], seed: int
+) -> DistributionResult:
     """The pooled figures of one build."""
-    recipe_text = (folder("recipes") / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
+    recipe_text = (locate_folder("recipes") / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
     rules, bits = row
     changes = {
         **COLUMNS[column],
@@ -121,24 +127,24 @@ def measure(place: Path, text: Path, column: str, row: tuple[str, int], seed: in
         "fidelity.set": str(text),
         "output.path": str(place / f"{column}{bits}-{rules}-{seed}"),
     }
-    recipe = parse(recipe_text, "tiny-v3-awq4.yaml", changes)
-    (outcome,) = run(
+    recipe = parse_recipe(recipe_text, "tiny-v3-awq4.yaml", changes)
+    (outcome,) = build_artifacts(
         recipe, recipe_text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
     )
     return outcome.fidelity.distribution[0]
 
 
-def mean_kl(runs: Sequence[Distribution]) -> float:
+def mean_kl(runs: Sequence[DistributionResult]) -> float:
     """Mean over builds of the mean KL."""
     return sum(run.kl_mean.value or 0.0 for run in runs if run.kl_mean) / len(runs)
 
 
-def standard_error(runs: list[Distribution]) -> float:
+def standard_error(runs: list[DistributionResult]) -> float:
     """Of the mean over builds: they share the held-out text, so that it does not shrink with their number."""
     return sum(run.kl_mean.se or 0.0 for run in runs if run.kl_mean) / len(runs)
 
 
-def missed_goals(row: tuple[str, int], runs: Mapping[str, list[Distribution]]) -> list[str]:
+def missed_goals(row: tuple[str, int], runs: Mapping[str, list[DistributionResult]]) -> list[str]:
     """What a row of the table fails at."""
     base, found = mean_kl(runs["RTN"]), []
     for column, goals in GOALS.items():
@@ -154,7 +160,7 @@ def missed_goals(row: tuple[str, int], runs: Mapping[str, list[Distribution]]) -
     return found
 
 
-def cells(row: tuple[str, int], runs: Mapping[str, list[Distribution]]) -> list[str]:
+def cells(row: tuple[str, int], runs: Mapping[str, list[DistributionResult]]) -> list[str]:
     """One row of the table: mean KL and its share of RTN's, with the goal."""
     base = mean_kl(runs["RTN"])
     shown = [row[0], str(row[1]), f"{base:.6f} ±{standard_error(runs['RTN']):.6f}"]
@@ -166,7 +172,7 @@ def cells(row: tuple[str, int], runs: Mapping[str, list[Distribution]]) -> list[
     return shown
 
 
-def by_draw(row: tuple[str, int], runs: Mapping[str, list[Distribution]], base: float) -> str:
+def by_draw(row: tuple[str, int], runs: Mapping[str, list[DistributionResult]], base: float) -> str:
     """The shares of RTN's mean KL one by one."""
     shares = {
         c: " ".join(f"{mean_kl([run]) / base:.3f}" for run in found) for c, found in runs.items()

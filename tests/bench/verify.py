@@ -27,7 +27,7 @@ from quantkit import registry
 from quantkit.artifact.layout import MANIFEST
 from quantkit.checkpoint.header import build_header, parse_header
 from quantkit.contracts import Config, Contents, Scheme, TensorSpec
-from quantkit.plan.match_checkpoint import expected
+from quantkit.plan.match_checkpoint import list_expected_tensors
 
 SCHEME = Scheme(bits=4, group_size=128, symmetric=False, scale_dtype="bfloat16")
 PIECE = 16 << 20
@@ -44,7 +44,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 def config(layers: int) -> dict[str, object]:
     """A Llama with matrices of 4096 x 14336."""
-    tiny = dict(registry.architecture("llama").tiny)
+    tiny = dict(registry.get_architecture("llama").tiny)
     return tiny | {
         "num_hidden_layers": layers,
         "hidden_size": 4096,
@@ -58,15 +58,15 @@ def config(layers: int) -> dict[str, object]:
 
 def write(folder: Path, format_name: str, n_bytes: int) -> None:
     """A sealed artifact of random codes, or of random weights, of at least so many bytes."""
-    output, layers = registry.format(format_name), 0
+    output, layers = registry.get_format(format_name), 0
     specs: list[TensorSpec] = []
     while sum(spec.n_bytes for spec in specs) < n_bytes:
         layers += 1
         values = config(layers)
-        layout = registry.architecture("llama").layout(Config(values=values))
+        layout = registry.get_architecture("llama").layout(Config(values=values))
         codes = [x for x in layout.linears if x.role in {"attention", "mlp"}]
         quantized = {f"{x.name}.weight" for x in codes}
-        claimed = expected(layout, Config(values=values)).values()
+        claimed = list_expected_tensors(layout, Config(values=values)).values()
         specs = [spec for spec in claimed if spec.name not in quantized]
         specs += [spec for linear in codes for spec in output.layout(linear, SCHEME)]
     names = {x.name for x in codes}

@@ -15,7 +15,7 @@ from quantkit.build import dense
 from quantkit.build.context import BlockContext
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_mtp_is_kept_quantized_or_dropped(source: Path, tmp_path: Path) -> None:
     }
     assert layers == {"keep": 1, "drop": 0}
     for way in ("keep", "quantize", "drop"):
-        verify(tmp_path / way)
+        verify_artifact(tmp_path / way)
 
 
 def test_what_is_kept_is_the_source_bit_for_bit(source: Path, tmp_path: Path) -> None:
@@ -174,11 +174,11 @@ def test_a_fold_is_checked_where_there_can_be_one(
         seen.append(work.block.name)
         return before(work, folded, sample)
 
-    before = dense.check
-    monkeypatch.setattr(dense, "check", check)
+    before = dense.check_scaling
+    monkeypatch.setattr(dense, "check_scaling", check)
     outcome = build(source, tmp_path / "a", rules="all-linear", quantize=quantize)
     assert len(seen) == checked
-    verify(outcome.path)
+    verify_artifact(outcome.path)
 
 
 def test_dead_channels_and_zero_groups_have_a_defined_outcome(tmp_path: Path) -> None:
@@ -227,4 +227,4 @@ def test_a_kept_weight_is_stored_as_its_rule_says(tmp_path: Path) -> None:
     half = write_checkpoint(tmp_path / "half", make_tiny_config("llama", torch_dtype="float16"))
     build(half, tmp_path / "b", rules="all-linear")
     assert Checkpoint.open(tmp_path / "b").specs["model.layers.0.mlp.up_proj.scales"].dtype == "F16"
-    verify(tmp_path / "b")
+    verify_artifact(tmp_path / "b")

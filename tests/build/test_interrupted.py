@@ -19,7 +19,7 @@ from support.checkpoints import make_recipe_text, make_tiny_config, write_checkp
 from support.mortal import Order, Server, server
 
 from quantkit.errors import UsageError
-from quantkit.io.lock import held
+from quantkit.io.lock import hold_lock
 
 BUILD = ("build", "r.yaml", "--skip-evaluation")
 
@@ -104,7 +104,7 @@ def test_a_full_disk_is_one_sentence_and_no_loss(
 # ---------------------------------------------------------------------------------------------------------- the lock
 
 
-HOLDER = "import sys, time; from pathlib import Path; from quantkit.io.lock import held\n"
+HOLDER = "import sys, time; from pathlib import Path; from quantkit.io.lock import hold_lock\n"
 HOLDER += "with held(Path('x.building.lock')): print('held', flush=True); time.sleep(60)"
 
 
@@ -127,9 +127,9 @@ def test_a_second_build_is_refused_and_a_dead_one_is_not_in_the_way(
         holder.kill()
     lock = place / "x.building.lock"
     assert json.loads(lock.read_text())["pid"] == holder.pid
-    with held(lock):
+    with hold_lock(lock):
         assert json.loads(lock.read_text())["pid"] != holder.pid
-        with pytest.raises(UsageError, match="expected to be the only build here"), held(lock):
+        with pytest.raises(UsageError, match="expected to be the only build here"), hold_lock(lock):
             pass
     assert not lock.exists()
 
@@ -148,18 +148,18 @@ def test_where_files_cannot_be_locked_the_named_holder_counts(
         raise OSError(errno.ENOLCK, "no locks available")
 
     path = tmp_path / "x.building.lock"
-    with held(path):
+    with hold_lock(path):
         owner = json.loads(path.read_text())
     path.write_text(json.dumps(owner | change))
     monkeypatch.setattr(fcntl, "flock", refuse)
     if free:
-        with held(path):
+        with hold_lock(path):
             assert json.loads(path.read_text())["pid"] == owner["pid"]
         assert not path.exists()
     else:
         with (
             pytest.raises(UsageError, match=r"x\.building: expected to be the only build here"),
-            held(path),
+            hold_lock(path),
         ):
             pass
         assert path.exists()

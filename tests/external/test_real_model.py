@@ -23,7 +23,7 @@ from quantkit.numerics.fidelity import Estimate
 from quantkit.texts import corpora
 
 TEXT = "".join(f"line {index} of a text that has many of them .\n" for index in range(400))
-CHECKPOINT = package_data.resolve_model("builtin:tiny-v3")
+CHECKPOINT = package_data.locate_model("builtin:tiny-v3")
 
 
 # --------------------------------------------------------------------------------------------------------------- text
@@ -117,7 +117,7 @@ def test_the_reader_agrees_with_each_format(name: str, symmetric: bool, tmp_path
     """Two programs written apart, one artifact: bit for bit."""
     scheme = Scheme(bits=4, group_size=32, symmetric=symmetric, scale_dtype="bfloat16", kind="int")
     weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(1))
-    packed = registry.format(name).pack(rtn.METHOD.solve(weight, None, scheme), scheme)
+    packed = registry.get_format(name).pack(rtn.METHOD.solve(weight, None, scheme), scheme)
     save_file(
         {f"model.a.{part}": value.contiguous() for part, value in packed.items()},
         tmp_path / "x.safetensors",
@@ -126,7 +126,7 @@ def test_the_reader_agrees_with_each_format(name: str, symmetric: bool, tmp_path
     (tmp_path / "config.json").write_text(json.dumps(config))
     [(module, found)] = unpack.dense_weights(tmp_path).items()
     assert module == "model.a.weight"
-    assert torch.equal(found, registry.format(name).dequantize(packed, scheme))
+    assert torch.equal(found, registry.get_format(name).dequantize(packed, scheme))
 
 
 def test_the_second_version_of_gptq_stores_zeros_as_they_are() -> None:

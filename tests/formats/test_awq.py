@@ -75,10 +75,10 @@ def test_words_unpack_in_autoawq_order() -> None:
     assert torch.equal(slots[..., [0, 4, 1, 5, 2, 6, 3, 7]].flatten(1), codes)
 
 
-@pytest.mark.parametrize("name", registry.names("formats"))
+@pytest.mark.parametrize("name", registry.list_names("formats"))
 @pytest.mark.parametrize(("out", "width", "group"), [(64, 256, 128), (8, 64, 32), (16, 96, -1)])
 def test_layout_lists_tensors_of_pack(name: str, out: int, width: int, group: int) -> None:
-    output, linear = registry.format(name), make_linear(out=out, width=width)
+    output, linear = registry.get_format(name), make_linear(out=out, width=width)
     scheme = make_scheme(group=group)
     if output.accepts(scheme, linear) is not None:
         pytest.skip(f"{name} does not store this scheme")
@@ -105,11 +105,11 @@ def test_layout_lists_tensors_of_pack(name: str, out: int, width: int, group: in
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in registry.names("formats") if name != "bitsandbytes"]
+    "name", [name for name in registry.list_names("formats") if name != "bitsandbytes"]
 )
 def test_accepts_only_what_pack_can_store(name: str) -> None:
     """All code widths, with rows and columns that end within a word or a run of words."""
-    output, n_packed = registry.format(name), 0
+    output, n_packed = registry.get_format(name), 0
     sizes = [(64, size) for size in range(4, 65, 4)] + [(size, 64) for size in range(4, 65, 4)]
     for bits, symmetric, (out, width) in product(range(2, 9), (True, False), sizes):
         scheme, linear = make_scheme(bits, -1, symmetric), make_linear(out=out, width=width)
@@ -370,7 +370,7 @@ def test_config_entry_is_complete() -> None:
 
 def test_deepseek_v3_names_fit_in_few_entries() -> None:
     """61 layers of 256 experts: 45,000 quantized names and 600 kept ones, in seconds."""
-    architecture = registry.architecture("deepseek_v3")
+    architecture = registry.get_architecture("deepseek_v3")
     values = {
         **architecture.tiny,
         "num_hidden_layers": 61,

@@ -20,7 +20,7 @@ from support.builds import build
 from support.checkpoints import make_tiny_config, write_checkpoint
 from support.dequantized import Stored
 from support.format_examples import SELECTIONS, list_model_modules, make_linear
-from support.plans import plan_of
+from support.plans import plan_checkpoint as plan_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -28,7 +28,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 import quantkit
 from quantkit import pipeline, registry
 from quantkit.artifact.layout import read_manifest
-from quantkit.artifact.load_model import Experts4bit, stored_as
+from quantkit.artifact.load_model import Experts4bit, read_schemes
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Contents, Linear, Quantized, Scheme
 from quantkit.errors import ArtifactError, NumericsError, RecipeError, UsageError
@@ -36,9 +36,9 @@ from quantkit.formats import bitsandbytes as nf4
 from quantkit.io import package_data
 from quantkit.methods.nf4 import METHOD
 from quantkit.numerics import nf4 as codebook
-from quantkit.plan.decisions import scheme_of
-from quantkit.recipe.parse import Quantize, parse
-from quantkit.verify.shallow import verify
+from quantkit.plan.decisions import make_scheme
+from quantkit.recipe.parse import Quantize, parse_recipe
+from quantkit.verify.shallow import verify_artifact
 
 IDS = torch.arange(2, 66)[None]  # [1, 64]
 
@@ -69,7 +69,7 @@ def solve_nf4(weight: Tensor, double_quant: bool = False) -> Quantized:
 def test_pack_gives_golden_bytes() -> None:
     """Twice the codebook, and a row that starts with its largest weights (formats/README.md)."""
     weight = torch.zeros(2, 64)
-    weight[0, :16] = 2 * torch.tensor(codebook.VALUES)
+    weight[0, :16] = 2 * torch.tensor(codebook.CODEBOOK)
     weight[1, :3] = torch.tensor([4, -4, 0.1])
     tensors = nf4.FORMAT.pack(solve_nf4(weight.bfloat16().float()), make_scheme())
     first, second = tensors["weight"].reshape(2, 32).tolist()
@@ -86,7 +86,7 @@ def find_nearest_values(weight: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarra
     """Return the nearest of 16 values by trying each, in float64, and absmax."""
     blocks = weight.double().numpy().reshape(-1, 64)
     absmax = np.abs(blocks).max(1)
-    values = np.array(codebook.VALUES)
+    values = np.array(codebook.CODEBOOK)
     back = [
         [min(values * a, key=lambda v: abs(v - w)) for w in block]
         for block, a in zip(blocks, absmax)
@@ -99,14 +99,14 @@ def test_codes_are_the_nearest_values() -> None:
     weight = make_weights(6, 192)
     quantized, (expected, absmax) = solve_nf4(weight), find_nearest_values(weight)
     assert np.array_equal(quantized.scale.numpy(), absmax) and quantized.zero is None
-    back = np.array(codebook.VALUES)[quantized.codes.numpy()] * np.repeat(absmax, 64, axis=-1)
+    back = np.array(codebook.CODEBOOK)[quantized.codes.numpy()] * np.repeat(absmax, 64, axis=-1)
     ours, best = np.abs(back - weight.double().numpy()), np.abs(expected - weight.double().numpy())
     assert (ours <= best + 1e-6 * np.repeat(absmax, 64, axis=-1)).all()
 
 
 def make_ties() -> Tensor:
     """Return weights on every midpoint and one step on each side; tiny, subnormal, huge blocks."""
-    values = torch.tensor(codebook.VALUES)
+    values = torch.tensor(codebook.CODEBOOK)
     middle = (values[1:] + values[:-1]) / 2
     near = [middle, middle.nextafter(torch.tensor(9.0)), middle.nextafter(torch.tensor(-9.0))]
     row = torch.cat([torch.ones(1), *near, torch.zeros(18)])  # [64]
@@ -120,13 +120,13 @@ def test_codes_equal_bitsandbytes(weight: Tensor) -> None:
     """Bit for bit, for matrices and batches, in several pieces."""
     quantized = solve_nf4(weight)
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    assert torch.equal(codebook.pair(quantized.codes), packed)
+    assert torch.equal(codebook.pack_pairs(quantized.codes), packed)
     assert torch.equal(quantized.scale.reshape(-1), state.absmax)
     assert quantized.codes.shape == weight.shape and quantized.scale.shape == (
         *weight.shape[:-1],
         weight.shape[-1] // 64,
     )
-    kernel_codes, kernel_absmax = codebook.by_kernel(weight)  # the path of accelerators
+    kernel_codes, kernel_absmax = codebook.quantize_with_kernel(weight)  # the path of accelerators
     assert torch.equal(kernel_codes.reshape(weight.shape), quantized.codes) and torch.equal(
         kernel_absmax, state.absmax
     )
@@ -208,7 +208,7 @@ def test_double_quantization_adds_under_one_percent_error() -> None:
     state = json.loads(bytes(tensors[nf4.STATE_TENSOR].tolist()))
     scale = tensors["weight.nested_quant_map"][tensors["weight.absmax"].long()]
     scale = scale * tensors["weight.nested_absmax"].repeat_interleave(256) + state["nested_offset"]
-    expected = torch.tensor(codebook.VALUES)[solve_nf4(weight).codes.long()] * scale.reshape(
+    expected = torch.tensor(codebook.CODEBOOK)[solve_nf4(weight).codes.long()] * scale.reshape(
         256, 8
     ).repeat_interleave(64, 1)
     assert torch.allclose(nf4.FORMAT.dequantize(tensors, make_scheme(True)), expected, rtol=1e-6)
@@ -224,7 +224,9 @@ def test_state_length_is_independent_of_offset(offset: float) -> None:
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 70_000])
 def test_mean_of_scales_is_accurate(count: int) -> None:
     values = torch.rand(count, generator=torch.Generator().manual_seed(count)) * 0.1
-    assert float(codebook.mean(values)) == pytest.approx(float(values.double().mean()), rel=1e-7)
+    assert float(codebook.compute_mean(values)) == pytest.approx(
+        float(values.double().mean()), rel=1e-7
+    )
 
 
 def test_thread_count_does_not_change_bytes() -> None:
@@ -320,11 +322,11 @@ def test_accepts_names_reason_of_unsupported_linear(linear: Linear, reason: str)
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in registry.names("formats") if name != "bitsandbytes"]
+    "name", [name for name in registry.list_names("formats") if name != "bitsandbytes"]
 )
 def test_other_formats_reject_nf4(name: str) -> None:
     assert "use format bitsandbytes" in str(
-        registry.format(name).accepts(make_scheme(), make_linear())
+        registry.get_format(name).accepts(make_scheme(), make_linear())
     )
 
 
@@ -363,17 +365,18 @@ def test_state_and_config_have_source_dtype(stored: str, dtype: str) -> None:
 
 def test_mtp_layer_has_no_fallback_without_calibration() -> None:
     assert not any(
-        "mtp-rtn" in warning for warning in plan_of("deepseek_v3", mtp="quantize", **KEYS).warnings
+        "mtp-rtn" in warning
+        for warning in plan_checkpoint("deepseek_v3", mtp="quantize", **KEYS).warnings
     )
 
 
 def test_plan_rejects_wrong_format_and_group_size() -> None:
     with pytest.raises(RecipeError, match="found nf4; use format bitsandbytes"):
-        plan_of("llama", quantize="{method: nf4}", calibration="null")
+        plan_checkpoint("llama", quantize="{method: nf4}", calibration="null")
     with pytest.raises(
         RecipeError, match="group_size 64 does not divide 96 input features; keep this linear"
     ):
-        plan_of("llama", config={"intermediate_size": 96}, **KEYS)
+        plan_checkpoint("llama", config={"intermediate_size": 96}, **KEYS)
 
 
 def test_build_without_bitsandbytes_fails_before_reading(
@@ -542,14 +545,14 @@ def test_importing_quantkit_does_not_import_torch() -> None:
 @pytest.mark.parametrize("name", ["tiny-v3-nf4", "tiny-v3-rtn4"])
 def test_recipe_without_calibration_keeps_its_gate(name: str, tmp_path: Path) -> None:
     """With less text and no benchmarks: no calibration stream, KL within the gate, loadable."""
-    text = (package_data.folder("recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (package_data.locate_folder("recipes") / f"{name}.yaml").read_text(encoding="utf-8")
     shorter = {
         "fidelity.windows": "24",
         "compute.device": "cpu",
         "output.path": str(tmp_path / "out"),
     }
     recipe = parse(text, f"{name}.yaml", shorter)
-    (result,) = pipeline.run(
+    (result,) = pipeline.build_artifacts(
         recipe,
         text,
         overwrite=False,

@@ -24,12 +24,12 @@ from quantkit.contracts import Config
 from quantkit.errors import NumericsError, RecipeError
 from quantkit.io import package_data
 from quantkit.models import full_model
-from quantkit.models.layers import meta_model
+from quantkit.models.layers import make_meta_model
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan, SourceFacts
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 from quantkit.report import make
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 GPTQ = "{method: gptq, bits: 4, group_size: 64, symmetric: true}"
 EXPERTS = '{match: "re:.*\\\\.experts\\\\..*", quantize: default}'
@@ -132,7 +132,7 @@ def test_transformers_loads_codes_next_to_fp8(rules: str, tmp_path: Path) -> Non
     plain = "{method: rtn, bits: 4, group_size: 64, symmetric: true}"
     result = build(folder, tmp_path / "a", rules=rules, quantize=plain)
     ours = Stored.open(result.path).model()
-    unpacked = load_model.load(result.path, device="cpu", dtype="float32").state_dict()
+    unpacked = load_model.load_model(result.path, device="cpu", dtype="float32").state_dict()
     assert all(torch.equal(unpacked[key], value) for key, value in ours.state_dict().items())
     model: Any
     model, loading_info = AutoModelForCausalLM.from_pretrained(
@@ -172,13 +172,13 @@ def test_fp8_demo_recipe_end_to_end(tmp_path: Path) -> None:
     transformers rounds the inputs of FP8 layers to FP8, as engines do, which costs once or twice as
     much KL again.
     """
-    text = (package_data.folder("recipes") / "tiny-v3-gptq4-fp8.yaml").read_text()
-    recipe = parse(
+    text = (package_data.locate_folder("recipes") / "tiny-v3-gptq4-fp8.yaml").read_text()
+    recipe = parse_recipe(
         text,
         "tiny-v3-gptq4-fp8.yaml",
         {"output.path": str(tmp_path / "a"), "compute.device": "cpu"},
     )
-    results = pipeline.run(
+    results = pipeline.build_artifacts(
         recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None
     )
     (result,) = results
@@ -186,7 +186,7 @@ def test_fp8_demo_recipe_end_to_end(tmp_path: Path) -> None:
     assert kl is not None and kl.value is not None and 0.00005 < kl.value < 0.0004
     # 7.9 MB with BF16 instead of FP8
     assert (result.path / "model.safetensors").stat().st_size < 5_600_000
-    source = package_data.resolve_model("builtin:tiny-v3")
+    source = package_data.locate_model("builtin:tiny-v3")
     kept, original_bytes = read_fp8_bytes(result.path), read_fp8_bytes(source)
     assert len(kept) == 2 * 32 and all(
         torch.equal(bits, original_bytes[name]) for name, bits in kept.items()
@@ -200,14 +200,16 @@ def test_fp8_demo_recipe_end_to_end(tmp_path: Path) -> None:
         weight.data = weight.data.float() if weight.dtype == torch.bfloat16 else weight.data
     checkpoint = Checkpoint.open(source)
     meta = meta_model(checkpoint.config, torch.device("cpu"), torch.float32)
-    original = full_model.model(
+    original = full_model.make_model(
         meta,
-        registry.architecture("deepseek_v3").layout(checkpoint.config),
-        full_model.reader(checkpoint),
+        registry.get_architecture("deepseek_v3").layout(checkpoint.config),
+        full_model.make_reader(checkpoint),
     )
     tokenizer = AutoTokenizer.from_pretrained(result.path)
     lines = (
-        (package_data.folder("calibration") / "tiny-v3-heldout.jsonl").read_text().splitlines()[:60]
+        (package_data.locate_folder("calibration") / "tiny-v3-heldout.jsonl")
+        .read_text()
+        .splitlines()[:60]
     )
     batches = [
         torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"][:200]]) for line in lines
@@ -265,7 +267,7 @@ def test_scaling_fp8_weights_raises(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FP8 bytes are copied only if they still represent the measured weight."""
-    monkeypatch.setattr(context, "held_by_fp8", lambda block, group, decisions: False)
+    monkeypatch.setattr(context, "is_unscaled_for_fp8", lambda block, group, decisions: False)
     with pytest.raises(
         NumericsError,
         match="expected the source's values, as its FP8 blocks are kept, found others",
@@ -293,7 +295,7 @@ def test_format_without_fp8_keeps_bf16_with_warning(source: Path) -> None:
     plan = make_ct_plan(source, format="gptq")
     assert {d.keep for d in plan.decisions.values()} == {"source"}
     assert plan.warnings == ("format gptq cannot hold FP8 blocks: what is kept is stored as BF16",)
-    reasons = {row.role: row.reason for row in make.roles(plan)}
+    reasons = {row.role: row.reason for row in make.summarize_roles(plan)}
     assert (
         reasons["attention"]
         == "kept by experts-only[1] (*), mtp: keep; BF16 because format gptq cannot hold FP8"
@@ -305,14 +307,14 @@ def test_format_without_fp8_keeps_bf16_with_warning(source: Path) -> None:
     partial = make_ct_plan(
         source, format="gptq", rules='[{match: "*.experts.*", quantize: default}]'
     )
-    reasons = {row.role: row.reason for row in make.roles(partial)}
+    reasons = {row.role: row.reason for row in make.summarize_roles(partial)}
     assert reasons["router"].startswith("only a rule that names it quantizes it")
     assert (
         reasons["attention"]
         == "no rule matches it, mtp: keep; BF16 because format gptq cannot hold FP8"
     )
     everything = make_ct_plan(source, rules='[{match: "*", keep: source}]', calibration="null")
-    assert {row.reason for row in make.roles(everything) if row.role == "attention"} == {
+    assert {row.reason for row in make.summarize_roles(everything) if row.role == "attention"} == {
         "kept by rules[0] (*), mtp: keep; BF16 because nothing is quantized"
     }
     assert "F8_E4M3" not in {spec.dtype for shard in everything.shards for spec in shard.tensors}
@@ -377,4 +379,4 @@ def test_plan_rejects_other_block_sizes(tmp_path: Path) -> None:
         "r.yaml",
     )
     with pytest.raises(RecipeError, match="read FP8 in blocks of 128 x 128, found 64 x 64"):
-        sources.plan_recipe(recipe, facts, sources.text_tokens(recipe))
+        sources.plan_recipe(recipe, facts, sources.bound_text_tokens(recipe))

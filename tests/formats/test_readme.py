@@ -22,8 +22,8 @@ ZERO = torch.tensor([[8]] * 7 + [[0]], dtype=torch.uint8)
 def pack_example(format_name: str, symmetric: bool) -> dict[str, torch.Tensor]:
     scheme = Scheme(bits=4, group_size=-1, symmetric=symmetric, scale_dtype="float16")
     quantized = Quantized(codes=M.T, scale=SCALE, zero=None if symmetric else ZERO)
-    tensors = registry.format(format_name).pack(quantized, scheme)
-    weight = registry.format(format_name).dequantize(tensors, scheme)  # [out, in]
+    tensors = registry.get_format(format_name).pack(quantized, scheme)
+    weight = registry.get_format(format_name).dequantize(tensors, scheme)  # [out, in]
     last = [-0.5, 1.5] if symmetric else [1.5, 3.5]
     assert weight[:7, :2].T.tolist() == [[-3.5, -4, -1, 2, 5, -8, -5], [0.5, 4, 7, -6, -3, 0, 3]]
     assert weight[7, :2].tolist() == last
@@ -91,7 +91,7 @@ def test_compressed_tensors_example() -> None:
 def test_nf4_example() -> None:
     section = read_section("bitsandbytes NF4")
     weight = torch.zeros(2, 64)
-    weight[0, :16] = 2 * torch.tensor(nf4.VALUES)
+    weight[0, :16] = 2 * torch.tensor(nf4.CODEBOOK)
     weight[1, :3] = torch.tensor([4, -4, 0.1])
     for double_quant in (False, True):
         scheme = Scheme(
@@ -99,7 +99,7 @@ def test_nf4_example() -> None:
             double_quant=double_quant, source_dtype="bfloat16",
         )  # fmt: skip
         quantized = METHOD.solve(weight.bfloat16().float(), None, scheme)
-        tensors = registry.format("bitsandbytes").pack(quantized, scheme)
+        tensors = registry.get_format("bitsandbytes").pack(quantized, scheme)
         rows = tensors["weight"].reshape(2, 32).tolist()
         state = bytes(tensors["weight.quant_state.bitsandbytes__nf4"].tolist())
         assert bytes(rows[0]).hex(" ").upper() == "01 23 45 67 89 AB CD EF" + " 77" * 24

@@ -18,10 +18,10 @@ from support.builds import build
 from support.checkpoints import make_tiny_config, write_checkpoint
 from torch import Tensor
 
-from quantkit.artifact.load_model import load
+from quantkit.artifact.load_model import load_model
 from quantkit.errors import CheckpointError, NumericsError
 from quantkit.numerics import gram
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 Record = Callable[[str, object], None]
 METHODS: Mapping[str, dict[str, str]] = {
@@ -80,7 +80,7 @@ def modules(artifact: Path) -> dict[str, Any]:
 
 def weights(artifact: Path) -> dict[str, Tensor]:
     """Every weight of the artifact, unpacked to float32."""
-    model = load(artifact)
+    model = load_model(artifact)
     found = {}
     for name, module in model.named_modules():
         if (
@@ -109,7 +109,7 @@ def test_hard_weights(method: str, hard: Path, tmp_path: Path, record_property: 
         fidelity="none",
         **METHODS[method],
     ).path
-    verify(out)
+    verify_artifact(out)
     for name, tensor in load_file(out / "model.safetensors").items():
         assert not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()), name
     told, stored = modules(out), weights(out)
@@ -153,7 +153,7 @@ def test_values_beyond_fp16_under_fp16_scales(
     out = build(
         hard, tmp_path / "out", rules="all-linear", calibration=FEW, fidelity="none", **keys
     ).path
-    verify(out)
+    verify_artifact(out)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(out).values())
     if method not in ("awq", "awq+gptq"):  # which move it into the next matrix
         assert "scale-clamped" in modules(out)[HUGE]["fallbacks"]
@@ -251,17 +251,22 @@ def test_errors_of_any_magnitude() -> None:
     """A power of two in all weights changes no figure, and no figure of ordinary weights changed."""
     weight = torch.randn(3, 8, 128, generator=torch.Generator().manual_seed(0))
     near, inputs = (weight * 8).round() / 8, torch.eye(128)
-    sqnr, lost = gram.sqnr_db(weight, near), gram.relative_error(weight, near, inputs)
+    sqnr, lost = (
+        gram.compute_sqnr_db(weight, near),
+        gram.compute_relative_error(weight, near, inputs),
+    )
     for exponent in (-100, 100):
         factor = 2.0**exponent
-        assert torch.equal(gram.relative_error(weight * factor, near * factor, inputs), lost)
-        assert torch.allclose(gram.sqnr_db(weight * factor, near * factor), sqnr)
+        assert torch.equal(
+            gram.compute_relative_error(weight * factor, near * factor, inputs), lost
+        )
+        assert torch.allclose(gram.compute_sqnr_db(weight * factor, near * factor), sqnr)
     tiny = torch.full((8, 128), 1e-40)
     assert (
-        float(gram.sqnr_db(tiny, tiny * 0)) == 0.0
-        and float(gram.relative_error(tiny, tiny * 0, inputs)) == 1.0
+        float(gram.compute_sqnr_db(tiny, tiny * 0)) == 0.0
+        and float(gram.compute_relative_error(tiny, tiny * 0, inputs)) == 1.0
     )
-    assert float(gram.relative_error(tiny * 0, tiny * 0, inputs)) == 0.0
+    assert float(gram.compute_relative_error(tiny * 0, tiny * 0, inputs)) == 0.0
 
 
 @pytest.mark.parametrize("method", ["awq", "awq+gptq", "gptq"])
@@ -290,7 +295,7 @@ def test_an_input_of_almost_nothing(
         fidelity="none",
         **METHODS[method],
     ).path
-    verify(out)
+    verify_artifact(out)
     told = modules(out)
     for name, module in told.items():
         assert 0 < module["relative_error"] < 1 and 0 <= module["output_error"] < 0.5, (
@@ -324,7 +329,7 @@ def test_a_router_that_is_no_router(
     keys = dict(METHODS[method])
     learns = method in ("awq", "awq+gptq", "gptq")
     outcome = build(folder, tmp_path / "out", rules="experts-only", calibration=FEW, **keys)
-    verify(outcome.path)
+    verify_artifact(outcome.path)
     told = modules(outcome.path)
     alone = {5} if kind == "never routed to" else {0, 1, 4, 5, 6, 7}
     for name, module in told.items():

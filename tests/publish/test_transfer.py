@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 from support.damage import judged, rehash
-from support.loadtest_example import example
+from support.loadtest_example import make_load_test
 from support.places.here import KINDS, Place
 from support.places.using import LAST, WRITING, Record, fetched, files, flipped, other, sent
 
 from quantkit.artifact.layout import LOADTEST, LOADTEST_PAGE, MANIFEST, SIGNATURE
 from quantkit.errors import ArtifactError, TransferError, UsageError
 from quantkit.publish.publish import publish
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 QUICK = {"file", "oci", "hf"}
 
@@ -41,7 +41,7 @@ def test_what_is_published_is_pulled_byte_for_byte(
         got.manifest == done.manifest == hashlib.sha256((built / MANIFEST).read_bytes()).hexdigest()
     )
     assert files(tmp_path / "got") == files(built)
-    verify(tmp_path / "got")
+    verify_artifact(tmp_path / "got")
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("got")) == ["got"]
 
 
@@ -88,7 +88,7 @@ def test_a_load_test_travels_and_its_page_does_not(
     artifact: Path, there: Place, tmp_path: Path
 ) -> None:
     """Figures can be checked by their form; a page of somebody else's could say and do anything."""
-    (artifact / LOADTEST).write_text(example().model_dump_json())
+    (artifact / LOADTEST).write_text(make_load_test().model_dump_json())
     (artifact / LOADTEST_PAGE).write_text("<script>")
     sent(artifact, there.address)
     fetched(there.address, tmp_path / "got")
@@ -145,7 +145,7 @@ def test_only_accepted_artifacts(artifact: Path, tmp_path: Path, status: str) ->
     missed = {"figure": "kl_mean", "bound": "<= 1e-07", "value": 0.001, "ok": False}
     judged(artifact, status, [missed] if status == "rejected" else [])
     rehash(artifact)
-    assert verify(artifact).status == status
+    assert verify_artifact(artifact).status == status
     with pytest.raises(
         ArtifactError,
         match=f"expected an accepted artifact, found one that is {status}; .* --force",

@@ -27,7 +27,7 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.io.retry import RetryPolicy
 from quantkit.publish import publish
 from quantkit.publish.staging_dir import StagingDir, landing
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 CUTS = 8
 CUT_EVERY = 350_000  # bytes, in the mean; an artifact has six million
@@ -332,7 +332,7 @@ def test_a_disk_that_is_full_while_publishing(
         lambda: fetched(str(tmp_path / "there"), tmp_path / "got")
     )
     sent(built, str(tmp_path / "there"))
-    verify(tmp_path / "there")
+    verify_artifact(tmp_path / "there")
     record_property("fault", "file: the disk is full while publishing")
 
 
@@ -340,7 +340,7 @@ def test_no_room_is_said_before_anything_is_fetched(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     sent(built, str(tmp_path / "there"))
-    monkeypatch.setattr("quantkit.publish.pull.disk_free", lambda _path: 1_000_000)
+    monkeypatch.setattr("quantkit.publish.pull.get_free_bytes", lambda _path: 1_000_000)
     assert "found 1.0 MB; free some space" in sentence(
         lambda: fetched(str(tmp_path / "there"), tmp_path / "got")
     )
@@ -391,15 +391,15 @@ def test_a_pull_that_another_was_faster_than(
 def test_a_second_publication_into_a_folder_is_refused(
     built: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    from quantkit.io.lock import held
+    from quantkit.io.lock import hold_lock
 
     with (
-        held(tmp_path / "there.publishing.lock"),
+        hold_lock(tmp_path / "there.publishing.lock"),
         pytest.raises(UsageError, match="the only publication here"),
     ):
         sent(built, str(tmp_path / "there"))
     sent(built, str(tmp_path / "there"))
-    verify(tmp_path / "there")
+    verify_artifact(tmp_path / "there")
     record_property("fault", "two publications into one folder")
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from quantkit.artifact.layout import MANIFEST
 from quantkit.errors import QuantkitError
-from quantkit.io.path_safety import name_faults
+from quantkit.io.path_safety import find_name_faults
 from quantkit.io.retry import RetryPolicy
 from quantkit.publish.docker_login import login
 from quantkit.publish.oci_client import Registry
@@ -81,13 +81,13 @@ def test_a_manifest(values: dict[str, Any], present: dict[str, int], whole: bool
     else:
         names = [entry.name for entry in wanted]
         assert (
-            not list(name_faults(names))
+            not list(find_name_faults(names))
             and len(set(names)) == len(names)
             and isinstance(status, str)
         )
         assert all(present[entry.name] == entry.n_bytes for entry in wanted)
         assert {entry.name for entry in wanted if entry.sha256} == set(values["files"])
-    assert not list(name_faults(names_in(content)))
+    assert not list(find_name_faults(names_in(content)))
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))

@@ -18,7 +18,7 @@ from quantkit.errors import TransferError
 from quantkit.publish.publish import publish
 from quantkit.publish.pull import pull
 from quantkit.publish.remote import Item, Options, opened
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 # ----------------------------------------------------------------------------------------------------- kinds of places
 
@@ -236,7 +236,7 @@ def test_what_the_commands_print(built: Path, tmp_path: Path) -> None:
         and told["files"] == []
         and told["manifest"] == hashlib.sha256((built / MANIFEST).read_bytes()).hexdigest()
     )
-    verify(tmp_path / "got")
+    verify_artifact(tmp_path / "got")
 
 
 def test_neither_command_starts_torch(built: Path, tmp_path: Path) -> None:

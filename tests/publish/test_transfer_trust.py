@@ -20,7 +20,7 @@ from support.places.using import LAST, Record, fetched, files, run, sent
 
 from quantkit.artifact.layout import MANIFEST
 from quantkit.errors import QuantkitError, TransferError, UsageError
-from quantkit.io.path_safety import name_faults
+from quantkit.io.path_safety import find_name_faults
 from quantkit.io.retry import RetryPolicy
 from quantkit.publish.hashed_upload import HashedReader
 from quantkit.publish.pull import pull
@@ -38,7 +38,7 @@ BAD_NAMES = [
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
 def test_a_name_that_is_no_file_of_the_folder(name: str) -> None:
-    assert len(list(name_faults(["config.json", name]))) == 1
+    assert len(list(find_name_faults(["config.json", name]))) == 1
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_name_that_is_no_file_of_the_folder(name: str) -> None:
     ],
 )
 def test_names_that_meet_in_one_place(names: list[str]) -> None:
-    assert len(list(name_faults(names))) == 1
+    assert len(list(find_name_faults(names))) == 1
 
 
 def test_good_names() -> None:
@@ -64,12 +64,12 @@ def test_good_names() -> None:
         ".gitattributes",
         "..."[:1] + "x",
     ]
-    assert list(name_faults(names)) == []
+    assert list(find_name_faults(names)) == []
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=12), max_size=6, unique=True))
 def test_names_without_fault_stay_in_the_folder(names: list[str]) -> None:
-    good = [name for name in names if not list(name_faults([name]))]
+    good = [name for name in names if not list(find_name_faults([name]))]
     root = Path("/somewhere/deep")
     for name in good:
         whole = Path(os.path.normpath(root / name))

@@ -532,9 +532,9 @@ def test_a_hostile_spec(name: str, source: Path, record_property: Record) -> Non
 
 def tokenizer(change: Callable[[dict[str, Any]], object]) -> bytes:
     """tokenizer.json of tiny-v3, changed."""
-    from quantkit.io.package_data import resolve_model
+    from quantkit.io.package_data import locate_model
 
-    values = json.loads((resolve_model("builtin:tiny-v3") / "tokenizer.json").read_text())
+    values = json.loads((locate_model("builtin:tiny-v3") / "tokenizer.json").read_text())
     change(values)
     return json.dumps(values).encode()
 

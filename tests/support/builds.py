@@ -9,7 +9,7 @@ from support.checkpoints import make_recipe_text
 from quantkit import pipeline
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 
 
 def ignore_progress(_: Progress | Plan) -> None:
@@ -25,7 +25,7 @@ def build(folder: Path, output: Path, **keys: str) -> pipeline.BuildResult:
 def build_all(folder: Path, output: Path, **keys: str) -> tuple[pipeline.BuildResult, ...]:
     """Build the artifacts of a small recipe, one per format."""
     text = make_recipe_text(folder, output, **keys)
-    return pipeline.run(
+    return pipeline.build_artifacts(
         parse(text, "test.yaml"),
         text,
         overwrite=False,

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit.architectures.components.decoder import TINY_COMMON
-from quantkit.io.package_data import resolve_model
+from quantkit.io.package_data import locate_model
 from quantkit.models import derive
 
 
@@ -34,7 +34,7 @@ def write_model(folder: Path, config: dict[str, object]) -> Path:
     model.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(resolve_model("builtin:tiny-v3") / name, folder / name)
+        shutil.copy(locate_model("builtin:tiny-v3") / name, folder / name)
     return folder
 
 

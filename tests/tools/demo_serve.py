@@ -19,7 +19,7 @@ from contextlib import contextmanager
 
 import openai
 
-from quantkit.serve.engines.engine_process import answers, free_port
+from quantkit.serve.engines.engine_process import find_free_port, is_responding
 
 PROMPT = "Question: Tom has 3 apples and buys 4 more. How many apples does Tom have?\nAnswer:"
 START_SECONDS = 600  # vLLM on a CPU takes minutes

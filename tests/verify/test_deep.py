@@ -36,11 +36,11 @@ from quantkit import pipeline
 from quantkit.artifact.layout import MANIFEST
 from quantkit.cli.main import main
 from quantkit.errors import ArtifactError, CheckpointError
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 from quantkit.verify.deep import SAID, DeepReport, verify_deep
 from quantkit.verify.deep_proofs import powers_of_two, prove_linear
 from quantkit.verify.deep_sides import open_sides
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 AWQ = "{method: awq, rounding: gptq, bits: 4, group_size: 64}"
 KINDS: dict[str, tuple[str, dict[str, str]]] = {
@@ -106,8 +106,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         if not output.exists():
             few = {"calibration": "{set: tiny-v3, sequences: 16, length: 64, min_expert_tokens: 1}"}
             text = make_recipe_text(source, output, fidelity="none", **few | keys)
-            recipe = parse(text, "deep.yaml")
-            pipeline.run(recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore)
+            recipe = parse_recipe(text, "deep.yaml")
+            pipeline.build_artifacts(
+                recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
+            )
         return output
 
     return build
@@ -466,7 +468,7 @@ def test_what_was_not_made_of_the_source_is_refused(
     path = bad(kind)
     damage(path)
     reseal(path)
-    verify(path)  # nothing but the source tells
+    verify_artifact(path)  # nothing but the source tells
     with pytest.raises(ArtifactError) as caught:
         deep(path)
     assert str(caught.value).startswith(f"{path}: not made of ") and sentence in str(caught.value)

@@ -89,7 +89,9 @@ def pack(quantized: Quantized, scheme: Scheme, zero_offset: int) -> dict[str, Te
     from quantkit.numerics import affine, bitpack
 
     width = quantized.codes.shape[1]
-    middle = torch.full_like(quantized.scale, affine.default_zero_point(scheme), dtype=torch.int32)
+    middle = torch.full_like(
+        quantized.scale, affine.get_default_zero_point(scheme), dtype=torch.int32
+    )
     zero = middle if quantized.zero is None else quantized.zero.to(torch.int32)  # [out, n_groups]
     group = width if scheme.group_size == -1 else scheme.group_size
     return {

@@ -14,15 +14,15 @@ from quantkit.errors import ArtifactError, TransferError, UsageError
 from quantkit.io.files import (
     JSON_LIMIT_BYTES,
     PART,
-    brief,
+    describe_os_error,
     make_folder,
+    make_write_error,
     read_bytes,
-    reason,
     sha256_file,
+    shorten_repr,
     sync_folder,
-    unwritable,
 )
-from quantkit.io.lock import held
+from quantkit.io.lock import hold_lock
 from quantkit.publish.hashed_upload import HashedReader
 from quantkit.publish.remote import PIECE_BYTES, Arrived, Item, Options, RemoteScheme, RemoteState
 
@@ -65,14 +65,14 @@ class Folder:
     def begin(self, gone: Sequence[str]) -> None:
         """Lock the folder, make it, or take what was there out of it."""
         beside = self._path.with_name(self._path.name + ".publishing.lock")
-        self._open.enter_context(held(beside, "publication", "another folder"))
+        self._open.enter_context(hold_lock(beside, "publication", "another folder"))
         make_folder(self._path)
         try:
             for name in gone:
                 (self._path / name).unlink(missing_ok=True)
                 sync_folder((self._path / name).parent)
         except OSError as fault:
-            raise unwritable(self._path, fault) from fault
+            raise make_write_error(self._path, fault) from fault
 
     def send(self, item: Item, arrived: Arrived) -> None:
         """Write beside and rename; a part that an earlier try left is compared with the file and gone on with."""
@@ -94,7 +94,7 @@ class Folder:
             os.replace(part, target)
             sync_folder(target.parent)
         except OSError as fault:
-            raise unwritable(target, fault) from fault
+            raise make_write_error(target, fault) from fault
 
     def seal(self, items: Sequence[Item], manifest: Item) -> str:
         """The manifest, after all files are found there."""
@@ -102,7 +102,7 @@ class Folder:
         for item in items:
             if present.get(item.name) != item.n_bytes:
                 raise TransferError(
-                    f"{self.where}: {brief(item.name)}: expected the {item.n_bytes} bytes that were written, found "
+                    f"{self.where}: {shorten_repr(item.name)}: expected the {item.n_bytes} bytes that were written, found "
                     f"{present.get(item.name, 'no file')}; publish again"
                 )
         self.send(manifest, lambda _: None)
@@ -137,7 +137,7 @@ class Folder:
                     yield piece
         except OSError as fault:
             raise TransferError(
-                f"{path}: expected a readable file, found: {reason(fault)}; check it"
+                f"{path}: expected a readable file, found: {describe_os_error(fault)}; check it"
             ) from fault
 
     def close(self) -> None:
@@ -168,7 +168,7 @@ def folder(rest: str, text: str, options: Options) -> Folder:
         host, slash, tail = rest.partition("/")
         if not slash or host not in {"", "localhost"}:
             raise UsageError(
-                f"{text}: expected a folder of this machine like file:///folder, found {brief(host)}"
+                f"{text}: expected a folder of this machine like file:///folder, found {shorten_repr(host)}"
             )
         rest = "/" + unquote(tail)
     path = Path(rest).expanduser().absolute()

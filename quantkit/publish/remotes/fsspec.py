@@ -17,7 +17,7 @@ import fsspec
 from fsspec.callbacks import Callback
 
 from quantkit.errors import TransferError, UsageError
-from quantkit.io.files import JSON_LIMIT_BYTES, brief
+from quantkit.io.files import JSON_LIMIT_BYTES, shorten_repr
 from quantkit.io.retry import TransientError
 from quantkit.publish.hashed_upload import HashedReader
 from quantkit.publish.remote import (
@@ -126,7 +126,7 @@ class FsspecRemote:
         found = self._sizes if self._sizes is not None else self.sizes()
         if name not in found:
             raise TransferError(
-                f"{self.where}: {brief(name)}: expected a file, found none; publish it again"
+                f"{self.where}: {shorten_repr(name)}: expected a file, found none; publish it again"
             )
         return self._pieces(name, first, found[name])
 
@@ -137,7 +137,7 @@ class FsspecRemote:
         while first < end:
             last = min(first + self._piece_bytes, end)
             try:
-                with faults(f"{self.where}: {brief(name)}"):
+                with faults(f"{self.where}: {shorten_repr(name)}"):
                     piece = self.files.cat_file(self.place(name), start=first, end=last)
             except TransientError:  # a piece arrives whole or not at all
                 self._piece_bytes = LEAST_PIECE_BYTES
@@ -177,7 +177,7 @@ def check_sizes(where: str, items: Sequence[Item], found: Mapping[str, int]) -> 
     missing = [item for item in items if found.get(item.name) != item.n_bytes]
     if missing:
         raise TransferError(
-            f"{where}: {brief(missing[0].name)}: expected the {missing[0].n_bytes} bytes that were sent, found "
+            f"{where}: {shorten_repr(missing[0].name)}: expected the {missing[0].n_bytes} bytes that were sent, found "
             f"{found.get(missing[0].name, 'no file')}; publish again"
         )
 

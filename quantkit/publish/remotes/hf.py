@@ -32,7 +32,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 
 from quantkit.errors import TransferError, UsageError
-from quantkit.io.files import JSON_LIMIT_BYTES, brief
+from quantkit.io.files import JSON_LIMIT_BYTES, shorten_repr
 from quantkit.io.retry import TransientError
 from quantkit.publish.hashed_upload import HashedReader
 from quantkit.publish.remote import (
@@ -136,7 +136,7 @@ class Hub:
         lost = [item.name for item in every if not same(item, files.get(item.name))]
         if lost:
             raise TransferError(
-                f"{self.where}: {brief(lost[0])}: expected the file that was committed, found another or none "
+                f"{self.where}: {shorten_repr(lost[0])}: expected the file that was committed, found another or none "
                 "(does the repository's .gitignore name it?); publish again"
             )
         return f"hf://{self._repository}@{done.oid}"
@@ -210,7 +210,7 @@ class Hub:
     @contextmanager
     def _answers(self, name: str = "") -> Iterator[None]:
         """What the hub refuses, in one sentence each."""
-        where = f"{self.where}: {brief(name)}" if name else self.where
+        where = f"{self.where}: {shorten_repr(name)}" if name else self.where
         with faults(where):
             try:
                 yield

@@ -11,7 +11,7 @@ import re
 from collections.abc import Generator, Mapping, Sequence
 
 from quantkit.errors import TransferError, UsageError
-from quantkit.io.files import JSON_LIMIT_BYTES, brief
+from quantkit.io.files import JSON_LIMIT_BYTES, shorten_repr
 from quantkit.publish.oci_client import MANIFEST, Registry
 from quantkit.publish.remote import (
     Arrived,
@@ -70,7 +70,7 @@ class Oci:
         for item in items:
             if not self._registry.has(f"sha256:{item.sha256}"):
                 raise TransferError(
-                    f"{self.where}: {brief(item.name)}: expected the blob that was sent, found none; publish again"
+                    f"{self.where}: {shorten_repr(item.name)}: expected the blob that was sent, found none; publish again"
                 )
         self._registry.put(manifest.path.read_bytes())
         empty = {
@@ -125,7 +125,7 @@ class Oci:
         blobs = self._blobs if self._blobs is not None else self._titles()
         if name not in blobs:
             raise TransferError(
-                f"{self.where}: {brief(name)}: expected a blob, found none; publish it again"
+                f"{self.where}: {shorten_repr(name)}: expected a blob, found none; publish it again"
             )
         return self._registry.blob(blobs[name][0], first, name)
 
@@ -154,11 +154,11 @@ class Oci:
                 or size < 0
             ):
                 raise TransferError(
-                    f"{self.where}: {brief(title)}: expected a sha256 and a size; publish it again"
+                    f"{self.where}: {shorten_repr(title)}: expected a sha256 and a size; publish it again"
                 )
             if title in found:
                 raise TransferError(
-                    f"{self.where}: {brief(title)}: expected one blob, found two; publish it again"
+                    f"{self.where}: {shorten_repr(title)}: expected one blob, found two; publish it again"
                 )
             found[title] = digest, size
         self._blobs = found

@@ -19,7 +19,7 @@ from quantkit.publish.publish import publish
 from quantkit.publish.pull import pull
 from quantkit.publish.remote import Options
 from quantkit.publish.transfer import Transfer
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 PATIENCE = RetryPolicy(first_wait=0.01, tries=4)
 WRITING = Options(writing=True, patience=PATIENCE)
@@ -104,5 +104,5 @@ def other(artifact: Path) -> Path:
             "bytes": len(content),
         }
     (path / MANIFEST).write_text(json.dumps(manifest))
-    verify(path)
+    verify_artifact(path)
     return path
