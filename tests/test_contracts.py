@@ -102,7 +102,7 @@ def test_block_by_block_logits_equal_transformers(
         folder, tmp_path, rules='[{match: "*", keep: source}]', quantize="{method: rtn}"
     )
     stream, source = streams["reference"], Checkpoint.open(folder)
-    meta = meta_model(source.config, torch.device("cpu"), torch.float32)
+    meta = make_meta_model(source.config, torch.device("cpu"), torch.float32)
     rows, _ = scored(stream)
     ours = Head(meta, plan.layout, source).logits(stream.hidden.gather(rows))
     model, theirs = load_reference(folder), []
@@ -121,7 +121,7 @@ def test_adds_to_names_residual_additions(
     source = Checkpoint.open(
         write_checkpoint(tmp_path / "source", make_tiny_config(name, **changes))
     )
-    meta = meta_model(source.config, torch.device("cpu"), torch.float32)
+    meta = make_meta_model(source.config, torch.device("cpu"), torch.float32)
     layout = registry.get_architecture(name).layout(source.config)
     for block in (block for block in layout.blocks if block.kind == "decoder"):
         adding = {group.readers[0]: group.adds_to for group in block.groups if group.adds_to}
@@ -130,10 +130,10 @@ def test_adds_to_names_residual_additions(
         names = [
             n for n in source.specs if n.startswith(f"{block.name}.") and not n.startswith(routed)
         ]
-        layer, _ = decoder_layer(meta, block, source.read(names))
+        layer, _ = make_decoder_layer(meta, block, source.read(names))
         for reader, norm in adding.items():
             before, output, after = run_around(
-                meta, layer, relative(block, reader), relative(block, norm)
+                meta, layer, get_layer_name(block, reader), get_layer_name(block, norm)
             )
             assert torch.allclose(before + output, after, atol=1e-5)
 
@@ -147,8 +147,8 @@ def run_around(
     handle = layer.get_submodule(reader).register_forward_hook(
         lambda _m, _i, out: outputs.append(out)
     )
-    with observing(layer, {"this": norm, "next": "post_attention_layernorm"}) as inputs:
-        out, _ = run(meta, layer, rows, (24,))
+    with observe_inputs(layer, {"this": norm, "next": "post_attention_layernorm"}) as inputs:
+        out, _ = run_layer(meta, layer, rows, (24,))
     handle.remove()
     after = inputs["next"] if norm == "input_layernorm" else out
     return (
@@ -197,7 +197,7 @@ def test_full_model_has_logits_of_transformers(name: str, tmp_path: Path) -> Non
     """The model that benchmarks run, assembled from files, equals the one transformers loads."""
     folder = write_checkpoint(tmp_path / "source", make_tiny_config(name))
     source = Checkpoint.open(folder)
-    meta = meta_model(source.config, torch.device("cpu"), torch.float32)
+    meta = make_meta_model(source.config, torch.device("cpu"), torch.float32)
     ours = full_model.make_model(
         meta, registry.get_architecture(name).layout(source.config), full_model.make_reader(source)
     )
@@ -212,7 +212,7 @@ def test_meta_model_does_not_change_config() -> None:
     """transformers adds keys to rope_scaling; the artifact's config.json equals the source's."""
     scaling = {"type": "yarn", "factor": 2, "original_max_position_embeddings": 128}
     config = make_tiny_config("deepseek_v3", rope_scaling=scaling)
-    meta_model(Config(values=config), torch.device("cpu"), torch.float32)
+    make_meta_model(Config(values=config), torch.device("cpu"), torch.float32)
     assert config["rope_scaling"] == {
         "type": "yarn",
         "factor": 2,
@@ -234,7 +234,7 @@ def run_streams(folder: Path, place: Path, **keys: str):  # type: ignore[no-unty
     from quantkit.build.loop import build_blocks as build_loop
     from quantkit.plan import sources
 
-    recipe = parse(make_recipe_text(folder, place / "unused", **keys), "test.yaml")
+    recipe = parse_recipe(make_recipe_text(folder, place / "unused", **keys), "test.yaml")
     source = Checkpoint.open(folder)
     texts = pipeline.tokenize(recipe, folder)
     (plan,) = sources.plan_recipe(

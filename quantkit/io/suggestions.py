@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 
-def describe_unknown(noun: str, name: str, known: Sequence[str]) -> str:
+def format_unknown_name(noun: str, name: str, known: Sequence[str]) -> str:
     """Return the sentence: "no method named 'gtpq'. Did you mean 'gptq'? Known: gptq, rtn."."""
     return (
         f"no {noun} named {name!r}.{suggest_name(name, known)} Known: {', '.join(known) or 'none'}."

@@ -1,4 +1,4 @@
-"""Sentences for pydantic's validation errors: the expected value, the value found, the known keys."""
+"""pydantic's complaints in our words: what was expected, what was found, which keys there are."""
 
 from __future__ import annotations
 
@@ -21,13 +21,11 @@ PATTERNS: Mapping[str, str] = {
 }
 
 
-def describe_fault(path: Path, details: ErrorDetails, known: Sequence[str]) -> str:
+def describe_fault(path: KeyPath, details: ErrorDetails, known: Sequence[str]) -> str:
     """What is wrong with the value at `path`, and what was found; `known`: the keys that may stand beside it."""
     kind, found, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "extra_forbidden":
-        return (
-            f"unknown key.{registry.suggest_name(str(path[-1]), known)} Known: {', '.join(known)}."
-        )
+        return f"unknown key.{suggest_name(str(path[-1]), known)} Known: {', '.join(known)}."
     if kind == "missing":
         return "missing; this key has no default"
     if kind == "value_error":
@@ -53,11 +51,11 @@ def describe_fault(path: Path, details: ErrorDetails, known: Sequence[str]) -> s
         if kind == "string_type" and isinstance(found, int | float)
         else ""
     )
-    return f"expected {expected}, found {describe_value(found)}{hint}"
+    return f"expected {expected}, found {found_told(found)}{hint}"
 
 
-def describe_value(value: object) -> str:
-    """Return a value as messages print it."""
+def found_told(value: object) -> str:
+    """How a message calls a value that was found."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):

@@ -74,7 +74,7 @@ class YamlDocument:
                 return self.lines[path[:end]]
         return 1
 
-    def with_value(self, path: Path, value: object) -> YamlDocument:
+    def with_value(self, path: KeyPath, value: object) -> YamlDocument:
         """A copy in which `path` (keys only) has another value; sections on the way are made where absent."""
         values: dict[str, object] = dict(self.values)
         inner = values
@@ -114,7 +114,7 @@ def parse_value(text: str, name: str) -> object:
     """The value of one override: `[..]` and `{..}` as YAML, anything else as one plain scalar."""
     if text.lstrip()[:1] in ("[", "{"):
         return parse_document(f"value: {text}", name).values["value"]
-    return scalar(text.strip())
+    return parse_scalar(text.strip())
 
 
 def parse_scalar(text: str) -> str | int | float | bool | None:
@@ -137,7 +137,7 @@ def is_invalid_text(text: str) -> bool:
     return "\0" in text or any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def format_path(path: Path) -> str:
+def format_path(path: KeyPath) -> str:
     """("rules", 0, "match") -> "rules[0].match"."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return printable(text.removeprefix("."))

@@ -11,9 +11,9 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from quantkit import figures, registry
+from quantkit import figures
 from quantkit.errors import RecipeError
-from quantkit.io.suggestions import describe_unknown, suggest_name
+from quantkit.io.suggestions import format_unknown_name, suggest_name
 from quantkit.io.validation_errors import describe_fault
 from quantkit.io.yaml_document import (
     INVALID_TEXT,
@@ -35,17 +35,6 @@ from quantkit.recipe.schema import (
     Recipe,
     Rule,
     RuleEntry,
-)
-from quantkit.recipe.validation_errors import describe_fault
-from quantkit.recipe.yaml_document import (
-    NO_TEXT,
-    Path,
-    YamlDocument,
-    format_path,
-    not_text,
-    parse_document,
-    shown,
-    value_of,
 )
 from quantkit.texts.corpus_spec import DOMAINS
 
@@ -108,7 +97,7 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
     for key in document.values.keys() - Recipe.model_fields.keys():
         check.fault(
             (key,),
-            f"unknown key.{registry.suggest_name(key, tuple(Recipe.model_fields))} Expected gates.",
+            f"unknown key.{suggest_name(key, tuple(Recipe.model_fields))} Expected gates.",
         )
     found = check.model(Gates, {"gates": document.values.get("gates")}, ())
     check.gates(document.values.get("gates"), {"tasks": list(tasks)}, {})
@@ -220,7 +209,7 @@ class _Check:
     def preset(self, name: str, path: KeyPath, default: Quantize) -> tuple[Rule, ...]:
         """The rules of a preset that the recipe names."""
         if name not in PRESETS:
-            self.fault(path, registry.format_unknown_name("preset", shown(name), tuple(PRESETS)))
+            self.fault(path, format_unknown_name("preset", printable(name), tuple(PRESETS)))
             return ()
         return expand_preset(name, default, self.document.line(path))
 
@@ -287,9 +276,9 @@ def _unknown_figure(figure: str, tasks: Sequence[str]) -> str:
     """Why a gate names nothing, with what it may have meant."""
     base, at, domain = figure.partition("@")
     if at and figures.is_per_domain(base):
-        return registry.format_unknown_name("domain", shown(domain), DOMAINS)
-    sentence = registry.format_unknown_name(
-        "figure or task of evaluation.tasks", shown(figure), (*figures.list_keys(), *tasks)
+        return format_unknown_name("domain", printable(domain), DOMAINS)
+    sentence = format_unknown_name(
+        "figure or task of evaluation.tasks", printable(figure), (*figures.list_keys(), *tasks)
     )
     return f"{sentence} Of one domain: kl_mean@{DOMAINS[-1]}."
 

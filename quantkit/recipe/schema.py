@@ -25,8 +25,9 @@ from pydantic import (
 from quantkit import registry
 from quantkit.contracts import FALLBACK_ROUNDING
 from quantkit.io.owned_dirs import validate_folder
+from quantkit.io.suggestions import format_unknown_name
+from quantkit.io.yaml_document import YamlDocument, printable
 from quantkit.recipe import patterns
-from quantkit.recipe.yaml_document import YamlDocument, shown
 
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -56,7 +57,7 @@ def size_bytes(value: object) -> int:
 def _registered(kind: registry.Kind, name: str) -> str:
     known = registry.list_names(kind)
     if name not in known:
-        raise ValueError(registry.format_unknown_name(kind.removesuffix("s"), name, known))
+        raise ValueError(format_unknown_name(kind.removesuffix("s"), name, known))
     return name
 
 

@@ -133,7 +133,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
     from transformers import AutoTokenizer, PretrainedConfig
 
     # transformers would also run the code of the folder's config; it looks for one unless given one
-    config = PretrainedConfig(auto_map=tokenizer_map(folder)) if trust_remote_code else None
+    config = PretrainedConfig(auto_map=read_tokenizer_map(folder)) if trust_remote_code else None
     try:
         with silence_output():
             tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
@@ -154,7 +154,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
             f"{folder}: expected a tokenizer that transformers loads without code of its own, "
             f"found: {get_first_line(error):.300}. Copy tokenizer.json and tokenizer_config.json "
             "of "
-            f"the model there{hint(folder)}"
+            f"the model there{format_trust_hint(folder)}"
         ) from error
     return tokenizer
 

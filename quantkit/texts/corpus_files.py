@@ -122,17 +122,21 @@ def _parse_row(line: bytes, domains: tuple[str, ...]) -> TextDocument | str:
             "Correct the line"
         )
     if not isinstance(row, dict) or set(row) != {"domain", "text"}:
-        keys = ", ".join(map(brief, [*row][:8])) if isinstance(row, dict) else type(row).__name__
+        keys = (
+            ", ".join(map(shorten_repr, [*row][:8]))
+            if isinstance(row, dict)
+            else type(row).__name__
+        )
         return f"expected the keys domain and text and no other, found {keys or 'none'}"
     domain, text = row["domain"], row["text"]
     if domain not in domains:
         return (
-            f"domain: expected {' or '.join(domains)}, found {brief(domain)}. Correct it, or "
+            f"domain: expected {' or '.join(domains)}, found {shorten_repr(domain)}. Correct it, or "
             "`domains` in the spec"
         )
     if not isinstance(text, str) or not text.strip():
-        return f"text: expected text, found {brief(text)}"
-    if not whole(text):
+        return f"text: expected text, found {shorten_repr(text)}"
+    if not is_encodable(text):
         return (
             "text: expected text, found half a surrogate pair (\\ud800 to \\udfff). Correct the "
             "line"

@@ -251,7 +251,7 @@ def _list_faults(document: YamlDocument, error: ValidationError) -> list[str]:
         path: KeyPath = tuple(details["loc"])
         if details["type"] == "model_type":
             keys = ", ".join(_list_keys(SECTIONS[str(path[0])]))
-            sentence = f"expected the keys {keys}, found {brief(details['input'])}"
+            sentence = f"expected the keys {keys}, found {shorten_repr(details['input'])}"
         else:
             section = SECTIONS.get(str(path[0]), SpecFile) if len(path) > 1 else SpecFile
             sentence = describe_fault(path, details, _list_keys(section))

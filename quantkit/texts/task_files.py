@@ -19,12 +19,12 @@ MAX_BYTES = 1_000_000  # no task description is larger
 
 def list_task_names() -> tuple[str, ...]:
     """Return the tasks that ship with quantkit, in alphabetical order."""
-    return tuple(sorted(path.stem for path in folder("evals").glob(f"*{SUFFIX}")))
+    return tuple(sorted(path.stem for path in locate_folder("evals").glob(f"*{SUFFIX}")))
 
 
 def find_task_path(name: str) -> Path:
     """Return the file of a shipped task, or of a task given by a path that ends in .yaml."""
-    return Path(name) if name.endswith(SUFFIX) else folder("evals") / f"{name}{SUFFIX}"
+    return Path(name) if name.endswith(SUFFIX) else locate_folder("evals") / f"{name}{SUFFIX}"
 
 
 def read_task_text(path: Path) -> str:
@@ -49,7 +49,7 @@ def read_row_range(path: Path, start: int, end: int) -> str:
         with path.open(encoding="utf-8") as file:
             rows = list(islice(file, start, end))
     except (OSError, UnicodeDecodeError) as fault:
-        problem = reason(fault) if isinstance(fault, OSError) else "it is not UTF-8 text"
+        problem = describe_os_error(fault) if isinstance(fault, OSError) else "it is not UTF-8 text"
         raise EvaluationError(
             f"{path}: expected a readable JSONL file, found: {problem}; fetch it again"
         ) from None
@@ -73,7 +73,7 @@ def read_first_rows(
         raise EvaluationError(
             f"{path}: expected a readable JSONL file, found: {fault}; fetch it again"
         ) from None
-    if not whole(values):
+    if not is_encodable(values):
         raise EvaluationError(f"{path}: expected text, found half a surrogate pair; fetch it again")
     if not all(isinstance(row, dict) for row in values):
         raise EvaluationError(

@@ -54,7 +54,7 @@ def loader_faults(loader: Loader, entry: Mapping[str, object], found: Found) -> 
         "plain": [name for name in found.kept if name not in blocks],
     }
     for kind, names in held.items():
-        for name in expand_fused_names(names) if loader.fused else names:
+        for name in expand_fused_names(names) if loader.has_fused_names else names:
             taken = treatment(name)
             if taken != kind and not (taken == "codes" and isinstance(kind, IntegerCodes)):
                 wrong.setdefault((kind, taken), []).append(name)

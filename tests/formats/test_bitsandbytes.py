@@ -20,7 +20,7 @@ from support.builds import build
 from support.checkpoints import make_tiny_config, write_checkpoint
 from support.dequantized import Stored
 from support.format_examples import SELECTIONS, list_model_modules, make_linear
-from support.plans import plan_checkpoint as plan_checkpoint
+from support.plans import plan_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -43,7 +43,7 @@ from quantkit.verify.shallow import verify_artifact
 IDS = torch.arange(2, 66)[None]  # [1, 64]
 
 
-def make_scheme(double_quant: bool = False) -> Scheme:
+def make_nf4_scheme(double_quant: bool = False) -> Scheme:
     return Scheme(
         bits=4, group_size=64, symmetric=True, scale_dtype="float32", kind="nf4",
         double_quant=double_quant, source_dtype="bfloat16",
@@ -60,7 +60,7 @@ def make_weights(*shape: int, seed: int = 0) -> Tensor:
 
 
 def solve_nf4(weight: Tensor, double_quant: bool = False) -> Quantized:
-    return METHOD.solve(weight, None, make_scheme(double_quant))
+    return METHOD.solve(weight, None, make_nf4_scheme(double_quant))
 
 
 # --- codes
@@ -71,7 +71,7 @@ def test_pack_gives_golden_bytes() -> None:
     weight = torch.zeros(2, 64)
     weight[0, :16] = 2 * torch.tensor(codebook.CODEBOOK)
     weight[1, :3] = torch.tensor([4, -4, 0.1])
-    tensors = nf4.FORMAT.pack(solve_nf4(weight.bfloat16().float()), make_scheme())
+    tensors = nf4.FORMAT.pack(solve_nf4(weight.bfloat16().float()), make_nf4_scheme())
     first, second = tensors["weight"].reshape(2, 32).tolist()
     assert bytes(first).hex() == "0123456789abcdef" + "77" * 24
     assert bytes(second).hex() == "f0" + "77" * 31
@@ -160,7 +160,7 @@ def test_nf4_rejects_integers_partial_blocks_and_nan() -> None:
 @pytest.mark.parametrize("shape", [(48, 576), (1, 64), (40, 512)])
 def test_bitsandbytes_reads_stored_tensors(shape: tuple[int, int], double_quant: bool) -> None:
     """Its QuantState takes the tensors unchanged, and its dequantized weight equals ours."""
-    weight, scheme = make_weights(2, *shape)[0], make_scheme(double_quant)
+    weight, scheme = make_weights(2, *shape)[0], make_nf4_scheme(double_quant)
     tensors = nf4.FORMAT.pack(solve_nf4(weight, double_quant), scheme)
     dtypes = {torch.uint8: "U8", torch.float32: "F32"}
     linear = make_linear(out=shape[0], width=shape[1])
@@ -200,9 +200,9 @@ def test_double_quantization_adds_under_one_percent_error() -> None:
     weight = make_weights(256, 512, seed=3)
     losses = {}
     for double_quant in (False, True):
-        tensors = nf4.FORMAT.pack(solve_nf4(weight, double_quant), make_scheme(double_quant))
+        tensors = nf4.FORMAT.pack(solve_nf4(weight, double_quant), make_nf4_scheme(double_quant))
         losses[double_quant] = float(
-            (nf4.FORMAT.dequantize(tensors, make_scheme(double_quant)) - weight).norm()
+            (nf4.FORMAT.dequantize(tensors, make_nf4_scheme(double_quant)) - weight).norm()
         )
     assert losses[False] < losses[True] < 1.01 * losses[False]
     state = json.loads(bytes(tensors[nf4.STATE_TENSOR].tolist()))
@@ -211,13 +211,15 @@ def test_double_quantization_adds_under_one_percent_error() -> None:
     expected = torch.tensor(codebook.CODEBOOK)[solve_nf4(weight).codes.long()] * scale.reshape(
         256, 8
     ).repeat_interleave(64, 1)
-    assert torch.allclose(nf4.FORMAT.dequantize(tensors, make_scheme(True)), expected, rtol=1e-6)
+    assert torch.allclose(
+        nf4.FORMAT.dequantize(tensors, make_nf4_scheme(True)), expected, rtol=1e-6
+    )
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_state_length_is_independent_of_offset(offset: float) -> None:
-    text = nf4.format_state((2048, 7168), make_scheme(True), offset)
-    assert len(text) == len(nf4.format_state((2048, 7168), make_scheme(True), 0.0))
+    text = nf4.format_state((2048, 7168), make_nf4_scheme(True), offset)
+    assert len(text) == len(nf4.format_state((2048, 7168), make_nf4_scheme(True), 0.0))
     assert json.loads(text)["nested_offset"] == offset
 
 
@@ -236,7 +238,7 @@ def test_thread_count_does_not_change_bytes() -> None:
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            packed.append(nf4.FORMAT.pack(solve_nf4(weight, True), make_scheme(True)))
+            packed.append(nf4.FORMAT.pack(solve_nf4(weight, True), make_nf4_scheme(True)))
     finally:
         torch.set_num_threads(n_threads)
     assert all(torch.equal(tensor, packed[1][name]) for name, tensor in packed[0].items())
@@ -253,9 +255,9 @@ def test_thread_count_does_not_change_bytes() -> None:
 )
 def test_dequantize_rejects_contradicting_tensors(name: str, value: Tensor) -> None:
     """bitsandbytes' kernels would read past their end."""
-    tensors = nf4.FORMAT.pack(solve_nf4(make_weights(8, 64)), make_scheme())
+    tensors = nf4.FORMAT.pack(solve_nf4(make_weights(8, 64)), make_nf4_scheme())
     with pytest.raises(ArtifactError, match="pull or build the artifact again"):
-        nf4.FORMAT.dequantize({**tensors, name: value}, make_scheme())
+        nf4.FORMAT.dequantize({**tensors, name: value}, make_nf4_scheme())
 
 
 # --- config, plan, rejections
@@ -279,14 +281,14 @@ def test_transformers_and_sglang_skip_exactly_the_kept_modules(selection: str) -
 
 def test_config_entry_of_double_quant() -> None:
     entry = nf4.FORMAT.quantization_config(
-        Contents(schemes={"model.layers.0.a": make_scheme(True)}, kept=["lm_head"])
+        Contents(schemes={"model.layers.0.a": make_nf4_scheme(True)}, kept=["lm_head"])
     )
     assert entry is not None and entry["llm_int8_skip_modules"] == ["lm_head"]
     assert (entry["bnb_4bit_quant_type"], entry["bnb_4bit_use_double_quant"]) == ("nf4", True)
     assert (entry["quant_method"], entry["bnb_4bit_compute_dtype"]) == ("bitsandbytes", "bfloat16")
     with pytest.raises(UsageError, match="has one double_quant and one dtype, found 2 schemes"):
         nf4.FORMAT.quantization_config(
-            Contents(schemes={"a": make_scheme(True), "b": make_scheme(False)}, kept=[])
+            Contents(schemes={"a": make_nf4_scheme(True), "b": make_nf4_scheme(False)}, kept=[])
         )
     with pytest.raises(
         UsageError, match="gate is kept, but transformers would take its name for a quantized"
@@ -313,8 +315,8 @@ def test_config_entry_of_double_quant() -> None:
     ],
 )
 def test_accepts_names_reason_of_unsupported_linear(linear: Linear, reason: str) -> None:
-    assert nf4.FORMAT.accepts(make_scheme(), linear) == reason
-    assert nf4.FORMAT.accepts(make_scheme(), make_linear(role="routed_expert")) is None
+    assert nf4.FORMAT.accepts(make_nf4_scheme(), linear) == reason
+    assert nf4.FORMAT.accepts(make_nf4_scheme(), make_linear(role="routed_expert")) is None
     integers = Scheme(bits=4, group_size=64, symmetric=True, scale_dtype="bfloat16")
     assert "found 4-bit integers; use method nf4" in str(
         nf4.FORMAT.accepts(integers, make_linear())
@@ -326,7 +328,7 @@ def test_accepts_names_reason_of_unsupported_linear(linear: Linear, reason: str)
 )
 def test_other_formats_reject_nf4(name: str) -> None:
     assert "use format bitsandbytes" in str(
-        registry.get_format(name).accepts(make_scheme(), make_linear())
+        registry.get_format(name).accepts(make_nf4_scheme(), make_linear())
     )
 
 
@@ -334,7 +336,7 @@ KEYS = {"quantize": "{method: nf4}", "format": "bitsandbytes", "calibration": "n
 
 
 def test_plan_warns_of_engines_without_nf4_experts() -> None:
-    experts, dense = plan_of("deepseek_v3", **KEYS), plan_of("llama", **KEYS)
+    experts, dense = plan_checkpoint("deepseek_v3", **KEYS), plan_checkpoint("llama", **KEYS)
     warning = (
         "transformers, vLLM, SGLang: no loader for routed experts in NF4; "
         "quantkit.load(folder) has one"
@@ -342,7 +344,7 @@ def test_plan_warns_of_engines_without_nf4_experts() -> None:
     assert warning in experts.warnings and not any("NF4" in other for other in dense.warnings)
     assert not experts.needs_calibration
     attention = "[{match: '*.self_attn.*', quantize: default}, {match: '*', keep: source}]"
-    assert warning not in plan_of("deepseek_v3", rules=attention, **KEYS).warnings
+    assert warning not in plan_checkpoint("deepseek_v3", rules=attention, **KEYS).warnings
 
 
 @pytest.mark.parametrize(
@@ -350,7 +352,7 @@ def test_plan_warns_of_engines_without_nf4_experts() -> None:
 )
 def test_state_and_config_have_source_dtype(stored: str, dtype: str) -> None:
     """In each linear's state, and as the compute dtype; FP8 blocks count as bfloat16."""
-    scheme = scheme_of(Quantize(method="nf4"), stored)
+    scheme = make_scheme(Quantize(method="nf4"), stored)
     assert (scheme.source_dtype, scheme.scale_dtype, scheme.kind, scheme.double_quant) == (
         dtype,
         "float32",
@@ -360,7 +362,7 @@ def test_state_and_config_have_source_dtype(stored: str, dtype: str) -> None:
     assert json.loads(nf4.format_state((64, 64), scheme, 0.1))["dtype"] == dtype
     entry = nf4.FORMAT.quantization_config(Contents(schemes={"model.layers.0.a": scheme}, kept=[]))
     assert entry is not None and entry["bnb_4bit_compute_dtype"] == dtype
-    assert scheme_of(Quantize(method="nf4"), "F8_E4M3").source_dtype == "bfloat16"
+    assert make_scheme(Quantize(method="nf4"), "F8_E4M3").source_dtype == "bfloat16"
 
 
 def test_mtp_layer_has_no_fallback_without_calibration() -> None:
@@ -405,7 +407,7 @@ def build_nf4(
     )
     quantize = f"{{method: nf4, double_quant: {str(double_quant).lower()}}}"
     result = build(source, tmp_path / "artifact", **{**KEYS, "quantize": quantize}, rules=rules)
-    verify(result.path)
+    verify_artifact(result.path)
     assert result.fidelity.modules and all(
         0 < module.relative_error < 0.15 for module in result.fidelity.modules
     )
@@ -450,7 +452,7 @@ def test_transformers_loads_stored_weights(
     assert not any(loading_info.values()), loading_info
     ours = Stored.open(path).model()
     packed = list_packed_linears(loaded)
-    assert set(packed) == set(stored_as(read_manifest(path), Checkpoint.open(path), path)[1])
+    assert set(packed) == set(read_schemes(read_manifest(path), Checkpoint.open(path), path)[1])
     for module_name, module in packed.items():
         unpacked = bnb.dequantize_4bit(module.weight, module.weight.quant_state)
         assert torch.equal(unpacked, ours.get_submodule(module_name).weight.bfloat16())
@@ -479,7 +481,7 @@ def test_load_runs_nf4_experts(name: str, double_quant: bool, fp8: bool, tmp_pat
     """The logits of a mixture that no engine loads equal those of the dequantized model."""
     path = build_nf4(tmp_path, name, double_quant=double_quant, fp8=fp8)
     model = quantkit.load(path, device="cpu", dtype="float32")
-    quantized = stored_as(read_manifest(path), Checkpoint.open(path), path)[1]
+    quantized = read_schemes(read_manifest(path), Checkpoint.open(path), path)[1]
     assert len(list_packed_linears(model)) == len(quantized) and not model.training
     assert any(isinstance(module, Experts4bit) for module in model.modules()) == (name != "llama")
     expected = compute_logits(Stored.open(path).model())
@@ -551,7 +553,7 @@ def test_recipe_without_calibration_keeps_its_gate(name: str, tmp_path: Path) ->
         "compute.device": "cpu",
         "output.path": str(tmp_path / "out"),
     }
-    recipe = parse(text, f"{name}.yaml", shorter)
+    recipe = parse_recipe(text, f"{name}.yaml", shorter)
     (result,) = pipeline.build_artifacts(
         recipe,
         text,

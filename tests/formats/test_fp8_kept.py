@@ -113,7 +113,7 @@ def test_kept_bytes_equal_source(
         "model.layers.1.mlp.shared_experts.up_proj.weight",
     ):
         assert torch.equal(read.read([name])[name], original.read([name])[name])
-    assert verify(result.path).status == "not judged"
+    assert verify_artifact(result.path).status == "not judged"
     stored = {role.role: role.stored for role in result.fidelity.artifact.roles}
     assert stored["mlp"] == "F8_E4M3 128x128"
     assert stored["attention"] == ("F8_E4M3 128x128, BF16" if bf16 else "F8_E4M3 128x128")
@@ -199,7 +199,7 @@ def test_fp8_demo_recipe_end_to_end(tmp_path: Path) -> None:
     for weight in model.parameters():
         weight.data = weight.data.float() if weight.dtype == torch.bfloat16 else weight.data
     checkpoint = Checkpoint.open(source)
-    meta = meta_model(checkpoint.config, torch.device("cpu"), torch.float32)
+    meta = make_meta_model(checkpoint.config, torch.device("cpu"), torch.float32)
     original = full_model.make_model(
         meta,
         registry.get_architecture("deepseek_v3").layout(checkpoint.config),
@@ -374,7 +374,7 @@ def test_plan_rejects_other_block_sizes(tmp_path: Path) -> None:
         fingerprint=None,
         where="config.json",
     )
-    recipe = parse(
+    recipe = parse_recipe(
         make_recipe_text("x", tmp_path / "out", quantize=GPTQ, format="compressed_tensors"),
         "r.yaml",
     )

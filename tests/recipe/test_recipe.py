@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
-from quantkit.recipe.yaml_document import MAX_CHARACTERS, parse_document, scalar
 
 from quantkit.errors import RecipeError, UsageError
 from quantkit.io.yaml_document import MAX_CHARACTERS, parse_document, parse_scalar

@@ -26,7 +26,7 @@ def build_all(folder: Path, output: Path, **keys: str) -> tuple[pipeline.BuildRe
     """Build the artifacts of a small recipe, one per format."""
     text = make_recipe_text(folder, output, **keys)
     return pipeline.build_artifacts(
-        parse(text, "test.yaml"),
+        parse_recipe(text, "test.yaml"),
         text,
         overwrite=False,
         evaluate=False,

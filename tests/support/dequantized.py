@@ -43,5 +43,5 @@ class Stored:
 
     def model(self) -> Any:
         """Return the transformers model with these weights, in float32."""
-        meta = meta_model(self.checkpoint.config, torch.device("cpu"), torch.float32)
+        meta = make_meta_model(self.checkpoint.config, torch.device("cpu"), torch.float32)
         return full_model.make_model(meta, self.layout, self.read)

@@ -31,13 +31,13 @@ def serve_artifact(artifact: str, *options: str) -> Iterator[str]:
 
     artifact: a folder, or the address of a server. The process must exit by SIGTERM.
     """
-    port = free_port()
+    port = find_free_port()
     command = [sys.executable, "-m", "quantkit", "serve", artifact, "--port", str(port), *options]
     process = subprocess.Popen(command)
     try:
         deadline = time.monotonic() + START_SECONDS
         ready = "ready" if "--gateway" in options else "health"
-        while not answers(f"http://127.0.0.1:{port}/{ready}"):
+        while not is_responding(f"http://127.0.0.1:{port}/{ready}"):
             if process.poll() is not None or time.monotonic() > deadline:
                 sys.exit(f"{' '.join(command)}: not ready in time")
             time.sleep(0.1)
