@@ -18,11 +18,14 @@ import torch
 from pydantic import BaseModel
 
 from quantkit import registry
-from quantkit.artifact import layout, writer
-from quantkit.artifact import manifest as manifests
+from quantkit.artifact import layout
 from quantkit.artifact.fidelity_schema import Fidelity, TextSet
 from quantkit.artifact.front_matter import read_front_matter
+from quantkit.artifact.make_manifest import format_plan, make_manifest
+from quantkit.artifact.model_files import write_model_files
 from quantkit.artifact.read_report import read_report
+from quantkit.artifact.seal import seal_artifact
+from quantkit.artifact.staging import get_staging_path, prepare_staging, rename_into_place
 from quantkit.artifact.writer import ArtifactWriter, WrittenState
 from quantkit.build import session
 from quantkit.build.loop import BuiltBlocks, build_blocks
@@ -180,8 +183,8 @@ def build_artifacts(
                     )
                 for plan in together:
                     path = Path(plan.path)
-                    writer.rename_into_place(
-                        writer.get_staging_path(path), path, begun.ready(loop)[plan.format_name]
+                    rename_into_place(
+                        get_staging_path(path), path, begun.ready(loop)[plan.format_name]
                     )
             if left := begun.finish():
                 say(left)
@@ -223,7 +226,7 @@ def build_group(
     made = [
         ArtifactInProgress(
             plan=plan,
-            folder=writer.prepare_staging(plan, standing.stored(number)),
+            folder=prepare_staging(plan, standing.stored(number)),
             stored=standing.stored(number),
         )
         for number, plan in enumerate(session.group_by_solve(begun.plans)[loop])
@@ -246,8 +249,8 @@ def build_group(
         report = gates.apply_gates(each.plan.recipe.gates, report)
         write_evidence(each.plan, each.folder, report, figures, compared)
         write_timings(each.folder, built, clock)
-        manifest = manifests.make_manifest(each.plan, source, report, built.blocks)
-        sealed[each.plan.format_name] = writer.seal_artifact(each.folder, manifest, files)
+        manifest = make_manifest(each.plan, source, report, built.blocks)
+        sealed[each.plan.format_name] = seal_artifact(each.folder, manifest, files)
     begun.seal(loop, sealed)
 
 
@@ -322,7 +325,7 @@ def quantize_and_measure(
         for sink in sinks:
             sink.abandon()
     for each in made:
-        writer.write_model_files(each.folder, each.plan, source.sidecars, text)
+        write_model_files(each.folder, each.plan, source.sidecars, text)
     clock.lap("quantize")
     figures, streams = StreamFigures(), built.streams
     if "reference" in streams:
@@ -357,19 +360,17 @@ def write_evidence(
 ) -> None:
     """fidelity.json, the model card, plan.json, the samples, and the page made of what was written."""
     if figures.tokens or compared.pairs:
-        (folder / "quantkit" / "samples").mkdir(exist_ok=True)
-    write_atomic(folder / "quantkit" / "fidelity.json", report.to_json().encode())
-    write_atomic(folder / "README.md", card.render_card(report).encode())
-    write_atomic(folder / "quantkit" / "plan.json", manifests.format_plan(plan).encode())
+        (folder / layout.SAMPLES_FOLDER).mkdir(exist_ok=True)
+    write_atomic(folder / layout.FIDELITY, report.to_json().encode())
+    write_atomic(folder / layout.MODEL_CARD, card.render_card(report).encode())
+    write_atomic(folder / layout.PLAN, format_plan(plan).encode())
     if figures.tokens:
-        tokens_to_parquet(figures.tokens, folder / "quantkit" / "samples" / "tokens.parquet")
+        tokens_to_parquet(figures.tokens, folder / layout.TOKEN_SAMPLES)
     if figures.solutions:
-        likelihood.to_parquet(
-            figures.solutions, folder / "quantkit" / "samples" / "solutions.parquet"
-        )
+        likelihood.to_parquet(figures.solutions, folder / layout.SOLUTION_SAMPLES)
     if compared.pairs:
-        pairs_to_parquet(compared.pairs, folder / "quantkit" / "samples" / "benchmarks.parquet")
-    write_atomic(folder / html_page.HTML, html_page.make_page(folder).encode())
+        pairs_to_parquet(compared.pairs, folder / layout.BENCHMARK_SAMPLES)
+    write_atomic(folder / layout.PAGE, html_page.make_page(folder).encode())
 
 
 def write_timings(folder: Path, built: BuiltBlocks, clock: StepTimer) -> None:

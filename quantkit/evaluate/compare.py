@@ -154,7 +154,7 @@ def answers(
             model,
             load_tokenizer(
                 source.folder,
-                own_code=allows_remote_code(
+                trust_remote_code=allows_remote_code(
                     job.plan.recipe.source.trust_remote_code, source.folder
                 ),
             ),

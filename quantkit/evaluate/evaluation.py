@@ -17,7 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from quantkit.artifact.layout import FIDELITY, MANIFEST, get_section, read_manifest
+from quantkit.artifact.layout import FIDELITY, MANIFEST
+from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.artifact.read_report import read_report
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint

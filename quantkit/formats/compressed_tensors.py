@@ -47,7 +47,7 @@ from quantkit.formats.common.checks import (
 )
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, make_patterns
 from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, check_zero_points
-from quantkit.numerics.runs import per_run
+from quantkit.numerics.runs import count_codes_per_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +87,7 @@ def find_scheme_fault(scheme: Scheme) -> str | None:
 
 def find_linear_fault(scheme: Scheme, linear: Linear) -> str | None:
     """Return why this linear cannot be stored in a supported scheme, or None."""
-    count = per_run(scheme.bits)
+    count = count_codes_per_run(scheme.bits)
     if linear.role in PROTECTED_ROLES:
         return (
             f"vLLM and SGLang build this {linear.role.replace('_', ' ')} without codes and find no "

@@ -51,10 +51,10 @@ def describe_fault(path: KeyPath, details: ErrorDetails, known: Sequence[str]) -
         if kind == "string_type" and isinstance(found, int | float)
         else ""
     )
-    return f"expected {expected}, found {found_told(found)}{hint}"
+    return f"expected {expected}, found {describe_value(found)}{hint}"
 
 
-def found_told(value: object) -> str:
+def describe_value(value: object) -> str:
     """How a message calls a value that was found."""
     if value is None:
         return "nothing"

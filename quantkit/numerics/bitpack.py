@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
-from quantkit.numerics.runs import WORD_BITS, per_run
+from quantkit.numerics.runs import WORD_BITS, count_codes_per_run
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """AutoAWQ's "gemm" layout: the order in which its kernel wants the eight codes of a word."""
@@ -32,7 +32,7 @@ def count_codes_per_word(bits: int) -> int:
 def resolve_slot_order(bits: int, order: Sequence[int] | None) -> tuple[int, ...]:
     """The slot order for `bits`-bit codes, sequential by default; raises NumericsError unless it is a permutation."""
     if order is None:
-        return tuple(range(per_run(bits)))
+        return tuple(range(count_codes_per_run(bits)))
     chosen = tuple(order)
     if sorted(chosen) != list(range(count_codes_per_word(bits))):
         raise NumericsError(

@@ -9,7 +9,7 @@ from typing import Literal
 
 from quantkit.artifact import fidelity_schema
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
-from quantkit.artifact.manifest import read_versions
+from quantkit.artifact.make_manifest import read_versions
 from quantkit.artifact.records import BlockRecord, ModuleRecord
 from quantkit.build.quantize_linear import FALLBACKS
 from quantkit.checkpoint.fp8_pairs import FP8

@@ -19,7 +19,7 @@ from support.plans import plan_checkpoint, specs_of
 from tools.calibration_sets.specs import TINY_HELD_OUT, format_spec
 
 from quantkit import registry
-from quantkit.artifact.writer import make_config
+from quantkit.artifact.model_files import make_config
 from quantkit.contracts import TensorSpec
 from quantkit.errors import CheckpointError, RecipeError, UsageError
 from quantkit.plan import sources

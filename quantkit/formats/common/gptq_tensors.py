@@ -38,7 +38,7 @@ from quantkit.formats.common.engine_names import (
     split_layer,
 )
 from quantkit.formats.common.packed import SCALE_DTYPES
-from quantkit.numerics.runs import per_run
+from quantkit.numerics.runs import count_codes_per_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -197,7 +197,7 @@ def list_value_checks(linear: Linear, scheme: Scheme, zero_offset: int) -> dict[
     group = linear.in_features if scheme.group_size == -1 else scheme.group_size
     checks = {"scales": SCALE, "g_idx": ValueCheck(kind="groups", group=group)}
     if scheme.symmetric:
-        run, middle = per_run(scheme.bits), (1 << (scheme.bits - 1)) - zero_offset
+        run, middle = count_codes_per_run(scheme.bits), (1 << (scheme.bits - 1)) - zero_offset
         words = sum(middle << slot * scheme.bits for slot in range(run))
         checks["qzeros"] = ValueCheck(
             kind="repeated", pattern=words.to_bytes(run * scheme.bits // 8, "little")

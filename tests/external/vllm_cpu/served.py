@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import openai
-from tools.demo_serve import PROMPT, send_requests, check, print_result, serve_artifact
+from tools.demo_serve import PROMPT, check, print_result, send_requests, serve_artifact
 
 from quantkit.serve.loadtest.engine import get_base_url, read_cache_counters
 
@@ -56,7 +56,10 @@ def main(vllm_python: str, artifact: str = "") -> None:
         template = Path(name) / "template.jinja"
         template.write_text(TEMPLATE, encoding="utf-8")
         options = [*OPTIONS, "--chat-template", str(template), "--", *ENGINE_FLAGS]
-        with serve_artifact(artifact, *options) as engine, serve_artifact(engine, "--gateway") as url:
+        with (
+            serve_artifact(artifact, *options) as engine,
+            serve_artifact(engine, "--gateway") as url,
+        ):
             client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=300)
             send_requests(client)
             for _ in range(
