@@ -16,7 +16,7 @@ from quantkit.artifact.writer import ArtifactWriter
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Config
 from quantkit.errors import CheckpointError, NumericsError
-from quantkit.evaluate.distribution import Head, scored
+from quantkit.evaluate.token_fidelity import LMHead, select_scored_rows
 from quantkit.models import full_model
 from quantkit.models.layers import (
     MetaModel,
