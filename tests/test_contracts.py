@@ -103,8 +103,8 @@ def test_block_by_block_logits_equal_transformers(
     )
     stream, source = streams["reference"], Checkpoint.open(folder)
     meta = make_meta_model(source.config, torch.device("cpu"), torch.float32)
-    rows, _ = scored(stream)
-    ours = Head(meta, plan.layout, source).logits(stream.hidden.gather(rows))
+    rows, _ = select_scored_rows(stream)
+    ours = LMHead(meta, plan.layout, source).logits(stream.hidden.gather(rows))
     model, theirs = load_reference(folder), []
     with torch.no_grad():
         for i in range(stream.tokens.n_sequences):

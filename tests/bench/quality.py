@@ -26,7 +26,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from tools.calibration_sets.specs import TINY_HELD_OUT, format_spec
-from tools.tiny_v3.corpus import DOMAIN, draw, draw_kind
+from tools.tiny_v3.corpus import DOMAIN, draw_item, draw_kind
 
 from quantkit.artifact.fidelity_schema import DistributionResult
 from quantkit.io.package_data import locate_folder
