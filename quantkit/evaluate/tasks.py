@@ -117,11 +117,11 @@ def render_tasks(tasks: Sequence[Task]) -> Iterator[Path]:
         for task in tasks:
             for split, file in task.files.items():
                 if file.rows is not None:
-                    task_files.write_text(
+                    task_files.save_text(
                         _selected(task, split, place),
                         task_files.read_row_range(file.path, *file.rows),
                     )
-            task_files.write_text(
+            task_files.save_text(
                 place / f"{task.name}.yaml", json.dumps(_lm_eval_config(task, place))
             )
         yield place
