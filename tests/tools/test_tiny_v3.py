@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from support.paths import ROOT
 from tokenizers import Tokenizer
 from tools.tiny_v3 import held_out, train
-from tools.tiny_v3.corpus import DOMAIN, MIX, TEMPLATES, training_items
+from tools.tiny_v3.corpus import DOMAIN, MIX, TEMPLATES, make_training_items
 from tools.tiny_v3.experts import RoutedExperts, dispatch
 from tools.tiny_v3.export import config_json, quantize_block, save_checkpoint, to_fp8
 from tools.tiny_v3.model import Attend, ModelConfig, TinyV3, attention_mask
@@ -59,11 +59,11 @@ def test_benchmark_items_are_the_regenerated_ones(domain: str) -> None:
     if not shipped.is_file():
         pytest.skip(f"{shipped} is not there")
     rows = [json.loads(line) for line in shipped.read_text(encoding="utf-8").splitlines()]
-    assert rows == held_out.held_out_sets()[f"eval_{domain}.jsonl"]
+    assert rows == held_out.make_held_out_sets()[f"eval_{domain}.jsonl"]
 
 
 def test_no_training_item_is_held_out_and_the_mix_is_kept() -> None:
-    items = training_items(seed=3, count=4000)
+    items = make_training_items(seed=3, count=4000)
     assert not any(item.held_out for item in items)
     for kind, share in MIX.items():
         assert abs(sum(item.kind == kind for item in items) / len(items) - share) < 0.03
@@ -73,7 +73,7 @@ def test_no_training_item_is_held_out_and_the_mix_is_kept() -> None:
 def test_answers_of_word_problems_are_what_their_steps_compute() -> None:
     items = [
         item
-        for item in training_items(seed=4, count=2000)
+        for item in make_training_items(seed=4, count=2000)
         if item.kind in ("math_item", "arith_item")
     ]
     for item in items:
@@ -249,7 +249,7 @@ def test_muon_steps_have_singular_values_near_one() -> None:
 
 
 def test_packing_keeps_every_document_whole() -> None:
-    items = training_items(seed=5, count=300)
+    items = make_training_items(seed=5, count=300)
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     documents = encode_items(items, tokenizer)
     for item, (prompt, answer) in zip(items, documents):

@@ -15,9 +15,9 @@ from pathlib import Path
 import click
 import torch
 import torch.nn.functional as F
-from tools.tiny_v3.corpus import Item, training_items
+from tools.tiny_v3.corpus import Item, make_training_items
 from tools.tiny_v3.export import save_checkpoint
-from tools.tiny_v3.held_out import held_out_sets
+from tools.tiny_v3.held_out import make_held_out_sets
 from tools.tiny_v3.model import ModelConfig, TinyV3, attention_mask
 from tools.tiny_v3.muon import Muon
 from tools.tiny_v3.packing import Rows, encode_items, pack_rows, train_tokenizer
@@ -47,11 +47,11 @@ class Batch:
 
 def make_clean_items(count: int) -> list[Item]:
     """Training items, without those that happen to have the very prompt of a benchmark item."""
-    held_out = held_out_sets()
+    held_out = make_held_out_sets()
     prompts = {
         row["prompt"] for name in ("eval_math.jsonl", "eval_code.jsonl") for row in held_out[name]
     }
-    return [item for item in training_items(CORPUS_SEED, count) if item.prompt not in prompts]
+    return [item for item in make_training_items(CORPUS_SEED, count) if item.prompt not in prompts]
 
 
 def batches(rows: Rows, dtype: torch.dtype) -> Iterator[Batch]:
