@@ -225,9 +225,9 @@ def render_tasks(tasks: Sequence[Task]) -> Iterator[Path]:
             for split, file in task.files.items():
                 if file.rows is not None:
                     text = task_files.read_row_range(file.path, *file.rows)
-                    task_files.write_text(_get_rows_path(task, split, folder), text)
+                    task_files.save_text(_get_rows_path(task, split, folder), text)
             config = json.dumps(_make_lm_eval_config(task, folder))
-            task_files.write_text(folder / f"{task.name}.yaml", config)
+            task_files.save_text(folder / f"{task.name}.yaml", config)
         yield folder
 
 

@@ -55,7 +55,7 @@ def test_an_error_is_at_most_the_step(values: list[float], bits: int, symmetric:
 
 
 def test_zero_is_forced_into_the_range() -> None:
-    """FORMATS.md 1.3: without it the group 1, 1.5, 1.25, 2 becomes 1, 1, 1, 1."""
+    """Without it the group 1, 1.5, 1.25, 2 becomes 1, 1, 1, 1 (quantkit/formats/README.md)."""
     weight, chosen = torch.tensor([[1.02, 1.5, 1.25, 2]]), scheme(group=4, dtype="float32")
     found = METHOD.solve(weight, None, chosen)
     assert found.codes.tolist() == [[8, 11, 9, 15]]

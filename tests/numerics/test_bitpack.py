@@ -1,4 +1,4 @@
-"""Packing against FORMATS.md's golden words, and round trips."""
+"""Packing against the words of quantkit/formats/README.md, and round trips."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from quantkit.errors import NumericsError
 from quantkit.numerics import bitpack
 
 MATRIX = torch.tensor([[(3 * (8 * k + n) + 1) % 16 for n in range(8)] for k in range(8)])
-"""The example matrix M [in, out] of FORMATS.md."""
+"""The example matrix M [in, out] of quantkit/formats/README.md."""
 
 
 def test_sequential_words_along_in_are_gptq_s() -> None:
-    """FORMATS.md 2.2."""
+    """The words of GPTQ in quantkit/formats/README.md."""
     expected = [
         -1852730991,
         -993737532,
@@ -36,7 +36,7 @@ def test_sequential_words_along_in_are_gptq_s() -> None:
 
 
 def test_sequential_zero_points_of_gptq_v2() -> None:
-    """FORMATS.md 2.2: zeros 8 1 2 3 4 5 6 15 are 0xF6543218."""
+    """The zero points 8 1 2 3 4 5 6 15 of GPTQ v2 are 0xF6543218."""
     assert (
         bitpack.pack(torch.tensor([[8, 1, 2, 3, 4, 5, 6, 15]]), 4, axis=1).item() & 0xFFFFFFFF
         == 0xF6543218
