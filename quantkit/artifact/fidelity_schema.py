@@ -1,8 +1,10 @@
-"""Schema of quantkit/fidelity.json, version 1: all that a report shows, as plain frozen values. Of a plan see planned.py.
+"""Schema of quantkit/fidelity.json, version 1: all that a report shows, as plain frozen values. Of
+a plan see planned.py.
 
-Shares (top-1, recovery, scores, agreement, errors) are 0 .. 1; KL is in nats per token; differences of scores are in
-percentage points; sizes are in bytes. A figure that was measured and is not finite has value None; a figure that was
-not measured is None itself. Non-finite numbers become None on the way in, because JSON has no word for them.
+Shares (top-1, recovery, scores, agreement, errors) are 0 .. 1; KL is in nats per token; differences
+of scores are in percentage points; sizes are in bytes. A figure that was measured and is not finite
+has value None; a figure that was not measured is None itself. Non-finite numbers become None on the
+way in, because JSON has no word for them.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ Number = Annotated[
 
 
 class Figure(BaseModel):
-    """A measured number with its standard error, or its 95 % confidence interval, where one is known."""
+    """A measured number with its standard error, or its 95 % confidence interval, where one is
+    known.
+    """
 
     model_config = FROZEN
     value: Number
@@ -39,7 +43,7 @@ class Figure(BaseModel):
     ci: tuple[Number, Number] | None = None
 
 
-# ------------------------------------------------------------------------------------------------- what was compared
+# -------------------------------------------------------------------------------- what was compared
 
 
 class RoleSummary(BaseModel):
@@ -119,7 +123,7 @@ class TextSet(BaseModel):
     description: str = ""
 
 
-# ----------------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 
 
 class DistributionResult(BaseModel):
@@ -137,7 +141,10 @@ class DistributionResult(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def complete_figures(cls, values: object) -> object:
-        """Put the figures in the order of the table, None where one is absent; refuse other keys."""
+        """Put the figures in the order of the table, None where one is absent.
+
+        Refuse other keys.
+        """
         if not isinstance(values, dict):
             return values
         stored = list_stored_keys()
@@ -154,10 +161,11 @@ class DistributionResult(BaseModel):
 
 
 class LikelihoodResult(BaseModel):
-    """Log-likelihood of a task's gold solutions behind their prompts, teacher-forced; nothing is generated.
+    """Log-likelihood of a task's gold solutions behind their prompts, teacher-forced; nothing is
+    generated.
 
-    source, artifact: mean over items of the log-likelihood per token of the solution, nats; difference: artifact -
-    source, paired by item.
+    source, artifact: mean over items of the log-likelihood per token of the solution, nats;
+    difference: artifact - source, paired by item.
     """
 
     model_config = FROZEN
@@ -243,7 +251,10 @@ class FallbackUse(BaseModel):
 
 
 class BenchmarkResult(BaseModel):
-    """One task on source and artifact, item by item. Statistics are those of evaluate.statistics, shown as given."""
+    """One task on source and artifact, item by item.
+
+    Statistics are those of evaluate.statistics, shown as given.
+    """
 
     model_config = FROZEN
     task: str

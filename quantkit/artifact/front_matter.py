@@ -12,9 +12,11 @@ _LIMIT_BYTES = 1_000_000
 
 
 def read_front_matter(folder: Path) -> Mapping[str, str]:
-    """Text values between the `---` lines of README.md, in the folder or (a built-in model) beside it; else nothing.
+    """Text values between the `---` lines of README.md, in the folder or (a built-in model) beside
+    it; else nothing.
 
-    A card is a courtesy, not part of the checkpoint: one that cannot be read says nothing and stops nothing.
+    A card is a courtesy, not part of the checkpoint: one that cannot be read says nothing and stops
+    nothing.
     """
     for path in (folder / MODEL_CARD, folder.parent / MODEL_CARD):
         if path.is_file() and not path.is_symlink() and path.stat().st_size <= _LIMIT_BYTES:

@@ -1,9 +1,11 @@
-"""`quantkit.load`: an artifact as a transformers model that runs here, whatever engine its format was made for.
+"""`quantkit.load`: an artifact as a transformers model that runs here, whatever engine its format
+was made for.
 
-NF4 artifacts stay packed: every quantized linear is a bitsandbytes `Linear4bit`, and so are the projections of routed
-experts, which transformers itself cannot load (it fuses the experts of a layer into two tensors). What other formats
-hold is unpacked, so the model needs the memory of its source. Only safetensors and JSON are read; no code of the folder
-runs, and nothing is compared with the manifest's hashes: `quantkit verify` does that.
+NF4 artifacts stay packed: every quantized linear is a bitsandbytes `Linear4bit`, and so are the
+projections of routed experts, which transformers itself cannot load (it fuses the experts of a
+layer into two tensors). What other formats hold is unpacked, so the model needs the memory of its
+source. Only safetensors and JSON are read; no code of the folder runs, and nothing is compared with
+the manifest's hashes: `quantkit verify` does that.
 """
 
 from __future__ import annotations
@@ -48,9 +50,10 @@ CPU_ROWS = 32
 def load_model(folder: str | Path, *, device: str | None = None, dtype: str | None = None) -> Any:
     """The artifact in `folder` as a transformers causal language model in eval mode.
 
-    device: "cpu", "cuda", ...; None takes a GPU where there is one. dtype: "bfloat16", "float16" or "float32", what the
-    model computes in; None takes the dtype that config.json names. Raises ArtifactError or CheckpointError for a folder
-    that is no artifact, UsageError for a missing package, an unknown dtype or a device that is not there.
+    device: "cpu", "cuda", ...; None takes a GPU where there is one. dtype: "bfloat16", "float16" or
+    "float32", what the model computes in; None takes the dtype that config.json names. Raises
+    ArtifactError or CheckpointError for a folder that is no artifact, UsageError for a missing
+    package, an unknown dtype or a device that is not there.
     """
     path = Path(folder)
     manifest, checkpoint = read_manifest(path), Checkpoint.open(path)
@@ -86,7 +89,8 @@ def read_generation_config(path: Path) -> Any:
         AttributeError,
     ) as fault:  # a wrong value surfaces as what it breaks in transformers
         raise ArtifactError(
-            f"{path}: expected settings that transformers takes, found: {' '.join(str(fault).split()):.300}; repair "
+            f"{path}: expected settings that transformers takes, found: "
+            f"{' '.join(str(fault).split()):.300}; repair "
             "the value, or remove the file"
         ) from fault
 
@@ -106,7 +110,9 @@ def get_device(name: str) -> torch.device:
 def read_schemes(
     manifest: Mapping[str, object], checkpoint: Checkpoint, path: Path
 ) -> tuple[str | None, dict[str, Scheme]]:
-    """The format of the packed linears, None where there are none, and the scheme of each by the manifest."""
+    """The format of the packed linears, None where there are none, and the scheme of each by the
+    manifest.
+    """
     entry = checkpoint.config.values.get("quantization_config")
     if not isinstance(entry, dict):
         return None, {}
@@ -122,11 +128,14 @@ def read_schemes(
 
 
 def read_config_format(entry: Mapping[str, object]) -> str:
-    """The format by config.json, for artifacts of before manifests named it; gptq_v2 shares its method with gptq."""
+    """The format by config.json, for artifacts of before manifests named it.
+
+    Gptq_v2 shares its method with gptq.
+    """
     return str(entry.get("checkpoint_format") or entry.get("quant_method")).replace("-", "_")
 
 
-# ------------------------------------------------------------------------------------------------------------ NF4
+# ---------------------------------------------------------------------------------------------- NF4
 
 
 def build_packed_model(
@@ -200,7 +209,8 @@ def build_linear4bit(
 
 
 class Experts4bit(nn.Module):
-    """The routed experts of a layer, one Linear4bit per projection, where transformers has two fused tensors.
+    """The routed experts of a layer, one Linear4bit per projection, where transformers has two
+    fused tensors.
 
     Submodules are named as in the checkpoint: "0.gate_proj".
     """
@@ -219,7 +229,9 @@ class Experts4bit(nn.Module):
             )
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """What the router asked of the experts: hidden [tokens, hidden], index and weights [tokens, k]."""
+        """What the router asked of the experts: hidden [tokens, hidden], index and weights [tokens,
+        k].
+        """
         routed = RouterOutput(hidden=hidden_states, index=top_k_index, weight=top_k_weights)
         out = torch.zeros_like(hidden_states)
         for e in top_k_index.unique().tolist():

@@ -42,7 +42,10 @@ class CacheCounters(FrozenModel):
 
     @property
     def rate(self) -> float | None:
-        """Share of the prompts' tokens that did not have to be computed; None when nothing was asked."""
+        """Share of the prompts' tokens that did not have to be computed.
+
+        None when nothing was asked.
+        """
         return self.hits / self.asked if self.asked else None
 
 
@@ -82,7 +85,10 @@ class LoadTest(FrozenModel):
     levels: Annotated[tuple[LoadLevel, ...], Field(min_length=1)]
 
     def comparable(self, other: LoadTest) -> str | None:
-        """Why two runs cannot be laid side by side; None when they asked the same in the same way."""
+        """Why two runs cannot be laid side by side.
+
+        None when they asked the same in the same way.
+        """
         for name in ("api", "data_sha256", "max_tokens", "ignore_eos"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:

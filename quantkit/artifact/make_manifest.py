@@ -1,4 +1,7 @@
-"""The durable description of an artifact: manifest and resolved plan. No time, no path of this machine is in them."""
+"""The durable description of an artifact: manifest and resolved plan.
+
+No time, no path of this machine is in them.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,9 @@ def make_block_entry(block: BlockRecord) -> dict[str, object]:
 
 
 def read_environment(plan: Plan) -> dict[str, str]:
-    """What could change a bit: device, dtype, and how the linear algebra libraries were told to sum."""
+    """What could change a bit: device, dtype, and how the linear algebra libraries were told to
+    sum.
+    """
     compute = sources.resolve_compute(plan.recipe)
     found: dict[str, str] = {
         "device": compute.device,

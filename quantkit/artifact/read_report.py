@@ -15,7 +15,10 @@ from quantkit.io.files import is_file, read_json, sha256_file
 
 
 def read_report(artifact: Path) -> Fidelity:
-    """The report inside an artifact's folder; ArtifactError when there is none or it cannot be read."""
+    """The report inside an artifact's folder.
+
+    ArtifactError when there is none or it cannot be read.
+    """
     path = artifact / FIDELITY
     if not path.is_file():
         raise ArtifactError(
@@ -48,10 +51,11 @@ def read_report_file(path: Path) -> Fidelity:
 def read_sealed_report(
     artifact: Path, absent: Collection[str] = ()
 ) -> tuple[Fidelity, Mapping[str, object]]:
-    """Report and manifest of an artifact whose evidence is what was sealed; the weights are left to `verify`.
+    """Report and manifest of an artifact whose evidence is what was sealed; the weights are left to
+    `verify`.
 
-    absent: evidence that need not be there. Raises ArtifactError: nobody must go by figures that were changed after the
-    build.
+    absent: evidence that need not be there. Raises ArtifactError: nobody must go by figures that
+    were changed after the build.
     """
     manifest = read_manifest(artifact)
     for name, entry in get_section(manifest, "files", artifact).items():

@@ -1,8 +1,9 @@
-"""A source checkpoint: logical tensors read one by one, FP8 blocks dequantized on the way, everything checked.
+"""A source checkpoint: logical tensors read one by one, FP8 blocks dequantized on the way,
+everything checked.
 
-A logical tensor is what the model computes with. An FP8 `X.weight` and its `X.weight_scale_inv` (`X.weight_scale` in an
-artifact of format compressed_tensors) are two stored tensors and one logical one; they may lie in two shards. Nothing
-is kept in memory but names and headers.
+A logical tensor is what the model computes with. An FP8 `X.weight` and its `X.weight_scale_inv`
+(`X.weight_scale` in an artifact of format compressed_tensors) are two stored tensors and one
+logical one; they may lie in two shards. Nothing is kept in memory but names and headers.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ _SIDECARS = (
     "LICEN[CS]E*",
     "NOTICE*",
 )
-"""FORMATS: what an artifact carries over as it is; never weights, indexes, config.json or the model card."""
+"""FORMATS: what an artifact carries over as it is.
+
+Never weights, indexes, config.json or the model card.
+"""
 
 _SIDECAR_LIMIT_BYTES = 1_000_000_000
 _CHECK_ELEMENTS = 1 << 24
@@ -60,7 +64,8 @@ _CHECK_ELEMENTS = 1 << 24
 class Fp8Blocks:
     """An FP8 weight as stored and as computed with.
 
-    codes [out, in] float8_e4m3fn and scale [block rows, block columns], bit for bit; values [out, in] bfloat16.
+    codes [out, in] float8_e4m3fn and scale [block rows, block columns], bit for bit; values [out,
+    in] bfloat16.
     """
 
     codes: Tensor
@@ -70,9 +75,11 @@ class Fp8Blocks:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened source: `config`, the logical tensors in `specs`, and reads by name that any thread may do.
+    """An opened source: `config`, the logical tensors in `specs`, and reads by name that any thread
+    may do.
 
-    `specs[name].dtype` is the stored dtype: "F8_E4M3" for an FP8 weight that `read` returns as bfloat16.
+    `specs[name].dtype` is the stored dtype: "F8_E4M3" for an FP8 weight that `read` returns as
+    bfloat16.
     """
 
     folder: Path
@@ -84,7 +91,10 @@ class Checkpoint:
 
     @staticmethod
     def open(folder: Path) -> Checkpoint:
-        """Read config.json, the index and every header; raises one CheckpointError with all faults found."""
+        """Read config.json, the index and every header.
+
+        Raises one CheckpointError with all faults found.
+        """
         faults: list[str] = []
         config, shards = None, None
         try:
@@ -117,20 +127,28 @@ class Checkpoint:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Logical tensors by name: BF16, FP16, FP32 and integers as stored, FP8 blocks as bfloat16.
 
-        Raises CheckpointError for an unknown name, a file that changed, and NaN or infinity among the values.
+        Raises CheckpointError for an unknown name, a file that changed, and NaN or infinity among
+        the values.
         """
         return {name: self._read(name, 0, None) for name in names}
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start .. stop-1 of one logical tensor, [stop - start, ...]: a vocabulary in pieces. Errors as `read`."""
+        """Rows start .. stop-1 of one logical tensor, [stop - start, ...]: a vocabulary in pieces.
+
+        Errors as `read`.
+        """
         return self._read(name, start, stop)
 
     def blocks(self, name: str) -> Fp8Blocks:
-        """The FP8 blocks of a weight and what they stand for, from one read. Errors as `read`, and for other dtypes."""
+        """The FP8 blocks of a weight and what they stand for, from one read.
+
+        Errors as `read`, and for other dtypes.
+        """
         spec = self._spec(name)
         if spec.dtype != FP8:
             raise CheckpointError(
-                f"{self.folder}: tensor {shorten_repr(name)}: expected {FP8} blocks, found {spec.dtype}; read it as it is"
+                f"{self.folder}: tensor {shorten_repr(name)}: expected {FP8} blocks, found "
+                f"{spec.dtype}; read it as it is"
             )
         codes = read_tensor(*self.shards.locate(name), name)
         scale = self._scale(name)
@@ -142,20 +160,26 @@ class Checkpoint:
 
     @cached_property
     def sidecars(self) -> tuple[Path, ...]:
-        """The other files an artifact carries over: tokenizer, chat template, generation config, licence, code."""
+        """The other files an artifact carries over: tokenizer, chat template, generation config,
+        licence, code.
+        """
         found = {
             path for pattern in _SIDECARS for path in self.folder.glob(pattern) if path.is_file()
         }
         out = sorted(path.name for path in found if leads_outside(self.folder, path))
         if out:
             raise CheckpointError(
-                f"{self.folder / out[0]}: expected a file inside the folder, found a link that leads out of it; "
+                f"{self.folder / out[0]}: expected a file inside the folder, found a link that "
+                "leads out of it; "
                 "copy the file"
             )
         return tuple(sorted(found))
 
     def fingerprint(self) -> str:
-        """sha256 over names, sizes and headers of the weights and the bytes of config and sidecars; cheap."""
+        """sha256 over names, sizes and headers of the weights and the bytes of config and sidecars.
+
+        Cheap.
+        """
         digest = hashlib.sha256(self.shards.fingerprint().encode())
         for path in (self.folder / CONFIG, *self.sidecars):
             content = read_bytes(path, _SIDECAR_LIMIT_BYTES)
@@ -163,9 +187,11 @@ class Checkpoint:
         return digest.hexdigest()
 
     def hashes(self, tell: ProgressCallback | None = None) -> dict[str, str]:
-        """sha256 of each weight file by name; the first call reads every byte, minutes for a large model.
+        """sha256 of each weight file by name; the first call reads every byte, minutes for a large
+        model.
 
-        CheckpointError when a file changes meanwhile, and for headers and config.json that are not those opened.
+        CheckpointError when a file changes meanwhile, and for headers and config.json that are not
+        those opened.
         """
         if not self._hashes:
             before, found = self.stamps(), self.shards.hashes(tell)
@@ -174,7 +200,8 @@ class Checkpoint:
             )
             if not opened or self.stamps() != before:
                 raise CheckpointError(
-                    f"{self.folder}: expected files that stay as they are, found others than a moment ago; wait until "
+                    f"{self.folder}: expected files that stay as they are, found others than a "
+                    "moment ago; wait until "
                     "they are complete and begin again"
                 )
             self._hashes.update(found)
@@ -189,9 +216,11 @@ class Checkpoint:
         self._hashes.update(hashes)
 
     def stamps(self) -> dict[str, list[int]]:
-        """Size and times of change of every file, by name: equal stamps, equal bytes, unless somebody turns clocks.
+        """Size and times of change of every file, by name: equal stamps, equal bytes, unless
+        somebody turns clocks.
 
-        The second time is the kernel's own, which a program that sets the first one back cannot set.
+        The second time is the kernel's own, which a program that sets the first one back cannot
+        set.
         """
         names = (*sorted(self.shards.headers), CONFIG, *(path.name for path in self.sidecars))
         found = {
@@ -203,7 +232,10 @@ class Checkpoint:
         }
 
     def content_hash(self) -> str:
-        """One sha256 for the whole checkpoint: every weight byte, config and sidecars; as slow as `hashes`."""
+        """One sha256 for the whole checkpoint: every weight byte, config and sidecars.
+
+        As slow as `hashes`.
+        """
         lines = "".join(f"{value}  {name}\n" for name, value in self.hashes().items())
         return hashlib.sha256((lines + self.fingerprint()).encode()).hexdigest()
 
@@ -217,7 +249,8 @@ class Checkpoint:
                 else "check the architecture and the config"
             )
             raise CheckpointError(
-                f"{self.folder}: expected a tensor {shorten_repr(name)}, found none of that name; {hint}"
+                f"{self.folder}: expected a tensor {shorten_repr(name)}, found none of that name; "
+                f"{hint}"
             )
         return spec
 
@@ -251,7 +284,10 @@ class Checkpoint:
         start: int,
         stop: int,
     ) -> Tensor:
-        """Rows start .. stop-1 of an FP8 weight: [stop - start, in] bfloat16; `rows` gives them strip by strip."""
+        """Rows start .. stop-1 of an FP8 weight: [stop - start, in] bfloat16.
+
+        `rows` gives them strip by strip.
+        """
         assert self.block is not None  # `open` refuses FP8 weights without a block size
         return dequantize_fp8(rows, scales, self.block, start, stop, spec.shape[1])
 
@@ -263,7 +299,8 @@ class Checkpoint:
                 if not _finite(piece):
                     position = first + int((~torch.isfinite(piece.to(torch.float32))).nonzero()[0])
                     raise CheckpointError(
-                        f"{self.shards.locate(name)[0]}: tensor {shorten_repr(name)}: expected finite values, "
+                        f"{self.shards.locate(name)[0]}: tensor {shorten_repr(name)}: expected "
+                        "finite values, "
                         f"found {float(flat[position])} at element {position}; "
                         "the weights are damaged, fetch the file again"
                     )

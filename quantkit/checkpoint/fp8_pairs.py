@@ -1,4 +1,7 @@
-"""Which stored tensors make one logical tensor: an FP8 weight and its block scales. Names and shapes only, no torch."""
+"""Which stored tensors make one logical tensor: an FP8 weight and its block scales.
+
+Names and shapes only, no torch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from quantkit.io.files import shorten_repr
 FP8 = "F8_E4M3"
 SCALE_INV_SUFFIX = "_scale_inv"
 SCALE_SUFFIX = "_scale"
-"""What follows the name of an FP8 weight in that of its block scales: as DeepSeek, and as compressed-tensors."""
+"""What follows the name of an FP8 weight in that of its block scales: as DeepSeek, and as
+compressed-tensors.
+"""
 _SCALE_DTYPES = ("F32", "BF16", "F16")
 _AGAIN = "fetch the checkpoint again"
 
@@ -27,7 +32,10 @@ def get_scale_suffix(config: Config) -> str:
 
 
 def is_scale_name(stored: Mapping[str, TensorSpec], name: str, suffix: str) -> bool:
-    """Whether a name is that of block scales. compressed-tensors calls the scales of packed codes likewise."""
+    """Whether a name is that of block scales.
+
+    Compressed-tensors calls the scales of packed codes likewise.
+    """
     return name.endswith(suffix) and (
         suffix == SCALE_INV_SUFFIX or name.removesuffix(suffix) in stored
     )
@@ -39,7 +47,10 @@ def select_logical_specs(stored: Mapping[str, TensorSpec], suffix: str) -> dict[
 
 
 def read_block_size(config: Config, stored: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
-    """Rows and columns of an FP8 block by the config's quantization_config; None without FP8 weights."""
+    """Rows and columns of an FP8 block by the config's quantization_config.
+
+    None without FP8 weights.
+    """
     if not any(spec.dtype == FP8 for spec in stored.values()):
         return None
     key, size = read_block_entry(config)
@@ -76,7 +87,10 @@ def read_block_entry(config: Config) -> tuple[str, object]:
 def find_pair_faults(
     stored: Mapping[str, TensorSpec], block: tuple[int, int] | None, where: str, suffix: str
 ) -> list[str]:
-    """FP8 weights without a scale of the right shape, and scales without an FP8 weight; one sentence each."""
+    """FP8 weights without a scale of the right shape, and scales without an FP8 weight.
+
+    One sentence each.
+    """
     faults = []
     for name, spec in stored.items():
         if spec.dtype == FP8 and block is not None:
@@ -102,7 +116,8 @@ def _weight_fault(
     expected = tuple(-(-size // edge) for size, edge in zip(weight.shape, block))
     if scale.shape != expected:
         return (
-            f"expected a scale of shape {list(expected)} for {list(weight.shape)} in blocks of {list(block)}, "
+            f"expected a scale of shape {list(expected)} for {list(weight.shape)} in blocks of "
+            f"{list(block)}, "
             f"found {list(scale.shape)}; {_AGAIN}"
         )
     if scale.dtype not in _SCALE_DTYPES:

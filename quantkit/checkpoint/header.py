@@ -1,4 +1,5 @@
-"""The safetensors header: read with suspicion, and built so that the `safetensors` library writes the same bytes.
+"""The safetensors header: read with suspicion, and built so that the `safetensors` library writes
+the same bytes.
 
     8 bytes   length of the JSON, little-endian
     JSON      {"__metadata__": {str: str}, name: {"dtype", "shape", "data_offsets": [begin, end]}}, padded with spaces
@@ -51,7 +52,9 @@ _AGAIN = "the file is damaged, fetch or write it again"
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a safetensors file holds: specs and [begin, end) byte offsets by name, counted from `data_start`."""
+    """What a safetensors file holds: specs and [begin, end) byte offsets by name, counted from
+    `data_start`.
+    """
 
     specs: Mapping[str, TensorSpec]
     offsets: Mapping[str, tuple[int, int]]
@@ -64,7 +67,10 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of a file; raises one CheckpointError for the first thing that is wrong."""
+    """Read and check the header of a file.
+
+    Raises one CheckpointError for the first thing that is wrong.
+    """
     try:
         with path.open("rb") as file:
             n_file_bytes = os.fstat(file.fileno()).st_size
@@ -82,15 +88,20 @@ def read_header(path: Path) -> Header:
 
 
 def parse_header(text: bytes, where: str, n_data_bytes: int) -> Header:
-    """Check a header's JSON against the number of data bytes that follow it; raises CheckpointError."""
+    """Check a header's JSON against the number of data bytes that follow it.
+
+    Raises CheckpointError.
+    """
     if not text.startswith(b"{"):
         raise CheckpointError(
-            f"{where}: header: expected to start with '{{', found {shorten_repr(text[:1])}; {_AGAIN}"
+            f"{where}: header: expected to start with '{{', found {shorten_repr(text[:1])}; "
+            f"{_AGAIN}"
         )
     entries = parse_json(text, f"{where}: header")
     if len(entries) > MAX_TENSORS:
         raise CheckpointError(
-            f"{where}: header: expected at most {MAX_TENSORS:,} tensors in one file, found {len(entries):,}; {_AGAIN}"
+            f"{where}: header: expected at most {MAX_TENSORS:,} tensors in one file, found "
+            f"{len(entries):,}; {_AGAIN}"
         )
     _check_metadata(entries.get("__metadata__"), where)
     specs: dict[str, TensorSpec] = {}
@@ -103,10 +114,12 @@ def parse_header(text: bytes, where: str, n_data_bytes: int) -> Header:
 
 
 def build_header(specs: Iterable[TensorSpec]) -> bytes:
-    """Length, JSON and padding for a file of these tensors, in any order given; data starts 8-byte aligned.
+    """Length, JSON and padding for a file of these tensors, in any order given; data starts 8-byte
+    aligned.
 
-    The order on disk is by dtype, then by name, so the same tensors always give the same bytes. Raises
-    CheckpointError for two tensors of one name, an unknown dtype or a header beyond the limit.
+    The order on disk is by dtype, then by name, so the same tensors always give the same bytes.
+    Raises CheckpointError for two tensors of one name, an unknown dtype or a header beyond the
+    limit.
     """
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begin = 0
@@ -117,7 +130,8 @@ def build_header(specs: Iterable[TensorSpec]) -> bytes:
     for spec in sorted(given, key=lambda spec: (_WRITE_ORDER.index(spec.dtype), spec.name)):
         if spec.name in entries:
             raise CheckpointError(
-                f"new file: tensor {shorten_repr(spec.name)}: expected once, found twice; rename one of them"
+                f"new file: tensor {shorten_repr(spec.name)}: expected once, found twice; rename "
+                "one of them"
             )
         end = begin + spec.n_bytes
         entries[spec.name] = {
@@ -130,16 +144,21 @@ def build_header(specs: Iterable[TensorSpec]) -> bytes:
     text += b" " * (-len(text) % PREFIX_BYTES)
     if len(text) > HEADER_LIMIT_BYTES:
         raise CheckpointError(
-            f"new file: header: expected at most {HEADER_LIMIT_BYTES} bytes, found {len(text)}; use smaller shards"
+            f"new file: header: expected at most {HEADER_LIMIT_BYTES} bytes, found {len(text)}; "
+            "use smaller shards"
         )
     return len(text).to_bytes(PREFIX_BYTES, "little") + text
 
 
 def parse_header_length(prefix: bytes, n_file_bytes: int, where: str) -> int:
-    """The length of the JSON by a file's first 8 bytes; raises CheckpointError when it cannot be one."""
+    """The length of the JSON by a file's first 8 bytes.
+
+    Raises CheckpointError when it cannot be one.
+    """
     if len(prefix) < PREFIX_BYTES:
         raise CheckpointError(
-            f"{where}: expected at least {PREFIX_BYTES} bytes of header length, found {len(prefix)}; {_AGAIN}"
+            f"{where}: expected at least {PREFIX_BYTES} bytes of header length, found "
+            f"{len(prefix)}; {_AGAIN}"
         )
     length = int.from_bytes(prefix, "little")
     if length > HEADER_LIMIT_BYTES:
@@ -149,7 +168,8 @@ def parse_header_length(prefix: bytes, n_file_bytes: int, where: str) -> int:
         )
     if length > n_file_bytes - PREFIX_BYTES:
         raise CheckpointError(
-            f"{where}: header length: expected at most {n_file_bytes - PREFIX_BYTES} (the rest of the file), "
+            f"{where}: header length: expected at most {n_file_bytes - PREFIX_BYTES} (the rest of "
+            "the file), "
             f"found {length}; {_AGAIN}"
         )
     return length
@@ -162,7 +182,8 @@ def _check_metadata(metadata: object, where: str) -> None:
         isinstance(value, str) for value in metadata.values()
     ):
         raise CheckpointError(
-            f"{where}: __metadata__: expected an object of strings, found {shorten_repr(metadata)}; write the file again"
+            f"{where}: __metadata__: expected an object of strings, found "
+            f"{shorten_repr(metadata)}; write the file again"
         )
 
 
@@ -175,14 +196,16 @@ def _check_name(name: str, where: str) -> None:
         name.encode()
     except UnicodeEncodeError:
         raise CheckpointError(
-            f"{where}: tensor {shorten_repr(name)}: expected a name in UTF-8, found half a surrogate pair; {_AGAIN}"
+            f"{where}: tensor {shorten_repr(name)}: expected a name in UTF-8, found half a "
+            f"surrogate pair; {_AGAIN}"
         ) from None
 
 
 def _check_dtype(name: str, dtype: object, where: str) -> str:
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise CheckpointError(
-            f"{where}: tensor {shorten_repr(name)}: dtype: expected one of {', '.join(DTYPE_BYTES)}, found {shorten_repr(dtype)}; "
+            f"{where}: tensor {shorten_repr(name)}: dtype: expected one of "
+            f"{', '.join(DTYPE_BYTES)}, found {shorten_repr(dtype)}; "
             "convert the tensor"
         )
     return dtype
@@ -195,28 +218,33 @@ def _entry(name: str, entry: object, where: str) -> tuple[TensorSpec, tuple[int,
     if not isinstance(entry, dict) or set(entry) != _ENTRY_KEYS:
         found = sorted(entry) if isinstance(entry, dict) else entry
         raise CheckpointError(
-            f"{at}: expected an object of dtype, shape, data_offsets, found {shorten_repr(found)}; {_AGAIN}"
+            f"{at}: expected an object of dtype, shape, data_offsets, found {shorten_repr(found)}; "
+            f"{_AGAIN}"
         )
     dtype = _check_dtype(name, entry["dtype"], where)
     shape = _whole_numbers(entry["shape"], f"{at}: shape")
     offsets = _whole_numbers(entry["data_offsets"], f"{at}: data_offsets")
     if len(shape) > _MAX_DIMENSIONS:
         raise CheckpointError(
-            f"{at}: shape: expected at most {_MAX_DIMENSIONS} dimensions, found {len(shape)}; {_AGAIN}"
+            f"{at}: shape: expected at most {_MAX_DIMENSIONS} dimensions, found {len(shape)}; "
+            f"{_AGAIN}"
         )
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(
-            f"{at}: data_offsets: expected [begin, end], found {shorten_repr(list(offsets))}; {_AGAIN}"
+            f"{at}: data_offsets: expected [begin, end], found {shorten_repr(list(offsets))}; "
+            f"{_AGAIN}"
         )
     if prod(max(n, 1) for n in shape) > _LARGEST:  # torch multiplies strides before it meets a zero
         raise CheckpointError(
-            f"{at}: shape: expected fewer than 2**63 elements, found {shorten_repr(list(shape))}; {_AGAIN}"
+            f"{at}: shape: expected fewer than 2**63 elements, found {shorten_repr(list(shape))}; "
+            f"{_AGAIN}"
         )
     begin, end = offsets
     spec = TensorSpec(name=name, dtype=dtype, shape=shape)
     if spec.n_bytes != end - begin:
         raise CheckpointError(
-            f"{at}: expected {shorten_repr(spec.n_bytes)} bytes for {dtype} {shorten_repr(list(shape))}, "
+            f"{at}: expected {shorten_repr(spec.n_bytes)} bytes for {dtype} "
+            f"{shorten_repr(list(shape))}, "
             f"found data_offsets of {end - begin} bytes; {_AGAIN}"
         )
     return spec, (begin, end)
@@ -228,7 +256,8 @@ def _whole_numbers(values: object, at: str) -> tuple[int, ...]:
         type(v) is int and 0 <= v <= _LARGEST for v in values
     ):
         raise CheckpointError(
-            f"{at}: expected whole numbers from 0 to 2**63 - 1, found {shorten_repr(values)}; {_AGAIN}"
+            f"{at}: expected whole numbers from 0 to 2**63 - 1, found {shorten_repr(values)}; "
+            f"{_AGAIN}"
         )
     return tuple(values)
 
@@ -242,7 +271,8 @@ def _check_cover(offsets: Mapping[str, tuple[int, int]], where: str, n_data_byte
                 "overlaps the tensor before it" if begin < expected else "leaves a hole before it"
             )
             raise CheckpointError(
-                f"{where}: tensor {shorten_repr(name)}: data_offsets: expected to begin at {expected}, found {begin}, "
+                f"{where}: tensor {shorten_repr(name)}: data_offsets: expected to begin at "
+                f"{expected}, found {begin}, "
                 f"which {kind}; {_AGAIN}"
             )
         expected = end

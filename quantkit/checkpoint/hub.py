@@ -1,6 +1,8 @@
-"""From `source.model` to a folder or to headers: a folder, `builtin:<name>`, or a model of the Hugging Face Hub.
+"""From `source.model` to a folder or to headers: a folder, `builtin:<name>`, or a model of the
+Hugging Face Hub.
 
-The Hub is asked for safetensors, JSON, tokenizer and licence files; code in a repository is copied, never run.
+The Hub is asked for safetensors, JSON, tokenizer and licence files; code in a repository is copied,
+never run.
 """
 
 from __future__ import annotations
@@ -58,7 +60,10 @@ _FIRST_BYTES = 100_000  # most headers are shorter
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResolvedModel:
-    """A model on this machine; `revision` is the Hub's commit, None for a folder or a built-in model."""
+    """A model on this machine.
+
+    `revision` is the Hub's commit, None for a folder or a built-in model.
+    """
 
     folder: Path
     revision: str | None
@@ -75,7 +80,10 @@ class ModelHeaders:
 
 
 def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
-    """The folder of a model, downloaded into the Hub's cache when it is not local; raises CheckpointError."""
+    """The folder of a model, downloaded into the Hub's cache when it is not local.
+
+    Raises CheckpointError.
+    """
     local = _local(model, revision)
     if local is not None:
         return ResolvedModel(folder=local, revision=None)
@@ -89,7 +97,10 @@ def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
 
 
 def read_model_headers(model: str, revision: str | None = None) -> ModelHeaders:
-    """Config and tensor specs of a model; from the Hub only config, index and headers come. Raises CheckpointError."""
+    """Config and tensor specs of a model; from the Hub only config, index and headers come.
+
+    Raises CheckpointError.
+    """
     local = _local(model, revision)
     if local is not None:
         opened = Checkpoint.open(local)
@@ -116,14 +127,16 @@ def _local(model: str, revision: str | None) -> Path | None:
         found = here.absolute()
     elif model.startswith(("/", "./", "../", "~")) or not _HUB_ID.fullmatch(model):
         raise CheckpointError(
-            f"source.model: expected a folder, {BUILTIN_PREFIX}<name> or a Hub id like org/name, found {shorten_repr(model)}, "
+            f"source.model: expected a folder, {BUILTIN_PREFIX}<name> or a Hub id like org/name, "
+            f"found {shorten_repr(model)}, "
             "which is none of these; check the path"
         )
     else:
         return None
     if revision is not None:
         raise UsageError(
-            f"source.revision: expected none for a model on this machine ({model}), found {shorten_repr(revision)}; remove it"
+            f"source.revision: expected none for a model on this machine ({model}), found "
+            f"{shorten_repr(revision)}; remove it"
         )
     return found
 
@@ -143,13 +156,16 @@ def _remote_headers(model: str, revision: str | None) -> ModelHeaders:
         index = read_weight_map(read_json(_small_file(model, INDEX, commit)), f"{model}: {INDEX}")
     elif SINGLE not in present:
         raise CheckpointError(
-            f"{model}: expected {SINGLE} or {INDEX} in the repository, found neither; quantkit reads safetensors only"
+            f"{model}: expected {SINGLE} or {INDEX} in the repository, found neither; quantkit "
+            "reads safetensors only"
         )
     files = list(dict.fromkeys(index.values())) if index is not None else [SINGLE]
     if missing := [file for file in files if file not in present]:
         raise CheckpointError(
-            f"{model}: {INDEX}: expected the repository to hold every file, found {len(missing)} missing, "
-            f"the first {shorten_repr(missing[0])}; the upload is not complete, use another revision"
+            f"{model}: {INDEX}: expected the repository to hold every file, found {len(missing)} "
+            "missing, "
+            f"the first {shorten_repr(missing[0])}; the upload is not complete, use another "
+            "revision"
         )
 
     def header(file: str) -> Header:
@@ -180,7 +196,10 @@ def _small_file(model: str, name: str, commit: str) -> Path:
 
 
 def _remote_header(url: str, where: str) -> Header:
-    """The header of a file on the Hub, by one range request, two when it is long; checked like a local one."""
+    """The header of a file on the Hub, by one range request, two when it is long.
+
+    Checked like a local one.
+    """
     start, n_file_bytes = _range(url, 0, _FIRST_BYTES, where)
     end = PREFIX_BYTES + parse_header_length(start[:PREFIX_BYTES], n_file_bytes, where)
     if end > len(start):
@@ -193,7 +212,10 @@ def _remote_header(url: str, where: str) -> Header:
 
 
 def _range(url: str, first: int, n_bytes: int, where: str) -> tuple[bytes, int]:
-    """At most `n_bytes` bytes from `first` on, and the size of the whole file; a server may ignore the range."""
+    """At most `n_bytes` bytes from `first` on, and the size of the whole file.
+
+    A server may ignore the range.
+    """
     headers = {
         **build_hf_headers(),
         "Range": f"bytes={first}-{first + n_bytes - 1}",
@@ -205,13 +227,15 @@ def _range(url: str, first: int, n_bytes: int, where: str) -> tuple[bytes, int]:
         hf_raise_for_status(answer)
         if answer.status_code != 206:
             raise CheckpointError(
-                f"{where}: expected the server to send a part of the file (206), found {answer.status_code}; "
+                f"{where}: expected the server to send a part of the file (206), found "
+                f"{answer.status_code}; "
                 "download the model and give its folder as source.model"
             )
         total = answer.headers.get("Content-Range", "").rpartition("/")[2]
         if not total.isdecimal():
             raise CheckpointError(
-                f"{where}: expected the file's size in Content-Range, found {shorten_repr(total)}; try again"
+                f"{where}: expected the file's size in Content-Range, found {shorten_repr(total)}; "
+                "try again"
             )
         found = bytearray()
         for piece in answer.iter_bytes():
@@ -230,7 +254,8 @@ def _in_parallel(header: Callable[[str], Header], files: list[str]) -> dict[str,
 _ANSWERS: tuple[tuple[type[Exception], str], ...] = (
     (
         GatedRepoError,
-        "expected access to this model, found a gate; accept its licence on the Hub and `hf auth login`",
+        "expected access to this model, found a gate; accept its licence on the Hub and `hf auth "
+        "login`",
     ),
     (RevisionNotFoundError, "expected this revision on the Hub, found none; check source.revision"),
     (

@@ -14,9 +14,9 @@ Result = TypeVar("Result")
 class ReadAhead(Generic[Request, Result]):
     """Calls `load(request)` one request ahead of its taker.
 
-    At most two results exist at once, the one taken and the one announced: a memory plan counts both. An error of
-    the background read is raised by the `take` that asks for it. Use as a context manager; leaving it waits for the
-    read under way and drops its result.
+    At most two results exist at once, the one taken and the one announced: a memory plan counts
+    both. An error of the background read is raised by the `take` that asks for it. Use as a context
+    manager; leaving it waits for the read under way and drops its result.
     """
 
     def __init__(self, load: Callable[[Request], Result]) -> None:
@@ -25,7 +25,10 @@ class ReadAhead(Generic[Request, Result]):
         self._announced: tuple[Request, Future[Result]] | None = None
 
     def take(self, request: Request, following: Request | None = None) -> Result:
-        """load(request), from the background if it was announced; then starts on `following`. Errors are load's."""
+        """load(request), from the background if it was announced; then starts on `following`.
+
+        Errors are load's.
+        """
         announced, self._announced = self._announced, None
         if announced is not None and announced[0] == request:
             result = announced[1].result()

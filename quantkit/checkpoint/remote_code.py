@@ -1,8 +1,10 @@
-"""Code that comes with a model (`auto_map`): when a tokenizer's may run, and that nothing else does.
+"""Code that comes with a model (`auto_map`): when a tokenizer's may run, and that nothing else
+does.
 
-An artifact carries such files over as they are. quantkit never runs the code of an architecture: what it streams are
-transformers' own layers. A tokenizer that exists as code alone may run where the recipe names the commit that somebody
-has read, and the files are those of that commit: the Hub's cache keeps them in `snapshots/<commit>`.
+An artifact carries such files over as they are. quantkit never runs the code of an architecture:
+what it streams are transformers' own layers. A tokenizer that exists as code alone may run where
+the recipe names the commit that somebody has read, and the files are those of that commit: the
+Hub's cache keeps them in `snapshots/<commit>`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ _FILES = ("tokenizer_config.json", CONFIG)
 def allows_remote_code(allowed: str | None, folder: Path) -> bool:
     """Whether the tokenizer in `folder` may run code of its own; `allowed`: the recipe's commit.
 
-    Raises UsageError when the files are not known to be of that commit, CheckpointError when they name code elsewhere.
+    Raises UsageError when the files are not known to be of that commit, CheckpointError when they
+    name code elsewhere.
     """
     if allowed is None:
         return False
@@ -29,13 +32,15 @@ def allows_remote_code(allowed: str | None, folder: Path) -> bool:
     if found != allowed:
         told = f"commit {found}" if found else f"{folder}, a folder of no known commit"
         raise UsageError(
-            f"{KEY}: expected the files of commit {allowed}, found {told}; set source.revision to the commit whose "
+            f"{KEY}: expected the files of commit {allowed}, found {told}; set source.revision to "
+            "the commit whose "
             "code you have read, or remove the key"
         )
     for file, name in _mapped(folder):
         if "--" in name:
             raise CheckpointError(
-                f"{folder / file}: auto_map: expected code in this model's own files, found {shorten_repr(name)} of another "
+                f"{folder / file}: auto_map: expected code in this model's own files, found "
+                f"{shorten_repr(name)} of another "
                 "repository, which no commit of this one vouches for; do without it"
             )
     return True

@@ -1,7 +1,8 @@
-"""One reading of a file for its hash and for a look at every tensor's bytes: at the speed of the disk or of sha256.
+"""One reading of a file for its hash and for a look at every tensor's bytes: at the speed of the
+disk or of sha256.
 
-A thread hashes a piece while the next is read and looked at; memory is BUFFERS pieces, whatever the file's size. Links
-and what is no file (a pipe would never end) are not opened.
+A thread hashes a piece while the next is read and looked at; memory is BUFFERS pieces, whatever the
+file's size. Links and what is no file (a pipe would never end) are not opened.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from quantkit.errors import ArtifactError
 from quantkit.io.files import describe_os_error
 
 Visit = Callable[[str, int, memoryview], None]
-"""Name of a tensor, where in it the bytes begin, and the bytes: whole elements, gone after the call."""
+"""Name of a tensor, where in it the bytes begin, and the bytes: whole elements, gone after the
+call.
+"""
 
 PIECE_BYTES = 4 << 20
 BUFFERS = 3
@@ -61,7 +64,8 @@ class TensorRanges:
 
 
 def scan_file(path: Path, header: Header | None = None, visit: Visit | None = None) -> str:
-    """The sha256 of a file in hexadecimal; `visit` is shown the bytes of every tensor of its `header`, in file order.
+    """The sha256 of a file in hexadecimal; `visit` is shown the bytes of every tensor of its
+    `header`, in file order.
 
     Raises ArtifactError for a file that cannot be read, is a link or no file.
     """
@@ -84,7 +88,10 @@ def scan_file(path: Path, header: Header | None = None, visit: Visit | None = No
 
 
 def _at_once(descriptor: int, places: TensorRanges, visit: Visit | None) -> str:
-    """A small file, read whole; it may have grown since it was measured, so that the rest is read too."""
+    """A small file, read whole.
+
+    It may have grown since it was measured, so that the rest is read too.
+    """
     parts = []
     while part := os.read(descriptor, FEW_BYTES):
         parts.append(part)

@@ -1,4 +1,5 @@
-"""The weight files of a folder: one model.safetensors, or shards under an index; names and headers, no data.
+"""The weight files of a folder: one model.safetensors, or shards under an index; names and headers,
+no data.
 
 No torch: `quantkit verify` and `quantkit plan` use this alone.
 """
@@ -30,7 +31,10 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """The weight files of a folder by file name, and the tensors in them; every name is in exactly one file."""
+    """The weight files of a folder by file name, and the tensors in them.
+
+    Every name is in exactly one file.
+    """
 
     folder: Path
     headers: Mapping[str, Header]
@@ -50,7 +54,9 @@ class Shards:
         return self.folder / self.files[name], self.headers[self.files[name]]
 
     def fingerprint(self) -> str:
-        """sha256 over file names, sizes and the headers' bytes: cheap, tells one checkpoint from another."""
+        """sha256 over file names, sizes and the headers' bytes: cheap, tells one checkpoint from
+        another.
+        """
         digest = hashlib.sha256()
         for name in sorted(self.headers):
             header = self.headers[name]
@@ -78,7 +84,10 @@ class Shards:
 
 
 def open_shards(folder: Path) -> Shards:
-    """Read the index and every header of a folder; raises one CheckpointError with all faults found."""
+    """Read the index and every header of a folder.
+
+    Raises one CheckpointError with all faults found.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a model folder, found none; check the path")
     index = _index(folder)
@@ -110,7 +119,8 @@ def read_weight_map(index: Mapping[str, object], where: str) -> dict[str, str]:
         or not all(isinstance(file, str) for file in table.values())
     ):
         raise CheckpointError(
-            f"{where}: weight_map: expected an object of tensor names and file names, found {shorten_repr(table)}; "
+            f"{where}: weight_map: expected an object of tensor names and file names, found "
+            f"{shorten_repr(table)}; "
             "fetch the index again"
         )
     return dict(table)
@@ -119,26 +129,32 @@ def read_weight_map(index: Mapping[str, object], where: str) -> dict[str, str]:
 def find_index_faults(
     index: Mapping[str, str], headers: Mapping[str, Header], where: str
 ) -> list[str]:
-    """Where the index and the files' headers disagree, one sentence each; files without a header are left out."""
+    """Where the index and the files' headers disagree, one sentence each.
+
+    Files without a header are left out.
+    """
     faults: list[str] = []
     owner: dict[str, str] = {}
     for file, header in headers.items():
         for name in header.specs:
             if name in owner:
                 faults.append(
-                    f"{where}: tensor {shorten_repr(name)}: expected in one file, found in {owner[name]} and {file}; "
+                    f"{where}: tensor {shorten_repr(name)}: expected in one file, found in "
+                    f"{owner[name]} and {file}; "
                     "fetch the checkpoint again"
                 )
             elif name not in index:
                 faults.append(
-                    f"{where}: tensor {shorten_repr(name)} of {file}: expected in weight_map, found no entry; "
+                    f"{where}: tensor {shorten_repr(name)} of {file}: expected in weight_map, "
+                    "found no entry; "
                     "add it to the index or it would be lost"
                 )
             owner.setdefault(name, file)
     for name, file in index.items():
         if file in headers and name not in headers[file].specs:
             faults.append(
-                f"{where}: tensor {shorten_repr(name)}: expected in {file}, found no such tensor there; fetch the file again"
+                f"{where}: tensor {shorten_repr(name)}: expected in {file}, found no such tensor "
+                "there; fetch the file again"
             )
     return faults
 
@@ -162,7 +178,10 @@ def find_path_fault(folder: Path, name: str) -> str | None:
 
 
 def leads_outside(folder: Path, path: Path) -> bool:
-    """Whether a path resolves outside its folder; the links of the Hugging Face cache into its blobs do not."""
+    """Whether a path resolves outside its folder.
+
+    The links of the Hugging Face cache into its blobs do not.
+    """
     home = folder.resolve()
     roots = [home]
     if home.parent.name == "snapshots":
@@ -189,7 +208,8 @@ def _index(folder: Path) -> dict[str, str] | None:
         table = read_weight_map(read_json(index), str(index))
         if single.is_file() and SINGLE not in table.values():
             raise CheckpointError(
-                f"{folder}: expected one set of weights, found {SINGLE} and an index that does not name it; "
+                f"{folder}: expected one set of weights, found {SINGLE} and an index that does not "
+                "name it; "
                 "remove one of them"
             )
         return table

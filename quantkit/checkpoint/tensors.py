@@ -1,7 +1,8 @@
 """Tensor bytes in and out of safetensors files, by positioned reads and writes of slices.
 
-No memory maps: mapped pages count as resident memory, and a build promises to stay within a stated budget.
-Every read opens the file, reads its slice and closes it, so any number of threads may read at once.
+No memory maps: mapped pages count as resident memory, and a build promises to stay within a stated
+budget. Every read opens the file, reads its slice and closes it, so any number of threads may read
+at once.
 """
 
 from __future__ import annotations
@@ -62,7 +63,10 @@ def view_bytes(tensor: Tensor) -> memoryview:
 
 
 def read_into(descriptor: int, view: memoryview, offset: int) -> int:
-    """Fill `view` from `offset` on; returns the number of bytes read, fewer only at the end of the file."""
+    """Fill `view` from `offset` on.
+
+    Returns the number of bytes read, fewer only at the end of the file.
+    """
     done = 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done : done + _IO_BYTES]], offset + done)
@@ -80,17 +84,24 @@ def write_from(descriptor: int, view: memoryview, offset: int) -> None:
 
 
 def read_tensor(file: Path, header: Header, name: str) -> Tensor:
-    """The tensor `name` as stored, in fresh memory; raises CheckpointError when the file changed since its header."""
+    """The tensor `name` as stored, in fresh memory.
+
+    Raises CheckpointError when the file changed since its header.
+    """
     spec = header.specs[name]
     return _read(file, header, spec, spec.shape, 0)
 
 
 def read_rows(file: Path, header: Header, name: str, start: int, stop: int) -> Tensor:
-    """Rows start .. stop-1 of `name` as stored: [stop - start, ...]; raises CheckpointError like `read_tensor`."""
+    """Rows start .. stop-1 of `name` as stored: [stop - start, ...].
+
+    Raises CheckpointError like `read_tensor`.
+    """
     spec = header.specs[name]
     if not spec.shape or not 0 <= start <= stop <= spec.shape[0]:
         raise CheckpointError(
-            f"{file}: tensor {shorten_repr(name)}: expected rows within {spec.shape}, found {start}:{stop}"
+            f"{file}: tensor {shorten_repr(name)}: expected rows within {spec.shape}, found "
+            f"{start}:{stop}"
         )
     row_bytes = spec.n_bytes // max(spec.shape[0], 1)
     return _read(file, header, spec, (stop - start, *spec.shape[1:]), start * row_bytes)
@@ -130,13 +141,16 @@ class WrittenFile:
 
 
 class ShardWriter:
-    """Writes one safetensors file of known tensors, in any order, into `<path>.part`; `finish` gives it its name.
+    """Writes one safetensors file of known tensors, in any order, into `<path>.part`; `finish`
+    gives it its name.
 
-    The header is written and the space reserved at once, so a full disk is found before the work is done. `written`
-    names tensors that an earlier, interrupted writer of the same specs has put into the part file and flushed: they
-    are kept. Without `finish` (a `with` block left by an error) no file of the final name appears.
+    The header is written and the space reserved at once, so a full disk is found before the work is
+    done. `written` names tensors that an earlier, interrupted writer of the same specs has put into
+    the part file and flushed: they are kept. Without `finish` (a `with` block left by an error) no
+    file of the final name appears.
 
-    Raises ArtifactError for tensors that are not what their specs say, QuantkitError when the disk refuses.
+    Raises ArtifactError for tensors that are not what their specs say, QuantkitError when the disk
+    refuses.
     """
 
     def __init__(
@@ -159,11 +173,15 @@ class ShardWriter:
             raise make_write_error(self._part, fault) from fault
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor at its place; dtype and shape must be those of its spec, and each comes once."""
+        """Put a tensor at its place.
+
+        Dtype and shape must be those of its spec, and each comes once.
+        """
         spec = self._header.specs.get(name)
         if spec is None:
             raise ArtifactError(
-                f"{self.path}: tensor {shorten_repr(name)}: expected a planned tensor, found one not in the plan"
+                f"{self.path}: tensor {shorten_repr(name)}: expected a planned tensor, found one "
+                "not in the plan"
             )
         if name in self._written:
             raise ArtifactError(
@@ -172,7 +190,8 @@ class ShardWriter:
         found = (get_dtype_name(tensor.dtype), tuple(tensor.shape))
         if found != (spec.dtype, spec.shape):
             raise ArtifactError(
-                f"{self.path}: tensor {shorten_repr(name)}: expected {spec.dtype} {list(spec.shape)}, "
+                f"{self.path}: tensor {shorten_repr(name)}: expected {spec.dtype} "
+                f"{list(spec.shape)}, "
                 f"found {found[0]} {list(found[1])}; the plan and the format's pack disagree"
             )
         view = view_bytes(tensor.detach().to("cpu").contiguous())
@@ -190,7 +209,8 @@ class ShardWriter:
         """A tensor written before, read back from the disk: what is measured is what ships."""
         if name not in self._written:
             raise ArtifactError(
-                f"{self.path}: tensor {shorten_repr(name)}: expected one that was written, found none"
+                f"{self.path}: tensor {shorten_repr(name)}: expected one that was written, found "
+                "none"
             )
         return read_tensor(self._part, self._header, name)
 
@@ -206,7 +226,8 @@ class ShardWriter:
         missing = [name for name in self._header.specs if name not in self._written]
         if missing:
             raise ArtifactError(
-                f"{self.path}: expected {len(self._header.specs)} tensors, found {len(missing)} not written, "
+                f"{self.path}: expected {len(self._header.specs)} tensors, found {len(missing)} "
+                "not written, "
                 f"the first {shorten_repr(missing[0])}"
             )
         try:
@@ -256,7 +277,8 @@ class ShardWriter:
         unknown = sorted(self._written - set(self._header.specs))
         if unknown:
             raise ArtifactError(
-                f"{self._part}: expected a part of the same plan, found {shorten_repr(unknown[0])} written; start again"
+                f"{self._part}: expected a part of the same plan, found {shorten_repr(unknown[0])} "
+                "written; start again"
             )
         if (
             self.path.exists() and not self._part.exists()
@@ -271,7 +293,10 @@ class ShardWriter:
         return descriptor
 
     def _digest(self) -> str:
-        """The sha256 of the whole part file; what was not hashed on the way is read again, piece by piece."""
+        """The sha256 of the whole part file.
+
+        What was not hashed on the way is read again, piece by piece.
+        """
         piece = memoryview(bytearray(min(_IO_BYTES, self._size)))
         while self._hashed < self._size:
             count = read_into(self._descriptor, piece[: self._size - self._hashed], self._hashed)

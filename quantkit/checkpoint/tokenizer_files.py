@@ -1,4 +1,6 @@
-"""What is wrong with the files that transformers makes a tokenizer of, where it names none in its own error."""
+"""What is wrong with the files that transformers makes a tokenizer of, where it names none in its
+own error.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ _FILES = (
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """CheckpointError for the first file that is no JSON object, and for a config.json that transformers refuses.
+    """CheckpointError for the first file that is no JSON object, and for a config.json that
+    transformers refuses.
 
     Asked only when the tokenizer did not load: others are taken as transformers takes them.
     """

@@ -1,4 +1,6 @@
-"""Does config.json say what the tensors hold: schemes, lists of modules as engines read them, the model's shape?"""
+"""Does config.json say what the tensors hold: schemes, lists of modules as engines read them, the
+model's shape?
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,10 @@ def config_faults(values: Mapping[str, object], found: Found) -> Iterator[str]:
 
 
 def loader_faults(loader: Loader, entry: Mapping[str, object], found: Found) -> Iterator[str]:
-    """Modules that an engine would take for something else; ArtifactError for a list that it could not read."""
+    """Modules that an engine would take for something else.
+
+    ArtifactError for a list that it could not read.
+    """
     treatment, blocks = loader.told(entry), set(found.fp8)
     wrong: dict[tuple[Treatment, Treatment], list[str]] = {}
     held: Mapping[Treatment, Sequence[str]] = {
@@ -76,13 +81,17 @@ def misread(engines: str, held: Treatment, taken: Treatment, names: Sequence[str
     if isinstance(held, IntegerCodes) and isinstance(taken, IntegerCodes):
         here, there = f"of {held}", f"of {taken}"
     return (
-        f"config.json: quantization_config: {', '.join(names[:SHOWN])}{more} {verb} {here} in the tensors, but {there} "
+        f"config.json: quantization_config: {', '.join(names[:SHOWN])}{more} {verb} {here} in the "
+        f"tensors, but {there} "
         f"to {engines}"
     )
 
 
 def differences(expected: object, found: object, skip: frozenset[str], where: str) -> Iterator[str]:
-    """Keys whose values differ; lists of modules are judged by what they mean, not by their spelling."""
+    """Keys whose values differ.
+
+    Lists of modules are judged by what they mean, not by their spelling.
+    """
     if isinstance(expected, Mapping) and isinstance(found, Mapping):
         for key in dict.fromkeys([*expected, *map(str, found)]):
             if key not in skip:
@@ -102,7 +111,10 @@ def told(value: object) -> str:
 
 
 def model_faults(values: Mapping[str, object], found: Found) -> tuple[list[str], str | None]:
-    """Where the tensors are not those of the model that config.json describes; or why that was not looked at."""
+    """Where the tensors are not those of the model that config.json describes.
+
+    Or why that was not looked at.
+    """
     plain = {key: value for key, value in values.items() if key != "quantization_config"}
     if fault := size_fault(plain, len(found.logical)):
         return [fault], None
@@ -112,7 +124,8 @@ def model_faults(values: Mapping[str, object], found: Found) -> tuple[list[str],
         if model_type not in registry.list_names("architectures"):
             return (
                 [],
-                f"no table for model_type {model_type!r}: tensors were not compared with the model's shape",
+                f"no table for model_type {model_type!r}: tensors were not compared with the "
+                "model's shape",
             )
         claimed = match_layout(registry.get_architecture(model_type), config, found.logical, CONFIG)
     except (CheckpointError, QuantkitError) as fault:
@@ -137,7 +150,9 @@ EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 
 
 def size_fault(values: Mapping[str, object], tensors: int) -> str | None:
-    """Why a model of so many layers and experts cannot be in so few tensors: no table is made of a number gone wild."""
+    """Why a model of so many layers and experts cannot be in so few tensors: no table is made of a
+    number gone wild.
+    """
     counts = {key: n for key in (*LAYERS, *EXPERTS) if type(n := values.get(key)) is int}
     if far := [key for key, n in counts.items() if n > tensors]:
         return f"config.json: {far[0]}: expected at most {tensors}, the number of tensors, found {counts[far[0]]:.3g}"

@@ -1,4 +1,6 @@
-"""Do the report and the resolved plan belong to the manifest? Their copies of its figures are compared."""
+"""Do the report and the resolved plan belong to the manifest? Their copies of its figures are
+compared.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,10 @@ FIGURES = {
 def report_faults(
     path: Path, manifest: Mapping[str, object], files: Mapping[str, object]
 ) -> Iterator[str]:
-    """Figures that stand in two places and differ; files the manifest does not list are left out."""
+    """Figures that stand in two places and differ.
+
+    Files the manifest does not list are left out.
+    """
     status, plan = manifest.get("status"), manifest.get("plan")
     if status not in STATUSES:
         yield f"{MANIFEST}: status: expected one of {', '.join(STATUSES)}, found {status!r:.60}"
@@ -48,7 +53,9 @@ def report_faults(
 
 
 def gate_faults(report: Mapping[str, object]) -> Iterator[str]:
-    """A status that its gates do not give, and gates whose figure lies on the other side of their bound."""
+    """A status that its gates do not give, and gates whose figure lies on the other side of their
+    bound.
+    """
     listed = report.get("gates")
     rows = [row for row in listed if isinstance(row, Mapping)] if isinstance(listed, list) else []
     expected = compute_status([row.get("ok") for row in rows])
@@ -61,14 +68,19 @@ def gate_faults(report: Mapping[str, object]) -> Iterator[str]:
 
 
 def compute_status(outcomes: Sequence[object]) -> Literal["accepted", "rejected", "not judged"]:
-    """rejected when a bound is missed (False); accepted when there are some and all are kept; otherwise not judged."""
+    """rejected when a bound is missed (False); accepted when there are some and all are kept.
+
+    Otherwise not judged.
+    """
     if any(ok is False for ok in outcomes):
         return "rejected"
     return "accepted" if outcomes and all(ok is True for ok in outcomes) else "not judged"
 
 
 def misses(value: object, bound: object) -> bool:
-    """Whether a figure is clearly outside "<= 0.15", ">= 0.9" or "> -2": bounds are written with six digits."""
+    """Whether a figure is clearly outside "<= 0.15", ">= 0.9" or "> -2": bounds are written with
+    six digits.
+    """
     sign, _, number = bound.partition(" ") if isinstance(bound, str) else ("", "", "")
     try:
         limit = float(number)

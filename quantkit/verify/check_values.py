@@ -1,7 +1,9 @@
-"""Are the numbers of a tensor what its format asks for? numpy on the stored bits, piece by piece; no torch.
+"""Are the numbers of a tensor what its format asks for? numpy on the stored bits, piece by piece;
+no torch.
 
-bfloat16 and FP8 are unknown to numpy, so every dtype is looked at as unsigned integers: above the sign bit, a larger
-exponent is a larger integer, and NaN and infinity are the largest. One minimum or maximum answers for a piece.
+bfloat16 and FP8 are unknown to numpy, so every dtype is looked at as unsigned integers: above the
+sign bit, a larger exponent is a larger integer, and NaN and infinity are the largest. One minimum
+or maximum answers for a piece.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ Words = np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Bits:
-    """A floating dtype as unsigned words: mask without the sign; smallest word that is not finite; smallest normal."""
+    """A floating dtype as unsigned words: mask without the sign; smallest word that is not finite.
+
+    Smallest normal.
+    """
 
     words: str
     mask: int

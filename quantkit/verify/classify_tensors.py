@@ -1,6 +1,8 @@
-"""What an artifact's tensors hold, by its manifest's list of modules and the shards' headers: schemes, shapes, roles.
+"""What an artifact's tensors hold, by its manifest's list of modules and the shards' headers:
+schemes, shapes, roles.
 
-Every stored tensor gets a place: part of a quantized linear, an FP8 weight or its scales, or an ordinary tensor.
+Every stored tensor gets a place: part of a quantized linear, an FP8 weight or its scales, or an
+ordinary tensor.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ ReadSmall = Callable[[str], bytes]
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What is where. `linears` and `schemes` by module; `numbers` and `fp8` by tensor; `faults`, a sentence each."""
+    """What is where. `linears` and `schemes` by module; `numbers` and `fp8` by tensor.
+
+    `faults`, a sentence each.
+    """
 
     name: str | None
     linears: Mapping[str, Linear] = field(default_factory=dict)
@@ -61,7 +66,10 @@ class Found:
 def read_contents(
     name: object, modules: Mapping[str, object], specs: Mapping[str, TensorSpec], read: ReadSmall
 ) -> Found:
-    """Give every tensor its place. `name` is the manifest's format, which must be known when something is quantized."""
+    """Give every tensor its place.
+
+    `name` is the manifest's format, which must be known when something is quantized.
+    """
     faults: list[str] = []
     schemes: dict[str, Scheme] = {}
     for module, record in modules.items():
@@ -146,7 +154,8 @@ def linear_of(
     if shape is None or not all(shape):
         return (
             None,
-            f"{module}: expected the tensors of {scheme.bits}-bit codes, found {', '.join(sorted(own))}",
+            f"{module}: expected the tensors of {scheme.bits}-bit codes, found "
+            f"{', '.join(sorted(own))}",
         )
     linear = Linear(
         name=module, out_features=shape[0], in_features=shape[1], role="mlp", bias="bias" in own
@@ -154,7 +163,8 @@ def linear_of(
     if scheme.group_size != -1 and linear.in_features % scheme.group_size:
         return (
             None,
-            f"{module}: group_size {scheme.group_size} does not divide its {linear.in_features} inputs",
+            f"{module}: group_size {scheme.group_size} does not divide its {linear.in_features} "
+            "inputs",
         )
     wanted = {spec.name.removeprefix(f"{module}."): spec for spec in output.layout(linear, scheme)}
     for local in sorted(set(wanted) | (set(own) - {"bias"})):
@@ -245,7 +255,10 @@ def scheme_of(values: object) -> Scheme | None:
 def config_contents(
     output: Format, contents: Contents
 ) -> tuple[dict[str, object] | None, str | None]:
-    """The entry that the format would write for what the tensors hold; or why it would refuse to."""
+    """The entry that the format would write for what the tensors hold.
+
+    Or why it would refuse to.
+    """
     try:
         return (output.quantization_config(contents) if contents.schemes else None), None
     except UsageError as fault:

@@ -16,9 +16,12 @@ from quantkit.verify.source_pair import Sides, open_sides
 MAX_SHOWN = 20
 
 PROOF_MEANINGS: dict[Kind, str] = {
-    "requantized": "quantized again from the source: every code, scale and zero point the same, bit for bit",
-    "reproduced": "recorded weight error reproduced from source and codes (how calibration chose them is not proven)",
-    "scaled": "the source's by an unrecorded factor per channel: error no more than recorded, pairs cancel to rounding",
+    "requantized": "quantized again from the source: every code, scale and zero point the same, "
+    "bit for bit",
+    "reproduced": "recorded weight error reproduced from source and codes (how calibration chose "
+    "them is not proven)",
+    "scaled": "the source's by an unrecorded factor per channel: error no more than recorded, "
+    "pairs cancel to rounding",
     "equal": "the source's values, bit for bit",
     "power_of_two": "the source's values by powers of two, bit for bit",
     "factor": "the source's values by one unrecorded factor per row, to rounding",
@@ -37,7 +40,8 @@ NEVER_PROVEN = (
 
 @dataclass(frozen=True, kw_only=True)
 class DeepReport:
-    """What a sample showed. modules and tensors: (looked at, in all); files: of the source whose bytes were hashed.
+    """What a sample showed. modules and tensors: (looked at, in all); files: of the source whose
+    bytes were hashed.
 
     carried: files that the artifact took over as they are, all of them compared, as config.json is.
     """
@@ -59,9 +63,11 @@ class DeepReport:
 def verify_deep(
     path: Path, source: str | None, sample: int | None, seed: int, tell: Callable[[str], None]
 ) -> DeepReport:
-    """Prove `sample` modules and as many kept tensors, all without a number; `tell` is given each name beforehand.
+    """Prove `sample` modules and as many kept tensors, all without a number; `tell` is given each
+    name beforehand.
 
-    Raises ArtifactError naming everything that contradicts the source, and for a source that changed.
+    Raises ArtifactError naming everything that contradicts the source, and for a source that
+    changed.
     """
     sides = open_sides(path, source)
     told = get_section(get_section(read_manifest(path), "source", path), "files", path)
@@ -97,7 +103,9 @@ def verify_deep(
 
 
 def find_carried_faults(sides: Sides) -> Iterator[str]:
-    """Where config.json is not the source's, quantization and MTP blocks left aside, and files that are not its own."""
+    """Where config.json is not the source's, quantization and MTP blocks left aside, and files that
+    are not its own.
+    """
     before, after = (
         {key: value for key, value in side.config.values.items() if key not in WRITTEN_KEYS}
         for side in (sides.source, sides.stored)
@@ -113,7 +121,10 @@ def find_carried_faults(sides: Sides) -> Iterator[str]:
 
 
 def find_tensor_name_faults(sides: Sides) -> Iterator[str]:
-    """Tensors of the model that the artifact lacks, and such as the source lacks; MTP blocks may be left out."""
+    """Tensors of the model that the artifact lacks, and such as the source lacks.
+
+    MTP blocks may be left out.
+    """
     predicts = sides.stored.config.integer("num_nextn_predict_layers", 0) > 0
     blocks = [block for block in sides.layout.blocks if block.kind == "decoder" or predicts]
     wanted = {
@@ -148,7 +159,9 @@ def draw_sample(random: Random, names: Sequence[str], count: int | None) -> list
 def iterate_read_tensors(
     sides: Sides, modules: Sequence[str], tensors: Sequence[str]
 ) -> Iterator[str]:
-    """The source's stored tensors that a sample reads, the norms and matrices before each linear among them."""
+    """The source's stored tensors that a sample reads, the norms and matrices before each linear
+    among them.
+    """
     names = [f"{module}.weight" for module in modules] + list(tensors)
     for module in [name.rpartition(".")[0] for name in names]:
         fed = sides.input_of(module)
@@ -165,7 +178,8 @@ def iterate_read_tensors(
 def iterate_report_lines(deep: DeepReport) -> Iterator[str]:
     """What was proven, for people."""
     yield (
-        f"source {deep.source}: names, headers, config and tokenizer unchanged, {deep.files[0]} of {deep.files[1]} "
+        f"source {deep.source}: names, headers, config and tokenizer unchanged, {deep.files[0]} of "
+        f"{deep.files[1]} "
         "weight files hashed"
     )
     yield f"config.json but for quantization, and {deep.carried} files beside it: the source's"

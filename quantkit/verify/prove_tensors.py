@@ -1,8 +1,10 @@
-"""What can be proven of one stored tensor or linear from the source, without the statistics that calibration had.
+"""What can be proven of one stored tensor or linear from the source, without the statistics that
+calibration had.
 
-A scale that a norm absorbed is a power of two per channel and stands in the norm: the quantized weight before rounding
-is then known to the bit. A scale between two matrices (the rows of one, the columns of the next) is nowhere recorded:
-such a linear is compared up to one positive factor per channel.
+A scale that a norm absorbed is a power of two per channel and stands in the norm: the quantized
+weight before rounding is then known to the bit. A scale between two matrices (the rows of one, the
+columns of the next) is nowhere recorded: such a linear is compared up to one positive factor per
+channel.
 """
 
 from __future__ import annotations
@@ -26,22 +28,28 @@ REPRODUCED = 1e-6
 """Relative difference of a weight error that another order of summation explains."""
 SCALED = 0.02
 LESS = 0.15
-"""By how much more and less the same may be where the factors of channels were estimated from the codes. More, and by
-the square of the error in addition: codes lean away from zero by about that. Less: the best factors take away what
-clipped ranges lose.
+"""By how much more and less the same may be where the factors of channels were estimated from the
+codes. More, and by the square of the error in addition: codes lean away from zero by about that.
+Less: the best factors take away what clipped ranges lose.
 """
 CANCEL = 1.5
-"""How far fitted factors may be off, in relative residuals of their channels: GPTQ's errors lean on the weights they
-make up for, by up to 0.9 of the residual in 68,000 channels of real and small models.
+"""How far fitted factors may be off, in relative residuals of their channels: GPTQ's errors lean on
+the weights they make up for, by up to 0.9 of the residual in 68,000 channels of real and small
+models.
 """
 ROUNDED = 1.5 * 2.0**-8
-"""Relative difference that rounding to bfloat16, half a unit in its last place, and an estimated factor explain."""
+"""Relative difference that rounding to bfloat16, half a unit in its last place, and an estimated
+factor explain.
+"""
 PIECE_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What was found about one linear or tensor. fault: what contradicts the source; reason: why nothing is proven."""
+    """What was found about one linear or tensor. fault: what contradicts the source.
+
+    Reason: why nothing is proven.
+    """
 
     name: str
     kind: Kind
@@ -49,11 +57,14 @@ class Proof:
     reason: str | None = None
 
 
-# ---------------------------------------------------------------------------------------------------- what was folded
+# ---------------------------------------------------------------------------------- what was folded
 
 
 def norm_scale(sides: Sides, absorber: Absorber) -> Tensor | None:
-    """The scale [in] that a norm absorbed, powers of two; None for a matrix, or where a weight of 0 hides it."""
+    """The scale [in] that a norm absorbed, powers of two.
+
+    None for a matrix, or where a weight of 0 hides it.
+    """
     name = f"{absorber.module}.weight"
     spec = sides.source.specs.get(name)
     if spec is None or len(spec.shape) != 1 or name not in sides.stored.specs:
@@ -71,7 +82,10 @@ def powers_of_two(scale: Tensor) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class UnquantizedWeight:
-    """A source weight [out, in] float32 with the scales that are known; axes along which others were folded in."""
+    """A source weight [out, in] float32 with the scales that are known.
+
+    Axes along which others were folded in.
+    """
 
     weight: Tensor
     rows: bool
@@ -99,7 +113,7 @@ def unrounded(sides: Sides, module: str) -> UnquantizedWeight | str:
     )
 
 
-# ------------------------------------------------------------------------------------------------- quantized linears
+# -------------------------------------------------------------------------------- quantized linears
 
 
 def prove_linear(sides: Sides, module: str) -> Proof:
@@ -127,7 +141,10 @@ def prove_linear(sides: Sides, module: str) -> Proof:
 
 
 def data_free(record: Any) -> Method | None:
-    """The method that chose the codes if it looked at nothing but the weight; None for one that learned."""
+    """The method that chose the codes if it looked at nothing but the weight.
+
+    None for one that learned.
+    """
     if record.get("method") not in registry.list_names("methods"):
         return None
     method = registry.get_method(record["method"])
@@ -184,7 +201,9 @@ def relative_error(weight: Tensor, back: Tensor) -> float:
 def prove_scaled(
     sides: Sides, module: str, source: UnquantizedWeight, back: Tensor, record: Any
 ) -> Proof:
-    """Codes of a weight times one unrecorded factor per channel: the error left by the best factors must be told."""
+    """Codes of a weight times one unrecorded factor per channel: the error left by the best factors
+    must be told.
+    """
     weight, across = source.weight, 1 if source.rows else 0
     factor = fitted(weight, back, across)
     wide = weight * factor.unsqueeze(across)
@@ -206,7 +225,10 @@ def prove_scaled(
 
 
 def kept_by(sides: Sides, module: str) -> str | None:
-    """Why the linears that read what this one makes do not take back the factors of its rows; or None."""
+    """Why the linears that read what this one makes do not take back the factors of its rows.
+
+    Or None.
+    """
     for fed in sides.readers_of(module):
         for reader in fed.readers:
             after = unrounded(sides, reader)
@@ -225,7 +247,9 @@ def kept_by(sides: Sides, module: str) -> str | None:
 
 
 def fitted(weight: Tensor, back: Tensor, across: int) -> Tensor:
-    """The factor per channel that brings a weight nearest to its codes, summed over dimension `across`; float32."""
+    """The factor per channel that brings a weight nearest to its codes, summed over dimension
+    `across`; float32.
+    """
     wide, other = weight.double(), back.double()
     found: Tensor = (wide * other).sum(across) / wide.square().sum(across).clamp(min=1e-60)
     return found.float()
@@ -242,9 +266,11 @@ def residual(wide: Tensor, back: Tensor, across: int) -> Tensor:
 def uncancelled(
     sides: Sides, module: str, wide: Tensor, back: Tensor, factor: Tensor
 ) -> str | None:
-    """Where the factors of this linear's columns and those of the rows that make its input do not cancel; or None.
+    """Where the factors of this linear's columns and those of the rows that make its input do not
+    cancel; or None.
 
-    factor [in] of the columns. The rows' matrix is read from both sides; kept or quantized makes no difference.
+    factor [in] of the columns. The rows' matrix is read from both sides; kept or quantized makes no
+    difference.
     """
     fed = sides.input_of(module)
     assert fed is not None and fed.absorber is not None  # `unrounded` found one
@@ -264,13 +290,16 @@ def uncancelled(
     channel = int(off[0])
     product = float(factor[channel] * inverse[index[channel]])
     return (
-        f"expected the scale of input channel {channel} to be taken back by row {int(index[channel])} of {maker}, "
+        f"expected the scale of input channel {channel} to be taken back by row "
+        f"{int(index[channel])} of {maker}, "
         f"found {product:.4f} of the source in all ({len(off)} of {len(factor)} channels)"
     )
 
 
 def row_factors(sides: Sides, module: str) -> tuple[Tensor, Tensor] | None:
-    """The factor of each row of a linear, kept or quantized, and the residual it leaves: [out] each."""
+    """The factor of each row of a linear, kept or quantized, and the residual it leaves: [out]
+    each.
+    """
     before, name = unrounded(sides, module), f"{module}.weight"
     if isinstance(before, str) or before.columns:
         return None
@@ -282,7 +311,7 @@ def row_factors(sides: Sides, module: str) -> tuple[Tensor, Tensor] | None:
     return factor, residual(before.weight * factor[:, None], after, 1)
 
 
-# --------------------------------------------------------------------------------------------------- kept tensors
+# ------------------------------------------------------------------------------------- kept tensors
 
 
 def prove_kept(sides: Sides, name: str) -> Proof:
@@ -359,7 +388,10 @@ def prove_norm(sides: Sides, name: str) -> Proof:
 
 
 def prove_rows(sides: Sides, name: str, scale: Tensor | None, factors: bool) -> Proof:
-    """Piece by piece: the source's bits, times a known scale [in] per column; with `factors` up to one per row."""
+    """Piece by piece: the source's bits, times a known scale [in] per column.
+
+    With `factors` up to one per row.
+    """
     kind: Kind = "factor" if factors else "equal" if scale is None else "power_of_two"
     spec = sides.stored.specs[name]
     rows = spec.shape[0] if spec.shape else 1

@@ -1,8 +1,10 @@
-"""Is an artifact what its manifest says, and can it be served? Hashes, headers, index, config and numbers; no torch.
+"""Is an artifact what its manifest says, and can it be served? Hashes, headers, index, config and
+numbers; no torch.
 
-Every fault is found before any is reported. `quantkit verify` is for whoever receives an artifact: it starts fast and
-reads each byte once, for its hash and for a look at the numbers (checks/). What an artifact says of its source is
-checked by `quantkit verify --deep` (deep/), who made it by its signature (signing).
+Every fault is found before any is reported. `quantkit verify` is for whoever receives an artifact:
+it starts fast and reads each byte once, for its hash and for a look at the numbers (checks/). What
+an artifact says of its source is checked by `quantkit verify --deep` (deep/), who made it by its
+signature (signing).
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ READERS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What was checked. sha256: of every hashed file; unsealed: files beside them that nobody vouches for; notes: what
-    was not looked at, and why."""
+    """What was checked. sha256: of every hashed file; unsealed: files beside them that nobody
+    vouches for; notes: what was not looked at, and why.
+    """
 
     path: Path
     status: str
@@ -132,20 +135,24 @@ def refuse(path: Path, faults: list[str]) -> None:
 
 
 def printable(text: str) -> str:
-    """A sentence without characters that a terminal obeys: names of files and tensors are anybody's."""
+    """A sentence without characters that a terminal obeys: names of files and tensors are
+    anybody's.
+    """
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )
 
 
-# ----------------------------------------------------------------------------------------------------- the manifest
+# ------------------------------------------------------------------------------------- the manifest
 
 
-# -------------------------------------------------------------------------------------------------------- the files
+# ---------------------------------------------------------------------------------------- the files
 
 
 def entries(path: Path) -> dict[str, str]:
-    """Everything below the folder but folders, by relative name: "file", "a link", or "no file" (a pipe)."""
+    """Everything below the folder but folders, by relative name: "file", "a link", or "no file" (a
+    pipe).
+    """
     found: dict[str, str] = {}
     for folder, folders, names in os.walk(path, onerror=None):
         for name in (*names, *(each for each in folders if (Path(folder) / each).is_symlink())):
@@ -178,7 +185,9 @@ def name_faults(
 
 
 def added_faults(path: Path, added: Sequence[str]) -> Iterator[str]:
-    """What is wrong with files that were added later: of a load test the form, for nothing says which figures."""
+    """What is wrong with files that were added later: of a load test the form, for nothing says
+    which figures.
+    """
     if LOADTEST in added:
         from quantkit.artifact.loadtest_schema import (
             find_load_test_faults,  # pydantic: when there is one
@@ -250,7 +259,7 @@ def scan_one(file: Path, header: Header | None, numbers: Mapping[str, object]) -
     return ScannedFile(sha256=digest, faults=tuple(filter(None, told)))
 
 
-# ------------------------------------------------------------------------------------- headers, index, configuration
+# -------------------------------------------------------------------- headers, index, configuration
 
 
 def read_headers(path: Path, files: Mapping[str, object]) -> tuple[dict[str, Header], list[str]]:

@@ -1,4 +1,7 @@
-"""An artifact and the source it was made of, side by side; a source that is not what it was is refused."""
+"""An artifact and the source it was made of, side by side.
+
+A source that is not what it was is refused.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ from quantkit.verify.classify_tensors import parts_of, scheme_of
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """What feeds linears: a group, whose scale they were multiplied by if it was `rescaled`, and who absorbed that.
+    """What feeds linears: a group, whose scale they were multiplied by if it was `rescaled`, and
+    who absorbed that.
 
     readers: the dense ones of the group, or the one of an expert.
     """
@@ -54,7 +58,10 @@ class Sides:
 
     @cached_property
     def kept(self) -> tuple[str, ...]:
-        """The stored tensors, as the model computes, that are not part of a quantized linear; their biases are."""
+        """The stored tensors, as the model computes, that are not part of a quantized linear.
+
+        Their biases are.
+        """
         packed = {
             f"{module}.{local}" for module, parts in self.parts.items() for local in parts if local != "bias"
         }  # fmt: skip
@@ -146,7 +153,10 @@ class Sides:
         return bool(self.modules.get(module, {}).get("rescaled"))
 
     def check_files(self, names: Iterable[str], told: Mapping[str, object]) -> int:
-        """Hash the source's files that hold these tensors; how many. ArtifactError for one that changed."""
+        """Hash the source's files that hold these tensors; how many.
+
+        ArtifactError for one that changed.
+        """
         wanted = set(names)
         files = {file for name, file in self.source.shards.files.items() if name in wanted}
         for file in sorted(files):
@@ -158,13 +168,15 @@ class Sides:
 def changed(path: Path, named: str, what: str) -> ArtifactError:
     """The sentence for a source that is not what it was."""
     return ArtifactError(
-        f"{named}: not the source that {path} was made of: {what}; --deep needs the source as it was, name its place "
+        f"{named}: not the source that {path} was made of: {what}; --deep needs the source as it "
+        "was, name its place "
         "with --source"
     )
 
 
 def open_sides(path: Path, source: str | None) -> Sides:
-    """Open an artifact that verifies, and its source; `source` names its place where the manifest's is not here.
+    """Open an artifact that verifies, and its source; `source` names its place where the manifest's
+    is not here.
 
     Raises ArtifactError for a source that changed, CheckpointError for one that cannot be read.
     """

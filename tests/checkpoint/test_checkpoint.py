@@ -1,4 +1,6 @@
-"""Source checkpoints: what is refused and how it is said, and FP8 blocks against independent arithmetic."""
+"""Source checkpoints: what is refused and how it is said, and FP8 blocks against independent
+arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,7 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
     ]
 
 
-# ------------------------------------------------------------------------------------------------- values
+# ------------------------------------------------------------------------------------------- values
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -82,7 +84,8 @@ def test_nan_and_infinity_are_found_wherever_they_are(
     with pytest.raises(CheckpointError) as caught:
         opened.read(["w"])
     assert str(caught.value) == (
-        f"{tmp_path}/model.safetensors: tensor 'w': expected finite values, found {value} at element 25; "
+        f"{tmp_path}/model.safetensors: tensor 'w': expected finite values, found {value} at "
+        "element 25; "
         "the weights are damaged, fetch the file again"
     )
 
@@ -154,7 +157,7 @@ def test_threads_read_at_once(tmp_path: Path) -> None:
     assert wrong == []
 
 
-# ------------------------------------------------------------------------------------------------- files and index
+# ---------------------------------------------------------------------------------- files and index
 
 
 A, B = {"a": torch.zeros(1)}, {"b": torch.zeros(1)}
@@ -171,43 +174,52 @@ def test_a_sharded_checkpoint_is_one(tmp_path: Path) -> None:
     [
         (
             {"a": "/etc/x.safetensors"},
-            "F/model.safetensors.index.json: file '/etc/x.safetensors': expected a path inside the folder, "
+            "F/model.safetensors.index.json: file '/etc/x.safetensors': expected a path inside the "
+            "folder, "
             "found one that leads elsewhere; do not use this checkpoint",
         ),
         (
             {"a": "../0.safetensors"},
-            "F/model.safetensors.index.json: file '../0.safetensors': expected a path inside the folder, "
+            "F/model.safetensors.index.json: file '../0.safetensors': expected a path inside the "
+            "folder, "
             "found one that leads elsewhere; do not use this checkpoint",
         ),
         (
             {"a": "0.bin"},
-            "F/model.safetensors.index.json: file '0.bin': expected a .safetensors file, found '.bin'; "
+            "F/model.safetensors.index.json: file '0.bin': expected a .safetensors file, found "
+            "'.bin'; "
             "convert the checkpoint",
         ),
         (
             {"a": "0.safetensors", "b": "9.safetensors"},
-            "F/9.safetensors: expected a file named by the checkpoint, found none; fetch the missing file",
+            "F/9.safetensors: expected a file named by the checkpoint, found none; fetch the "
+            "missing file",
         ),
         (
             {"a": "0.safetensors", "b": "1.safetensors", "c": "1.safetensors"},
-            "F/model.safetensors.index.json: tensor 'c': expected in 1.safetensors, found no such tensor there; "
+            "F/model.safetensors.index.json: tensor 'c': expected in 1.safetensors, found no such "
+            "tensor there; "
             "fetch the file again",
         ),
         (
             {"a": "0.safetensors", "x": "1.safetensors"},
-            "F/model.safetensors.index.json: tensor 'b' of 1.safetensors: expected in weight_map, found no entry; "
+            "F/model.safetensors.index.json: tensor 'b' of 1.safetensors: expected in weight_map, "
+            "found no entry; "
             "add it to the index or it would be lost\n"
-            "F/model.safetensors.index.json: tensor 'x': expected in 1.safetensors, found no such tensor there; "
+            "F/model.safetensors.index.json: tensor 'x': expected in 1.safetensors, found no such "
+            "tensor there; "
             "fetch the file again",
         ),
         (
             {},
-            "F/model.safetensors.index.json: weight_map: expected an object of tensor names and file names, found {}; "
+            "F/model.safetensors.index.json: weight_map: expected an object of tensor names and "
+            "file names, found {}; "
             "fetch the index again",
         ),
         (
             {"a": 1},
-            "F/model.safetensors.index.json: weight_map: expected an object of tensor names and file names, "
+            "F/model.safetensors.index.json: weight_map: expected an object of tensor names and "
+            "file names, "
             "found {'a': 1}; fetch the index again",
         ),
     ],
@@ -219,7 +231,8 @@ def test_an_index_that_lies(tmp_path: Path, weight_map: object, message: str) ->
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     folder = index(save(tmp_path, A, {**A, **B}), {"a": "0.safetensors", "b": "1.safetensors"})
     assert refused(folder) == (
-        "F/model.safetensors.index.json: tensor 'a': expected in one file, found in 0.safetensors and 1.safetensors; "
+        "F/model.safetensors.index.json: tensor 'a': expected in one file, found in 0.safetensors "
+        "and 1.safetensors; "
         "fetch the checkpoint again"
     )
 
@@ -234,11 +247,13 @@ def test_folders_without_weights(tmp_path: Path) -> None:
     )
     (folder / "pytorch_model.bin").touch()
     assert refused(folder) == (
-        f"{expected}, found pickled weights (pytorch_model.bin) only; quantkit reads safetensors only, convert them"
+        f"{expected}, found pickled weights (pytorch_model.bin) only; quantkit reads safetensors "
+        "only, convert them"
     )
     (folder / "model-00001-of-00002.safetensors").touch()
     assert refused(folder) == (
-        f"{expected}, found model-00001-of-00002.safetensors without an index; fetch or write the index"
+        f"{expected}, found model-00001-of-00002.safetensors without an index; fetch or write the "
+        "index"
     )
     assert refused(tmp_path / "absent").splitlines()[-1] == (
         "F: expected a model folder, found none; check the path"
@@ -249,7 +264,8 @@ def test_two_sets_of_weights(tmp_path: Path) -> None:
     folder = save(tmp_path, A, B)
     save_file(A, folder / "model.safetensors")
     assert refused(folder) == (
-        "F: expected one set of weights, found model.safetensors and an index that does not name it; remove one of them"
+        "F: expected one set of weights, found model.safetensors and an index that does not name "
+        "it; remove one of them"
     )
 
 
@@ -259,7 +275,8 @@ def test_links_out_of_the_folder_are_refused_and_the_hub_cache_is_not(tmp_path: 
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(outside / "model.safetensors")
     assert refused(folder) == (
-        "F/model.safetensors: expected a file inside the folder, found a link that leads out of it; copy the file"
+        "F/model.safetensors: expected a file inside the folder, found a link that leads out of "
+        "it; copy the file"
     )
     snapshot = tmp_path / "models--o--n" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
@@ -279,13 +296,16 @@ def test_links_out_of_the_folder_are_refused_and_the_hub_cache_is_not(tmp_path: 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\xef\xbb\xbf{}", "expected plain UTF-8, found a byte order mark; save the file without it"),
+        (b"\xef\xbb\xbf{}", "expected plain UTF-8, found a byte order mark; save the file without "
+                            "it"),
         (b'{"a": "\xe9"}', "expected UTF-8, found byte 0xe9 at offset 7; save it as UTF-8"),
-        (b'{"a": 1, "a": 2}', "expected every key once, found 'a' twice in one object; remove one of them"),
+        (b'{"a": 1, "a": 2}', "expected every key once, found 'a' twice in one object; remove one "
+                              "of them"),
         (b"[]", "expected a JSON object, found list; fetch the file again"),
         (b'{"a" 1}', "expected JSON, found an error (expecting ':' delimiter) at line 1 column 6; "
                       "repair or fetch the file"),
-        (b"[" * 100_000, "expected JSON, found nesting or a number beyond any real file; fetch it again"),
+        (b"[" * 100_000, "expected JSON, found nesting or a number beyond any real file; fetch it "
+                         "again"),
     ],
 )  # fmt: skip
 def test_a_config_that_cannot_be_read(tmp_path: Path, content: bytes, message: str) -> None:

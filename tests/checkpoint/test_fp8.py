@@ -1,4 +1,6 @@
-"""FP8 weights in blocks: against independent arithmetic, the BF16 twin of a real model, and scales that do not fit."""
+"""FP8 weights in blocks: against independent arithmetic, the BF16 twin of a real model, and scales
+that do not fit.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,10 @@ def compressed(*structures: list[int]) -> dict[str, object]:
 
 
 def test_an_artifact_names_its_block_scales_otherwise(tmp_path: Path) -> None:
-    """compressed-tensors: weight_scale, which packed codes have too; those stay tensors of their own."""
+    """compressed-tensors: weight_scale, which packed codes have too.
+
+    Those stay tensors of their own.
+    """
     tensors = {
         "a.weight": WEIGHT,
         "a.weight_scale": SCALE,
@@ -102,7 +107,10 @@ def test_faults_of_an_artifact_name_its_tensors(
 
 
 def cast_like_deepseek(weight: Tensor, scale: Tensor, block: int) -> Tensor:
-    """FP8 -> float32, times the scale of its block, -> bfloat16; element by element, sharing no code."""
+    """FP8 -> float32, times the scale of its block, -> bfloat16.
+
+    Element by element, sharing no code.
+    """
     values = weight.to(torch.float32)
     rows = torch.arange(weight.shape[0])[:, None] // block
     columns = torch.arange(weight.shape[1])[None, :] // block
@@ -167,36 +175,42 @@ def test_the_tiny_model_in_fp8_is_close_to_itself_in_bf16(where: str) -> None:
         (
             {"a.weight": WEIGHT},
             CONFIG,
-            "F: tensor 'a.weight': expected its scale 'a.weight_scale_inv', found none in any file; "
+            "F: tensor 'a.weight': expected its scale 'a.weight_scale_inv', found none in any "
+            "file; "
             "fetch the checkpoint again",
         ),
         (
             {"a.weight": WEIGHT, "a.weight_scale_inv": torch.ones(1, 2)},
             CONFIG,
-            "F: tensor 'a.weight': expected a scale of shape [2, 2] for [3, 3] in blocks of [2, 2], found [1, 2]; "
+            "F: tensor 'a.weight': expected a scale of shape [2, 2] for [3, 3] in blocks of [2, "
+            "2], found [1, 2]; "
             "fetch the checkpoint again",
         ),
         (
             {"a.weight": WEIGHT, "a.weight_scale_inv": SCALE.to(torch.int32)},
             CONFIG,
-            "F: tensor 'a.weight': expected a scale of F32, BF16, F16, found I32; fetch the checkpoint again",
+            "F: tensor 'a.weight': expected a scale of F32, BF16, F16, found I32; fetch the "
+            "checkpoint again",
         ),
         (
             {"a.weight_scale_inv": SCALE},
             CONFIG,
-            "F: tensor 'a.weight_scale_inv': expected the weight 'a.weight' of this scale, found none in any file; "
+            "F: tensor 'a.weight_scale_inv': expected the weight 'a.weight' of this scale, found "
+            "none in any file; "
             "fetch the checkpoint again",
         ),
         (
             {"a.weight": torch.ones(3, 3), "a.weight_scale_inv": SCALE},
             CONFIG,
-            "F: tensor 'a.weight_scale_inv': expected 'a.weight' of this scale as F8_E4M3, found F32; "
+            "F: tensor 'a.weight_scale_inv': expected 'a.weight' of this scale as F8_E4M3, found "
+            "F32; "
             "fetch the checkpoint again",
         ),
         (
             {"a.weight": WEIGHT[0]},
             CONFIG,
-            "F: tensor 'a.weight': expected two dimensions for FP8 blocks, found shape [3]; convert it to BF16",
+            "F: tensor 'a.weight': expected two dimensions for FP8 blocks, found shape [3]; "
+            "convert it to BF16",
         ),
         (
             {"a": torch.ones(2).to(torch.float8_e5m2)},

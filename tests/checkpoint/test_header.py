@@ -1,4 +1,6 @@
-"""The safetensors header: every kind of damage is one clear CheckpointError, and the `safetensors` library agrees."""
+"""The safetensors header: every kind of damage is one clear CheckpointError, and the `safetensors`
+library agrees.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ CORRUPTED = {
     "not json": (
         b'{"a" 1}',
         16,
-        "header: expected JSON, found an error (expecting ':' delimiter) at line 1 column 6; repair or fetch the file",
+        "header: expected JSON, found an error (expecting ':' delimiter) at line 1 column 6; "
+        "repair or fetch the file",
     ),
     "not an object": (b"[]", 16, f"header: expected to start with '{{', found b'['; {AGAIN}"),
     "empty": (b"", 16, f"header: expected to start with '{{', found b''; {AGAIN}"),
@@ -161,12 +164,14 @@ CORRUPTED = {
     "truncated": (
         GOOD,
         15,
-        "expected 16 bytes of tensor data, found 15; the file is truncated, fetch or write it again",
+        "expected 16 bytes of tensor data, found 15; the file is truncated, fetch or write it "
+        "again",
     ),
     "trailing bytes": (
         GOOD,
         17,
-        "expected 16 bytes of tensor data, found 17; the file is longer than its header says, fetch or write it again",
+        "expected 16 bytes of tensor data, found 17; the file is longer than its header says, "
+        "fetch or write it again",
     ),
     "metadata of numbers": (
         {**GOOD, "__metadata__": {"a": 1}},
@@ -189,11 +194,13 @@ def test_the_length_is_checked_before_anything_is_read(tmp_path: Path) -> None:
     for length, message in (
         (
             100_000_001,
-            "header length: expected at most 100000000, found 100000001; this is not a safetensors file",
+            "header length: expected at most 100000000, found 100000001; this is not a safetensors "
+            "file",
         ),
         (
             2**64 - 1,
-            f"header length: expected at most 100000000, found {2**64 - 1}; this is not a safetensors file",
+            f"header length: expected at most 100000000, found {2**64 - 1}; this is not a "
+            "safetensors file",
         ),
         (99, f"header length: expected at most 18 (the rest of the file), found 99; {AGAIN}"),
     ):
@@ -210,7 +217,8 @@ def test_the_length_is_checked_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_header(tmp_path / "absent.safetensors")
     assert str(caught.value) == (
-        f"{tmp_path}/absent.safetensors: expected a readable file, found: no such file or directory; check the path"
+        f"{tmp_path}/absent.safetensors: expected a readable file, found: no such file or "
+        "directory; check the path"
     )
 
 
@@ -313,7 +321,9 @@ def test_fuzz_the_parser_raises_nothing_but_checkpoint_errors(
 def test_fuzz_a_flipped_byte_is_read_as_the_library_reads_it_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Whatever we accept, the library accepts with the same shapes: we are never the more credulous reader."""
+    """Whatever we accept, the library accepts with the same shapes: we are never the more credulous
+    reader.
+    """
     content = bytearray(save({"a": torch.zeros(3, 2), "b": torch.zeros(4, dtype=torch.uint8)}))
     position = data.draw(st.integers(0, len(content) - 1))
     content[position] = data.draw(st.integers(0, 255))

@@ -172,7 +172,8 @@ def test_a_model_is_fetched_and_opened(fake_hub: FakeHub) -> None:
 
 def test_what_the_hub_refuses(fake_hub: FakeHub) -> None:
     assert refused("org/none") == (
-        "org/none: expected this model on the Hub, found none that this user may see; check source.model"
+        "org/none: expected this model on the Hub, found none that this user may see; check "
+        "source.model"
     )
     assert refused("org/tiny", "v9") == (
         "org/tiny@v9: expected this revision on the Hub, found none; check source.revision"
@@ -190,7 +191,8 @@ def test_repositories_that_are_not_complete(fake_hub: FakeHub) -> None:
     with pytest.raises(CheckpointError) as caught:
         hub.read_model_headers("org/tiny")
     assert str(caught.value) == (
-        "org/tiny: model.safetensors.index.json: expected the repository to hold every file, found 1 missing, "
+        "org/tiny: model.safetensors.index.json: expected the repository to hold every file, found "
+        "1 missing, "
         "the first 'a.safetensors'; the upload is not complete, use another revision"
     )
     del fake_hub.files["model.safetensors.index.json"]
@@ -243,7 +245,8 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             resolve("org/tiny")
         message = str(caught.value)
         assert message.startswith(
-            "org/tiny: expected to reach http://127.0.0.1:9 or find the model in the local cache, found no connection ("
+            "org/tiny: expected to reach http://127.0.0.1:9 or find the model in the local cache, "
+            "found no connection ("
         )
         assert message.endswith(
             "; connect, or download the model elsewhere and give its folder as source.model"
@@ -267,10 +270,12 @@ def test_models_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     assert hub.resolve_model("m").folder == tmp_path / "m"
     assert refused(f"{tmp_path}/m", "v1") == (
-        f"source.revision: expected none for a model on this machine ({tmp_path}/m), found 'v1'; remove it"
+        f"source.revision: expected none for a model on this machine ({tmp_path}/m), found 'v1'; "
+        "remove it"
     )
     assert refused("./absent") == (
-        "source.model: expected a folder, builtin:<name> or a Hub id like org/name, found './absent', "
+        "source.model: expected a folder, builtin:<name> or a Hub id like org/name, found "
+        "'./absent', "
         "which is none of these; check the path"
     )
     assert refused("builtin:absent").startswith(

@@ -1,4 +1,5 @@
-"""Code that comes with a model: carried over, and not run, unless it is a tokenizer's of the commit the recipe names.
+"""Code that comes with a model: carried over, and not run, unless it is a tokenizer's of the commit
+the recipe names.
 
 Every module here writes a file when it is imported, so that each test can tell whether it was.
 """
@@ -56,7 +57,9 @@ def sentinel(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def snapshot(tmp_path: Path, sentinel: Path) -> Path:
-    """A llama in the layout of the Hub's cache, with code of its own for config, model and tokenizer."""
+    """A llama in the layout of the Hub's cache, with code of its own for config, model and
+    tokenizer.
+    """
     folder = tmp_path / "models--org--own" / "snapshots" / COMMIT
     write_checkpoint(folder, make_tiny_config("llama"))
     spy = SPY.format(sentinel=str(sentinel))
@@ -96,7 +99,9 @@ def recipe(source: Path, tmp_path: Path, allowed: str | None = None) -> tuple[st
 def test_code_is_carried_over_and_never_run(
     tokenizer: bool, snapshot: Path, sentinel: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    """A known architecture with an auto_map: built, verified, loaded, reported from transformers' own code."""
+    """A known architecture with an auto_map: built, verified, loaded, reported from transformers'
+    own code.
+    """
     from quantkit.artifact.load_model import load_model
 
     if tokenizer:

@@ -1,4 +1,6 @@
-"""Tensors in and out of files: the `safetensors` library reads what we write and we read what it writes."""
+"""Tensors in and out of files: the `safetensors` library reads what we write and we read what it
+writes.
+"""
 
 from __future__ import annotations
 
@@ -189,7 +191,8 @@ def test_a_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_tensor(path, header, "a")
     assert str(caught.value) == (
-        f"{path}: tensor 'a': expected 400 bytes, found 390; the file became shorter while it was read, fetch it again"
+        f"{path}: tensor 'a': expected 400 bytes, found 390; the file became shorter while it was "
+        "read, fetch it again"
     )
 
 
@@ -228,7 +231,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     ("how", "pages"), [("keep_freed_memory", 20_000), ("return_freed_memory", 205_000)]
 )
 def test_freed_memory_is_kept_or_returned(how: str, pages: int) -> None:
-    """Pages that 100 tensors of 2,048 pages touch for the first time; the C library may use huge ones of 512."""
+    """Pages that 100 tensors of 2,048 pages touch for the first time.
+
+    The C library may use huge ones of 512.
+    """
     found = int(
         subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, check=True).stdout
     )
@@ -238,7 +244,9 @@ def test_freed_memory_is_kept_or_returned(how: str, pages: int) -> None:
 
 
 def test_reading_a_large_file_costs_one_tensor_of_memory(tmp_path: Path) -> None:
-    """200 MB in ten tensors, read one by one in a fresh process: resident memory rises by about one of them."""
+    """200 MB in ten tensors, read one by one in a fresh process: resident memory rises by about one
+    of them.
+    """
     path = tmp_path / "x.safetensors"
     tensor_bytes = 20_000_000
     specs = [TensorSpec(name=f"t{i}", dtype="U8", shape=(tensor_bytes,)) for i in range(10)]

@@ -157,5 +157,6 @@ def test_built_in_models_are_listed_when_the_name_is_wrong(
     with pytest.raises(UsageError) as caught:
         package_data.locate_model("builtin:tiny_v4")
     assert str(caught.value) == (
-        "source.model: no built-in model 'builtin:tiny_v4'; did you mean builtin:tiny-v3? known: builtin:tiny-v3"
+        "source.model: no built-in model 'builtin:tiny_v4'; did you mean builtin:tiny-v3? known: "
+        "builtin:tiny-v3"
     )

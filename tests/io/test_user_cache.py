@@ -1,4 +1,6 @@
-"""What is kept in the user's cache: found again, made again when damaged, and done without when it cannot be kept."""
+"""What is kept in the user's cache: found again, made again when damaged, and done without when it
+cannot be kept.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,8 @@ def test_the_second_process_draws_without_the_bundler(tmp_path, monkeypatch):
     """vl-convert takes a second and 100 MB; what it made for the first page serves the next."""
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path))
     code = (
-        "import hashlib, sys; from quantkit.report import html_page as html; text = html.load_vega_bundle();"
+        "import hashlib, sys; from quantkit.report import html_page as html; text = "
+        "html.load_vega_bundle();"
         "print(hashlib.sha256(text.encode()).hexdigest(), 'vl_convert' in sys.modules)"
     )
     told = [

@@ -1,4 +1,6 @@
-"""Ways to damage an artifact, and to seal it again so that no hash tells: only a look at its content can."""
+"""Ways to damage an artifact, and to seal it again so that no hash tells: only a look at its
+content can.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +135,9 @@ def judged(path: Path, status: str, gates: list[dict[str, object]]) -> None:
 
 
 def reseal(path: Path) -> None:
-    """Make index and hashes those of the files as they are now: what is wrong is wrong in content alone."""
+    """Make index and hashes those of the files as they are now: what is wrong is wrong in content
+    alone.
+    """
     if (path / INDEX).is_file():
         held = {n: (s.name, t) for s in shards(path) for n, t in read_shard(s).items()}
         total = sum(len(t.data) for _, t in held.values())

@@ -1,6 +1,8 @@
-"""Artifacts that were damaged and sealed again, hashes and all, over every format: only their content tells.
+"""Artifacts that were damaged and sealed again, hashes and all, over every format: only their
+content tells.
 
-Each case is counted: `record_property` puts "reliability" and "fault" into a JUnit report, one per artifact tried.
+Each case is counted: `record_property` puts "reliability" and "fault" into a JUnit report, one per
+artifact tried.
 """
 
 from __future__ import annotations
@@ -179,7 +181,7 @@ def unlisted(path: Path) -> None:
 
 
 CONTENT: dict[str, tuple[str, Damage, str]] = {
-    # ------------------------------------------------------------------------------------------- numbers, by format
+    # --------------------------------------------------------------------------- numbers, by format
     "awq: NaN scale": (
         "awq",
         numbers(f"{EXPERT}.scales", 5, bf16("nan")),
@@ -223,7 +225,8 @@ CONTENT: dict[str, tuple[str, Damage, str]] = {
     "gptq: zero points not less one": (
         "gptq",
         numbers(f"{EXPERT}.qzeros", 2, i32(0x88888888)),
-        f"tensor {EXPERT}.qzeros: expected the symmetric scheme's zero point, found another at [0, 2]",
+        f"tensor {EXPERT}.qzeros: expected the symmetric scheme's zero point, found another at [0, "
+        "2]",
     ),
     "gptq: one zero point moved": (
         "gptq",
@@ -255,7 +258,8 @@ CONTENT: dict[str, tuple[str, Damage, str]] = {
     "gptq_v2: zero points of three bits": (
         "gptq_v2",
         numbers(f"{GATE}.qzeros", 1, i32(0x24924924)),
-        f"tensor {GATE}.qzeros: expected the symmetric scheme's zero point, found another at [0, 1]",
+        f"tensor {GATE}.qzeros: expected the symmetric scheme's zero point, found another at [0, "
+        "1]",
     ),
     "compressed_tensors: NaN scale": (
         "eight",
@@ -372,7 +376,7 @@ CONTENT: dict[str, tuple[str, Damage, str]] = {
         numbers(f"{GATE}.weight", 128, bf16("nan")),
         "found nan at [1, 0]",
     ),
-    # ------------------------------------------------------------------------------------------ config against tensors
+    # ----------------------------------------------------------------------- config against tensors
     "awq: wrong group size": (
         "awq",
         entry(group_size=32),
@@ -483,13 +487,15 @@ CONTENT: dict[str, tuple[str, Damage, str]] = {
     "gptq: other bits forgotten": (
         "gptq-several",
         lambda path: config(path, lambda v: v["dynamic"].popitem()),
-        "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj are of 8 bits, group 64, symmetric in the tensors, "
+        "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj are of 8 bits, group 64, "
+        "symmetric in the tensors, "
         "but of 4 bits, group 64, symmetric to SGLang and GPTQModel",
     ),
     "compressed_tensors: a module in the other group": (
         "several",
         lambda path: config(path, lambda v: v["config_groups"]["group_1"].update(targets=[GATE])),
-        f"{GATE} is of 4 bits, group 64, symmetric in the tensors, but of 8 bits, group 64, symmetric to vLLM, SGLang",
+        f"{GATE} is of 4 bits, group 64, symmetric in the tensors, but of 8 bits, group 64, "
+        "symmetric to vLLM, SGLang",
     ),
     "compressed_tensors: ignore names a quantized module": (
         "eight",
@@ -499,7 +505,8 @@ CONTENT: dict[str, tuple[str, Damage, str]] = {
     "compressed_tensors: ignore forgets the router": (
         "eight",
         lambda path: config(path, lambda v: v["ignore"].pop(2)),
-        "model.layers.0.mlp.gate, model.layers.1.mlp.gate are not quantized in the tensors, but quantized to",
+        "model.layers.0.mlp.gate, model.layers.1.mlp.gate are not quantized in the tensors, but "
+        "quantized to",
     ),
     "compressed_tensors: no ignore": (
         "zeros",
@@ -586,7 +593,7 @@ CONTENT: dict[str, tuple[str, Damage, str]] = {
         ],
         "quantization_config: expected none, found {'quant_method': 'awq'}",
     ),
-    # ------------------------------------------------------------------------------------------- tensors and the model
+    # ------------------------------------------------------------------------ tensors and the model
     "wrong shape of codes": (
         "awq",
         reshape(f"{EXPERT}.qweight", 64, 32),
@@ -672,7 +679,7 @@ CONTENT: dict[str, tuple[str, Damage, str]] = {
         lambda path: model(path, num_nextn_predict_layers=2),
         "config.json: announces 1 MTP block",
     ),
-    # --------------------------------------------------------------------------------------------------- the manifest
+    # --------------------------------------------------------------------------------- the manifest
     "a scheme of other bits": ("zeros", lambda path: record(path, GATE, bits=8), "asks for"),
     "a scheme of another group": (
         "awq",
@@ -769,7 +776,9 @@ CONTENT: dict[str, tuple[str, Damage, str]] = {
         "a pickle, which runs code",
     ),
 }
-"""What is wrong -> the kind of artifact, how it came about, and part of the sentence that refuses it."""
+"""What is wrong -> the kind of artifact, how it came about, and part of the sentence that refuses
+it.
+"""
 
 
 def refused(path: Path) -> str:
@@ -828,7 +837,10 @@ def disturbed(values: dict[str, Any], random: Random) -> dict[str, Any]:
 
 
 def fuzz(path: Path, count: int, seed: int) -> tuple[int, int]:
-    """Disturb the JSON files of an artifact, each sealed again; how many were tried and how many refused."""
+    """Disturb the JSON files of an artifact, each sealed again.
+
+    How many were tried and how many refused.
+    """
     random, refused, names = (
         Random(seed),
         0,
@@ -985,7 +997,9 @@ def test_swapped_shards_are_refused(
 def test_an_artifact_that_is_only_sealed_again_is_accepted(
     kind: str, bad: Callable[[str], Path]
 ) -> None:
-    """The control: what `reseal` does is no fault, also where the bytes of a shard are cut otherwise."""
+    """The control: what `reseal` does is no fault, also where the bytes of a shard are cut
+    otherwise.
+    """
     path = bad(kind)
     for shard in shards(path):
         write_shard(shard, read_shard(shard))

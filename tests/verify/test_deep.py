@@ -1,7 +1,7 @@
 """What `verify --deep` proves of an artifact from its source, and what it does not let pass.
 
-Damaged artifacts are sealed again, and neither hashes, headers, config nor numbers tell: only the source does. Each
-case is counted as in test_bad_artifacts.
+Damaged artifacts are sealed again, and neither hashes, headers, config nor numbers tell: only the
+source does. Each case is counted as in test_bad_artifacts.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ KINDS: dict[str, tuple[str, dict[str, str]]] = {
         {
             "quantize": AWQ,
             "mtp": "quantize",
-            "calibration": "{set: tiny-v3, sequences: 8, length: 64, min_expert_tokens: 120, under_calibrated: rtn}",
+            "calibration": "{set: tiny-v3, sequences: 8, length: 64, min_expert_tokens: 120, "
+            "under_calibrated: rtn}",
         },
     ),
     "derived": ("starcoder2", {"quantize": AWQ}),
@@ -92,7 +93,10 @@ def ignore(_: object) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """An artifact of each kind, built when it is first asked for; nobody may change it or its source."""
+    """An artifact of each kind, built when it is first asked for.
+
+    Nobody may change it or its source.
+    """
     place = tmp_path_factory.mktemp("deep")
 
     def build(kind: str) -> Path:
@@ -133,7 +137,7 @@ def kinds(found: DeepReport) -> dict[str, int]:
     return dict(Counter(proof.kind for proof in found.proofs))
 
 
-# --------------------------------------------------------------------------------------------------- what is proven
+# ----------------------------------------------------------------------------------- what is proven
 
 
 @pytest.mark.parametrize("kind", ["rtn", "mse", "nf4", "fp8"])
@@ -164,7 +168,10 @@ def test_scales_in_norms_are_known_and_those_between_matrices_are_fitted(made: M
 
 
 def test_biases_and_kept_matrices_may_hold_factors(made: Made) -> None:
-    """Of qwen2 the bias of v is divided with its rows; of the other, kv_b stays BF16 and makes what o reads."""
+    """Of qwen2 the bias of v is divided with its rows.
+
+    Of the other, kv_b stays BF16 and makes what o reads.
+    """
     found = {proof.name: proof.kind for proof in deep(made("plain-awq")).proofs}
     assert found["model.layers.0.self_attn.v_proj.bias"] == "factor"
     assert found["model.layers.0.self_attn.q_proj.bias"] == "equal"
@@ -207,15 +214,18 @@ def test_the_command_says_what_was_proven(made: Made) -> None:
     assert result.exit_code == 0 and result.stderr == ""
     source = json.loads((path / MANIFEST).read_text())["source"]["model"]
     assert result.stdout.splitlines()[1:] == [
-        f"  source {source}: names, headers, config and tokenizer unchanged, 1 of 1 weight files hashed",
+        f"  source {source}: names, headers, config and tokenizer unchanged, 1 of 1 weight files "
+        "hashed",
         "  config.json but for quantization, and 2 files beside it: the source's",
         "  14 of 14 quantized linears",
-        "        6 recorded weight error reproduced from source and codes (how calibration chose them is not proven)",
+        "        6 recorded weight error reproduced from source and codes (how calibration chose "
+        "them is not proven)",
         f"        8 {PROOF_MEANINGS['scaled']}",
         "  7 of 7 kept tensors",
         "        4 the source's values, bit for bit",
         "        3 the source's values by powers of two, bit for bit",
-        "  not proven: output errors and figures of the report: their statistics and texts are not in the artifact",
+        "  not proven: output errors and figures of the report: their statistics and texts are not "
+        "in the artifact",
     ]
     told = json.loads(
         CliRunner().invoke(main, ["verify", str(path), "--deep", "--sample", "3", "--json"]).stdout
@@ -232,7 +242,7 @@ def test_the_command_says_what_was_proven(made: Made) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 GATE, UP, DOWN = (f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down"))
 EXPERT = "model.layers.0.mlp.experts.3.gate_proj"
@@ -474,7 +484,7 @@ def test_what_was_not_made_of_the_source_is_refused(
     assert str(caught.value).startswith(f"{path}: not made of ") and sentence in str(caught.value)
 
 
-# ---------------------------------------------------------------------------------------------------- the source
+# --------------------------------------------------------------------------------------- the source
 
 
 def moved(made: Made, tmp_path: Path) -> tuple[Path, Path]:
@@ -510,7 +520,8 @@ def test_a_changed_source_is_told_as_such(changed: str, made: Made, tmp_path: Pa
         else "its names, headers, config or tokenizer differ"
     )
     assert str(caught.value) == (
-        f"{source}: not the source that {path} was made of: {what}; --deep needs the source as it was, name its place "
+        f"{source}: not the source that {path} was made of: {what}; --deep needs the source as it "
+        "was, name its place "
         "with --source"
     )
 

@@ -1,4 +1,6 @@
-"""`verify` finds every way in which an artifact can differ from its manifest, and names it in one sentence."""
+"""`verify` finds every way in which an artifact can differ from its manifest, and names it in one
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,7 @@ def shard_of(path: Path, tensor: str) -> Path:
     return path / json.loads((path / INDEX).read_text())["weight_map"][tensor]
 
 
-# ------------------------------------------------------------------------------------------------- what is in order
+# --------------------------------------------------------------------------------- what is in order
 
 
 def test_an_artifact_as_built_verifies(artifact: Path) -> None:
@@ -111,7 +113,7 @@ def test_verify_does_not_start_torch(artifact: Path) -> None:
     assert ": ok (" in done.stdout
 
 
-# ---------------------------------------------------------------------------------------------------- what is damaged
+# ---------------------------------------------------------------------------------- what is damaged
 
 
 DAMAGES: Mapping[str, tuple[Callable[[Path], object], str]] = {
@@ -270,7 +272,7 @@ def test_many_faults_are_counted(artifact: Path) -> None:
     assert lines[1] == "00.bin: not in the manifest" and lines[-1] == "... and 10 more"
 
 
-# --------------------------------------------------------------------------------------------- what is no artifact
+# ------------------------------------------------------------------------------ what is no artifact
 
 
 def test_a_folder_without_manifest_is_no_artifact(artifact: Path) -> None:
@@ -292,7 +294,8 @@ def test_no_folder_is_no_artifact(tmp_path: Path) -> None:
 def test_a_manifest_of_another_schema(artifact: Path, version: object) -> None:
     edit(artifact / MANIFEST, lambda manifest: manifest.update(schema_version=version))
     assert fault(artifact) == (
-        f"{artifact / MANIFEST}: schema_version: expected 1, found {version!r}; use the quantkit that made it"
+        f"{artifact / MANIFEST}: schema_version: expected 1, found {version!r}; use the quantkit "
+        "that made it"
     )
 
 

@@ -530,13 +530,13 @@ def shown(report: object) -> None:
 @cache
 def ledger_lines() -> tuple[bytes, ...]:
     """A journal of two entries."""
-    from quantkit.io.journal import _line
+    from quantkit.io.journal import _format_line
 
     of = {"source": {"files": {"m": "0" * 64}, "other files": "0"}, "recipe": {"version": 1}}
-    first, digest = _line("", {"kind": "began", "stamps": {"m": [1, 2]}, "of": of})
+    first, digest = _format_line("", {"kind": "began", "stamps": {"m": [1, 2]}, "of": of})
     step = {"loop": 0, "record": None, "states": {"calibration": "x"}, "stored": []}
-    second, digest = _line(digest, {"kind": "step", "step": step})
-    third, _ = _line(digest, {"kind": "ready", "loop": 0, "manifests": {"awq": "0" * 64}})
+    second, digest = _format_line(digest, {"kind": "step", "step": step})
+    third, _ = _format_line(digest, {"kind": "ready", "loop": 0, "manifests": {"awq": "0" * 64}})
     return (first + second + third,)
 
 
