@@ -1,7 +1,6 @@
-"""The weight files of a folder: one model.safetensors, or shards under an index; names and headers,
-no data.
+"""The weight files of a folder: one model.safetensors, or shards with an index; headers only.
 
-No torch: `quantkit verify` and `quantkit plan` use this alone.
+No torch: `quantkit verify` and `quantkit plan` use this module alone.
 """
 
 from __future__ import annotations
@@ -31,10 +30,7 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """The weight files of a folder by file name, and the tensors in them.
-
-    Every name is in exactly one file.
-    """
+    """The weight files of a folder, and the tensors in them; every name is in exactly one file."""
 
     folder: Path
     headers: Mapping[str, Header]
@@ -46,16 +42,16 @@ class Shards:
         return {name: self.headers[file].specs[name] for name, file in self.files.items()}
 
     def locate(self, name: str) -> tuple[Path, Header]:
-        """File and header of a stored tensor; raises CheckpointError for an unknown name."""
+        """Return file and header of a stored tensor; raises CheckpointError for an unknown name."""
         if name not in self.files:
             raise CheckpointError(
                 f"{self.folder}: expected a tensor {shorten_repr(name)}, found none of that name"
             )
         return self.folder / self.files[name], self.headers[self.files[name]]
 
-    def fingerprint(self) -> str:
-        """sha256 over file names, sizes and the headers' bytes: cheap, tells one checkpoint from
-        another.
+    def compute_fingerprint(self) -> str:
+        """Return the sha256 of file names, sizes and header bytes: a cheap identity of the
+        checkpoint.
         """
         digest = hashlib.sha256()
         for name in sorted(self.headers):
@@ -64,33 +60,33 @@ class Shards:
             digest.update(read_prefix(self.folder / name, header.data_start))
         return digest.hexdigest()
 
-    def hashes(self, tell: ProgressCallback | None = None) -> dict[str, str]:
-        """sha256 of each weight file; reads every byte, and says around each file how far it is."""
+    def compute_hashes(self, progress: ProgressCallback | None = None) -> dict[str, str]:
+        """Return the sha256 of each weight file, reading every byte.
+
+        progress: called before each file and at the end.
+        """
         sizes = {
             name: header.data_start + header.n_data_bytes for name, header in self.headers.items()
         }
-        found, done, total = dict[str, str](), 0, sum(sizes.values())
+        digests, done, total = dict[str, str](), 0, sum(sizes.values())
 
-        def say(next_file: str) -> None:
-            if tell:
-                tell(Progress(stage="source's sha256", done=done, total=total, note=next_file))
+        def report(next_file: str) -> None:
+            if progress:
+                progress(Progress(stage="source's sha256", done=done, total=total, note=next_file))
 
         for name in sorted(sizes):
-            say(name)
-            found[name] = sha256_file(self.folder / name)
+            report(name)
+            digests[name] = sha256_file(self.folder / name)
             done += sizes[name]
-        say("")
-        return found
+        report("")
+        return digests
 
 
 def open_shards(folder: Path) -> Shards:
-    """Read the index and every header of a folder.
-
-    Raises one CheckpointError with all faults found.
-    """
+    """Read the index and every header of a folder; raises one CheckpointError with all faults."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a model folder, found none; check the path")
-    index = _index(folder)
+    index = _read_index(folder)
     names = [SINGLE] if index is None else list(dict.fromkeys(index.values()))
     faults: list[str] = []
     headers: dict[str, Header] = {}
@@ -111,7 +107,7 @@ def open_shards(folder: Path) -> Shards:
 
 
 def read_weight_map(index: Mapping[str, object], where: str) -> dict[str, str]:
-    """The tensor -> file table of an index; raises CheckpointError when it is none."""
+    """Return the tensor -> file table of an index; raises CheckpointError."""
     table = index.get("weight_map")
     if (
         not isinstance(table, dict)
@@ -129,9 +125,9 @@ def read_weight_map(index: Mapping[str, object], where: str) -> dict[str, str]:
 def find_index_faults(
     index: Mapping[str, str], headers: Mapping[str, Header], where: str
 ) -> list[str]:
-    """Where the index and the files' headers disagree, one sentence each.
+    """Return where the index and the headers disagree, one sentence each.
 
-    Files without a header are left out.
+    Other files are skipped.
     """
     faults: list[str] = []
     owner: dict[str, str] = {}
@@ -160,15 +156,24 @@ def find_index_faults(
 
 
 def find_path_fault(folder: Path, name: str) -> str | None:
-    """Why a file name of an index is not a weight file inside the folder; None when it is one."""
+    """Return why an index entry is no weight file inside the folder; None for a good one."""
     path = PurePosixPath(name)
     shown = f"{folder / INDEX}: file {shorten_repr(name)}"
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not name:
-        return f"{shown}: expected a path inside the folder, found one that leads elsewhere; do not use this checkpoint"
+        return (
+            f"{shown}: expected a path inside the folder, found one that leads elsewhere; do not "
+            "use this checkpoint"
+        )
     if path.suffix != ".safetensors":
-        return f"{shown}: expected a .safetensors file, found {shorten_repr(path.suffix)}; convert the checkpoint"
+        return (
+            f"{shown}: expected a .safetensors file, found {shorten_repr(path.suffix)}; convert "
+            "the checkpoint"
+        )
     if leads_outside(folder, folder / name):
-        return f"{folder / name}: expected a file inside the folder, found a link that leads out of it; copy the file"
+        return (
+            f"{folder / name}: expected a file inside the folder, found a link that leads out of "
+            "it; copy the file"
+        )
     if not is_file(folder / name):
         place = folder / name if len(name) < MAX_NAME_LENGTH else f"{folder}: {shorten_repr(name)}"
         return (
@@ -178,9 +183,9 @@ def find_path_fault(folder: Path, name: str) -> str | None:
 
 
 def leads_outside(folder: Path, path: Path) -> bool:
-    """Whether a path resolves outside its folder.
+    """Return whether a path resolves outside its folder.
 
-    The links of the Hugging Face cache into its blobs do not.
+    Links of the Hugging Face cache to its blobs count as inside.
     """
     home = folder.resolve()
     roots = [home]
@@ -197,8 +202,8 @@ def leads_outside(folder: Path, path: Path) -> bool:
     return not any(target.is_relative_to(root) for root in roots)
 
 
-def _index(folder: Path) -> dict[str, str] | None:
-    """The index of the folder; None when one model.safetensors is all there is."""
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """Read the index of a folder; None if a single model.safetensors is all there is."""
     single, index = folder / SINGLE, folder / INDEX
     if index.is_file():
         if leads_outside(folder, index):
@@ -215,18 +220,21 @@ def _index(folder: Path) -> dict[str, str] | None:
         return table
     if single.is_symlink() or single.exists():
         return None
-    raise CheckpointError(_no_weights(folder))
+    raise CheckpointError(_describe_missing_weights(folder))
 
 
-def _no_weights(folder: Path) -> str:
+def _describe_missing_weights(folder: Path) -> str:
     expected = f"{folder}: expected {SINGLE} or {INDEX}"
-    pickled = _found(folder, _PICKLED)
-    if found := _found(folder, ("*.safetensors",)):
-        return f"{expected}, found {found} without an index; fetch or write the index"
+    pickled = _list_files(folder, _PICKLED)
+    if names := _list_files(folder, ("*.safetensors",)):
+        return f"{expected}, found {names} without an index; fetch or write the index"
     if pickled:
-        return f"{expected}, found pickled weights ({pickled}) only; quantkit reads safetensors only, convert them"
+        return (
+            f"{expected}, found pickled weights ({pickled}) only; quantkit reads safetensors only, "
+            "convert them"
+        )
     return f"{expected}, found neither; check the path or fetch the checkpoint again"
 
 
-def _found(folder: Path, patterns: Sequence[str]) -> str:
+def _list_files(folder: Path, patterns: Sequence[str]) -> str:
     return ", ".join(sorted(path.name for pattern in patterns for path in folder.glob(pattern))[:3])

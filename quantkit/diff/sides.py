@@ -340,10 +340,10 @@ def _local_source(text: str, artifact: Side) -> Tensors:
     except CheckpointError as fault:
         raise UsageError(str(fault)) from None
     opened = Checkpoint.open(folder)
-    if opened.fingerprint() != told.hash:
+    if opened.compute_fingerprint() != told.hash:
         raise UsageError(
             f"{text}: expected {artifact.name}'s source {told.model} ({told.hash[:12]}), found another model "
-            f"({opened.fingerprint()[:12]}); only its own source can be compared with an artifact"
+            f"({opened.compute_fingerprint()[:12]}); only its own source can be compared with an artifact"
         )
     return _specs(opened.stored_specs)
 

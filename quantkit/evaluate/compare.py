@@ -133,7 +133,7 @@ def baseline_key(
     """The name of a source's greedy answers in the cache. where: "float32 on cpu", what changes the sums."""
     versions = {name: version(name) for name in ("quantkit", "torch", "transformers", "lm_eval")}
     return samples.cache_key(
-        source.content_hash(),
+        source.compute_content_hash(),
         {task.name: task.sha256 for task in asked},
         limit,
         where,

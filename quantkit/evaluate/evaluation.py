@@ -144,7 +144,7 @@ def subject(name: str, backend: BackendName) -> Subject:
         raise (fault if folder.exists() else UsageError(str(fault))) from None
     told = folder.resolve().name if folder.is_dir() else name
     return Subject(
-        name=told, kind="model", folder=found, hash=Checkpoint.open(found).content_hash()
+        name=told, kind="model", folder=found, hash=Checkpoint.open(found).compute_content_hash()
     )
 
 
@@ -159,13 +159,13 @@ def source_of(asked: Subject, given: str) -> Subject:
     name = given or str(told.get("model"))
     folder = hub.resolve_model(name, str(revision) if revision and not given else None).folder
     source = Checkpoint.open(folder)
-    if source.fingerprint() != told.get("fingerprint"):
+    if source.compute_fingerprint() != told.get("fingerprint"):
         raise EvaluationError(
-            f"{name}: not the model that {asked.name} was made from: fingerprint {source.fingerprint()[:12]}, the "
+            f"{name}: not the model that {asked.name} was made from: fingerprint {source.compute_fingerprint()[:12]}, the "
             f"manifest has {str(told.get('fingerprint'))[:12]}; name its folder with --source"
         )
     shown = Path(name).resolve().name if Path(name).is_dir() else name
-    return Subject(name=shown, kind="model", folder=folder, hash=source.content_hash())
+    return Subject(name=shown, kind="model", folder=folder, hash=source.compute_content_hash())
 
 
 def default_tasks(asked: Subject) -> tuple[str, ...]:

@@ -110,7 +110,7 @@ def _write_holder(path: Path, descriptor: int) -> None:
     holder = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "ticks": _read_start_ticks(os.getpid()),  # tells a process from a later one with its pid
+        "ticks": _read_start_ticks(os.getpid()),  # distinguishes a later process with this pid
         "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
     }
     os.ftruncate(descriptor, 0)

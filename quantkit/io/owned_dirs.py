@@ -1,7 +1,7 @@
 """Folders next to an artifact's path in which it is built or received: recognized, made, removed.
 
-Such a folder contains a folder named `quantkit` from its first moment to its last. That tells it
-from a user's folder, whatever ends the process that makes, fills or removes it.
+Such a folder contains a folder named `quantkit` from its first moment to its last. That
+distinguishes it from a user's folder, whatever ends the process that makes, fills or removes it.
 """
 
 from __future__ import annotations

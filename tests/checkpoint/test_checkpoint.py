@@ -94,13 +94,13 @@ def test_nan_in_fp8_and_in_its_scale(tmp_path: Path) -> None:
     bad = WEIGHT.clone()
     bad.view(torch.uint8)[2, 1] = 0xFF
     opened = Checkpoint.open(save(tmp_path, {"w": bad, "w_scale_inv": SCALE}))
-    for read in (lambda: opened.read(["w"]), lambda: opened.blocks("w")):
+    for read in (lambda: opened.read(["w"]), lambda: opened.read_fp8_blocks("w")):
         with pytest.raises(
             CheckpointError, match="tensor 'w': expected finite values, found nan at element 7"
         ):
             read()
     opened = Checkpoint.open(save(tmp_path, {"w": WEIGHT, "w_scale_inv": SCALE / 0}))
-    for read in (lambda: opened.read(["w"]), lambda: opened.blocks("w")):
+    for read in (lambda: opened.read(["w"]), lambda: opened.read_fp8_blocks("w")):
         with pytest.raises(
             CheckpointError, match="tensor 'w_scale_inv': expected finite values, found inf at elem"
         ):
@@ -110,9 +110,9 @@ def test_nan_in_fp8_and_in_its_scale(tmp_path: Path) -> None:
 def test_only_fp8_weights_have_blocks(tmp_path: Path) -> None:
     opened = Checkpoint.open(save(tmp_path, {"w": WEIGHT, "w_scale_inv": SCALE, "v": SCALE + 1}))
     with pytest.raises(CheckpointError, match="tensor 'v': expected F8_E4M3 blocks, found F32"):
-        opened.blocks("v")
+        opened.read_fp8_blocks("v")
     with pytest.raises(CheckpointError, match="expected a tensor 'x', found none of that name"):
-        opened.blocks("x")
+        opened.read_fp8_blocks("x")
 
 
 def test_other_dtypes_come_as_stored_and_unknown_names_get_a_suggestion(tmp_path: Path) -> None:
@@ -355,12 +355,15 @@ def test_fingerprint_and_content_hash_tell_checkpoints_apart(tmp_path: Path) -> 
     values = Checkpoint.open(save(tmp_path / "3", {"a": torch.ones(1)}))
     names = Checkpoint.open(save(tmp_path / "4", B))
     config = Checkpoint.open(save(tmp_path / "5", A, config={}))
-    assert one.fingerprint() == same.fingerprint() == values.fingerprint()
-    assert len({one.fingerprint(), names.fingerprint(), config.fingerprint()}) == 3
-    assert one.content_hash() == same.content_hash()
-    assert len({c.content_hash() for c in (one, values, names, config)}) == 4
+    assert one.compute_fingerprint() == same.compute_fingerprint() == values.compute_fingerprint()
+    assert (
+        len({one.compute_fingerprint(), names.compute_fingerprint(), config.compute_fingerprint()})
+        == 3
+    )
+    assert one.compute_content_hash() == same.compute_content_hash()
+    assert len({c.compute_content_hash() for c in (one, values, names, config)}) == 4
     (tmp_path / "1" / "tokenizer.json").write_text("{}")
-    assert Checkpoint.open(tmp_path / "1").fingerprint() != same.fingerprint()
+    assert Checkpoint.open(tmp_path / "1").compute_fingerprint() != same.compute_fingerprint()
 
 
 def test_hashing_tells_how_far_it_is(tmp_path: Path) -> None:
@@ -375,7 +378,8 @@ def test_hashing_tells_how_far_it_is(tmp_path: Path) -> None:
     total = first + second
     for _ in range(2):
         assert (
-            source.hashes(lambda step: told.append((step.done, step.total, step.note))) == expected
+            source.compute_hashes(lambda step: told.append((step.done, step.total, step.note)))
+            == expected
         )
         assert told == [
             (0, total, "0.safetensors"),

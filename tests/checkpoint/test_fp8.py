@@ -48,7 +48,7 @@ def test_the_worked_example_of_partial_blocks(tmp_path: Path) -> None:
     assert read.dtype == torch.bfloat16
     assert read.tolist() == [[1, 1, 2], [1, 1, 2], [3, 3, 4]]
     assert opened.read_rows("a.weight", 1, 3).tolist() == [[1, 1, 2], [3, 3, 4]]
-    blocks = opened.blocks("a.weight")
+    blocks = opened.read_fp8_blocks("a.weight")
     assert torch.equal(blocks.codes.view(torch.uint8), WEIGHT.view(torch.uint8))
     assert torch.equal(blocks.scale, SCALE)
     assert torch.equal(blocks.values, read)

@@ -38,9 +38,9 @@ from quantkit.cli.main import main
 from quantkit.errors import ArtifactError, CheckpointError
 from quantkit.recipe.parse import parse_recipe
 from quantkit.verify.deep import PROOF_MEANINGS, DeepReport, verify_deep
-from quantkit.verify.prove_tensors import powers_of_two, prove_linear
+from quantkit.verify.prove_tensors import are_powers_of_two, prove_linear
 from quantkit.verify.shallow import verify_artifact
-from quantkit.verify.source_pair import open_sides
+from quantkit.verify.source_pair import open_pair
 
 AWQ = "{method: awq, rounding: gptq, bits: 4, group_size: 64}"
 KINDS: dict[str, tuple[str, dict[str, str]]] = {
@@ -203,9 +203,9 @@ def test_a_sample_is_drawn_by_its_seed(made: Made) -> None:
 
 
 def test_powers_of_two_are_told_apart() -> None:
-    assert powers_of_two(torch.tensor([1.0, 0.5, 2.0**-100, 2.0**100]))
+    assert are_powers_of_two(torch.tensor([1.0, 0.5, 2.0**-100, 2.0**100]))
     for other in (3.0, -2.0, 0.0, torch.inf, torch.nan, 1.0001):
-        assert not powers_of_two(torch.tensor([1.0, other]))
+        assert not are_powers_of_two(torch.tensor([1.0, other]))
 
 
 def test_the_command_says_what_was_proven(made: Made) -> None:
@@ -540,9 +540,9 @@ def test_a_source_that_is_gone_is_one_sentence(made: Made, tmp_path: Path) -> No
 def test_a_pair_is_looked_at_from_either_side(bad: Made) -> None:
     """The linear whose rows were scaled is refused too where the one that reads it was not drawn."""
     path = bad("awq")
-    assert prove_linear(open_sides(path, None), UP).fault is None
+    assert prove_linear(open_pair(path, None), UP).fault is None
     multiply(path, f"{UP}.scales", channel(256, 9, 3.0))
-    fault = prove_linear(open_sides(path, None), UP).fault
+    fault = prove_linear(open_pair(path, None), UP).fault
     assert fault is not None and fault.startswith(
         f"{DOWN}: expected the scale of input channel 9 to be taken back by"
     )

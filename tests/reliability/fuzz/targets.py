@@ -272,7 +272,7 @@ def index(folder: Path) -> object:
     """The index of a sharded checkpoint."""
     from quantkit.checkpoint.shards import open_shards
 
-    return open_shards(folder).fingerprint()
+    return open_shards(folder).compute_fingerprint()
 
 
 @target("header", "model.safetensors", lambda: (SHARD, framed(b"{}", b"")), shard_mutation)
@@ -295,7 +295,7 @@ def checkpoint(folder: Path) -> object:
     from quantkit.checkpoint.checkpoint import Checkpoint
 
     opened = Checkpoint.open(folder)
-    opened.fingerprint()
+    opened.compute_fingerprint()
     return opened.read(opened.specs)
 
 
