@@ -66,17 +66,7 @@ def classify_tensors(
 
     name: the manifest's format, which must be known if a module is quantized.
     """
-    faults: list[str] = []
-    schemes: dict[str, Scheme] = {}
-    for module, record in modules.items():
-        scheme_values = record.get("scheme") if isinstance(record, Mapping) else None
-        scheme = parse_scheme(scheme_values)
-        if scheme is None:
-            faults.append(
-                f"{MANIFEST}: modules.{module}: expected a scheme, found {scheme_values!r:.100}"
-            )
-        else:
-            schemes[module] = scheme
+    schemes, faults = read_schemes(modules)
     if not isinstance(name, str) or name not in registry.list_names("formats"):
         known = ", ".join(registry.list_names("formats"))
         format_fault = f"{MANIFEST}: format: expected one of {known}, found {name!r:.60}"
@@ -120,6 +110,20 @@ def classify_tensors(
         logical=logical,
         faults=(*faults, *others.faults),
     )
+
+
+def read_schemes(modules: Mapping[str, object]) -> tuple[dict[str, Scheme], list[str]]:
+    """Return the schemes in the manifest's modules, and a sentence for each invalid one."""
+    schemes: dict[str, Scheme] = {}
+    faults: list[str] = []
+    for module, record in modules.items():
+        values = record.get("scheme") if isinstance(record, Mapping) else None
+        scheme = parse_scheme(values)
+        if scheme is None:
+            faults.append(f"{MANIFEST}: modules.{module}: expected a scheme, found {values!r:.100}")
+        else:
+            schemes[module] = scheme
+    return schemes, faults
 
 
 def group_by_module(

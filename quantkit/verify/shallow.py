@@ -27,9 +27,14 @@ from quantkit.artifact.layout import (
 )
 from quantkit.artifact.read_manifest import get_format_name, get_section, read_manifest
 from quantkit.checkpoint.header import Header, read_header
+from quantkit.checkpoint.scan import read_small_tensor, scan_file
 from quantkit.contracts import TensorSpec
 from quantkit.errors import ArtifactError, CheckpointError
+from quantkit.formats.common.checks import ValueCheck
 from quantkit.io.files import read_json
+from quantkit.verify.check_config import find_config_faults, find_model_faults
+from quantkit.verify.check_report import find_report_faults
+from quantkit.verify.classify_tensors import classify_tensors
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MAX_READERS = 4
@@ -65,13 +70,6 @@ class ScannedFile:
 
 def verify_artifact(path: Path) -> VerifyReport:
     """Check an artifact; raises ArtifactError with every fault and what to do."""
-    from quantkit.verify.check_config import (  # numpy and model tables: imported late
-        find_config_faults,
-        find_model_faults,
-    )
-    from quantkit.verify.check_report import find_report_faults
-    from quantkit.verify.classify_tensors import classify_tensors
-
     manifest = read_manifest(path)
     files, present = get_section(manifest, "files", path), list_entries(path)
     present_files = {name: entry for name, entry in files.items() if present.get(name) == "file"}
@@ -80,34 +78,31 @@ def verify_artifact(path: Path) -> VerifyReport:
     file_of = {name: file for file, header in headers.items() for name in header.specs}
     modules = get_section(manifest, "modules", path)
 
-    def small(name: str) -> bytes:
-        from quantkit.checkpoint.scan import read_small_tensor
-
+    def read_small(name: str) -> bytes:
         return read_small_tensor(path / file_of[name], headers[file_of[name]], name)
 
-    contents = classify_tensors(get_format_name(manifest), modules, specs, small)
+    contents = classify_tensors(get_format_name(manifest), modules, specs, read_small)
     scans = scan_files(path, present_files, headers, contents.numbers)
     faults = [
         *find_name_faults(files, manifest, present),
         *find_hash_faults(path, files, present, scans),
-    ]
-    faults += [
         *damaged,
         *(fault for scan in scans.values() for fault in scan.faults),
         *find_duplicates(headers),
+        *find_tensor_faults(specs, get_section(manifest, "tensors", path)),
+        *find_index_faults(path, specs, headers, present_files),
     ]
-    faults += find_tensor_faults(specs, get_section(manifest, "tensors", path))
-    faults += find_index_faults(path, specs, headers, present_files)
-    config, notes = read_config_or_fault(path, present_files, faults), tuple[str, ...]()
+    config = read_config_or_fault(path, present_files, faults)
     faults += contents.faults
+    notes: tuple[str, ...] = ()
     if config is not None:
         if config.get("quantization_config") != manifest.get("quantization_config"):
             faults.append(
                 "config.json: quantization_config is not the one the artifact was built with"
             )
         if not contents.faults and not damaged:
-            unfit, note = find_model_faults(config, contents)
-            faults += [*find_config_faults(config, contents), *unfit]
+            model_faults, note = find_model_faults(config, contents)
+            faults += [*find_config_faults(config, contents), *model_faults]
             notes = (note,) if note else ()
     faults += find_report_faults(path, manifest, present_files)
     added = tuple(name for name in ADDED_LATER if present.get(name) == "file")
@@ -251,9 +246,7 @@ def scan_files(
 
 def scan_and_check(file: Path, header: Header | None, numbers: Mapping[str, object]) -> ScannedFile:
     """Hash a file and check the values of its tensors, in one reading."""
-    from quantkit.checkpoint.scan import scan_file
-    from quantkit.formats.common.checks import ValueCheck
-    from quantkit.verify.check_values import ValueChecker
+    from quantkit.verify.check_values import ValueChecker  # numpy: not needed to reject a manifest
 
     checkers = {
         name: ValueChecker(spec=spec, check=check)
