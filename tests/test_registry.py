@@ -103,7 +103,7 @@ def test_looking_up_names_imports_no_plugin() -> None:
 
     program = (
         f"import sys; from quantkit import registry; kinds = {KINDS}; "
-        "plugins = {f'quantkit.{kind}.{name}' for kind in kinds for name in registry.names(kind)}; "
+        "plugins = {f'quantkit.{kind}.{name}' for kind in kinds for name in registry.list_names(kind)}; "
         "print([m for m in sys.modules if m in plugins or m.startswith('torch')], len(plugins) > 9)"
     )
     done = subprocess.run(

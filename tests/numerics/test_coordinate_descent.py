@@ -26,7 +26,7 @@ def nearest(weight: Tensor, chosen: Scheme) -> Quantized:
 
 
 def lost(weight: Tensor, quantized: Quantized, seen: Tensor, chosen: Scheme) -> Tensor:
-    return gptq.compute_row_errors(affine.dequantize(quantized, chosen) - weight, seen)
+    return gram.compute_row_errors(affine.dequantize(quantized, chosen) - weight, seen)
 
 
 def improved_by_trying(
@@ -119,7 +119,7 @@ def test_no_sweep_raises_the_error_of_a_row(
             coordinate_descent.refine_codes_and_scales(weight, seen, steps[-1], chosen, sweeps=1)
         )
     errors = [lost(weight, step, seen, chosen) for step in steps]
-    energy = gptq.compute_row_errors(weight, seen)
+    energy = gram.compute_row_errors(weight, seen)
     for before, after in zip(errors, errors[1:], strict=False):
         assert bool((after <= before * (1 + 1e-4) + 1e-6 * energy).all())
     assert int(steps[-1].codes.max()) < 2**bits and bool((steps[-1].scale > 0).all())
