@@ -42,11 +42,8 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "artifact/front_matter.py": frozenset({"read_text"}),  # the source's model card
     "build/spool.py": frozenset({"os.open", "unlink"}),  # hidden states on disk
     "evaluate/answer_store.py": frozenset({"mkdir"}),  # the folder of its SQLite file
-    "artifact/writer.py": frozenset({
-        "read_bytes",
-        "rename",
-        "unlink",
-    }),  # the staging folder and its renaming
+    "artifact/model_files.py": frozenset({"read_bytes"}),  # the source's sidecars
+    "artifact/staging.py": frozenset({"rename", "unlink"}),  # the staging folder and its renaming
     "cli/options.py": frozenset({"read_text"}),  # the recipe
     "plan/published.py": frozenset({"read_text"}),  # configs, package data
     "serve/sizing/gpus.py": frozenset({"read_text"}),  # the cards, package data
@@ -62,21 +59,21 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
         "unlink",
     }),  # the scratch folder, and what an interrupted build left
     "evaluate/results.py": frozenset({"mkdir"}),  # the folder of an evaluation
-    "evaluate/distribution.py": frozenset({"write_table"}),  # pyarrow writes its own files
-    "evaluate/likelihood.py": frozenset({"write_table"}),  # the same
-    "evaluate/samples.py": frozenset({
+    "evaluate/token_fidelity.py": frozenset({"write_table"}),  # pyarrow writes its own files
+    "evaluate/solution_likelihood.py": frozenset({"write_table"}),  # the same
+    "evaluate/item_results.py": frozenset({
         "write_table",
         "os.replace",
         "unlink",
         "mkdir",
     }),  # and its cache
     "evaluate/backends.py": frozenset({"from_pretrained"}),  # transformers reads its own files
-    "evaluate/endpoint.py": frozenset({
+    "evaluate/openai_backend.py": frozenset({
         "openai",
         "urllib.parse",
     }),  # the official client of an API; no file
     "evaluate/sandbox/runner.py": frozenset({"os.open"}),  # /dev/null, inside the jail
-    "evaluate/sandbox/sandbox.py": frozenset({"socket"}),  # a connected pair between two jails
+    "evaluate/sandbox/jail.py": frozenset({"socket"}),  # a connected pair between two jails
     "evaluate/sandbox/limits.py": frozenset({"read_text"}),  # what /proc says of a jail
     "serve/gateway/relay.py": frozenset({"httpx2"}),  # what becomes of its connections
     "serve/gateway/upstreams.py": frozenset({"httpx2"}),  # to the engines; no file
@@ -341,7 +338,7 @@ PLANTED = [
     ("file_access", "plan/decisions.py", "p.open('rb')", "plan/decisions.py: open"),
     ("file_access", "pipeline.py", "import huggingface_hub.utils", "pipeline.py: huggingface_hub.utils"),
     ("file_access", "evaluate/tasks.py", "from urllib.request import urlopen", "evaluate/tasks.py: urllib.request"),
-    ("file_access", "artifact/writer.py", "", "artifact/writer.py: rename is allowed and not used"),
+    ("file_access", "artifact/staging.py", "", "artifact/staging.py: rename is allowed and not used"),
     ("console_output", "build/loop.py", "print('done')", "build/loop.py:1: print"),
     ("console_output", "pipeline.py", "import sys\nsys.exit(1)", "pipeline.py:2: sys.exit"),
     ("console_output", "report/terminal.py", "import click", "report/terminal.py:1: imports click"),

@@ -8,25 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from quantkit.artifact.fidelity_schema import BenchmarkResult, DistributionResult, Fidelity, Figure
-from quantkit.artifact.layout import LOADTEST, MANIFEST, get_section
+from quantkit.artifact.layout import (
+    BENCHMARK_SAMPLES,
+    CONFIG,
+    EVIDENCE_FOLDER,
+    FIDELITY,
+    LOADTEST,
+    MANIFEST,
+    PLAN,
+    SOLUTION_SAMPLES,
+    TOKEN_SAMPLES,
+)
 from quantkit.artifact.loadtest_schema import LoadTest, read_load_test
+from quantkit.artifact.read_manifest import get_section
 from quantkit.artifact.read_report import read_report_file, read_sealed_report
 from quantkit.diff.diff_schema import SideKind
 from quantkit.errors import ArtifactError, CheckpointError, HubUnreachable, UsageError
 from quantkit.figures import list_figures
 from quantkit.io.files import read_json
 from quantkit.io.package_data import BUILTIN_PREFIX
-from quantkit.report.samples import BENCHMARKS, TOKENS, Answer, parse_answer, read_columns
+from quantkit.report.samples import Answer, parse_answer, read_columns
 
 if TYPE_CHECKING:
     from quantkit.contracts import TensorSpec
 
-PLAN = "quantkit/plan.json"
-SOLUTIONS = "quantkit/samples/solutions.parquet"
 HASHES = ("doc_hash", "prompt_hash", "target_hash")
 _ITEM = {"doc_id": "int64"} | dict.fromkeys(
     ("task", "filter", *HASHES, "prompt", "target"), "string"
@@ -121,12 +130,11 @@ def read_sides(a: str, b: str) -> tuple[Side, Side]:
 def _read(text: str) -> Side | None:
     """An artifact or a report; None for what can only be a source."""
     path = Path(text)
-    if (path / MANIFEST).is_file() or (path / "quantkit").is_dir():
+    if (path / MANIFEST).is_file() or (path / EVIDENCE_FOLDER).is_dir():
         return _artifact(path)
     if (
-        path.name == "fidelity.json"
+        path.parts[-2:] == PurePosixPath(FIDELITY).parts
         and (path.parent.parent / MANIFEST).is_file()
-        and path.parent.name == "quantkit"
     ):
         return _artifact(path.parent.parent)  # all its evidence lies there
     if path.is_file():
@@ -134,7 +142,7 @@ def _read(text: str) -> Side | None:
         return Side(
             name=found.artifact.name, kind="report", fidelity=found, versions=found.versions
         )
-    if (path / "config.json").is_file() or not path.exists():
+    if (path / CONFIG).is_file() or not path.exists():
         return None
     raise ArtifactError(
         f"{path}: expected an artifact, a fidelity.json or a source model, found a folder of none of them"
@@ -176,9 +184,11 @@ def _artifact(path: Path) -> Side:
             for part in ("versions", "environment")
             for key, value in get_section(manifest, part, path).items()
         },
-        items=_items(path / BENCHMARKS) if (path / BENCHMARKS).is_file() else None,
-        tokens=_tokens(path / TOKENS) if (path / TOKENS).is_file() else None,
-        solutions=_solutions(path / SOLUTIONS) if (path / SOLUTIONS).is_file() else None,
+        items=_items(path / BENCHMARK_SAMPLES) if (path / BENCHMARK_SAMPLES).is_file() else None,
+        tokens=_tokens(path / TOKEN_SAMPLES) if (path / TOKEN_SAMPLES).is_file() else None,
+        solutions=_solutions(path / SOLUTION_SAMPLES)
+        if (path / SOLUTION_SAMPLES).is_file()
+        else None,
         load=load,
         load_fault=fault,
     )

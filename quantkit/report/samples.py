@@ -12,10 +12,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from quantkit.artifact.layout import BENCHMARK_SAMPLES, TOKEN_SAMPLES
 from quantkit.errors import ArtifactError
-
-TOKENS = "quantkit/samples/tokens.parquet"
-BENCHMARKS = "quantkit/samples/benchmarks.parquet"
 
 MOST_ROWS = 50_000_000
 MOST_BYTES = 1_000_000_000
@@ -98,15 +96,17 @@ def read_samples(artifact: Path, filters: Mapping[str, str]) -> Samples:
 
     Raises ArtifactError for a file that is not what quantkit wrote.
     """
-    histogram = _histogram(artifact / TOKENS) if (artifact / TOKENS).is_file() else None
-    if not (artifact / BENCHMARKS).is_file():
+    histogram = (
+        _histogram(artifact / TOKEN_SAMPLES) if (artifact / TOKEN_SAMPLES).is_file() else None
+    )
+    if not (artifact / BENCHMARK_SAMPLES).is_file():
         return Samples(histogram=histogram)
     names = ["task", "filter", "doc_id", "prompt", "target"]
     names += [
         f"{who}_{name}" for who in ("base", "quant") for name in ("response", "score", "outcome")
     ]
     names += [f"{who}_{name}" for who in ("base", "quant") for name in ("n_tokens", "truncated")]
-    rows: list[dict[str, Any]] = read_columns(artifact / BENCHMARKS, names).to_pylist()
+    rows: list[dict[str, Any]] = read_columns(artifact / BENCHMARK_SAMPLES, names).to_pylist()
     present = {row["task"]: row["filter"] for row in reversed(rows)}  # its first filter
     known = {(row["task"], row["filter"]) for row in rows}
     chosen = {

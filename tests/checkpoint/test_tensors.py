@@ -207,15 +207,15 @@ before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_P
 for name in header.specs:
     tensor = read_tensor(path, header, name)
     del tensor
-print(peak_resident_bytes() - before)
+print(get_peak_memory() - before)
 """
 
 
 FAULTS = """
 import resource, sys
 import torch
-from quantkit.io import host as machine
-assert getattr(machine, sys.argv[1])()
+from quantkit.io import host
+assert getattr(host, sys.argv[1])()
 torch.ones(1 << 20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(100):

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 from quantkit import registry
-from quantkit.artifact.layout import MANIFEST, get_section, read_manifest
+from quantkit.artifact.layout import FIDELITY, MANIFEST
+from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.checkpoint.shards import open_shards
 from quantkit.errors import ArtifactError, UsageError
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, has_separate_shared_experts
 from quantkit.io.files import read_json
 from quantkit.io.package_data import is_recipe_name
+from quantkit.io.suggestions import format_unknown_name
 from quantkit.serve.sizing.model import Model
 from quantkit.serve.sizing.read import read_model
 
@@ -74,7 +76,7 @@ def artifact_target(path: Path, model: Model) -> Target:
     name = str(manifest.get("format") or by_config(model.config.values.get("quantization_config")))
     if name not in registry.list_names("formats"):
         raise ArtifactError(
-            f"{path / MANIFEST}: {registry.format_unknown_name('format', name, registry.list_names('formats'))}"
+            f"{path / MANIFEST}: {format_unknown_name('format', name, registry.list_names('formats'))}"
         )
     engines = dict(registry.get_format(name).engines)
     served = told_engines(path)
@@ -102,7 +104,7 @@ def by_config(entry: object) -> str:
 
 def told_engines(path: Path) -> frozenset[str] | None:
     """Engines that the report says serve it; None without a report."""
-    file = path / "quantkit/fidelity.json"
+    file = path / FIDELITY
     if not file.is_file():
         return None
     artifact = read_json(file, ArtifactError).get("artifact")

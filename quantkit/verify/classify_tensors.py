@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from quantkit import registry
+from quantkit.artifact.layout import MANIFEST
 from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.contracts import Contents, Format, Linear, ScaleDtype, Scheme, TensorSpec
 from quantkit.errors import UsageError
@@ -67,14 +68,12 @@ def read_contents(
         told = record.get("scheme") if isinstance(record, Mapping) else None
         scheme = scheme_of(told)
         if scheme is None:
-            faults.append(
-                f"quantkit/manifest.json: modules.{module}: expected a scheme, found {told!r:.100}"
-            )
+            faults.append(f"{MANIFEST}: modules.{module}: expected a scheme, found {told!r:.100}")
         else:
             schemes[module] = scheme
     if not isinstance(name, str) or name not in registry.list_names("formats"):
         known = ", ".join(registry.list_names("formats"))
-        found = f"quantkit/manifest.json: format: expected one of {known}, found {name!r:.60}"
+        found = f"{MANIFEST}: format: expected one of {known}, found {name!r:.60}"
         return (
             Found(name=None, faults=(*faults, found))
             if schemes or name is not None
@@ -94,7 +93,8 @@ def read_contents(
             continue
         linears[module] = linear
         numbers |= {
-            f"{module}.{local}": wanted for local, wanted in checks.numbers(linear, scheme).items()
+            f"{module}.{local}": wanted
+            for local, wanted in checks.value_checks(linear, scheme).items()
         }
         if "bias" in own:
             numbers[f"{module}.bias"] = FINITE
@@ -141,7 +141,7 @@ def linear_of(
 ) -> tuple[Linear | None, str | None]:
     """A quantized linear by its tensors; or why they are not those that the scheme asks for."""
     try:
-        shape = checks.shape(own, scheme, lambda local: read(f"{module}.{local}"))
+        shape = checks.read_shape(own, scheme, lambda local: read(f"{module}.{local}"))
     except (IndexError, ZeroDivisionError):  # a tensor without dimensions
         shape = None
     if shape is None or not all(shape):
