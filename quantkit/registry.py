@@ -77,19 +77,6 @@ def check_packages(format_name: str) -> None:
         )
 
 
-def format_unknown_name(noun: str, name: str, known: Sequence[str]) -> str:
-    """Return "no method named 'gtpq'. Did you mean 'gptq'? Known: gptq, rtn."."""
-    return (
-        f"no {noun} named {name!r}.{suggest_name(name, known)} Known: {', '.join(known) or 'none'}."
-    )
-
-
-def suggest_name(name: str, known: Sequence[str]) -> str:
-    """Return " Did you mean 'gptq'?" with its leading space, or "" if no known name is close."""
-    close = get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
 def _load_plugin(kind: Kind, name: str, attribute: str, expected: type[Plugin]) -> Plugin:
     known = list_names(kind)
     if name not in known:

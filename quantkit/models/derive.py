@@ -47,7 +47,7 @@ def derive_architecture(config: Config) -> Architecture:
             else ""
         )
         known = registry.list_names("architectures")
-        unknown = registry.format_unknown_name("architecture", model_type, known)
+        unknown = format_unknown_name("architecture", model_type, known)
         raise UsageError(
             f"{unknown} transformers {transformers.__version__} has no language model of that type "
             f"to derive one from{own}"
