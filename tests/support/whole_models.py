@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-SLOTS = [0, 4, 1, 5, 2, 6, 3, 7]  # FORMATS.md 1.2: column j of a word lies in slot SLOTS[j]
+SLOTS = [0, 4, 1, 5, 2, 6, 3, 7]  # AWQ: column j of a word lies in slot SLOTS[j]
 
 
 def fp8_weights(folder: Path) -> dict[str, torch.Tensor]:
