@@ -39,7 +39,7 @@ def find_config_faults(values: Mapping[str, object], contents: TensorContents) -
             expectation = f"that of format {contents.name}" if expected else "none"
             yield f"config.json: quantization_config: expected {expectation}, found {entry!r:.60}"
         return
-    yield from find_differences(expected, entry, checks.lists, "quantization_config")
+    yield from find_differences(expected, entry, checks.module_lists, "quantization_config")
     for loader in checks.loaders:
         try:
             yield from find_loader_faults(loader, entry, contents)
@@ -54,7 +54,7 @@ def find_loader_faults(
 
     Raises ArtifactError for an unreadable list.
     """
-    treatment, blocks = loader.told(entry), set(contents.fp8)
+    treatment, blocks = loader.classify(entry), set(contents.fp8)
     wrong: dict[tuple[Treatment, Treatment], list[str]] = {}
     stored: Mapping[Treatment, Sequence[str]] = {
         **dict(group_by_codes(contents.schemes)),
@@ -62,7 +62,7 @@ def find_loader_faults(
         "plain": [name for name in contents.kept if name not in blocks],
     }
     for kind, names in stored.items():
-        for name in expand_fused_names(names) if loader.fused else names:
+        for name in expand_fused_names(names) if loader.has_fused_names else names:
             seen = treatment(name)
             if seen != kind and not (seen == "codes" and isinstance(kind, IntegerCodes)):
                 wrong.setdefault((kind, seen), []).append(name)

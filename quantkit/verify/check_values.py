@@ -80,8 +80,8 @@ class ValueChecker:
 
     def finish(self) -> str | None:
         """Return the fault after all pieces, or None."""
-        if self.fault is None and self.check.kind == "whole" and self.check.fault:
-            self.fault = self.check.fault(bytes(self.whole))
+        if self.fault is None and self.check.kind == "whole" and self.check.find_fault:
+            self.fault = self.check.find_fault(bytes(self.whole))
         if self.fault is None and self.check.kind == "rising":
             self.check_rising()
         return None if self.fault is None else f"tensor {self.spec.name}: {self.fault}"

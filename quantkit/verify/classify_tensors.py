@@ -89,7 +89,8 @@ def classify_tensors(
             continue
         linears[module] = linear
         numbers |= {
-            f"{module}.{local}": check for local, check in checks.numbers(linear, scheme).items()
+            f"{module}.{local}": check
+            for local, check in checks.value_checks(linear, scheme).items()
         }
         if "bias" in tensors:
             numbers[f"{module}.bias"] = FINITE
@@ -150,7 +151,7 @@ def classify_linear(
 ) -> tuple[Linear | None, str | None]:
     """Return a quantized linear by its tensors, or why they do not fit its scheme."""
     try:
-        shape = checks.shape(tensors, scheme, lambda local: read(f"{module}.{local}"))
+        shape = checks.read_shape(tensors, scheme, lambda local: read(f"{module}.{local}"))
     except (IndexError, ZeroDivisionError):  # a tensor without dimensions
         shape = None
     if shape is None or not all(shape):
