@@ -18,11 +18,14 @@ import torch
 from pydantic import BaseModel
 
 from quantkit import registry
-from quantkit.artifact import layout, writer
-from quantkit.artifact import manifest as manifests
+from quantkit.artifact import layout
 from quantkit.artifact.fidelity_schema import Fidelity, TextSet
 from quantkit.artifact.front_matter import read_front_matter
+from quantkit.artifact.make_manifest import format_plan, make_manifest
+from quantkit.artifact.model_files import write_model_files
 from quantkit.artifact.read_report import read_report
+from quantkit.artifact.seal import seal_artifact
+from quantkit.artifact.staging import get_staging_path, prepare_staging, rename_into_place
 from quantkit.artifact.writer import ArtifactWriter, WrittenState
 from quantkit.build import session
 from quantkit.build.loop import BuiltBlocks, build_blocks
@@ -34,11 +37,16 @@ from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.remote_code import allows_remote_code
 from quantkit.checkpoint.tensors import WrittenFile
 from quantkit.errors import ArtifactError
-from quantkit.evaluate import likelihood
-from quantkit.evaluate.compare import Compared, compare
-from quantkit.evaluate.distribution import Measured, measure, sides, tokens_to_parquet
-from quantkit.evaluate.likelihood import Scored, Solutions
-from quantkit.evaluate.samples import pairs_to_parquet
+from quantkit.evaluate import solution_likelihood
+from quantkit.evaluate.item_results import write_pairs
+from quantkit.evaluate.solution_likelihood import GoldSolutions, ScoredSolution
+from quantkit.evaluate.source_comparison import SourceComparison, compare_with_source
+from quantkit.evaluate.token_fidelity import (
+    TextFidelity,
+    load_stream_pair,
+    measure_text,
+    write_tokens,
+)
 from quantkit.io import package_data
 from quantkit.io.files import read_json, write_atomic, write_json
 from quantkit.io.host import HEAP_BYTES, get_peak_memory, keep_freed_memory, return_freed_memory
@@ -73,7 +81,7 @@ class TokenizedTexts:
 
     tokens: Mapping[TextName, Tokens]
     told: Mapping[TextName, TextSet]
-    solutions: Solutions  # run behind the fidelity text
+    solutions: GoldSolutions  # run behind the fidelity text
 
     def streamed(self) -> StreamTexts:
         """What the build takes."""
@@ -98,8 +106,8 @@ class TokenizedTexts:
 class StreamFigures:
     """What the streams behind the last block say; `tokens` None when the recipe says `fidelity: none`."""
 
-    tokens: Measured | None = None
-    solutions: Sequence[Scored] = ()
+    tokens: TextFidelity | None = None
+    solutions: Sequence[ScoredSolution] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +188,8 @@ def build_artifacts(
                     )
                 for plan in together:
                     path = Path(plan.path)
-                    writer.rename_into_place(
-                        writer.get_staging_path(path), path, begun.ready(loop)[plan.format_name]
+                    rename_into_place(
+                        get_staging_path(path), path, begun.ready(loop)[plan.format_name]
                     )
             if left := begun.finish():
                 say(left)
@@ -223,7 +231,7 @@ def build_group(
     made = [
         ArtifactInProgress(
             plan=plan,
-            folder=writer.prepare_staging(plan, standing.stored(number)),
+            folder=prepare_staging(plan, standing.stored(number)),
             stored=standing.stored(number),
         )
         for number, plan in enumerate(session.group_by_solve(begun.plans)[loop])
@@ -233,10 +241,14 @@ def build_group(
         made, source, texts, text, tell, clock, begun.states(loop), standing
     )
     compute, kept = sources.resolve_compute(plan.recipe), begun.answers(loop)
-    compared = compare(plan, source, folder, compute, evaluate=evaluate, tell=tell, kept=kept)
+    compared = compare_with_source(
+        plan, source, folder, compute, evaluate=evaluate, on_progress=tell, answers_folder=kept
+    )
     clock.lap("benchmarks")
     licence = evidence.parse_license(read_front_matter(source.folder))
-    likely = likelihood.rows(plan.recipe.evaluation.tasks, texts.solutions, figures.solutions)
+    likely = solution_likelihood.make_likelihood_rows(
+        plan.recipe.evaluation.tasks, texts.solutions, figures.solutions
+    )
     session.check_source(begun.journal, source)
     sealed = dict[str, str]()
     for each, files in zip(made, written, strict=True):
@@ -246,8 +258,8 @@ def build_group(
         report = gates.apply_gates(each.plan.recipe.gates, report)
         write_evidence(each.plan, each.folder, report, figures, compared)
         write_timings(each.folder, built, clock)
-        manifest = manifests.make_manifest(each.plan, source, report, built.blocks)
-        sealed[each.plan.format_name] = writer.seal_artifact(each.folder, manifest, files)
+        manifest = make_manifest(each.plan, source, report, built.blocks)
+        sealed[each.plan.format_name] = seal_artifact(each.folder, manifest, files)
     begun.seal(loop, sealed)
 
 
@@ -277,9 +289,9 @@ def tokenize(recipe: Recipe, folder: Path) -> TokenizedTexts:
         told[name] = evidence.summarize_text(corpus, tokens[name], length, seed)
     nothing = corpora.pack_tokens([])
     asked, wanted_items = recipe.evaluation.tasks, recipe.evaluation.likelihood
-    solutions = likelihood.none()
+    solutions = solution_likelihood.make_empty_solutions()
     if fidelity:
-        solutions = likelihood.tokenize(
+        solutions = solution_likelihood.tokenize_solutions(
             asked, tokenizer, items=wanted_items, length=fidelity.length
         )
     return TokenizedTexts(
@@ -322,7 +334,7 @@ def quantize_and_measure(
         for sink in sinks:
             sink.abandon()
     for each in made:
-        writer.write_model_files(each.folder, each.plan, source.sidecars, text)
+        write_model_files(each.folder, each.plan, source.sidecars, text)
     clock.lap("quantize")
     figures, streams = StreamFigures(), built.streams
     if "reference" in streams:
@@ -330,11 +342,12 @@ def quantize_and_measure(
             make_meta_model(plans[0].source.config, device, dtype),
             Checkpoint.open(folder),
         )
-        both = sides(
+        both = load_stream_pair(
             bones, plans[0].layout, source, head, streams["reference"], streams["quantized"]
         )
         figures = StreamFigures(
-            tokens=measure(both), solutions=likelihood.score(both, texts.solutions.items)
+            tokens=measure_text(both),
+            solutions=solution_likelihood.score_solutions(both, texts.solutions.items),
         )
     for stream in streams.values():
         stream.close()
@@ -353,23 +366,21 @@ def run_to_end(steps: Generator[Progress, None, Returned], tell: ProgressCallbac
 
 
 def write_evidence(
-    plan: Plan, folder: Path, report: Fidelity, figures: StreamFigures, compared: Compared
+    plan: Plan, folder: Path, report: Fidelity, figures: StreamFigures, compared: SourceComparison
 ) -> None:
     """fidelity.json, the model card, plan.json, the samples, and the page made of what was written."""
     if figures.tokens or compared.pairs:
-        (folder / "quantkit" / "samples").mkdir(exist_ok=True)
-    write_atomic(folder / "quantkit" / "fidelity.json", report.to_json().encode())
-    write_atomic(folder / "README.md", card.render_card(report).encode())
-    write_atomic(folder / "quantkit" / "plan.json", manifests.format_plan(plan).encode())
+        (folder / layout.SAMPLES_FOLDER).mkdir(exist_ok=True)
+    write_atomic(folder / layout.FIDELITY, report.to_json().encode())
+    write_atomic(folder / layout.MODEL_CARD, card.render_card(report).encode())
+    write_atomic(folder / layout.PLAN, format_plan(plan).encode())
     if figures.tokens:
-        tokens_to_parquet(figures.tokens, folder / "quantkit" / "samples" / "tokens.parquet")
+        write_tokens(figures.tokens, folder / layout.TOKEN_SAMPLES)
     if figures.solutions:
-        likelihood.to_parquet(
-            figures.solutions, folder / "quantkit" / "samples" / "solutions.parquet"
-        )
+        solution_likelihood.write_solutions(figures.solutions, folder / layout.SOLUTION_SAMPLES)
     if compared.pairs:
-        pairs_to_parquet(compared.pairs, folder / "quantkit" / "samples" / "benchmarks.parquet")
-    write_atomic(folder / html_page.HTML, html_page.make_page(folder).encode())
+        write_pairs(compared.pairs, folder / layout.BENCHMARK_SAMPLES)
+    write_atomic(folder / layout.PAGE, html_page.make_page(folder).encode())
 
 
 def write_timings(folder: Path, built: BuiltBlocks, clock: StepTimer) -> None:

@@ -1,4 +1,4 @@
-"""What can be named in a recipe: the methods, formats and architectures that quantkit carries.
+"""What can be named in a recipe: the methods, roundings, formats and architectures that quantkit carries.
 
 The file name is the registration: `methods/awq.py` holds `METHOD`, and is found because it is there. Nothing is
 imported until it is asked for, so that `--help` stays fast and a broken optional dependency hurts its own plug-in only.
@@ -14,16 +14,21 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal, TypeVar
 
-from quantkit import architectures, formats, methods
-from quantkit.contracts import Architecture, Format, Method
+from quantkit import architectures, formats, methods, roundings
+from quantkit.contracts import Architecture, Format, Method, Rounding
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats.common.checks import FormatChecks
 
-Kind = Literal["methods", "formats", "architectures"]
+Kind = Literal["methods", "roundings", "formats", "architectures"]
 
 Plugin = TypeVar("Plugin")
 
-_PACKAGES = {"methods": methods, "formats": formats, "architectures": architectures}
+_PACKAGES = {
+    "methods": methods,
+    "roundings": roundings,
+    "formats": formats,
+    "architectures": architectures,
+}
 
 
 def list_names(kind: Kind) -> tuple[str, ...]:
@@ -34,22 +39,27 @@ def list_names(kind: Kind) -> tuple[str, ...]:
 
 def get_method(name: str) -> Method:
     """The method in methods/<name>.py; UsageError when there is none."""
-    return _get("methods", name, "METHOD", Method)
+    return _load_plugin("methods", name, "METHOD", Method)
+
+
+def get_rounding(name: str) -> Rounding:
+    """The rounding in roundings/<name>.py; UsageError when there is none."""
+    return _load_plugin("roundings", name, "ROUNDING", Rounding)
 
 
 def get_format(name: str) -> Format:
     """The format in formats/<name>.py; UsageError when there is none."""
-    return _get("formats", name, "FORMAT", Format)
+    return _load_plugin("formats", name, "FORMAT", Format)
 
 
 def get_checks(format_name: str) -> FormatChecks:
     """What `quantkit verify` must know of the format in formats/<name>.py; UsageError when there is none."""
-    return _get("formats", format_name, "CHECKS", FormatChecks)
+    return _load_plugin("formats", format_name, "CHECKS", FormatChecks)
 
 
 def get_architecture(model_type: str) -> Architecture:
     """The architecture in architectures/<model_type>.py; UsageError when there is none."""
-    return _get("architectures", model_type, "ARCHITECTURE", Architecture)
+    return _load_plugin("architectures", model_type, "ARCHITECTURE", Architecture)
 
 
 def check_packages(format_name: str) -> None:
@@ -77,11 +87,11 @@ def suggest_name(name: str, known: Sequence[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def _get(kind: Kind, name: str, attribute: str, expected: type[Plugin]) -> Plugin:
+def _load_plugin(kind: Kind, name: str, attribute: str, expected: type[Plugin]) -> Plugin:
     known = list_names(kind)
     if name not in known:
         raise UsageError(format_unknown_name(kind.removesuffix("s"), name, known))
-    plugin = getattr(_imported(kind, name), attribute, None)
+    plugin = getattr(_import_module(kind, name), attribute, None)
     if not isinstance(plugin, expected):
         found = "nothing" if plugin is None else f"a {type(plugin).__name__}"
         raise QuantkitError(
@@ -91,7 +101,7 @@ def _get(kind: Kind, name: str, attribute: str, expected: type[Plugin]) -> Plugi
     return plugin
 
 
-def _imported(kind: Kind, name: str) -> ModuleType:
+def _import_module(kind: Kind, name: str) -> ModuleType:
     try:
         return importlib.import_module(f"quantkit.{kind}.{name}")
     except ModuleNotFoundError as error:

@@ -10,7 +10,7 @@ import pytest
 from quantkit import contracts, registry
 from quantkit.errors import QuantkitError, UsageError
 
-KINDS: tuple[registry.Kind, ...] = ("methods", "formats", "architectures")
+KINDS: tuple[registry.Kind, ...] = ("methods", "roundings", "formats", "architectures")
 
 
 def planted(
@@ -35,11 +35,13 @@ def test_names_are_the_files_of_the_folder(kind: registry.Kind) -> None:
 def test_every_name_loads(kind: registry.Kind) -> None:
     get = {
         "methods": registry.get_method,
+        "roundings": registry.get_rounding,
         "formats": registry.get_format,
         "architectures": registry.get_architecture,
     }[kind]
     expected = {
         "methods": contracts.Method,
+        "roundings": contracts.Rounding,
         "formats": contracts.Format,
         "architectures": contracts.Architecture,
     }[kind]
@@ -100,10 +102,11 @@ def test_looking_up_names_imports_no_plugin() -> None:
     import subprocess
 
     program = (
-        "import sys; from quantkit import registry; registry.names('methods'); registry.names('formats'); "
-        "print([m for m in sys.modules if m.startswith(('torch', 'quantkit.methods.', 'quantkit.formats.'))])"
+        f"import sys; from quantkit import registry; kinds = {KINDS}; "
+        "plugins = {f'quantkit.{kind}.{name}' for kind in kinds for name in registry.names(kind)}; "
+        "print([m for m in sys.modules if m in plugins or m.startswith('torch')], len(plugins) > 9)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "[] True"

@@ -1,4 +1,4 @@
-"""quantkit/fidelity.json, version 1: all that a report shows, as plain frozen values. Of a plan see planned.py.
+"""Schema of quantkit/fidelity.json, version 1: all that a report shows, as plain frozen values. Of a plan see planned.py.
 
 Shares (top-1, recovery, scores, agreement, errors) are 0 .. 1; KL is in nats per token; differences of scores are in
 percentage points; sizes are in bytes. A figure that was measured and is not finite has value None; a figure that was
@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from quantkit.artifact.layout import FIDELITY_VERSION
 from quantkit.figures import list_stored_keys
 from quantkit.plan.plan_schema import FROZEN, PlanRule
 
@@ -282,7 +283,7 @@ class Fidelity(BaseModel):
     """The whole report."""
 
     model_config = FROZEN
-    version: Literal[1] = 1
+    version: Literal[1] = FIDELITY_VERSION
     status: Status = "not judged"
     artifact: ArtifactSummary
     source: SourceModel

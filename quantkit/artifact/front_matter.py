@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from quantkit.artifact.layout import MODEL_CARD
 from quantkit.io import safe_yaml
 
 _LIMIT_BYTES = 1_000_000
@@ -15,7 +16,7 @@ def read_front_matter(folder: Path) -> Mapping[str, str]:
 
     A card is a courtesy, not part of the checkpoint: one that cannot be read says nothing and stops nothing.
     """
-    for path in (folder / "README.md", folder.parent / "README.md"):
+    for path in (folder / MODEL_CARD, folder.parent / MODEL_CARD):
         if path.is_file() and not path.is_symlink() and path.stat().st_size <= _LIMIT_BYTES:
             break
     else:

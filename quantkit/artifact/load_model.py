@@ -18,7 +18,8 @@ from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 
 from quantkit import contracts, registry
-from quantkit.artifact.layout import get_section, read_manifest
+from quantkit.artifact.layout import GENERATION_CONFIG
+from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Layout, Linear, Scheme
 from quantkit.errors import ArtifactError, UsageError
@@ -64,13 +65,13 @@ def load_model(folder: str | Path, *, device: str | None = None, dtype: str | No
     bones = make_meta_model(config, get_device(where), DTYPES[named])
     layout = load_architecture(config).layout(config)
     if format_name == "bitsandbytes":
-        model = packed_model(bones, layout, checkpoint, schemes)
+        model = build_packed_model(bones, layout, checkpoint, schemes)
     else:
         model = full_model.make_model(
             bones, layout, full_model.make_reader(checkpoint, format_name, schemes)
         )
-    if (path / "generation_config.json").is_file():
-        model.generation_config = read_generation_config(path / "generation_config.json")
+    if (path / GENERATION_CONFIG).is_file():
+        model.generation_config = read_generation_config(path / GENERATION_CONFIG)
     return model
 
 
@@ -109,7 +110,7 @@ def read_schemes(
     entry = checkpoint.config.values.get("quantization_config")
     if not isinstance(entry, dict):
         return None, {}
-    name = str(manifest.get("format") or format_told(entry))
+    name = str(manifest.get("format") or read_config_format(entry))
     registry.check_packages(name)
     try:
         modules = get_section(manifest, "modules", path)
@@ -120,7 +121,7 @@ def read_schemes(
         ) from fault
 
 
-def format_told(entry: Mapping[str, object]) -> str:
+def read_config_format(entry: Mapping[str, object]) -> str:
     """The format by config.json, for artifacts of before manifests named it; gptq_v2 shares its method with gptq."""
     return str(entry.get("checkpoint_format") or entry.get("quant_method")).replace("-", "_")
 
@@ -128,7 +129,7 @@ def format_told(entry: Mapping[str, object]) -> str:
 # ------------------------------------------------------------------------------------------------------------ NF4
 
 
-def packed_model(
+def build_packed_model(
     bones: MetaModel, layout: Layout, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]
 ) -> Any:
     """The model of `bones` with a Linear4bit for every linear in `schemes` that transformers runs."""
@@ -137,7 +138,7 @@ def packed_model(
         if block.kind != "decoder":
             continue
         made = {
-            linear.name: linear4bit(bones, linear, checkpoint, schemes[linear.name])
+            linear.name: build_linear4bit(bones, linear, checkpoint, schemes[linear.name])
             for linear in block.linears
             if linear.name in schemes
         }
@@ -165,7 +166,7 @@ def packed_model(
     )
 
 
-def linear4bit(
+def build_linear4bit(
     bones: MetaModel, linear: Linear, checkpoint: Checkpoint, scheme: Scheme
 ) -> nn.Module:
     """One linear as stored. Its bias comes with the rest of the model."""

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from quantkit.artifact.layout import LOADTEST_VERSION
 from quantkit.errors import ArtifactError
 from quantkit.io.files import read_json
 
@@ -18,13 +19,13 @@ Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class Part(BaseModel):
+class FrozenModel(BaseModel):
     """Every part of it: frozen, and nothing unknown in it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Percentiles(Part):
+class Percentiles(FrozenModel):
     """Of the requests that were answered."""
 
     mean: Amount
@@ -33,7 +34,7 @@ class Percentiles(Part):
     p99: Amount
 
 
-class CacheCounters(Part):
+class CacheCounters(FrozenModel):
     """The engine's prefix cache during a level, in tokens, as its own counters tell."""
 
     asked: Amount
@@ -45,7 +46,7 @@ class CacheCounters(Part):
         return self.hits / self.asked if self.asked else None
 
 
-class LoadLevel(Part):
+class LoadLevel(FrozenModel):
     """So many requests at once. inter_token: of each answer the mean gap between its tokens."""
 
     concurrency: Annotated[int, Field(ge=1)]
@@ -63,10 +64,10 @@ class LoadLevel(Part):
     cache: CacheCounters | None = None
 
 
-class LoadTest(Part):
+class LoadTest(FrozenModel):
     """One run against one server."""
 
-    version: Literal[1] = 1
+    version: Literal[1] = LOADTEST_VERSION
     tool: str
     model: str
     api: Literal["completions", "chat"]
@@ -94,7 +95,7 @@ def read_load_test(path: Path) -> LoadTest:
     return parse_load_test(read_json(path, ArtifactError), str(path))
 
 
-def load_faults(path: Path) -> Iterator[str]:
+def find_load_test_faults(path: Path) -> Iterator[str]:
     """Why a file is no load test's."""
     try:
         read_load_test(path)

@@ -8,7 +8,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from quantkit.artifact.fidelity_schema import Fidelity
-from quantkit.artifact.layout import EVIDENCE, FIDELITY, MANIFEST, get_section, read_manifest
+from quantkit.artifact.layout import EVIDENCE_FOLDER, FIDELITY, MANIFEST
+from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.errors import ArtifactError
 from quantkit.io.files import is_file, read_json, sha256_file
 
@@ -54,7 +55,7 @@ def read_sealed_report(
     """
     manifest = read_manifest(artifact)
     for name, entry in get_section(manifest, "files", artifact).items():
-        if not name.startswith(EVIDENCE) or name in absent:
+        if not name.startswith(EVIDENCE_FOLDER) or name in absent:
             continue
         expected = entry.get("sha256") if isinstance(entry, Mapping) else None
         there = is_file(artifact / name)

@@ -11,9 +11,15 @@ from torch import Tensor
 
 from quantkit import registry
 from quantkit.artifact.records import ModuleRecord
-from quantkit.contracts import Format, InputStats, Method, Quantized, Scheme
+from quantkit.contracts import (
+    FALLBACK_ROUNDING,
+    Format,
+    InputStats,
+    Quantized,
+    RoundedWeight,
+    Scheme,
+)
 from quantkit.errors import NumericsError
-from quantkit.methods import gptq
 from quantkit.numerics import affine, nf4
 from quantkit.numerics import gram as grams
 from quantkit.plan.decisions import Decision
@@ -77,12 +83,10 @@ class QuantizeRequest:
 
     @property
     def rounding(self) -> str:
-        """How its weights are rounded: to nearest, too, where nothing is known of its input."""
-        return (
-            "nearest"
-            if self.stats is None or self.decision.rounding is None
-            else self.decision.rounding
-        )
+        """Effective rounding: FALLBACK_ROUNDING if a rounding that needs statistics has none."""
+        name = self.decision.rounding or FALLBACK_ROUNDING
+        is_blind = self.stats is None and registry.get_rounding(name).needs_stats
+        return FALLBACK_ROUNDING if is_blind else name
 
 
 def quantize_group(
@@ -107,13 +111,13 @@ def quantize_group(
             first.weight if len(rows) == 1 else torch.cat([asked[i].weight for i in indices])
         )  # [sum of out, in]
         try:
-            quantized, met = compute_codes(
+            rounded = compute_codes(
                 first.method, first.rounding, together, first.stats, first.scheme
             )
         except NumericsError as fault:
             raise NumericsError(f"{first.decision.linear.name}: {fault}") from fault
-        for index, part in zip(indices, split_quantized(quantized, rows), strict=True):
-            found[index] = pack_and_measure(asked[index], part, met, outputs)
+        for index, part in zip(indices, split_quantized(rounded.quantized, rows), strict=True):
+            found[index] = pack_and_measure(asked[index], part, rounded.fallbacks, outputs)
     return [found[index] for index in range(len(asked))]
 
 
@@ -170,13 +174,10 @@ def pack_and_measure(
 
 def compute_codes(
     name: str, rounding: str, weight: Tensor, stats: InputStats | None, scheme: Scheme
-) -> tuple[Quantized, tuple[str, ...]]:
-    """The codes of a method with a rounding, and the fallbacks it took on the way."""
-    if rounding != "nearest":  # whatever the method did to the weight before
-        rounded = gptq.round_weight(weight, stats, scheme, once=rounding == "gptq_once")
-        return rounded.quantized, ("damping-raised",) if rounded.damping_raised else ()
-    method: Method = registry.get_method(name)
-    return method.solve(weight, stats, scheme), ()
+) -> RoundedWeight:
+    """Return the codes of a method with a rounding, and the fallbacks that the rounding took."""
+    solve = registry.get_method(name).solve
+    return registry.get_rounding(rounding).round_weight(weight, stats, scheme, solve)
 
 
 def find_fallbacks(quantized: Quantized, scheme: Scheme) -> tuple[str, ...]:

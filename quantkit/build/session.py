@@ -17,8 +17,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit.artifact import writer
-from quantkit.artifact.manifest import read_environment, read_versions
+from quantkit.artifact.make_manifest import read_environment, read_versions
+from quantkit.artifact.seal import is_sealed
+from quantkit.artifact.staging import check_output_free, check_replaced_free, get_staging_path
 from quantkit.build.progress_log import BuildProgress
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError, UsageError
@@ -99,14 +100,14 @@ class BuildSession:
         done, halt = len(standing.blocks), standing.halt
         more = f" and {halt.solved} experts of the next" if halt and halt.solved else ""
         return (
-            f"{writer.get_staging_path(Path(self.plans[0].path))}: {done} of {len(blocks)} blocks{more} are done and kept; "
+            f"{get_staging_path(Path(self.plans[0].path))}: {done} of {len(blocks)} blocks{more} are done and kept; "
             "the same command goes on from there, with --restart it begins anew"
         )
 
 
 def scratch_folder(plans: Sequence[Plan]) -> Path:
     """The folder that holds the journal: the same whatever formats the recipe has, and in whatever order."""
-    staging = writer.get_staging_path(Path(plans[0].recipe.output.path))
+    staging = get_staging_path(Path(plans[0].recipe.output.path))
     return staging.with_name(f"{staging.name}.scratch")
 
 
@@ -115,7 +116,7 @@ def exclusive_lock(plans: Sequence[Plan]) -> Iterator[None]:
     """Keep other builds out of the plans' folders; UsageError when one is at work there."""
     with ExitStack() as held:
         for path in sorted({plans[0].recipe.output.path, *(plan.path for plan in plans)}):
-            staging = writer.get_staging_path(Path(path))
+            staging = get_staging_path(Path(path))
             held.enter_context(lock.hold_lock(staging.with_name(f"{staging.name}.lock")))
         yield
 
@@ -127,7 +128,7 @@ def find_interrupted(plans: Sequence[Plan], *, overwrite: bool, restart: bool) -
     """
     for folder in (
         scratch_folder(plans),
-        *(writer.get_staging_path(Path(plan.path)) for plan in plans),
+        *(get_staging_path(Path(plan.path)) for plan in plans),
     ):
         check_owned_dir(folder)
     journal = None if restart else Journal.open(scratch_folder(plans) / JOURNAL)
@@ -137,9 +138,9 @@ def find_interrupted(plans: Sequence[Plan], *, overwrite: bool, restart: bool) -
         sealed = journal and sealed_manifests(journal, loop)
         for plan in together:
             if not sealed:  # else it may be what this build replaces
-                writer.check_replaced_free(Path(plan.path))
-            if not (sealed and writer.is_sealed(Path(plan.path), sealed[plan.format_name])):
-                writer.check_output_free(Path(plan.path), overwrite)
+                check_replaced_free(Path(plan.path))
+            if not (sealed and is_sealed(Path(plan.path), sealed[plan.format_name])):
+                check_output_free(Path(plan.path), overwrite)
     return journal
 
 
@@ -168,7 +169,7 @@ def begin_session(
 def discard_build(plans: Sequence[Plan]) -> None:
     """Remove what builds left beside the places of the plans' artifacts."""
     for plan in plans:
-        remove_owned_dir(writer.get_staging_path(Path(plan.path)))
+        remove_owned_dir(get_staging_path(Path(plan.path)))
     remove_owned_dir(scratch_folder(plans))
 
 
@@ -232,7 +233,7 @@ def check_same(
     shown = [f"{key} {describe_change(before.get(key), now.get(key))}" for key in changed[:SHOWN]]
     rest = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
     raise UsageError(
-        f"{writer.get_staging_path(Path(plans[0].path))}: expected the build that was interrupted here, found another: "
+        f"{get_staging_path(Path(plans[0].path))}: expected the build that was interrupted here, found another: "
         f"{', '.join(shown)}{rest}; undo that to go on, or begin anew with --restart"
     )
 

@@ -9,8 +9,8 @@ from quantkit.errors import CheckpointError
 from quantkit.io.files import shorten_repr
 
 FP8 = "F8_E4M3"
-INVERSE = "_scale_inv"
-COMPRESSED = "_scale"
+SCALE_INV_SUFFIX = "_scale_inv"
+SCALE_SUFFIX = "_scale"
 """What follows the name of an FP8 weight in that of its block scales: as DeepSeek, and as compressed-tensors."""
 _SCALE_DTYPES = ("F32", "BF16", "F16")
 _AGAIN = "fetch the checkpoint again"
@@ -20,23 +20,25 @@ def get_scale_suffix(config: Config) -> str:
     """INVERSE or COMPRESSED, by quantization_config.quant_method."""
     entry = config.values.get("quantization_config")
     return (
-        COMPRESSED
+        SCALE_SUFFIX
         if isinstance(entry, dict) and entry.get("quant_method") == "compressed-tensors"
-        else INVERSE
+        else SCALE_INV_SUFFIX
     )
 
 
-def scale_of(stored: Mapping[str, TensorSpec], name: str, suffix: str) -> bool:
+def is_scale_name(stored: Mapping[str, TensorSpec], name: str, suffix: str) -> bool:
     """Whether a name is that of block scales. compressed-tensors calls the scales of packed codes likewise."""
-    return name.endswith(suffix) and (suffix == INVERSE or name.removesuffix(suffix) in stored)
+    return name.endswith(suffix) and (
+        suffix == SCALE_INV_SUFFIX or name.removesuffix(suffix) in stored
+    )
 
 
 def select_logical_specs(stored: Mapping[str, TensorSpec], suffix: str) -> dict[str, TensorSpec]:
     """The stored tensors without the scales of FP8 weights, in the same order, dtypes as stored."""
-    return {name: spec for name, spec in stored.items() if not scale_of(stored, name, suffix)}
+    return {name: spec for name, spec in stored.items() if not is_scale_name(stored, name, suffix)}
 
 
-def block_size(config: Config, stored: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
+def read_block_size(config: Config, stored: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
     """Rows and columns of an FP8 block by the config's quantization_config; None without FP8 weights."""
     if not any(spec.dtype == FP8 for spec in stored.values()):
         return None
@@ -57,7 +59,7 @@ def read_block_entry(config: Config) -> tuple[str, object]:
     """The key that says how large FP8 blocks are, and what it says."""
     entry = config.values.get("quantization_config")
     entry = entry if isinstance(entry, dict) else {}
-    if get_scale_suffix(config) == INVERSE:
+    if get_scale_suffix(config) == SCALE_INV_SUFFIX:
         return "quantization_config.weight_block_size", entry.get("weight_block_size")
     groups = entry.get("config_groups")
     weights = (
@@ -71,7 +73,7 @@ def read_block_entry(config: Config) -> tuple[str, object]:
     return "quantization_config.config_groups: block_structure", sizes[0] if sizes else None
 
 
-def pair_faults(
+def find_pair_faults(
     stored: Mapping[str, TensorSpec], block: tuple[int, int] | None, where: str, suffix: str
 ) -> list[str]:
     """FP8 weights without a scale of the right shape, and scales without an FP8 weight; one sentence each."""
@@ -81,7 +83,7 @@ def pair_faults(
             fault = _weight_fault(spec, stored.get(name + suffix), name + suffix, block)
         elif spec.dtype == "F8_E5M2":
             fault = "expected FP8 as F8_E4M3, found F8_E5M2; convert it to BF16"
-        elif scale_of(stored, name, suffix):
+        elif is_scale_name(stored, name, suffix):
             fault = _scale_fault(stored.get(name.removesuffix(suffix)), name.removesuffix(suffix))
         else:
             fault = None

@@ -23,7 +23,7 @@ from quantkit.io.files import describe_os_error, parse_json, shorten_repr
 HEADER_LIMIT_BYTES = 100_000_000
 """The limit of the `safetensors` library; a longer header is not loadable by anybody."""
 
-MOST_TENSORS = 500_000
+MAX_TENSORS = 500_000
 """In one file; DeepSeek-V3 has 92,000 in all of its 163."""
 
 PREFIX_BYTES = 8
@@ -68,7 +68,7 @@ def read_header(path: Path) -> Header:
     try:
         with path.open("rb") as file:
             n_file_bytes = os.fstat(file.fileno()).st_size
-            length = header_length(file.read(PREFIX_BYTES), n_file_bytes, str(path))
+            length = parse_header_length(file.read(PREFIX_BYTES), n_file_bytes, str(path))
             text = file.read(length)
     except OSError as fault:
         raise CheckpointError(
@@ -88,9 +88,9 @@ def parse_header(text: bytes, where: str, n_data_bytes: int) -> Header:
             f"{where}: header: expected to start with '{{', found {shorten_repr(text[:1])}; {_AGAIN}"
         )
     entries = parse_json(text, f"{where}: header")
-    if len(entries) > MOST_TENSORS:
+    if len(entries) > MAX_TENSORS:
         raise CheckpointError(
-            f"{where}: header: expected at most {MOST_TENSORS:,} tensors in one file, found {len(entries):,}; {_AGAIN}"
+            f"{where}: header: expected at most {MAX_TENSORS:,} tensors in one file, found {len(entries):,}; {_AGAIN}"
         )
     _check_metadata(entries.get("__metadata__"), where)
     specs: dict[str, TensorSpec] = {}
@@ -135,7 +135,7 @@ def build_header(specs: Iterable[TensorSpec]) -> bytes:
     return len(text).to_bytes(PREFIX_BYTES, "little") + text
 
 
-def header_length(prefix: bytes, n_file_bytes: int, where: str) -> int:
+def parse_header_length(prefix: bytes, n_file_bytes: int, where: str) -> int:
     """The length of the JSON by a file's first 8 bytes; raises CheckpointError when it cannot be one."""
     if len(prefix) < PREFIX_BYTES:
         raise CheckpointError(

@@ -24,18 +24,19 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
-from quantkit.checkpoint.checkpoint import CONFIG, Checkpoint
+from quantkit.checkpoint.checkpoint import Checkpoint
+from quantkit.checkpoint.file_names import CONFIG, INDEX, SINGLE
 from quantkit.checkpoint.fp8_pairs import (
-    block_size,
+    find_pair_faults,
     get_scale_suffix,
-    pair_faults,
+    read_block_size,
     select_logical_specs,
 )
-from quantkit.checkpoint.header import PREFIX_BYTES, Header, header_length, parse_header
-from quantkit.checkpoint.shards import INDEX, SINGLE, index_faults, weight_map
+from quantkit.checkpoint.header import PREFIX_BYTES, Header, parse_header, parse_header_length
+from quantkit.checkpoint.shards import find_index_faults, read_weight_map
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, HubUnreachable, UsageError
-from quantkit.io.files import listed, read_json, shorten_repr
+from quantkit.io.files import join_faults, read_json, shorten_repr
 from quantkit.io.package_data import BUILTIN_PREFIX, locate_model
 
 _WANTED = [
@@ -56,7 +57,7 @@ _FIRST_BYTES = 100_000  # most headers are shorter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class ResolvedModel:
     """A model on this machine; `revision` is the Hub's commit, None for a folder or a built-in model."""
 
     folder: Path
@@ -73,16 +74,16 @@ class ModelHeaders:
     revision: str | None
 
 
-def resolve_model(model: str, revision: str | None = None) -> Source:
+def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
     """The folder of a model, downloaded into the Hub's cache when it is not local; raises CheckpointError."""
     local = _local(model, revision)
     if local is not None:
-        return Source(folder=local, revision=None)
+        return ResolvedModel(folder=local, revision=None)
     with _hub_faults(model, revision):
         path = snapshot_download(
             model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
         )
-    return Source(
+    return ResolvedModel(
         folder=Path(path), revision=Path(path).name
     )  # <cache>/models--org--name/snapshots/<commit>
 
@@ -139,7 +140,7 @@ def _remote_headers(model: str, revision: str | None) -> ModelHeaders:
     )
     index: dict[str, str] | None = None
     if INDEX in present:
-        index = weight_map(read_json(_small_file(model, INDEX, commit)), f"{model}: {INDEX}")
+        index = read_weight_map(read_json(_small_file(model, INDEX, commit)), f"{model}: {INDEX}")
     elif SINGLE not in present:
         raise CheckpointError(
             f"{model}: expected {SINGLE} or {INDEX} in the repository, found neither; quantkit reads safetensors only"
@@ -155,7 +156,7 @@ def _remote_headers(model: str, revision: str | None) -> ModelHeaders:
         return _remote_header(hf_hub_url(model, file, revision=commit), f"{model}: {file}")
 
     headers = _in_parallel(header, files)
-    faults = index_faults(index, headers, f"{model}: {INDEX}") if index is not None else []
+    faults = find_index_faults(index, headers, f"{model}: {INDEX}") if index is not None else []
     order = index if index is not None else dict.fromkeys(headers[SINGLE].specs, SINGLE)
     stored = {
         name: headers[file].specs[name]
@@ -163,9 +164,9 @@ def _remote_headers(model: str, revision: str | None) -> ModelHeaders:
         if name in headers[file].specs
     }
     suffix = get_scale_suffix(config)
-    faults = faults or pair_faults(stored, block_size(config, stored), model, suffix)
+    faults = faults or find_pair_faults(stored, read_block_size(config, stored), model, suffix)
     if faults:
-        raise CheckpointError(listed(faults))
+        raise CheckpointError(join_faults(faults))
     return ModelHeaders(
         config=config,
         specs=select_logical_specs(stored, suffix),
@@ -181,7 +182,7 @@ def _small_file(model: str, name: str, commit: str) -> Path:
 def _remote_header(url: str, where: str) -> Header:
     """The header of a file on the Hub, by one range request, two when it is long; checked like a local one."""
     start, n_file_bytes = _range(url, 0, _FIRST_BYTES, where)
-    end = PREFIX_BYTES + header_length(start[:PREFIX_BYTES], n_file_bytes, where)
+    end = PREFIX_BYTES + parse_header_length(start[:PREFIX_BYTES], n_file_bytes, where)
     if end > len(start):
         start += _range(url, len(start), end - len(start), where)[0]
     if len(start) < end:

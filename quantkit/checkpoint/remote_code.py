@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from quantkit.checkpoint.file_names import CONFIG
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.io.files import is_file, read_json, shorten_repr
 
 KEY = "source.trust_remote_code"
-_FILES = ("tokenizer_config.json", "config.json")
+_FILES = ("tokenizer_config.json", CONFIG)
 
 
 def allows_remote_code(allowed: str | None, folder: Path) -> bool:
@@ -42,11 +43,7 @@ def allows_remote_code(allowed: str | None, folder: Path) -> bool:
 
 def read_tokenizer_map(folder: Path) -> dict[str, object]:
     """The part of config.json's auto_map that names a tokenizer."""
-    found = (
-        read_json(folder / "config.json").get("auto_map")
-        if is_file(folder / "config.json")
-        else None
-    )
+    found = read_json(folder / CONFIG).get("auto_map") if is_file(folder / CONFIG) else None
     return (
         {"AutoTokenizer": found["AutoTokenizer"]}
         if isinstance(found, dict) and "AutoTokenizer" in found

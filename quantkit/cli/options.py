@@ -62,10 +62,11 @@ def read_gates(file: Path | None, artifact: Path, report: Fidelity) -> dict[str,
     tasks = [row.task for row in report.benchmarks]
     if file is not None:
         return parse_gates(_text(file), str(file), tasks)
+    from quantkit.artifact.layout import PLAN
     from quantkit.errors import ArtifactError
     from quantkit.io.files import read_json
 
-    place = artifact / "quantkit/plan.json"
+    place = artifact / PLAN
     recipe = read_json(place, ArtifactError).get("recipe")
     own = (
         {key: recipe.get(key) for key in ("gates", "evaluation")}

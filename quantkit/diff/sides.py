@@ -8,25 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from quantkit.artifact.fidelity_schema import BenchmarkResult, DistributionResult, Fidelity, Figure
-from quantkit.artifact.layout import LOADTEST, MANIFEST, get_section
+from quantkit.artifact.layout import (
+    BENCHMARK_SAMPLES,
+    CONFIG,
+    EVIDENCE_FOLDER,
+    FIDELITY,
+    LOADTEST,
+    MANIFEST,
+    PLAN,
+    SOLUTION_SAMPLES,
+    TOKEN_SAMPLES,
+)
 from quantkit.artifact.loadtest_schema import LoadTest, read_load_test
+from quantkit.artifact.read_manifest import get_section
 from quantkit.artifact.read_report import read_report_file, read_sealed_report
 from quantkit.diff.diff_schema import SideKind
 from quantkit.errors import ArtifactError, CheckpointError, HubUnreachable, UsageError
 from quantkit.figures import list_figures
 from quantkit.io.files import read_json
 from quantkit.io.package_data import BUILTIN_PREFIX
-from quantkit.report.samples import BENCHMARKS, TOKENS, Answer, parse_answer, read_columns
+from quantkit.report.samples import Answer, parse_answer, read_columns
 
 if TYPE_CHECKING:
     from quantkit.contracts import TensorSpec
 
-PLAN = "quantkit/plan.json"
-SOLUTIONS = "quantkit/samples/solutions.parquet"
 HASHES = ("doc_hash", "prompt_hash", "target_hash")
 _ITEM = {"doc_id": "int64"} | dict.fromkeys(
     ("task", "filter", *HASHES, "prompt", "target"), "string"
@@ -128,9 +137,8 @@ def _read_side(text: str) -> Side | None:
     if (path / MANIFEST).is_file() or (path / "quantkit").is_dir():
         return _read_artifact(path)
     if (
-        path.name == "fidelity.json"
+        path.parts[-2:] == PurePosixPath(FIDELITY).parts
         and (path.parent.parent / MANIFEST).is_file()
-        and path.parent.name == "quantkit"
     ):
         return _read_artifact(path.parent.parent)  # with all files of the report
     if path.is_file():
@@ -138,7 +146,7 @@ def _read_side(text: str) -> Side | None:
         return Side(
             name=report.artifact.name, kind="report", fidelity=report, versions=report.versions
         )
-    if (path / "config.json").is_file() or not path.exists():
+    if (path / CONFIG).is_file() or not path.exists():
         return None
     raise ArtifactError(
         f"{path}: expected an artifact, a fidelity.json or a source model, found another folder; "

@@ -35,13 +35,13 @@ from quantkit.formats.common.checks import (
 )
 from quantkit.formats.common.engine_names import SERVERS, expand_fused_names, kept_patterns, lines
 from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES
-from quantkit.numerics.runs import per_run
+from quantkit.numerics.runs import count_codes_per_run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BITS = 4
-PER_WORD = per_run(BITS)
+PER_WORD = count_codes_per_run(BITS)
 SCALED_ACTIVATIONS = frozenset({
     "starcoder2",
     "RefinedWebModel",

@@ -46,7 +46,7 @@ from quantkit.formats.common.checks import (
 )
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, kept_patterns
 from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, require_agreement
-from quantkit.numerics.runs import per_run
+from quantkit.numerics.runs import count_codes_per_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,7 +83,7 @@ def scheme_fault(scheme: Scheme) -> str | None:
 
 def linear_fault(scheme: Scheme, linear: Linear) -> str | None:
     """Why this linear cannot be stored in a scheme that others can."""
-    count = per_run(scheme.bits)
+    count = count_codes_per_run(scheme.bits)
     if linear.role in PROTECTED_ROLES:
         return f"vLLM and SGLang build this {linear.role.replace('_', ' ')} without codes and find no weight; keep it"
     if linear.role == "routed_expert" and not scheme.symmetric:

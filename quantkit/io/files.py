@@ -23,11 +23,11 @@ JSON_LIMIT_BYTES = 100_000_000
 PART = ".part"
 
 
-MOST_VALUES = 5_000_000
+MAX_JSON_VALUES = 5_000_000
 """In one JSON file, ten for each of 500,000 tensors; ten million need more memory than a build is given."""
 
 
-class NotFinite(ValueError):
+class NonFiniteNumber(ValueError):
     """A number that JSON has not: it could be read and not be written again."""
 
 
@@ -41,7 +41,7 @@ def shorten_repr(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 20]}...{text[-17:]}"
 
 
-def listed(faults: Sequence[str], limit: int = 20) -> str:
+def join_faults(faults: Sequence[str], limit: int = 20) -> str:
     """One fault per line, the rest counted."""
     rest = len(faults) - limit
     return "\n".join(faults[:limit]) + (
@@ -59,11 +59,11 @@ def reject_duplicate_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def finite(digits: str) -> float:
+def parse_finite(digits: str) -> float:
     """json's parse_float and parse_constant; raises NotFinite for NaN, Infinity and 1e999."""
     value = float(digits)
     if not isfinite(value):
-        raise NotFinite(shorten_repr(digits))
+        raise NonFiniteNumber(shorten_repr(digits))
     return value
 
 
@@ -97,16 +97,16 @@ def parse_json(
         )
     if (
         found := sum(map(text.count, (b",", b"[", b"{")))
-    ) > MOST_VALUES:  # counted before they take memory
+    ) > MAX_JSON_VALUES:  # counted before they take memory
         raise error(
-            f"{where}: expected at most {MOST_VALUES:,} values, found {found:,}; fetch the file again"
+            f"{where}: expected at most {MAX_JSON_VALUES:,} values, found {found:,}; fetch the file again"
         )
     try:
         value = json.loads(
             text.decode("utf-8"),
             object_pairs_hook=reject_duplicate_keys,
-            parse_float=finite,
-            parse_constant=finite,
+            parse_float=parse_finite,
+            parse_constant=parse_finite,
         )
         if b"\\u" in text and not is_encodable(value):
             raise error(
@@ -116,7 +116,7 @@ def parse_json(
         raise error(
             f"{where}: expected UTF-8, found byte 0x{text[fault.start]:02x} at offset {fault.start}; save it as UTF-8"
         ) from None
-    except NotFinite as fault:
+    except NonFiniteNumber as fault:
         raise error(
             f"{where}: expected finite numbers, found {fault}; repair or fetch the file"
         ) from None
@@ -158,7 +158,7 @@ def read_bytes(
         ) from None
 
 
-def read_start(path: Path, n_bytes: int) -> bytes:
+def read_prefix(path: Path, n_bytes: int) -> bytes:
     """The first bytes of a file of any size; raises CheckpointError when it cannot be read or is shorter."""
     try:
         with path.open("rb") as file:

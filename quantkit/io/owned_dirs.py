@@ -14,7 +14,7 @@ from quantkit.errors import UsageError
 from quantkit.io.files import make_folder, make_write_error, shorten_repr
 
 MARKER = "quantkit"
-BESIDE = (".building", ".building.scratch", ".replaced")
+WORK_SUFFIXES = (".building", ".building.scratch", ".replaced")
 """What lies beside an artifact's place while it is made."""
 
 
@@ -26,10 +26,10 @@ def validate_folder(path: str) -> str:
         raise ValueError(
             f"expected a folder, found {shorten_repr(path)}, of a user that is not known here"
         ) from None
-    if place.name in {"", ".."} or place.name.endswith(BESIDE):
+    if place.name in {"", ".."} or place.name.endswith(WORK_SUFFIXES):
         raise ValueError(
             f"expected a folder with a name of its own, found {shorten_repr(path)}; write one that ends neither in .. nor in "
-            f"{', '.join(BESIDE)}"
+            f"{', '.join(WORK_SUFFIXES)}"
         )
     return str(place) if path.startswith("~") else path
 

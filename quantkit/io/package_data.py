@@ -30,7 +30,7 @@ def is_recipe_name(target: str) -> bool:
     return path.suffix in (".yaml", ".yml") or (shipped and not path.exists())
 
 
-def model_names() -> tuple[str, ...]:
+def list_models() -> tuple[str, ...]:
     """The models that ship with quantkit, as `builtin:<name>` names them."""
     found = (_PACKAGE / "data" / "models").glob("*/checkpoint/config.json")
     return tuple(sorted(path.parent.parent.name.replace("_", "-") for path in found))
@@ -39,7 +39,7 @@ def model_names() -> tuple[str, ...]:
 def locate_model(model: str) -> Path:
     """The checkpoint folder of "builtin:<name>"; raises UsageError that lists the known ones."""
     name = model.removeprefix(BUILTIN_PREFIX)
-    known = model_names()
+    known = list_models()
     if name in known:
         return _PACKAGE / "data" / "models" / name.replace("-", "_") / "checkpoint"
     near = difflib.get_close_matches(name, known, n=1)

@@ -21,7 +21,7 @@ def find_name_faults(names: Iterable[str]) -> Iterator[str]:
         if fault:
             yield f"{shorten_repr(name)}: {fault}"
             continue
-        key = folded(name)
+        key = fold_name(name)
         if key in places:
             yield f"{shorten_repr(name)}: the same file as {shorten_repr(places[key])} where names ignore case"
         places[key] = name
@@ -31,7 +31,7 @@ def find_name_faults(names: Iterable[str]) -> Iterator[str]:
         yield f"{shorten_repr(places[key])}: a file, and the folder of {shorten_repr(folders[key])}"
 
 
-def folded(name: str) -> str:
+def fold_name(name: str) -> str:
     """A name as a file system compares it that ignores case and the ways to write an accent."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 

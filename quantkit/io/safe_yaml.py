@@ -37,7 +37,7 @@ class UnreadableYaml(Exception):
         super().__init__(words)
 
 
-def check(text: str) -> None:
+def check_yaml(text: str) -> None:
     """Raise Unreadable for YAML that is broken, too long or too deep, and for anchors, aliases and tags."""
     if len(text) > MAX_CHARACTERS:
         raise UnreadableYaml(f"more than {MAX_CHARACTERS:,} characters")
@@ -68,7 +68,7 @@ def load(text: str) -> object:
 
 def load_any(text: str) -> object:
     """The values of a text that `check` allows, of any type that YAML has. Raises Unreadable."""
-    check(text)
+    check_yaml(text)
     try:
         value: object = YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:

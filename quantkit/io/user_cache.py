@@ -28,16 +28,16 @@ def load_or_make_text(path: Path, make: Callable[[], str]) -> str:
         seal, _, kept = path.read_bytes().partition(b"\n")
     except OSError:
         seal, kept = b"", b""
-    if seal == sha256(kept):
+    if seal == hash_text(kept):
         return kept.decode()
     made = make()
     content = made.encode()
     with suppress(QuantkitError):
         make_folder(path.parent)
-        write_atomic(path, sha256(content) + b"\n" + content)
+        write_atomic(path, hash_text(content) + b"\n" + content)
     return made
 
 
-def sha256(content: bytes) -> bytes:
+def hash_text(content: bytes) -> bytes:
     """What a kept text begins with: its hash, as hexadecimal digits."""
     return hashlib.sha256(content).hexdigest().encode()

@@ -16,7 +16,7 @@ from torch import Tensor
 from quantkit import registry
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Block, Layout, Scheme
-from quantkit.models.layers import MetaModel, get_layer_name, load
+from quantkit.models.layers import MetaModel, get_layer_name, load_tensors
 
 TensorReader = Callable[[str], Tensor]
 """Full name of a logical tensor ("model.layers.0.mlp.up_proj.weight") -> its values, unpacked."""
@@ -80,11 +80,13 @@ def fill_model(
     beside: Mapping[str, Tensor] = {},
 ) -> Any:
     """An `empty` model with its weights, ready to run: `tensors` are cast, those `beside` them taken as they are."""
-    load(whole, {**cast(whole, skeleton, layout, tensors), **beside}, "the whole model")
+    load_tensors(
+        whole, {**cast_tensors(whole, skeleton, layout, tensors), **beside}, "the whole model"
+    )
     return whole.eval()
 
 
-def cast(
+def cast_tensors(
     whole: Any, skeleton: MetaModel, layout: Layout, tensors: Iterable[tuple[str, Tensor]]
 ) -> dict[str, Tensor]:
     """Tensors in the skeleton's dtype and on its device, buffers in float32; a head that is tied is the embedding."""
@@ -115,14 +117,14 @@ def iterate_state_dict(
     yield f"{layout.embedding.name}.weight", read(f"{layout.embedding.name}.weight")
     for block in layout.blocks:
         if block.kind == "decoder":
-            yield from block_state(block, read, without)
+            yield from iterate_block_state(block, read, without)
     for spec in layout.final_tensors:
         yield spec.name, read(spec.name)
     if layout.head:
         yield f"{layout.head.name}.weight", read(f"{layout.head.name}.weight")
 
 
-def block_state(
+def iterate_block_state(
     block: Block, read: TensorReader, without: Collection[str]
 ) -> Iterator[tuple[str, Tensor]]:
     """A block's tensors as transformers names them; gate and up of all experts are one [experts, 2 * width, hidden]."""

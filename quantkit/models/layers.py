@@ -59,7 +59,7 @@ class ExpertTap(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
-class Product(nn.Module):
+class MatmulLinear(nn.Module):
     """A linear layer that numerics.products computes: in float32 on a CPU up to twice as fast as torch."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -92,17 +92,17 @@ def make_meta_model(config: Config, device: torch.device, dtype: torch.dtype) ->
                 hf_config, dtype=dtype, attn_implementation="sdpa"
             )
         # inv_freq is a buffer that no checkpoint stores: on the meta device it would be garbage
-        rotary = rotary_class(model)(hf_config).to(device)
+        rotary = get_rotary_class(model)(hf_config).to(device)
     except CheckpointError as fault:
         raise CheckpointError(f"{config.where}: {fault}") from fault
     except Exception as fault:
         raise make_config_error(config.where, model_type, fault) from fault
-    check_patterns(hf_config, config.where)
+    check_attention_patterns(hf_config, config.where)
     model.eval()
     return MetaModel(config=hf_config, model=model, rotary=rotary, device=device, dtype=dtype)
 
 
-def rotary_class(model: Any) -> type[nn.Module]:
+def get_rotary_class(model: Any) -> type[nn.Module]:
     """The module that makes the rotary position embeddings; CheckpointError for a model whose layers get none."""
     found = getattr(model.base_model, "rotary_emb", None)
     if not isinstance(found, nn.Module):
@@ -128,7 +128,7 @@ def make_decoder_layer(
         setattr(layer.get_submodule(parent), leaf, tap)
     for name, module in list(layer.named_modules()):
         if type(module) is nn.Linear:
-            layer.set_submodule(name, Product(module))
+            layer.set_submodule(name, MatmulLinear(module))
     buffers = {name for name, _ in layer.named_buffers()}
     state = {
         get_layer_name(block, name): tensor.to(
@@ -137,11 +137,11 @@ def make_decoder_layer(
         )
         for name, tensor in tensors.items()
     }
-    load(layer, state, block.name)
+    load_tensors(layer, state, block.name)
     return layer, tap
 
 
-def load(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+def load_tensors(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Assign a whole state dict; what is missing or left over names itself."""
     result = module.load_state_dict(state, strict=False, assign=True)
     if result.missing_keys or result.unexpected_keys:
@@ -191,13 +191,17 @@ def run_layer(
     rows [tokens, hidden] -> (output [tokens, hidden], valid [sequences * longest] bool: which padded position is a
     token). Sequences are padded on the right: under causal attention no token sees the padding.
     """
-    valid = padding(lengths, skeleton.device)  # [sequences, longest]
+    valid = make_padding_mask(lengths, skeleton.device)  # [sequences, longest]
     hidden = torch.zeros(*valid.shape, rows.shape[-1], dtype=skeleton.dtype, device=skeleton.device)
     hidden[valid] = rows.to(
         device=skeleton.device, dtype=skeleton.dtype
     )  # [tokens, h] -> [sequences, longest, h]
     positions = torch.arange(valid.shape[1], device=skeleton.device)[None]  # [1, longest]
-    make_mask = create_sliding_window_causal_mask if slides(skeleton, layer) else create_causal_mask
+    make_mask = (
+        create_sliding_window_causal_mask
+        if has_sliding_window(skeleton, layer)
+        else create_causal_mask
+    )
     mask = make_mask(
         config=skeleton.config,
         inputs_embeds=hidden,
@@ -217,7 +221,7 @@ def run_layer(
     return out[valid], valid.reshape(-1)  # [sequences, longest, h] -> [tokens, h]
 
 
-def check_patterns(hf_config: Any, where: str) -> None:
+def check_attention_patterns(hf_config: Any, where: str) -> None:
     """CheckpointError for a layer that attends in another pattern than `run` has a mask for."""
     patterns = (
         hf_config.layer_types if "layer_types" in type(hf_config).__dataclass_fields__ else None
@@ -230,7 +234,7 @@ def check_patterns(hf_config: Any, where: str) -> None:
             )
 
 
-def slides(skeleton: MetaModel, layer: nn.Module) -> bool:
+def has_sliding_window(skeleton: MetaModel, layer: nn.Module) -> bool:
     """Whether the layer sees only the last `sliding_window` tokens.
 
     A family whose config class has no field for layer types or for a window ignores both, whatever config.json says.
@@ -242,7 +246,7 @@ def slides(skeleton: MetaModel, layer: nn.Module) -> bool:
     return "sliding_window" in known and config.sliding_window is not None
 
 
-def padding(lengths: Sequence[int], device: torch.device) -> Tensor:
+def make_padding_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
     """[sequences, longest] bool, true where a token stands."""
     count = torch.tensor(lengths, device=device)
     return torch.arange(max(lengths), device=device)[None] < count[:, None]
@@ -261,7 +265,7 @@ def make_final_norm(
         name: tensor.to(device=skeleton.device, dtype=skeleton.dtype)
         for name, tensor in state.items()
     }
-    load(norm, cast, "final norm")
+    load_tensors(norm, cast, "final norm")
     return norm
 
 

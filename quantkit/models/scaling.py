@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantkit.contracts import Absorber, InputStats, LinearGroup, Rescale, Scheme
 from quantkit.errors import NumericsError
-from quantkit.numerics.awq_scales import powers_of_two
+from quantkit.numerics.awq_scales import round_to_powers_of_two
 
 FLOAT32_TOLERANCE = 1e-3
 BFLOAT16_TOLERANCE = 3e-2
@@ -25,7 +25,7 @@ ROUTING_TOLERANCE = 2e-2
 token whose two best experts tie may go to the other one, so routing is given more; a router that was forgotten moves
 it by the order of one."""
 
-STRIDE = 4
+SEARCH_STRIDE = 4
 """Distance of the candidates that are tried first."""
 
 
@@ -53,7 +53,7 @@ def compute_group_candidates(
     those share their scale.
     """
     if into_norm:
-        return powers_of_two(rescale.candidates(mean_abs))
+        return round_to_powers_of_two(rescale.candidates(mean_abs))
     if absorber.rows is None:
         return rescale.candidates(mean_abs)
     index = torch.tensor(absorber.rows.index(), device=mean_abs.device)
@@ -95,7 +95,7 @@ def search_scales(
     their scheme; added [n] float64 is what other readers lose. Candidate 0 unless another is better.
     """
     found: dict[int, float] = {}
-    tried, stride = list(range(0, len(scales), STRIDE)), STRIDE
+    tried, stride = list(range(0, len(scales), SEARCH_STRIDE)), SEARCH_STRIDE
     while tried:
         for n in tried:
             lost = [

@@ -18,7 +18,7 @@ from torch import Tensor
 from quantkit.contracts import Quantized
 from quantkit.errors import NumericsError
 
-BLOCK = 64
+BLOCK_SIZE = 64
 """Weights that share a scale; a row is a whole number of blocks, so that no block crosses rows."""
 
 CODEBOOK = (
@@ -28,46 +28,48 @@ CODEBOOK = (
 )  # fmt: skip
 """What a code 0 .. 15 stands for; code 7 is zero."""
 
-TINY = 1e-38
+MIN_ABSMAX = 1e-38
 """A smaller absmax counts as this one where the reciprocal is taken, so that a block of zeros has code 7."""
 
 PIECE_BLOCKS = 1024
 """Blocks that are worked on at once: their float32 copy, 256 kB, stays in a core's cache."""
 
 
-def encode(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [..., out, in] uint8 and absmax [..., out, in / 64] float32 of weight [..., out, in].
 
     On a CPU the midpoints are counted one by one: bitsandbytes bisects for each weight, 20 ns of one core against 2.
     Elsewhere its kernel is used. Raises NumericsError for a weight that is not finite, or rows of no whole blocks.
     """
-    if weight.shape[-1] % BLOCK:
+    if weight.shape[-1] % BLOCK_SIZE:
         raise NumericsError(
-            f"NF4 has blocks of {BLOCK} weights, found rows of {weight.shape[-1]}; keep this linear"
+            f"NF4 has blocks of {BLOCK_SIZE} weights, found rows of {weight.shape[-1]}; keep this linear"
         )
-    codes, absmax = counted(weight) if weight.device.type == "cpu" else quantize_with_kernel(weight)
+    codes, absmax = (
+        quantize_on_cpu(weight) if weight.device.type == "cpu" else quantize_with_kernel(weight)
+    )
     if not bool(torch.isfinite(absmax).all()):
         raise NumericsError(
             "a weight to be quantized is NaN or infinite; every weight must be finite: check the source tensor"
         )
-    groups = (*weight.shape[:-1], weight.shape[-1] // BLOCK)
+    groups = (*weight.shape[:-1], weight.shape[-1] // BLOCK_SIZE)
     return codes.reshape(weight.shape), absmax.reshape(groups)
 
 
-def counted(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_on_cpu(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [n, 64] and absmax [n] of a weight on the CPU, in pieces, with numpy's vectorized comparisons."""
-    blocks = weight.reshape(-1, BLOCK)  # [..., out, in] -> [n, 64]
+    blocks = weight.reshape(-1, BLOCK_SIZE)  # [..., out, in] -> [n, 64]
     codes, absmax = np.empty(blocks.shape, np.uint8), np.empty(len(blocks), np.float32)
     values = np.array(CODEBOOK, np.float32)
     midpoints = (values[:-1] + values[1:]) / 2
-    above = np.empty((min(PIECE_BLOCKS, len(blocks)), BLOCK), np.bool_)
+    above = np.empty((min(PIECE_BLOCKS, len(blocks)), BLOCK_SIZE), np.bool_)
     for first in range(0, len(blocks), PIECE_BLOCKS):
         piece = blocks[first : first + PIECE_BLOCKS].float().numpy()
         count, mine = codes[first : first + len(piece)], above[: len(piece)]
         largest = absmax[first : first + len(piece)]
         np.abs(piece).max(axis=1, out=largest)  # [n, 64] -> [n]
         with np.errstate(invalid="ignore"):  # infinity times 0: `encode` refuses it by its absmax
-            x = piece * (1 / np.maximum(largest, np.float32(TINY)))[:, None]
+            x = piece * (1 / np.maximum(largest, np.float32(MIN_ABSMAX)))[:, None]
         np.greater(x, midpoints[0], out=count.view(np.bool_))
         for midpoint in midpoints[1:]:
             np.greater(x, midpoint, out=mine)
@@ -78,10 +80,10 @@ def counted(weight: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_with_kernel(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [n, 64] and absmax [n] of a weight on an accelerator."""
     packed, state = import_bitsandbytes("functional").quantize_4bit(
-        weight.contiguous(), blocksize=BLOCK, quant_type="nf4"
+        weight.contiguous(), blocksize=BLOCK_SIZE, quant_type="nf4"
     )
     pairs = torch.cat([packed >> 4, packed & 15], dim=1)  # [n * 32, 1] -> [n * 32, 2]
-    return pairs.reshape(-1, BLOCK), state.absmax
+    return pairs.reshape(-1, BLOCK_SIZE), state.absmax
 
 
 @cache  # asked for twice per matrix

@@ -43,7 +43,7 @@ class Decision:
     @property
     def feeds_back(self) -> bool:
         """Whether rounding errors move on from column to column."""
-        return self.rounding not in {None, "nearest"}
+        return self.rounding is not None and registry.get_rounding(self.rounding).needs_stats
 
 
 def scale_dtype(quantize: Quantize, source_dtype: str) -> Literal["bfloat16", "float16"]:

@@ -8,7 +8,7 @@ from types import TracebackType
 
 from quantkit.errors import ArtifactError
 from quantkit.io.files import describe_os_error
-from quantkit.publish.remote import PIECE_BYTES, Item
+from quantkit.publish.remote import PIECE_BYTES, UploadFile
 
 
 class HashedReader:
@@ -17,7 +17,7 @@ class HashedReader:
     ArtifactError behind the last piece, before whoever sends has finished, when the file is not what was verified.
     """
 
-    def __init__(self, item: Item, size: int = PIECE_BYTES) -> None:
+    def __init__(self, item: UploadFile, size: int = PIECE_BYTES) -> None:
         self._item, self._size = item, size
         self.sent = 0
 

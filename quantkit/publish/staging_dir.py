@@ -167,7 +167,7 @@ class StagingDir:
 
 
 @contextmanager
-def landing(path: Path) -> Iterator[StagingDir]:
+def open_staging_dir(path: Path) -> Iterator[StagingDir]:
     """The place where an artifact named `path` arrives; UsageError when it is not free for that."""
     place = StagingDir(path)
     with hold_lock(path.with_name(path.name + ".pulling.lock"), "pull", "another folder"):
@@ -183,7 +183,7 @@ def landing(path: Path) -> Iterator[StagingDir]:
                     place.folder.rmdir()
 
 
-def existing_manifest(path: Path, manifest: str) -> bytes | None:
+def read_existing_manifest(path: Path, manifest: str) -> bytes | None:
     """The manifest of the artifact at `path`, empty for something else there; None for nothing or an empty folder."""
     if path.is_dir() and not path.is_symlink():
         if not any(path.iterdir()):

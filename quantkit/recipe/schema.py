@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from quantkit import registry
+from quantkit.contracts import FALLBACK_ROUNDING
 from quantkit.io.owned_dirs import validate_folder
 from quantkit.recipe import patterns
 from quantkit.recipe.yaml_document import YamlDocument, shown
@@ -91,6 +92,7 @@ Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]  # a branch or a tag mo
 Size = Annotated[int, BeforeValidator(size_bytes)]
 Bound = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_sized)]
 MethodName = Annotated[str, AfterValidator(lambda name: _registered("methods", name))]
+RoundingName = Annotated[str, AfterValidator(lambda name: _registered("roundings", name))]
 FormatName = Annotated[
     str, AfterValidator(lambda name: _registered("formats", name.replace("-", "_")))
 ]
@@ -129,7 +131,7 @@ class Quantize(BaseModel):
 
     model_config = FROZEN
     method: MethodName = "awq"
-    rounding: Literal["nearest", "gptq", "gptq_once"] = "nearest"  # method gptq never has nearest
+    rounding: RoundingName = FALLBACK_ROUNDING  # method gptq never has nearest
     bits: Annotated[int, Field(ge=2, le=8)] = 4
     group_size: Literal[32, 64, 128, -1] = 128
     symmetric: bool = False
@@ -185,7 +187,8 @@ class Quantize(BaseModel):
                 "method gptq is a rounding, found rounding: nearest; set rounding: gptq, or method: awq for "
                 "ranges by calibration and codes by plain rounding"
             )
-        if self.rounding != "nearest" and not registry.get_method(self.method).needs_stats:
+        learns = registry.get_rounding(self.rounding).needs_stats
+        if learns and not registry.get_method(self.method).needs_stats:
             raise ValueError(
                 f"rounding {self.rounding} learns from calibration, and method {self.method} does without; set "
                 "rounding: nearest, or method: gptq"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.evaluate.evaluation import Setup
+from quantkit.evaluate.options import EvaluationOptions
 from quantkit.evaluate.results import EvaluationResult
 from quantkit.report.tables import Table, make_comparison_table
 
@@ -22,7 +22,7 @@ def make_evaluation_tables(outcome: EvaluationResult, setup: Setup) -> list[Tabl
             f"{100 * row.unparsed:.0f} %",
             f"{row.n_tokens:.0f}",
         )
-        for row in outcome.scores
+        for row in outcome.task_results
     ]
     columns = ("task", "filter", ">n", ">score", ">95 %", ">cut", ">no result", ">tokens")
     note = "cut: answers that reached the token limit; no result: answers without an extractable "

@@ -11,7 +11,7 @@ from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, GateRes
 from quantkit.figures import NOT_FINITE, NOT_MEASURED, Reading, find_figure, is_size
 from quantkit.recipe.schema import Gate
 from quantkit.report import format_numbers
-from quantkit.verify.report import compute_status
+from quantkit.verify.check_report import compute_status
 
 
 def judge_gates(gates: Mapping[str, Gate], fidelity: Fidelity) -> list[GateResult]:

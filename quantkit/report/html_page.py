@@ -23,7 +23,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from quantkit.artifact.fidelity_schema import Fidelity, Figure
-from quantkit.artifact.layout import MANIFEST, get_section, read_manifest
+from quantkit.artifact.layout import MANIFEST, PAGE
+from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.artifact.read_report import read_report, read_sealed_report
 from quantkit.errors import ArtifactError
 from quantkit.figures import ALL_TEXT, FigureDefinition, list_headline_figures
@@ -32,8 +33,6 @@ from quantkit.io.files import is_file, write_atomic, write_output
 from quantkit.report import card, format_numbers, module_ranges, tables
 from quantkit.report.charts import CONFIG, Plot, make_charts
 from quantkit.report.samples import Answer, ChangedItem, Samples, read_samples
-
-HTML = "quantkit/fidelity.html"
 
 WORST = 200  # modules in the table
 FOLDED = 400  # lines of folded names per fallback
@@ -87,11 +86,11 @@ def rebuild_page(artifact: Path, output: Path | None = None) -> Path:
     if output is None or is_file(artifact / MANIFEST):
         files = get_section(read_manifest(artifact), "files", artifact)
         read_sealed_report(
-            artifact, absent=(HTML, *(name for name in files if not is_file(artifact / name)))
+            artifact, absent=(PAGE, *(name for name in files if not is_file(artifact / name)))
         )
     content = make_page(artifact).encode()
     if output is None:
-        entry = files.get(HTML)
+        entry = files.get(PAGE)
         if (
             not isinstance(entry, Mapping)
             or entry.get("sha256") != hashlib.sha256(content).hexdigest()
@@ -100,8 +99,8 @@ def rebuild_page(artifact: Path, output: Path | None = None) -> Path:
                 f"{artifact / MANIFEST}: {HTML}: expected the page that these files make, found another "
                 "or none (made with other versions?); write it elsewhere with --output FILE"
             )
-        write_atomic(artifact / HTML, content)
-        return artifact / HTML
+        write_atomic(artifact / PAGE, content)
+        return artifact / PAGE
     write_output(output, content)
     return output
 

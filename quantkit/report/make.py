@@ -12,13 +12,13 @@ from typing import Literal
 
 from quantkit.artifact import fidelity_schema
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
-from quantkit.artifact.manifest import read_versions
+from quantkit.artifact.make_manifest import read_versions
 from quantkit.artifact.records import BlockRecord, ModuleRecord
 from quantkit.build.quantize_linear import FALLBACKS
 from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.contracts import PROTECTED_ROLES
 from quantkit.contracts import Role as LinearRole
-from quantkit.evaluate.distribution import Measured
+from quantkit.evaluate.token_fidelity import TextFidelity
 from quantkit.formats.common.engine_names import DISABLE_SHARED_FUSION, has_separate_shared_experts
 from quantkit.numerics.fidelity import Estimate
 from quantkit.plan.decisions import NO_RULE, Decision
@@ -45,7 +45,7 @@ PROTECTED_REASON = "only a rule that names it quantizes it"
 def make_report(
     plan: Plan,
     blocks: Sequence[BlockRecord],
-    measured: Measured | None,
+    measured: TextFidelity | None,
     texts: Mapping[TextName, fidelity_schema.TextSet],
     likelihood: Sequence[fidelity_schema.LikelihoodResult],
     benchmarks: Sequence[BenchmarkResult],

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from quantkit import registry
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity
-from quantkit.artifact.layout import MANIFEST
+from quantkit.artifact.layout import EVIDENCE_FOLDER, MANIFEST
 from quantkit.artifact.read_report import read_sealed_report
 from quantkit.errors import ArtifactError, UsageError
 from quantkit.figures import FigureDefinition, list_headline_figures
@@ -66,9 +66,7 @@ def list_run_columns() -> tuple[FigureDefinition, ...]:
 def read_runs(folder: Path) -> list[Run]:
     """Return every artifact up to DEPTH levels deep, by name; broken ones with their reason."""
     if not folder.is_dir():
-        raise UsageError(
-            f"{folder}: expected a folder of artifacts, found none; check the path"
-        )
+        raise UsageError(f"{folder}: expected a folder of artifacts, found none; check the path")
     if (folder / MANIFEST).is_file():
         raise UsageError(
             f"{folder}: expected a folder of artifacts, found an artifact; name its parent folder"
@@ -214,7 +212,7 @@ def _iterate_candidates(folder: Path, depth: int) -> Iterator[Path]:
         if path.name.endswith(SCRATCH):
             continue
         if (
-            (path / "quantkit").is_dir()
+            (path / EVIDENCE_FOLDER).is_dir()
             or path.name.endswith(BUILDING)
             or any(path.glob("*.safetensors"))
         ):

@@ -12,10 +12,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from quantkit.artifact.layout import BENCHMARK_SAMPLES, TOKEN_SAMPLES
 from quantkit.errors import ArtifactError
-
-TOKENS = "quantkit/samples/tokens.parquet"
-BENCHMARKS = "quantkit/samples/benchmarks.parquet"
 
 MOST_ROWS = 50_000_000
 MOST_BYTES = 1_000_000_000

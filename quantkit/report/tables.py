@@ -8,12 +8,13 @@ from math import inf
 from statistics import median
 
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, ModuleResult
+from quantkit.artifact.layout import FIDELITY
 from quantkit.figures import NOT_FINITE, is_size, list_figures
 from quantkit.report import format_numbers
 
 WORST = 10
 EXAMPLES = 3
-MORE = "quantkit/fidelity.json"
+MORE = FIDELITY
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,7 @@ import pytest
 from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 
 from quantkit import pipeline
-from quantkit.artifact import writer
-from quantkit.artifact.manifest import read_versions
+from quantkit.artifact.make_manifest import read_versions
 from quantkit.artifact.writer import ArtifactWriter
 from quantkit.build import expert_ops, moe, session, wave_checkpoint
 from quantkit.build.context import BlockContext
@@ -150,17 +149,17 @@ POINTS: Sequence[tuple[object, str, int, bool]] = (
     (ShardWriter, "finish", 2, False),
     (Journal, "append", 1, True),  # states that nobody needs are not removed
     (ArtifactWriter, "close", 1, True),
-    (writer, "write_model_files", 1, True),
+    (pipeline, "write_model_files", 1, True),
     (pipeline, "measure", 1, False),
     (pipeline, "write_evidence", 1, True),
-    (writer, "seal", 1, True),
-    (writer, "seal", 2, True),
+    (pipeline, "seal_artifact", 1, True),
+    (pipeline, "seal_artifact", 2, True),
     (BuildSession, "seal", 1, True),
-    (writer, "give_name", 1, True),  # one of two has its name
-    (writer, "give_name", 2, True),
+    (pipeline, "rename_into_place", 1, True),  # one of two has its name
+    (pipeline, "rename_into_place", 2, True),
     (BuildProgress, "commit", 2, True),  # of the second loop
-    (writer, "give_name", 3, False),
-    (writer, "give_name", 3, True),
+    (pipeline, "rename_into_place", 3, False),
+    (pipeline, "rename_into_place", 3, True),
     (BuildSession, "finish", 1, False),
 )
 
@@ -293,7 +292,9 @@ def test_what_changed_is_named_and_restart_begins_anew(
         build(copy)
     (copy / "model.safetensors").write_bytes(weights)
     with monkeypatch.context() as patch:
-        patch.setattr(session, "versions", lambda plan: {**read_versions(plan), "torch": "0.1"})
+        patch.setattr(
+            session, "read_versions", lambda plan: {**read_versions(plan), "torch": "0.1"}
+        )
         with pytest.raises(UsageError, match=r"another: versions\.torch was '.*', is '0\.1'; "):
             build(copy)
     assert build(copy, memory="3GB") != []

@@ -12,8 +12,8 @@ from support.builds import build, build_all
 from support.checkpoints import make_plan, make_recipe_text, make_tiny_config, write_checkpoint
 
 from quantkit import pipeline, registry
-from quantkit.artifact.layout import read_manifest
 from quantkit.artifact.load_model import read_schemes
+from quantkit.artifact.read_manifest import read_manifest
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import NumericsError, RecipeError
 from quantkit.formats import compressed_tensors, gptq
@@ -167,8 +167,8 @@ def test_without_a_fidelity_text_nothing_is_measured(
     started: list[str] = []
     monkeypatch.setattr(
         loop,
-        "start",
-        lambda name, *rest, real=loop.start: started.append(name) or real(name, *rest),
+        "open_stream",
+        lambda name, *rest, real=loop.open_stream: started.append(name) or real(name, *rest),
     )
     quantize = f"{{method: {method}, bits: 4, group_size: 64}}"
     found = build(source, tmp_path / "x", quantize=quantize, rules=rules, fidelity="none")

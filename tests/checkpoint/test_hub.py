@@ -260,7 +260,7 @@ def test_models_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text("{}")
     (tmp_path / "m" / "model.safetensors").write_bytes(save({"a": torch.zeros(2)}))
-    assert hub.resolve_model(str(tmp_path / "m")) == hub.Source(
+    assert hub.resolve_model(str(tmp_path / "m")) == hub.ResolvedModel(
         folder=tmp_path / "m", revision=None
     )
     assert hub.read_model_headers(str(tmp_path / "m")).specs["a"].shape == (2,)

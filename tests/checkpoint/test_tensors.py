@@ -196,9 +196,9 @@ def test_a_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
 MEMORY = """
 import os, sys
 from pathlib import Path
-from quantkit.storage.header import read_header
-from quantkit.storage.tensors import read_tensor
-from quantkit.storage.machine import peak_resident_bytes, return_freed_memory
+from quantkit.checkpoint.header import read_header
+from quantkit.checkpoint.tensors import read_tensor
+from quantkit.io.host import get_peak_memory, return_freed_memory
 return_freed_memory()
 path = Path(sys.argv[1])
 header = read_header(path)
@@ -207,15 +207,15 @@ before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_P
 for name in header.specs:
     tensor = read_tensor(path, header, name)
     del tensor
-print(peak_resident_bytes() - before)
+print(get_peak_memory() - before)
 """
 
 
 FAULTS = """
 import resource, sys
 import torch
-from quantkit.storage import machine
-assert getattr(machine, sys.argv[1])()
+from quantkit.io import host
+assert getattr(host, sys.argv[1])()
 torch.ones(1 << 20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(100):

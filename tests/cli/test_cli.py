@@ -18,7 +18,7 @@ from support.command_line import RECIPE, build, overrides, read_error, run
 
 from quantkit import registry
 from quantkit.artifact.fidelity_schema import Fidelity
-from quantkit.artifact.layout import read_manifest
+from quantkit.artifact.read_manifest import read_manifest
 from quantkit.cli.main import main
 from quantkit.io.package_data import locate_folder, locate_model
 from quantkit.plan.plan_schema import PlanSummary

@@ -17,10 +17,9 @@ from scipy import stats
 from support.command_line import build, read_error, run
 from support.constants import FAST
 
-from quantkit.diff.sides import SOLUTIONS
+from quantkit.artifact.layout import BENCHMARK_SAMPLES, SOLUTION_SAMPLES, TOKEN_SAMPLES
 from quantkit.io.package_data import locate_folder
 from quantkit.report import runs
-from quantkit.report.samples import BENCHMARKS, TOKENS
 
 SOURCE = "builtin:tiny-v3"
 
@@ -91,7 +90,9 @@ def test_figures_match_the_samples(both: tuple[Path, Path]) -> None:
     result = run("diff", *both, "--json")
     assert result.exit_code == 0 and result.stderr == ""
     told = json.loads(result.stdout)
-    scores = [parquet.read_table(path / BENCHMARKS)["quant_score"].to_pylist() for path in both]
+    scores = [
+        parquet.read_table(path / BENCHMARK_SAMPLES)["quant_score"].to_pylist() for path in both
+    ]
     lost = sum(a > b for a, b in zip(*scores, strict=True))
     gained = sum(b > a for a, b in zip(*scores, strict=True))
     (row,) = told["benchmarks"]
@@ -100,7 +101,7 @@ def test_figures_match_the_samples(both: tuple[Path, Path]) -> None:
         stats.binomtest(min(lost, gained), lost + gained).pvalue
     )
     assert len(told["flips"]) == lost + gained and told["compared_items"] == 24
-    kl = [parquet.read_table(path / TOKENS)["kl"].to_numpy() for path in both]
+    kl = [parquet.read_table(path / TOKEN_SAMPLES)["kl"].to_numpy() for path in both]
     pooled = next(
         r for r in told["distribution"] if (r["domain"], r["figure"]) == ("all", "kl_mean")
     )
@@ -108,7 +109,7 @@ def test_figures_match_the_samples(both: tuple[Path, Path]) -> None:
     assert pooled["difference"]["se"] == pytest.approx(stats.sem(kl[1] - kl[0]))
     assert pooled["resolved"] == "worse"
     (gold,) = told["likelihood"]
-    pairs = [parquet.read_table(path / SOLUTIONS)["artifact"].to_numpy() for path in both]
+    pairs = [parquet.read_table(path / SOLUTION_SAMPLES)["artifact"].to_numpy() for path in both]
     assert (
         gold["difference"]["value"] == pytest.approx((pairs[1] - pairs[0]).mean())
         and gold["n"] == 8
@@ -200,8 +201,8 @@ def test_single_reports_are_compared(both: tuple[Path, Path], tmp_path: Path) ->
 
 def test_different_prompts_are_rejected(both: tuple[Path, Path], tmp_path: Path) -> None:
     def asked_otherwise(path: Path) -> None:
-        hashes = parquet.read_table(path / BENCHMARKS)["prompt_hash"].to_pylist()
-        column(path / BENCHMARKS, "prompt_hash", ["0" * 64, *hashes[1:]])
+        hashes = parquet.read_table(path / BENCHMARK_SAMPLES)["prompt_hash"].to_pylist()
+        column(path / BENCHMARK_SAMPLES, "prompt_hash", ["0" * 64, *hashes[1:]])
 
     other = resealed(both[1], tmp_path / "other", asked_otherwise)
     message = read_error(run("diff", both[0], other), 1)
@@ -242,9 +243,9 @@ def test_different_sources_are_rejected(both: tuple[Path, Path], tmp_path: Path)
 
 def test_changed_samples_are_rejected(both: tuple[Path, Path], tmp_path: Path) -> None:
     other = Path(shutil.copytree(both[1], tmp_path / "other"))
-    column(other / BENCHMARKS, "quant_score", [1.0] * 24)
+    column(other / BENCHMARK_SAMPLES, "quant_score", [1.0] * 24)
     assert read_error(run("diff", both[0], other), 1).startswith(
-        f"{other / BENCHMARKS}: expected the file that"
+        f"{other / BENCHMARK_SAMPLES}: expected the file that"
     )
 
 
@@ -270,7 +271,7 @@ def plan_with(part: str, value: object) -> Callable[[Path], None]:
 
 def no_parquet(path: Path) -> None:
     """Tokens that are no table."""
-    (path / TOKENS).write_bytes(b"PAR1")
+    (path / TOKEN_SAMPLES).write_bytes(b"PAR1")
 
 
 DAMAGED: list[tuple[Callable[[Path], None], str]] = [
@@ -283,7 +284,7 @@ DAMAGED: list[tuple[Callable[[Path], None], str]] = [
     (plan_with("recipe", 3), "recipe: expected an object, found int"),
     (plan_with("decisions", None), "decisions: expected an object, found NoneType"),
     (
-        lambda path: column(path / BENCHMARKS, "quant_score", ["1"] * 24),
+        lambda path: column(path / BENCHMARK_SAMPLES, "quant_score", ["1"] * 24),
         "quant_score: expected double, found string",
     ),
     (

@@ -27,8 +27,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 import quantkit
 from quantkit import pipeline, registry
-from quantkit.artifact.layout import read_manifest
 from quantkit.artifact.load_model import Experts4bit, read_schemes
+from quantkit.artifact.read_manifest import read_manifest
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Contents, Linear, Quantized, Scheme
 from quantkit.errors import ArtifactError, NumericsError, RecipeError, UsageError

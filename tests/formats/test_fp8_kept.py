@@ -267,7 +267,7 @@ def test_folding_into_kept_bits_is_an_error(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check behind the rule: bits are copied only when they stand for the weight that was measured."""
-    monkeypatch.setattr(context, "held_by_fp8", lambda block, group, decisions: False)
+    monkeypatch.setattr(context, "is_unscaled_for_fp8", lambda block, group, decisions: False)
     with pytest.raises(
         NumericsError,
         match="expected the source's values, as its FP8 blocks are kept, found others",

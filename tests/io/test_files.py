@@ -79,7 +79,7 @@ def test_reads_are_limited_and_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match="expected 9 bytes or more, found 1; fetch the file again"
     ):
-        files.read_start(path, 9)
+        files.read_prefix(path, 9)
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
@@ -122,7 +122,7 @@ def test_hash_and_free_space(tmp_path: Path) -> None:
 
 def test_messages_stay_short() -> None:
     assert files.shorten_repr("x" * 1000) == "'" + "x" * 39 + "..." + "x" * 16 + "'"
-    assert files.listed(["a", "b"]) == "a\nb"
+    assert files.join_faults(["a", "b"]) == "a\nb"
 
 
 def test_package_data_is_found_in_a_wheel_and_in_the_repository(
@@ -145,7 +145,7 @@ def test_built_in_models_are_listed_when_the_name_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(package_data, "_PACKAGE", tmp_path)
-    folder = tmp_path / "builtin_models" / "tiny_v3" / "checkpoint"
+    folder = tmp_path / "data" / "models" / "tiny_v3" / "checkpoint"
     with pytest.raises(UsageError) as caught:
         package_data.locate_model("builtin:tiny-v3")
     assert str(caught.value) == (

@@ -69,7 +69,9 @@ def test_solve_keeps_its_word(
         and found.codes.dtype == torch.uint8
         and int(found.codes.max()) < 2**bits
     )
-    assert found.scale.shape == (2, 10, groups) and found.scale.dtype == affine.scale_dtype(chosen)
+    assert found.scale.shape == (2, 10, groups) and found.scale.dtype == affine.get_scale_dtype(
+        chosen
+    )
     assert bool((found.scale > 0).all())
     assert (found.zero is None) == symmetric
     if found.zero is not None:
@@ -98,7 +100,8 @@ def test_what_learns_is_never_worse_than_rtn(name: str) -> None:
         plain = registry.get_method("rtn").solve(weight, None, chosen)
         found = registry.get_method(name).solve(weight, stats, chosen)
         ours, theirs = (
-            gram.error(affine.dequantize(q, chosen) - weight, stats.gram) for q in (found, plain)
+            gram.compute_error(affine.dequantize(q, chosen) - weight, stats.gram)
+            for q in (found, plain)
         )
         assert bool((ours <= 1.001 * theirs).all())
 
@@ -115,7 +118,7 @@ def test_methods_without_statistics(method: Method) -> None:
 def group_errors(found: Quantized, weight: Tensor, chosen: Scheme) -> Tensor:
     """Squared error of each group in float64: [..., out, n_groups]."""
     delta = (affine.dequantize(found, chosen) - weight).double()
-    return affine.split(delta, chosen.group_size).square().sum(-1)
+    return affine.split_groups(delta, chosen.group_size).square().sum(-1)
 
 
 @pytest.mark.parametrize("dtype", get_args(ScaleDtype))
@@ -166,7 +169,9 @@ def test_awq_lowers_the_error_by_a_third() -> None:
     weight, stats = problem(64, 256, seed=2)
     chosen = scheme(4, 128)
     ours, theirs = (
-        gram.error(affine.dequantize(m.solve(weight, stats, chosen), chosen) - weight, stats.gram)
+        gram.compute_error(
+            affine.dequantize(m.solve(weight, stats, chosen), chosen) - weight, stats.gram
+        )
         for m in (awq.METHOD, registry.get_method("rtn"))
     )
     assert float(ours) < 0.67 * float(theirs)

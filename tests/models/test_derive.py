@@ -134,26 +134,29 @@ def test_who_can_be_scaled(model_type: str) -> None:
         assert scaled == SCALED[model_type]
 
 
-def trial(model_type: str) -> layout_checks.Trial:
+def trial(model_type: str) -> layout_checks.BlockTrial:
     """The first block of a small instance."""
     config = Config(values=family(model_type))
     bones = make_meta_model(
-        layout_checks.reduced(config, skeleton_of(config).config),
+        layout_checks.reduce_config(config, skeleton_of(config).config),
         torch.device("cpu"),
         torch.float32,
     )
-    layout, tensors = inspect.structure(config, bones), layout_checks.random_tensors(bones)
+    layout, tensors = (
+        inspect.inspect_layout(config, bones),
+        layout_checks.make_random_tensors(bones),
+    )
     rows = torch.randn(
         sum(layout_checks.LENGTHS),
         layout.embedding.in_features,
         generator=torch.Generator().manual_seed(5),
     )
     block = layout.blocks[0]
-    return layout_checks.Trial(
+    return layout_checks.BlockTrial(
         config=config,
         bones=bones,
         block=block,
-        tensors=layout_checks.tensors_of(block, tensors),
+        tensors=layout_checks.select_block_tensors(block, tensors),
         rows=rows,
     )
 
@@ -165,10 +168,10 @@ def skeleton_of(config: Config) -> Any:
 def test_a_wrong_absorber_is_not_proven() -> None:
     """gate_proj goes through the activation; a reader that is forgotten reads a scaled input."""
     case = trial("smollm3")
-    readings = layout_checks.absorbed(case, case.readings())
+    readings = layout_checks.find_absorbers(case, case.readings())
     groups = {
         g.readers[0].rpartition(".")[2]: g
-        for g in layout_checks.groups_of(case.block, readings, case.bones.config)
+        for g in layout_checks.make_groups(case.block, readings, case.bones.config)
     }
     assert case.holds(tuple(groups.values()))
     mlp = f"{case.block.name}.mlp"
@@ -186,7 +189,7 @@ def test_logits_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
     """The proof can fail: here the windows of the layers are forgotten."""
     from quantkit.models import layers
 
-    monkeypatch.setattr(layers, "slides", lambda bones, layer: False)
+    monkeypatch.setattr(layers, "has_sliding_window", lambda bones, layer: False)
     assert "gives other logits than transformers" in reason(family("phi3"))
 
 

@@ -69,7 +69,7 @@ def test_true_token_figures() -> None:
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     p, q, true = logits(2)
     whole = fidelity.compare_logits(p, q, true)
-    monkeypatch.setattr(fidelity, "CHUNK", 7)
+    monkeypatch.setattr(fidelity, "CHUNK_TOKENS", 7)
     joined = fidelity.concatenate_tokens([
         fidelity.compare_logits(*(t[part] for t in (p, q, true)))
         for part in (slice(0, 9), slice(9, 40))
@@ -106,7 +106,7 @@ def test_summary_figures() -> None:
 def test_the_quantile_s_error_is_the_spread_of_samples() -> None:
     """Over many samples the medians of 400 normal values scatter by sqrt(pi / 2) / 20; the estimate knows from one."""
     values = torch.randn(300, 400, generator=torch.Generator().manual_seed(4))
-    estimates = [fidelity.quantile(row, 0.5) for row in values]
+    estimates = [fidelity.estimate_quantile(row, 0.5) for row in values]
     scatter = float(torch.tensor([e.value for e in estimates]).std())
     claimed = float(torch.tensor([e.error for e in estimates]).mean())
     assert claimed == pytest.approx(scatter, rel=0.15) and scatter == pytest.approx(
@@ -115,7 +115,7 @@ def test_the_quantile_s_error_is_the_spread_of_samples() -> None:
 
 
 def test_a_quantile_that_the_sample_cannot_resolve_has_no_error() -> None:
-    assert fidelity.quantile(torch.arange(100.0), 0.999).error is None
+    assert fidelity.estimate_quantile(torch.arange(100.0), 0.999).error is None
 
 
 def test_one_token_has_no_error_and_no_token_is_refused() -> None:

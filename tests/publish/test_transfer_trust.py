@@ -23,8 +23,8 @@ from quantkit.errors import QuantkitError, TransferError, UsageError
 from quantkit.io.path_safety import find_name_faults
 from quantkit.io.retry import RetryPolicy
 from quantkit.publish.hashed_upload import HashedReader
-from quantkit.publish.pull import pull
-from quantkit.publish.remote import Item, Options, parse, scrub
+from quantkit.publish.pull import pull_artifact
+from quantkit.publish.remote import RemoteOptions, UploadFile, parse_address, remove_secrets
 
 # --------------------------------------------------------------------------------------------------------------- names
 
@@ -269,7 +269,7 @@ def test_a_place_within_the_artifact(artifact: Path) -> None:
 
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"other")
-    item = Item(
+    item = UploadFile(
         name="x", path=tmp_path / "x", n_bytes=5, sha256=hashlib.sha256(b"first").hexdigest()
     )
     with (
@@ -294,7 +294,7 @@ def test_what_an_address_is(
     text: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert parse(text)[0] == kind
+    assert parse_address(text)[0] == kind
 
 
 def test_a_folder_that_looks_like_a_repository(
@@ -303,9 +303,9 @@ def test_a_folder_that_looks_like_a_repository(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shared").mkdir()
     with pytest.raises(UsageError, match=r"it could be either; write \./shared/x or hf://shared/x"):
-        parse("shared/x")
+        parse_address("shared/x")
     (tmp_path / "shared/x").mkdir()
-    assert parse("shared/x") == ("file", "shared/x")
+    assert parse_address("shared/x") == ("file", "shared/x")
 
 
 @pytest.mark.parametrize(
@@ -348,9 +348,9 @@ def test_a_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 )
 def test_any_scheme_is_answered_with_a_sentence(tmp_path: Path, scheme: str) -> None:
     """Whatever a library does without its package, its server or its login."""
-    options = Options(patience=RetryPolicy(tries=1))
+    options = RemoteOptions(patience=RetryPolicy(tries=1))
     with pytest.raises(QuantkitError) as caught:
-        pull(f"{scheme}://127.0.0.1:1/x", tmp_path / "got", options, lambda _: None)
+        pull_artifact(f"{scheme}://127.0.0.1:1/x", tmp_path / "got", options, lambda _: None)
     assert "\n" not in str(caught.value)
 
 
@@ -360,10 +360,10 @@ def test_any_scheme_is_answered_with_a_sentence(tmp_path: Path, scheme: str) -> 
 )
 def test_an_address_is_read_or_refused(text: str) -> None:
     with contextlib.suppress(UsageError):
-        scheme, rest = parse(text)
+        scheme, rest = parse_address(text)
         assert text.endswith(rest) and scheme == scheme.lower()
 
 
 @given(st.text(max_size=60))
 def test_scrubbing_twice_changes_nothing(text: str) -> None:
-    assert scrub(scrub(text)) == scrub(text)
+    assert remove_secrets(remove_secrets(text)) == remove_secrets(text)

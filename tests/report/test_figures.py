@@ -23,7 +23,7 @@ from quantkit.recipe.parse import parse_gates
 from quantkit.report import card, gates, html_page, runs, tables, terminal
 from quantkit.report.runs import Run
 from quantkit.report.samples import Samples
-from quantkit.verify.report import compute_status
+from quantkit.verify.check_report import compute_status
 
 README = Path(figures.__file__).parent / "report" / "README.md"
 

@@ -328,7 +328,9 @@ def test_a_damaged_artifact_is_not_served(artifact: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    found = serve(str(artifact), "--engine", "transformers", "--port", str(demo_serve.free_port()))
+    found = serve(
+        str(artifact), "--engine", "transformers", "--port", str(demo_serve.find_free_port())
+    )
     assert found.exit_code == 1 and "expected sha256" in found.output
 
 
@@ -673,7 +675,7 @@ PROMPT = demo_serve.PROMPT
 
 def test_the_demo_holds_in_this_process(api: openai.OpenAI) -> None:
     """Everything `make demo-serve` asks, without its processes."""
-    demo_serve.ask(api)
+    demo_serve.send_requests(api)
 
 
 def test_greedy_answers_are_those_of_generate(

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from quantkit.artifact.layout import read_manifest
 from quantkit.artifact.load_model import read_schemes
+from quantkit.artifact.read_manifest import read_manifest
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Layout
 from quantkit.models import full_model

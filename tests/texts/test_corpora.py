@@ -31,7 +31,7 @@ from quantkit.texts.corpus_files import Document
 from quantkit.texts.corpus_spec import DATA_VARIABLE
 
 SETS = ROOT / "calibration"
-CHECKPOINT = ROOT / "quantkit/builtin_models/tiny_v3/checkpoint"
+CHECKPOINT = ROOT / "quantkit/data/models/tiny_v3/checkpoint"
 WIKITEXT = ROOT.parent / "shared/data"
 SHIPPED = ("tiny-v3", "tiny-v3-heldout", "general-math-code", "general-heldout")
 

@@ -37,10 +37,10 @@ from quantkit.artifact.layout import MANIFEST
 from quantkit.cli.main import main
 from quantkit.errors import ArtifactError, CheckpointError
 from quantkit.recipe.parse import parse_recipe
-from quantkit.verify.deep import SAID, DeepReport, verify_deep
-from quantkit.verify.deep_proofs import powers_of_two, prove_linear
-from quantkit.verify.deep_sides import open_sides
+from quantkit.verify.deep import PROOF_MEANINGS, DeepReport, verify_deep
+from quantkit.verify.prove_tensors import powers_of_two, prove_linear
 from quantkit.verify.shallow import verify_artifact
+from quantkit.verify.source_pair import open_sides
 
 AWQ = "{method: awq, rounding: gptq, bits: 4, group_size: 64}"
 KINDS: dict[str, tuple[str, dict[str, str]]] = {
@@ -211,7 +211,7 @@ def test_the_command_says_what_was_proven(made: Made) -> None:
         "  config.json but for quantization, and 2 files beside it: the source's",
         "  14 of 14 quantized linears",
         "        6 recorded weight error reproduced from source and codes (how calibration chose them is not proven)",
-        f"        8 {SAID['scaled']}",
+        f"        8 {PROOF_MEANINGS['scaled']}",
         "  7 of 7 kept tensors",
         "        4 the source's values, bit for bit",
         "        3 the source's values by powers of two, bit for bit",

@@ -79,7 +79,8 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
 
     Example: quantkit loadtest http://localhost:8000/v1 --artifact artifacts/tiny-v3-awq4 --html load.html
     """
-    from quantkit.artifact.layout import LOADTEST, LOADTEST_PAGE, read_manifest
+    from quantkit.artifact.layout import LOADTEST, LOADTEST_PAGE
+    from quantkit.artifact.read_manifest import read_manifest
     from quantkit.report.terminal import render_table
     from quantkit.serve.loadtest import engine
     from quantkit.serve.loadtest import guidellm as tool

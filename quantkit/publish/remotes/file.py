@@ -24,13 +24,20 @@ from quantkit.io.files import (
 )
 from quantkit.io.lock import hold_lock
 from quantkit.publish.hashed_upload import HashedReader
-from quantkit.publish.remote import PIECE_BYTES, Arrived, Item, Options, RemoteScheme, RemoteState
+from quantkit.publish.remote import (
+    PIECE_BYTES,
+    BytesCallback,
+    RemoteOptions,
+    RemoteScheme,
+    RemoteState,
+    UploadFile,
+)
 
 _MOST_FILES = 100_000
 """No artifact has so many; whoever names / is told before all of it was listed."""
 
 
-class Folder:
+class FolderRemote:
     """An artifact's files as they are; one publication at a time."""
 
     def __init__(self, path: Path, jobs: int) -> None:
@@ -38,7 +45,7 @@ class Folder:
         self._path, self._jobs = path, jobs
         self._open = ExitStack()
 
-    def look(self, items: Sequence[Item], manifest: str) -> RemoteState:
+    def look(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
         """Files of equal size are read and hashed; a place within the artifact is refused."""
         source = items[0].path.parents[items[0].name.count("/")].resolve()
         if source in self._path.resolve().parents:
@@ -74,7 +81,7 @@ class Folder:
         except OSError as fault:
             raise make_write_error(self._path, fault) from fault
 
-    def send(self, item: Item, arrived: Arrived) -> None:
+    def send(self, item: UploadFile, arrived: BytesCallback) -> None:
         """Write beside and rename; a part that an earlier try left is compared with the file and gone on with."""
         target, part = self._path / item.name, self._path / (item.name + PART)
         make_folder(target.parent)
@@ -96,7 +103,7 @@ class Folder:
         except OSError as fault:
             raise make_write_error(target, fault) from fault
 
-    def seal(self, items: Sequence[Item], manifest: Item) -> str:
+    def seal(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
         """The manifest, after all files are found there."""
         present = self._present()
         for item in items:
@@ -162,7 +169,7 @@ class Folder:
         return None if path.is_symlink() else sha256_file(path, ArtifactError)
 
 
-def folder(rest: str, text: str, options: Options) -> Folder:
+def open_folder(rest: str, text: str, options: RemoteOptions) -> FolderRemote:
     """The folder of a path or a file URL; UsageError for the URL of another machine."""
     if text != rest:
         host, slash, tail = rest.partition("/")
@@ -176,7 +183,7 @@ def folder(rest: str, text: str, options: Options) -> Folder:
         raise UsageError(
             f"{path}: expected a folder or nothing, found a file; choose another place"
         )
-    return Folder(path, options.jobs)
+    return FolderRemote(path, options.jobs)
 
 
-REMOTE = RemoteScheme(open=folder)
+REMOTE = RemoteScheme(open=open_folder)

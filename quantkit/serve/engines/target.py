@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from quantkit import registry
-from quantkit.artifact.layout import MANIFEST, get_section, read_manifest
+from quantkit.artifact.layout import FIDELITY, MANIFEST
+from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.checkpoint.shards import open_shards
 from quantkit.errors import ArtifactError, UsageError
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, has_separate_shared_experts
@@ -102,7 +103,7 @@ def by_config(entry: object) -> str:
 
 def told_engines(path: Path) -> frozenset[str] | None:
     """Engines that the report says serve it; None without a report."""
-    file = path / "quantkit/fidelity.json"
+    file = path / FIDELITY
     if not file.is_file():
         return None
     artifact = read_json(file, ArtifactError).get("artifact")

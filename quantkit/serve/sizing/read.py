@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from quantkit import registry
+from quantkit.checkpoint.file_names import CONFIG, INDEX, SINGLE
 from quantkit.checkpoint.fp8_pairs import get_scale_suffix, select_logical_specs
-from quantkit.checkpoint.shards import INDEX, SINGLE, open_shards
+from quantkit.checkpoint.shards import open_shards
 from quantkit.contracts import Config, Scheme, TensorSpec
 from quantkit.errors import CheckpointError, RecipeError, UsageError
 from quantkit.io.files import read_json
@@ -29,8 +30,6 @@ from quantkit.plan.plan import (
 from quantkit.recipe.schema import Recipe
 from quantkit.serve.sizing.model import Layer, Model, ReadFrom, Weights
 from quantkit.serve.sizing.weight_bytes import weigh
-
-CONFIG = "config.json"
 
 Width = Literal["bf16", "fp16", "fp8", "int8", "int4"]
 WIDTHS: Mapping[Width, int] = {"bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4}

@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from quantkit import registry
-from quantkit.artifact.layout import format_name, get_section, read_manifest
+from quantkit.artifact.read_manifest import get_format_name, get_section, read_manifest
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.scan import scan_file
 from quantkit.contracts import Absorber, Block, Format, Layout, LinearGroup, Scheme, TensorSpec
 from quantkit.errors import ArtifactError, CheckpointError, UsageError
 from quantkit.plan.plan import load_architecture
-from quantkit.verify.contents import parts_of, scheme_of
+from quantkit.verify.classify_tensors import parts_of, scheme_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +190,7 @@ def open_sides(path: Path, source: str | None) -> Sides:
         for name, record in modules.items()
         if (scheme := scheme_of(record.get("scheme")))
     }
-    name = format_name(manifest)
+    name = get_format_name(manifest)
     if schemes:
         registry.check_packages(str(name))
     blocks = {

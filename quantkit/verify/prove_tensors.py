@@ -18,7 +18,7 @@ from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.checkpoint.tensors import TORCH_DTYPES
 from quantkit.contracts import Absorber, Method, Scheme
 from quantkit.numerics import gram
-from quantkit.verify.deep_sides import Sides
+from quantkit.verify.source_pair import Sides
 
 Kind = Literal["requantized", "reproduced", "scaled", "equal", "power_of_two", "factor", "unproven"]
 

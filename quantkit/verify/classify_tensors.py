@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from quantkit import registry
+from quantkit.artifact.layout import MANIFEST
 from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.contracts import Contents, Format, Linear, ScaleDtype, Scheme, TensorSpec
 from quantkit.errors import UsageError
@@ -67,14 +68,12 @@ def read_contents(
         told = record.get("scheme") if isinstance(record, Mapping) else None
         scheme = scheme_of(told)
         if scheme is None:
-            faults.append(
-                f"quantkit/manifest.json: modules.{module}: expected a scheme, found {told!r:.100}"
-            )
+            faults.append(f"{MANIFEST}: modules.{module}: expected a scheme, found {told!r:.100}")
         else:
             schemes[module] = scheme
     if not isinstance(name, str) or name not in registry.list_names("formats"):
         known = ", ".join(registry.list_names("formats"))
-        found = f"quantkit/manifest.json: format: expected one of {known}, found {name!r:.60}"
+        found = f"{MANIFEST}: format: expected one of {known}, found {name!r:.60}"
         return (
             Found(name=None, faults=(*faults, found))
             if schemes or name is not None

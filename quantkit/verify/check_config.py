@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from quantkit import registry
+from quantkit.checkpoint.file_names import CONFIG
 from quantkit.contracts import Config
 from quantkit.errors import ArtifactError, CheckpointError, QuantkitError
 from quantkit.formats.common.checks import IntegerCodes, Loader, Treatment, group_by_codes
 from quantkit.formats.common.engine_names import LM_HEAD, expand_fused_names
 from quantkit.plan.match_checkpoint import match_layout
-from quantkit.verify.contents import Found, config_contents
+from quantkit.verify.classify_tensors import Found, config_contents
 
 SHOWN = 3
 """Modules of one kind of fault that are named; the rest is counted."""
@@ -105,7 +106,7 @@ def model_faults(values: Mapping[str, object], found: Found) -> tuple[list[str],
     plain = {key: value for key, value in values.items() if key != "quantization_config"}
     if fault := size_fault(plain, len(found.logical)):
         return [fault], None
-    config = Config(values=plain, where="config.json")
+    config = Config(values=plain, where=CONFIG)
     try:
         model_type = config.text("model_type")
         if model_type not in registry.list_names("architectures"):
@@ -113,9 +114,7 @@ def model_faults(values: Mapping[str, object], found: Found) -> tuple[list[str],
                 [],
                 f"no table for model_type {model_type!r}: tensors were not compared with the model's shape",
             )
-        claimed = match_layout(
-            registry.get_architecture(model_type), config, found.logical, "config.json"
-        )
+        claimed = match_layout(registry.get_architecture(model_type), config, found.logical, CONFIG)
     except (CheckpointError, QuantkitError) as fault:
         return [str(fault)], None
     except (

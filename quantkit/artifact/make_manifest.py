@@ -12,8 +12,8 @@ from platform import python_version
 import torch
 
 from quantkit.artifact.fidelity_schema import Fidelity
+from quantkit.artifact.model_files import make_config
 from quantkit.artifact.records import BlockRecord, ModuleRecord
-from quantkit.artifact.writer import make_config
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan
@@ -41,20 +41,22 @@ def make_manifest(
         "tensors": {
             t.name: [t.dtype, list(t.shape)] for shard in plan.shards for t in shard.tensors
         },
-        "modules": {record.module: module(record) for block in blocks for record in block.modules},
-        "blocks": {block.name: block_values(block) for block in blocks},
+        "modules": {
+            record.module: make_module_entry(record) for block in blocks for record in block.modules
+        },
+        "blocks": {block.name: make_block_entry(block) for block in blocks},
         "versions": read_versions(plan),
         "environment": read_environment(plan),
         "seeds": report.seeds,
     }
 
 
-def module(record: ModuleRecord) -> dict[str, object]:
+def make_module_entry(record: ModuleRecord) -> dict[str, object]:
     """A quantized linear: rule, method, scheme, errors, tokens and fallbacks."""
     return {key: value for key, value in asdict(record).items() if key != "module"}
 
 
-def block_values(block: BlockRecord) -> dict[str, object]:
+def make_block_entry(block: BlockRecord) -> dict[str, object]:
     """What was chosen and checked for a block as a whole."""
     return {
         "fold_change": block.fold_change,
@@ -80,7 +82,7 @@ def read_environment(plan: Plan) -> dict[str, str]:
 
 
 def format_plan(plan: Plan) -> str:
-    """quantkit/plan.json: the recipe as resolved, and what it decided over every linear."""
+    """Return the text of plan.json: the recipe as resolved, and what it decided over every linear."""
     summary = summarize_plan(plan).model_dump(mode="json", exclude={"memory", "output"})
     decisions = {name: [format_action(d), d.rule] for name, d in plan.decisions.items()}
     values = {
