@@ -15,7 +15,6 @@ from quantkit.artifact.fidelity_schema import BenchmarkResult, DistributionResul
 from quantkit.artifact.layout import (
     BENCHMARK_SAMPLES,
     CONFIG,
-    EVIDENCE_FOLDER,
     FIDELITY,
     LOADTEST,
     MANIFEST,
@@ -134,7 +133,7 @@ def read_sides(a: str, b: str) -> tuple[Side, Side]:
 def _read_side(text: str) -> Side | None:
     """Read an artifact or a report; None for a path that can only be a source."""
     path = Path(text)
-    if (path / MANIFEST).is_file() or (path / "quantkit").is_dir():
+    if (path / MANIFEST).is_file() or (path / EVIDENCE_FOLDER).is_dir():
         return _read_artifact(path)
     if (
         path.parts[-2:] == PurePosixPath(FIDELITY).parts
@@ -190,9 +189,13 @@ def _read_artifact(path: Path) -> Side:
             for part in ("versions", "environment")
             for key, value in get_section(manifest, part, path).items()
         },
-        items=_read_items(path / BENCHMARKS) if (path / BENCHMARKS).is_file() else None,
-        tokens=_read_tokens(path / TOKENS) if (path / TOKENS).is_file() else None,
-        solutions=_read_solutions(path / SOLUTIONS) if (path / SOLUTIONS).is_file() else None,
+        items=_read_items(path / BENCHMARK_SAMPLES)
+        if (path / BENCHMARK_SAMPLES).is_file()
+        else None,
+        tokens=read_tokens(path / TOKEN_SAMPLES) if (path / TOKEN_SAMPLES).is_file() else None,
+        solutions=_read_solutions(path / SOLUTION_SAMPLES)
+        if (path / SOLUTION_SAMPLES).is_file()
+        else None,
         load=load,
         load_fault=fault,
     )
@@ -271,7 +274,8 @@ def _parse_scored_answer(row: Mapping[str, Any], side: str) -> Answer | None:
     return None if row[f"{side}_score"] is None else parse_answer(row, side)
 
 
-def _read_tokens(path: Path) -> TokenFigures:
+def read_tokens(path: Path) -> TokenFigures:
+    """Read the values of every scored token."""
     table = _read_typed_columns(path, _TOKEN).to_pydict()
     return TokenFigures(
         domains=table["domain"],

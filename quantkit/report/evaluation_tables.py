@@ -7,7 +7,7 @@ from quantkit.evaluate.results import EvaluationResult
 from quantkit.report.tables import Table, make_comparison_table
 
 
-def make_evaluation_tables(outcome: EvaluationResult, setup: Setup) -> list[Table]:
+def make_evaluation_tables(outcome: EvaluationResult, setup: EvaluationOptions) -> list[Table]:
     """Return the scores, and the paired comparison if there is a baseline."""
     rows = [
         (
@@ -34,6 +34,6 @@ def make_evaluation_tables(outcome: EvaluationResult, setup: Setup) -> list[Tabl
     how = f"{setup.seeds} answers per item at temperature {temperature}, averaged per item"
     if not temperature:
         how = "Greedy"
-    if outcome.rows:
-        tables.append(make_comparison_table(outcome.rows, f"{how}, the same prompts on both"))
+    if outcome.comparison:
+        tables.append(make_comparison_table(outcome.comparison, f"{how}, the same prompts on both"))
     return tables

@@ -96,7 +96,7 @@ def rebuild_page(artifact: Path, output: Path | None = None) -> Path:
             or entry.get("sha256") != hashlib.sha256(content).hexdigest()
         ):
             raise ArtifactError(
-                f"{artifact / MANIFEST}: {HTML}: expected the page that these files make, found another "
+                f"{artifact / MANIFEST}: {PAGE}: expected the page that these files make, found another "
                 "or none (made with other versions?); write it elsewhere with --output FILE"
             )
         write_atomic(artifact / PAGE, content)

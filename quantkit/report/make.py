@@ -251,10 +251,12 @@ def make_figure(estimate: Estimate) -> Figure:
     return Figure(value=estimate.value, se=estimate.error)
 
 
-def summarize_distribution(measured: Measured) -> tuple[fidelity_schema.DistributionResult, ...]:
+def summarize_distribution(
+    measured: TextFidelity,
+) -> tuple[fidelity_schema.DistributionResult, ...]:
     """Return the figures of every domain, those of all text first."""
     rows = []
-    for domain, figures in measured.summaries().items():
+    for domain, figures in measured.summarize().items():
         values = {name: make_figure(estimate) for name, estimate in figures.items()}
         tokens = figures["kl_mean"].n
         row = {"domain": domain, "tokens": tokens, **values}

@@ -96,15 +96,17 @@ def read_samples(artifact: Path, filters: Mapping[str, str]) -> Samples:
 
     Raises ArtifactError for a damaged file.
     """
-    histogram = _make_histogram(artifact / TOKENS) if (artifact / TOKENS).is_file() else None
-    if not (artifact / BENCHMARKS).is_file():
+    histogram = (
+        _make_histogram(artifact / TOKEN_SAMPLES) if (artifact / TOKEN_SAMPLES).is_file() else None
+    )
+    if not (artifact / BENCHMARK_SAMPLES).is_file():
         return Samples(histogram=histogram)
     names = ["task", "filter", "doc_id", "prompt", "target"]
     names += [
         f"{side}_{name}" for side in ("base", "quant") for name in ("response", "score", "outcome")
     ]
     names += [f"{side}_{name}" for side in ("base", "quant") for name in ("n_tokens", "truncated")]
-    rows: list[dict[str, Any]] = read_columns(artifact / BENCHMARKS, names).to_pylist()
+    rows: list[dict[str, Any]] = read_columns(artifact / BENCHMARK_SAMPLES, names).to_pylist()
     first_filters = {
         row["task"]: row["filter"] for row in reversed(rows)
     }  # the first filter of a task

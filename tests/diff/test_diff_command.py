@@ -288,7 +288,7 @@ DAMAGED: list[tuple[Callable[[Path], None], str]] = [
         "quant_score: expected double, found string",
     ),
     (
-        lambda path: column(path / BENCHMARKS, "prompt", ["x"] * 23 + [None]),
+        lambda path: column(path / BENCHMARK_SAMPLES, "prompt", ["x"] * 23 + [None]),
         "prompt: expected no null value",
     ),
     (no_parquet, "expected samples with the columns"),

@@ -25,6 +25,7 @@ from support.report_variants import emptied
 
 from quantkit.artifact import layout
 from quantkit.artifact.fidelity_schema import ExpertCoverage, ModuleResult
+from quantkit.artifact.layout import PAGE
 from quantkit.cli.main import main
 from quantkit.errors import ArtifactError
 from quantkit.report import charts, html_page, tables
@@ -425,7 +426,7 @@ def test_fold_names_examples() -> None:
 
 
 def test_report_command_rebuilds_the_page_of_a_build(artifact: Path) -> None:
-    page = artifact / html_page.HTML
+    page = artifact / PAGE
     sealed = page.read_bytes()
     manifest = json.loads((artifact / "quantkit/manifest.json").read_text())
     assert manifest["files"][layout.PAGE]["bytes"] == len(sealed)
