@@ -236,7 +236,7 @@ def summarize_text(
     """Summarize a calibration or fidelity text."""
     return fidelity_schema.TextSet(
         set=corpus.name,
-        license=corpus.licence,
+        license=corpus.license,
         sha256=corpus.sha256,
         sequences=tokens.n_sequences,
         length=length,
