@@ -15,6 +15,7 @@ from quantkit.artifact.fidelity_schema import BenchmarkResult, DistributionResul
 from quantkit.artifact.layout import (
     BENCHMARK_SAMPLES,
     CONFIG,
+    EVIDENCE_FOLDER,
     FIDELITY,
     LOADTEST,
     MANIFEST,

@@ -23,7 +23,6 @@ from support.report_large import large, pair
 from support.report_pages import HOSTILE, LIMIT_BYTES, Page, example, folder_with, poisoned
 from support.report_variants import emptied
 
-from quantkit.artifact import layout
 from quantkit.artifact.fidelity_schema import ExpertCoverage, ModuleResult
 from quantkit.artifact.layout import PAGE
 from quantkit.cli.main import main
@@ -429,7 +428,7 @@ def test_report_command_rebuilds_the_page_of_a_build(artifact: Path) -> None:
     page = artifact / PAGE
     sealed = page.read_bytes()
     manifest = json.loads((artifact / "quantkit/manifest.json").read_text())
-    assert manifest["files"][layout.PAGE]["bytes"] == len(sealed)
+    assert manifest["files"][PAGE]["bytes"] == len(sealed)
     page.unlink()
     shown = CliRunner().invoke(main, ["report", str(artifact), "--html"])
     assert (shown.exit_code, shown.stdout) == (0, f"{page}\n")
@@ -442,11 +441,11 @@ def test_report_command_writes_a_different_page_only_to_another_file(
 ) -> None:
     """Samples that were taken away give another page; in the artifact it would break the manifest's hash."""
     shutil.rmtree(artifact / "quantkit/samples")
-    before = (artifact / layout.PAGE).read_bytes()
+    before = (artifact / PAGE).read_bytes()
     refused = CliRunner().invoke(main, ["report", str(artifact), "--html"])
     assert refused.exit_code == 1
     assert "expected the page that these files make, found another or none" in refused.stderr
-    assert (artifact / layout.PAGE).read_bytes() == before
+    assert (artifact / PAGE).read_bytes() == before
     output = tmp_path / "review.html"
     shown = CliRunner().invoke(
         main, ["report", str(artifact), "--html", "--output", str(output), "--json"]
