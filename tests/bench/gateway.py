@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from support import stub_engine
 
 from quantkit.serve.gateway.app import make_app
-from quantkit.serve.gateway.settings import Settings, Upstream
+from quantkit.serve.gateway.settings import GatewaySettings, Upstream
 
 REQUEST_GOAL, TOKEN_GOAL = 2e-3, 0.2e-3  # seconds, p50
 WAYS = ("bare", "gateway")
@@ -117,8 +117,8 @@ def main(requests: int) -> int:
           f"Python {platform.python_version()}; p50 / p99 in ms, n = {requests}")  # fmt: skip
     kept = []
     with ExitStack() as stack:
-        engine, _ = stack.enter_context(stub_engine.process(stub_engine.__file__))
-        gateway, pid = stack.enter_context(stub_engine.process(__file__, "--gateway", engine))
+        engine, _ = stack.enter_context(stub_engine.run_process(stub_engine.__file__))
+        gateway, pid = stack.enter_context(stub_engine.run_process(__file__, "--gateway", engine))
         urls = dict(zip(WAYS, (engine, gateway), strict=True))
         to = {way: connection(url) for way, url in urls.items()}
         for stream in (False, True):
@@ -149,7 +149,7 @@ def main(requests: int) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--gateway"]:
-        settings = Settings(upstreams=(Upstream(name="engine", url=sys.argv[2]),))
+        settings = GatewaySettings(upstreams=(Upstream(name="engine", url=sys.argv[2]),))
         stub_engine.run_forever(make_app(settings))
     else:
         sys.exit(main(int(sys.argv[1]) if sys.argv[1:] else 500))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.damage import judged, rehash
-from support.loadtest_example import example
+from support.loadtest_example import make_load_test
 from support.places.here import KINDS, Place
 from support.places.using import LAST, WRITING, Record, fetched, files, flipped, other, sent
 
@@ -88,7 +88,7 @@ def test_a_load_test_travels_and_its_page_does_not(
     artifact: Path, there: Place, tmp_path: Path
 ) -> None:
     """Figures can be checked by their form; a page of somebody else's could say and do anything."""
-    (artifact / LOADTEST).write_text(example().model_dump_json())
+    (artifact / LOADTEST).write_text(make_load_test().model_dump_json())
     (artifact / LOADTEST_PAGE).write_text("<script>")
     sent(artifact, there.address)
     fetched(there.address, tmp_path / "got")

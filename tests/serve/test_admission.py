@@ -11,7 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from quantkit.serve.gateway.admission_policy import LEVELS, LONGEST_RETRY, AdmissionPolicy
+from quantkit.serve.gateway.admission_policy import (
+    MAX_RETRY_AFTER,
+    PRIORITY_LEVELS,
+    AdmissionPolicy,
+)
 from quantkit.serve.gateway.admission_queue import AdmissionQueue, QueueFull
 
 RUNNING, WAITING, AGING = 3, 5, 4.0
@@ -33,7 +37,7 @@ class Machine(RuleBasedStateMachine):
         self.now += seconds
 
     @rule(
-        priority=st.integers(0, LEVELS - 1),
+        priority=st.integers(0, PRIORITY_LEVELS - 1),
         who=st.sampled_from("ab"),
         most=st.sampled_from([0, 0, 4]),
     )
@@ -95,14 +99,18 @@ class Machine(RuleBasedStateMachine):
         )
         assert len(self.running) <= RUNNING and len(self.waiting) <= WAITING
         assert not self.waiting or len(self.running) == RUNNING  # nobody waits beside an idle place
-        assert 1 <= self.real.retry_after() <= LONGEST_RETRY
+        assert 1 <= self.real.retry_after() <= MAX_RETRY_AFTER
 
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-@given(st.lists(st.tuples(st.floats(0, 100), st.integers(0, LEVELS - 1)), min_size=2, max_size=30))
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 100), st.integers(0, PRIORITY_LEVELS - 1)), min_size=2, max_size=30
+    )
+)
 def test_nobody_is_passed_by_who_came_too_late_and_the_urgent_go_first(
     arrivals: list[tuple[float, int]],
 ) -> None:
@@ -130,7 +138,7 @@ def test_nobody_is_passed_by_who_came_too_late_and_the_urgent_go_first(
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(0, LEVELS - 1), st.integers(0, 6), st.integers(0, 6)),
+        st.tuples(st.integers(0, PRIORITY_LEVELS - 1), st.integers(0, 6), st.integers(0, 6)),
         min_size=1,
         max_size=25,
     )

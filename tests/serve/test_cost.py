@@ -11,10 +11,10 @@ from click.testing import CliRunner, Result
 
 from quantkit.cli.main import main
 from quantkit.errors import RecipeError
-from quantkit.serve.cost.assumptions import Assumptions, defaults, parse
-from quantkit.serve.cost.claims import agrees, checked
-from quantkit.serve.cost.figures import figures
-from quantkit.serve.cost.sensitivity import moved, sensitivity
+from quantkit.serve.cost.assumptions import Assumptions, parse_assumptions, read_default_text
+from quantkit.serve.cost.claims import is_rounding_of, recompute_claims
+from quantkit.serve.cost.cost_items import compute_cost_items
+from quantkit.serve.cost.sensitivity import compute_sensitivity, replace_assumption
 
 COPIED = """
 version: 1
@@ -31,7 +31,7 @@ claimed: {owned.electricity: CLAIM}
 
 @pytest.fixture
 def shipped() -> Assumptions:
-    return parse(defaults(), "assumptions.yaml")
+    return parse_assumptions(read_default_text(), "assumptions.yaml")
 
 
 def run(*arguments: str) -> Result:
@@ -42,17 +42,17 @@ def run(*arguments: str) -> Result:
 
 
 def test_800_w_for_three_years_are_2_523_and_not_8_400() -> None:
-    found = parse(COPIED.replace("CLAIM", "8400"), "copied.yaml")
-    made = figures(found)
+    found = parse_assumptions(COPIED.replace("CLAIM", "8400"), "copied.yaml")
+    made = compute_cost_items(found)
     assert made["owned.kilowatts"].value == 0.8
     assert (
         made["owned.electricity"].value
         == pytest.approx(0.8 * 3 * 365 * 24 * 0.12)
         == pytest.approx(2522.88)
     )
-    (claim,) = checked(found, made, "copied.yaml")
-    assert not claim.right
-    assert claim.told == (
+    (claim,) = recompute_claims(found, made, "copied.yaml")
+    assert not claim.is_correct
+    assert claim.message == (
         "owned.electricity: claimed 8,400, by the arithmetic 2,522.88 USD (0.8 kW x 26,280 h x 0.12): wrong, "
         "3.33 times too high"
     )
@@ -75,7 +75,7 @@ def test_the_command_says_that_the_example_is_wrong_and_fails(tmp_path: Path) ->
 def test_every_figure_is_what_its_own_arithmetic_comes_to(shipped: Assumptions) -> None:
     """The text that people see, computed by Python: nothing is shown that does not lead to the figure."""
     checked_figures = 0
-    for figure in figures(shipped).values():
+    for figure in compute_cost_items(shipped).values():
         if figure.arithmetic == "as given":
             continue
         text = figure.arithmetic.rpartition(", so ")[2].replace(",", "")
@@ -87,14 +87,14 @@ def test_every_figure_is_what_its_own_arithmetic_comes_to(shipped: Assumptions) 
 
 
 def test_break_even_is_where_both_cost_the_same(shipped: Assumptions) -> None:
-    made = figures(shipped)
+    made = compute_cost_items(shipped)
     volume = made["break_even.owned.three dollars a million"].value
     again = shipped.model_copy(
         update={
             "volume": shipped.volume.model_copy(update={"million_output_tokens_per_month": volume})
         }
     )
-    costs = figures(again)
+    costs = compute_cost_items(again)
     assert costs["api.three dollars a million.volume"].value == pytest.approx(
         costs["owned.volume"].value
     )
@@ -102,24 +102,24 @@ def test_break_even_is_where_both_cost_the_same(shipped: Assumptions) -> None:
 
 
 def test_more_volume_than_a_set_serves_takes_another_set(shipped: Assumptions) -> None:
-    served = figures(shipped)["capacity.served"].value
+    served = compute_cost_items(shipped)["capacity.served"].value
     for sets in (1, 2, 5):
         volume = shipped.volume.model_copy(
             update={"million_output_tokens_per_month": served * (sets - 0.5)}
         )
-        made = figures(shipped.model_copy(update={"volume": volume}))
+        made = compute_cost_items(shipped.model_copy(update={"volume": volume}))
         assert made["rented.volume"].value == sets * made["rented.per_month"].value
 
 
 def test_each_swing_is_what_another_file_of_assumptions_says(shipped: Assumptions) -> None:
-    swings = {swing.key: swing for swing in sensitivity(shipped) if swing.side == "owned"}
-    dear = defaults().replace("price_per_kwh: 0.12", "price_per_kwh: 0.15")
-    assert dear != defaults()
-    found = figures(parse(dear, "dear.yaml"))["owned.per_million"].value
+    swings = {swing.key: swing for swing in compute_sensitivity(shipped) if swing.side == "owned"}
+    dear = read_default_text().replace("price_per_kwh: 0.12", "price_per_kwh: 0.15")
+    assert dear != read_default_text()
+    found = compute_cost_items(parse_assumptions(dear, "dear.yaml"))["owned.per_million"].value
     assert swings["owned.price_per_kwh"].at_high == pytest.approx(found)
     assert swings["throughput.utilization"].span > swings["owned.price_per_kwh"].span
-    assert moved(shipped, "owned", "years", 5.0).owned is not None
-    spans = [swing.span for swing in sensitivity(shipped) if swing.side == "rented"]
+    assert replace_assumption(shipped, "owned", "years", 5.0).owned is not None
+    spans = [swing.span for swing in compute_sensitivity(shipped) if swing.side == "rented"]
     assert spans == sorted(spans, reverse=True)
 
 
@@ -131,7 +131,7 @@ def test_each_swing_is_what_another_file_of_assumptions_says(shipped: Assumption
 def test_a_claim_is_right_when_it_is_the_figure_rounded(
     claimed: float, value: float, right: bool
 ) -> None:
-    assert agrees(claimed, value) is right
+    assert is_rounding_of(claimed, value) is right
 
 
 # ------------------------------------------------------------------------------------------------------------- the file
@@ -151,10 +151,10 @@ def test_the_shipped_throughput_is_the_share_of_the_bound_that_it_says(
 
 
 def test_the_shipped_assumptions_explain_every_key() -> None:
-    text = defaults()
+    text = read_default_text()
     for model in Assumptions.model_fields:
         assert f"\n{model}:" in text
-    found = parse(text, "assumptions.yaml")
+    found = parse_assumptions(text, "assumptions.yaml")
     for section in (found.owned, found.rented, found.volume, found.throughput):
         assert section is not None
         assert section.model_fields_set == set(type(section).model_fields)
@@ -180,8 +180,8 @@ def test_the_shipped_assumptions_explain_every_key() -> None:
 def test_faults_are_told_with_their_line(
     change: tuple[str, str], sentence: str, tmp_path: Path
 ) -> None:
-    text = defaults().replace(*change)
-    assert text != defaults()
+    text = read_default_text().replace(*change)
+    assert text != read_default_text()
     path = tmp_path / "a.yaml"
     path.write_text(text)
     found = run(str(path))
@@ -192,7 +192,7 @@ def test_faults_are_told_with_their_line(
 
 def test_a_file_without_cards_or_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="expected a section owned, rented or both"):
-        parse(
+        parse_assumptions(
             "version: 1\nvolume: {million_output_tokens_per_month: 1}\nthroughput: {output_tokens_per_s: 1}",
             "a",
         )
@@ -232,13 +232,15 @@ volume: {million_output_tokens_per_month: 10}
 throughput: {output_tokens_per_s: 100}
 rented: {cards: 1, price_per_card_hour: 1.0}
 """
-    made = figures(parse(text, "a"))
+    made = compute_cost_items(parse_assumptions(text, "a"))
     assert "owned.per_month" not in made and made["rented.per_month"].value == 730
 
 
 def test_a_name_cannot_leave_its_cell(tmp_path: Path) -> None:
     path, page = tmp_path / "a.yaml", tmp_path / "a.html"
-    path.write_text(defaults().replace("name: DeepSeek-V3.2", 'name: "<script>alert(1)</script>"'))
+    path.write_text(
+        read_default_text().replace("name: DeepSeek-V3.2", 'name: "<script>alert(1)</script>"')
+    )
     assert run(str(path), "--html", "--output", str(page)).exit_code == 0
     text = page.read_text()
     assert "<script>alert" not in text and "&lt;script&gt;alert" in text

@@ -23,7 +23,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
-from support.stub_engine import Serving, half_a_request
+from support.stub_engine import RunningApp, send_half_request
 from tools import demo_serve
 
 from quantkit.artifact.load_model import load
@@ -31,15 +31,15 @@ from quantkit.cli.main import main
 from quantkit.errors import UsageError
 from quantkit.formats.common.engine_names import apart
 from quantkit.serve.engines import engine_process
-from quantkit.serve.engines.containers import label_of
-from quantkit.serve.engines.decoding import Decoder, Writer
-from quantkit.serve.engines.launch import Place, fit_of, launch
-from quantkit.serve.engines.openai_protocol import BadRequest, read
+from quantkit.serve.engines.containers import make_label
+from quantkit.serve.engines.decoding import Decoder, TextStreamer
+from quantkit.serve.engines.launch import Endpoint, fit_or_raise, make_launch
+from quantkit.serve.engines.openai_protocol import BadRequest, parse_request
 from quantkit.serve.engines.target import read_target
 from quantkit.serve.engines.transformers_server import BODY_BYTES, make_app
-from quantkit.serve.gateway.api_keys import new_key
-from quantkit.serve.sizing.gpus import read_cards
-from quantkit.serve.sizing.memory import needs
+from quantkit.serve.gateway.api_keys import create_key
+from quantkit.serve.sizing.gpus import read_gpus
+from quantkit.serve.sizing.memory import estimate_memory
 
 V3 = "deepseek-ai/DeepSeek-V3"
 SMALL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # its config ships too, and is read faster
@@ -137,15 +137,15 @@ def test_the_memory_fraction_grows_when_the_plan_needs_it() -> None:
     """R1-Distill-Qwen-32B in BF16, 65.5 GB, and 2.15 GB of cache per user on one card of 141 GB."""
     target, card = (
         read_target("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"),
-        read_cards().named("h200"),
+        read_gpus().get_gpu("h200"),
     )
-    place = Place(host="x", port=1, name="n", path="p")
+    place = Endpoint(host="x", port=1, name="n", path="p")
     asked = {}
     for users in (10, 22, 26):
-        wanted = needs(target.model, 8192, users)
-        made = launch("vllm", target, wanted, fit_of(wanted, card), place)
-        assert made.placement and made.placement.cards == 1
-        asked[users] = float(values(made.words())["--gpu-memory-utilization"])
+        wanted = estimate_memory(target.model, 8192, users)
+        made = make_launch("vllm", target, wanted, fit_or_raise(wanted, card), place)
+        assert made.placement and made.placement.gpus == 1
+        asked[users] = float(values(made.get_command())["--gpu-memory-utilization"])
     # (65.5 + 10 x 2.15) x 1.15 / 141 = .71; with 22 users .92; with 26 .99, of which vLLM is not given all
     assert asked == {10: 0.90, 22: 0.92, 26: 0.96}
 
@@ -329,15 +329,15 @@ def test_a_damaged_artifact_is_not_served(artifact: Path) -> None:
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded(built: Path) -> None:
-    with Serving(lambda *_: None) as other:
+    with RunningApp(lambda *_: None) as other:
         found = serve(str(built), "--engine", "transformers", "--port", str(other.port))
         assert found.exit_code == 2 and "expected a free port" in found.output
 
 
 def test_a_dry_run_before_a_server_tells_the_gateway_and_starts_nothing(tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
-    keys.write_text(json.dumps({"keys": [new_key("a")[1].model_dump()]}))
-    with Serving(lambda *_: None) as taken:  # a start would be refused
+    keys.write_text(json.dumps({"keys": [create_key("a")[1].model_dump()]}))
+    with RunningApp(lambda *_: None) as taken:  # a start would be refused
         words = [
             "http://127.0.0.1:9/v1",
             "--gateway",
@@ -395,8 +395,8 @@ def test_a_dry_run_shows_the_gateway_and_the_engine_behind_it(built: Path) -> No
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a child")
 def test_an_engine_ends_with_a_program_that_was_killed() -> None:
     code = (
-        "import os, sys\nfrom quantkit.serve.engines.engine_process import process\n"
-        "with process(['sleep', '60'], os.environ) as started:\n"
+        "import os, sys\nfrom quantkit.serve.engines.engine_process import run_process\n"
+        "with run_process(['sleep', '60'], os.environ) as started:\n"
         "    print(started.pid, flush=True)\n    started.wait()"
     )
     program = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -427,7 +427,7 @@ def test_addresses_of_ipv6() -> None:
     with socket.socket(socket.AF_INET6) as tried:
         here = tried.connect_ex(("::1", 9)) != errno.EADDRNOTAVAIL
     if here:  # a machine may have switched it off
-        engine_process.check_port("::1", engine_process.free_port())
+        engine_process.check_port("::1", engine_process.find_free_port())
     found = serve(
         "http://127.0.0.1:9/v1", "--gateway", "--dry-run", "--host", "::1", "--port", "9000"
     )
@@ -559,7 +559,7 @@ def test_kubernetes_two_nodes(engine: str) -> None:
     ],
 )
 def test_names_of_services_begin_with_a_letter(name: str, label: str) -> None:
-    assert label_of(name) == label
+    assert make_label(name) == label
 
 
 # ---------------------------------------------------------------------------------------------- what requests mean
@@ -589,11 +589,11 @@ def test_names_of_services_begin_with_a_letter(name: str, label: str) -> None:
 )
 def test_what_cannot_be_honoured_is_refused_by_name(asked: dict[str, Any], told: str) -> None:
     with pytest.raises(BadRequest, match=told):
-        read(asked, "text", "m")
+        parse_request(asked, "text", "m")
 
 
 def test_what_changes_nothing_is_taken() -> None:
-    ask = read(
+    ask = parse_request(
         {
             "prompt": ["a", "b"],
             "logprobs": None,
@@ -607,13 +607,13 @@ def test_what_changes_nothing_is_taken() -> None:
     )
     assert (ask.prompts, ask.stop, ask.max_tokens, ask.temperature) == (("a", "b"), ("s",), 16, 1.0)
     assert (
-        read(
+        parse_request(
             {"prompt": "a", "max_completion_tokens": None, "max_tokens": 2}, "text", "m"
         ).max_tokens
         == 2
     )
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    chat = read({"messages": [{"role": "user", "content": parts}]}, "chat", "m")
+    chat = parse_request({"messages": [{"role": "user", "content": parts}]}, "chat", "m")
     assert chat.messages[0]["content"] == "ab" and chat.max_tokens is None
     for messages in (
         [],
@@ -623,7 +623,7 @@ def test_what_changes_nothing_is_taken() -> None:
         [3],
     ):
         with pytest.raises(BadRequest, match="messages"):
-            read({"messages": messages}, "chat", "m")
+            parse_request({"messages": messages}, "chat", "m")
 
 
 class Spelled:
@@ -637,7 +637,7 @@ def test_text_is_told_up_to_the_stop_string_and_never_a_part_of_it(
     text: str, stop: str, data: Any
 ) -> None:
     told: list[str] = []
-    writer = Writer(Spelled(), [stop], told.append)
+    writer = TextStreamer(Spelled(), [stop], told.append)
     rest = text
     while rest and not writer.stopped:
         size = data.draw(st.integers(1, 3))
@@ -660,7 +660,7 @@ def decoder(built: Path) -> Decoder:
 
 @pytest.fixture(scope="module")
 def api(decoder: Decoder) -> Iterator[openai.OpenAI]:
-    with Serving(make_app(decoder)) as serving:
+    with RunningApp(make_app(decoder)) as serving:
         yield openai.OpenAI(base_url=serving.url, api_key="none", max_retries=0, timeout=60)
 
 
@@ -768,7 +768,7 @@ def test_a_body_that_never_comes_is_not_waited_for(
     api: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("quantkit.serve.engines.transformers_server.BODY_SECONDS", 0.3)
-    answer = half_a_request(str(api.base_url))
+    answer = send_half_request(str(api.base_url))
     assert answer.startswith(b"HTTP/1.1 408 ") and b"expected its end within 0.3 s" in answer
 
 

@@ -84,8 +84,8 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
     from quantkit.serve.loadtest import engine
     from quantkit.serve.loadtest import guidellm as tool
     from quantkit.serve.loadtest.prompts import read_prompts
-    from quantkit.serve.loadtest.run import load_test
-    from quantkit.serve.loadtest.tables import levels
+    from quantkit.serve.loadtest.run import run_load_test
+    from quantkit.serve.loadtest.tables import make_level_table
 
     refuse_inside(output, "--output", LOADTEST)
     refuse_inside(html, "--html", LOADTEST_PAGE)
@@ -98,20 +98,20 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
             )
         key, address, steps = (
             os.environ.get(key_variable, ""),
-            engine.base(url),
+            engine.get_base_url(url),
             levels_of(concurrency),
         )
         if artifact is not None:
             read_manifest(artifact)
         prompts = read_prompts(data)
-        setup = tool.Setup(
-            program=tool.program(guidellm), url=address, model=model or engine.served_model(url, key), chat=chat,
+        setup = tool.LoadTestSetup(
+            program=tool.find_program(guidellm), url=address, model=model or engine.read_served_model(url, key), chat=chat,
             max_tokens=max_tokens, ignore_eos=not stop_at_eos, tokenizer=tokenizer or str(artifact or ""), key=key,
             requests=requests, seconds=seconds,
         )  # fmt: skip
         if metrics:
             engine.check_metrics(metrics)
-        run = load_test(
+        run = run_load_test(
             setup, prompts, steps, metrics or address, lambda text: click.echo(text, err=True)
         )
         run = run.model_copy(update={"note": note})
@@ -121,7 +121,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
     if json_out:
         as_json(run.model_dump(mode="json"))
     else:
-        show(table(levels(run)))
+        show(table(make_level_table(run)))
 
 
 def refuse_inside(place: Path | None, option: str, name: str) -> None:
@@ -143,9 +143,9 @@ def keep(run: LoadTest, result: Path | None, page: Path | None) -> None:
     if result is not None:
         write_output(result, json_bytes(run.model_dump(mode="json")))
     if page is not None:
-        from quantkit.serve.loadtest.page import render
+        from quantkit.serve.loadtest.page import render_page
 
-        write_output(page, render(run).encode())
+        write_output(page, render_page(run).encode())
 
 
 def stored(artifact: Path) -> LoadTest:

@@ -17,8 +17,8 @@ FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 KIND = "file of assumptions"
 
 Money = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
-Above = Annotated[float, Field(gt=0, le=1e15, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=1e15, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=10**6)]
 Text = Annotated[str, Field(min_length=1, max_length=200)]
 
@@ -27,16 +27,16 @@ class Volume(BaseModel):
     """How much work."""
 
     model_config = FROZEN
-    million_output_tokens_per_month: Above
+    million_output_tokens_per_month: Positive
     input_per_output: Money = 3.0
-    cached_input: Share = 0.0
+    cached_input: Fraction = 0.0
 
 
 class Throughput(BaseModel):
     """What one set of cards delivers."""
 
     model_config = FROZEN
-    output_tokens_per_s: Above
+    output_tokens_per_s: Positive
     utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
     source: str = ""
 
@@ -50,11 +50,11 @@ class Owned(BaseModel):
     nodes: Count = 1
     price_per_node: Money = 0.0
     years: Annotated[float, Field(gt=0, le=50)] = 3.0
-    resale: Share = 0.0
-    interest: Share = 0.0
+    resale: Fraction = 0.0
+    interest: Fraction = 0.0
     watts_per_card: Money
     watts_per_node: Money = 0.0
-    load: Share = 1.0
+    load: Fraction = 1.0
     pue: Annotated[float, Field(ge=1, le=5)] = 1.0
     price_per_kwh: Money
     hosting_per_month: Money = 0.0
@@ -104,7 +104,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
 }  # fmt: skip
 
 
-def defaults() -> str:
+def read_default_text() -> str:
     """The text of the assumptions that ship with quantkit, every key explained."""
     return (importlib.resources.files("quantkit.serve.cost") / "assumptions.yaml").read_text(
         encoding="utf-8"
@@ -121,10 +121,10 @@ def read_assumptions(path: Path) -> Assumptions:
             f"{path}: expected a UTF-8 text file, found byte 0x{content[fault.start]:02x} at offset {fault.start}; "
             "save it as UTF-8"
         ) from None
-    return parse(text, str(path))
+    return parse_assumptions(text, str(path))
 
 
-def parse(text: str, name: str) -> Assumptions:
+def parse_assumptions(text: str, name: str) -> Assumptions:
     """The assumptions in `text`; RecipeError with every fault and its line otherwise. `name`: how messages call it."""
     document = read(text, name, KIND)
     try:

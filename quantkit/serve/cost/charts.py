@@ -7,7 +7,7 @@ from math import ceil
 
 from quantkit.report.charts import Plot, Spec, chart, colour_by
 from quantkit.serve.cost.assumptions import Assumptions
-from quantkit.serve.cost.figures import Figures, sides
+from quantkit.serve.cost.cost_items import CostItems, list_sides
 from quantkit.serve.cost.sensitivity import Swing
 
 POINTS = 120
@@ -15,7 +15,7 @@ DECADES = 1.5  # below and above the volume that was asked for
 SHOWN = 10  # swings per side
 
 
-def charts(found: Assumptions, made: Figures, moved: Sequence[Swing]) -> dict[str, Plot]:
+def make_charts(found: Assumptions, made: CostItems, moved: Sequence[Swing]) -> dict[str, Plot]:
     """Plots by name: title, how to read it, description."""
     return {
         "volume": (
@@ -36,12 +36,12 @@ def charts(found: Assumptions, made: Figures, moved: Sequence[Swing]) -> dict[st
     }
 
 
-def _volume(found: Assumptions, made: Figures) -> Spec:
+def _volume(found: Assumptions, made: CostItems) -> Spec:
     asked, served = found.volume.million_output_tokens_per_month, made["capacity.served"].value
     rows = []
     for step in range(POINTS + 1):
         volume = asked * 10 ** (DECADES * (2 * step / POINTS - 1))
-        for side in sides(found):
+        for side in list_sides(found):
             cost = ceil(volume / served) * made[f"{side}.per_month"].value
             rows.append({"volume": volume, "cost": cost, "who": side})
         for api in found.api:
@@ -72,10 +72,10 @@ def _volume(found: Assumptions, made: Figures) -> Spec:
     return chart(rows, {"layer": [lines, mark]})
 
 
-def _utilization(found: Assumptions, made: Figures) -> Spec:
+def _utilization(found: Assumptions, made: CostItems) -> Spec:
     most, rows = made["capacity.most"].value, []
     for percent in range(5, 101, 1):
-        for side in sides(found):
+        for side in list_sides(found):
             cost = made[f"{side}.per_month"].value / (most * percent / 100)
             rows.append({"share": percent / 100, "cost": cost, "who": side})
         for api in found.api:
@@ -101,7 +101,9 @@ def _utilization(found: Assumptions, made: Figures) -> Spec:
 
 def _swings(found: Assumptions, moved: Sequence[Swing]) -> Spec:
     shown = [
-        swing for side in sides(found) for swing in [s for s in moved if s.side == side][:SHOWN]
+        swing
+        for side in list_sides(found)
+        for swing in [s for s in moved if s.side == side][:SHOWN]
     ]
     rows: list[Spec] = [
         {
@@ -136,7 +138,7 @@ def _swings(found: Assumptions, moved: Sequence[Swing]) -> Spec:
         "encoding": {
             "x": x,
             "x2": {"field": "high"},
-            "color": colour_by("who", sides(found)),
+            "color": colour_by("who", list_sides(found)),
             "tooltip": tooltip,
         },
     }
@@ -160,4 +162,4 @@ def lines_by(found: Assumptions) -> Spec:
 
 def names(found: Assumptions) -> list[str]:
     """Who is compared, in the order of the colours."""
-    return [*sides(found), *(api.name for api in found.api)]
+    return [*list_sides(found), *(api.name for api in found.api)]

@@ -8,32 +8,32 @@ from math import floor, log10
 from quantkit import registry
 from quantkit.errors import RecipeError
 from quantkit.serve.cost.assumptions import Assumptions
-from quantkit.serve.cost.figures import Figure, Figures, number
+from quantkit.serve.cost.cost_items import CostItem, CostItems, format_number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
     """What was claimed of a figure, and whether it comes out."""
 
-    figure: Figure
+    figure: CostItem
     claimed: float
-    right: bool
+    is_correct: bool
 
     @property
-    def told(self) -> str:
+    def message(self) -> str:
         """One sentence: "owned.electricity: claimed 8,400, by the arithmetic 2,522.88 (...): 3.33 times too high"."""
         value = self.figure.value
-        how = f"{self.figure.key}: claimed {number(self.claimed)}, by the arithmetic {number(value)} {self.figure.unit} "
+        how = f"{self.figure.key}: claimed {format_number(self.claimed)}, by the arithmetic {format_number(value)} {self.figure.unit} "
         how += f"({self.figure.arithmetic})"
-        if self.right:
+        if self.is_correct:
             return f"{how}: right"
         if value == 0 or self.claimed <= 0:
             return f"{how}: wrong"
         ratio = self.claimed / value
-        return f"{how}: wrong, {number(max(ratio, 1 / ratio))} times too {'high' if ratio > 1 else 'low'}"
+        return f"{how}: wrong, {format_number(max(ratio, 1 / ratio))} times too {'high' if ratio > 1 else 'low'}"
 
 
-def checked(found: Assumptions, made: Figures, name: str) -> list[Claim]:
+def recompute_claims(found: Assumptions, made: CostItems, name: str) -> list[Claim]:
     """Every claim with its verdict; RecipeError for a claim about a figure that there is none of."""
     unknown = [key for key in found.claimed if key not in made]
     if unknown:
@@ -42,12 +42,14 @@ def checked(found: Assumptions, made: Figures, name: str) -> list[Claim]:
             for key in unknown
         ])
     return [
-        Claim(figure=made[key], claimed=claimed, right=agrees(claimed, made[key].value))
+        Claim(
+            figure=made[key], claimed=claimed, is_correct=is_rounding_of(claimed, made[key].value)
+        )
         for key, claimed in found.claimed.items()
     ]
 
 
-def agrees(claimed: float, value: float) -> bool:
+def is_rounding_of(claimed: float, value: float) -> bool:
     """Whether a claim is the value, rounded to no fewer than two digits, to as many as the claim shows."""
     if claimed == value:
         return True

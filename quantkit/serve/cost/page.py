@@ -8,51 +8,51 @@ from quantkit.report import html
 from quantkit.report.html import Tile
 from quantkit.serve.cost import tables
 from quantkit.serve.cost.assumptions import Assumptions
-from quantkit.serve.cost.charts import charts
+from quantkit.serve.cost.charts import make_charts
 from quantkit.serve.cost.claims import Claim
-from quantkit.serve.cost.figures import Figures, number, sides
+from quantkit.serve.cost.cost_items import CostItems, format_number, list_sides
 from quantkit.serve.cost.sensitivity import Swing
 
 
-def render(
-    found: Assumptions, made: Figures, moved: Sequence[Swing], claimed: Sequence[Claim]
+def render_page(
+    found: Assumptions, made: CostItems, moved: Sequence[Swing], claimed: Sequence[Claim]
 ) -> str:
     """The whole page."""
     environment = html.environment(autoescape=True)
-    environment.filters["tone"] = tone
+    environment.filters["tone"] = get_tone
     return environment.get_template("cost.html.j2").render(
         found=found,
-        answer=tables.answer(found, made),
-        tiles=tiles(found, made),
-        claims=tables.claims(claimed),
-        capacity=tables.capacity(found, made),
-        sides=[tables.side_table(found, made, side) for side in sides(found)],
-        apis=tables.apis(found, made),
-        break_even=tables.break_even(found, made),
-        swings=tables.swings(found, moved),
-        **html.drawn(environment, charts(found, made, moved), ("fidelity.css",)),
+        answer=tables.format_ranking(found, made),
+        tiles=make_tiles(found, made),
+        claims=tables.make_claims_table(claimed),
+        capacity=tables.make_capacity_table(found, made),
+        sides=[tables.make_side_table(found, made, side) for side in list_sides(found)],
+        apis=tables.make_api_table(found, made),
+        break_even=tables.make_break_even_table(found, made),
+        swings=tables.make_sensitivity_table(found, moved),
+        **html.drawn(environment, make_charts(found, made, moved), ("fidelity.css",)),
     )
 
 
-def tone(text: str) -> str:
+def get_tone(text: str) -> str:
     """The class of a claim's verdict."""
     return {"right": "good", "wrong": "bad"}.get(text, "open")
 
 
-def tiles(found: Assumptions, made: Figures) -> list[Tile]:
+def make_tiles(found: Assumptions, made: CostItems) -> list[Tile]:
     """The figures that a reader wants first."""
     told = [
         Tile(
             label=f"{side.capitalize()} cards",
-            value=number(made[f"{side}.per_million"].value),
+            value=format_number(made[f"{side}.per_million"].value),
             note=f"{found.currency} per million output tokens at {100 * found.throughput.utilization:g} %",
         )
-        for side in sides(found)
+        for side in list_sides(found)
     ]
     return told + [
         Tile(
             label=api.name,
-            value=number(made[f"api.{api.name}.per_million"].value),
+            value=format_number(made[f"api.{api.name}.per_million"].value),
             note="the same, prompts included",
         )
         for api in found.api

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from quantkit.serve.cost.assumptions import Assumptions
-from quantkit.serve.cost.figures import figures, sides
+from quantkit.serve.cost.cost_items import compute_cost_items, list_sides
 
-MOVED: dict[str, tuple[str, ...]] = {
+VARIED: dict[str, tuple[str, ...]] = {
     "throughput": ("output_tokens_per_s", "utilization"),
     "owned": (
         "price_per_card", "price_per_node", "years", "resale", "interest", "watts_per_card", "load", "pue",
@@ -18,7 +18,7 @@ MOVED: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Assumptions that are moved, by section."""
 
-CAPPED = {
+UPPER_LIMITS = {
     "utilization": 1.0,
     "load": 1.0,
     "resale": 1.0,
@@ -26,7 +26,7 @@ CAPPED = {
     "pue": 5.0,
     "years": 50.0,
 }
-LEAST = {"pue": 1.0}
+LOWER_LIMITS = {"pue": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,24 +46,26 @@ class Swing:
         return abs(self.at_high - self.at_low)
 
 
-def sensitivity(found: Assumptions) -> list[Swing]:
+def compute_sensitivity(found: Assumptions) -> list[Swing]:
     """Every swing, by side and then by how much it does."""
-    swings = [swing for side in sides(found) for swing in _of(found, side)]
-    order = sides(found)
+    swings = [swing for side in list_sides(found) for swing in _of(found, side)]
+    order = list_sides(found)
     return sorted(
         (s for s in swings if s.span > 0), key=lambda swing: (order.index(swing.side), -swing.span)
     )
 
 
 def _of(found: Assumptions, side: str) -> Iterator[Swing]:
-    base = figures(found)[f"{side}.per_million"].value
+    base = compute_cost_items(found)[f"{side}.per_million"].value
     for section in ("throughput", side):
-        for name in MOVED[section]:
+        for name in VARIED[section]:
             value = float(getattr(getattr(found, section), name))
-            low = max(LEAST.get(name, 0.0), value * (1 - found.sensitivity))
-            high = min(CAPPED.get(name, float("inf")), value * (1 + found.sensitivity))
+            low = max(LOWER_LIMITS.get(name, 0.0), value * (1 - found.sensitivity))
+            high = min(UPPER_LIMITS.get(name, float("inf")), value * (1 + found.sensitivity))
             costs = [
-                figures(moved(found, section, name, at))[f"{side}.per_million"].value
+                compute_cost_items(replace_assumption(found, section, name, at))[
+                    f"{side}.per_million"
+                ].value
                 for at in (low, high)
             ]
             yield Swing(
@@ -77,7 +79,7 @@ def _of(found: Assumptions, side: str) -> Iterator[Swing]:
             )
 
 
-def moved(found: Assumptions, section: str, name: str, value: float) -> Assumptions:
+def replace_assumption(found: Assumptions, section: str, name: str, value: float) -> Assumptions:
     """The assumptions with one of them changed."""
     part = getattr(found, section).model_copy(update={name: value})
     return found.model_copy(update={section: part})

@@ -7,72 +7,72 @@ from collections.abc import Sequence
 from quantkit.report.tables import Table
 from quantkit.serve.cost.assumptions import Assumptions
 from quantkit.serve.cost.claims import Claim
-from quantkit.serve.cost.figures import Figure, Figures, number, sides
+from quantkit.serve.cost.cost_items import CostItem, CostItems, format_number, list_sides
 from quantkit.serve.cost.sensitivity import Swing
 
 COLUMNS = ("figure", "arithmetic", ">value", "unit")
 
 
-def rows_of(made: Figures, keys: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+def make_rows(made: CostItems, keys: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Figures line by line, each with its arithmetic."""
     return tuple(
-        (figure.label, figure.arithmetic, number(figure.value), figure.unit)
+        (figure.label, figure.arithmetic, format_number(figure.value), figure.unit)
         for key in keys
         if (figure := made.get(key)) is not None
     )
 
 
-def answer(found: Assumptions, made: Figures) -> str:
+def format_ranking(found: Assumptions, made: CostItems) -> str:
     """The one sentence that was asked for: what costs least for the volume."""
-    priced = [(made[f"{side}.volume"].value, f"{side} cards") for side in sides(found)]
+    priced = [(made[f"{side}.volume"].value, f"{side} cards") for side in list_sides(found)]
     priced += [(made[f"api.{api.name}.volume"].value, api.name) for api in found.api]
     ranked = sorted(priced)
-    volume = number(found.volume.million_output_tokens_per_month)
-    told = "; ".join(f"{name} {number(value)}" for value, name in ranked)
+    volume = format_number(found.volume.million_output_tokens_per_month)
+    told = "; ".join(f"{name} {format_number(value)}" for value, name in ranked)
     return (
         f"{volume} million output tokens a month, {found.currency} a month, cheapest first: {told}."
     )
 
 
-def side_table(found: Assumptions, made: Figures, side: str) -> Table:
+def make_side_table(found: Assumptions, made: CostItems, side: str) -> Table:
     """What one set costs a month, line by line."""
     keys = [key for key in made if key.startswith(f"{side}.")]
     note = (
         "One set of cards: as many as hold one copy of the model."
-        if side == sides(found)[0]
+        if side == list_sides(found)[0]
         else ""
     )
     return Table(
-        title=f"{side.capitalize()} cards", columns=COLUMNS, rows=rows_of(made, keys), note=note
+        title=f"{side.capitalize()} cards", columns=COLUMNS, rows=make_rows(made, keys), note=note
     )
 
 
-def capacity(found: Assumptions, made: Figures) -> Table:
+def make_capacity_table(found: Assumptions, made: CostItems) -> Table:
     """What a set delivers."""
     note = f"Throughput: {found.throughput.source}." if found.throughput.source else ""
     return Table(
         title="Capacity",
         columns=COLUMNS,
-        rows=rows_of(made, ("capacity.most", "capacity.served")),
+        rows=make_rows(made, ("capacity.most", "capacity.served")),
         note=note,
     )
 
 
-def apis(found: Assumptions, made: Figures) -> Table:
+def make_api_table(found: Assumptions, made: CostItems) -> Table:
     """What APIs charge for the same work."""
     keys = [f"api.{api.name}.{part}" for api in found.api for part in ("per_million", "volume")]
     volume = found.volume
     note = (
-        f"Per million output tokens with {number(volume.input_per_output)} million of prompts, "
-        f"{number(100 * volume.cached_input)} % of them cached."
+        f"Per million output tokens with {format_number(volume.input_per_output)} million of prompts, "
+        f"{format_number(100 * volume.cached_input)} % of them cached."
     )
-    return Table(title="APIs", columns=COLUMNS, rows=rows_of(made, keys), note=note)
+    return Table(title="APIs", columns=COLUMNS, rows=make_rows(made, keys), note=note)
 
 
-def break_even(found: Assumptions, made: Figures) -> Table:
+def make_break_even_table(found: Assumptions, made: CostItems) -> Table:
     """From which volume on a set costs less than an API."""
     rows = []
-    for side in sides(found):
+    for side in list_sides(found):
         for api in found.api:
             key = f"break_even.{side}.{api.name}"
             if key not in made:
@@ -82,9 +82,9 @@ def break_even(found: Assumptions, made: Figures) -> Table:
             reached = (
                 f"{100 * share:.0f} % utilized"
                 if share <= 1
-                else f"never: {number(share)} x a full set"
+                else f"never: {format_number(share)} x a full set"
             )
-            rows.append((side, api.name, figure.arithmetic, number(figure.value), reached))
+            rows.append((side, api.name, figure.arithmetic, format_number(figure.value), reached))
     note = (
         "Where one set costs what the API charges; beyond it the set costs less, until it is full."
     )
@@ -92,15 +92,15 @@ def break_even(found: Assumptions, made: Figures) -> Table:
     return Table(title="Break-even", columns=columns, rows=tuple(rows), note=note)
 
 
-def swings(found: Assumptions, moved: Sequence[Swing]) -> Table:
+def make_sensitivity_table(found: Assumptions, moved: Sequence[Swing]) -> Table:
     """What each assumption does, the strongest first."""
     rows = tuple(
         (
             swing.side,
             swing.key,
-            f"{number(swing.low)} to {number(swing.high)}",
-            number(swing.at_low),
-            number(swing.at_high),
+            f"{format_number(swing.low)} to {format_number(swing.high)}",
+            format_number(swing.at_low),
+            format_number(swing.at_high),
             f"{100 * swing.span / swing.base:.0f} %",
         )
         for swing in moved
@@ -111,15 +111,15 @@ def swings(found: Assumptions, moved: Sequence[Swing]) -> Table:
     return Table(title="Sensitivity", columns=columns, rows=rows, note=note)
 
 
-def claims(found: Sequence[Claim]) -> Table:
+def make_claims_table(found: Sequence[Claim]) -> Table:
     """Claimed figures, redone."""
     rows = tuple(
         (
             claim.figure.key,
-            number(claim.claimed),
+            format_number(claim.claimed),
             claim.figure.arithmetic,
-            number(claim.figure.value),
-            "right" if claim.right else "wrong",
+            format_number(claim.figure.value),
+            "right" if claim.is_correct else "wrong",
         )
         for claim in found
     )
@@ -127,27 +127,31 @@ def claims(found: Sequence[Claim]) -> Table:
     return Table(title="Claims", columns=columns, rows=rows)
 
 
-def all_tables(
-    found: Assumptions, made: Figures, moved: Sequence[Swing], claimed: Sequence[Claim]
+def make_tables(
+    found: Assumptions, made: CostItems, moved: Sequence[Swing], claimed: Sequence[Claim]
 ) -> list[Table]:
     """Every table that has rows, in the order of the arithmetic."""
     tables = [
-        claims(claimed),
-        capacity(found, made),
-        *(side_table(found, made, side) for side in sides(found)),
+        make_claims_table(claimed),
+        make_capacity_table(found, made),
+        *(make_side_table(found, made, side) for side in list_sides(found)),
     ]
-    tables += [apis(found, made), break_even(found, made), swings(found, moved)]
+    tables += [
+        make_api_table(found, made),
+        make_break_even_table(found, made),
+        make_sensitivity_table(found, moved),
+    ]
     return [table for table in tables if table.rows]
 
 
-def values(
-    found: Assumptions, made: Figures, moved: Sequence[Swing], claimed: Sequence[Claim]
+def serialize_costs(
+    found: Assumptions, made: CostItems, moved: Sequence[Swing], claimed: Sequence[Claim]
 ) -> dict[str, object]:
     """Everything as plain values for JSON."""
     return {
         "title": found.title,
         "currency": found.currency,
-        "figures": {key: figure_values(figure) for key, figure in made.items()},
+        "figures": {key: serialize_cost_item(figure) for key, figure in made.items()},
         "sensitivity": [
             {
                 "side": swing.side,
@@ -164,8 +168,8 @@ def values(
                 "figure": c.figure.key,
                 "claimed": c.claimed,
                 "value": c.figure.value,
-                "right": c.right,
-                "told": c.told,
+                "right": c.is_correct,
+                "told": c.message,
             }
             for c in claimed
         ],
@@ -173,7 +177,7 @@ def values(
     }
 
 
-def figure_values(figure: Figure) -> dict[str, object]:
+def serialize_cost_item(figure: CostItem) -> dict[str, object]:
     """One figure with its arithmetic."""
     return {
         "label": figure.label,

@@ -22,20 +22,20 @@ from quantkit.artifact.load_model import load
 from quantkit.serve.engines.openai_protocol import BadRequest, CompletionRequest
 from quantkit.texts.corpora import load_tokenizer
 
-PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+DEFAULT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 """For models without a chat template: they go on with the text of the messages."""
-Reason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ended:
+class Completion:
     """How an answer ended, and its tokens."""
 
-    reason: Reason
+    reason: FinishReason
     tokens: int
 
 
-class Writer:
+class TextStreamer:
     """What `generate` streams to: token ids in, text out, until a stop string or whoever asked says stop."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], tell: Callable[[str], None]) -> None:
@@ -79,13 +79,13 @@ class Writer:
             self.stopped = True
             held, keep = held[: min(found)], 0
         else:
-            keep = max((beginning(held, stop) for stop in self._stop), default=0)
+            keep = max((count_stop_prefix(held, stop) for stop in self._stop), default=0)
         told, self._held = held[: len(held) - keep], held[len(held) - keep :]
         if told:
             self._tell(told)
 
 
-def beginning(text: str, stop: str) -> int:
+def count_stop_prefix(text: str, stop: str) -> int:
     """Characters at the end of `text` that may begin `stop`."""
     return next(
         (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0
@@ -114,7 +114,7 @@ class Decoder:
         longest = int(getattr(self.model.config, "max_position_embeddings", 0)) or 2048
         self.context = min(context or longest, longest)
         own = template or getattr(self.tokenizer, "chat_template", None)
-        self.template, self.own_template = own or PLAIN_TEMPLATE, own is not None
+        self.template, self.own_template = own or DEFAULT_TEMPLATE, own is not None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
 
     def prompts(self, ask: CompletionRequest) -> list[list[int]]:
@@ -155,9 +155,9 @@ class Decoder:
 
     def start(
         self, ids: list[int], ask: CompletionRequest, seed: int | None, tell: Callable[[str], None]
-    ) -> tuple[Writer, Future[Ended]]:
+    ) -> tuple[TextStreamer, Future[Completion]]:
         """Begin an answer when its turn comes. `tell` is called in the decoder's thread."""
-        writer = Writer(self.tokenizer, ask.stop, tell)
+        writer = TextStreamer(self.tokenizer, ask.stop, tell)
         return writer, self._thread.submit(self._run, writer, ids, ask, seed)
 
     def close(self) -> None:
@@ -165,10 +165,10 @@ class Decoder:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _run(
-        self, writer: Writer, ids: list[int], ask: CompletionRequest, seed: int | None
-    ) -> Ended:
+        self, writer: TextStreamer, ids: list[int], ask: CompletionRequest, seed: int | None
+    ) -> Completion:
         if writer.cancelled.is_set():
-            return Ended(reason="cancelled", tokens=0)
+            return Completion(reason="cancelled", tokens=0)
         if seed is not None:
             torch.manual_seed(seed)  # one answer at a time: nobody else draws
         room = self.context - len(ids)
@@ -192,6 +192,6 @@ class Decoder:
                 stopping_criteria=StoppingCriteriaList([writer.done]),
             )
         if writer.cancelled.is_set():
-            return Ended(reason="cancelled", tokens=writer.tokens)
+            return Completion(reason="cancelled", tokens=writer.tokens)
         ended = writer.stopped or int(made[0, -1]) in ends
-        return Ended(reason="stop" if ended else "length", tokens=writer.tokens)
+        return Completion(reason="stop" if ended else "length", tokens=writer.tokens)

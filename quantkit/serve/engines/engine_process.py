@@ -16,20 +16,20 @@ from typing import Any
 
 from quantkit.errors import QuantkitError, UsageError
 
-LOCAL = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 STOP_SECONDS = 60
 """What an engine gets to finish its answers before it is killed."""
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 @contextmanager
-def process(
+def run_process(
     words: Sequence[str], environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
     """An engine's process in a group of its own, ended with everything it started; UsageError when it is not there."""
     try:
         started = subprocess.Popen(
-            words, env=dict(environment), start_new_session=True, preexec_fn=ending_with_us()
+            words, env=dict(environment), start_new_session=True, preexec_fn=make_preexec()
         )
     except FileNotFoundError as fault:
         raise UsageError(
@@ -38,10 +38,10 @@ def process(
     try:
         yield started
     finally:
-        end(started)
+        stop_process(started)
 
 
-def ending_with_us() -> Callable[[], None] | None:
+def make_preexec() -> Callable[[], None] | None:
     """What a child does first: ask for SIGTERM when we are gone, even by SIGKILL; None where only Linux can."""
     if not sys.platform.startswith("linux"):
         return None
@@ -49,7 +49,7 @@ def ending_with_us() -> Callable[[], None] | None:
     return lambda: prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
 
 
-def end(started: subprocess.Popen[bytes]) -> None:
+def stop_process(started: subprocess.Popen[bytes]) -> None:
     """SIGTERM, and SIGKILL for what is still there after a while, to the whole group."""
     for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 5)):
         try:
@@ -68,7 +68,7 @@ def wait_ready(
 ) -> None:
     """Until the engine answers /health; QuantkitError when it ends or stays silent."""
     began, told = time.monotonic(), 0
-    while not answers(f"http://{LOCAL}:{port}/health"):
+    while not is_responding(f"http://{LOOPBACK}:{port}/health"):
         if started.poll() is not None:
             raise QuantkitError(
                 f"the engine ended with {started.returncode} before it answered; its messages are above"
@@ -84,7 +84,7 @@ def wait_ready(
         time.sleep(0.2)
 
 
-def answers(url: str) -> bool:
+def is_responding(url: str) -> bool:
     """Whether a GET succeeds."""
     import httpx2
 
@@ -94,14 +94,14 @@ def answers(url: str) -> bool:
         return False
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """A port that nobody listens on now."""
     with socket.socket() as found:
-        found.bind((LOCAL, 0))
+        found.bind((LOOPBACK, 0))
         return int(found.getsockname()[1])
 
 
-def url_of(host: str, port: int) -> str:
+def format_api_url(host: str, port: int) -> str:
     """The base of the API there; an IPv6 address stands in brackets."""
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
@@ -121,7 +121,7 @@ def check_port(host: str, port: int) -> None:
         ) from fault
 
 
-def server_of(app: Any, host: str, port: int) -> Any:
+def make_server(app: Any, host: str, port: int) -> Any:
     """A server for an ASGI application; `run` stays until SIGINT, SIGTERM or `should_exit`, and ends its answers."""
     import uvicorn
 
@@ -139,11 +139,11 @@ def server_of(app: Any, host: str, port: int) -> Any:
     return uvicorn.Server(config)
 
 
-def watch(started: subprocess.Popen[bytes], ended: Callable[[int], None]) -> None:
+def watch_process(started: subprocess.Popen[bytes], ended: Callable[[int], None]) -> None:
     """Call `ended` in a thread of its own when the engine ends."""
     threading.Thread(target=lambda: ended(started.wait()), daemon=True).start()
 
 
-def own_command(words: Sequence[str]) -> list[str]:
+def make_own_command(words: Sequence[str]) -> list[str]:
     """A command of this program, for a process of its own: by this Python, whatever PATH says."""
     return [sys.executable, "-m", "quantkit", *words[1:], "--no-verify"]

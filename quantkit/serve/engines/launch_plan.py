@@ -11,14 +11,27 @@ from typing import Any, Literal
 
 from quantkit.errors import UsageError
 from quantkit.io.host import memory_available
-from quantkit.serve.engines.containers import MODEL, TEMPLATE, docker_text, kubernetes_text
-from quantkit.serve.engines.launch import SHOWN, Engine, Flag, Launch, Place, fit_of, launch
+from quantkit.serve.engines.containers import (
+    MODEL_MOUNT,
+    TEMPLATE_MOUNT,
+    render_docker,
+    render_kubernetes,
+)
+from quantkit.serve.engines.launch import (
+    ENGINE_NAMES,
+    Endpoint,
+    Engine,
+    Flag,
+    Launch,
+    fit_or_raise,
+    make_launch,
+)
 from quantkit.serve.engines.target import Target, read_target
-from quantkit.serve.sizing.gpus import Gpu, GpuCatalog, read_cards
-from quantkit.serve.sizing.memory import MemoryEstimate, needs
+from quantkit.serve.sizing.gpus import Gpu, GpuCatalog, read_gpus
+from quantkit.serve.sizing.memory import MemoryEstimate, estimate_memory
 from quantkit.serve.sizing.model import KvDtype
 
-REFERENCE = "h100"
+DEFAULT_GPU = "h100"
 """The card that a command is reckoned for when none is named and none is here."""
 UNPACKED_BYTES = 2  # transformers unpacks what it cannot run packed: bfloat16
 
@@ -41,58 +54,60 @@ class ServeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
+class LaunchPlan:
     """What will be started, and why: `head` says it in sentences."""
 
-    wanted: ServeOptions
+    options: ServeOptions
     target: Target
-    needs: MemoryEstimate
+    memory: MemoryEstimate
     launch: Launch
-    head: tuple[str, ...]
+    summary: tuple[str, ...]
 
 
-def plan(wanted: ServeOptions, *, containers: bool = False) -> Planned:
+def plan_launch(wanted: ServeOptions, *, containers: bool = False) -> LaunchPlan:
     """Choose engine and card, size, and write the command; starts nothing, loads nothing."""
-    target, cards = read_target(wanted.artifact), read_cards()
-    needed = needs(target.model, wanted.context, wanted.users, wanted.kv)
-    found = None if wanted.gpu else card_here(cards)
-    engine = chosen(wanted, target, needed, found, containers)
+    target, cards = read_target(wanted.artifact), read_gpus()
+    needed = estimate_memory(target.model, wanted.context, wanted.users, wanted.kv)
+    found = None if wanted.gpu else detect_gpu(cards)
+    engine = choose_engine(wanted, target, needed, found, containers)
     head = [
         f"{target.name}: {target.model.scheme}, {needed.weights_bytes / 1e9:,.2f} GB of weights"
     ]
     name = wanted.name or target.name
     if engine == "transformers":
-        made = small(wanted, target, needed, name)
+        made = make_transformers_launch(wanted, target, needed, name)
         head.append(
             "transformers runs it on the CPU, one request after the other: for trying it out"
         )
     else:
-        card = cards.named(wanted.gpu) if wanted.gpu else found or cards.named(REFERENCE)
+        card = cards.get_gpu(wanted.gpu) if wanted.gpu else found or cards.get_gpu(DEFAULT_GPU)
         if not wanted.gpu:
             head.append(
                 f"reckoned for {card.name}"
                 + (", found here" if found else "; name yours with --gpu")
             )
-        refuse_card(card, engine, target, containers)
-        host, path = ("0.0.0.0", MODEL) if containers else (wanted.host, target.path)
-        place = Place(host=host, port=wanted.port, name=name, path=path)
-        made = launch(engine, target, needed, fit_of(needed, card), place)
-        made = replace(made, flags=(*made.flags, *asked_flags(wanted, containers)))
+        check_gpu(card, engine, target, containers)
+        host, path = ("0.0.0.0", MODEL_MOUNT) if containers else (wanted.host, target.path)
+        place = Endpoint(host=host, port=wanted.port, name=name, path=path)
+        made = make_launch(engine, target, needed, fit_or_raise(needed, card), place)
+        made = replace(made, flags=(*made.flags, *make_extra_flags(wanted, containers)))
     if target.kind == "artifact":
         head.append("a start verifies every file first; a dry run does not")
-    return Planned(wanted=wanted, target=target, needs=needed, launch=made, head=tuple(head))
+    return LaunchPlan(
+        options=wanted, target=target, memory=needed, launch=made, summary=tuple(head)
+    )
 
 
-def asked_flags(wanted: ServeOptions, containers: bool) -> list[Flag]:
+def make_extra_flags(wanted: ServeOptions, containers: bool) -> list[Flag]:
     """What the operator added."""
     made = []
     if wanted.chat_template is not None:
-        place = TEMPLATE if containers else str(wanted.chat_template)
-        made.append(Flag(name="--chat-template", value=place, why="as asked"))
-    return made + [Flag(name=word, value="", why="as asked") for word in wanted.extra]
+        place = TEMPLATE_MOUNT if containers else str(wanted.chat_template)
+        made.append(Flag(name="--chat-template", value=place, reason="as asked"))
+    return made + [Flag(name=word, value="", reason="as asked") for word in wanted.extra]
 
 
-def chosen(
+def choose_engine(
     wanted: ServeOptions,
     target: Target,
     needed: MemoryEstimate,
@@ -105,11 +120,11 @@ def chosen(
     transformers on the CPU otherwise.
     """
     if wanted.engine != "auto":
-        shown = SHOWN[wanted.engine]
+        shown = ENGINE_NAMES[wanted.engine]
         refusal = target.refused.get(shown)
         if wanted.engine != "transformers" and (refusal or shown not in target.engines):
             raise UsageError(
-                f"{target.name}: {shown}: {refusal or 'does not read this format'}; {able(target)}"
+                f"{target.name}: {shown}: {refusal or 'does not read this format'}; {describe_alternatives(target)}"
             )
         if wanted.engine == "transformers" and target.kind != "artifact":
             raise UsageError(
@@ -124,15 +139,17 @@ def chosen(
     able_ones = [
         name
         for name in engines
-        if SHOWN[name] in target.engines and SHOWN[name] not in target.refused
+        if ENGINE_NAMES[name] in target.engines and ENGINE_NAMES[name] not in target.refused
     ]
-    here = [name for name in able_ones if installed(name)]
+    here = [name for name in able_ones if is_installed(name)]
     if not able_ones:
-        raise UsageError(f"{target.name}: neither vLLM nor SGLang reads it; {able(target)}")
+        raise UsageError(
+            f"{target.name}: neither vLLM nor SGLang reads it; {describe_alternatives(target)}"
+        )
     return (here or able_ones)[0]
 
 
-def able(target: Target) -> str:
+def describe_alternatives(target: Target) -> str:
     """What else could be asked for."""
     left = [
         name for name in target.engines if name not in target.refused and name != "transformers"
@@ -140,12 +157,12 @@ def able(target: Target) -> str:
     return f"it is served by {', '.join(left)}" if left else "serve it with --engine transformers"
 
 
-def installed(engine: Engine) -> bool:
+def is_installed(engine: Engine) -> bool:
     """Whether an engine's command is in this environment."""
     return shutil.which("vllm") is not None if engine == "vllm" else find_spec("sglang") is not None
 
 
-def card_here(cards: GpuCatalog) -> Gpu | None:
+def detect_gpu(cards: GpuCatalog) -> Gpu | None:
     """The card that nvidia-smi tells, when the data file knows it."""
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -159,7 +176,7 @@ def card_here(cards: GpuCatalog) -> Gpu | None:
     names = {
         word for word in first.replace("-", " ").lower().split() if any(c.isdigit() for c in word)
     }
-    for card in cards.cards.values():
+    for card in cards.gpus.values():
         known = set(card.name.lower().split())
         same_size = (
             memory.strip().isdigit() and abs(int(memory) * 2**20 / card.memory_bytes - 1) < 0.12
@@ -169,32 +186,40 @@ def card_here(cards: GpuCatalog) -> Gpu | None:
     return None
 
 
-def refuse_card(card: Gpu, engine: Engine, target: Target, containers: bool) -> None:
+def check_gpu(card: Gpu, engine: Engine, target: Target, containers: bool) -> None:
     """UsageError for cards that the command would not run on."""
     if not card.served:
         other = "use --engine transformers" if target.kind == "artifact" else "name another card"
-        raise UsageError(f"--gpu: {card.name}: {SHOWN[engine]} does not run there; {other}")
+        raise UsageError(f"--gpu: {card.name}: {ENGINE_NAMES[engine]} does not run there; {other}")
     if containers and not card.name.startswith("NVIDIA"):
         raise UsageError(
             f"--docker, --kubernetes: written for NVIDIA cards, found {card.name}; use --dry-run"
         )
 
 
-def small(wanted: ServeOptions, target: Target, needed: MemoryEstimate, name: str) -> Launch:
+def make_transformers_launch(
+    wanted: ServeOptions, target: Target, needed: MemoryEstimate, name: str
+) -> Launch:
     """The transformers engine, a command of this program."""
     if wanted.extra:
         raise UsageError(
             f"{wanted.extra[0]}: the transformers engine takes no flags of its own; leave it out"
         )
     flags = [
-        Flag(name="--engine", value="transformers", why="every format, unpacked by quantkit.load"),
-        Flag(name="--name", value=name, why="what clients write as `model`"),
-        Flag(name="--context", value=str(needed.context), why="longest request, prompt and answer"),
-        Flag(name="--host", value=wanted.host, why="where it listens"),
-        Flag(name="--port", value=str(wanted.port), why="where it listens"),
+        Flag(
+            name="--engine", value="transformers", reason="every format, unpacked by quantkit.load"
+        ),
+        Flag(name="--name", value=name, reason="what clients write as `model`"),
+        Flag(
+            name="--context", value=str(needed.context), reason="longest request, prompt and answer"
+        ),
+        Flag(name="--host", value=wanted.host, reason="where it listens"),
+        Flag(name="--port", value=str(wanted.port), reason="where it listens"),
     ]
     if wanted.chat_template is not None:
-        flags.append(Flag(name="--chat-template", value=str(wanted.chat_template), why="as asked"))
+        flags.append(
+            Flag(name="--chat-template", value=str(wanted.chat_template), reason="as asked")
+        )
     notes = () if target.chat or wanted.chat_template else (
         "no chat template is stored: chat goes on with the messages' text; --chat-template FILE gives one",
     )  # fmt: skip
@@ -206,35 +231,38 @@ def small(wanted: ServeOptions, target: Target, needed: MemoryEstimate, name: st
     )
 
 
-def snippets(made: Planned, *, docker: bool, kubernetes: bool) -> list[str]:
+def render_containers(made: LaunchPlan, *, docker: bool, kubernetes: bool) -> list[str]:
     """The command in containers."""
-    target, wanted = made.target, made.wanted
+    target, wanted = made.target, made.options
     folder = (
         str(Path(target.path).resolve()) if target.kind != "config" else f"/path/to/{target.name}"
     )
     template = str(wanted.chat_template.resolve()) if wanted.chat_template else ""
-    texts = [docker_text(made.launch, folder, wanted.host, wanted.port, template)] if docker else []
+    texts = (
+        [render_docker(made.launch, folder, wanted.host, wanted.port, template)] if docker else []
+    )
     return texts + (
-        [kubernetes_text(made.launch, target.name, wanted.port, template)] if kubernetes else []
+        [render_kubernetes(made.launch, target.name, wanted.port, template)] if kubernetes else []
     )
 
 
-def as_values(made: Planned) -> dict[str, Any]:
+def serialize_plan(made: LaunchPlan) -> dict[str, Any]:
     """The plan for machines."""
     placement = made.launch.placement
     return {
         "artifact": made.target.name,
         "engine": made.launch.engine,
-        "commands": [made.launch.words(node) for node in range(len(made.launch.per_node))],
+        "commands": [made.launch.get_command(node) for node in range(len(made.launch.per_node))],
         "flags": [
-            {"name": flag.name, "value": flag.value, "why": flag.why} for flag in made.launch.flags
+            {"name": flag.name, "value": flag.value, "why": flag.reason}
+            for flag in made.launch.flags
         ],
-        "context": made.needs.context,
-        "users": made.needs.users,
-        "weights_bytes": made.needs.weights_bytes,
-        "kv_bytes": made.needs.kv_bytes,
+        "context": made.memory.context,
+        "users": made.memory.users,
+        "weights_bytes": made.memory.weights_bytes,
+        "kv_bytes": made.memory.kv_bytes,
         "tensor_parallel": placement.tp if placement else None,
         "pipeline_parallel": placement.pp if placement else None,
         "nodes": placement.nodes if placement else None,
-        "notes": [*made.head, *made.launch.notes],
+        "notes": [*made.summary, *made.launch.notes],
     }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 DEFAULT_TOKENS = 16  # of /v1/completions, as OpenAI and vLLM have it
-MOST_STOPS, MOST_CHOICES = 16, 16
+MAX_STOPS, MAX_CHOICES = 16, 16
 _IGNORED = {
     "user",
     "metadata",
@@ -27,7 +27,7 @@ _NEUTRAL: Mapping[str, Any] = {
     "frequency_penalty": 0, "tools": None, "tool_choice": "none", "response_format": None, "top_logprobs": None,
     "parallel_tool_calls": None, "functions": None, "function_call": None, "audio": None, "modalities": None,
 }  # fmt: skip
-_UNDERSTOOD = {
+_SUPPORTED = {
     "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "n",
     "stream", "stream_options", "ignore_eos",
 }  # fmt: skip
@@ -55,11 +55,11 @@ class CompletionRequest:
     ignore_eos: bool  # as vLLM and SGLang have it: load tests ask for answers of one length
 
 
-def read(
+def parse_request(
     values: Mapping[str, Any], kind: Literal["text", "chat"], served: str
 ) -> CompletionRequest:
     """A request's meaning; Misasked with the first thing that is wrong."""
-    refuse_unknown(values)
+    check_parameters(values)
     if values.get("model", served) != served:
         raise BadRequest(f"model: expected {served!r}, found {values['model']!r}")
     options = values.get("stream_options") or {}
@@ -67,10 +67,10 @@ def read(
     stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if (
         not isinstance(stops, list)
-        or len(stops) > MOST_STOPS
+        or len(stops) > MAX_STOPS
         or not all(isinstance(s, str) and s for s in stops)
     ):
-        raise BadRequest(f"stop: expected a text or up to {MOST_STOPS} texts, found {stop!r}")
+        raise BadRequest(f"stop: expected a text or up to {MAX_STOPS} texts, found {stop!r}")
     tokens = values.get("max_completion_tokens")
     if tokens is None:
         tokens = values.get("max_tokens")
@@ -82,30 +82,30 @@ def read(
         raise BadRequest(f"max_tokens: expected a number from 1, found {tokens!r}")
     return CompletionRequest(
         kind=kind,
-        prompts=prompts_of(values.get("prompt")) if kind == "text" else (),
-        messages=messages_of(values.get("messages")) if kind == "chat" else (),
+        prompts=parse_prompts(values.get("prompt")) if kind == "text" else (),
+        messages=parse_messages(values.get("messages")) if kind == "chat" else (),
         max_tokens=tokens,
-        temperature=number(values, "temperature", 1.0, 0.0, 2.0),
-        top_p=number(values, "top_p", 1.0, 1e-6, 1.0),
-        seed=whole_number(values, "seed", None, 0, 2**63 - 1),
+        temperature=parse_number(values, "temperature", 1.0, 0.0, 2.0),
+        top_p=parse_number(values, "top_p", 1.0, 1e-6, 1.0),
+        seed=parse_integer(values, "seed", None, 0, 2**63 - 1),
         stop=tuple(stops),
-        n=whole_number(values, "n", 1, 1, MOST_CHOICES) or 1,
+        n=parse_integer(values, "n", 1, 1, MAX_CHOICES) or 1,
         stream=bool(values.get("stream")),
         usage=isinstance(options, Mapping) and bool(options.get("include_usage")),
         ignore_eos=bool(values.get("ignore_eos")),
     )
 
 
-def refuse_unknown(values: Mapping[str, Any]) -> None:
+def check_parameters(values: Mapping[str, Any]) -> None:
     """Refuse what is not known, and what is known but changes answers in a way that this engine does not."""
     for name, value in values.items():
         if name in _NEUTRAL and value not in (None, _NEUTRAL[name], [], {}):
             raise BadRequest(f"{name}: this engine does not do that; serve with vLLM or SGLang")
-        if name not in _UNDERSTOOD | _IGNORED | _NEUTRAL.keys():
-            raise BadRequest(f"{name}: unknown; known: {', '.join(sorted(_UNDERSTOOD))}")
+        if name not in _SUPPORTED | _IGNORED | _NEUTRAL.keys():
+            raise BadRequest(f"{name}: unknown; known: {', '.join(sorted(_SUPPORTED))}")
 
 
-def prompts_of(prompt: Any) -> tuple[str | list[int], ...]:
+def parse_prompts(prompt: Any) -> tuple[str | list[int], ...]:
     """One or several prompts, as texts or as token ids."""
     several = (
         prompt
@@ -123,7 +123,7 @@ def prompts_of(prompt: Any) -> tuple[str | list[int], ...]:
     return tuple(several)
 
 
-def messages_of(messages: Any) -> tuple[Mapping[str, Any], ...]:
+def parse_messages(messages: Any) -> tuple[Mapping[str, Any], ...]:
     """Messages with their content as text; parts of type text are joined."""
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages: expected a list with at least one message")
@@ -146,7 +146,7 @@ def messages_of(messages: Any) -> tuple[Mapping[str, Any], ...]:
     return tuple(made)
 
 
-def number(
+def parse_number(
     values: Mapping[str, Any], name: str, default: float, least: float, most: float
 ) -> float:
     """A number within its range."""
@@ -158,7 +158,7 @@ def number(
     return float(value)
 
 
-def whole_number(
+def parse_integer(
     values: Mapping[str, Any], name: str, default: int | None, least: int, most: int
 ) -> int | None:
     """A whole number within its range."""
@@ -174,7 +174,7 @@ def whole_number(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Head:
+class ResponseHeader:
     """What every part of an answer repeats."""
 
     kind: Literal["text", "chat"]
@@ -183,8 +183,8 @@ class Head:
     created: int
 
     @staticmethod
-    def of(kind: Literal["text", "chat"], identity: str, model: str) -> Head:
-        return Head(kind=kind, identity=identity, model=model, created=int(time.time()))
+    def of(kind: Literal["text", "chat"], identity: str, model: str) -> ResponseHeader:
+        return ResponseHeader(kind=kind, identity=identity, model=model, created=int(time.time()))
 
     def values(self, stream: bool) -> dict[str, Any]:
         """The fields themselves."""
@@ -199,7 +199,7 @@ class Head:
         }
 
 
-def choice(
+def make_choice(
     kind: Literal["text", "chat"], index: int, text: str, reason: str | None
 ) -> dict[str, Any]:
     """A choice of a complete answer."""
@@ -207,7 +207,7 @@ def choice(
     return {"index": index, **said, "logprobs": None, "finish_reason": reason}
 
 
-def delta(
+def make_delta(
     kind: Literal["text", "chat"], index: int, text: str, reason: str | None, first: bool
 ) -> dict[str, Any]:
     """A choice of one event."""
@@ -217,7 +217,7 @@ def delta(
     return {"index": index, "delta": said, "logprobs": None, "finish_reason": reason}
 
 
-def usage(prompt: int, completion: int) -> dict[str, int]:
+def make_usage(prompt: int, completion: int) -> dict[str, int]:
     """Tokens read and written."""
     return {
         "prompt_tokens": prompt,
@@ -226,7 +226,7 @@ def usage(prompt: int, completion: int) -> dict[str, int]:
     }
 
 
-def event(values: Mapping[str, Any] | str) -> bytes:
+def format_event(values: Mapping[str, Any] | str) -> bytes:
     """A server-sent event."""
     text = values if isinstance(values, str) else json.dumps(values, ensure_ascii=False)
     return f"data: {text}\n\n".encode()

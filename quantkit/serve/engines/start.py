@@ -13,13 +13,13 @@ from typing import Any
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.io.files import read_bytes, read_json
 from quantkit.serve.engines import engine_process
-from quantkit.serve.engines.launch import SHOWN
-from quantkit.serve.engines.launch_plan import Planned, installed
-from quantkit.serve.gateway.api_keys import Key, read_keys
-from quantkit.serve.gateway.settings import Limits, Settings, Upstream, limits_from
+from quantkit.serve.engines.launch import ENGINE_NAMES
+from quantkit.serve.engines.launch_plan import LaunchPlan, is_installed
+from quantkit.serve.gateway.api_keys import ApiKey, parse_keys
+from quantkit.serve.gateway.settings import GatewaySettings, Limits, Upstream, parse_limits
 from quantkit.verify.shallow import verify
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class GatewayOptions:
     where no limit says otherwise.
     """
 
-    on: bool
+    is_enabled: bool
     host: str
     port: int
     limits: Sequence[str]
@@ -41,61 +41,68 @@ class GatewayOptions:
 
     def check(self) -> None:
         """UsageError for options that mean nothing, before anything is read or started."""
-        if not self.on and (self.limits or self.keys or self.fallbacks or self.key_variable):
+        if not self.is_enabled and (
+            self.limits or self.keys or self.fallbacks or self.key_variable
+        ):
             raise UsageError(
                 "--limit, --keys, --fallback, --fallback-key: expected --gateway with them; add it"
             )
-        if self.on:
-            require("fastapi", "uvicorn", "httpx2", "prometheus_client")
-        self.bounds()
-        self.stand_ins()
-        self.known()
+        if self.is_enabled:
+            require_packages("fastapi", "uvicorn", "httpx2", "prometheus_client")
+        self.parse_limits()
+        self.make_fallbacks()
+        self.read_keys()
 
-    def bounds(self) -> Limits:
+    def parse_limits(self) -> Limits:
         """The limits, with what --limit changes."""
         pairs = [entry.partition("=") for entry in self.limits]
         if any(not name or not separator for name, separator, _ in pairs):
             raise UsageError("--limit: expected NAME=VALUE, e.g. --limit waiting=200")
-        return limits_from(
+        return parse_limits(
             {"running": str(self.running)} | {name: value for name, _, value in pairs}
         )
 
-    def before(self, made: Planned) -> GatewayOptions:
+    def adapt_to(self, made: LaunchPlan) -> GatewayOptions:
         """The same before this engine: before one that answers in the order of arrival, whoever waits waits here."""
         return replace(self, running=1) if made.launch.engine == "transformers" else self
 
-    def stand_ins(self) -> list[Upstream]:
+    def make_fallbacks(self) -> list[Upstream]:
         """Who is asked when the engine fails, in this order."""
-        key = key_in(self.key_variable, "--fallback-key")
+        key = read_key_variable(self.key_variable, "--fallback-key")
         made = []
         for place, entry in enumerate(self.fallbacks):
             url, _, model = entry.partition("=")
             made.append(
                 Upstream(
-                    name=f"fallback-{place + 1}", url=api(url, "--fallback"), model=model, key=key
+                    name=f"fallback-{place + 1}",
+                    url=parse_api_url(url, "--fallback"),
+                    model=model,
+                    key=key,
                 )
             )
         return made
 
-    def known(self) -> tuple[Key, ...]:
+    def read_keys(self) -> tuple[ApiKey, ...]:
         """Who may ask; () where whoever can reach it may."""
-        return read_keys(read_json(self.keys, UsageError), str(self.keys)) if self.keys else ()
+        return parse_keys(read_json(self.keys, UsageError), str(self.keys)) if self.keys else ()
 
-    def settings(self, engine: Upstream) -> Settings:
+    def make_settings(self, engine: Upstream) -> GatewaySettings:
         """The gateway before this engine."""
-        return Settings(upstreams=(engine, *self.stand_ins()), limits=self.bounds())
-
-    def head(self) -> str:
-        """The gateway in a line."""
-        limits = self.bounds()
-        return (
-            f"gateway on {engine_process.url_of(self.host, self.port)}, {limits.running} requests at once, {limits.waiting} "
-            f"waiting, {len(self.known()) or 'no'} keys; /health, /ready, /metrics"
+        return GatewaySettings(
+            upstreams=(engine, *self.make_fallbacks()), limits=self.parse_limits()
         )
 
-    def lines(self, engine: Upstream) -> list[str]:
+    def summarize(self) -> str:
+        """The gateway in a line."""
+        limits = self.parse_limits()
+        return (
+            f"gateway on {engine_process.format_api_url(self.host, self.port)}, {limits.running} requests at once, {limits.waiting} "
+            f"waiting, {len(self.read_keys()) or 'no'} keys; /health, /ready, /metrics"
+        )
+
+    def describe(self, engine: Upstream) -> list[str]:
         """The gateway before this engine, in full."""
-        settings = self.settings(engine)
+        settings = self.make_settings(engine)
         asked = [
             f"{one.name}: {one.url}" + (f", model {one.model}" if one.model else "")
             for one in settings.upstreams
@@ -103,20 +110,20 @@ class GatewayOptions:
         limits = ", ".join(
             f"{name}={value:.15g}" for name, value in settings.limits.model_dump().items()
         )
-        return [self.head(), *asked, f"limits: {limits}"]
+        return [self.summarize(), *asked, f"limits: {limits}"]
 
-    def as_values(self, engine: Upstream) -> dict[str, Any]:
+    def to_json(self, engine: Upstream) -> dict[str, Any]:
         """The gateway before this engine, for machines; no key is in it."""
-        settings = self.settings(engine)
+        settings = self.make_settings(engine)
         return {
-            "url": engine_process.url_of(self.host, self.port),
+            "url": engine_process.format_api_url(self.host, self.port),
             "upstreams": [one.model_dump(exclude={"key"}) for one in settings.upstreams],
             "limits": settings.limits.model_dump(),
-            "keys": len(self.known()),
+            "keys": len(self.read_keys()),
         }
 
 
-def api(url: str, option: str) -> str:
+def parse_api_url(url: str, option: str) -> str:
     """The base of an OpenAI-compatible API without its last slash; UsageError when it is no address."""
     if not url.startswith(("http://", "https://")):
         raise UsageError(
@@ -125,7 +132,7 @@ def api(url: str, option: str) -> str:
     return url.rstrip("/")
 
 
-def key_in(variable: str, option: str) -> str:
+def read_key_variable(variable: str, option: str) -> str:
     """The API key in a variable of the environment; "" where none is named, UsageError where it is empty."""
     key = os.environ.get(variable, "") if variable else ""
     if variable and not key:
@@ -135,7 +142,7 @@ def key_in(variable: str, option: str) -> str:
     return key
 
 
-def require(*packages: str) -> None:
+def require_packages(*packages: str) -> None:
     """UsageError when a package of the extra is missing."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
@@ -147,11 +154,11 @@ def require(*packages: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ starting
 
 
-def run(
-    made: Planned, front: GatewayOptions, *, verified: bool, seconds: float, tell: Tell
+def start_engine(
+    made: LaunchPlan, front: GatewayOptions, *, verified: bool, seconds: float, tell: Log
 ) -> None:
     """Verify, start, and stay until the engine ends or somebody says so."""
-    wanted, target = made.wanted, made.target
+    wanted, target = made.options, made.target
     if target.kind == "config":
         raise UsageError(
             f"{wanted.artifact}: a config alone cannot be served; name a folder with weights"
@@ -160,9 +167,9 @@ def run(
         raise UsageError(
             f"{target.name}: needs {len(made.launch.per_node)} nodes; print the commands with --dry-run"
         )
-    if made.launch.engine != "transformers" and not installed(made.launch.engine):
+    if made.launch.engine != "transformers" and not is_installed(made.launch.engine):
         raise UsageError(
-            f"{SHOWN[made.launch.engine]}: expected in this environment, found none; install it, or --docker"
+            f"{ENGINE_NAMES[made.launch.engine]}: expected in this environment, found none; install it, or --docker"
         )
     engine_process.check_port(front.host, front.port)
     if target.kind == "artifact" and not verified:
@@ -170,57 +177,57 @@ def run(
         tell(f"verified: {found.files} files, {found.n_bytes / 1e6:,.1f} MB, {found.status}")
     if target.status == "rejected":
         tell("warning: this artifact misses a gate of its recipe; `quantkit report` says which")
-    if front.on:
-        behind_gateway(made, front, seconds, tell)
+    if front.is_enabled:
+        run_with_gateway(made, front, seconds, tell)
     elif made.launch.engine == "transformers":
-        small_engine(made, tell)
+        run_transformers(made, tell)
     else:
-        tell(made.launch.text())
-        with engine_process.process(made.launch.words(), os.environ) as started:
+        tell(made.launch.format_command())
+        with engine_process.run_process(made.launch.get_command(), os.environ) as started:
             ended = started.wait()
         if ended:
             raise QuantkitError(
-                f"{SHOWN[made.launch.engine]} ended with {ended}; its messages are above"
+                f"{ENGINE_NAMES[made.launch.engine]} ended with {ended}; its messages are above"
             )
 
 
-def small_engine(made: Planned, tell: Tell) -> None:
+def run_transformers(made: LaunchPlan, tell: Log) -> None:
     """transformers in this process."""
-    require("fastapi", "uvicorn")
+    require_packages("fastapi", "uvicorn")
     from quantkit.serve.engines.decoding import Decoder  # torch
     from quantkit.serve.engines.transformers_server import make_app
 
-    wanted = made.wanted
+    wanted = made.options
     template = read_template(wanted.chat_template)
     decoder = Decoder(
         Path(made.target.path),
         name=wanted.name or made.target.name,
-        context=made.needs.context,
+        context=made.memory.context,
         template=template,
     )
     tell(
-        f"serving {decoder.name} on {engine_process.url_of(wanted.host, wanted.port)} ({decoder.context} tokens)"
+        f"serving {decoder.name} on {engine_process.format_api_url(wanted.host, wanted.port)} ({decoder.context} tokens)"
     )
     for note in made.launch.notes:
         tell(note)
-    engine_process.server_of(make_app(decoder), wanted.host, wanted.port).run()
+    engine_process.make_server(make_app(decoder), wanted.host, wanted.port).run()
 
 
-def behind_gateway(made: Planned, front: GatewayOptions, seconds: float, tell: Tell) -> None:
+def run_with_gateway(made: LaunchPlan, front: GatewayOptions, seconds: float, tell: Log) -> None:
     """The engine where the plan has it, the gateway where clients ask."""
-    words = made.launch.words()
+    words = made.launch.get_command()
     if made.launch.engine == "transformers":
-        words = engine_process.own_command(words)
+        words = engine_process.make_own_command(words)
     tell(f"engine: {shlex.join(words)}")
-    with engine_process.process(words, os.environ) as started:
-        engine_process.wait_ready(started, made.wanted.port, seconds, tell)
-        server = gateway_server(front, engine_of(made), tell)
+    with engine_process.run_process(words, os.environ) as started:
+        engine_process.wait_ready(started, made.options.port, seconds, tell)
+        server = make_gateway_server(front, make_engine_upstream(made), tell)
 
         def ended(code: int) -> None:
             tell(f"the engine ended with {code}")
             server.should_exit = not front.fallbacks  # nobody is left to ask
 
-        engine_process.watch(started, ended)
+        engine_process.watch_process(started, ended)
         server.run()
         if started.poll() is not None:
             raise QuantkitError(
@@ -228,7 +235,7 @@ def behind_gateway(made: Planned, front: GatewayOptions, seconds: float, tell: T
             )
 
 
-def engine_of(made: Planned) -> Upstream:
+def make_engine_upstream(made: LaunchPlan) -> Upstream:
     """The engine as the gateway asks it; UsageError where no gateway can start it."""
     if len(made.launch.per_node) > 1:
         raise UsageError(
@@ -238,31 +245,33 @@ def engine_of(made: Planned) -> Upstream:
     ranks = made.launch.engine != "transformers"  # which answers one after the other, as they came
     return Upstream(
         name="engine",
-        url=engine_process.url_of(made.wanted.host, made.wanted.port),
+        url=engine_process.format_api_url(made.options.host, made.options.port),
         priorities=ranks,
     )
 
 
-def server_at(address: str, key_variable: str) -> Upstream:
+def make_server_upstream(address: str, key_variable: str) -> Upstream:
     """A server that runs already; it is not told priorities, which it may not know."""
     return Upstream(
-        name="engine", url=api(address, "ARTIFACT"), key=key_in(key_variable, "--engine-key")
+        name="engine",
+        url=parse_api_url(address, "ARTIFACT"),
+        key=read_key_variable(key_variable, "--engine-key"),
     )
 
 
-def gateway_before(engine: Upstream, front: GatewayOptions, tell: Tell) -> None:
+def run_gateway(engine: Upstream, front: GatewayOptions, tell: Log) -> None:
     """The gateway before a server that runs already."""
     engine_process.check_port(front.host, front.port)
-    gateway_server(front, engine, tell).run()
+    make_gateway_server(front, engine, tell).run()
 
 
-def gateway_server(front: GatewayOptions, engine: Upstream, tell: Tell) -> Any:
+def make_gateway_server(front: GatewayOptions, engine: Upstream, tell: Log) -> Any:
     """The gateway, ready to run in this process."""
     from quantkit.serve.gateway.app import make_app
 
-    tell(front.head())
-    return engine_process.server_of(
-        make_app(front.settings(engine), front.known()), front.host, front.port
+    tell(front.summarize())
+    return engine_process.make_server(
+        make_app(front.make_settings(engine), front.read_keys()), front.host, front.port
     )
 
 

@@ -15,11 +15,11 @@ from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, apart
 from quantkit.io.files import read_json
 from quantkit.io.package_data import names_recipe
 from quantkit.serve.sizing.model import Model
-from quantkit.serve.sizing.read import model_of
+from quantkit.serve.sizing.read import read_model
 
-Kind = Literal["artifact", "model", "config"]
+TargetKind = Literal["artifact", "model", "config"]
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "chat_templates")
-LARGEST_VOCABULARY_FILE = 64_000_000
+MAX_TOKENIZER_CONFIG_BYTES = 64_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Target:
 
     path: str
     name: str
-    kind: Kind
+    kind: TargetKind
     model: Model
     engines: Mapping[str, str]
     refused: Mapping[str, str]
@@ -48,10 +48,10 @@ def read_target(target: str) -> Target:
         raise UsageError(
             f"{target}: expected an artifact, found a recipe; build it, and name the folder it makes"
         )
-    model = model_of(target)
+    model = read_model(target)
     if (path / MANIFEST).is_file():
-        return artifact_target(path, model)
-    kind: Kind = "model" if model.read_from == "headers" else "config"
+        return read_artifact_target(path, model)
+    kind: TargetKind = "model" if model.read_from == "headers" else "config"
     names = open_shards(path).specs if kind == "model" and path.is_dir() else ()
     served = {**SERVERS, **TRANSFORMERS}
     return Target(
@@ -64,20 +64,22 @@ def read_target(target: str) -> Target:
         engines=served,
         refused={},
         fused_apart=apart(names),
-        chat=chat_template(path) if path.is_dir() else None,
+        chat=has_chat_template(path) if path.is_dir() else None,
     )
 
 
-def artifact_target(path: Path, model: Model) -> Target:
+def read_artifact_target(path: Path, model: Model) -> Target:
     """An artifact of quantkit: its manifest says the format, its report which engines read what is in it."""
     manifest = read_manifest(path)
-    name = str(manifest.get("format") or by_config(model.config.values.get("quantization_config")))
+    name = str(
+        manifest.get("format") or infer_format(model.config.values.get("quantization_config"))
+    )
     if name not in registry.names("formats"):
         raise ArtifactError(
             f"{path / MANIFEST}: {registry.unknown('format', name, registry.names('formats'))}"
         )
     engines = dict(registry.format(name).engines)
-    served = told_engines(path)
+    served = read_reported_engines(path)
     why = "its report names the engines that load what is quantized here, and not this one"
     refused = {engine: why for engine in engines if served is not None and engine not in served}
     return Target(
@@ -88,19 +90,19 @@ def artifact_target(path: Path, model: Model) -> Target:
         engines=engines,
         refused=refused,
         fused_apart=apart(mapping(manifest, "tensors", path)),
-        chat=chat_template(path),
+        chat=has_chat_template(path),
         status=str(manifest.get("status")),
     )
 
 
-def by_config(entry: object) -> str:
+def infer_format(entry: object) -> str:
     """The format by config.json, for artifacts of before manifests named it; gptq_v2 shares its method with gptq."""
     if not isinstance(entry, Mapping):
         return "dense"
     return str(entry.get("checkpoint_format") or entry.get("quant_method")).replace("-", "_")
 
 
-def told_engines(path: Path) -> frozenset[str] | None:
+def read_reported_engines(path: Path) -> frozenset[str] | None:
     """Engines that the report says serve it; None without a report."""
     file = path / "quantkit/fidelity.json"
     if not file.is_file():
@@ -112,11 +114,11 @@ def told_engines(path: Path) -> frozenset[str] | None:
     return frozenset(str(entry.get("engine")) for entry in serving if isinstance(entry, dict))
 
 
-def chat_template(folder: Path) -> bool:
+def has_chat_template(folder: Path) -> bool:
     """Whether the tokenizer brings a chat template."""
     if any((folder / name).exists() for name in TEMPLATES):
         return True
     file = folder / "tokenizer_config.json"
-    if not file.is_file() or file.stat().st_size > LARGEST_VOCABULARY_FILE:
+    if not file.is_file() or file.stat().st_size > MAX_TOKENIZER_CONFIG_BYTES:
         return False
     return bool(read_json(file, UsageError).get("chat_template"))

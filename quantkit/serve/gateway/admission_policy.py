@@ -16,10 +16,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-LEVELS = 10
+PRIORITY_LEVELS = 10
 """Priorities are 0 (first) to 9."""
-LONGEST_RETRY = 60
-_MEMORY = 0.1  # weight of the latest request in the mean time of service
+MAX_RETRY_AFTER = 60
+_SMOOTHING = 0.1  # weight of the latest request in the mean time of service
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class AdmissionPolicy:
             if request in self._place:
                 self._drop(request)
             return None
-        self._mean += _MEMORY * (now - since - self._mean)
+        self._mean += _SMOOTHING * (now - since - self._mean)
         self._uncount(request)
         if not self.order:
             return None
@@ -85,7 +85,7 @@ class AdmissionPolicy:
     def retry_after(self) -> int:
         """Seconds after which a place should be free: the queue's length times the mean time of service."""
         expected = (len(self.order) + 1) * self._mean / self.limit
-        return max(1, min(LONGEST_RETRY, round(expected)))
+        return max(1, min(MAX_RETRY_AFTER, round(expected)))
 
     def _drop(self, request: int) -> None:
         entry = (self._place.pop(request), request)

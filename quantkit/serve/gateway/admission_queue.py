@@ -12,7 +12,7 @@ from itertools import count
 
 from quantkit.serve.gateway.admission_policy import AdmissionPolicy
 
-_TOLD = {
+_MESSAGES = {
     "full": "the queue is full",
     "over": "this key has too many requests at once",
     "displaced": "the queue is full and a more urgent request took this place",
@@ -25,7 +25,7 @@ class QueueFull(Exception):
 
     def __init__(self, reason: str, retry_after: int) -> None:
         self.reason, self.retry_after = reason, retry_after
-        super().__init__(f"{_TOLD[reason]}; try again in {retry_after} s")
+        super().__init__(f"{_MESSAGES[reason]}; try again in {retry_after} s")
 
 
 class AdmissionQueue:

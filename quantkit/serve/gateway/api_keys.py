@@ -15,19 +15,19 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from quantkit.errors import UsageError
-from quantkit.serve.gateway.admission_policy import LEVELS
+from quantkit.serve.gateway.admission_policy import PRIORITY_LEVELS
 
-PREFIX = "qk-"
+KEY_PREFIX = "qk-"
 
 
-class Key(BaseModel):
+class ApiKey(BaseModel):
     """An entry of the file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: Annotated[str, StringConstraints(pattern=r"^[\w.@-]{1,64}$")]
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-    priority: int = Field(default=0, ge=0, lt=LEVELS)
+    priority: int = Field(default=0, ge=0, lt=PRIORITY_LEVELS)
     most: int = Field(default=0, ge=0)
 
 
@@ -36,25 +36,25 @@ class KeyFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    keys: tuple[Key, ...] = Field(strict=False)
+    keys: tuple[ApiKey, ...] = Field(strict=False)
 
 
-NOBODY = Key(name="anonymous", sha256="0" * 64)
+ANONYMOUS = ApiKey(name="anonymous", sha256="0" * 64)
 """Who asks where no keys are needed."""
 
 
-def new_key(name: str, *, priority: int = 0, most: int = 0) -> tuple[str, Key]:
+def create_key(name: str, *, priority: int = 0, most: int = 0) -> tuple[str, ApiKey]:
     """A fresh key, to be shown once, and its entry."""
-    text = PREFIX + secrets.token_urlsafe(32)
+    text = KEY_PREFIX + secrets.token_urlsafe(32)
     try:
-        return text, Key(name=name, sha256=digest(text), priority=priority, most=most)
+        return text, ApiKey(name=name, sha256=hash_key(text), priority=priority, most=most)
     except ValidationError as error:
         raise UsageError(
             f"{name!r}: {error.errors()[0]['msg']}; name the key by letters, digits, . @ - _"
         ) from None
 
 
-def read_keys(values: Mapping[str, object], where: str) -> tuple[Key, ...]:
+def parse_keys(values: Mapping[str, object], where: str) -> tuple[ApiKey, ...]:
     """The entries of a file; UsageError names the one that is wrong. Two entries may not share a name."""
     try:
         keys = KeyFile.model_validate(values).keys
@@ -71,10 +71,10 @@ def read_keys(values: Mapping[str, object], where: str) -> tuple[Key, ...]:
     return keys
 
 
-def authenticate(keys: tuple[Key, ...], authorization: str) -> Key | None:
+def authenticate(keys: tuple[ApiKey, ...], authorization: str) -> ApiKey | None:
     """Whose "Bearer ..." this is; None when nobody's. Every entry is compared, each in constant time."""
     scheme, _, text = authorization.partition(" ")
-    asked = digest(text.strip()) if scheme.lower() == "bearer" else ""
+    asked = hash_key(text.strip()) if scheme.lower() == "bearer" else ""
     found = None
     for key in keys:
         if hmac.compare_digest(key.sha256, asked):
@@ -82,6 +82,6 @@ def authenticate(keys: tuple[Key, ...], authorization: str) -> Key | None:
     return found
 
 
-def digest(text: str) -> str:
+def hash_key(text: str) -> str:
     """SHA-256 in hexadecimal."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

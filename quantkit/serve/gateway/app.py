@@ -15,29 +15,29 @@ from starlette.routing import Route
 
 from quantkit.serve.gateway.admission_policy import AdmissionPolicy
 from quantkit.serve.gateway.admission_queue import AdmissionQueue, QueueFull
-from quantkit.serve.gateway.api_keys import NOBODY, Key, authenticate
-from quantkit.serve.gateway.errors import tell_unknown_paths
+from quantkit.serve.gateway.api_keys import ANONYMOUS, ApiKey, authenticate
+from quantkit.serve.gateway.errors import register_error_handler
 from quantkit.serve.gateway.metrics import Metrics
 from quantkit.serve.gateway.relay import Relay
 from quantkit.serve.gateway.request import (
-    TOKENS,
+    TOKEN_LIMITS,
     ClientDisconnected,
     ProxyRequest,
     Receive,
     RequestRejected,
-    asked,
+    parse_request,
     read_body,
 )
-from quantkit.serve.gateway.response import Reply, Send
-from quantkit.serve.gateway.settings import Settings
+from quantkit.serve.gateway.response import GatewayResponse, Send
+from quantkit.serve.gateway.settings import GatewaySettings
 from quantkit.serve.gateway.upstreams import Upstreams
 
 Scope = MutableMapping[str, Any]
-FAREWELL = 5.0
+TIMEOUT_GRACE = 5.0
 """Seconds a client has to take the word that its request failed."""
 
 
-def make_app(settings: Settings, keys: tuple[Key, ...] = ()) -> FastAPI:
+def make_app(settings: GatewaySettings, keys: tuple[ApiKey, ...] = ()) -> FastAPI:
     """The application; without keys whoever can reach it may ask."""
     gateway = Gateway(settings, keys)
 
@@ -53,8 +53,10 @@ def make_app(settings: Settings, keys: tuple[Key, ...] = ()) -> FastAPI:
     app = FastAPI(
         title="quantkit gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
-    tell_unknown_paths(app)
-    app.router.routes.extend(Route(f"/v1{path}", gateway, methods=["POST"]) for path in TOKENS)
+    register_error_handler(app)
+    app.router.routes.extend(
+        Route(f"/v1{path}", gateway, methods=["POST"]) for path in TOKEN_LIMITS
+    )
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -71,14 +73,14 @@ def make_app(settings: Settings, keys: tuple[Key, ...] = ()) -> FastAPI:
     async def metrics() -> Response:
         return Response(gateway.scraped(), headers={"content-type": Metrics.content_type})
 
-    app.router.routes.append(Route("/v1/models", Models(gateway), methods=["GET"]))
+    app.router.routes.append(Route("/v1/models", ModelsEndpoint(gateway), methods=["GET"]))
     return app
 
 
 class Gateway:
     """POST: who is it, what is asked, wait for a turn, relay, say how it ended."""
 
-    def __init__(self, settings: Settings, keys: tuple[Key, ...]) -> None:
+    def __init__(self, settings: GatewaySettings, keys: tuple[ApiKey, ...]) -> None:
         self.limits, self.keys = settings.limits, keys
         self.metrics = Metrics()
         self.upstreams = Upstreams(settings.upstreams, settings.limits)
@@ -89,7 +91,7 @@ class Gateway:
                 running=limits.running, waiting=limits.waiting, aging=limits.aging_seconds
             )
         )
-        self._streams = set[Reply]()
+        self._streams = set[GatewayResponse]()
         self._start, self._numbers = token_hex(6), count()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -97,14 +99,16 @@ class Gateway:
         identity = headers.get(b"x-request-id", b"")[:128].decode("latin-1")
         if not identity.isprintable() or not identity.isascii() or not identity:
             identity = f"{self._start}-{next(self._numbers)}"
-        reply = Reply(send, time.monotonic, ((b"x-request-id", identity.encode()),))
-        name, outcome = NOBODY.name, "fault"
+        reply = GatewayResponse(send, time.monotonic, ((b"x-request-id", identity.encode()),))
+        name, outcome = ANONYMOUS.name, "fault"
         try:
             key = self.who(headers)
             name = key.name
             patience = min(self.limits.body_seconds, self.limits.deadline)
             body = await read_body(receive, headers, self.limits.body_bytes, patience)
-            wanted = asked(scope["path"].removeprefix("/v1"), body, headers, key, self.limits)
+            wanted = parse_request(
+                scope["path"].removeprefix("/v1"), body, headers, key, self.limits
+            )
             outcome = await self.attended(wanted, key, reply, receive, arrived, identity)
         except RequestRejected as fault:
             outcome = "refused"
@@ -118,10 +122,10 @@ class Gateway:
             self.metrics.requests.labels(name, outcome).inc()
             self.metrics.total.labels(outcome).observe(time.monotonic() - arrived)
 
-    def who(self, headers: dict[bytes, bytes]) -> Key:
+    def who(self, headers: dict[bytes, bytes]) -> ApiKey:
         """Whose request it is; Refused when keys are needed and none of ours came."""
         if not self.keys:
-            return NOBODY
+            return ANONYMOUS
         found = authenticate(self.keys, headers.get(b"authorization", b"").decode("latin-1"))
         if found is None:
             raise RequestRejected(
@@ -134,8 +138,8 @@ class Gateway:
     async def attended(
         self,
         wanted: ProxyRequest,
-        key: Key,
-        reply: Reply,
+        key: ApiKey,
+        reply: GatewayResponse,
         receive: Receive,
         arrived: float,
         identity: str,
@@ -172,7 +176,12 @@ class Gateway:
             watcher.cancel()
 
     async def serve(
-        self, wanted: ProxyRequest, key: Key, reply: Reply, arrived: float, identity: str
+        self,
+        wanted: ProxyRequest,
+        key: ApiKey,
+        reply: GatewayResponse,
+        arrived: float,
+        identity: str,
     ) -> str:
         """Wait for a turn, then relay."""
         most = key.most or self.limits.per_key
@@ -189,10 +198,10 @@ class Gateway:
             self._streams.discard(reply)
             self.turns.leave(turn)
 
-    async def late(self, wanted: ProxyRequest, reply: Reply) -> None:
+    async def late(self, wanted: ProxyRequest, reply: GatewayResponse) -> None:
         """The deadline passed: the turn is given back, and a client that reads learns why."""
         try:
-            async with asyncio.timeout(FAREWELL):
+            async with asyncio.timeout(TIMEOUT_GRACE):
                 await reply.fail(
                     504, "timeout_error", f"not answered within {wanted.seconds:g} s; ask for less"
                 )
@@ -211,7 +220,7 @@ class Gateway:
                     beats.add(task)
                     task.add_done_callback(beats.discard)
 
-    async def _one_beat(self, reply: Reply) -> None:
+    async def _one_beat(self, reply: GatewayResponse) -> None:
         if await reply.beat():
             self.metrics.heartbeats.inc()
 
@@ -223,14 +232,14 @@ class Gateway:
         return self.metrics.text()
 
 
-class Models:
+class ModelsEndpoint:
     """GET /v1/models: what the first upstream that answers serves. Needs a key, takes no turn."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = Reply(send, time.monotonic, ())
+        reply = GatewayResponse(send, time.monotonic, ())
         try:
             self._gateway.who(dict(scope["headers"]))
         except RequestRejected as fault:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-PREFIX = "quantkit_gateway_"
-SECONDS = tuple(
+METRIC_PREFIX = "quantkit_gateway_"
+BUCKETS = tuple(
     round(base * 10.0**power, 6) for power in range(-4, 3) for base in (1, 1.5, 2, 3, 5, 7)
 )
 
@@ -41,17 +41,21 @@ class Metrics:
         self.total = self._histogram(
             "request", told, ("outcome",)
         )  # refusals are quick: mixed in they hide overload
-        self.running = Gauge(f"{PREFIX}running", "Requests at the engine", registry=self.registry)
-        self.waiting = Gauge(f"{PREFIX}waiting", "Requests in the queue", registry=self.registry)
+        self.running = Gauge(
+            f"{METRIC_PREFIX}running", "Requests at the engine", registry=self.registry
+        )
+        self.waiting = Gauge(
+            f"{METRIC_PREFIX}waiting", "Requests in the queue", registry=self.registry
+        )
 
     def text(self) -> bytes:
         """The exposition format."""
         return generate_latest(self.registry)
 
     def _counter(self, name: str, told: str, labels: tuple[str, ...]) -> Counter:
-        return Counter(f"{PREFIX}{name}", told, labels, registry=self.registry)
+        return Counter(f"{METRIC_PREFIX}{name}", told, labels, registry=self.registry)
 
     def _histogram(self, name: str, told: str, labels: tuple[str, ...] = ()) -> Histogram:
         return Histogram(
-            f"{PREFIX}{name}_seconds", told, labels, buckets=SECONDS, registry=self.registry
+            f"{METRIC_PREFIX}{name}_seconds", told, labels, buckets=BUCKETS, registry=self.registry
         )

@@ -14,18 +14,18 @@ import httpx2
 
 from quantkit.serve.gateway.metrics import Metrics
 from quantkit.serve.gateway.request import ProxyRequest
-from quantkit.serve.gateway.response import Headers, Reply
+from quantkit.serve.gateway.response import GatewayResponse, Headers
 from quantkit.serve.gateway.settings import Limits
-from quantkit.serve.gateway.upstreams import State, Upstreams
+from quantkit.serve.gateway.upstreams import Upstreams, UpstreamState
 
-END = b"[DONE]"
-REPLACED = frozenset({408, 429, 500, 502, 503, 504})
+END_MARK = b"[DONE]"
+RETRYABLE_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 """Statuses of an engine that says of itself that it cannot answer now; any other is the answer."""
-PASSED = (b"content-type", b"retry-after")
+FORWARDED_HEADERS = (b"content-type", b"retry-after")
 
 
 @dataclass
-class Failed(Exception):
+class UpstreamFailed(Exception):
     """An upstream did not answer: why, and what it said when it said something."""
 
     reason: str
@@ -43,14 +43,16 @@ class Relay:
     metrics: Metrics
     limits: Limits
 
-    async def run(self, asked: ProxyRequest, reply: Reply, arrived: float, identity: str) -> str:
+    async def run(
+        self, asked: ProxyRequest, reply: GatewayResponse, arrived: float, identity: str
+    ) -> str:
         """Answer a request, by whoever can. The word for the metrics: "ok", "refused" (by the engine) or "failed"."""
-        faults = list[Failed]()
+        faults = list[UpstreamFailed]()
         for place, state in enumerate(self.upstreams.order()):
             name = state.upstream.name
             try:
                 outcome = await self._patiently(state, asked, reply, arrived, identity)
-            except Failed as fault:
+            except UpstreamFailed as fault:
                 self.metrics.failures.labels(name, fault.reason).inc()
                 faults.append(fault)
                 if not fault.content:
@@ -69,17 +71,27 @@ class Relay:
         return "failed"
 
     async def _patiently(
-        self, state: State, asked: ProxyRequest, reply: Reply, arrived: float, identity: str
+        self,
+        state: UpstreamState,
+        asked: ProxyRequest,
+        reply: GatewayResponse,
+        arrived: float,
+        identity: str,
     ) -> str:
         try:
             return await self._once(state, asked, reply, arrived, identity)
-        except Failed as fault:
+        except UpstreamFailed as fault:
             if fault.reason != "closed" or reply.answered:
                 raise
         return await self._once(state, asked, reply, arrived, identity)
 
     async def _once(
-        self, state: State, asked: ProxyRequest, reply: Reply, arrived: float, identity: str
+        self,
+        state: UpstreamState,
+        asked: ProxyRequest,
+        reply: GatewayResponse,
+        arrived: float,
+        identity: str,
     ) -> str:
         body, stream, name = asked.body_for(state.upstream), asked.stream, state.upstream.name
         request = self.upstreams.request(state, asked.path, body, stream=stream, identity=identity)
@@ -94,10 +106,10 @@ class Relay:
             finally:
                 await response.aclose()
         except httpx2.TransportError as fault:
-            raise failure(fault, name) from None
+            raise classify_error(fault, name) from None
 
     async def _stream(
-        self, pieces: AsyncIterator[bytes], reply: Reply, arrived: float, name: str
+        self, pieces: AsyncIterator[bytes], reply: GatewayResponse, arrived: float, name: str
     ) -> None:
         """Pieces as they come. One that ends without its end mark was cut, however politely."""
         metrics, before = self.metrics, 0.0
@@ -110,28 +122,32 @@ class Relay:
             before = now
             metrics.events.inc(piece.count(b"\n\n"))
             await reply.part(piece)
-        if END not in reply.tail:
-            raise Failed("cut", f"{name}: the stream ended before its answer did; ask again")
+        if END_MARK not in reply.tail:
+            raise UpstreamFailed(
+                "cut", f"{name}: the stream ended before its answer did; ask again"
+            )
         count_tokens(metrics, reply.tail)
         await reply.end()
 
-    async def _whole(self, response: httpx2.Response, reply: Reply, name: str) -> str:
+    async def _whole(self, response: httpx2.Response, reply: GatewayResponse, name: str) -> str:
         """An answer that is no stream, held back until it is complete: half of one can still be replaced."""
         parts, size = list[bytes](), 0
         async for part in response.aiter_raw():
             parts.append(part)
             size += len(part)
             if size > self.limits.answer_bytes:
-                raise Failed(
+                raise UpstreamFailed(
                     "large",
                     f"{name}: an answer of more than {self.limits.answer_bytes} bytes; ask for less",
                 )
         content, status = b"".join(parts), response.status_code
         headers = [
-            (key.lower(), value) for key, value in response.headers.raw if key.lower() in PASSED
+            (key.lower(), value)
+            for key, value in response.headers.raw
+            if key.lower() in FORWARDED_HEADERS
         ]
-        if status in REPLACED:
-            raise Failed(
+        if status in RETRYABLE_STATUSES:
+            raise UpstreamFailed(
                 f"status {status}", f"{name}: status {status}", status, content or b"{}", headers
             )
         count_tokens(self.metrics, content)
@@ -139,13 +155,13 @@ class Relay:
         return "ok" if status < 400 else "refused"
 
 
-def failure(fault: httpx2.TransportError, name: str) -> Failed:
+def classify_error(fault: httpx2.TransportError, name: str) -> UpstreamFailed:
     """What became of a connection, in a word and in a sentence."""
     if isinstance(fault, httpx2.ConnectError | httpx2.ConnectTimeout):
-        return Failed("unreachable", f"{name}: not reachable; try again later", 503)
+        return UpstreamFailed("unreachable", f"{name}: not reachable; try again later", 503)
     if isinstance(fault, httpx2.TimeoutException):
-        return Failed("silent", f"{name}: said nothing for too long; try again later", 504)
-    return Failed("closed", f"{name}: the connection broke; ask again")
+        return UpstreamFailed("silent", f"{name}: said nothing for too long; try again later", 504)
+    return UpstreamFailed("closed", f"{name}: the connection broke; ask again")
 
 
 def count_tokens(metrics: Metrics, text: bytes) -> None:

@@ -9,13 +9,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Mutable
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.serve.gateway.admission_policy import LEVELS
-from quantkit.serve.gateway.api_keys import Key
+from quantkit.serve.gateway.admission_policy import PRIORITY_LEVELS
+from quantkit.serve.gateway.api_keys import ApiKey
 from quantkit.serve.gateway.settings import Limits, Upstream
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
-TOKENS: Mapping[str, tuple[str, ...]] = {
+TOKEN_LIMITS: Mapping[str, tuple[str, ...]] = {
     "/completions": ("max_tokens",),
     "/chat/completions": ("max_completion_tokens", "max_tokens"),
     "/responses": ("max_output_tokens",),
@@ -61,10 +61,10 @@ class ProxyRequest:
         values = {name: value for name, value in self.values.items() if name != "priority"}
         values |= {"priority": wanted} if wanted else {}
         values |= {"model": upstream.model} if upstream.model else {}
-        return encoded(values)
+        return encode_body(values)
 
 
-def encoded(values: Mapping[str, Any]) -> bytes:
+def encode_body(values: Mapping[str, Any]) -> bytes:
     """A body. ASCII: half a surrogate stays the escape that it was."""
     return json.dumps(values).encode()
 
@@ -81,7 +81,7 @@ async def read_body(
     parts, total = list[bytes](), 0
     try:
         async with asyncio.timeout(seconds):
-            async for part in received(receive):
+            async for part in iterate_body(receive):
                 parts.append(part)
                 total += len(part)
                 if total > most:
@@ -96,7 +96,7 @@ async def read_body(
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-async def received(receive: Receive) -> AsyncIterator[bytes]:
+async def iterate_body(receive: Receive) -> AsyncIterator[bytes]:
     """A body as it comes; Gone when its client leaves."""
     more = True
     while more:
@@ -107,7 +107,7 @@ async def received(receive: Receive) -> AsyncIterator[bytes]:
         more = message.get("more_body", False)
 
 
-def read_object(body: bytes) -> dict[str, Any]:
+def parse_object(body: bytes) -> dict[str, Any]:
     """The JSON object of a body; Refused for anything else."""
     try:
         values = json.loads(body)
@@ -122,34 +122,34 @@ def read_object(body: bytes) -> dict[str, Any]:
     return values
 
 
-def asked(
-    path: str, body: bytes, headers: Mapping[bytes, bytes], key: Key, limits: Limits
+def parse_request(
+    path: str, body: bytes, headers: Mapping[bytes, bytes], key: ApiKey, limits: Limits
 ) -> ProxyRequest:
     """A checked request; Refused says what is wrong."""
-    values = read_object(body)
+    values = parse_object(body)
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
-        integer(values, name, limits.max_tokens)
+        check_limit(values, name, limits.max_tokens)
     for name in ("n", "best_of"):
-        integer(values, name, limits.max_choices)
+        check_limit(values, name, limits.max_choices)
     if (
         limits.max_tokens
-        and TOKENS[path]
-        and all(values.get(name) is None for name in TOKENS[path])
+        and TOKEN_LIMITS[path]
+        and all(values.get(name) is None for name in TOKEN_LIMITS[path])
     ):
-        values[TOKENS[path][0]] = limits.max_tokens
-        body = encoded(values)
-    wanted = priority(values, headers)
+        values[TOKEN_LIMITS[path][0]] = limits.max_tokens
+        body = encode_body(values)
+    wanted = parse_priority(values, headers)
     return ProxyRequest(
         path=path,
         body=body,
         values=values,
         stream=values.get("stream") is True,
         priority=max(key.priority, key.priority if wanted is None else wanted),
-        seconds=seconds(headers, limits.deadline),
+        seconds=parse_timeout(headers, limits.deadline),
     )
 
 
-def integer(values: Mapping[str, Any], name: str, most: int) -> None:
+def check_limit(values: Mapping[str, Any], name: str, most: int) -> None:
     """Refuse a value above `most`, and what an engine might take for such a number; 0 is no bound."""
     value = values.get(name)
     if not most or value is None:
@@ -163,7 +163,7 @@ def integer(values: Mapping[str, Any], name: str, most: int) -> None:
         )
 
 
-def priority(values: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> int | None:
+def parse_priority(values: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> int | None:
     """What the client says, by header or in the body as vLLM has it; None when it says nothing."""
     told = headers.get(b"x-priority", b"").decode("latin-1").strip()
     value = values.get("priority") if not told else int(told) if _NUMBER.fullmatch(told) else told
@@ -174,12 +174,12 @@ def priority(values: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> int |
         raise RequestRejected(
             400,
             "invalid_request_error",
-            f"priority: expected 0 (first) to {LEVELS - 1}, found {found}",
+            f"priority: expected 0 (first) to {PRIORITY_LEVELS - 1}, found {found}",
         )
-    return min(max(value, 0), LEVELS - 1)
+    return min(max(value, 0), PRIORITY_LEVELS - 1)
 
 
-def seconds(headers: Mapping[bytes, bytes], most: float) -> float:
+def parse_timeout(headers: Mapping[bytes, bytes], most: float) -> float:
     """X-Request-Timeout, in seconds, where it asks for less than the gateway allows."""
     told = headers.get(b"x-request-timeout")
     if told is None:

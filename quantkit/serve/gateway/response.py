@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from quantkit.serve.gateway.errors import closing, error
+from quantkit.serve.gateway.errors import format_error, get_close_headers
 from quantkit.serve.gateway.request import Message
 
 Send = Callable[[Message], Awaitable[None]]
@@ -23,7 +23,7 @@ _STREAM: Headers = (
 _TAIL = 1024  # enough for the event with the usage and the end mark
 
 
-class Reply:
+class GatewayResponse:
     """What one client has been sent."""
 
     def __init__(self, send: Send, clock: Callable[[], float], identity: Headers) -> None:
@@ -81,12 +81,14 @@ class Reply:
         self, status: int, kind: str, told: str, *, retry_after: int | None = None
     ) -> None:
         """Say that it failed: by status when nothing was sent, else as an event, and the end."""
-        content = error(status, kind, told)
+        content = format_error(status, kind, told)
         if self.finished:
             return
         if not self.begun:
             later = [(b"retry-after", str(retry_after).encode())] if retry_after is not None else []
-            closed = [(name.encode(), value.encode()) for name, value in closing(status).items()]
+            closed = [
+                (name.encode(), value.encode()) for name, value in get_close_headers(status).items()
+            ]
             await self.whole(
                 status, content, [(b"content-type", b"application/json"), *later, *closed]
             )

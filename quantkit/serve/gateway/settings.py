@@ -64,7 +64,7 @@ class Limits(BaseModel):
     )
 
 
-class Settings(BaseModel):
+class GatewaySettings(BaseModel):
     """A gateway: the engine first, then who stands in for it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,7 +73,7 @@ class Settings(BaseModel):
     limits: Limits = Limits()
 
 
-def limits_from(values: Mapping[str, str]) -> Limits:
+def parse_limits(values: Mapping[str, str]) -> Limits:
     """The defaults with these changed; UsageError names what is unknown or out of range."""
     try:
         return Limits.model_validate(dict(values))

@@ -15,7 +15,7 @@ KEEP_CONNECTION = 2.0
 
 
 @dataclass
-class State:
+class UpstreamState:
     """An upstream, and until when it is asked last."""
 
     upstream: Upstream
@@ -28,7 +28,9 @@ class Upstreams:
 
     def __init__(self, upstreams: Sequence[Upstream], limits: Limits) -> None:
         self._limits = limits
-        self.states = [State(upstream, headers=headers_of(upstream)) for upstream in upstreams]
+        self.states = [
+            UpstreamState(upstream, headers=make_headers(upstream)) for upstream in upstreams
+        ]
         self.client = httpx2.AsyncClient(
             limits=httpx2.Limits(keepalive_expiry=KEEP_CONNECTION),  # admission bounds the number
             timeout=httpx2.Timeout(limits.silence, connect=limits.connect, pool=None),
@@ -36,19 +38,19 @@ class Upstreams:
         )
         self._patient = httpx2.Timeout(limits.deadline, connect=limits.connect, pool=None)
 
-    def order(self) -> list[State]:
+    def order(self) -> list[UpstreamState]:
         """Whom to ask, first to last."""
         if len(self.states) == 1:
             return self.states
         now = time.monotonic()
         return sorted(self.states, key=lambda state: state.down_until > now)
 
-    def failed(self, state: State) -> None:
+    def failed(self, state: UpstreamState) -> None:
         """Ask this one last for a while."""
         state.down_until = time.monotonic() + self._limits.cool_down
 
     def request(
-        self, state: State, path: str, body: bytes, *, stream: bool, identity: str
+        self, state: UpstreamState, path: str, body: bytes, *, stream: bool, identity: str
     ) -> httpx2.Request:
         """A POST; without a stream silence is how an engine works, and only the deadline bounds it."""
         return self.client.build_request(
@@ -73,7 +75,7 @@ class Upstreams:
         return None
 
 
-def headers_of(upstream: Upstream) -> dict[str, str]:
+def make_headers(upstream: Upstream) -> dict[str, str]:
     """What every request to this server carries; the client's own key stays here."""
     told = {"content-type": "application/json", "accept-encoding": "identity"}
     return told | ({"authorization": f"Bearer {upstream.key}"} if upstream.key else {})

@@ -10,29 +10,29 @@ from quantkit.report.charts import Plot, Spec, chart, colour_by
 QUANTILES = ("p50", "p99")
 
 
-def charts(run: LoadTest) -> dict[str, Plot]:
+def make_charts(run: LoadTest) -> dict[str, Plot]:
     """Plots by name: title, how to read it, description."""
     made: dict[str, Plot] = {
         "throughput": (
             "Tokens per second by requests at once",
             "Where the line turns flat the server is full: more at once only wait longer.",
-            lines(throughput(run), "tokens/s", ("all answers", "each answer")),
+            make_line_chart(make_throughput_rows(run), "tokens/s", ("all answers", "each answer")),
         ),
         "ttft": (
             "Time to the first token by requests at once",
             "Queue and prompt; p99 is what one in a hundred waits.",
-            lines(quantiles(run, "ttft_ms"), "ms", QUANTILES),
+            make_line_chart(make_quantile_rows(run, "ttft_ms"), "ms", QUANTILES),
         ),
         "inter_token": (
             "Time between tokens by requests at once",
             "The mean of each answer. Some 50 ms is as fast as people read.",
-            lines(quantiles(run, "inter_token_ms"), "ms", QUANTILES),
+            make_line_chart(make_quantile_rows(run, "inter_token_ms"), "ms", QUANTILES),
         ),
     }
     return made
 
 
-def throughput(run: LoadTest) -> list[Spec]:
+def make_throughput_rows(run: LoadTest) -> list[Spec]:
     """What the server makes in all, and what one client gets."""
     rows = []
     for level in run.levels:
@@ -47,7 +47,7 @@ def throughput(run: LoadTest) -> list[Spec]:
     return rows
 
 
-def quantiles(run: LoadTest, name: str) -> list[Spec]:
+def make_quantile_rows(run: LoadTest, name: str) -> list[Spec]:
     """A row per level and quantile."""
     return [
         {
@@ -60,7 +60,7 @@ def quantiles(run: LoadTest, name: str) -> list[Spec]:
     ]
 
 
-def lines(rows: Sequence[Spec], unit: str, names: Sequence[str]) -> Spec:
+def make_line_chart(rows: Sequence[Spec], unit: str, names: Sequence[str]) -> Spec:
     """A line per name over the number of requests at once."""
     x = {
         "field": "at", "type": "quantitative", "title": "requests at once", "scale": {"type": "log", "base": 2},

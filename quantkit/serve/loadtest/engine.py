@@ -12,7 +12,7 @@ import httpx2
 from quantkit.artifact.loadtest_schema import Cache
 from quantkit.errors import QuantkitError, UsageError
 
-SECONDS = 10.0
+TIMEOUT_SECONDS = 10.0
 COUNTERS: Mapping[str, tuple[str, str]] = {
     # engine -> tokens looked up, tokens found
     "vLLM": ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"),
@@ -20,17 +20,19 @@ COUNTERS: Mapping[str, tuple[str, str]] = {
 }
 
 
-def base(url: str) -> str:
+def get_base_url(url: str) -> str:
     """The server's address without /v1; UsageError when it is none."""
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"{url}: expected http://HOST:PORT/v1; name the server's API")
     return url.rstrip("/").removesuffix("/v1")
 
 
-def served(url: str, key: str) -> list[str]:
+def list_models(url: str, key: str) -> list[str]:
     """The models that a server serves; QuantkitError when it does not answer."""
     try:
-        found = httpx2.get(f"{base(url)}/v1/models", headers=authorized(key), timeout=SECONDS)
+        found = httpx2.get(
+            f"{get_base_url(url)}/v1/models", headers=make_headers(key), timeout=TIMEOUT_SECONDS
+        )
         values: Any = found.json()
     except (httpx2.TransportError, ValueError) as fault:
         raise QuantkitError(
@@ -48,9 +50,9 @@ def served(url: str, key: str) -> list[str]:
     )
 
 
-def served_model(url: str, key: str) -> str:
+def read_served_model(url: str, key: str) -> str:
     """The one model that a server serves; QuantkitError when it does not answer, UsageError when it serves more."""
-    names = served(url, key)
+    names = list_models(url, key)
     if len(names) != 1:
         raise UsageError(
             f"{url}: expected one served model, found {', '.join(names) or 'none'}; name one with --model"
@@ -58,12 +60,12 @@ def served_model(url: str, key: str) -> str:
     return names[0]
 
 
-def check_answers(url: str, key: str, path: str, body: Mapping[str, Any], seconds: float) -> None:
+def check_endpoint(url: str, key: str, path: str, body: Mapping[str, Any], seconds: float) -> None:
     """Ask for a stream and leave at its beginning; QuantkitError with what the server says where it begins none."""
-    timeout = httpx2.Timeout(seconds, connect=SECONDS)
+    timeout = httpx2.Timeout(seconds, connect=TIMEOUT_SECONDS)
     try:
         with httpx2.stream(
-            "POST", url + path, json=dict(body), headers=authorized(key), timeout=timeout
+            "POST", url + path, json=dict(body), headers=make_headers(key), timeout=timeout
         ) as found:
             if found.status_code == 200:
                 return
@@ -74,57 +76,59 @@ def check_answers(url: str, key: str, path: str, body: Mapping[str, Any], second
         ) from None
     names = list[str]()
     with suppress(QuantkitError):
-        names = served(url, key)
+        names = list_models(url, key)
     raise QuantkitError(
-        f"{url}{path}: expected an answer, found status {found.status_code}: {said(found.text)}; ask for what it "
+        f"{url}{path}: expected an answer, found status {found.status_code}: {extract_message(found.text)}; ask for what it "
         f"serves ({', '.join(names) or 'it tells no models'})"
     )
 
 
-def said(text: str) -> str:
+def extract_message(text: str) -> str:
     """The message in a server's fault, or its beginning where it has another shape than OpenAI's."""
     with suppress(ValueError, TypeError, KeyError):
         return str(json.loads(text)["error"]["message"])[:300]
     return " ".join(text.split())[:300] or "nothing"
 
 
-def authorized(key: str) -> dict[str, str]:
+def make_headers(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"} if key else {}
 
 
 def check_metrics(url: str) -> None:
     """QuantkitError where an address that was named tells no counters."""
-    if scraped(url) is None:
+    if scrape_metrics(url) is None:
         raise QuantkitError(
             f"--metrics {url}: expected an engine's /metrics, found none; check the address"
         )
 
 
-def counters(url: str) -> Cache | None:
+def read_cache_counters(url: str) -> Cache | None:
     """The prefix cache's counters so far; None where the server tells none (or has no /metrics)."""
-    text = scraped(url)
-    return None if text is None else counted(text)
+    text = scrape_metrics(url)
+    return None if text is None else parse_cache_counters(text)
 
 
-def scraped(url: str) -> str | None:
+def scrape_metrics(url: str) -> str | None:
     """What a server's /metrics says; None where there is none."""
     try:
-        found = httpx2.get(f"{url.rstrip('/').removesuffix('/metrics')}/metrics", timeout=SECONDS)
+        found = httpx2.get(
+            f"{url.rstrip('/').removesuffix('/metrics')}/metrics", timeout=TIMEOUT_SECONDS
+        )
     except httpx2.TransportError:
         return None
     return found.text if found.status_code == 200 else None
 
 
-def counted(text: str) -> Cache | None:
+def parse_cache_counters(text: str) -> Cache | None:
     """The counters in a text of Prometheus, summed over a server's engines."""
     for asked, hits in COUNTERS.values():
-        found = {name: total(text, name) for name in (asked, hits)}
+        found = {name: sum_samples(text, name) for name in (asked, hits)}
         if found[asked] is not None:
             return Cache(asked=found[asked] or 0.0, hits=found[hits] or 0.0)
     return None
 
 
-def total(text: str, name: str) -> float | None:
+def sum_samples(text: str, name: str) -> float | None:
     """The sum of a counter's samples; None without any. A sample is NAME{LABELS} VALUE."""
     values = [
         line.rpartition(" ")[2]
@@ -137,7 +141,7 @@ def total(text: str, name: str) -> float | None:
         return None
 
 
-def during(before: Cache | None, after: Cache | None) -> Cache | None:
+def subtract_counters(before: Cache | None, after: Cache | None) -> Cache | None:
     """What happened between two readings; None when the server was started anew between them."""
     if before is None or after is None or after.asked < before.asked or after.hits < before.hits:
         return None

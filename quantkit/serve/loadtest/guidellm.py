@@ -26,7 +26,7 @@ SLACK_SECONDS = 180
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class LoadTestSetup:
     """How it asks. tokenizer: a folder or a hub id, for counting where a server tells no usage; key: "" sends none."""
 
     program: str
@@ -45,7 +45,7 @@ class Setup:
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
 
-def program(named: str) -> str:
+def find_program(named: str) -> str:
     """The program to run; UsageError when it is not there."""
     found = shutil.which(named)
     if found is None:
@@ -56,7 +56,7 @@ def program(named: str) -> str:
     return found
 
 
-def version(found: str) -> str:
+def read_version(found: str) -> str:
     """The tool's name and version."""
     told = subprocess.run(
         [found, "--version"], capture_output=True, text=True, timeout=SLACK_SECONDS, check=False
@@ -64,7 +64,9 @@ def version(found: str) -> str:
     return " ".join(told.stdout.split()) or PROGRAM
 
 
-def scenario(setup: Setup, concurrency: int, prompts: Path, results: Path) -> dict[str, Any]:
+def make_scenario(
+    setup: LoadTestSetup, concurrency: int, prompts: Path, results: Path
+) -> dict[str, Any]:
     """GuideLLM's own words (0.8) for one level."""
     body = {"temperature": 0, "ignore_eos": setup.ignore_eos}
     backend = {
@@ -92,7 +94,7 @@ def scenario(setup: Setup, concurrency: int, prompts: Path, results: Path) -> di
     return {"spec": spec}
 
 
-def request(setup: Setup, text: str) -> dict[str, Any]:
+def make_request_body(setup: LoadTestSetup, text: str) -> dict[str, Any]:
     """The body of a request as GuideLLM sends it."""
     asked = {"messages": [{"role": "user", "content": text}]} if setup.chat else {"prompt": text}
     most = "max_completion_tokens" if setup.chat else "max_tokens"
@@ -100,7 +102,7 @@ def request(setup: Setup, text: str) -> dict[str, Any]:
     return body | ({"ignore_eos": True} if setup.ignore_eos else {})
 
 
-def run(setup: Setup, concurrency: int, texts: Sequence[str], folder: Path) -> Level:
+def run_level(setup: LoadTestSetup, concurrency: int, texts: Sequence[str], folder: Path) -> Level:
     """One level. QuantkitError when the tool fails, says nothing or finds no answer."""
     prompts, results, told = (
         folder / "prompts.jsonl",
@@ -111,19 +113,19 @@ def run(setup: Setup, concurrency: int, texts: Sequence[str], folder: Path) -> L
     write_atomic(prompts, "\n".join([*rows, ""]).encode())
     results.unlink(missing_ok=True)
     write_atomic(
-        told, json.dumps(scenario(setup, concurrency, prompts, results)).encode()
+        told, json.dumps(make_scenario(setup, concurrency, prompts, results)).encode()
     )  # the key is in it
     words = [setup.program, "run", "--config", str(told), "--disable-console"]
     log = folder / "log.txt"
-    ended = within(words, setup.seconds + SLACK_SECONDS, log)
+    ended = run_process(words, setup.seconds + SLACK_SECONDS, log)
     if ended or not results.is_file():
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         said = " ".join(lines[-3:])[-400:] or "nothing"
         raise QuantkitError(f"{PROGRAM}: ended with {ended}, and said: {said}")
-    return level(read_json(results, QuantkitError), concurrency, str(results))
+    return parse_level(read_json(results, QuantkitError), concurrency, str(results))
 
 
-def within(words: Sequence[str], seconds: float, log: Path) -> int:
+def run_process(words: Sequence[str], seconds: float, log: Path) -> int:
     """Run a program and everything it starts, at most so long; its exit status."""
     with log.open("wb") as out:
         started = subprocess.Popen(
@@ -131,7 +133,7 @@ def within(words: Sequence[str], seconds: float, log: Path) -> int:
             stdout=out,
             stderr=out,
             stdin=subprocess.DEVNULL,
-            env=surroundings(),
+            env=make_environment(),
             start_new_session=True,
         )
         try:
@@ -146,12 +148,12 @@ def within(words: Sequence[str], seconds: float, log: Path) -> int:
             started.wait()
 
 
-def surroundings() -> dict[str, str]:
+def make_environment() -> dict[str, str]:
     """This process's environment; a tokenizer's folder is on disk, and nothing is looked up on the way."""
     return {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
 
 
-def level(found: Mapping[str, Any], concurrency: int, where: str) -> Level:
+def parse_level(found: Mapping[str, Any], concurrency: int, where: str) -> Level:
     """A level in quantkit's words; QuantkitError for results of another shape, or without one answer."""
     try:
         benchmark = found["benchmarks"][0]
@@ -167,9 +169,9 @@ def level(found: Mapping[str, Any], concurrency: int, where: str) -> Level:
             answered=counts["successful"],
             errored=counts["errored"],
             unfinished=counts["incomplete"],
-            ttft_ms=spread(metrics, "time_to_first_token_ms"),
-            inter_token_ms=spread(metrics, "inter_token_latency_ms"),
-            latency_ms=spread(metrics, "request_latency", 1000.0),
+            ttft_ms=parse_spread(metrics, "time_to_first_token_ms"),
+            inter_token_ms=parse_spread(metrics, "inter_token_latency_ms"),
+            latency_ms=parse_spread(metrics, "request_latency", 1000.0),
             requests_per_second=counts["successful"] / benchmark["duration"],
             output_tokens_per_second=metrics["output_token_count"]["successful"]["total_sum"]
             / benchmark["duration"],
@@ -182,7 +184,7 @@ def level(found: Mapping[str, Any], concurrency: int, where: str) -> Level:
         ) from None
 
 
-def spread(metrics: Mapping[str, Any], name: str, factor: float = 1.0) -> Spread:
+def parse_spread(metrics: Mapping[str, Any], name: str, factor: float = 1.0) -> Spread:
     """Mean and quantiles of the answered requests, times `factor`."""
     found = metrics[name]["successful"]
     quantiles = found["percentiles"]

@@ -6,22 +6,22 @@ from quantkit.artifact.loadtest_schema import LoadTest
 from quantkit.report import html
 from quantkit.report.html import Tile
 from quantkit.serve.loadtest import tables
-from quantkit.serve.loadtest.charts import charts
+from quantkit.serve.loadtest.charts import make_charts
 
 
-def render(run: LoadTest) -> str:
+def render_page(run: LoadTest) -> str:
     """The whole page."""
     environment = html.environment(autoescape=True)
     environment.filters["tone"] = lambda text: "open"
     return environment.get_template("loadtest.html.j2").render(
         run=run,
-        tiles=tiles(run),
-        levels=tables.levels(run),
-        **html.drawn(environment, charts(run), ("fidelity.css",)),
+        tiles=make_tiles(run),
+        levels=tables.make_level_table(run),
+        **html.drawn(environment, make_charts(run), ("fidelity.css",)),
     )
 
 
-def tiles(run: LoadTest) -> list[Tile]:
+def make_tiles(run: LoadTest) -> list[Tile]:
     """The figures that a reader wants first."""
     best = max(run.levels, key=lambda level: level.output_tokens_per_second)
     first = min(run.levels, key=lambda level: level.concurrency)
@@ -33,14 +33,14 @@ def tiles(run: LoadTest) -> list[Tile]:
         ),
         Tile(
             label="First token",
-            value=tables.milliseconds(first.ttft_ms.p50),
+            value=tables.format_milliseconds(first.ttft_ms.p50),
             note=f"p50 at {first.concurrency} at once; p99 at {best.concurrency}: "
-            + tables.milliseconds(best.ttft_ms.p99),
+            + tables.format_milliseconds(best.ttft_ms.p99),
         ),
         Tile(
             label="Between tokens",
-            value=tables.milliseconds(first.inter_token_ms.p50),
+            value=tables.format_milliseconds(first.inter_token_ms.p50),
             note=f"p50 at {first.concurrency} at once; p99 at {best.concurrency}: "
-            + tables.milliseconds(best.inter_token_ms.p99),
+            + tables.format_milliseconds(best.inter_token_ms.p99),
         ),
     ]

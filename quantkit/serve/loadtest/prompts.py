@@ -50,14 +50,14 @@ def read_prompts(name: str) -> Prompts:
     texts = (
         lines
         if path.suffix == ".txt"
-        else [text_of(line, f"{path}:{n + 1}") for n, line in enumerate(lines)]
+        else [parse_prompt(line, f"{path}:{n + 1}") for n, line in enumerate(lines)]
     )
     if not texts:
         raise UsageError(f"{path}: expected prompts, found none; add a line")
     return Prompts(name=name, texts=tuple(texts), sha256=hashlib.sha256(content).hexdigest())
 
 
-def text_of(line: str, where: str) -> str:
+def parse_prompt(line: str, where: str) -> str:
     """The prompt in a line of JSON."""
     values = parse_json(line.encode(), where, UsageError)
     found = next((values[key] for key in KEYS if isinstance(values.get(key), str)), None)

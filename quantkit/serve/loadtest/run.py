@@ -14,13 +14,13 @@ from quantkit.artifact.loadtest_schema import Level, LoadTest
 from quantkit.serve.loadtest import engine, guidellm
 from quantkit.serve.loadtest.prompts import Prompts
 
-WARM_REQUESTS = 4
-PER_LEVEL = 4
+WARMUP_REQUESTS = 4
+REQUESTS_PER_CLIENT = 4
 """At least so many requests per place: fewer would measure the start and the end of a level."""
 
 
-def load_test(
-    setup: guidellm.Setup,
+def run_load_test(
+    setup: guidellm.LoadTestSetup,
     prompts: Prompts,
     concurrencies: Sequence[int],
     metrics: str,
@@ -29,30 +29,36 @@ def load_test(
     """Ask at each level. `metrics`: where the engine tells its counters."""
     started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     levels: list[Level] = []
-    engine.check_answers(
-        setup.url, setup.key, setup.path, guidellm.request(setup, prompts.texts[0]), setup.seconds
+    engine.check_endpoint(
+        setup.url,
+        setup.key,
+        setup.path,
+        guidellm.make_request_body(setup, prompts.texts[0]),
+        setup.seconds,
     )
     with tempfile.TemporaryDirectory(prefix="quantkit-loadtest-") as made:
         folder = Path(made)
         tell("warming up")
-        guidellm.run(replace(setup, requests=WARM_REQUESTS), 1, prompts.rows(WARM_REQUESTS), folder)
+        guidellm.run_level(
+            replace(setup, requests=WARMUP_REQUESTS), 1, prompts.rows(WARMUP_REQUESTS), folder
+        )
         for concurrency in concurrencies:
-            requests = max(setup.requests, PER_LEVEL * concurrency)
-            before = engine.counters(metrics)
+            requests = max(setup.requests, REQUESTS_PER_CLIENT * concurrency)
+            before = engine.read_cache_counters(metrics)
             # what guidellm has no rows for it does not ask; some more, because it reads ahead
-            found = guidellm.run(
+            found = guidellm.run_level(
                 replace(setup, requests=requests),
                 concurrency,
                 prompts.rows(requests + 2 * concurrency),
                 folder,
             )
-            cache = engine.during(before, engine.counters(metrics))
+            cache = engine.subtract_counters(before, engine.read_cache_counters(metrics))
             levels.append(found.model_copy(update={"cache": cache}))
             tell(
                 f"{concurrency} at once: {found.output_tokens_per_second:,.1f} tokens/s, {found.answered} answered"
             )
     return LoadTest(
-        tool=guidellm.version(setup.program),
+        tool=guidellm.read_version(setup.program),
         model=setup.model,
         api="chat" if setup.chat else "completions",
         data=prompts.name,
@@ -61,11 +67,11 @@ def load_test(
         max_tokens=setup.max_tokens,
         ignore_eos=setup.ignore_eos,
         started=started,
-        machine=machine(),
+        machine=describe_machine(),
         levels=tuple(levels),
     )
 
 
-def machine() -> str:
+def describe_machine() -> str:
     """The side that asked, in words: cores and kind of processor; no name of a host."""
     return f"{os.cpu_count()} cores, {platform.machine()}"

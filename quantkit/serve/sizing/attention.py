@@ -11,7 +11,7 @@ from quantkit.serve.sizing.model import Attention
 ABSENT_WINDOW: Mapping[str, int] = {"mistral": 4096}
 """The sliding window of families for which transformers assumes one where config.json has no such key."""
 
-KEPT = {
+WINDOW_KEYS = {
     "full_attention": None,
     "sliding_attention": "sliding_window",
     "chunked_attention": "attention_chunk_size",
@@ -19,10 +19,14 @@ KEPT = {
 """Kinds of layers in `layer_types`, and the key with the tokens they keep."""
 
 
-def attentions(config: Config) -> tuple[Attention, ...]:
+def read_attention(config: Config) -> tuple[Attention, ...]:
     """Attention of each decoder layer. CheckpointError for a kind of layer whose memory is not known here."""
-    count = positive(config, "num_hidden_layers")
-    base = latent(config) if config.has("kv_lora_rank") else grouped(config)
+    count = read_positive(config, "num_hidden_layers")
+    base = (
+        read_latent_attention(config)
+        if config.has("kv_lora_rank")
+        else read_grouped_attention(config)
+    )
     return tuple(
         Attention(
             kind=base.kind,
@@ -33,16 +37,16 @@ def attentions(config: Config) -> tuple[Attention, ...]:
             v_width=base.v_width,
             window=window,
         )
-        for window in windows(config, count)
+        for window in read_windows(config, count)
     )
 
 
-def latent(config: Config) -> Attention:
+def read_latent_attention(config: Config) -> Attention:
     """Multi-head latent attention: one compressed vector and one rotary key per token, whatever the heads."""
     rank, rope = config.integer("kv_lora_rank"), config.integer("qk_rope_head_dim")
     return Attention(
         kind="latent",
-        heads=positive(config, "num_attention_heads"),
+        heads=read_positive(config, "num_attention_heads"),
         kv_heads=1,
         elements=rank + rope,
         qk_width=config.integer("qk_nope_head_dim") + rope,
@@ -50,10 +54,10 @@ def latent(config: Config) -> Attention:
     )
 
 
-def grouped(config: Config) -> Attention:
+def read_grouped_attention(config: Config) -> Attention:
     """Multi-head, grouped-query or multi-query attention: a key and a value per key/value head."""
-    heads = positive(config, "num_attention_heads")
-    kv_heads = positive(config, "num_key_value_heads", heads)
+    heads = read_positive(config, "num_attention_heads")
+    kv_heads = read_positive(config, "num_key_value_heads", heads)
     width = config.integer("head_dim", config.integer("hidden_size") // heads)
     return Attention(
         kind="grouped",
@@ -65,7 +69,7 @@ def grouped(config: Config) -> Attention:
     )
 
 
-def positive(config: Config, key: str, default: int | None = None) -> int:
+def read_positive(config: Config, key: str, default: int | None = None) -> int:
     """An integer of at least 1; CheckpointError for anything else."""
     found = config.integer(key, default)
     if found < 1:
@@ -75,12 +79,12 @@ def positive(config: Config, key: str, default: int | None = None) -> int:
     return found
 
 
-def windows(config: Config, count: int) -> list[int | None]:
+def read_windows(config: Config, count: int) -> list[int | None]:
     """The sliding window of each of `count` layers; None where a layer sees everything."""
     types = config.values.get("layer_types")
     if isinstance(types, list):
-        return from_types(config, types, count)
-    window, family = window_of(config), config.text("model_type")
+        return read_layer_types(config, types, count)
+    window, family = find_window(config), config.text("model_type")
     if window is None:
         return [None] * count
     if family in ("qwen2", "qwen3"):
@@ -95,7 +99,7 @@ def windows(config: Config, count: int) -> list[int | None]:
     return [window] * count
 
 
-def window_of(config: Config) -> int | None:
+def find_window(config: Config) -> int | None:
     """The tokens a sliding layer keeps; None where the config has no such layers."""
     family = config.text("model_type")
     if family.startswith("qwen") and not config.flag("use_sliding_window"):
@@ -105,16 +109,16 @@ def window_of(config: Config) -> int | None:
     return config.integer("sliding_window") if config.has("sliding_window") else None
 
 
-def from_types(config: Config, types: list[object], count: int) -> list[int | None]:
+def read_layer_types(config: Config, types: list[object], count: int) -> list[int | None]:
     """Windows by `layer_types`, which newer configs write out."""
     if len(types) != count:
         raise CheckpointError(
             f"{config.where}: layer_types: expected {count} entries, found {len(types)}; repair config.json"
         )
-    unknown = next((kind for kind in types if kind not in KEPT), None)
+    unknown = next((kind for kind in types if kind not in WINDOW_KEYS), None)
     if unknown is not None:
         raise CheckpointError(
             f"{config.where}: layer_types: the memory of {unknown!r} layers is not known here, only that of "
-            f"{', '.join(KEPT)}; size this model with its engine"
+            f"{', '.join(WINDOW_KEYS)}; size this model with its engine"
         )
-    return [config.integer(key) if (key := KEPT[str(kind)]) else None for kind in types]
+    return [config.integer(key) if (key := WINDOW_KEYS[str(kind)]) else None for kind in types]

@@ -11,14 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quantkit.serve.sizing.fit import Fit
-from quantkit.serve.sizing.memory_fraction import Server, left_for_steps
-from quantkit.serve.sizing.model import Mixture, Model
+from quantkit.serve.sizing.memory_fraction import GpuEngine, compute_step_memory
+from quantkit.serve.sizing.model import Model, MoeConfig
 
 RUNTIME_BYTES = 2_000_000_000
 """Taken off what is left for the CUDA context, communication buffers and CUDA graphs: assumed, not measured."""
 
-RESERVE = 0.2  # share of what is free that advice leaves alone, for fragmentation
-STEP = 256  # tokens: what advice is rounded down to
+RESERVE_FRACTION = 0.2  # share of what is free that advice leaves alone, for fragmentation
+TOKEN_MULTIPLE = 256  # tokens: what advice is rounded down to
 LOGIT_BYTES = 4  # float32, of each request's last token
 
 
@@ -45,27 +45,27 @@ class MaxBatchedTokens:
     left: int
 
 
-def advice(fit: Fit, server: Server) -> MaxBatchedTokens | None:
+def compute_max_batched_tokens(fit: Fit, server: GpuEngine) -> MaxBatchedTokens | None:
     """How many tokens a step of an engine may hold on the cards a mixture was placed on; None for dense models and no
     placement."""
-    placement, model = fit.placement, fit.needs.model
+    placement, model = fit.placement, fit.memory.model
     if placement is None or model.mixture is None:
         return None
-    free = left_for_steps(fit, placement, server)
-    logits = fit.needs.users * model.vocabulary * LOGIT_BYTES
-    reserve = round(RESERVE * free)
+    free = compute_step_memory(fit, placement, server)
+    logits = fit.memory.users * model.vocabulary * LOGIT_BYTES
+    reserve = round(RESERVE_FRACTION * free)
     room = free - RUNTIME_BYTES - reserve - logits
     ranks = placement.tp
-    other = plain_bytes(model, ranks)
-    routed = routed_bytes(model, model.mixture, ranks)
+    other = compute_layer_bytes(model, ranks)
+    routed = compute_expert_bytes(model, model.mixture, ranks)
     local = -(-model.mixture.count // ranks)
     arriving = min(model.mixture.top_k, local)
-    worst = other + copies_bytes(
+    worst = other + compute_copy_bytes(
         model, model.mixture.intermediate, arriving * ranks
     )  # every rank's tokens meet here
-    even = other + copies_bytes(model, model.mixture.intermediate, model.mixture.top_k)
-    most = fit.needs.users * fit.needs.context
-    safe = tokens(room, other + routed, most)
+    even = other + compute_copy_bytes(model, model.mixture.intermediate, model.mixture.top_k)
+    most = fit.memory.users * fit.memory.context
+    safe = count_tokens_that_fit(room, other + routed, most)
     used = safe * (other + routed)
     return MaxBatchedTokens(
         free_bytes=free,
@@ -75,34 +75,34 @@ def advice(fit: Fit, server: Server) -> MaxBatchedTokens | None:
         per_token=other + routed,
         routed_per_token=routed,
         safe=safe,
-        worst=tokens(room, worst, most),
-        even=tokens(room, even, most),
+        worst=count_tokens_that_fit(room, worst, most),
+        even=count_tokens_that_fit(room, even, most),
         used=used,
         left=free - RUNTIME_BYTES - logits - used,
     )
 
 
-def tokens(room: int, per_token: int, most: int) -> int:
+def count_tokens_that_fit(room: int, per_token: int, most: int) -> int:
     """Tokens that fit, in whole steps, of `most` that there can be."""
-    return min(most, max(0, room // per_token // STEP * STEP))
+    return min(most, max(0, room // per_token // TOKEN_MULTIPLE * TOKEN_MULTIPLE))
 
 
-def routed_bytes(model: Model, mixture: Mixture, tp: int) -> int:
+def compute_expert_bytes(model: Model, mixture: MoeConfig, tp: int) -> int:
     """Copies of one token for its experts on one of `tp` ranks: as vLLM's Marlin experts lay them out.
 
     workspace13 [tokens x top_k, max(2 N, K)] and workspace2 [tokens x top_k, max(N, K)] with N = intermediate / tp and
     K = hidden (vLLM 0.32, model_executor/layers/fused_moe/experts/marlin_moe.py: MarlinExperts.workspace_shapes).
     """
-    return copies_bytes(model, -(-mixture.intermediate // tp), mixture.top_k)
+    return compute_copy_bytes(model, -(-mixture.intermediate // tp), mixture.top_k)
 
 
-def copies_bytes(model: Model, width: int, copies: int) -> int:
+def compute_copy_bytes(model: Model, width: int, copies: int) -> int:
     """`copies` of one token's vectors before and after experts of this width, and its sum."""
     each = max(2 * width, model.hidden) + max(width, model.hidden)
     return (copies * each + model.hidden) * model.activation_bytes
 
 
-def plain_bytes(model: Model, tp: int) -> int:
+def compute_layer_bytes(model: Model, tp: int) -> int:
     """Everything else that is alive for one token at the widest moment of a layer: residual and normed vectors, and
     queries, keys and values or the dense MLP, whichever is wider."""
     attention = model.layers[0].attention

@@ -12,13 +12,13 @@ from quantkit.artifact.read_report import read_sealed
 from quantkit.report import format_numbers
 from quantkit.report.tables import Table
 from quantkit.serve.sizing.fit import Fit
-from quantkit.serve.sizing.memory import told_users
-from quantkit.serve.sizing.roofline import Bounds, active_bytes
-from quantkit.serve.sizing.tables import BOUND, rate, told_asked
+from quantkit.serve.sizing.memory import format_users
+from quantkit.serve.sizing.roofline import Bounds, count_active_bytes
+from quantkit.serve.sizing.tables import BOUND_NOTE, format_column_note, format_rate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
+class ComparedModel:
     """One of the models that are compared."""
 
     name: str
@@ -27,24 +27,24 @@ class Side:
     fidelity: Fidelity | None  # None: no report lies beside it
 
 
-def report_of(target: str) -> Fidelity | None:
+def find_report(target: str) -> Fidelity | None:
     """The fidelity report of an artifact; None for what has none. ArtifactError for a damaged one."""
     folder = Path(target)
     return read_sealed(folder)[0] if (folder / MANIFEST).is_file() else None
 
 
-def sizes(sides: Sequence[Side]) -> Table:
+def make_size_table(sides: Sequence[ComparedModel]) -> Table:
     """What each is and takes."""
     rows = []
     for side in sides:
-        needs = side.fit.needs
+        needs = side.fit.memory
         rows.append((
             side.name,
             needs.model.scheme,
             format_numbers.parameters(needs.model.weights.parameters),
             format_numbers.size(needs.weights_bytes),
-            f"{needs.weights_bytes / sides[0].fit.needs.weights_bytes:.3f}",
-            format_numbers.size(round(active_bytes(needs.model))),
+            f"{needs.weights_bytes / sides[0].fit.memory.weights_bytes:.3f}",
+            format_numbers.size(round(count_active_bytes(needs.model))),
             format_numbers.size(needs.kv_bytes),
             format_numbers.size(needs.total_bytes),
         ))
@@ -58,13 +58,13 @@ def sizes(sides: Sequence[Side]) -> Table:
         ">KV cache",
         ">in all",
     )
-    first = sides[0].fit.needs
-    note = f"{told_users(first.users)} at up to {first.context:,} tokens, margin {100 * first.margin:g} %; "
+    first = sides[0].fit.memory
+    note = f"{format_users(first.users)} at up to {first.context:,} tokens, margin {100 * first.margin:g} %; "
     note += "per token: weights that one token alone reads."
     return Table(title="Sizes", columns=columns, rows=tuple(rows), note=note)
 
 
-def speeds(sides: Sequence[Side]) -> Table:
+def make_speed_table(sides: Sequence[ComparedModel]) -> Table:
     """Cards of one kind that each takes, and bounds on them."""
     rows = []
     for side in sides:
@@ -74,13 +74,19 @@ def speeds(sides: Sequence[Side]) -> Table:
             continue
         split = f"TP{placement.tp}" + (f" x PP{placement.pp}" if placement.pp > 1 else "")
         told = (
-            str(placement.cards),
+            str(placement.gpus),
             split,
             format_numbers.count(side.fit.max_context),
             format_numbers.count(side.fit.max_users),
         )
-        rows.append((side.name, *told, rate(made.one), rate(made.all), rate(made.prefill)))
-    note = BOUND + told_asked(sides[0].fit.needs)
+        rows.append((
+            side.name,
+            *told,
+            format_rate(made.one),
+            format_rate(made.all),
+            format_rate(made.prefill),
+        ))
+    note = BOUND_NOTE + format_column_note(sides[0].fit.memory)
     columns = (
         "model",
         ">cards",
@@ -91,12 +97,10 @@ def speeds(sides: Sequence[Side]) -> Table:
         ">all t/s",
         ">prefill t/s",
     )
-    return Table(
-        title=f"On {sides[0].fit.card.short}", columns=columns, rows=tuple(rows), note=note
-    )
+    return Table(title=f"On {sides[0].fit.gpu.short}", columns=columns, rows=tuple(rows), note=note)
 
 
-def fidelity(sides: Sequence[Side]) -> Table | None:
+def make_fidelity_table(sides: Sequence[ComparedModel]) -> Table | None:
     """Figures of the reports; None where nobody has one."""
     told = [side for side in sides if side.fidelity]
     if not told:

@@ -14,8 +14,8 @@ from quantkit.serve.sizing.gpus import Gpu
 from quantkit.serve.sizing.memory import MemoryEstimate
 from quantkit.serve.sizing.model import KV_BYTES, Attention, KvDtype, Model
 
-MOST_NODES = 16  # beyond these nobody serves one copy of a model
-MOST_USERS = 1_000_000
+MAX_NODES = 16  # beyond these nobody serves one copy of a model
+MAX_USERS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,7 @@ class Placement:
     kv_bytes: int
 
     @property
-    def cards(self) -> int:
+    def gpus(self) -> int:
         return self.tp * self.pp
 
 
@@ -50,8 +50,8 @@ class Fit:
     asked users, max_users at the asked context, both on the placement's cards; one_card_context on a single card.
     """
 
-    needs: MemoryEstimate
-    card: Gpu
+    memory: MemoryEstimate
+    gpu: Gpu
     least_cards: int
     degrees: tuple[ParallelConfig, ...]
     placement: Placement | None
@@ -62,7 +62,7 @@ class Fit:
     @property
     def one_card(self) -> bool:
         """Whether a single card is enough."""
-        return self.placement is not None and self.placement.cards == 1
+        return self.placement is not None and self.placement.gpus == 1
 
     @property
     def allowed(self) -> tuple[int, ...]:
@@ -70,26 +70,29 @@ class Fit:
         return tuple(degree.tp for degree in self.degrees if degree.fault is None)
 
 
-def fits(needs: MemoryEstimate, card: Gpu) -> Fit:
+def fit_model(needs: MemoryEstimate, card: Gpu) -> Fit:
     """The fewest cards that hold the model with its cache and margin, and what they leave room for."""
     degrees = tuple(
-        ParallelConfig(tp=tp, fault=degree_fault(needs.model, tp)) for tp in asked_degrees(card)
+        ParallelConfig(tp=tp, fault=find_tensor_parallel_fault(needs.model, tp))
+        for tp in list_tensor_parallel_sizes(card)
     )
     least = ceil(needs.total_bytes / card.memory_bytes)
-    placement = smallest(needs, card, [degree.tp for degree in degrees if degree.fault is None])
+    placement = find_placement(
+        needs, card, [degree.tp for degree in degrees if degree.fault is None]
+    )
     return Fit(
-        needs=needs,
-        card=card,
+        memory=needs,
+        gpu=card,
         least_cards=least,
         degrees=degrees,
         placement=placement,
-        one_card_context=alone(needs, card),
-        max_context=max_context(needs, card, placement) if placement else None,
-        max_users=max_users(needs, card, placement) if placement else None,
+        one_card_context=compute_single_gpu_context(needs, card),
+        max_context=compute_max_context(needs, card, placement) if placement else None,
+        max_users=compute_max_users(needs, card, placement) if placement else None,
     )
 
 
-def asked_degrees(card: Gpu) -> list[int]:
+def list_tensor_parallel_sizes(card: Gpu) -> list[int]:
     """The degrees worth asking for: all within a node, and two nodes."""
     return list(
         dict.fromkeys([
@@ -99,7 +102,7 @@ def asked_degrees(card: Gpu) -> list[int]:
     )
 
 
-def degree_fault(model: Model, tp: int) -> str | None:
+def find_tensor_parallel_fault(model: Model, tp: int) -> str | None:
     """Why engines refuse to cut this model into `tp` parts; None when they accept it."""
     if tp == 1:
         return None  # nothing is cut, and blocks at an edge may be smaller
@@ -112,7 +115,7 @@ def degree_fault(model: Model, tp: int) -> str | None:
 # ----------------------------------------------------------------------------------------------------- bytes per card
 
 
-def stages(model: Model, pp: int) -> Iterator[range]:
+def iterate_stages(model: Model, pp: int) -> Iterator[range]:
     """The layers of each pipeline stage: equal shares, the rest from the last but one stage backwards, as vLLM."""
     share, rest = divmod(len(model.layers), pp)
     start = 0
@@ -122,10 +125,10 @@ def stages(model: Model, pp: int) -> Iterator[range]:
         start += share + extra
 
 
-def weights_per_card(needs: MemoryEstimate, tp: int, pp: int) -> list[float]:
+def compute_weights_per_gpu(needs: MemoryEstimate, tp: int, pp: int) -> list[float]:
     """Bytes of weights on each card of a stage, stage by stage; the MTP block lies on the last."""
     model, found = needs.model, list[float]()
-    for number, layers in enumerate(stages(model, pp)):
+    for number, layers in enumerate(iterate_stages(model, pp)):
         held = sum(
             model.layers[n].dense.per_rank(tp) + model.layers[n].routed.per_rank(tp) for n in layers
         )
@@ -138,52 +141,61 @@ def weights_per_card(needs: MemoryEstimate, tp: int, pp: int) -> list[float]:
     return found
 
 
-def kv_shards(attention: Attention, tp: int) -> int:
+def count_kv_shards(attention: Attention, tp: int) -> int:
     """Parts into which `tp` ranks cut the cache of a layer."""
     return min(tp, attention.kv_heads) if attention.kind == "grouped" else 1
 
 
-def kv_per_card(model: Model, context: int, kv: KvDtype, tp: int, pp: int) -> list[float]:
+def compute_kv_per_gpu(model: Model, context: int, kv: KvDtype, tp: int, pp: int) -> list[float]:
     """Bytes of one request's cache on each card of a stage, stage by stage."""
     per_layer = [
         layer.attention.elements
         * layer.attention.kept(context)
         * KV_BYTES[kv]
-        / kv_shards(layer.attention, tp)
+        / count_kv_shards(layer.attention, tp)
         for layer in model.layers
     ]
-    return [sum(per_layer[n] for n in layers) for layers in stages(model, pp)]
+    return [sum(per_layer[n] for n in layers) for layers in iterate_stages(model, pp)]
 
 
-def fullest(
+def compute_fullest_gpu(
     needs: MemoryEstimate, tp: int, pp: int, context: int, users: int
 ) -> tuple[float, float]:
     """Weights and cache on the fullest card."""
-    weights = weights_per_card(needs, tp, pp)
-    cache = [users * n_bytes for n_bytes in kv_per_card(needs.model, context, needs.kv, tp, pp)]
+    weights = compute_weights_per_gpu(needs, tp, pp)
+    cache = [
+        users * n_bytes for n_bytes in compute_kv_per_gpu(needs.model, context, needs.kv, tp, pp)
+    ]
     return max(zip(weights, cache, strict=True), key=sum)
 
 
-def fits_on(needs: MemoryEstimate, card: Gpu, tp: int, pp: int, context: int, users: int) -> bool:
+def is_placeable(
+    needs: MemoryEstimate, card: Gpu, tp: int, pp: int, context: int, users: int
+) -> bool:
     """Whether the fullest card holds its share with the margin."""
-    return sum(fullest(needs, tp, pp, context, users)) * (1 + needs.margin) <= card.memory_bytes
+    return (
+        sum(compute_fullest_gpu(needs, tp, pp, context, users)) * (1 + needs.margin)
+        <= card.memory_bytes
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- the search
 
 
-def smallest(needs: MemoryEstimate, card: Gpu, allowed: Sequence[int]) -> Placement | None:
+def find_placement(needs: MemoryEstimate, card: Gpu, allowed: Sequence[int]) -> Placement | None:
     """The first of `candidates` that does."""
-    for tp, pp, nodes in candidates(card, allowed, len(needs.model.layers)):
-        if fits_on(needs, card, tp, pp, needs.context, needs.users):
-            weights, cache = fullest(needs, tp, pp, needs.context, needs.users)
+    for tp, pp, nodes in iterate_candidates(card, allowed, len(needs.model.layers)):
+        if is_placeable(needs, card, tp, pp, needs.context, needs.users):
+            weights, cache = compute_fullest_gpu(needs, tp, pp, needs.context, needs.users)
             return Placement(
                 tp=tp, pp=pp, nodes=nodes, weights_bytes=round(weights), kv_bytes=round(cache)
             )
     return None
 
 
-def candidates(card: Gpu, allowed: Sequence[int], layers: int) -> Iterator[tuple[int, int, int]]:
+def iterate_candidates(
+    card: Gpu, allowed: Sequence[int], layers: int
+) -> Iterator[tuple[int, int, int]]:
     """(tp, pp, nodes) from few cards to many: tensor parallelism in one node, then with stages, then whole nodes.
 
     Stages take a node, or a half or quarter of it: nobody buys seven of eight cards, and few stages answer sooner.
@@ -198,14 +210,14 @@ def candidates(card: Gpu, allowed: Sequence[int], layers: int) -> Iterator[tuple
     if card.link.kind == "none":
         return  # a machine by itself
     widest = max(tp for tp in inside if card.per_node % tp == 0)
-    for nodes in range(2, MOST_NODES + 1):
+    for nodes in range(2, MAX_NODES + 1):
         pp = nodes * card.per_node // widest
         if pp <= layers:
             yield widest, pp, nodes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NoFit:
+class TensorParallelShortfall:
     """Why a node is not filled by tensor parallelism alone: bytes that it misses on each card, and what would fit."""
 
     tp: int
@@ -215,41 +227,45 @@ class NoFit:
     latent: bool  # whether each rank holds the whole cache
 
 
-def missed(fit: Fit) -> NoFit | None:
+def find_shortfall(fit: Fit) -> TensorParallelShortfall | None:
     """What tensor parallelism over a whole node misses where stages were taken; None where nothing mends that."""
-    needs, card, tp = fit.needs, fit.card, fit.card.per_node
+    needs, card, tp = fit.memory, fit.gpu, fit.gpu.per_node
     if fit.placement is None or fit.placement.pp == 1 or tp not in fit.allowed:
         return None
-    taken = sum(fullest(needs, tp, 1, needs.context, needs.users)) * (1 + needs.margin)
-    users = _most(needs.users, lambda n: fits_on(needs, card, tp, 1, needs.context, n))
-    fp8 = fits_on(replace(needs, kv="fp8"), card, tp, 1, needs.context, needs.users)
+    taken = sum(compute_fullest_gpu(needs, tp, 1, needs.context, needs.users)) * (1 + needs.margin)
+    users = find_largest(needs.users, lambda n: is_placeable(needs, card, tp, 1, needs.context, n))
+    fp8 = is_placeable(replace(needs, kv="fp8"), card, tp, 1, needs.context, needs.users)
     if not fp8 and not users:
         return None
     latent = needs.model.layers[0].attention.kind == "latent"
-    return NoFit(
+    return TensorParallelShortfall(
         tp=tp, n_bytes=round(taken - card.memory_bytes), fp8=fp8, users=users, latent=latent
     )
 
 
-def max_context(needs: MemoryEstimate, card: Gpu, placement: Placement) -> int:
+def compute_max_context(needs: MemoryEstimate, card: Gpu, placement: Placement) -> int:
     """The longest context of every user that still fits, at most what the model allows."""
-    limit = needs.model.longest or 2**24
-    return _most(limit, lambda n: fits_on(needs, card, placement.tp, placement.pp, n, needs.users))
-
-
-def alone(needs: MemoryEstimate, card: Gpu) -> int:
-    """The longest context of every user on a single card; 0 where it does not hold the weights."""
-    return _most(needs.model.longest or 2**24, lambda n: fits_on(needs, card, 1, 1, n, needs.users))
-
-
-def max_users(needs: MemoryEstimate, card: Gpu, placement: Placement) -> int:
-    """The most requests of the asked context at a time."""
-    return _most(
-        MOST_USERS, lambda n: fits_on(needs, card, placement.tp, placement.pp, needs.context, n)
+    limit = needs.model.max_context or 2**24
+    return find_largest(
+        limit, lambda n: is_placeable(needs, card, placement.tp, placement.pp, n, needs.users)
     )
 
 
-def _most(limit: int, holds: Callable[[int], bool]) -> int:
+def compute_single_gpu_context(needs: MemoryEstimate, card: Gpu) -> int:
+    """The longest context of every user on a single card; 0 where it does not hold the weights."""
+    return find_largest(
+        needs.model.max_context or 2**24, lambda n: is_placeable(needs, card, 1, 1, n, needs.users)
+    )
+
+
+def compute_max_users(needs: MemoryEstimate, card: Gpu, placement: Placement) -> int:
+    """The most requests of the asked context at a time."""
+    return find_largest(
+        MAX_USERS, lambda n: is_placeable(needs, card, placement.tp, placement.pp, needs.context, n)
+    )
+
+
+def find_largest(limit: int, holds: Callable[[int], bool]) -> int:
     """The largest number up to `limit` for which `holds`, which is true of all smaller ones; 0 when of none."""
     low, high = 0, limit
     while low < high:

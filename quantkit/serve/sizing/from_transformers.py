@@ -23,25 +23,25 @@ from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.io.files import refused_config
-from quantkit.serve.sizing.attention import attentions
+from quantkit.serve.sizing.attention import read_attention
 from quantkit.serve.sizing.model import (
     Attention,
     Layer,
-    Mixture,
     Model,
+    MoeConfig,
     ReadFrom,
     ShardingConstraint,
     Weights,
 )
 
 BLOCK = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
-APART = re.compile(r"vision|visual|audio|image|speech")
+OTHER_MODALITY = re.compile(r"vision|visual|audio|image|speech")
 EXPERTS = re.compile(r"\bexperts\b")
 KEYS_VALUES = re.compile(r"\b(?:k_proj|v_proj|key|value|k_lin|v_lin)\.weight$")
 FUSED = re.compile(r"\b(?:qkv_proj|query_key_value|c_attn|Wqkv|qkv|att_proj|in_proj)\.weight$")
 EMBEDDING = re.compile(r"\b(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\b")
 
-MOST_LAYERS = 10_000  # no model has more; transformers would make modules for hours
+MAX_LAYERS = 10_000  # no model has more; transformers would make modules for hours
 
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
@@ -55,10 +55,10 @@ KEYS = (
 )  # fmt: skip
 """What transformers calls alike in all families, whatever their config.json does."""
 
-Place = int | str  # a layer, "embedding", "head" or "outside"; routed experts apart
+Component = int | str  # a layer, "embedding", "head" or "outside"; routed experts apart
 
 
-def stranger(
+def size_with_transformers(
     config: Config,
     name: str,
     read_from: ReadFrom,
@@ -69,25 +69,32 @@ def stranger(
 
     Raises UsageError for a model type that transformers does not know, CheckpointError for what cannot be sized.
     """
-    known, model = built(config)
+    known, model = make_meta_model(config)
     parameters = {label: p.shape for label, p in model.named_parameters()}
-    plain = Config(values={"model_type": known.model_type, **values_of(known)}, where=config.where)
+    plain = Config(
+        values={"model_type": known.model_type, **read_config_values(known)}, where=config.where
+    )
     if not plain.has("num_attention_heads"):
         raise CheckpointError(
             f"{config.where}: num_attention_heads: expected a model with attention, whose cache is known here, found "
             f"{known.model_type}, which has none; size this model with its engine"
         )
-    kinds = tuple(as_built(plain, kind, n, parameters) for n, kind in enumerate(attentions(plain)))
+    kinds = tuple(
+        measure_attention(plain, kind, n, parameters)
+        for n, kind in enumerate(read_attention(plain))
+    )
     if specs is None:
-        scheme += " (the language model alone)" if any(map(APART.search, config.values)) else ""
+        scheme += (
+            " (the language model alone)" if any(map(OTHER_MODALITY.search, config.values)) else ""
+        )
         stored = [
             TensorSpec(name=label, dtype="BF16", shape=tuple(shape))
             for label, shape in parameters.items()
         ]
     else:
         stored = list(specs)
-    sums = summed(parameters, stored, len(kinds))
-    mixture = mixture_of(known, sum((count, True) in sums for count in range(len(kinds))))
+    sums = sum_weights(parameters, stored, len(kinds))
+    mixture = read_moe_config(known, sum((count, True) in sums for count in range(len(kinds))))
     return Model(
         name=name,
         read_from=read_from,
@@ -103,17 +110,19 @@ def stranger(
         outside=sums["outside", False],
         mtp=Weights(),
         mixture=mixture,
-        divisions=tuple(divisions(plain, mixture, kinds[0], group_of(config))),
+        divisions=tuple(
+            iterate_sharding_constraints(plain, mixture, kinds[0], get_group_size(config))
+        ),
         hidden=plain.integer("hidden_size"),
         widest=plain.integer("intermediate_size", 4 * plain.integer("hidden_size")),
         vocabulary=plain.integer("vocab_size"),
-        longest=plain.integer("max_position_embeddings")
+        max_context=plain.integer("max_position_embeddings")
         if plain.has("max_position_embeddings")
         else None,
     )
 
 
-def built(config: Config) -> tuple[Any, Any]:
+def make_meta_model(config: Config) -> tuple[Any, Any]:
     """transformers' configuration, of the language model where there are others beside it, and its model, empty."""
     values = {
         key: value
@@ -131,9 +140,9 @@ def built(config: Config) -> tuple[Any, Any]:
         )
     for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
         count = values.get(key)
-        if isinstance(count, int) and count > MOST_LAYERS:
+        if isinstance(count, int) and count > MAX_LAYERS:
             raise CheckpointError(
-                f"{config.where}: {key}: expected at most {MOST_LAYERS:,}, found {count:,}; repair it"
+                f"{config.where}: {key}: expected at most {MAX_LAYERS:,}, found {count:,}; repair it"
             )
     try:
         known = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(values))
@@ -143,7 +152,7 @@ def built(config: Config) -> tuple[Any, Any]:
         raise refused_config(config.where, model_type, fault) from fault
 
 
-def as_built(
+def measure_attention(
     config: Config, attention: Attention, layer: int, parameters: Mapping[str, Sequence[int]]
 ) -> Attention:
     """The attention of a layer as its projections are: families name their KV heads in many ways, or not at all.
@@ -154,7 +163,7 @@ def as_built(
         return attention
     hidden, own = (
         config.integer("hidden_size"),
-        [n for n in parameters if place_of(n, layer + 1) == (layer, False)],
+        [n for n in parameters if get_component(n, layer + 1) == (layer, False)],
     )
     out = {name: prod(parameters[name]) // hidden for name in own if len(parameters[name]) == 2}
     keys = [size for name, size in out.items() if KEYS_VALUES.search(name)]
@@ -172,19 +181,19 @@ def as_built(
     return replace(attention, elements=elements, kv_heads=kv_heads)
 
 
-def values_of(known: Any) -> dict[str, object]:
+def read_config_values(known: Any) -> dict[str, object]:
     """The configuration under the names that all families share; absent ones are left out."""
     found = {key: getattr(known, key, None) for key in KEYS}
     return {key: value for key, value in found.items() if value is not None}
 
 
-def summed(
+def sum_weights(
     parameters: Mapping[str, Sequence[int]], stored: Iterable[TensorSpec], layers: int
-) -> defaultdict[tuple[Place, bool], Weights]:
+) -> defaultdict[tuple[Component, bool], Weights]:
     """Weights by place, routed experts apart: parameters as transformers counts them, bytes as they are stored."""
-    sums = defaultdict[tuple[Place, bool], Weights](Weights)
+    sums = defaultdict[tuple[Component, bool], Weights](Weights)
     for name, shape in parameters.items():
-        sums[place_of(name, layers)] += Weights(parameters=prod(shape))
+        sums[get_component(name, layers)] += Weights(parameters=prod(shape))
     for spec in stored:
         cut = len(spec.shape) > 1 and not is_router(spec.name)
         fp8 = spec.n_elements if spec.dtype == FP8 else 0
@@ -193,14 +202,14 @@ def summed(
             if cut
             else Weights(copied=spec.n_bytes)
         )
-        sums[place_of(spec.name, layers)] += size
+        sums[get_component(spec.name, layers)] += size
     return sums
 
 
-def place_of(name: str, layers: int) -> tuple[Place, bool]:
+def get_component(name: str, layers: int) -> tuple[Component, bool]:
     """Where a tensor belongs, and whether it is of routed experts."""
     found = BLOCK.search(f".{name}")
-    if APART.search(name):
+    if OTHER_MODALITY.search(name):
         return "outside", False
     if found and int(found[1]) < layers:
         return int(found[1]), EXPERTS.search(name) is not None
@@ -214,7 +223,7 @@ def is_router(name: str) -> bool:
     return re.search(r"\b(?:router|gate)\.(?:weight|wg\.weight|bias)$", name) is not None
 
 
-def mixture_of(known: Any, layers: int) -> Mixture | None:
+def read_moe_config(known: Any, layers: int) -> MoeConfig | None:
     """The routed experts; None where no tensor is one of them."""
     if not layers:
         return None
@@ -230,18 +239,18 @@ def mixture_of(known: Any, layers: int) -> Mixture | None:
             f"{known.model_type}: the number, choice and width of its experts are not under names known here; "
             "size this model with its engine"
         )
-    return Mixture(count=count, top_k=top_k, intermediate=width, layers=layers)
+    return MoeConfig(count=count, top_k=top_k, intermediate=width, layers=layers)
 
 
-def group_of(config: Config) -> int:
+def get_group_size(config: Config) -> int:
     """Weights that one scale is shared by, along what tensor parallelism cuts; 1 where nothing is quantized."""
     entry = config.values.get("quantization_config")
     size = entry.get("group_size") if isinstance(entry, Mapping) else None
     return size if isinstance(size, int) and size > 0 else 1
 
 
-def divisions(
-    config: Config, mixture: Mixture | None, attention: Attention, group: int
+def iterate_sharding_constraints(
+    config: Config, mixture: MoeConfig | None, attention: Attention, group: int
 ) -> Iterator[ShardingConstraint]:
     """What ranks share, as far as the config says."""
     yield ShardingConstraint(what="attention heads", size=attention.heads)

@@ -20,7 +20,7 @@ GB, GIB = 10**9, 2**30
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class Source(BaseModel):
+class GpuSource(BaseModel):
     """Where a figure was read, and when."""
 
     model_config = FROZEN
@@ -29,7 +29,7 @@ class Source(BaseModel):
     read: date
 
 
-class Figure(BaseModel):
+class SourcedValue(BaseModel):
     """A number with its source; `note` says what was done to it, or how sure it is."""
 
     model_config = FROZEN
@@ -38,18 +38,18 @@ class Figure(BaseModel):
     note: str = ""
 
 
-class Share(Figure):
+class SourcedFraction(SourcedValue):
     """A part of a whole."""
 
     value: Annotated[float, Field(gt=0, le=1)]
 
 
-class Link(BaseModel):
+class GpuLink(BaseModel):
     """What connects cards of a node. `gb_s`: of one card, both directions together, as makers state it."""
 
     model_config = FROZEN
     kind: Literal["nvlink", "xgmi", "ethernet", "pcie", "none"]
-    gb_s: Figure | None
+    gb_s: SourcedValue | None
 
     @property
     def one_way(self) -> float:
@@ -57,13 +57,13 @@ class Link(BaseModel):
         return self.gb_s.value * GB / 2 if self.gb_s else 0.0
 
 
-class Flops(BaseModel):
+class PeakFlops(BaseModel):
     """Dense peak in TFLOP/s (TOP/s for int8), without sparsity; None: the card has no such units."""
 
     model_config = FROZEN
-    bf16: Figure
-    fp8: Figure | None
-    int8: Figure | None
+    bf16: SourcedValue
+    fp8: SourcedValue | None
+    int8: SourcedValue | None
 
 
 class Gpu(BaseModel):
@@ -72,14 +72,16 @@ class Gpu(BaseModel):
     model_config = FROZEN
     name: str
     source: str
-    memory_gb: Figure  # as it is sold, counted in 10^9 bytes: the careful reading
-    reported_mib: Figure | None = None  # what its driver reports, in 2^20 bytes
-    usable: Share | None = None  # of unified memory, the part that the accelerator may take
-    bandwidth_gb_s: Figure
-    tflops: Flops
-    watts: Figure
-    price_usd: Figure
-    link: Link
+    memory_gb: SourcedValue  # as it is sold, counted in 10^9 bytes: the careful reading
+    reported_mib: SourcedValue | None = None  # what its driver reports, in 2^20 bytes
+    usable: SourcedFraction | None = (
+        None  # of unified memory, the part that the accelerator may take
+    )
+    bandwidth_gb_s: SourcedValue
+    tflops: PeakFlops
+    watts: SourcedValue
+    price_usd: SourcedValue
+    link: GpuLink
     per_node: Annotated[int, Field(ge=1, le=72)]
     served: bool = True  # by vLLM or SGLang
     note: str = ""
@@ -106,25 +108,25 @@ class GpuCatalog(BaseModel):
     model_config = FROZEN
     version: Literal[1]
     updated: date
-    sources: dict[str, Source]
-    cards: dict[str, Gpu]
+    sources: dict[str, GpuSource]
+    gpus: dict[str, Gpu]
 
-    def named(self, name: str) -> Gpu:
+    def get_gpu(self, name: str) -> Gpu:
         """The card of that key or of that name, as sold or as shown in tables, with or without its memory (H100 80),
         whatever its case; UsageError when there is none."""
-        wanted = _folded(name)
-        for key, card in self.cards.items():
+        wanted = normalize_name(name)
+        for key, card in self.gpus.items():
             sold = f"{key} {card.memory_gb.value:g}"
-            if wanted in map(_folded, (key, sold, f"{sold} GB", card.name, card.short)):
+            if wanted in map(normalize_name, (key, sold, f"{sold} GB", card.name, card.short)):
                 return card
-        raise UsageError(f"--gpu: {registry.unknown('card', name, tuple(self.cards))}")
+        raise UsageError(f"--gpu: {registry.unknown('card', name, tuple(self.gpus))}")
 
 
-def _folded(name: str) -> str:
+def normalize_name(name: str) -> str:
     return "".join(character for character in name.lower() if character.isalnum())
 
 
-def read_cards() -> GpuCatalog:
+def read_gpus() -> GpuCatalog:
     """The cards that ship with quantkit."""
     from ruamel.yaml import YAML
 
@@ -132,18 +134,18 @@ def read_cards() -> GpuCatalog:
         encoding="utf-8"
     )
     found = GpuCatalog.model_validate(YAML(typ="safe", pure=True).load(text))
-    unnamed = [source for source in _sources(found) if source not in found.sources]
+    unnamed = [source for source in list_sources(found) if source not in found.sources]
     if unnamed:
         raise UsageError(
-            f"cards.yaml: sources: no source named {unnamed[0]!r}; add it or name another"
+            f"gpus.yaml: sources: no source named {unnamed[0]!r}; add it or name another"
         )
     return found
 
 
-def _sources(cards: GpuCatalog) -> list[str]:
+def list_sources(cards: GpuCatalog) -> list[str]:
     """Every source that a card or one of its figures names."""
     told = []
-    for card in cards.cards.values():
+    for card in cards.gpus.values():
         figures = (
             card.memory_gb, card.reported_mib, card.usable, card.bandwidth_gb_s, card.tflops.bf16, card.tflops.fp8,
             card.tflops.int8, card.watts, card.price_usd, card.link.gb_s,

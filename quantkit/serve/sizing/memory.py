@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from quantkit.errors import UsageError
 from quantkit.serve.sizing.model import KvDtype, Model
 
-CONTEXT, USERS, MARGIN = 32_768, 10, 0.15
+DEFAULT_CONTEXT, DEFAULT_USERS, DEFAULT_MARGIN = 32_768, 10, 0.15
 """What is planned for when nobody says otherwise."""
 
 
@@ -36,12 +36,12 @@ class MemoryEstimate:
         return self.weights_bytes + self.kv_bytes + self.margin_bytes
 
 
-def needs(
+def estimate_memory(
     model: Model,
     context: int | None = None,
-    users: int = USERS,
+    users: int = DEFAULT_USERS,
     kv: KvDtype = "bf16",
-    margin: float = MARGIN,
+    margin: float = DEFAULT_MARGIN,
     *,
     speculative: bool = False,
 ) -> MemoryEstimate:
@@ -51,16 +51,18 @@ def needs(
 
     Raises UsageError for a context longer than the model's, and for numbers that mean nothing.
     """
-    context = min(CONTEXT, model.longest or CONTEXT) if context is None else context
+    context = (
+        min(DEFAULT_CONTEXT, model.max_context or DEFAULT_CONTEXT) if context is None else context
+    )
     if context < 1 or users < 1 or not 0 <= margin <= 10:
         raise UsageError(
             f"expected a context and users of at least 1 and a margin between 0 and 10, found {context}, {users} and "
             f"{margin:g}; give others"
         )
-    if model.longest is not None and context > model.longest:
+    if model.max_context is not None and context > model.max_context:
         raise UsageError(
-            f"{model.config.where}: max_position_embeddings: the model was made for {model.longest:,} tokens, found a "
-            f"context of {context:,}; ask for --context {model.longest} or less"
+            f"{model.config.where}: max_position_embeddings: the model was made for {model.max_context:,} tokens, found a "
+            f"context of {context:,}; ask for --context {model.max_context} or less"
         )
     per_user = model.kv_bytes(context, kv)
     return MemoryEstimate(
@@ -77,6 +79,6 @@ def needs(
     )
 
 
-def told_users(count: int) -> str:
+def format_users(count: int) -> str:
     """ "1 user", "10 users"."""
     return f"{count:,} user" + ("s" if count != 1 else "")

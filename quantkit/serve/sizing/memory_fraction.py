@@ -14,14 +14,17 @@ from typing import Literal
 from quantkit.serve.sizing.fit import Fit, Placement
 from quantkit.serve.sizing.gpus import GIB, Gpu
 
-Server = Literal["vllm", "sglang"]
-SERVERS: Mapping[Server, str] = {"vllm": "vLLM", "sglang": "SGLang"}
-USUAL: Mapping[Server, tuple[float, float]] = {"vllm": (0.90, 0.96), "sglang": (0.85, 0.92)}
+GpuEngine = Literal["vllm", "sglang"]
+GPU_ENGINES: Mapping[GpuEngine, str] = {"vllm": "vLLM", "sglang": "SGLang"}
+FRACTION_RANGE: Mapping[GpuEngine, tuple[float, float]] = {
+    "vllm": (0.90, 0.96),
+    "sglang": (0.85, 0.92),
+}
 """The share that is asked for where it is enough, and the most where it is not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
+class MemoryFraction:
     """value: of a card's memory; needed: what the plan takes; missing: bytes of it that the engine is not given."""
 
     value: float
@@ -29,26 +32,26 @@ class Share:
     missing: int
 
 
-def share_of(fit: Fit, placement: Placement, server: Server) -> Share:
+def compute_memory_fraction(fit: Fit, placement: Placement, server: GpuEngine) -> MemoryFraction:
     """The share to ask for: the usual one, more where the plan needs more."""
-    usual, most = USUAL[server]
+    usual, most = FRACTION_RANGE[server]
     held = placement.weights_bytes + placement.kv_bytes
-    needed = held * (1 + fit.needs.margin if server == "vllm" else 1) / fit.card.memory_bytes
+    needed = held * (1 + fit.memory.margin if server == "vllm" else 1) / fit.gpu.memory_bytes
     value = min(most, max(usual, ceil(100 * needed) / 100))
-    return Share(
-        value=value, needed=needed, missing=max(0, round((needed - value) * fit.card.memory_bytes))
+    return MemoryFraction(
+        value=value, needed=needed, missing=max(0, round((needed - value) * fit.gpu.memory_bytes))
     )
 
 
-def left_for_steps(fit: Fit, placement: Placement, server: Server) -> int:
+def compute_step_memory(fit: Fit, placement: Placement, server: GpuEngine) -> int:
     """Bytes of the fullest card that a step may take without the planned cache getting smaller."""
-    share = share_of(fit, placement, server).value
+    share = compute_memory_fraction(fit, placement, server).value
     if server == "sglang":
-        return round((1 - share) * fit.card.memory_bytes)
-    return round(share * fit.card.memory_bytes) - placement.weights_bytes - placement.kv_bytes
+        return round((1 - share) * fit.gpu.memory_bytes)
+    return round(share * fit.gpu.memory_bytes) - placement.weights_bytes - placement.kv_bytes
 
 
-def usual_step(card: Gpu, server: Server) -> int:
+def get_default_batched_tokens(card: Gpu, server: GpuEngine) -> int:
     """Tokens of a step when nobody says otherwise: vLLM 0.32 (EngineArgs.get_batch_defaults, of its server), SGLang
     0.5.23 (chunked_prefill_size by memory)."""
     gib = card.memory_bytes / GIB

@@ -73,7 +73,7 @@ class Layer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Mixture:
+class MoeConfig:
     """The routed experts of a layer; of every layer that has some, the widest."""
 
     count: int
@@ -118,12 +118,12 @@ class Model:
     head: Weights  # without bytes where it is tied to the embedding; the final norm is in `outside`
     outside: Weights
     mtp: Weights  # multi-token prediction: loaded and run by speculative decoding alone
-    mixture: Mixture | None
+    mixture: MoeConfig | None
     divisions: tuple[ShardingConstraint, ...]
     hidden: int
     widest: int  # of the dense MLPs' and shared experts' intermediate sizes
     vocabulary: int
-    longest: int | None  # the context the config allows
+    max_context: int | None  # the context the config allows
     activation_bytes: int = 2
 
     @property

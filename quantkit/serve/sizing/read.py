@@ -22,7 +22,7 @@ from quantkit.plan.match_checkpoint import expected, fp8_block
 from quantkit.plan.plan import SourceFacts, architecture_of, claimed_of, decided, written
 from quantkit.recipe.schema import Recipe
 from quantkit.serve.sizing.model import Layer, Model, ReadFrom, Weights
-from quantkit.serve.sizing.weight_bytes import weigh
+from quantkit.serve.sizing.weight_bytes import make_model
 
 CONFIG = "config.json"
 
@@ -31,7 +31,7 @@ WIDTHS: Mapping[Width, int] = {"bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int
 """Bits of a weight, for the rule of thumb that counts every parameter alike."""
 
 
-def model_of(target: str, width: Width | None = None) -> Model:
+def read_model(target: str, width: Width | None = None) -> Model:
     """The model in a folder (with or without weights), of a config.json, or of a hub id whose config is shipped.
 
     `width`: every parameter at that width instead, without scales. Raises UsageError for what is none of these,
@@ -44,32 +44,32 @@ def model_of(target: str, width: Width | None = None) -> Model:
                 f"{target}: expected the folder of an artifact or a model, found no {CONFIG} in it"
             )
         has_weights = (path / INDEX).exists() or (path / SINGLE).exists()
-        made = stored_model(path) if has_weights else config_model(path / CONFIG)
+        made = read_stored_model(path) if has_weights else read_config_model(path / CONFIG)
     elif path.is_file():
-        made = config_model(path)
+        made = read_config_model(path)
     elif target.startswith(PREFIX):
-        made = replace(stored_model(resolve_model(target)), name=target)
+        made = replace(read_stored_model(resolve_model(target)), name=target)
     elif found := published.published(target):
-        made = planned_by_config(found[1], target)
+        made = plan_from_config(found[1], target)
     else:
         raise UsageError(
             f"{target}: expected an artifact, a recipe, a config.json or a hub id whose config ships with quantkit "
             f"({', '.join(published.names()[:3])}, ...), found none of them; check the path, or fetch its config.json"
         )
-    return made if width is None else assuming(made, width)
+    return made if width is None else assume_width(made, width)
 
 
-def stored_model(folder: Path) -> Model:
+def read_stored_model(folder: Path) -> Model:
     """The model whose weights lie in a folder, from their headers: exact bytes."""
     config = Config(values=read_json(folder / CONFIG), where=str(folder / CONFIG))
     shards = open_shards(folder)
-    told, name = scheme_of(config, shards.specs), folder.resolve().name
-    if not tabled(config):
-        return unknown(config, name, "headers", told, shards.specs.values())
+    told, name = describe_scheme(config, shards.specs), folder.resolve().name
+    if not has_architecture(config):
+        return read_unknown_family(config, name, "headers", told, shards.specs.values())
     layout = architecture_of(config).layout(config)
     entry = config.values.get("quantization_config")
     by_row = any(word in str(entry) for word in ("'group_size': -1", "'channel'"))
-    return weigh(
+    return make_model(
         layout,
         shards.specs.values(),
         config,
@@ -80,17 +80,17 @@ def stored_model(folder: Path) -> Model:
     )
 
 
-def config_model(path: Path) -> Model:
+def read_config_model(path: Path) -> Model:
     """The model that a config.json alone describes; UsageError for one that is damaged or describes none."""
     try:
-        return planned_by_config(
+        return plan_from_config(
             Config(values=read_json(path, UsageError), where=str(path)), str(path)
         )
     except CheckpointError as fault:  # the file is all that was named: no checkpoint is at fault
         raise UsageError(str(fault)) from fault
 
 
-def planned_by_config(config: Config, name: str) -> Model:
+def plan_from_config(config: Config, name: str) -> Model:
     """A model before its weights are here: every tensor as its family publishes it.
 
     Raises CheckpointError for a config that was quantized otherwise than in FP8 blocks: packed sizes need headers.
@@ -101,21 +101,21 @@ def planned_by_config(config: Config, name: str) -> Model:
             f"{config.where}: quantization_config: {entry.get('quant_method')!r}: the bytes of packed weights are in "
             "their headers; name the folder that holds them, or the recipe"
         )
-    if not tabled(config):
-        return unknown(config, name, "config", "BF16")
+    if not has_architecture(config):
+        return read_unknown_family(config, name, "config", "BF16")
     layout, side = architecture_of(config).layout(config), fp8_block(config)
     tensors = [*expected(layout, config).values()]
-    tensors += [scale for spec in tensors if (scale := scales_of(spec, side))]
-    told = scheme_of(config, {spec.name: spec for spec in tensors})
-    return weigh(layout, tensors, config, name=name, read_from="config", scheme=told)
+    tensors += [scale for spec in tensors if (scale := make_scale_spec(spec, side))]
+    told = describe_scheme(config, {spec.name: spec for spec in tensors})
+    return make_model(layout, tensors, config, name=name, read_from="config", scheme=told)
 
 
-def tabled(config: Config) -> bool:
+def has_architecture(config: Config) -> bool:
     """Whether the family has a table in architectures/."""
     return config.text("model_type") in registry.names("architectures")
 
 
-def unknown(
+def read_unknown_family(
     config: Config,
     name: str,
     read_from: ReadFrom,
@@ -123,12 +123,14 @@ def unknown(
     specs: Iterable[TensorSpec] | None = None,
 ) -> Model:
     """A model whose family has no table, by transformers' own modules."""
-    from quantkit.serve.sizing.from_transformers import stranger  # torch and transformers: seconds
+    from quantkit.serve.sizing.from_transformers import (
+        size_with_transformers,  # torch and transformers: seconds
+    )
 
-    return stranger(config, name, read_from, scheme, specs)
+    return size_with_transformers(config, name, read_from, scheme, specs)
 
 
-def scales_of(spec: TensorSpec, side: int | None) -> TensorSpec | None:
+def make_scale_spec(spec: TensorSpec, side: int | None) -> TensorSpec | None:
     """The block scales beside an FP8 weight."""
     if side is None or not spec.dtype.startswith("F8"):
         return None
@@ -138,12 +140,12 @@ def scales_of(spec: TensorSpec, side: int | None) -> TensorSpec | None:
     return TensorSpec(name=f"{spec.name}_scale_inv", dtype="F32", shape=shape)
 
 
-def recipe_models(recipe: Recipe) -> tuple[Model, ...]:
+def plan_recipe_models(recipe: Recipe) -> tuple[Model, ...]:
     """What a recipe will build, a model per format; without the network where the source's config is shipped.
 
     Raises RecipeError with the faults that a plan finds.
     """
-    source = source_facts(recipe)
+    source = read_source_facts(recipe)
     claimed, faults = claimed_of(source), list[str]()
     found = []
     for format_name in recipe.format:
@@ -153,13 +155,13 @@ def recipe_models(recipe: Recipe) -> tuple[Model, ...]:
             tensors = written(source, claimed, format_name, decisions)
             schemes = {decision.scheme for decision in decisions.values() if decision.scheme}
             found.append(
-                weigh(
+                make_model(
                     claimed.layout,
                     tensors,
                     source.config,
                     name=Path(recipe.path(format_name)).name,
                     read_from="plan",
-                    scheme=planned_scheme(format_name, schemes),
+                    scheme=format_planned_scheme(format_name, schemes),
                     by_row=any(scheme.group_size == -1 for scheme in schemes),
                 )
             )
@@ -168,14 +170,14 @@ def recipe_models(recipe: Recipe) -> tuple[Model, ...]:
     return tuple(found)
 
 
-def planned_scheme(format_name: str, schemes: Collection[Scheme]) -> str:
+def format_planned_scheme(format_name: str, schemes: Collection[Scheme]) -> str:
     """How the artifact will be stored, in words."""
-    return packed(
+    return format_scheme(
         format_name, [scheme.bits for scheme in schemes], [scheme.group_size for scheme in schemes]
     )
 
 
-def packed(method: str, bits: Iterable[object], groups: Iterable[object]) -> str:
+def format_scheme(method: str, bits: Iterable[object], groups: Iterable[object]) -> str:
     """A method with its widths and groups, each once: "awq, 4 bits g128"; what is no positive number is left out."""
     widths, sizes = (
         "/".join(map(str, sorted({n for n in found if isinstance(n, int) and n > 0})))
@@ -184,7 +186,7 @@ def packed(method: str, bits: Iterable[object], groups: Iterable[object]) -> str
     return method + (f", {widths} bits" if widths else "") + (f" g{sizes}" if sizes else "")
 
 
-def source_facts(recipe: Recipe) -> SourceFacts:
+def read_source_facts(recipe: Recipe) -> SourceFacts:
     """The source's headers where they are here, the shipped config of its family, else what the hub says."""
     model, revision = recipe.source.model, recipe.source.revision
     folder = resolve_model(model) if model.startswith(PREFIX) else Path(model)
@@ -213,7 +215,7 @@ def source_facts(recipe: Recipe) -> SourceFacts:
     return facts(recipe)
 
 
-def scheme_of(config: Config, specs: Mapping[str, TensorSpec]) -> str:
+def describe_scheme(config: Config, specs: Mapping[str, TensorSpec]) -> str:
     """How the weights are stored, in words: "BF16", "FP8 128x128", "awq, 4 bits g128"."""
     entry = config.values.get("quantization_config")
     if not isinstance(entry, Mapping):
@@ -235,13 +237,13 @@ def scheme_of(config: Config, specs: Mapping[str, TensorSpec]) -> str:
         parts += dynamic.values()
     told = [part for part in parts if isinstance(part, Mapping)]
     bits = [part.get("bits", part.get("num_bits")) for part in told]
-    return packed(method, bits, [part.get("group_size") for part in told])
+    return format_scheme(method, bits, [part.get("group_size") for part in told])
 
 
 # ---------------------------------------------------------------------------------------------------- rule of thumb
 
 
-def assuming(model: Model, width: Width) -> Model:
+def assume_width(model: Model, width: Width) -> Model:
     """The model if every parameter took `width`, without scales, norms and routers included: what people reckon."""
     if model.read_from != "config":
         where = "here" if model.read_from == "headers" else "planned"

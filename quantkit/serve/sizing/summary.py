@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from quantkit.serve.sizing.batch import MaxBatchedTokens, advice
+from quantkit.serve.sizing.batch import MaxBatchedTokens, compute_max_batched_tokens
 from quantkit.serve.sizing.fit import Fit
 from quantkit.serve.sizing.memory import MemoryEstimate
-from quantkit.serve.sizing.memory_fraction import SERVERS
+from quantkit.serve.sizing.memory_fraction import GPU_ENGINES
 from quantkit.serve.sizing.model import Model
-from quantkit.serve.sizing.roofline import Bounds, active_bytes, active_parameters
+from quantkit.serve.sizing.roofline import Bounds, count_active_bytes, count_active_parameters
 
 Json = dict[str, object]
 
 
-def model_values(model: Model) -> Json:
+def serialize_model(model: Model) -> Json:
     """The model: sizes in bytes, parameters, experts."""
     mixture = model.mixture
     return {
@@ -21,18 +21,18 @@ def model_values(model: Model) -> Json:
         "scheme": model.scheme,
         "read_from": model.read_from,
         "parameters": model.weights.parameters,
-        "active_parameters": active_parameters(model),
+        "active_parameters": count_active_parameters(model),
         "weights_bytes": model.weights.n_bytes,
         "mtp_bytes": model.mtp.n_bytes,
-        "active_bytes": round(active_bytes(model)),
-        "longest_context": model.longest,
+        "active_bytes": round(count_active_bytes(model)),
+        "longest_context": model.max_context,
         "experts": {"count": mixture.count, "top_k": mixture.top_k, "layers": mixture.layers}
         if mixture
         else None,
     }
 
 
-def needs_values(needs: MemoryEstimate) -> Json:
+def serialize_memory(needs: MemoryEstimate) -> Json:
     """Memory, part by part, in bytes."""
     return {
         "context": needs.context,
@@ -49,24 +49,28 @@ def needs_values(needs: MemoryEstimate) -> Json:
     }
 
 
-def fit_values(key: str, fit: Fit, made: Bounds | None) -> Json:
+def serialize_fit(key: str, fit: Fit, made: Bounds | None) -> Json:
     """A card: whether and how the model fits, and its bounds; bounds are computed, not measured."""
     placement = fit.placement
-    advised = {server: found for server in SERVERS if (found := advice(fit, server))}
+    advised = {
+        server: found
+        for server in GPU_ENGINES
+        if (found := compute_max_batched_tokens(fit, server))
+    }
     return {
         "card": key,
-        "name": fit.card.name,
-        "memory_bytes": fit.card.memory_bytes,
-        "served": fit.card.served,
+        "name": fit.gpu.name,
+        "memory_bytes": fit.gpu.memory_bytes,
+        "served": fit.gpu.served,
         "fits": placement is not None,
         "one_card": fit.one_card,
         "least_cards": fit.least_cards,
-        "cards": placement.cards if placement else None,
+        "cards": placement.gpus if placement else None,
         "nodes": placement.nodes if placement else None,
-        "price_usd": placement.cards * fit.card.price_usd.value
+        "price_usd": placement.gpus * fit.gpu.price_usd.value
         if placement
         else None,  # of the cards alone
-        "watts": placement.cards * fit.card.watts.value if placement else None,
+        "watts": placement.gpus * fit.gpu.watts.value if placement else None,
         "tensor_parallel": placement.tp if placement else None,
         "pipeline_parallel": placement.pp if placement else None,
         "allowed_tensor_parallel": list(fit.allowed),
@@ -76,13 +80,15 @@ def fit_values(key: str, fit: Fit, made: Bounds | None) -> Json:
         "max_context": fit.max_context,
         "max_users": fit.max_users,
         "one_card_context": fit.one_card_context,  # 0: one card does not hold the weights
-        "bounds": bounds_values(made) if made else None,
-        "tokens_per_step": {server: advice_values(found) for server, found in advised.items()}
+        "bounds": serialize_bounds(made) if made else None,
+        "tokens_per_step": {
+            server: serialize_max_batched_tokens(found) for server, found in advised.items()
+        }
         or None,
     }
 
 
-def advice_values(found: MaxBatchedTokens) -> Json:
+def serialize_max_batched_tokens(found: MaxBatchedTokens) -> Json:
     """Tokens per step of an engine."""
     return {
         "safe": found.safe,
@@ -94,7 +100,7 @@ def advice_values(found: MaxBatchedTokens) -> Json:
     }
 
 
-def bounds_values(made: Bounds) -> Json:
+def serialize_bounds(made: Bounds) -> Json:
     """Computed upper bounds in tokens per second, with what limits them."""
     named = {"decode_one": made.one, "decode_all": made.all, "prefill": made.prefill}
     return {

@@ -6,75 +6,77 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from quantkit.report import format_numbers
 from quantkit.report.tables import Table
-from quantkit.serve.sizing.batch import RESERVE, MaxBatchedTokens
-from quantkit.serve.sizing.fit import Fit, NoFit
+from quantkit.serve.sizing.batch import RESERVE_FRACTION, MaxBatchedTokens
+from quantkit.serve.sizing.fit import Fit, TensorParallelShortfall
 from quantkit.serve.sizing.gpus import GIB, Gpu, GpuCatalog
-from quantkit.serve.sizing.memory import MemoryEstimate, told_users
-from quantkit.serve.sizing.memory_fraction import SERVERS, Server, share_of
+from quantkit.serve.sizing.memory import MemoryEstimate, format_users
+from quantkit.serve.sizing.memory_fraction import GPU_ENGINES, GpuEngine, compute_memory_fraction
 from quantkit.serve.sizing.model import Model
 from quantkit.serve.sizing.roofline import (
     Bound,
     Bounds,
-    active_bytes,
-    active_parameters,
-    link_bytes,
+    count_active_bytes,
+    count_active_parameters,
+    count_link_bytes,
 )
 
-READ = {
+WEIGHT_SOURCES = {
     "headers": "exact, from the files' headers",
     "plan": "exact, from the recipe's plan",
     "config": "computed from config.json",
 }
-LINKS = {
+LINK_NAMES = {
     "nvlink": "NVLink",
     "xgmi": "xGMI",
     "ethernet": "Ethernet",
     "pcie": "PCIe",
     "none": "no link",
 }
-BATCHES = (1, 8, 32, 128, 512)
-BOUND = "Computed upper bounds from peak figures; nothing was measured."
+BATCH_SIZES = (1, 8, 32, 128, 512)
+BOUND_NOTE = "Computed upper bounds from peak figures; nothing was measured."
 
 
-def gb(n_bytes: float) -> str:
+def format_gb(n_bytes: float) -> str:
     """Both readings: "673.15 GB (626.92 GiB)"."""
     return f"{format_numbers.size(round(n_bytes))} ({n_bytes / GIB:,.2f} GiB)"
 
 
-def rate(bound: Bound) -> str:
+def format_rate(bound: Bound) -> str:
     """Tokens per second to three digits: "1,234" or "12.3"."""
     value = bound.tokens_per_s
     return f"{value:,.0f}" if value >= 100 else format_numbers.digits(value)
 
 
-def headline(model: Model) -> str:
+def format_headline(model: Model) -> str:
     """What the model is: "671.03 B parameters, 37.55 B at work per token; FP8 128x128"."""
-    active = format_numbers.parameters(active_parameters(model))
+    active = format_numbers.parameters(count_active_parameters(model))
     return f"{format_numbers.parameters(model.weights.parameters)} parameters, {active} at work per token; {model.scheme}"
 
 
-def memory(needs: MemoryEstimate) -> Table:
+def make_memory_table(needs: MemoryEstimate) -> Table:
     """Weights, cache and margin, with their arithmetic."""
     model = needs.model
     kinds = {layer.attention.kind for layer in model.layers}
-    kind = "MLA" if kinds == {"latent"} else attention_name(model)
+    kind = "MLA" if kinds == {"latent"} else name_attention(model)
     windows = sum(layer.attention.window is not None for layer in model.layers)
     kept = f"; {windows} of {len(model.layers)} layers keep a window only" if windows else ""
-    per_user = f"{needs.kv_bytes_per_token:,} B per token x {needs.context:,} tokens x {told_users(needs.users)}"
+    per_user = f"{needs.kv_bytes_per_token:,} B per token x {needs.context:,} tokens x {format_users(needs.users)}"
     rows = (
-        ("weights", READ[model.read_from], gb(needs.weights_bytes)),
-        ("KV cache", f"{kind}, {needs.kv}: {per_user}{kept}", gb(needs.kv_bytes)),
+        ("weights", WEIGHT_SOURCES[model.read_from], format_gb(needs.weights_bytes)),
+        ("KV cache", f"{kind}, {needs.kv}: {per_user}{kept}", format_gb(needs.kv_bytes)),
         (
             "margin",
             f"{100 * needs.margin:g} % of both, for activations and engine",
-            gb(needs.margin_bytes),
+            format_gb(needs.margin_bytes),
         ),
-        ("total", "on all cards together", gb(needs.total_bytes)),
+        ("total", "on all cards together", format_gb(needs.total_bytes)),
     )
-    return Table(title="Memory", columns=("part", "how", ">bytes"), rows=rows, note=mtp_note(needs))
+    return Table(
+        title="Memory", columns=("part", "how", ">bytes"), rows=rows, note=format_mtp_note(needs)
+    )
 
 
-def attention_name(model: Model) -> str:
+def name_attention(model: Model) -> str:
     """MHA, GQA or MQA, by the heads of the first layer."""
     attention = model.layers[0].attention
     if attention.kv_heads == attention.heads:
@@ -82,7 +84,7 @@ def attention_name(model: Model) -> str:
     return "MQA" if attention.kv_heads == 1 else f"GQA {attention.heads}/{attention.kv_heads}"
 
 
-def mtp_note(needs: MemoryEstimate) -> str:
+def format_mtp_note(needs: MemoryEstimate) -> str:
     """Whether the block that predicts further tokens is counted."""
     if not needs.model.mtp.n_bytes:
         return ""
@@ -92,11 +94,11 @@ def mtp_note(needs: MemoryEstimate) -> str:
     return f"The MTP block ({size}) is not counted: engines load it for speculative decoding alone (--mtp)."
 
 
-def cards_table(found: Sequence[tuple[Fit, Bounds | None]], dated: GpuCatalog) -> Table:
+def make_gpu_table(found: Sequence[tuple[Fit, Bounds | None]], dated: GpuCatalog) -> Table:
     """Each card: what it takes, what it leaves room for, how fast it can be at most."""
     rows = []
     for fit, made in found:
-        name = fit.card.short + ("" if fit.card.served else " **")
+        name = fit.gpu.short + ("" if fit.gpu.served else " **")
         placement = fit.placement
         if placement is None or made is None:
             rows.append((name, f"no: {fit.least_cards}+", *("-",) * 7))
@@ -104,59 +106,57 @@ def cards_table(found: Sequence[tuple[Fit, Bounds | None]], dated: GpuCatalog) -
         split = f"TP{placement.tp}" + (f" x PP{placement.pp}" if placement.pp > 1 else "")
         rows.append((
             name,
-            str(placement.cards),
+            str(placement.gpus),
             str(placement.nodes),
             split,
             format_numbers.count(fit.max_context),
             format_numbers.count(fit.max_users),
-            rate(made.one),
-            rate(made.all),
-            f"{rate(made.prefill)}{'*' if made.prefill.limit == 'interconnect' else ''}",
+            format_rate(made.one),
+            format_rate(made.all),
+            f"{format_rate(made.prefill)}{'*' if made.prefill.limit == 'interconnect' else ''}",
         ))
     columns = (
         "card", ">cards", ">nodes", "split", ">context", ">users", ">1 user t/s", ">all t/s", ">prefill t/s",
     )  # fmt: skip
-    needs = found[0][0].needs if found else None
-    asked = told_asked(needs) if needs else ""
-    asked += cheapest([fit for fit, _ in found])
-    note = f"{BOUND} Cards as of {dated.updated}, {len(dated.sources)} sources (cards.yaml).{asked}"
+    needs = found[0][0].memory if found else None
+    asked = format_column_note(needs) if needs else ""
+    asked += format_cheapest([fit for fit, _ in found])
+    note = f"{BOUND_NOTE} Cards as of {dated.updated}, {len(dated.sources)} sources (cards.yaml).{asked}"
     star = " * links between cards are the limit." if any("*" in row[-1] for row in rows) else ""
     star += (
-        ""
-        if all(fit.card.served for fit, _ in found)
-        else " ** neither vLLM nor SGLang runs there."
+        "" if all(fit.gpu.served for fit, _ in found) else " ** neither vLLM nor SGLang runs there."
     )
     return Table(title="Cards", columns=columns, rows=tuple(rows), note=note + star)
 
 
-def told_asked(needs: MemoryEstimate) -> str:
+def format_column_note(needs: MemoryEstimate) -> str:
     """What the columns of a table of cards are of."""
-    users, tokens = told_users(needs.users), f"{needs.context:,} tokens"
+    users, tokens = format_users(needs.users), f"{needs.context:,} tokens"
     return (
         f" context: longest for {users}; users: most at {tokens}; 1 user t/s: alone, at the first tokens; all t/s: "
         f"{users} at {tokens}."
     )
 
 
-def cheapest(fits: Sequence[Fit]) -> str:
+def format_cheapest(fits: Sequence[Fit]) -> str:
     """The cards that cost least of those that engines run on, in one node where one is enough; nothing where there is
     no choice."""
-    placed = [(fit.placement, fit.card) for fit in fits if fit.placement and fit.card.served]
+    placed = [(fit.placement, fit.gpu) for fit in fits if fit.placement and fit.gpu.served]
     inside = [pair for pair in placed if pair[0].nodes == 1] or placed
     if len(placed) < 2:
         return ""
-    placement, card = min(inside, key=lambda pair: pair[0].cards * pair[1].price_usd.value)
+    placement, card = min(inside, key=lambda pair: pair[0].gpus * pair[1].price_usd.value)
     price, where = (
-        placement.cards * card.price_usd.value,
+        placement.gpus * card.price_usd.value,
         " in one node" if placement.nodes == 1 else "",
     )
-    return f" Cheapest{where}: {placement.cards} x {card.short}, {price:,.0f} USD."
+    return f" Cheapest{where}: {placement.gpus} x {card.short}, {price:,.0f} USD."
 
 
 # ------------------------------------------------------------------------------------------------------- of one card
 
 
-def card_facts(card: Gpu, dated: GpuCatalog) -> Table:
+def make_gpu_facts_table(card: Gpu, dated: GpuCatalog) -> Table:
     """A card's figures with source and date."""
     link = card.link
     one_way = f"{card.link.one_way / 1e9:g} GB/s each way" if link.gb_s else "none"
@@ -182,12 +182,12 @@ def card_facts(card: Gpu, dated: GpuCatalog) -> Table:
             )
             if figure
         ),
-        *([(LINKS[link.kind], one_way, link.gb_s)] if link.gb_s else []),
+        *([(LINK_NAMES[link.kind], one_way, link.gb_s)] if link.gb_s else []),
         ("power", f"{card.watts.value:g} W", card.watts),
         ("price", f"{card.price_usd.value:,.0f} USD", card.price_usd),
     ]
     rows = tuple(
-        (name, value, source_told(dated, figure.source or card.source), figure.note)
+        (name, value, format_source(dated, figure.source or card.source), figure.note)
         for name, value, figure in figures
     )
     return Table(
@@ -195,50 +195,60 @@ def card_facts(card: Gpu, dated: GpuCatalog) -> Table:
     )
 
 
-def source_told(dated: GpuCatalog, key: str) -> str:
+def format_source(dated: GpuCatalog, key: str) -> str:
     """Name and date of a source."""
     source = dated.sources[key]
     return f"{source.name}, {source.read}"
 
 
-def bounds_table(fit: Fit, made: Bounds) -> Table:
+def make_bounds_table(fit: Fit, made: Bounds) -> Table:
     """Each bound and what sets it."""
-    needs = fit.needs
+    needs = fit.memory
     rows = (
-        ("decode, one user", "first tokens, nobody else served", rate(made.one), made.one.limit),
+        (
+            "decode, one user",
+            "first tokens, nobody else served",
+            format_rate(made.one),
+            made.one.limit,
+        ),
         (
             "decode, all users",
             f"{needs.users} at {needs.context:,} tokens each",
-            rate(made.all),
+            format_rate(made.all),
             made.all.limit,
         ),
-        ("prefill", f"prompts of {needs.context:,} tokens", rate(made.prefill), made.prefill.limit),
+        (
+            "prefill",
+            f"prompts of {needs.context:,} tokens",
+            format_rate(made.prefill),
+            made.prefill.limit,
+        ),
     )
     return Table(
-        title="Bounds", columns=("what", "of", ">tokens/s", "limit"), rows=rows, note=BOUND
+        title="Bounds", columns=("what", "of", ">tokens/s", "limit"), rows=rows, note=BOUND_NOTE
     )
 
 
-def degrees(fit: Fit) -> Table:
+def make_parallelism_table(fit: Fit) -> Table:
     """Tensor-parallel degrees, and why some are refused."""
     rows = tuple(
         (str(degree.tp), "allowed" if degree.fault is None else "refused", degree.fault or "")
         for degree in fit.degrees
     )
     note = "By heads, KV heads, widths and the groups, words and FP8 blocks of the stored weights."
-    if any(degree.tp > 1 and fit.needs.model.vocabulary % degree.tp for degree in fit.degrees):
+    if any(degree.tp > 1 and fit.memory.model.vocabulary % degree.tp for degree in fit.degrees):
         note += " Engines pad the vocabulary, which forbids nothing."
     return Table(title="Tensor parallelism", columns=(">ranks", "", "why"), rows=rows, note=note)
 
 
-def batches(fit: Fit) -> Table | None:
+def make_batch_table(fit: Fit) -> Table | None:
     """What batches of a mixture read: experts hit, bytes per step and per token; None for a dense model."""
-    model = fit.needs.model
+    model = fit.memory.model
     if model.mixture is None:
         return None
     rows = []
-    for batch in BATCHES:
-        read = active_bytes(model, batch)
+    for batch in BATCH_SIZES:
+        read = count_active_bytes(model, batch)
         hit = model.mixture.distinct(batch)
         rows.append((
             str(batch),
@@ -251,18 +261,18 @@ def batches(fit: Fit) -> Table | None:
     return Table(title="Batches", columns=columns, rows=tuple(rows), note=note)
 
 
-def advice_table(found: Mapping[Server, MaxBatchedTokens], fit: Fit) -> Table:
+def make_batched_tokens_table(found: Mapping[GpuEngine, MaxBatchedTokens], fit: Fit) -> Table:
     """How many tokens a step of each engine may hold, and what of a card that takes."""
     assert fit.placement is not None
-    of = {server: share_of(fit, fit.placement, server).value for server in found}
+    of = {server: compute_memory_fraction(fit, fit.placement, server).value for server in found}
     free = {"vllm": "{:.2f} x card - weights - cache", "sglang": "(1 - {:.2f}) x card"}
     told = "; ".join(
-        f"{SERVERS[server]} {free[server].format(share)}" for server, share in of.items()
+        f"{GPU_ENGINES[server]} {free[server].format(share)}" for server, share in of.items()
     )
     one = next(iter(found.values()))
-    needs, sides = fit.needs, found.values()
+    needs, sides = fit.memory, found.values()
     each = f"{one.per_token:,} B a token, {one.routed_per_token:,} B of it copies for experts"
-    reserve = f"{100 * RESERVE:g} % of the first line on purpose, for fragmentation"
+    reserve = f"{100 * RESERVE_FRACTION:g} % of the first line on purpose, for fragmentation"
     rows = (
         ("left to a step", told, *(format_numbers.size(max(0, side.free_bytes)) for side in sides)),
         (
@@ -272,7 +282,7 @@ def advice_table(found: Mapping[Server, MaxBatchedTokens], fit: Fit) -> Table:
         ),
         (
             "logits",
-            f"{told_users(needs.users)} x {needs.model.vocabulary:,} x 4 B",
+            f"{format_users(needs.users)} x {needs.model.vocabulary:,} x 4 B",
             *(f"-{format_numbers.size(side.logits_bytes)}" for side in sides),
         ),
         ("activations", each, *(f"-{format_numbers.size(side.used)}" for side in sides)),
@@ -290,11 +300,11 @@ def advice_table(found: Mapping[Server, MaxBatchedTokens], fit: Fit) -> Table:
             f" With expert parallelism {even} tokens per rank if the router spreads them evenly, {worst} if one rank "
             "is sent all."
         )
-    columns = ("part", "how", *(f">{SERVERS[server]}" for server in found))
+    columns = ("part", "how", *(f">{GPU_ENGINES[server]}" for server in found))
     return Table(title="Tokens per step", columns=columns, rows=rows, note=note)
 
 
-def miss_told(found: NoFit) -> str:
+def format_shortfall(found: TensorParallelShortfall) -> str:
     """Why stages are taken, and what makes them needless: "TP8 alone misses 0.2 GB a card; it fits with --kv fp8"."""
     ways = [
         *(["--kv fp8"] if found.fp8 else []),
@@ -304,26 +314,26 @@ def miss_told(found: NoFit) -> str:
     return f"TP{found.tp} alone misses {format_numbers.size(found.n_bytes)} a card{why}; it fits with {' or '.join(ways)}"
 
 
-def one_card_told(fit: Fit) -> str | None:
+def format_single_gpu(fit: Fit) -> str | None:
     """What one card would do where more are taken; None where it does not hold the weights."""
     if fit.one_card or not fit.one_card_context:
         return None
-    context, users = format_numbers.count(fit.one_card_context), told_users(fit.needs.users)
+    context, users = format_numbers.count(fit.one_card_context), format_users(fit.memory.users)
     return f"On one card: at most {context} tokens for {users} (--context {fit.one_card_context})."
 
 
-def interconnect(fit: Fit, made: Bounds) -> Iterator[str]:
+def iterate_link_notes(fit: Fit, made: Bounds) -> Iterator[str]:
     """Sentences on what the links between cards allow."""
-    placement, card = fit.placement, fit.card
+    placement, card = fit.placement, fit.gpu
     if placement is None or placement.tp == 1:
         return
-    layers = -(-len(fit.needs.model.layers) // placement.pp)
-    sent = link_bytes(fit.needs.model, placement.tp, layers)
-    told = f"{sent / 1e6:.2f} MB per token and card over {LINKS[card.link.kind]}, {card.link.one_way / 1e9:g} GB/s a way"
+    layers = -(-len(fit.memory.model.layers) // placement.pp)
+    sent = count_link_bytes(fit.memory.model, placement.tp, layers)
+    told = f"{sent / 1e6:.2f} MB per token and card over {LINK_NAMES[card.link.kind]}, {card.link.one_way / 1e9:g} GB/s a way"
     if made.prefill.limit == "interconnect":
         yield (
-            f"The interconnect is the limit of prefill: {told}, {rate(made.prefill)} tokens/s, where arithmetic "
-            f"allows {rate(made.prefill_without_link)}."
+            f"The interconnect is the limit of prefill: {told}, {format_rate(made.prefill)} tokens/s, where arithmetic "
+            f"allows {format_rate(made.prefill_without_link)}."
         )
     else:
         yield f"The interconnect is not the limit of prefill: {told}."

@@ -12,19 +12,19 @@ from dataclasses import dataclass
 
 from quantkit.checkpoint.fp8_pairs import FP8, announced
 from quantkit.contracts import Config, Experts, Layout, Linear, TensorSpec
-from quantkit.serve.sizing.attention import attentions
+from quantkit.serve.sizing.attention import read_attention
 from quantkit.serve.sizing.model import (
     Attention,
     Layer,
-    Mixture,
     Model,
+    MoeConfig,
     ReadFrom,
     ShardingConstraint,
     Weights,
 )
 
-COPIED = ("q_a_proj", "kv_a_proj_with_mqa")
-BY_ROWS = frozenset({
+REPLICATED = ("q_a_proj", "kv_a_proj_with_mqa")
+ROW_PARALLEL = frozenset({
     "o_proj",
     "down_proj",
     "w2",
@@ -37,15 +37,15 @@ BY_ROWS = frozenset({
 })
 """Projections whose input is divided among ranks; of all others the output is."""
 
-WORD = 8  # output features that a packed word of 4-bit codes holds: it cannot be cut
-NAMES = {
+PACKED_OUTPUTS = 8  # output features that a packed word of 4-bit codes holds: it cannot be cut
+ROLE_LABELS = {
     "mlp": "MLP width", "shared_expert": "shared experts' width", "routed_expert": "experts' width",
     "attention": "attention width",
 }  # fmt: skip
 
 
 @dataclass
-class _Sum:
+class _WeightSum:
     """Weights of one place while they are added up."""
 
     divided: int = 0
@@ -63,7 +63,7 @@ class _Sum:
 
 
 @dataclass
-class _Found:
+class _ShardingUnits:
     """What the tensors of one linear say: groups along its input, an FP8 block, codes packed along its output."""
 
     group: int = 1
@@ -71,7 +71,7 @@ class _Found:
     words: bool = False
 
 
-def weigh(
+def make_model(
     layout: Layout,
     tensors: Iterable[TensorSpec],
     config: Config,
@@ -85,7 +85,7 @@ def weigh(
 
     by_row: one scale per row was asked for, which no division of the input breaks; else a single group is a whole one.
     """
-    places, found = added_up(layout, tensors, fp8_side(config), by_row)
+    places, found = sum_tensors(layout, tensors, get_fp8_block_size(config), by_row)
     decoders = [block for block in layout.blocks if block.kind == "decoder"]
     layers = tuple(
         Layer(
@@ -93,7 +93,7 @@ def weigh(
             dense=places[block.name].done(),
             routed=places[(block.name, "routed")].done(),
         )
-        for block, attention in zip(decoders, attentions(config), strict=True)
+        for block, attention in zip(decoders, read_attention(config), strict=True)
     )
     mtp = Weights()
     for block in (block for block in layout.blocks if block.kind == "mtp"):
@@ -118,17 +118,20 @@ def weigh(
             (x.out_features for x in inner if x.role in ("mlp", "shared_expert")), default=0
         ),
         vocabulary=layout.embedding.out_features,
-        longest=config.integer("max_position_embeddings")
+        max_context=config.integer("max_position_embeddings")
         if config.has("max_position_embeddings")
         else None,
     )
 
 
-def added_up(
+def sum_tensors(
     layout: Layout, tensors: Iterable[TensorSpec], side: int, by_row: bool
-) -> tuple[defaultdict[object, _Sum], Mapping[str, _Found]]:
+) -> tuple[defaultdict[object, _WeightSum], Mapping[str, _ShardingUnits]]:
     """Bytes by place ("embedding", "head", "outside", a block's name, (it, "routed")), and what divisions respect."""
-    places, found = defaultdict[object, _Sum](_Sum), defaultdict[str, _Found](_Found)
+    places, found = (
+        defaultdict[object, _WeightSum](_WeightSum),
+        defaultdict[str, _ShardingUnits](_ShardingUnits),
+    )
     linears = {linear.name: linear for linear in layout.linears}
     blocks = {block.name for block in layout.blocks}
     where = dict(_where(layout))
@@ -141,7 +144,7 @@ def added_up(
             place.parameters += spec.n_elements
             continue
         place = places[where[owner]]
-        if linear.role == "router" or owner.rpartition(".")[2] in COPIED:
+        if linear.role == "router" or owner.rpartition(".")[2] in REPLICATED:
             place.copied += spec.n_bytes
         else:
             place.divided += spec.n_bytes
@@ -180,7 +183,7 @@ def _block_of(tensor: str, blocks: Container[str]) -> str | None:
     return name if name in blocks else None
 
 
-def _count(place: _Sum, linear: Linear, spec: TensorSpec, local: str) -> None:
+def _count(place: _WeightSum, linear: Linear, spec: TensorSpec, local: str) -> None:
     """The parameters that a tensor stands for, each once: codes and scales together are one matrix."""
     if local == "bias":
         place.parameters += spec.n_elements
@@ -190,7 +193,7 @@ def _count(place: _Sum, linear: Linear, spec: TensorSpec, local: str) -> None:
 
 
 def _learn(
-    found: _Found, linear: Linear, spec: TensorSpec, local: str, side: int, by_row: bool
+    found: _ShardingUnits, linear: Linear, spec: TensorSpec, local: str, side: int, by_row: bool
 ) -> None:
     """Groups and words that a division must respect, from the shapes of scales and codes."""
     if local == "scales":  # awq, gptq: [n_groups, out]
@@ -202,13 +205,13 @@ def _learn(
     found.words = found.words or local in ("qzeros", "weight_zero_point")
 
 
-def _widen(found: _Found, linear: Linear, n_groups: int, by_row: bool) -> None:
+def _widen(found: _ShardingUnits, linear: Linear, n_groups: int, by_row: bool) -> None:
     """Groups of one width divide the next: what respects the widest of several schemes respects all."""
     if n_groups > 1 or not by_row:
         found.group = max(found.group, linear.in_features // max(1, n_groups))
 
 
-def fp8_side(config: Config) -> int:
+def get_fp8_block_size(config: Config) -> int:
     """Rows and columns of an FP8 block, where the config names one; else 1, which divides everything."""
     size = announced(config)[1]
     return (
@@ -224,18 +227,18 @@ def _kind(linear: Linear) -> str:
 
 
 def _divisions(
-    linears: Iterable[Linear], found: Mapping[str, _Found], attention: Attention
+    linears: Iterable[Linear], found: Mapping[str, _ShardingUnits], attention: Attention
 ) -> Iterator[ShardingConstraint]:
     """What every rank needs a whole share of, each once."""
     yield ShardingConstraint(what="attention heads", size=attention.heads)
     seen = set[ShardingConstraint]()
     for linear in linears:
         last = linear.name.rpartition(".")[2]
-        if linear.role not in NAMES or last in COPIED:
+        if linear.role not in ROLE_LABELS or last in REPLICATED:
             continue
-        learnt = found.get(_kind(linear), _Found())
-        rows = last in BY_ROWS
-        unit = learnt.group if rows else max(learnt.block, WORD if learnt.words else 1)
+        learnt = found.get(_kind(linear), _ShardingUnits())
+        rows = last in ROW_PARALLEL
+        unit = learnt.group if rows else max(learnt.block, PACKED_OUTPUTS if learnt.words else 1)
         if linear.role == "attention" and unit == 1:
             continue  # as divisible as its heads
         if (
@@ -246,7 +249,7 @@ def _divisions(
         ):
             continue  # repeated, not cut, beyond their heads
         made = ShardingConstraint(
-            what=NAMES[linear.role],
+            what=ROLE_LABELS[linear.role],
             size=linear.in_features if rows else linear.out_features,
             unit=unit,
         )
@@ -255,11 +258,11 @@ def _divisions(
             yield made
 
 
-def _mixture(experts: list[Experts]) -> Mixture | None:
+def _mixture(experts: list[Experts]) -> MoeConfig | None:
     if not experts:
         return None
     widest = max(experts, key=lambda found: found.count * found.intermediate)
-    return Mixture(
+    return MoeConfig(
         count=widest.count,
         top_k=widest.top_k,
         intermediate=widest.intermediate,
