@@ -53,7 +53,7 @@ def test_800_w_for_three_years_are_2_523_and_not_8_400() -> None:
     (claim,) = recompute_claims(found, made, "copied.yaml")
     assert not claim.is_correct
     assert claim.message == (
-        "owned.electricity: claimed 8,400, by the arithmetic 2,522.88 USD (0.8 kW x 26,280 h x 0.12): wrong, "
+        "owned.electricity: claimed 8,400, computed 2,522.88 USD (0.8 kW x 26,280 h x 0.12): wrong, "
         "3.33 times too high"
     )
 
@@ -75,13 +75,13 @@ def test_the_command_says_that_the_example_is_wrong_and_fails(tmp_path: Path) ->
 def test_every_figure_is_what_its_own_arithmetic_comes_to(shipped: Assumptions) -> None:
     """The text that people see, computed by Python: nothing is shown that does not lead to the figure."""
     checked_figures = 0
-    for figure in compute_cost_items(shipped).values():
-        if figure.arithmetic == "as given":
+    for item in compute_cost_items(shipped).values():
+        if item.arithmetic == "an assumption":
             continue
-        text = figure.arithmetic.rpartition(", so ")[2].replace(",", "")
+        text = item.arithmetic.rpartition(", so ")[2].replace(",", "")
         text = re.sub(r"tokens/s|\b(?:kW|W|h|s|load|PUE|months)\b", "", text).replace("x", "*")
-        assert re.fullmatch(r"[-+*/(). 0-9e]+", text), figure.arithmetic
-        assert eval(text) == pytest.approx(figure.value, rel=1e-5), figure.key
+        assert re.fullmatch(r"[-+*/(). 0-9e]+", text), item.arithmetic
+        assert eval(text) == pytest.approx(item.value, rel=1e-5), item.key
         checked_figures += 1
     assert checked_figures > 25
 
@@ -168,7 +168,7 @@ def test_the_shipped_assumptions_explain_every_key() -> None:
          "a.yaml:LINE: owned.price_per_kw: unknown key. Did you mean 'price_per_kwh'? Known: cards, "),
         (("utilization: 0.4 ", "utilization: 1.4 "), "throughput.utilization: expected at most 1, found 1.4"),
         (("years: 3 ", "years: 0 "), "owned.years: expected more than 0, found 0"),
-        (("cards: 8\n  price_per_card: 30000", "cards: eight\n  price_per_card: 30000"),
+        (("cards: 8                   # GPUs\n  price_per_card: 30000", "cards: eight\n  price_per_card: 30000"),
          "owned.cards: expected a whole number, found 'eight'"),
         (("version: 1", "version: 2"), "version: expected 1, found 2"),
         (("price_per_card_hour: 2.50 ", "# "), "rented.price_per_card_hour: missing; this key has no default"),

@@ -107,9 +107,7 @@ def test_results_of_another_shape_or_without_an_answer_are_refused() -> None:
         "incomplete": 0,
         "total": 5,
     }
-    with pytest.raises(
-        QuantkitError, match=r"no request of 5 was answered at 3 at once \(5 errors\)"
-    ):
+    with pytest.raises(QuantkitError, match=r"at concurrency 3, found none of 5 \(5 errors\)"):
         guidellm.parse_level(raw, 3, "x")
 
 
@@ -210,9 +208,9 @@ def test_a_tool_that_fails_or_hangs_is_told(
     monkeypatch.setattr(guidellm, "SLACK_SECONDS", 3)
     with RunningApp(Counting()) as serving:
         for name, then, told in (
-            ("a", "sys.exit('it broke')", "ended with 1, and said: it broke"),
-            ("b", "import time; time.sleep(60)", "did not end 3 s after its time"),
-            ("c", "sys.exit(0)", "ended with 0, and said: nothing"),
+            ("a", "sys.exit('it broke')", "exited with 1; its last output: it broke"),
+            ("b", "import time; time.sleep(60)", "still running 3 s after its time limit"),
+            ("c", "sys.exit(0)", "exited with 0; its last output: nothing"),
         ):
             (tmp_path / name).mkdir()
             program, _ = fake(tmp_path / name, then)
@@ -226,7 +224,7 @@ def test_a_tool_that_fails_or_hangs_is_told(
         (["localhost:8000"], 2, "expected http://HOST:PORT/v1"),
         (["http://127.0.0.1:9/v1"], 1, "expected an OpenAI-compatible server, found none"),
         (["http://127.0.0.1:9/v1", "--concurrency", "0"], 2, "expected numbers from 1"),
-        (["http://127.0.0.1:9/v1", "--model", "m"], 1, "expected an answer, found none"),
+        (["http://127.0.0.1:9/v1", "--model", "m"], 1, "expected a response, found none"),
         (
             ["http://127.0.0.1:9/v1", "--model", "m", "--metrics", "http://127.0.0.1:9"],
             1,
@@ -280,10 +278,13 @@ def test_what_the_server_says_against_a_request_is_told_before_a_tool_is_started
     with RunningApp(Refusing()) as serving:
         found = run(serving.url, "--guidellm", program, "--model", "foo", *words)
     assert found.exit_code == 1 and not log.exists()
-    assert f"found status 400: no {path} of 'foo'; ask for what it serves (stub)" in found.output
+    assert (
+        f"expected status 200, found 400: no {path} of 'foo'; request a model that it serves (stub)"
+        in found.output
+    )
     assert (
         engine.extract_message("<html>\nno") == "<html> no"
-        and engine.extract_message("") == "nothing"
+        and engine.extract_message("") == "no message"
     )
 
 
@@ -300,7 +301,7 @@ def test_a_server_of_several_models_asks_for_one(tmp_path: Path) -> None:
 def test_prompts_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"question": "a"}\n\n{"prompt": "b", "text": "c"}\n')
-    assert read_prompts(str(file)).texts == ("a", "b") and read_prompts(str(file)).rows(3) == [
+    assert read_prompts(str(file)).texts == ("a", "b") and read_prompts(str(file)).take(3) == [
         "a",
         "b",
         "a",
@@ -340,7 +341,7 @@ def test_tables_plots_and_page_show_every_level() -> None:
     table = tables.make_level_table(made)
     assert [row[:2] for row in table.rows] == [("1", "6"), ("4", "6, 1 failed")]
     assert [row[-1] for row in table.rows] == ["-", "25.0%"]
-    assert "fewer than 100 answers" in table.note
+    assert "fewer than 100 requests" in table.note
     many = made.levels[0].model_copy(update={"answered": 100})
     assert (
         "fewer than"

@@ -104,7 +104,9 @@ def test_distinct_experts_are_those_that_simulated_tokens_hit(
         len(set(draw.permuted(np.tile(np.arange(count), (batch, 1)), axis=1)[:, :top_k].ravel()))
         for _ in range(trials)
     ]
-    expected = MoeConfig(count=count, top_k=top_k, intermediate=1, layers=1).distinct(batch)
+    expected = MoeConfig(
+        num_experts=count, top_k=top_k, intermediate_size=1, num_layers=1
+    ).compute_expected_experts(batch)
     assert expected == pytest.approx(np.mean(hits), abs=4 * np.std(hits) / trials**0.5 + 1e-9)
 
 
@@ -136,7 +138,7 @@ def test_prefill_is_bounded_by_flops_at_the_rate_of_the_stored_weights(cards: Gp
         flops = found.gpu.tflops.fp8 if fast else found.gpu.tflops.bf16
         assert flops is not None
         most = found.placement.gpus * flops.value * 1e12 / (2 * (active - model.head.parameters))
-        bound = roofline.bound_prefill(found, linked=False).tokens_per_s
+        bound = roofline.bound_prefill(found, with_link=False).tokens_per_s
         assert bound <= most
         assert bound == pytest.approx(
             most, rel=0.08
@@ -183,8 +185,8 @@ def test_the_workspace_of_experts_is_what_vllm_allocates(v3: Model) -> None:
     """MarlinExperts.workspace_shapes of vLLM 0.32 for one token: M = 1, N = 2048 / 8, K = 7168, top_k = 8."""
     m, n, k, top_k = 1, 2048 // 8, 7168, 8
     workspace13, workspace2, output = m * top_k * max(n, k), m * top_k * max(2 * n, k), m * k
-    assert v3.mixture is not None
-    assert compute_expert_bytes(v3, v3.mixture, 8) == 2 * (workspace13 + workspace2 + output)
+    assert v3.moe is not None
+    assert compute_expert_bytes(v3, v3.moe, 8) == 2 * (workspace13 + workspace2 + output)
 
 
 @pytest.mark.parametrize("server", GPU_ENGINES)
@@ -201,12 +203,13 @@ def test_advice_fits_into_what_an_engine_leaves_and_shows_it(
         )
         left = {"vllm": 0.90 * memory - held, "sglang": 0.15 * memory}
         assert advised.free_bytes == pytest.approx(left[server])
-        assert advised.used == advised.safe * advised.per_token
+        assert advised.used_bytes == advised.safe * advised.bytes_per_token
         assert (
-            advised.used + advised.left + RUNTIME_BYTES + advised.logits_bytes == advised.free_bytes
+            advised.used_bytes + advised.left_bytes + RUNTIME_BYTES + advised.logits_bytes
+            == advised.free_bytes
         )
-        assert advised.left >= RESERVE_FRACTION * advised.free_bytes - 1
-        one_step_more = advised.used + TOKEN_MULTIPLE * advised.per_token
+        assert advised.left_bytes >= RESERVE_FRACTION * advised.free_bytes - 1
+        one_step_more = advised.used_bytes + TOKEN_MULTIPLE * advised.bytes_per_token
         full = (
             one_step_more + RUNTIME_BYTES + advised.logits_bytes
             > (1 - RESERVE_FRACTION) * advised.free_bytes
@@ -232,7 +235,7 @@ def test_in_the_worst_case_a_rank_holds_the_tokens_of_all_ranks(
     found = placed(v3, cards.gpus["h200"])
     advised = compute_max_batched_tokens(found, "vllm")
     assert advised is not None and found.placement is not None and found.placement.tp == 4
-    plain = advised.per_token - advised.routed_per_token
+    plain = advised.bytes_per_token - advised.expert_bytes_per_token
     copies = 2 * (4 * 8 * (max(2 * 2048, 7168) + max(2048, 7168)) + 7168)
     room = advised.free_bytes - RUNTIME_BYTES - advised.reserve_bytes - advised.logits_bytes
     assert advised.worst == room // (plain + copies) // TOKEN_MULTIPLE * TOKEN_MULTIPLE

@@ -169,7 +169,7 @@ def test_a_share_that_the_engine_is_not_given_is_told() -> None:
         dry("mistralai/Mixtral-8x7B-v0.1", "--gpu", "h100", "--engine", "vllm"),
         "--gpu-memory-utilization",
     )
-    assert why.endswith("of 80 GB a card = 0.98, held to 0.96: 1.61 GB are missing")
+    assert why.endswith("of 80 GB per GPU = 0.98, limited to 0.96: 1.61 GB are missing")
 
 
 def test_a_step_is_bounded_where_the_engines_own_number_takes_too_much() -> None:
@@ -177,7 +177,7 @@ def test_a_step_is_bounded_where_the_engines_own_number_takes_too_much() -> None
     words = ("Qwen/Qwen3-30B-A3B", "--gpu", "rtx4090", "--users", "32", "--engine")
     plan = dry(*words, "vllm")
     assert values(plan["commands"][0])["--max-num-batched-tokens"] == "256"
-    assert "2,048, the usual number, takes more than is left" in why_of(
+    assert "2,048, the default, exceed the memory that the cache leaves" in why_of(
         plan, "--max-num-batched-tokens"
     )
     assert "--chunked-prefill-size" not in values(dry(*words, "sglang")["commands"][0])
@@ -235,17 +235,17 @@ def test_without_a_card_a_small_artifact_is_served_here(
     [
         (["nowhere"], 2, "nowhere: expected an artifact"),
         ([SMALL], 2, "a config alone cannot be served"),
-        (["BUILT", "--context", "513"], 2, "made for 512 tokens"),
-        ([SMALL, "--dry-run", "--gpu", "h1000"], 2, "no card named 'h1000'"),
+        (["BUILT", "--context", "513"], 2, "expected a context of at most 512 tokens"),
+        ([SMALL, "--dry-run", "--gpu", "h1000"], 2, "no GPU named 'h1000'"),
         (
             [SMALL, "--dry-run", "--gpu", "mac-studio"],
             2,
-            "vLLM does not run there; name another card",
+            "vLLM does not run on it; name another GPU",
         ),
         (
             ["BUILT", "--dry-run", "--gpu", "mac-studio"],
             2,
-            "vLLM does not run there; use --engine transformers",
+            "vLLM does not run on it; use --engine transformers",
         ),
         (["v3-awq4", "--dry-run"], 2, "v3-awq4: expected an artifact, found a recipe; build it"),
         (
@@ -253,7 +253,7 @@ def test_without_a_card_a_small_artifact_is_served_here(
             2,
             "recipes/v3-awq4.yaml: expected an artifact, found a recipe; build it",
         ),
-        ([SMALL, "--docker", "--gpu", "mi300x"], 2, "written for NVIDIA cards"),
+        ([SMALL, "--docker", "--gpu", "mi300x"], 2, "expected an NVIDIA GPU"),
         ([SMALL, "--dry-run", "--users", "100000000"], 2, "fit on no number of NVIDIA H100"),
         ([SMALL, "--engine", "transformers"], 2, "expected an artifact, found none"),
         (["BUILT", "--engine", "transformers", "--", "--tp", "3"], 2, "takes no flags of its own"),
@@ -287,7 +287,7 @@ def test_without_a_card_a_small_artifact_is_served_here(
             "an engine on this machine alone, found 2 nodes",
         ),
         ([SMALL, "--gateway", "--keys", "no-such-keys.json"], 2, "no-such-keys.json: "),
-        (["BUILT", "--gateway", "--fallback-key", "NOT_SET"], 2, "expected an API key there"),
+        (["BUILT", "--gateway", "--fallback-key", "NOT_SET"], 2, "expected an API key in this environment variable"),
         (
             ["BUILT", "--gateway", "--engine-key", "X"],
             2,
@@ -324,7 +324,7 @@ def test_a_damaged_artifact_is_not_served(artifact: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    found = serve(str(artifact), "--engine", "transformers", "--port", str(demo_serve.free_port()))
+    found = serve(str(artifact), "--engine", "transformers", "--port", str(engine_process.find_free_port()))
     assert found.exit_code == 1 and "expected sha256" in found.output
 
 
@@ -386,7 +386,7 @@ def test_a_dry_run_shows_the_gateway_and_the_engine_behind_it(built: Path) -> No
     found = serve(*words, "--engine", "vllm", "--dry-run")
     assert values(shell(found.output))["--host"] == "127.0.0.1"
     assert (
-        "# gateway on http://0.0.0.0:9000/v1, 10 requests at once, 7 waiting, no keys"
+        "# gateway on http://0.0.0.0:9000/v1, 10 concurrent requests, 7 waiting, no keys"
         in found.output
     )
     assert "gateway" not in dry(str(built), "--engine", "vllm")
@@ -419,7 +419,7 @@ def test_reasons_fit_the_terminal_and_stay_comments(
     found = serve(SMALL, "--dry-run", "--gpu", "h100", "--gateway")
     comments = [line for line in found.output.splitlines() if line.startswith("#")]
     assert max(map(len, comments)) <= columns
-    assert "body_bytes=8000000" in found.output and "what is left over becomes" in found.output
+    assert "body_bytes=8000000" in found.output and "the rest becomes" in found.output
     assert shell(found.output)[:3] == ["vllm", "serve", SMALL]
 
 
@@ -569,11 +569,11 @@ def test_names_of_services_begin_with_a_letter(name: str, label: str) -> None:
     ("asked", "told"),
     [
         ({"model": "other", "prompt": "x"}, "model: expected 'm', found 'other'"),
-        ({"prompt": "x", "logprobs": 3}, "logprobs: this engine does not do that"),
-        ({"prompt": "x", "tools": [{}]}, "tools: this engine does not do that"),
+        ({"prompt": "x", "logprobs": 3}, "logprobs: not supported by this engine"),
+        ({"prompt": "x", "tools": [{}]}, "tools: not supported by this engine"),
         (
             {"prompt": "x", "presence_penalty": 0.5},
-            "presence_penalty: this engine does not do that",
+            "presence_penalty: not supported by this engine",
         ),
         ({"prompt": "x", "max_tokns": 3}, "max_tokns: unknown"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens: expected a number from 1"),
@@ -581,7 +581,7 @@ def test_names_of_services_begin_with_a_letter(name: str, label: str) -> None:
         ({"prompt": "x", "temperature": 3}, "temperature: expected a number from 0 to 2"),
         ({"prompt": "x", "temperature": float("nan")}, "temperature: expected a number"),
         ({"prompt": "x", "stop": ["a", ""]}, "stop: expected a text"),
-        ({"prompt": "x", "n": 100}, "n: expected a whole number from 1 to 16"),
+        ({"prompt": "x", "n": 100}, "n: expected an integer from 1 to 16"),
         ({"prompt": 3}, "prompt: expected a text"),
         ({"prompt": [[1], "x", None]}, "prompt: expected a text"),
         ({}, "prompt: expected a text"),
@@ -639,14 +639,14 @@ def test_text_is_told_up_to_the_stop_string_and_never_a_part_of_it(
     told: list[str] = []
     writer = TextStreamer(Spelled(), [stop], told.append)
     rest = text
-    while rest and not writer.stopped:
+    while rest and not writer.is_stopped:
         size = data.draw(st.integers(1, 3))
-        writer._say(rest[:size])
+        writer._add_text(rest[:size])
         rest = rest[size:]
         assert text.split(stop)[0].startswith("".join(told))
     writer.end()
     assert "".join(told) == text.split(stop)[0]
-    assert writer.stopped == (stop in text)
+    assert writer.is_stopped == (stop in text)
 
 
 # ------------------------------------------------------------------------------------------- the transformers engine
@@ -760,7 +760,7 @@ def test_half_a_surrogate_is_no_text(api: openai.OpenAI, path: str) -> None:
     found = httpx2.post(f"{api.base_url}{path}", content=json.dumps(body))
     assert (
         found.status_code == 400
-        and "half a surrogate pair at 1" in found.json()["error"]["message"]
+        and "half of a surrogate pair at 1" in found.json()["error"]["message"]
     )
 
 

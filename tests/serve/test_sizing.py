@@ -73,10 +73,10 @@ def written(path: Path, values: dict[str, object]) -> Path:
 
 
 def test_v3_kv_cache_is_70_272_bytes_per_token(v3: Model) -> None:
-    assert v3.kv_bytes_per_token("bf16") == 61 * (512 + 64) * 2 == 70_272
-    assert v3.kv_bytes_per_token("fp8") == 61 * 576
+    assert v3.compute_kv_bytes_per_token("bf16") == 61 * (512 + 64) * 2 == 70_272
+    assert v3.compute_kv_bytes_per_token("fp8") == 61 * 576
     dense_formula = 61 * 2 * 128 * 128 * 2  # what 128 heads of 128 would take without MLA
-    assert dense_formula / v3.kv_bytes_per_token("bf16") > 50
+    assert dense_formula / v3.compute_kv_bytes_per_token("bf16") > 50
 
 
 def test_v3_takes_671_gb_and_two_nodes_of_eight_cards(v3: Model, cards: GpuCatalog) -> None:
@@ -120,9 +120,9 @@ def test_32b_at_4_bits_is_16_to_18_gb_and_what_context_fits_on_24_gb(cards: GpuC
         inner / GB + 2 * 152_064 * 5120 * 2 / GB, abs=0.01
     )
     per_token = 64 * 2 * 8 * 128 * 2
-    assert artifact.kv_bytes_per_token("bf16") == per_token == 262_144
+    assert artifact.compute_kv_bytes_per_token("bf16") == per_token == 262_144
     found = fit_model(estimate_memory(artifact, 2048, 1), cards.gpus["rtx4090"])
-    assert found.one_card
+    assert found.fits_single_gpu
     assert (
         found.max_context == int((24 * GB / 1.15 - artifact.weights.n_bytes) / per_token) == 5_877
     )
@@ -217,12 +217,14 @@ def test_the_cache_is_as_large_as_transformers_own(changes: dict[str, object]) -
     })
     tokens, cached = 40, transformers.DynamicCache(config=config)
     for index, layer in enumerate(read_attention(Config(values=values))):
-        heads, width = layer.kv_heads, layer.elements // (2 * layer.kv_heads)
+        heads, width = layer.kv_heads, layer.kv_elements // (2 * layer.kv_heads)
         states = torch.zeros(1, heads, tokens, width)
         cached.update(states, states, index)
         held = cached.layers[index].keys.numel() + cached.layers[index].values.numel()
-        kept = layer.kept(tokens) - (layer.window is not None and layer.window < tokens)
-        assert held == layer.elements * kept
+        kept = layer.count_cached_tokens(tokens) - (
+            layer.window is not None and layer.window < tokens
+        )
+        assert held == layer.kv_elements * kept
 
 
 def test_layer_types_say_which_layers_have_windows() -> None:
@@ -233,15 +235,15 @@ def test_layer_types_say_which_layers_have_windows() -> None:
     assert [layer.window for layer in read_attention(Config(values=values))] == [16, None, 16]
     with pytest.raises(CheckpointError, match="expected 2 entries, found 3"):
         read_attention(Config(values={**values, "num_hidden_layers": 2}))
-    with pytest.raises(CheckpointError, match="'linear_attention' layers is not known here"):
+    with pytest.raises(CheckpointError, match="whose memory is known, found 'linear_attention'"):
         read_attention(Config(values={**values, "layer_types": ["linear_attention"] * 3}))
 
 
 def test_a_window_caps_what_a_long_context_costs(tmp_path: Path) -> None:
     model = read_config_model(written(tmp_path / "config.json", MISTRAL_7B))
     assert (
-        model.kv_bytes(4096, "bf16")
-        == model.kv_bytes(32_768, "bf16")
+        model.compute_kv_bytes(4096, "bf16")
+        == model.compute_kv_bytes(32_768, "bf16")
         == 4096 * 32 * 2 * 8 * 128 * 2
     )
 
@@ -281,18 +283,18 @@ def test_degrees_that_heads_groups_and_widths_allow(v3: Model) -> None:
     ]
     assert (
         find_tensor_parallel_fault(awq, 32)
-        == "experts' width 2,048 / 32 = 64 is no multiple of 128"
+        == "expert width: 2,048 / 32 = 64 is not a multiple of 128"
     )
-    assert find_tensor_parallel_fault(v3, 3) == "attention heads 128 / 3 is no whole number"
+    assert find_tensor_parallel_fault(v3, 3) == "attention heads: 128 is not divisible by 3"
     blocks = (
-        "attention width 256 / 4 = 64 is no multiple of 128"  # what o_proj reads, in FP8 blocks
+        "attention width: 256 / 4 = 64 is not a multiple of 128"  # what o_proj reads, in FP8 blocks
     )
     assert find_tensor_parallel_fault(read_model("builtin:tiny-v3"), 4) == blocks
     qwen = recipe_model("r1-distill-qwen-32b-awq4")
     assert (
         find_tensor_parallel_fault(qwen, 5) == "8 KV heads and 5 ranks: neither divides the other"
     )
-    assert find_tensor_parallel_fault(qwen, 16) == "attention heads 40 / 16 is no whole number"
+    assert find_tensor_parallel_fault(qwen, 16) == "attention heads: 40 is not divisible by 16"
     assert find_tensor_parallel_fault(qwen, 8) is None
     smollm = recipe_model("smollm2-135m-awq4")
     assert (
@@ -372,7 +374,7 @@ def test_stages_take_whole_nodes_and_it_is_told_what_would_do_without_them(
     miss = find_shortfall(found)
     held = sum(compute_fullest_gpu(estimate_memory(model), 8, 1, 32_768, 10)) * 1.15
     assert miss == TensorParallelShortfall(
-        tp=8, n_bytes=round(held - 80 * GB), fp8=True, users=9, latent=True
+        tp=8, missing_bytes=round(held - 80 * GB), fits_fp8_cache=True, max_users=9, is_latent=True
     )
     for mended in (estimate_memory(model, users=9), estimate_memory(model, kv="fp8")):
         alone = fit_model(mended, card)
@@ -396,7 +398,9 @@ def test_stages_take_whole_nodes_and_it_is_told_what_would_do_without_them(
 
 
 def test_refusals_say_what_to_do(v3: Model, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="made for 163,840 tokens, found a context of 200,000"):
+    with pytest.raises(
+        UsageError, match="expected a context of at most 163,840 tokens, found 200,000"
+    ):
         estimate_memory(v3, 200_000)
     with pytest.raises(UsageError, match="at least 1"):
         estimate_memory(v3, 4096, 0)
@@ -404,7 +408,7 @@ def test_refusals_say_what_to_do(v3: Model, tmp_path: Path) -> None:
         UsageError, match="expected an artifact, a recipe, a config.json or a hub id"
     ):
         read_model("nobody/nothing")
-    with pytest.raises(UsageError, match="the bytes of packed weights are in their headers"):
+    with pytest.raises(UsageError, match="whose bytes are in the headers of packed weights"):
         read_config_model(
             written(
                 tmp_path / "config.json",
@@ -417,7 +421,9 @@ def test_refusals_say_what_to_do(v3: Model, tmp_path: Path) -> None:
 
 def test_a_machine_without_links_stays_by_itself(v3: Model, cards: GpuCatalog) -> None:
     assert fit_model(estimate_memory(v3), cards.gpus["mac-studio"]).placement is None
-    assert fit_model(estimate_memory(read_model(QWEN_32B)), cards.gpus["mac-studio"]).one_card
+    assert fit_model(
+        estimate_memory(read_model(QWEN_32B)), cards.gpus["mac-studio"]
+    ).fits_single_gpu
 
 
 def test_a_card_is_found_by_key_and_by_name(cards: GpuCatalog) -> None:
@@ -426,7 +432,7 @@ def test_a_card_is_found_by_key_and_by_name(cards: GpuCatalog) -> None:
         assert cards.get_gpu(name) is cards.gpus["h100"], name
     for key, card in cards.gpus.items():
         assert cards.get_gpu(card.short) is card, key
-    with pytest.raises(UsageError, match="no card named 'h10'. Did you mean 'h100'"):
+    with pytest.raises(UsageError, match="no GPU named 'h10'. Did you mean 'h100'"):
         cards.get_gpu("h10")
 
 

@@ -153,7 +153,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
         told(plan, front.adapt_to(plan), json_out)
     else:
         start.start_engine(
-            plan, front.adapt_to(plan), verified=no_verify, seconds=start_seconds, tell=tell
+            plan, front.adapt_to(plan), verified=no_verify, seconds=start_seconds, log=tell
         )
 
 

@@ -1,4 +1,4 @@
-"""What is to be served: its size, which engines read it, and what they must be told. No torch, no weights."""
+"""The model to serve: its size, and the engines that read it. Without torch, without weights."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ MAX_TOKENIZER_CONFIG_BYTES = 64_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """An artifact, an ordinary model folder, or a config alone (nothing to run: `--dry-run` only).
+    """An artifact, an ordinary model folder, or a config alone (`--dry-run` only).
 
-    engines: name -> the command that its format ships; refused: engine -> why it cannot serve this one;
-    fused_apart: shared experts are stored otherwise than routed ones; chat: a chat template is there, None: not known.
+    engines: name -> the command that the format declares. refused: engine -> reason why it cannot
+    serve this model. has_separate_experts: shared experts are stored differently from routed ones.
+    has_chat_template: None if unknown.
     """
 
     path: str
@@ -36,13 +37,16 @@ class Target:
     model: Model
     engines: Mapping[str, str]
     refused: Mapping[str, str]
-    fused_apart: bool
-    chat: bool | None
+    has_separate_experts: bool
+    has_chat_template: bool | None
     status: str = ""
 
 
 def read_target(target: str) -> Target:
-    """What a folder, a config.json or a hub id holds; UsageError or CheckpointError as sizing says."""
+    """Read a folder, a config.json or a hub id.
+
+    Raises UsageError for a recipe, and UsageError or CheckpointError as `read_model` does.
+    """
     path = Path(target)
     if names_recipe(target):
         raise UsageError(
@@ -52,8 +56,7 @@ def read_target(target: str) -> Target:
     if (path / MANIFEST).is_file():
         return read_artifact_target(path, model)
     kind: TargetKind = "model" if model.read_from == "headers" else "config"
-    names = open_shards(path).specs if kind == "model" and path.is_dir() else ()
-    served = {**SERVERS, **TRANSFORMERS}
+    tensor_names = open_shards(path).specs if kind == "model" and path.is_dir() else ()
     return Target(
         path=target,
         name=target.rstrip("/").rpartition("/")[2]
@@ -61,15 +64,15 @@ def read_target(target: str) -> Target:
         else path.parent.name,
         kind=kind,
         model=model,
-        engines=served,
+        engines={**SERVERS, **TRANSFORMERS},
         refused={},
-        fused_apart=apart(names),
-        chat=has_chat_template(path) if path.is_dir() else None,
+        has_separate_experts=apart(tensor_names),
+        has_chat_template=has_chat_template(path) if path.is_dir() else None,
     )
 
 
 def read_artifact_target(path: Path, model: Model) -> Target:
-    """An artifact of quantkit: its manifest says the format, its report which engines read what is in it."""
+    """Read an artifact: format from its manifest, engines from its fidelity report."""
     manifest = read_manifest(path)
     name = str(
         manifest.get("format") or infer_format(model.config.values.get("quantization_config"))
@@ -79,9 +82,11 @@ def read_artifact_target(path: Path, model: Model) -> Target:
             f"{path / MANIFEST}: {registry.unknown('format', name, registry.names('formats'))}"
         )
     engines = dict(registry.format(name).engines)
-    served = read_reported_engines(path)
-    why = "its report names the engines that load what is quantized here, and not this one"
-    refused = {engine: why for engine in engines if served is not None and engine not in served}
+    reported = read_reported_engines(path)
+    reason = "is not among the engines that its fidelity report names for its tensors"
+    refused = {
+        engine: reason for engine in engines if reported is not None and engine not in reported
+    }
     return Target(
         path=str(path),
         name=path.resolve().name,
@@ -89,21 +94,24 @@ def read_artifact_target(path: Path, model: Model) -> Target:
         model=model,
         engines=engines,
         refused=refused,
-        fused_apart=apart(mapping(manifest, "tensors", path)),
-        chat=has_chat_template(path),
+        has_separate_experts=apart(mapping(manifest, "tensors", path)),
+        has_chat_template=has_chat_template(path),
         status=str(manifest.get("status")),
     )
 
 
 def infer_format(entry: object) -> str:
-    """The format by config.json, for artifacts of before manifests named it; gptq_v2 shares its method with gptq."""
+    """Return the format by config.json, for artifacts whose manifest does not name it.
+
+    gptq_v2 shares its quant_method with gptq.
+    """
     if not isinstance(entry, Mapping):
         return "dense"
     return str(entry.get("checkpoint_format") or entry.get("quant_method")).replace("-", "_")
 
 
 def read_reported_engines(path: Path) -> frozenset[str] | None:
-    """Engines that the report says serve it; None without a report."""
+    """Return the engines that the fidelity report names; None without a report."""
     file = path / "quantkit/fidelity.json"
     if not file.is_file():
         return None
@@ -115,7 +123,7 @@ def read_reported_engines(path: Path) -> frozenset[str] | None:
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Whether the tokenizer brings a chat template."""
+    """Return whether the tokenizer has a chat template."""
     if any((folder / name).exists() for name in TEMPLATES):
         return True
     file = folder / "tokenizer_config.json"

@@ -1,7 +1,10 @@
-"""Who may ask. A key is 256 random bits, so one SHA-256 of it is as good as any slow hash: there is nothing to guess.
+"""API keys and their file.
 
-The file is JSON: {"keys": [{"name": "team-a", "sha256": "...", "priority": 2, "most": 8}]}. `priority` is the most
-urgent one the key may use (0 is first), `most` its requests at once (0: the gateway's bound).
+A key is 256 random bits. One SHA-256 of it is as secure as a slow hash: it cannot be guessed.
+
+The file is JSON: {"keys": [{"name": "team-a", "sha256": "...", "priority": 2, "most": 8}]}.
+`priority` is the most urgent priority that the key may use (0 is first), `most` its number of
+concurrent requests (0: the gateway's limit `per_key`).
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ class ApiKey(BaseModel):
 
 
 class KeyFile(BaseModel):
-    """All entries."""
+    """The whole file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -40,48 +43,51 @@ class KeyFile(BaseModel):
 
 
 ANONYMOUS = ApiKey(name="anonymous", sha256="0" * 64)
-"""Who asks where no keys are needed."""
+"""The client of every request if the gateway has no keys."""
 
 
 def create_key(name: str, *, priority: int = 0, most: int = 0) -> tuple[str, ApiKey]:
-    """A fresh key, to be shown once, and its entry."""
+    """Create a key. Return its text, to be shown once, and its entry. UsageError for a bad name."""
     text = KEY_PREFIX + secrets.token_urlsafe(32)
     try:
         return text, ApiKey(name=name, sha256=hash_key(text), priority=priority, most=most)
     except ValidationError as error:
         raise UsageError(
-            f"{name!r}: {error.errors()[0]['msg']}; name the key by letters, digits, . @ - _"
+            f"{name!r}: {error.errors()[0]['msg']}; use letters, digits, . @ - _ in the name"
         ) from None
 
 
 def parse_keys(values: Mapping[str, object], where: str) -> tuple[ApiKey, ...]:
-    """The entries of a file; UsageError names the one that is wrong. Two entries may not share a name."""
+    """Parse the entries of a file. UsageError names the invalid one; names must be unique."""
     try:
         keys = KeyFile.model_validate(values).keys
     except ValidationError as error:
         fault = error.errors()[0]
-        place = ".".join(map(str, fault["loc"]))
+        field = ".".join(map(str, fault["loc"]))
         raise UsageError(
-            f"{where}: {place}: {fault['msg']}; make entries with `quantkit key`"
+            f"{where}: {field}: {fault['msg']}; make entries with `quantkit key`"
         ) from None
     names = [key.name for key in keys]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise UsageError(f"{where}: {twice}: expected once, found twice; rename or remove one")
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate:
+        raise UsageError(f"{where}: {duplicate}: expected once, found twice; rename or remove one")
     return keys
 
 
 def authenticate(keys: tuple[ApiKey, ...], authorization: str) -> ApiKey | None:
-    """Whose "Bearer ..." this is; None when nobody's. Every entry is compared, each in constant time."""
+    """Return the key of an Authorization header ("Bearer ..."), or None.
+
+    The digest is compared with every entry, each in constant time.
+    """
     scheme, _, text = authorization.partition(" ")
-    asked = hash_key(text.strip()) if scheme.lower() == "bearer" else ""
-    found = None
+    digest = hash_key(text.strip()) if scheme.lower() == "bearer" else ""
+    match = None
     for key in keys:
-        if hmac.compare_digest(key.sha256, asked):
-            found = key
-    return found
+        if hmac.compare_digest(key.sha256, digest):
+            match = key
+    return match
 
 
 def hash_key(text: str) -> str:
-    """SHA-256 in hexadecimal."""
+    """Return the SHA-256 of a key in hexadecimal."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,4 +1,4 @@
-"""A whole load test: level after level, the engine's counters read around each, one result."""
+"""A load test: one level of concurrency after another, with the engine's counters of each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quantkit.serve.loadtest.prompts import Prompts
 
 WARMUP_REQUESTS = 4
 REQUESTS_PER_CLIENT = 4
-"""At least so many requests per place: fewer would measure the start and the end of a level."""
+"""The fewest requests per concurrent client: with fewer, the start and the end of a level dominate."""
 
 
 def run_load_test(
@@ -24,38 +24,33 @@ def run_load_test(
     prompts: Prompts,
     concurrencies: Sequence[int],
     metrics: str,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> LoadTest:
-    """Ask at each level. `metrics`: where the engine tells its counters."""
+    """Run every level. metrics: the address of the engine's counters."""
     started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     levels: list[Level] = []
-    engine.check_endpoint(
-        setup.url,
-        setup.key,
-        setup.path,
-        guidellm.make_request_body(setup, prompts.texts[0]),
-        setup.seconds,
-    )
-    with tempfile.TemporaryDirectory(prefix="quantkit-loadtest-") as made:
-        folder = Path(made)
-        tell("warming up")
-        guidellm.run_level(
-            replace(setup, requests=WARMUP_REQUESTS), 1, prompts.rows(WARMUP_REQUESTS), folder
-        )
+    body = guidellm.make_request_body(setup, prompts.texts[0])
+    engine.check_endpoint(setup.url, setup.key, setup.path, body, setup.seconds)
+    with tempfile.TemporaryDirectory(prefix="quantkit-loadtest-") as name:
+        folder = Path(name)
+        log("warming up")
+        warmup = replace(setup, requests=WARMUP_REQUESTS)
+        guidellm.run_level(warmup, 1, prompts.take(WARMUP_REQUESTS), folder)
         for concurrency in concurrencies:
             requests = max(setup.requests, REQUESTS_PER_CLIENT * concurrency)
             before = engine.read_cache_counters(metrics)
-            # what guidellm has no rows for it does not ask; some more, because it reads ahead
-            found = guidellm.run_level(
+            # One request per row, and GuideLLM reads ahead: some more rows than requests.
+            level = guidellm.run_level(
                 replace(setup, requests=requests),
                 concurrency,
-                prompts.rows(requests + 2 * concurrency),
+                prompts.take(requests + 2 * concurrency),
                 folder,
             )
             cache = engine.subtract_counters(before, engine.read_cache_counters(metrics))
-            levels.append(found.model_copy(update={"cache": cache}))
-            tell(
-                f"{concurrency} at once: {found.output_tokens_per_second:,.1f} tokens/s, {found.answered} answered"
+            levels.append(level.model_copy(update={"cache": cache}))
+            log(
+                f"concurrency {concurrency}: {level.output_tokens_per_second:,.1f} tokens/s, "
+                f"{level.answered} completed"
             )
     return LoadTest(
         tool=guidellm.read_version(setup.program),
@@ -73,5 +68,5 @@ def run_load_test(
 
 
 def describe_machine() -> str:
-    """The side that asked, in words: cores and kind of processor; no name of a host."""
+    """Describe the client's machine: cores and kind of processor, without a host name."""
     return f"{os.cpu_count()} cores, {platform.machine()}"
