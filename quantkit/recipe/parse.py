@@ -11,14 +11,11 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from quantkit import registry
+from quantkit import figures, registry
 from quantkit.errors import RecipeError
 from quantkit.recipe.patterns import PRESETS, pattern_fault
 from quantkit.recipe.rewrite import rewritten
 from quantkit.recipe.schema import (
-    FIGURES,
-    MEASURED,
-    POOLED,
     SECTIONS,
     Gate,
     Gates,
@@ -27,30 +24,38 @@ from quantkit.recipe.schema import (
     Rule,
     RuleEntry,
 )
-from quantkit.recipe.validation_errors import sentence
+from quantkit.recipe.validation_errors import describe_fault
 from quantkit.recipe.yaml_document import (
     NO_TEXT,
-    Document,
     Path,
-    dotted,
+    YamlDocument,
+    format_path,
     not_text,
-    read,
+    parse_document,
     shown,
     value_of,
 )
 from quantkit.texts.corpus_spec import DOMAINS
 
-__all__ = ["Quantize", "Recipe", "Rule", "parse", "parse_gates", "preset", "with_overrides"]
+__all__ = [
+    "Quantize",
+    "Recipe",
+    "Rule",
+    "parse_recipe",
+    "parse_gates",
+    "expand_preset",
+    "apply_overrides",
+]
 
 _RULE_SHAPE = "a rule is {match: PATTERN, quantize: default} or {match: PATTERN, keep: source}, or {preset: NAME}"
 
 
-def parse(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
+def parse_recipe(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
     """The recipe in `text`; RecipeError with every fault, in the order of the lines, otherwise.
 
     `name` is how messages call the file; `overrides` maps dotted keys to values ("output.path" -> "x") and wins.
     """
-    document, faults = _overridden(read(text, name), overrides)
+    document, faults = _overridden(parse_document(text, name), overrides)
     document = _spelled_out(document)
     check = _Check(document=document, faults=faults)
     recipe = check.model(
@@ -73,7 +78,7 @@ def parse(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
     return recipe
 
 
-def with_overrides(text: str, recipe: Recipe) -> str:
+def apply_overrides(text: str, recipe: Recipe) -> str:
     """`text`, the recipe's file, with what was set beside it written in: it makes the same artifact by itself.
 
     But for `Recipe.overrides`, where and in how much memory it is made.
@@ -86,12 +91,12 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
 
     `tasks`: the benchmarks that the report to be judged has.
     """
-    document = _spelled_out(read(text, name))
+    document = _spelled_out(parse_document(text, name))
     check = _Check(document=document, faults=[])
     for key in document.values.keys() - Recipe.model_fields.keys():
         check.fault(
             (key,),
-            f"unknown key.{registry.did_you_mean(key, tuple(Recipe.model_fields))} Expected gates.",
+            f"unknown key.{registry.suggest_name(key, tuple(Recipe.model_fields))} Expected gates.",
         )
     found = check.model(Gates, {"gates": document.values.get("gates")}, ())
     check.gates(document.values.get("gates"), {"tasks": list(tasks)}, {})
@@ -102,7 +107,7 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
     return found.gates
 
 
-def preset(name: str, default: Quantize, line: int | None = None) -> tuple[Rule, ...]:
+def expand_preset(name: str, default: Quantize, line: int | None = None) -> tuple[Rule, ...]:
     """The rules a preset stands for. `line` None: an architecture chose it and nobody wrote it, so it is optional."""
     return tuple(
         Rule(
@@ -126,14 +131,14 @@ _Model = TypeVar("_Model", bound=BaseModel)
 class _Check:
     """Turns parts of a document into models; `faults` (line, sentence) fills up on the way."""
 
-    document: Document
+    document: YamlDocument
     faults: list[tuple[int, str]]
 
     def fault(self, path: Path, sentence: str) -> None:
         """Note what is wrong with the value at `path`."""
         self.faults.append((
             self.document.line(path),
-            f"{self.document.where(path)}: {dotted(path)}: {sentence}",
+            f"{self.document.where(path)}: {format_path(path)}: {sentence}",
         ))
 
     def model(self, model: type[_Model], values: object, path: Path) -> _Model | None:
@@ -143,7 +148,7 @@ class _Check:
         except ValidationError as error:
             for details in error.errors(include_url=False):
                 place = (*path, *(part for part in details["loc"] if part != "[key]"))
-                self.fault(place, sentence(place, details, _known(place[:-1])))
+                self.fault(place, describe_fault(place, details, _known(place[:-1])))
             return None
 
     def rules(self, written: object, default: Quantize) -> tuple[Rule, ...] | None:
@@ -192,16 +197,20 @@ class _Check:
         line = self.document.line(path)
         return (
             Rule(
-                label=dotted(path), line=line, match=entry.match, quantize=scheme, keep=entry.keep
+                label=format_path(path),
+                line=line,
+                match=entry.match,
+                quantize=scheme,
+                keep=entry.keep,
             ),
         )
 
     def preset(self, name: str, path: Path, default: Quantize) -> tuple[Rule, ...]:
         """The rules of a preset that the recipe names."""
         if name not in PRESETS:
-            self.fault(path, registry.unknown("preset", shown(name), tuple(PRESETS)))
+            self.fault(path, registry.format_unknown_name("preset", shown(name), tuple(PRESETS)))
             return ()
-        return preset(name, default, self.document.line(path))
+        return expand_preset(name, default, self.document.line(path))
 
     def gates(self, gates: object, evaluation: object, fidelity: object) -> None:
         """Gates on figures that do not exist or that nothing measures, or bounded in a way that they do not have."""
@@ -213,11 +222,15 @@ class _Check:
             path = ("gates", figure)
             base, _, domain = str(figure).partition("@")
             of_part = domain in (
-                DOMAINS if base in POOLED else tasks if base == "likelihood" else ()
+                DOMAINS
+                if figures.is_per_domain(base)
+                else tasks
+                if figures.is_per_task(base)
+                else ()
             )
-            if figure not in (*FIGURES, *tasks) and not of_part:
+            if figure not in (*figures.list_keys(), *tasks) and not of_part:
                 self.fault(path, _unknown_figure(str(figure), tasks))
-            elif base in MEASURED and fidelity in (None, "none"):
+            elif figures.is_streamed(base) and fidelity in (None, "none"):
                 self.fault(
                     path,
                     "needs a fidelity text, found fidelity: none; name a set, or drop this gate",
@@ -231,13 +244,13 @@ class _Check:
                     self.fault(
                         path, f"expected {' or '.join(f'{{{key}: NUMBER}}' for key in allowed)}"
                     )
-                if figure != "size" and any(
+                if not figures.is_size(base) and any(
                     isinstance(bounds.get(key), str) for key in ("max", "min")
                 ):
                     self.fault(path, "expected a number; only size takes one such as 400GB")
 
 
-def _spelled_out(document: Document) -> Document:
+def _spelled_out(document: YamlDocument) -> YamlDocument:
     """The document with gates such as `kl_mean.max: 1` as `kl_mean: {max: 1}`; a bound given twice stays a fault."""
     gates = document.values.get("gates")
     if not isinstance(gates, dict):
@@ -261,17 +274,17 @@ def _spelled_out(document: Document) -> Document:
 def _unknown_figure(figure: str, tasks: Sequence[str]) -> str:
     """Why a gate names nothing, with what it may have meant."""
     base, at, domain = figure.partition("@")
-    if at and base in POOLED:
-        return registry.unknown("domain", shown(domain), DOMAINS)
-    sentence = registry.unknown(
-        "figure or task of evaluation.tasks", shown(figure), (*FIGURES, *tasks)
+    if at and figures.is_per_domain(base):
+        return registry.format_unknown_name("domain", shown(domain), DOMAINS)
+    sentence = registry.format_unknown_name(
+        "figure or task of evaluation.tasks", shown(figure), (*figures.list_keys(), *tasks)
     )
     return f"{sentence} Of one domain: kl_mean@{DOMAINS[-1]}."
 
 
 def _overridden(
-    document: Document, overrides: Mapping[str, str]
-) -> tuple[Document, list[tuple[int, str]]]:
+    document: YamlDocument, overrides: Mapping[str, str]
+) -> tuple[YamlDocument, list[tuple[int, str]]]:
     faults: list[tuple[int, str]] = []
     for key, text in overrides.items():
         try:

@@ -15,7 +15,13 @@ from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from quantkit.errors import RecipeError
-from quantkit.recipe.yaml_document import MAX_CHARACTERS, PARSER_FAULTS, Path, read, scalar
+from quantkit.recipe.yaml_document import (
+    MAX_CHARACTERS,
+    PARSER_FAULTS,
+    Path,
+    parse_document,
+    scalar,
+)
 
 
 def rewritten(text: str, changes: Sequence[tuple[Path, object]]) -> str:
@@ -25,7 +31,7 @@ def rewritten(text: str, changes: Sequence[tuple[Path, object]]) -> str:
     """
     if not changes:
         return text
-    wanted = read(text, "")
+    wanted = parse_document(text, "")
     for path, value in changes:
         wanted = wanted.with_value(path, value)
     try:
@@ -33,7 +39,7 @@ def rewritten(text: str, changes: Sequence[tuple[Path, object]]) -> str:
         for path, value in changes:
             put(layout, path, spelled(value))
         found = dumped(layout)
-        if read(found, "").values == wanted.values:
+        if parse_document(found, "").values == wanted.values:
             return found
     except (RecipeError, YAMLError, *PARSER_FAULTS):
         pass  # a date that no calendar has, say: text to `document`, an error to ruamel

@@ -20,12 +20,12 @@ PATTERNS: Mapping[str, str] = {
 }
 
 
-def sentence(path: Path, details: ErrorDetails, known: Sequence[str]) -> str:
+def describe_fault(path: Path, details: ErrorDetails, known: Sequence[str]) -> str:
     """What is wrong with the value at `path`, and what was found; `known`: the keys that may stand beside it."""
     kind, found, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "extra_forbidden":
         return (
-            f"unknown key.{registry.did_you_mean(str(path[-1]), known)} Known: {', '.join(known)}."
+            f"unknown key.{registry.suggest_name(str(path[-1]), known)} Known: {', '.join(known)}."
         )
     if kind == "missing":
         return "missing; this key has no default"

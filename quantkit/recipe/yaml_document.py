@@ -52,7 +52,7 @@ PARSER_FAULTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Document:
+class YamlDocument:
     """Plain values (dict, list, str, int, float, bool, None), and the line of every key path; line 0 is an override."""
 
     name: str
@@ -64,7 +64,7 @@ class Document:
         for end in range(len(path), 0, -1):
             line = self.lines.get(path[:end])
             if line is not None:
-                return f"{self.name}:{line}" if line else f"override {dotted(path[:end])}"
+                return f"{self.name}:{line}" if line else f"override {format_path(path[:end])}"
         return f"{self.name}:1"
 
     def line(self, path: Path) -> int:
@@ -74,7 +74,7 @@ class Document:
                 return self.lines[path[:end]]
         return 1
 
-    def with_value(self, path: Path, value: object) -> Document:
+    def with_value(self, path: Path, value: object) -> YamlDocument:
         """A copy in which `path` (keys only) has another value; sections on the way are made where absent."""
         values: dict[str, object] = dict(self.values)
         inner = values
@@ -82,7 +82,7 @@ class Document:
             below = inner.get(str(key))
             if below is not None and not isinstance(below, dict):
                 raise RecipeError([
-                    f"override {dotted(path)}: {dotted(path[:depth])} is no mapping of keys"
+                    f"override {format_path(path)}: {format_path(path[:depth])} is no mapping of keys"
                 ])
             copied: dict[str, object] = dict(below or {})
             inner[str(key)] = copied
@@ -91,7 +91,7 @@ class Document:
         return replace(self, values=values, lines={**self.lines, path: 0})
 
 
-def read(text: str, name: str, kind: str = "recipe") -> Document:
+def parse_document(text: str, name: str, kind: str = "recipe") -> YamlDocument:
     """The mapping that `text` holds; RecipeError with every fault otherwise.
 
     Messages call the file `name` and say that a `kind` holds no such thing.
@@ -107,13 +107,13 @@ def read(text: str, name: str, kind: str = "recipe") -> Document:
         raise RecipeError([*reader.faults, *error.faults]) from None
     if reader.faults:
         raise RecipeError(reader.faults)
-    return Document(name=name, values=values, lines=reader.lines)
+    return YamlDocument(name=name, values=values, lines=reader.lines)
 
 
 def value_of(text: str, name: str) -> object:
     """The value of one override: `[..]` and `{..}` as YAML, anything else as one plain scalar."""
     if text.lstrip()[:1] in ("[", "{"):
-        return read(f"value: {text}", name).values["value"]
+        return parse_document(f"value: {text}", name).values["value"]
     return scalar(text.strip())
 
 
@@ -137,7 +137,7 @@ def not_text(text: str) -> bool:
     return "\0" in text or any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def dotted(path: Path) -> str:
+def format_path(path: Path) -> str:
     """("rules", 0, "match") -> "rules[0].match"."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return shown(text.removeprefix("."))
@@ -247,7 +247,7 @@ class _Reader:
             here = (*path, key)
             if key in values:
                 self.fault(
-                    event, f"{dotted(here)}: written twice, first in line {self.lines[here]}"
+                    event, f"{format_path(here)}: written twice, first in line {self.lines[here]}"
                 )
             self.lines.setdefault(here, event.start_mark.line + 1)
             values[key] = self.value(next(events), events, here)

@@ -17,14 +17,14 @@ from tools import demo_load
 
 from quantkit.artifact.layout import LOADTEST as FILE
 from quantkit.artifact.layout import LOADTEST_PAGE
-from quantkit.artifact.loadtest_schema import Cache, parse
+from quantkit.artifact.loadtest_schema import CacheCounters, parse_load_test
 from quantkit.cli.main import main
 from quantkit.errors import ArtifactError, QuantkitError, UsageError
 from quantkit.serve.loadtest import engine, guidellm, tables
 from quantkit.serve.loadtest.charts import make_charts
 from quantkit.serve.loadtest.page import render_page
 from quantkit.serve.loadtest.prompts import read_prompts
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 REAL = os.environ.get("QUANTKIT_GUIDELLM", "")
 
@@ -153,16 +153,19 @@ def test_a_run_asks_each_level_reads_the_cache_and_keeps_the_result(
         backend["extras"]["body"] == {"temperature": 0, "ignore_eos": True}
         and backend["max_tokens"] == 9
     )
-    kept = parse(json.loads((artifact / FILE).read_text()), "kept")
-    assert kept == parse(json.loads(output.read_text()), "output")
+    kept = parse_load_test(json.loads((artifact / FILE).read_text()), "kept")
+    assert kept == parse_load_test(json.loads(output.read_text()), "output")
     assert [level.concurrency for level in kept.levels] == [1, 4] and kept.note == "a stub"
-    assert [level.cache for level in kept.levels] == [Cache(asked=100, hits=40)] * 2
+    assert [level.cache for level in kept.levels] == [CacheCounters(asked=100, hits=40)] * 2
     assert "40.0%" in found.output and "Under load" in found.output
     assert "<script" in page.read_text()
     assert "<script" in (artifact / LOADTEST_PAGE).read_text()
-    assert verify(artifact).unsealed == (FILE, LOADTEST_PAGE)  # what was added is known to it
+    assert verify_artifact(artifact).unsealed == (
+        FILE,
+        LOADTEST_PAGE,
+    )  # what was added is known to it
     again = run(str(artifact), "--json")
-    assert parse(json.loads(again.output), "again") == kept
+    assert parse_load_test(json.loads(again.output), "again") == kept
 
 
 def test_nothing_else_is_written_into_an_artifact(artifact: Path) -> None:
@@ -179,7 +182,7 @@ def test_nothing_else_is_written_into_an_artifact(artifact: Path) -> None:
         )
     (artifact / FILE).write_text(make_load_test().model_dump_json())
     assert run(str(artifact), "--html", str(artifact / LOADTEST_PAGE)).exit_code == 0
-    assert verify(artifact).unsealed == (FILE, LOADTEST_PAGE)
+    assert verify_artifact(artifact).unsealed == (FILE, LOADTEST_PAGE)
 
 
 def test_the_key_is_in_no_command_line_and_in_no_result(
@@ -399,7 +402,7 @@ def test_a_damaged_result_does_not_pass_and_diff_shows_the_rest(
     ):
         (other / FILE).write_text(text)
         with pytest.raises(ArtifactError, match=rf"{FILE}: .*{told}"):
-            verify(other)
+            verify_artifact(other)
         found = CliRunner().invoke(main, ["diff", str(artifact), str(other)])
         said = " ".join(found.stdout.split())
         assert found.exit_code == 0 and "The load test is left out:" in said and "KL" in said, (

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from quantkit.io.package_data import folder
-from quantkit.recipe.parse import parse
+from quantkit.io.package_data import locate_folder
+from quantkit.recipe.parse import parse_recipe
 from quantkit.serve.sizing import roofline
 from quantkit.serve.sizing.batch import (
     RESERVE_FRACTION,

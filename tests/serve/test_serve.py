@@ -26,10 +26,10 @@ from ruamel.yaml import YAML
 from support.stub_engine import RunningApp, send_half_request
 from tools import demo_serve
 
-from quantkit.artifact.load_model import load
+from quantkit.artifact.load_model import load_model
 from quantkit.cli.main import main
 from quantkit.errors import UsageError
-from quantkit.formats.common.engine_names import apart
+from quantkit.formats.common.engine_names import has_separate_shared_experts
 from quantkit.serve.engines import engine_process
 from quantkit.serve.engines.containers import make_label
 from quantkit.serve.engines.decoding import Decoder, TextStreamer
@@ -130,7 +130,11 @@ def test_shared_experts_stored_apart_are_not_fused(built: Path) -> None:
     assert any("--disable-shared-experts-fusion" in note for note in told["notes"])
     routed = ["m.0.mlp.experts.0.up_proj.qweight", "m.0.mlp.experts.0.up_proj.scales"]
     shared = ["m.0.mlp.shared_experts.up_proj.qweight", "m.0.mlp.shared_experts.up_proj.scales"]
-    assert not apart(routed + shared) and not apart(routed) and apart(routed + shared[:1])
+    assert (
+        not has_separate_shared_experts(routed + shared)
+        and not has_separate_shared_experts(routed)
+        and has_separate_shared_experts(routed + shared[:1])
+    )
 
 
 def test_the_memory_fraction_grows_when_the_plan_needs_it() -> None:
@@ -287,7 +291,11 @@ def test_without_a_card_a_small_artifact_is_served_here(
             "an engine on this machine alone, found 2 nodes",
         ),
         ([SMALL, "--gateway", "--keys", "no-such-keys.json"], 2, "no-such-keys.json: "),
-        (["BUILT", "--gateway", "--fallback-key", "NOT_SET"], 2, "expected an API key in this environment variable"),
+        (
+            ["BUILT", "--gateway", "--fallback-key", "NOT_SET"],
+            2,
+            "expected an API key in this environment variable",
+        ),
         (
             ["BUILT", "--gateway", "--engine-key", "X"],
             2,
@@ -324,7 +332,9 @@ def test_a_damaged_artifact_is_not_served(artifact: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    found = serve(str(artifact), "--engine", "transformers", "--port", str(engine_process.find_free_port()))
+    found = serve(
+        str(artifact), "--engine", "transformers", "--port", str(engine_process.find_free_port())
+    )
     assert found.exit_code == 1 and "expected sha256" in found.output
 
 
@@ -676,7 +686,7 @@ def test_greedy_answers_are_those_of_generate(
     api: openai.OpenAI, decoder: Decoder, built: Path
 ) -> None:
     ids = decoder.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    made = load(built).generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1] :]
+    made = load_model(built).generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1] :]
     expected = decoder.tokenizer.decode(made, skip_special_tokens=True)
     answer = api.completions.create(model="tiny", prompt=PROMPT, max_tokens=30, temperature=0)
     assert answer.choices[0].text == expected

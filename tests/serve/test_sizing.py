@@ -13,8 +13,8 @@ import transformers
 from quantkit import registry
 from quantkit.contracts import Config
 from quantkit.errors import CheckpointError, UsageError
-from quantkit.io.package_data import folder, resolve_model
-from quantkit.recipe.parse import parse
+from quantkit.io.package_data import locate_folder, locate_model
+from quantkit.recipe.parse import parse_recipe
 from quantkit.serve.sizing.attention import read_attention
 from quantkit.serve.sizing.fit import (
     TensorParallelShortfall,
@@ -59,8 +59,8 @@ def v3() -> Model:
 
 @cache
 def recipe_model(name: str) -> Model:
-    text = (folder("recipes") / f"{name}.yaml").read_text()
-    (found,) = plan_recipe_models(parse(text, name))
+    text = (locate_folder("recipes") / f"{name}.yaml").read_text()
+    (found,) = plan_recipe_models(parse_recipe(text, name))
     return found
 
 
@@ -150,9 +150,9 @@ def transformers_model(values: dict[str, object]) -> transformers.PreTrainedMode
         return transformers.AutoModelForCausalLM.from_config(config)
 
 
-@pytest.mark.parametrize("family", registry.names("architectures"))
+@pytest.mark.parametrize("family", registry.list_names("architectures"))
 def test_parameters_are_those_of_transformers_own_modules(family: str, tmp_path: Path) -> None:
-    values = dict(registry.architecture(family).tiny)
+    values = dict(registry.get_architecture(family).tiny)
     model = read_config_model(written(tmp_path / "config.json", values))
     assert model.weights.parameters == sum(
         p.numel() for p in transformers_model(values).parameters()
@@ -208,7 +208,7 @@ def test_the_cache_is_as_large_as_transformers_own(changes: dict[str, object]) -
     family = str(changes["model_type"])
     tiny = {
         key: value
-        for key, value in registry.architecture(family).tiny.items()
+        for key, value in registry.get_architecture(family).tiny.items()
         if key != "sliding_window"
     }
     values = {**tiny, **changes}
@@ -230,7 +230,7 @@ def test_the_cache_is_as_large_as_transformers_own(changes: dict[str, object]) -
 def test_layer_types_say_which_layers_have_windows() -> None:
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     values = {
-        **registry.architecture("llama").tiny, "num_hidden_layers": 3, "layer_types": types, "sliding_window": 16,
+        **registry.get_architecture("llama").tiny, "num_hidden_layers": 3, "layer_types": types, "sliding_window": 16,
     }  # fmt: skip
     assert [layer.window for layer in read_attention(Config(values=values))] == [16, None, 16]
     with pytest.raises(CheckpointError, match="expected 2 entries, found 3"):
@@ -253,7 +253,7 @@ def test_a_window_caps_what_a_long_context_costs(tmp_path: Path) -> None:
 
 def test_an_artifacts_bytes_are_those_of_its_headers() -> None:
     model = read_model("builtin:tiny-v3")
-    path = resolve_model("builtin:tiny-v3")
+    path = locate_model("builtin:tiny-v3")
     size = (path / "model.safetensors").stat().st_size
     header = int.from_bytes((path / "model.safetensors").read_bytes()[:8], "little")
     assert (model.weights + model.mtp).n_bytes == size - 8 - header
@@ -303,11 +303,11 @@ def test_degrees_that_heads_groups_and_widths_allow(v3: Model) -> None:
     )
 
 
-@pytest.mark.parametrize("family", registry.names("architectures"))
+@pytest.mark.parametrize("family", registry.list_names("architectures"))
 def test_one_rank_is_always_allowed(family: str, tmp_path: Path) -> None:
     """Also where FP8 blocks end in the middle of a block: 576 rows in blocks of 128."""
     values = {
-        **registry.architecture(family).tiny, "num_attention_heads": 9, "num_key_value_heads": 9, "head_dim": 64,
+        **registry.get_architecture(family).tiny, "num_attention_heads": 9, "num_key_value_heads": 9, "head_dim": 64,
         "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     }  # fmt: skip
     model = read_config_model(written(tmp_path / "config.json", values))

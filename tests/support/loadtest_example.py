@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from quantkit.artifact.loadtest_schema import Cache, LoadTest
+from quantkit.artifact.loadtest_schema import CacheCounters, LoadTest
 from quantkit.serve.loadtest import guidellm
 
 GOLDEN_RESULTS = Path(__file__).parents[1] / "golden/guidellm.json"
@@ -16,7 +16,7 @@ def make_load_test() -> LoadTest:
     """Two levels of the golden results."""
     level = guidellm.parse_level(json.loads(GOLDEN_RESULTS.read_text()), 1, "golden")
     second = level.model_copy(
-        update={"concurrency": 4, "errored": 1, "cache": Cache(asked=100, hits=25)}
+        update={"concurrency": 4, "errored": 1, "cache": CacheCounters(asked=100, hits=25)}
     )
     return LoadTest(
         tool="t", model="<m>", api="completions", data="d", data_sha256="0" * 64, prompts=3, max_tokens=8,

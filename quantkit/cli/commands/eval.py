@@ -121,7 +121,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
     from quantkit.evaluate import evaluation, results
     from quantkit.evaluate.harness import Decoding
     from quantkit.report import evaluation_tables
-    from quantkit.report.terminal import table
+    from quantkit.report.terminal import render_table
 
     if source is not None and (baseline is not None or backend != "transformers"):
         raise UsageError(
@@ -145,7 +145,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
         )  # fmt: skip
         setup = replace(setup, server=server)
     setup.check()
-    folder = results.output_folder(artifact, output, resume=resume)
+    folder = results.select_output_folder(artifact, output, resume=resume)
     who = evaluation.subject(artifact, backend)
     names = [name for group in tasks for name in group.split(",") if name] or [
         *evaluation.default_tasks(who)
@@ -157,7 +157,12 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
     if json_out:
         as_json(outcome.told)
     else:
-        show(*(table(made) for made in evaluation_tables.tables(outcome, setup)))
+        show(
+            *(
+                render_table(made)
+                for made in evaluation_tables.make_evaluation_tables(outcome, setup)
+            )
+        )
         click.echo(outcome.folder)
     if outcome.missing:
         raise EvaluationError(f"not run: {', '.join(outcome.missing)}; results.json says why")

@@ -79,8 +79,9 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
 
     Example: quantkit loadtest http://localhost:8000/v1 --artifact artifacts/tiny-v3-awq4 --html load.html
     """
-    from quantkit.artifact.layout import LOADTEST, LOADTEST_PAGE, read_manifest
-    from quantkit.report.terminal import table
+    from quantkit.artifact.layout import LOADTEST, LOADTEST_PAGE
+    from quantkit.artifact.read_manifest import read_manifest
+    from quantkit.report.terminal import render_table
     from quantkit.serve.loadtest import engine
     from quantkit.serve.loadtest import guidellm as tool
     from quantkit.serve.loadtest.prompts import read_prompts
@@ -121,7 +122,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
     if json_out:
         as_json(run.model_dump(mode="json"))
     else:
-        show(table(make_level_table(run)))
+        show(render_table(make_level_table(run)))
 
 
 def refuse_inside(place: Path | None, option: str, name: str) -> None:
@@ -138,10 +139,10 @@ def refuse_inside(place: Path | None, option: str, name: str) -> None:
 
 def keep(run: LoadTest, result: Path | None, page: Path | None) -> None:
     """Write a run as JSON and as a page."""
-    from quantkit.io.files import json_bytes, write_output
+    from quantkit.io.files import encode_json, write_output
 
     if result is not None:
-        write_output(result, json_bytes(run.model_dump(mode="json")))
+        write_output(result, encode_json(run.model_dump(mode="json")))
     if page is not None:
         from quantkit.serve.loadtest.page import render_page
 
@@ -151,14 +152,14 @@ def keep(run: LoadTest, result: Path | None, page: Path | None) -> None:
 def stored(artifact: Path) -> LoadTest:
     """What an earlier run left in an artifact."""
     from quantkit.artifact.layout import LOADTEST
-    from quantkit.artifact.loadtest_schema import read
+    from quantkit.artifact.loadtest_schema import read_load_test
 
     place = artifact / LOADTEST
     if not place.is_file():
         raise UsageError(
             f"{place}: expected a load test, found none; run one with --artifact {artifact}"
         )
-    return read(place)
+    return read_load_test(place)
 
 
 def levels_of(text: str) -> list[int]:

@@ -112,9 +112,7 @@ def COMMAND(
     if (
         compare and context is None
     ):  # one for all: the longest that everybody can, as far as CONTEXT
-        context = min(
-            DEFAULT_CONTEXT, *(model.max_context or DEFAULT_CONTEXT for _, model in found)
-        )
+        context = min(DEFAULT_CONTEXT, *(model.longest or DEFAULT_CONTEXT for _, model in found))
     asked = [
         (target, estimate_memory(model, context, users, kv, margin, speculative=mtp))
         for target, model in found
@@ -134,10 +132,10 @@ def COMMAND(
 
 def read_models(target: str, overrides: Sequence[str], width: Width | None) -> tuple[Model, ...]:
     """The models that a target names: one per format of a recipe, else one."""
-    from quantkit.io.package_data import names_recipe
+    from quantkit.io.package_data import is_recipe_name
     from quantkit.serve.sizing.read import assume_width, plan_recipe_models, read_model
 
-    if names_recipe(target):
+    if is_recipe_name(target):
         made = plan_recipe_models(read_recipe(target, overrides)[1])
         return tuple(assume_width(model, width) for model in made) if width else made
     if overrides:
@@ -149,7 +147,7 @@ def view(found: dict[str, Fit], dated: GpuCatalog, *, in_full: bool) -> list[Ren
     """The tables of one model."""
     from rich.text import Text
 
-    from quantkit.report.terminal import plain, table
+    from quantkit.report.terminal import render_table, strip_control_characters
     from quantkit.serve.sizing import tables
     from quantkit.serve.sizing.batch import compute_max_batched_tokens
     from quantkit.serve.sizing.fit import find_shortfall
@@ -157,30 +155,32 @@ def view(found: dict[str, Fit], dated: GpuCatalog, *, in_full: bool) -> list[Ren
     from quantkit.serve.sizing.roofline import compute_bounds
 
     fits = list(found.values())
-    model = fits[0].memory.model
-    head = Text(plain(model.name), style="bold")
-    head.append("\n" + plain(tables.format_headline(model)) + "\n", style="not bold")
-    shown: list[RenderableType] = [head, table(tables.make_memory_table(fits[0].memory))]
+    model = fits[0].needs.model
+    head = Text(strip_control_characters(model.name), style="bold")
+    head.append(
+        "\n" + strip_control_characters(tables.format_headline(model)) + "\n", style="not bold"
+    )
+    shown: list[RenderableType] = [head, render_table(tables.make_memory_table(fits[0].needs))]
     made = [(fit, compute_bounds(fit)) for fit in fits]
-    shown.append(table(tables.make_gpu_table(made, dated)))
+    shown.append(render_table(tables.make_gpu_table(made, dated)))
     for fit, limits in made if in_full else ():
         if single := tables.format_single_gpu(fit):
             shown.append(Text(f"{single}\n"))
         if miss := find_shortfall(fit):
             shown.append(Text(f"{tables.format_shortfall(miss)}.\n"))
         if limits:
-            shown.append(table(tables.make_bounds_table(fit, limits)))
+            shown.append(render_table(tables.make_bounds_table(fit, limits)))
             shown += [Text(sentence) for sentence in (*tables.iterate_link_notes(fit, limits), "")]
-        shown.append(table(tables.make_parallelism_table(fit)))
+        shown.append(render_table(tables.make_parallelism_table(fit)))
         batches = tables.make_batch_table(fit)
         advised = {
             server: each
             for server in GPU_ENGINES
             if (each := compute_max_batched_tokens(fit, server))
         }
-        shown += [table(batches)] if batches else []
-        shown += [table(tables.make_batched_tokens_table(advised, fit))] if advised else []
-        shown.append(table(tables.make_gpu_facts_table(fit.gpu, dated)))
+        shown += [render_table(batches)] if batches else []
+        shown += [render_table(tables.make_batched_tokens_table(advised, fit))] if advised else []
+        shown.append(render_table(tables.make_gpu_facts_table(fit.card, dated)))
     return shown
 
 
@@ -189,7 +189,7 @@ def json_values(found: dict[str, Fit], dated: GpuCatalog) -> dict[str, object]:
     from quantkit.serve.sizing.roofline import compute_bounds
     from quantkit.serve.sizing.summary import serialize_fit, serialize_memory, serialize_model
 
-    needs = next(iter(found.values())).memory
+    needs = next(iter(found.values())).needs
     cards = [serialize_fit(key, fit, compute_bounds(fit)) for key, fit in found.items()]
     return {
         "model": serialize_model(needs.model),
@@ -201,7 +201,7 @@ def json_values(found: dict[str, Fit], dated: GpuCatalog) -> dict[str, object]:
 
 def show_sides(found: Sequence[tuple[str, Fit]], json_out: bool) -> None:
     """Several models side by side."""
-    from quantkit.report.terminal import table
+    from quantkit.report.terminal import render_table
     from quantkit.serve.sizing.compare import (
         ComparedModel,
         find_report,
@@ -214,7 +214,7 @@ def show_sides(found: Sequence[tuple[str, Fit]], json_out: bool) -> None:
 
     sides = [
         ComparedModel(
-            name=fit.memory.model.name.rpartition("/")[2],
+            name=fit.needs.model.name.rpartition("/")[2],
             fit=fit,
             bounds=compute_bounds(fit),
             fidelity=find_report(target),
@@ -224,9 +224,9 @@ def show_sides(found: Sequence[tuple[str, Fit]], json_out: bool) -> None:
     if json_out:
         as_json([
             {
-                "model": serialize_model(side.fit.memory.model),
-                "needs": serialize_memory(side.fit.memory),
-                "on": serialize_fit(side.fit.gpu.name, side.fit, side.bounds),
+                "model": serialize_model(side.fit.needs.model),
+                "needs": serialize_memory(side.fit.needs),
+                "on": serialize_fit(side.fit.card.name, side.fit, side.bounds),
                 "fidelity": side.fidelity.model_dump(
                     mode="json", include={"distribution", "benchmarks", "status"}
                 )
@@ -238,7 +238,7 @@ def show_sides(found: Sequence[tuple[str, Fit]], json_out: bool) -> None:
         return
     told = make_fidelity_table(sides)
     show(
-        table(make_size_table(sides)),
-        table(make_speed_table(sides)),
-        *([table(told)] if told else []),
+        render_table(make_size_table(sides)),
+        render_table(make_speed_table(sides)),
+        *([render_table(told)] if told else []),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
-from quantkit.report.charts import Plot, Spec, chart, colour_by
+from quantkit.report.charts import Plot, Spec, make_chart, make_color_encoding
 from quantkit.serve.cost.assumptions import Assumptions
 from quantkit.serve.cost.cost_items import CostItems, list_sides
 from quantkit.serve.cost.sensitivity import Swing
@@ -77,7 +77,7 @@ def _make_volume_chart(assumptions: Assumptions, items: CostItems) -> Spec:
         "mark": {"type": "rule", "strokeDash": [3, 3], "color": "var(--ink)"},
         "encoding": {"x": {"field": "volume", "type": "quantitative"}},
     }
-    return chart(rows, {"layer": [lines, mark]})
+    return make_chart(rows, {"layer": [lines, mark]})
 
 
 def _make_utilization_chart(assumptions: Assumptions, items: CostItems) -> Spec:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantkit.report import html
-from quantkit.report.html import Tile
+from quantkit.report import html_page
+from quantkit.report.html_page import Tile
 from quantkit.serve.cost import tables
 from quantkit.serve.cost.assumptions import Assumptions
 from quantkit.serve.cost.charts import make_charts

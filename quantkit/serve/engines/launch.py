@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quantkit.errors import UsageError
-from quantkit.formats.common.engine_names import SERVERS, UNFUSED
+from quantkit.formats.common.engine_names import DISABLE_SHARED_FUSION, SERVERS
 from quantkit.serve.engines.target import Target
 from quantkit.serve.sizing.batch import TOKEN_MULTIPLE, compute_max_batched_tokens
 from quantkit.serve.sizing.fit import Fit, Placement, find_shortfall, fit_model

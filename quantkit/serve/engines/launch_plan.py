@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantkit.errors import UsageError
-from quantkit.io.host import memory_available
+from quantkit.io.host import get_available_memory
 from quantkit.serve.engines.containers import (
     MODEL_MOUNT,
     TEMPLATE_MOUNT,
@@ -116,7 +116,7 @@ def choose_engine(
         check_engine(options.engine, target)
         return options.engine
     unpacked_bytes = target.model.weights.parameters * UNPACKED_BYTES
-    fits_memory = target.kind == "artifact" and unpacked_bytes < memory_available()
+    fits_memory = target.kind == "artifact" and unpacked_bytes < get_available_memory()
     if not (options.gpu or detected or containers) and fits_memory:
         return "transformers"
     engines: tuple[Engine, ...] = ("vllm", "sglang")

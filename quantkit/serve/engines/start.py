@@ -17,7 +17,7 @@ from quantkit.serve.engines.launch import ENGINE_NAMES
 from quantkit.serve.engines.launch_plan import LaunchPlan, is_installed
 from quantkit.serve.gateway.api_keys import ApiKey, parse_keys
 from quantkit.serve.gateway.settings import GatewaySettings, Limits, Upstream, parse_limits
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 Log = Callable[[str], None]
 
@@ -184,7 +184,7 @@ def start_engine(
         )
     engine_process.check_port(gateway.host, gateway.port)
     if target.kind == "artifact" and not verified:
-        result = verify(Path(target.path))
+        result = verify_artifact(Path(target.path))
         log(f"verified: {result.files} files, {result.n_bytes / 1e6:,.1f} MB, {result.status}")
     if target.status == "rejected":
         log("warning: this artifact fails a gate of its recipe; see `quantkit report`")

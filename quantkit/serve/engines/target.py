@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from quantkit import registry
-from quantkit.artifact.layout import MANIFEST, mapping, read_manifest
+from quantkit.artifact.layout import FIDELITY, MANIFEST
+from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.checkpoint.shards import open_shards
 from quantkit.errors import ArtifactError, UsageError
-from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, apart
+from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, has_separate_shared_experts
 from quantkit.io.files import read_json
-from quantkit.io.package_data import names_recipe
+from quantkit.io.package_data import is_recipe_name
 from quantkit.serve.sizing.model import Model
 from quantkit.serve.sizing.read import read_model
 
@@ -48,7 +49,7 @@ def read_target(target: str) -> Target:
     Raises UsageError for a recipe, and UsageError or CheckpointError as `read_model` does.
     """
     path = Path(target)
-    if names_recipe(target):
+    if is_recipe_name(target):
         raise UsageError(
             f"{target}: expected an artifact, found a recipe; build it, and name the folder it makes"
         )
@@ -77,11 +78,11 @@ def read_artifact_target(path: Path, model: Model) -> Target:
     name = str(
         manifest.get("format") or infer_format(model.config.values.get("quantization_config"))
     )
-    if name not in registry.names("formats"):
+    if name not in registry.list_names("formats"):
         raise ArtifactError(
-            f"{path / MANIFEST}: {registry.unknown('format', name, registry.names('formats'))}"
+            f"{path / MANIFEST}: {registry.format_unknown_name('format', name, registry.list_names('formats'))}"
         )
-    engines = dict(registry.format(name).engines)
+    engines = dict(registry.get_format(name).engines)
     reported = read_reported_engines(path)
     reason = "is not among the engines that its fidelity report names for its tensors"
     refused = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2
 
-from quantkit.artifact.loadtest_schema import Cache
+from quantkit.artifact.loadtest_schema import CacheCounters
 from quantkit.errors import QuantkitError, UsageError
 
 TIMEOUT_SECONDS = 10.0
@@ -152,4 +152,4 @@ def subtract_counters(before: Cache | None, after: Cache | None) -> Cache | None
     """Return the difference of two readings; None if the server was restarted between them."""
     if before is None or after is None or after.asked < before.asked or after.hits < before.hits:
         return None
-    return Cache(asked=after.asked - before.asked, hits=after.hits - before.hits)
+    return CacheCounters(asked=after.asked - before.asked, hits=after.hits - before.hits)

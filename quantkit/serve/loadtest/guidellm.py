@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifact.loadtest_schema import Level, Spread
+from quantkit.artifact.loadtest_schema import LoadLevel, Percentiles
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.io.files import read_json, write_atomic
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from quantkit.artifact.loadtest_schema import LoadTest
-from quantkit.report import html
-from quantkit.report.html import Tile
+from quantkit.report import html_page
+from quantkit.report.html_page import Tile
 from quantkit.serve.loadtest import tables
 from quantkit.serve.loadtest.charts import make_charts
 

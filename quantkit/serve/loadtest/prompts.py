@@ -9,7 +9,7 @@ from pathlib import Path
 
 from quantkit.errors import UsageError
 from quantkit.io.files import parse_json, read_bytes
-from quantkit.io.package_data import folder
+from quantkit.io.package_data import locate_folder
 
 KEYS = ("prompt", "text", "question")
 LIMIT_BYTES = 1_000_000_000

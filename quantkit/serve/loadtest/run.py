@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from quantkit.artifact.loadtest_schema import Level, LoadTest
+from quantkit.artifact.loadtest_schema import LoadLevel, LoadTest
 from quantkit.serve.loadtest import engine, guidellm
 from quantkit.serve.loadtest.prompts import Prompts
 

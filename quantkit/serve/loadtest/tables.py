@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from quantkit.artifact.loadtest_schema import Level, LoadTest
+from quantkit.artifact.loadtest_schema import LoadLevel, LoadTest
 from quantkit.report.tables import Table
 
 MIN_P99_REQUESTS = 100

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.artifact.layout import MANIFEST
-from quantkit.artifact.read_report import read_sealed
+from quantkit.artifact.read_report import read_sealed_report
 from quantkit.report import format_numbers
 from quantkit.report.tables import Table
 from quantkit.serve.sizing.fit import Fit
@@ -35,7 +35,7 @@ class ComparedModel:
 def find_report(target: str) -> Fidelity | None:
     """Return the fidelity report of an artifact, or None; ArtifactError for a damaged one."""
     folder = Path(target)
-    return read_sealed(folder)[0] if (folder / MANIFEST).is_file() else None
+    return read_sealed_report(folder)[0] if (folder / MANIFEST).is_file() else None
 
 
 def make_size_table(models: Sequence[ComparedModel]) -> Table:
@@ -47,12 +47,12 @@ def make_size_table(models: Sequence[ComparedModel]) -> Table:
         rows.append((
             entry.name,
             memory.model.scheme,
-            format_numbers.parameters(memory.model.weights.parameters),
-            format_numbers.size(memory.weights_bytes),
+            format_numbers.format_parameters(memory.model.weights.parameters),
+            format_numbers.format_size(memory.weights_bytes),
             f"{memory.weights_bytes / first.weights_bytes:.3f}",
-            format_numbers.size(round(count_active_bytes(memory.model))),
-            format_numbers.size(memory.kv_bytes),
-            format_numbers.size(memory.total_bytes),
+            format_numbers.format_size(round(count_active_bytes(memory.model))),
+            format_numbers.format_size(memory.kv_bytes),
+            format_numbers.format_size(memory.total_bytes),
         ))
     columns = (
         "model",
@@ -81,8 +81,8 @@ def make_speed_table(models: Sequence[ComparedModel]) -> Table:
             entry.name,
             str(placement.gpus),
             format_parallelism(placement),
-            format_numbers.count(entry.fit.max_context),
-            format_numbers.count(entry.fit.max_users),
+            format_numbers.format_count(entry.fit.max_context),
+            format_numbers.format_count(entry.fit.max_users),
             format_rate(bounds.one),
             format_rate(bounds.all),
             format_rate(bounds.prefill),
@@ -132,12 +132,12 @@ def _make_fidelity_row(entry: ComparedModel, tasks: Sequence[str]) -> tuple[str,
     if report is None:
         return (entry.name, "no report", *(format_numbers.MISSING,) * (3 + len(tasks)))
     pooled = next((row for row in report.distribution if row.domain == "all"), None)
-    scores = {row.task: format_numbers.percent(row.artifact, 1) for row in report.benchmarks}
+    scores = {row.task: format_numbers.format_percent(row.artifact, 1) for row in report.benchmarks}
     figures = (
         (
-            format_numbers.kl(pooled.kl_mean),
-            format_numbers.ratio(pooled.ppl_ratio),
-            format_numbers.share(pooled.top1),
+            format_numbers.format_kl(pooled.kl_mean),
+            format_numbers.format_ratio(pooled.ppl_ratio),
+            format_numbers.format_share(pooled.top1),
         )
         if pooled
         else (format_numbers.MISSING,) * 3

@@ -12,20 +12,25 @@ from pathlib import Path
 from typing import Literal
 
 from quantkit import registry
-from quantkit.checkpoint.fp8_pairs import logical_specs, scale_suffix
-from quantkit.checkpoint.shards import INDEX, SINGLE, open_shards
+from quantkit.checkpoint.file_names import CONFIG, INDEX, SINGLE
+from quantkit.checkpoint.fp8_pairs import get_scale_suffix, select_logical_specs
+from quantkit.checkpoint.shards import open_shards
 from quantkit.contracts import Config, Scheme, TensorSpec
 from quantkit.errors import CheckpointError, RecipeError, UsageError
 from quantkit.io.files import read_json
-from quantkit.io.package_data import PREFIX, resolve_model
+from quantkit.io.package_data import BUILTIN_PREFIX, locate_model
 from quantkit.plan import published
-from quantkit.plan.match_checkpoint import expected, fp8_block
-from quantkit.plan.plan import SourceFacts, architecture_of, claimed_of, decided, written
+from quantkit.plan.match_checkpoint import list_expected_tensors, read_fp8_block_size
+from quantkit.plan.plan import (
+    SourceFacts,
+    apply_rules,
+    list_written_tensors,
+    load_architecture,
+    match_source,
+)
 from quantkit.recipe.schema import Recipe
 from quantkit.serve.sizing.model import Layer, Model, ReadFrom, Weights
 from quantkit.serve.sizing.weight_bytes import make_model
-
-CONFIG = "config.json"
 
 Width = Literal["bf16", "fp16", "fp8", "int8", "int4"]
 WIDTHS: Mapping[Width, int] = {"bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4}
@@ -51,12 +56,12 @@ def read_model(target: str, width: Width | None = None) -> Model:
         model = read_config_model(path)
     elif target.startswith(PREFIX):
         model = replace(read_stored_model(resolve_model(target)), name=target)
-    elif entry := published.published(target):
+    elif entry := published.find_published_config(target):
         model = plan_from_config(entry[1], target)
     else:
         raise UsageError(
             f"{target}: expected an artifact, a recipe, a config.json or a hub id whose config "
-            f"ships with quantkit ({', '.join(published.names()[:3])}, ...), found none of them; "
+            f"ships with quantkit ({', '.join(published.list_published_models()[:3])}, ...), found none of them; "
             "check the path, or download its config.json"
         )
     return model if width is None else assume_width(model, width)
@@ -115,7 +120,7 @@ def plan_from_config(config: Config, name: str) -> Model:
 
 def has_architecture(config: Config) -> bool:
     """Return whether the family has a table in architectures/."""
-    return config.text("model_type") in registry.names("architectures")
+    return config.text("model_type") in registry.list_names("architectures")
 
 
 def read_unknown_family(
@@ -193,10 +198,10 @@ def format_scheme(method: str, bits: Iterable[object], groups: Iterable[object])
 def read_source_facts(recipe: Recipe) -> SourceFacts:
     """Read the source: its local headers, the shipped config of its family, or the hub's data."""
     model, revision = recipe.source.model, recipe.source.revision
-    folder = resolve_model(model) if model.startswith(PREFIX) else Path(model)
+    folder = locate_model(model) if model.startswith(BUILTIN_PREFIX) else Path(model)
     if folder.is_dir():
         config = Config(values=read_json(folder / CONFIG), where=str(folder / CONFIG))
-        specs = logical_specs(open_shards(folder).specs, scale_suffix(config))
+        specs = select_logical_specs(open_shards(folder).specs, get_scale_suffix(config))
         return SourceFacts(
             model=model,
             revision=revision,
@@ -205,7 +210,7 @@ def read_source_facts(recipe: Recipe) -> SourceFacts:
             fingerprint=None,
             where=str(folder),
         )
-    if entry := published.published(model):
+    if entry := published.find_published_config(model):
         return SourceFacts(
             model=model,
             revision=revision,
@@ -214,9 +219,11 @@ def read_source_facts(recipe: Recipe) -> SourceFacts:
             fingerprint=None,
             where=entry[0],
         )
-    from quantkit.plan.sources import facts  # torch and the hub's client: seconds, and the network
+    from quantkit.plan.sources import (
+        resolve_source_facts,  # torch and the hub's client: seconds, and the network
+    )
 
-    return facts(recipe)
+    return resolve_source_facts(recipe)
 
 
 def describe_scheme(config: Config, specs: Mapping[str, TensorSpec]) -> str:

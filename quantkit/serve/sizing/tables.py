@@ -42,13 +42,13 @@ BOUND_NOTE = "Computed upper bounds from peak figures; nothing was measured."
 
 def format_gb(n_bytes: float) -> str:
     """Format bytes in both units: "673.15 GB (626.92 GiB)"."""
-    return f"{format_numbers.size(round(n_bytes))} ({n_bytes / GIB:,.2f} GiB)"
+    return f"{format_numbers.format_size(round(n_bytes))} ({n_bytes / GIB:,.2f} GiB)"
 
 
 def format_rate(bound: Bound) -> str:
     """Format tokens per second to three digits: "1,234" or "12.3"."""
     value = bound.tokens_per_s
-    return f"{value:,.0f}" if value >= 100 else format_numbers.digits(value)
+    return f"{value:,.0f}" if value >= 100 else format_numbers.format_digits(value)
 
 
 def format_parallelism(placement: Placement) -> str:
@@ -58,8 +58,8 @@ def format_parallelism(placement: Placement) -> str:
 
 def format_headline(model: Model) -> str:
     """Describe a model: "671.03 B parameters, 37.55 B active per token; FP8 128x128"."""
-    total = format_numbers.parameters(model.weights.parameters)
-    active = format_numbers.parameters(count_active_parameters(model))
+    total = format_numbers.format_parameters(model.weights.parameters)
+    active = format_numbers.format_parameters(count_active_parameters(model))
     return f"{total} parameters, {active} active per token; {model.scheme}"
 
 
@@ -97,7 +97,7 @@ def format_mtp_note(memory: MemoryEstimate) -> str:
     """Say whether the block for multi-token prediction is counted."""
     if not memory.model.mtp.n_bytes:
         return ""
-    size = format_numbers.size(memory.model.mtp.n_bytes)
+    size = format_numbers.format_size(memory.model.mtp.n_bytes)
     if memory.speculative:
         return f"The MTP block ({size}) is counted: speculative decoding loads it."
     return (
@@ -120,8 +120,8 @@ def make_gpu_table(fits: Sequence[tuple[Fit, Bounds | None]], catalog: GpuCatalo
             str(placement.gpus),
             str(placement.nodes),
             format_parallelism(placement),
-            format_numbers.count(fit.max_context),
-            format_numbers.count(fit.max_users),
+            format_numbers.format_count(fit.max_context),
+            format_numbers.format_count(fit.max_users),
             format_rate(bounds.one),
             format_rate(bounds.all),
             f"{format_rate(bounds.prefill)}{'*' if bounds.prefill.limit == 'interconnect' else ''}",
@@ -244,8 +244,8 @@ def make_batch_table(fit: Fit) -> Table | None:
         rows.append((
             str(batch),
             f"{experts:.1f} of {model.moe.num_experts}",
-            format_numbers.size(round(read)),
-            format_numbers.size(round(read / batch)),
+            format_numbers.format_size(round(read)),
+            format_numbers.format_size(round(read / batch)),
         ))
     note = (
         "Expected for a router that spreads tokens evenly: E (1 - (1 - k/E)^n); a skewed router "
@@ -274,10 +274,10 @@ def make_batched_tokens_table(limits: Mapping[GpuEngine, MaxBatchedTokens], fit:
     reserve = f"{100 * RESERVE_FRACTION:g} % of the first line, for fragmentation"
 
     def format_used(n_bytes: int) -> str:
-        return f"-{format_numbers.size(n_bytes)}"
+        return f"-{format_numbers.format_size(n_bytes)}"
 
     def format_left(n_bytes: int) -> str:
-        return format_numbers.size(max(0, n_bytes))
+        return format_numbers.format_size(max(0, n_bytes))
 
     rows = (
         ("memory of a step", free, *(format_left(limit.free_bytes) for limit in columns)),
@@ -311,7 +311,7 @@ def format_shortfall(shortfall: TensorParallelShortfall) -> str:
     options = ["--kv fp8"] if shortfall.fits_fp8_cache else []
     options += [f"--users {shortfall.max_users}"] if shortfall.max_users else []
     reason = " (every rank holds MLA's whole cache)" if shortfall.is_latent else ""
-    missing = format_numbers.size(shortfall.missing_bytes)
+    missing = format_numbers.format_size(shortfall.missing_bytes)
     return (
         f"TP{shortfall.tp} alone misses {missing} per GPU{reason}; it fits with "
         f"{' or '.join(options)}"
@@ -322,7 +322,7 @@ def format_single_gpu(fit: Fit) -> str | None:
     """State the longest context on one GPU if more are needed; None if it cannot hold the model."""
     if fit.fits_single_gpu or not fit.single_gpu_context:
         return None
-    context = format_numbers.count(fit.single_gpu_context)
+    context = format_numbers.format_count(fit.single_gpu_context)
     users = format_users(fit.memory.users)
     return f"On one GPU: at most {context} tokens for {users} (--context {fit.single_gpu_context})."
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from quantkit.checkpoint.fp8_pairs import FP8, announced
+from quantkit.checkpoint.fp8_pairs import FP8, read_block_entry
 from quantkit.contracts import Config, Experts, Layout, Linear, TensorSpec
 from quantkit.serve.sizing.attention import read_attention
 from quantkit.serve.sizing.model import (
