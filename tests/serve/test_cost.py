@@ -53,7 +53,8 @@ def test_800_w_for_three_years_are_2_523_and_not_8_400() -> None:
     (claim,) = recompute_claims(found, made, "copied.yaml")
     assert not claim.is_correct
     assert claim.message == (
-        "owned.electricity: claimed 8,400, computed 2,522.88 USD (0.8 kW x 26,280 h x 0.12): wrong, "
+        "owned.electricity: claimed 8,400, computed 2,522.88 USD (0.8 kW x 26,280 h x 0.12): "
+        "wrong, "
         "3.33 times too high"
     )
 
@@ -165,16 +166,23 @@ def test_the_shipped_assumptions_explain_every_key() -> None:
     ("change", "sentence"),
     [
         (("price_per_kwh: 0.12", "price_per_kw: 0.12"),
-         "a.yaml:LINE: owned.price_per_kw: unknown key. Did you mean 'price_per_kwh'? Known: cards, "),
-        (("utilization: 0.4 ", "utilization: 1.4 "), "throughput.utilization: expected at most 1, found 1.4"),
+         "a.yaml:LINE: owned.price_per_kw: unknown key. Did you mean 'price_per_kwh'? Known: "
+         "cards, "),
+        (("utilization: 0.4 ", "utilization: 1.4 "), "throughput.utilization: expected at most 1, "
+                                                     "found 1.4"),
         (("years: 3 ", "years: 0 "), "owned.years: expected more than 0, found 0"),
-        (("cards: 8                   # GPUs\n  price_per_card: 30000", "cards: eight\n  price_per_card: 30000"),
+        (("cards: 8                   # GPUs\n  price_per_card: "
+          "30000", "cards: eight\n  price_per_card: 30000"),
          "owned.cards: expected a whole number, found 'eight'"),
         (("version: 1", "version: 2"), "version: expected 1, found 2"),
-        (("price_per_card_hour: 2.50 ", "# "), "rented.price_per_card_hour: missing; this key has no default"),
-        (("claimed: {}", "claimed: {owned.power: 1}"), "claimed.owned.power: no figure named 'owned.power'"),
-        (("name: three dollars a million", "name: DeepSeek-V3.2"), "'DeepSeek-V3.2' is listed twice"),
-        (("claimed: {}", "claimed: &x {}"), "anchors (&x) are not allowed in a file of assumptions"),
+        (("price_per_card_hour: 2.50 ", "# "), "rented.price_per_card_hour: missing; this key has "
+                                               "no default"),
+        (("claimed: {}", "claimed: {owned.power: 1}"), "claimed.owned.power: no figure named "
+                                                       "'owned.power'"),
+        (("name: three dollars a million", "name: DeepSeek-V3.2"), "'DeepSeek-V3.2' is listed "
+                                                                   "twice"),
+        (("claimed: {}", "claimed: &x {}"), "anchors (&x) are not allowed in a file of "
+                                            "assumptions"),
     ],
 )  # fmt: skip
 def test_faults_are_told_with_their_line(
@@ -193,7 +201,8 @@ def test_faults_are_told_with_their_line(
 def test_a_file_without_cards_or_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="expected a section owned, rented or both"):
         parse_assumptions(
-            "version: 1\nvolume: {million_output_tokens_per_month: 1}\nthroughput: {output_tokens_per_s: 1}",
+            "version: 1\nvolume: {million_output_tokens_per_month: 1}\nthroughput: "
+            "{output_tokens_per_s: 1}",
             "a",
         )
     assert run(str(tmp_path / "none.yaml")).exit_code == 2
@@ -220,7 +229,8 @@ def test_tables_are_readable_and_json_holds_the_same() -> None:
         assert told in found.stdout, told
     values = json.loads(run("--json").stdout)
     assert values["figures"]["owned.purchase"] == {
-        "label": "purchase", "value": 320_000, "unit": "USD", "arithmetic": "8 x 30,000 + 1 x 80,000",
+        "label": "purchase", "value": 320_000, "unit": "USD", "arithmetic": "8 x 30,000 + 1 x "
+                                                                            "80,000",
     }  # fmt: skip
     assert values["assumptions"]["owned"]["pue"] == 1.3
 

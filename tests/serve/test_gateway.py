@@ -341,9 +341,8 @@ def test_a_client_that_never_reads_keeps_its_place_until_the_deadline_and_no_lon
                 "stream": True,
             }).encode()
             raw.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-request-timeout: 1\r\ncontent-length: %d\r\n\r\n"
-                % len(content)
-                + content
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-request-timeout: "
+                b"1\r\ncontent-length: %d\r\n\r\n" % len(content) + content
             )
             until(lambda: setup.metric("running") == 1)
             assert setup.ask({}).status_code == 200  # as soon as the place is free
@@ -665,9 +664,8 @@ def test_memory_is_flat_under_a_thousand_queued_requests() -> None:
             "stream": True,
         }).encode()
         request = (
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
-            % len(plan)
-            + plan
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: "
+            b"%d\r\n\r\n" % len(plan) + plan
         )
 
         def wave() -> None:

@@ -326,15 +326,15 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
 
 def test_counters_of_engines() -> None:
     vllm = 'vllm:prefix_cache_queries_total{e="0"} 10\nvllm:prefix_cache_queries_total{e="1"} 5\n'
-    assert engine.parse_cache_counters(vllm + 'vllm:prefix_cache_hits_total{e="0"} 3.0\n') == Cache(
-        asked=15, hits=3
-    )
+    assert engine.parse_cache_counters(
+        vllm + 'vllm:prefix_cache_hits_total{e="0"} 3.0\n'
+    ) == CacheCounters(asked=15, hits=3)
     sglang = 'sglang:prompt_tokens_total{m="x y"} 8\nsglang:cached_tokens_total{m="x y"} 2\n'
-    assert engine.parse_cache_counters(sglang) == Cache(asked=8, hits=2)
+    assert engine.parse_cache_counters(sglang) == CacheCounters(asked=8, hits=2)
     assert engine.parse_cache_counters("quantkit_gateway_running 3\n") is None
-    later, earlier = Cache(asked=9, hits=4), Cache(asked=4, hits=1)
+    later, earlier = CacheCounters(asked=9, hits=4), CacheCounters(asked=4, hits=1)
     assert (
-        engine.subtract_counters(earlier, later) == Cache(asked=5, hits=3)
+        engine.subtract_counters(earlier, later) == CacheCounters(asked=5, hits=3)
         and engine.subtract_counters(later, earlier) is None
     )
 
@@ -395,7 +395,7 @@ def test_a_damaged_result_does_not_pass_and_diff_shows_the_rest(
 ) -> None:
     other = Path(shutil.copytree(artifact, tmp_path / "other"))
     (artifact / FILE).write_text(make_load_test().model_dump_json())
-    assert verify(artifact).unsealed == (FILE,)
+    assert verify_artifact(artifact).unsealed == (FILE,)
     for text, told in (
         ("{", "expected JSON, found an error"),
         ('{"evil": 1}', r"tool: Field required; run the load test again"),
@@ -414,7 +414,7 @@ def test_a_damaged_result_is_told_by_key() -> None:
     values = make_load_test().model_dump(mode="json")
     values["levels"][0]["ttft_ms"]["p99"] = -1
     with pytest.raises(ArtifactError, match=r"x: levels\.0\.ttft_ms\.p99: "):
-        parse(values, "x")
+        parse_load_test(values, "x")
     changed = make_load_test().model_copy(update={"max_tokens": 9})
     assert (
         make_load_test().comparable(changed) == "max_tokens: 8 and 9"

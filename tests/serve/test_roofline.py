@@ -37,7 +37,7 @@ def cards() -> GpuCatalog:
 @pytest.fixture(scope="module")
 def v3() -> Model:
     (found,) = plan_recipe_models(
-        parse((folder("recipes") / "v3-gptq4-fp8.yaml").read_text(), "v3-gptq4-fp8")
+        parse_recipe((locate_folder("recipes") / "v3-gptq4-fp8.yaml").read_text(), "v3-gptq4-fp8")
     )
     return found
 
@@ -221,7 +221,7 @@ def test_advice_fits_into_what_an_engine_leaves_and_shows_it(
 def test_a_step_holds_no_more_than_all_requests(cards: GpuCatalog) -> None:
     """10 users of 512 tokens were told 2,237,184."""
     (tiny,) = plan_recipe_models(
-        parse((folder("recipes") / "tiny-v3-awq4.yaml").read_text(), "tiny-v3-awq4")
+        parse_recipe((locate_folder("recipes") / "tiny-v3-awq4.yaml").read_text(), "tiny-v3-awq4")
     )
     for server in GPU_ENGINES:
         advised = compute_max_batched_tokens(placed(tiny, cards.gpus["rtx4090"], 512), server)

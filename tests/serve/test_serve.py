@@ -193,7 +193,8 @@ def test_a_step_is_bounded_where_the_engines_own_number_takes_too_much() -> None
 def test_a_dry_run_of_v3_takes_less_than_two_seconds_and_no_torch() -> None:
     code = (
         "import sys\nfrom quantkit.cli.main import main\n"
-        f"try: main(['serve', '{V3}', '--dry-run'])\nexcept SystemExit as end: assert end.code == 0, end.code\n"
+        f"try: main(['serve', '{V3}', '--dry-run'])\nexcept SystemExit as end: assert end.code == "
+        "0, end.code\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
         "import resource; sys.stderr.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_utime))"
     )

@@ -25,8 +25,10 @@ def run(*arguments: str) -> Result:
 def test_the_flagship_from_config_alone() -> None:
     found = run("deepseek-ai/DeepSeek-V3")
     assert found.exit_code == 0
-    for told in ("671.03 B parameters", "673.15 GB (626.92 GiB)", "70,272 B per token x 32,768 tokens x 10 users",
-                 "Cheapest in one node: 8 x", "H100 SXM 80 GB", "TP8 x PP2", "Computed upper bounds",
+    for told in ("671.03 B parameters", "673.15 GB (626.92 "
+                                        "GiB)", "70,272 B per token x 32,768 tokens x 10 users",
+                 "Cheapest in one node: 8 x", "H100 SXM 80 GB", "TP8 x PP2", "Computed upper "
+                                                                             "bounds",
                  "2026-11-23"):  # fmt: skip
         assert told in found.stdout, told
     assert max(map(len, found.stdout.splitlines())) <= 100
@@ -38,7 +40,8 @@ def test_the_flagship_is_sized_without_torch_and_transformers_which_take_seconds
     code = (
         "import sys; from quantkit.cli.main import main; "
         "main(['size', sys.argv[1], '--json'], standalone_mode=False); "
-        "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)), file=sys.stderr)"
+        "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)), "
+        "file=sys.stderr)"
     )
     for target in ("deepseek-ai/DeepSeek-V3", "v3-awq4"):
         found = subprocess.run(

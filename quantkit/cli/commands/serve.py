@@ -153,7 +153,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
         told(plan, front.adapt_to(plan), json_out)
     else:
         start.start_engine(
-            plan, front.before(plan), verified=no_verify, seconds=start_seconds, tell=tell
+            plan, front.adapt_to(plan), verified=no_verify, seconds=start_seconds, log=tell
         )
 
 
@@ -189,9 +189,9 @@ def told(plan: LaunchPlan, front: GatewayOptions, json_out: bool) -> None:
     from quantkit.serve.engines.launch_plan import serialize_plan
     from quantkit.serve.engines.start import make_engine_upstream
 
-    engine = make_engine_upstream(plan) if front.on else None
+    engine = make_engine_upstream(plan) if front.is_enabled else None
     if json_out:
-        as_json(serialize_plan(plan) | ({"gateway": front.as_values(engine)} if engine else {}))
+        as_json(serialize_plan(plan) | ({"gateway": front.to_json(engine)} if engine else {}))
         return
     for line in (*front.describe(engine), BEHIND, *plan.summary) if engine else plan.summary:
         comment(line)

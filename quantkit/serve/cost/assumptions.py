@@ -160,14 +160,14 @@ def read_assumptions(path: Path) -> Assumptions:
 
 def parse_assumptions(text: str, name: str) -> Assumptions:
     """Parse assumptions; RecipeError with every fault and its line. name: for messages."""
-    document = read(text, name, KIND)
+    document = parse_document(text, name, KIND)
     try:
         return Assumptions.model_validate(document.values)
     except ValidationError as error:
         raise RecipeError(_format_faults(document, error)) from None
 
 
-def _format_faults(document: Document, error: ValidationError) -> list[str]:
+def _format_faults(document: YamlDocument, error: ValidationError) -> list[str]:
     """Return a message for every fault, in the order of lines."""
     faults = []
     for details in error.errors(include_url=False):
@@ -183,6 +183,8 @@ def _format_faults(document: Document, error: ValidationError) -> list[str]:
         path = tuple(details["loc"])
         section = SECTIONS.get(str(path[0])) if len(path) > 1 else Assumptions
         known = tuple((section or Assumptions).model_fields)
-        message = f"{document.where(path)}: {dotted(path)}: {sentence(path, details, known)}"
+        message = (
+            f"{document.where(path)}: {format_path(path)}: {describe_fault(path, details, known)}"
+        )
         faults.append((document.line(path), message))
     return [message for _, message in sorted(faults, key=lambda fault: fault[0])]

@@ -104,7 +104,7 @@ def _make_utilization_chart(assumptions: Assumptions, items: CostItems) -> Spec:
     ]
     mark = {"type": "line", "strokeWidth": 1.8}
     encoding = {"x": x, "y": y, "color": colour_lines(assumptions), "tooltip": tooltip}
-    return chart(rows, {"mark": mark, "encoding": encoding})
+    return make_chart(rows, {"mark": mark, "encoding": encoding})
 
 
 def _make_sensitivity_chart(assumptions: Assumptions, swings: Sequence[Swing]) -> Spec:
@@ -146,7 +146,7 @@ def _make_sensitivity_chart(assumptions: Assumptions, swings: Sequence[Swing]) -
         "encoding": {
             "x": x,
             "x2": {"field": "high"},
-            "color": colour_by("option", sides),
+            "color": make_color_encoding("option", sides),
             "tooltip": tooltip,
         },
     }
@@ -155,7 +155,7 @@ def _make_sensitivity_chart(assumptions: Assumptions, swings: Sequence[Swing]) -
         "encoding": {"x": {"field": "base", "type": "quantitative"}},
     }
     return {
-        **chart(rows, {"encoding": {"y": y}, "layer": [bars, base_ticks]}),
+        **make_chart(rows, {"encoding": {"y": y}, "layer": [bars, base_ticks]}),
         "height": 26 * len(rows),
     }
 
@@ -163,7 +163,7 @@ def _make_sensitivity_chart(assumptions: Assumptions, swings: Sequence[Swing]) -
 def colour_lines(assumptions: Assumptions) -> Spec:
     """Return a colour per side and API; the legend shows lines as lines."""
     return {
-        **colour_by("option", list_options(assumptions)),
+        **make_color_encoding("option", list_options(assumptions)),
         "legend": {"symbolType": "stroke", "symbolStrokeWidth": 3},
     }
 

@@ -18,7 +18,7 @@ def render_page(
     assumptions: Assumptions, items: CostItems, swings: Sequence[Swing], claims: Sequence[Claim]
 ) -> str:
     """Render the page."""
-    environment = html.environment(autoescape=True)
+    environment = html_page.make_environment(autoescape=True)
     environment.filters["tone"] = get_tone
     return environment.get_template("cost.html.j2").render(
         title=assumptions.title,
@@ -32,7 +32,9 @@ def render_page(
         apis=tables.make_api_table(assumptions, items),
         break_even=tables.make_break_even_table(assumptions, items),
         swings=tables.make_sensitivity_table(assumptions, swings),
-        **html.drawn(environment, make_charts(assumptions, items, swings), ("fidelity.css",)),
+        **html_page.make_plot_context(
+            environment, make_charts(assumptions, items, swings), ("fidelity.css",)
+        ),
     )
 
 

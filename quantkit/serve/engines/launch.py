@@ -265,7 +265,7 @@ def iterate_fusion_flags(target: Target) -> Iterator[Flag]:
     """
     if target.has_separate_experts:
         yield Flag(
-            name=UNFUSED,
+            name=DISABLE_SHARED_FUSION,
             value="",
             reason="shared experts are stored differently from routed experts",
         )

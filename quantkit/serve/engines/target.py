@@ -51,7 +51,8 @@ def read_target(target: str) -> Target:
     path = Path(target)
     if is_recipe_name(target):
         raise UsageError(
-            f"{target}: expected an artifact, found a recipe; build it, and name the folder it makes"
+            f"{target}: expected an artifact, found a recipe; build it, and name the folder it "
+            "makes"
         )
     model = read_model(target)
     if (path / MANIFEST).is_file():
@@ -67,7 +68,7 @@ def read_target(target: str) -> Target:
         model=model,
         engines={**SERVERS, **TRANSFORMERS},
         refused={},
-        has_separate_experts=apart(tensor_names),
+        has_separate_experts=has_separate_shared_experts(tensor_names),
         has_chat_template=has_chat_template(path) if path.is_dir() else None,
     )
 
@@ -80,7 +81,8 @@ def read_artifact_target(path: Path, model: Model) -> Target:
     )
     if name not in registry.list_names("formats"):
         raise ArtifactError(
-            f"{path / MANIFEST}: {registry.format_unknown_name('format', name, registry.list_names('formats'))}"
+            f"{path / MANIFEST}: "
+            f"{registry.format_unknown_name('format', name, registry.list_names('formats'))}"
         )
     engines = dict(registry.get_format(name).engines)
     reported = read_reported_engines(path)
@@ -95,7 +97,7 @@ def read_artifact_target(path: Path, model: Model) -> Target:
         model=model,
         engines=engines,
         refused=refused,
-        has_separate_experts=apart(mapping(manifest, "tensors", path)),
+        has_separate_experts=has_separate_shared_experts(get_section(manifest, "tensors", path)),
         has_chat_template=has_chat_template(path),
         status=str(manifest.get("status")),
     )
@@ -113,7 +115,7 @@ def infer_format(entry: object) -> str:
 
 def read_reported_engines(path: Path) -> frozenset[str] | None:
     """Return the engines that the fidelity report names; None without a report."""
-    file = path / "quantkit/fidelity.json"
+    file = path / FIDELITY
     if not file.is_file():
         return None
     artifact = read_json(file, ArtifactError).get("artifact")

@@ -110,7 +110,7 @@ def check_metrics(url: str) -> None:
         )
 
 
-def read_cache_counters(url: str) -> Cache | None:
+def read_cache_counters(url: str) -> CacheCounters | None:
     """Return the counters of the prefix cache; None if the server has none."""
     text = scrape_metrics(url)
     return None if text is None else parse_cache_counters(text)
@@ -126,12 +126,12 @@ def scrape_metrics(url: str) -> str | None:
     return response.text if response.status_code == 200 else None
 
 
-def parse_cache_counters(text: str) -> Cache | None:
+def parse_cache_counters(text: str) -> CacheCounters | None:
     """Return the counters in Prometheus' text, summed over a server's engines."""
     for queries, hits in COUNTERS.values():
         sums = {name: sum_samples(text, name) for name in (queries, hits)}
         if sums[queries] is not None:
-            return Cache(asked=sums[queries] or 0.0, hits=sums[hits] or 0.0)
+            return CacheCounters(asked=sums[queries] or 0.0, hits=sums[hits] or 0.0)
     return None
 
 
@@ -148,7 +148,9 @@ def sum_samples(text: str, name: str) -> float | None:
         return None
 
 
-def subtract_counters(before: Cache | None, after: Cache | None) -> Cache | None:
+def subtract_counters(
+    before: CacheCounters | None, after: CacheCounters | None
+) -> CacheCounters | None:
     """Return the difference of two readings; None if the server was restarted between them."""
     if before is None or after is None or after.asked < before.asked or after.hits < before.hits:
         return None

@@ -111,7 +111,9 @@ def make_request_body(setup: LoadTestSetup, text: str) -> dict[str, Any]:
     return body | ({"ignore_eos": True} if setup.ignore_eos else {})
 
 
-def run_level(setup: LoadTestSetup, concurrency: int, texts: Sequence[str], folder: Path) -> Level:
+def run_level(
+    setup: LoadTestSetup, concurrency: int, texts: Sequence[str], folder: Path
+) -> LoadLevel:
     """Run one level; QuantkitError if GuideLLM fails or has no result."""
     prompts, results = folder / "prompts.jsonl", folder / "results.json"
     scenario, log = folder / "scenario.json", folder / "log.txt"
@@ -159,7 +161,7 @@ def make_environment() -> dict[str, str]:
     return {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
 
 
-def parse_level(values: Mapping[str, Any], concurrency: int, where: str) -> Level:
+def parse_level(values: Mapping[str, Any], concurrency: int, where: str) -> LoadLevel:
     """Convert GuideLLM's results of one level.
 
     Raises QuantkitError for results in another format, or without a completed request.
@@ -175,7 +177,7 @@ def parse_level(values: Mapping[str, Any], concurrency: int, where: str) -> Leve
                 "server's log"
             )
         output_tokens = metrics["output_token_count"]["successful"]
-        return Level(
+        return LoadLevel(
             concurrency=concurrency,
             seconds=duration,
             answered=counts["successful"],
@@ -196,11 +198,11 @@ def parse_level(values: Mapping[str, Any], concurrency: int, where: str) -> Leve
         ) from None
 
 
-def parse_spread(metrics: Mapping[str, Any], name: str, factor: float = 1.0) -> Spread:
+def parse_spread(metrics: Mapping[str, Any], name: str, factor: float = 1.0) -> Percentiles:
     """Return mean and quantiles over the completed requests, times `factor`."""
     values = metrics[name]["successful"]
     quantiles = values["percentiles"]
-    return Spread(
+    return Percentiles(
         mean=values["mean"] * factor,
         p50=quantiles["p50"] * factor,
         p90=quantiles["p90"] * factor,

@@ -11,13 +11,13 @@ from quantkit.serve.loadtest.charts import make_charts
 
 def render_page(run: LoadTest) -> str:
     """Render the page."""
-    environment = html.environment(autoescape=True)
+    environment = html_page.make_environment(autoescape=True)
     environment.filters["tone"] = lambda text: "open"
     return environment.get_template("loadtest.html.j2").render(
         run=run,
         tiles=make_tiles(run),
         levels=tables.make_level_table(run),
-        **html.drawn(environment, make_charts(run), ("fidelity.css",)),
+        **html_page.make_plot_context(environment, make_charts(run), ("fidelity.css",)),
     )
 
 

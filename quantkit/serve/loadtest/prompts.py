@@ -31,7 +31,7 @@ class Prompts:
 def read_prompts(name: str) -> Prompts:
     """Read prompts: a name in evals/, a JSONL file with one of KEYS, or a text file by line."""
     path = Path(name)
-    data = folder("evals") / "data"
+    data = locate_folder("evals") / "data"
     if not path.is_file() and not path.suffix:
         path = data / f"{name}.jsonl"
     if not path.is_file():

@@ -28,7 +28,7 @@ def run_load_test(
 ) -> LoadTest:
     """Run every level. metrics: the address of the engine's counters."""
     started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    levels: list[Level] = []
+    levels: list[LoadLevel] = []
     body = guidellm.make_request_body(setup, prompts.texts[0])
     engine.check_endpoint(setup.url, setup.key, setup.path, body, setup.seconds)
     with tempfile.TemporaryDirectory(prefix="quantkit-loadtest-") as name:

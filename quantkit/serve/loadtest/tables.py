@@ -9,7 +9,7 @@ from quantkit.report.tables import Table
 
 MIN_P99_REQUESTS = 100
 """With fewer requests none is slower than the p99."""
-FormatColumn = Callable[[Level], str]
+FormatColumn = Callable[[LoadLevel], str]
 COLUMNS: Mapping[str, FormatColumn] = {
     "requests/s": lambda level: f"{level.requests_per_second:.2f}",
     "tokens/s": lambda level: f"{level.output_tokens_per_second:,.1f}",
@@ -28,13 +28,13 @@ def format_milliseconds(value: float) -> str:
     return f"{value / 1000:.3g} s" if value >= 1000 else f"{value:.3g} ms"
 
 
-def format_completed(level: Level) -> str:
+def format_completed(level: LoadLevel) -> str:
     """Format the completed requests, and the failed and unfinished ones if there are any."""
     others = ((level.errored, "failed"), (level.unfinished, "unfinished"))
     return ", ".join([f"{level.answered}", *(f"{n} {label}" for n, label in others if n)])
 
 
-def format_hit_rate(level: Level) -> str:
+def format_hit_rate(level: LoadLevel) -> str:
     """Format the hit rate of the prefix cache."""
     rate = level.cache.rate if level.cache else None
     return "-" if rate is None else f"{rate:.1%}"

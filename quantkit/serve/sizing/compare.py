@@ -135,9 +135,9 @@ def _make_fidelity_row(entry: ComparedModel, tasks: Sequence[str]) -> tuple[str,
     scores = {row.task: format_numbers.format_percent(row.artifact, 1) for row in report.benchmarks}
     figures = (
         (
-            format_numbers.format_kl(pooled.kl_mean),
-            format_numbers.format_ratio(pooled.ppl_ratio),
-            format_numbers.format_share(pooled.top1),
+            format_numbers.format_figure(pooled.figures["kl_mean"], "nats"),
+            format_numbers.format_figure(pooled.figures["ppl_ratio"], "ratio"),
+            format_numbers.format_figure(pooled.figures["top1"], "percent"),
         )
         if pooled
         else (format_numbers.MISSING,) * 3

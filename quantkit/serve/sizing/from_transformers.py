@@ -23,7 +23,7 @@ from quantkit import registry
 from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, UsageError
-from quantkit.io.files import make_config_error as make_config_error
+from quantkit.io.files import make_config_error
 from quantkit.serve.sizing.attention import read_attention
 from quantkit.serve.sizing.model import (
     Attention,
@@ -141,7 +141,8 @@ def make_meta_model(config: Config) -> tuple[Any, Any]:
     if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         families = registry.list_names("architectures")
         raise UsageError(
-            f"{config.where}: model_type: {registry.format_unknown_name('family', model_type, families)} "
+            f"{config.where}: model_type: "
+            f"{registry.format_unknown_name('family', model_type, families)} "
             "transformers has no language model of that type either"
         )
     for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):

@@ -54,14 +54,15 @@ def read_model(target: str, width: Width | None = None) -> Model:
         model = read_stored_model(path) if has_weights else read_config_model(path / CONFIG)
     elif path.is_file():
         model = read_config_model(path)
-    elif target.startswith(PREFIX):
-        model = replace(read_stored_model(resolve_model(target)), name=target)
+    elif target.startswith(BUILTIN_PREFIX):
+        model = replace(read_stored_model(locate_model(target)), name=target)
     elif entry := published.find_published_config(target):
         model = plan_from_config(entry[1], target)
     else:
         raise UsageError(
             f"{target}: expected an artifact, a recipe, a config.json or a hub id whose config "
-            f"ships with quantkit ({', '.join(published.list_published_models()[:3])}, ...), found none of them; "
+            f"ships with quantkit ({', '.join(published.list_published_models()[:3])}, ...), "
+            "found none of them; "
             "check the path, or download its config.json"
         )
     return model if width is None else assume_width(model, width)
@@ -74,7 +75,7 @@ def read_stored_model(folder: Path) -> Model:
     scheme, name = describe_scheme(config, shards.specs), folder.resolve().name
     if not has_architecture(config):
         return read_unknown_family(config, name, "headers", scheme, shards.specs.values())
-    layout = architecture_of(config).layout(config)
+    layout = load_architecture(config).layout(config)
     entry = config.values.get("quantization_config")
     by_row = any(word in str(entry) for word in ("'group_size': -1", "'channel'"))
     return make_model(
@@ -111,8 +112,8 @@ def plan_from_config(config: Config, name: str) -> Model:
         )
     if not has_architecture(config):
         return read_unknown_family(config, name, "config", "BF16")
-    layout, block_size = architecture_of(config).layout(config), fp8_block(config)
-    tensors = [*expected(layout, config).values()]
+    layout, block_size = load_architecture(config).layout(config), read_fp8_block_size(config)
+    tensors = [*list_expected_tensors(layout, config).values()]
     tensors += [scale for spec in tensors if (scale := make_scale_spec(spec, block_size))]
     scheme = describe_scheme(config, {spec.name: spec for spec in tensors})
     return make_model(layout, tensors, config, name=name, read_from="config", scheme=scheme)
@@ -152,13 +153,13 @@ def plan_recipe_models(recipe: Recipe) -> tuple[Model, ...]:
     Without the network if the source's config is shipped. Raises RecipeError with the plan's faults.
     """
     source = read_source_facts(recipe)
-    claimed, faults = claimed_of(source), list[str]()
+    claimed, faults = match_source(source), list[str]()
     models = []
     for format_name in recipe.format:
-        _, decisions, format_faults = decided(recipe, source, claimed, format_name)
+        _, decisions, format_faults = apply_rules(recipe, source, claimed, format_name)
         faults += format_faults
         if not format_faults:
-            tensors = written(source, claimed, format_name, decisions)
+            tensors = list_written_tensors(source, claimed, format_name, decisions)
             schemes = {decision.scheme for decision in decisions.values() if decision.scheme}
             models.append(
                 make_model(
@@ -234,7 +235,7 @@ def describe_scheme(config: Config, specs: Mapping[str, TensorSpec]) -> str:
         return max(set(dtypes), key=dtypes.count) if dtypes else "no weights"
     method = str(entry.get("quant_method"))
     if method == "fp8":
-        return f"FP8 {size}x{size}" if (size := fp8_block(config)) else "FP8"
+        return f"FP8 {size}x{size}" if (size := read_fp8_block_size(config)) else "FP8"
     parts: list[object] = [entry]
     if isinstance(groups := entry.get("config_groups"), Mapping):  # compressed-tensors
         parts = [

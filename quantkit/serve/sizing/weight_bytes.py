@@ -227,7 +227,7 @@ def _widen_group(units: _ShardingUnits, linear: Linear, n_groups: int, by_row: b
 
 def get_fp8_block_size(config: Config) -> int:
     """Return the side of an FP8 block; 1, which divides everything, if the config names none."""
-    size = announced(config)[1]
+    size = read_block_entry(config)[1]
     return (
         size[1]
         if isinstance(size, list) and len(size) == 2 and isinstance(size[1], int) and size[1] > 0
