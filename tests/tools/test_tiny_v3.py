@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from support.paths import ROOT
 from tokenizers import Tokenizer
 from tools.tiny_v3 import held_out, train
-from tools.tiny_v3.corpus import DOMAIN, MIX, TEMPLATES, training_items
+from tools.tiny_v3.corpus import DOMAIN, MIX, TEMPLATES, make_training_items
 from tools.tiny_v3.experts import RoutedExperts, dispatch
 from tools.tiny_v3.export import config_json, quantize_block, save_checkpoint, to_fp8
 from tools.tiny_v3.model import Attend, ModelConfig, TinyV3, attention_mask
 from tools.tiny_v3.muon import Muon, orthogonalize
-from tools.tiny_v3.packing import BOS, EOS, encode, pack, train_tokenizer
+from tools.tiny_v3.packing import BOS, EOS, encode_items, pack_rows, train_tokenizer
 
 CHECKPOINT = ROOT / "quantkit/data/models/tiny_v3/checkpoint"
 SHARED = ROOT.parent / "shared/tiny-v3"
@@ -59,11 +59,11 @@ def test_benchmark_items_are_the_regenerated_ones(domain: str) -> None:
     if not shipped.is_file():
         pytest.skip(f"{shipped} is not there")
     rows = [json.loads(line) for line in shipped.read_text(encoding="utf-8").splitlines()]
-    assert rows == held_out.held_out_sets()[f"eval_{domain}.jsonl"]
+    assert rows == held_out.make_held_out_sets()[f"eval_{domain}.jsonl"]
 
 
 def test_no_training_item_is_held_out_and_the_mix_is_kept() -> None:
-    items = training_items(seed=3, count=4000)
+    items = make_training_items(seed=3, count=4000)
     assert not any(item.held_out for item in items)
     for kind, share in MIX.items():
         assert abs(sum(item.kind == kind for item in items) / len(items) - share) < 0.03
@@ -73,7 +73,7 @@ def test_no_training_item_is_held_out_and_the_mix_is_kept() -> None:
 def test_answers_of_word_problems_are_what_their_steps_compute() -> None:
     items = [
         item
-        for item in training_items(seed=4, count=2000)
+        for item in make_training_items(seed=4, count=2000)
         if item.kind in ("math_item", "arith_item")
     ]
     for item in items:
@@ -124,7 +124,7 @@ def test_shipped_checkpoint_is_the_one_the_card_describes() -> None:
 
 
 def test_tokenizer_of_the_checkpoint_is_trained_again_exactly() -> None:
-    corpus = train.clean_items(train.TOKENIZER_ITEMS)
+    corpus = train.make_clean_items(train.TOKENIZER_ITEMS)
     tokenizer = train_tokenizer((item.text for item in corpus), 768)
     shipped = json.loads((CHECKPOINT / "tokenizer.json").read_text(encoding="utf-8"))
     assert json.loads(tokenizer.to_str()) == shipped
@@ -249,12 +249,12 @@ def test_muon_steps_have_singular_values_near_one() -> None:
 
 
 def test_packing_keeps_every_document_whole() -> None:
-    items = training_items(seed=5, count=300)
+    items = make_training_items(seed=5, count=300)
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
-    documents = encode(items, tokenizer)
+    documents = encode_items(items, tokenizer)
     for item, (prompt, answer) in zip(items, documents):
         assert [*prompt, *answer] == [*tokenizer.encode(item.text).ids, EOS]
-    rows = pack(documents, 129)
+    rows = pack_rows(documents, 129)
     found = []
     for ids, segments in zip(rows.ids.tolist(), rows.segments.tolist()):
         for segment in range(max(segments) + 1):
@@ -269,9 +269,9 @@ def test_packing_keeps_every_document_whole() -> None:
 def test_training_is_deterministic_and_lowers_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "BATCH_ROWS", 8)
     monkeypatch.setattr(train, "WARM_UP_STEPS", 5)
-    corpus = train.clean_items(600)
+    corpus = train.make_clean_items(600)
     tokenizer = train_tokenizer((item.text for item in corpus), 320)
-    rows = pack(encode(corpus, tokenizer), 65)
+    rows = pack_rows(encode_items(corpus, tokenizer), 65)
 
     def run() -> list[float]:
         torch.manual_seed(0)

@@ -66,7 +66,7 @@ def draw_kind(rng: random.Random) -> Kind:
     return rng.choices(list(MIX), list(MIX.values()))[0]
 
 
-def draw(kind: Kind, rng: random.Random) -> Item:
+def draw_item(kind: Kind, rng: random.Random) -> Item:
     """One item of a kind, held out or not."""
     if kind == "math_item":
         return word_problem(rng)
@@ -77,12 +77,12 @@ def draw(kind: Kind, rng: random.Random) -> Item:
     return english(rng)
 
 
-def training_items(seed: int, count: int) -> list[Item]:
+def make_training_items(seed: int, count: int) -> list[Item]:
     """`count` items in the training mix, none of them held out."""
     rng = random.Random(seed)
     items: list[Item] = []
     while len(items) < count:
-        item = draw(draw_kind(rng), rng)
+        item = draw_item(draw_kind(rng), rng)
         if not item.held_out:
             items.append(item)
     return items

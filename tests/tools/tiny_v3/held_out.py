@@ -16,7 +16,7 @@ from tools.tiny_v3.corpus import (
     TEMPLATES,
     Item,
     arithmetic,
-    draw,
+    draw_item,
     draw_kind,
     function,
     function_arguments,
@@ -29,7 +29,7 @@ SEED = 1
 TESTS_PER_FUNCTION = 8
 
 
-def held_out_sets(
+def make_held_out_sets(
     seed: int = SEED, math: int = 300, code: int = 100, text: int = 120
 ) -> dict[str, list[Row]]:
     """The rows of each file by file name; the three are drawn from one stream, math first."""
@@ -97,7 +97,7 @@ def _check_function(item: Item, rng: random.Random) -> str:
 def _text_rows(count: int, rng: random.Random) -> list[Row]:
     rows: list[Row] = []
     while len(rows) < count:
-        item = draw(draw_kind(rng), rng)
+        item = draw_item(draw_kind(rng), rng)
         if item.held_out:
             rows.append({"kind": item.kind, "text": item.text, "prompt_len": len(item.prompt)})
     return rows
@@ -118,7 +118,7 @@ def to_jsonl(rows: Sequence[Mapping[str, object]]) -> bytes:
 def main(out: Path) -> None:
     """Write the held-out items of tiny-v3: eval_math.jsonl, eval_code.jsonl and eval_text.jsonl."""
     out.mkdir(parents=True, exist_ok=True)
-    for name, rows in held_out_sets().items():
+    for name, rows in make_held_out_sets().items():
         (out / name).write_bytes(to_jsonl(rows))
         click.echo(f"{out / name}: {len(rows)} items")
 
