@@ -21,7 +21,7 @@ from tools.tiny_v3 import held_out, train
 from tools.tiny_v3.corpus import DOMAIN, MIX, TEMPLATES, make_training_items
 from tools.tiny_v3.experts import RoutedExperts, dispatch
 from tools.tiny_v3.export import config_json, quantize_block, save_checkpoint, to_fp8
-from tools.tiny_v3.model import Attend, ModelConfig, TinyV3, attention_mask
+from tools.tiny_v3.model import Attend, ModelConfig, TinyV3, make_attention_mask
 from tools.tiny_v3.muon import Muon, orthogonalize
 from tools.tiny_v3.packing import BOS, EOS, encode_items, pack_rows, train_tokenizer
 
@@ -179,7 +179,7 @@ def test_saved_model_gives_the_same_logits_in_transformers(tmp_path: Path) -> No
     ids = torch.randint(3, 768, (2, 40))
     positions = torch.arange(40).expand(2, 40)
     with torch.no_grad():
-        ours = model(ids, positions, attention_mask(torch.zeros(2, 40), torch.float32))
+        ours = model(ids, positions, make_attention_mask(torch.zeros(2, 40), torch.float32))
         expected = theirs(input_ids=ids).logits
     assert expected.abs().max() > 0.5
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
@@ -214,7 +214,7 @@ def test_routed_experts_match_the_plain_formula_with_its_gradients() -> None:
 def test_attention_matches_autograd() -> None:
     torch.manual_seed(2)
     q, k, v = (torch.randn(2, 3, 6, 4, requires_grad=True) for _ in range(3))
-    mask = attention_mask(torch.tensor([[0, 0, 0, 1, 1, -1], [0, 0, 0, 0, 0, 0]]), torch.float32)
+    mask = make_attention_mask(torch.tensor([[0, 0, 0, 1, 1, -1], [0, 0, 0, 0, 0, 0]]), torch.float32)
     direction = torch.randn(2, 3, 6, 4)
     ours = Attend.apply(q, k, v, mask)
     expected = torch.softmax(q @ k.transpose(-1, -2) + mask, -1) @ v
@@ -230,9 +230,9 @@ def test_packed_documents_do_not_see_each_other() -> None:
     ids = torch.randint(3, 64, (1, 12))
     positions = torch.tensor([[*range(5), *range(7)]])
     together = model(
-        ids, positions, attention_mask(torch.tensor([[0] * 5 + [1] * 7]), torch.float32)
+        ids, positions, make_attention_mask(torch.tensor([[0] * 5 + [1] * 7]), torch.float32)
     )
-    alone = model(ids[:, 5:], positions[:, 5:], attention_mask(torch.zeros(1, 7), torch.float32))
+    alone = model(ids[:, 5:], positions[:, 5:], make_attention_mask(torch.zeros(1, 7), torch.float32))
     torch.testing.assert_close(together[:, 5:], alone, atol=1e-5, rtol=0)
 
 

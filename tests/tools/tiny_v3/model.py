@@ -244,7 +244,7 @@ class TinyV3(nn.Module):
         return F.linear(norm(x, self.norm, config.rms_norm_eps), self.head.to(self.dtype)).float()
 
 
-def attention_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+def make_attention_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     """Additive mask [batch, 1, time, time]: a token sees itself and what is before it in its segment [batch, time]."""
     time = segments.shape[1]
     same = segments[:, :, None] == segments[:, None, :]  # [batch, time, time]

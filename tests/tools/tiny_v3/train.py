@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tools.tiny_v3.corpus import Item, make_training_items
 from tools.tiny_v3.export import save_checkpoint
 from tools.tiny_v3.held_out import make_held_out_sets
-from tools.tiny_v3.model import ModelConfig, TinyV3, attention_mask
+from tools.tiny_v3.model import ModelConfig, TinyV3, make_attention_mask
 from tools.tiny_v3.muon import Muon
 from tools.tiny_v3.packing import Rows, encode_items, pack_rows, train_tokenizer
 from torch import Tensor
@@ -69,7 +69,7 @@ def batches(rows: Rows, dtype: torch.dtype) -> Iterator[Batch]:
                 positions=rows.positions[taken][:, :-1],
                 targets=ids[:, 1:],
                 weights=rows.weights[taken][:, 1:].float() * inside,
-                mask=attention_mask(segments[:, :-1], dtype),
+                mask=make_attention_mask(segments[:, :-1], dtype),
                 n_tokens=int((segments[:, :-1] >= 0).sum()),
             )
 
