@@ -10,7 +10,7 @@ from math import ceil
 from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.contracts import Architecture, Block, Config, Layout, Linear, Role, TensorSpec
 from quantkit.errors import CheckpointError
-from quantkit.recipe.yaml_document import shown
+from quantkit.io.yaml_document import printable
 
 FP8_ROLES: frozenset[Role] = frozenset({"attention", "mlp", "shared_expert", "routed_expert"})
 """What an FP8 DeepSeek checkpoint stores in 128x128 blocks; routers, embeddings, heads and eh_proj stay BF16."""
@@ -130,7 +130,7 @@ def match_layout(
         f"missing: {name} {list(spec.shape)}" for name, spec in wanted.items() if name not in specs
     ]
     faults += [
-        f"not claimed by the architecture: {shown(n)}"
+        f"not claimed by the architecture: {printable(n)}"
         for n in specs
         if n not in wanted and n not in dropped
     ]

@@ -11,8 +11,20 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from quantkit import figures, registry
+from quantkit import figures
 from quantkit.errors import RecipeError
+from quantkit.io.suggestions import format_unknown_name, suggest_name
+from quantkit.io.validation_errors import describe_fault
+from quantkit.io.yaml_document import (
+    INVALID_TEXT,
+    KeyPath,
+    YamlDocument,
+    format_path,
+    is_invalid_text,
+    parse_document,
+    parse_value,
+    printable,
+)
 from quantkit.recipe.patterns import PRESETS, pattern_fault
 from quantkit.recipe.rewrite import rewritten
 from quantkit.recipe.schema import (
@@ -23,17 +35,6 @@ from quantkit.recipe.schema import (
     Recipe,
     Rule,
     RuleEntry,
-)
-from quantkit.recipe.validation_errors import describe_fault
-from quantkit.recipe.yaml_document import (
-    NO_TEXT,
-    Path,
-    YamlDocument,
-    format_path,
-    not_text,
-    parse_document,
-    shown,
-    value_of,
 )
 from quantkit.texts.corpus_spec import DOMAINS
 
@@ -96,7 +97,7 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
     for key in document.values.keys() - Recipe.model_fields.keys():
         check.fault(
             (key,),
-            f"unknown key.{registry.suggest_name(key, tuple(Recipe.model_fields))} Expected gates.",
+            f"unknown key.{suggest_name(key, tuple(Recipe.model_fields))} Expected gates.",
         )
     found = check.model(Gates, {"gates": document.values.get("gates")}, ())
     check.gates(document.values.get("gates"), {"tasks": list(tasks)}, {})
@@ -134,14 +135,14 @@ class _Check:
     document: YamlDocument
     faults: list[tuple[int, str]]
 
-    def fault(self, path: Path, sentence: str) -> None:
+    def fault(self, path: KeyPath, sentence: str) -> None:
         """Note what is wrong with the value at `path`."""
         self.faults.append((
             self.document.line(path),
             f"{self.document.where(path)}: {format_path(path)}: {sentence}",
         ))
 
-    def model(self, model: type[_Model], values: object, path: Path) -> _Model | None:
+    def model(self, model: type[_Model], values: object, path: KeyPath) -> _Model | None:
         """`values` as a model, or None and its faults."""
         try:
             return model.model_validate(values)
@@ -169,7 +170,7 @@ class _Check:
             for rule in self.rule(item, ("rules", index), default)
         )
 
-    def rule(self, item: object, path: Path, default: Quantize) -> tuple[Rule, ...]:
+    def rule(self, item: object, path: KeyPath, default: Quantize) -> tuple[Rule, ...]:
         """One item of the list: one rule, or those of a preset; none when it has faults."""
         entry = self.model(RuleEntry, item, path)
         if entry is None:
@@ -185,7 +186,7 @@ class _Check:
             return ()
         wrong = pattern_fault(entry.match)
         if wrong:
-            self.fault((*path, "match"), shown(wrong, 200))
+            self.fault((*path, "match"), printable(wrong, 200))
             return ()
         scheme = default if entry.quantize == "default" else None
         if entry.quantize is not None and scheme is None:
@@ -205,10 +206,10 @@ class _Check:
             ),
         )
 
-    def preset(self, name: str, path: Path, default: Quantize) -> tuple[Rule, ...]:
+    def preset(self, name: str, path: KeyPath, default: Quantize) -> tuple[Rule, ...]:
         """The rules of a preset that the recipe names."""
         if name not in PRESETS:
-            self.fault(path, registry.format_unknown_name("preset", shown(name), tuple(PRESETS)))
+            self.fault(path, format_unknown_name("preset", printable(name), tuple(PRESETS)))
             return ()
         return expand_preset(name, default, self.document.line(path))
 
@@ -275,9 +276,9 @@ def _unknown_figure(figure: str, tasks: Sequence[str]) -> str:
     """Why a gate names nothing, with what it may have meant."""
     base, at, domain = figure.partition("@")
     if at and figures.is_per_domain(base):
-        return registry.format_unknown_name("domain", shown(domain), DOMAINS)
-    sentence = registry.format_unknown_name(
-        "figure or task of evaluation.tasks", shown(figure), (*figures.list_keys(), *tasks)
+        return format_unknown_name("domain", printable(domain), DOMAINS)
+    sentence = format_unknown_name(
+        "figure or task of evaluation.tasks", printable(figure), (*figures.list_keys(), *tasks)
     )
     return f"{sentence} Of one domain: kl_mean@{DOMAINS[-1]}."
 
@@ -294,22 +295,22 @@ def _overridden(
     return document, faults
 
 
-def _change(key: str, text: str) -> tuple[Path, object]:
+def _change(key: str, text: str) -> tuple[KeyPath, object]:
     """Path and value of an override; RecipeError when it is no text."""
     path = tuple(key.split("."))
-    if not_text(text):
-        raise RecipeError([f"override {shown(key)}: {NO_TEXT}"])
-    return path, text if _is_text(path) else value_of(text, f"override {shown(key)}")
+    if is_invalid_text(text):
+        raise RecipeError([f"override {printable(key)}: {INVALID_TEXT}"])
+    return path, text if _is_text(path) else parse_value(text, f"override {printable(key)}")
 
 
-def _is_text(path: Path) -> bool:
+def _is_text(path: KeyPath) -> bool:
     """Whether the key takes any text, so that an override of "123" or "[x]" stays what it is."""
     section = SECTIONS.get(str(path[0])) if len(path) == 2 else None
     field = section.model_fields.get(str(path[-1])) if section else None
     return field is not None and field.annotation is str
 
 
-def _known(path: Path) -> tuple[str, ...]:
+def _known(path: KeyPath) -> tuple[str, ...]:
     """The keys that may stand in the mapping at `path`."""
     model: type[BaseModel] = Recipe
     if path and path[-1] == "quantize":

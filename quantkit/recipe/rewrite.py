@@ -15,16 +15,16 @@ from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from quantkit.errors import RecipeError
-from quantkit.recipe.yaml_document import (
+from quantkit.io.yaml_document import (
     MAX_CHARACTERS,
     PARSER_FAULTS,
-    Path,
+    KeyPath,
     parse_document,
-    scalar,
+    parse_scalar,
 )
 
 
-def rewritten(text: str, changes: Sequence[tuple[Path, object]]) -> str:
+def rewritten(text: str, changes: Sequence[tuple[KeyPath, object]]) -> str:
     """`text`, which `document.read` takes, with values put at paths (keys only) one after the other.
 
     In a layout that ruamel would change it is the values alone; without changes it is `text` to the byte.
@@ -46,7 +46,7 @@ def rewritten(text: str, changes: Sequence[tuple[Path, object]]) -> str:
     return dumped(spelled(wanted.values))
 
 
-def put(layout: CommentedMap, path: Path, value: object) -> None:
+def put(layout: CommentedMap, path: KeyPath, value: object) -> None:
     """Change a value, or add its key: first in its section, last in the document."""
     for key in path[:-1]:
         if not isinstance(layout.get(key), CommentedMap):
@@ -66,7 +66,7 @@ def spelled(value: object) -> object:
         return [spelled(inner) for inner in value]
     if isinstance(value, str):
         plain = (
-            scalar(value) == value and value.isprintable()
+            parse_scalar(value) == value and value.isprintable()
         )  # YAML folds line breaks that Unicode knows, too
         return value if plain else DoubleQuotedScalarString(value)
     return "null" if value is None else str(value).lower()

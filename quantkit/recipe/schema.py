@@ -25,8 +25,9 @@ from pydantic import (
 from quantkit import registry
 from quantkit.contracts import FALLBACK_ROUNDING
 from quantkit.io.owned_dirs import validate_folder
+from quantkit.io.suggestions import format_unknown_name
+from quantkit.io.yaml_document import YamlDocument, printable
 from quantkit.recipe import patterns
-from quantkit.recipe.yaml_document import YamlDocument, shown
 
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -43,20 +44,20 @@ def size_bytes(value: object) -> int:
         else None
     )
     if parts is None or parts[3] not in _UNITS:
-        found = f"'{shown(text)}'" if isinstance(text, str) else type(value).__name__
+        found = f"'{printable(text)}'" if isinstance(text, str) else type(value).__name__
         raise ValueError(
             f"expected a size such as 64GB, 512MiB or a number of bytes, found {found}"
         )
     total = int(Decimal(parts[1] + (parts[2] or "")) * _UNITS[parts[3]])
     if not 0 < total < 2**63:
-        raise ValueError(f"expected a size above 0 and below 8 EiB, found '{shown(str(text))}'")
+        raise ValueError(f"expected a size above 0 and below 8 EiB, found '{printable(str(text))}'")
     return total
 
 
 def _registered(kind: registry.Kind, name: str) -> str:
     known = registry.list_names(kind)
     if name not in known:
-        raise ValueError(registry.format_unknown_name(kind.removesuffix("s"), name, known))
+        raise ValueError(format_unknown_name(kind.removesuffix("s"), name, known))
     return name
 
 

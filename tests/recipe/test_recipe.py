@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import RecipeError, UsageError
+from quantkit.io.yaml_document import MAX_CHARACTERS, parse_document, parse_scalar
 from quantkit.recipe import patterns
 from quantkit.recipe.parse import Quantize, Recipe, apply_overrides, expand_preset, parse_recipe
 from quantkit.recipe.patterns import PRESETS, matches, names
 from quantkit.recipe.schema import keys, size_bytes
-from quantkit.recipe.yaml_document import MAX_CHARACTERS, parse_document, scalar
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALLEST = """\
@@ -560,8 +560,8 @@ def test_sizes(text: object, n_bytes: int) -> None:
     ],
 )
 def test_plain_scalars_follow_yaml_1_2(text: str, value: object) -> None:
-    assert scalar(text) == value
-    assert type(scalar(text)) is type(value)
+    assert parse_scalar(text) == value
+    assert type(parse_scalar(text)) is type(value)
 
 
 def test_overrides() -> None:

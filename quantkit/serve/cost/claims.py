@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import floor, log10
 
-from quantkit import registry
 from quantkit.errors import RecipeError
+from quantkit.io.suggestions import format_unknown_name
 from quantkit.serve.cost.assumptions import Assumptions
 from quantkit.serve.cost.cost_items import CostItem, CostItems, format_number
 

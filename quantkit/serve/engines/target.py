@@ -15,6 +15,7 @@ from quantkit.errors import ArtifactError, UsageError
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, has_separate_shared_experts
 from quantkit.io.files import read_json
 from quantkit.io.package_data import is_recipe_name
+from quantkit.io.suggestions import format_unknown_name
 from quantkit.serve.sizing.model import Model
 from quantkit.serve.sizing.read import read_model
 

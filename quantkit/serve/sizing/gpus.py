@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl
 
-from quantkit import registry
 from quantkit.errors import UsageError
+from quantkit.io.suggestions import format_unknown_name
 
 FROZEN = ConfigDict(frozen=True, extra="forbid")
 GB, GIB = 10**9, 2**30
