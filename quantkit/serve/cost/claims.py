@@ -39,7 +39,7 @@ def recompute_claims(assumptions: Assumptions, items: CostItems, name: str) -> l
     unknown = [key for key in assumptions.claimed if key not in items]
     if unknown:
         raise RecipeError([
-            f"{name}: claimed.{key}: {registry.format_unknown_name('figure', key, tuple(items))}"
+            f"{name}: claimed.{key}: {format_unknown_name('figure', key, tuple(items))}"
             for key in unknown
         ])
     return [

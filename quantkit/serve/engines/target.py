@@ -83,7 +83,7 @@ def read_artifact_target(path: Path, model: Model) -> Target:
     if name not in registry.list_names("formats"):
         raise ArtifactError(
             f"{path / MANIFEST}: "
-            f"{registry.format_unknown_name('format', name, registry.list_names('formats'))}"
+            f"{format_unknown_name('format', name, registry.list_names('formats'))}"
         )
     engines = dict(registry.get_format(name).engines)
     reported = read_reported_engines(path)

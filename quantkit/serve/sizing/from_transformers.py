@@ -142,7 +142,7 @@ def make_meta_model(config: Config) -> tuple[Any, Any]:
         families = registry.list_names("architectures")
         raise UsageError(
             f"{config.where}: model_type: "
-            f"{registry.format_unknown_name('family', model_type, families)} "
+            f"{format_unknown_name('family', model_type, families)} "
             "transformers has no language model of that type either"
         )
     for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):

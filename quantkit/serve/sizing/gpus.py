@@ -129,7 +129,7 @@ class GpuCatalog(BaseModel):
             names = (key, with_memory, f"{with_memory} GB", gpu.name, gpu.short)
             if normalized in map(normalize_name, names):
                 return gpu
-        raise UsageError(f"--gpu: {registry.format_unknown_name('GPU', name, tuple(self.gpus))}")
+        raise UsageError(f"--gpu: {format_unknown_name('GPU', name, tuple(self.gpus))}")
 
 
 def normalize_name(name: str) -> str:
