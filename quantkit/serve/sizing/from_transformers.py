@@ -24,6 +24,7 @@ from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.io.files import make_config_error
+from quantkit.io.suggestions import format_unknown_name
 from quantkit.serve.sizing.attention import read_attention
 from quantkit.serve.sizing.model import (
     Attention,
