@@ -374,7 +374,7 @@ def test_diff_lays_runs_side_by_side_that_asked_alike(artifact: Path, tmp_path: 
     assert {at for at, _ in rows} == {4}
     a, b = rows[4, "output tokens/s"]
     assert b == pytest.approx(a / 2) and any(
-        "What served A: nobody noted, B: 2 x A100." in note for note in told["notes"]
+        "Servers: A: not noted, B: 2 x A100." in note for note in told["notes"]
     )
     for words, said in (
         ([], "-50.0%"),
