@@ -1,4 +1,5 @@
-"""What differs between two artifacts: values against scipy, what does not compare, views to the letter."""
+"""What differs between two artifacts: values against scipy, what does not compare, views to the
+letter."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ def with_text(side: Side, **changes: object) -> Side:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- views
+# -------------------------------------------------------------------------------------------- views
 
 
 def test_terminal_view_matches_golden_file(diff: Diff) -> None:
@@ -85,7 +86,7 @@ def test_diff_of_a_side_with_itself_is_empty() -> None:
     assert tables.make_module_table(found, 10).rows == ()
 
 
-# ---------------------------------------------------------------------------------------------------- recipe, tensors
+# ---------------------------------------------------------------------------------- recipe, tensors
 
 
 def test_inherited_recipe_keys_are_listed_once(diff: Diff) -> None:
@@ -154,7 +155,7 @@ def test_sizes_of_both_sides(diff: Diff) -> None:
     assert rows["quantized matrices"] == (2, 3)
 
 
-# -------------------------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
 
 
 def test_benchmarks_are_paired_and_agree_with_scipy(diff: Diff) -> None:
@@ -182,8 +183,10 @@ def test_flips_have_both_answers_and_lost_items_first() -> None:
     ]
     assert (found.compared_items, found.reworded) == (60, 0)
     assert (found.flips[0].prompt, found.flips[0].target, found.flips[0].source_score) == (
-        "Question: what is 0?\nAnswer:", "0", 1.0,
-    )  # fmt: skip
+        "Question: what is 0?\nAnswer:",
+        "0",
+        1.0,
+    )
 
 
 def test_reworded_answers_are_counted() -> None:
@@ -202,10 +205,19 @@ def pick(values: Any, domain: str) -> list[float]:
 
 @pytest.mark.parametrize("domain", ["all", "math"])
 def test_token_differences_agree_with_scipy(domain: str) -> None:
-    """scipy's t interval is wider by a hair at this n, so the normal one is built from scipy's standard error."""
-    rows = [{"domain": name, "tokens": N_TOKENS if name == "all" else 400, "kl_mean": {"value": 0.1},
-             "ppl_artifact": {"value": 3.0}, "top1": {"value": 0.9}, "mean_delta_p": {"value": 0.0}}
-            for name in ("all", "math")]  # fmt: skip
+    """scipy's t interval is wider by a hair at this n, so the normal one is built from
+    scipy's standard error."""
+    rows = [
+        {
+            "domain": name,
+            "tokens": N_TOKENS if name == "all" else 400,
+            "kl_mean": {"value": 0.1},
+            "ppl_artifact": {"value": 3.0},
+            "top1": {"value": 0.9},
+            "mean_delta_p": {"value": 0.0},
+        }
+        for name in ("all", "math")
+    ]
     a, b = (replace(side, fidelity=report(distribution=rows)) for side in (a_side(), b_side()))
     assert a.tokens is not None and b.tokens is not None
     found = {row.figure: row for row in compare_sides(a, b).distribution if row.domain == domain}
@@ -280,7 +292,7 @@ def test_non_finite_token_gives_no_difference() -> None:
     assert found["all", "kl_mean"].resolved == "" and found["math", "kl_mean"].resolved == "worse"
 
 
-# ------------------------------------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 def test_modules_are_sorted_by_error_shift(diff: Diff) -> None:
@@ -301,7 +313,7 @@ def test_different_calibration_texts_compare_weight_errors() -> None:
     assert any(note.startswith(f"{b.name} used no calibration text, so") for note in found.notes)
 
 
-# ------------------------------------------------------------------------------------------------- what is comparable
+# ------------------------------------------------------------------------------- what is comparable
 
 Change = Callable[[Side], Side]
 
@@ -349,7 +361,8 @@ def other_solutions(side: Side) -> Side:
 REFUSED: Mapping[str, tuple[Change, str, tuple[str, ...]]] = {
     "source": (
         other_source,
-        r"first was made from builtin:tiny-v3 \(5f5f.*\), second was made from org/other \(9999.*\): figures against "
+        r"first was made from builtin:tiny-v3 \(5f5f.*\), second was made from org/other "
+        r"\(9999.*\): figures against "
         r"different sources are not comparable",
         ("distribution", "benchmarks", "blocks", "modules", "routers", "flips"),
     ),
@@ -360,7 +373,8 @@ REFUSED: Mapping[str, tuple[Change, str, tuple[str, ...]]] = {
     ),
     "text": (
         other_text,
-        r"first was measured on tiny-v3-heldout \(cdcdcdcdcdcd, 20 x 512 tokens\), second .*: distributions on "
+        r"first was measured on tiny-v3-heldout \(cdcdcdcdcdcd, 20 x 512 tokens\), "
+        r"second .*: distributions on "
         r"different texts are not comparable",
         ("distribution", "blocks", "routers"),
     ),
@@ -371,7 +385,8 @@ REFUSED: Mapping[str, tuple[Change, str, tuple[str, ...]]] = {
     ),
     "prompt": (
         other_prompt,
-        r"tiny-v3-math: the prompt of item 7 differs between first and second \(prompt_hash differs\): the "
+        r"tiny-v3-math: the prompt of item 7 differs between first and second "
+        r"\(prompt_hash differs\): the "
         r"scores are not comparable",
         ("flips",),
     ),
@@ -434,7 +449,7 @@ def test_changed_baseline_is_noted() -> None:
     assert any("has other scores on 1 items" in note for note in found.notes)
 
 
-# ---------------------------------------------------------------------------------------------------- large, hostile
+# ----------------------------------------------------------------------------------- large, hostile
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""`quantkit diff` and `quantkit runs` over real artifacts of the built-in model: what they print, and how they end."""
+"""`quantkit diff` and `quantkit runs` over real artifacts of the built-in model: what they
+print, and how they end."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ SOURCE = "builtin:tiny-v3"
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    """Two artifacts with benchmarks: experts packed in 4 bits, and in 2 bits unpacked, which flips a few answers."""
+    """Two artifacts with benchmarks: experts packed in 4 bits, and in 2 bits unpacked, which
+    flips a few answers."""
     from quantkit import pipeline
     from quantkit.recipe.parse import parse_recipe
 
@@ -60,7 +62,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
 
 
 def resealed(source: Path, place: Path, change: Callable[[Path], None]) -> Path:
-    """A copy with changed evidence that the manifest agrees with: an artifact of somebody who measured otherwise."""
+    """A copy with changed evidence that the manifest agrees with: an artifact of somebody
+    who measured otherwise."""
     copied = Path(shutil.copytree(source, place))
     change(copied)
     manifest = json.loads((copied / "quantkit/manifest.json").read_text())
@@ -82,7 +85,7 @@ def column(path: Path, name: str, values: list[Any]) -> None:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- the diff
+# ----------------------------------------------------------------------------------------- the diff
 
 
 def test_figures_match_the_samples(both: tuple[Path, Path]) -> None:
@@ -196,7 +199,7 @@ def test_single_reports_are_compared(both: tuple[Path, Path], tmp_path: Path) ->
         )
 
 
-# ---------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def test_different_prompts_are_rejected(both: tuple[Path, Path], tmp_path: Path) -> None:
@@ -321,7 +324,7 @@ def test_diff_rejects_other_paths(both: tuple[Path, Path], tmp_path: Path) -> No
         assert ": expected " in read_error(run("diff", *both, *options), 2)
 
 
-# -------------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 @pytest.fixture(scope="module")

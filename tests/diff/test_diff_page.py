@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.browser_pages import NARROW, Tab, contrast, luminance
+from support.browser_pages import COLORS, NARROW, Tab, contrast, luminance
 from support.constants import CHROMIUM
 from support.diff_example import a_side, answer, b_side, items
 from support.report_large import large
@@ -63,7 +63,7 @@ def big_sides() -> tuple[Side, Side]:
     return sides[0], sides[1]
 
 
-# -------------------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
 
 def test_page_shows_the_cells_of_every_table(text: str) -> None:
@@ -137,7 +137,7 @@ def named(word: str) -> tuple[Side, Side]:
     return sides[0], sides[1]
 
 
-# ------------------------------------------------------------------------------------------------------------- plots
+# -------------------------------------------------------------------------------------------- plots
 
 
 def test_tail_counts_tokens_at_or_above_each_step() -> None:
@@ -166,7 +166,7 @@ def test_page_without_tokens_has_no_tail_plot() -> None:
         assert ("kl" in Page(rendered(a, b_side())).drawings["specs"]) is there
 
 
-# ----------------------------------------------------------------------------------------------------------- browser
+# ------------------------------------------------------------------------------------------ browser
 
 
 @pytest.fixture(scope="module")
@@ -209,19 +209,26 @@ class TestInABrowser:
         tab = Tab(browser, page_file, color_scheme=scheme)
         background = tab.all("getComputedStyle(document.documentElement).backgroundColor")
         assert (luminance(background) > 0.5) == (scheme == "light")
-        told = tab.all("""['body', '.note', '.lead', 'td .tone.bad', '.models small', '.models .tone', 'mark',
-            '#t-distribution .tone.open', 'thead button', 'summary', '.plot svg text'].map(name => {
-                let element = document.querySelector(name), style = getComputedStyle(element);
-                const colour = name.endsWith('text') ? style.fill : style.color, clear = 'rgba(0, 0, 0, 0)';
-                while (getComputedStyle(element).backgroundColor === clear) element = element.parentElement;
-                return [name, colour, getComputedStyle(element).backgroundColor];
-            })""")
+        selectors = [
+            "body",
+            ".note",
+            ".lead",
+            "td .tone.bad",
+            ".models small",
+            ".models .tone",
+            "mark",
+            "#t-distribution .tone.open",
+            "thead button",
+            "summary",
+            ".plot svg text",
+        ]
+        colors = tab.page.evaluate(COLORS, selectors)
         weak = {
             name: round(contrast(front, back), 2)
-            for name, front, back in told
+            for name, front, back in colors
             if contrast(front, back) < 4.5
         }
-        assert weak == {} and len(told) == 11
+        assert weak == {} and len(colors) == 11
         tab.context.close()
 
     def test_narrow_page_scrolls_only_vertically(

@@ -1,4 +1,5 @@
-"""Gates over every figure of the report, an artifact judged anew, and JUnit XML as CI systems read it."""
+"""Gates over every figure of the report, an artifact judged anew, and JUnit XML as CI systems
+read it."""
 
 from __future__ import annotations
 
@@ -22,9 +23,18 @@ from quantkit.report import gates
 from quantkit.report.junit import format_junit
 
 TASK = BenchmarkResult(
-    task="t", n=300, source=0.8, artifact=0.79, lost=5, gained=2, delta_pp=Figure(value=-1.0, ci=(-2.5, 0.5)),
-    recovery=Figure(value=0.9875), mcnemar_p=0.45, truncated=(0.0, 0.03), unparsed=(0.01, 0.0),
-)  # fmt: skip
+    task="t",
+    n=300,
+    source=0.8,
+    artifact=0.79,
+    lost=5,
+    gained=2,
+    delta_pp=Figure(value=-1.0, ci=(-2.5, 0.5)),
+    recovery=Figure(value=0.9875),
+    mcnemar_p=0.45,
+    truncated=(0.0, 0.03),
+    unparsed=(0.01, 0.0),
+)
 
 
 def one(figure: str, gate: Gate, fidelity: Fidelity) -> tuple[float | None, bool | None, str]:
@@ -33,7 +43,7 @@ def one(figure: str, gate: Gate, fidelity: Fidelity) -> tuple[float | None, bool
     return result.value, result.ok, result.reason
 
 
-# ----------------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 
 
 @pytest.mark.parametrize(
@@ -96,7 +106,7 @@ def test_lost_items_of_a_skipped_task_are_not_measured() -> None:
     assert one("lost_items", Gate(max=9), report) == (None, None, "not measured: u was not run")
 
 
-# ------------------------------------------------------------------------------------------------------------- tasks
+# -------------------------------------------------------------------------------------------- tasks
 
 
 @pytest.mark.parametrize(
@@ -169,7 +179,7 @@ def test_scores_of_zero_give_no_information() -> None:
     assert one("t", Gate(min_score=0.5), report) == (0.0, False, "")
 
 
-# -------------------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
 
 def test_parse_gates_reads_gate_files_and_recipes() -> None:
@@ -184,17 +194,27 @@ def test_parse_gates_reads_gate_files_and_recipes() -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("gates: {u: {margin_pp: 2}}", "g.yaml:1: gates.u: no figure or task of evaluation.tasks named 'u'."),
-        ("gates: {kl_maen: {max: 2}}", "g.yaml:1: gates.kl_maen: no figure or task of evaluation.tasks named "
-         "'kl_maen'. Did you mean 'kl_mean'?"),
-        ("gate: {kl_mean: {max: 2}}", "g.yaml:1: gate: unknown key. Did you mean 'gates'? Expected gates."),
+        (
+            "gates: {u: {margin_pp: 2}}",
+            "g.yaml:1: gates.u: no figure or task of evaluation.tasks named 'u'.",
+        ),
+        (
+            "gates: {kl_maen: {max: 2}}",
+            "g.yaml:1: gates.kl_maen: no figure or task of "
+            "evaluation.tasks named "
+            "'kl_maen'. Did you mean 'kl_mean'?",
+        ),
+        (
+            "gate: {kl_mean: {max: 2}}",
+            "g.yaml:1: gate: unknown key. Did you mean 'gates'? Expected gates.",
+        ),
         ("version: 1", "g.yaml:1: gates: expected a mapping of keys, found nothing"),
         ("gates: {}", "g.yaml:1: gates: expected one entry or more, found an empty mapping"),
         ("gates: {kl_mean.max: 1, kl_mean: {max: 2}}", "g.yaml:1: gates.kl_mean.max: no figure"),
         ("gates: {kl_mean.max: x}", "g.yaml:1: gates.kl_mean.max: expected a number, found 'x'"),
         ("gates: {kl_mean.maxx: 1}", "g.yaml:1: gates.kl_mean.maxx: no figure"),
     ],
-)  # fmt: skip
+)
 def test_parse_gates_rejects_invalid_files(text: str, sentence: str) -> None:
     with pytest.raises(RecipeError) as caught:
         parse_gates(text, "g.yaml", ["t"])
@@ -203,8 +223,14 @@ def test_parse_gates_rejects_invalid_files(text: str, sentence: str) -> None:
 
 
 def test_parse_gates_accepts_dotted_bounds() -> None:
-    dotted = "gates: {kl_mean.max: 0.1, kl_mean.min: 0, t.min_recovery: 0.9, ppl_ratio: {max: 2}, size.max: 4GB}"
-    nested = "gates: {kl_mean: {max: 0.1, min: 0}, t: {min_recovery: 0.9}, ppl_ratio: {max: 2}, size: {max: 4GB}}"
+    dotted = (
+        "gates: {kl_mean.max: 0.1, kl_mean.min: 0, t.min_recovery: 0.9, ppl_ratio: "
+        "{max: 2}, size.max: 4GB}"
+    )
+    nested = (
+        "gates: {kl_mean: {max: 0.1, min: 0}, t: {min_recovery: 0.9}, ppl_ratio: "
+        "{max: 2}, size: {max: 4GB}}"
+    )
     assert parse_gates(dotted, "g.yaml", ["t"]) == parse_gates(nested, "g.yaml", ["t"])
 
 
@@ -228,13 +254,14 @@ def only_prose(folder: Path) -> Path:
     (folder / "p.jsonl").write_text(json.dumps({"domain": "prose", "text": "one two three"}) + "\n")
     digest = hashlib.sha256((folder / "p.jsonl").read_bytes()).hexdigest()
     (folder / "p.yaml").write_text(
-        f"version: 1\nname: p\nlicence: Apache-2.0\norigin: made up\ndomains: [prose]\npacking: documents\nend: none\n"
+        f"version: 1\nname: p\nlicence: Apache-2.0\norigin: made up\ndomains: "
+        f"[prose]\npacking: documents\nend: none\n"
         f"file: p.jsonl\nsha256: {digest}\n"
     )
     return folder / "p.yaml"
 
 
-# ------------------------------------------------------------------------------------------------------------- JUnit
+# -------------------------------------------------------------------------------------------- JUnit
 
 ALLOWED: Mapping[str, tuple[set[str], set[str], set[str]]] = {
     "testsuites": (set(), {"name", "time", "tests", "failures", "errors"}, {"testsuite"}),
@@ -262,11 +289,13 @@ ALLOWED: Mapping[str, tuple[set[str], set[str], set[str]]] = {
     "failure": (set(), {"type", "message"}, set()),
     "skipped": (set(), {"type", "message"}, set()),
 }
-"""Of Jenkins' junit-10.xsd: per element the attributes it needs, those it may have, and what may stand in it."""
+"""Of Jenkins' junit-10.xsd: per element the attributes it needs, those it may have, and what may
+stand in it."""
 
 
 def valid(content: bytes) -> Xml.Element:
-    """The tree of a file that keeps every rule of the schema, with counts that agree with its cases."""
+    """The tree of a file that keeps every rule of the schema, with counts that agree with
+    its cases."""
     root = Xml.fromstring(content)
     assert root.tag in {"testsuites", "testsuite"}
     for element in root.iter():
@@ -311,7 +340,7 @@ def test_junit_escapes_untrusted_names() -> None:
     assert root[0].get("name") == 'a<b>&"   ]]>'
 
 
-# ---------------------------------------------------------------------------------------------------- a real artifact
+# ---------------------------------------------------------------------------------- a real artifact
 
 
 def test_gate_command_judges_by_other_gates_and_changes_no_file(
@@ -326,16 +355,21 @@ def test_gate_command_judges_by_other_gates_and_changes_no_file(
     )
     assert read_error(result, 3).startswith("gate kl_mean <= 1e-09: found 0.000")
     assert "rejected: 2 of 3 gates kept, 1 missed" in result.stdout
-    assert [case.get("name") for case in valid((tmp_path / "gates.xml").read_bytes()).iter("testcase")] == [
-        "kl_mean <= 1e-09", "kl_mean@math <= 1", "size <= 9.00 MB",
-    ]  # fmt: skip
+    assert [
+        case.get("name") for case in valid((tmp_path / "gates.xml").read_bytes()).iter("testcase")
+    ] == [
+        "kl_mean <= 1e-09",
+        "kl_mean@math <= 1",
+        "size <= 9.00 MB",
+    ]
     told = json.loads(run("gate", built, "--gates", tmp_path / "strict.yaml", "--json").stdout)
     assert (told["status"], told["built"], len(told["gates"])) == ("rejected", "not judged", 3)
     assert {path: path.read_bytes() for path in built.rglob("*") if path.is_file()} == before
 
 
 def test_gate_command_uses_the_recipe_of_the_artifact_by_default(built: Path) -> None:
-    """Its benchmarks were skipped, so two of three gates have no figure; nothing is missed, and nothing is passed."""
+    """Its benchmarks were skipped, so two of three gates have no figure; nothing is missed,
+    and nothing is passed."""
     result = run("gate", built, "--json")
     told = json.loads(result.stdout)
     assert (result.exit_code, told["status"]) == (3, "not judged")

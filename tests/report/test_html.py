@@ -1,4 +1,5 @@
-"""quantkit/fidelity.html as text: what it says and in which order, that hostile text stays text, bytes and size."""
+"""quantkit/fidelity.html as text: what it says and in which order, that hostile text stays text,
+bytes and size."""
 
 from __future__ import annotations
 
@@ -33,8 +34,16 @@ from quantkit.report.samples import FLOOR, Answer, Samples, read_samples
 from quantkit.verify.shallow import verify_artifact
 
 ORDER = (
-    "verdict", "artifact", "benchmarks", "distribution", "plots", "modules", "fallbacks", "changed", "provenance",
-)  # fmt: skip
+    "verdict",
+    "artifact",
+    "benchmarks",
+    "distribution",
+    "plots",
+    "modules",
+    "fallbacks",
+    "changed",
+    "provenance",
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +52,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> str:
     return html_page.make_page(folder_with(tmp_path_factory.mktemp("big"), large(), items=900))
 
 
-# ------------------------------------------------------------------------------------------------------------ content
+# ------------------------------------------------------------------------------------------ content
 
 
 def test_page_has_its_sections_in_order(big: str) -> None:
@@ -84,10 +93,15 @@ def test_page_head_has_verdict_and_tiles(big: str) -> None:
 def test_page_of_an_empty_report_has_notes_instead_of_tables() -> None:
     text = html_page.render_page(emptied(), Samples())
     for sentence in (
-        "The recipe sets no gates.", "Nothing is quantized: the artifact is a copy of the source.",
-        "No benchmark was run.", "Next-token distributions were not measured.", "No data for plots.",
-        "No module was quantized.", "No fallback was used.", "No benchmark item was compared.",
-    ):  # fmt: skip
+        "The recipe sets no gates.",
+        "Nothing is quantized: the artifact is a copy of the source.",
+        "No benchmark was run.",
+        "Next-token distributions were not measured.",
+        "No data for plots.",
+        "No module was quantized.",
+        "No fallback was used.",
+        "No benchmark item was compared.",
+    ):
         assert sentence in text
     assert tuple(re.findall(r'<section id="(\w+)"', text)) == ORDER
     assert Page(text).drawings["specs"] == {} and "<figure" not in text
@@ -112,12 +126,13 @@ def test_page_lists_every_module_of_a_fallback() -> None:
     assert "<b>500</b> modules" in text
 
 
-# ------------------------------------------------------------------------------------------------------ hostile text
+# ------------------------------------------------------------------------------------- hostile text
 
 
 @pytest.mark.parametrize("attack", HOSTILE)
 def test_page_escapes_hostile_text(attack: str, tmp_path: Path) -> None:
-    """The page has the same elements and attributes as one with harmless words, and the same scripts."""
+    """The page has the same elements and attributes as one with harmless words, and the same
+    scripts."""
     made = []
     for place, text in (("bad", attack), ("good", "x" * len(attack))):
         clean = text.encode(
@@ -174,7 +189,7 @@ def test_page_fetches_nothing(big: str) -> None:
     assert style and "url(" not in style.group(1) and "@import" not in style.group(1)
 
 
-# ----------------------------------------------------------------------------------------------------- size and bytes
+# ----------------------------------------------------------------------------------- size and bytes
 
 
 def test_page_of_45_000_modules_stays_under_three_megabytes(big: str) -> None:
@@ -183,7 +198,8 @@ def test_page_of_45_000_modules_stays_under_three_megabytes(big: str) -> None:
 
 
 def test_page_with_long_answers_and_names_stays_under_three_megabytes(tmp_path: Path) -> None:
-    """Every third of 1,500 items changed, each answer of 8,000 characters of which most need escaping."""
+    """Every third of 1,500 items changed, each answer of 8,000 characters of which most need
+    escaping."""
     artifact = folder_with(tmp_path, large())
     (artifact / "quantkit/samples").mkdir()
     dice = random.Random(2)
@@ -217,7 +233,7 @@ def test_page_is_reproducible_across_processes(tmp_path: Path) -> None:
     assert made[0] == made[1] == html_page.make_page(artifact).encode()
 
 
-# ------------------------------------------------------------------------------------------------------------ samples
+# ------------------------------------------------------------------------------------------ samples
 
 
 def test_histogram_counts_every_token(tmp_path: Path) -> None:
@@ -248,8 +264,11 @@ def test_changed_items_are_sorted_and_use_the_scoring_filter(tmp_path: Path) -> 
     )
     found = read_samples(tmp_path, {"gsm8k": "strict", "mgsm_zh": "unknown"})
     assert [(item.task, item.item, item.lost) for item in found.changed] == [
-        ("mgsm_zh", 0, True), ("mgsm_zh", 6, True), ("gsm8k", 3, False), ("gsm8k", 9, False),
-    ]  # fmt: skip
+        ("mgsm_zh", 0, True),
+        ("mgsm_zh", 6, True),
+        ("gsm8k", 3, False),
+        ("gsm8k", 9, False),
+    ]
     assert (found.items, found.reworded) == (12, 1)
     loose = read_samples(tmp_path, {"gsm8k": "lenient", "mgsm_zh": "lenient"})
     assert len(loose.changed) == 12
@@ -318,17 +337,21 @@ def test_samples_without_a_column_raise_artifact_error(tmp_path: Path) -> None:
         html_page.make_page(artifact)
 
 
-# -------------------------------------------------------------------------------------------------------------- plots
+# -------------------------------------------------------------------------------------------- plots
 
 
 def test_layer_errors_are_percentiles_of_quantized_matrices() -> None:
     modules = [
         ModuleResult(
-            name=f"model.layers.{layer}.mlp.experts.{n}.up_proj", rule="r", method="awq", scheme="s",
-            relative_error=(n + 1) / 100 + layer, output_relative_error=None if layer else 0.0,
+            name=f"model.layers.{layer}.mlp.experts.{n}.up_proj",
+            rule="r",
+            method="awq",
+            scheme="s",
+            relative_error=(n + 1) / 100 + layer,
+            output_relative_error=None if layer else 0.0,
         )
         for layer, n in product((0, 1), range(11))
-    ]  # fmt: skip
+    ]
     kept = [
         ModuleResult(
             name="model.layers.1.mlp.gate", rule="r", method=None, scheme="BF16", relative_error=9.0
@@ -336,11 +359,19 @@ def test_layer_errors_are_percentiles_of_quantized_matrices() -> None:
     ]
     rows = charts.summarize_layer_errors([*modules, *kept])
     assert [(row["kind"], row["layer"], row["matrices"]) for row in rows] == [
-        ("outputs", 0, 11), ("weights", 0, 11), ("weights", 1, 11),
-    ]  # fmt: skip
+        ("outputs", 0, 11),
+        ("weights", 0, 11),
+        ("weights", 1, 11),
+    ]
     assert rows[1] | {} == {
-        "kind": "weights", "layer": 0, "low": 0.02, "median": 0.06, "high": 0.10, "worst": 0.11, "matrices": 11,
-    }  # fmt: skip
+        "kind": "weights",
+        "layer": 0,
+        "low": 0.02,
+        "median": 0.06,
+        "high": 0.10,
+        "worst": 0.11,
+        "matrices": 11,
+    }
     assert rows[0]["median"] == charts.SMALLEST  # a logarithm needs one
 
 
@@ -375,7 +406,7 @@ def test_vega_lite_compiles_every_plot(big: str) -> None:
         assert compiled["marks"], name
 
 
-# ------------------------------------------------------------------------------------------------- names of modules
+# --------------------------------------------------------------------------------- names of modules
 
 
 def expanded(line: str) -> Iterator[str]:
@@ -421,7 +452,7 @@ def test_fold_names_examples() -> None:
     assert find_block_number("model.layers.12.mlp") == 12 and find_block_number("lm_head") is None
 
 
-# --------------------------------------------------------------------------------------------- inside an artifact
+# ------------------------------------------------------------------------------- inside an artifact
 
 
 def test_report_command_rebuilds_the_page_of_a_build(artifact: Path) -> None:
@@ -439,7 +470,8 @@ def test_report_command_rebuilds_the_page_of_a_build(artifact: Path) -> None:
 def test_report_command_writes_a_different_page_only_to_another_file(
     artifact: Path, tmp_path: Path
 ) -> None:
-    """Samples that were taken away give another page; in the artifact it would break the manifest's hash."""
+    """Samples that were taken away give another page; in the artifact it would break the
+    manifest's hash."""
     shutil.rmtree(artifact / "quantkit/samples")
     before = (artifact / PAGE).read_bytes()
     refused = CliRunner().invoke(main, ["report", str(artifact), "--html"])

@@ -1,4 +1,5 @@
-"""The report: one JSON-able value in, a model card and terminal tables out, the same numbers in both."""
+"""The report: one JSON-able value in, a model card and terminal tables out, the same numbers in
+both."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def one_line(text: str) -> str:
     return "".join(text.split())
 
 
-# ------------------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
 
 def test_model_card_matches_golden_file() -> None:
@@ -83,7 +84,8 @@ def test_front_matter_is_yaml_with_license_and_base_model() -> None:
 
 
 def test_model_hub_parses_the_benchmarks_of_the_card() -> None:
-    """By the hub's own parser, which knows `model-index` alone; what was not run has no figure there."""
+    """By the hub's own parser, which knows `model-index` alone; what was not run has no
+    figure there."""
     from huggingface_hub import ModelCard
 
     rows = [*FIDELITY["benchmarks"], {"task": 'a "b": c', "metric": "m", "n": 3, "artifact": 0.5}]  # type: ignore[misc]
@@ -110,7 +112,7 @@ def test_card_of_a_source_without_license_names_none() -> None:
     assert "License: the source states none." in text
 
 
-# ----------------------------------------------------------------------------------------------------------- corners
+# ------------------------------------------------------------------------------------------ corners
 
 
 def test_card_and_terminal_of_an_empty_report() -> None:
@@ -270,7 +272,7 @@ def test_narrow_terminal_breaks_no_number() -> None:
     assert "345.68 GB ±0.01" in drawn(terminal.render_table(made), 60)
 
 
-# ------------------------------------------------------------------------------------------------------------- gates
+# -------------------------------------------------------------------------------------------- gates
 
 
 def test_judge_gates_returns_a_result_per_bound() -> None:
@@ -333,7 +335,7 @@ def test_source_score_of_zero_is_not_judged() -> None:
     assert (result.ok, result.reason) == (None, "not run")
 
 
-# ------------------------------------------------------------------------------------------------------------ values
+# ------------------------------------------------------------------------------------------- values
 
 
 def test_fidelity_json_is_stable_and_reads_back() -> None:

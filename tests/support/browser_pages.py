@@ -5,6 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+COLORS = """names => names.map(name => {
+    let element = document.querySelector(name);
+    const style = getComputedStyle(element), clear = 'rgba(0, 0, 0, 0)';
+    const front = name.endsWith('text') ? style.fill : style.color;
+    while (getComputedStyle(element).backgroundColor === clear) element = element.parentElement;
+    return [name, front, getComputedStyle(element).backgroundColor];
+})"""
+"""Selector, color and background of the first element of each selector."""
+
 WIDE, NARROW = {"width": 1360, "height": 900}, {"width": 360, "height": 740}
 
 
@@ -38,7 +47,8 @@ class Tab:
     def column(self, table: str, number: int) -> list[str]:
         """The cells of a column that can be seen."""
         found: list[str] = self.all(
-            f"[...document.querySelectorAll('#{table} tbody tr:not([hidden])')].map(r => r.cells[{number}].textContent)"
+            f"[...document.querySelectorAll('#{table} tbody tr:not([hidden])')].map(r => "
+            f"r.cells[{number}].textContent)"
         )
         return found
 

@@ -95,7 +95,8 @@ def gold(artifact: float) -> list[dict[str, Any]]:
 
 
 def solutions(lost: float) -> dict[tuple[str, int], SolutionScore]:
-    """Twenty solutions, each of which is `lost` nats per token less likely, some more, some less."""
+    """Twenty solutions, each of which is `lost` nats per token less likely, some more, some
+    less."""
     found = {}
     for n in range(20):
         at = -0.4 - 0.01 * n

@@ -1,4 +1,5 @@
-"""A report as large as DeepSeek-V3's: 61 layers, 58 of them with 256 routed experts, 45,000 modules; and samples."""
+"""A report as large as DeepSeek-V3's: 61 layers, 58 of them with 256 routed experts, 45,000
+modules; and samples."""
 
 from __future__ import annotations
 
@@ -135,7 +136,8 @@ def rule(
 
 
 def write_samples(artifact: Path, items: int, answer: str = "") -> None:
-    """Tokens of three domains, and `items` pairs of which every third changed, as a build writes them."""
+    """Tokens of three domains, and `items` pairs of which every third changed, as a build
+    writes them."""
     dice = random.Random(1)
     folder = artifact / "quantkit" / "samples"
     folder.mkdir(parents=True, exist_ok=True)
