@@ -38,7 +38,7 @@ def COMMAND(
     from quantkit.serve.cost import assumptions as files
     from quantkit.serve.cost import tables
     from quantkit.serve.cost.claims import recompute_claims
-    from quantkit.serve.cost.figures import figures
+    from quantkit.serve.cost.cost_items import compute_cost_items
     from quantkit.serve.cost.sensitivity import compute_sensitivity
 
     if html_out and json_out:
@@ -60,7 +60,7 @@ def COMMAND(
         if assumptions
         else files.parse_assumptions(files.read_default_text(), name)
     )
-    made = figures(found)
+    made = compute_cost_items(found)
     moved, claimed = compute_sensitivity(found), recompute_claims(found, made, name)
     if json_out:
         as_json(tables.serialize_costs(found, made, moved, claimed))
@@ -85,9 +85,9 @@ def COMMAND(
         show(
             head, *(render_table(each) for each in tables.make_tables(found, made, moved, claimed))
         )
-    wrong = [claim for claim in claimed if not claim.right]
+    wrong = [claim for claim in claimed if not claim.is_correct]
     if wrong:
-        told = "; ".join(claim.told for claim in wrong)
+        told = "; ".join(claim.message for claim in wrong)
         raise QuantkitError(
             f"{name}: claimed: {len(wrong)} of {len(claimed)} figures do not come out: {told}"
         )

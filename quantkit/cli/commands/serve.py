@@ -119,7 +119,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
             "http://HOST:PORT/v1 --gateway` before the engine's container"
         )
     front = start.GatewayOptions(
-        on=gateway, host=host, port=port, limits=limits, keys=keys, fallbacks=fallback, key_variable=fallback_key,
+        is_enabled=gateway, host=host, port=port, limits=limits, keys=keys, fallbacks=fallback, key_variable=fallback_key,
         running=users,
     )  # fmt: skip
     front.check()
@@ -150,10 +150,10 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
         for text in launch_plan.render_containers(plan, docker=docker, kubernetes=kubernetes):
             click.echo(text)
     elif dry_run:
-        told(plan, front.before(plan), json_out)
+        told(plan, front.adapt_to(plan), json_out)
     else:
         start.start_engine(
-            plan, front.before(plan), verified=no_verify, seconds=start_seconds, tell=tell
+            plan, front.adapt_to(plan), verified=no_verify, seconds=start_seconds, log=tell
         )
 
 
@@ -165,9 +165,9 @@ def tell(text: str) -> None:
 def front_told(front: GatewayOptions, server: Upstream, json_out: bool) -> None:
     """The gateway that would stand before a server, on stdout."""
     if json_out:
-        as_json({"gateway": front.as_values(server)})
+        as_json({"gateway": front.to_json(server)})
     else:
-        click.echo("\n".join(front.lines(server)))
+        click.echo("\n".join(front.describe(server)))
 
 
 def comment(text: str, before: str = "") -> None:
@@ -189,17 +189,17 @@ def told(plan: LaunchPlan, front: GatewayOptions, json_out: bool) -> None:
     from quantkit.serve.engines.launch_plan import serialize_plan
     from quantkit.serve.engines.start import make_engine_upstream
 
-    engine = make_engine_upstream(plan) if front.on else None
+    engine = make_engine_upstream(plan) if front.is_enabled else None
     if json_out:
-        as_json(serialize_plan(plan) | ({"gateway": front.as_values(engine)} if engine else {}))
+        as_json(serialize_plan(plan) | ({"gateway": front.to_json(engine)} if engine else {}))
         return
-    for line in (*front.lines(engine), BEHIND, *plan.head) if engine else plan.head:
+    for line in (*front.describe(engine), BEHIND, *plan.summary) if engine else plan.summary:
         comment(line)
     for flag in plan.launch.flags:
-        comment(flag.why, f"  {' '.join(flag.words):38}  ")
+        comment(flag.reason, f"  {' '.join(flag.arguments):38}  ")
     for note in plan.launch.notes:
         comment(note)
     for node in range(len(plan.launch.per_node)):
         if len(plan.launch.per_node) > 1:
             click.echo(f"# node {node}")
-        click.echo(plan.launch.text(node))
+        click.echo(plan.launch.format_command(node))

@@ -100,11 +100,11 @@ def COMMAND(
         )
     dated = read_gpus()
     wanted = (
-        {gpu: dated.named(gpu)}
+        {gpu: dated.get_gpu(gpu)}
         if gpu
-        else {COMPARED_ON: dated.cards[COMPARED_ON]}
+        else {COMPARED_ON: dated.gpus[COMPARED_ON]}
         if compare
-        else dated.cards
+        else dated.gpus
     )
     found = [
         (target, model) for target in targets for model in read_models(target, overrides, dtype)
@@ -112,7 +112,9 @@ def COMMAND(
     if (
         compare and context is None
     ):  # one for all: the longest that everybody can, as far as CONTEXT
-        context = min(DEFAULT_CONTEXT, *(model.longest or DEFAULT_CONTEXT for _, model in found))
+        context = min(
+            DEFAULT_CONTEXT, *(model.max_context or DEFAULT_CONTEXT for _, model in found)
+        )
     asked = [
         (target, estimate_memory(model, context, users, kv, margin, speculative=mtp))
         for target, model in found
@@ -155,12 +157,12 @@ def view(found: dict[str, Fit], dated: GpuCatalog, *, in_full: bool) -> list[Ren
     from quantkit.serve.sizing.roofline import compute_bounds
 
     fits = list(found.values())
-    model = fits[0].needs.model
+    model = fits[0].memory.model
     head = Text(strip_control_characters(model.name), style="bold")
     head.append(
         "\n" + strip_control_characters(tables.format_headline(model)) + "\n", style="not bold"
     )
-    shown: list[RenderableType] = [head, render_table(tables.make_memory_table(fits[0].needs))]
+    shown: list[RenderableType] = [head, render_table(tables.make_memory_table(fits[0].memory))]
     made = [(fit, compute_bounds(fit)) for fit in fits]
     shown.append(render_table(tables.make_gpu_table(made, dated)))
     for fit, limits in made if in_full else ():
@@ -180,7 +182,7 @@ def view(found: dict[str, Fit], dated: GpuCatalog, *, in_full: bool) -> list[Ren
         }
         shown += [render_table(batches)] if batches else []
         shown += [render_table(tables.make_batched_tokens_table(advised, fit))] if advised else []
-        shown.append(render_table(tables.make_gpu_facts_table(fit.card, dated)))
+        shown.append(render_table(tables.make_gpu_facts_table(fit.gpu, dated)))
     return shown
 
 
@@ -189,7 +191,7 @@ def json_values(found: dict[str, Fit], dated: GpuCatalog) -> dict[str, object]:
     from quantkit.serve.sizing.roofline import compute_bounds
     from quantkit.serve.sizing.summary import serialize_fit, serialize_memory, serialize_model
 
-    needs = next(iter(found.values())).needs
+    needs = next(iter(found.values())).memory
     cards = [serialize_fit(key, fit, compute_bounds(fit)) for key, fit in found.items()]
     return {
         "model": serialize_model(needs.model),
@@ -214,7 +216,7 @@ def show_sides(found: Sequence[tuple[str, Fit]], json_out: bool) -> None:
 
     sides = [
         ComparedModel(
-            name=fit.needs.model.name.rpartition("/")[2],
+            name=fit.memory.model.name.rpartition("/")[2],
             fit=fit,
             bounds=compute_bounds(fit),
             fidelity=find_report(target),
@@ -224,9 +226,9 @@ def show_sides(found: Sequence[tuple[str, Fit]], json_out: bool) -> None:
     if json_out:
         as_json([
             {
-                "model": serialize_model(side.fit.needs.model),
-                "needs": serialize_memory(side.fit.needs),
-                "on": serialize_fit(side.fit.card.name, side.fit, side.bounds),
+                "model": serialize_model(side.fit.memory.model),
+                "needs": serialize_memory(side.fit.memory),
+                "on": serialize_fit(side.fit.gpu.name, side.fit, side.bounds),
                 "fidelity": side.fidelity.model_dump(
                     mode="json", include={"distribution", "benchmarks", "status"}
                 )
