@@ -70,20 +70,22 @@ def test_values_round_trip_through_json(diff: Diff) -> None:
 
 
 def test_diff_of_a_side_with_itself_is_empty() -> None:
-    found = compare_sides(a_side(), a_side())
+    result = compare_sides(a_side(), a_side())
     assert (
-        found.recipe,
-        found.decisions,
-        found.tensors,
-        found.flips,
-        found.made_with,
-        found.fallbacks,
+        result.recipe,
+        result.decisions,
+        result.tensors,
+        result.flips,
+        result.made_with,
+        result.fallbacks,
     ) == ((),) * 6
-    assert {row.verdict for row in found.benchmarks} == {"not resolved (n = 60, detectable 4.7 pp)"}
-    assert {row.shift for row in (*found.modules, *found.blocks, *found.routers)} == {0.0}
-    assert "The weight files of both are identical." in found.notes
-    assert {row.resolved for row in found.distribution if row.difference} == {"not resolved"}
-    assert tables.make_module_table(found, 10).rows == ()
+    assert {row.verdict for row in result.benchmarks} == {
+        "not resolved (n = 60, detectable 4.7 pp)"
+    }
+    assert {row.shift for row in (*result.modules, *result.blocks, *result.routers)} == {0.0}
+    assert "The weight files of both are identical." in result.notes
+    assert {row.resolved for row in result.distribution if row.difference} == {"not resolved"}
+    assert tables.make_module_table(result, 10).rows == ()
 
 
 # ---------------------------------------------------------------------------------- recipe, tensors
@@ -111,8 +113,12 @@ def test_change_of_one_rule_is_listed() -> None:
     rules = [
         {"label": "rules[0]", "match": "*", "quantize": {"method": "rtn", "bits": 8}, "keep": None}
     ]
-    found = compare_sides(a_side(), replace(other, recipe={**(other.recipe or {}), "rules": rules}))
-    assert ("rules[0].quantize.bits", "4", "8") in [(row.key, row.a, row.b) for row in found.recipe]
+    result = compare_sides(
+        a_side(), replace(other, recipe={**(other.recipe or {}), "rules": rules})
+    )
+    assert ("rules[0].quantize.bits", "4", "8") in [
+        (row.key, row.a, row.b) for row in result.recipe
+    ]
 
 
 def test_tensor_changes_are_grouped(diff: Diff) -> None:
@@ -134,18 +140,18 @@ def test_reports_without_plans_compare_schemes() -> None:
         Side(name=name, kind="report", fidelity=side.fidelity)
         for name, side in (("a", a_side()), ("b", b_side()))
     ]
-    found = compare_sides(*sides)
-    assert [(row.change, row.a, row.b, row.count) for row in found.decisions] == [
+    result = compare_sides(*sides)
+    assert [(row.change, row.a, row.b, row.count) for row in result.decisions] == [
         ("scheme", "int4 g128 asymmetric", "int3 g128 asymmetric", 2),
         ("scheme", "not quantized", "int3 g128 asymmetric", 1),
     ]
-    assert found.tensors == () and found.recipe == () and found.flips == ()
-    assert [(row.task, row.a, row.b, row.verdict) for row in found.benchmarks] == [
+    assert result.tensors == () and result.recipe == () and result.flips == ()
+    assert [(row.task, row.a, row.b, row.verdict) for row in result.benchmarks] == [
         ("tiny-v3-math", 0.82, 0.82, "not paired: no samples with fidelity.json"),
     ]
-    assert all(row.difference is None for row in found.distribution)
-    assert sum("is a single fidelity.json" in note for note in found.notes) == 2
-    assert "no interval" in tables.make_distribution_table(found).note
+    assert all(row.difference is None for row in result.distribution)
+    assert sum("is a single fidelity.json" in note for note in result.notes) == 2
+    assert "no interval" in tables.make_distribution_table(result).note
 
 
 def test_sizes_of_both_sides(diff: Diff) -> None:
@@ -176,13 +182,13 @@ def test_benchmarks_are_paired_and_agree_with_scipy(diff: Diff) -> None:
 
 def test_flips_have_both_answers_and_lost_items_first() -> None:
     b = replace(b_side(), items=items([0.0, *A_SCORES[1:-4], 1.0, *A_SCORES[-3:]], SOURCE))
-    found = compare_sides(a_side(), b)
-    assert [(flip.item, flip.lost, flip.a.text, flip.b.text) for flip in found.flips] == [
+    result = compare_sides(a_side(), b)
+    assert [(flip.item, flip.lost, flip.a.text, flip.b.text) for flip in result.flips] == [
         (0, True, "It is 0", "It is 1"),
         (56, False, "It is 57", "It is 56"),
     ]
-    assert (found.compared_items, found.reworded) == (60, 0)
-    assert (found.flips[0].prompt, found.flips[0].target, found.flips[0].source_score) == (
+    assert (result.compared_items, result.reworded) == (60, 0)
+    assert (result.flips[0].prompt, result.flips[0].target, result.flips[0].source_score) == (
         "Question: what is 0?\nAnswer:",
         "0",
         1.0,
@@ -220,7 +226,7 @@ def test_token_differences_agree_with_scipy(domain: str) -> None:
     ]
     a, b = (replace(side, fidelity=report(distribution=rows)) for side in (a_side(), b_side()))
     assert a.tokens is not None and b.tokens is not None
-    found = {row.figure: row for row in compare_sides(a, b).distribution if row.domain == domain}
+    result = {row.figure: row for row in compare_sides(a, b).distribution if row.domain == domain}
     z = stats.norm.ppf(0.975)
     for figure, one, two, map_ in (
         ("kl_mean", a.tokens.kl, b.tokens.kl, None),
@@ -230,15 +236,17 @@ def test_token_differences_agree_with_scipy(domain: str) -> None:
         change = [y - x for x, y in zip(pick(one, domain), pick(two, domain), strict=True)]
         mean, error = sum(change) / len(change), float(stats.sem(change))
         expected = [mean, mean - z * error, mean + z * error]
-        told = found[figure].difference
-        assert told is not None and told.ci is not None
-        assert [told.value, *told.ci] == pytest.approx([map_(x) if map_ else x for x in expected])
+        values = result[figure].difference
+        assert values is not None and values.ci is not None
+        assert [values.value, *values.ci] == pytest.approx([
+            map_(x) if map_ else x for x in expected
+        ])
     same = [pick(side.tokens.same_top, domain) for side in (a, b) if side.tokens]
-    told = found["top1"].difference
-    assert told is not None and told.value == pytest.approx(
+    values = result["top1"].difference
+    assert values is not None and values.value == pytest.approx(
         sum(same[1]) / len(same[1]) - sum(same[0]) / len(same[0])
     )
-    assert found["kl_mean"].resolved == "worse" and found["top1"].resolved == "worse"
+    assert result["kl_mean"].resolved == "worse" and result["top1"].resolved == "worse"
 
 
 def test_gold_solutions_are_paired_and_agree_with_scipy(diff: Diff) -> None:
@@ -285,11 +293,11 @@ def test_all_tasks_are_pooled() -> None:
 def test_non_finite_token_gives_no_difference() -> None:
     bad = tokens(0.004, seed=2)
     b = replace(b_side(), tokens=replace(bad, kl=[float("inf"), *list(bad.kl)[1:]]))
-    found = {(row.domain, row.figure): row for row in compare_sides(a_side(), b).distribution}
+    result = {(row.domain, row.figure): row for row in compare_sides(a_side(), b).distribution}
     assert (
-        found["all", "kl_mean"].difference is None and found["all", "top1"].difference is not None
+        result["all", "kl_mean"].difference is None and result["all", "top1"].difference is not None
     )
-    assert found["all", "kl_mean"].resolved == "" and found["math", "kl_mean"].resolved == "worse"
+    assert result["all", "kl_mean"].resolved == "" and result["math", "kl_mean"].resolved == "worse"
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -306,11 +314,11 @@ def test_modules_are_sorted_by_error_shift(diff: Diff) -> None:
 
 def test_different_calibration_texts_compare_weight_errors() -> None:
     b = b_side()
-    found = compare_sides(
+    result = compare_sides(
         a_side(), replace(b, fidelity=b.fidelity.model_copy(update={"calibration": None}))
     )
-    assert {row.by for row in found.modules} == {"weights"}
-    assert any(note.startswith(f"{b.name} used no calibration text, so") for note in found.notes)
+    assert {row.by for row in result.modules} == {"weights"}
+    assert any(note.startswith(f"{b.name} used no calibration text, so") for note in result.notes)
 
 
 # ------------------------------------------------------------------------------- what is comparable
@@ -415,38 +423,38 @@ def test_incomparable_sides_are_rejected_with_the_reason(case: str) -> None:
 @pytest.mark.parametrize("case", REFUSED)
 def test_partial_compares_the_rest(case: str) -> None:
     change, sentence, gone = REFUSED[case]
-    found, whole = (
+    result, whole = (
         compare_sides(a_side(), change(b_side()), partial=True),
         compare_sides(a_side(), b_side()),
     )
-    assert re.match(sentence, found.left_out[0])
+    assert re.match(sentence, result.left_out[0])
     assert (
-        found.sizes == whole.sizes
-        and found.recipe == whole.recipe
-        and found.tensors == whole.tensors
+        result.sizes == whole.sizes
+        and result.recipe == whole.recipe
+        and result.tensors == whole.tensors
     )
     for name in gone:
-        assert getattr(found, name) == () and getattr(whole, name) != (), name
-    assert not any(row.delta_pp for row in found.benchmarks) or "flips" not in gone
+        assert getattr(result, name) == () and getattr(whole, name) != (), name
+    assert not any(row.delta_pp for row in result.benchmarks) or "flips" not in gone
     assert "left out: " in drawn(
-        render_text.render_terminal(found)
-    ) and "left out: " in render_text.render_markdown(found)
+        render_text.render_terminal(result)
+    ) and "left out: " in render_text.render_markdown(result)
 
 
 def test_items_of_one_side_only_are_counted() -> None:
-    found = compare_sides(a_side(), replace(b_side(), items=items(B_SCORES[:40], SOURCE[:40])))
-    assert found.benchmarks[0].n == 40
-    assert "tiny-v3-math: 40 items are in both, 20 in one only." in found.notes
+    result = compare_sides(a_side(), replace(b_side(), items=items(B_SCORES[:40], SOURCE[:40])))
+    assert result.benchmarks[0].n == 40
+    assert "tiny-v3-math: 40 items are in both, 20 in one only." in result.notes
 
 
 def test_changed_baseline_is_noted() -> None:
     moved = tokens(0.004, seed=2)
     moved = replace(moved, nll_source=[x + 1e-3 for x in moved.nll_source])
-    found = compare_sides(
+    result = compare_sides(
         a_side(), replace(b_side(), tokens=moved, items=items(B_SCORES, [0.0, *SOURCE[1:]]))
     )
-    assert any("differ by up to 0.001 nats between the two builds" in note for note in found.notes)
-    assert any("has other scores on 1 items" in note for note in found.notes)
+    assert any("differ by up to 0.001 nats between the two builds" in note for note in result.notes)
+    assert any("has other scores on 1 items" in note for note in result.notes)
 
 
 # ----------------------------------------------------------------------------------- large, hostile
@@ -474,9 +482,9 @@ def large_sides() -> tuple[Side, Side]:
 
 
 def test_markdown_of_a_large_model_fits_a_comment(large_sides: tuple[Side, Side]) -> None:
-    found = compare_sides(*large_sides)
-    assert len(found.modules) == 44_544 and len(found.flips) == 200
-    text = render_text.render_markdown(found)
+    result = compare_sides(*large_sides)
+    assert len(result.modules) == 44_544 and len(result.flips) == 200
+    text = render_text.render_markdown(result)
     assert 5_000 < len(text) < render_text.MAX_CHARACTERS
     assert "44,4" in text and "more rows in quantkit diff --json." in text
     assert text.count("<details>") == text.count("</details>") > 3
@@ -502,8 +510,8 @@ def test_untrusted_text_is_escaped(text: str) -> None:
                 item, prompt=text, target=text, answer=answer(f"{text}{score}", score)
             )
         both.append(replace(side, items=changed, name=text))
-    found = compare_sides(*both)
-    shown = render_text.render_markdown(found)
+    result = compare_sides(*both)
+    shown = render_text.render_markdown(result)
     assert len(shown) < render_text.MAX_CHARACTERS
     outside, fence = [], ""
     for line in shown.splitlines():
@@ -521,7 +529,7 @@ def test_untrusted_text_is_escaped(text: str) -> None:
         and "<script" not in plain
         and "\n# x" not in plain
     )
-    assert "\x1b" not in drawn(render_text.render_terminal(found))
+    assert "\x1b" not in drawn(render_text.render_terminal(result))
 
 
 def test_markdown_breaks_mentions_and_issue_links() -> None:
@@ -529,7 +537,7 @@ def test_markdown_breaks_mentions_and_issue_links() -> None:
     b = a_side()
     key = ("tiny-v3-math", "answer", 5)
     said = replace(answer("#12 @staticmethod", 0.0), outcome="@staticmethod #12 kl@math")
-    found = compare_sides(
+    result = compare_sides(
         a_side(),
         replace(
             b,
@@ -539,7 +547,7 @@ def test_markdown_breaks_mentions_and_issue_links() -> None:
     )
     lines = [
         line
-        for line in render_text.render_markdown(found).splitlines()
+        for line in render_text.render_markdown(result).splitlines()
         if "static" in line or "team" in line
     ]
     fenced = [line for line in lines if line == "#12 @staticmethod"]
@@ -573,8 +581,8 @@ def test_empty_reports_are_compared() -> None:
         key: report().model_dump()[key] for key in ("artifact", "source")
     })
     side = Side(name="bare", kind="report", fidelity=bare)
-    found = compare_sides(side, a_side())
+    result = compare_sides(side, a_side())
     assert (
-        found.distribution == ()
-        and tables.format_headline(found) == "Both have 6.41 MB of weights."
+        result.distribution == ()
+        and tables.format_headline(result) == "Both have 6.41 MB of weights."
     )

@@ -92,54 +92,54 @@ def test_figures_match_the_samples(both: tuple[Path, Path]) -> None:
     """Recomputed here from the files with scipy, artifact by artifact."""
     result = run("diff", *both, "--json")
     assert result.exit_code == 0 and result.stderr == ""
-    told = json.loads(result.stdout)
+    values = json.loads(result.stdout)
     scores = [
         parquet.read_table(path / BENCHMARK_SAMPLES)["quant_score"].to_pylist() for path in both
     ]
     lost = sum(a > b for a, b in zip(*scores, strict=True))
     gained = sum(b > a for a, b in zip(*scores, strict=True))
-    (row,) = told["benchmarks"]
+    (row,) = values["benchmarks"]
     assert (row["n"], row["lost"], row["gained"]) == (24, lost, gained) and lost + gained > 0
     assert row["mcnemar_p"] == pytest.approx(
         stats.binomtest(min(lost, gained), lost + gained).pvalue
     )
-    assert len(told["flips"]) == lost + gained and told["compared_items"] == 24
+    assert len(values["flips"]) == lost + gained and values["compared_items"] == 24
     kl = [parquet.read_table(path / TOKEN_SAMPLES)["kl"].to_numpy() for path in both]
     pooled = next(
-        r for r in told["distribution"] if (r["domain"], r["figure"]) == ("all", "kl_mean")
+        r for r in values["distribution"] if (r["domain"], r["figure"]) == ("all", "kl_mean")
     )
     assert pooled["difference"]["value"] == pytest.approx((kl[1] - kl[0]).mean())
     assert pooled["difference"]["se"] == pytest.approx(stats.sem(kl[1] - kl[0]))
     assert pooled["resolved"] == "worse"
-    (gold,) = told["likelihood"]
+    (gold,) = values["likelihood"]
     pairs = [parquet.read_table(path / SOLUTION_SAMPLES)["artifact"].to_numpy() for path in both]
     assert (
         gold["difference"]["value"] == pytest.approx((pairs[1] - pairs[0]).mean())
         and gold["n"] == 8
     )
-    assert told["b"]["status"] == "rejected" and told["a"]["status"] == "accepted"
+    assert values["b"]["status"] == "rejected" and values["a"]["status"] == "accepted"
 
 
 def test_diff_lists_the_changed_keys_and_tensors(both: tuple[Path, Path]) -> None:
-    told = json.loads(run("diff", *both, "--json").stdout)
-    assert {row["key"]: (row["a"], row["b"]) for row in told["recipe"]} == {
+    values = json.loads(run("diff", *both, "--json").stdout)
+    assert {row["key"]: (row["a"], row["b"]) for row in values["recipe"]} == {
         "quantize.bits": ("4", "2"),
         "format": ('["awq"]', '["dense"]'),
     }
-    changed = {(row["change"], row["a"], row["b"]): row["count"] for row in told["tensors"]}
+    changed = {(row["change"], row["a"], row["b"]): row["count"] for row in values["tensors"]}
     assert changed["removed", "I32", "none"] == 2 * 144 and changed["added", "none", "BF16"] == 144
-    plan = {row["key"]: (row["a"], row["b"]) for row in told["plan"]}
+    plan = {row["key"]: (row["a"], row["b"]) for row in values["plan"]}
     assert plan["rules[0].action"] == ("rtn int4 g128 asymmetric", "rtn int2 g128 asymmetric")
     assert plan["totals.tensors"] == ("489", "201") and "totals.parameters" not in plan
-    (packed,) = told["decisions"]
+    (packed,) = values["decisions"]
     assert (packed["a"], packed["b"], packed["count"]) == (
         "rtn int4 g128 asymmetric",
         "rtn int2 g128 asymmetric",
         144,
     )
     assert packed["names"][0] == "model.layers.{1-3}.mlp.experts.{0-15}.gate_proj"
-    assert len(told["modules"]) == 144 and {row["by"] for row in told["modules"]} == {"weights"}
-    shifts = [abs(row["shift"]) for row in told["modules"]]
+    assert len(values["modules"]) == 144 and {row["by"] for row in values["modules"]} == {"weights"}
+    shifts = [abs(row["shift"]) for row in values["modules"]]
     assert shifts == sorted(shifts, reverse=True) and min(shifts) > 0.1
 
 
@@ -160,18 +160,18 @@ def test_every_view_shows_the_same_result(both: tuple[Path, Path], tmp_path: Pat
 
 def test_artifact_is_compared_with_its_source(both: tuple[Path, Path]) -> None:
     """Nothing was lost in the source; both orders."""
-    told = json.loads(run("diff", SOURCE, both[0], "--json").stdout)
-    assert (told["a"]["kind"], told["a"]["name"]) == ("source", SOURCE)
+    values = json.loads(run("diff", SOURCE, both[0], "--json").stdout)
+    assert (values["a"]["kind"], values["a"]["name"]) == ("source", SOURCE)
     pooled = next(
-        r for r in told["distribution"] if (r["domain"], r["figure"]) == ("all", "kl_mean")
+        r for r in values["distribution"] if (r["domain"], r["figure"]) == ("all", "kl_mean")
     )
     report = json.loads((both[0] / "quantkit/fidelity.json").read_text())
-    (row,), (mine,) = told["benchmarks"], report["benchmarks"]
+    (row,), (mine,) = values["benchmarks"], report["benchmarks"]
     assert (row["a"], row["b"], row["lost"], row["gained"]) == (
         mine["source"], mine["artifact"], mine["lost"], mine["gained"],
     )  # fmt: skip
     assert pooled["a"] == 0 and pooled["difference"]["value"] == pytest.approx(pooled["b"])
-    assert {(r["change"], r["a"]) for r in told["tensors"]} >= {
+    assert {(r["change"], r["a"]) for r in values["tensors"]} >= {
         ("removed", "F8_E4M3"),
         ("dtype", "F8_E4M3"),
     }
@@ -213,13 +213,13 @@ def test_different_prompts_are_rejected(both: tuple[Path, Path], tmp_path: Path)
         "tiny-v3-math: the prompt of item 0 differs between four and other (prompt_hash differs)"
     )
     partial = run("diff", both[0], other, "--partial", "--json")
-    told = json.loads(partial.stdout)
+    values = json.loads(partial.stdout)
     assert (
         partial.exit_code == 0
-        and told["flips"] == []
-        and told["left_out"][0].startswith("tiny-v3-math: the prompt")
+        and values["flips"] == []
+        and values["left_out"][0].startswith("tiny-v3-math: the prompt")
     )
-    assert told["distribution"][0]["difference"] is not None
+    assert values["distribution"][0]["difference"] is not None
 
 
 def test_different_sources_are_rejected(both: tuple[Path, Path], tmp_path: Path) -> None:
@@ -232,11 +232,11 @@ def test_different_sources_are_rejected(both: tuple[Path, Path], tmp_path: Path)
     assert "figures against different sources are not comparable" in read_error(
         run("diff", both[0], other), 1
     )
-    told = json.loads(run("diff", both[0], other, "--partial", "--json").stdout)
+    values = json.loads(run("diff", both[0], other, "--partial", "--json").stdout)
     assert (
-        told["benchmarks"] == told["modules"] == told["distribution"] == []
-        and told["tensors"]
-        and told["sizes"]
+        values["benchmarks"] == values["modules"] == values["distribution"] == []
+        and values["tensors"]
+        and values["sizes"]
     )
     message = read_error(run("diff", SOURCE, other), 2)
     assert message.startswith(
@@ -402,9 +402,9 @@ def test_scores_of_different_items_are_marked(shelf: Path) -> None:
     fewer = whole.fidelity.model_copy(
         update={"benchmarks": (row.model_copy(update={"n": row.n + 1}),)}
     )
-    made = runs.make_score_table([whole, replace(whole, name="other", fidelity=fewer)])
-    assert "Not comparable, because items differ: tiny-v3-math." in made.note
-    assert f" of {row.n} (" in made.rows[0][1] and f" of {row.n + 1} (" in made.rows[1][1]
+    content = runs.make_score_table([whole, replace(whole, name="other", fidelity=fewer)])
+    assert "Not comparable, because items differ: tiny-v3-math." in content.note
+    assert f" of {row.n} (" in content.rows[0][1] and f" of {row.n + 1} (" in content.rows[1][1]
 
 
 def test_runs_rejects_invalid_folders(shelf: Path, tmp_path: Path) -> None:

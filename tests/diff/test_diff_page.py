@@ -85,16 +85,16 @@ def test_sections_are_linked_and_lost_items_come_first(text: str) -> None:
 
 def test_policy_names_the_two_scripts(text: str) -> None:
     """Nothing may be fetched and nothing else may run, as in the report."""
-    found = Page(text)
+    result = Page(text)
     policy = next(
-        value for name, value in found.values if name == "content" and "default-src" in value
+        value for name, value in result.values if name == "content" and "default-src" in value
     )
-    assert policy.startswith("default-src 'none';") and len(found.scripts) == 3
-    for script in found.scripts[1:]:
+    assert policy.startswith("default-src 'none';") and len(result.scripts) == 3
+    for script in result.scripts[1:]:
         assert f"'{compute_csp_hash(script)}'" in policy
-    links = [value for name, value in found.values if name in ("href", "src")]
+    links = [value for name, value in result.values if name in ("href", "src")]
     assert links and all(value.startswith("#") for value in links)
-    assert list(found.drawings["specs"]) == ["layers", "blocks", "kl"]
+    assert list(result.drawings["specs"]) == ["layers", "blocks", "kl"]
 
 
 def test_page_is_reproducible(text: str) -> None:
@@ -102,17 +102,17 @@ def test_page_is_reproducible(text: str) -> None:
 
 
 def test_page_of_a_large_pair_stays_small(big_sides: tuple[Side, Side]) -> None:
-    made = rendered(*big_sides)
-    assert len(made.encode()) < LIMIT_BYTES
-    assert made.count("<article") == 200 and "44,344 more; all in --json" in made
+    content = rendered(*big_sides)
+    assert len(content.encode()) < LIMIT_BYTES
+    assert content.count("<article") == 200 and "44,344 more; all in --json" in content
 
 
 def test_page_escapes_hostile_text() -> None:
     clean = Page(rendered(*named("plain")))
     for hostile in HOSTILE:
-        found = Page(rendered(*named(hostile)))
-        assert found.tags == clean.tags, hostile
-        assert len(found.scripts) == 3
+        result = Page(rendered(*named(hostile)))
+        assert result.tags == clean.tags, hostile
+        assert len(result.scripts) == 3
 
 
 def named(word: str) -> tuple[Side, Side]:
@@ -157,8 +157,8 @@ def test_layer_medians_of_both_sides() -> None:
         ErrorShift(name=f"model.layers.{n}.up_proj", by="outputs", a=0.1, b=b, shift=None)
         for n, b in ((1, 0.3), (1, 0.5))
     ]
-    found = {(row["layer"], row["side"]): row["error"] for row in compute_layer_medians(shifts)}
-    assert found == {(1, "A"): 0.1, (1, "B"): 0.4}
+    result = {(row["layer"], row["side"]): row["error"] for row in compute_layer_medians(shifts)}
+    assert result == {(1, "A"): 0.1, (1, "B"): 0.4}
 
 
 def test_page_without_tokens_has_no_tail_plot() -> None:
@@ -262,6 +262,6 @@ class TestInABrowser:
 
 
 def test_hostile_names_in_the_headline_are_escaped() -> None:
-    made = rendered(*named("</main><b>"))
-    assert escape("</main><b>") in made and "</main><b>" not in made
-    assert json.dumps(Page(made).drawings)  # the data of the plots is whole
+    content = rendered(*named("</main><b>"))
+    assert escape("</main><b>") in content and "</main><b>" not in content
+    assert json.dumps(Page(content).drawings)  # the data of the plots is whole

@@ -90,8 +90,8 @@ def test_figure_of_an_absent_domain_is_not_measured() -> None:
 def test_module_without_output_error_is_reported_and_without_error_fails() -> None:
     modules = [dict(module) for module in FIDELITY["modules"]]  # type: ignore[attr-defined]
     modules[0]["output_relative_error"] = None
-    told = one("module_output_error", Gate(max=1), example({"modules": modules}))
-    assert told == (0.0934, True, "1 of 2 modules not measured")
+    values = one("module_output_error", Gate(max=1), example({"modules": modules}))
+    assert values == (0.0934, True, "1 of 2 modules not measured")
     modules[0]["relative_error"] = float("nan")
     assert one("module_error", Gate(max=1), example({"modules": modules})) == (
         None,
@@ -183,10 +183,10 @@ def test_scores_of_zero_give_no_information() -> None:
 
 
 def test_parse_gates_reads_gate_files_and_recipes() -> None:
-    found = parse_gates(
+    result = parse_gates(
         "gates: {size: {max: 400GB}, kl_mean@math: {max: 0.1}, t: {margin_pp: 2}}", "g.yaml", ["t"]
     )
-    assert found == {"size": Gate(max=4e11), "kl_mean@math": Gate(max=0.1), "t": Gate(margin_pp=2)}
+    assert result == {"size": Gate(max=4e11), "kl_mean@math": Gate(max=0.1), "t": Gate(margin_pp=2)}
     recipe = "version: 1\nsource: {model: x}\ngates: {top1: {min: 0.9}}\n"
     assert parse_gates(recipe, "recipe.yaml", []) == {"top1": Gate(min=0.9)}
 
@@ -218,7 +218,7 @@ def test_parse_gates_reads_gate_files_and_recipes() -> None:
 def test_parse_gates_rejects_invalid_files(text: str, sentence: str) -> None:
     with pytest.raises(RecipeError) as caught:
         parse_gates(text, "g.yaml", ["t"])
-    assert any(found.startswith(sentence) for found in caught.value.faults), caught.value.faults
+    assert any(result.startswith(sentence) for result in caught.value.faults), caught.value.faults
     assert issubclass(RecipeError, UsageError)
 
 
@@ -362,8 +362,12 @@ def test_gate_command_judges_by_other_gates_and_changes_no_file(
         "kl_mean@math <= 1",
         "size <= 9.00 MB",
     ]
-    told = json.loads(run("gate", built, "--gates", tmp_path / "strict.yaml", "--json").stdout)
-    assert (told["status"], told["built"], len(told["gates"])) == ("rejected", "not judged", 3)
+    values = json.loads(run("gate", built, "--gates", tmp_path / "strict.yaml", "--json").stdout)
+    assert (values["status"], values["built"], len(values["gates"])) == (
+        "rejected",
+        "not judged",
+        3,
+    )
     assert {path: path.read_bytes() for path in built.rglob("*") if path.is_file()} == before
 
 
@@ -371,12 +375,12 @@ def test_gate_command_uses_the_recipe_of_the_artifact_by_default(built: Path) ->
     """Its benchmarks were skipped, so two of three gates have no figure; nothing is missed,
     and nothing is passed."""
     result = run("gate", built, "--json")
-    told = json.loads(result.stdout)
-    assert (result.exit_code, told["status"]) == (3, "not judged")
+    values = json.loads(result.stdout)
+    assert (result.exit_code, values["status"]) == (3, "not judged")
     assert (
         "error: could not be judged: tiny-v3-math." in result.stderr and "(not run" in result.stderr
     )
-    assert [gate["ok"] for gate in told["gates"]] == [True, None, None]
+    assert [gate["ok"] for gate in values["gates"]] == [True, None, None]
 
 
 def test_gate_command_rejects_invalid_input(built: Path, artifact: Path, tmp_path: Path) -> None:

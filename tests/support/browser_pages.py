@@ -46,11 +46,11 @@ class Tab:
 
     def column(self, table: str, number: int) -> list[str]:
         """The cells of a column that can be seen."""
-        found: list[str] = self.all(
+        result: list[str] = self.all(
             f"[...document.querySelectorAll('#{table} tbody tr:not([hidden])')].map(r => "
             f"r.cells[{number}].textContent)"
         )
-        return found
+        return result
 
     def articles(self) -> list[tuple[str, str]]:
         """(task, outcome) of the changed items that can be seen."""

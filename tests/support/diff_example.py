@@ -97,13 +97,13 @@ def gold(artifact: float) -> list[dict[str, Any]]:
 def solutions(lost: float) -> dict[tuple[str, int], SolutionScore]:
     """Twenty solutions, each of which is `lost` nats per token less likely, some more, some
     less."""
-    found = {}
+    result = {}
     for n in range(20):
         at = -0.4 - 0.01 * n
-        found["tiny-v3-math", n] = SolutionScore(
+        result["tiny-v3-math", n] = SolutionScore(
             n_tokens=5, source=at, value=at - lost * (1 + n % 3)
         )
-    return found
+    return result
 
 
 SOURCE = [1.0] * 45 + [0.0] * 15
