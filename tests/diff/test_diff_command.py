@@ -1,5 +1,5 @@
-"""`quantkit diff` and `quantkit runs` over real artifacts of the built-in model: what they
-print, and how they end."""
+"""`quantkit diff` and `quantkit runs` with artifacts of the built-in model: output and exit
+codes."""
 
 from __future__ import annotations
 
@@ -61,9 +61,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
     yield paths
 
 
-def resealed(source: Path, place: Path, change: Callable[[Path], None]) -> Path:
-    """A copy with changed evidence that the manifest agrees with: an artifact of somebody
-    who measured otherwise."""
+def copy_resealed(source: Path, place: Path, change: Callable[[Path], None]) -> Path:
+    """Return a copy with changed files and a manifest that agrees with them."""
     copied = Path(shutil.copytree(source, place))
     change(copied)
     manifest = json.loads((copied / "quantkit/manifest.json").read_text())
@@ -77,8 +76,8 @@ def resealed(source: Path, place: Path, change: Callable[[Path], None]) -> Path:
     return copied
 
 
-def column(path: Path, name: str, values: list[Any]) -> None:
-    """Another column in a Parquet file."""
+def replace_column(path: Path, name: str, values: list[Any]) -> None:
+    """Replace a column of a Parquet file."""
     table = parquet.read_table(path)
     parquet.write_table(
         table.set_column(table.schema.get_field_index(name), name, arrow.array(values)), path
@@ -205,9 +204,9 @@ def test_single_reports_are_compared(both: tuple[Path, Path], tmp_path: Path) ->
 def test_different_prompts_are_rejected(both: tuple[Path, Path], tmp_path: Path) -> None:
     def asked_otherwise(path: Path) -> None:
         hashes = parquet.read_table(path / BENCHMARK_SAMPLES)["prompt_hash"].to_pylist()
-        column(path / BENCHMARK_SAMPLES, "prompt_hash", ["0" * 64, *hashes[1:]])
+        replace_column(path / BENCHMARK_SAMPLES, "prompt_hash", ["0" * 64, *hashes[1:]])
 
-    other = resealed(both[1], tmp_path / "other", asked_otherwise)
+    other = copy_resealed(both[1], tmp_path / "other", asked_otherwise)
     message = read_error(run("diff", both[0], other), 1)
     assert message.startswith(
         "tiny-v3-math: the prompt of item 0 differs between four and other (prompt_hash differs)"
@@ -228,7 +227,7 @@ def test_different_sources_are_rejected(both: tuple[Path, Path], tmp_path: Path)
         report["source"] |= {"hash": "0" * 64, "model": "org/other"}
         (path / "quantkit/fidelity.json").write_text(json.dumps(report))
 
-    other = resealed(both[1], tmp_path / "other", from_elsewhere)
+    other = copy_resealed(both[1], tmp_path / "other", from_elsewhere)
     assert "figures against different sources are not comparable" in read_error(
         run("diff", both[0], other), 1
     )
@@ -246,14 +245,14 @@ def test_different_sources_are_rejected(both: tuple[Path, Path], tmp_path: Path)
 
 def test_changed_samples_are_rejected(both: tuple[Path, Path], tmp_path: Path) -> None:
     other = Path(shutil.copytree(both[1], tmp_path / "other"))
-    column(other / BENCHMARK_SAMPLES, "quant_score", [1.0] * 24)
+    replace_column(other / BENCHMARK_SAMPLES, "quant_score", [1.0] * 24)
     assert read_error(run("diff", both[0], other), 1).startswith(
         f"{other / BENCHMARK_SAMPLES}: expected the file that"
     )
 
 
-def manifest_with(part: str, value: object) -> Callable[[Path], None]:
-    """A change of the manifest alone."""
+def change_manifest(part: str, value: object) -> Callable[[Path], None]:
+    """Return a change of the manifest."""
 
     def change(path: Path) -> None:
         manifest = json.loads((path / "quantkit/manifest.json").read_text())
@@ -262,8 +261,8 @@ def manifest_with(part: str, value: object) -> Callable[[Path], None]:
     return change
 
 
-def plan_with(part: str, value: object) -> Callable[[Path], None]:
-    """A change of the plan."""
+def change_plan(part: str, value: object) -> Callable[[Path], None]:
+    """Return a change of the plan."""
 
     def change(path: Path) -> None:
         plan = json.loads((path / "quantkit/plan.json").read_text())
@@ -272,29 +271,29 @@ def plan_with(part: str, value: object) -> Callable[[Path], None]:
     return change
 
 
-def no_parquet(path: Path) -> None:
-    """Tokens that are no table."""
+def damage_tokens(path: Path) -> None:
+    """Replace the token samples by an invalid file."""
     (path / TOKEN_SAMPLES).write_bytes(b"PAR1")
 
 
 DAMAGED: list[tuple[Callable[[Path], None], str]] = [
     (
-        manifest_with("tensors", {"x": ["BF16", ["a"]]}),
+        change_manifest("tensors", {"x": ["BF16", ["a"]]}),
         "tensors: expected whole numbers, found 'a'",
     ),
-    (manifest_with("tensors", {"x": "BF16"}), "tensors: expected [dtype, shape], found 'BF16'"),
-    (manifest_with("versions", []), "versions: expected an object, found list"),
-    (plan_with("recipe", 3), "recipe: expected an object, found int"),
-    (plan_with("decisions", None), "decisions: expected an object, found NoneType"),
+    (change_manifest("tensors", {"x": "BF16"}), "tensors: expected [dtype, shape], found 'BF16'"),
+    (change_manifest("versions", []), "versions: expected an object, found list"),
+    (change_plan("recipe", 3), "recipe: expected an object, found int"),
+    (change_plan("decisions", None), "decisions: expected an object, found NoneType"),
     (
-        lambda path: column(path / BENCHMARK_SAMPLES, "quant_score", ["1"] * 24),
+        lambda path: replace_column(path / BENCHMARK_SAMPLES, "quant_score", ["1"] * 24),
         "quant_score: expected double, found string",
     ),
     (
-        lambda path: column(path / BENCHMARK_SAMPLES, "prompt", ["x"] * 23 + [None]),
+        lambda path: replace_column(path / BENCHMARK_SAMPLES, "prompt", ["x"] * 23 + [None]),
         "prompt: expected no null value",
     ),
-    (no_parquet, "expected samples with the columns"),
+    (damage_tokens, "expected samples with the columns"),
 ]
 
 
@@ -302,9 +301,9 @@ DAMAGED: list[tuple[Callable[[Path], None], str]] = [
 def test_damaged_files_are_named(
     both: tuple[Path, Path], tmp_path: Path, change: Callable[[Path], None], sentence: str
 ) -> None:
-    """Also where the manifest agrees with it; never a traceback."""
+    """Also if the manifest agrees; never a traceback."""
     assert sentence in read_error(
-        run("diff", both[0], resealed(both[1], tmp_path / "other", change)), 1
+        run("diff", both[0], copy_resealed(both[1], tmp_path / "other", change)), 1
     )
 
 
@@ -329,7 +328,7 @@ def test_diff_rejects_other_paths(both: tuple[Path, Path], tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def shelf(both: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two artifacts, one of them deeper, and four things that are none."""
+    """A folder with two artifacts, one of them nested, and four broken ones."""
     place = tmp_path_factory.mktemp("shelf")
     shutil.copytree(both[0], place / "four")
     shutil.copytree(both[1], place / "more" / "two")
@@ -344,7 +343,8 @@ def shelf(both: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_runs_lists_artifacts_and_marks_the_front(shelf: Path) -> None:
-    """2 bits unpacked are larger and further away: only the packed one is on the front."""
+    """The unpacked 2-bit artifact is larger and has more KL: only the packed one is on the
+    front."""
     result = run("runs", shelf, "--json")
     rows = {row["name"]: row for row in json.loads(result.stdout)}
     assert result.exit_code == 0

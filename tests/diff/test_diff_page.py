@@ -1,4 +1,4 @@
-"""The page of a comparison: its text everywhere, and in a real browser where there is one."""
+"""The page of a comparison: its text, and its behavior in Chromium."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from support.browser_pages import COLORS, NARROW, Tab, contrast, luminance
 from support.constants import CHROMIUM
-from support.diff_example import a_side, answer, b_side, items
-from support.report_large import large
+from support.diff_example import make_answer, make_items, make_side_a, make_side_b
+from support.report_large import make_large_report
 from support.report_pages import HOSTILE, LIMIT_BYTES, Page
 
 from quantkit.diff import page, tables
@@ -31,26 +31,26 @@ in_browser = [
 ]
 
 
-def rendered(a: Side, b: Side) -> str:
-    """The page of B compared with A."""
+def render_sides(a: Side, b: Side) -> str:
+    """Return the page of B compared with A."""
     return page.render_page(compare_sides(a, b), a.tokens, b.tokens)
 
 
 @pytest.fixture(scope="module")
 def text() -> str:
     """The page of the example."""
-    return rendered(a_side(), b_side())
+    return render_sides(make_side_a(), make_side_b())
 
 
 @pytest.fixture(scope="module")
 def big_sides() -> tuple[Side, Side]:
     """Two of DeepSeek-V3's size, 200 of 600 items flipped."""
-    one = large().model_copy(update={"benchmarks": ()})
+    one = make_large_report().model_copy(update={"benchmarks": ()})
     modules = [
         m.model_copy(update={"output_relative_error": 0.01}) if m.method else m for m in one.modules
     ]
     sides = [
-        Side(name=name, kind="artifact", fidelity=fidelity, items=items(scores, [1.0] * 600))
+        Side(name=name, kind="artifact", fidelity=fidelity, items=make_items(scores, [1.0] * 600))
         for name, fidelity, scores in (
             ("a", one, [1.0] * 600),
             (
@@ -67,7 +67,7 @@ def big_sides() -> tuple[Side, Side]:
 
 
 def test_page_shows_the_cells_of_every_table(text: str) -> None:
-    words, diff = Page(text).words, compare_sides(a_side(), b_side())
+    words, diff = Page(text).words, compare_sides(make_side_a(), make_side_b())
     shown = [
         table for table in tables.make_tables(diff, page.ROWS) if table.title != "Flipped items"
     ]
@@ -80,11 +80,14 @@ def test_page_shows_the_cells_of_every_table(text: str) -> None:
 def test_sections_are_linked_and_lost_items_come_first(text: str) -> None:
     assert re.findall(r'<section id="(\w+)"', text) == re.findall(r'<li><a href="#(\w+)"', text)
     assert re.findall(r'data-outcome="(\w+)"', text) == ["lost"] * 12
-    assert tables.format_headline(compare_sides(a_side(), b_side())).replace("->", "-&gt;") in text
+    assert (
+        tables.format_headline(compare_sides(make_side_a(), make_side_b())).replace("->", "-&gt;")
+        in text
+    )
 
 
 def test_policy_names_the_two_scripts(text: str) -> None:
-    """Nothing may be fetched and nothing else may run, as in the report."""
+    """As in the report, nothing is fetched and no other script runs."""
     result = Page(text)
     policy = next(
         value for name, value in result.values if name == "content" and "default-src" in value
@@ -98,30 +101,32 @@ def test_policy_names_the_two_scripts(text: str) -> None:
 
 
 def test_page_is_reproducible(text: str) -> None:
-    assert rendered(a_side(), b_side()) == text
+    assert render_sides(make_side_a(), make_side_b()) == text
 
 
 def test_page_of_a_large_pair_stays_small(big_sides: tuple[Side, Side]) -> None:
-    content = rendered(*big_sides)
+    content = render_sides(*big_sides)
     assert len(content.encode()) < LIMIT_BYTES
     assert content.count("<article") == 200 and "44,344 more; all in --json" in content
 
 
 def test_page_escapes_hostile_text() -> None:
-    clean = Page(rendered(*named("plain")))
+    clean = Page(render_sides(*make_named_sides("plain")))
     for hostile in HOSTILE:
-        result = Page(rendered(*named(hostile)))
+        result = Page(render_sides(*make_named_sides(hostile)))
         assert result.tags == clean.tags, hostile
         assert len(result.scripts) == 3
 
 
-def named(word: str) -> tuple[Side, Side]:
-    """Two sides in which all text from elsewhere is this one."""
+def make_named_sides(word: str) -> tuple[Side, Side]:
+    """Return two sides with `text` wherever untrusted text can be."""
     sides = []
-    for side in (a_side(), b_side()):
+    for side in (make_side_a(), make_side_b()):
         held = {
-            key: replace(item, prompt=word, target=word[:99], answer=answer(f"{word}{n}", float(n)))
-            for key, item in items([1.0] * 3, [1.0] * 3).items()
+            key: replace(
+                item, prompt=word, target=word[:99], answer=make_answer(f"{word}{n}", float(n))
+            )
+            for key, item in make_items([1.0] * 3, [1.0] * 3).items()
             for n in [(key[2] + (side.kind == "artifact" and side.name == "second")) % 2]
         }
         tensors = {f"{word}{n}": ("BF16", (n, 2 if side.name == "first" else 3)) for n in range(2)}
@@ -162,8 +167,8 @@ def test_layer_medians_of_both_sides() -> None:
 
 
 def test_page_without_tokens_has_no_tail_plot() -> None:
-    for a, there in ((replace(a_side(), tokens=None), False), (a_side(), True)):
-        assert ("kl" in Page(rendered(a, b_side())).drawings["specs"]) is there
+    for a, there in ((replace(make_side_a(), tokens=None), False), (make_side_a(), True)):
+        assert ("kl" in Page(render_sides(a, make_side_b())).drawings["specs"]) is there
 
 
 # ------------------------------------------------------------------------------------------ browser
@@ -234,7 +239,9 @@ class TestInABrowser:
     def test_narrow_page_scrolls_only_vertically(
         self, browser: Any, page_file: Path, tmp_path: Path
     ) -> None:
-        (tmp_path / "long.html").write_text(rendered(*named("x" * 300)), encoding="utf-8")
+        (tmp_path / "long.html").write_text(
+            render_sides(*make_named_sides("x" * 300)), encoding="utf-8"
+        )
         for file in (page_file, tmp_path / "long.html"):
             tab = Tab(browser, file, viewport=NARROW, is_mobile=True, has_touch=True)
             assert tab.all("document.documentElement.scrollWidth") == NARROW["width"]
@@ -243,7 +250,9 @@ class TestInABrowser:
 
     def test_hostile_text_runs_no_script(self, browser: Any, tmp_path: Path) -> None:
         hostile = " ".join(HOSTILE).encode("utf-8", "ignore").decode()
-        (tmp_path / "page.html").write_text(rendered(*named(hostile)), encoding="utf-8")
+        (tmp_path / "page.html").write_text(
+            render_sides(*make_named_sides(hostile)), encoding="utf-8"
+        )
         tab = Tab(browser, tmp_path / "page.html")
         tab.page.fill("#search", "onerror")
         assert tab.all("typeof hacked") == "undefined"
@@ -254,7 +263,7 @@ class TestInABrowser:
     def test_large_pair_is_drawn(
         self, browser: Any, tmp_path: Path, big_sides: tuple[Side, Side]
     ) -> None:
-        (tmp_path / "page.html").write_text(rendered(*big_sides), encoding="utf-8")
+        (tmp_path / "page.html").write_text(render_sides(*big_sides), encoding="utf-8")
         tab = Tab(browser, tmp_path / "page.html")
         assert len(tab.column("t-modules", 0)) == page.ROWS and len(tab.articles()) == 12
         assert tab.faults == []
@@ -262,6 +271,6 @@ class TestInABrowser:
 
 
 def test_hostile_names_in_the_headline_are_escaped() -> None:
-    content = rendered(*named("</main><b>"))
+    content = render_sides(*make_named_sides("</main><b>"))
     assert escape("</main><b>") in content and "</main><b>" not in content
     assert json.dumps(Page(content).drawings)  # the data of the plots is whole

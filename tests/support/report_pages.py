@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from support.report_example import FIDELITY
-from support.report_large import pair, write_samples
+from support.report_large import make_item, write_samples
 from support.report_variants import GATES
 
 from quantkit.artifact.fidelity_schema import Fidelity
@@ -33,8 +33,7 @@ HOSTILE = (
 
 
 class Page(HTMLParser):
-    """What a browser would make of it: tags with the names of their attributes, text by
-    element, links, scripts."""
+    """A parsed page: tags with attribute names, text by element, links, scripts."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -71,12 +70,12 @@ class Page(HTMLParser):
         return values
 
 
-def example(changes: Mapping[str, Any] | None = None) -> Fidelity:
+def make_judged_example(changes: Mapping[str, Any] | None = None) -> Fidelity:
     return gates.apply_gates(GATES, Fidelity.model_validate({**FIDELITY, **(changes or {})}))
 
 
-def folder_with(place: Path, fidelity: Fidelity, items: int = 0) -> Path:
-    """An artifact's folder as far as the page looks at it."""
+def write_artifact_folder(place: Path, fidelity: Fidelity, items: int = 0) -> Path:
+    """Write the files of an artifact that the page reads."""
     (place / "quantkit").mkdir(parents=True, exist_ok=True)
     (place / "quantkit/fidelity.json").write_text(fidelity.to_json())
     if items:
@@ -84,9 +83,9 @@ def folder_with(place: Path, fidelity: Fidelity, items: int = 0) -> Path:
     return place
 
 
-def poisoned(text: str, long: str) -> tuple[Fidelity, list[dict[str, object]]]:
-    """A report and samples with `text` wherever text can come from a model, a checkpoint or
-    a recipe."""
+def make_hostile_report(text: str, long: str) -> tuple[Fidelity, list[dict[str, object]]]:
+    """Return a report and samples with `text` wherever a model, checkpoint or recipe can
+    supply it."""
     artifact: dict[str, Any] = dict(FIDELITY["artifact"])  # type: ignore[call-overload]
     source: dict[str, Any] = dict(FIDELITY["source"])  # type: ignore[call-overload]
     names = ("name", "format", "scheme")
@@ -150,7 +149,7 @@ def poisoned(text: str, long: str) -> tuple[Fidelity, list[dict[str, object]]]:
     items = []
     for number in range(4):
         row = {
-            **pair(number * 3, ""),
+            **make_item(number * 3, ""),
             "task": text,
             "filter": text,
             "prompt": long,
