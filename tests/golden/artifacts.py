@@ -3,7 +3,7 @@
     python tests/golden/artifacts.py            # compares with the record of this machine kind
     python tests/golden/artifacts.py --record   # writes that record only
 
-tests/golden/artifacts.json holds the records, one per kind of machine. A refactoring must not change
+tests/golden/artifacts.json holds the records, one per machine kind. A refactoring must not change
 them. A change of the stored bytes records them again, and its commit gives the reason. The script
 covers ``*.safetensors``, ``model.safetensors.index.json`` and ``config.json``. None of these files
 holds a path, a time or a version, so the script hashes them unchanged.

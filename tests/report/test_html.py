@@ -1,5 +1,4 @@
-"""quantkit/fidelity.html as text: what it says and in which order, that hostile text stays text,
-bytes and size."""
+"""quantkit/fidelity.html as text: content, order, escaping of hostile text, bytes and size."""
 
 from __future__ import annotations
 
@@ -65,8 +64,8 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_page_has_its_sections_in_order(big: str) -> None:
-    found = re.findall(r'<section id="(\w+)"', big)
-    assert tuple(found) == ORDER
+    result = re.findall(r'<section id="(\w+)"', big)
+    assert tuple(result) == ORDER
     linked = re.findall(r'<li><a href="#(\w+)"', big)
     assert tuple(linked) == ORDER
     assert "<noscript><p" in big
@@ -75,10 +74,10 @@ def test_page_has_its_sections_in_order(big: str) -> None:
 def test_page_shows_the_cells_of_the_card(tmp_path: Path) -> None:
     fidelity = make_judged_example()
     words = Page(html_page.make_page(write_artifact_folder(tmp_path, fidelity))).words
-    for made in tables.make_tables(fidelity):
+    for content in tables.make_tables(fidelity):
         for row in (
-            made.rows
-            if made.title not in {"Fallbacks", tables.make_block_table(fidelity).title}
+            content.rows
+            if content.title not in {"Fallbacks", tables.make_block_table(fidelity).title}
             else ()
         ):
             assert all(cell in words for cell in row if cell), row
@@ -143,7 +142,7 @@ def test_page_lists_every_module_of_a_fallback() -> None:
 def test_page_escapes_hostile_text(attack: str, tmp_path: Path) -> None:
     """The page has the same elements and attributes as one with harmless words, and the same
     scripts."""
-    made = []
+    content = []
     for place, text in (("bad", attack), ("good", "x" * len(attack))):
         clean = text.encode(
             "utf-8", "ignore"
@@ -154,8 +153,8 @@ def test_page_escapes_hostile_text(attack: str, tmp_path: Path) -> None:
         parquet.write_table(
             arrow.Table.from_pylist(items), artifact / "quantkit/samples/benchmarks.parquet"
         )
-        made.append(Page(html_page.make_page(artifact)))
-    bad, good = made
+        content.append(Page(html_page.make_page(artifact)))
+    bad, good = content
     assert bad.tags == good.tags
     assert bad.scripts[1:] == good.scripts[1:] and len(bad.scripts) == 3
     assert bad.drawings["specs"].keys() == good.drawings["specs"].keys()
@@ -210,7 +209,7 @@ def test_page_of_45_000_modules_stays_under_three_megabytes(big: str) -> None:
 def test_page_with_long_answers_and_names_stays_under_three_megabytes(tmp_path: Path) -> None:
     """Every third of 1,500 items changed, each answer of 8,000 characters of which most need
     escaping."""
-    artifact = folder_with(tmp_path, large())
+    artifact = write_artifact_folder(tmp_path, make_large_report())
     (artifact / "quantkit/samples").mkdir()
     dice = random.Random(2)
     rows = [make_item(n, "".join(dice.choices("<&\"'>é漢", k=400)) * 20) for n in range(1_500)]
@@ -231,7 +230,7 @@ def test_page_is_reproducible_across_processes(tmp_path: Path) -> None:
         "import sys, pathlib; from quantkit.report.html_page import make_page;"
         "sys.stdout.buffer.write(make_page(pathlib.Path(sys.argv[1])).encode())"
     )
-    made = [
+    content = [
         subprocess.run(
             [sys.executable, "-c", code, str(artifact)],
             env={**os.environ, "PYTHONHASHSEED": seed, "TZ": zone},
@@ -240,7 +239,7 @@ def test_page_is_reproducible_across_processes(tmp_path: Path) -> None:
         ).stdout
         for seed, zone in (("1", "UTC"), ("2", "Asia/Tokyo"))
     ]
-    assert made[0] == made[1] == html_page.make_page(artifact).encode()
+    assert content[0] == content[1] == html_page.make_page(artifact).encode()
 
 
 # ------------------------------------------------------------------------------------------ samples
@@ -251,12 +250,17 @@ def test_histogram_counts_every_token(tmp_path: Path) -> None:
     (tmp_path / "quantkit/samples").mkdir(parents=True)
     columns = {"domain": ["a"] * 6 + ["b"] * 3, "kl": arrow.array(kl, arrow.float32())}
     parquet.write_table(arrow.table(columns), tmp_path / "quantkit/samples/tokens.parquet")
-    found = read_samples(tmp_path, {}).histogram
-    assert found is not None
-    assert found.tokens == 7 and found.not_finite == 2 and found.start == FLOOR and found.bins == 40
+    result = read_samples(tmp_path, {}).histogram
+    assert result is not None
+    assert (
+        result.tokens == 7
+        and result.not_finite == 2
+        and result.start == FLOOR
+        and result.bins == 40
+    )
     placed = {
         (name, n): count
-        for name, counts in found.counts.items()
+        for name, counts in result.counts.items()
         for n, count in enumerate(counts)
         if count
     }
@@ -272,14 +276,14 @@ def test_changed_items_are_sorted_and_use_the_scoring_filter(tmp_path: Path) -> 
     parquet.write_table(
         arrow.Table.from_pylist(rows), tmp_path / "quantkit/samples/benchmarks.parquet"
     )
-    found = read_samples(tmp_path, {"gsm8k": "strict", "mgsm_zh": "unknown"})
-    assert [(item.task, item.item, item.lost) for item in found.changed] == [
+    result = read_samples(tmp_path, {"gsm8k": "strict", "mgsm_zh": "unknown"})
+    assert [(item.task, item.item, item.lost) for item in result.changed] == [
         ("mgsm_zh", 0, True),
         ("mgsm_zh", 6, True),
         ("gsm8k", 3, False),
         ("gsm8k", 9, False),
     ]
-    assert (found.items, found.reworded) == (12, 1)
+    assert (result.items, result.reworded) == (12, 1)
     loose = read_samples(tmp_path, {"gsm8k": "lenient", "mgsm_zh": "lenient"})
     assert len(loose.changed) == 12
 
@@ -419,12 +423,12 @@ def test_vega_lite_compiles_every_plot(big: str) -> None:
 # --------------------------------------------------------------------------------- names of modules
 
 
-def expanded(line: str) -> Iterator[str]:
-    """What `folded` folded."""
+def expand_names(line: str) -> Iterator[str]:
+    """Yield the names of a folded line."""
     parts = re.split(r"\{([^}]*)\}", line)
     choices = []
     for text in parts[1::2]:
-        ends = [each.split("-") for each in text.split(", ")]
+        ends = [item.split("-") for item in text.split(", ")]
         choices.append([n for end in ends for n in range(int(end[0]), int(end[-1]) + 1)])
     for numbers in product(*choices):
         yield "".join(text + str(n) for text, n in zip(parts[::2], [*numbers, ""]))
@@ -447,8 +451,8 @@ NAMES = some.lists(
 @given(NAMES)
 def test_fold_names_is_lossless(names: list[str]) -> None:
     lines = fold_names(names)
-    found = [name for line in lines for name in expanded(line)]
-    assert sorted(found) == sorted(set(names))
+    result = [name for line in lines for name in expand_names(line)]
+    assert sorted(result) == sorted(set(names))
     assert len(lines) <= len(set(names))
 
 

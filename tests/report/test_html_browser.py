@@ -1,5 +1,5 @@
-"""quantkit/fidelity.html in a real browser: it draws, sorts, filters and searches; dark, narrow,
-printed, hostile."""
+"""quantkit/fidelity.html in Chromium: plots, sorting, search, color schemes, print, hostile
+text."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def test_hostile_text_runs_no_script(browser: Any, tmp_path: Path) -> None:
 
 
 def test_policy_blocks_an_injected_script(browser: Any, tmp_path: Path) -> None:
-    """A second line of defence: even a script element in the page does not run."""
+    """A script element that got into the page does not run either."""
     text = html_page.make_page(write_artifact_folder(tmp_path, make_judged_example()))
     (tmp_path / "page.html").write_text(
         text.replace("<h1>", "<script>hacked = 1</script><h1>"), encoding="utf-8"

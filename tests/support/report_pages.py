@@ -33,8 +33,7 @@ HOSTILE = (
 
 
 class Page(HTMLParser):
-    """What a browser would make of it: tags with the names of their attributes, text by
-    element, links, scripts."""
+    """A parsed page: tags with attribute names, text by element, links, scripts."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -76,7 +75,7 @@ def make_judged_example(changes: Mapping[str, Any] | None = None) -> Fidelity:
 
 
 def write_artifact_folder(place: Path, fidelity: Fidelity, items: int = 0) -> Path:
-    """An artifact's folder as far as the page looks at it."""
+    """Write the files of an artifact that the page reads."""
     (place / "quantkit").mkdir(parents=True, exist_ok=True)
     (place / "quantkit/fidelity.json").write_text(fidelity.to_json())
     if items:
@@ -85,8 +84,8 @@ def write_artifact_folder(place: Path, fidelity: Fidelity, items: int = 0) -> Pa
 
 
 def make_hostile_report(text: str, long: str) -> tuple[Fidelity, list[dict[str, object]]]:
-    """A report and samples with `text` wherever text can come from a model, a checkpoint or
-    a recipe."""
+    """Return a report and samples with `text` wherever a model, checkpoint or recipe can
+    supply it."""
     artifact: dict[str, Any] = dict(FIDELITY["artifact"])  # type: ignore[call-overload]
     source: dict[str, Any] = dict(FIDELITY["source"])  # type: ignore[call-overload]
     names = ("name", "format", "scheme")
