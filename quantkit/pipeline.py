@@ -160,7 +160,7 @@ def run(
     source = Checkpoint.open(located.folder)
     texts = tokenize(recipe, located.folder)
     plans = sources.plan_recipe(
-        recipe, sources.facts_of(recipe, source, located.revision), texts.counts()
+        recipe, sources.make_source_facts(recipe, source, located.revision), texts.counts()
     )
     if all(plan.memory.budget_bytes - plan.memory.peak_bytes >= HEAP_BYTES for plan in plans):
         keep_freed_memory()
@@ -230,7 +230,7 @@ def make(
     built, written, figures = quantize(
         made, source, texts, text, tell, clock, begun.states(loop), standing
     )
-    compute, kept = sources.compute(plan.recipe), begun.answers(loop)
+    compute, kept = sources.resolve_compute(plan.recipe), begun.answers(loop)
     compared = compare(plan, source, folder, compute, evaluate=evaluate, tell=tell, kept=kept)
     clock.lap("benchmarks")
     licence = evidence.licence(front_matter(source.folder))
@@ -254,7 +254,7 @@ def tokenize(recipe: Recipe, folder: Path) -> Texts:
     own_code = may_run(recipe.source.trust_remote_code, folder)
     tokenizer, sets = corpora.load_tokenizer(folder, own_code), package_data.folder("calibration")
     wanted: list[tuple[TextName, str, int | None, int, int]] = []
-    calibration = recipe.calibration if recipe.learns else None
+    calibration = recipe.calibration if recipe.needs_calibration else None
     if calibration:
         wanted.append((
             "calibration",
@@ -299,7 +299,7 @@ def quantize(
     Their hidden states lie in `states`. Nothing is compared when the recipe says `fidelity: none`.
     """  # fmt: skip
     plans, folder = [each.plan for each in made], made[0].folder
-    compute = sources.compute(plans[0].recipe)
+    compute = sources.resolve_compute(plans[0].recipe)
     device, dtype, learning = (
         torch.device(compute.device),
         getattr(torch, compute.dtype),

@@ -27,11 +27,11 @@ signal.signal(
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sealed artifact of tiny-v3 that nobody may change; `artifact` is a copy for those who do."""
     from quantkit import pipeline
-    from quantkit.recipe.parse import parse
+    from quantkit.recipe.parse import parse_recipe
 
     path = tmp_path_factory.mktemp("built") / "tiny"
     text = (folder("recipes") / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
-    recipe = parse(text, "tiny-v3-awq4.yaml", {**FAST, "output.path": str(path)})
+    recipe = parse_recipe(text, "tiny-v3-awq4.yaml", {**FAST, "output.path": str(path)})
     pipeline.run(
         recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None
     )

@@ -19,8 +19,8 @@ from quantkit.errors import CheckpointError, NumericsError
 from quantkit.evaluate.distribution import Head, scored
 from quantkit.models import full_model
 from quantkit.models.layers import MetaModel, decoder_layer, meta_model, observing, relative, run
-from quantkit.plan.match_checkpoint import expected
-from quantkit.recipe.parse import parse
+from quantkit.plan.match_checkpoint import list_expected_tensors
+from quantkit.recipe.parse import parse_recipe
 from quantkit.verify import shallow
 
 VARIANTS = [(name, {}) for name in registry.names("architectures")] + [
@@ -79,7 +79,7 @@ def test_every_tensor_is_claimed_exactly_once(
     mtp = tuple(f"{block.name}." for block in layout.blocks if block.kind == "mtp")
     claimed = {
         n: s.shape
-        for n, s in expected(layout, Config(values=config)).items()
+        for n, s in list_expected_tensors(layout, Config(values=config)).items()
         if not n.startswith(mtp or ("\0",))
     }
     assert claimed == {n: s.shape for n, s in saved.items()}
@@ -223,10 +223,12 @@ def run_streams(folder: Path, place: Path, **keys: str):  # type: ignore[no-unty
     from quantkit.build.loop import build as build_loop
     from quantkit.plan import sources
 
-    recipe = parse(recipe_text(folder, place / "unused", **keys), "test.yaml")
+    recipe = parse_recipe(recipe_text(folder, place / "unused", **keys), "test.yaml")
     source = Checkpoint.open(folder)
     texts = pipeline.tokenize(recipe, folder)
-    (plan,) = sources.plan_recipe(recipe, sources.facts_of(recipe, source, None), texts.counts())
+    (plan,) = sources.plan_recipe(
+        recipe, sources.make_source_facts(recipe, source, None), texts.counts()
+    )
     (place / "out").mkdir()
     (place / "scratch").mkdir()
     sink = ArtifactWriter(place / "out", plan.shards)

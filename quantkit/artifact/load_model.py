@@ -27,7 +27,7 @@ from quantkit.io.files import read_json
 from quantkit.models import full_model
 from quantkit.models.layers import MetaModel, RouterOutput, meta_model, relative, tokens_for_expert
 from quantkit.numerics import nf4 as codebook
-from quantkit.plan.plan import architecture_of
+from quantkit.plan.plan import load_architecture
 
 DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -56,7 +56,7 @@ def load(folder: str | Path, *, device: str | None = None, dtype: str | None = N
     if named not in DTYPES:
         raise UsageError(f"dtype: expected {', '.join(DTYPES)}, found {named!r}; name one of them")
     bones = meta_model(config, chosen_device(where), DTYPES[named])
-    layout = architecture_of(config).layout(config)
+    layout = load_architecture(config).layout(config)
     if format_name == "bitsandbytes":
         model = packed_model(bones, layout, checkpoint, schemes)
     else:

@@ -17,7 +17,7 @@ from quantkit.artifact.writer import config_values
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan
-from quantkit.plan.summary import action_text, plan_summary
+from quantkit.plan.summary import format_action, summarize_plan
 
 ENVIRONMENT = ("MKL_CBWR", "CUBLAS_WORKSPACE_CONFIG")
 
@@ -67,7 +67,7 @@ def block_values(block: BlockRecord) -> dict[str, object]:
 
 def environment(plan: Plan) -> dict[str, str]:
     """What could change a bit: device, dtype, and how the linear algebra libraries were told to sum."""
-    compute = sources.compute(plan.recipe)
+    compute = sources.resolve_compute(plan.recipe)
     found: dict[str, str] = {
         "device": compute.device,
         "dtype": compute.dtype,
@@ -81,8 +81,8 @@ def environment(plan: Plan) -> dict[str, str]:
 
 def plan_json(plan: Plan) -> str:
     """quantkit/plan.json: the recipe as resolved, and what it decided over every linear."""
-    summary = plan_summary(plan).model_dump(mode="json", exclude={"memory", "output"})
-    decisions = {name: [action_text(d), d.rule] for name, d in plan.decisions.items()}
+    summary = summarize_plan(plan).model_dump(mode="json", exclude={"memory", "output"})
+    decisions = {name: [format_action(d), d.rule] for name, d in plan.decisions.items()}
     values = {
         "hash": plan.hash,
         "recipe": {

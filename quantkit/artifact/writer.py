@@ -22,7 +22,7 @@ from quantkit.io.files import PART, sha256_file, sync_folder, unwritable, write_
 from quantkit.io.owned_dirs import make_ours, remove_ours
 from quantkit.plan.output_tensors import Shard
 from quantkit.plan.plan import Plan
-from quantkit.recipe.parse import with_overrides
+from quantkit.recipe.parse import apply_overrides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +215,7 @@ def write_model_files(folder: Path, plan: Plan, sidecars: Sequence[Path], recipe
     for path in sidecars:
         write_atomic(folder / path.name, path.read_bytes())
     write_json(folder / "config.json", config_values(plan))
-    write_atomic(folder / "recipe.yaml", with_overrides(recipe_text, plan.recipe).encode())
+    write_atomic(folder / "recipe.yaml", apply_overrides(recipe_text, plan.recipe).encode())
     if len(plan.shards) > 1:
         weight_map = {spec.name: shard.file for shard in plan.shards for spec in shard.tensors}
         write_json(

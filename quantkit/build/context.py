@@ -21,7 +21,12 @@ from quantkit.contracts import Block, Experts, Format, LinearGroup, Rescale, Sch
 from quantkit.errors import NumericsError
 from quantkit.models.layers import MetaModel
 from quantkit.models.scaling import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE
-from quantkit.plan.decisions import Decision, held_by_fp8, quantized_groups, search_of
+from quantkit.plan.decisions import (
+    Decision,
+    find_rescale,
+    is_unscaled_for_fp8,
+    select_quantized_groups,
+)
 from quantkit.plan.plan import Plan
 from quantkit.registry import method
 
@@ -111,7 +116,7 @@ class BlockContext:
 
     def quantized_groups(self) -> dict[str, LinearGroup]:
         """Groups with a reader, routed experts included, that is quantized: their grams are needed."""
-        return quantized_groups(self.block, self.job.plan.decisions)
+        return select_quantized_groups(self.block, self.job.plan.decisions)
 
     def rescale_of(self, group: LinearGroup) -> Rescale | None:
         """The scale search of the one method that quantizes the group; None without one or without an absorber.
@@ -122,7 +127,7 @@ class BlockContext:
 
     def search_of(self, group: LinearGroup) -> Rescale | None:
         """The scale search that the group's method asks for."""
-        return search_of(self.block, group, self.job.plan.decisions)
+        return find_rescale(self.block, group, self.job.plan.decisions)
 
     @property
     def folds(self) -> bool:
@@ -131,7 +136,7 @@ class BlockContext:
 
     def held(self, group: LinearGroup) -> bool:
         """Whether the input of a group keeps its scale although its method would change it."""
-        return any(held_by_fp8(self.block, group, found) for found in self.job.decisions)
+        return any(is_unscaled_for_fp8(self.block, group, found) for found in self.job.decisions)
 
     def fallbacks_of(self, module: str) -> tuple[str, ...]:
         """Fallbacks that a quantized linear takes because of what it is, whatever its weights."""

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from quantkit.progress import Progress
 
-MOST_CHARACTERS = 1500
+MAX_LINE_CHARACTERS = 1500
 """In a line of an error message."""
-MOST_LINES = 40
+MAX_LINES = 40
 """In an error message; a recipe has a line for every fault."""
 
 Arguments = ParamSpec("Arguments")
@@ -43,30 +43,30 @@ def handle_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, R
         *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:  # a decorator's relay, typed by ParamSpec
         try:
-            with terminable():
+            with raise_on_sigterm():
                 return command(*args, **kwargs)
         except QuantkitError as error:
-            leave(f"error: {error}", error, error.exit_code)
+            exit_with_error(f"error: {error}", error, error.exit_code)
         except BrokenPipeError:
             raise  # click ends quietly when nobody reads on
         except OSError as error:  # of a file that nothing below expected to fail
-            leave(f"error: {refused(error)}", error, 1)
+            exit_with_error(f"error: {format_os_error(error)}", error, 1)
         except MemoryError as error:
-            leave(
+            exit_with_error(
                 "error: expected enough memory, found none left; lower `memory` or free some",
                 error,
                 1,
             )
         except Terminated as error:
-            leave("terminated", error, 128 + signal.SIGTERM)
+            exit_with_error("terminated", error, 128 + signal.SIGTERM)
         except KeyboardInterrupt as error:
-            leave("interrupted", error, 128 + signal.SIGINT)
+            exit_with_error("interrupted", error, 128 + signal.SIGINT)
 
     return run
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
+def raise_on_sigterm() -> Iterator[None]:
     """Let SIGTERM end a command as Ctrl-C does; only the main thread may say so."""
 
     def terminate(_number: int, _frame: object) -> None:
@@ -82,33 +82,33 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def leave(message: str, error: BaseException, code: int) -> NoReturn:
+def exit_with_error(message: str, error: BaseException, code: int) -> NoReturn:
     """Say why the command ends, and below it what was noted on the way out."""
     for line in (message, *getattr(error, "__notes__", ())):
-        click.echo(sentence(line), err=True)
+        click.echo(format_message(line), err=True)
     sys.exit(code)
 
 
-def refused(error: OSError) -> str:
+def format_os_error(error: OSError) -> str:
     """What the operating system would not do, and with which file."""
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}the operating system refused: {reason(error)}; check the path, its permissions and the free space"
 
 
-def sentence(message: str) -> str:
+def format_message(message: str) -> str:
     """A message as the terminal gets it: `printable`, and a name of thousands of characters in it is cut short."""
-    lines = printable(message).split("\n")
+    lines = escape_controls(message).split("\n")
     cut = [
-        line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS - 1]}…"
-        for line in lines[:MOST_LINES]
+        line if len(line) <= MAX_LINE_CHARACTERS else f"{line[: MAX_LINE_CHARACTERS - 1]}…"
+        for line in lines[:MAX_LINES]
     ]
     return "\n".join([
         *cut,
-        *([f"and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []),
+        *([f"and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []),
     ])
 
 
-def printable(text: str) -> str:
+def escape_controls(text: str) -> str:
     """Text of unknown origin without what a terminal would obey: all but line ends is shown as Python escapes it."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
@@ -119,10 +119,10 @@ def show(*renderables: RenderableType) -> None:
 
     console = Console() if sys.stdout.isatty() else Console(width=100)
     for renderable in renderables:
-        console.print(Harmless(renderable))
+        console.print(EscapedRenderable(renderable))
 
 
-class Harmless:
+class EscapedRenderable:
     """A rich renderable whose texts come from files that anybody may have written: made `printable`."""
 
     def __init__(self, renderable: RenderableType) -> None:
@@ -133,15 +133,19 @@ class Harmless:
         from rich.segment import Segment
 
         for segment in console.render(self._renderable, options):
-            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+            yield (
+                segment
+                if segment.control
+                else Segment(escape_controls(segment.text), segment.style)
+            )
 
 
-def as_json_list(found: list[Any]) -> None:
+def print_json_list(found: list[Any]) -> None:
     """Print what a recipe gives: one object, or a list of them when it names several formats."""
-    as_json(found[0] if len(found) == 1 else found)
+    print_json(found[0] if len(found) == 1 else found)
 
 
-def as_json(values: Any) -> None:
+def print_json(values: Any) -> None:
     """Print JSON to stdout; in its texts too a terminal finds nothing to obey."""
     text = json.dumps(values, indent=1, ensure_ascii=False)
     click.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))

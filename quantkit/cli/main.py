@@ -33,7 +33,7 @@ def main() -> None:
 
 
 for found in pkgutil.iter_modules(commands.__path__):
-    main.add_command(import_module(f"{commands.__name__}.{found.name}").COMMAND, found.name)
+    main.add_command(import_module(f"{commands.__name__}.{found.name}").command, found.name)
 
 
 if __name__ == "__main__":

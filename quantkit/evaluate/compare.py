@@ -27,7 +27,7 @@ from quantkit.models import full_model
 from quantkit.models.layers import meta_model
 from quantkit.plan.memory import BASE_BYTES
 from quantkit.plan.plan import Plan
-from quantkit.plan.sources import Compute
+from quantkit.plan.sources import ResolvedCompute
 from quantkit.progress import Progress, ProgressCallback
 from quantkit.texts.corpora import load_tokenizer
 
@@ -54,7 +54,7 @@ class Job:
     """What both models are asked, and in which way."""
 
     plan: Plan
-    compute: Compute
+    compute: ResolvedCompute
     tasks: tuple[Task, ...]
     jail: sandbox.Sandbox
     tell: ProgressCallback
@@ -65,7 +65,7 @@ def compare(
     plan: Plan,
     source: Checkpoint,
     folder: Path,
-    compute: Compute,
+    compute: ResolvedCompute,
     *,
     evaluate: bool,
     tell: ProgressCallback,

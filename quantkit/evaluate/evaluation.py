@@ -349,7 +349,7 @@ def loaded(who: Subject, setup: Setup) -> Any:
     from quantkit.evaluate import backends
     from quantkit.models import full_model
     from quantkit.models.layers import meta_model
-    from quantkit.plan.plan import architecture_of
+    from quantkit.plan.plan import load_architecture
 
     assert who.folder is not None
     device, dtype = chosen(setup)
@@ -365,7 +365,7 @@ def loaded(who: Subject, setup: Setup) -> Any:
         model = load(who.folder, device=first, dtype=dtype)
     else:
         source = Checkpoint.open(who.folder)
-        layout = architecture_of(source.config).layout(source.config)
+        layout = load_architecture(source.config).layout(source.config)
         bones = meta_model(source.config, chosen_device(first), getattr(torch, dtype))
         model = full_model.model(bones, layout, full_model.reader(source))
     return backends.placed(model, device) if spread else model

@@ -41,19 +41,19 @@ class Decision:
     scheme: Scheme | None = None
 
     @property
-    def feeds_back(self) -> bool:
+    def has_error_feedback(self) -> bool:
         """Whether rounding errors move on from column to column."""
         return self.rounding not in {None, "nearest"}
 
 
-def scale_dtype(quantize: Quantize, source_dtype: str) -> Literal["bfloat16", "float16"]:
+def resolve_scale_dtype(quantize: Quantize, source_dtype: str) -> Literal["bfloat16", "float16"]:
     """`auto` follows the source: engines compute in its dtype and would cast another scale after the codes are set."""
     if quantize.scale_dtype != "auto":
         return quantize.scale_dtype
     return "float16" if source_dtype == "F16" else "bfloat16"
 
 
-def scheme_of(quantize: Quantize, source_dtype: str) -> Scheme:
+def make_scheme(quantize: Quantize, source_dtype: str) -> Scheme:
     """The recipe's words as a Scheme."""
     if quantize.method == "nf4":
         return Scheme(
@@ -65,17 +65,17 @@ def scheme_of(quantize: Quantize, source_dtype: str) -> Scheme:
             double_quant=bool(quantize.double_quant),
             source_dtype="float32"
             if source_dtype == "F32"
-            else scale_dtype(quantize, source_dtype),
+            else resolve_scale_dtype(quantize, source_dtype),
         )
     return Scheme(
         bits=quantize.bits,
         group_size=quantize.group_size,
         symmetric=quantize.symmetric,
-        scale_dtype=scale_dtype(quantize, source_dtype),
+        scale_dtype=resolve_scale_dtype(quantize, source_dtype),
     )
 
 
-def first_match(rules: Sequence[Rule], linear: Linear) -> Rule | None:
+def find_rule(rules: Sequence[Rule], linear: Linear) -> Rule | None:
     """The first rule that matches; a quantize rule reaches protected linears only by naming them."""
     for rule in rules:
         protected = rule.quantize is not None and linear.role in PROTECTED_ROLES
@@ -84,11 +84,11 @@ def first_match(rules: Sequence[Rule], linear: Linear) -> Rule | None:
     return None
 
 
-def decide_one(
+def decide_linear(
     linear: Linear, block: Block | None, rules: Sequence[Rule], recipe: Recipe, dtype: str
 ) -> Decision:
     """The decision over one linear."""
-    name, rule = block.name if block else None, first_match(rules, linear)
+    name, rule = block.name if block else None, find_rule(rules, linear)
     keep = rule.keep if rule and rule.keep else "source"
     if block and block.kind == "mtp" and recipe.mtp != "quantize":
         action: Literal["keep", "drop"] = "keep" if recipe.mtp == "keep" else "drop"
@@ -110,11 +110,11 @@ def decide_one(
         rule=rule.label,
         method=rule.quantize.method,
         rounding=rule.quantize.rounding,
-        scheme=scheme_of(rule.quantize, dtype),
+        scheme=make_scheme(rule.quantize, dtype),
     )
 
 
-def decide(
+def decide_all(
     layout: Layout, rules: Sequence[Rule], recipe: Recipe, specs: Mapping[str, TensorSpec]
 ) -> dict[str, Decision]:
     """A decision for every linear of the model, by module name, in checkpoint order; `in_blocks` has the last word."""
@@ -122,12 +122,14 @@ def decide(
     blocks += [(block, linear) for block in layout.blocks for linear in block.linears]
     blocks += [(None, layout.head)] if layout.head else []
     return {
-        linear.name: decide_one(linear, block, rules, recipe, specs[f"{linear.name}.weight"].dtype)
+        linear.name: decide_linear(
+            linear, block, rules, recipe, specs[f"{linear.name}.weight"].dtype
+        )
         for block, linear in blocks
     }
 
 
-def in_blocks(
+def keep_fp8_blocks(
     decisions: Mapping[str, Decision], specs: Mapping[str, TensorSpec], output: Format
 ) -> dict[str, Decision]:
     """The decisions with keep "fp8" for weights that lie in FP8 blocks and may stay so in a format that holds them.
@@ -148,14 +150,16 @@ def in_blocks(
     return {n: replace(d, keep="fp8") if holds and stays(n, d) else d for n, d in decisions.items()}
 
 
-def touches_fp8(group: LinearGroup, decisions: Mapping[str, Decision]) -> bool:
+def changes_fp8(group: LinearGroup, decisions: Mapping[str, Decision]) -> bool:
     """Whether rescaling a group would change bits that are kept: those of a reader, or of what makes its input."""
     absorber = (group.absorber.module,) if group.absorber else ()
     names = (*group.readers, *absorber)
     return any(name in decisions and decisions[name].keep == "fp8" for name in names)
 
 
-def quantized_groups(block: Block, decisions: Mapping[str, Decision]) -> dict[str, LinearGroup]:
+def select_quantized_groups(
+    block: Block, decisions: Mapping[str, Decision]
+) -> dict[str, LinearGroup]:
     """Groups with a reader, routed experts included, that is quantized: their grams are needed."""
     gate = block.experts.linear(0, block.experts.gate) if block.experts else ""
 
@@ -166,7 +170,7 @@ def quantized_groups(block: Block, decisions: Mapping[str, Decision]) -> dict[st
     return {group.name: group for group in block.groups if read(group)}
 
 
-def search_of(
+def find_rescale(
     block: Block, group: LinearGroup, decisions: Mapping[str, Decision]
 ) -> Rescale | None:
     """The scale search of the one method that quantizes the readers of a group, routed experts included.
@@ -184,12 +188,14 @@ def search_of(
     return registry.method(used.pop()).rescale
 
 
-def held_by_fp8(block: Block, group: LinearGroup, decisions: Mapping[str, Decision]) -> bool:
+def is_unscaled_for_fp8(
+    block: Block, group: LinearGroup, decisions: Mapping[str, Decision]
+) -> bool:
     """Whether the input of a group keeps its scale only because kept FP8 bits would have to change with it."""
-    return search_of(block, group, decisions) is not None and touches_fp8(group, decisions)
+    return find_rescale(block, group, decisions) is not None and changes_fp8(group, decisions)
 
 
-def rule_faults(rules: Sequence[Rule], layout: Layout, where: str) -> list[str]:
+def find_unmatched_rules(rules: Sequence[Rule], layout: Layout, where: str) -> list[str]:
     """Rules that match no linear: most likely a typing error in the pattern."""
     linears = layout.linears
     return [
@@ -200,7 +206,7 @@ def rule_faults(rules: Sequence[Rule], layout: Layout, where: str) -> list[str]:
     ]
 
 
-def idle_rules(rules: Sequence[Rule], decisions: Mapping[str, Decision]) -> list[str]:
+def find_idle_rules(rules: Sequence[Rule], decisions: Mapping[str, Decision]) -> list[str]:
     """Rules that match linears and decide over none of them: not wrong, but hardly what was meant."""
     deciding = {decision.rule for decision in decisions.values()}
     return [
@@ -213,7 +219,7 @@ def idle_rules(rules: Sequence[Rule], decisions: Mapping[str, Decision]) -> list
     ]
 
 
-def storage_faults(
+def find_storage_faults(
     decisions: Mapping[str, Decision], output: Format, format_name: str
 ) -> list[str]:
     """Linears that the format cannot hold, one sentence per reason with a count, and schemes it cannot mix."""
@@ -224,15 +230,17 @@ def storage_faults(
             continue
         schemes.setdefault(decision.scheme, decision)
         reason = (
-            outside_fault(decision)
-            or group_size_fault(decision)
+            find_outside_fault(decision)
+            or find_group_size_fault(decision)
             or output.accepts(decision.scheme, decision.linear)
         )
         if reason:
             reasons.setdefault(f"{decision.rule}: {reason}", []).append(decision.linear.name)
-    faults = counted(reasons)
+    faults = format_reasons(reasons)
     if output.one_scheme and len(schemes) > 1:
-        told = ", ".join(f"{d.linear.name} ({difference(s, schemes)})" for s, d in schemes.items())
+        told = ", ".join(
+            f"{d.linear.name} ({format_difference(s, schemes)})" for s, d in schemes.items()
+        )
         others = (
             ", or format compressed_tensors or gptq"
             if all(scheme.kind == "int" for scheme in schemes)
@@ -245,7 +253,7 @@ def storage_faults(
     return faults
 
 
-def difference(scheme: Scheme, among: Iterable[Scheme]) -> str:
+def format_difference(scheme: Scheme, among: Iterable[Scheme]) -> str:
     """What tells a scheme from others, in the recipe's words: "bits: 4, double_quant: false"."""
     schemes = list(among)
     names = [
@@ -256,7 +264,7 @@ def difference(scheme: Scheme, among: Iterable[Scheme]) -> str:
     return ", ".join(f"{name}: {str(getattr(scheme, name)).lower()}" for name in names)
 
 
-def fp8_faults(
+def find_fp8_faults(
     layout: Layout, decisions: Mapping[str, Decision], output: Format, side: int
 ) -> list[str]:
     """Linears that cannot stay in FP8 blocks of `side` rows and columns: one sentence per reason, with a count."""
@@ -283,10 +291,10 @@ def fp8_faults(
                     f"blocks of {side} forbid; use keep: bf16 for them"
                 )
                 reasons.setdefault(f"{decisions[name].rule}: {reason}", []).append(name)
-    return counted(reasons)
+    return format_reasons(reasons)
 
 
-def counted(reasons: Mapping[str, Sequence[str]]) -> list[str]:
+def format_reasons(reasons: Mapping[str, Sequence[str]]) -> list[str]:
     """One sentence per reason, with the first module that it is about and how many more there are."""
     return [
         f"{reason} ({names[0]}" + (f" and {len(names) - 1} more)" if len(names) > 1 else ")")
@@ -294,14 +302,14 @@ def counted(reasons: Mapping[str, Sequence[str]]) -> list[str]:
     ]
 
 
-def outside_fault(decision: Decision) -> str | None:
+def find_outside_fault(decision: Decision) -> str | None:
     """An embedding or a head: the build stores what lies outside the blocks as it is."""
     if decision.block is not None:
         return None
     return f"the build quantizes inside blocks only, found the {decision.linear.role}; keep it"
 
 
-def group_size_fault(decision: Decision) -> str | None:
+def find_group_size_fault(decision: Decision) -> str | None:
     """A group size that does not divide the row, with the sizes that would."""
     scheme, width = decision.scheme, decision.linear.in_features
     if scheme is None or scheme.group_size == -1 or width % scheme.group_size == 0:
@@ -311,7 +319,7 @@ def group_size_fault(decision: Decision) -> str | None:
     return f"group_size {scheme.group_size} does not divide {width} input features; {use}"
 
 
-def fused_faults(
+def find_fused_faults(
     layout: Layout, decisions: Mapping[str, Decision], output: Format, refusing: Collection[str]
 ) -> list[str]:
     """Linears that engines merge at load but that were decided differently; `refusing` do not load the artifact.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quantkit.contracts import Block, Experts, Layout, Linear
-from quantkit.plan.decisions import Decision, quantized_groups
+from quantkit.plan.decisions import Decision, select_quantized_groups
 
 BASE_BYTES = 900_000_000
 """Python, torch and transformers without a model: 620 MB measured on Linux x86-64 with torch 2.13, and a reserve."""
@@ -58,9 +58,7 @@ class MemoryPlan:
         return self.base_bytes + max(block, self.head_bytes)
 
 
-def solved_together(
-    block: Block, decisions: Mapping[str, Decision]
-) -> Iterator[tuple[Linear, ...]]:
+def iterate_solves(block: Block, decisions: Mapping[str, Decision]) -> Iterator[tuple[Linear, ...]]:
     """Quantized linears of one input, solved as one matrix: of a group, gate and up of an expert, or one alone."""
     sized = {linear.name: linear for linear in block.linears}
     sets = [group.readers for group in block.groups]
@@ -73,13 +71,13 @@ def solved_together(
             yield found
 
 
-def solve_bytes(linears: Sequence[Linear], feedback: bool) -> int:
+def estimate_solve_bytes(linears: Sequence[Linear], feedback: bool) -> int:
     """Working memory while matrices of one input are searched, rounded and packed; feedback factorizes their gram."""
     grams = FEEDBACK_GRAMS * 4 * linears[0].in_features ** 2 if feedback else 0
     return SOLVE_COPIES * 4 * sum(linear.n_parameters for linear in linears) + grams
 
 
-def dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: int) -> int:
+def estimate_dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: int) -> int:
     """A block without its routed experts: BF16 as read, the next one read ahead, float32 twice, grams, solving.
 
     `grams` matrices are summed for each input: none, the gram, or with it the cross of two streams, which also needs a
@@ -87,13 +85,17 @@ def dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: int) -> 
     """
     linears = [linear for linear in block.linears if linear.role != "routed_expert"]
     sizes = [COPIES_BYTES * linear.n_parameters for linear in linears]
-    together = solved_together(block, decisions)
+    together = iterate_solves(block, decisions)
     solving = max(
-        (solve_bytes(x, any(decisions[y.name].feeds_back for y in x)) for x in together), default=0
+        (
+            estimate_solve_bytes(x, any(decisions[y.name].has_error_feedback for y in x))
+            for x in together
+        ),
+        default=0,
     )
     if block.kind == "mtp":
         return max(sizes) + solving
-    groups = list(quantized_groups(block, decisions).values()) if grams else []
+    groups = list(select_quantized_groups(block, decisions).values()) if grams else []
     sized = {linear.name: linear for linear in linears}
     readers = [sized[group.readers[0]] for group in groups]
     summed = sum(4 * grams * reader.in_features**2 for reader in readers)
@@ -106,7 +108,7 @@ def dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: int) -> 
     return sum(sizes) + solving + summed
 
 
-def expert_bytes(experts: Experts, quantized: bool, grams: int) -> int:
+def estimate_expert_bytes(experts: Experts, quantized: bool, grams: int) -> int:
     """One expert of a wave: BF16 as read, the next one read ahead, float32 twice; its grams when it is quantized."""
     weights = COPIES_BYTES * 3 * experts.hidden * experts.intermediate
     if not (quantized and grams):
@@ -114,7 +116,7 @@ def expert_bytes(experts: Experts, quantized: bool, grams: int) -> int:
     return weights + 4 * grams * (experts.hidden**2 + experts.intermediate**2)
 
 
-def batch_bytes(layout: Layout, block: Block) -> int:
+def estimate_batch_bytes(layout: Layout, block: Block) -> int:
     """Activations of one batch in float32: a few copies of the widest input and output."""
     linears = [
         linear for linear in block.linears if linear.role in {"attention", "mlp", "shared_expert"}
@@ -123,7 +125,7 @@ def batch_bytes(layout: Layout, block: Block) -> int:
     return BATCH_TOKENS * 4 * (4 * layout.embedding.in_features + 4 * widest)
 
 
-def memory_plan(
+def plan_memory(
     layout: Layout,
     decisions: Mapping[str, Decision],
     *,
@@ -140,13 +142,13 @@ def memory_plan(
     """
     blocks = layout.blocks
     hidden = layout.embedding.in_features
-    dense = max(dense_bytes(block, decisions, grams) for block in blocks)
-    batch = max(batch_bytes(layout, block) for block in blocks)
+    dense = max(estimate_dense_bytes(block, decisions, grams) for block in blocks)
+    batch = max(estimate_batch_bytes(layout, block) for block in blocks)
     expert, most = 0, 0
     for block in blocks:
         if block.experts:
             quantized = decisions[block.experts.linear(0, block.experts.gate)].action == "quantize"
-            expert = max(expert, expert_bytes(block.experts, quantized, grams))
+            expert = max(expert, estimate_expert_bytes(block.experts, quantized, grams))
             most = max(most, block.experts.count)
     room = budget_bytes - BASE_BYTES - dense - batch
     wave = max(1, min(most, room // expert)) if expert else 0

@@ -23,14 +23,14 @@ class Shard:
         return sum(spec.n_bytes for spec in self.tensors)
 
 
-def kept_spec(spec: TensorSpec, keep: Literal["source", "bf16"] = "source") -> TensorSpec:
+def make_kept_spec(spec: TensorSpec, keep: Literal["source", "bf16"] = "source") -> TensorSpec:
     """A tensor that is not quantized, as written: FP8 blocks become the BF16 they stand for, whatever else if asked."""
     as_bf16 = keep == "bf16" or spec.dtype.startswith("F8")
     return TensorSpec(name=spec.name, dtype="BF16" if as_bf16 else spec.dtype, shape=spec.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class KeptStorage:
     """How weights that are not quantized are stored: `scale` and `side` of FP8 blocks where the format holds them."""
 
     specs: Mapping[str, TensorSpec]
@@ -41,7 +41,7 @@ class Kept:
         """The weight of a kept linear as its rule has it stored; with FP8 blocks, their scales too."""
         spec = self.specs[f"{decision.linear.name}.weight"]
         if decision.keep != "fp8":
-            return (kept_spec(spec, decision.keep),)
+            return (make_kept_spec(spec, decision.keep),)
         assert self.scale is not None and self.side is not None  # `in_blocks` asks for both
         shape = tuple(
             ceil(size / self.side) for size in spec.shape
@@ -51,11 +51,11 @@ class Kept:
         )
 
 
-def block_outputs(
-    block: Block, decisions: Mapping[str, Decision], kept: Kept, output: Format
+def list_block_tensors(
+    block: Block, decisions: Mapping[str, Decision], kept: KeptStorage, output: Format
 ) -> list[TensorSpec]:
     """What a block leaves behind, in writing order: norms and biases, then its linears, routed experts last."""
-    found = [kept_spec(kept.specs[spec.name]) for spec in block.others]
+    found = [make_kept_spec(kept.specs[spec.name]) for spec in block.others]
     for linear in block.linears:
         decision = decisions[linear.name]
         if decision.scheme is not None:
@@ -63,22 +63,22 @@ def block_outputs(
         else:
             found += kept.weight(decision)
         if linear.bias:
-            found.append(kept_spec(kept.specs[f"{linear.name}.bias"]))
+            found.append(make_kept_spec(kept.specs[f"{linear.name}.bias"]))
     return [] if any(decisions[x.name].action == "drop" for x in block.linears) else found
 
 
-def outputs(
-    layout: Layout, decisions: Mapping[str, Decision], kept: Kept, output: Format
+def list_output_tensors(
+    layout: Layout, decisions: Mapping[str, Decision], kept: KeptStorage, output: Format
 ) -> list[TensorSpec]:
     """Every tensor of the artifact in writing order."""
     found = [*kept.weight(decisions[layout.embedding.name])]
     for block in layout.blocks:
-        found += block_outputs(block, decisions, kept, output)
-    found += [kept_spec(kept.specs[spec.name]) for spec in layout.final_tensors]
+        found += list_block_tensors(block, decisions, kept, output)
+    found += [make_kept_spec(kept.specs[spec.name]) for spec in layout.final_tensors]
     return found + ([*kept.weight(decisions[layout.head.name])] if layout.head else [])
 
 
-def shards(tensors: Sequence[TensorSpec], limit_bytes: int) -> tuple[Shard, ...]:
+def split_into_shards(tensors: Sequence[TensorSpec], limit_bytes: int) -> tuple[Shard, ...]:
     """Cut the tensors into files of at most `limit_bytes` (a larger tensor gets a file of its own)."""
     cut: list[list[TensorSpec]] = [[]]
     size = 0

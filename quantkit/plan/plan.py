@@ -19,19 +19,24 @@ from quantkit.contracts import Architecture, Config, Format, Layout, Scheme, Ten
 from quantkit.errors import RecipeError
 from quantkit.plan.decisions import (
     Decision,
-    decide,
-    fp8_faults,
-    fused_faults,
-    held_by_fp8,
-    idle_rules,
-    in_blocks,
-    rule_faults,
-    storage_faults,
+    decide_all,
+    find_fp8_faults,
+    find_fused_faults,
+    find_idle_rules,
+    find_storage_faults,
+    find_unmatched_rules,
+    is_unscaled_for_fp8,
+    keep_fp8_blocks,
 )
-from quantkit.plan.match_checkpoint import MatchedLayout, claim, fp8_block, stored_bytes
-from quantkit.plan.memory import MemoryPlan, memory_plan
-from quantkit.plan.output_tensors import Kept, Shard, outputs, shards
-from quantkit.recipe.parse import preset
+from quantkit.plan.match_checkpoint import (
+    MatchedLayout,
+    compute_stored_bytes,
+    match_layout,
+    read_fp8_block_size,
+)
+from quantkit.plan.memory import MemoryPlan, plan_memory
+from quantkit.plan.output_tensors import KeptStorage, Shard, list_output_tensors, split_into_shards
+from quantkit.recipe.parse import expand_preset
 from quantkit.recipe.schema import Recipe, Rule
 
 
@@ -69,10 +74,12 @@ class Plan:
         return registry.format(self.format_name)
 
     @property
-    def kept(self) -> Kept:
+    def kept(self) -> KeptStorage:
         """How what is not quantized is stored."""
-        return Kept(
-            specs=self.specs, scale=self.format.fp8_scale, side=fp8_block(self.source.config)
+        return KeptStorage(
+            specs=self.specs,
+            scale=self.format.fp8_scale,
+            side=read_fp8_block_size(self.source.config),
         )
 
     @property
@@ -96,9 +103,9 @@ class Plan:
 
     def source_bytes(self, names: Iterable[str] | None = None) -> int:
         """Bytes of these logical source tensors as stored, scales included; of all of them without names."""
-        side = fp8_block(self.source.config)
+        side = read_fp8_block_size(self.source.config)
         return sum(
-            stored_bytes(self.specs[name], side)
+            compute_stored_bytes(self.specs[name], side)
             for name in (self.specs if names is None else names)
         )
 
@@ -138,7 +145,7 @@ def needs_calibration(decisions: Mapping[str, Decision]) -> bool:
     return any(registry.method(name).needs_stats for name in used)
 
 
-def architecture_of(config: Config) -> Architecture:
+def load_architecture(config: Config) -> Architecture:
     """The table of the model's family, or what can be proven of a model without one.
 
     Raises UsageError for a model type that nobody knows, CheckpointError for one of which no table can be derived.
@@ -153,22 +160,24 @@ def architecture_of(config: Config) -> Architecture:
     return derive.architecture(config)
 
 
-def claimed_of(source: SourceFacts) -> MatchedLayout:
+def match_source(source: SourceFacts) -> MatchedLayout:
     """What the source is made of: the same for every format, and for a family without a table seconds of proof.
 
     Raises as `architecture_of`, and CheckpointError when the tensors do not fit the architecture.
     """
-    return claim(architecture_of(source.config), source.config, source.specs, source.where)
+    return match_layout(load_architecture(source.config), source.config, source.specs, source.where)
 
 
-def rules_of(recipe: Recipe, architecture: Architecture) -> tuple[Rule, ...]:
+def resolve_rules(recipe: Recipe, architecture: Architecture) -> tuple[Rule, ...]:
     """The recipe's rules, or the preset its family calls for."""
     if recipe.rules is not None:
         return tuple(recipe.rules)
-    return preset("experts-only" if architecture.experts_only else "all-linear", recipe.quantize)
+    return expand_preset(
+        "experts-only" if architecture.experts_only else "all-linear", recipe.quantize
+    )
 
 
-def warnings_of(
+def collect_warnings(
     claimed: MatchedLayout,
     config: Config,
     recipe: Recipe,
@@ -185,7 +194,7 @@ def warnings_of(
         )
     if not any(decision.action == "quantize" for decision in decisions.values()):
         told.append("no linear is quantized: the artifact is a copy of the source")
-    told += fp8_warnings(claimed, format_name, decisions)
+    told += find_fp8_warnings(claimed, format_name, decisions)
     mtp = [b.name for b in claimed.layout.blocks if b.kind == "mtp"]
     if mtp and recipe.mtp == "quantize" and needs_calibration(decisions):
         told.append(
@@ -196,14 +205,14 @@ def warnings_of(
             f"mtp: {recipe.mtp}: the model has no multi-token-prediction layer, and the key changes nothing"
         )
     engines: dict[str, list[str]] = {}
-    for engine, why in unserved(
+    for engine, why in find_unsupported_engines(
         registry.format(format_name), config, claimed.layout, decisions
     ).items():
         engines.setdefault(why, []).append(engine)
     return told + [f"{', '.join(names)}: {why}" for why, names in engines.items()]
 
 
-def unserved(
+def find_unsupported_engines(
     output: Format, config: Config, layout: Layout, decisions: Mapping[str, Decision]
 ) -> Mapping[str, str]:
     """Engines that cannot load what these decisions make of a model in this format, and why."""
@@ -217,7 +226,7 @@ def unserved(
     return output.limits(config.text("model_type"), schemes, kept) if schemes else {}
 
 
-def fp8_warnings(
+def find_fp8_warnings(
     claimed: MatchedLayout, format_name: str, decisions: Mapping[str, Decision]
 ) -> list[str]:
     """FP8 weights that become BF16 although nobody asked for it, and inputs that FP8 weights keep from being scaled."""
@@ -233,7 +242,7 @@ def fp8_warnings(
         group.name
         for block in claimed.layout.blocks
         for group in block.groups
-        if held_by_fp8(block, group, decisions)
+        if is_unscaled_for_fp8(block, group, decisions)
     ]
     if held:
         told.append(
@@ -243,42 +252,44 @@ def fp8_warnings(
     return told
 
 
-def decided(
+def apply_rules(
     recipe: Recipe, source: SourceFacts, claimed: MatchedLayout, format_name: str
 ) -> tuple[tuple[Rule, ...], dict[str, Decision], list[str]]:
     """The rules, what they decide over every linear, and the recipe's faults that show by it."""
     output, rules, side = (
         registry.format(format_name),
-        rules_of(recipe, claimed.architecture),
-        fp8_block(source.config),
+        resolve_rules(recipe, claimed.architecture),
+        read_fp8_block_size(source.config),
     )
-    decisions = in_blocks(
-        decide(claimed.layout, rules, recipe, claimed.specs), claimed.specs, output
+    decisions = keep_fp8_blocks(
+        decide_all(claimed.layout, rules, recipe, claimed.specs), claimed.specs, output
     )
-    refusing = unserved(output, source.config, claimed.layout, decisions)
-    faults = rule_faults(rules, claimed.layout, recipe.name)
+    refusing = find_unsupported_engines(output, source.config, claimed.layout, decisions)
+    faults = find_unmatched_rules(rules, claimed.layout, recipe.name)
     faults += [
-        f"{recipe.name}: {fault}" for fault in storage_faults(decisions, output, format_name)
+        f"{recipe.name}: {fault}" for fault in find_storage_faults(decisions, output, format_name)
     ]
     faults += [
         f"{recipe.name}: {fault}"
-        for fault in fused_faults(claimed.layout, decisions, output, refusing)
+        for fault in find_fused_faults(claimed.layout, decisions, output, refusing)
     ]
     if side is not None:
         faults += [
             f"{recipe.name}: {fault}"
-            for fault in fp8_faults(claimed.layout, decisions, output, side)
+            for fault in find_fp8_faults(claimed.layout, decisions, output, side)
         ]
     return rules, decisions, faults
 
 
-def written(
+def list_written_tensors(
     source: SourceFacts, claimed: MatchedLayout, format_name: str, decisions: Mapping[str, Decision]
 ) -> list[TensorSpec]:
     """Every tensor of the artifact in writing order."""
     output = registry.format(format_name)
-    kept = Kept(specs=claimed.specs, scale=output.fp8_scale, side=fp8_block(source.config))
-    return outputs(claimed.layout, decisions, kept, output)
+    kept = KeptStorage(
+        specs=claimed.specs, scale=output.fp8_scale, side=read_fp8_block_size(source.config)
+    )
+    return list_output_tensors(claimed.layout, decisions, kept, output)
 
 
 def make_plan(
@@ -298,12 +309,12 @@ def make_plan(
 
     Raises RecipeError with every fault of the recipe.
     """
-    rules, decisions, faults = decided(recipe, source, claimed, format_name)
+    rules, decisions, faults = apply_rules(recipe, source, claimed, format_name)
     if needs_calibration(decisions) and recipe.calibration is None:
         faults.append(
             f"{recipe.where('calibration')}: calibration: method {recipe.quantize.method} needs a set, found none"
         )
-    memory = memory_plan(
+    memory = plan_memory(
         claimed.layout,
         decisions,
         budget_bytes=budget_bytes,
@@ -312,7 +323,7 @@ def make_plan(
         hidden_bytes=hidden_bytes,
     )
     if memory.needed_bytes > budget_bytes:
-        faults.append(f"{recipe.where('memory')}: memory: {memory_fault(memory)}")
+        faults.append(f"{recipe.where('memory')}: memory: {format_memory_fault(memory)}")
     if faults:
         raise RecipeError(faults)
     return Plan(
@@ -325,16 +336,18 @@ def make_plan(
         specs=claimed.specs,
         dropped=claimed.dropped,
         decisions=decisions,
-        shards=shards(written(source, claimed, format_name, decisions), recipe.output.shard_bytes),
+        shards=split_into_shards(
+            list_written_tensors(source, claimed, format_name, decisions), recipe.output.shard_bytes
+        ),
         memory=memory,
         warnings=(
-            *warnings_of(claimed, source.config, recipe, format_name, decisions),
-            *idle_rules(rules, decisions),
+            *collect_warnings(claimed, source.config, recipe, format_name, decisions),
+            *find_idle_rules(rules, decisions),
         ),
     )
 
 
-def memory_fault(memory: MemoryPlan) -> str:
+def format_memory_fault(memory: MemoryPlan) -> str:
     """Why the budget is too small, part by part; what is needed is rounded up, so that it suffices as printed."""
     parts = {
         "base": memory.base_bytes,

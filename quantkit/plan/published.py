@@ -9,7 +9,7 @@ from quantkit import registry
 from quantkit.contracts import Config
 
 
-def published(model: str) -> tuple[str, Config] | None:
+def find_published_config(model: str) -> tuple[str, Config] | None:
     """File and config that a family publishes for a hub id, shipped so that its plan needs no network."""
     folder = importlib.resources.files("quantkit.architectures") / "published"
     for name in registry.names("architectures"):
@@ -20,7 +20,7 @@ def published(model: str) -> tuple[str, Config] | None:
     return None
 
 
-def names() -> tuple[str, ...]:
+def list_published_models() -> tuple[str, ...]:
     """Every hub id whose config is shipped."""
     families = registry.names("architectures")
     return tuple(

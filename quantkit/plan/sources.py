@@ -12,14 +12,14 @@ from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import HubUnreachable, RecipeError, UsageError
 from quantkit.io import package_data
 from quantkit.io.host import memory_available, multiplies_bfloat16
-from quantkit.plan.plan import Plan, SourceFacts, claimed_of, make_plan
-from quantkit.plan.published import published
-from quantkit.recipe.schema import POOLED, Recipe
+from quantkit.plan.plan import Plan, SourceFacts, make_plan, match_source
+from quantkit.plan.published import find_published_config
+from quantkit.recipe.schema import POOLED_FIGURES, Recipe
 from quantkit.texts import task_files
 from quantkit.texts.corpus_files import most_sequences
 from quantkit.texts.corpus_spec import read_spec
 
-UNKNOWN_SEQUENCES = 1024
+ASSUMED_SEQUENCES = 1024
 """Sequences a plan assumes of a hub set that a recipe takes whole."""
 
 MEMORY_SHARE = 0.7
@@ -27,7 +27,7 @@ MEMORY_SHARE = 0.7
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compute:
+class ResolvedCompute:
     """Where blocks run and in which dtype, with `auto` resolved."""
 
     device: Literal["cpu", "cuda"]
@@ -40,7 +40,7 @@ class Compute:
         return 4 if "float32" in (self.dtype, self.calibration) else 2
 
 
-def compute(recipe: Recipe) -> Compute:
+def resolve_compute(recipe: Recipe) -> ResolvedCompute:
     """The recipe's words, or a GPU in bfloat16 where there is one and else the CPU in float32.
 
     The calibration stream takes bfloat16 on a CPU too, if it multiplies bfloat16 by itself.
@@ -61,16 +61,16 @@ def compute(recipe: Recipe) -> Compute:
     calibration = wanted.calibration
     if calibration == "auto":
         calibration = "bfloat16" if dtype == "bfloat16" or multiplies_bfloat16() else "float32"
-    return Compute(device=device, dtype=dtype, calibration=calibration)
+    return ResolvedCompute(device=device, dtype=dtype, calibration=calibration)
 
 
-def facts(recipe: Recipe) -> SourceFacts:
+def resolve_source_facts(recipe: Recipe) -> SourceFacts:
     """Headers of the source; for a hub model that cannot be reached, the config its family publishes."""
     model, revision = recipe.source.model, recipe.source.revision
     try:
         headers = hub.resolve_headers(model, revision)
     except HubUnreachable:
-        known = published(model)
+        known = find_published_config(model)
         if known is None:
             raise
         return SourceFacts(
@@ -91,7 +91,7 @@ def facts(recipe: Recipe) -> SourceFacts:
     )
 
 
-def facts_of(recipe: Recipe, source: Checkpoint, revision: str | None) -> SourceFacts:
+def make_source_facts(recipe: Recipe, source: Checkpoint, revision: str | None) -> SourceFacts:
     """What is known of a source whose files are here."""
     return SourceFacts(
         model=recipe.source.model,
@@ -103,30 +103,33 @@ def facts_of(recipe: Recipe, source: Checkpoint, revision: str | None) -> Source
     )
 
 
-def budget(recipe: Recipe) -> int:
+def resolve_memory_budget(recipe: Recipe) -> int:
     """Bytes of host memory a build may use."""
     return recipe.memory if recipe.memory is not None else int(MEMORY_SHARE * memory_available())
 
 
-def text_tokens(recipe: Recipe) -> dict[Literal["calibration", "fidelity"], int]:
+def bound_text_tokens(recipe: Recipe) -> dict[Literal["calibration", "fidelity"], int]:
     """Upper bounds of the streams, before a tokenizer is loaded: sequences times length, or the text's bytes.
 
     Gold solutions of the recipe's tasks run behind the fidelity text.
     """
-    calibration, fidelity = recipe.calibration if recipe.learns else None, recipe.fidelity
+    calibration, fidelity = (
+        recipe.calibration if recipe.needs_calibration else None,
+        recipe.fidelity,
+    )
     items = recipe.evaluation.likelihood * len(recipe.evaluation.tasks)
     solutions = items * fidelity.length if fidelity else 0  # of which most use a small part
     return {
-        "calibration": most_tokens(calibration.set, calibration.sequences, calibration.length)
+        "calibration": bound_set_tokens(calibration.set, calibration.sequences, calibration.length)
         if calibration
         else 0,
-        "fidelity": most_tokens(fidelity.set, fidelity.windows, fidelity.length) + solutions
+        "fidelity": bound_set_tokens(fidelity.set, fidelity.windows, fidelity.length) + solutions
         if fidelity
         else 0,
     }
 
 
-def most_tokens(name: str, sequences: int | None, length: int) -> int:
+def bound_set_tokens(name: str, sequences: int | None, length: int) -> int:
     """An upper bound of a set's tokens; a token has at least one byte. CalibrationError when there is no such set.
 
     The size of a set that is not here is not known: UNKNOWN_SEQUENCES are assumed.
@@ -137,7 +140,7 @@ def most_tokens(name: str, sequences: int | None, length: int) -> int:
     return (
         spec.file.stat().st_size
         if spec.file and spec.file.is_file()
-        else UNKNOWN_SEQUENCES * length
+        else ASSUMED_SEQUENCES * length
     )
 
 
@@ -150,9 +153,9 @@ def plan_recipe(
     """
     plans, faults = list[Plan](), list[str]()
     claimed, budget_bytes, hidden_bytes = (
-        claimed_of(source),
-        budget(recipe),
-        compute(recipe).hidden_bytes,
+        match_source(source),
+        resolve_memory_budget(recipe),
+        resolve_compute(recipe).hidden_bytes,
     )
     for name in recipe.format:
         try:
@@ -169,29 +172,32 @@ def plan_recipe(
             faults += error.faults
         else:
             plans.append(made)
-    faults += text_faults(recipe) + task_faults(recipe) + gate_faults(recipe)
+    faults += find_text_faults(recipe) + find_task_faults(recipe) + find_gate_faults(recipe)
     if faults:
         raise RecipeError(list(dict.fromkeys(faults)))
     return tuple(plans)
 
 
-def text_faults(recipe: Recipe) -> list[str]:
+def find_text_faults(recipe: Recipe) -> list[str]:
     """Sets from which more sequences are asked than they can give: known before a tokenizer is loaded."""
-    calibration, fidelity = recipe.calibration if recipe.learns else None, recipe.fidelity
+    calibration, fidelity = (
+        recipe.calibration if recipe.needs_calibration else None,
+        recipe.fidelity,
+    )
     found = list[str]()
     if calibration:
         wanted = calibration.sequences
-        found += too_many(
+        found += find_sequence_faults(
             recipe, ("calibration", "sequences"), calibration.set, wanted, calibration.length
         )
     if fidelity:
-        found += too_many(
+        found += find_sequence_faults(
             recipe, ("fidelity", "windows"), fidelity.set, fidelity.windows, fidelity.length
         )
     return found
 
 
-def too_many(
+def find_sequence_faults(
     recipe: Recipe, key: tuple[str, str], name: str, wanted: int | None, length: int
 ) -> list[str]:
     """The fault of asking a set for more sequences than it has; none where that is not known."""
@@ -204,7 +210,7 @@ def too_many(
     ]
 
 
-def task_faults(recipe: Recipe) -> list[str]:
+def find_task_faults(recipe: Recipe) -> list[str]:
     """Benchmarks that do not exist: known before hours are spent on the model they should judge."""
     where, known = recipe.where("evaluation", "tasks"), task_files.task_names()
     missing = [name for name in recipe.evaluation.tasks if not task_files.task_path(name).is_file()]
@@ -214,13 +220,13 @@ def task_faults(recipe: Recipe) -> list[str]:
     ]
 
 
-def gate_faults(recipe: Recipe) -> list[str]:
+def find_gate_faults(recipe: Recipe) -> list[str]:
     """Gates on a domain that the fidelity text does not have: they would never be judged."""
     text = recipe.fidelity
     asked = [
         figure
         for figure in recipe.gates
-        if figure.partition("@")[0] in POOLED
+        if figure.partition("@")[0] in POOLED_FIGURES
         and "@" in figure
         and figure not in recipe.evaluation.tasks
     ]

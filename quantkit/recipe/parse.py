@@ -13,13 +13,13 @@ from pydantic import BaseModel, ValidationError
 
 from quantkit import registry
 from quantkit.errors import RecipeError
-from quantkit.recipe.patterns import PRESETS, pattern_fault
-from quantkit.recipe.rewrite import rewritten
+from quantkit.recipe.patterns import PRESETS, find_pattern_fault
+from quantkit.recipe.rewrite import rewrite_yaml
 from quantkit.recipe.schema import (
     FIGURES,
-    MEASURED,
-    POOLED,
+    POOLED_FIGURES,
     SECTIONS,
+    STREAMED_FIGURES,
     Gate,
     Gates,
     Quantize,
@@ -27,30 +27,28 @@ from quantkit.recipe.schema import (
     Rule,
     RuleEntry,
 )
-from quantkit.recipe.validation_errors import sentence
+from quantkit.recipe.validation_errors import describe_fault
 from quantkit.recipe.yaml_document import (
-    NO_TEXT,
-    Document,
-    Path,
-    dotted,
-    not_text,
-    read,
-    shown,
-    value_of,
+    INVALID_TEXT,
+    KeyPath,
+    YamlDocument,
+    format_path,
+    is_invalid_text,
+    parse_document,
+    parse_value,
+    printable,
 )
 from quantkit.texts.corpus_spec import DOMAINS
-
-__all__ = ["Quantize", "Recipe", "Rule", "parse", "parse_gates", "preset", "with_overrides"]
 
 _RULE_SHAPE = "a rule is {match: PATTERN, quantize: default} or {match: PATTERN, keep: source}, or {preset: NAME}"
 
 
-def parse(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
+def parse_recipe(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
     """The recipe in `text`; RecipeError with every fault, in the order of the lines, otherwise.
 
     `name` is how messages call the file; `overrides` maps dotted keys to values ("output.path" -> "x") and wins.
     """
-    document, faults = _overridden(read(text, name), overrides)
+    document, faults = _overridden(parse_document(text, name), overrides)
     document = _spelled_out(document)
     check = _Check(document=document, faults=faults)
     recipe = check.model(
@@ -73,12 +71,12 @@ def parse(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
     return recipe
 
 
-def with_overrides(text: str, recipe: Recipe) -> str:
+def apply_overrides(text: str, recipe: Recipe) -> str:
     """`text`, the recipe's file, with what was set beside it written in: it makes the same artifact by itself.
 
     But for `Recipe.overrides`, where and in how much memory it is made.
     """
-    return rewritten(text, [_change(key, value) for key, value in recipe.overrides])
+    return rewrite_yaml(text, [_change(key, value) for key, value in recipe.overrides])
 
 
 def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
@@ -86,7 +84,7 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
 
     `tasks`: the benchmarks that the report to be judged has.
     """
-    document = _spelled_out(read(text, name))
+    document = _spelled_out(parse_document(text, name))
     check = _Check(document=document, faults=[])
     for key in document.values.keys() - Recipe.model_fields.keys():
         check.fault(
@@ -102,7 +100,7 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
     return found.gates
 
 
-def preset(name: str, default: Quantize, line: int | None = None) -> tuple[Rule, ...]:
+def expand_preset(name: str, default: Quantize, line: int | None = None) -> tuple[Rule, ...]:
     """The rules a preset stands for. `line` None: an architecture chose it and nobody wrote it, so it is optional."""
     return tuple(
         Rule(
@@ -126,24 +124,24 @@ _Model = TypeVar("_Model", bound=BaseModel)
 class _Check:
     """Turns parts of a document into models; `faults` (line, sentence) fills up on the way."""
 
-    document: Document
+    document: YamlDocument
     faults: list[tuple[int, str]]
 
-    def fault(self, path: Path, sentence: str) -> None:
+    def fault(self, path: KeyPath, sentence: str) -> None:
         """Note what is wrong with the value at `path`."""
         self.faults.append((
             self.document.line(path),
-            f"{self.document.where(path)}: {dotted(path)}: {sentence}",
+            f"{self.document.where(path)}: {format_path(path)}: {sentence}",
         ))
 
-    def model(self, model: type[_Model], values: object, path: Path) -> _Model | None:
+    def model(self, model: type[_Model], values: object, path: KeyPath) -> _Model | None:
         """`values` as a model, or None and its faults."""
         try:
             return model.model_validate(values)
         except ValidationError as error:
             for details in error.errors(include_url=False):
                 place = (*path, *(part for part in details["loc"] if part != "[key]"))
-                self.fault(place, sentence(place, details, _known(place[:-1])))
+                self.fault(place, describe_fault(place, details, _known(place[:-1])))
             return None
 
     def rules(self, written: object, default: Quantize) -> tuple[Rule, ...] | None:
@@ -164,7 +162,7 @@ class _Check:
             for rule in self.rule(item, ("rules", index), default)
         )
 
-    def rule(self, item: object, path: Path, default: Quantize) -> tuple[Rule, ...]:
+    def rule(self, item: object, path: KeyPath, default: Quantize) -> tuple[Rule, ...]:
         """One item of the list: one rule, or those of a preset; none when it has faults."""
         entry = self.model(RuleEntry, item, path)
         if entry is None:
@@ -178,9 +176,9 @@ class _Check:
         ):
             self.fault(path, _RULE_SHAPE)
             return ()
-        wrong = pattern_fault(entry.match)
+        wrong = find_pattern_fault(entry.match)
         if wrong:
-            self.fault((*path, "match"), shown(wrong, 200))
+            self.fault((*path, "match"), printable(wrong, 200))
             return ()
         scheme = default if entry.quantize == "default" else None
         if entry.quantize is not None and scheme is None:
@@ -192,16 +190,20 @@ class _Check:
         line = self.document.line(path)
         return (
             Rule(
-                label=dotted(path), line=line, match=entry.match, quantize=scheme, keep=entry.keep
+                label=format_path(path),
+                line=line,
+                match=entry.match,
+                quantize=scheme,
+                keep=entry.keep,
             ),
         )
 
-    def preset(self, name: str, path: Path, default: Quantize) -> tuple[Rule, ...]:
+    def preset(self, name: str, path: KeyPath, default: Quantize) -> tuple[Rule, ...]:
         """The rules of a preset that the recipe names."""
         if name not in PRESETS:
-            self.fault(path, registry.unknown("preset", shown(name), tuple(PRESETS)))
+            self.fault(path, registry.unknown("preset", printable(name), tuple(PRESETS)))
             return ()
-        return preset(name, default, self.document.line(path))
+        return expand_preset(name, default, self.document.line(path))
 
     def gates(self, gates: object, evaluation: object, fidelity: object) -> None:
         """Gates on figures that do not exist or that nothing measures, or bounded in a way that they do not have."""
@@ -213,11 +215,11 @@ class _Check:
             path = ("gates", figure)
             base, _, domain = str(figure).partition("@")
             of_part = domain in (
-                DOMAINS if base in POOLED else tasks if base == "likelihood" else ()
+                DOMAINS if base in POOLED_FIGURES else tasks if base == "likelihood" else ()
             )
             if figure not in (*FIGURES, *tasks) and not of_part:
                 self.fault(path, _unknown_figure(str(figure), tasks))
-            elif base in MEASURED and fidelity in (None, "none"):
+            elif base in STREAMED_FIGURES and fidelity in (None, "none"):
                 self.fault(
                     path,
                     "needs a fidelity text, found fidelity: none; name a set, or drop this gate",
@@ -237,7 +239,7 @@ class _Check:
                     self.fault(path, "expected a number; only size takes one such as 400GB")
 
 
-def _spelled_out(document: Document) -> Document:
+def _spelled_out(document: YamlDocument) -> YamlDocument:
     """The document with gates such as `kl_mean.max: 1` as `kl_mean: {max: 1}`; a bound given twice stays a fault."""
     gates = document.values.get("gates")
     if not isinstance(gates, dict):
@@ -261,17 +263,17 @@ def _spelled_out(document: Document) -> Document:
 def _unknown_figure(figure: str, tasks: Sequence[str]) -> str:
     """Why a gate names nothing, with what it may have meant."""
     base, at, domain = figure.partition("@")
-    if at and base in POOLED:
-        return registry.unknown("domain", shown(domain), DOMAINS)
+    if at and base in POOLED_FIGURES:
+        return registry.unknown("domain", printable(domain), DOMAINS)
     sentence = registry.unknown(
-        "figure or task of evaluation.tasks", shown(figure), (*FIGURES, *tasks)
+        "figure or task of evaluation.tasks", printable(figure), (*FIGURES, *tasks)
     )
     return f"{sentence} Of one domain: kl_mean@{DOMAINS[-1]}."
 
 
 def _overridden(
-    document: Document, overrides: Mapping[str, str]
-) -> tuple[Document, list[tuple[int, str]]]:
+    document: YamlDocument, overrides: Mapping[str, str]
+) -> tuple[YamlDocument, list[tuple[int, str]]]:
     faults: list[tuple[int, str]] = []
     for key, text in overrides.items():
         try:
@@ -281,22 +283,22 @@ def _overridden(
     return document, faults
 
 
-def _change(key: str, text: str) -> tuple[Path, object]:
+def _change(key: str, text: str) -> tuple[KeyPath, object]:
     """Path and value of an override; RecipeError when it is no text."""
     path = tuple(key.split("."))
-    if not_text(text):
-        raise RecipeError([f"override {shown(key)}: {NO_TEXT}"])
-    return path, text if _is_text(path) else value_of(text, f"override {shown(key)}")
+    if is_invalid_text(text):
+        raise RecipeError([f"override {printable(key)}: {INVALID_TEXT}"])
+    return path, text if _is_text(path) else parse_value(text, f"override {printable(key)}")
 
 
-def _is_text(path: Path) -> bool:
+def _is_text(path: KeyPath) -> bool:
     """Whether the key takes any text, so that an override of "123" or "[x]" stays what it is."""
     section = SECTIONS.get(str(path[0])) if len(path) == 2 else None
     field = section.model_fields.get(str(path[-1])) if section else None
     return field is not None and field.annotation is str
 
 
-def _known(path: Path) -> tuple[str, ...]:
+def _known(path: KeyPath) -> tuple[str, ...]:
     """The keys that may stand in the mapping at `path`."""
     model: type[BaseModel] = Recipe
     if path and path[-1] == "quantize":

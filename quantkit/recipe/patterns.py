@@ -14,7 +14,7 @@ import regex
 from quantkit.errors import UsageError
 
 MAX_PATTERN = 1000
-SECONDS = 2
+MATCH_SECONDS = 2
 """That a regular expression may take for one name; those of recipes take microseconds."""
 
 Action = Literal["quantize", "keep"]
@@ -27,7 +27,7 @@ PRESETS: Mapping[str, tuple[tuple[str, Action], ...]] = {
 """Preset -> (pattern, action) in order; quantize is the recipe's default scheme, keep is as stored in the source."""
 
 
-def pattern_fault(pattern: str) -> str | None:
+def find_pattern_fault(pattern: str) -> str | None:
     """One sentence why `pattern` cannot be used, or None."""
     if not pattern.removeprefix("re:").strip():
         return "an empty pattern matches nothing; write a glob such as '*.mlp.*' or 're:' and a regular expression"
@@ -48,33 +48,35 @@ def pattern_fault(pattern: str) -> str | None:
 
 
 @cache  # looked up for each of 45,000 linears
-def expression(text: str) -> regex.Pattern[str]:
+def compile_expression(text: str) -> regex.Pattern[str]:
     """A regular expression, compiled."""
     return regex.compile(text)
 
 
-def matches(pattern: str, module: str) -> bool:
+def matches_module(pattern: str, module: str) -> bool:
     """Whether the whole name matches: `re:` as a regular expression, otherwise as a case-sensitive glob.
 
     UsageError for an expression that takes too long.
     """
     if pattern.startswith("re:"):
         try:
-            return expression(pattern[3:]).fullmatch(module, timeout=SECONDS) is not None
+            return (
+                compile_expression(pattern[3:]).fullmatch(module, timeout=MATCH_SECONDS) is not None
+            )
         except TimeoutError:
             raise UsageError(
-                f"rules: {pattern!r}: expected to know within {SECONDS} seconds whether it matches {module!r}, found "
+                f"rules: {pattern!r}: expected to know within {MATCH_SECONDS} seconds whether it matches {module!r}, found "
                 "no answer; write it without repeats of repeats"
             ) from None
     return fnmatchcase(module, pattern)
 
 
-def names(pattern: str, module: str) -> bool:
+def names_module(pattern: str, module: str) -> bool:
     """Whether the pattern matches and spells out the module's last part, as '*.mlp.gate' does and '*.mlp.*' does not.
 
     In a regular expression the last part must stand as a whole word at an end of an alternative ('re:.*(gate|up)').
     """
-    if not matches(pattern, module):
+    if not matches_module(pattern, module):
         return False
     last = re.escape(module.rpartition(".")[2])
     if not pattern.startswith("re:"):

@@ -15,32 +15,38 @@ from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from quantkit.errors import RecipeError
-from quantkit.recipe.yaml_document import MAX_CHARACTERS, PARSER_FAULTS, Path, read, scalar
+from quantkit.recipe.yaml_document import (
+    MAX_CHARACTERS,
+    PARSER_FAULTS,
+    KeyPath,
+    parse_document,
+    parse_scalar,
+)
 
 
-def rewritten(text: str, changes: Sequence[tuple[Path, object]]) -> str:
+def rewrite_yaml(text: str, changes: Sequence[tuple[KeyPath, object]]) -> str:
     """`text`, which `document.read` takes, with values put at paths (keys only) one after the other.
 
     In a layout that ruamel would change it is the values alone; without changes it is `text` to the byte.
     """
     if not changes:
         return text
-    wanted = read(text, "")
+    wanted = parse_document(text, "")
     for path, value in changes:
         wanted = wanted.with_value(path, value)
     try:
-        layout = writer().load(text)
+        layout = make_yaml_writer().load(text)
         for path, value in changes:
-            put(layout, path, spelled(value))
-        found = dumped(layout)
-        if read(found, "").values == wanted.values:
+            set_value(layout, path, to_yaml_value(value))
+        found = dump_yaml(layout)
+        if parse_document(found, "").values == wanted.values:
             return found
     except (RecipeError, YAMLError, *PARSER_FAULTS):
         pass  # a date that no calendar has, say: text to `document`, an error to ruamel
-    return dumped(spelled(wanted.values))
+    return dump_yaml(to_yaml_value(wanted.values))
 
 
-def put(layout: CommentedMap, path: Path, value: object) -> None:
+def set_value(layout: CommentedMap, path: KeyPath, value: object) -> None:
     """Change a value, or add its key: first in its section, last in the document."""
     for key in path[:-1]:
         if not isinstance(layout.get(key), CommentedMap):
@@ -52,21 +58,21 @@ def put(layout: CommentedMap, path: Path, value: object) -> None:
         layout.insert(0, path[-1], value)
 
 
-def spelled(value: object) -> object:
+def to_yaml_value(value: object) -> object:
     """A value in texts that `scalar` reads as the same, quoted where plain text would be something else."""
     if isinstance(value, dict):
-        return CommentedMap((key, spelled(inner)) for key, inner in value.items())
+        return CommentedMap((key, to_yaml_value(inner)) for key, inner in value.items())
     if isinstance(value, list):
-        return [spelled(inner) for inner in value]
+        return [to_yaml_value(inner) for inner in value]
     if isinstance(value, str):
         plain = (
-            scalar(value) == value and value.isprintable()
+            parse_scalar(value) == value and value.isprintable()
         )  # YAML folds line breaks that Unicode knows, too
         return value if plain else DoubleQuotedScalarString(value)
     return "null" if value is None else str(value).lower()
 
 
-class PlainText(VersionedResolver):
+class PlainTextResolver(VersionedResolver):
     """Every scalar without quotes is text to ruamel."""
 
     @property
@@ -75,18 +81,18 @@ class PlainText(VersionedResolver):
         return {}
 
 
-def writer() -> YAML:
+def make_yaml_writer() -> YAML:
     """ruamel as it keeps quotes, long lines and the indentation of lists."""
     yaml = YAML()
-    yaml.Resolver = PlainText
+    yaml.Resolver = PlainTextResolver
     yaml.preserve_quotes = True
     yaml.width = MAX_CHARACTERS
     yaml.indent(mapping=2, sequence=4, offset=2)
     return yaml
 
 
-def dumped(layout: object) -> str:
+def dump_yaml(layout: object) -> str:
     """The text of a layout."""
     stream = io.StringIO()
-    writer().dump(layout, stream)
+    make_yaml_writer().dump(layout, stream)
     return stream.getvalue()

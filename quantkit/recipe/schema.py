@@ -25,30 +25,30 @@ from pydantic import (
 from quantkit import registry
 from quantkit.io.owned_dirs import own_folder
 from quantkit.recipe import patterns
-from quantkit.recipe.yaml_document import Document, shown
+from quantkit.recipe.yaml_document import YamlDocument, printable
 
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-POOLED: tuple[str, ...] = (
+POOLED_FIGURES: tuple[str, ...] = (
     "kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "ppl_source", "ppl_artifact", "ppl_ratio", "top1",
     "mean_delta_p", "rms_delta_p",
 )  # fmt: skip
 """Figures of the fidelity text: over all of it, or with "@math" behind the name over one of its domains."""
 
 FIGURES: tuple[str, ...] = (
-    *POOLED, "router_agreement", "block_error", "module_error", "module_output_error", "experts_uncalibrated",
+    *POOLED_FIGURES, "router_agreement", "block_error", "module_error", "module_output_error", "experts_uncalibrated",
     "fallbacks", "lost_items", "bits_per_weight", "size", "likelihood",
 )  # fmt: skip
 """What a gate may bound with min or max; a task of evaluation.tasks takes the others. report.gates reads them."""
 
-MEASURED = frozenset({*POOLED, "router_agreement", "block_error", "likelihood"})
+STREAMED_FIGURES = frozenset({*POOLED_FIGURES, "router_agreement", "block_error", "likelihood"})
 """Those that come from the streams behind the fidelity text."""
 
 _UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}  # fmt: skip
 
 
-def size_bytes(value: object) -> int:
+def parse_size(value: object) -> int:
     """Bytes of "64GB" (decimal), "512MiB" (binary) or a plain number; ValueError says what was expected."""
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     parts = (
@@ -57,13 +57,13 @@ def size_bytes(value: object) -> int:
         else None
     )
     if parts is None or parts[3] not in _UNITS:
-        found = f"'{shown(text)}'" if isinstance(text, str) else type(value).__name__
+        found = f"'{printable(text)}'" if isinstance(text, str) else type(value).__name__
         raise ValueError(
             f"expected a size such as 64GB, 512MiB or a number of bytes, found {found}"
         )
     total = int(Decimal(parts[1] + (parts[2] or "")) * _UNITS[parts[3]])
     if not 0 < total < 2**63:
-        raise ValueError(f"expected a size above 0 and below 8 EiB, found '{shown(str(text))}'")
+        raise ValueError(f"expected a size above 0 and below 8 EiB, found '{printable(str(text))}'")
     return total
 
 
@@ -93,7 +93,7 @@ def _absent(value: object) -> object:
 
 def _sized(value: object) -> object:
     """A bound on a size may be written as one: "400GB"."""
-    return float(size_bytes(value)) if isinstance(value, str) and value[:1].isdigit() else value
+    return float(parse_size(value)) if isinstance(value, str) and value[:1].isdigit() else value
 
 
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -103,7 +103,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Points = Annotated[float, Field(ge=0, le=100)]
 Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]  # a branch or a tag moves
-Size = Annotated[int, BeforeValidator(size_bytes)]
+Size = Annotated[int, BeforeValidator(parse_size)]
 Bound = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_sized)]
 MethodName = Annotated[str, AfterValidator(lambda name: _registered("methods", name))]
 FormatName = Annotated[
@@ -129,7 +129,7 @@ class Source(BaseModel):
     trust_remote_code: Commit | None = None  # the commit whose tokenizer may run code of its own
 
 
-OWN: Mapping[str, Mapping[str, object]] = {
+METHOD_DEFAULTS: Mapping[str, Mapping[str, object]] = {
     "gptq": {"rounding": "gptq"},
     "nf4": {
         "rounding": "nearest", "bits": 4, "group_size": 64, "symmetric": True, "scale_dtype": "auto",
@@ -156,7 +156,7 @@ class Quantize(BaseModel):
     def _own_values(cls, values: object) -> object:
         """What follows from the method need not be said twice."""
         return (
-            {**OWN.get(str(values.get("method")), {}), **values}
+            {**METHOD_DEFAULTS.get(str(values.get("method")), {}), **values}
             if isinstance(values, dict)
             else values
         )
@@ -164,7 +164,11 @@ class Quantize(BaseModel):
     def changed(self, changes: Mapping[str, object]) -> dict[str, object]:
         """These keys with the `changes` of a rule; what one method is by itself does not pass to another."""
         method = str(changes.get("method", self.method))
-        left = () if method == self.method else (*OWN.get(self.method, {}), *OWN.get(method, {}))
+        left = (
+            ()
+            if method == self.method
+            else (*METHOD_DEFAULTS.get(self.method, {}), *METHOD_DEFAULTS.get(method, {}))
+        )
         return {key: value for key, value in self.model_dump().items() if key not in left} | {
             **changes
         }
@@ -177,7 +181,9 @@ class Quantize(BaseModel):
                     f"double_quant is for method nf4, found method: {self.method}; leave it out, or set method: nf4"
                 )
             return self
-        fixed = {key: value for key, value in OWN["nf4"].items() if key != "double_quant"}
+        fixed = {
+            key: value for key, value in METHOD_DEFAULTS["nf4"].items() if key != "double_quant"
+        }
         wrong = {key: getattr(self, key) for key in fixed if getattr(self, key) != fixed[key]}
         if wrong:
             expected, found = (
@@ -221,11 +227,11 @@ class Rule(BaseModel):
 
     def matches(self, module: str) -> bool:
         """Whether the pattern matches the module's full dotted name."""
-        return patterns.matches(self.match, module)
+        return patterns.matches_module(self.match, module)
 
     def names(self, module: str) -> bool:
         """Whether the pattern also spells out the module's last part: what a protected role asks for."""
-        return patterns.names(self.match, module)
+        return patterns.names_module(self.match, module)
 
 
 class Calibration(BaseModel):
@@ -321,7 +327,7 @@ class Recipe(BaseModel):
     mtp: Literal["keep", "quantize", "drop"] = "keep"
     propagate: Literal["quantized", "original", "both"] = "quantized"
     compute: Compute = Compute()
-    _document: Document = PrivateAttr(default=Document(name="recipe", values={}, lines={}))
+    _document: YamlDocument = PrivateAttr(default=YamlDocument(name="recipe", values={}, lines={}))
     _overrides: tuple[tuple[str, str], ...] = PrivateAttr(default=())
 
     @property
@@ -351,7 +357,7 @@ class Recipe(BaseModel):
         )
 
     @property
-    def learns(self) -> bool:
+    def needs_calibration(self) -> bool:
         """Whether any method of the recipe learns from calibration text."""
         used = {
             self.quantize.method,
@@ -388,7 +394,7 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
 """What holds keys of its own: the sections, one rule, one gate."""
 
 
-def keys() -> tuple[str, ...]:
+def list_keys() -> tuple[str, ...]:
     """Every key, dotted: "version", "source.model", ..., "rules.match", "gates.max"."""
     found: list[str] = []
     for name in Recipe.model_fields:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pydantic_core import ErrorDetails
 
 from quantkit import registry
-from quantkit.recipe.yaml_document import Path, shown
+from quantkit.recipe.yaml_document import KeyPath, printable
 
 EXPECTED: Mapping[str, str] = {
     "int_type": "a whole number", "float_type": "a number", "string_type": "text", "bool_type": "true or false",
@@ -20,7 +20,7 @@ PATTERNS: Mapping[str, str] = {
 }
 
 
-def sentence(path: Path, details: ErrorDetails, known: Sequence[str]) -> str:
+def describe_fault(path: KeyPath, details: ErrorDetails, known: Sequence[str]) -> str:
     """What is wrong with the value at `path`, and what was found; `known`: the keys that may stand beside it."""
     kind, found, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "extra_forbidden":
@@ -50,10 +50,10 @@ def sentence(path: Path, details: ErrorDetails, known: Sequence[str]) -> str:
         if kind == "string_type" and isinstance(found, int | float)
         else ""
     )
-    return f"expected {expected}, found {found_told(found)}{hint}"
+    return f"expected {expected}, found {describe_value(found)}{hint}"
 
 
-def found_told(value: object) -> str:
+def describe_value(value: object) -> str:
     """How a message calls a value that was found."""
     if value is None:
         return "nothing"
@@ -61,4 +61,4 @@ def found_told(value: object) -> str:
         return str(value).lower()
     if isinstance(value, dict | list):
         return f"{'a' if value else 'an empty'} {'mapping' if isinstance(value, dict) else 'list'}"
-    return shown(str(value)) if isinstance(value, int | float) else f"'{shown(str(value))}'"
+    return printable(str(value)) if isinstance(value, int | float) else f"'{printable(str(value))}'"

@@ -28,12 +28,12 @@ from ruamel.yaml.events import (
 
 from quantkit.errors import RecipeError
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 MAX_CHARACTERS = 200_000
 MAX_DEPTH = 16
 MAX_DIGITS = 18
-NO_TEXT = "text must not contain NUL or half a surrogate pair"
+INVALID_TEXT = "text must not contain NUL or half a surrogate pair"
 
 _WORDS: Mapping[str, bool | None] = {
     "": None, "~": None, "null": None, "Null": None, "NULL": None,
@@ -52,29 +52,29 @@ PARSER_FAULTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Document:
+class YamlDocument:
     """Plain values (dict, list, str, int, float, bool, None), and the line of every key path; line 0 is an override."""
 
     name: str
     values: Mapping[str, object]
-    lines: Mapping[Path, int]
+    lines: Mapping[KeyPath, int]
 
-    def where(self, path: Path) -> str:
+    def where(self, path: KeyPath) -> str:
         """Where the nearest enclosing key was written: "recipe.yaml:14", or "override output.path"."""
         for end in range(len(path), 0, -1):
             line = self.lines.get(path[:end])
             if line is not None:
-                return f"{self.name}:{line}" if line else f"override {dotted(path[:end])}"
+                return f"{self.name}:{line}" if line else f"override {format_path(path[:end])}"
         return f"{self.name}:1"
 
-    def line(self, path: Path) -> int:
+    def line(self, path: KeyPath) -> int:
         """The line of the nearest enclosing key; 0 when that is an override."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.lines:
                 return self.lines[path[:end]]
         return 1
 
-    def with_value(self, path: Path, value: object) -> Document:
+    def with_value(self, path: KeyPath, value: object) -> YamlDocument:
         """A copy in which `path` (keys only) has another value; sections on the way are made where absent."""
         values: dict[str, object] = dict(self.values)
         inner = values
@@ -82,7 +82,7 @@ class Document:
             below = inner.get(str(key))
             if below is not None and not isinstance(below, dict):
                 raise RecipeError([
-                    f"override {dotted(path)}: {dotted(path[:depth])} is no mapping of keys"
+                    f"override {format_path(path)}: {format_path(path[:depth])} is no mapping of keys"
                 ])
             copied: dict[str, object] = dict(below or {})
             inner[str(key)] = copied
@@ -91,7 +91,7 @@ class Document:
         return replace(self, values=values, lines={**self.lines, path: 0})
 
 
-def read(text: str, name: str, kind: str = "recipe") -> Document:
+def parse_document(text: str, name: str, kind: str = "recipe") -> YamlDocument:
     """The mapping that `text` holds; RecipeError with every fault otherwise.
 
     Messages call the file `name` and say that a `kind` holds no such thing.
@@ -107,17 +107,17 @@ def read(text: str, name: str, kind: str = "recipe") -> Document:
         raise RecipeError([*reader.faults, *error.faults]) from None
     if reader.faults:
         raise RecipeError(reader.faults)
-    return Document(name=name, values=values, lines=reader.lines)
+    return YamlDocument(name=name, values=values, lines=reader.lines)
 
 
-def value_of(text: str, name: str) -> object:
+def parse_value(text: str, name: str) -> object:
     """The value of one override: `[..]` and `{..}` as YAML, anything else as one plain scalar."""
     if text.lstrip()[:1] in ("[", "{"):
-        return read(f"value: {text}", name).values["value"]
-    return scalar(text.strip())
+        return parse_document(f"value: {text}", name).values["value"]
+    return parse_scalar(text.strip())
 
 
-def scalar(text: str) -> str | int | float | bool | None:
+def parse_scalar(text: str) -> str | int | float | bool | None:
     """A plain scalar by the YAML 1.2 core schema; an integer of more than 18 digits stays text."""
     if text in _WORDS:
         return _WORDS[text]
@@ -132,18 +132,18 @@ def scalar(text: str) -> str | int | float | bool | None:
     return text
 
 
-def not_text(text: str) -> bool:
+def is_invalid_text(text: str) -> bool:
     """Whether no file in UTF-8 can hold this, or none should."""
     return "\0" in text or any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def dotted(path: Path) -> str:
+def format_path(path: KeyPath) -> str:
     """("rules", 0, "match") -> "rules[0].match"."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    return shown(text.removeprefix("."))
+    return printable(text.removeprefix("."))
 
 
-def shown(text: str, limit: int = 80) -> str:
+def printable(text: str, limit: int = 80) -> str:
     """Text that came from a user, safe inside a one-line message."""
     clean = text if text.isprintable() else repr(text)[1:-1]
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
@@ -161,15 +161,15 @@ def _events(text: str, name: str) -> Iterator[Event]:
             return
         except MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
-            problem = shown(error.problem or "it ends too early", 200)
+            problem = printable(error.problem or "it ends too early", 200)
             raise RecipeError([f"{name}:{line}: not valid YAML: {problem}"]) from None
         except YAMLError as error:
             raise RecipeError([
-                f"{name}: not valid YAML: {shown(_first_line(error), 200)}"
+                f"{name}: not valid YAML: {printable(_first_line(error), 200)}"
             ]) from None
         except PARSER_FAULTS as error:
             raise RecipeError([
-                f"{name}: not valid YAML: {shown(_first_line(error), 200)}"
+                f"{name}: not valid YAML: {printable(_first_line(error), 200)}"
             ]) from None
         yield event
 
@@ -185,7 +185,7 @@ class _Reader:
 
     name: str
     kind: str
-    lines: dict[Path, int]
+    lines: dict[KeyPath, int]
     faults: list[str]
 
     def document(self, events: Iterator[Event]) -> dict[str, object]:
@@ -214,7 +214,7 @@ class _Reader:
                 ])
         return values or {}
 
-    def value(self, event: Event, events: Iterator[Event], path: Path) -> object:
+    def value(self, event: Event, events: Iterator[Event], path: KeyPath) -> object:
         """Any node, at most MAX_DEPTH deep."""
         if len(path) > MAX_DEPTH:
             raise RecipeError([
@@ -232,7 +232,7 @@ class _Reader:
         return self.scalar(event) if isinstance(event, ScalarEvent) else None
 
     def mapping(
-        self, start: MappingStartEvent, events: Iterator[Event], path: Path
+        self, start: MappingStartEvent, events: Iterator[Event], path: KeyPath
     ) -> dict[str, object]:
         """The keys and values up to the end of the mapping."""
         self.plain(start)
@@ -247,14 +247,14 @@ class _Reader:
             here = (*path, key)
             if key in values:
                 self.fault(
-                    event, f"{dotted(here)}: written twice, first in line {self.lines[here]}"
+                    event, f"{format_path(here)}: written twice, first in line {self.lines[here]}"
                 )
             self.lines.setdefault(here, event.start_mark.line + 1)
             values[key] = self.value(next(events), events, here)
         return values
 
     def sequence(
-        self, start: SequenceStartEvent, events: Iterator[Event], path: Path
+        self, start: SequenceStartEvent, events: Iterator[Event], path: KeyPath
     ) -> list[object]:
         """The items up to the end of the list."""
         self.plain(start)
@@ -271,27 +271,27 @@ class _Reader:
         """A plain scalar by its looks; a quoted one as text."""
         self.plain(event)
         text = str(event.value)
-        if not_text(text):
-            self.fault(event, NO_TEXT)
-        return scalar(text) if event.implicit[0] else text
+        if is_invalid_text(text):
+            self.fault(event, INVALID_TEXT)
+        return parse_scalar(text) if event.implicit[0] else text
 
     def plain(self, event: NodeEvent) -> None:
         """Refuse what changes the meaning of a node from elsewhere."""
         if event.anchor:
             self.fault(
                 event,
-                f"anchors (&{shown(str(event.anchor))}) are not allowed in a {self.kind}; write the value out",
+                f"anchors (&{printable(str(event.anchor))}) are not allowed in a {self.kind}; write the value out",
             )
         tag = getattr(event, "tag", None)
         if tag is not None:
             self.fault(
                 event,
-                f"tags ({shown(str(tag))}) are not allowed in a {self.kind}; quote the value to make it text",
+                f"tags ({printable(str(tag))}) are not allowed in a {self.kind}; quote the value to make it text",
             )
 
     def scalar_found(self, event: Event) -> str:
         """How a message calls a node that is no mapping."""
-        return f"'{shown(event.value)}'" if isinstance(event, ScalarEvent) else "an alias"
+        return f"'{printable(event.value)}'" if isinstance(event, ScalarEvent) else "an alias"
 
     def fault(self, event: Event, sentence: str) -> None:
         """Note a fault at the line of an event."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from quantkit.artifact.fidelity_schema import Benchmark, Fidelity, GateResult
-from quantkit.recipe.schema import POOLED, Gate
+from quantkit.recipe.schema import POOLED_FIGURES, Gate
 from quantkit.report import format_numbers
 from quantkit.verify.report import status
 
@@ -51,7 +51,7 @@ def judged(gates: Mapping[str, Gate], fidelity: Fidelity) -> Fidelity:
 def _figure(figure: str, fidelity: Fidelity) -> Found:
     """The value of one of FIGURES, or of a domain's: see schema.FIGURES."""
     name, _, domain = figure.partition("@")
-    if name in POOLED:
+    if name in POOLED_FIGURES:
         return _pooled(name, domain or "all", fidelity)
     if name == "likelihood":
         return _likelihood(domain, fidelity)

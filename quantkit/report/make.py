@@ -19,8 +19,14 @@ from quantkit.evaluate.distribution import Measured
 from quantkit.formats.common.engine_names import UNFUSED, apart
 from quantkit.numerics.fidelity import Estimate
 from quantkit.plan.decisions import NO_RULE, Decision
-from quantkit.plan.plan import Plan, unserved
-from quantkit.plan.summary import bytes_after, kept_text, rules, scheme_text, source_dtype
+from quantkit.plan.plan import Plan, find_unsupported_engines
+from quantkit.plan.summary import (
+    compute_bytes_after,
+    format_kept_dtype,
+    format_scheme,
+    format_source_dtype,
+    summarize_rules,
+)
 from quantkit.texts.corpora import CorpusSet, Tokens
 
 TextName = Literal["calibration", "fidelity"]
@@ -81,8 +87,10 @@ def artifact(plan: Plan) -> fidelity_schema.Artifact:
     """What was made, in numbers and in words."""
     quantized = [decision for decision in plan.decisions.values() if decision.action == "quantize"]
     weights = sum(decision.linear.n_parameters for decision in quantized)
-    stored = sum(bytes_after(plan, decision) for decision in quantized)
-    refusing = unserved(plan.format, plan.source.config, plan.layout, plan.decisions)
+    stored = sum(compute_bytes_after(plan, decision) for decision in quantized)
+    refusing = find_unsupported_engines(
+        plan.format, plan.source.config, plan.layout, plan.decisions
+    )
     unfused = apart(spec.name for shard in plan.shards for spec in shard.tensors)
     return fidelity_schema.Artifact(
         name=PurePath(plan.path).name,
@@ -92,7 +100,7 @@ def artifact(plan: Plan) -> fidelity_schema.Artifact:
         bytes_source=plan.source_bytes(),
         bytes_artifact=plan.n_bytes,
         bits_per_weight=8 * stored / weights if weights else 16.0,
-        rules=tuple(rules(plan)),
+        rules=tuple(summarize_rules(plan)),
         roles=tuple(roles(plan)),
         serving=tuple(serving(plan, refusing, unfused)),
         notes=(
@@ -130,7 +138,7 @@ def schemes(quantized: Sequence[Decision]) -> list[str]:
     """ "awq, int4 g128 asymmetric, bfloat16 scales", one per scheme in use."""
     told = [
         f"{d.method}{'' if d.rounding in ('nearest', d.method) else f' + {d.rounding} rounding'}, "
-        f"{scheme_text(d.scheme)}, {'8-bit' if d.scheme.double_quant else d.scheme.scale_dtype} scales"
+        f"{format_scheme(d.scheme)}, {'8-bit' if d.scheme.double_quant else d.scheme.scale_dtype} scales"
         for d in quantized
         if d.scheme is not None
     ]
@@ -147,9 +155,9 @@ def roles(plan: Plan) -> list[fidelity_schema.Role]:
     for role, decisions in by_role.items():
         kept = [decision for decision in decisions if decision.action != "quantize"]
         stored = dict.fromkeys(
-            scheme_text(d.scheme)
+            format_scheme(d.scheme)
             if d.scheme
-            else ("dropped" if d.action == "drop" else kept_text(plan, d))
+            else ("dropped" if d.action == "drop" else format_kept_dtype(plan, d))
             for d in decisions
         )
         reasons = dict.fromkeys(why(d, patterns) for d in decisions)
@@ -191,7 +199,7 @@ def unpacked(plan: Plan, kept: Sequence[Decision]) -> str:
 
 def source(plan: Plan, licence: fidelity_schema.License | None) -> fidelity_schema.Source:
     """What the artifact is compared with."""
-    dtype = source_dtype(plan)
+    dtype = format_source_dtype(plan)
     return fidelity_schema.Source(
         model=plan.source.model,
         revision=plan.source.revision,
@@ -249,7 +257,7 @@ def module(record: ModuleRecord) -> fidelity_schema.Module:
         rule=record.rule,
         method=record.method,
         rounding=record.rounding,
-        scheme=scheme_text(record.scheme),
+        scheme=format_scheme(record.scheme),
         relative_error=record.relative_error,
         sqnr_db=record.sqnr_db,
         output_relative_error=record.output_error,

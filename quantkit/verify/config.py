@@ -10,7 +10,7 @@ from quantkit.contracts import Config
 from quantkit.errors import ArtifactError, CheckpointError, QuantkitError
 from quantkit.formats.common.checks import Codes, Loader, Treatment, by_codes
 from quantkit.formats.common.engine_names import HEAD, engine_names
-from quantkit.plan.match_checkpoint import claim
+from quantkit.plan.match_checkpoint import match_layout
 from quantkit.verify.contents import Found, config_contents
 
 SHOWN = 3
@@ -111,7 +111,9 @@ def model_faults(values: Mapping[str, object], found: Found) -> tuple[list[str],
                 [],
                 f"no table for model_type {model_type!r}: tensors were not compared with the model's shape",
             )
-        claimed = claim(registry.architecture(model_type), config, found.logical, "config.json")
+        claimed = match_layout(
+            registry.architecture(model_type), config, found.logical, "config.json"
+        )
     except (CheckpointError, QuantkitError) as fault:
         return [str(fault)], None
     except (

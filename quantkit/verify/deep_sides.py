@@ -17,7 +17,7 @@ from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.scan import scan
 from quantkit.contracts import Absorber, Block, Format, Layout, LinearGroup, Scheme, TensorSpec
 from quantkit.errors import ArtifactError, CheckpointError, UsageError
-from quantkit.plan.plan import architecture_of
+from quantkit.plan.plan import load_architecture
 from quantkit.verify.contents import parts_of, scheme_of
 
 
@@ -202,7 +202,7 @@ def open_sides(path: Path, source: str | None) -> Sides:
         format=registry.format(str(name)) if schemes else None,
         stored=Checkpoint.open(path),
         source=opened,
-        layout=architecture_of(opened.config).layout(opened.config),
+        layout=load_architecture(opened.config).layout(opened.config),
         modules=modules,
         schemes=schemes,
         blocks=blocks,

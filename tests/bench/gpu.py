@@ -30,7 +30,7 @@ from quantkit.methods import awq, gptq
 from quantkit.models import scaling
 from quantkit.numerics import awq_scales, coordinate_descent
 from quantkit.numerics import gptq as rounding
-from quantkit.plan.memory import BATCH_TOKENS, expert_bytes, solve_bytes
+from quantkit.plan.memory import BATCH_TOKENS, estimate_expert_bytes, estimate_solve_bytes
 
 BLOCKS = 58
 """MoE blocks of DeepSeek-V3."""
@@ -101,8 +101,8 @@ def wave_size(shape: Shape, device: torch.device) -> int:
     linear = Linear(
         name="x", out_features=shape.intermediate, in_features=shape.hidden, role="routed_expert"
     )
-    free = SHARE * torch.cuda.mem_get_info(device)[0] - solve_bytes([linear], True)
-    return max(1, min(shape.experts, int(free // expert_bytes(shape.block, True, True))))
+    free = SHARE * torch.cuda.mem_get_info(device)[0] - estimate_solve_bytes([linear], True)
+    return max(1, min(shape.experts, int(free // estimate_expert_bytes(shape.block, True, True))))
 
 
 def read(rows: int, columns: int, generator: torch.Generator) -> Tensor:

@@ -25,7 +25,7 @@ from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.io import package_data
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 
 METHODS = {
     "rtn": ("rtn", "nearest"),
@@ -62,7 +62,7 @@ def artifact(
     }  # fmt: skip
     if options.limit:
         keys["evaluation.limit"] = str(options.limit)
-    recipe = parse(text, options.recipe.name, keys)
+    recipe = parse_recipe(text, options.recipe.name, keys)
     (outcome,) = pipeline.run(
         recipe, text, overwrite=True, evaluate=True, planned=ignore, tell=ignore
     )

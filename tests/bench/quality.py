@@ -31,7 +31,7 @@ from quantkit.io.package_data import folder
 from quantkit.pipeline import run
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 
 ROWS = (("all-linear", 4), ("all-linear", 3), ("experts-only", 4), ("experts-only", 3))
 COLUMNS = {
@@ -121,7 +121,7 @@ def measure(place: Path, text: Path, column: str, row: tuple[str, int], seed: in
         "fidelity.set": str(text),
         "output.path": str(place / f"{column}{bits}-{rules}-{seed}"),
     }
-    recipe = parse(recipe_text, "tiny-v3-awq4.yaml", changes)
+    recipe = parse_recipe(recipe_text, "tiny-v3-awq4.yaml", changes)
     (outcome,) = run(
         recipe, recipe_text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
     )

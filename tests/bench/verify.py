@@ -27,7 +27,7 @@ from quantkit import registry
 from quantkit.artifact.layout import MANIFEST
 from quantkit.checkpoint.header import build_header, parse_header
 from quantkit.contracts import Config, Contents, Scheme, TensorSpec
-from quantkit.plan.match_checkpoint import expected
+from quantkit.plan.match_checkpoint import list_expected_tensors
 
 SCHEME = Scheme(bits=4, group_size=128, symmetric=False, scale_dtype="bfloat16")
 PIECE = 16 << 20
@@ -66,7 +66,7 @@ def write(folder: Path, format_name: str, n_bytes: int) -> None:
         layout = registry.architecture("llama").layout(Config(values=values))
         codes = [x for x in layout.linears if x.role in {"attention", "mlp"}]
         quantized = {f"{x.name}.weight" for x in codes}
-        claimed = expected(layout, Config(values=values)).values()
+        claimed = list_expected_tensors(layout, Config(values=values)).values()
         specs = [spec for spec in claimed if spec.name not in quantized]
         specs += [spec for linear in codes for spec in output.layout(linear, SCHEME)]
     names = {x.name for x in codes}

@@ -18,7 +18,7 @@ from quantkit.build.hidden_states import Routing
 from quantkit.build.spool import Spool
 from quantkit.contracts import Experts
 from quantkit.models.layers import tokens_for_expert
-from quantkit.plan.memory import expert_bytes
+from quantkit.plan.memory import estimate_expert_bytes
 
 EXPERTS, HIDDEN, INNER, TOKENS = 3, 32, 16, 90
 
@@ -122,5 +122,5 @@ def test_nearest_rounding_is_the_same_with_the_original_beside(
 
 def test_the_memory_of_an_expert_counts_its_crosses() -> None:
     names = Experts(module="x", router="y", count=8, top_k=2, hidden=HIDDEN, intermediate=INNER)
-    none, gram, both = (expert_bytes(names, True, grams) for grams in (0, 1, 2))
+    none, gram, both = (estimate_expert_bytes(names, True, grams) for grams in (0, 1, 2))
     assert gram - none == both - gram == 4 * (HIDDEN**2 + INNER**2)

@@ -27,7 +27,7 @@ from quantkit.checkpoint.tensors import ShardWriter
 from quantkit.errors import ArtifactError, QuantkitError, UsageError
 from quantkit.io.journal import Journal
 from quantkit.plan import plan
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 from quantkit.verify.shallow import verify
 
 SYMMETRIC = "{method: awq, rounding: gptq, bits: 4, group_size: 64, symmetric: true}"
@@ -50,7 +50,7 @@ def build(
     """Build a small recipe into `x` of the current folder; what is `told` of an earlier, interrupted build."""
     text, told = recipe_text(source, Path("x"), **{**SMALL, **keys}), [] if told is None else told
     pipeline.run(
-        parse(text, "r.yaml"), text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None,
+        parse_recipe(text, "r.yaml"), text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None,
         say=told.append, restart=restart,
     )  # fmt: skip
     return told

@@ -18,8 +18,8 @@ from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import NumericsError, RecipeError
 from quantkit.formats import compressed_tensors, gptq
 from quantkit.plan import sources
-from quantkit.plan.plan import architecture_of
-from quantkit.recipe.parse import parse
+from quantkit.plan.plan import load_architecture
+from quantkit.recipe.parse import parse_recipe
 from quantkit.verify.shallow import verify
 
 SYMMETRIC = "{method: awq, rounding: gptq, bits: 4, group_size: 64, symmetric: true}"
@@ -115,9 +115,11 @@ def test_faults_of_every_format_are_shown_once(source: Path, tmp_path: Path) -> 
     text = recipe_text(
         source, tmp_path / "x", format="[awq, gptq]", quantize="{bits: 4, group_size: 128}"
     )
-    recipe = parse(text, "r.yaml")
+    recipe = parse_recipe(text, "r.yaml")
     with pytest.raises(RecipeError) as caught:
-        sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))
+        sources.plan_recipe(
+            recipe, sources.resolve_source_facts(recipe), sources.bound_text_tokens(recipe)
+        )
     assert sum("symmetric: false" in fault for fault in caught.value.faults) == 1
     assert len(caught.value.faults) == len(set(caught.value.faults))
 
@@ -128,11 +130,18 @@ def test_a_family_is_looked_up_once_for_all_formats(
     """The proof of a family without a table takes seconds."""
     asked = []
     monkeypatch.setattr(
-        "quantkit.plan.plan.architecture_of",
-        lambda config: asked.append(config) or architecture_of(config),
+        "quantkit.plan.plan.load_architecture",
+        lambda config: asked.append(config) or load_architecture(config),
     )
-    recipe = parse(recipe_text(source, tmp_path / "x", format="[awq, dense]"), "r.yaml")
-    assert len(sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))) == 2
+    recipe = parse_recipe(recipe_text(source, tmp_path / "x", format="[awq, dense]"), "r.yaml")
+    assert (
+        len(
+            sources.plan_recipe(
+                recipe, sources.resolve_source_facts(recipe), sources.bound_text_tokens(recipe)
+            )
+        )
+        == 2
+    )
     assert len(asked) == 1
 
 
@@ -187,7 +196,7 @@ def test_a_plan_says_that_nothing_will_be_measured(source: Path) -> None:
 def test_a_gate_needs_something_that_measures_it(tmp_path: Path) -> None:
     text = recipe_text("builtin:tiny-v3", tmp_path, fidelity="none", gates="{kl_mean: {max: 0.1}}")
     with pytest.raises(RecipeError) as caught:
-        parse(text, "r.yaml")
+        parse_recipe(text, "r.yaml")
     assert caught.value.faults == (
         "r.yaml:10: gates.kl_mean: needs a fidelity text, found fidelity: none; name a set, or drop this gate",
     )

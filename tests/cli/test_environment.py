@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import recipe_text, tiny_config, write_checkpoint
-from support.command_line import fault, run
+from support.command_line import read_error, run
 
 from quantkit import pipeline
 from quantkit.errors import CheckpointError
 from quantkit.progress import Progress
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 from quantkit.verify.shallow import verify
 
 Record = Callable[[str, object], None]
@@ -207,7 +207,7 @@ def test_a_source_that_changes(
 
     with pytest.raises(CheckpointError, match="expected files that stay as they are"):
         pipeline.run(
-            parse(text, "r.yaml"), text, overwrite=False, evaluate=False, planned=lambda _: None, tell=tell
+            parse_recipe(text, "r.yaml"), text, overwrite=False, evaluate=False, planned=lambda _: None, tell=tell
         )  # fmt: skip
     assert changed and not output.exists()
     record_property("fault", f"source changed, {name}, at {stage}")
@@ -223,7 +223,7 @@ def test_a_source_that_was_only_touched(tmp_path: Path) -> None:
             os.utime(source / "model.safetensors")
 
     pipeline.run(
-        parse(text, "r.yaml"),
+        parse_recipe(text, "r.yaml"),
         text,
         overwrite=False,
         evaluate=False,
@@ -240,7 +240,7 @@ def test_the_message_of_a_faulty_disk(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(5, "Input/output error", "/somewhere/file")
 
     monkeypatch.setattr("quantkit.artifact.read_report.read_report", broken)
-    told = fault(run("report", tmp_path), 1)
+    told = read_error(run("report", tmp_path), 1)
     assert told.startswith(
         "/somewhere/file: the operating system refused: input/output error; check"
     )

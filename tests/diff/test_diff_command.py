@@ -14,7 +14,7 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 from scipy import stats
-from support.command_line import build, fault, run
+from support.command_line import build, read_error, run
 from support.constants import FAST
 
 from quantkit.diff.sides import SOLUTIONS
@@ -29,7 +29,7 @@ SOURCE = "builtin:tiny-v3"
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
     """Two artifacts with benchmarks: experts packed in 4 bits, and in 2 bits unpacked, which flips a few answers."""
     from quantkit import pipeline
-    from quantkit.recipe.parse import parse
+    from quantkit.recipe.parse import parse_recipe
 
     place = tmp_path_factory.mktemp("both")
     text = (folder("recipes") / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
@@ -47,7 +47,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
             }
             keys["evaluation.likelihood"] = "8"
             gates = {"gates": "{kl_mean: {max: 0.01}, tiny-v3-math: {margin_pp: 20}}"}
-            recipe = parse(text, "tiny-v3-awq4.yaml", {**keys, **gates, **changes})
+            recipe = parse_recipe(text, "tiny-v3-awq4.yaml", {**keys, **gates, **changes})
             pipeline.run(
                 recipe,
                 text,
@@ -204,7 +204,7 @@ def test_other_prompts_are_refused(both: tuple[Path, Path], tmp_path: Path) -> N
         column(path / BENCHMARKS, "prompt_hash", ["0" * 64, *hashes[1:]])
 
     other = resealed(both[1], tmp_path / "other", asked_otherwise)
-    message = fault(run("diff", both[0], other), 1)
+    message = read_error(run("diff", both[0], other), 1)
     assert message.startswith(
         "tiny-v3-math: the prompt of item 0 is not the same in four and other (prompt_hash differs)"
     )
@@ -225,7 +225,7 @@ def test_another_source_is_refused(both: tuple[Path, Path], tmp_path: Path) -> N
         (path / "quantkit/fidelity.json").write_text(json.dumps(report))
 
     other = resealed(both[1], tmp_path / "other", from_elsewhere)
-    assert "figures against different sources do not compare" in fault(
+    assert "figures against different sources do not compare" in read_error(
         run("diff", both[0], other), 1
     )
     told = json.loads(run("diff", both[0], other, "--partial", "--json").stdout)
@@ -234,7 +234,7 @@ def test_another_source_is_refused(both: tuple[Path, Path], tmp_path: Path) -> N
         and told["tensors"]
         and told["sizes"]
     )
-    message = fault(run("diff", SOURCE, other), 2)
+    message = read_error(run("diff", SOURCE, other), 2)
     assert message.startswith(
         f"{SOURCE}: expected other's source org/other (000000000000), found another model"
     )
@@ -243,7 +243,7 @@ def test_another_source_is_refused(both: tuple[Path, Path], tmp_path: Path) -> N
 def test_evidence_that_was_changed_is_refused(both: tuple[Path, Path], tmp_path: Path) -> None:
     other = Path(shutil.copytree(both[1], tmp_path / "other"))
     column(other / BENCHMARKS, "quant_score", [1.0] * 24)
-    assert fault(run("diff", both[0], other), 1).startswith(
+    assert read_error(run("diff", both[0], other), 1).startswith(
         f"{other / BENCHMARKS}: expected the file that"
     )
 
@@ -299,21 +299,27 @@ def test_damaged_evidence_is_named(
     both: tuple[Path, Path], tmp_path: Path, change: Callable[[Path], None], sentence: str
 ) -> None:
     """Also where the manifest agrees with it; never a traceback."""
-    assert sentence in fault(run("diff", both[0], resealed(both[1], tmp_path / "other", change)), 1)
+    assert sentence in read_error(
+        run("diff", both[0], resealed(both[1], tmp_path / "other", change)), 1
+    )
 
 
 def test_what_is_no_side(both: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.json").write_text("{}")
-    assert "expected an artifact or a fidelity.json among the two, found none" in fault(
+    assert "expected an artifact or a fidelity.json among the two, found none" in read_error(
         run("diff", SOURCE, SOURCE), 2
     )
-    assert "found a folder of none of them" in fault(run("diff", both[0], tmp_path / "empty"), 1)
-    assert "x.json: artifact: Field required" in fault(run("diff", both[0], tmp_path / "x.json"), 1)
-    message = fault(run("diff", both[0], tmp_path / "absent"), 2)
+    assert "found a folder of none of them" in read_error(
+        run("diff", both[0], tmp_path / "empty"), 1
+    )
+    assert "x.json: artifact: Field required" in read_error(
+        run("diff", both[0], tmp_path / "x.json"), 1
+    )
+    message = read_error(run("diff", both[0], tmp_path / "absent"), 2)
     assert f"or four's source {SOURCE}, found none" in message
     for options in (["--html", "--json"], ["--json", "--markdown"], ["--output", "x"]):
-        assert ": expected " in fault(run("diff", *both, *options), 2)
+        assert ": expected " in read_error(run("diff", *both, *options), 2)
 
 
 # -------------------------------------------------------------------------------------------------------------- runs
@@ -400,11 +406,11 @@ def test_scores_of_other_items_are_marked(shelf: Path) -> None:
 
 
 def test_what_cannot_be_listed(shelf: Path, tmp_path: Path) -> None:
-    assert "Did you mean 'kl'?" in fault(run("runs", shelf, "--sort", "kll"), 2)
-    assert "expected a folder of artifacts, found none" in fault(
+    assert "Did you mean 'kl'?" in read_error(run("runs", shelf, "--sort", "kll"), 2)
+    assert "expected a folder of artifacts, found none" in read_error(
         run("runs", tmp_path / "absent"), 2
     )
-    assert "expected a folder of artifacts, found an artifact" in fault(
+    assert "expected a folder of artifacts, found an artifact" in read_error(
         run("runs", shelf / "four"), 2
     )
 

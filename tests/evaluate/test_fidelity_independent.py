@@ -16,7 +16,7 @@ from support.whole_models import awq_weights, fp8_weights, whole_model
 
 from quantkit import pipeline
 from quantkit.io import package_data
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 from quantkit.texts import corpora
 
 AGREEMENT = 0.01
@@ -26,7 +26,7 @@ AGREEMENT = 0.01
 def test_streaming_figures_equal_whole_models(rules: str, tmp_path: Path) -> None:
     """KL, perplexity ratio, top-1 and delta-p of the demo's recipe, on all of its held-out text."""
     text = (package_data.folder("recipes") / "tiny-v3-awq4.yaml").read_text()
-    recipe = parse(
+    recipe = parse_recipe(
         text,
         "tiny-v3-awq4.yaml",
         {"output.path": str(tmp_path / "a"), "rules": rules, "calibration.sequences": "100"},

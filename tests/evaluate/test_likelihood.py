@@ -26,7 +26,7 @@ from quantkit.errors import RecipeError
 from quantkit.evaluate import likelihood, statistics, tasks
 from quantkit.io import package_data
 from quantkit.plan import sources
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 from quantkit.recipe.schema import Gate
 from quantkit.report import gates, tables
 from quantkit.texts.corpora import continued, load_tokenizer
@@ -41,7 +41,7 @@ def built(place: Path, **changes: str) -> pipeline.BuildResult:
         "quantize.method": "rtn", "quantize.rounding": "nearest", "fidelity.windows": "12",
         "gates.tiny-v3-math": "{min_score: 0}", "evaluation.likelihood": str(ITEMS), "output.path": str(place),
     }  # fmt: skip
-    recipe = parse(
+    recipe = parse_recipe(
         TEXT,
         "tiny-v3-awq4.yaml",
         keys | {key.replace("__", "."): text for key, text in changes.items()},
@@ -178,7 +178,7 @@ def test_worse_weights_make_gold_less_likely(outcome: pipeline.BuildResult, tmp_
 def test_nothing_is_scored_without_a_fidelity_text() -> None:
     keys = {"fidelity": "none", "gates": "{}", "output.path": "x"}
     texts = pipeline.tokenize(
-        parse(TEXT, "x.yaml", keys), package_data.resolve_model("builtin:tiny-v3")
+        parse_recipe(TEXT, "x.yaml", keys), package_data.resolve_model("builtin:tiny-v3")
     )
     assert texts.solutions.items == ()
     assert texts.counts()["fidelity"] == 0
@@ -222,7 +222,7 @@ def test_what_is_not_plain_is_lm_evals_to_make() -> None:
 def test_a_build_does_not_import_lm_eval(tmp_path: Path) -> None:
     """It would take 130 MB of the recipe's memory."""
     code = (
-        "import sys; from quantkit import pipeline; from quantkit.recipe.parse import parse;"
+        "import sys; from quantkit import pipeline; from quantkit.recipe.parse import parse_recipe;"
         "from quantkit.io import builtin; text = open(sys.argv[1]).read();"
         "found = pipeline.tokenize(parse(text, 'x'), builtin.resolve_model('builtin:tiny-v3'));"
         "assert len(found.solutions.items) == 128; assert not {'lm_eval', 'datasets'} & sys.modules.keys()"
@@ -319,28 +319,28 @@ def test_gates(
 
 
 def test_a_gate_names_a_task_of_the_recipe() -> None:
-    ok = parse(
+    ok = parse_recipe(
         TEXT, "x.yaml", {"gates": "{likelihood@tiny-v3-math: {min: -0.1}, likelihood: {min: -1}}"}
     )
     assert ok.gates["likelihood@tiny-v3-math"].min == -0.1
-    assert sources.gate_faults(ok) == []
+    assert sources.find_gate_faults(ok) == []
     for wrong, fault in (
         ("likelihood@gsm8k", "no figure or task"),
         ("kl_mean@tiny-v3-math", "no domain named"),
     ):
         with pytest.raises(RecipeError, match=fault):
-            parse(TEXT, "x.yaml", {"gates": f"{{{wrong}: {{min: 0}}}}"})
+            parse_recipe(TEXT, "x.yaml", {"gates": f"{{{wrong}: {{min: 0}}}}"})
 
 
 def test_a_plan_counts_the_solutions() -> None:
     counts = [
-        sources.text_tokens(parse(TEXT, "x.yaml", {"evaluation.likelihood": str(items)}))[
-            "fidelity"
-        ]
+        sources.bound_text_tokens(
+            parse_recipe(TEXT, "x.yaml", {"evaluation.likelihood": str(items)})
+        )["fidelity"]
         for items in (0, 10, 64)
     ]
     assert [count - counts[0] for count in counts] == [0, 2 * 10 * 512, 2 * 64 * 512]
-    recipe = parse(TEXT, "x.yaml", {"evaluation.likelihood": "64"})
+    recipe = parse_recipe(TEXT, "x.yaml", {"evaluation.likelihood": "64"})
     texts = pipeline.tokenize(recipe, package_data.resolve_model("builtin:tiny-v3"))
     assert texts.tokens["fidelity"].n_tokens < texts.counts()["fidelity"] <= counts[2]
 

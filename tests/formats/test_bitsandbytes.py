@@ -20,7 +20,7 @@ from support.builds import build
 from support.checkpoints import tiny_config, write_checkpoint
 from support.dequantized import Stored
 from support.format_examples import SELECTIONS, linear, model_modules
-from support.plans import plan_of
+from support.plans import plan_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -36,8 +36,9 @@ from quantkit.formats import bitsandbytes as nf4
 from quantkit.io import package_data
 from quantkit.methods.nf4 import METHOD
 from quantkit.numerics import nf4 as codebook
-from quantkit.plan.decisions import scheme_of
-from quantkit.recipe.parse import Quantize, parse
+from quantkit.plan.decisions import make_scheme
+from quantkit.recipe.parse import parse_recipe
+from quantkit.recipe.schema import Quantize
 from quantkit.verify.shallow import verify
 
 IDS = torch.arange(2, 66)[None]  # [1, 64]
@@ -322,12 +323,12 @@ KEYS = {"quantize": "{method: nf4}", "format": "bitsandbytes", "calibration": "n
 
 
 def test_the_plan_says_which_engines_do_not_load_experts() -> None:
-    experts, dense = plan_of("deepseek_v3", **KEYS), plan_of("llama", **KEYS)
+    experts, dense = plan_checkpoint("deepseek_v3", **KEYS), plan_checkpoint("llama", **KEYS)
     told = "transformers, vLLM, SGLang: no loader for routed experts in NF4; quantkit.load(folder) has one"
     assert told in experts.warnings and not any("NF4" in warning for warning in dense.warnings)
     assert not experts.needs_calibration
     attention = "[{match: '*.self_attn.*', quantize: default}, {match: '*', keep: source}]"
-    assert told not in plan_of("deepseek_v3", rules=attention, **KEYS).warnings
+    assert told not in plan_checkpoint("deepseek_v3", rules=attention, **KEYS).warnings
 
 
 @pytest.mark.parametrize(
@@ -335,7 +336,7 @@ def test_the_plan_says_which_engines_do_not_load_experts() -> None:
 )
 def test_the_dtype_of_the_source_is_noted(stored: str, told: str) -> None:
     """In the state of each linear, and as what engines compute in; FP8 blocks are read as bfloat16."""
-    found = scheme_of(Quantize(method="nf4"), stored)
+    found = make_scheme(Quantize(method="nf4"), stored)
     assert (found.source_dtype, found.scale_dtype, found.kind, found.double_quant) == (
         told,
         "float32",
@@ -345,22 +346,23 @@ def test_the_dtype_of_the_source_is_noted(stored: str, told: str) -> None:
     assert json.loads(nf4.state_text((64, 64), found, 0.1))["dtype"] == told
     entry = nf4.FORMAT.quantization_config(Contents(schemes={"model.layers.0.a": found}, kept=[]))
     assert entry is not None and entry["bnb_4bit_compute_dtype"] == told
-    assert scheme_of(Quantize(method="nf4"), "F8_E4M3").source_dtype == "bfloat16"
+    assert make_scheme(Quantize(method="nf4"), "F8_E4M3").source_dtype == "bfloat16"
 
 
 def test_an_mtp_layer_is_nothing_special_to_a_method_without_data() -> None:
     assert not any(
-        "mtp-rtn" in warning for warning in plan_of("deepseek_v3", mtp="quantize", **KEYS).warnings
+        "mtp-rtn" in warning
+        for warning in plan_checkpoint("deepseek_v3", mtp="quantize", **KEYS).warnings
     )
 
 
 def test_faults_of_a_recipe_for_nf4() -> None:
     with pytest.raises(RecipeError, match="found nf4; use format bitsandbytes"):
-        plan_of("llama", quantize="{method: nf4}", calibration="null")
+        plan_checkpoint("llama", quantize="{method: nf4}", calibration="null")
     with pytest.raises(
         RecipeError, match="group_size 64 does not divide 96 input features; keep this linear"
     ):
-        plan_of("llama", config={"intermediate_size": 96}, **KEYS)
+        plan_checkpoint("llama", config={"intermediate_size": 96}, **KEYS)
 
 
 def test_without_bitsandbytes_nothing_is_read(
@@ -536,7 +538,7 @@ def test_recipes_without_calibration(name: str, tmp_path: Path) -> None:
         "compute.device": "cpu",
         "output.path": str(tmp_path / "out"),
     }
-    recipe = parse(text, f"{name}.yaml", shorter)
+    recipe = parse_recipe(text, f"{name}.yaml", shorter)
     (outcome,) = pipeline.run(
         recipe,
         text,

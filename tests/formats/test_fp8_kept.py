@@ -27,7 +27,7 @@ from quantkit.models import full_model
 from quantkit.models.layers import meta_model
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan, SourceFacts
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 from quantkit.report import make
 from quantkit.verify.shallow import verify
 
@@ -170,7 +170,7 @@ def test_the_demo_in_fp8_end_to_end(tmp_path: Path) -> None:
     transformers rounds the inputs of FP8 layers to FP8, as engines do: that costs as much again, or twice as much.
     """
     text = (package_data.folder("recipes") / "tiny-v3-gptq4-fp8.yaml").read_text()
-    recipe = parse(
+    recipe = parse_recipe(
         text,
         "tiny-v3-gptq4-fp8.yaml",
         {"output.path": str(tmp_path / "a"), "compute.device": "cpu"},
@@ -362,8 +362,8 @@ def test_blocks_of_another_size_are_refused(tmp_path: Path) -> None:
         fingerprint=None,
         where="config.json",
     )
-    recipe = parse(
+    recipe = parse_recipe(
         recipe_text("x", tmp_path / "out", quantize=GPTQ, format="compressed_tensors"), "r.yaml"
     )
     with pytest.raises(RecipeError, match="read FP8 in blocks of 128 x 128, found 64 x 64"):
-        sources.plan_recipe(recipe, facts, sources.text_tokens(recipe))
+        sources.plan_recipe(recipe, facts, sources.bound_text_tokens(recipe))

@@ -35,7 +35,7 @@ from quantkit import pipeline
 from quantkit.cli.main import BOUNDED, REPRODUCIBLE
 from quantkit.io.host import multiplies_bfloat16
 from quantkit.io.package_data import folder
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 
 HERE = Path(__file__).resolve().parent
 RECORDS = HERE / "artifacts.json"
@@ -198,7 +198,7 @@ def hash_artifact(path: Path) -> dict[str, str]:
 def build_recipe(text: str, name: str, overrides: Mapping[str, str]) -> Hashes:
     """Build the artifacts of a recipe without benchmarks, and hash their files."""
     began = time.monotonic()
-    recipe = parse(text, f"{name}.yaml", {**overrides})
+    recipe = parse_recipe(text, f"{name}.yaml", {**overrides})
     outcomes = pipeline.run(
         recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None
     )

@@ -14,7 +14,7 @@ from quantkit.contracts import InputStats, Linear, Method, Quantized, ScaleDtype
 from quantkit.errors import NumericsError
 from quantkit.methods import awq
 from quantkit.numerics import affine, gram
-from quantkit.plan.memory import solve_bytes
+from quantkit.plan.memory import estimate_solve_bytes
 
 METHODS = tuple(
     name for name in registry.names("methods") if name != "nf4"
@@ -193,7 +193,7 @@ def test_no_method_holds_more_than_the_plan_counts(
     method, (weight, stats) = registry.method(name), problem(out, width, seed=4)
     chosen = scheme(4, group)
     linear = Linear(name="l", in_features=width, out_features=out, role="mlp")
-    counted = solve_bytes([linear], feedback=name == "gptq")
+    counted = estimate_solve_bytes([linear], feedback=name == "gptq")
     assert (
         peak_bytes(lambda: method.solve(weight, stats if method.needs_stats else None, chosen))
         <= counted

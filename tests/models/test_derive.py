@@ -26,7 +26,7 @@ from quantkit.models import derive, full_model, inspect, layout_checks
 from quantkit.models.layers import meta_model
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 from quantkit.verify import shallow
 
 SCALED = {
@@ -218,7 +218,7 @@ def test_plan_build_verify(model_type: str, tmp_path: Path) -> None:
 
 def build(text: str) -> pipeline.BuildResult:
     """A build without benchmarks."""
-    recipe = parse(text, "test.yaml")
+    recipe = parse_recipe(text, "test.yaml")
     [outcome] = pipeline.run(
         recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
     )
@@ -248,7 +248,7 @@ def test_the_reported_divergence_is_that_of_two_models_of_transformers(
         parameter,
     ) in artifact.named_parameters():  # a tied head is the embedding, and named once
         parameter.data.copy_(read(name))
-    tokens, lost = pipeline.tokenize(parse(text, "test.yaml"), folder).tokens["fidelity"], []
+    tokens, lost = pipeline.tokenize(parse_recipe(text, "test.yaml"), folder).tokens["fidelity"], []
     with torch.no_grad():
         for number in range(tokens.n_sequences):
             ids = tokens.sequence(number).long()[None]

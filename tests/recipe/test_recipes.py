@@ -16,7 +16,7 @@ from quantkit.checkpoint import hub
 from quantkit.cli.main import main
 from quantkit.contracts import Config
 from quantkit.errors import HubUnreachable
-from quantkit.plan.match_checkpoint import expected
+from quantkit.plan.match_checkpoint import list_expected_tensors
 from quantkit.plan.plan_schema import PlanSummary
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -86,7 +86,7 @@ def test_a_published_config_makes_the_model_that_transformers_makes(
     mtp = tuple(f"{block.name}." for block in layout.blocks if block.kind == "mtp")
     ours = {
         n: s.n_elements
-        for n, s in expected(layout, config).items()
+        for n, s in list_expected_tensors(layout, config).items()
         if not n.startswith(mtp or ("\0",))
     }
     values = {key: value for key, value in config.values.items() if key != "quantization_config"}

@@ -9,7 +9,7 @@ from typing import Any
 from xml.etree import ElementTree as Xml
 
 import pytest
-from support.command_line import build, fault, run
+from support.command_line import build, read_error, run
 from support.report_example import FIDELITY
 from support.report_variants import emptied, example
 
@@ -216,7 +216,7 @@ def test_a_domain_that_the_set_does_not_have_is_refused_before_the_build(tmp_pat
     assert run("plan", tmp_path / "x.yaml").exit_code == 0
     wrong = (tmp_path / "x.yaml").read_text().replace("tiny-v3-heldout", str(only_prose(tmp_path)))
     (tmp_path / "y.yaml").write_text(wrong)
-    message = fault(run("plan", tmp_path / "y.yaml"), 2)
+    message = read_error(run("plan", tmp_path / "y.yaml"), 2)
     assert "y.yaml:6: gates.kl_mean@math: no domain of" in message and "Known: prose." in message
 
 
@@ -321,7 +321,7 @@ def test_an_artifact_is_judged_anew_and_stays_as_it_is(built: Path, tmp_path: Pa
     result = run(
         "gate", built, "--gates", tmp_path / "strict.yaml", "--junit", tmp_path / "gates.xml"
     )
-    assert fault(result, 3).startswith("gate kl_mean <= 1e-09: found 0.000")
+    assert read_error(result, 3).startswith("gate kl_mean <= 1e-09: found 0.000")
     assert "rejected: 2 of 3 gates kept, 1 missed" in result.stdout
     assert [case.get("name") for case in valid((tmp_path / "gates.xml").read_bytes()).iter("testcase")] == [
         "kl_mean <= 1e-09", "kl_mean@math <= 1", "size <= 9.00 MB",
@@ -344,17 +344,19 @@ def test_the_recipes_own_gates_are_the_default(built: Path) -> None:
 
 def test_what_cannot_be_judged(built: Path, artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "typo.yaml").write_text("gates: {kl_maen: {max: 1}}")
-    assert "Did you mean 'kl_mean'?" in fault(
+    assert "Did you mean 'kl_mean'?" in read_error(
         run("gate", built, "--gates", tmp_path / "typo.yaml"), 2
     )
-    assert "absent.yaml: no such file" in fault(
+    assert "absent.yaml: no such file" in read_error(
         run("gate", built, "--gates", tmp_path / "absent.yaml"), 2
     )
-    assert "expected an artifact's folder, found none" in fault(run("gate", tmp_path / "absent"), 2)
-    assert "not an artifact of quantkit" in fault(run("gate", tmp_path), 1)
+    assert "expected an artifact's folder, found none" in read_error(
+        run("gate", tmp_path / "absent"), 2
+    )
+    assert "not an artifact of quantkit" in read_error(run("gate", tmp_path), 1)
     report = artifact / "quantkit/fidelity.json"
     report.write_text(report.read_text().replace('"kl_mean"', '"kl_mean" ', 1))
-    assert "expected the file that quantkit/manifest.json names, found another" in fault(
+    assert "expected the file that quantkit/manifest.json names, found another" in read_error(
         run("gate", artifact), 1
     )
 
@@ -362,7 +364,7 @@ def test_what_cannot_be_judged(built: Path, artifact: Path, tmp_path: Path) -> N
 def test_an_artifact_without_gates_says_so(tmp_path: Path) -> None:
     assert build(tmp_path / "a", "--junit", str(tmp_path / "b.xml"), gates="{}").exit_code == 0
     assert valid((tmp_path / "b.xml").read_bytes()).get("tests") == "0"
-    assert "its recipe has no gates; name a file" in fault(run("gate", tmp_path / "a"), 2)
+    assert "its recipe has no gates; name a file" in read_error(run("gate", tmp_path / "a"), 2)
 
 
 def test_a_build_writes_junit_also_when_a_gate_is_missed(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from quantkit.io.package_data import folder
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 from quantkit.serve.sizing import roofline
 from quantkit.serve.sizing.batch import RESERVE, RUNTIME_BYTES, STEP, advice, routed_bytes
 from quantkit.serve.sizing.fit import Fit, fits
@@ -31,7 +31,7 @@ def cards() -> GpuCatalog:
 @pytest.fixture(scope="module")
 def v3() -> Model:
     (found,) = recipe_models(
-        parse((folder("recipes") / "v3-gptq4-fp8.yaml").read_text(), "v3-gptq4-fp8")
+        parse_recipe((folder("recipes") / "v3-gptq4-fp8.yaml").read_text(), "v3-gptq4-fp8")
     )
     return found
 
@@ -210,7 +210,7 @@ def test_advice_fits_into_what_an_engine_leaves_and_shows_it(
 def test_a_step_holds_no_more_than_all_requests(cards: GpuCatalog) -> None:
     """10 users of 512 tokens were told 2,237,184."""
     (tiny,) = recipe_models(
-        parse((folder("recipes") / "tiny-v3-awq4.yaml").read_text(), "tiny-v3-awq4")
+        parse_recipe((folder("recipes") / "tiny-v3-awq4.yaml").read_text(), "tiny-v3-awq4")
     )
     for server in SERVERS:
         advised = advice(placed(tiny, cards.cards["rtx4090"], 512), server)

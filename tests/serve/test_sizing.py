@@ -14,7 +14,7 @@ from quantkit import registry
 from quantkit.contracts import Config
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.io.package_data import folder, resolve_model
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 from quantkit.serve.sizing.attention import attentions
 from quantkit.serve.sizing.fit import (
     NoFit,
@@ -55,7 +55,7 @@ def v3() -> Model:
 @cache
 def recipe_model(name: str) -> Model:
     text = (folder("recipes") / f"{name}.yaml").read_text()
-    (found,) = recipe_models(parse(text, name))
+    (found,) = recipe_models(parse_recipe(text, name))
     return found
 
 

@@ -9,7 +9,7 @@ from support.checkpoints import recipe_text
 from quantkit import pipeline
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 
 
 def ignore(_: Progress | Plan) -> None:
@@ -26,5 +26,10 @@ def build_all(folder: Path, output: Path, **keys: str) -> tuple[pipeline.BuildRe
     """The artifacts of a small recipe, one per format."""
     text = recipe_text(folder, output, **keys)
     return pipeline.run(
-        parse(text, "test.yaml"), text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
+        parse_recipe(text, "test.yaml"),
+        text,
+        overwrite=False,
+        evaluate=False,
+        planned=ignore,
+        tell=ignore,
     )

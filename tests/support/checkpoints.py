@@ -14,9 +14,9 @@ from quantkit.checkpoint.tensors import TORCH_DTYPES
 from quantkit.contracts import Config
 from quantkit.io.package_data import resolve_model
 from quantkit.plan import sources
-from quantkit.plan.match_checkpoint import STORED_AS_FP8, expected
+from quantkit.plan.match_checkpoint import FP8_ROLES, list_expected_tensors
 from quantkit.plan.plan import Plan
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 
 BLOCK = 128
 
@@ -34,10 +34,10 @@ def write_checkpoint(
     generator = torch.Generator().manual_seed(seed)
     layout = registry.architecture(str(config["model_type"])).layout(Config(values=config))
     fp8_names = (
-        {f"{x.name}.weight" for x in layout.linears if x.role in STORED_AS_FP8} if fp8 else set()
+        {f"{x.name}.weight" for x in layout.linears if x.role in FP8_ROLES} if fp8 else set()
     )
     tensors: dict[str, torch.Tensor] = {}
-    for name, spec in expected(layout, Config(values=config)).items():
+    for name, spec in list_expected_tensors(layout, Config(values=config)).items():
         if len(spec.shape) == 1 and name.endswith("norm.weight"):
             value = 1 + 0.2 * torch.randn(spec.shape, generator=generator)
         elif len(spec.shape) == 1:
@@ -96,6 +96,8 @@ def recipe_text(model: Path | str, output: Path, /, **keys: str) -> str:
 
 def planned(folder: Path, **keys: str) -> Plan:
     """The plan of `recipe_text` over the files of a checkpoint."""
-    recipe = parse(recipe_text(folder, folder.parent / "out", **keys), "r.yaml")
-    (plan,) = sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))
+    recipe = parse_recipe(recipe_text(folder, folder.parent / "out", **keys), "r.yaml")
+    (plan,) = sources.plan_recipe(
+        recipe, sources.resolve_source_facts(recipe), sources.bound_text_tokens(recipe)
+    )
     return plan

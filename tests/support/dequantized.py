@@ -14,7 +14,7 @@ from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Layout
 from quantkit.models import full_model
 from quantkit.models.layers import meta_model
-from quantkit.plan.plan import architecture_of
+from quantkit.plan.plan import load_architecture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Stored:
         name, schemes = stored_as(read_manifest(artifact), checkpoint, artifact)
         return Stored(
             checkpoint=checkpoint,
-            layout=architecture_of(checkpoint.config).layout(checkpoint.config),
+            layout=load_architecture(checkpoint.config).layout(checkpoint.config),
             read=full_model.reader(checkpoint, name, schemes),
             quantized=frozenset(schemes),
         )

@@ -46,7 +46,7 @@ from quantkit.cli.main import main
 from quantkit.errors import ArtifactError, QuantkitError
 from quantkit.formats.bitsandbytes import NF4_VALUES
 from quantkit.numerics import nf4
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 from quantkit.verify.shallow import verify
 
 SYMMETRIC = "{method: rtn, bits: 4, group_size: 64, symmetric: true}"
@@ -108,7 +108,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
                 else f"{{path: {output}}}"
             )
             text = recipe_text(source, output, fidelity="none", output=cut, **keys)
-            recipe = parse(text, "bad.yaml")
+            recipe = parse_recipe(text, "bad.yaml")
             pipeline.run(recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore)
         return output
 

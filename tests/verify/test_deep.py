@@ -36,7 +36,7 @@ from quantkit import pipeline
 from quantkit.artifact.layout import MANIFEST
 from quantkit.cli.main import main
 from quantkit.errors import ArtifactError, CheckpointError
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 from quantkit.verify.deep import SAID, DeepReport, verify_deep
 from quantkit.verify.deep_proofs import powers_of_two, prove_linear
 from quantkit.verify.deep_sides import open_sides
@@ -106,7 +106,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         if not output.exists():
             few = {"calibration": "{set: tiny-v3, sequences: 16, length: 64, min_expert_tokens: 1}"}
             text = recipe_text(source, output, fidelity="none", **few | keys)
-            recipe = parse(text, "deep.yaml")
+            recipe = parse_recipe(text, "deep.yaml")
             pipeline.run(recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore)
         return output
 

@@ -1,4 +1,4 @@
-"""One file per command of the program: the file's name is the command's, its COMMAND is what runs.
+"""One file per command of the program: the file's name is the command's, its `command` is what runs.
 
 All are loaded at every start: heavy imports belong into the functions.
 """

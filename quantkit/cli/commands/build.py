@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from quantkit.cli.console import ProgressBar, as_json_list, handle_errors, show
+from quantkit.cli.console import ProgressBar, handle_errors, print_json_list, show
 from quantkit.cli.options import JSON, JUNIT, SET, read_recipe
 from quantkit.errors import GateMissed
 
@@ -29,7 +29,7 @@ from quantkit.errors import GateMissed
 @JUNIT
 @JSON
 @handle_errors
-def COMMAND(
+def command(
     recipe: str,
     overrides: tuple[str, ...],
     overwrite: bool,
@@ -47,7 +47,7 @@ def COMMAND(
     """
     from quantkit.io.files import write_output
     from quantkit.pipeline import run
-    from quantkit.plan.summary import plan_summary
+    from quantkit.plan.summary import summarize_plan
     from quantkit.report.junit import junit as junit_bytes
     from quantkit.report.terminal import fidelities_view, plans_view
 
@@ -59,7 +59,7 @@ def COMMAND(
             overwrite=overwrite,
             evaluate=not skip_evaluation,
             planned=lambda plans: (
-                None if json_out else show(plans_view([plan_summary(made) for made in plans]))
+                None if json_out else show(plans_view([summarize_plan(made) for made in plans]))
             ),
             tell=meter.tell,
             restart=restart,
@@ -68,7 +68,7 @@ def COMMAND(
     if junit:
         write_output(junit, junit_bytes([outcome.fidelity for outcome in outcomes]))
     if json_out:
-        as_json_list([outcome.fidelity.model_dump(mode="json") for outcome in outcomes])
+        print_json_list([outcome.fidelity.model_dump(mode="json") for outcome in outcomes])
     else:
         show(fidelities_view([outcome.fidelity for outcome in outcomes]))
         for outcome in outcomes:

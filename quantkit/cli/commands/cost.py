@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from quantkit.cli.console import as_json, handle_errors, show
+from quantkit.cli.console import handle_errors, print_json, show
 from quantkit.cli.options import JSON
 from quantkit.errors import QuantkitError, UsageError
 
@@ -23,7 +23,7 @@ from quantkit.errors import QuantkitError, UsageError
 @click.option("--output", type=click.Path(path_type=Path), help="Write the page here.")
 @JSON
 @handle_errors
-def COMMAND(
+def command(
     assumptions: Path | None, defaults: bool, html_out: bool, output: Path | None, json_out: bool
 ) -> None:
     """Compare owned and rented cards with API prices per million tokens, each figure with its arithmetic.
@@ -61,7 +61,7 @@ def COMMAND(
     made = figures(found)
     moved, claimed = sensitivity(found), checked(found, made, name)
     if json_out:
-        as_json(tables.values(found, made, moved, claimed))
+        print_json(tables.values(found, made, moved, claimed))
     elif html_out:
         from quantkit.io.files import write_output
         from quantkit.serve.cost.page import render

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from quantkit.cli.console import as_json, handle_errors, printable, show
+from quantkit.cli.console import escape_controls, handle_errors, print_json, show
 from quantkit.cli.options import JSON
 from quantkit.errors import UsageError
 
@@ -31,7 +31,7 @@ from quantkit.errors import UsageError
 )
 @JSON
 @handle_errors
-def COMMAND(
+def command(
     a: str,
     b: str,
     markdown_out: bool,
@@ -65,13 +65,13 @@ def COMMAND(
     first, second = read_sides(a, b)
     found = compare(first, second, partial=partial)
     if json_out:
-        as_json(found.model_dump(mode="json"))
+        print_json(found.model_dump(mode="json"))
     elif markdown_out or html_out:
         from quantkit.diff.page import render
 
         text = render(found, first.tokens, second.tokens) if html_out else markdown_view(found)
         if output:
             write_output(output, text.encode())
-        click.echo(output or (text if html_out else printable(text)), nl=output is not None)
+        click.echo(output or (text if html_out else escape_controls(text)), nl=output is not None)
     else:
         show(terminal_view(found))

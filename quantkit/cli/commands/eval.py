@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from quantkit.cli.console import ProgressBar, as_json, handle_errors, show
+from quantkit.cli.console import ProgressBar, handle_errors, print_json, show
 from quantkit.cli.options import JSON
 from quantkit.errors import EvaluationError, UsageError
 
@@ -104,7 +104,7 @@ from quantkit.errors import EvaluationError, UsageError
 @click.option("--resume", is_flag=True, help="Go on with the answers that are there.")
 @JSON
 @handle_errors
-def COMMAND(  # noqa: PLR0913  # every one is an option
+def command(  # noqa: PLR0913  # every one is an option
     artifact: str, tasks: tuple[str, ...], backend: Any, endpoint: str | None, model: str | None, concurrency: int,
     tries: int, timeout: float, key_variable: str, engine: tuple[str, ...], native: bool, device_map: str, dtype: str,
     batch_size: int, limit: int | None, chat_template: bool, seeds: int, temperature: float, top_p: float,
@@ -155,7 +155,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
             who, names, setup, folder, source=source, baseline=baseline, tell=meter.tell
         )
     if json_out:
-        as_json(outcome.told)
+        print_json(outcome.told)
     else:
         show(*(table(made) for made in evaluation_tables.tables(outcome, setup)))
         click.echo(outcome.folder)

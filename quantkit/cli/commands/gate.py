@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from quantkit.cli.console import as_json, handle_errors, show
+from quantkit.cli.console import handle_errors, print_json, show
 from quantkit.cli.options import JSON, JUNIT, read_gates
 from quantkit.errors import GateMissed, UsageError
 
@@ -22,7 +22,7 @@ from quantkit.errors import GateMissed, UsageError
 @JUNIT
 @JSON
 @handle_errors
-def COMMAND(artifact: Path, gates_file: Path | None, junit: Path | None, json_out: bool) -> None:
+def command(artifact: Path, gates_file: Path | None, junit: Path | None, json_out: bool) -> None:
     """Judge an artifact's figures by other gates, or by its recipe's again. Changes nothing in the artifact.
 
     Exits with 3 when a gate is missed or cannot be judged, because its figure was never measured; a build with such a
@@ -44,7 +44,7 @@ def COMMAND(artifact: Path, gates_file: Path | None, junit: Path | None, json_ou
         write_output(junit, junit_bytes([found]))
     if json_out:
         results = [gate.model_dump(mode="json") for gate in found.gates]
-        as_json({
+        print_json({
             "artifact": str(artifact),
             "status": found.status,
             "built": report.status,

@@ -32,7 +32,7 @@ from quantkit.errors import UsageError
     help="Its requests at once; 0: the gateway's bound.",
 )
 @handle_errors
-def COMMAND(name: str, file: Path, priority: int, most: int) -> None:
+def command(name: str, file: Path, priority: int, most: int) -> None:
     """Make an API key, add its hash to a file, and print the key: once, it is stored nowhere.
 
     Example: quantkit key team-a --keys keys.json --priority 3 --most 8

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from quantkit.cli.console import as_json, handle_errors, show
+from quantkit.cli.console import handle_errors, print_json, show
 from quantkit.cli.options import JSON
 from quantkit.errors import UsageError
 
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page with plots there.")
 @JSON
 @handle_errors
-def COMMAND(  # noqa: PLR0913  # every one is an option
+def command(  # noqa: PLR0913  # every one is an option
     url: str, artifact: Path | None, data: str, concurrency: str, requests: int, seconds: float, max_tokens: int,
     stop_at_eos: bool, chat: bool, model: str, metrics: str, tokenizer: str, key_variable: str, guidellm: str,
     note: str, output: Path | None, html: Path | None, json_out: bool,
@@ -119,7 +119,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
             keep(run, artifact / LOADTEST, artifact / LOADTEST_PAGE)
     keep(run, output, html)
     if json_out:
-        as_json(run.model_dump(mode="json"))
+        print_json(run.model_dump(mode="json"))
     else:
         show(table(levels(run)))
 

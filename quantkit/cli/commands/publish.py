@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from quantkit.cli.console import ProgressBar, as_json, handle_errors
+from quantkit.cli.console import ProgressBar, handle_errors, print_json
 from quantkit.cli.options import DRY_RUN, JOBS, JSON, TRIES
 
 
@@ -25,7 +25,7 @@ from quantkit.cli.options import DRY_RUN, JOBS, JSON, TRIES
 @DRY_RUN
 @JSON
 @handle_errors
-def COMMAND(  # noqa: PLR0913  # every one is an option
+def command(  # noqa: PLR0913  # every one is an option
     artifact: Path, dest: str, force: bool, overwrite: bool, revision: str | None, private: bool, jobs: int,
     tries: int, dry_run: bool, json_out: bool,
 ) -> None:  # fmt: skip
@@ -53,7 +53,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
             artifact, dest, options, meter.tell, force=force, overwrite=overwrite, dry_run=dry_run
         )
     if json_out:
-        as_json({"artifact": str(artifact), "dry_run": dry_run, **done.values()})
+        print_json({"artifact": str(artifact), "dry_run": dry_run, **done.values()})
         return
     click.echo(
         f"{done.place}: {'would send' if dry_run else 'sent'} {len(done.files)} files, {size(done.n_bytes)}; "

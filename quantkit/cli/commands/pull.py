@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from quantkit.cli.console import ProgressBar, as_json, handle_errors
+from quantkit.cli.console import ProgressBar, handle_errors, print_json
 from quantkit.cli.options import DRY_RUN, JOBS, JSON, TRIES
 
 
@@ -21,7 +21,7 @@ from quantkit.cli.options import DRY_RUN, JOBS, JSON, TRIES
 @DRY_RUN
 @JSON
 @handle_errors
-def COMMAND(
+def command(
     src: str,
     folder: Path,
     overwrite: bool,
@@ -46,7 +46,7 @@ def COMMAND(
     with ProgressBar(sys.stderr.isatty() and not json_out) as meter:
         done = pull(src, folder, options, meter.tell, overwrite=overwrite, dry_run=dry_run)
     if json_out:
-        as_json({
+        print_json({
             "folder": str(folder),
             "dry_run": dry_run,
             "verified": not dry_run,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from quantkit.cli.console import as_json, handle_errors, show
+from quantkit.cli.console import handle_errors, print_json, show
 from quantkit.cli.options import JSON
 from quantkit.errors import UsageError
 
@@ -24,7 +24,7 @@ from quantkit.errors import UsageError
 )
 @JSON
 @handle_errors
-def COMMAND(artifact: Path, html_out: bool, output: Path | None, json_out: bool) -> None:
+def command(artifact: Path, html_out: bool, output: Path | None, json_out: bool) -> None:
     """Print an artifact's fidelity report again, or make its page again.
 
     Example: quantkit report artifacts/tiny-v3-awq4 --html --output review.html
@@ -40,10 +40,10 @@ def COMMAND(artifact: Path, html_out: bool, output: Path | None, json_out: bool)
         from quantkit.report.html import rebuild
 
         page = rebuild(artifact, output)
-        as_json({"html": str(page)}) if json_out else click.echo(page)
+        print_json({"html": str(page)}) if json_out else click.echo(page)
         return
     found = read_artifact(artifact)
     if json_out:
-        as_json(found.model_dump(mode="json"))
+        print_json(found.model_dump(mode="json"))
     else:
         show(fidelity_view(found))

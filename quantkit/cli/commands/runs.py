@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from quantkit.cli.console import as_json, handle_errors, show
+from quantkit.cli.console import handle_errors, print_json, show
 from quantkit.cli.options import JSON
 
 
@@ -21,7 +21,7 @@ from quantkit.cli.options import JSON
 @click.option("--reverse", is_flag=True, help="The worst first.")
 @JSON
 @handle_errors
-def COMMAND(folder: Path, column: str, reverse: bool, json_out: bool) -> None:
+def command(folder: Path, column: str, reverse: bool, json_out: bool) -> None:
     """List the artifacts in FOLDER with their key figures, and mark those that none beats in size and KL.
 
     The best comes first: the smallest size, bits, KL and perplexity ratio, the largest top-1 and score. What is broken
@@ -33,7 +33,7 @@ def COMMAND(folder: Path, column: str, reverse: bool, json_out: bool) -> None:
 
     found = runs.sort_runs(runs.read_runs(folder), column, reverse=reverse)
     if json_out:
-        as_json([run.values() for run in found])
+        print_json([run.values() for run in found])
         return
     made = [
         made for made in (runs.table(found), runs.scores(found), runs.faults(found)) if made.rows

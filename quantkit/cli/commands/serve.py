@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantkit.cli.console import as_json, handle_errors
+from quantkit.cli.console import handle_errors, print_json
 from quantkit.cli.options import JSON
 from quantkit.errors import UsageError
 
@@ -98,7 +98,7 @@ ENGINES = ["auto", "vllm", "sglang", "transformers"]
 )
 @JSON
 @handle_errors
-def COMMAND(  # noqa: PLR0913  # every one is an option
+def command(  # noqa: PLR0913  # every one is an option
     artifact: str, engine_flags: tuple[str, ...], engine: Any, dry_run: bool, context: int | None, users: int,
     gpu: str | None, kv: Any, host: str, port: int, name: str, chat_template: Path | None, docker: bool,
     kubernetes: bool, gateway: bool, limits: tuple[str, ...], keys: Path | None, fallback: tuple[str, ...],
@@ -163,7 +163,7 @@ def tell(text: str) -> None:
 def front_told(front: GatewayOptions, server: Upstream, json_out: bool) -> None:
     """The gateway that would stand before a server, on stdout."""
     if json_out:
-        as_json({"gateway": front.as_values(server)})
+        print_json({"gateway": front.as_values(server)})
     else:
         click.echo("\n".join(front.lines(server)))
 
@@ -189,7 +189,7 @@ def told(plan: Planned, front: GatewayOptions, json_out: bool) -> None:
 
     engine = engine_of(plan) if front.on else None
     if json_out:
-        as_json(as_values(plan) | ({"gateway": front.as_values(engine)} if engine else {}))
+        print_json(as_values(plan) | ({"gateway": front.as_values(engine)} if engine else {}))
         return
     for line in (*front.lines(engine), BEHIND, *plan.head) if engine else plan.head:
         comment(line)

@@ -43,7 +43,7 @@ FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 )
 @click.option("--overwrite", is_flag=True, help="Replace a signature.")
 @handle_errors
-def COMMAND(
+def command(
     artifact: Path,
     private_key: Path | None,
     certificate: Path | None,

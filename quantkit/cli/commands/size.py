@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from quantkit.cli.console import as_json, as_json_list, handle_errors, show
+from quantkit.cli.console import handle_errors, print_json, print_json_list, show
 from quantkit.cli.options import JSON, SET, read_recipe
 from quantkit.errors import UsageError
 
@@ -68,7 +68,7 @@ COMPARED_ON = "h100"
 @SET
 @JSON
 @handle_errors
-def COMMAND(
+def command(
     targets: tuple[str, ...],
     context: int | None,
     users: int,
@@ -123,7 +123,7 @@ def COMMAND(
     if compare:
         show_sides([(target, next(iter(by_card.values()))) for target, by_card in sides], json_out)
     elif json_out:
-        as_json_list([json_values(by_card, dated) for _, by_card in sides])
+        print_json_list([json_values(by_card, dated) for _, by_card in sides])
     else:
         for _, by_card in sides:
             show(*view(by_card, dated, in_full=gpu is not None))
@@ -209,7 +209,7 @@ def show_sides(found: Sequence[tuple[str, Fit]], json_out: bool) -> None:
         for target, fit in found
     ]
     if json_out:
-        as_json([
+        print_json([
             {
                 "model": model_values(side.fit.needs.model),
                 "needs": needs_values(side.fit.needs),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from quantkit.artifact.layout import SIGNATURE
-from quantkit.cli.console import as_json, handle_errors
+from quantkit.cli.console import handle_errors, print_json
 from quantkit.cli.options import JSON
 from quantkit.errors import UsageError
 from quantkit.verify.shallow import Verified, verify
@@ -61,7 +61,7 @@ INSIDE = "inside the artifact"
 @click.option("--identity-provider", help="The OpenID provider of that identity.")
 @JSON
 @handle_errors
-def COMMAND(
+def command(
     artifact: Path,
     deep: bool,
     sample: str,
@@ -111,7 +111,7 @@ def COMMAND(
             "signed_by": signer,
             **({"deep": deep_figures(proven)} if proven else {}),
         }
-        as_json({"artifact": str(artifact), "ok": True, **told})
+        print_json({"artifact": str(artifact), "ok": True, **told})
     else:
         show(found, signer, proven)
 

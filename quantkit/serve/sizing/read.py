@@ -18,8 +18,14 @@ from quantkit.errors import CheckpointError, RecipeError, UsageError
 from quantkit.io.files import read_json
 from quantkit.io.package_data import PREFIX, resolve_model
 from quantkit.plan import published
-from quantkit.plan.match_checkpoint import expected, fp8_block
-from quantkit.plan.plan import SourceFacts, architecture_of, claimed_of, decided, written
+from quantkit.plan.match_checkpoint import list_expected_tensors, read_fp8_block_size
+from quantkit.plan.plan import (
+    SourceFacts,
+    apply_rules,
+    list_written_tensors,
+    load_architecture,
+    match_source,
+)
 from quantkit.recipe.schema import Recipe
 from quantkit.serve.sizing.model import Layer, Model, ReadFrom, Weights
 from quantkit.serve.sizing.weight_bytes import weigh
@@ -49,12 +55,12 @@ def model_of(target: str, width: Width | None = None) -> Model:
         made = config_model(path)
     elif target.startswith(PREFIX):
         made = replace(stored_model(resolve_model(target)), name=target)
-    elif found := published.published(target):
+    elif found := published.find_published_config(target):
         made = planned_by_config(found[1], target)
     else:
         raise UsageError(
             f"{target}: expected an artifact, a recipe, a config.json or a hub id whose config ships with quantkit "
-            f"({', '.join(published.names()[:3])}, ...), found none of them; check the path, or fetch its config.json"
+            f"({', '.join(published.list_published_models()[:3])}, ...), found none of them; check the path, or fetch its config.json"
         )
     return made if width is None else assuming(made, width)
 
@@ -66,7 +72,7 @@ def stored_model(folder: Path) -> Model:
     told, name = scheme_of(config, shards.specs), folder.resolve().name
     if not tabled(config):
         return unknown(config, name, "headers", told, shards.specs.values())
-    layout = architecture_of(config).layout(config)
+    layout = load_architecture(config).layout(config)
     entry = config.values.get("quantization_config")
     by_row = any(word in str(entry) for word in ("'group_size': -1", "'channel'"))
     return weigh(
@@ -103,8 +109,8 @@ def planned_by_config(config: Config, name: str) -> Model:
         )
     if not tabled(config):
         return unknown(config, name, "config", "BF16")
-    layout, side = architecture_of(config).layout(config), fp8_block(config)
-    tensors = [*expected(layout, config).values()]
+    layout, side = load_architecture(config).layout(config), read_fp8_block_size(config)
+    tensors = [*list_expected_tensors(layout, config).values()]
     tensors += [scale for spec in tensors if (scale := scales_of(spec, side))]
     told = scheme_of(config, {spec.name: spec for spec in tensors})
     return weigh(layout, tensors, config, name=name, read_from="config", scheme=told)
@@ -144,13 +150,13 @@ def recipe_models(recipe: Recipe) -> tuple[Model, ...]:
     Raises RecipeError with the faults that a plan finds.
     """
     source = source_facts(recipe)
-    claimed, faults = claimed_of(source), list[str]()
+    claimed, faults = match_source(source), list[str]()
     found = []
     for format_name in recipe.format:
-        _, decisions, told = decided(recipe, source, claimed, format_name)
+        _, decisions, told = apply_rules(recipe, source, claimed, format_name)
         faults += told
         if not told:
-            tensors = written(source, claimed, format_name, decisions)
+            tensors = list_written_tensors(source, claimed, format_name, decisions)
             schemes = {decision.scheme for decision in decisions.values() if decision.scheme}
             found.append(
                 weigh(
@@ -199,7 +205,7 @@ def source_facts(recipe: Recipe) -> SourceFacts:
             fingerprint=None,
             where=str(folder),
         )
-    if known := published.published(model):
+    if known := published.find_published_config(model):
         return SourceFacts(
             model=model,
             revision=revision,
@@ -208,9 +214,11 @@ def source_facts(recipe: Recipe) -> SourceFacts:
             fingerprint=None,
             where=known[0],
         )
-    from quantkit.plan.sources import facts  # torch and the hub's client: seconds, and the network
+    from quantkit.plan.sources import (
+        resolve_source_facts,  # torch and the hub's client: seconds, and the network
+    )
 
-    return facts(recipe)
+    return resolve_source_facts(recipe)
 
 
 def scheme_of(config: Config, specs: Mapping[str, TensorSpec]) -> str:
@@ -221,7 +229,7 @@ def scheme_of(config: Config, specs: Mapping[str, TensorSpec]) -> str:
         return max(set(dtypes), key=dtypes.count) if dtypes else "no weights"
     method = str(entry.get("quant_method"))
     if method == "fp8":
-        return f"FP8 {side}x{side}" if (side := fp8_block(config)) else "FP8"
+        return f"FP8 {side}x{side}" if (side := read_fp8_block_size(config)) else "FP8"
     parts: list[object] = [entry]
     if isinstance(groups := entry.get("config_groups"), Mapping):  # compressed-tensors
         parts = [

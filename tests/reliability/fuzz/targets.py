@@ -192,11 +192,11 @@ def recipe(folder: Path) -> object:
 )
 def override(folder: Path) -> object:
     """--set KEY=VALUE, one a line; what is set is written into the text too."""
-    from quantkit.recipe.parse import parse, with_overrides
+    from quantkit.recipe.parse import apply_overrides, parse_recipe
 
     text = (folder / "overrides").read_bytes().decode("utf-8", errors="surrogateescape")
     pairs = dict(line.partition("=")[::2] for line in text.split("\n"))
-    return with_overrides(RECIPE, parse(RECIPE, "recipe.yaml", pairs))
+    return apply_overrides(RECIPE, parse_recipe(RECIPE, "recipe.yaml", pairs))
 
 
 @target(
@@ -242,11 +242,13 @@ def config(folder: Path) -> object:
 @cache
 def small_recipe() -> Recipe:
     """A recipe that fits every family."""
-    from quantkit.recipe.parse import parse
+    from quantkit.recipe.parse import parse_recipe
 
     text = "{version: 1, source: {model: m}, fidelity: none, output: {path: out}, memory: 64GB, format: dense, "
     text += "calibration: {set: tiny-v3, sequences: 2, length: 8}, "
-    return parse(text + "quantize: {method: gptq, group_size: 32}, compute: {device: cpu}}", "r")
+    return parse_recipe(
+        text + "quantize: {method: gptq, group_size: 32}, compute: {device: cpu}}", "r"
+    )
 
 
 @cache
@@ -507,11 +509,11 @@ def shown(report: object) -> None:
 
     from rich.console import Console
 
-    from quantkit.cli.console import Harmless
+    from quantkit.cli.console import EscapedRenderable
     from quantkit.report.terminal import fidelity_view
 
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    Console(file=out, width=100).print(Harmless(fidelity_view(report)))  # type: ignore[arg-type]
+    Console(file=out, width=100).print(EscapedRenderable(fidelity_view(report)))  # type: ignore[arg-type]
     out.flush()
     raw: bytes = out.buffer.getvalue()  # type: ignore[attr-defined]
     assert not any(character < 32 and character != 10 for character in raw), (
@@ -644,9 +646,9 @@ def attempt(action: Callable[[], object]) -> str | None:
 
 def check_message(message: str) -> None:
     """A sentence, or a few of them line by line, as the command line shows them."""
-    from quantkit.cli.console import sentence
+    from quantkit.cli.console import format_message
 
-    message = sentence(message)
+    message = format_message(message)
     assert message.strip(), "an error without words"
     message.encode()
     lines = message.split("\n")
