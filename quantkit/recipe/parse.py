@@ -1,6 +1,7 @@
 """A recipe's text -> Recipe, or every fault of it at once. Pure: files are read by the caller.
 
-A value is never guessed: an unknown key, a wrong type or a name that does not exist is a fault with file and line.
+A value is never guessed: an unknown key, a wrong type or a name that does not exist is a fault with
+file and line.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ _RULE_SHAPE = "a rule is {match: PATTERN, quantize: default} or {match: PATTERN,
 def parse_recipe(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
     """The recipe in `text`; RecipeError with every fault, in the order of the lines, otherwise.
 
-    `name` is how messages call the file; `overrides` maps dotted keys to values ("output.path" -> "x") and wins.
+    `name` is how messages call the file; `overrides` maps dotted keys to values ("output.path" ->
+    "x") and wins.
     """
     document, faults = _overridden(parse_document(text, name), overrides)
     document = _spelled_out(document)
@@ -72,7 +74,8 @@ def parse_recipe(text: str, name: str, overrides: Mapping[str, str] = {}) -> Rec
 
 
 def apply_overrides(text: str, recipe: Recipe) -> str:
-    """`text`, the recipe's file, with what was set beside it written in: it makes the same artifact by itself.
+    """`text`, the recipe's file, with what was set beside it written in: it makes the same artifact
+    by itself.
 
     But for `Recipe.overrides`, where and in how much memory it is made.
     """
@@ -80,7 +83,8 @@ def apply_overrides(text: str, recipe: Recipe) -> str:
 
 
 def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
-    """The `gates:` of a YAML file, which may be a whole recipe; RecipeError with every fault of them.
+    """The `gates:` of a YAML file, which may be a whole recipe; RecipeError with every fault of
+    them.
 
     `tasks`: the benchmarks that the report to be judged has.
     """
@@ -101,7 +105,9 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
 
 
 def expand_preset(name: str, default: Quantize, line: int | None = None) -> tuple[Rule, ...]:
-    """The rules a preset stands for. `line` None: an architecture chose it and nobody wrote it, so it is optional."""
+    """The rules a preset stands for. `line` None: an architecture chose it and nobody wrote it, so
+    it is optional.
+    """
     return tuple(
         Rule(
             label=f"{name}[{index}]",
@@ -115,7 +121,7 @@ def expand_preset(name: str, default: Quantize, line: int | None = None) -> tupl
     )
 
 
-# ------------------------------------------------------------------------------------------------------- the parts
+# ---------------------------------------------------------------------------------------- the parts
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -206,7 +212,9 @@ class _Check:
         return expand_preset(name, default, self.document.line(path))
 
     def gates(self, gates: object, evaluation: object, fidelity: object) -> None:
-        """Gates on figures that do not exist or that nothing measures, or bounded in a way that they do not have."""
+        """Gates on figures that do not exist or that nothing measures, or bounded in a way that
+        they do not have.
+        """
         listed = evaluation.get("tasks") if isinstance(evaluation, dict) else None
         tasks = (
             [task for task in listed if isinstance(task, str)] if isinstance(listed, list) else []
@@ -240,7 +248,9 @@ class _Check:
 
 
 def _spelled_out(document: YamlDocument) -> YamlDocument:
-    """The document with gates such as `kl_mean.max: 1` as `kl_mean: {max: 1}`; a bound given twice stays a fault."""
+    """The document with gates such as `kl_mean.max: 1` as `kl_mean: {max: 1}`; a bound given twice
+    stays a fault.
+    """
     gates = document.values.get("gates")
     if not isinstance(gates, dict):
         return document

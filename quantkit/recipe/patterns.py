@@ -24,7 +24,9 @@ PRESETS: Mapping[str, tuple[tuple[str, Action], ...]] = {
     "all-linear": (("*", "quantize"),),
     "attention-source": (("*.self_attn.*", "keep"), ("*", "quantize")),
 }
-"""Preset -> (pattern, action) in order; quantize is the recipe's default scheme, keep is as stored in the source."""
+"""Preset -> (pattern, action) in order; quantize is the recipe's default scheme, keep is as stored
+in the source.
+"""
 
 
 def find_pattern_fault(pattern: str) -> str | None:
@@ -54,7 +56,8 @@ def compile_expression(text: str) -> regex.Pattern[str]:
 
 
 def matches_module(pattern: str, module: str) -> bool:
-    """Whether the whole name matches: `re:` as a regular expression, otherwise as a case-sensitive glob.
+    """Whether the whole name matches: `re:` as a regular expression, otherwise as a case-sensitive
+    glob.
 
     UsageError for an expression that takes too long.
     """
@@ -65,16 +68,19 @@ def matches_module(pattern: str, module: str) -> bool:
             )
         except TimeoutError:
             raise UsageError(
-                f"rules: {pattern!r}: expected to know within {MATCH_SECONDS} seconds whether it matches {module!r}, found "
+                f"rules: {pattern!r}: expected to know within {MATCH_SECONDS} seconds whether it "
+                f"matches {module!r}, found "
                 "no answer; write it without repeats of repeats"
             ) from None
     return fnmatchcase(module, pattern)
 
 
 def names_module(pattern: str, module: str) -> bool:
-    """Whether the pattern matches and spells out the module's last part, as '*.mlp.gate' does and '*.mlp.*' does not.
+    """Whether the pattern matches and spells out the module's last part, as '*.mlp.gate' does and
+    '*.mlp.*' does not.
 
-    In a regular expression the last part must stand as a whole word at an end of an alternative ('re:.*(gate|up)').
+    In a regular expression the last part must stand as a whole word at an end of an alternative
+    ('re:.*(gate|up)').
     """
     if not matches_module(pattern, module):
         return False

@@ -1,6 +1,8 @@
-"""A document's text with some of its values changed: comments, order and all else stay as they were written.
+"""A document's text with some of its values changed: comments, order and all else stay as they were
+written.
 
-ruamel.yaml keeps the layout; what a scalar means is left to `document.scalar`, so that both read the same.
+ruamel.yaml keeps the layout; what a scalar means is left to `document.scalar`, so that both read
+the same.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ from quantkit.recipe.yaml_document import (
 
 
 def rewrite_yaml(text: str, changes: Sequence[tuple[KeyPath, object]]) -> str:
-    """`text`, which `document.read` takes, with values put at paths (keys only) one after the other.
+    """`text`, which `document.read` takes, with values put at paths (keys only) one after the
+    other.
 
-    In a layout that ruamel would change it is the values alone; without changes it is `text` to the byte.
+    In a layout that ruamel would change it is the values alone; without changes it is `text` to the
+    byte.
     """
     if not changes:
         return text
@@ -59,7 +63,9 @@ def set_value(layout: CommentedMap, path: KeyPath, value: object) -> None:
 
 
 def to_yaml_value(value: object) -> object:
-    """A value in texts that `scalar` reads as the same, quoted where plain text would be something else."""
+    """A value in texts that `scalar` reads as the same, quoted where plain text would be something
+    else.
+    """
     if isinstance(value, dict):
         return CommentedMap((key, to_yaml_value(inner)) for key, inner in value.items())
     if isinstance(value, list):

@@ -21,7 +21,9 @@ PATTERNS: Mapping[str, str] = {
 
 
 def describe_fault(path: KeyPath, details: ErrorDetails, known: Sequence[str]) -> str:
-    """What is wrong with the value at `path`, and what was found; `known`: the keys that may stand beside it."""
+    """What is wrong with the value at `path`, and what was found; `known`: the keys that may stand
+    beside it.
+    """
     kind, found, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "extra_forbidden":
         return (

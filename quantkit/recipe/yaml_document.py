@@ -1,8 +1,9 @@
-"""YAML as a recipe, or what else people write, may use it: one mapping of plain values, with the line of every key.
+"""YAML as a recipe, or what else people write, may use it: one mapping of plain values, with the
+line of every key.
 
-YAML 1.2 core schema, read through ruamel.yaml's event stream. What makes YAML surprising is refused and not
-interpreted: anchors, aliases, tags, directives, duplicate keys, several documents, NUL and lone surrogates, and input
-too large or too deep to be a recipe. Pure: text in, values out.
+YAML 1.2 core schema, read through ruamel.yaml's event stream. What makes YAML surprising is refused
+and not interpreted: anchors, aliases, tags, directives, duplicate keys, several documents, NUL and
+lone surrogates, and input too large or too deep to be a recipe. Pure: text in, values out.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ _BASED = re.compile(r"0x[0-9a-fA-F]{1,15}|0o[0-7]{1,15}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
-# What ruamel's scanner raises on hostile text besides its own errors: chr() out of range, int() of nothing, a missing
+# What ruamel's scanner raises on hostile text besides its own errors: chr() out of range, int() of
+# nothing, a missing
 # token. All of them say the same to a user.
 PARSER_FAULTS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
@@ -53,7 +55,9 @@ PARSER_FAULTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class YamlDocument:
-    """Plain values (dict, list, str, int, float, bool, None), and the line of every key path; line 0 is an override."""
+    """Plain values (dict, list, str, int, float, bool, None), and the line of every key path; line
+    0 is an override.
+    """
 
     name: str
     values: Mapping[str, object]
@@ -75,14 +79,17 @@ class YamlDocument:
         return 1
 
     def with_value(self, path: KeyPath, value: object) -> YamlDocument:
-        """A copy in which `path` (keys only) has another value; sections on the way are made where absent."""
+        """A copy in which `path` (keys only) has another value; sections on the way are made where
+        absent.
+        """
         values: dict[str, object] = dict(self.values)
         inner = values
         for depth, key in enumerate(path[:-1], 1):
             below = inner.get(str(key))
             if below is not None and not isinstance(below, dict):
                 raise RecipeError([
-                    f"override {format_path(path)}: {format_path(path[:depth])} is no mapping of keys"
+                    f"override {format_path(path)}: {format_path(path[:depth])} is no mapping of "
+                    "keys"
                 ])
             copied: dict[str, object] = dict(below or {})
             inner[str(key)] = copied
@@ -100,7 +107,8 @@ def parse_document(text: str, name: str, kind: str = "recipe") -> YamlDocument:
     try:
         if len(text) > MAX_CHARACTERS:
             raise RecipeError([
-                f"{name}: a {kind} has at most {MAX_CHARACTERS:,} characters, this one {len(text):,}"
+                f"{name}: a {kind} has at most {MAX_CHARACTERS:,} characters, this one "
+                f"{len(text):,}"
             ])
         values = reader.document(_events(text, name))
     except RecipeError as error:
@@ -150,7 +158,9 @@ def printable(text: str, limit: int = 80) -> str:
 
 
 def _events(text: str, name: str) -> Iterator[Event]:
-    """ruamel's events one by one, its errors as RecipeError. Lazy, so that a reader can stop at a depth."""
+    """ruamel's events one by one, its errors as RecipeError. Lazy, so that a reader can stop at a
+    depth.
+    """
     events: Iterator[Event] | None = None
     while True:
         try:
@@ -197,7 +207,8 @@ class _Reader:
                     self.fault(event, f"%YAML and %TAG directives are not allowed in a {self.kind}")
                 if values is not None:
                     raise RecipeError([
-                        f"{self.at(event)}: a {self.kind} is one YAML document, a second one starts here"
+                        f"{self.at(event)}: a {self.kind} is one YAML document, a second one "
+                        "starts here"
                     ])
             elif isinstance(event, MappingStartEvent):
                 values = self.mapping(event, events, ())
@@ -280,13 +291,15 @@ class _Reader:
         if event.anchor:
             self.fault(
                 event,
-                f"anchors (&{printable(str(event.anchor))}) are not allowed in a {self.kind}; write the value out",
+                f"anchors (&{printable(str(event.anchor))}) are not allowed in a {self.kind}; "
+                "write the value out",
             )
         tag = getattr(event, "tag", None)
         if tag is not None:
             self.fault(
                 event,
-                f"tags ({printable(str(tag))}) are not allowed in a {self.kind}; quote the value to make it text",
+                f"tags ({printable(str(tag))}) are not allowed in a {self.kind}; quote the value "
+                "to make it text",
             )
 
     def scalar_found(self, event: Event) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -69,9 +70,12 @@ def test_the_group_lists_its_commands_and_an_example() -> None:
     result = run("--help")
     assert result.exit_code == 0
     assert "Example: quantkit build" in result.stdout
-    assert set(main.commands) >= set(COMMANDS)
-    for name, command in main.commands.items():
-        assert "Example: quantkit " in (command.help or ""), name
+    context = click.Context(main)
+    names = main.list_commands(context)
+    assert set(names) >= set(COMMANDS)
+    for name in names:
+        command = main.get_command(context, name)
+        assert command and "Example: quantkit " in (command.help or ""), name
 
 
 def test_usage_errors_are_two() -> None:

@@ -1,15 +1,24 @@
-"""`quantkit cost`: own or rented cards against APIs."""
+"""`quantkit cost`: compare GPUs with API prices."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
+from rich.text import Text
 
-from quantkit.cli.console import handle_errors, print_json, show
-from quantkit.cli.options import JSON
+from quantkit.cli.console import handle_errors, print_json
+from quantkit.cli.options import JSON, check_page_options
+from quantkit.cli.rich_output import show
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.io.files import write_output
+from quantkit.report.terminal import plain, table
+from quantkit.serve.cost import assumptions as assumption_files
+from quantkit.serve.cost import tables
+from quantkit.serve.cost.claims import checked
+from quantkit.serve.cost.figures import figures
+from quantkit.serve.cost.page import render
+from quantkit.serve.cost.sensitivity import sensitivity
 
 
 @click.command()
@@ -17,70 +26,56 @@ from quantkit.errors import QuantkitError, UsageError
 @click.option(
     "--defaults",
     is_flag=True,
-    help="Print the assumptions that ship with quantkit, every key explained.",
+    help="Print the default assumptions, with every key explained.",
 )
-@click.option("--html", "html_out", is_flag=True, help="Make one page for people, with plots.")
-@click.option("--output", type=click.Path(path_type=Path), help="Write the page here.")
+@click.option("--html", "html_out", is_flag=True, help="Write one HTML page with plots.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write the page to this file.")
 @JSON
 @handle_errors
 def command(
     assumptions: Path | None, defaults: bool, html_out: bool, output: Path | None, json_out: bool
 ) -> None:
-    """Compare owned and rented cards with API prices per million tokens, each figure with its arithmetic.
+    """Compare owned and rented GPUs with API prices per million tokens.
 
-    ASSUMPTIONS is a YAML file; without it, the assumptions that ship with quantkit. Figures that its `claimed:` names
-    are redone; exits with 1 when one is wrong.
+    Each figure is printed with its arithmetic. ASSUMPTIONS is a YAML file; the default are the assumptions that ship
+    with quantkit. Figures under its key `claimed:` are computed again; exits with 1 if one is wrong.
 
     \b
     Example: quantkit cost --defaults > mine.yaml
              quantkit cost mine.yaml --html --output cost.html
     """
-    from quantkit.serve.cost import assumptions as files
-    from quantkit.serve.cost import tables
-    from quantkit.serve.cost.claims import checked
-    from quantkit.serve.cost.figures import figures
-    from quantkit.serve.cost.sensitivity import sensitivity
-
     if html_out and json_out:
         raise UsageError("--html, --json: expected one of them at most")
-    if html_out and output is None and sys.stdout.isatty():
-        raise UsageError(
-            "--html: expected --output FILE with it, or a redirection; a terminal shows no page"
-        )
+    check_page_options(html=html_out, output=output)
     if output and not html_out:
         raise UsageError(
             "--output: expected --html with it; tables and JSON go to the standard output"
         )
     if defaults:
-        click.echo(files.defaults(), nl=False)
+        click.echo(assumption_files.defaults(), nl=False)
         return
     name = str(assumptions) if assumptions else "assumptions.yaml"
-    found = (
-        files.read_assumptions(assumptions) if assumptions else files.parse(files.defaults(), name)
+    inputs = (
+        assumption_files.read_assumptions(assumptions)
+        if assumptions
+        else assumption_files.parse(assumption_files.defaults(), name)
     )
-    made = figures(found)
-    moved, claimed = sensitivity(found), checked(found, made, name)
+    costs = figures(inputs)
+    changes, claims = sensitivity(inputs), checked(inputs, costs, name)
     if json_out:
-        print_json(tables.values(found, made, moved, claimed))
+        print_json(tables.values(inputs, costs, changes, claims))
     elif html_out:
-        from quantkit.io.files import write_output
-        from quantkit.serve.cost.page import render
-
-        page = render(found, made, moved, claimed)
+        page = render(inputs, costs, changes, claims)
         if output:
             write_output(output, page.encode())
         click.echo(output if output else page, nl=output is not None)
     else:
-        from rich.text import Text
-
-        from quantkit.report.terminal import plain, table
-
-        head = Text(plain(found.title), style="bold")
-        head.append("\n" + plain(tables.answer(found, made)) + "\n", style="not bold")
-        show(head, *(table(each) for each in tables.all_tables(found, made, moved, claimed)))
-    wrong = [claim for claim in claimed if not claim.right]
+        head = Text(plain(inputs.title), style="bold")
+        head.append("\n" + plain(tables.answer(inputs, costs)) + "\n", style="not bold")
+        show(head, *(table(part) for part in tables.all_tables(inputs, costs, changes, claims)))
+    wrong = [claim for claim in claims if not claim.right]
     if wrong:
-        told = "; ".join(claim.told for claim in wrong)
         raise QuantkitError(
-            f"{name}: claimed: {len(wrong)} of {len(claimed)} figures do not come out: {told}"
+            f"{name}: claimed: {len(wrong)} of {len(claims)} figures do not come out: "
+            + "; ".join(claim.told for claim in wrong)
         )

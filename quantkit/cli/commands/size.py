@@ -1,44 +1,55 @@
-"""`quantkit size`: what a model takes, and what it runs on."""
+"""`quantkit size`: estimate the memory and speed of a model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import click
+from rich.console import RenderableType
+from rich.text import Text
 
-from quantkit.cli.console import handle_errors, print_json, print_json_list, show
-from quantkit.cli.options import JSON, SET, read_recipe
+from quantkit.cli.console import handle_errors, print_json, print_json_list
+from quantkit.cli.options import JSON, SET, parse_overrides
+from quantkit.cli.rich_output import show
 from quantkit.errors import UsageError
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from quantkit.serve.sizing.fit import Fit
-    from quantkit.serve.sizing.gpus import GpuCatalog
-    from quantkit.serve.sizing.model import Model
-    from quantkit.serve.sizing.read import Width
+from quantkit.io.package_data import names_recipe
+from quantkit.recipe.recipe_file import read_recipe
+from quantkit.report.terminal import plain, table
+from quantkit.serve.sizing import tables
+from quantkit.serve.sizing.batch import advice
+from quantkit.serve.sizing.compare import Side, fidelity, report_of, sizes, speeds
+from quantkit.serve.sizing.fit import Fit, fits, missed
+from quantkit.serve.sizing.gpus import GpuCatalog, read_cards
+from quantkit.serve.sizing.memory import CONTEXT, needs
+from quantkit.serve.sizing.memory_fraction import SERVERS
+from quantkit.serve.sizing.model import Model
+from quantkit.serve.sizing.read import Width, assuming, model_of, recipe_models
+from quantkit.serve.sizing.roofline import bounds
+from quantkit.serve.sizing.summary import fit_values, model_values, needs_values
 
 COMPARED_ON = "h100"
-"""The card that models are compared on when none is named."""
+"""The default GPU of --compare."""
 
 
 @click.command()
 @click.argument("targets", nargs=-1, required=True, metavar="ARTIFACT|RECIPE|CONFIG.JSON...")
 @click.option(
-    "--context", type=click.IntRange(min=1), help="Longest context of a request.  [default: 32768]"
+    "--context",
+    type=click.IntRange(min=1),
+    help="Longest context of a request in tokens.  [default: 32768]",
 )
 @click.option(
     "--users",
     type=click.IntRange(1, 10**6),
     default=10,
     show_default=True,
-    help="Requests at a time.",
+    help="Concurrent requests.",
 )
 @click.option(
     "--gpu",
     metavar="NAME",
-    help="One card in full: its sources, degrees, batches. Default: every card.",
+    help="Print one GPU in full: its sources, parallelism, batches. Default: all GPUs.",
 )
 @click.option(
     "--kv",
@@ -52,18 +63,18 @@ COMPARED_ON = "h100"
     type=click.FloatRange(0, 10),
     default=0.15,
     show_default=True,
-    help="Reserve, as a share.",
+    help="Memory reserve, as a share.",
 )
-@click.option("--mtp", is_flag=True, help="Count the MTP block: for speculative decoding.")
+@click.option("--mtp", is_flag=True, help="Include the MTP block, for speculative decoding.")
 @click.option(
     "--dtype",
     type=click.Choice(["bf16", "fp16", "fp8", "int8", "int4"]),
-    help="Of a config.json: every parameter at this width, no scales (a rule of thumb).",
+    help="For a config.json: all parameters at this width, without scales (a rule of thumb).",
 )
 @click.option(
     "--compare",
     is_flag=True,
-    help="Several models side by side, with their fidelity reports' figures.",
+    help="Compare several models side by side, with the figures of their fidelity reports.",
 )
 @SET
 @JSON
@@ -81,124 +92,100 @@ def command(
     overrides: tuple[str, ...],
     json_out: bool,
 ) -> None:
-    """Say what a model takes and what it runs on, from headers, a plan or a config.json alone.
+    """Estimate the memory and speed of a model.
 
-    Memory is weights + KV cache of the longest context x users + a margin. Speeds are computed upper bounds.
+    Reads headers, a plan or a config.json only. Memory is weights + KV cache of the longest context x users + a margin.
+    Speeds are computed upper bounds, not measured.
 
     \b
     Example: quantkit size artifacts/tiny-v3-awq4 --context 512 --users 100
              quantkit size v3-gptq4-fp8 --gpu h200
              quantkit size --compare deepseek-ai/DeepSeek-V3 v3-awq4 r1-distill-qwen-32b-awq4
     """
-    from quantkit.serve.sizing.fit import fits
-    from quantkit.serve.sizing.gpus import read_cards
-    from quantkit.serve.sizing.memory import CONTEXT, needs
-
     if len(targets) > 1 and not compare:
         raise UsageError(
             f"expected one model, found {len(targets)}: {', '.join(targets)}; add --compare"
         )
-    dated = read_cards()
-    wanted = (
-        {gpu: dated.named(gpu)}
-        if gpu
-        else {COMPARED_ON: dated.cards[COMPARED_ON]}
-        if compare
-        else dated.cards
-    )
-    found = [
+    catalog = read_cards()
+    if gpu:
+        gpus = {gpu: catalog.named(gpu)}
+    elif compare:
+        gpus = {COMPARED_ON: catalog.cards[COMPARED_ON]}
+    else:
+        gpus = dict(catalog.cards)
+    models = [
         (target, model) for target in targets for model in read_models(target, overrides, dtype)
     ]
-    if (
-        compare and context is None
-    ):  # one for all: the longest that everybody can, as far as CONTEXT
-        context = min(CONTEXT, *(model.longest or CONTEXT for _, model in found))
-    asked = [
+    if compare and context is None:  # the longest context that all support, up to CONTEXT
+        context = min(CONTEXT, *(model.longest or CONTEXT for _, model in models))
+    estimates = [
         (target, needs(model, context, users, kv, margin, speculative=mtp))
-        for target, model in found
+        for target, model in models
     ]
-    sides = [
-        (target, {key: fits(need, card) for key, card in wanted.items()}) for target, need in asked
+    fits_by_gpu = [
+        (target, {key: fits(estimate, card) for key, card in gpus.items()})
+        for target, estimate in estimates
     ]
     if compare:
-        show_sides([(target, next(iter(by_card.values()))) for target, by_card in sides], json_out)
+        show_sides([(target, next(iter(fit.values()))) for target, fit in fits_by_gpu], json_out)
     elif json_out:
-        print_json_list([json_values(by_card, dated) for _, by_card in sides])
+        print_json_list([make_json(fit, catalog) for _, fit in fits_by_gpu])
     else:
-        for _, by_card in sides:
-            show(*view(by_card, dated, in_full=gpu is not None))
+        for _, fit in fits_by_gpu:
+            show(*make_tables(fit, catalog, in_full=gpu is not None))
 
 
 def read_models(target: str, overrides: Sequence[str], width: Width | None) -> tuple[Model, ...]:
-    """The models that a target names: one per format of a recipe, else one."""
-    from quantkit.io.package_data import names_recipe
-    from quantkit.serve.sizing.read import assuming, model_of, recipe_models
-
+    """Return the models of a target: one per format of a recipe, otherwise one."""
     if names_recipe(target):
-        made = recipe_models(read_recipe(target, overrides)[1])
-        return tuple(assuming(model, width) for model in made) if width else made
+        models = recipe_models(read_recipe(target, parse_overrides(overrides))[1])
+        return tuple(assuming(model, width) for model in models) if width else models
     if overrides:
         raise UsageError(f"--set: {target} is no recipe; leave the option out")
     return (model_of(target, width),)
 
 
-def view(found: dict[str, Fit], dated: GpuCatalog, *, in_full: bool) -> list[RenderableType]:
-    """The tables of one model."""
-    from rich.text import Text
-
-    from quantkit.report.terminal import plain, table
-    from quantkit.serve.sizing import tables
-    from quantkit.serve.sizing.batch import advice
-    from quantkit.serve.sizing.fit import missed
-    from quantkit.serve.sizing.memory_fraction import SERVERS
-    from quantkit.serve.sizing.roofline import bounds
-
-    fits = list(found.values())
-    model = fits[0].needs.model
+def make_tables(
+    fits_by_gpu: dict[str, Fit], catalog: GpuCatalog, *, in_full: bool
+) -> list[RenderableType]:
+    """Return the tables of one model."""
+    all_fits = list(fits_by_gpu.values())
+    model = all_fits[0].needs.model
     head = Text(plain(model.name), style="bold")
     head.append("\n" + plain(tables.headline(model)) + "\n", style="not bold")
-    shown: list[RenderableType] = [head, table(tables.memory(fits[0].needs))]
-    made = [(fit, bounds(fit)) for fit in fits]
-    shown.append(table(tables.cards_table(made, dated)))
-    for fit, limits in made if in_full else ():
+    parts: list[RenderableType] = [head, table(tables.memory(all_fits[0].needs))]
+    limited = [(fit, bounds(fit)) for fit in all_fits]
+    parts.append(table(tables.cards_table(limited, catalog)))
+    for fit, limits in limited if in_full else ():
         if single := tables.one_card_told(fit):
-            shown.append(Text(f"{single}\n"))
+            parts.append(Text(f"{single}\n"))
         if miss := missed(fit):
-            shown.append(Text(f"{tables.miss_told(miss)}.\n"))
+            parts.append(Text(f"{tables.miss_told(miss)}.\n"))
         if limits:
-            shown.append(table(tables.bounds_table(fit, limits)))
-            shown += [Text(sentence) for sentence in (*tables.interconnect(fit, limits), "")]
-        shown.append(table(tables.degrees(fit)))
+            parts.append(table(tables.bounds_table(fit, limits)))
+            parts += [Text(sentence) for sentence in (*tables.interconnect(fit, limits), "")]
+        parts.append(table(tables.degrees(fit)))
         batches = tables.batches(fit)
-        advised = {server: each for server in SERVERS if (each := advice(fit, server))}
-        shown += [table(batches)] if batches else []
-        shown += [table(tables.advice_table(advised, fit))] if advised else []
-        shown.append(table(tables.card_facts(fit.card, dated)))
-    return shown
+        advised = {server: batch for server in SERVERS if (batch := advice(fit, server))}
+        parts += [table(batches)] if batches else []
+        parts += [table(tables.advice_table(advised, fit))] if advised else []
+        parts.append(table(tables.card_facts(fit.card, catalog)))
+    return parts
 
 
-def json_values(found: dict[str, Fit], dated: GpuCatalog) -> dict[str, object]:
-    """One model as plain values."""
-    from quantkit.serve.sizing.roofline import bounds
-    from quantkit.serve.sizing.summary import fit_values, model_values, needs_values
-
-    needs = next(iter(found.values())).needs
-    cards = [fit_values(key, fit, bounds(fit)) for key, fit in found.items()]
+def make_json(fits_by_gpu: dict[str, Fit], catalog: GpuCatalog) -> dict[str, object]:
+    """Return one model as JSON values."""
+    estimate = next(iter(fits_by_gpu.values())).needs
     return {
-        "model": model_values(needs.model),
-        "needs": needs_values(needs),
-        "cards_updated": str(dated.updated),
-        "cards": cards,
+        "model": model_values(estimate.model),
+        "needs": needs_values(estimate),
+        "cards_updated": str(catalog.updated),
+        "cards": [fit_values(key, fit, bounds(fit)) for key, fit in fits_by_gpu.items()],
     }
 
 
-def show_sides(found: Sequence[tuple[str, Fit]], json_out: bool) -> None:
-    """Several models side by side."""
-    from quantkit.report.terminal import table
-    from quantkit.serve.sizing.compare import Side, fidelity, report_of, sizes, speeds
-    from quantkit.serve.sizing.roofline import bounds
-    from quantkit.serve.sizing.summary import fit_values, model_values, needs_values
-
+def show_sides(models: Sequence[tuple[str, Fit]], json_out: bool) -> None:
+    """Print several models side by side."""
     sides = [
         Side(
             name=fit.needs.model.name.rpartition("/")[2],
@@ -206,7 +193,7 @@ def show_sides(found: Sequence[tuple[str, Fit]], json_out: bool) -> None:
             bounds=bounds(fit),
             fidelity=report_of(target),
         )
-        for target, fit in found
+        for target, fit in models
     ]
     if json_out:
         print_json([
@@ -223,5 +210,5 @@ def show_sides(found: Sequence[tuple[str, Fit]], json_out: bool) -> None:
             for side in sides
         ])
         return
-    told = fidelity(sides)
-    show(table(sizes(sides)), table(speeds(sides)), *([table(told)] if told else []))
+    figures = fidelity(sides)
+    show(table(sizes(sides)), table(speeds(sides)), *([table(figures)] if figures else []))
