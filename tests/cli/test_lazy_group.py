@@ -40,7 +40,7 @@ def test_help_lists_every_command_with_its_short_help() -> None:
 def test_help_ends_with_an_example(name: str) -> None:
     command = import_module(f"quantkit.cli.commands.{name}").command
     *_, last = (command.help or "").strip().split("\n\n")
-    assert last.lstrip("\b\n").startswith(f"Example: quantkit {name}")
+    assert last.lstrip(" \b\n").startswith(f"Example: quantkit {name}")
 
 
 def imported_by(arguments: list[str]) -> set[str]:
