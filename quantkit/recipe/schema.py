@@ -38,14 +38,14 @@ from quantkit.recipe.value_types import (
 from quantkit.recipe.yaml_document import YamlDocument
 
 POOLED_FIGURES: tuple[str, ...] = (
-    "kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "ppl_source", "ppl_artifact", "ppl_ratio", "top1",
-    "mean_delta_p", "rms_delta_p",
+    "kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "ppl_source", "ppl_artifact",
+    "ppl_ratio", "top1", "mean_delta_p", "rms_delta_p",
 )  # fmt: skip
 """Figures of the fidelity text, over all of it; with a suffix such as "@math" over one domain."""
 
 FIGURES: tuple[str, ...] = (
-    *POOLED_FIGURES, "router_agreement", "block_error", "module_error", "module_output_error", "experts_uncalibrated",
-    "fallbacks", "lost_items", "bits_per_weight", "size", "likelihood",
+    *POOLED_FIGURES, "router_agreement", "block_error", "module_error", "module_output_error",
+    "experts_uncalibrated", "fallbacks", "lost_items", "bits_per_weight", "size", "likelihood",
 )  # fmt: skip
 """Figures that a gate bounds with min or max (report.gates); tasks of evaluation.tasks take the
 other bounds.
@@ -58,8 +58,8 @@ STREAMED_FIGURES = frozenset({*POOLED_FIGURES, "router_agreement", "block_error"
 METHOD_DEFAULTS: Mapping[str, Mapping[str, object]] = {
     "gptq": {"rounding": "gptq"},
     "nf4": {
-        "rounding": "nearest", "bits": 4, "group_size": 64, "symmetric": True, "scale_dtype": "auto",
-        "double_quant": True,
+        "rounding": "nearest", "bits": 4, "group_size": 64, "symmetric": True,
+        "scale_dtype": "auto", "double_quant": True,
     },
 }  # fmt: skip
 """Values that follow from a method, so that a recipe can omit them; for nf4 only double_quant may
@@ -68,7 +68,7 @@ differ.
 
 
 class Quantize(BaseModel):
-    """The scheme of a quantized matrix: the default of the recipe, or with the changes of a rule."""
+    """The scheme of a quantized matrix: the default, or with the changes of a rule."""
 
     model_config = FROZEN
     method: Annotated[
@@ -423,8 +423,9 @@ class RuleEntry(BaseModel):
 
 
 SECTIONS: Mapping[str, type[BaseModel]] = {
-    "source": Source, "quantize": Quantize, "rules": RuleEntry, "calibration": Calibration, "fidelity": FidelityText,
-    "evaluation": Evaluation, "gates": Gate, "output": Output, "compute": Compute,
+    "source": Source, "quantize": Quantize, "rules": RuleEntry, "calibration": Calibration,
+    "fidelity": FidelityText, "evaluation": Evaluation, "gates": Gate, "output": Output,
+    "compute": Compute,
 }  # fmt: skip
 """Sections with keys of their own; for rules and gates the model of one entry."""
 

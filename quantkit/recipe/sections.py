@@ -55,7 +55,8 @@ class Calibration(BaseModel):
     experts: Annotated[
         Literal["routed", "all"],
         describe(
-            "Tokens that calibrate a routed expert: those routed to it, or all tokens of the layer.",
+            "Tokens that calibrate a routed expert: those routed to it, or all tokens of the "
+            "layer.",
             "all",
         ),
     ] = "routed"
@@ -77,7 +78,10 @@ class Calibration(BaseModel):
 
 
 class FidelityText(BaseModel):
-    """The text on which source and artifact are compared token by token; `none` measures nothing."""
+    """The text on which source and artifact are compared token by token.
+
+    `none` measures nothing.
+    """
 
     model_config = FROZEN
     set: Annotated[

@@ -68,7 +68,10 @@ def _sized(value: object) -> object:
 
 
 def describe(meaning: str, example: str = "", type_text: str = "") -> Any:
-    """Return the documentation of a key; `type_text` replaces the type derived from the annotation."""
+    """Return the documentation of a key.
+
+    `type_text` replaces the type derived from the annotation.
+    """
     return Field(
         description=meaning,
         examples=[example] if example else None,

@@ -1,9 +1,8 @@
-"""YAML as a recipe, or what else people write, may use it: one mapping of plain values, with the
-line of every key.
+"""YAML for recipes and other user files: one mapping of plain values, with line numbers.
 
-YAML 1.2 core schema, read through ruamel.yaml's event stream. What makes YAML surprising is refused
-and not interpreted: anchors, aliases, tags, directives, duplicate keys, several documents, NUL and
-lone surrogates, and input too large or too deep to be a recipe. Pure: text in, values out.
+YAML 1.2 core schema, read through ruamel.yaml's event stream. These features are errors: anchors,
+aliases, tags, directives, duplicate keys, several documents, NUL and lone surrogates, and input
+that is too large or too deep for a recipe. Pure: text in, values out.
 """
 
 from __future__ import annotations
@@ -45,18 +44,19 @@ _BASED = re.compile(r"0x[0-9a-fA-F]{1,15}|0o[0-7]{1,15}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
-# What ruamel's scanner raises on hostile text besides its own errors: chr() out of range, int() of
-# nothing, a missing
-# token. All of them say the same to a user.
+# Errors of ruamel's scanner on hostile text besides its own: chr() out of range, int(""), a missing
+# token. The user sees the same message for all of them.
 PARSER_FAULTS = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+    ValueError,
 )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class YamlDocument:
-    """Plain values (dict, list, str, int, float, bool, None), and the line of every key path; line
-    0 is an override.
+    """Plain values (dict, list, str, int, float, bool, None) and the line of every key path.
+
+    Line 0 stands for an override.
     """
 
     name: str
@@ -64,7 +64,9 @@ class YamlDocument:
     lines: Mapping[KeyPath, int]
 
     def where(self, path: KeyPath) -> str:
-        """Where the nearest enclosing key was written: "recipe.yaml:14", or "override output.path"."""
+        """Return the place of the nearest enclosing key: "recipe.yaml:14" or "override
+        output.path".
+        """
         for end in range(len(path), 0, -1):
             line = self.lines.get(path[:end])
             if line is not None:
@@ -72,26 +74,24 @@ class YamlDocument:
         return f"{self.name}:1"
 
     def line(self, path: KeyPath) -> int:
-        """The line of the nearest enclosing key; 0 when that is an override."""
+        """Return the line of the nearest enclosing key; 0 if it is an override."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.lines:
                 return self.lines[path[:end]]
         return 1
 
     def with_value(self, path: KeyPath, value: object) -> YamlDocument:
-        """A copy in which `path` (keys only) has another value; sections on the way are made where
-        absent.
-        """
+        """Return a copy with another value at `path` (keys only); missing sections are added."""
         values: dict[str, object] = dict(self.values)
         inner = values
         for depth, key in enumerate(path[:-1], 1):
-            below = inner.get(str(key))
-            if below is not None and not isinstance(below, dict):
+            section = inner.get(str(key))
+            if section is not None and not isinstance(section, dict):
                 raise RecipeError([
                     f"override {format_path(path)}: {format_path(path[:depth])} is no mapping of "
                     "keys"
                 ])
-            copied: dict[str, object] = dict(below or {})
+            copied: dict[str, object] = dict(section or {})
             inner[str(key)] = copied
             inner = copied
         inner[str(path[-1])] = value
@@ -99,9 +99,10 @@ class YamlDocument:
 
 
 def parse_document(text: str, name: str, kind: str = "recipe") -> YamlDocument:
-    """The mapping that `text` holds; RecipeError with every fault otherwise.
+    """Parse a YAML mapping.
 
-    Messages call the file `name` and say that a `kind` holds no such thing.
+    Messages call the file `name`, and its kind of document `kind`. Raises RecipeError with every
+    fault.
     """
     reader = _Reader(name=name, kind=kind, lines={}, faults=[])
     try:
@@ -119,14 +120,17 @@ def parse_document(text: str, name: str, kind: str = "recipe") -> YamlDocument:
 
 
 def parse_value(text: str, name: str) -> object:
-    """The value of one override: `[..]` and `{..}` as YAML, anything else as one plain scalar."""
+    """Return the value of an override: `[..]` and `{..}` are YAML, others one plain scalar."""
     if text.lstrip()[:1] in ("[", "{"):
         return parse_document(f"value: {text}", name).values["value"]
     return parse_scalar(text.strip())
 
 
 def parse_scalar(text: str) -> str | int | float | bool | None:
-    """A plain scalar by the YAML 1.2 core schema; an integer of more than 18 digits stays text."""
+    """Return a plain scalar by the YAML 1.2 core schema.
+
+    Integers of more than 18 digits stay text.
+    """
     if text in _WORDS:
         return _WORDS[text]
     if _INTEGER.fullmatch(text):
@@ -141,26 +145,24 @@ def parse_scalar(text: str) -> str | int | float | bool | None:
 
 
 def is_invalid_text(text: str) -> bool:
-    """Whether no file in UTF-8 can hold this, or none should."""
+    """Return whether a text contains NUL or a lone surrogate."""
     return "\0" in text or any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def format_path(path: KeyPath) -> str:
-    """("rules", 0, "match") -> "rules[0].match"."""
+    """Format a key path: ("rules", 0, "match") -> "rules[0].match"."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return printable(text.removeprefix("."))
 
 
 def printable(text: str, limit: int = 80) -> str:
-    """Text that came from a user, safe inside a one-line message."""
+    """Return untrusted text for a one-line message: escaped, and cut to `limit` characters."""
     clean = text if text.isprintable() else repr(text)[1:-1]
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
 
 
 def _events(text: str, name: str) -> Iterator[Event]:
-    """ruamel's events one by one, its errors as RecipeError. Lazy, so that a reader can stop at a
-    depth.
-    """
+    """Yield ruamel's events, with its errors as RecipeError. Lazy: a reader can stop at a depth."""
     events: Iterator[Event] | None = None
     while True:
         try:
@@ -191,7 +193,7 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Reader:
-    """Builds plain values from events; `lines` and `faults` fill up on the way."""
+    """Builds plain values from events, and collects `lines` and `faults`."""
 
     name: str
     kind: str
@@ -199,7 +201,7 @@ class _Reader:
     faults: list[str]
 
     def document(self, events: Iterator[Event]) -> dict[str, object]:
-        """The one mapping of the stream; empty text is refused."""
+        """Return the mapping of the stream; RecipeError for empty text."""
         values: dict[str, object] | None = None
         for event in events:
             if isinstance(event, DocumentStartEvent):
@@ -213,11 +215,11 @@ class _Reader:
             elif isinstance(event, MappingStartEvent):
                 values = self.mapping(event, events, ())
             elif isinstance(event, NodeEvent):
-                found = (
-                    "a list" if isinstance(event, SequenceStartEvent) else self.scalar_found(event)
+                node = (
+                    "a list" if isinstance(event, SequenceStartEvent) else self.describe_node(event)
                 )
                 raise RecipeError([
-                    f"{self.at(event)}: expected a mapping of keys (version: 1, ...), found {found}"
+                    f"{self.at(event)}: expected a mapping of keys (version: 1, ...), found {node}"
                 ])
             elif not isinstance(event, StreamStartEvent) and values is None:
                 raise RecipeError([
@@ -226,7 +228,7 @@ class _Reader:
         return values or {}
 
     def value(self, event: Event, events: Iterator[Event], path: KeyPath) -> object:
-        """Any node, at most MAX_DEPTH deep."""
+        """Return the value of any node; RecipeError below MAX_DEPTH."""
         if len(path) > MAX_DEPTH:
             raise RecipeError([
                 f"{self.at(event)}: nested more than {MAX_DEPTH} deep, no {self.kind} is"
@@ -245,7 +247,7 @@ class _Reader:
     def mapping(
         self, start: MappingStartEvent, events: Iterator[Event], path: KeyPath
     ) -> dict[str, object]:
-        """The keys and values up to the end of the mapping."""
+        """Return the keys and values up to the end of the mapping."""
         self.plain(start)
         values: dict[str, object] = {}
         for event in events:
@@ -253,33 +255,34 @@ class _Reader:
                 break
             if not isinstance(event, ScalarEvent):
                 raise RecipeError([f"{self.at(event)}: a key must be plain text"])
-            self.scalar(event)  # for its faults; a key is text, whatever it looks like
+            self.scalar(event)  # adds its faults; a key is always text
             key = str(event.value)
-            here = (*path, key)
+            key_path = (*path, key)
             if key in values:
                 self.fault(
-                    event, f"{format_path(here)}: written twice, first in line {self.lines[here]}"
+                    event,
+                    f"{format_path(key_path)}: written twice, first in line {self.lines[key_path]}",
                 )
-            self.lines.setdefault(here, event.start_mark.line + 1)
-            values[key] = self.value(next(events), events, here)
+            self.lines.setdefault(key_path, event.start_mark.line + 1)
+            values[key] = self.value(next(events), events, key_path)
         return values
 
     def sequence(
         self, start: SequenceStartEvent, events: Iterator[Event], path: KeyPath
     ) -> list[object]:
-        """The items up to the end of the list."""
+        """Return the items up to the end of the list."""
         self.plain(start)
         items: list[object] = []
         for event in events:
             if isinstance(event, SequenceEndEvent):
                 break
-            here = (*path, len(items))
-            self.lines[here] = event.start_mark.line + 1
-            items.append(self.value(event, events, here))
+            item_path = (*path, len(items))
+            self.lines[item_path] = event.start_mark.line + 1
+            items.append(self.value(event, events, item_path))
         return items
 
     def scalar(self, event: ScalarEvent) -> object:
-        """A plain scalar by its looks; a quoted one as text."""
+        """Return the value of a plain scalar; a quoted one is text."""
         self.plain(event)
         text = str(event.value)
         if is_invalid_text(text):
@@ -287,7 +290,7 @@ class _Reader:
         return parse_scalar(text) if event.implicit[0] else text
 
     def plain(self, event: NodeEvent) -> None:
-        """Refuse what changes the meaning of a node from elsewhere."""
+        """Add a fault for an anchor or a tag."""
         if event.anchor:
             self.fault(
                 event,
@@ -302,14 +305,14 @@ class _Reader:
                 "to make it text",
             )
 
-    def scalar_found(self, event: Event) -> str:
-        """How a message calls a node that is no mapping."""
+    def describe_node(self, event: Event) -> str:
+        """Return a description of a node that is no mapping, for a message."""
         return f"'{printable(event.value)}'" if isinstance(event, ScalarEvent) else "an alias"
 
     def fault(self, event: Event, sentence: str) -> None:
-        """Note a fault at the line of an event."""
+        """Add a fault at the line of an event."""
         self.faults.append(f"{self.at(event)}: {sentence}")
 
     def at(self, event: Event) -> str:
-        """File and line of an event."""
+        """Return file and line of an event."""
         return f"{self.name}:{event.start_mark.line + 1}"
