@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.artifact.fidelity_schema import Fidelity
-from quantkit.artifact.read_report import read_artifact
-from quantkit.diff.compare import compare
+from quantkit.artifact.read_report import read_artifact_report
+from quantkit.diff.compare import compare_sides
 from quantkit.diff.sides import read_sides
 from quantkit.diff.values import Diff
 from quantkit.plan.plan_schema import PlanSummary
 from quantkit.plan.summary import summarize_plan
 from quantkit.progress import Progress
 from quantkit.recipe.recipe_file import read_recipe
-from quantkit.verify.shallow import Verified, verify
+from quantkit.verify.shallow import VerifyReport
+from quantkit.verify.shallow import verify_artifact as verify_artifact
 
 if TYPE_CHECKING:
     from quantkit.pipeline import BuildResult
@@ -81,7 +82,7 @@ def build_recipe(
         RecipeError: with every fault of the recipe.
         UsageError: if output.path exists and `overwrite` is not set.
     """
-    from quantkit.pipeline import run  # imports torch and transformers
+    from quantkit.pipeline import build_artifacts  # imports torch and transformers
 
     text, parsed = read_recipe(str(recipe), _as_text(overrides))
 
@@ -89,7 +90,7 @@ def build_recipe(
         if on_plan:
             on_plan(tuple(summarize_plan(plan) for plan in plans))
 
-    return run(
+    return build_artifacts(
         parsed,
         text,
         overwrite=overwrite,
@@ -117,12 +118,14 @@ def load(
         ArtifactError: if the folder is no artifact.
         UsageError: if a package is missing.
     """
-    from quantkit.artifact.load_model import load as load_model  # imports torch and transformers
+    from quantkit.artifact.load_model import (
+        load_model as load_model,  # imports torch and transformers
+    )
 
     return load_model(artifact, device=device, dtype=dtype)
 
 
-def verify_artifact(artifact: str | Path) -> Verified:
+def verify_artifact(artifact: str | Path) -> VerifyReport:
     """Check every hash, header, number and index entry of an artifact, and return the counts.
 
     quantkit.verify.deep.verify_deep also checks a sample of tensors against the source.
@@ -139,7 +142,7 @@ def read_report(artifact: str | Path) -> Fidelity:
     Raises:
         ArtifactError: if the folder is no artifact, or its report does not match the manifest.
     """
-    return read_artifact(Path(artifact))
+    return read_artifact_report(Path(artifact))
 
 
 def diff_artifacts(a: str | Path, b: str | Path, *, partial: bool = False) -> Diff:
@@ -153,7 +156,7 @@ def diff_artifacts(a: str | Path, b: str | Path, *, partial: bool = False) -> Di
     Raises:
         NotComparable: if the two have different sources, or were measured on different text or prompts.
     """
-    return compare(*read_sides(str(a), str(b)), partial=partial)
+    return compare_sides(*read_sides(str(a), str(b)), partial=partial)
 
 
 def _as_text(overrides: Mapping[str, object] | None) -> dict[str, str]:

@@ -18,21 +18,24 @@ import torch
 from pydantic import BaseModel
 
 from quantkit import registry
-from quantkit.artifact import layout, writer
-from quantkit.artifact import manifest as manifests
-from quantkit.artifact.fidelity_schema import Fidelity, Text
-from quantkit.artifact.front_matter import front_matter
+from quantkit.artifact import layout
+from quantkit.artifact.fidelity_schema import Fidelity, TextSet
+from quantkit.artifact.front_matter import read_front_matter
+from quantkit.artifact.make_manifest import format_plan, make_manifest
+from quantkit.artifact.model_files import write_model_files
 from quantkit.artifact.read_report import read_report
+from quantkit.artifact.seal import seal_artifact
+from quantkit.artifact.staging import get_staging_path, prepare_staging, rename_into_place
 from quantkit.artifact.writer import ArtifactWriter, WrittenState
 from quantkit.build import session
-from quantkit.build.loop import BuiltBlocks, build
-from quantkit.build.loop import Texts as StreamTexts
+from quantkit.build.loop import BuiltBlocks, build_blocks
+from quantkit.build.loop import StreamTexts as StreamTexts
 from quantkit.build.progress_log import BuildProgress
 from quantkit.build.session import BuildSession
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.checkpoint.remote_code import may_run
-from quantkit.checkpoint.tensors import Written
+from quantkit.checkpoint.remote_code import allows_remote_code
+from quantkit.checkpoint.tensors import WrittenFile
 from quantkit.errors import ArtifactError
 from quantkit.evaluate import likelihood
 from quantkit.evaluate.compare import Compared, compare
@@ -41,13 +44,13 @@ from quantkit.evaluate.likelihood import Scored, Solutions
 from quantkit.evaluate.samples import pairs_to_parquet
 from quantkit.io import package_data
 from quantkit.io.files import read_json, write_atomic, write_json
-from quantkit.io.host import HEAP_BYTES, keep_freed_memory, peak_resident_bytes, return_freed_memory
-from quantkit.models.layers import meta_model
+from quantkit.io.host import HEAP_BYTES, get_peak_memory, keep_freed_memory, return_freed_memory
+from quantkit.models.layers import make_meta_model
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress, ProgressCallback
 from quantkit.recipe.schema import Recipe
-from quantkit.report import card, gates, html
+from quantkit.report import card, gates, html_page
 from quantkit.report import make as evidence
 from quantkit.report.make import TextName
 from quantkit.texts import corpora
@@ -68,11 +71,11 @@ class BuildResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Texts:
+class TokenizedTexts:
     """The tokens of the streams, and what the report says of them."""
 
     tokens: Mapping[TextName, Tokens]
-    told: Mapping[TextName, Text]
+    told: Mapping[TextName, TextSet]
     solutions: Solutions  # run behind the fidelity text
 
     def streamed(self) -> StreamTexts:
@@ -95,7 +98,7 @@ class Texts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures:
+class StreamFigures:
     """What the streams behind the last block say; `tokens` None when the recipe says `fidelity: none`."""
 
     tokens: Measured | None = None
@@ -122,7 +125,7 @@ class Timings(BaseModel):
 
 
 @dataclass(kw_only=True)
-class Clock:
+class StepTimer:
     """Seconds per step."""
 
     began: float = field(default_factory=time.monotonic)
@@ -135,7 +138,7 @@ class Clock:
         self.began = now
 
 
-def run(
+def build_artifacts(
     recipe: Recipe,
     text: str,
     *,
@@ -154,9 +157,9 @@ def run(
     """
     return_freed_memory()
     for format_name in recipe.format:
-        registry.require(format_name)
-    clock = Clock()
-    located = hub.resolve(recipe.source.model, recipe.source.revision)
+        registry.check_packages(format_name)
+    clock = StepTimer()
+    located = hub.resolve_model(recipe.source.model, recipe.source.revision)
     source = Checkpoint.open(located.folder)
     texts = tokenize(recipe, located.folder)
     plans = sources.plan_recipe(
@@ -165,31 +168,33 @@ def run(
     if all(plan.memory.budget_bytes - plan.memory.peak_bytes >= HEAP_BYTES for plan in plans):
         keep_freed_memory()
     with session.exclusive_lock(plans):
-        journal = session.interrupted(plans, overwrite=overwrite, restart=restart)
+        journal = session.find_interrupted(plans, overwrite=overwrite, restart=restart)
         planned(plans)
         clock.lap("plan")
-        begun = session.begin(plans, journal, source, texts.hashes(), tell)
+        begun = session.begin_session(plans, journal, source, texts.hashes(), tell)
         clock.lap("source hashes")
         try:
             if begun.resumed:
                 say(f"continuing: {begun.told()}")
             for loop, together in enumerate(session.group_by_solve(plans)):
                 if not begun.ready(loop):
-                    make(begun, loop, source, texts, text, clock, evaluate=evaluate, tell=tell)
+                    build_group(
+                        begun, loop, source, texts, text, clock, evaluate=evaluate, tell=tell
+                    )
                 for plan in together:
                     path = Path(plan.path)
-                    writer.rename_into_place(
-                        writer.staging(path), path, begun.ready(loop)[plan.format_name]
+                    rename_into_place(
+                        get_staging_path(path), path, begun.ready(loop)[plan.format_name]
                     )
             if left := begun.finish():
                 say(left)
         except BaseException as error:
             begun.leave(error)
             raise
-    return tuple(outcome(plan) for plan in plans)
+    return tuple(read_result(plan) for plan in plans)
 
 
-def outcome(plan: Plan) -> BuildResult:
+def read_result(plan: Plan) -> BuildResult:
     """What a sealed artifact says of itself."""
     path = Path(plan.path)
     timings = Timings.model_validate(read_json(path / layout.TIMINGS, ArtifactError))
@@ -202,13 +207,13 @@ def outcome(plan: Plan) -> BuildResult:
     )
 
 
-def make(
+def build_group(
     begun: BuildSession,
     loop: int,
     source: Checkpoint,
-    texts: Texts,
+    texts: TokenizedTexts,
     text: str,
-    clock: Clock,
+    clock: StepTimer,
     *,
     evaluate: bool,
     tell: ProgressCallback,
@@ -221,38 +226,41 @@ def make(
     made = [
         ArtifactInProgress(
             plan=plan,
-            folder=writer.prepare(plan, standing.stored(number)),
+            folder=prepare_staging(plan, standing.stored(number)),
             stored=standing.stored(number),
         )
         for number, plan in enumerate(session.group_by_solve(begun.plans)[loop])
     ]
     plan, folder = made[0].plan, made[0].folder
-    built, written, figures = quantize(
+    built, written, figures = quantize_and_measure(
         made, source, texts, text, tell, clock, begun.states(loop), standing
     )
     compute, kept = sources.resolve_compute(plan.recipe), begun.answers(loop)
     compared = compare(plan, source, folder, compute, evaluate=evaluate, tell=tell, kept=kept)
     clock.lap("benchmarks")
-    licence = evidence.licence(front_matter(source.folder))
+    licence = evidence.parse_license(read_front_matter(source.folder))
     likely = likelihood.rows(plan.recipe.evaluation.tasks, texts.solutions, figures.solutions)
     session.check_source(begun.journal, source)
     sealed = dict[str, str]()
     for each, files in zip(made, written, strict=True):
-        report = evidence.fidelity(
+        report = evidence.make_report(
             each.plan, built.blocks, figures.tokens, texts.told, likely, compared.rows, licence
         )
-        report = gates.judged(each.plan.recipe.gates, report)
+        report = gates.apply_gates(each.plan.recipe.gates, report)
         write_evidence(each.plan, each.folder, report, figures, compared)
         write_timings(each.folder, built, clock)
-        manifest = manifests.manifest(each.plan, source, report, built.blocks)
-        sealed[each.plan.format_name] = writer.seal(each.folder, manifest, files)
+        manifest = make_manifest(each.plan, source, report, built.blocks)
+        sealed[each.plan.format_name] = seal_artifact(each.folder, manifest, files)
     begun.seal(loop, sealed)
 
 
-def tokenize(recipe: Recipe, folder: Path) -> Texts:
+def tokenize(recipe: Recipe, folder: Path) -> TokenizedTexts:
     """Load the recipe's text sets and cut them into token sequences with the source's tokenizer."""
-    own_code = may_run(recipe.source.trust_remote_code, folder)
-    tokenizer, sets = corpora.load_tokenizer(folder, own_code), package_data.folder("calibration")
+    own_code = allows_remote_code(recipe.source.trust_remote_code, folder)
+    tokenizer, sets = (
+        corpora.load_tokenizer(folder, own_code),
+        package_data.locate_folder("calibration"),
+    )
     wanted: list[tuple[TextName, str, int | None, int, int]] = []
     calibration = recipe.calibration if recipe.needs_calibration else None
     if calibration:
@@ -265,11 +273,11 @@ def tokenize(recipe: Recipe, folder: Path) -> Texts:
         ))
     if fidelity := recipe.fidelity:
         wanted.append(("fidelity", fidelity.set, fidelity.windows, fidelity.length, 0))
-    tokens, told = dict[TextName, Tokens](), dict[TextName, Text]()
+    tokens, told = dict[TextName, Tokens](), dict[TextName, TextSet]()
     for name, set_name, sequences, length, seed in wanted:
         corpus = corpora.load_set(set_name, sets)
-        tokens[name] = corpora.token_batches(corpus, tokenizer, sequences, length, seed)
-        told[name] = evidence.text(corpus, tokens[name], length, seed)
+        tokens[name] = corpora.sample_sequences(corpus, tokenizer, sequences, length, seed)
+        told[name] = evidence.summarize_text(corpus, tokens[name], length, seed)
     nothing = corpora.pack_tokens([])
     asked, wanted_items = recipe.evaluation.tasks, recipe.evaluation.likelihood
     solutions = likelihood.none()
@@ -277,23 +285,23 @@ def tokenize(recipe: Recipe, folder: Path) -> Texts:
         solutions = likelihood.tokenize(
             asked, tokenizer, items=wanted_items, length=fidelity.length
         )
-    return Texts(
+    return TokenizedTexts(
         tokens={"calibration": nothing, "fidelity": nothing, **tokens},
         told=told,
         solutions=solutions,
     )
 
 
-def quantize(
+def quantize_and_measure(
     made: Sequence[ArtifactInProgress],
     source: Checkpoint,
-    texts: Texts,
+    texts: TokenizedTexts,
     text: str,
     tell: ProgressCallback,
-    clock: Clock,
+    clock: StepTimer,
     states: Path,
     standing: BuildProgress,
-) -> tuple[BuiltBlocks, list[dict[str, Written]], Figures]:
+) -> tuple[BuiltBlocks, list[dict[str, WrittenFile]], StreamFigures]:
     """Build into every folder, then compare the streams behind the last block, the head read from the first's files.
 
     Their hidden states lie in `states`. Nothing is compared when the recipe says `fidelity: none`.
@@ -309,22 +317,26 @@ def quantize(
     streamed = texts.streamed()
     try:
         built = run_to_end(
-            build(plans, source, streamed, sinks, states, device, dtype, learning, standing), tell
+            build_blocks(plans, source, streamed, sinks, states, device, dtype, learning, standing),
+            tell,
         )
         written = [sink.close() for sink in sinks]
     finally:
         for sink in sinks:
             sink.abandon()
     for each in made:
-        writer.write_model_files(each.folder, each.plan, source.sidecars, text)
+        write_model_files(each.folder, each.plan, source.sidecars, text)
     clock.lap("quantize")
-    figures, streams = Figures(), built.streams
+    figures, streams = StreamFigures(), built.streams
     if "reference" in streams:
-        bones, head = meta_model(plans[0].source.config, device, dtype), Checkpoint.open(folder)
+        bones, head = (
+            make_meta_model(plans[0].source.config, device, dtype),
+            Checkpoint.open(folder),
+        )
         both = sides(
             bones, plans[0].layout, source, head, streams["reference"], streams["quantized"]
         )
-        figures = Figures(
+        figures = StreamFigures(
             tokens=measure(both), solutions=likelihood.score(both, texts.solutions.items)
         )
     for stream in streams.values():
@@ -344,32 +356,30 @@ def run_to_end(steps: Generator[Progress, None, Returned], tell: ProgressCallbac
 
 
 def write_evidence(
-    plan: Plan, folder: Path, report: Fidelity, figures: Figures, compared: Compared
+    plan: Plan, folder: Path, report: Fidelity, figures: StreamFigures, compared: Compared
 ) -> None:
     """fidelity.json, the model card, plan.json, the samples, and the page made of what was written."""
     if figures.tokens or compared.pairs:
-        (folder / "quantkit" / "samples").mkdir(exist_ok=True)
-    write_atomic(folder / "quantkit" / "fidelity.json", report.to_json().encode())
-    write_atomic(folder / "README.md", card.render(report).encode())
-    write_atomic(folder / "quantkit" / "plan.json", manifests.plan_json(plan).encode())
+        (folder / layout.SAMPLES_FOLDER).mkdir(exist_ok=True)
+    write_atomic(folder / layout.FIDELITY, report.to_json().encode())
+    write_atomic(folder / layout.MODEL_CARD, card.render_card(report).encode())
+    write_atomic(folder / layout.PLAN, format_plan(plan).encode())
     if figures.tokens:
-        tokens_to_parquet(figures.tokens, folder / "quantkit" / "samples" / "tokens.parquet")
+        tokens_to_parquet(figures.tokens, folder / layout.TOKEN_SAMPLES)
     if figures.solutions:
-        likelihood.to_parquet(
-            figures.solutions, folder / "quantkit" / "samples" / "solutions.parquet"
-        )
+        likelihood.to_parquet(figures.solutions, folder / layout.SOLUTION_SAMPLES)
     if compared.pairs:
-        pairs_to_parquet(compared.pairs, folder / "quantkit" / "samples" / "benchmarks.parquet")
-    write_atomic(folder / html.HTML, html.page(folder).encode())
+        pairs_to_parquet(compared.pairs, folder / layout.BENCHMARK_SAMPLES)
+    write_atomic(folder / layout.PAGE, html_page.make_page(folder).encode())
 
 
-def write_timings(folder: Path, built: BuiltBlocks, clock: Clock) -> None:
+def write_timings(folder: Path, built: BuiltBlocks, clock: StepTimer) -> None:
     """Note what this run took, and what each block took when it was made."""
     timings = Timings(
         seconds=clock.laps,
         blocks={block.name: block.seconds for block in built.blocks},
         threads=torch.get_num_threads(),
         cpus=os.cpu_count(),
-        peak_rss_bytes=peak_resident_bytes(),
+        peak_rss_bytes=get_peak_memory(),
     )
     write_json(folder / layout.TIMINGS, timings.model_dump())

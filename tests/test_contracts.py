@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.builds import build, ignore
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.builds import build, ignore_progress
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit import pipeline, registry
@@ -18,12 +18,19 @@ from quantkit.contracts import Config
 from quantkit.errors import CheckpointError, NumericsError
 from quantkit.evaluate.distribution import Head, scored
 from quantkit.models import full_model
-from quantkit.models.layers import MetaModel, decoder_layer, meta_model, observing, relative, run
+from quantkit.models.layers import (
+    MetaModel,
+    get_layer_name,
+    make_decoder_layer,
+    make_meta_model,
+    observe_inputs,
+    run_layer,
+)
 from quantkit.plan.match_checkpoint import list_expected_tensors
 from quantkit.recipe.parse import parse_recipe
 from quantkit.verify import shallow
 
-VARIANTS = [(name, {}) for name in registry.names("architectures")] + [
+VARIANTS = [(name, {}) for name in registry.list_names("architectures")] + [
     ("deepseek_v3", {"q_lora_rank": None, "num_nextn_predict_layers": 0}),
     ("deepseek_v3", {"attention_bias": True, "first_k_dense_replace": 0}),
     ("llama", {"tie_word_embeddings": True}),
@@ -71,8 +78,8 @@ def test_every_tensor_is_claimed_exactly_once(
     name: str, changes: dict[str, object], tmp_path: Path
 ) -> None:
     """The table names what transformers saves for the same config, no more and no less (MTP blocks apart)."""
-    config = tiny_config(name, **changes)
-    layout = registry.architecture(name).layout(Config(values=config))
+    config = make_tiny_config(name, **changes)
+    layout = registry.get_architecture(name).layout(Config(values=config))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     model.save_pretrained(tmp_path)
     saved = Checkpoint.open(tmp_path).specs
@@ -90,12 +97,12 @@ def test_block_by_block_logits_equal_transformers(
     name: str, changes: dict[str, object], tmp_path: Path
 ) -> None:
     """The reference stream, run layer by layer and expert by expert, ends where transformers' own forward ends."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config(name, **changes))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config(name, **changes))
     plan, streams = run_streams(
         folder, tmp_path, rules='[{match: "*", keep: source}]', quantize="{method: rtn}"
     )
     stream, source = streams["reference"], Checkpoint.open(folder)
-    bones = meta_model(source.config, torch.device("cpu"), torch.float32)
+    bones = make_meta_model(source.config, torch.device("cpu"), torch.float32)
     rows, _ = scored(stream)
     ours = Head(bones, plan.layout, source).logits(stream.hidden.gather(rows))
     model, theirs = reference(folder), []
@@ -111,9 +118,11 @@ def test_what_is_said_to_add_to_the_residual_stream_does(
     name: str, changes: dict[str, object], tmp_path: Path
 ) -> None:
     """The norm's input and the reader's output make the stream's next state; attention's output is always named."""
-    source = Checkpoint.open(write_checkpoint(tmp_path / "source", tiny_config(name, **changes)))
-    bones = meta_model(source.config, torch.device("cpu"), torch.float32)
-    layout = registry.architecture(name).layout(source.config)
+    source = Checkpoint.open(
+        write_checkpoint(tmp_path / "source", make_tiny_config(name, **changes))
+    )
+    bones = make_meta_model(source.config, torch.device("cpu"), torch.float32)
+    layout = registry.get_architecture(name).layout(source.config)
     for block in (found for found in layout.blocks if found.kind == "decoder"):
         adding = {group.readers[0]: group.adds_to for group in block.groups if group.adds_to}
         assert f"{block.name}.self_attn.o_proj" in adding
@@ -121,10 +130,10 @@ def test_what_is_said_to_add_to_the_residual_stream_does(
         names = [
             n for n in source.specs if n.startswith(f"{block.name}.") and not n.startswith(routed)
         ]
-        layer, _ = decoder_layer(bones, block, source.read(names))
+        layer, _ = make_decoder_layer(bones, block, source.read(names))
         for reader, norm in adding.items():
             before, made, after = around(
-                bones, layer, relative(block, reader), relative(block, norm)
+                bones, layer, get_layer_name(block, reader), get_layer_name(block, norm)
             )
             assert torch.allclose(before + made, after, atol=1e-5)
 
@@ -136,8 +145,8 @@ def around(
     hidden, made = bones.config.hidden_size, list[torch.Tensor]()
     rows = torch.randn(24, hidden, generator=torch.Generator().manual_seed(0))
     handle = layer.get_submodule(reader).register_forward_hook(lambda _m, _i, out: made.append(out))
-    with observing(layer, {"this": norm, "next": "post_attention_layernorm"}) as inputs:
-        out, _ = run(bones, layer, rows, (24,))
+    with observe_inputs(layer, {"this": norm, "next": "post_attention_layernorm"}) as inputs:
+        out, _ = run_layer(bones, layer, rows, (24,))
     handle.remove()
     after = inputs["next"] if norm == "input_layernorm" else out
     return (
@@ -148,11 +157,11 @@ def around(
 
 
 STORED = [(*variant, False) for variant in VARIANTS] + [
-    (name, {}, True) for name in registry.names("architectures")
+    (name, {}, True) for name in registry.list_names("architectures")
 ]
 """What is built: every variant from BF16, and every family from FP8, whose reading does not depend on the variant."""
 STORED_IDS = [f"{name}-bf16" for name in IDS] + [
-    f"{name}-fp8" for name in registry.names("architectures")
+    f"{name}-fp8" for name in registry.list_names("architectures")
 ]
 
 
@@ -161,9 +170,9 @@ def test_plan_build_verify(
     name: str, changes: dict[str, object], fp8: bool, tmp_path: Path
 ) -> None:
     """A whole build of every linear: the artifact verifies and its figures are those of a quantized model."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config(name, **changes), fp8=fp8)
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config(name, **changes), fp8=fp8)
     outcome = build(folder, tmp_path / "artifact", rules="all-linear")
-    assert shallow.verify(outcome.path).status == "not judged"
+    assert shallow.verify_artifact(outcome.path).status == "not judged"
     pooled = outcome.fidelity.distribution[0]
     assert pooled.kl_mean is not None and pooled.kl_mean.value is not None
     assert 1e-6 < pooled.kl_mean.value < 1
@@ -176,21 +185,21 @@ def test_plan_build_verify(
     )
     config = json.loads((outcome.path / "config.json").read_text(encoding="utf-8"))
     left = config["quantization_config"]["modules_to_not_convert"]
-    for linear in registry.architecture(name).layout(Config(values=config)).linears:
+    for linear in registry.get_architecture(name).layout(Config(values=config)).linears:
         if (
             linear.role == "router"
         ):  # a linear to vLLM, which asks whether an entry is part of its name
             assert f"{linear.name}.weight" in specs and any(entry in linear.name for entry in left)
 
 
-@pytest.mark.parametrize("name", registry.names("architectures"))
+@pytest.mark.parametrize("name", registry.list_names("architectures"))
 def test_the_whole_model_answers_as_transformers(name: str, tmp_path: Path) -> None:
     """What benchmarks run, put together from the files, is the model transformers loads."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config(name))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config(name))
     source = Checkpoint.open(folder)
-    bones = meta_model(source.config, torch.device("cpu"), torch.float32)
-    ours = full_model.model(
-        bones, registry.architecture(name).layout(source.config), full_model.reader(source)
+    bones = make_meta_model(source.config, torch.device("cpu"), torch.float32)
+    ours = full_model.make_model(
+        bones, registry.get_architecture(name).layout(source.config), full_model.make_reader(source)
     )
     ids = torch.arange(2, 66)[None]  # [1, 64]
     with torch.no_grad():
@@ -200,8 +209,8 @@ def test_the_whole_model_answers_as_transformers(name: str, tmp_path: Path) -> N
 def test_the_config_of_the_source_stays_as_it_was_read() -> None:
     """transformers adds keys to rope_scaling where it finds it; the artifact's config.json is the source's."""
     scaling = {"type": "yarn", "factor": 2, "original_max_position_embeddings": 128}
-    config = tiny_config("deepseek_v3", rope_scaling=scaling)
-    meta_model(Config(values=config), torch.device("cpu"), torch.float32)
+    config = make_tiny_config("deepseek_v3", rope_scaling=scaling)
+    make_meta_model(Config(values=config), torch.device("cpu"), torch.float32)
     assert config["rope_scaling"] == {
         "type": "yarn",
         "factor": 2,
@@ -211,19 +220,19 @@ def test_the_config_of_the_source_stays_as_it_was_read() -> None:
 
 def test_an_attention_pattern_without_a_mask_is_an_error() -> None:
     """A layer that attends in chunks would be run as if it saw everything."""
-    config = tiny_config("qwen2", layer_types=["full_attention", "chunked_attention"])
+    config = make_tiny_config("qwen2", layer_types=["full_attention", "chunked_attention"])
     with pytest.raises(
         CheckpointError, match=r"config\.json: layer_types\[1\]: expected full_attention or sliding"
     ):
-        meta_model(Config(values=config), torch.device("cpu"), torch.float32)
+        make_meta_model(Config(values=config), torch.device("cpu"), torch.float32)
 
 
 def run_streams(folder: Path, place: Path, **keys: str):  # type: ignore[no-untyped-def]  # streams are internal
     """The plan and the streams behind the last block, kept on disk."""
-    from quantkit.build.loop import build as build_loop
+    from quantkit.build.loop import build_blocks as build_loop
     from quantkit.plan import sources
 
-    recipe = parse_recipe(recipe_text(folder, place / "unused", **keys), "test.yaml")
+    recipe = parse_recipe(make_recipe_text(folder, place / "unused", **keys), "test.yaml")
     source = Checkpoint.open(folder)
     texts = pipeline.tokenize(recipe, folder)
     (plan,) = sources.plan_recipe(
@@ -236,7 +245,7 @@ def run_streams(folder: Path, place: Path, **keys: str):  # type: ignore[no-unty
     steps = build_loop(
         [plan], source, texts.streamed(), [sink], place / "scratch", device, dtype, dtype
     )
-    built = pipeline.run_to_end(steps, ignore)
+    built = pipeline.run_to_end(steps, ignore_progress)
     sink.close()
     return plan, built.streams
 
@@ -249,7 +258,7 @@ def test_a_router_that_is_not_rescaled_is_an_error(
 
     from quantkit.architectures import deepseek_v3
 
-    folder = write_checkpoint(tmp_path / "source", tiny_config("deepseek_v3"))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("deepseek_v3"))
     correct = deepseek_v3.expert_mlp
 
     def forgetful(config: Config, name: str):  # type: ignore[no-untyped-def]  # as the function it stands for
@@ -276,7 +285,7 @@ def test_a_forgotten_shared_expert_is_an_error(
 
     from quantkit.architectures import deepseek_v3
 
-    folder = write_checkpoint(tmp_path / "source", tiny_config("deepseek_v3"))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("deepseek_v3"))
     correct = deepseek_v3.expert_mlp
 
     def forgetful(config: Config, name: str):  # type: ignore[no-untyped-def]  # as the function it stands for

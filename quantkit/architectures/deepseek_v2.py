@@ -26,7 +26,7 @@ def layout(config: Config) -> Layout:
 
 
 TINY = {
-    **decoder.TINY,
+    **decoder.TINY_COMMON,
     **moe.TINY_DEEPSEEK,
     "architectures": ["DeepseekV2ForCausalLM"],
     "model_type": "deepseek_v2",

@@ -27,7 +27,7 @@ def layout(config: Config) -> Layout:
 
 
 TINY = {
-    **decoder.TINY,
+    **decoder.TINY_COMMON,
     **moe.TINY_DEEPSEEK,
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",

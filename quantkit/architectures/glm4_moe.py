@@ -26,7 +26,7 @@ def layout(config: Config) -> Layout:
 
 
 TINY = {
-    **decoder.TINY,
+    **decoder.TINY_COMMON,
     "architectures": ["Glm4MoeForCausalLM"],
     "model_type": "glm4_moe",
     "head_dim": 64,

@@ -22,7 +22,7 @@ def layout(config: Config) -> Layout:
 
 ARCHITECTURE = Architecture(
     layout=layout,
-    tiny={**decoder.TINY, "architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+    tiny={**decoder.TINY_COMMON, "architectures": ["LlamaForCausalLM"], "model_type": "llama"},
     published={"HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m.json"},
     dropped=(
         "*.self_attn.rotary_emb.inv_freq",

@@ -19,7 +19,7 @@ def layout(config: Config) -> Layout:
 
 
 TINY = {
-    **decoder.TINY,
+    **decoder.TINY_COMMON,
     "architectures": ["MistralForCausalLM"],
     "model_type": "mistral",
     "head_dim": 32,

@@ -26,7 +26,7 @@ def layout(config: Config) -> Layout:
 
 
 TINY = {
-    **decoder.TINY,
+    **decoder.TINY_COMMON,
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",
     "intermediate_size": 128,

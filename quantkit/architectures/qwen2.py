@@ -20,7 +20,7 @@ def layout(config: Config) -> Layout:
 
 
 TINY = {
-    **decoder.TINY,
+    **decoder.TINY_COMMON,
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
     "use_sliding_window": False,

@@ -22,7 +22,7 @@ def layout(config: Config) -> Layout:
 
 
 TINY = {
-    **decoder.TINY,
+    **decoder.TINY_COMMON,
     **moe.TINY_QWEN,
     "architectures": ["Qwen2MoeForCausalLM"],
     "model_type": "qwen2_moe",

@@ -20,7 +20,7 @@ def layout(config: Config) -> Layout:
 
 
 TINY = {
-    **decoder.TINY,
+    **decoder.TINY_COMMON,
     **moe.TINY_QWEN,
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",

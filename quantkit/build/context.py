@@ -28,7 +28,7 @@ from quantkit.plan.decisions import (
     select_quantized_groups,
 )
 from quantkit.plan.plan import Plan
-from quantkit.registry import method
+from quantkit.registry import get_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ class BlockContext:
         """Fallbacks that a quantized linear takes because of what it is, whatever its weights."""
         if self.block.kind == "mtp":
             used = self.job.plan.decisions[module].method
-            return ("mtp-rtn",) if used and method(used).needs_stats else ()
+            return ("mtp-rtn",) if used and get_method(used).needs_stats else ()
         experts = self.block.experts
         into = (
             {experts.gate, experts.up}

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from quantkit.artifact.records import BlockRecord, ModuleRecord
 from quantkit.artifact.writer import ArtifactWriter, WrittenState
 from quantkit.build.hidden_states import Stream, StreamName
-from quantkit.io.files import remove, sync_folder
+from quantkit.io.files import remove_files, sync_folder
 from quantkit.io.journal import Entry, Journal
 
 STEP, HALT = "step", "halt"
@@ -148,7 +148,7 @@ class BuildProgress:
             entry: Entry = {"kind": STEP, "step": _STEP.dump_python(step, mode="json")}
             self.journal.append(entry)
             self.steps.append(step)
-            remove(
+            remove_files(
                 folder / name
                 for name in (halt.files if halt else frozenset()) - frozenset(states.values())
             )
@@ -161,4 +161,4 @@ class BuildProgress:
         if self.journal is not None:
             self.journal.append({"kind": HALT, "halt": _HALT.dump_python(halt, mode="json")})
             self.halts.append(halt)
-            remove(folder / name for name in before - self.files)
+            remove_files(folder / name for name in before - self.files)

@@ -17,15 +17,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit.artifact import writer
-from quantkit.artifact.manifest import environment, versions
+from quantkit.artifact.make_manifest import read_environment, read_versions
+from quantkit.artifact.seal import is_sealed
+from quantkit.artifact.staging import check_output_free, check_replaced_free, get_staging_path
 from quantkit.build.progress_log import BuildProgress
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.io import lock
-from quantkit.io.files import brief
+from quantkit.io.files import shorten_repr
 from quantkit.io.journal import Journal
-from quantkit.io.owned_dirs import check_ours, make_ours, remove_ours
+from quantkit.io.owned_dirs import check_owned_dir, make_owned_dir, remove_owned_dir
 from quantkit.plan.plan import Plan
 from quantkit.progress import ProgressCallback
 
@@ -67,7 +68,7 @@ class BuildSession:
 
     def ready(self, loop: int) -> Mapping[str, str]:
         """sha256 of the manifest of each artifact of a loop, by format; nothing while one of them is not sealed."""
-        return ready(self.journal, loop)
+        return sealed_manifests(self.journal, loop)
 
     def seal(self, loop: int, manifests: Mapping[str, str]) -> None:
         """Note that the artifacts of a loop only wait for their name, and drop its hidden states."""
@@ -76,7 +77,7 @@ class BuildSession:
 
     def finish(self) -> str:
         """Remove what only an unfinished build needs; a sentence when the disk keeps some of it."""
-        remove_ours(self.scratch)
+        remove_owned_dir(self.scratch)
         return (
             f"{self.scratch}: the build is done, this could not be removed; remove it"
             if self.scratch.exists()
@@ -99,14 +100,14 @@ class BuildSession:
         done, halt = len(standing.blocks), standing.halt
         more = f" and {halt.solved} experts of the next" if halt and halt.solved else ""
         return (
-            f"{writer.staging(Path(self.plans[0].path))}: {done} of {len(blocks)} blocks{more} are done and kept; "
+            f"{get_staging_path(Path(self.plans[0].path))}: {done} of {len(blocks)} blocks{more} are done and kept; "
             "the same command goes on from there, with --restart it begins anew"
         )
 
 
-def scratch(plans: Sequence[Plan]) -> Path:
+def scratch_folder(plans: Sequence[Plan]) -> Path:
     """The folder that holds the journal: the same whatever formats the recipe has, and in whatever order."""
-    staging = writer.staging(Path(plans[0].recipe.output.path))
+    staging = get_staging_path(Path(plans[0].recipe.output.path))
     return staging.with_name(f"{staging.name}.scratch")
 
 
@@ -115,32 +116,35 @@ def exclusive_lock(plans: Sequence[Plan]) -> Iterator[None]:
     """Keep other builds out of the plans' folders; UsageError when one is at work there."""
     with ExitStack() as held:
         for path in sorted({plans[0].recipe.output.path, *(plan.path for plan in plans)}):
-            staging = writer.staging(Path(path))
-            held.enter_context(lock.held(staging.with_name(f"{staging.name}.lock")))
+            staging = get_staging_path(Path(path))
+            held.enter_context(lock.hold_lock(staging.with_name(f"{staging.name}.lock")))
         yield
 
 
-def interrupted(plans: Sequence[Plan], *, overwrite: bool, restart: bool) -> Journal | None:
+def find_interrupted(plans: Sequence[Plan], *, overwrite: bool, restart: bool) -> Journal | None:
     """The journal of an interrupted build that has done something; `restart` lets it be forgotten.
 
     UsageError when an artifact is in the way, or something that no build made where this one works.
     """
-    for folder in (scratch(plans), *(writer.staging(Path(plan.path)) for plan in plans)):
-        check_ours(folder)
-    journal = None if restart else Journal.open(scratch(plans) / JOURNAL)
+    for folder in (
+        scratch_folder(plans),
+        *(get_staging_path(Path(plan.path)) for plan in plans),
+    ):
+        check_owned_dir(folder)
+    journal = None if restart else Journal.open(scratch_folder(plans) / JOURNAL)
     if journal is not None and not any(entry["kind"] == "step" for entry in journal.entries):
         journal = None  # nothing to lose
     for loop, together in enumerate(group_by_solve(plans)):
-        sealed = journal and ready(journal, loop)
+        sealed = journal and sealed_manifests(journal, loop)
         for plan in together:
             if not sealed:  # else it may be what this build replaces
-                writer.check_room(Path(plan.path))
-            if not (sealed and writer.is_sealed(Path(plan.path), sealed[plan.format_name])):
-                writer.check_free(Path(plan.path), overwrite)
+                check_replaced_free(Path(plan.path))
+            if not (sealed and is_sealed(Path(plan.path), sealed[plan.format_name])):
+                check_output_free(Path(plan.path), overwrite)
     return journal
 
 
-def begin(
+def begin_session(
     plans: Sequence[Plan],
     journal: Journal | None,
     source: Checkpoint,
@@ -151,22 +155,22 @@ def begin(
 
     UsageError naming what changed when the interrupted build was of something else.
     """
-    place = scratch(plans)
+    place = scratch_folder(plans)
     if journal is not None:
         check_same(journal, plans, source, texts, tell)
         return BuildSession(plans=plans, journal=journal, resumed=True)
     discard_build(plans)
-    make_ours(place)
+    make_owned_dir(place)
     source.hashes(tell)
-    entry = {"kind": "began", "stamps": source.stamps(), "of": identity(plans, source, texts)}
+    entry = {"kind": "began", "stamps": source.stamps(), "of": build_identity(plans, source, texts)}
     return BuildSession(plans=plans, journal=Journal.begin(place / JOURNAL, entry), resumed=False)
 
 
 def discard_build(plans: Sequence[Plan]) -> None:
     """Remove what builds left beside the places of the plans' artifacts."""
     for plan in plans:
-        remove_ours(writer.staging(Path(plan.path)))
-    remove_ours(scratch(plans))
+        remove_owned_dir(get_staging_path(Path(plan.path)))
+    remove_owned_dir(scratch_folder(plans))
 
 
 def group_by_solve(plans: Sequence[Plan]) -> list[list[Plan]]:
@@ -175,7 +179,7 @@ def group_by_solve(plans: Sequence[Plan]) -> list[list[Plan]]:
     return [*([same] if same else []), *([plan] for plan in plans if not plan.format.holds_codes)]
 
 
-def ready(journal: Journal, loop: int) -> Mapping[str, str]:
+def sealed_manifests(journal: Journal, loop: int) -> Mapping[str, str]:
     """sha256 of the manifest of each artifact of a loop, by format; nothing before all of them are sealed."""
     return next(
         (e["manifests"] for e in journal.entries if e["kind"] == "ready" and e["loop"] == loop), {}
@@ -185,13 +189,13 @@ def ready(journal: Journal, loop: int) -> Mapping[str, str]:
 # ------------------------------------------------------------------------------------------------ what must be the same
 
 
-def identity(
+def build_identity(
     plans: Sequence[Plan], source: Checkpoint, texts: Mapping[str, str]
 ) -> dict[str, object]:
     """All that decides the artifacts' bytes, as plain JSON. Where they lie and how much memory makes them does not."""
     plan, used = plans[0], dict[str, str]()
     for each in plans:
-        used |= versions(each)
+        used |= read_versions(each)
     of = {
         "recipe": plan.recipe.model_dump(mode="json", exclude={"memory": True, "output": {"path"}}),
         "source": {
@@ -201,7 +205,7 @@ def identity(
         },
         "text": dict(texts),
         "versions": used,
-        "machine": environment(plan),
+        "machine": read_environment(plan),
         "plan": {each.format_name: each.hash for each in plans},
     }
     return dict(json.loads(json.dumps(of)))
@@ -219,17 +223,17 @@ def check_same(
     if began["stamps"] == source.stamps():  # nobody touched the files since they were read
         source.take_hashes(began["of"]["source"]["files"])
     source.hashes(tell)
-    before, now = flat(began["of"]), flat(identity(plans, source, texts))
+    before, now = flatten_json(began["of"]), flatten_json(build_identity(plans, source, texts))
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     changed = [
         key for key in changed if not key.startswith("plan.")
     ] or changed  # it follows from the others
     if not changed:
         return
-    shown = [f"{key} {difference(before.get(key), now.get(key))}" for key in changed[:SHOWN]]
+    shown = [f"{key} {describe_change(before.get(key), now.get(key))}" for key in changed[:SHOWN]]
     rest = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
     raise UsageError(
-        f"{writer.staging(Path(plans[0].path))}: expected the build that was interrupted here, found another: "
+        f"{get_staging_path(Path(plans[0].path))}: expected the build that was interrupted here, found another: "
         f"{', '.join(shown)}{rest}; undo that to go on, or begin anew with --restart"
     )
 
@@ -248,7 +252,7 @@ def check_source(journal: Journal, source: Checkpoint) -> None:
         )
 
 
-def flat(values: object, name: str = "") -> dict[str, object]:
+def flatten_json(values: object, name: str = "") -> dict[str, object]:
     """The leaves of nested JSON under dotted names, those of lists under their place."""
     if isinstance(values, list):
         values = dict(enumerate(values))
@@ -256,13 +260,13 @@ def flat(values: object, name: str = "") -> dict[str, object]:
         return {
             key: leaf
             for part, value in values.items()
-            for key, leaf in flat(value, f"{name}.{part}").items()
+            for key, leaf in flatten_json(value, f"{name}.{part}").items()
         }
     return {name.removeprefix("."): values}
 
 
-def difference(before: object, now: object) -> str:
+def describe_change(before: object, now: object) -> str:
     """What became of one value, in words."""
     if all(isinstance(value, str) and len(value) == SHA256_LENGTH for value in (before, now)):
         return "changed"
-    return f"was {brief(before)}, is {brief(now)}"
+    return f"was {shorten_repr(before)}, is {shorten_repr(now)}"

@@ -19,7 +19,7 @@ from quantkit.build.moe import ExpertPassState
 from quantkit.build.progress_log import BuildProgress, WaveCheckpoint
 from quantkit.build.spool import Spool
 from quantkit.checkpoint.header import read_header
-from quantkit.checkpoint.tensors import ShardWriter, dtype_name, read_tensor
+from quantkit.checkpoint.tensors import ShardWriter, get_dtype_name, read_tensor
 from quantkit.contracts import TensorSpec
 from quantkit.io.files import sync_folder
 
@@ -138,7 +138,7 @@ def save_wave(folder: Path, name: str, found: ExpertPassState) -> str | None:
     if not sums:
         return None
     specs = [
-        TensorSpec(name=key, dtype=dtype_name(x.dtype), shape=tuple(x.shape))
+        TensorSpec(name=key, dtype=get_dtype_name(x.dtype), shape=tuple(x.shape))
         for key, x in sums.items()
     ]
     with ShardWriter(folder / name, specs) as writer:

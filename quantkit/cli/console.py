@@ -14,7 +14,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 import click
 
 from quantkit.errors import QuantkitError
-from quantkit.io.files import reason
+from quantkit.io.files import describe_os_error
 
 MAX_LINE_CHARACTERS = 1500
 """Longest line of an error message."""

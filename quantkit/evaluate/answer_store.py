@@ -32,7 +32,7 @@ class AnswerKey(NamedTuple):
     turn: int
 
 
-Value = list[object]
+StoredValue = list[object]
 """An answer as JSON keeps it."""
 
 
@@ -42,7 +42,7 @@ class AnswerStore:
     def __init__(self, connection: sqlite3.Connection, path: str) -> None:
         self._connection, self._path = connection, path
 
-    def get(self, question: AnswerKey) -> Value | None:
+    def get(self, question: AnswerKey) -> StoredValue | None:
         """The stored answer; None when there is none. EvaluationError for a file that is damaged."""
         try:
             row = self._connection.execute(
@@ -54,7 +54,7 @@ class AnswerStore:
         except (sqlite3.Error, ValueError, TypeError, RecursionError) as fault:
             raise self._damaged(fault) from None
 
-    def put(self, answers: Sequence[tuple[AnswerKey, Value]]) -> None:
+    def put(self, answers: Sequence[tuple[AnswerKey, StoredValue]]) -> None:
         """Store answers, all of them or none; the first answer to a question stays."""
         rows = [(*question, json.dumps(value)) for question, value in answers]
         try:
@@ -79,19 +79,19 @@ class AnswerStore:
         )
 
 
-def holds_answers(path: Path) -> bool:
+def has_answers(path: Path) -> bool:
     """Whether a file has answers, or is one that cannot be read as it should; what has none can be written over."""
     if not path.is_file():
         return False
     try:
-        with opened(path) as found:
+        with open_answer_store(path) as found:
             return len(found) > 0
     except EvaluationError:
         return True
 
 
 @contextmanager
-def opened(path: Path | None) -> Iterator[AnswerStore]:
+def open_answer_store(path: Path | None) -> Iterator[AnswerStore]:
     """The journal in a file, which is made when it is not there; without a path one that is gone afterwards.
 
     EvaluationError when the file is no journal, or when another process has it open.

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import EvaluationError, UsageError
-from quantkit.evaluate.lm_eval_adapter import Answer, Likelihood, Rules
+from quantkit.evaluate.lm_eval_adapter import GeneratedAnswer, GenerationParams, LogLikelihood
 
 CHUNK = 256  # requests between two entries in the journal, for an engine that tells nothing before all are done
 
 
-def native(folder: Path, dtype: str, device_map: str) -> Any:
+def load_native_model(folder: Path, dtype: str, device_map: str) -> Any:
     """The folder as transformers itself loads it, with the kernels of its format's library, placed by accelerate.
 
     device_map: "auto", "balanced", "sequential", or a device. EvaluationError when transformers cannot load it.
@@ -38,7 +38,7 @@ def native(folder: Path, dtype: str, device_map: str) -> Any:
         ) from None
 
 
-def placed(model: Any, device_map: str) -> Any:
+def dispatch_model(model: Any, device_map: str) -> Any:
     """A model in CPU memory spread over the devices of this machine as accelerate plans it."""
     accelerate: Any = import_module("accelerate")  # it has no types
     whole = [*(getattr(model, "_no_split_modules", None) or ())]
@@ -79,7 +79,9 @@ class Vllm:
             ) from None
 
     def generate(
-        self, requests: Sequence[Any], finished: Callable[[Sequence[tuple[int, Answer]]], None]
+        self,
+        requests: Sequence[Any],
+        finished: Callable[[Sequence[tuple[int, GeneratedAnswer]]], None],
     ) -> None:
         """An answer per request, told chunk by chunk."""
         for start in range(0, len(requests), CHUNK):
@@ -91,7 +93,9 @@ class Vllm:
             ])
 
     def likelihoods(
-        self, requests: Sequence[Any], finished: Callable[[Sequence[tuple[int, Likelihood]]], None]
+        self,
+        requests: Sequence[Any],
+        finished: Callable[[Sequence[tuple[int, LogLikelihood]]], None],
     ) -> None:
         """lm-eval's own, told chunk by chunk."""
         for start in range(0, len(requests), CHUNK):
@@ -104,7 +108,7 @@ class Vllm:
         """The tokenizer's template."""
         return str(self._engine.apply_chat_template(chat_history, add_generation_prompt))
 
-    def _answer(self, request: Any, text: str) -> Answer:
-        limit = Rules.of(request.args[1], request.task_name).max_tokens
+    def _answer(self, request: Any, text: str) -> GeneratedAnswer:
+        limit = GenerationParams.of(request.args[1], request.task_name).max_tokens
         n_tokens = len(self._engine.tok_encode(text, add_special_tokens=False))
-        return Answer(text=text, n_tokens=n_tokens, truncated=n_tokens >= limit)
+        return GeneratedAnswer(text=text, n_tokens=n_tokens, truncated=n_tokens >= limit)

@@ -27,7 +27,7 @@ from quantkit.evaluate.sandbox import sandbox as jails
 from quantkit.evaluate.tasks import TEMPLATES, CodeRules, Task
 
 if TYPE_CHECKING:
-    from quantkit.evaluate.lm_eval_adapter import Answer, Recorder
+    from quantkit.evaluate.lm_eval_adapter import GeneratedAnswer, LMEvalAdapter
 
 BATCH_SIZE = 64
 """Rows decoded together; a large model on a small machine wants fewer."""
@@ -79,18 +79,18 @@ def run(
         return []
     if limit is not None and limit < 1:
         raise EvaluationError(f"evaluation.limit: expected 1 or more items, found {limit}")
-    with harness.opened(tasks) as opened, answer_store.opened(answers) as book:
+    with harness.opened(tasks) as opened, answer_store.open_answer_store(answers) as book:
         from quantkit.evaluate.generation import LocalModel
-        from quantkit.evaluate.lm_eval_adapter import Recorder
+        from quantkit.evaluate.lm_eval_adapter import LMEvalAdapter
 
         if opened.failed:
             raise EvaluationError("\n".join(opened.failed.values()))
-        recorder = Recorder(LocalModel(model, tokenizer, batch_size), book, "", progress)
+        recorder = LMEvalAdapter(LocalModel(model, tokenizer, batch_size), book, "", progress)
         return ask(recorder, opened, limit=limit, sandbox=sandbox)
 
 
 def ask(
-    recorder: Recorder,
+    recorder: LMEvalAdapter,
     opened: Opened,
     *,
     limit: int | None = None,
@@ -167,7 +167,7 @@ def _score(group: Sequence[ItemResult], *, is_primary: bool) -> TaskScore:
     )  # fmt: skip
 
 
-def _item(task: Task, sample: Mapping[str, Any], answer: Answer | None) -> ItemResult:
+def _item(task: Task, sample: Mapping[str, Any], answer: GeneratedAnswer | None) -> ItemResult:
     """lm-eval's record of one item under one filter; code tasks get their score from `_judged`.
 
     Without an answer the item compared likelihoods: the response is the continuation that was the most likely.

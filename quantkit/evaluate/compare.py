@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from quantkit.artifact.fidelity_schema import Benchmark, Figure
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Figure
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.checkpoint.remote_code import may_run
+from quantkit.checkpoint.remote_code import allows_remote_code
 from quantkit.errors import EvaluationError
 from quantkit.evaluate import benchmarks, samples, statistics, tasks
 from quantkit.evaluate.samples import ItemPair, ItemResult
@@ -24,7 +24,7 @@ from quantkit.evaluate.sandbox import sandbox
 from quantkit.evaluate.tasks import Task
 from quantkit.io import user_cache
 from quantkit.models import full_model
-from quantkit.models.layers import meta_model
+from quantkit.models.layers import make_meta_model
 from quantkit.plan.memory import BASE_BYTES
 from quantkit.plan.plan import Plan
 from quantkit.plan.sources import ResolvedCompute
@@ -45,7 +45,7 @@ DEFAULT_RECOVERY = 0.98
 class Compared:
     """A row per task, and both answers of every item of the tasks that ran."""
 
-    rows: tuple[Benchmark, ...]
+    rows: tuple[BenchmarkResult, ...]
     pairs: tuple[ItemPair, ...] = ()
 
 
@@ -79,7 +79,7 @@ def compare(
     if not names or not evaluate:
         return not_run(names, "skipped by --skip-evaluation")
     needed = BASE_BYTES + int(
-        WHOLE_MODEL_COPIES * compute.hidden_bytes * full_model.parameters(plan.layout)
+        WHOLE_MODEL_COPIES * compute.hidden_bytes * full_model.count_parameters(plan.layout)
     )
     if needed > plan.memory.budget_bytes:
         return not_run(
@@ -88,11 +88,11 @@ def compare(
             f"{plan.memory.budget_bytes / 1e9:.0f} GB",
         )
     try:
-        loaded = tasks.load(names)
+        loaded = tasks.load_tasks(names)
         jail = benchmarks.jail_for(loaded)
         job = Job(plan=plan, compute=compute, tasks=loaded, jail=jail, tell=tell, kept=kept)
         baseline = source_items(job, source)
-        stored = full_model.reader(Checkpoint.open(folder), plan.format_name, plan.schemes)
+        stored = full_model.make_reader(Checkpoint.open(folder), plan.format_name, plan.schemes)
         candidate = answers(job, "artifact", stored, source)
     except EvaluationError as error:
         return not_run(names, str(error))
@@ -109,9 +109,9 @@ def compare(
 
 def not_run(names: Sequence[str], reason: str) -> Compared:
     """Every task with the reason why it has no figures."""
-    called = map(tasks.called, names)
+    called = map(tasks.get_task_name, names)
     return Compared(
-        rows=tuple(Benchmark(task=name, status="not run", reason=reason) for name in called)
+        rows=tuple(BenchmarkResult(task=name, status="not run", reason=reason) for name in called)
     )
 
 
@@ -119,11 +119,11 @@ def source_items(job: Job, source: Checkpoint) -> list[ItemResult]:
     """The source's answers, from the cache when nothing that could change them has changed."""
     where = f"{job.compute.dtype} on {job.compute.device}"
     key = baseline_key(source, job.tasks, job.plan.recipe.evaluation.limit, where, job.jail)
-    cached = samples.read_cached(user_cache.folder(BASELINES), key)
+    cached = samples.read_cached(user_cache.locate_folder(BASELINES), key)
     if cached is not None:
         return cached
-    items = answers(job, "source", full_model.reader(source), source)
-    samples.write_cached(user_cache.folder(BASELINES), key, items)
+    items = answers(job, "source", full_model.make_reader(source), source)
+    samples.write_cached(user_cache.locate_folder(BASELINES), key, items)
     return items
 
 
@@ -141,18 +141,22 @@ def baseline_key(
     )
 
 
-def answers(job: Job, name: str, read: full_model.Read, source: Checkpoint) -> list[ItemResult]:
+def answers(
+    job: Job, name: str, read: full_model.TensorReader, source: Checkpoint
+) -> list[ItemResult]:
     """Load one model whole, let it answer every item, and let go of it."""
     device, dtype = torch.device(job.compute.device), getattr(torch, job.compute.dtype)
-    model = full_model.model(
-        meta_model(job.plan.source.config, device, dtype), job.plan.layout, read
+    model = full_model.make_model(
+        make_meta_model(job.plan.source.config, device, dtype), job.plan.layout, read
     )
     try:
         return benchmarks.run(
             model,
             load_tokenizer(
                 source.folder,
-                own_code=may_run(job.plan.recipe.source.trust_remote_code, source.folder),
+                own_code=allows_remote_code(
+                    job.plan.recipe.source.trust_remote_code, source.folder
+                ),
             ),
             job.tasks,
             limit=job.plan.recipe.evaluation.limit,
@@ -168,7 +172,7 @@ def answers(job: Job, name: str, read: full_model.Read, source: Checkpoint) -> l
         gc.collect()
 
 
-def row(task: Task, pairs: Sequence[ItemPair], smallest_recovery: float) -> Benchmark:
+def row(task: Task, pairs: Sequence[ItemPair], smallest_recovery: float) -> BenchmarkResult:
     """The row of one task, scored by its first filter; smallest_recovery: the share of the source's score to keep."""
     mine = [
         pair
@@ -183,13 +187,13 @@ def row(task: Task, pairs: Sequence[ItemPair], smallest_recovery: float) -> Benc
     if unscored or len(mine) < 2:
         reason = next((score.not_run for score in reversed(told) if score.not_run), "")
         reason = reason or f"{len(mine)} items are too few to compare"
-        return Benchmark(task=task.name, status="not run", reason=reason, n=len(mine))
-    found = statistics.compare(
+        return BenchmarkResult(task=task.name, status="not run", reason=reason, n=len(mine))
+    found = statistics.compare_scores(
         [pair.baseline.score or 0.0 for pair in mine],
         [pair.candidate.score or 0.0 for pair in mine],
         smallest_recovery,
     )
-    return Benchmark(
+    return BenchmarkResult(
         task=task.name,
         metric=task.filters[0],
         n=found.n,

@@ -17,7 +17,7 @@ from quantkit.build.hidden_states import Stream
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Layout
 from quantkit.errors import NumericsError
-from quantkit.models.layers import MetaModel, final_norm
+from quantkit.models.layers import MetaModel, make_final_norm
 from quantkit.numerics import fidelity
 from quantkit.numerics.fidelity import Estimate, TokenFidelity
 from quantkit.numerics.matmul import linear
@@ -35,10 +35,10 @@ class Measured:
 
     def summaries(self) -> dict[str, Mapping[str, Estimate]]:
         """Every figure for all tokens together and for each domain."""
-        found: dict[str, Mapping[str, Estimate]] = {ALL: fidelity.summary(self.tokens)}
+        found: dict[str, Mapping[str, Estimate]] = {ALL: fidelity.summarize_tokens(self.tokens)}
         for domain in sorted(set(self.domains)):
             picked = torch.tensor([name == domain for name in self.domains])
-            found[domain] = fidelity.summary(
+            found[domain] = fidelity.summarize_tokens(
                 TokenFidelity(
                     kl=self.tokens.kl[picked],
                     nll_source=self.tokens.nll_source[picked],
@@ -71,7 +71,7 @@ class Head:
         head = layout.head or layout.embedding
         weight = f"{head.name}.weight"
         read = checkpoint.read([*(spec.name for spec in layout.final_tensors), weight])
-        self._norm = final_norm(skeleton, layout, read)
+        self._norm = make_final_norm(skeleton, layout, read)
         self._weight = read[weight].to(device=skeleton.device, dtype=skeleton.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ class Sides:
         for row in rows.split(HEAD_CHUNK):
             p = self.source.logits(self.reference.hidden.gather(row))
             q = self.artifact.logits(self.quantized.hidden.gather(row))
-            parts.append(fidelity.compare(p.cpu(), q.cpu(), ids[row + 1]))
-        found = fidelity.concatenate(parts)
+            parts.append(fidelity.compare_logits(p.cpu(), q.cpu(), ids[row + 1]))
+        found = fidelity.concatenate_tokens(parts)
         if not all(
             bool(x.isfinite().all()) for x in (found.kl, found.nll_source, found.nll_quantized)
         ):

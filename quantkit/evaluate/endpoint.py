@@ -28,7 +28,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from openai import AsyncOpenAI
 
 from quantkit.errors import EvaluationError, UnsuitedError, UsageError
-from quantkit.evaluate.lm_eval_adapter import Answer, Likelihood, Rules
+from quantkit.evaluate.lm_eval_adapter import GeneratedAnswer, GenerationParams, LogLikelihood
 
 Result = TypeVar("Result")
 
@@ -115,7 +115,9 @@ class Endpoint:
         self._server, self._tokenizer = server, tokenizer
 
     def generate(
-        self, requests: Sequence[Instance], finished: Callable[[Sequence[tuple[int, Answer]]], None]
+        self,
+        requests: Sequence[Instance],
+        finished: Callable[[Sequence[tuple[int, GeneratedAnswer]]], None],
     ) -> None:
         """An answer per request, told one by one."""
         asyncio.run(
@@ -127,7 +129,7 @@ class Endpoint:
     def likelihoods(
         self,
         requests: Sequence[Instance],
-        finished: Callable[[Sequence[tuple[int, Likelihood]]], None],
+        finished: Callable[[Sequence[tuple[int, LogLikelihood]]], None],
     ) -> None:
         """(log probability, greedy) per request, told one by one, from the echoed prompt's log probabilities."""
         if self._server.chat:
@@ -154,8 +156,8 @@ class Endpoint:
         """The messages themselves: the server applies its template."""
         return json.dumps(chat_history, ensure_ascii=False)
 
-    async def _answer(self, client: AsyncOpenAI, request: Instance) -> Answer:
-        rules = Rules.of(request.args[1], request.task_name)
+    async def _answer(self, client: AsyncOpenAI, request: Instance) -> GeneratedAnswer:
+        rules = GenerationParams.of(request.args[1], request.task_name)
         shared: dict[str, Any] = {
             "model": self._server.model, "max_tokens": rules.max_tokens, "temperature": rules.temperature,
             "top_p": rules.top_p, "seed": rules.seed, "stream": True, "stream_options": {"include_usage": True},
@@ -185,9 +187,9 @@ class Endpoint:
         length = tokens if tokens is not None else self._tokens(text)
         for string in rules.until:
             text = text.split(string)[0]
-        return Answer(text=text, n_tokens=length, truncated=reason == "length")
+        return GeneratedAnswer(text=text, n_tokens=length, truncated=reason == "length")
 
-    async def _likelihood(self, client: AsyncOpenAI, request: Instance) -> Likelihood:
+    async def _likelihood(self, client: AsyncOpenAI, request: Instance) -> LogLikelihood:
         context, continuation = self._encoded(*request.args)
         reply = await client.completions.create(
             model=self._server.model, prompt=[*context, *continuation], max_tokens=1, temperature=0, logprobs=1,
@@ -208,7 +210,7 @@ class Endpoint:
                 f"{self._server.url}: expected log probabilities of {n_tokens - 1} echoed tokens and one more, found "
                 f"{len(told.token_logprobs or ()) if told else 0}; this server cannot score likelihoods"
             )
-        found: Likelihood = LocalCompletionsAPI.parse_logprobs(
+        found: LogLikelihood = LocalCompletionsAPI.parse_logprobs(
             [reply.model_dump()], ctxlens=[len(context)]
         )[0]
         return found

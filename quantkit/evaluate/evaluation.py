@@ -17,7 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from quantkit.artifact.layout import FIDELITY, MANIFEST, mapping, read_manifest
+from quantkit.artifact.layout import FIDELITY, MANIFEST
+from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.artifact.read_report import read_report
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
@@ -136,7 +137,7 @@ def subject(name: str, backend: BackendName) -> Subject:
             name=name, kind="served", folder=None, hash=hashlib.sha256(name.encode()).hexdigest()
         )
     try:
-        found = hub.resolve(name).folder
+        found = hub.resolve_model(name).folder
     except HubUnreachable:
         raise
     except CheckpointError as fault:
@@ -153,10 +154,10 @@ def source_of(asked: Subject, given: str) -> Subject:
         raise UsageError(
             f"--source: expected an artifact to compare with its source, found {asked.name}"
         )
-    told = mapping(read_manifest(asked.folder), "source", asked.folder)
+    told = get_section(read_manifest(asked.folder), "source", asked.folder)
     revision = told.get("revision")
     name = given or str(told.get("model"))
-    folder = hub.resolve(name, str(revision) if revision and not given else None).folder
+    folder = hub.resolve_model(name, str(revision) if revision and not given else None).folder
     source = Checkpoint.open(folder)
     if source.fingerprint() != told.get("fingerprint"):
         raise EvaluationError(
@@ -178,7 +179,7 @@ def default_tasks(asked: Subject) -> tuple[str, ...]:
     return DEFAULT_TASKS
 
 
-def ask(
+def run_evaluation(
     who: Subject, names: Sequence[str], setup: Setup, book: Path, tell: ProgressCallback
 ) -> Asked:
     """Ask every item of the tasks, once per seed, with answers kept in the journal `book`.
@@ -196,8 +197,8 @@ def ask(
                 else UsageError
             )
             raise kind("\n".join(opened.failed.values()) or "--tasks: expected a task, found none")
-        with backend(who, setup) as model, answer_store.opened(book) as answers:
-            runs, unsuited = ask_each(who, opened, setup, model, answers, tell)
+        with backend(who, setup) as model, answer_store.open_answer_store(book) as answers:
+            runs, unsuited = run_each_task(who, opened, setup, model, answers, tell)
     if not runs[0]:
         raise EvaluationError("\n".join(unsuited.values()))
     done = tuple(task for task in opened.tasks if task.name not in unsuited)
@@ -208,7 +209,7 @@ def ask(
     )  # fmt: skip
 
 
-def ask_each(
+def run_each_task(
     who: Subject,
     opened: Opened,
     setup: Setup,
@@ -217,7 +218,7 @@ def ask_each(
     tell: ProgressCallback,
 ) -> tuple[list[list[ItemResult]], dict[str, str]]:
     """The items of a run per seed, task by task, and the tasks that could not be asked, with the reason."""
-    from quantkit.evaluate.lm_eval_adapter import Recorder
+    from quantkit.evaluate.lm_eval_adapter import LMEvalAdapter
 
     lasting = {
         name: value for name, value in identity(who, setup).items() if name != "endpoint"
@@ -231,8 +232,10 @@ def ask_each(
         try:
             for seed in range(setup.seeds):
                 setup.decoding.apply(each, seed)
-                told_as = telling(tell, stage(who.name, each.tasks[0].name, seed, setup.seeds))
-                recorder = Recorder(model, answers, key, told_as, setup.decoding.think_end)
+                told_as = make_answer_callback(
+                    tell, format_stage(who.name, each.tasks[0].name, seed, setup.seeds)
+                )
+                recorder = LMEvalAdapter(model, answers, key, told_as, setup.decoding.think_end)
                 found.append(
                     benchmarks.ask(
                         recorder, each, limit=setup.limit, chat=setup.decoding.chat, sandbox=jail
@@ -246,17 +249,17 @@ def ask_each(
     return runs, unsuited
 
 
-def stage(model: str, task: str, seed: int, seeds: int) -> str:
+def format_stage(model: str, task: str, seed: int, seeds: int) -> str:
     """What progress is about."""
     return f"{model}, {task}" + (f", seed {seed + 1} of {seeds}" if seeds > 1 else "")
 
 
-def telling(tell: ProgressCallback, stage: str) -> Callable[[int, int], None]:
+def make_answer_callback(tell: ProgressCallback, stage: str) -> Callable[[int, int], None]:
     """A recorder's progress under the name of its stage."""
     return lambda done, total: tell(Progress(stage=stage, done=done, total=total))
 
 
-def ask_source(
+def run_source(
     who: Subject, names: Sequence[str], setup: Setup, tell: ProgressCallback
 ) -> list[ItemResult]:
     """A source's items: from the baselines of builds where they fit, else asked, with its own journal in the cache."""
@@ -270,20 +273,20 @@ def ask_source(
         device, dtype = chosen(setup)
         where = f"{dtype} on {device}"
         key = compare.baseline_key(Checkpoint.open(who.folder), own, setup.limit, where, jail)
-        cached = samples.read_cached(user_cache.folder(compare.BASELINES), key)
+        cached = samples.read_cached(user_cache.locate_folder(compare.BASELINES), key)
         if cached is not None:
             return cached
     items = [
-        *ask(
+        *run_evaluation(
             who,
             names,
             setup,
-            user_cache.folder(compare.BASELINES) / f"{who.hash[:16]}.sqlite",
+            user_cache.locate_folder(compare.BASELINES) / f"{who.hash[:16]}.sqlite",
             tell,
         ).items
     ]
     if key:
-        samples.write_cached(user_cache.folder(compare.BASELINES), key, items)
+        samples.write_cached(user_cache.locate_folder(compare.BASELINES), key, items)
     return items
 
 
@@ -345,10 +348,10 @@ def loaded(who: Subject, setup: Setup) -> Any:
     """A transformers model: native, or with plain weights from quantkit's own reader."""
     import torch
 
-    from quantkit.artifact.load_model import DTYPES, chosen_device, load
+    from quantkit.artifact.load_model import DTYPES, get_device, load_model
     from quantkit.evaluate import backends
     from quantkit.models import full_model
-    from quantkit.models.layers import meta_model
+    from quantkit.models.layers import make_meta_model
     from quantkit.plan.plan import load_architecture
 
     assert who.folder is not None
@@ -358,17 +361,17 @@ def loaded(who: Subject, setup: Setup) -> Any:
             f"--dtype: expected {', '.join(DTYPES)}, found {dtype!r}; name one of them"
         )
     if setup.native:
-        return backends.native(who.folder, dtype, device)
+        return backends.load_native_model(who.folder, dtype, device)
     spread = device in ("auto", "balanced", "sequential")
     first = "cpu" if spread else device
     if who.kind == "artifact":
-        model = load(who.folder, device=first, dtype=dtype)
+        model = load_model(who.folder, device=first, dtype=dtype)
     else:
         source = Checkpoint.open(who.folder)
         layout = load_architecture(source.config).layout(source.config)
-        bones = meta_model(source.config, chosen_device(first), getattr(torch, dtype))
-        model = full_model.model(bones, layout, full_model.reader(source))
-    return backends.placed(model, device) if spread else model
+        bones = make_meta_model(source.config, get_device(first), getattr(torch, dtype))
+        model = full_model.make_model(bones, layout, full_model.make_reader(source))
+    return backends.dispatch_model(model, device) if spread else model
 
 
 def settings(setup: Setup) -> dict[str, object]:

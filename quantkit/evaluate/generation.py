@@ -22,7 +22,7 @@ from transformers import DynamicCache, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer
 
 from quantkit.errors import UnsuitedError
-from quantkit.evaluate.lm_eval_adapter import Answer, Likelihood, Rules
+from quantkit.evaluate.lm_eval_adapter import GeneratedAnswer, GenerationParams, LogLikelihood
 
 _WORTH_SHARING = 16  # tokens: a second call of the model costs as much as reading a few
 Choose = Callable[[Tensor, Sequence[int]], Tensor]
@@ -48,12 +48,12 @@ class _Stop:
         text = self.tokenizer.decode(tail)
         return any(string in text for string in self.strings)
 
-    def answer(self, tokens: Sequence[int]) -> Answer:
+    def answer(self, tokens: Sequence[int]) -> GeneratedAnswer:
         """The text of a finished row."""
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         for string in self.strings:
             text = text.split(string)[0]
-        return Answer(text=text, n_tokens=len(tokens), truncated=not self.reached(tokens))
+        return GeneratedAnswer(text=text, n_tokens=len(tokens), truncated=not self.reached(tokens))
 
 
 class LocalModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
@@ -63,12 +63,14 @@ class LocalModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
     def generate(
-        self, requests: Sequence[Any], finished: Callable[[Sequence[tuple[int, Answer]]], None]
+        self,
+        requests: Sequence[Any],
+        finished: Callable[[Sequence[tuple[int, GeneratedAnswer]]], None],
     ) -> None:
         """An answer per request, told batch by batch."""
         # Requests with equal limits share a batch; short prompts go first.
         encoded = [self.tok_encode(request.args[0]) for request in requests]
-        rules = [Rules.of(request.args[1], request.task_name) for request in requests]
+        rules = [GenerationParams.of(request.args[1], request.task_name) for request in requests]
         order = sorted(
             range(len(requests)), key=lambda index: (rules[index].key, len(encoded[index]))
         )
@@ -83,14 +85,18 @@ class LocalModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
             start += len(batch)
 
     def likelihoods(
-        self, requests: Sequence[Any], finished: Callable[[Sequence[tuple[int, Likelihood]]], None]
+        self,
+        requests: Sequence[Any],
+        finished: Callable[[Sequence[tuple[int, LogLikelihood]]], None],
     ) -> None:
         """lm-eval's own, told batch by batch; requests about one prompt follow each other and share its work."""
         for start in range(0, len(requests), self.batch_size):
             some = self.loglikelihood(requests[start : start + self.batch_size], disable_tqdm=True)
             finished([*enumerate(some, start)])
 
-    def _batch(self, prompts: Sequence[Sequence[int]], rules: Rules) -> list[Answer]:
+    def _batch(
+        self, prompts: Sequence[Sequence[int]], rules: GenerationParams
+    ) -> list[GeneratedAnswer]:
         longest = max(len(prompt) for prompt in prompts)
         if longest + rules.max_tokens > self.max_length:
             raise UnsuitedError(

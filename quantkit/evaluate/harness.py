@@ -19,7 +19,7 @@ from typing import Any
 
 from quantkit.errors import EvaluationError
 from quantkit.evaluate import tasks
-from quantkit.evaluate.tasks import DATA_VARIABLE, Task, rendered
+from quantkit.evaluate.tasks import DATA_VARIABLE, Task, render_tasks
 from quantkit.io.files import is_file
 from quantkit.texts import task_files
 
@@ -103,7 +103,10 @@ def opened(own: Sequence[Task], names: Sequence[str] = ()) -> Iterator[Opened]:
 
     Without a socket, when nothing has to be fetched. lm-eval reads the data of its tasks while it loads them.
     """
-    with _quiet(offline=not names and all(task.is_local for task in own)), rendered(own) as folder:
+    with (
+        _quiet(offline=not names and all(task.is_local for task in own)),
+        render_tasks(own) as folder,
+    ):
         found: dict[str, Task] = {}
         loaded: dict[str, Any] = {}
         failed: dict[str, str] = {}
@@ -143,11 +146,11 @@ def split(
     """Expanded names as tasks of evals/, names for lm-eval, and those of evals/ that do not load, with the reason."""
     own, theirs, failed = list[Task](), list[str](), dict[str, str]()
     for name in expanded(names):
-        if not task_files.task_path(name).is_file() and not name.endswith(task_files.SUFFIX):
+        if not task_files.find_task_path(name).is_file() and not name.endswith(task_files.SUFFIX):
             theirs.append(name)
             continue
         try:
-            own += tasks.load([name], data_folder)
+            own += tasks.load_tasks([name], data_folder)
         except EvaluationError as fault:
             failed[name] = str(fault)
     return own, theirs, failed
@@ -157,7 +160,7 @@ def known(name: str) -> bool:
     """Whether there is a task of this name, here or in lm-eval, or the file."""
     if name.endswith(task_files.SUFFIX):
         return is_file(Path(name))
-    return task_files.task_path(name).is_file() or bool(_collection().match_tasks([name]))
+    return task_files.find_task_path(name).is_file() or bool(_collection().match_tasks([name]))
 
 
 def _index(folder: Path) -> Any:
@@ -180,7 +183,7 @@ def _managed(manager: Any, name: str) -> dict[str, Any]:
     matching = manager.match_tasks([name])
     if not matching:
         near = difflib.get_close_matches(
-            name, [*task_files.task_names(), *SETS, *manager.all_tasks], n=3
+            name, [*task_files.list_task_names(), *SETS, *manager.all_tasks], n=3
         )
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise EvaluationError(f"{name}: no such task; {hint}`lm-eval ls tasks` lists lm-eval's own")

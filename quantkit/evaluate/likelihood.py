@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from jinja2 import TemplateError
 
-from quantkit.artifact.fidelity_schema import Figure, Likelihood
+from quantkit.artifact.fidelity_schema import Figure, LikelihoodResult
 from quantkit.errors import EvaluationError
 from quantkit.evaluate import harness, statistics, tasks
 from quantkit.evaluate.distribution import Sides
 from quantkit.evaluate.tasks import TEMPLATES, Task
 from quantkit.texts import task_files
-from quantkit.texts.corpora import Tokenizer, Tokens, continued, pack_tokens
+from quantkit.texts.corpora import Tokenizer, Tokens, encode_continuation, pack_tokens
 
 Prompt = tuple[int, str, dict[str, object]]
 """Number of an item, its prompt, and its columns."""
@@ -79,13 +79,13 @@ def tokenize(names: Sequence[str], tokenizer: Tokenizer, *, items: int, length: 
     hashes, failed = dict[str, str](), dict[str, str]()
     for name in names if items else ():
         try:
-            (task,) = tasks.load([name])
+            (task,) = tasks.load_tasks([name])
             if task.gold is None:
                 continue
             found += _sequences(task, task.gold, tokenizer, items, length)
             hashes[task.name] = task.sha256
         except EvaluationError as error:
-            failed[tasks.called(name)] = str(error)
+            failed[tasks.get_task_name(name)] = str(error)
     found.sort(
         key=lambda entry: -len(entry[1])
     )  # stable: equal lengths stay in the order of the tasks
@@ -108,7 +108,7 @@ def _sequences(
     except TemplateError as fault:
         raise EvaluationError(f"{task.name}: {fault}; correct the task's file") from fault
     for doc_id, prompt, solution in pairs:
-        ids, own = continued(tokenizer, prompt, solution, length)
+        ids, own = encode_continuation(tokenizer, prompt, solution, length)
         if own:
             found.append((Solution(task=task.name, doc_id=doc_id, n_tokens=own), ids))
     return found
@@ -138,7 +138,7 @@ def written(task: Task, items: int) -> list[Prompt]:
 def _local(task: Task, items: int) -> list[dict[str, object]] | None:
     """The first rows of the split that is scored."""
     file = task.files.get(str(task.config.get("test_split")))
-    return None if file is None else task_files.first_rows(file.path, file.rows, items)
+    return None if file is None else task_files.read_first_rows(file.path, file.rows, items)
 
 
 def _shots(task: Task) -> list[dict[str, object]] | None:
@@ -152,7 +152,7 @@ def _shots(task: Task) -> list[dict[str, object]] | None:
         return samples[:count]
     split = task.config.get("fewshot_split")
     file = None if split == task.config.get("test_split") else task.files.get(str(split))
-    return None if file is None else task_files.first_rows(file.path, file.rows, count)
+    return None if file is None else task_files.read_first_rows(file.path, file.rows, count)
 
 
 def asked(task: Task, items: int) -> list[Prompt]:
@@ -188,25 +188,27 @@ def score(both: Sides, items: Sequence[Solution]) -> list[Scored]:
 
 def rows(
     names: Sequence[str], solutions: Solutions, scored: Sequence[Scored]
-) -> tuple[Likelihood, ...]:
+) -> tuple[LikelihoodResult, ...]:
     """One row per task, in the recipe's order; tasks without gold have none."""
     found = []
-    for name in map(tasks.called, names):
+    for name in map(tasks.get_task_name, names):
         mine = [each for each in scored if each.solution.task == name]
         if name in solutions.failed:
-            found.append(Likelihood(task=name, status="not run", reason=solutions.failed[name]))
+            found.append(
+                LikelihoodResult(task=name, status="not run", reason=solutions.failed[name])
+            )
         elif name in solutions.hashes and len(mine) < 2:
             reason = f"{len(mine)} solutions fit into a sequence, too few to compare"
-            found.append(Likelihood(task=name, status="not run", reason=reason, n=len(mine)))
+            found.append(LikelihoodResult(task=name, status="not run", reason=reason, n=len(mine)))
         elif name in solutions.hashes:
             found.append(_row(name, mine, solutions.hashes[name]))
     return tuple(found)
 
 
-def _row(name: str, mine: Sequence[Scored], sha256: str) -> Likelihood:
+def _row(name: str, mine: Sequence[Scored], sha256: str) -> LikelihoodResult:
     first, second = [each.source for each in mine], [each.artifact for each in mine]
-    change = statistics.paired(first, second)
-    return Likelihood(
+    change = statistics.paired_difference(first, second)
+    return LikelihoodResult(
         task=name,
         n=len(mine),
         tokens=sum(each.solution.n_tokens for each in mine),

@@ -16,16 +16,16 @@ from lm_eval.api.model import LM
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from quantkit.errors import UnsuitedError, UsageError
-from quantkit.evaluate.answer_store import AnswerKey, AnswerStore, Value
+from quantkit.evaluate.answer_store import AnswerKey, AnswerStore, StoredValue
 
-Progress = Callable[[int, int], None]
+AnswerCallback = Callable[[int, int], None]
 """Called with the number of answers that are complete, and of all."""
 
-DEFAULT_TOKENS = 256  # of a task that names no limit; lm-eval's own
+DEFAULT_MAX_TOKENS = 256  # of a task that names no limit; lm-eval's own
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
+class GeneratedAnswer:
     """What a model wrote: text before the stop string, tokens including the one that stopped it.
 
     `truncated`: neither EOS nor a stop string came within the limit.
@@ -37,7 +37,7 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rules:
+class GenerationParams:
     """A task's generation_kwargs, checked. Temperature 0 is greedy."""
 
     task: str
@@ -53,8 +53,8 @@ class Rules:
         return self.task, self.max_tokens
 
     @classmethod
-    def of(cls, kwargs: Mapping[str, Any], task: str) -> Rules:
-        until, limit = kwargs.get("until", []), kwargs.get("max_gen_toks", DEFAULT_TOKENS)
+    def of(cls, kwargs: Mapping[str, Any], task: str) -> GenerationParams:
+        until, limit = kwargs.get("until", []), kwargs.get("max_gen_toks", DEFAULT_MAX_TOKENS)
         if not isinstance(limit, int) or limit < 1:
             raise UnsuitedError(
                 f"{task}: generation_kwargs.max_gen_toks: expected a whole number, found {limit!r}"
@@ -75,7 +75,7 @@ class Rules:
         )  # fmt: skip
 
 
-Likelihood = tuple[float, bool]
+LogLikelihood = tuple[float, bool]
 """Log probability of a continuation in nats, and whether greedy decoding would write it."""
 
 
@@ -83,13 +83,15 @@ class Backend(Protocol):
     """A model that answers; `finished` is called with (place of the request, answer) as soon as answers are there."""
 
     def generate(
-        self, requests: Sequence[Instance], finished: Callable[[Sequence[tuple[int, Answer]]], None]
+        self,
+        requests: Sequence[Instance],
+        finished: Callable[[Sequence[tuple[int, GeneratedAnswer]]], None],
     ) -> None: ...
 
     def likelihoods(
         self,
         requests: Sequence[Instance],
-        finished: Callable[[Sequence[tuple[int, Likelihood]]], None],
+        finished: Callable[[Sequence[tuple[int, LogLikelihood]]], None],
     ) -> None: ...
 
     def apply_chat_template(
@@ -97,7 +99,7 @@ class Backend(Protocol):
     ) -> str: ...
 
 
-class Recorder(LM):  # type: ignore[misc]  # lm-eval is untyped
+class LMEvalAdapter(LM):  # type: ignore[misc]  # lm-eval is untyped
     """A backend as lm-eval asks it. `answers` keeps what was written, by (task, doc_id).
 
     model: the hash under which answers are stored; think_end: the text after which a reasoning model's answer starts;
@@ -109,11 +111,11 @@ class Recorder(LM):  # type: ignore[misc]  # lm-eval is untyped
         backend: Backend,
         journal: AnswerStore,
         model: str,
-        progress: Progress | None = None,
+        progress: AnswerCallback | None = None,
         think_end: str = "",
     ) -> None:
         super().__init__()
-        self.answers: dict[tuple[str, int], Answer] = {}
+        self.answers: dict[tuple[str, int], GeneratedAnswer] = {}
         self._backend, self._journal, self._model = backend, journal, model
         self._progress, self._think_end = progress, think_end
 
@@ -122,7 +124,7 @@ class Recorder(LM):  # type: ignore[misc]  # lm-eval is untyped
         asked = [self._unstopped(request) if self._think_end else request for request in requests]
 
         def ask(
-            missing: Sequence[int], store: Callable[[Sequence[tuple[int, Value]]], None]
+            missing: Sequence[int], store: Callable[[Sequence[tuple[int, StoredValue]]], None]
         ) -> None:
             self._backend.generate(
                 [asked[index] for index in missing],
@@ -138,18 +140,20 @@ class Recorder(LM):  # type: ignore[misc]  # lm-eval is untyped
         texts = []
         for request, (text, n_tokens, truncated) in zip(requests, values, strict=True):
             shown = self._spoken(str(text), request.args[1]) if self._think_end else str(text)
-            answer = Answer(text=shown, n_tokens=int(str(n_tokens)), truncated=bool(truncated))
+            answer = GeneratedAnswer(
+                text=shown, n_tokens=int(str(n_tokens)), truncated=bool(truncated)
+            )
             self.answers[request.task_name, request.doc_id] = answer
             texts.append(shown)
         return texts
 
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
-    ) -> list[Likelihood]:
+    ) -> list[LogLikelihood]:
         """(log probability, greedy) per request, in the order of the requests."""
 
         def ask(
-            missing: Sequence[int], store: Callable[[Sequence[tuple[int, Value]]], None]
+            missing: Sequence[int], store: Callable[[Sequence[tuple[int, StoredValue]]], None]
         ) -> None:
             self._backend.likelihoods(
                 [requests[index] for index in missing],
@@ -189,15 +193,15 @@ class Recorder(LM):  # type: ignore[misc]  # lm-eval is untyped
     def _complete(
         self,
         questions: Sequence[tuple[str, str, str, str, int]],
-        ask: Callable[[Sequence[int], Callable[[Sequence[tuple[int, Value]]], None]], None],
-    ) -> list[Value]:
+        ask: Callable[[Sequence[int], Callable[[Sequence[tuple[int, StoredValue]]], None]], None],
+    ) -> list[StoredValue]:
         """A value per question: from the journal where it has one, else asked for and stored."""
         keys = [AnswerKey(*parts[:4], self._model, parts[4]) for parts in questions]
         values = [self._journal.get(key) for key in keys]
         missing = [index for index, value in enumerate(values) if value is None]
         left = set(missing)
 
-        def store(some: Sequence[tuple[int, Value]]) -> None:
+        def store(some: Sequence[tuple[int, StoredValue]]) -> None:
             self._journal.put([(keys[index], value) for index, value in some])
             for index, value in some:
                 values[index] = value

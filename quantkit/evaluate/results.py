@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from quantkit.artifact.fidelity_schema import Benchmark
+from quantkit.artifact.fidelity_schema import BenchmarkResult
 from quantkit.errors import EvaluationError, UsageError
 from quantkit.evaluate import answer_store, benchmarks, compare, harness, samples, statistics
 from quantkit.evaluate.evaluation import (
@@ -17,8 +17,8 @@ from quantkit.evaluate.evaluation import (
     Asked,
     Setup,
     Subject,
-    ask,
-    ask_source,
+    run_evaluation,
+    run_source,
     settings,
     source_of,
 )
@@ -28,15 +28,15 @@ from quantkit.evaluate.tasks import Task
 from quantkit.io.files import read_json, write_json
 from quantkit.progress import ProgressCallback
 
-RESULTS = "results.json"
-ITEMS = "items.parquet"
-PAIRS = "pairs.parquet"
-SAME = ("seeds", "temperature", "top_p", "max_tokens", "chat", "think_end")
+RESULTS_FILE = "results.json"
+ITEMS_FILE = "items.parquet"
+PAIRS_FILE = "pairs.parquet"
+SHARED_SETTINGS = ("seeds", "temperature", "top_p", "max_tokens", "chat", "think_end")
 """Settings that both sides of a comparison must share."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
+class TaskResult:
     """A task under one filter: shares in 0 to 1 with a 95 % interval, tokens per answer; score None: not judged."""
 
     task: str
@@ -54,13 +54,13 @@ class Scored:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class EvaluationResult:
     """Everything that is written and shown."""
 
     folder: Path
-    scores: tuple[Scored, ...]
+    scores: tuple[TaskResult, ...]
     not_run: Mapping[str, str]
-    rows: tuple[Benchmark, ...]
+    rows: tuple[BenchmarkResult, ...]
     told: Mapping[str, object]
 
     @property
@@ -78,17 +78,17 @@ def evaluate(
     source: str | None = None,
     baseline: Path | None = None,
     tell: ProgressCallback,
-) -> Outcome:
+) -> EvaluationResult:
     """Ask, compare and write. source: "" compares with the source the manifest names, else the model of that name.
 
     baseline: the folder of an earlier evaluation to compare with. What both sides were asked is checked item by item.
     """
     earlier = read_baseline(baseline, names, setup) if baseline is not None else None
     origin = source_of(who, source) if source is not None else None
-    asked = ask(who, names, setup, folder / JOURNAL, tell)
+    asked = run_evaluation(who, names, setup, folder / JOURNAL, tell)
     if origin is not None:
-        earlier = ask_source(origin, names, setup, tell)
-    return write(
+        earlier = run_source(origin, names, setup, tell)
+    return write_results(
         folder,
         who,
         setup,
@@ -98,31 +98,31 @@ def evaluate(
     )
 
 
-def output_folder(name: str, given: Path | None, *, resume: bool) -> Path:
+def select_output_folder(name: str, given: Path | None, *, resume: bool) -> Path:
     """Where results go: the folder given, else `NAME.eval` beside a folder, or here for a model from elsewhere.
 
     UsageError when an evaluation is there that is not to be resumed.
     """
     beside = Path(name).resolve() if Path(name).is_dir() else Path(re.sub(r"[^\w.-]+", "_", name))
     folder = given or beside.with_name(f"{beside.name}.eval")
-    if not resume and answer_store.holds_answers(folder / JOURNAL):
+    if not resume and answer_store.has_answers(folder / JOURNAL):
         raise UsageError(
             f"{folder}: it holds an evaluation already; add --resume to go on with it, or name another --output"
         )
     return folder
 
 
-def write(
+def write_results(
     folder: Path,
     who: Subject,
     setup: Setup,
     asked: Asked,
     source: Sequence[ItemResult] | None,
     against: str,
-) -> Outcome:
+) -> EvaluationResult:
     """Parquet per item, per seed where there are several, pairs where there is a baseline, and results.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    samples.to_parquet(asked.items, folder / ITEMS)
+    samples.to_parquet(asked.items, folder / ITEMS_FILE)
     if len(asked.runs) > 1:
         for seed, run in enumerate(asked.runs):
             samples.to_parquet(run, folder / f"seed-{seed}.parquet")
@@ -135,24 +135,26 @@ def write(
         if not common[0]:
             raise EvaluationError(f"{against}: no item in common; what was asked lies in {folder}")
         pairs = samples.pair(*common)
-        samples.pairs_to_parquet(pairs, folder / PAIRS)
+        samples.pairs_to_parquet(pairs, folder / PAIRS_FILE)
     rows = tuple(
         compare.row(task, pairs, compare.DEFAULT_RECOVERY) for task in asked.opened.tasks if pairs
     )
-    scores = scored(asked)
+    scores = summarize_tasks(asked)
     told = {
         "version": 1,
         "evaluated": {"name": who.name, "kind": who.kind, "sha256": who.hash},
         "backend": dict(asked.backend),
         "settings": settings(setup),
-        "tasks": [values(each) for each in scores],
+        "tasks": [task_result_to_json(each) for each in scores],
         "not_run": dict(asked.opened.failed),
         "against": against or None,
         "comparison": [row.model_dump(mode="json") for row in rows],
         "versions": {name: version(name) for name in ("quantkit", "lm_eval")},
     }
-    write_json(folder / RESULTS, told)
-    return Outcome(folder=folder, scores=scores, not_run=asked.opened.failed, rows=rows, told=told)
+    write_json(folder / RESULTS_FILE, told)
+    return EvaluationResult(
+        folder=folder, scores=scores, not_run=asked.opened.failed, rows=rows, told=told
+    )
 
 
 def read_baseline(folder: Path, names: Sequence[str], setup: Setup) -> list[ItemResult]:
@@ -161,15 +163,15 @@ def read_baseline(folder: Path, names: Sequence[str], setup: Setup) -> list[Item
         raise UsageError(
             f"--baseline: {folder}: expected the folder of an evaluation, found none; check the path"
         )
-    told = read_json(folder / RESULTS, EvaluationError)
+    told = read_json(folder / RESULTS_FILE, EvaluationError)
     theirs, mine = told.get("settings"), settings(setup)
-    for name in SAME:
+    for name in SHARED_SETTINGS:
         found = theirs.get(name) if isinstance(theirs, dict) else None
         if found != mine[name]:
             raise EvaluationError(
                 f"{folder}: {name}: expected {mine[name]!r} as here, found {found!r}; evaluate both in the same way"
             )
-    items = samples.from_parquet(folder / ITEMS)
+    items = samples.from_parquet(folder / ITEMS_FILE)
     own, others, _ = harness.split(names)
     asked = dict.fromkeys(item.task for item in items)
     if own and not others and not {task.name for task in own} & asked.keys():
@@ -180,7 +182,7 @@ def read_baseline(folder: Path, names: Sequence[str], setup: Setup) -> list[Item
     return items
 
 
-def scored(asked: Asked) -> tuple[Scored, ...]:
+def summarize_tasks(asked: Asked) -> tuple[TaskResult, ...]:
     """A row per task and filter: score and interval over items, rates over all answers."""
     by_name = {task.name: task for task in asked.opened.tasks}
     rates = {
@@ -190,15 +192,19 @@ def scored(asked: Asked) -> tuple[Scored, ...]:
     groups: dict[tuple[str, str], list[ItemResult]] = {}
     for item in asked.items:
         groups.setdefault((item.task, item.filter), []).append(item)
-    return tuple(one(by_name[name[0]], items, rates[name]) for name, items in groups.items())
+    return tuple(
+        summarize_task(by_name[name[0]], items, rates[name]) for name, items in groups.items()
+    )
 
 
-def one(task: Task, items: Sequence[ItemResult], rates: benchmarks.TaskScore) -> Scored:
+def summarize_task(
+    task: Task, items: Sequence[ItemResult], rates: benchmarks.TaskScore
+) -> TaskResult:
     """The row of one task and filter."""
     known = [item.score for item in items if item.score is not None]
     complete = len(known) == len(items)
     hashes = "".join(f"{item.doc_hash} {item.prompt_hash} {item.target_hash}\n" for item in items)
-    return Scored(
+    return TaskResult(
         task=task.name, domain=task.domain, filter=items[0].filter, n=len(items),
         score=sum(known) / len(known) if complete else None,
         interval=statistics.mean_interval(known) if complete else None,
@@ -207,7 +213,7 @@ def one(task: Task, items: Sequence[ItemResult], rates: benchmarks.TaskScore) ->
     )  # fmt: skip
 
 
-def values(row: Scored) -> dict[str, object]:
+def task_result_to_json(row: TaskResult) -> dict[str, object]:
     """A row as results.json has it."""
     both = [row.interval.low, row.interval.high] if row.interval else None
     return {**{name: getattr(row, name) for name in row.__dataclass_fields__}, "interval": both}

@@ -73,7 +73,7 @@ class Comparison:
         return f"not resolved (n = {self.n}, detectable {100 * self.detectable:.1f} pp)"
 
 
-def wilson(successes: int, n: int, level: float = LEVEL) -> Interval:
+def wilson_interval(successes: int, n: int, level: float = LEVEL) -> Interval:
     """Interval of a proportion (Wilson 1927); unlike mean +- z SE it has a width at 0 and n successes."""
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"expected 0 <= successes <= n with n > 0, found {successes} of {n}")
@@ -87,13 +87,13 @@ def mean_interval(scores: Sequence[float], level: float = LEVEL) -> Interval:
     """Interval of a mean score: Wilson's for right and wrong, else the normal one over items, within 0 and 1."""
     n, mean = len(scores), sum(scores) / len(scores)
     if {*scores} <= {0.0, 1.0}:
-        return wilson(round(sum(scores)), n, level)
+        return wilson_interval(round(sum(scores)), n, level)
     variance = sum((score - mean) ** 2 for score in scores) / (n - 1) if n > 1 else 0.25
     half = _z(level) * sqrt(variance / n)
     return Interval(low=max(0.0, mean - half), high=min(1.0, mean + half))
 
 
-def mcnemar(lost: int, gained: int) -> float:
+def mcnemar_p_value(lost: int, gained: int) -> float:
     """Exact two-sided p-value of McNemar's test: a fair coin thrown lost + gained times (McNemar 1947)."""
     n, fewer = lost + gained, min(lost, gained)
     if n <= _EXACT_UP_TO:
@@ -106,7 +106,7 @@ def mcnemar(lost: int, gained: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def paired(
+def paired_difference(
     baseline: Sequence[float], candidate: Sequence[float], level: float = LEVEL
 ) -> Difference:
     """Mean difference, SE = sd(d) / sqrt(n) and normal interval (Miller 2024, eq. 7); needs two items or more."""
@@ -119,7 +119,7 @@ def paired(
     )
 
 
-def paired_shares(lost: int, gained: int, n: int, level: float = LEVEL) -> Interval:
+def paired_proportions_interval(lost: int, gained: int, n: int, level: float = LEVEL) -> Interval:
     """Interval of a difference of paired proportions (Bonett & Price 2012, eq. 5): one item is added to each side.
 
     With few flips the plain interval is too narrow, and with none it has no width at all.
@@ -129,7 +129,7 @@ def paired_shares(lost: int, gained: int, n: int, level: float = LEVEL) -> Inter
     return Interval(low=max(-1.0, up - down - half), high=min(1.0, up - down + half))
 
 
-def bootstrap(
+def bootstrap_interval(
     baseline: Sequence[float],
     candidate: Sequence[float],
     level: float = LEVEL,
@@ -163,7 +163,9 @@ def recovery_interval(baseline: float, difference: Interval) -> Interval:
     )
 
 
-def minimum_detectable(flips: float, n: int, power: float = POWER, level: float = LEVEL) -> float:
+def minimum_detectable_difference(
+    flips: float, n: int, power: float = POWER, level: float = LEVEL
+) -> float:
     """The smallest true difference that a paired test of n items shows with this power.
 
     flips: share of items whose score changes; (z_level + z_power) sqrt(flips / n), Miller 2024, eq. 9.
@@ -171,7 +173,7 @@ def minimum_detectable(flips: float, n: int, power: float = POWER, level: float 
     return (_z(level) + NormalDist().inv_cdf(power)) * sqrt(flips / n)
 
 
-def decide(interval: Interval, margin: float) -> Verdict:
+def decide_verdict(interval: Interval, margin: float) -> Verdict:
     """Non-inferiority: "pass" when a loss beyond `margin` is excluded, "fail" when a loss of the margin or less is.
 
     interval: of candidate - baseline; margin: the loss that is allowed, 0 or more.
@@ -181,7 +183,7 @@ def decide(interval: Interval, margin: float) -> Verdict:
     return "fail" if interval.high < -margin else "not resolved"
 
 
-def compare(
+def compare_scores(
     baseline: Sequence[float],
     candidate: Sequence[float],
     smallest_recovery: float = 0.99,
@@ -193,23 +195,23 @@ def compare(
     score that has to be kept. When both score zero nothing was measured, and the verdict says so.
     """
     changes = _changes(baseline, candidate)
-    n, difference = len(changes), paired(baseline, candidate, level)
+    n, difference = len(changes), paired_difference(baseline, candidate, level)
     first, second = sum(baseline) / n, sum(candidate) / n
     lost, gained = sum(change < 0 for change in changes), sum(change > 0 for change in changes)
     if {*baseline, *candidate} <= {0.0, 1.0} or not lost + gained:
-        interval = paired_shares(lost, gained, n, level)
+        interval = paired_proportions_interval(lost, gained, n, level)
     else:  # means of several answers
-        interval = bootstrap(baseline, candidate, level)
+        interval = bootstrap_interval(baseline, candidate, level)
     difference = replace(difference, interval=interval)
     if first == 0 and second == 0:
         verdict: Verdict = "floor: no information"
     else:
-        verdict = decide(difference.interval, (1 - smallest_recovery) * first)
+        verdict = decide_verdict(difference.interval, (1 - smallest_recovery) * first)
     return Comparison(
         n=n, baseline=first, candidate=second, difference=difference, recovery=second / first if first else None,
         recovery_interval=recovery_interval(first, interval) if first else None, lost=lost, gained=gained,
-        p_value=mcnemar(lost, gained),
-        detectable=minimum_detectable(max(lost + gained, 1) / n, n, level=level),  # no flip seen: count one
+        p_value=mcnemar_p_value(lost, gained),
+        detectable=minimum_detectable_difference(max(lost + gained, 1) / n, n, level=level),  # no flip seen: count one
         smallest_recovery=smallest_recovery, verdict=verdict,
     )  # fmt: skip
 

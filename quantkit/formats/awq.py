@@ -25,7 +25,7 @@ from quantkit.contracts import (
 from quantkit.errors import UsageError
 from quantkit.formats.common.checks import (
     SCALE,
-    Checks,
+    FormatChecks,
     Loader,
     Treatment,
     left_out,
@@ -33,15 +33,15 @@ from quantkit.formats.common.checks import (
     switched_off,
     texts,
 )
-from quantkit.formats.common.engine_names import SERVERS, engine_names, kept_patterns, lines
+from quantkit.formats.common.engine_names import SERVERS, expand_fused_names, kept_patterns, lines
 from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES
-from quantkit.numerics.runs import per_run
+from quantkit.numerics.runs import count_codes_per_run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BITS = 4
-PER_WORD = per_run(BITS)
+PER_WORD = count_codes_per_run(BITS)
 SCALED_ACTIVATIONS = frozenset({
     "starcoder2",
     "RefinedWebModel",
@@ -184,7 +184,7 @@ def not_converted(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
     Each kept linear is named by its highest parent under which nothing is quantized, as far as no loader takes that
     name for a quantized module too. Where no parent serves, fused modules are named beside their members.
     """
-    avoid = lines(engine_names(quantized))
+    avoid = lines(expand_fused_names(quantized))
     safe: dict[str, bool] = {}
     named: dict[str, None] = {}
     for name in kept:
@@ -200,7 +200,7 @@ def not_converted(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
         named[entry] = None
     fused = [
         name
-        for name in engine_names(kept)
+        for name in expand_fused_names(kept)
         if not any(hits(entry, lines([name])) for entry in named)
     ]
     return [*named, *(name for name in fused if not hits(name, avoid))]
@@ -244,7 +244,7 @@ def contained(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
 
 LIST = "modules_to_not_convert"
 
-CHECKS = Checks(
+CHECKS = FormatChecks(
     shape=shape,
     numbers=lambda linear, scheme: {"scales": SCALE},
     loaders=(

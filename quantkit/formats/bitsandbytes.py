@@ -38,9 +38,9 @@ from quantkit.errors import ArtifactError, UsageError
 from quantkit.formats.common.checks import (
     MAGNITUDE,
     RISING,
-    Checks,
+    FormatChecks,
     Loader,
-    Numbers,
+    ValueCheck,
     exactly,
     left_out,
 )
@@ -53,7 +53,7 @@ BLOCK = 64
 NESTED_BLOCK = 256
 STATE = "weight.quant_state.bitsandbytes__nf4"
 DTYPES = {"torch.uint8": "U8", "torch.float32": "F32"}
-AGAIN = "pull or build the artifact again"
+REPAIR_HINT = "pull or build the artifact again"
 OFFSET_CHARACTERS = 24
 """The longest text of a float64 in JSON."""
 
@@ -82,7 +82,7 @@ def limits(
     return dict.fromkeys(("transformers", "vLLM", "SGLang"), why)
 
 
-def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
+def list_tensors(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
     """The packed weight and its quantization state, with full names."""
     size = linear.n_parameters
     blocks = size // BLOCK
@@ -138,13 +138,16 @@ def pack(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
         quantized.scale.reshape(-1),
     )  # [out, n_groups] -> [n_blocks]
     found = {
-        "weight": nf4.pair(quantized.codes),  # [out, in] -> [out * in / 2, 1]
+        "weight": nf4.pack_pairs(quantized.codes),  # [out, in] -> [out * in / 2, 1]
         "weight.absmax": absmax,
-        "weight.quant_map": torch.tensor(nf4.VALUES, device=device),
+        "weight.quant_map": torch.tensor(nf4.CODEBOOK, device=device),
     }
     offset = None
     if scheme.double_quant:
-        quantize, middle = nf4.library("functional").quantize_blockwise, nf4.mean(absmax)
+        quantize, middle = (
+            nf4.import_bitsandbytes("functional").quantize_blockwise,
+            nf4.compute_mean(absmax),
+        )
         found["weight.absmax"], nested = quantize(absmax - middle, blocksize=NESTED_BLOCK)
         found |= {"weight.nested_absmax": nested.absmax, "weight.nested_quant_map": nested.code}
         offset = float(middle)
@@ -158,16 +161,16 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
 
     from quantkit.numerics import nf4
 
-    bitsandbytes = nf4.library("functional")
+    bitsandbytes = nf4.import_bitsandbytes("functional")
     state = bitsandbytes.QuantState.from_dict(
-        quant_state(tensors, scheme), device=tensors["weight"].device
+        extract_quant_state(tensors, scheme), device=tensors["weight"].device
     )
     state.dtype = torch.float32  # as it is before an engine rounds it to its compute dtype
     unpacked: Tensor = bitsandbytes.dequantize_4bit(tensors["weight"], state)
     return unpacked
 
 
-def quant_state(tensors: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
+def extract_quant_state(tensors: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
     """The tensors of bitsandbytes' QuantState, without the "weight." before their names.
 
     Raises ArtifactError when they do not belong together: bitsandbytes reads memory by what the JSON says.
@@ -180,12 +183,12 @@ def quant_state(tensors: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tens
     fits = fits and (type(offset) is float if scheme.double_quant else offset is None)
     if not fits or told != json_values(state_text(shape, scheme, offset)):
         raise ArtifactError(
-            f"{STATE}: expected the state of NF4 in blocks of {BLOCK}, found {told}; {AGAIN}"
+            f"{STATE}: expected the state of NF4 in blocks of {BLOCK}, found {told}; {REPAIR_HINT}"
         )
     one = Linear(name="", out_features=shape[0], in_features=shape[1], role="mlp")
     parts = {
         spec.name[1:]: (spec.dtype, spec.shape)
-        for spec in layout(one, scheme)
+        for spec in list_tensors(one, scheme)
         if spec.name != f".{STATE}"
     }
     found = {
@@ -194,7 +197,7 @@ def quant_state(tensors: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tens
         if name in parts
     }
     if found != parts:
-        raise ArtifactError(f"weight: expected the tensors {parts}, found {found}; {AGAIN}")
+        raise ArtifactError(f"weight: expected the tensors {parts}, found {found}; {REPAIR_HINT}")
     return {
         name.removeprefix("weight."): part
         for name, part in tensors.items()
@@ -270,7 +273,7 @@ def shape(
     return (found[0], found[1]) if isinstance(found, list) and fits else None
 
 
-def numbers(linear: Linear, scheme: Scheme) -> dict[str, Numbers]:
+def numbers(linear: Linear, scheme: Scheme) -> dict[str, ValueCheck]:
     """What the tensors of one linear must hold."""
     sides = linear.out_features, linear.in_features
 
@@ -288,7 +291,7 @@ def numbers(linear: Linear, scheme: Scheme) -> dict[str, Numbers]:
 
     found = {
         "weight.quant_map": exactly(struct.pack("<16f", *NF4_VALUES), "the 16 values of NF4"),
-        STATE: Numbers(kind="whole", fault=state_fault),
+        STATE: ValueCheck(kind="whole", fault=state_fault),
     }
     if not scheme.double_quant:
         return {**found, "weight.absmax": MAGNITUDE}
@@ -304,7 +307,7 @@ NF4_VALUES = (
 )  # fmt: skip
 """numerics.codebook.VALUES, for those who check an artifact without torch."""
 
-CHECKS = Checks(
+CHECKS = FormatChecks(
     shape=shape,
     numbers=numbers,
     loaders=(Loader(engines="transformers", told=left_out(LIST), fused=False),),
@@ -313,7 +316,7 @@ CHECKS = Checks(
 
 FORMAT = Format(
     accepts=accepts,
-    layout=layout,
+    layout=list_tensors,
     pack=pack,
     dequantize=dequantize,
     quantization_config=quantization_config,

@@ -32,21 +32,21 @@ from quantkit.contracts import (
 from quantkit.errors import ArtifactError
 from quantkit.formats.common.checks import (
     SCALE,
-    Checks,
-    Codes,
+    FormatChecks,
+    IntegerCodes,
     Loader,
-    Numbers,
     Treatment,
-    by_codes,
+    ValueCheck,
     codes_told,
     exactly,
+    group_by_codes,
     matcher,
     pattern,
     texts,
 )
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, kept_patterns
 from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, require_agreement
-from quantkit.numerics.runs import per_run
+from quantkit.numerics.runs import count_codes_per_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,7 +83,7 @@ def scheme_fault(scheme: Scheme) -> str | None:
 
 def linear_fault(scheme: Scheme, linear: Linear) -> str | None:
     """Why this linear cannot be stored in a scheme that others can."""
-    count = per_run(scheme.bits)
+    count = count_codes_per_run(scheme.bits)
     if linear.role in PROTECTED_ROLES:
         return f"vLLM and SGLang build this {linear.role.replace('_', ' ')} without codes and find no weight; keep it"
     if linear.role == "routed_expert" and not scheme.symmetric:
@@ -121,7 +121,10 @@ def limits(
             "loads zero points of compressed-tensors only by from_pretrained(..., quantization_config="
             "CompressedTensorsConfig(dequantize=True)), and of one scheme"
         )
-    elif len(by_codes({e.name: s for e, s in schemes.items() if e.role == "routed_expert"})) > 1:
+    elif (
+        len(group_by_codes({e.name: s for e, s in schemes.items() if e.role == "routed_expert"}))
+        > 1
+    ):
         found["transformers"] = "reads all routed experts of compressed-tensors by one scheme"
     return found
 
@@ -207,7 +210,7 @@ def quantization_config(contents: Contents) -> dict[str, object]:
     # SGLang looks for the block size of kv_b_proj in the group of "Linear"
     fp8_is_rest = any(name.endswith(".kv_b_proj") for name in blocks)
     groups: list[dict[str, object]] = []
-    for kind, names in by_codes(contents.schemes):
+    for kind, names in group_by_codes(contents.schemes):
         others = [*(contents.schemes.keys() - names), *contents.kept]
         groups.append(
             packed_group(targets(others, names) if groups or fp8_is_rest else every, kind)
@@ -229,7 +232,7 @@ def quantization_config(contents: Contents) -> dict[str, object]:
     }
 
 
-def packed_group(targets: Sequence[str], kind: Codes) -> dict[str, object]:
+def packed_group(targets: Sequence[str], kind: IntegerCodes) -> dict[str, object]:
     """A group of integer codes. They come first: readers take the first group that an expert's name fits."""
     return {
         "format": "pack-quantized",
@@ -276,7 +279,7 @@ def unlike_experts(targets: Sequence[str]) -> list[str]:
     return [target.replace("experts", "exp[e]rts") for target in targets]
 
 
-def weights(kind: Codes) -> dict[str, object]:
+def weights(kind: IntegerCodes) -> dict[str, object]:
     """The arguments of a group; readers refuse keys they do not know, so there are no others."""
     strategy = {"strategy": "channel"} if kind.group_size == -1 else {"strategy": "group"}
     size = {} if kind.group_size == -1 else {"group_size": kind.group_size}
@@ -305,7 +308,7 @@ def shape(
     return specs["weight_scale"].shape[0], specs["weight_packed"].shape[-1] * 32 // scheme.bits
 
 
-def numbers(linear: Linear, scheme: Scheme) -> dict[str, Numbers]:
+def numbers(linear: Linear, scheme: Scheme) -> dict[str, ValueCheck]:
     """What the tensors of one linear must hold."""
     sides = linear.out_features, linear.in_features
     told = b"".join(side.to_bytes(8, "little") for side in sides)
@@ -340,7 +343,7 @@ def targeted(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
     return treatment
 
 
-def kind_of(group: Mapping[str, object], key: str) -> Codes:
+def kind_of(group: Mapping[str, object], key: str) -> IntegerCodes:
     """The codes of a group."""
     told = group.get("weights")
     if not isinstance(told, Mapping):
@@ -363,7 +366,7 @@ def names_of(value: object, key: str) -> re.Pattern[str]:
     )
 
 
-CHECKS = Checks(
+CHECKS = FormatChecks(
     shape=shape,
     numbers=numbers,
     loaders=(Loader(engines="vLLM, SGLang and transformers", told=targeted),),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import Contents, Format, Linear, Quantized, Scheme, TensorSpec
-from quantkit.formats.common.checks import FINITE, Checks
+from quantkit.formats.common.checks import FINITE, FormatChecks
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def shape(
     return (found[0], found[1]) if len(found) == 2 else None
 
 
-CHECKS = Checks(shape=shape, numbers=lambda linear, scheme: {"weight": FINITE})
+CHECKS = FormatChecks(shape=shape, numbers=lambda linear, scheme: {"weight": FINITE})
 
 FORMAT = Format(
     accepts=accepts,

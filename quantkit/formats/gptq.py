@@ -15,7 +15,7 @@ from quantkit.errors import UsageError
 from quantkit.formats.common import gptq_tensors
 from quantkit.formats.common.engine_names import SERVERS
 from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS
-from quantkit.numerics.runs import per_run
+from quantkit.numerics.runs import count_codes_per_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ def scheme_fault(scheme: Scheme) -> str | None:
 
 def linear_fault(scheme: Scheme, linear: Linear) -> str | None:
     """Why this linear cannot be stored in a scheme that others can."""
-    count, last = per_run(scheme.bits), linear.name.rpartition(".")[2]
+    count, last = count_codes_per_run(scheme.bits), linear.name.rpartition(".")[2]
     if linear.role in PROTECTED_ROLES:
         return f"vLLM and SGLang build this {linear.role.replace('_', ' ')} without GPTQ and find no weight; keep it"
     if last in gptq_tensors.MLA:

@@ -14,7 +14,7 @@ from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quanti
 from quantkit.formats.common import gptq_tensors
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS
 from quantkit.formats.common.packed import SCALE_DTYPES, SERVED_BITS, require_agreement
-from quantkit.numerics.runs import per_run
+from quantkit.numerics.runs import count_codes_per_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ def accepts(scheme: Scheme, linear: Linear) -> str | None:
         return f"GPTQModel holds GPTQ scales in 16 bits, found {scheme.scale_dtype}; use bfloat16 or float16"
     if linear.role in PROTECTED_ROLES:
         return f"GPTQModel builds this {linear.role.replace('_', ' ')} without GPTQ and finds no weight; keep it"
-    run = per_run(scheme.bits)
+    run = count_codes_per_run(scheme.bits)
     if linear.out_features % run or linear.in_features % run:
         return (
             f"{linear.out_features} x {linear.in_features} features do not fill the words that GPTQModel reads, {run} "

@@ -43,7 +43,7 @@ class Decision:
     @property
     def has_error_feedback(self) -> bool:
         """Whether rounding errors move on from column to column."""
-        return self.rounding not in {None, "nearest"}
+        return self.rounding is not None and registry.get_rounding(self.rounding).needs_stats
 
 
 def resolve_scale_dtype(quantize: Quantize, source_dtype: str) -> Literal["bfloat16", "float16"]:
@@ -185,7 +185,7 @@ def find_rescale(
     used = {method for reader in names if (method := decisions[reader].method)}
     if block.kind == "mtp" or group.absorber is None or len(used) != 1:
         return None
-    return registry.method(used.pop()).rescale
+    return registry.get_method(used.pop()).rescale
 
 
 def is_unscaled_for_fp8(

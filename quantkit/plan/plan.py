@@ -71,7 +71,7 @@ class Plan:
 
     @cached_property  # asked for once per linear, 45,000 times for DeepSeek-V3
     def format(self) -> Format:
-        return registry.format(self.format_name)
+        return registry.get_format(self.format_name)
 
     @property
     def kept(self) -> KeptStorage:
@@ -142,7 +142,7 @@ class Plan:
 def needs_calibration(decisions: Mapping[str, Decision]) -> bool:
     """Whether any selected method learns from activations."""
     used = {d.method for d in decisions.values() if d.method}
-    return any(registry.method(name).needs_stats for name in used)
+    return any(registry.get_method(name).needs_stats for name in used)
 
 
 def load_architecture(config: Config) -> Architecture:
@@ -151,13 +151,13 @@ def load_architecture(config: Config) -> Architecture:
     Raises UsageError for a model type that nobody knows, CheckpointError for one of which no table can be derived.
     """
     model_type = config.text("model_type")
-    if model_type in registry.names("architectures"):
-        return registry.architecture(model_type)
+    if model_type in registry.list_names("architectures"):
+        return registry.get_architecture(model_type)
     from quantkit.models import (
         derive,
     )  # transformers takes seconds to start, which a plan by a table does without
 
-    return derive.architecture(config)
+    return derive.derive_architecture(config)
 
 
 def match_source(source: SourceFacts) -> MatchedLayout:
@@ -206,7 +206,7 @@ def collect_warnings(
         )
     engines: dict[str, list[str]] = {}
     for engine, why in find_unsupported_engines(
-        registry.format(format_name), config, claimed.layout, decisions
+        registry.get_format(format_name), config, claimed.layout, decisions
     ).items():
         engines.setdefault(why, []).append(engine)
     return told + [f"{', '.join(names)}: {why}" for why, names in engines.items()]
@@ -257,7 +257,7 @@ def apply_rules(
 ) -> tuple[tuple[Rule, ...], dict[str, Decision], list[str]]:
     """The rules, what they decide over every linear, and the recipe's faults that show by it."""
     output, rules, side = (
-        registry.format(format_name),
+        registry.get_format(format_name),
         resolve_rules(recipe, claimed.architecture),
         read_fp8_block_size(source.config),
     )
@@ -285,7 +285,7 @@ def list_written_tensors(
     source: SourceFacts, claimed: MatchedLayout, format_name: str, decisions: Mapping[str, Decision]
 ) -> list[TensorSpec]:
     """Every tensor of the artifact in writing order."""
-    output = registry.format(format_name)
+    output = registry.get_format(format_name)
     kept = KeptStorage(
         specs=claimed.specs, scale=output.fp8_scale, side=read_fp8_block_size(source.config)
     )

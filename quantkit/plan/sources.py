@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from quantkit import registry
+from quantkit import figures, registry
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import HubUnreachable, RecipeError, UsageError
 from quantkit.io import package_data
-from quantkit.io.host import memory_available, multiplies_bfloat16
+from quantkit.io.host import get_available_memory as get_available_memory
+from quantkit.io.host import has_bfloat16_instructions
 from quantkit.plan.plan import Plan, SourceFacts, make_plan, match_source
 from quantkit.plan.published import find_published_config
 from quantkit.recipe.schema import POOLED_FIGURES, Recipe
 from quantkit.texts import task_files
-from quantkit.texts.corpus_files import most_sequences
+from quantkit.texts.corpus_files import bound_sequences
 from quantkit.texts.corpus_spec import read_spec
 
 ASSUMED_SEQUENCES = 1024
@@ -60,7 +61,9 @@ def resolve_compute(recipe: Recipe) -> ResolvedCompute:
     )
     calibration = wanted.calibration
     if calibration == "auto":
-        calibration = "bfloat16" if dtype == "bfloat16" or multiplies_bfloat16() else "float32"
+        calibration = (
+            "bfloat16" if dtype == "bfloat16" or has_bfloat16_instructions() else "float32"
+        )
     return ResolvedCompute(device=device, dtype=dtype, calibration=calibration)
 
 
@@ -68,7 +71,7 @@ def resolve_source_facts(recipe: Recipe) -> SourceFacts:
     """Headers of the source; for a hub model that cannot be reached, the config its family publishes."""
     model, revision = recipe.source.model, recipe.source.revision
     try:
-        headers = hub.resolve_headers(model, revision)
+        headers = hub.read_model_headers(model, revision)
     except HubUnreachable:
         known = find_published_config(model)
         if known is None:
@@ -105,7 +108,9 @@ def make_source_facts(recipe: Recipe, source: Checkpoint, revision: str | None) 
 
 def resolve_memory_budget(recipe: Recipe) -> int:
     """Bytes of host memory a build may use."""
-    return recipe.memory if recipe.memory is not None else int(MEMORY_SHARE * memory_available())
+    return (
+        recipe.memory if recipe.memory is not None else int(MEMORY_SHARE * get_available_memory())
+    )
 
 
 def bound_text_tokens(recipe: Recipe) -> dict[Literal["calibration", "fidelity"], int]:
@@ -134,7 +139,7 @@ def bound_set_tokens(name: str, sequences: int | None, length: int) -> int:
 
     The size of a set that is not here is not known: UNKNOWN_SEQUENCES are assumed.
     """
-    spec = read_spec(name, package_data.folder("calibration"))
+    spec = read_spec(name, package_data.locate_folder("calibration"))
     if sequences is not None:
         return sequences * length
     return (
@@ -201,7 +206,7 @@ def find_sequence_faults(
     recipe: Recipe, key: tuple[str, str], name: str, wanted: int | None, length: int
 ) -> list[str]:
     """The fault of asking a set for more sequences than it has; none where that is not known."""
-    most = most_sequences(read_spec(name, package_data.folder("calibration")), length)
+    most = bound_sequences(read_spec(name, package_data.locate_folder("calibration")), length)
     if wanted is None or most is None or wanted <= most:
         return []
     return [
@@ -212,10 +217,12 @@ def find_sequence_faults(
 
 def find_task_faults(recipe: Recipe) -> list[str]:
     """Benchmarks that do not exist: known before hours are spent on the model they should judge."""
-    where, known = recipe.where("evaluation", "tasks"), task_files.task_names()
-    missing = [name for name in recipe.evaluation.tasks if not task_files.task_path(name).is_file()]
+    where, known = recipe.where("evaluation", "tasks"), task_files.list_task_names()
+    missing = [
+        name for name in recipe.evaluation.tasks if not task_files.find_task_path(name).is_file()
+    ]
     return [
-        f"{where}: evaluation.tasks: {registry.unknown('benchmark', name, known)}"
+        f"{where}: evaluation.tasks: {registry.format_unknown_name('benchmark', name, known)}"
         for name in missing
     ]
 
@@ -232,9 +239,9 @@ def find_gate_faults(recipe: Recipe) -> list[str]:
     ]
     if text is None or not asked:
         return []
-    domains = read_spec(text.set, package_data.folder("calibration")).domains
+    domains = read_spec(text.set, package_data.locate_folder("calibration")).domains
     return [
-        f"{recipe.where('gates', figure)}: gates.{figure}: {registry.unknown(f'domain of {text.set}', found, domains)}"
+        f"{recipe.where('gates', figure)}: gates.{figure}: {registry.format_unknown_name(f'domain of {text.set}', found, domains)}"
         for figure in asked
         if (found := figure.partition("@")[2]) not in domains
     ]

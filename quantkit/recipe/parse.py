@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from quantkit import registry
+from quantkit import figures, registry
 from quantkit.errors import RecipeError
 from quantkit.recipe.patterns import PRESETS, find_pattern_fault
 from quantkit.recipe.rewrite import rewrite_yaml
@@ -100,7 +100,7 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
     for key in document.values.keys() - Recipe.model_fields.keys():
         check.fault(
             (key,),
-            f"unknown key.{registry.did_you_mean(key, tuple(Recipe.model_fields))} Expected gates.",
+            f"unknown key.{registry.suggest_name(key, tuple(Recipe.model_fields))} Expected gates.",
         )
     parsed = check.model(Gates, {"gates": document.values.get("gates")}, ())
     check.gates(document.values.get("gates"), {"tasks": list(tasks)}, {})
@@ -215,7 +215,9 @@ class _Check:
     def preset(self, name: str, path: KeyPath, default: Quantize) -> tuple[Rule, ...]:
         """Return the rules of a preset that the recipe names."""
         if name not in PRESETS:
-            self.fault(path, registry.unknown("preset", printable(name), tuple(PRESETS)))
+            self.fault(
+                path, registry.format_unknown_name("preset", printable(name), tuple(PRESETS))
+            )
             return ()
         return expand_preset(name, default, self.document.line(path))
 
@@ -247,7 +249,7 @@ class _Check:
                     self.fault(
                         path, f"expected {' or '.join(f'{{{key}: NUMBER}}' for key in allowed)}"
                     )
-                if figure != "size" and any(
+                if not figures.is_size(base) and any(
                     isinstance(bounds.get(key), str) for key in ("max", "min")
                 ):
                     self.fault(path, "expected a number; only size takes one such as 400GB")
@@ -281,8 +283,8 @@ def _describe_unknown_figure(figure: str, tasks: Sequence[str]) -> str:
     """Return the message for an unknown figure, with a suggestion."""
     base, at, domain = figure.partition("@")
     if at and base in POOLED_FIGURES:
-        return registry.unknown("domain", printable(domain), DOMAINS)
-    sentence = registry.unknown(
+        return registry.format_unknown_name("domain", printable(domain), DOMAINS)
+    sentence = registry.format_unknown_name(
         "figure or task of evaluation.tasks", printable(figure), (*FIGURES, *tasks)
     )
     return f"{sentence} Of one domain: kl_mean@{DOMAINS[-1]}."

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from quantkit.errors import UsageError
 from quantkit.io.files import is_file
-from quantkit.io.package_data import folder
+from quantkit.io.package_data import locate_folder
 from quantkit.recipe.parse import parse_recipe
 from quantkit.recipe.schema import Recipe
 from quantkit.recipe.yaml_document import printable
@@ -22,9 +22,9 @@ def read_recipe(name: str, overrides: Mapping[str, str]) -> tuple[str, Recipe]:
     """
     path = Path(name)
     if not is_file(path) and not path.suffix:
-        path = folder("recipes") / f"{name}.yaml"
+        path = locate_folder("recipes") / f"{name}.yaml"
     if not is_file(path):
-        shipped = ", ".join(sorted(file.stem for file in folder("recipes").glob("*.yaml")))
+        shipped = ", ".join(sorted(file.stem for file in locate_folder("recipes").glob("*.yaml")))
         raise UsageError(
             f"{printable(name, 300)}: no such recipe file; recipes that ship with quantkit: "
             f"{shipped}"

@@ -169,7 +169,8 @@ class Quantize(BaseModel):
                 "method: awq for "
                 "ranges by calibration and codes by plain rounding"
             )
-        if self.rounding != "nearest" and not registry.method(self.method).needs_stats:
+        learns = registry.get_rounding(self.rounding).needs_stats
+        if learns and not registry.get_method(self.method).needs_stats:
             raise ValueError(
                 f"rounding {self.rounding} learns from calibration, and method {self.method} does "
                 "without; set "
@@ -369,7 +370,7 @@ class Recipe(BaseModel):
             self.quantize.method,
             *(rule.quantize.method for rule in self.rules or () if rule.quantize),
         }
-        return any(registry.method(name).needs_stats for name in used)
+        return any(registry.get_method(name).needs_stats for name in used)
 
     @property
     def hash(self) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, Field
 
-from quantkit.io.owned_dirs import own_folder
+from quantkit.io.owned_dirs import validate_folder
 from quantkit.recipe.value_types import FROZEN, Commit, Count, Seed, Size, TaskNames, Text, describe
 
 
@@ -128,7 +128,7 @@ class Output(BaseModel):
     model_config = FROZEN
     path: Annotated[
         Text,
-        AfterValidator(own_folder),
+        AfterValidator(validate_folder),
         describe(
             "Folder of the artifact. It must not exist yet, except with `--overwrite`.",
             "artifacts/mine",

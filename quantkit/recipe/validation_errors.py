@@ -34,7 +34,7 @@ def describe_fault(path: KeyPath, details: ErrorDetails, known: Sequence[str]) -
     kind, value, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "extra_forbidden":
         return (
-            f"unknown key.{registry.did_you_mean(str(path[-1]), known)} Known: {', '.join(known)}."
+            f"unknown key.{registry.suggest_name(str(path[-1]), known)} Known: {', '.join(known)}."
         )
     if kind == "missing":
         return "missing; this key has no default"

@@ -39,9 +39,9 @@ def parse_size(value: object) -> int:
 
 
 def _registered(kind: registry.Kind, name: str) -> str:
-    known = registry.names(kind)
+    known = registry.list_names(kind)
     if name not in known:
-        raise ValueError(registry.unknown(kind.removesuffix("s"), name, known))
+        raise ValueError(registry.format_unknown_name(kind.removesuffix("s"), name, known))
     return name
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from quantkit.evaluate.evaluation import Setup
-from quantkit.evaluate.results import Outcome
-from quantkit.report.tables import Table, compared
+from quantkit.evaluate.results import EvaluationResult
+from quantkit.report.tables import Table, make_comparison_table
 
 
-def tables(outcome: Outcome, setup: Setup) -> list[Table]:
+def make_evaluation_tables(outcome: EvaluationResult, setup: Setup) -> list[Table]:
     """Scores, and the comparison where there is one."""
     rows = [
         (
@@ -33,7 +33,7 @@ def tables(outcome: Outcome, setup: Setup) -> list[Table]:
     if not setup.decoding.temperature:
         how = "Greedy"
     return (
-        [*found, compared(outcome.rows, f"{how}, the same prompts on both")]
+        [*found, make_comparison_table(outcome.rows, f"{how}, the same prompts on both")]
         if outcome.rows
         else found
     )

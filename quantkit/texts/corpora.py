@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from quantkit.checkpoint.remote_code import hint, tokenizer_map
-from quantkit.checkpoint.tokenizer_files import check_files
+from quantkit.checkpoint.remote_code import format_trust_hint, read_tokenizer_map
+from quantkit.checkpoint.tokenizer_files import check_tokenizer_files
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.texts.corpus_files import Document, read_documents, read_hub, read_local
 from quantkit.texts.corpus_spec import Packing, first_line, read_spec
@@ -123,7 +123,7 @@ def load_tokenizer(folder: Path, own_code: bool = False) -> Tokenizer:
     from transformers import AutoTokenizer, PretrainedConfig
 
     # transformers would run the code of a config as well; without a config of ours it looks for one
-    config = PretrainedConfig(auto_map=tokenizer_map(folder)) if own_code else None
+    config = PretrainedConfig(auto_map=read_tokenizer_map(folder)) if own_code else None
     try:
         with unheard():
             tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
@@ -137,11 +137,11 @@ def load_tokenizer(folder: Path, own_code: bool = False) -> Tokenizer:
     ) as error:  # the tokenizers library raises bare Exception, and panics of Rust that are none
         if not isinstance(error, Exception) and type(error).__name__ != RUST_PANIC:
             raise
-        check_files(folder)
+        check_tokenizer_files(folder)
         raise CheckpointError(
             f"{folder}: expected a tokenizer that transformers loads without code of its own, "
             f"found: {first_line(error):.300}. Copy tokenizer.json and tokenizer_config.json of the model there"
-            f"{hint(folder)}"
+            f"{format_trust_hint(folder)}"
         ) from error
     return tokenizer
 
@@ -166,7 +166,7 @@ def unheard() -> Iterator[None]:
         os.close(nowhere)
 
 
-def token_batches(
+def sample_sequences(
     corpus: CorpusSet, tokenizer: Tokenizer, sequences: int | None, length: int, seed: int
 ) -> Tokens:
     """`sequences` token sequences of at most `length` tokens, chosen by `seed`; None takes all, in file order.
@@ -207,7 +207,9 @@ def pack_tokens(rows: Sequence[tuple[str, Sequence[int]]]) -> Tokens:
     )
 
 
-def continued(tokenizer: Tokenizer, prompt: str, text: str, length: int) -> tuple[list[int], int]:
+def encode_continuation(
+    tokenizer: Tokenizer, prompt: str, text: str, length: int
+) -> tuple[list[int], int]:
     """Ids of a prompt with `text` behind it, and how many of them, the last, are the text's.
 
     A prompt that does not fit into `length` tokens loses its beginning, but for BOS; nothing is left of a text that

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from quantkit.errors import CalibrationError
-from quantkit.io.files import DuplicateKey, brief, is_file, read_bytes, unique, whole
+from quantkit.io.files import (
+    DuplicateKey,
+    is_encodable,
+    is_file,
+    read_bytes,
+    reject_duplicate_keys,
+    shorten_repr,
+)
 from quantkit.texts.corpus_spec import (
     DATA_VARIABLE,
     HubSet,
@@ -92,7 +99,7 @@ def _parse_row(line: bytes, domains: tuple[str, ...]) -> Document | str:
     if line.endswith(b"\r"):
         return "expected the line to end with LF, found CRLF. Convert the file (git: core.autocrlf=false)"
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=unique)
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=reject_duplicate_keys)
     except UnicodeDecodeError as error:
         return f"expected UTF-8, found byte {line[error.start]:#04x} at column {error.start + 1}. Convert the file"
     except json.JSONDecodeError as error:
@@ -102,19 +109,23 @@ def _parse_row(line: bytes, domains: tuple[str, ...]) -> Document | str:
     except (RecursionError, ValueError):
         return "expected one JSON object, found deeply nested brackets or a number beyond any real one. Correct the line"
     if not isinstance(row, dict) or set(row) != {"domain", "text"}:
-        found = ", ".join(map(brief, [*row][:8])) if isinstance(row, dict) else type(row).__name__
+        found = (
+            ", ".join(map(shorten_repr, [*row][:8]))
+            if isinstance(row, dict)
+            else type(row).__name__
+        )
         return f"expected the keys domain and text and no other, found {found or 'none'}"
     domain, text = row["domain"], row["text"]
     if domain not in domains:
-        return f"domain: expected {' or '.join(domains)}, found {brief(domain)}. Correct it, or `domains` in the spec"
+        return f"domain: expected {' or '.join(domains)}, found {shorten_repr(domain)}. Correct it, or `domains` in the spec"
     if not isinstance(text, str) or not text.strip():
-        return f"text: expected text, found {brief(text)}"
-    if not whole(text):
+        return f"text: expected text, found {shorten_repr(text)}"
+    if not is_encodable(text):
         return "text: expected text, found half a surrogate pair (\\ud800 to \\udfff). Correct the line"
     return Document(domain=domain, text=text)
 
 
-def most_sequences(spec: Spec, length: int) -> int | None:
+def bound_sequences(spec: Spec, length: int) -> int | None:
     """Documents of a set, or an upper bound of its windows of `length` tokens; None for a set that is not here."""
     if spec.file is None or not spec.file.is_file():
         return None

@@ -16,7 +16,7 @@ from ruamel.yaml.error import YAMLError
 
 from quantkit.errors import CalibrationError, UsageError
 from quantkit.io import safe_yaml
-from quantkit.io.files import brief, is_file, read_bytes
+from quantkit.io.files import is_file, read_bytes, shorten_repr
 
 Packing = Literal["documents", "windows"]
 
@@ -150,7 +150,7 @@ def _find(name_or_path: str, folder: Path) -> Path:
     close = get_close_matches(name_or_path, known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise UsageError(
-        f"{folder}: no set of documents named {brief(name_or_path)}.{hint} "
+        f"{folder}: no set of documents named {shorten_repr(name_or_path)}.{hint} "
         f"Known: {', '.join(known) or 'none'}; or give the path of a .yaml spec"
     )
 
@@ -164,12 +164,12 @@ def _load_yaml(path: Path) -> CommentedMap:
         raise CalibrationError(
             f"{path}: expected UTF-8, found byte {error.object[error.start]:#04x}"
         ) from error
-    except safe_yaml.Unreadable as error:
+    except safe_yaml.UnreadableYaml as error:
         line = f":{error.line}" if error.line else ""
         raise CalibrationError(
             f"{path}{line}: expected YAML, found: {error}. Correct the file"
         ) from error
-    except (YAMLError, *safe_yaml.PARSER_FAULTS) as error:
+    except (YAMLError, *safe_yaml.PARSER_ERRORS) as error:
         raise CalibrationError(
             f"{path}: expected YAML, found: {first_line(error)}. Correct the file"
         ) from error
@@ -206,7 +206,9 @@ class _Keys:
     def text(self, key: str) -> str:
         value = self.values.get(key)
         if not isinstance(value, str) or not value.strip() or len(value) > MOST_CHARACTERS:
-            self.fault(key, f"expected text, found {'nothing' if value is None else brief(value)}")
+            self.fault(
+                key, f"expected text, found {'nothing' if value is None else shorten_repr(value)}"
+            )
             return ""
         return str(value).strip()
 
@@ -215,7 +217,8 @@ class _Keys:
         if value not in options or isinstance(value, bool):
             shown = " or ".join(str(option) for option in options)
             self.fault(
-                key, f"expected {shown}, found {'nothing' if value is None else brief(value)}"
+                key,
+                f"expected {shown}, found {'nothing' if value is None else shorten_repr(value)}",
             )
             return options[0]
         return value
@@ -225,20 +228,21 @@ class _Keys:
         if not isinstance(value, list) or not value or len(set(map(str, value))) != len(value):
             self.fault(
                 "domains",
-                f"expected a list without repetition of {', '.join(DOMAINS)}, found {brief(value)}",
+                f"expected a list without repetition of {', '.join(DOMAINS)}, found {shorten_repr(value)}",
             )
             return ()
         for domain in value:
             if domain not in DOMAINS:
                 self.fault(
-                    "domains", f"unknown domain {brief(domain)}. Use one of {', '.join(DOMAINS)}"
+                    "domains",
+                    f"unknown domain {shorten_repr(domain)}. Use one of {', '.join(DOMAINS)}",
                 )
         return tuple(domain for domain in value if domain in DOMAINS)
 
     def sha256(self) -> str:
         value = self.text("sha256").lower()
         if value and not re.fullmatch(r"[0-9a-f]{64}", value):
-            self.fault("sha256", f"expected 64 hexadecimal digits, found {brief(value)}")
+            self.fault("sha256", f"expected 64 hexadecimal digits, found {shorten_repr(value)}")
         return value
 
     def section(self, key: str, keys: tuple[str, ...]) -> _Keys | None:
@@ -246,7 +250,7 @@ class _Keys:
         if value is None:
             return None
         if not isinstance(value, CommentedMap):
-            self.fault(key, f"expected keys {', '.join(keys)}, found {brief(value)}")
+            self.fault(key, f"expected keys {', '.join(keys)}, found {shorten_repr(value)}")
             return None
         inner = _Keys(value, self.where, self.faults, prefix=f"{key}.")
         inner.known(keys)
@@ -261,7 +265,7 @@ def _hub(keys: _Keys, domains: tuple[str, ...]) -> HubSet | None:
     if domain and domains != (domain,):
         section.fault(
             "domain",
-            f"expected the one domain of the set, found {brief(domain)} and {list(domains)}",
+            f"expected the one domain of the set, found {shorten_repr(domain)} and {list(domains)}",
         )
     return HubSet(
         path=path, name=name, split=split, revision=revision, column=column, domain=domain

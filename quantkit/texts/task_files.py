@@ -10,24 +10,24 @@ from itertools import islice
 from pathlib import Path
 
 from quantkit.errors import EvaluationError
-from quantkit.io.files import is_file, read_bytes, reason, whole
-from quantkit.io.package_data import folder
+from quantkit.io.files import describe_os_error, is_encodable, is_file, read_bytes
+from quantkit.io.package_data import locate_folder
 
 SUFFIX = ".yaml"
 LIMIT_BYTES = 1_000_000  # no task description is larger
 
 
-def task_names() -> tuple[str, ...]:
+def list_task_names() -> tuple[str, ...]:
     """The tasks that ship with quantkit, in alphabetical order."""
-    return tuple(sorted(path.stem for path in folder("evals").glob(f"*{SUFFIX}")))
+    return tuple(sorted(path.stem for path in locate_folder("evals").glob(f"*{SUFFIX}")))
 
 
-def task_path(name: str) -> Path:
+def find_task_path(name: str) -> Path:
     """The file of a task that ships with quantkit, or of one given by its path (anything that ends in .yaml)."""
-    return Path(name) if name.endswith(SUFFIX) else folder("evals") / f"{name}{SUFFIX}"
+    return Path(name) if name.endswith(SUFFIX) else locate_folder("evals") / f"{name}{SUFFIX}"
 
 
-def task_text(path: Path) -> str:
+def read_task_text(path: Path) -> str:
     """The text of a task's file; EvaluationError when it cannot be read."""
     try:
         return read_bytes(path, LIMIT_BYTES, EvaluationError).decode("utf-8")
@@ -37,19 +37,19 @@ def task_text(path: Path) -> str:
         ) from None
 
 
-def first_file(name: str, places: tuple[Path, ...]) -> Path | None:
+def find_first_file(name: str, places: tuple[Path, ...]) -> Path | None:
     """The absolute path of `name` in the first of `places` that has it."""
     found = (place / name for place in places)
     return next((path.resolve() for path in found if is_file(path)), None)
 
 
-def rows_of(path: Path, start: int, end: int) -> str:
+def read_row_range(path: Path, start: int, end: int) -> str:
     """Lines start to end (exclusive, counted from 0) of a JSONL file; EvaluationError when it has fewer."""
     try:
         with path.open(encoding="utf-8") as file:
             rows = list(islice(file, start, end))
     except (OSError, UnicodeDecodeError) as fault:
-        said = reason(fault) if isinstance(fault, OSError) else "it is not UTF-8 text"
+        said = describe_os_error(fault) if isinstance(fault, OSError) else "it is not UTF-8 text"
         raise EvaluationError(
             f"{path}: expected a readable JSONL file, found: {said}; fetch it again"
         ) from None
@@ -61,7 +61,9 @@ def rows_of(path: Path, start: int, end: int) -> str:
     return "".join(rows)
 
 
-def first_rows(path: Path, rows: tuple[int, int] | None, count: int) -> list[dict[str, object]]:
+def read_first_rows(
+    path: Path, rows: tuple[int, int] | None, count: int
+) -> list[dict[str, object]]:
     """The first `count` rows, or all there are, of a JSONL file or of the rows [from, to) of it."""
     start, end = rows or (0, count)
     try:
@@ -71,7 +73,7 @@ def first_rows(path: Path, rows: tuple[int, int] | None, count: int) -> list[dic
         raise EvaluationError(
             f"{path}: expected a readable JSONL file, found: {fault}; fetch it again"
         ) from None
-    if not whole(found):
+    if not is_encodable(found):
         raise EvaluationError(f"{path}: expected text, found half a surrogate pair; fetch it again")
     if not all(isinstance(row, dict) for row in found):
         raise EvaluationError(
@@ -81,12 +83,12 @@ def first_rows(path: Path, rows: tuple[int, int] | None, count: int) -> list[dic
 
 
 @contextmanager
-def temporary_folder() -> Iterator[Path]:
+def make_temporary_folder() -> Iterator[Path]:
     """A folder that is gone afterwards, with whatever was put into it."""
     with tempfile.TemporaryDirectory(prefix="quantkit-evals-") as name:
         yield Path(name)
 
 
-def put(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a text file into a temporary folder."""
     path.write_text(text, encoding="utf-8")

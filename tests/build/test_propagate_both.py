@@ -8,16 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.builds import build
-from support.checkpoints import tiny_config, write_checkpoint
+from support.checkpoints import make_tiny_config, write_checkpoint
 from torch import Tensor
 from torch.nn.functional import silu
 
 from quantkit.build.dense import GramAccumulator
-from quantkit.build.expert_ops import Wave, collect_stats
+from quantkit.build.expert_ops import ExpertSlice, collect_stats
 from quantkit.build.hidden_states import Routing
 from quantkit.build.spool import Spool
 from quantkit.contracts import Experts
-from quantkit.models.layers import tokens_for_expert
+from quantkit.models.layers import select_expert_tokens
 from quantkit.plan.memory import estimate_expert_bytes
 
 EXPERTS, HIDDEN, INNER, TOKENS = 3, 32, 16, 90
@@ -26,7 +26,9 @@ EXPERTS, HIDDEN, INNER, TOKENS = 3, 32, 16, 90
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random DeepSeek-V3: one dense block, one with 8 experts, one MTP block."""
-    return write_checkpoint(tmp_path_factory.mktemp("v3") / "source", tiny_config("deepseek_v3"))
+    return write_checkpoint(
+        tmp_path_factory.mktemp("v3") / "source", make_tiny_config("deepseek_v3")
+    )
 
 
 def spool(path: Path, rows: Tensor) -> Spool:
@@ -44,7 +46,7 @@ def test_crosses_of_experts_are_sums_over_their_tokens(
     shapes = [(EXPERTS, INNER, HIDDEN), (EXPERTS, INNER, HIDDEN), (EXPERTS, HIDDEN, INNER)]
     gate, up, down = (torch.randn(shape, generator=g) * 0.2 for shape in shapes)
     index = torch.stack([torch.randperm(EXPERTS, generator=g)[:2] for _ in range(TOKENS)])
-    wave = Wave(first=0, gate=gate, up=up, down=down)
+    wave = ExpertSlice(first=0, gate=gate, up=up, down=down)
     routing = Routing(
         index=index, weight=torch.rand(TOKENS, 2, generator=g), seen=spool(tmp_path / "x", x)
     )
@@ -59,7 +61,7 @@ def test_crosses_of_experts_are_sums_over_their_tokens(
         mine = (
             torch.arange(TOKENS)
             if e in everyone
-            else tokens_for_expert(routing.index, routing.weight, e)[0]
+            else select_expert_tokens(routing.index, routing.weight, e)[0]
         )
         now, before = x[mine].double(), original[mine].double()
         inner, meant = (

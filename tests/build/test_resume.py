@@ -11,15 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 
 from quantkit import pipeline
-from quantkit.artifact import writer
-from quantkit.artifact.manifest import versions
+from quantkit.artifact.make_manifest import read_versions
 from quantkit.artifact.writer import ArtifactWriter
 from quantkit.build import expert_ops, moe, session, wave_checkpoint
 from quantkit.build.context import BlockContext
-from quantkit.build.expert_ops import Wave
+from quantkit.build.expert_ops import ExpertSlice
 from quantkit.build.progress_log import BuildProgress
 from quantkit.build.session import BuildSession
 from quantkit.build.spool import Spool
@@ -28,7 +27,7 @@ from quantkit.errors import ArtifactError, QuantkitError, UsageError
 from quantkit.io.journal import Journal
 from quantkit.plan import plan
 from quantkit.recipe.parse import parse_recipe
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 SYMMETRIC = "{method: awq, rounding: gptq, bits: 4, group_size: 64, symmetric: true}"
 THREE = {"format": "[gptq, compressed_tensors, dense]", "quantize": SYMMETRIC}
@@ -48,8 +47,11 @@ def build(
     source: Path, told: list[str] | None = None, *, restart: bool = False, **keys: str
 ) -> list[str]:
     """Build a small recipe into `x` of the current folder; what is `told` of an earlier, interrupted build."""
-    text, told = recipe_text(source, Path("x"), **{**SMALL, **keys}), [] if told is None else told
-    pipeline.run(
+    text, told = (
+        make_recipe_text(source, Path("x"), **{**SMALL, **keys}),
+        [] if told is None else told,
+    )
+    pipeline.build_artifacts(
         parse_recipe(text, "r.yaml"), text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None,
         say=told.append, restart=restart,
     )  # fmt: skip
@@ -94,7 +96,9 @@ def dying(patch: pytest.MonkeyPatch, owner: object, name: str, call: int, after:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3-MoE in BF16."""
-    return write_checkpoint(tmp_path_factory.mktemp("moe") / "source", tiny_config("qwen3_moe"))
+    return write_checkpoint(
+        tmp_path_factory.mktemp("moe") / "source", make_tiny_config("qwen3_moe")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -145,17 +149,17 @@ POINTS: Sequence[tuple[object, str, int, bool]] = (
     (ShardWriter, "finish", 2, False),
     (Journal, "append", 1, True),  # states that nobody needs are not removed
     (ArtifactWriter, "close", 1, True),
-    (writer, "write_model_files", 1, True),
+    (pipeline, "write_model_files", 1, True),
     (pipeline, "measure", 1, False),
     (pipeline, "write_evidence", 1, True),
-    (writer, "seal", 1, True),
-    (writer, "seal", 2, True),
+    (pipeline, "seal_artifact", 1, True),
+    (pipeline, "seal_artifact", 2, True),
     (BuildSession, "seal", 1, True),
-    (writer, "give_name", 1, True),  # one of two has its name
-    (writer, "give_name", 2, True),
+    (pipeline, "rename_into_place", 1, True),  # one of two has its name
+    (pipeline, "rename_into_place", 2, True),
     (BuildProgress, "commit", 2, True),  # of the second loop
-    (writer, "give_name", 3, False),
-    (writer, "give_name", 3, True),
+    (pipeline, "rename_into_place", 3, False),
+    (pipeline, "rename_into_place", 3, True),
     (BuildSession, "finish", 1, False),
 )
 
@@ -173,7 +177,7 @@ def test_killed_in_the_middle_of_things(
     assert "2 of 2 blocks are done" in build(source, **THREE)[0]
     assert differing(files(place), whole) == []
     for path in place.iterdir():
-        verify(path)
+        verify_artifact(path)
 
 
 def in_waves(patch: pytest.MonkeyPatch, size: int) -> None:
@@ -192,7 +196,7 @@ def counting(patch: pytest.MonkeyPatch, waves: list[int], run: int) -> None:
     """Note `run` for each wave that is read."""
     real = moe.read_wave
 
-    def noted(work: BlockContext, first: int, stop: int) -> Wave:
+    def noted(work: BlockContext, first: int, stop: int) -> ExpertSlice:
         waves.append(run)
         return real(work, first, stop)
 
@@ -288,7 +292,9 @@ def test_what_changed_is_named_and_restart_begins_anew(
         build(copy)
     (copy / "model.safetensors").write_bytes(weights)
     with monkeypatch.context() as patch:
-        patch.setattr(session, "versions", lambda plan: {**versions(plan), "torch": "0.1"})
+        patch.setattr(
+            session, "read_versions", lambda plan: {**read_versions(plan), "torch": "0.1"}
+        )
         with pytest.raises(UsageError, match=r"another: versions\.torch was '.*', is '0\.1'; "):
             build(copy)
     assert build(copy, memory="3GB") != []
@@ -341,7 +347,7 @@ def test_a_source_that_changes_meanwhile_is_found(
 ) -> None:
     """What was read before the change and behind it would be a mixture; a file that is only touched is the same."""
     copy = Path(shutil.copytree(source, place / "source"))
-    real, weights = pipeline.build, copy / "model.safetensors"
+    real, weights = pipeline.build_blocks, copy / "model.safetensors"
 
     def changing(*args):  # type: ignore[no-untyped-def]  # stands for the build loop
         content = weights.read_bytes()
@@ -349,7 +355,7 @@ def test_a_source_that_changes_meanwhile_is_found(
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "build", changing)
+        patch.setattr(pipeline, "build_blocks", changing)
         with pytest.raises(QuantkitError, match=r"source: expected files that stay as they are"):
             build(copy)
     assert not (place / "x").exists()

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 from support.command_line import read_error, run
 
 from quantkit.recipe.parse import parse_recipe
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "f" * 40
@@ -58,7 +58,7 @@ def sentinel(tmp_path: Path) -> Path:
 def snapshot(tmp_path: Path, sentinel: Path) -> Path:
     """A llama in the layout of the Hub's cache, with code of its own for config, model and tokenizer."""
     folder = tmp_path / "models--org--own" / "snapshots" / COMMIT
-    write_checkpoint(folder, tiny_config("llama"))
+    write_checkpoint(folder, make_tiny_config("llama"))
     spy = SPY.format(sentinel=str(sentinel))
     (folder / "modeling_own.py").write_text(spy + MODEL)
     (folder / "tokenization_own.py").write_text(spy + TOKENIZER)
@@ -84,7 +84,7 @@ def only_code(folder: Path, name: str = "tokenization_own.OwnTokenizer") -> None
 def recipe(source: Path, tmp_path: Path, allowed: str | None = None) -> tuple[str, Path]:
     """A build of it."""
     path = tmp_path / "own.yaml"
-    text = recipe_text(
+    text = make_recipe_text(
         source, tmp_path / "out", rules="all-linear", quantize="{method: rtn}",
         source=f"{{model: {source}{f', trust_remote_code: {allowed}' if allowed else ''}}}",
     )  # fmt: skip
@@ -97,7 +97,7 @@ def test_code_is_carried_over_and_never_run(
     tokenizer: bool, snapshot: Path, sentinel: Path, tmp_path: Path, record_property: Record
 ) -> None:
     """A known architecture with an auto_map: built, verified, loaded, reported from transformers' own code."""
-    from quantkit.artifact.load_model import load
+    from quantkit.artifact.load_model import load_model
 
     if tokenizer:
         maps = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
@@ -111,8 +111,8 @@ def test_code_is_carried_over_and_never_run(
         json.loads((made / "config.json").read_text())["auto_map"]["AutoConfig"]
         == "modeling_own.OwnConfig"
     )
-    verify(made)
-    load(made)
+    verify_artifact(made)
+    load_model(made)
     for command in (("report", made), ("diff", made, made), ("verify", made)):
         assert run(*command).exit_code == 0
     assert not sentinel.exists()
@@ -193,7 +193,7 @@ def test_trust_is_a_commit(value: str, tmp_path: Path) -> None:
 
 def test_a_recipe_without_the_key_has_the_hash_that_it_had(tmp_path: Path) -> None:
     """Artifacts of older recipes name theirs."""
-    text = recipe_text("builtin:tiny-v3", tmp_path / "out")
+    text = make_recipe_text("builtin:tiny-v3", tmp_path / "out")
     plain = parse_recipe(text, "r.yaml")
     trusting = parse_recipe(text, "r.yaml", {"source.trust_remote_code": COMMIT})
     assert (

@@ -19,11 +19,11 @@ from support.command_line import RECIPE, build, overrides, read_error, run
 
 from quantkit import registry
 from quantkit.artifact.fidelity_schema import Fidelity
-from quantkit.artifact.layout import read_manifest
+from quantkit.artifact.read_manifest import read_manifest
 from quantkit.cli.main import main
-from quantkit.io.package_data import folder, resolve_model
+from quantkit.io.package_data import locate_folder, locate_model
 from quantkit.plan.plan_schema import PlanSummary
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 COMMANDS = ("plan", "build", "report", "verify")
@@ -32,7 +32,7 @@ COMMANDS = ("plan", "build", "report", "verify")
 @pytest.fixture
 def checkpoint_copy(tmp_path: Path) -> Path:
     """A copy of the small model's checkpoint, to be damaged."""
-    return Path(shutil.copytree(resolve_model("builtin:tiny-v3"), tmp_path / "source"))
+    return Path(shutil.copytree(locate_model("builtin:tiny-v3"), tmp_path / "source"))
 
 
 def split(folder: Path) -> None:
@@ -100,7 +100,7 @@ def test_help_does_not_start_torch(arguments: list[str]) -> None:
 
 
 def test_an_unknown_recipe() -> None:
-    shipped = ", ".join(sorted(path.stem for path in folder("recipes").glob("*.yaml")))
+    shipped = ", ".join(sorted(path.stem for path in locate_folder("recipes").glob("*.yaml")))
     assert "v3-awq4" in shipped
     assert read_error(run("plan", "tiny-v3-awq5"), 2) == (
         f"tiny-v3-awq5: no such recipe file; recipes that ship with quantkit: {shipped}"
@@ -273,7 +273,7 @@ def test_report_prints_the_figures_again(built: Path) -> None:
 
 
 def test_verify_says_what_it_checked(built: Path) -> None:
-    found = verify(built)
+    found = verify_artifact(built)
     shown = run("verify", built)
     assert shown.exit_code == 0 and shown.stderr == ""
     assert shown.stdout == (
@@ -314,7 +314,7 @@ def test_a_missed_gate_is_three_and_the_artifact_is_kept(tmp_path: Path) -> None
     result = build(output, gates="{kl_mean: {max: 1.0e-9}, top1: {min: 0.5}}")
     assert read_error(result, 3).startswith("gate kl_mean <= 1e-09: found 0.000")
     assert f"{output}: rejected (" in result.stdout
-    assert verify(output).status == "rejected"
+    assert verify_artifact(output).status == "rejected"
     assert json.loads((output / "quantkit/manifest.json").read_text())["status"] == "rejected"
     report = Fidelity.model_validate_json((output / "quantkit/fidelity.json").read_bytes())
     assert {gate.figure: gate.ok for gate in report.gates} == {"kl_mean": False, "top1": True}
@@ -324,14 +324,14 @@ def test_a_missed_gate_is_three_and_the_artifact_is_kept(tmp_path: Path) -> None
 
 def test_kept_gates_accept(tmp_path: Path) -> None:
     assert build(tmp_path / "artifact", gates="{kl_mean: {max: 1}}").exit_code == 0
-    assert verify(tmp_path / "artifact").status == "accepted"
+    assert verify_artifact(tmp_path / "artifact").status == "accepted"
 
 
 def test_an_interrupted_build_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("quantkit.pipeline.quantize", interrupted)
+    monkeypatch.setattr("quantkit.pipeline.quantize_and_measure", interrupted)
     result = build(tmp_path / "artifact")
     assert (result.exit_code, result.stderr) == (130, "source's sha256: 100 %\ninterrupted\n")
     assert not (tmp_path / "artifact").exists()
@@ -391,7 +391,7 @@ def test_overwrite_replaces_an_artifact_once_the_new_one_is_done(
     poison(checkpoint_copy, "model.norm.weight")
     assert build(artifact, "--overwrite", source__model=checkpoint_copy).exit_code == 1
     assert (artifact / "quantkit/manifest.json").read_bytes() == before
-    verify(artifact)
+    verify_artifact(artifact)
     other = {"quantize__group_size": 64}
     refused = read_error(build(artifact, "--overwrite", **other), 2)
     assert (
@@ -404,7 +404,7 @@ def test_overwrite_replaces_an_artifact_once_the_new_one_is_done(
         json.loads((artifact / "config.json").read_text())["quantization_config"]["group_size"]
         == 64
     )
-    verify(artifact)
+    verify_artifact(artifact)
     assert {path.name for path in artifact.parent.iterdir()} == {"artifact", "source"}
 
 
@@ -413,7 +413,7 @@ def test_overwrite_replaces_an_artifact_once_the_new_one_is_done(
 
 def poison(folder: Path, name: str) -> None:
     """Write the checkpoint with one value of a tensor not a number."""
-    tensors = load_file(resolve_model("builtin:tiny-v3") / "model.safetensors")
+    tensors = load_file(locate_model("builtin:tiny-v3") / "model.safetensors")
     if tensors[name].dtype == torch.float8_e4m3fn:
         tensors[name].view(torch.uint8)[0, 0] = 0x7F
     else:
@@ -479,7 +479,7 @@ def test_a_damaged_checkpoint(
 def test_an_unknown_family_is_a_matter_of_usage(checkpoint_copy: Path, tmp_path: Path) -> None:
     change_config(checkpoint_copy, model_type="gpt17")
     message = read_error(build(tmp_path / "artifact", source__model=checkpoint_copy), 2)
-    assert "'gpt17'" in message and ", ".join(registry.names("architectures")) in message
+    assert "'gpt17'" in message and ", ".join(registry.list_names("architectures")) in message
 
 
 def test_a_family_that_cannot_be_derived_is_told_with_the_reason(
@@ -494,7 +494,7 @@ def test_a_family_that_cannot_be_derived_is_told_with_the_reason(
 
 
 def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
-    from support.checkpoints import tiny_config, write_checkpoint
+    from support.checkpoints import make_tiny_config, write_checkpoint
 
     source = write_checkpoint(tmp_path / "source", tiny_config("llama", vocab_size=512))
     message = read_error(build(tmp_path / "artifact", source__model=source, rules="all-linear"), 1)

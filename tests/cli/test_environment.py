@@ -12,14 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_recipe_text as make_recipe_text
+from support.checkpoints import make_tiny_config as make_tiny_config
+from support.checkpoints import write_checkpoint
 from support.command_line import read_error, run
 
 from quantkit import pipeline
 from quantkit.errors import CheckpointError
 from quantkit.progress import Progress
 from quantkit.recipe.parse import parse_recipe
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact as verify_artifact
 
 Record = Callable[[str, object], None]
 ODD = ("a b  c", "模型 文件夹", "ünïcödé", "quote'\"s", "-dash", "#hash %20 &", "🦆")
@@ -30,12 +32,12 @@ CLI = (
 
 def small(folder: Path) -> Path:
     """A source of one block."""
-    return write_checkpoint(folder, tiny_config("llama", num_hidden_layers=1))
+    return write_checkpoint(folder, make_tiny_config("llama", num_hidden_layers=1))
 
 
 def recipe(source: Path, output: Path, place: Path, name: str = "r.yaml") -> Path:
     """A build that needs no text."""
-    text = recipe_text(
+    text = make_recipe_text(
         json.dumps(str(source), ensure_ascii=False), output, rules="all-linear", quantize="{method: rtn}",
         fidelity="none", output=json.dumps({"path": str(output)}, ensure_ascii=False),
     )  # fmt: skip
@@ -176,7 +178,7 @@ def flip(source: Path) -> None:
 def replaced(source: Path) -> None:
     """The shard is replaced by another of the same tensors."""
     other = write_checkpoint(
-        source.parent / "other", tiny_config("llama", num_hidden_layers=1), seed=1
+        source.parent / "other", make_tiny_config("llama", num_hidden_layers=1), seed=1
     )
     os.replace(other / "model.safetensors", source / "model.safetensors")
 
@@ -206,7 +208,7 @@ def test_a_source_that_changes(
             CHANGES[name](source)
 
     with pytest.raises(CheckpointError, match="expected files that stay as they are"):
-        pipeline.run(
+        pipeline.build_artifacts(
             parse_recipe(text, "r.yaml"), text, overwrite=False, evaluate=False, planned=lambda _: None, tell=tell
         )  # fmt: skip
     assert changed and not output.exists()
@@ -222,7 +224,7 @@ def test_a_source_that_was_only_touched(tmp_path: Path) -> None:
         if progress.stage == "blocks":
             os.utime(source / "model.safetensors")
 
-    pipeline.run(
+    pipeline.build_artifacts(
         parse_recipe(text, "r.yaml"),
         text,
         overwrite=False,
@@ -230,7 +232,7 @@ def test_a_source_that_was_only_touched(tmp_path: Path) -> None:
         planned=lambda _: None,
         tell=tell,
     )
-    assert verify(output).tensors > 0
+    assert verify_artifact(output).tensors > 0
 
 
 def test_the_message_of_a_faulty_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

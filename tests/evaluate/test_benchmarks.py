@@ -34,7 +34,7 @@ TINY = ("tiny-v3-math", "tiny-v3-code")
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(package_data.resolve_model("builtin:tiny-v3"))
+    return AutoTokenizer.from_pretrained(package_data.locate_model("builtin:tiny-v3"))
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +71,9 @@ def shorter(task: tasks.Task, tokens: int) -> tasks.Task:
 # --------------------------------------------------------------------------------------------------------- the files
 
 
-@pytest.mark.parametrize("name", task_files.task_names())
+@pytest.mark.parametrize("name", task_files.list_task_names())
 def test_each_task_loads(name, tmp_path):
-    (task,) = tasks.load([name], tmp_path)
+    (task,) = tasks.load_tasks([name], tmp_path)
     assert task.name == name
     assert task.domain in ("math", "code")
     assert (task.code is not None) == (task.domain == "code")
@@ -82,15 +82,15 @@ def test_each_task_loads(name, tmp_path):
 
 
 def test_every_key_of_a_task_is_explained():
-    for name in task_files.task_names():
-        text = task_files.task_path(name).read_text(encoding="utf-8")
+    for name in task_files.list_task_names():
+        text = task_files.find_task_path(name).read_text(encoding="utf-8")
         assert text.startswith("#"), name
         assert text.count("#") > 12, name
 
 
 def test_unknown_tasks_are_named_with_the_nearest():
     with pytest.raises(EvaluationError) as caught:
-        tasks.load(["humanevil", "gsm9k"])
+        tasks.load_tasks(["humanevil", "gsm9k"])
     assert "did you mean humaneval?" in str(caught.value)
     assert "did you mean gsm8k?" in str(caught.value)
 
@@ -102,7 +102,7 @@ def test_faults_of_a_task_are_collected(tmp_path):
         "seconds: 0}\ntask: other\noutput_type: loglikelihood\n"
     )
     with pytest.raises(EvaluationError) as caught:
-        tasks.load([str(path)])
+        tasks.load_tasks([str(path)])
     text = str(caught.value)
     for part in (
         "quantkit.domian: no such key; did you mean domain?", "none.jsonl not found in",
@@ -123,7 +123,7 @@ def test_a_split_that_is_no_name_is_refused(tmp_path, split):
         json.dumps({"quantkit": block, "task": "mine", "output_type": "generate_until"})
     )
     with pytest.raises(EvaluationError, match="quantkit.local: expected a split's name"):
-        tasks.load([str(path)], tmp_path)
+        tasks.load_tasks([str(path)], tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "- a list", "a: [", "quantkit: 3\ntask: mine", "\x00"])
@@ -131,18 +131,18 @@ def test_a_file_that_is_no_task_is_one_clear_error(tmp_path, text):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(EvaluationError, match="expected"):
-        tasks.load([str(path)])
+        tasks.load_tasks([str(path)])
 
 
 def test_the_data_folder_comes_from_the_argument_or_the_environment(tmp_path, monkeypatch):
     (tmp_path / "humaneval").mkdir()
     (tmp_path / "humaneval" / "HumanEval.jsonl").write_text("{}\n")
-    assert tasks.load(["humaneval"], tmp_path)[0].is_local
+    assert tasks.load_tasks(["humaneval"], tmp_path)[0].is_local
     monkeypatch.setenv(tasks.DATA_VARIABLE, str(tmp_path))
-    first = tasks.load(["humaneval"])[0]
+    first = tasks.load_tasks(["humaneval"])[0]
     assert first.is_local
     (tmp_path / "humaneval" / "HumanEval.jsonl").write_text('{"changed": 1}\n')
-    assert tasks.load(["humaneval"])[0].sha256 != first.sha256
+    assert tasks.load_tasks(["humaneval"])[0].sha256 != first.sha256
 
 
 def test_rows_beyond_the_file_are_refused(tmp_path):
@@ -150,7 +150,7 @@ def test_rows_beyond_the_file_are_refused(tmp_path):
     (tmp_path / "mbpp" / "mbpp.jsonl").write_text("{}\n" * 20)
     with (
         pytest.raises(EvaluationError, match="expected rows 10 to 510, found 20 rows"),
-        tasks.rendered(tasks.load(["mbpp"], tmp_path)),
+        tasks.render_tasks(tasks.load_tasks(["mbpp"], tmp_path)),
     ):
         pass
 
@@ -161,7 +161,7 @@ def test_rows_beyond_the_file_are_refused(tmp_path):
 def test_both_tiny_tasks_run_offline_and_silently(model, tokenizer, offline, capfd):
     seen: list[tuple[int, int]] = []
     items = benchmarks.run(
-        model, tokenizer, tasks.load(TINY), limit=2, batch_size=2, sandbox=probe(),
+        model, tokenizer, tasks.load_tasks(TINY), limit=2, batch_size=2, sandbox=probe(),
         progress=lambda done, of: seen.append((done, of)),
     )  # fmt: skip
     assert [(item.task, item.doc_id) for item in items] == [
@@ -175,7 +175,7 @@ def test_both_tiny_tasks_run_offline_and_silently(model, tokenizer, offline, cap
 
 
 def test_a_run_is_repeatable_whatever_the_batch(model, tokenizer):
-    loaded = tasks.load(TINY)
+    loaded = tasks.load_tasks(TINY)
     state = torch.random.get_rng_state()
     first = benchmarks.run(model, tokenizer, loaded, limit=5, batch_size=1, sandbox=NO_SANDBOX)
     assert first == benchmarks.run(
@@ -187,7 +187,7 @@ def test_a_run_is_repeatable_whatever_the_batch(model, tokenizer):
 def test_a_run_that_was_cut_off_asks_only_what_is_missing(model, tokenizer, tmp_path):
     """What was answered is not asked again, and the batches that are left are the same: so are the answers."""
     loaded, seen, kept = (
-        tasks.load(TINY),
+        tasks.load_tasks(TINY),
         list[tuple[int, int]](),
         tmp_path / "answers" / "model.sqlite",
     )
@@ -216,7 +216,7 @@ def test_a_run_that_was_cut_off_asks_only_what_is_missing(model, tokenizer, tmp_
 
 
 def test_code_without_a_sandbox_is_not_run(model, tokenizer):
-    items = benchmarks.run(model, tokenizer, tasks.load(TINY), limit=2, sandbox=NO_SANDBOX)
+    items = benchmarks.run(model, tokenizer, tasks.load_tasks(TINY), limit=2, sandbox=NO_SANDBOX)
     math, code = benchmarks.scores(items)
     assert math.score == 0.0
     assert code.score is None
@@ -241,7 +241,9 @@ def test_the_real_tasks_run_on_local_rows(model, tokenizer, tmp_path, offline):
     for name, docs in rows.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    loaded = [shorter(task, 4) for task in tasks.load(["gsm8k", "humaneval", "mbpp"], tmp_path)]
+    loaded = [
+        shorter(task, 4) for task in tasks.load_tasks(["gsm8k", "humaneval", "mbpp"], tmp_path)
+    ]
     items = benchmarks.run(model, tokenizer, loaded, limit=1, sandbox=NO_SANDBOX)
     prompts = {item.task: item.prompt for item in items}
     assert prompts["gsm8k"].count("#### ") == 5
@@ -270,7 +272,7 @@ def test_a_hub_task_without_a_network_is_one_clear_error(model, tokenizer, tmp_p
         EvaluationError, match="the data comes from the hub; connect, or set QUANTKIT_DATA"
     ):
         benchmarks.run(
-            model, tokenizer, tasks.load(["humaneval"], tmp_path), limit=1, sandbox=NO_SANDBOX
+            model, tokenizer, tasks.load_tasks(["humaneval"], tmp_path), limit=1, sandbox=NO_SANDBOX
         )
 
 
@@ -280,13 +282,15 @@ def test_a_prompt_that_does_not_fit_is_refused(tokenizer):
         max_position_embeddings=64,
     )  # fmt: skip
     with pytest.raises(EvaluationError, match="do not fit into the model's context of 64"):
-        benchmarks.run(LlamaForCausalLM(config), tokenizer, tasks.load(["tiny-v3-math"]), limit=1)
+        benchmarks.run(
+            LlamaForCausalLM(config), tokenizer, tasks.load_tasks(["tiny-v3-math"]), limit=1
+        )
 
 
 def test_no_tasks_and_no_items(model, tokenizer):
     assert benchmarks.run(model, tokenizer, []) == []
     with pytest.raises(EvaluationError, match=r"evaluation\.limit"):
-        benchmarks.run(model, tokenizer, tasks.load(TINY), limit=0)
+        benchmarks.run(model, tokenizer, tasks.load_tasks(TINY), limit=0)
 
 
 # ---------------------------------------------------------------------------------------------------- generation
@@ -387,7 +391,7 @@ def test_a_completion_is_cut_at_the_first_unindented_line():
 
 @pytest.fixture(scope="module")
 def items(model, tokenizer):
-    return benchmarks.run(model, tokenizer, tasks.load(TINY), limit=2, sandbox=NO_SANDBOX)
+    return benchmarks.run(model, tokenizer, tasks.load_tasks(TINY), limit=2, sandbox=NO_SANDBOX)
 
 
 def test_items_survive_parquet(items, tmp_path):
@@ -434,13 +438,13 @@ def test_the_cache_key_knows_everything_that_matters():
 
 
 def test_a_row_tells_what_was_cut_and_what_had_no_result_on_both_sides(items):
-    (task,) = tasks.load(["tiny-v3-math"])
+    (task,) = tasks.load_tasks(["tiny-v3-math"])
     mine = [item for item in items if item.task == task.name and item.filter == task.filters[0]]
     whole = [replace(item, truncated=False, parsed=True) for item in mine]
     cut = [replace(item, truncated=True, parsed=False) for item in mine[:1]] + whole[1:]
     row = compare.row(task, samples.pair(whole, cut), 0.98)
     assert row.truncated == row.unparsed == (0.0, 1 / len(mine))
-    note = tables.compared([row], "Greedy").note
+    note = tables.make_comparison_table([row], "Greedy").note
     assert "Cut at the token limit: tiny-v3-math 0.0 % ->" in note
     assert "No result found: tiny-v3-math 0.0 % ->" in note
 
@@ -455,7 +459,7 @@ def test_a_row_tells_what_was_cut_and_what_had_no_result_on_both_sides(items):
 def test_tiny_v3_scores_as_its_card_says(tokenizer):
     trained = AutoModelForCausalLM.from_pretrained(TRAINED, dtype=torch.float32).eval()
     math, code = benchmarks.scores(
-        benchmarks.run(trained, tokenizer, tasks.load(TINY), sandbox=probe())
+        benchmarks.run(trained, tokenizer, tasks.load_tasks(TINY), sandbox=probe())
     )
     assert (math.n, round(100 * math.score, 1)) == (300, 82.7)
     assert code.n == 100

@@ -26,7 +26,7 @@ from quantkit.io import package_data
 TASK = "tiny-v3-math"
 DOCS = [
     json.loads(line)
-    for line in (package_data.folder("evals") / "data" / f"{TASK}.jsonl")
+    for line in (package_data.locate_folder("evals") / "data" / f"{TASK}.jsonl")
     .read_text(encoding="utf-8")
     .splitlines()
 ]
@@ -353,7 +353,7 @@ def test_an_endpoint_is_an_address_without_secrets(url, said):
 def test_a_journal_belongs_to_one_process_and_a_broken_one_is_named(tmp_path):
     from quantkit.evaluate import answer_store
 
-    with answer_store.opened(tmp_path / "a.sqlite") as book:
+    with answer_store.open_answer_store(tmp_path / "a.sqlite") as book:
         question = answer_store.AnswerKey("task", "doc", "prompt", "{}", "model", 0)
         book.put([(question, ["first"])])
         book.put([(question, ["second"])])
@@ -362,12 +362,12 @@ def test_a_journal_belongs_to_one_process_and_a_broken_one_is_named(tmp_path):
         assert len(book) == 1
         with (
             pytest.raises(EvaluationError, match="wait for the evaluation"),
-            answer_store.opened(tmp_path / "a.sqlite"),
+            answer_store.open_answer_store(tmp_path / "a.sqlite"),
         ):
             pass
     (tmp_path / "b.sqlite").write_bytes(b"something else" * 99)
     with (
         pytest.raises(EvaluationError, match="expected the answers"),
-        answer_store.opened(tmp_path / "b.sqlite"),
+        answer_store.open_answer_store(tmp_path / "b.sqlite"),
     ):
         pass

@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
         initializer_range=0.2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(path)
-    AutoTokenizer.from_pretrained(package_data.resolve_model("builtin:tiny-v3")).save_pretrained(
+    AutoTokenizer.from_pretrained(package_data.locate_model("builtin:tiny-v3")).save_pretrained(
         path
     )
     return path
@@ -323,9 +323,11 @@ def test_transformers_itself_and_a_device_map(folder):
     from quantkit.evaluate import backends
 
     ids = torch.tensor([[0, 5, 9]])
-    whole = backends.native(folder, "float32", "auto")
+    whole = backends.load_native_model(folder, "float32", "auto")
     for device_map in ("balanced", "sequential"):
-        spread = backends.placed(LlamaForCausalLM.from_pretrained(folder).eval(), device_map)
+        spread = backends.dispatch_model(
+            LlamaForCausalLM.from_pretrained(folder).eval(), device_map
+        )
         assert torch.equal(spread(ids).logits, whole(ids).logits)
 
 
@@ -336,7 +338,7 @@ def test_a_format_whose_library_is_missing_is_one_sentence(built, monkeypatch):
     with pytest.raises(
         EvaluationError, match="install the library of its format, or leave out --native"
     ):
-        backends.native(built, "float32", "cpu")
+        backends.load_native_model(built, "float32", "cpu")
 
 
 def test_vllm_is_asked_in_chunks_or_missed(folder, monkeypatch):

@@ -15,13 +15,13 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from support import report_example
-from support.builds import ignore
+from support.builds import ignore_progress
 from support.paths import ROOT
 from support.whole_models import awq_weights, fp8_weights, whole_model
 from transformers import AutoTokenizer
 
 from quantkit import pipeline
-from quantkit.artifact.fidelity_schema import Fidelity, Figure, Likelihood
+from quantkit.artifact.fidelity_schema import Fidelity, Figure, LikelihoodResult
 from quantkit.errors import RecipeError
 from quantkit.evaluate import likelihood, statistics, tasks
 from quantkit.io import package_data
@@ -29,10 +29,10 @@ from quantkit.plan import sources
 from quantkit.recipe.parse import parse_recipe
 from quantkit.recipe.schema import Gate
 from quantkit.report import gates, tables
-from quantkit.texts.corpora import continued, load_tokenizer
+from quantkit.texts.corpora import encode_continuation, load_tokenizer
 
 ITEMS = 12
-TEXT = (package_data.folder("recipes") / "tiny-v3-awq4.yaml").read_text()
+TEXT = (package_data.locate_folder("recipes") / "tiny-v3-awq4.yaml").read_text()
 
 
 def built(place: Path, **changes: str) -> pipeline.BuildResult:
@@ -46,8 +46,8 @@ def built(place: Path, **changes: str) -> pipeline.BuildResult:
         "tiny-v3-awq4.yaml",
         keys | {key.replace("__", "."): text for key, text in changes.items()},
     )
-    (outcome,) = pipeline.run(
-        recipe, TEXT, overwrite=False, evaluate=False, planned=ignore, tell=ignore
+    (outcome,) = pipeline.build_artifacts(
+        recipe, TEXT, overwrite=False, evaluate=False, planned=ignore_progress, tell=ignore_progress
     )
     return outcome
 
@@ -65,7 +65,9 @@ def scored(outcome: pipeline.BuildResult) -> list[dict]:
 def pairs(name: str) -> list[tuple[str, str]]:
     """Prompts and gold solutions, read from the data by hand."""
     lines = (
-        (package_data.folder("evals") / "data" / f"{name}.jsonl").read_text().splitlines()[:ITEMS]
+        (package_data.locate_folder("evals") / "data" / f"{name}.jsonl")
+        .read_text()
+        .splitlines()[:ITEMS]
     )
     column = {"tiny-v3-math": "solution", "tiny-v3-code": "canonical_solution"}[name]
     return [(item["prompt"], item[column]) for item in map(json.loads, lines)]
@@ -74,7 +76,7 @@ def pairs(name: str) -> list[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def whole(outcome: pipeline.BuildResult) -> dict[str, torch.nn.Module]:
     """Source and artifact as transformers holds them, unpacked by code that shares nothing with quantkit."""
-    source = package_data.resolve_model("builtin:tiny-v3")
+    source = package_data.locate_model("builtin:tiny-v3")
     sides = {
         "source": (source, fp8_weights(source)),
         "artifact": (outcome.path, awq_weights(outcome.path)),
@@ -88,7 +90,7 @@ def test_it_equals_whole_models(
     outcome: pipeline.BuildResult, whole: dict, side: str, task: str
 ) -> None:
     """One item at a time, without padding; the solution's tokens are those that end behind the prompt's last word."""
-    tokenizer = AutoTokenizer.from_pretrained(package_data.resolve_model("builtin:tiny-v3"))
+    tokenizer = AutoTokenizer.from_pretrained(package_data.locate_model("builtin:tiny-v3"))
     found = [row for row in scored(outcome) if row["task"] == task]
     assert [row["doc_id"] for row in found] == list(range(ITEMS))
     for row, (prompt, solution) in zip(found, pairs(task), strict=True):
@@ -106,7 +108,7 @@ def test_it_equals_lm_evals_likelihood(
     outcome: pipeline.BuildResult, whole: dict, side: str
 ) -> None:
     """Math, where no token spans prompt and solution: lm-eval would take one that does apart."""
-    tokenizer = AutoTokenizer.from_pretrained(package_data.resolve_model("builtin:tiny-v3"))
+    tokenizer = AutoTokenizer.from_pretrained(package_data.locate_model("builtin:tiny-v3"))
     judge = HFLM(pretrained=whole[side], tokenizer=tokenizer, batch_size=4, max_length=512)
     asked = [
         Instance(
@@ -131,7 +133,7 @@ def test_the_rows_are_the_items(outcome: pipeline.BuildResult) -> None:
     for row in report.likelihood:
         mine = [item for item in table if item["task"] == row.task]
         first, second = [item["source"] for item in mine], [item["artifact"] for item in mine]
-        expected = statistics.paired(first, second)
+        expected = statistics.paired_difference(first, second)
         assert (row.n, row.tokens) == (ITEMS, sum(item["n_tokens"] for item in mine))
         assert (row.source, row.artifact) == (
             pytest.approx(sum(first) / ITEMS),
@@ -178,7 +180,7 @@ def test_worse_weights_make_gold_less_likely(outcome: pipeline.BuildResult, tmp_
 def test_nothing_is_scored_without_a_fidelity_text() -> None:
     keys = {"fidelity": "none", "gates": "{}", "output.path": "x"}
     texts = pipeline.tokenize(
-        parse_recipe(TEXT, "x.yaml", keys), package_data.resolve_model("builtin:tiny-v3")
+        parse_recipe(TEXT, "x.yaml", keys), package_data.locate_model("builtin:tiny-v3")
     )
     assert texts.solutions.items == ()
     assert texts.counts()["fidelity"] == 0
@@ -188,16 +190,16 @@ def test_nothing_is_scored_without_a_fidelity_text() -> None:
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning() -> None:
-    tokenizer = load_tokenizer(package_data.resolve_model("builtin:tiny-v3"))
+    tokenizer = load_tokenizer(package_data.locate_model("builtin:tiny-v3"))
     prompt, solution = pairs("tiny-v3-math")[0]
-    whole, own = continued(tokenizer, prompt, solution, 512)
+    whole, own = encode_continuation(tokenizer, prompt, solution, 512)
     assert whole[0] == tokenizer.bos_token_id
     assert tokenizer.decode(whole[1:]) == prompt + solution  # type: ignore[attr-defined]
     assert tokenizer.decode(whole[-own:]) == solution  # type: ignore[attr-defined]
-    cut, same = continued(tokenizer, prompt, solution, own + 4)
+    cut, same = encode_continuation(tokenizer, prompt, solution, own + 4)
     assert (len(cut), same) == (own + 4, own)
     assert cut == [whole[0], *whole[-own - 3 :]]
-    assert continued(tokenizer, prompt, solution, own) == ([], 0)
+    assert encode_continuation(tokenizer, prompt, solution, own) == ([], 0)
 
 
 @pytest.mark.parametrize("name", ["tiny-v3-math", "tiny-v3-code", "gsm8k", "humaneval", "mbpp"])
@@ -206,14 +208,14 @@ def test_prompts_are_lm_evals(name: str) -> None:
     data = Path(os.environ.get("QUANTKIT_DATA", ROOT.parent / "shared" / "data"))
     if not name.startswith("tiny-v3") and not (data / name).is_dir():
         pytest.skip(f"{name} is not on this machine")
-    (task,) = tasks.load([name], data)
+    (task,) = tasks.load_tasks([name], data)
     ours = likelihood.written(task, 5)
     assert len(ours) == 5
     assert ours == likelihood.asked(task, 5)
 
 
 def test_what_is_not_plain_is_lm_evals_to_make() -> None:
-    (task,) = tasks.load(["tiny-v3-math"])
+    (task,) = tasks.load_tasks(["tiny-v3-math"])
     for change in ({"description": "Solve."}, {"doc_to_text": None}, {"num_fewshot": 2}):
         assert likelihood.written(replace(task, config={**task.config, **change}), 3) == []
     assert likelihood.written(replace(task, files={}), 3) == []
@@ -227,12 +229,12 @@ def test_a_build_does_not_import_lm_eval(tmp_path: Path) -> None:
         "found = pipeline.tokenize(parse(text, 'x'), builtin.resolve_model('builtin:tiny-v3'));"
         "assert len(found.solutions.items) == 128; assert not {'lm_eval', 'datasets'} & sys.modules.keys()"
     )
-    recipe = package_data.folder("recipes") / "tiny-v3-awq4.yaml"
+    recipe = package_data.locate_folder("recipes") / "tiny-v3-awq4.yaml"
     subprocess.run([sys.executable, "-c", code, str(recipe)], check=True, cwd=tmp_path)
 
 
 def test_sequences_are_sorted_and_keep_their_items() -> None:
-    tokenizer = load_tokenizer(package_data.resolve_model("builtin:tiny-v3"))
+    tokenizer = load_tokenizer(package_data.locate_model("builtin:tiny-v3"))
     found = likelihood.tokenize(["tiny-v3-math", "tiny-v3-code"], tokenizer, items=20, length=512)
     assert len(found.items) == found.tokens.n_sequences == 40
     assert list(found.tokens.lengths) == sorted(found.tokens.lengths, reverse=True)
@@ -248,9 +250,9 @@ def test_a_task_of_ones_own_has_its_name(tmp_path: Path) -> None:
     """It is asked for by a path, which belongs to no report."""
     for part in ("tiny-v3-math.yaml", "data/tiny-v3-math.jsonl"):
         (tmp_path / part).parent.mkdir(exist_ok=True)
-        (tmp_path / part).write_bytes((package_data.folder("evals") / part).read_bytes())
+        (tmp_path / part).write_bytes((package_data.locate_folder("evals") / part).read_bytes())
     names = [str(tmp_path / "tiny-v3-math.yaml"), str(tmp_path / "absent.yaml")]
-    tokenizer = load_tokenizer(package_data.resolve_model("builtin:tiny-v3"))
+    tokenizer = load_tokenizer(package_data.locate_model("builtin:tiny-v3"))
     found = likelihood.tokenize(names, tokenizer, items=4, length=200)
     made = [
         likelihood.Scored(solution=item, source=-1.0, artifact=-1.5 - item.doc_id)
@@ -266,17 +268,17 @@ def test_what_cannot_be_read_is_a_row_with_its_reason(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     broken = (
-        (package_data.folder("evals") / "tiny-v3-math.yaml")
+        (package_data.locate_folder("evals") / "tiny-v3-math.yaml")
         .read_text()
         .replace('"{{solution}}"', '"{{no_column}}"')
     )
     (tmp_path / "broken.yaml").write_text(broken.replace("task: tiny-v3-math", "task: broken"))
-    (tmp_path / "data").symlink_to(package_data.folder("evals") / "data")
+    (tmp_path / "data").symlink_to(package_data.locate_folder("evals") / "data")
     silent = (tmp_path / "broken.yaml").read_text().replace("task: broken", "task: silent")
     (tmp_path / "silent.yaml").write_text(
         "\n".join(line for line in silent.splitlines() if "gold:" not in line)
     )
-    tokenizer = load_tokenizer(package_data.resolve_model("builtin:tiny-v3"))
+    tokenizer = load_tokenizer(package_data.locate_model("builtin:tiny-v3"))
     names = ["broken.yaml", "silent.yaml", "tiny-v3-code"]
     found = likelihood.tokenize(names, tokenizer, items=2, length=512)
     made = [likelihood.Scored(solution=item, source=-1.0, artifact=-1.5) for item in found.items]
@@ -293,9 +295,9 @@ def report(*values: float | None) -> Fidelity:
     """A report with one task per value; None was not run."""
     whole = Fidelity.model_validate(report_example.FIDELITY)
     rows = [
-        Likelihood(task=f"t{n}", status="not run", reason="no data")
+        LikelihoodResult(task=f"t{n}", status="not run", reason="no data")
         if value is None
-        else Likelihood(task=f"t{n}", n=9, difference=Figure(value=value))
+        else LikelihoodResult(task=f"t{n}", n=9, difference=Figure(value=value))
         for n, value in enumerate(values)
     ]
     return whole.model_copy(update={"likelihood": tuple(rows)})
@@ -314,7 +316,7 @@ def report(*values: float | None) -> Fidelity:
 def test_gates(
     figure: str, values: tuple[float | None, ...], value: float | None, ok: bool | None
 ) -> None:
-    (result,) = gates.judge({figure: Gate(min=-0.2)}, report(*values))
+    (result,) = gates.judge_gates({figure: Gate(min=-0.2)}, report(*values))
     assert (result.value, result.ok) == (value, ok)
 
 
@@ -341,12 +343,12 @@ def test_a_plan_counts_the_solutions() -> None:
     ]
     assert [count - counts[0] for count in counts] == [0, 2 * 10 * 512, 2 * 64 * 512]
     recipe = parse_recipe(TEXT, "x.yaml", {"evaluation.likelihood": "64"})
-    texts = pipeline.tokenize(recipe, package_data.resolve_model("builtin:tiny-v3"))
+    texts = pipeline.tokenize(recipe, package_data.locate_model("builtin:tiny-v3"))
     assert texts.tokens["fidelity"].n_tokens < texts.counts()["fidelity"] <= counts[2]
 
 
 def test_the_table_says_what_was_not_run() -> None:
-    made = tables.likelihood(report(-0.25, None))
+    made = tables.make_likelihood_table(report(-0.25, None))
     assert [row[0] for row in made.rows] == ["t0", "t1"]
     assert "t1 was not run: no data." in made.note
-    assert tables.likelihood(report()).rows == ()
+    assert tables.make_likelihood_table(report()).rows == ()

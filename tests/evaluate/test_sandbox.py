@@ -163,7 +163,7 @@ def test_a_jail_that_fails_is_not_used(tmp_path):
 
 def reference(task: str, solution: str, sandbox: Sandbox) -> tuple[list[Outcome], list[Outcome]]:
     """Outcomes of every reference solution of a task, and of 20 empty bodies."""
-    (loaded,) = tasks.load([task], DATA)
+    (loaded,) = tasks.load_tasks([task], DATA)
     assert loaded.code is not None
     file = loaded.files["test"]
     lines = file.path.read_text(encoding="utf-8").splitlines()
@@ -210,6 +210,6 @@ def test_positive_control_of_mbpp():
 def test_the_shipped_items_are_all_there():
     counts = {
         path.name: len(path.read_text().splitlines())
-        for path in (package_data.folder("evals") / "data").iterdir()
+        for path in (package_data.locate_folder("evals") / "data").iterdir()
     }
     assert counts == {"tiny-v3-math.jsonl": 300, "tiny-v3-code.jsonl": 100}

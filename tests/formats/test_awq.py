@@ -75,10 +75,10 @@ def test_unpacking_as_autoawq_does() -> None:
     assert torch.equal(slots[..., [0, 4, 1, 5, 2, 6, 3, 7]].flatten(1), codes)
 
 
-@pytest.mark.parametrize("name", registry.names("formats"))
+@pytest.mark.parametrize("name", registry.list_names("formats"))
 @pytest.mark.parametrize(("out", "width", "group"), [(64, 256, 128), (8, 64, 32), (16, 96, -1)])
 def test_layout_is_what_pack_makes(name: str, out: int, width: int, group: int) -> None:
-    found, one = registry.format(name), linear(out=out, width=width)
+    found, one = registry.get_format(name), linear(out=out, width=width)
     chosen = scheme(group=group)
     if found.accepts(chosen, one) is not None:
         pytest.skip(f"{name} does not store this scheme")
@@ -105,11 +105,11 @@ def test_layout_is_what_pack_makes(name: str, out: int, width: int, group: int) 
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in registry.names("formats") if name != "bitsandbytes"]
+    "name", [name for name in registry.list_names("formats") if name != "bitsandbytes"]
 )
 def test_what_pack_cannot_hold_is_not_planned(name: str) -> None:
     """Every width of codes, over rows and columns that end within a word or a run of words."""
-    found, packed = registry.format(name), 0
+    found, packed = registry.get_format(name), 0
     sizes = [(64, size) for size in range(4, 65, 4)] + [(size, 64) for size in range(4, 65, 4)]
     for bits, symmetric, (out, width) in product(range(2, 9), (True, False), sizes):
         chosen, one = scheme(bits, -1, symmetric), linear(out=out, width=width)
@@ -353,7 +353,7 @@ def test_config_entry() -> None:
 
 def test_the_whole_of_deepseek_v3_takes_seconds() -> None:
     """61 layers of 256 experts: 45,000 names against 600."""
-    found = registry.architecture("deepseek_v3")
+    found = registry.get_architecture("deepseek_v3")
     values = {
         **found.tiny,
         "num_hidden_layers": 61,

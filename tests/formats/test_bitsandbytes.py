@@ -17,7 +17,7 @@ from bitsandbytes.nn import Linear4bit
 from hypothesis import given
 from hypothesis import strategies as st
 from support.builds import build
-from support.checkpoints import tiny_config, write_checkpoint
+from support.checkpoints import make_tiny_config, write_checkpoint
 from support.dequantized import Stored
 from support.format_examples import SELECTIONS, linear, model_modules
 from support.plans import plan_checkpoint
@@ -27,8 +27,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 import quantkit
 from quantkit import pipeline, registry
-from quantkit.artifact.layout import read_manifest
-from quantkit.artifact.load_model import Experts4bit, stored_as
+from quantkit.artifact.load_model import Experts4bit, read_schemes
+from quantkit.artifact.read_manifest import read_manifest
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Contents, Linear, Quantized, Scheme
 from quantkit.errors import ArtifactError, NumericsError, RecipeError, UsageError
@@ -37,9 +37,8 @@ from quantkit.io import package_data
 from quantkit.methods.nf4 import METHOD
 from quantkit.numerics import nf4 as codebook
 from quantkit.plan.decisions import make_scheme
-from quantkit.recipe.parse import parse_recipe
-from quantkit.recipe.schema import Quantize
-from quantkit.verify.shallow import verify
+from quantkit.recipe.parse import Quantize, parse_recipe
+from quantkit.verify.shallow import verify_artifact
 
 IDS = torch.arange(2, 66)[None]  # [1, 64]
 
@@ -70,7 +69,7 @@ def solved(weight: Tensor, double_quant: bool = False) -> Quantized:
 def test_golden_words() -> None:
     """FORMATS.md's example: the codebook twice as large, and a row with its largest weights in front."""
     weight = torch.zeros(2, 64)
-    weight[0, :16] = 2 * torch.tensor(codebook.VALUES)
+    weight[0, :16] = 2 * torch.tensor(codebook.CODEBOOK)
     weight[1, :3] = torch.tensor([4, -4, 0.1])
     tensors = nf4.FORMAT.pack(solved(weight.bfloat16().float()), scheme())
     first, second = tensors["weight"].reshape(2, 32).tolist()
@@ -87,7 +86,7 @@ def oracle(weight: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """The nearest of 16 values by trying each, in float64: the weight that is meant, and absmax."""
     blocks = weight.double().numpy().reshape(-1, 64)
     absmax = np.abs(blocks).max(1)
-    values = np.array(codebook.VALUES)
+    values = np.array(codebook.CODEBOOK)
     back = [
         [min(values * a, key=lambda v: abs(v - w)) for w in block]
         for block, a in zip(blocks, absmax)
@@ -100,14 +99,14 @@ def test_codes_are_the_nearest_values() -> None:
     weight = weights(6, 192)
     found, (expected, absmax) = solved(weight), oracle(weight)
     assert np.array_equal(found.scale.numpy(), absmax) and found.zero is None
-    back = np.array(codebook.VALUES)[found.codes.numpy()] * np.repeat(absmax, 64, axis=-1)
+    back = np.array(codebook.CODEBOOK)[found.codes.numpy()] * np.repeat(absmax, 64, axis=-1)
     ours, best = np.abs(back - weight.double().numpy()), np.abs(expected - weight.double().numpy())
     assert (ours <= best + 1e-6 * np.repeat(absmax, 64, axis=-1)).all()
 
 
 def ties() -> Tensor:
     """Weights on every midpoint between two values and one step beside it; tiny, subnormal and huge blocks."""
-    values = torch.tensor(codebook.VALUES)
+    values = torch.tensor(codebook.CODEBOOK)
     middle = (values[1:] + values[:-1]) / 2
     near = [middle, middle.nextafter(torch.tensor(9.0)), middle.nextafter(torch.tensor(-9.0))]
     row = torch.cat([torch.ones(1), *near, torch.zeros(18)])  # [64]
@@ -121,13 +120,15 @@ def test_codes_are_those_of_bitsandbytes(weight: Tensor) -> None:
     """Bit for bit, of matrices and of batches, in more pieces than one."""
     found = solved(weight)
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    assert torch.equal(codebook.pair(found.codes), packed)
+    assert torch.equal(codebook.pack_pairs(found.codes), packed)
     assert torch.equal(found.scale.reshape(-1), state.absmax)
     assert found.codes.shape == weight.shape and found.scale.shape == (
         *weight.shape[:-1],
         weight.shape[-1] // 64,
     )
-    kernel_codes, kernel_absmax = codebook.by_kernel(weight)  # what an accelerator would run
+    kernel_codes, kernel_absmax = codebook.quantize_with_kernel(
+        weight
+    )  # what an accelerator would run
     assert torch.equal(kernel_codes.reshape(weight.shape), found.codes) and torch.equal(
         kernel_absmax, state.absmax
     )
@@ -207,7 +208,7 @@ def test_double_quantization_loses_little() -> None:
     state = json.loads(bytes(tensors[nf4.STATE].tolist()))
     scale = tensors["weight.nested_quant_map"][tensors["weight.absmax"].long()]
     scale = scale * tensors["weight.nested_absmax"].repeat_interleave(256) + state["nested_offset"]
-    expected = torch.tensor(codebook.VALUES)[solved(weight).codes.long()] * scale.reshape(
+    expected = torch.tensor(codebook.CODEBOOK)[solved(weight).codes.long()] * scale.reshape(
         256, 8
     ).repeat_interleave(64, 1)
     assert torch.allclose(nf4.FORMAT.dequantize(tensors, scheme(True)), expected, rtol=1e-6)
@@ -223,7 +224,9 @@ def test_the_state_has_its_planned_length_whatever_the_offset(offset: float) -> 
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 70_000])
 def test_the_mean_of_scales(count: int) -> None:
     values = torch.rand(count, generator=torch.Generator().manual_seed(count)) * 0.1
-    assert float(codebook.mean(values)) == pytest.approx(float(values.double().mean()), rel=1e-7)
+    assert float(codebook.compute_mean(values)) == pytest.approx(
+        float(values.double().mean()), rel=1e-7
+    )
 
 
 def test_threads_change_no_byte() -> None:
@@ -313,10 +316,10 @@ def test_what_cannot_be_loaded_is_refused(one: Linear, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in registry.names("formats") if name != "bitsandbytes"]
+    "name", [name for name in registry.list_names("formats") if name != "bitsandbytes"]
 )
 def test_no_other_format_holds_nf4(name: str) -> None:
-    assert "use format bitsandbytes" in str(registry.format(name).accepts(scheme(), linear()))
+    assert "use format bitsandbytes" in str(registry.get_format(name).accepts(scheme(), linear()))
 
 
 KEYS = {"quantize": "{method: nf4}", "format": "bitsandbytes", "calibration": "null"}
@@ -387,11 +390,11 @@ def built(
     fp8: bool = False,
 ) -> Path:
     source = write_checkpoint(
-        tmp_path / "source", tiny_config(name, num_nextn_predict_layers=0), fp8=fp8
+        tmp_path / "source", make_tiny_config(name, num_nextn_predict_layers=0), fp8=fp8
     )
     quantize = f"{{method: nf4, double_quant: {str(double_quant).lower()}}}"
     outcome = build(source, tmp_path / "artifact", **{**KEYS, "quantize": quantize}, rules=rules)
-    verify(outcome.path)
+    verify_artifact(outcome.path)
     assert outcome.fidelity.modules and all(
         0 < module.relative_error < 0.15 for module in outcome.fidelity.modules
     )
@@ -436,7 +439,7 @@ def test_transformers_loads_what_was_stored(
     assert not any(told.values()), told
     ours = Stored.open(path).model()
     found = packed_linears(theirs)
-    assert set(found) == set(stored_as(read_manifest(path), Checkpoint.open(path), path)[1])
+    assert set(found) == set(read_schemes(read_manifest(path), Checkpoint.open(path), path)[1])
     for module_name, module in found.items():
         unpacked = bnb.dequantize_4bit(module.weight, module.weight.quant_state)
         assert torch.equal(unpacked, ours.get_submodule(module_name).weight.bfloat16())
@@ -466,7 +469,7 @@ def test_load_runs_experts_in_nf4(name: str, double_quant: bool, fp8: bool, tmp_
     """The logits of a mixture that no engine loads are those of the dequantized model."""
     path = built(tmp_path, name, double_quant=double_quant, fp8=fp8)
     model = quantkit.load(path, device="cpu", dtype="float32")
-    quantized = stored_as(read_manifest(path), Checkpoint.open(path), path)[1]
+    quantized = read_schemes(read_manifest(path), Checkpoint.open(path), path)[1]
     assert len(packed_linears(model)) == len(quantized) and not model.training
     assert any(isinstance(module, Experts4bit) for module in model.modules()) == (name != "llama")
     expected = logits(Stored.open(path).model())
@@ -480,7 +483,7 @@ def test_load_runs_experts_in_nf4(name: str, double_quant: bool, fp8: bool, tmp_
 
 
 def test_load_unpacks_other_formats(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "source", tiny_config("deepseek_v3"))
+    source = write_checkpoint(tmp_path / "source", make_tiny_config("deepseek_v3"))
     for name, quantize in (
         ("awq", "{method: rtn, group_size: 64}"),
         ("dense", "{method: rtn, bits: 3}"),
@@ -500,7 +503,7 @@ def test_load_unpacks_other_formats(tmp_path: Path) -> None:
 
 def test_what_load_refuses(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"no quantkit/manifest\.json: not an artifact"):
-        quantkit.load(write_checkpoint(tmp_path / "source", tiny_config("llama")))
+        quantkit.load(write_checkpoint(tmp_path / "source", make_tiny_config("llama")))
     path = built(tmp_path, "llama")
     with pytest.raises(
         UsageError, match="dtype: expected bfloat16, float16, float32, found 'int8'"
@@ -532,14 +535,14 @@ def test_importing_quantkit_does_not_start_torch() -> None:
 @pytest.mark.parametrize("name", ["tiny-v3-nf4", "tiny-v3-rtn4"])
 def test_recipes_without_calibration(name: str, tmp_path: Path) -> None:
     """As shipped, but with less text and no benchmarks: no calibration stream, the bound on the KL, and what loads."""
-    text = (package_data.folder("recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (package_data.locate_folder("recipes") / f"{name}.yaml").read_text(encoding="utf-8")
     shorter = {
         "fidelity.windows": "24",
         "compute.device": "cpu",
         "output.path": str(tmp_path / "out"),
     }
     recipe = parse_recipe(text, f"{name}.yaml", shorter)
-    (outcome,) = pipeline.run(
+    (outcome,) = pipeline.build_artifacts(
         recipe,
         text,
         overwrite=False,

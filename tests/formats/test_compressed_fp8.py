@@ -14,7 +14,7 @@ from transformers.integrations.compressed_tensors import get_experts_scheme
 
 from quantkit.contracts import Contents, Scheme
 from quantkit.formats import compressed_tensors as ct
-from quantkit.formats.common.engine_names import FUSED
+from quantkit.formats.common.engine_names import FUSED_MODULES
 
 SCHEME = Scheme(bits=4, group_size=128, symmetric=True, scale_dtype="bfloat16")
 MTP = 12
@@ -158,9 +158,13 @@ def sglang(config: Mapping[str, Any], name: str, kind: str, members: tuple[str, 
 ENGINES: Mapping[str, tuple[Callable[..., str | None], dict[str, tuple[str, ...]]]] = {
     "vllm": (
         vllm,
-        {k: v for k, v in FUSED.items() if k in ("qkv_proj", "gate_up_proj", "fused_qkv_a_proj")},
+        {
+            k: v
+            for k, v in FUSED_MODULES.items()
+            if k in ("qkv_proj", "gate_up_proj", "fused_qkv_a_proj")
+        },
     ),
-    "sglang": (sglang, {k: v for k, v in FUSED.items() if k != "fused_qkv_a_proj"}),
+    "sglang": (sglang, {k: v for k, v in FUSED_MODULES.items() if k != "fused_qkv_a_proj"}),
 }
 
 

@@ -11,7 +11,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from support.builds import build
-from support.checkpoints import tiny_config, write_checkpoint
+from support.checkpoints import make_tiny_config, write_checkpoint
 from support.dequantized import Stored
 from support.format_examples import SELECTIONS, linear, model_modules
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from quantkit.contracts import Contents, Linear, Quantized, Scheme
 from quantkit.errors import NumericsError, UsageError
 from quantkit.formats import compressed_tensors as ct
-from quantkit.formats.common.checks import Codes, by_codes
-from quantkit.formats.common.engine_names import FUSED
+from quantkit.formats.common.checks import IntegerCodes, group_by_codes
+from quantkit.formats.common.engine_names import FUSED_MODULES
 from quantkit.methods import rtn
 from quantkit.numerics import affine
 
@@ -46,8 +46,8 @@ def scheme(bits: int = 4, group: int = 128, symmetric: bool = True, kind: str = 
     )  # type: ignore[arg-type]
 
 
-def codes_of(chosen: Scheme) -> Codes:
-    ((found, _),) = by_codes({"": chosen})
+def codes_of(chosen: Scheme) -> IntegerCodes:
+    ((found, _),) = group_by_codes({"": chosen})
     return found
 
 
@@ -236,7 +236,7 @@ def test_every_loader_ignores_exactly_the_kept_modules(selection: str) -> None:
         assert not wrong, f"{loader.__name__}: {wrong[:5]}"
     for name in (name for name in modules if ".experts." not in name):
         parent, _, last = name.rpartition(".")
-        for fused in (fused for fused, members in FUSED.items() if last in members):
+        for fused in (fused for fused, members in FUSED_MODULES.items() if last in members):
             assert sglang(entries, f"{parent}.{fused}") == (name in kept), f"{parent}.{fused}"
 
 
@@ -364,7 +364,9 @@ def test_transformers_loads_what_was_stored(
     name: str, rules: str, wanted: str, tmp_path: Path
 ) -> None:
     """Every weight bit for bit in bfloat16, the dtype of the scales, and the logits of the model they make."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config(name, num_nextn_predict_layers=0))
+    folder = write_checkpoint(
+        tmp_path / "source", make_tiny_config(name, num_nextn_predict_layers=0)
+    )
     quantize = f"{{method: rtn, {wanted}}}"
     outcome = build(
         folder, tmp_path / "artifact", rules=rules, quantize=quantize, format="compressed_tensors"

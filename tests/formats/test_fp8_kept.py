@@ -11,7 +11,7 @@ import torch
 from compressed_tensors.quantization import disable_quantization
 from safetensors.torch import load_file
 from support.builds import build_all
-from support.checkpoints import planned, recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_plan, make_recipe_text, make_tiny_config, write_checkpoint
 from support.dequantized import Stored
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,12 +24,12 @@ from quantkit.contracts import Config
 from quantkit.errors import NumericsError, RecipeError
 from quantkit.io import package_data
 from quantkit.models import full_model
-from quantkit.models.layers import meta_model
+from quantkit.models.layers import make_meta_model
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan, SourceFacts
 from quantkit.recipe.parse import parse_recipe
 from quantkit.report import make
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 GPTQ = "{method: gptq, bits: 4, group_size: 64, symmetric: true}"
 EXPERTS = '{match: "re:.*\\\\.experts\\\\..*", quantize: default}'
@@ -41,7 +41,7 @@ LATENT = f'[{EXPERTS}, {{match: "*.kv_b_proj", keep: bf16}}, {{match: "*", keep:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random DeepSeek-V3 in FP8, blocks at the edges partial: one dense block, one with 8 experts, one MTP block."""
     return write_checkpoint(
-        tmp_path_factory.mktemp("v3") / "source", tiny_config("deepseek_v3"), fp8=True
+        tmp_path_factory.mktemp("v3") / "source", make_tiny_config("deepseek_v3"), fp8=True
     )
 
 
@@ -58,7 +58,7 @@ def build(folder: Path, output: Path, **keys: str) -> pipeline.BuildResult:
 
 def plan_of(folder: Path, **keys: str) -> Plan:
     """The plan of a small recipe for compressed_tensors."""
-    return planned(folder, **{"quantize": GPTQ, "format": "compressed_tensors", **keys})
+    return make_plan(folder, **{"quantize": GPTQ, "format": "compressed_tensors", **keys})
 
 
 def faults_of(folder: Path, **keys: str) -> list[str]:
@@ -110,7 +110,7 @@ def test_every_kept_bit_is_the_sources(
         "model.layers.1.mlp.shared_experts.up_proj.weight",
     ):
         assert torch.equal(read.read([name])[name], original.read([name])[name])
-    assert verify(outcome.path).status == "not judged"
+    assert verify_artifact(outcome.path).status == "not judged"
     stored = {role.role: role.stored for role in outcome.fidelity.artifact.roles}
     assert stored["mlp"] == "F8_E4M3 128x128"
     assert stored["attention"] == ("F8_E4M3 128x128, BF16" if bf16 else "F8_E4M3 128x128")
@@ -124,12 +124,12 @@ def test_every_kept_bit_is_the_sources(
 def test_transformers_loads_codes_beside_fp8(rules: str, tmp_path: Path) -> None:
     """Every weight bit for bit; the logits those of the weights once inputs are not rounded to FP8 on the way."""
     folder = write_checkpoint(
-        tmp_path / "s", tiny_config("deepseek_v3", num_nextn_predict_layers=0), fp8=True
+        tmp_path / "s", make_tiny_config("deepseek_v3", num_nextn_predict_layers=0), fp8=True
     )
     plain = "{method: rtn, bits: 4, group_size: 64, symmetric: true}"
     outcome = build(folder, tmp_path / "a", rules=rules, quantize=plain)
     ours = Stored.open(outcome.path).model()
-    own = load_model.load(outcome.path, device="cpu", dtype="float32").state_dict()
+    own = load_model.load_model(outcome.path, device="cpu", dtype="float32").state_dict()
     assert all(torch.equal(own[key], value) for key, value in ours.state_dict().items())
     theirs: Any
     theirs, told = AutoModelForCausalLM.from_pretrained(
@@ -169,13 +169,13 @@ def test_the_demo_in_fp8_end_to_end(tmp_path: Path) -> None:
 
     transformers rounds the inputs of FP8 layers to FP8, as engines do: that costs as much again, or twice as much.
     """
-    text = (package_data.folder("recipes") / "tiny-v3-gptq4-fp8.yaml").read_text()
+    text = (package_data.locate_folder("recipes") / "tiny-v3-gptq4-fp8.yaml").read_text()
     recipe = parse_recipe(
         text,
         "tiny-v3-gptq4-fp8.yaml",
         {"output.path": str(tmp_path / "a"), "compute.device": "cpu"},
     )
-    done = pipeline.run(
+    done = pipeline.build_artifacts(
         recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None
     )
     (outcome,) = done
@@ -184,7 +184,7 @@ def test_the_demo_in_fp8_end_to_end(tmp_path: Path) -> None:
     assert (
         outcome.path / "model.safetensors"
     ).stat().st_size < 5_600_000  # 7.9 MB with BF16 in place of FP8
-    source = package_data.resolve_model("builtin:tiny-v3")
+    source = package_data.locate_model("builtin:tiny-v3")
     kept, wanted = fp8_bits(outcome.path), fp8_bits(source)
     assert len(kept) == 2 * 32 and all(
         torch.equal(bits, wanted[name]) for name, bits in kept.items()
@@ -197,13 +197,17 @@ def test_the_demo_in_fp8_end_to_end(tmp_path: Path) -> None:
     for weight in theirs.parameters():
         weight.data = weight.data.float() if weight.dtype == torch.bfloat16 else weight.data
     opened = Checkpoint.open(source)
-    bones = meta_model(opened.config, torch.device("cpu"), torch.float32)
-    original = full_model.model(
-        bones, registry.architecture("deepseek_v3").layout(opened.config), full_model.reader(opened)
+    bones = make_meta_model(opened.config, torch.device("cpu"), torch.float32)
+    original = full_model.make_model(
+        bones,
+        registry.get_architecture("deepseek_v3").layout(opened.config),
+        full_model.make_reader(opened),
     )
     tokenizer = AutoTokenizer.from_pretrained(outcome.path)
     lines = (
-        (package_data.folder("calibration") / "tiny-v3-heldout.jsonl").read_text().splitlines()[:60]
+        (package_data.locate_folder("calibration") / "tiny-v3-heldout.jsonl")
+        .read_text()
+        .splitlines()[:60]
     )
     batches = [
         torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"][:200]]) for line in lines
@@ -263,7 +267,7 @@ def test_folding_into_kept_bits_is_an_error(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check behind the rule: bits are copied only when they stand for the weight that was measured."""
-    monkeypatch.setattr(context, "held_by_fp8", lambda block, group, decisions: False)
+    monkeypatch.setattr(context, "is_unscaled_for_fp8", lambda block, group, decisions: False)
     with pytest.raises(
         NumericsError,
         match="expected the source's values, as its FP8 blocks are kept, found others",
@@ -291,7 +295,7 @@ def test_fp8_is_no_reason_to_refuse_a_format_that_cannot_hold_it(source: Path) -
     plan = plan_of(source, format="gptq")
     assert {d.keep for d in plan.decisions.values()} == {"source"}
     assert plan.warnings == ("format gptq cannot hold FP8 blocks: what is kept is stored as BF16",)
-    told = {row.role: row.reason for row in make.roles(plan)}
+    told = {row.role: row.reason for row in make.summarize_roles(plan)}
     assert (
         told["attention"]
         == "kept by experts-only[1] (*), mtp: keep; BF16 because format gptq cannot hold FP8"
@@ -301,14 +305,14 @@ def test_fp8_is_no_reason_to_refuse_a_format_that_cannot_hold_it(source: Path) -
         r"experts-only[0] (re:.*\.experts\.\d+\.[^.]+), mtp: keep"
     )
     some = plan_of(source, format="gptq", rules='[{match: "*.experts.*", quantize: default}]')
-    told = {row.role: row.reason for row in make.roles(some)}
+    told = {row.role: row.reason for row in make.summarize_roles(some)}
     assert told["router"].startswith("only a rule that names it quantizes it")
     assert (
         told["attention"]
         == "no rule matches it, mtp: keep; BF16 because format gptq cannot hold FP8"
     )
     everything = plan_of(source, rules='[{match: "*", keep: source}]', calibration="null")
-    assert {row.reason for row in make.roles(everything) if row.role == "attention"} == {
+    assert {row.reason for row in make.summarize_roles(everything) if row.role == "attention"} == {
         "kept by rules[0] (*), mtp: keep; BF16 because nothing is quantized"
     }
     assert "F8_E4M3" not in {spec.dtype for shard in everything.shards for spec in shard.tensors}
@@ -337,7 +341,7 @@ def test_what_no_engine_reads_is_refused(source: Path, rules: str, fault: str) -
 
 def test_fused_rows_must_fill_whole_blocks(tmp_path: Path) -> None:
     """vLLM puts one linear under another: only the last may end within a block."""
-    folder = write_checkpoint(tmp_path / "s", tiny_config("llama"), fp8=True)
+    folder = write_checkpoint(tmp_path / "s", make_tiny_config("llama"), fp8=True)
     rules = '[{match: "*.mlp.*", quantize: default}, {match: "*", keep: source}]'
     (fault,) = faults_of(folder, rules=rules)
     assert (
@@ -351,7 +355,7 @@ def test_fused_rows_must_fill_whole_blocks(tmp_path: Path) -> None:
 
 def test_blocks_of_another_size_are_refused(tmp_path: Path) -> None:
     """Planned from the config alone: no checkpoint of such blocks is at hand."""
-    folder = write_checkpoint(tmp_path / "s", tiny_config("deepseek_v3"), fp8=True)
+    folder = write_checkpoint(tmp_path / "s", make_tiny_config("deepseek_v3"), fp8=True)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["weight_block_size"] = [64, 64]
     facts = SourceFacts(
@@ -363,7 +367,8 @@ def test_blocks_of_another_size_are_refused(tmp_path: Path) -> None:
         where="config.json",
     )
     recipe = parse_recipe(
-        recipe_text("x", tmp_path / "out", quantize=GPTQ, format="compressed_tensors"), "r.yaml"
+        make_recipe_text("x", tmp_path / "out", quantize=GPTQ, format="compressed_tensors"),
+        "r.yaml",
     )
     with pytest.raises(RecipeError, match="read FP8 in blocks of 128 x 128, found 64 x 64"):
         sources.plan_recipe(recipe, facts, sources.bound_text_tokens(recipe))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.builds import build
-from support.checkpoints import planned, tiny_config, write_checkpoint
+from support.checkpoints import make_plan, make_tiny_config, write_checkpoint
 from support.format_examples import SELECTIONS, linear, model_modules
 from support.gptq_examples import M_WORDS, M, as_numpy
 
@@ -19,8 +19,8 @@ from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Contents, Format, Quantized, Scheme
 from quantkit.errors import NumericsError, UsageError
 from quantkit.formats import gptq, gptq_v2
-from quantkit.formats.common.checks import by_codes
-from quantkit.formats.common.engine_names import FUSED
+from quantkit.formats.common.checks import group_by_codes
+from quantkit.formats.common.engine_names import FUSED_MODULES
 from quantkit.methods import rtn
 from quantkit.numerics import affine
 
@@ -173,7 +173,7 @@ def test_every_loader_quantizes_exactly_what_is_quantized(selection: str) -> Non
         assert any(part in name for part in inner) == (name in quantized), f"vLLM: {name}"
     for name in (name for name in modules if ".experts." not in name):
         parent, _, last = name.rpartition(".")
-        for fused in (fused for fused, members in FUSED.items() if last in members):
+        for fused in (fused for fused, members in FUSED_MODULES.items() if last in members):
             assert skipped_by_dynamic(entry, f"{parent}.{fused}") == (name in kept), (
                 f"{parent}.{fused}"
             )
@@ -246,7 +246,9 @@ def test_dynamic_tells_other_schemes() -> None:
     }
     for loader in gptq.CHECKS.loaders[:2]:  # SGLang and GPTQModel, vLLM
         told = loader.told(entry)
-        assert all(told(name) == by_codes({"": chosen})[0][0] for name, chosen in schemes.items())
+        assert all(
+            told(name) == group_by_codes({"": chosen})[0][0] for name, chosen in schemes.items()
+        )
         assert all(told(name) == "plain" for name in kept)
     (inner,) = entry["modules_in_block_to_quantize"]  # type: ignore[misc]
     assert all(name.endswith(tuple(inner)) == (name in schemes) for name in modules)
@@ -278,7 +280,7 @@ def test_sglang_reads_every_routed_expert_as_the_config_says_on_top(output: Form
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
 def test_an_artifact_is_what_an_independent_reader_expects(name: str, tmp_path: Path) -> None:
     """Rounded to nearest, every stored weight is within half a step of its source; the config names what is packed."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config(name))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config(name))
     outcome = build(
         folder,
         tmp_path / "artifact",
@@ -303,7 +305,7 @@ def test_an_artifact_is_what_an_independent_reader_expects(name: str, tmp_path: 
 
 def test_what_mtp_keeps_is_no_matter_to_sglang(tmp_path: Path) -> None:
     """Only speculative decoding runs an MTP block; a whole layer of kept experts is another matter."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config("deepseek_v3"))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("deepseek_v3"))
     quantize = {
         "format": "gptq",
         "quantize": "{method: rtn, bits: 4, group_size: 64, symmetric: true}",
@@ -311,6 +313,6 @@ def test_what_mtp_keeps_is_no_matter_to_sglang(tmp_path: Path) -> None:
     told = (
         "SGLang: reads all routed experts as GPTQ of 4 bits, group 64, symmetric; here some are not"
     )
-    assert told not in planned(folder, **quantize, rules="experts-only").warnings
+    assert told not in make_plan(folder, **quantize, rules="experts-only").warnings
     attention = '[{match: "*.mlp.shared_experts.*", quantize: default}, {match: "*", keep: source}]'
-    assert told in planned(folder, **quantize, rules=attention).warnings
+    assert told in make_plan(folder, **quantize, rules=attention).warnings

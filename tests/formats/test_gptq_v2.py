@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.builds import build
-from support.checkpoints import planned, tiny_config, write_checkpoint
+from support.checkpoints import make_plan, make_tiny_config, write_checkpoint
 from support.format_examples import linear
 from support.gptq_examples import M_WORDS, M, as_numpy
 
@@ -180,12 +180,12 @@ def test_config_entry_says_the_version() -> None:
 
 def test_an_artifact_of_three_bits(tmp_path: Path) -> None:
     """Every stored weight is within half a step of its source; the plan and the card say who reads it."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config("llama"))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama"))
     quantize = "{method: rtn, bits: 3, group_size: 64, symmetric: false}"
     keys = {"format": "gptq_v2", "quantize": quantize, "rules": "all-linear"}
     assert (
         "vLLM, SGLang: no GPTQ but symmetric codes of 4 or 8 bits"
-        in planned(folder, **keys).warnings
+        in make_plan(folder, **keys).warnings
     )
     outcome = build(folder, tmp_path / "artifact", **keys)
     assert [serving.engine for serving in outcome.fidelity.artifact.serving] == [

@@ -19,7 +19,7 @@ from support.plans import make_specs, plan_checkpoint
 from tools.calibration_sets.specs import TINY_HELD_OUT, spec_yaml
 
 from quantkit import registry
-from quantkit.artifact.writer import config_values
+from quantkit.artifact.model_files import make_config
 from quantkit.contracts import TensorSpec
 from quantkit.errors import CheckpointError, RecipeError, UsageError
 from quantkit.plan import sources
@@ -28,7 +28,7 @@ from quantkit.plan.plan import Plan, SourceFacts
 from quantkit.plan.plan_schema import PlanSummary
 from quantkit.plan.summary import summarize_plan
 from quantkit.recipe.parse import parse_recipe
-from quantkit.texts.corpus_files import most_sequences
+from quantkit.texts.corpus_files import bound_sequences as bound_sequences
 from quantkit.texts.corpus_spec import read_spec
 
 FLAGSHIP = ROOT / "recipes" / "v3-awq4.yaml"
@@ -43,7 +43,7 @@ import sys, time
 began = time.monotonic()
 from quantkit.cli.main import main
 main(["plan", sys.argv[1], "--json"], standalone_mode=False)
-from quantkit.io.host import peak_resident_bytes
+from quantkit.io.host import get_peak_memory
 used = peak_resident_bytes()
 print(f"{time.monotonic() - began} {used}", file=sys.stderr)
 """
@@ -337,7 +337,7 @@ def test_a_rule_that_decides_nothing_is_told() -> None:
 def test_keeping_everything_is_told() -> None:
     plan = plan_checkpoint(rules='[{match: "*", keep: source}]', quantize="{method: rtn}")
     assert "no linear is quantized: the artifact is a copy of the source" in plan.warnings
-    assert "quantization_config" not in config_values(plan)
+    assert "quantization_config" not in make_config(plan)
     assert not plan.needs_calibration
     assert {n: (s.dtype, s.shape) for n, s in outputs(plan).items()} == {
         n: (s.dtype, s.shape) for n, s in plan.specs.items()
@@ -520,7 +520,7 @@ def test_the_mtp_layer_is_never_lost_by_accident(mtp: str) -> None:
     experts = [name for name in quantized(plan) if name.startswith("model.layers.2.mlp.experts.")]
     assert bool(inside) == (mtp != "drop")
     assert len(experts) == (8 * 3 if mtp == "quantize" else 0)
-    assert config_values(plan)["num_nextn_predict_layers"] == (0 if mtp == "drop" else 1)
+    assert make_config(plan)["num_nextn_predict_layers"] == (0 if mtp == "drop" else 1)
     assert plan.source.config.integer("num_nextn_predict_layers") == 1
     assert any("mtp-rtn" in warning for warning in plan.warnings) == (mtp == "quantize")
     if mtp != "drop":
@@ -541,7 +541,7 @@ def test_an_announced_mtp_layer_that_is_not_stored() -> None:
     """Common in re-uploads: left out with a warning, and engines are not told to look for it."""
     stored = {
         n: s
-        for n, s in make_specs(registry.architecture("deepseek_v3").tiny).items()
+        for n, s in make_specs(registry.get_architecture("deepseek_v3").tiny).items()
         if ".layers.2." not in n
     }
     plan = plan_checkpoint(specs=stored)
@@ -570,7 +570,7 @@ def test_tied_embeddings_have_no_head() -> None:
 
 
 def test_missing_unclaimed_and_misshaped_tensors_are_told_together() -> None:
-    specs = make_specs(registry.architecture("llama").tiny)
+    specs = make_specs(registry.get_architecture("llama").tiny)
     del specs["model.norm.weight"]
     specs["model.layers.9.extra"] = TensorSpec(
         name="model.layers.9.extra", dtype="BF16", shape=(3,)
@@ -596,7 +596,7 @@ def test_many_faults_of_a_checkpoint_are_counted() -> None:
 def test_tensors_no_engine_reads_are_dropped_and_told() -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     specs = {
-        **make_specs(registry.architecture("llama").tiny),
+        **make_specs(registry.get_architecture("llama").tiny),
         name: TensorSpec(name=name, dtype="F32", shape=(16,)),
     }
     plan = plan_checkpoint("llama", specs=specs)
@@ -619,7 +619,7 @@ def test_tensors_no_engine_reads_are_dropped_and_told() -> None:
     ],
 )
 def test_a_source_that_is_quantized_otherwise(entry: object, sentence: str) -> None:
-    specs = make_specs(registry.architecture("llama").tiny)
+    specs = make_specs(registry.get_architecture("llama").tiny)
     with pytest.raises(CheckpointError) as caught:
         plan_checkpoint("llama", specs=specs, config={"quantization_config": entry})
     assert sentence in str(caught.value)
@@ -699,6 +699,6 @@ def test_windows_are_bounded_by_the_bytes_of_their_text(tmp_path: Path) -> None:
     spec = dataclasses.replace(TINY_HELD_OUT, name="some", end="none", packing="windows")
     set_file = tmp_path / "some.yaml"
     set_file.write_text(spec_yaml(spec, hashlib.sha256(rows.encode()).hexdigest(), {"prose"}))
-    assert most_sequences(read_spec(str(set_file), tmp_path), 11) == len(rows) // 10
+    assert bound_sequences(read_spec(str(set_file), tmp_path), 11) == len(rows) // 10
     (tmp_path / "some.jsonl").unlink()
-    assert most_sequences(read_spec(str(set_file), tmp_path), 11) is None
+    assert bound_sequences(read_spec(str(set_file), tmp_path), 11) is None

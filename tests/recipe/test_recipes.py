@@ -22,8 +22,8 @@ from quantkit.plan.plan_schema import PlanSummary
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 PUBLISHED = sorted({
     (name, file)
-    for name in registry.names("architectures")
-    for file in (registry.architecture(name).published or {}).values()
+    for name in registry.list_names("architectures")
+    for file in (registry.get_architecture(name).published or {}).values()
 })
 CARDS = {
     "r1-distill-qwen-32b-awq4": 32.76,
@@ -35,7 +35,7 @@ CARDS = {
 """Billions of parameters, as the models' cards have them (32.8, 30.5, 46.7, 685 with MTP), with a digit more."""
 
 
-def no_hub(model: str, revision: str | None) -> hub.SourceHeaders:
+def no_hub(model: str, revision: str | None) -> hub.ModelHeaders:
     """Instead of asking the hub."""
     raise HubUnreachable(f"{model}@{revision}: nobody answers")
 
@@ -82,7 +82,7 @@ def test_a_published_config_makes_the_model_that_transformers_makes(
     folder = importlib.resources.files("quantkit.architectures") / "published"
     config = Config(values=json.loads((folder / file).read_text(encoding="utf-8")), where=file)
     assert config.text("model_type") == model_type
-    layout = registry.architecture(model_type).layout(config)
+    layout = registry.get_architecture(model_type).layout(config)
     mtp = tuple(f"{block.name}." for block in layout.blocks if block.kind == "mtp")
     ours = {
         n: s.n_elements

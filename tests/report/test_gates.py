@@ -13,14 +13,15 @@ from support.command_line import build, read_error, run
 from support.report_example import FIDELITY
 from support.report_variants import emptied, example
 
-from quantkit.artifact.fidelity_schema import Benchmark, Fidelity, Figure
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
 from quantkit.errors import RecipeError, UsageError
+from quantkit.figures import list_keys
 from quantkit.recipe.parse import parse_gates
-from quantkit.recipe.schema import FIGURES, Gate
+from quantkit.recipe.schema import Gate
 from quantkit.report import gates
-from quantkit.report.junit import junit
+from quantkit.report.junit import format_junit
 
-TASK = Benchmark(
+TASK = BenchmarkResult(
     task="t", n=300, source=0.8, artifact=0.79, lost=5, gained=2, delta_pp=Figure(value=-1.0, ci=(-2.5, 0.5)),
     recovery=Figure(value=0.9875), mcnemar_p=0.45, truncated=(0.0, 0.03), unparsed=(0.01, 0.0),
 )  # fmt: skip
@@ -28,7 +29,7 @@ TASK = Benchmark(
 
 def one(figure: str, gate: Gate, fidelity: Fidelity) -> tuple[float | None, bool | None, str]:
     """Value, result and reason of a single bound."""
-    (result,) = gates.judge({figure: gate}, fidelity)
+    (result,) = gates.judge_gates({figure: gate}, fidelity)
     return result.value, result.ok, result.reason
 
 
@@ -63,7 +64,7 @@ def test_every_figure_has_a_value_in_a_full_report() -> None:
     }  # type: ignore[index]
     gold = {"task": "t", "n": 9, "source": -0.5, "artifact": -0.6, "difference": {"value": -0.1}}
     report = example({"distribution": [pooled], "benchmarks": [TASK], "likelihood": [gold]})
-    values = {figure: one(figure, Gate(max=1e12), report)[0] for figure in FIGURES}
+    values = {figure: one(figure, Gate(max=1e12), report)[0] for figure in list_keys()}
     assert [figure for figure, value in values.items() if value is None] == []
     assert values["lost_items"] == 5
 
@@ -90,7 +91,7 @@ def test_a_module_without_output_error_is_told_and_one_without_an_error_misses()
 
 
 def test_lost_items_of_a_task_that_was_not_run_are_not_known() -> None:
-    silent = Benchmark(task="u", status="not run", reason="no sandbox")
+    silent = BenchmarkResult(task="u", status="not run", reason="no sandbox")
     report = example({"benchmarks": [TASK, silent]})
     assert one("lost_items", Gate(max=9), report) == (None, None, "not measured: u was not run")
 
@@ -132,14 +133,14 @@ def test_lost_items_of_a_task_that_was_not_run_are_not_known() -> None:
 def test_bounds_of_a_task(
     gate: Gate, figure: str, bound: str, value: float, ok: bool, reason: str
 ) -> None:
-    (result,) = gates.judge({"t": gate}, example({"benchmarks": [TASK]}))
+    (result,) = gates.judge_gates({"t": gate}, example({"benchmarks": [TASK]}))
     assert (result.figure, result.bound, result.value, result.ok) == (figure, bound, value, ok)
     assert result.reason.startswith(reason) and bool(result.reason) == bool(reason)
 
 
 def test_a_loss_beyond_the_margin_is_not_called_unresolved() -> None:
     worse = TASK.model_copy(update={"delta_pp": Figure(value=-5, ci=(-7.0, -3.0))})
-    (result,) = gates.judge({"t": Gate(margin_pp=2)}, example({"benchmarks": [worse]}))
+    (result,) = gates.judge_gates({"t": Gate(margin_pp=2)}, example({"benchmarks": [worse]}))
     assert (result.ok, result.reason) == (False, "")
 
 
@@ -154,7 +155,7 @@ def test_a_loss_beyond_the_margin_is_not_called_unresolved() -> None:
     ],
 )
 def test_a_task_that_was_not_run_keeps_and_misses_nothing(gate: Gate) -> None:
-    silent = Benchmark(task="t", status="not run", reason="no sandbox")
+    silent = BenchmarkResult(task="t", status="not run", reason="no sandbox")
     for rows, reason in (([silent], "not run: no sandbox"), ([], "not run")):
         assert one("t", gate, example({"benchmarks": rows})) == (None, None, reason)
 
@@ -287,8 +288,8 @@ def valid(content: bytes) -> Xml.Element:
 
 def test_junit_says_what_was_missed_and_what_was_skipped() -> None:
     bounds = {"kl_mean": Gate(max=0.0003), "top1": Gate(min=0.9), "t": Gate(min_recovery=0.9)}
-    report = gates.judged(bounds, example())
-    root = valid(junit([report, gates.judged({}, emptied())]))
+    report = gates.apply_gates(bounds, example())
+    root = valid(format_junit([report, gates.apply_gates({}, emptied())]))
     cases = {case.get("name"): [child.tag for child in case] for case in root.iter("testcase")}
     assert cases == {
         "kl_mean <= 0.0003": ["failure"],
@@ -298,7 +299,7 @@ def test_junit_says_what_was_missed_and_what_was_skipped() -> None:
     assert [suite.get("tests") for suite in root] == ["3", "0"]
     failure = root.find(".//failure")
     assert failure is not None and failure.get("message") == "kl_mean <= 0.0003: found 0.000361"
-    assert junit([report]) == junit([report])
+    assert format_junit([report]) == format_junit([report])
 
 
 def test_names_from_elsewhere_do_not_break_the_xml() -> None:
@@ -306,7 +307,7 @@ def test_names_from_elsewhere_do_not_break_the_xml() -> None:
     row = TASK.model_copy(update={"task": name, "status": "not run", "reason": name})
     artifact: dict[str, Any] = {**dict(FIDELITY["artifact"]), "name": name}  # type: ignore[call-overload]
     report = example({"artifact": artifact, "benchmarks": [row]})
-    root = valid(junit([gates.judged({name: Gate(max_lost=1)}, report)]))
+    root = valid(format_junit([gates.apply_gates({name: Gate(max_lost=1)}, report)]))
     assert root[0].get("name") == 'a<b>&"   ]]>'
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from support.checkpoints import recipe_text
+from support.checkpoints import make_recipe_text
 
 from quantkit import pipeline
 from quantkit.plan.plan import Plan
@@ -12,7 +12,7 @@ from quantkit.progress import Progress
 from quantkit.recipe.parse import parse_recipe
 
 
-def ignore(_: Progress | Plan) -> None:
+def ignore_progress(_: Progress | Plan) -> None:
     """Nobody watches."""
 
 
@@ -24,12 +24,12 @@ def build(folder: Path, output: Path, **keys: str) -> pipeline.BuildResult:
 
 def build_all(folder: Path, output: Path, **keys: str) -> tuple[pipeline.BuildResult, ...]:
     """The artifacts of a small recipe, one per format."""
-    text = recipe_text(folder, output, **keys)
-    return pipeline.run(
+    text = make_recipe_text(folder, output, **keys)
+    return pipeline.build_artifacts(
         parse_recipe(text, "test.yaml"),
         text,
         overwrite=False,
         evaluate=False,
-        planned=ignore,
-        tell=ignore,
+        planned=ignore_progress,
+        tell=ignore_progress,
     )

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from quantkit import registry
 from quantkit.checkpoint.tensors import TORCH_DTYPES
 from quantkit.contracts import Config
-from quantkit.io.package_data import resolve_model
+from quantkit.io.package_data import locate_model
 from quantkit.plan import sources
 from quantkit.plan.match_checkpoint import FP8_ROLES, list_expected_tensors
 from quantkit.plan.plan import Plan
@@ -21,9 +21,9 @@ from quantkit.recipe.parse import parse_recipe
 BLOCK = 128
 
 
-def tiny_config(model_type: str, **changes: object) -> dict[str, object]:
+def make_tiny_config(model_type: str, **changes: object) -> dict[str, object]:
     """The TINY config of an architecture, with changes."""
-    return {**registry.architecture(model_type).tiny, **changes}
+    return {**registry.get_architecture(model_type).tiny, **changes}
 
 
 def write_checkpoint(
@@ -32,7 +32,7 @@ def write_checkpoint(
     """Random weights for every tensor the architecture claims, with tiny-v3's tokenizer (768 tokens)."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
-    layout = registry.architecture(str(config["model_type"])).layout(Config(values=config))
+    layout = registry.get_architecture(str(config["model_type"])).layout(Config(values=config))
     fp8_names = (
         {f"{x.name}.weight" for x in layout.linears if x.role in FP8_ROLES} if fp8 else set()
     )
@@ -61,7 +61,7 @@ def write_checkpoint(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(resolve_model("builtin:tiny-v3") / name, folder / name)
+        shutil.copy(locate_model("builtin:tiny-v3") / name, folder / name)
     return folder
 
 
@@ -78,7 +78,7 @@ def to_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return quantized, scales
 
 
-def recipe_text(model: Path | str, output: Path, /, **keys: str) -> str:
+def make_recipe_text(model: Path | str, output: Path, /, **keys: str) -> str:
     """A small recipe over tiny-v3's text; dotted keys are written with double underscores."""
     lines = {
         "version": "1",
@@ -94,9 +94,9 @@ def recipe_text(model: Path | str, output: Path, /, **keys: str) -> str:
     return "\n".join(f"{key}: {value}" for key, value in (lines | keys).items()) + "\n"
 
 
-def planned(folder: Path, **keys: str) -> Plan:
+def make_plan(folder: Path, **keys: str) -> Plan:
     """The plan of `recipe_text` over the files of a checkpoint."""
-    recipe = parse_recipe(recipe_text(folder, folder.parent / "out", **keys), "r.yaml")
+    recipe = parse_recipe(make_recipe_text(folder, folder.parent / "out", **keys), "r.yaml")
     (plan,) = sources.plan_recipe(
         recipe, sources.resolve_source_facts(recipe), sources.bound_text_tokens(recipe)
     )

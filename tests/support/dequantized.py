@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from quantkit.artifact.layout import read_manifest
-from quantkit.artifact.load_model import stored_as
+from quantkit.artifact.load_model import read_schemes
+from quantkit.artifact.read_manifest import read_manifest
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Layout
 from quantkit.models import full_model
-from quantkit.models.layers import meta_model
+from quantkit.models.layers import make_meta_model
 from quantkit.plan.plan import load_architecture
 
 
@@ -26,22 +26,22 @@ class Stored:
 
     checkpoint: Checkpoint
     layout: Layout
-    read: full_model.Read
+    read: full_model.TensorReader
     quantized: frozenset[str]
 
     @staticmethod
     def open(artifact: Path) -> Stored:
         """Read the artifact's headers and its description."""
         checkpoint = Checkpoint.open(artifact)
-        name, schemes = stored_as(read_manifest(artifact), checkpoint, artifact)
+        name, schemes = read_schemes(read_manifest(artifact), checkpoint, artifact)
         return Stored(
             checkpoint=checkpoint,
             layout=load_architecture(checkpoint.config).layout(checkpoint.config),
-            read=full_model.reader(checkpoint, name, schemes),
+            read=full_model.make_reader(checkpoint, name, schemes),
             quantized=frozenset(schemes),
         )
 
     def model(self) -> Any:
         """The model of transformers with these weights, in float32."""
-        bones = meta_model(self.checkpoint.config, torch.device("cpu"), torch.float32)
-        return full_model.model(bones, self.layout, self.read)
+        bones = make_meta_model(self.checkpoint.config, torch.device("cpu"), torch.float32)
+        return full_model.make_model(bones, self.layout, self.read)

@@ -15,7 +15,7 @@ def make_specs(config: Mapping[str, object]) -> dict[str, TensorSpec]:
     """The headers of a checkpoint with this config."""
     values = Config(values=config)
     return list_expected_tensors(
-        registry.architecture(values.text("model_type")).layout(values), values
+        registry.get_architecture(values.text("model_type")).layout(values), values
     )
 
 
@@ -28,7 +28,7 @@ def plan_checkpoint(
     **keys: str,
 ) -> Plan:
     """The plan for a random checkpoint of a TINY config; keyword arguments are keys of the recipe."""
-    values = {**registry.architecture(model_type).tiny, **config}
+    values = {**registry.get_architecture(model_type).tiny, **config}
     lines = {
         "version": "1",
         "source": "{model: org/name}",

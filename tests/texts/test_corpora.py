@@ -20,12 +20,18 @@ from tools.calibration_sets import __main__ as tool
 from tools.calibration_sets import exercises, general, word_problems
 
 from quantkit.errors import CalibrationError, CheckpointError, UsageError
-from quantkit.texts.corpora import CorpusSet, load_set, load_tokenizer, proportional, token_batches
+from quantkit.texts.corpora import (
+    CorpusSet,
+    load_set,
+    load_tokenizer,
+    proportional,
+    sample_sequences,
+)
 from quantkit.texts.corpus_files import Document
 from quantkit.texts.corpus_spec import DATA_VARIABLE
 
 SETS = ROOT / "calibration"
-CHECKPOINT = ROOT / "quantkit/builtin_models/tiny_v3/checkpoint"
+CHECKPOINT = ROOT / "quantkit/data/models/tiny_v3/checkpoint"
 WIKITEXT = ROOT.parent / "shared/data"
 SHIPPED = ("tiny-v3", "tiny-v3-heldout", "general-math-code", "general-heldout")
 
@@ -187,19 +193,19 @@ def test_worked_products_of_the_math_generators_are_right() -> None:
 
 def test_tiny_v3_documents_have_one_bos_and_end_with_eos() -> None:
     tokenizer = load_tokenizer(CHECKPOINT)
-    tokens = token_batches(load_set("tiny-v3", SETS), tokenizer, None, 512, 0)
+    tokens = sample_sequences(load_set("tiny-v3", SETS), tokenizer, None, 512, 0)
     assert (tokens.n_sequences, tokens.n_tokens) == (900, 49_697)
     for index in range(tokens.n_sequences):
         ids = tokens.sequence(index).tolist()
         assert (ids[0], ids[-1], ids.count(0), ids.count(1)) == (0, 1, 1, 1)
-    held_out = token_batches(load_set("tiny-v3-heldout", SETS), tokenizer, None, 512, 0)
+    held_out = sample_sequences(load_set("tiny-v3-heldout", SETS), tokenizer, None, 512, 0)
     assert (held_out.n_sequences, held_out.n_tokens) == (250, 13_150)
     assert Counter(held_out.domains) == {"prose": 72, "math": 108, "code": 70}
 
 
 def test_tokens_are_flat_ragged_and_hashed() -> None:
     corpus = corpus_of({"prose": ["aa b", "ccc"], "math": ["d e f g"]})
-    tokens = token_batches(corpus, Words(), None, 5, 0)
+    tokens = sample_sequences(corpus, Words(), None, 5, 0)
     assert tokens.ids.tolist() == [
         1,
         12,
@@ -223,16 +229,16 @@ def test_tokens_are_flat_ragged_and_hashed() -> None:
 
 def test_documents_without_eos_and_tokenizers_without_bos() -> None:
     corpus = corpus_of({"prose": ["aa b"]}, end=False)
-    assert token_batches(corpus, Words(), None, 9, 0).ids.tolist() == [1, 12, 11]
-    assert token_batches(corpus, WordsWithoutBos(), None, 9, 0).ids.tolist() == [12, 11]
-    assert token_batches(corpus, WordsWithUnusedBos(), None, 9, 0).ids.tolist() == [12, 11]
+    assert sample_sequences(corpus, Words(), None, 9, 0).ids.tolist() == [1, 12, 11]
+    assert sample_sequences(corpus, WordsWithoutBos(), None, 9, 0).ids.tolist() == [12, 11]
+    assert sample_sequences(corpus, WordsWithUnusedBos(), None, 9, 0).ids.tolist() == [12, 11]
 
 
 def test_windows_are_full_do_not_overlap_and_start_with_bos() -> None:
     corpus = corpus_of(
         {"prose": ["a bb", "ccc dddd eeeee", "ffffff ggggggg"]}, packing="windows", end=False
     )
-    tokens = token_batches(corpus, Words(), None, 4, 0)
+    tokens = sample_sequences(corpus, Words(), None, 4, 0)
     assert tokens.ids.tolist() == [
         1,
         11,
@@ -243,7 +249,7 @@ def test_windows_are_full_do_not_overlap_and_start_with_bos() -> None:
         15,
         16,
     ]  # the seventh word does not fill a window
-    assert token_batches(corpus, WordsWithoutBos(), None, 3, 0).ids.tolist() == [
+    assert sample_sequences(corpus, WordsWithoutBos(), None, 3, 0).ids.tolist() == [
         11,
         12,
         13,
@@ -260,10 +266,10 @@ def test_selection_is_by_seed_and_keeps_the_proportion() -> None:
         "code": ["c"],
     }
     corpus = corpus_of(texts)
-    first = token_batches(corpus, Words(), 30, 8, seed=1)
+    first = sample_sequences(corpus, Words(), 30, 8, seed=1)
     assert Counter(first.domains) == {"prose": 19, "math": 10, "code": 1}
-    assert first.hash == token_batches(corpus, Words(), 30, 8, seed=1).hash
-    assert first.hash != token_batches(corpus, Words(), 30, 8, seed=2).hash
+    assert first.hash == sample_sequences(corpus, Words(), 30, 8, seed=1).hash
+    assert first.hash != sample_sequences(corpus, Words(), 30, 8, seed=2).hash
     assert len(set(first.domains[:10])) > 1  # mixed, not domain by domain
 
 
@@ -317,7 +323,7 @@ def test_proportional_shares_add_up(available: dict[str, int], data: st.DataObje
 def test_too_little_text(packing: str, sequences: int | None, length: int, message: str) -> None:
     corpus = corpus_of({"prose": ["a b", "c"], "math": ["d"]}, packing=packing, end=False)
     with pytest.raises(UsageError, match=message):
-        token_batches(corpus, Words(), sequences, length, 0)
+        sample_sequences(corpus, Words(), sequences, length, 0)
 
 
 def test_tokenizer_that_cannot_be_loaded(tmp_path: Path) -> None:

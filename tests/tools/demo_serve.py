@@ -19,7 +19,7 @@ from contextlib import contextmanager
 
 import openai
 
-from quantkit.serve.engines.engine_process import answers, free_port
+from quantkit.serve.engines.engine_process import find_free_port, is_responding
 
 PROMPT = "Question: Tom has 3 apples and buys 4 more. How many apples does Tom have?\nAnswer:"
 START_SECONDS = 600  # vLLM on a CPU takes minutes
@@ -31,13 +31,13 @@ def served(artifact: str, *options: str) -> Iterator[str]:
 
     artifact: a folder, or the address of a server.
     """
-    port = free_port()
+    port = find_free_port()
     words = [sys.executable, "-m", "quantkit", "serve", artifact, "--port", str(port), *options]
     started = subprocess.Popen(words)
     try:
         end = time.monotonic() + START_SECONDS
         ready = "ready" if "--gateway" in options else "health"
-        while not answers(f"http://127.0.0.1:{port}/{ready}"):
+        while not is_responding(f"http://127.0.0.1:{port}/{ready}"):
             if started.poll() is not None or time.monotonic() > end:
                 sys.exit(f"{' '.join(words)}: did not get ready")
             time.sleep(0.1)

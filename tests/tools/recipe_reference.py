@@ -128,7 +128,7 @@ def render_type(name: str, field: FieldInfo) -> str:
     if isinstance(extra, dict) and "type_text" in extra:
         return str(extra["type_text"])
     if name in PLUGINS:
-        names = ", ".join(f"`{plugin}`" for plugin in registry.names(PLUGINS[name]))
+        names = ", ".join(f"`{plugin}`" for plugin in registry.list_names(PLUGINS[name]))
         return names if name == "method" else f"one or a list of {names}"
     if field is Recipe.model_fields.get(name) and name in SECTIONS:
         kind = "mapping"

@@ -25,7 +25,7 @@ from tools.tiny_v3.model import Attend, ModelConfig, TinyV3, attention_mask
 from tools.tiny_v3.muon import Muon, orthogonalize
 from tools.tiny_v3.packing import BOS, EOS, encode, pack, train_tokenizer
 
-CHECKPOINT = ROOT / "quantkit/builtin_models/tiny_v3/checkpoint"
+CHECKPOINT = ROOT / "quantkit/data/models/tiny_v3/checkpoint"
 SHARED = ROOT.parent / "shared/tiny-v3"
 TINY = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,

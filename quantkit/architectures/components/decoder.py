@@ -23,7 +23,7 @@ from quantkit.contracts import (
 )
 from quantkit.errors import CheckpointError
 
-TINY: Mapping[str, object] = {
+TINY_COMMON: Mapping[str, object] = {
     "torch_dtype": "bfloat16",
     "hidden_act": "silu",
     "hidden_size": 128,

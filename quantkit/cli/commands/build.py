@@ -53,21 +53,21 @@ def command(
     # `quantkit build --help` starts without torch, pydantic and rich.
     from quantkit.cli.rich_output import ProgressBar, show
     from quantkit.io.files import write_output
-    from quantkit.pipeline import run
+    from quantkit.pipeline import build_artifacts
     from quantkit.plan.summary import summarize_plan
     from quantkit.recipe.recipe_file import read_recipe
-    from quantkit.report.junit import junit as junit_bytes
-    from quantkit.report.terminal import fidelities_view, plans_view
+    from quantkit.report.junit import format_junit as junit_bytes
+    from quantkit.report.terminal import render_plans, render_reports
 
     text, parsed = read_recipe(recipe, parse_overrides(overrides))
     with ProgressBar(sys.stderr.isatty() and not json_out) as progress_bar:
-        results = run(
+        results = build_artifacts(
             parsed,
             text,
             overwrite=overwrite,
             evaluate=not skip_evaluation,
             planned=lambda plans: (
-                None if json_out else show(plans_view([summarize_plan(plan) for plan in plans]))
+                None if json_out else show(render_plans([summarize_plan(plan) for plan in plans]))
             ),
             tell=progress_bar.update,
             restart=restart,
@@ -78,7 +78,7 @@ def command(
     if json_out:
         print_json_list([result.fidelity.model_dump(mode="json") for result in results])
     else:
-        show(fidelities_view([result.fidelity for result in results]))
+        show(render_reports([result.fidelity for result in results]))
         for result in results:
             click.echo(format_result(result))
     check_gates(results)

@@ -12,13 +12,13 @@ from quantkit.cli.options import JSON, check_page_options
 from quantkit.cli.rich_output import show
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.io.files import write_output
-from quantkit.report.terminal import plain, table
+from quantkit.report.terminal import render_table, strip_control_characters
 from quantkit.serve.cost import assumptions as assumption_files
 from quantkit.serve.cost import tables
-from quantkit.serve.cost.claims import checked
+from quantkit.serve.cost.claims import recompute_claims
 from quantkit.serve.cost.figures import figures
-from quantkit.serve.cost.page import render
-from quantkit.serve.cost.sensitivity import sensitivity
+from quantkit.serve.cost.page import render_page
+from quantkit.serve.cost.sensitivity import compute_sensitivity
 
 
 @click.command()
@@ -52,27 +52,33 @@ def command(
             "--output: expected --html with it; tables and JSON go to the standard output"
         )
     if defaults:
-        click.echo(assumption_files.defaults(), nl=False)
+        click.echo(assumption_files.read_default_text(), nl=False)
         return
     name = str(assumptions) if assumptions else "assumptions.yaml"
     inputs = (
         assumption_files.read_assumptions(assumptions)
         if assumptions
-        else assumption_files.parse(assumption_files.defaults(), name)
+        else assumption_files.parse_assumptions(assumption_files.read_default_text(), name)
     )
     costs = figures(inputs)
-    changes, claims = sensitivity(inputs), checked(inputs, costs, name)
+    changes, claims = compute_sensitivity(inputs), recompute_claims(inputs, costs, name)
     if json_out:
-        print_json(tables.values(inputs, costs, changes, claims))
+        print_json(tables.serialize_costs(inputs, costs, changes, claims))
     elif html_out:
-        page = render(inputs, costs, changes, claims)
+        page = render_page(inputs, costs, changes, claims)
         if output:
             write_output(output, page.encode())
         click.echo(output if output else page, nl=output is not None)
     else:
-        head = Text(plain(inputs.title), style="bold")
-        head.append("\n" + plain(tables.answer(inputs, costs)) + "\n", style="not bold")
-        show(head, *(table(part) for part in tables.all_tables(inputs, costs, changes, claims)))
+        head = Text(strip_control_characters(inputs.title), style="bold")
+        head.append(
+            "\n" + strip_control_characters(tables.format_ranking(inputs, costs)) + "\n",
+            style="not bold",
+        )
+        show(
+            head,
+            *(render_table(part) for part in tables.make_tables(inputs, costs, changes, claims)),
+        )
     wrong = [claim for claim in claims if not claim.right]
     if wrong:
         raise QuantkitError(

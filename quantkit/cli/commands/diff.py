@@ -9,8 +9,8 @@ import click
 from quantkit.cli.console import escape_controls, handle_errors, print_json
 from quantkit.cli.options import JSON, check_page_options
 from quantkit.cli.rich_output import show
-from quantkit.diff.compare import compare
-from quantkit.diff.page import render
+from quantkit.diff.compare import compare_sides
+from quantkit.diff.page import render_page
 from quantkit.diff.sides import read_sides
 from quantkit.diff.views import markdown_view, terminal_view
 from quantkit.errors import UsageError
@@ -61,12 +61,12 @@ def command(
             "--output: expected --markdown or --html with it; tables and JSON go to the standard output"
         )
     first, second = read_sides(a, b)
-    comparison = compare(first, second, partial=partial)
+    comparison = compare_sides(first, second, partial=partial)
     if json_out:
         print_json(comparison.model_dump(mode="json"))
     elif markdown_out or html_out:
         text = (
-            render(comparison, first.tokens, second.tokens)
+            render_page(comparison, first.tokens, second.tokens)
             if html_out
             else markdown_view(comparison)
         )

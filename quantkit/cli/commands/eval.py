@@ -14,7 +14,7 @@ from quantkit.cli.console import handle_errors, print_json
 from quantkit.cli.options import JSON
 from quantkit.cli.rich_output import ProgressBar, show
 from quantkit.errors import EvaluationError, UsageError
-from quantkit.report.terminal import table
+from quantkit.report.terminal import render_table
 
 
 @click.command()
@@ -158,7 +158,7 @@ def command(  # noqa: PLR0913  # one parameter per option
         )  # fmt: skip
         setup = replace(setup, server=server)
     setup.check()
-    folder = results.output_folder(artifact, output, resume=resume)
+    folder = results.select_output_folder(artifact, output, resume=resume)
     subject = evaluation.subject(artifact, backend)
     names = [name for group in tasks for name in group.split(",") if name] or [
         *evaluation.default_tasks(subject)
@@ -176,7 +176,12 @@ def command(  # noqa: PLR0913  # one parameter per option
     if json_out:
         print_json(outcome.told)
     else:
-        show(*(table(part) for part in evaluation_tables.tables(outcome, setup)))
+        show(
+            *(
+                render_table(part)
+                for part in evaluation_tables.make_evaluation_tables(outcome, setup)
+            )
+        )
         click.echo(outcome.folder)
     if outcome.missing:
         raise EvaluationError(f"not run: {', '.join(outcome.missing)}; results.json says why")

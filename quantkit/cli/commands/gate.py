@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from quantkit.artifact.fidelity_schema import Fidelity
-from quantkit.artifact.read_report import read_sealed
+from quantkit.artifact.read_report import read_sealed_report
 from quantkit.cli.console import handle_errors, print_json
 from quantkit.cli.options import JSON, JUNIT
 from quantkit.cli.rich_output import show
@@ -18,7 +18,7 @@ from quantkit.recipe.parse import parse_gates
 from quantkit.recipe.recipe_file import read_text_file
 from quantkit.recipe.schema import Gate
 from quantkit.report import gates, tables, terminal
-from quantkit.report.junit import junit as junit_bytes
+from quantkit.report.junit import format_junit as junit_bytes
 
 
 @click.command()
@@ -42,8 +42,8 @@ def command(artifact: Path, gates_file: Path | None, junit: Path | None, json_ou
     """
     if not artifact.is_dir():
         raise UsageError(f"{artifact}: expected an artifact's folder, found none; check the path")
-    built, _ = read_sealed(artifact)
-    judged = gates.judged(read_gates(gates_file, artifact, built), built)
+    built, _ = read_sealed_report(artifact)
+    judged = gates.apply_gates(read_gates(gates_file, artifact, built), built)
     if junit:
         write_output(junit, junit_bytes([judged]))
     if json_out:
@@ -55,7 +55,7 @@ def command(artifact: Path, gates_file: Path | None, junit: Path | None, json_ou
             "gates": results,
         })
     else:
-        show(terminal.table(tables.gates(judged)))
+        show(terminal.render_table(tables.make_gate_table(judged)))
         kept, missed, open_ = (
             sum(gate.ok is outcome for gate in judged.gates) for outcome in (True, False, None)
         )

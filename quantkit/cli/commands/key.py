@@ -9,7 +9,7 @@ import click
 from quantkit.cli.console import handle_errors
 from quantkit.errors import UsageError
 from quantkit.io.files import read_json, write_json
-from quantkit.serve.gateway.api_keys import new_key, read_keys
+from quantkit.serve.gateway.api_keys import create_key, parse_keys
 
 
 @click.command()
@@ -41,9 +41,9 @@ def command(name: str, file: Path, priority: int, most: int) -> None:
 
     Example: quantkit key team-a --keys keys.json --priority 3 --most 8
     """
-    existing = read_keys(read_json(file, UsageError), str(file)) if file.exists() else ()
-    text, entry = new_key(name, priority=priority, most=most)
+    existing = parse_keys(read_json(file, UsageError), str(file)) if file.exists() else ()
+    text, entry = create_key(name, priority=priority, most=most)
     entries = [key.model_dump() for key in (*existing, entry)]
-    read_keys({"keys": entries}, str(file))  # refuses a second key of the same name
+    parse_keys({"keys": entries}, str(file))  # refuses a second key of the same name
     write_json(file, {"keys": entries})
     click.echo(text)

@@ -14,14 +14,15 @@ from quantkit.cli.console import handle_errors, print_json
 from quantkit.cli.options import JSON
 from quantkit.cli.rich_output import show
 from quantkit.errors import UsageError
-from quantkit.io.files import json_bytes, write_output
-from quantkit.report.terminal import table
+from quantkit.io.files import encode_json as encode_json
+from quantkit.io.files import write_output
+from quantkit.report.terminal import render_table as render_table
 from quantkit.serve.loadtest import engine
 from quantkit.serve.loadtest import guidellm as guidellm_tool
-from quantkit.serve.loadtest.page import render
+from quantkit.serve.loadtest.page import render_page
 from quantkit.serve.loadtest.prompts import read_prompts
-from quantkit.serve.loadtest.run import load_test
-from quantkit.serve.loadtest.tables import levels
+from quantkit.serve.loadtest.run import run_load_test as run_load_test
+from quantkit.serve.loadtest.tables import make_level_table as make_level_table
 
 
 @click.command()
@@ -111,20 +112,20 @@ def command(  # noqa: PLR0913  # one parameter per option
             )
         key, address, steps = (
             os.environ.get(key_variable, ""),
-            engine.base(url),
+            engine.get_base_url(url),
             parse_levels(concurrency),
         )
         if artifact is not None:
             read_manifest(artifact)
         prompts = read_prompts(data)
-        setup = guidellm_tool.Setup(
-            program=guidellm_tool.program(guidellm), url=address, model=model or engine.served_model(url, key), chat=chat,
+        setup = guidellm_tool.LoadTestSetup(
+            program=guidellm_tool.find_program(guidellm), url=address, model=model or engine.read_served_model(url, key), chat=chat,
             max_tokens=max_tokens, ignore_eos=not stop_at_eos, tokenizer=tokenizer or str(artifact or ""), key=key,
             requests=requests, seconds=seconds,
         )  # fmt: skip
         if metrics:
             engine.check_metrics(metrics)
-        run = load_test(
+        run = run_load_test(
             setup, prompts, steps, metrics or address, lambda text: click.echo(text, err=True)
         )
         run = run.model_copy(update={"note": note})
@@ -134,7 +135,7 @@ def command(  # noqa: PLR0913  # one parameter per option
     if json_out:
         print_json(run.model_dump(mode="json"))
     else:
-        show(table(levels(run)))
+        show(render_table(make_level_table(run)))
 
 
 def check_outside_artifact(place: Path | None, option: str, name: str) -> None:
@@ -150,9 +151,9 @@ def check_outside_artifact(place: Path | None, option: str, name: str) -> None:
 def write_run(run: LoadTest, result: Path | None, page: Path | None) -> None:
     """Write a run as JSON and as an HTML page."""
     if result is not None:
-        write_output(result, json_bytes(run.model_dump(mode="json")))
+        write_output(result, encode_json(run.model_dump(mode="json")))
     if page is not None:
-        write_output(page, render(run).encode())
+        write_output(page, render_page(run).encode())
 
 
 def read_stored_run(artifact: Path) -> LoadTest:
@@ -162,7 +163,7 @@ def read_stored_run(artifact: Path) -> LoadTest:
         raise UsageError(
             f"{file}: expected a load test, found none; run one with --artifact {artifact}"
         )
-    return loadtest_schema.read(file)
+    return loadtest_schema.read_load_test(file)
 
 
 def parse_levels(text: str) -> list[int]:

@@ -9,7 +9,7 @@ from quantkit.cli.options import JSON, SET, parse_overrides
 from quantkit.cli.rich_output import show
 from quantkit.plan.summary import summarize_plan
 from quantkit.recipe.recipe_file import read_recipe
-from quantkit.report.terminal import plans_view
+from quantkit.report.terminal import render_plans
 
 
 @click.command()
@@ -34,4 +34,4 @@ def command(recipe: str, overrides: tuple[str, ...], json_out: bool) -> None:
     if json_out:
         print_json_list([summary.model_dump(mode="json") for summary in summaries])
     else:
-        show(plans_view(summaries))
+        show(render_plans(summaries))

@@ -11,9 +11,9 @@ from quantkit.cli.console import handle_errors, print_json
 from quantkit.cli.options import DRY_RUN, JOBS, JSON, TRIES
 from quantkit.cli.rich_output import ProgressBar
 from quantkit.io.retry import RetryPolicy
-from quantkit.publish.publish import publish
-from quantkit.publish.remote import Options
-from quantkit.publish.transfer import size
+from quantkit.publish.publish import publish_artifact
+from quantkit.publish.remote import RemoteOptions
+from quantkit.publish.transfer import format_bytes
 
 
 @click.command()
@@ -44,7 +44,7 @@ def command(  # noqa: PLR0913  # one parameter per option
 
     Example: quantkit publish artifacts/tiny-v3-awq4 s3://models/tiny-v3-awq4
     """
-    options = Options(
+    options = RemoteOptions(
         revision=revision,
         private=private,
         jobs=jobs,
@@ -52,7 +52,7 @@ def command(  # noqa: PLR0913  # one parameter per option
         writing=True,
     )
     with ProgressBar(sys.stderr.isatty() and not json_out) as progress_bar:
-        done = publish(
+        done = publish_artifact(
             artifact,
             dest,
             options,
@@ -65,8 +65,8 @@ def command(  # noqa: PLR0913  # one parameter per option
         print_json({"artifact": str(artifact), "dry_run": dry_run, **done.values()})
         return
     click.echo(
-        f"{done.place}: {'would send' if dry_run else 'sent'} {len(done.files)} files, {size(done.n_bytes)}; "
-        f"{done.there} files, {size(done.there_bytes)} were there"
+        f"{done.place}: {'would send' if dry_run else 'sent'} {len(done.files)} files, {format_bytes(done.n_bytes)}; "
+        f"{done.there} files, {format_bytes(done.there_bytes)} were there"
     )
     for name in done.files if dry_run else ():
         click.echo(f"  {name}")

@@ -11,9 +11,9 @@ from quantkit.cli.console import handle_errors, print_json
 from quantkit.cli.options import DRY_RUN, JOBS, JSON, TRIES
 from quantkit.cli.rich_output import ProgressBar
 from quantkit.io.retry import RetryPolicy
-from quantkit.publish.pull import pull
-from quantkit.publish.remote import Options
-from quantkit.publish.transfer import size
+from quantkit.publish.pull import pull_artifact
+from quantkit.publish.remote import RemoteOptions
+from quantkit.publish.transfer import format_bytes
 
 
 @click.command()
@@ -43,9 +43,11 @@ def command(
 
     Example: quantkit pull s3://models/tiny-v3-awq4 artifacts/tiny-v3-awq4
     """
-    options = Options(revision=revision, jobs=jobs, patience=RetryPolicy(tries=tries))
+    options = RemoteOptions(revision=revision, jobs=jobs, patience=RetryPolicy(tries=tries))
     with ProgressBar(sys.stderr.isatty() and not json_out) as progress_bar:
-        done = pull(src, folder, options, progress_bar.update, overwrite=overwrite, dry_run=dry_run)
+        done = pull_artifact(
+            src, folder, options, progress_bar.update, overwrite=overwrite, dry_run=dry_run
+        )
     if json_out:
         print_json({
             "folder": str(folder),
@@ -56,8 +58,8 @@ def command(
         return
     action = "would fetch" if dry_run else "verified; fetched"
     click.echo(
-        f"{folder}: {action} {len(done.files)} files, {size(done.n_bytes)}; {done.there} files, "
-        f"{size(done.there_bytes)} were there ({done.status})"
+        f"{folder}: {action} {len(done.files)} files, {format_bytes(done.n_bytes)}; {done.there} files, "
+        f"{format_bytes(done.there_bytes)} were there ({done.status})"
     )
     for name in done.files if dry_run else ():
         click.echo(f"  {name}")

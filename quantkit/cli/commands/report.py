@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from quantkit.artifact.read_report import read_artifact
+from quantkit.artifact.read_report import read_artifact_report
 from quantkit.cli.console import handle_errors, print_json
 from quantkit.cli.options import JSON
 from quantkit.cli.rich_output import show
 from quantkit.errors import UsageError
 from quantkit.report.html import rebuild
-from quantkit.report.terminal import fidelity_view
+from quantkit.report.terminal import render_report
 
 
 @click.command()
@@ -45,8 +45,8 @@ def command(artifact: Path, html_out: bool, output: Path | None, json_out: bool)
         page = rebuild(artifact, output)
         print_json({"html": str(page)}) if json_out else click.echo(page)
         return
-    fidelity = read_artifact(artifact)
+    fidelity = read_artifact_report(artifact)
     if json_out:
         print_json(fidelity.model_dump(mode="json"))
     else:
-        show(fidelity_view(fidelity))
+        show(render_report(fidelity))

@@ -37,9 +37,13 @@ def command(folder: Path, column: str, reverse: bool, json_out: bool) -> None:
         return
     tables = [
         table
-        for table in (runs.table(artifacts), runs.scores(artifacts), runs.faults(artifacts))
+        for table in (
+            runs.make_run_table(artifacts),
+            runs.make_score_table(artifacts),
+            runs.make_fault_table(artifacts),
+        )
         if table.rows
     ]
-    show(*(terminal.table(table) for table in tables))
+    show(*(terminal.render_table(table) for table in tables))
     if not tables:
         click.echo(f"{folder}: no artifact in it")

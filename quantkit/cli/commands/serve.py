@@ -13,8 +13,8 @@ from quantkit.cli.console import handle_errors, print_json
 from quantkit.cli.options import JSON
 from quantkit.errors import UsageError
 from quantkit.serve.engines import engine_process, launch_plan, start
-from quantkit.serve.engines.launch_plan import Planned, as_values
-from quantkit.serve.engines.start import GatewayOptions, engine_of
+from quantkit.serve.engines.launch_plan import LaunchPlan, serialize_plan
+from quantkit.serve.engines.start import GatewayOptions, make_engine_upstream
 from quantkit.serve.gateway.settings import Upstream
 
 ENGINE_NOTE = "the engine behind it, on a port that is free now; a start takes another"
@@ -130,11 +130,11 @@ def command(  # noqa: PLR0913  # one parameter per option
             raise UsageError(
                 f"{artifact}: the address of a server: expected --gateway, to be started in front of it"
             )
-        server = start.server_at(artifact, engine_key)
+        server = start.make_server_upstream(artifact, engine_key)
         if dry_run:
             print_gateway(gateway_options, server, json_out)
         else:
-            start.gateway_before(server, gateway_options, print_status)
+            start.run_gateway(server, gateway_options, print_status)
         return
     if engine_key:
         raise UsageError(
@@ -142,20 +142,20 @@ def command(  # noqa: PLR0913  # one parameter per option
         )
     # an engine behind a gateway is reachable from this machine only
     engine_host, engine_port = (
-        (engine_process.LOCAL, engine_process.free_port()) if gateway else (host, port)
+        (engine_process.LOOPBACK, engine_process.find_free_port()) if gateway else (host, port)
     )
     serve_options = launch_plan.ServeOptions(
         artifact=artifact, engine=engine, context=context, users=users, gpu=gpu, kv=kv, host=engine_host, port=engine_port,
         name=name, chat_template=chat_template, extra=engine_flags,
     )  # fmt: skip
-    plan = launch_plan.plan(serve_options, containers=docker or kubernetes)
+    plan = launch_plan.plan_launch(serve_options, containers=docker or kubernetes)
     if docker or kubernetes:
-        for text in launch_plan.snippets(plan, docker=docker, kubernetes=kubernetes):
+        for text in launch_plan.render_containers(plan, docker=docker, kubernetes=kubernetes):
             click.echo(text)
     elif dry_run:
         print_plan(plan, gateway_options.before(plan), json_out)
     else:
-        start.run(
+        start.start_engine(
             plan,
             gateway_options.before(plan),
             verified=no_verify,
@@ -191,11 +191,11 @@ def print_comment(text: str, before: str = "") -> None:
     click.echo(lines)
 
 
-def print_plan(plan: Planned, front: GatewayOptions, json_out: bool) -> None:
+def print_plan(plan: LaunchPlan, front: GatewayOptions, json_out: bool) -> None:
     """Print the command, ready to be copied; its reasons and the gateway are comments."""
-    engine = engine_of(plan) if front.on else None
+    engine = make_engine_upstream(plan) if front.on else None
     if json_out:
-        print_json(as_values(plan) | ({"gateway": front.as_values(engine)} if engine else {}))
+        print_json(serialize_plan(plan) | ({"gateway": front.as_values(engine)} if engine else {}))
         return
     for line in (*front.lines(engine), ENGINE_NOTE, *plan.head) if engine else plan.head:
         print_comment(line)

@@ -13,20 +13,25 @@ from quantkit.cli.console import handle_errors, print_json, print_json_list
 from quantkit.cli.options import JSON, SET, parse_overrides
 from quantkit.cli.rich_output import show
 from quantkit.errors import UsageError
-from quantkit.io.package_data import names_recipe
+from quantkit.io.package_data import is_recipe_name
 from quantkit.recipe.recipe_file import read_recipe
-from quantkit.report.terminal import plain, table
+from quantkit.report.terminal import render_table, strip_control_characters
 from quantkit.serve.sizing import tables
-from quantkit.serve.sizing.batch import advice
-from quantkit.serve.sizing.compare import Side, fidelity, report_of, sizes, speeds
-from quantkit.serve.sizing.fit import Fit, fits, missed
-from quantkit.serve.sizing.gpus import GpuCatalog, read_cards
-from quantkit.serve.sizing.memory import CONTEXT, needs
-from quantkit.serve.sizing.memory_fraction import SERVERS
+from quantkit.serve.sizing.batch import compute_max_batched_tokens
+from quantkit.serve.sizing.compare import ComparedModel as ComparedModel
+from quantkit.serve.sizing.compare import find_report as find_report
+from quantkit.serve.sizing.compare import make_fidelity_table, make_size_table, make_speed_table
+from quantkit.serve.sizing.fit import Fit, find_shortfall, fit_model
+from quantkit.serve.sizing.gpus import GpuCatalog, read_gpus
+from quantkit.serve.sizing.memory import DEFAULT_CONTEXT, estimate_memory
+from quantkit.serve.sizing.memory_fraction import GPU_ENGINES
 from quantkit.serve.sizing.model import Model
-from quantkit.serve.sizing.read import Width, assuming, model_of, recipe_models
-from quantkit.serve.sizing.roofline import bounds
-from quantkit.serve.sizing.summary import fit_values, model_values, needs_values
+from quantkit.serve.sizing.read import Width, assume_width, plan_recipe_models
+from quantkit.serve.sizing.read import read_model as read_model
+from quantkit.serve.sizing.roofline import compute_bounds as compute_bounds
+from quantkit.serve.sizing.summary import serialize_fit as serialize_fit
+from quantkit.serve.sizing.summary import serialize_memory as serialize_memory
+from quantkit.serve.sizing.summary import serialize_model as serialize_model
 
 COMPARED_ON = "h100"
 """The default GPU of --compare."""
@@ -106,7 +111,7 @@ def command(
         raise UsageError(
             f"expected one model, found {len(targets)}: {', '.join(targets)}; add --compare"
         )
-    catalog = read_cards()
+    catalog = read_gpus()
     if gpu:
         gpus = {gpu: catalog.named(gpu)}
     elif compare:
@@ -117,13 +122,13 @@ def command(
         (target, model) for target in targets for model in read_models(target, overrides, dtype)
     ]
     if compare and context is None:  # the longest context that all support, up to CONTEXT
-        context = min(CONTEXT, *(model.longest or CONTEXT for _, model in models))
+        context = min(DEFAULT_CONTEXT, *(model.longest or DEFAULT_CONTEXT for _, model in models))
     estimates = [
-        (target, needs(model, context, users, kv, margin, speculative=mtp))
+        (target, estimate_memory(model, context, users, kv, margin, speculative=mtp))
         for target, model in models
     ]
     fits_by_gpu = [
-        (target, {key: fits(estimate, card) for key, card in gpus.items()})
+        (target, {key: fit_model(estimate, card) for key, card in gpus.items()})
         for target, estimate in estimates
     ]
     if compare:
@@ -137,12 +142,12 @@ def command(
 
 def read_models(target: str, overrides: Sequence[str], width: Width | None) -> tuple[Model, ...]:
     """Return the models of a target: one per format of a recipe, otherwise one."""
-    if names_recipe(target):
-        models = recipe_models(read_recipe(target, parse_overrides(overrides))[1])
-        return tuple(assuming(model, width) for model in models) if width else models
+    if is_recipe_name(target):
+        models = plan_recipe_models(read_recipe(target, parse_overrides(overrides))[1])
+        return tuple(assume_width(model, width) for model in models) if width else models
     if overrides:
         raise UsageError(f"--set: {target} is no recipe; leave the option out")
-    return (model_of(target, width),)
+    return (read_model(target, width),)
 
 
 def make_tables(
@@ -151,25 +156,31 @@ def make_tables(
     """Return the tables of one model."""
     all_fits = list(fits_by_gpu.values())
     model = all_fits[0].needs.model
-    head = Text(plain(model.name), style="bold")
-    head.append("\n" + plain(tables.headline(model)) + "\n", style="not bold")
-    parts: list[RenderableType] = [head, table(tables.memory(all_fits[0].needs))]
+    head = Text(strip_control_characters(model.name), style="bold")
+    head.append(
+        "\n" + strip_control_characters(tables.format_headline(model)) + "\n", style="not bold"
+    )
+    parts: list[RenderableType] = [head, render_table(tables.make_memory_table(all_fits[0].needs))]
     limited = [(fit, bounds(fit)) for fit in all_fits]
-    parts.append(table(tables.cards_table(limited, catalog)))
+    parts.append(render_table(tables.make_gpu_table(limited, catalog)))
     for fit, limits in limited if in_full else ():
-        if single := tables.one_card_told(fit):
+        if single := tables.format_single_gpu(fit):
             parts.append(Text(f"{single}\n"))
-        if miss := missed(fit):
-            parts.append(Text(f"{tables.miss_told(miss)}.\n"))
+        if miss := find_shortfall(fit):
+            parts.append(Text(f"{tables.format_shortfall(miss)}.\n"))
         if limits:
-            parts.append(table(tables.bounds_table(fit, limits)))
-            parts += [Text(sentence) for sentence in (*tables.interconnect(fit, limits), "")]
-        parts.append(table(tables.degrees(fit)))
-        batches = tables.batches(fit)
-        advised = {server: batch for server in SERVERS if (batch := advice(fit, server))}
-        parts += [table(batches)] if batches else []
-        parts += [table(tables.advice_table(advised, fit))] if advised else []
-        parts.append(table(tables.card_facts(fit.card, catalog)))
+            parts.append(render_table(tables.make_bounds_table(fit, limits)))
+            parts += [Text(sentence) for sentence in (*tables.iterate_link_notes(fit, limits), "")]
+        parts.append(render_table(tables.make_parallelism_table(fit)))
+        batches = tables.make_batch_table(fit)
+        advised = {
+            server: batch
+            for server in GPU_ENGINES
+            if (batch := compute_max_batched_tokens(fit, server))
+        }
+        parts += [render_table(batches)] if batches else []
+        parts += [render_table(tables.make_batched_tokens_table(advised, fit))] if advised else []
+        parts.append(render_table(tables.make_gpu_facts_table(fit.card, catalog)))
     return parts
 
 
@@ -187,20 +198,20 @@ def make_json(fits_by_gpu: dict[str, Fit], catalog: GpuCatalog) -> dict[str, obj
 def show_sides(models: Sequence[tuple[str, Fit]], json_out: bool) -> None:
     """Print several models side by side."""
     sides = [
-        Side(
+        ComparedModel(
             name=fit.needs.model.name.rpartition("/")[2],
             fit=fit,
-            bounds=bounds(fit),
-            fidelity=report_of(target),
+            bounds=compute_bounds(fit),
+            fidelity=find_report(target),
         )
         for target, fit in models
     ]
     if json_out:
         print_json([
             {
-                "model": model_values(side.fit.needs.model),
-                "needs": needs_values(side.fit.needs),
-                "on": fit_values(side.fit.card.name, side.fit, side.bounds),
+                "model": serialize_model(side.fit.needs.model),
+                "needs": serialize_memory(side.fit.needs),
+                "on": serialize_fit(side.fit.card.name, side.fit, side.bounds),
                 "fidelity": side.fidelity.model_dump(
                     mode="json", include={"distribution", "benchmarks", "status"}
                 )
@@ -210,5 +221,9 @@ def show_sides(models: Sequence[tuple[str, Fit]], json_out: bool) -> None:
             for side in sides
         ])
         return
-    figures = fidelity(sides)
-    show(table(sizes(sides)), table(speeds(sides)), *([table(figures)] if figures else []))
+    figures = make_fidelity_table(sides)
+    show(
+        render_table(make_size_table(sides)),
+        render_table(make_speed_table(sides)),
+        *([render_table(figures)] if figures else []),
+    )

@@ -13,7 +13,7 @@ from quantkit.cli.console import handle_errors, print_json
 from quantkit.cli.options import JSON
 from quantkit.errors import UsageError
 from quantkit.publish.sign import Trust, check_signature
-from quantkit.verify.shallow import Verified, verify
+from quantkit.verify.shallow import VerifyReport, verify_artifact
 
 if TYPE_CHECKING:
     from quantkit.verify.deep import DeepReport
@@ -97,7 +97,7 @@ def command(
     if bool(identity) != bool(identity_provider):
         raise UsageError("--identity and --identity-provider belong together; pass both")
     count = parse_sample(sample)
-    verified = verify(artifact)
+    verified = verify_artifact(artifact)
     signed = None
     if is_signature_required:
         signed = check_signature(
@@ -126,7 +126,9 @@ def parse_sample(sample: str) -> int | None:
     return int(sample)
 
 
-def print_result(verified: Verified, signer: str | None, deep_report: DeepReport | None) -> None:
+def print_result(
+    verified: VerifyReport, signer: str | None, deep_report: DeepReport | None
+) -> None:
     """Print the checks that passed."""
     click.echo(
         f"{verified.path}: ok ({verified.files} files, {verified.tensors} tensors, {verified.n_bytes / 1e6:.1f} MB, {verified.status})"
@@ -147,13 +149,13 @@ def print_result(verified: Verified, signer: str | None, deep_report: DeepReport
     elif (verified.path / SIGNATURE).is_file():
         click.echo("  signed, but the signature was not checked: name the signer with --public-key")
     if deep_report:
-        from quantkit.verify.deep import lines
+        from quantkit.verify.deep import iterate_report_lines
 
-        for line in lines(deep_report):
+        for line in iterate_report_lines(deep_report):
             click.echo(f"  {line}")
 
 
-def make_json(verified: Verified) -> dict[str, object]:
+def make_json(verified: VerifyReport) -> dict[str, object]:
     """Return the checks that passed as JSON values."""
     return {
         "status": verified.status,

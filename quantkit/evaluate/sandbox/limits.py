@@ -10,12 +10,12 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-EVERY_SECONDS = 0.05
+POLL_SECONDS = 0.05
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def missing() -> str:
+def find_missing_support() -> str:
     """What this kernel lacks for a jail to be watched; empty for nothing."""
     try:
         os.close(os.pidfd_open(os.getpid()))
@@ -25,7 +25,7 @@ def missing() -> str:
     return "" if named else "this kernel does not name a process's children (CONFIG_PROC_CHILDREN)"
 
 
-def tree(pid: int) -> list[int]:
+def list_process_tree(pid: int) -> list[int]:
     """A process and all that came from it; what is orphaned stays below the jail's own first process."""
     found = [pid]
     for parent in found:  # grows on the way
@@ -35,7 +35,7 @@ def tree(pid: int) -> list[int]:
     return found
 
 
-def memory(pids: list[int]) -> int:
+def measure_memory(pids: list[int]) -> int:
     """Bytes of memory that these processes hold; pages that several of them share count for each."""
     pages = 0
     for pid in pids:
@@ -44,7 +44,7 @@ def memory(pids: list[int]) -> int:
     return pages * _PAGE
 
 
-def files(pids: list[int], scratch_bytes: int) -> int:
+def count_scratch_files(pids: list[int], scratch_bytes: int) -> int:
     """Files in the jail's /tmp, which is known by its size: while a jail is made, /tmp is still the host's."""
     for pid in pids:
         with suppress(OSError):
@@ -54,11 +54,11 @@ def files(pids: list[int], scratch_bytes: int) -> int:
     return 0
 
 
-def fault(pid: int, memory_bytes: int, scratch_bytes: int, most_files: int) -> str:
+def find_exceeded_limit(pid: int, memory_bytes: int, scratch_bytes: int, most_files: int) -> str:
     """Which limit the jail that `pid` started has passed, in words; empty for none."""
-    pids = tree(pid)
-    if memory(pids) > memory_bytes:
+    pids = list_process_tree(pid)
+    if measure_memory(pids) > memory_bytes:
         return f"used more than {memory_bytes >> 20} MiB of memory"
-    if files(pids, scratch_bytes) > most_files:
+    if count_scratch_files(pids, scratch_bytes) > most_files:
         return f"made more than {most_files} files"
     return ""

@@ -123,9 +123,9 @@ def probe(
     `search` is the PATH on which the tools are looked for (default: the process's own, then the system's folders);
     `kinds` are tried in their order.
     """
-    if platform.machine() not in seccomp.AUDIT:
+    if platform.machine() not in seccomp.AUDIT_ARCHES:
         return Sandbox(kind="none", reason=f"no system-call filter for {platform.machine()}")
-    if lack := watch.missing():
+    if lack := watch.find_missing_support():
         return Sandbox(kind="none", reason=lack)
     path = search if search is not None else os.environ.get("PATH", "") + ":" + SYSTEM_PATH
     reasons = []
@@ -247,11 +247,13 @@ def _wait(tests: _Jail, program: _Jail, seconds: float) -> str:
     ended, waiting = os.pidfd_open(tests.pid), select.poll()
     waiting.register(ended, select.POLLIN)
     try:
-        while not waiting.poll(1000 * watch.EVERY_SECONDS):
+        while not waiting.poll(1000 * watch.POLL_SECONDS):
             if time.monotonic() > until:
                 return f"ran longer than {seconds:.0f} s"
             for watched in (program, tests):
-                fault = watch.fault(watched.pid, MEMORY_BYTES, SCRATCH_BYTES, SCRATCH_FILES)
+                fault = watch.find_exceeded_limit(
+                    watched.pid, MEMORY_BYTES, SCRATCH_BYTES, SCRATCH_FILES
+                )
                 if fault:
                     return fault
         return ""
@@ -263,7 +265,7 @@ def _limits(seconds: int) -> dict[str, str | int]:
     """What jail.limit and jail.refuse set."""
     return {
         "cpu_seconds": seconds, "AS": MEMORY_BYTES, "NPROC": PROCESSES, "FSIZE": FILE_BYTES, "NOFILE": DESCRIPTORS,
-        "CORE": 0, "MSGQUEUE": 0, "MEMLOCK": 0, "SIGPENDING": 128, "filter": seccomp.program(platform.machine()).hex(),
+        "CORE": 0, "MSGQUEUE": 0, "MEMLOCK": 0, "SIGPENDING": 128, "filter": seccomp.build_filter(platform.machine()).hex(),
     }  # fmt: skip
 
 

@@ -22,10 +22,10 @@ _NEW_NAMESPACES = (
 )
 _X32 = 0x40000000
 
-AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+AUDIT_ARCHES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 """What the kernel calls each machine."""
 
-REFUSED: dict[str, tuple[int, int]] = {
+DENIED_SYSCALLS: dict[str, tuple[int, int]] = {
     "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "open_tree": (428, 428),
     "move_mount": (429, 429), "fsopen": (430, 430), "fsconfig": (431, 431), "fsmount": (432, 432),
     "fspick": (433, 433), "mount_setattr": (442, 442), "unshare": (272, 97), "setns": (308, 268),
@@ -42,20 +42,20 @@ REFUSED: dict[str, tuple[int, int]] = {
 _CLONE, _CLONE3 = (56, 220), 435
 
 
-def program(machine: str) -> bytes:
+def build_filter(machine: str) -> bytes:
     """The filter for a machine of AUDIT, 8 bytes per rule: a refused call fails with EPERM.
 
     clone3 fails with ENOSYS, for its flags lie where a filter cannot look; the C library then takes clone, whose
     flags are looked at. Calls of another machine's numbering kill the process.
     """
-    column = list(AUDIT).index(machine)
+    column = list(AUDIT_ARCHES).index(machine)
     denied = _ERRNO | _EPERM
     rules = [
-        (_LOAD, 0, 0, _MACHINE_AT), (_JUMP_EQUAL, 1, 0, AUDIT[machine]), (_RETURN, 0, 0, _KILL),
+        (_LOAD, 0, 0, _MACHINE_AT), (_JUMP_EQUAL, 1, 0, AUDIT_ARCHES[machine]), (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, _NUMBER_AT), (_JUMP_AT_LEAST, 0, 1, _X32), (_RETURN, 0, 0, denied),
         (_JUMP_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _ERRNO | _ENOSYS),
     ]  # fmt: skip
-    for numbers in REFUSED.values():
+    for numbers in DENIED_SYSCALLS.values():
         rules += [(_JUMP_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, denied)]
     rules += [
         (_JUMP_EQUAL, 0, 3, _CLONE[column]), (_LOAD, 0, 0, _FIRST_ARGUMENT_AT),

@@ -17,7 +17,7 @@ from quantkit.errors import ArtifactError
 
 
 @dataclass(frozen=True, kw_only=True, order=True, slots=True)
-class Codes:
+class IntegerCodes:
     """Packed codes as a config tells them: two linears that differ in none of these share an entry."""
 
     bits: int
@@ -29,14 +29,14 @@ class Codes:
         return f"{self.bits} bits, group {self.group_size}, {zero}"
 
 
-Treatment = Codes | Literal["codes", "fp8", "plain"]
+Treatment = IntegerCodes | Literal["codes", "fp8", "plain"]
 """How an engine reads a linear: packed codes, whatever they are or just these; FP8 blocks; or an ordinary weight."""
 
 Kind = Literal["finite", "scale", "magnitude", "rising", "repeated", "groups", "whole"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Numbers:
+class ValueCheck:
     """What the numbers of one stored tensor must be.
 
     finite: no NaN, no infinity; scale: also normal and above zero; magnitude: finite and not below zero; rising: each
@@ -50,15 +50,15 @@ class Numbers:
     fault: Callable[[bytes], str | None] | None = None
 
 
-FINITE = Numbers(kind="finite")
-SCALE = Numbers(kind="scale")
-MAGNITUDE = Numbers(kind="magnitude")
-RISING = Numbers(kind="rising")
+FINITE = ValueCheck(kind="finite")
+SCALE = ValueCheck(kind="scale")
+MAGNITUDE = ValueCheck(kind="magnitude")
+RISING = ValueCheck(kind="rising")
 
 
-def exactly(expected: bytes, meaning: str) -> Numbers:
+def exactly(expected: bytes, meaning: str) -> ValueCheck:
     """A small tensor of these bytes."""
-    return Numbers(
+    return ValueCheck(
         kind="whole",
         fault=lambda found: (
             None if found == expected else f"expected {meaning}, found other values"
@@ -80,7 +80,7 @@ class Loader:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checks:
+class FormatChecks:
     """What `quantkit verify` must know of a format beside its layout.
 
     shape: [out, in] of a linear by the specs of its tensors (local names) and a reader of small ones, None when they do
@@ -91,7 +91,7 @@ class Checks:
     shape: Callable[
         [Mapping[str, TensorSpec], Scheme, Callable[[str], bytes]], tuple[int, int] | None
     ]
-    numbers: Callable[[Linear, Scheme], Mapping[str, Numbers]]
+    numbers: Callable[[Linear, Scheme], Mapping[str, ValueCheck]]
     loaders: Sequence[Loader] = ()
     lists: frozenset[str] = frozenset()
 
@@ -114,23 +114,25 @@ def pattern(text: str, key: str) -> str:
     return text
 
 
-def by_codes(schemes: Mapping[str, Scheme]) -> list[tuple[Codes, list[str]]]:
+def group_by_codes(schemes: Mapping[str, Scheme]) -> list[tuple[IntegerCodes, list[str]]]:
     """The modules of each kind of codes, the commonest first: a config tells that one of all it does not name."""
-    found: dict[Codes, list[str]] = {}
+    found: dict[IntegerCodes, list[str]] = {}
     for name, scheme in schemes.items():
-        kind = Codes(bits=scheme.bits, group_size=scheme.group_size, symmetric=scheme.symmetric)
+        kind = IntegerCodes(
+            bits=scheme.bits, group_size=scheme.group_size, symmetric=scheme.symmetric
+        )
         found.setdefault(kind, []).append(name)
     return sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
 
 
-def codes_told(bits: object, group_size: object, symmetric: object, key: str) -> Codes:
+def codes_told(bits: object, group_size: object, symmetric: object, key: str) -> IntegerCodes:
     """Codes by three values of the entry; ArtifactError when they are none."""
     if type(bits) is not int or type(group_size) is not int or type(symmetric) is not bool:
         told = f"{bits!r:.20}, {group_size!r:.20}, {symmetric!r:.20}"
         raise ArtifactError(
             f"config.json: quantization_config.{key}: expected bits, a group size and symmetric or not, found {told}"
         )
-    return Codes(bits=bits, group_size=group_size, symmetric=symmetric)
+    return IntegerCodes(bits=bits, group_size=group_size, symmetric=symmetric)
 
 
 @cache

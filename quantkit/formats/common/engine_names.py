@@ -12,14 +12,14 @@ SERVERS: Mapping[str, str] = {
 TRANSFORMERS: Mapping[str, str] = {"transformers": "transformers serve {path}"}
 """Engine -> the exact command that serves an artifact, as Format.engines has it."""
 
-UNFUSED = "--disable-shared-experts-fusion"
+DISABLE_SHARED_FUSION = "--disable-shared-experts-fusion"
 """What SGLang must be told where shared and routed experts are stored `apart`: it counts them among one another."""
 
-HEAD = "lm_head"
+LM_HEAD = "lm_head"
 """A model's head. Tied to the embedding it has no tensor, and loaders take it for a linear all the same: an artifact's
 config names it among those that are not quantized."""
 
-FUSED: Mapping[str, tuple[str, ...]] = {
+FUSED_MODULES: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
     "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
@@ -28,13 +28,13 @@ FUSED: Mapping[str, tuple[str, ...]] = {
 """Modules that engines make of several at load. SGLang looks for their own names among those left unquantized."""
 
 
-def engine_names(modules: Sequence[str]) -> list[str]:
+def expand_fused_names(modules: Sequence[str]) -> list[str]:
     """Names under which engines know these modules: their own, and those of the fused modules they end up in."""
     found = dict.fromkeys(modules)
     for module in modules:
         parent, _, last = module.rpartition(".")
         found |= dict.fromkeys(
-            f"{parent}.{fused}" for fused, members in FUSED.items() if last in members
+            f"{parent}.{fused}" for fused, members in FUSED_MODULES.items() if last in members
         )
     return list(found)
 
@@ -50,9 +50,9 @@ def kept_patterns(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
     Each kept linear is named by its highest parent under which nothing is quantized: r"model\\.layers\\.0(\\..*)?$".
     Parents that differ in the layer's number only share one expression. A module alone is its escaped name and "$".
     """
-    busy = {parent for name in engine_names(quantized) for parent in parents(name)}
+    busy = {parent for name in expand_fused_names(quantized) for parent in parents(name)}
     found: dict[tuple[str, str, str], dict[str, None]] = {}
-    for name in engine_names(kept):
+    for name in expand_fused_names(kept):
         entry = next((parent for parent in parents(name) if parent not in busy), name)
         before, layer, after = split_layer(entry)
         tail = "$" if entry == name else r"(\..*)?$"
@@ -80,7 +80,7 @@ def either(layers: Sequence[str]) -> str:
     return layers[0] if len(layers) == 1 else f"({'|'.join(layers)})"
 
 
-def apart(names: Iterable[str]) -> bool:
+def has_separate_shared_experts(names: Iterable[str]) -> bool:
     """Whether a layer's shared experts are stored in other tensors than its routed ones, as SGLang would fuse them."""
     kinds: dict[tuple[str, bool], set[str]] = {}
     for name in names:

@@ -18,21 +18,26 @@ from quantkit.contracts import Contents, Linear, Quantized, Scheme, TensorSpec
 from quantkit.errors import ArtifactError
 from quantkit.formats.common.checks import (
     SCALE,
-    Checks,
-    Codes,
+    FormatChecks,
+    IntegerCodes,
     Loader,
-    Numbers,
     Treatment,
-    by_codes,
+    ValueCheck,
     codes_told,
     dynamic,
+    group_by_codes,
     matcher,
     pattern,
     texts,
 )
-from quantkit.formats.common.engine_names import engine_names, kept_patterns, lines, split_layer
+from quantkit.formats.common.engine_names import (
+    expand_fused_names,
+    kept_patterns,
+    lines,
+    split_layer,
+)
 from quantkit.formats.common.packed import SCALE_DTYPES
-from quantkit.numerics.runs import per_run
+from quantkit.numerics.runs import count_codes_per_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +51,7 @@ def limits(
 ) -> dict[str, str]:
     """Engines that do not read this mixture of linears in GPTQ of either version, and why."""
     found: dict[str, str] = {}
-    kinds = by_codes({linear.name: scheme for linear, scheme in schemes.items()})
+    kinds = group_by_codes({linear.name: scheme for linear, scheme in schemes.items()})
     if len(kinds) > 1:
         found |= dict.fromkeys(
             ("transformers", "llama.cpp"), "reads every GPTQ linear by one scheme"
@@ -80,7 +85,9 @@ def pack(quantized: Quantized, scheme: Scheme, less: int) -> dict[str, Tensor]:
     from quantkit.numerics import affine, bitpack
 
     width = quantized.codes.shape[1]
-    middle = torch.full_like(quantized.scale, affine.default_zero_point(scheme), dtype=torch.int32)
+    middle = torch.full_like(
+        quantized.scale, affine.get_default_zero_point(scheme), dtype=torch.int32
+    )
     zero = middle if quantized.zero is None else quantized.zero.to(torch.int32)  # [out, n_groups]
     group = width if scheme.group_size == -1 else scheme.group_size
     return {
@@ -120,7 +127,7 @@ def quantization_config(contents: Contents, format_name: str) -> dict[str, objec
     vLLM reads both. The commonest scheme stands on top, the others in `dynamic`, which transformers does not read.
     `format_name` is the value of checkpoint_format.
     """
-    (general, _), *others = by_codes(contents.schemes)
+    (general, _), *others = group_by_codes(contents.schemes)
     overrides = {
         f"+:{pattern}": values(codes)
         for codes, names in others
@@ -144,7 +151,7 @@ def quantization_config(contents: Contents, format_name: str) -> dict[str, objec
     }
 
 
-def values(codes: Codes) -> dict[str, object]:
+def values(codes: IntegerCodes) -> dict[str, object]:
     """Codes in the words of GPTQ's config."""
     return {"bits": codes.bits, "group_size": codes.group_size, "sym": codes.symmetric}
 
@@ -154,7 +161,7 @@ def quantized_suffixes(quantized: Sequence[str], kept: Sequence[str]) -> list[st
 
     transformers asks whether a module's name ends with an entry, vLLM whether it contains one.
     """
-    others = lines(engine_names(kept))
+    others = lines(expand_fused_names(kept))
     found: dict[str, None] = {}
     clear: dict[str, bool] = {}
     for name in quantized:
@@ -174,14 +181,14 @@ def shape(
     return specs["scales"].shape[-1], specs["g_idx"].shape[0]
 
 
-def numbers(linear: Linear, scheme: Scheme, less: int) -> dict[str, Numbers]:
+def numbers(linear: Linear, scheme: Scheme, less: int) -> dict[str, ValueCheck]:
     """What the tensors of one linear must hold; symmetric zero points are the middle code `less` that much."""
     group = linear.in_features if scheme.group_size == -1 else scheme.group_size
-    found = {"scales": SCALE, "g_idx": Numbers(kind="groups", group=group)}
+    found = {"scales": SCALE, "g_idx": ValueCheck(kind="groups", group=group)}
     if scheme.symmetric:
-        run, middle = per_run(scheme.bits), (1 << (scheme.bits - 1)) - less
+        run, middle = count_codes_per_run(scheme.bits), (1 << (scheme.bits - 1)) - less
         words = sum(middle << slot * scheme.bits for slot in range(run))
-        found["qzeros"] = Numbers(
+        found["qzeros"] = ValueCheck(
             kind="repeated", pattern=words.to_bytes(run * scheme.bits // 8, "little")
         )
     return found
@@ -239,9 +246,9 @@ def containing(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
 LIST = "modules_in_block_to_quantize"
 
 
-def checks(less: int) -> Checks:
+def checks(less: int) -> FormatChecks:
     """What `quantkit verify` must know of either version."""
-    return Checks(
+    return FormatChecks(
         shape=shape,
         numbers=lambda linear, scheme: numbers(linear, scheme, less),
         loaders=(

@@ -104,7 +104,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
 }  # fmt: skip
 
 
-def defaults() -> str:
+def read_default_text() -> str:
     """The text of the assumptions that ship with quantkit, every key explained."""
     return (importlib.resources.files("quantkit.serve.cost") / "assumptions.yaml").read_text(
         encoding="utf-8"
@@ -121,10 +121,10 @@ def read_assumptions(path: Path) -> Assumptions:
             f"{path}: expected a UTF-8 text file, found byte 0x{content[fault.start]:02x} at offset {fault.start}; "
             "save it as UTF-8"
         ) from None
-    return parse(text, str(path))
+    return parse_assumptions(text, str(path))
 
 
-def parse(text: str, name: str) -> Assumptions:
+def parse_assumptions(text: str, name: str) -> Assumptions:
     """The assumptions in `text`; RecipeError with every fault and its line otherwise. `name`: how messages call it."""
     document = parse_document(text, name, KIND)
     try:

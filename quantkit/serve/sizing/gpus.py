@@ -117,14 +117,14 @@ class GpuCatalog(BaseModel):
             sold = f"{key} {card.memory_gb.value:g}"
             if wanted in map(_folded, (key, sold, f"{sold} GB", card.name, card.short)):
                 return card
-        raise UsageError(f"--gpu: {registry.unknown('card', name, tuple(self.cards))}")
+        raise UsageError(f"--gpu: {registry.format_unknown_name('card', name, tuple(self.cards))}")
 
 
 def _folded(name: str) -> str:
     return "".join(character for character in name.lower() if character.isalnum())
 
 
-def read_cards() -> GpuCatalog:
+def read_gpus() -> GpuCatalog:
     """The cards that ship with quantkit."""
     from ruamel.yaml import YAML
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 from quantkit import registry
-from quantkit.checkpoint.fp8_pairs import logical_specs, scale_suffix
-from quantkit.checkpoint.shards import INDEX, SINGLE, open_shards
+from quantkit.checkpoint.file_names import CONFIG, INDEX, SINGLE
+from quantkit.checkpoint.fp8_pairs import get_scale_suffix, select_logical_specs
+from quantkit.checkpoint.shards import open_shards
 from quantkit.contracts import Config, Scheme, TensorSpec
 from quantkit.errors import CheckpointError, RecipeError, UsageError
 from quantkit.io.files import read_json
-from quantkit.io.package_data import PREFIX, resolve_model
+from quantkit.io.package_data import BUILTIN_PREFIX, locate_model
 from quantkit.plan import published
 from quantkit.plan.match_checkpoint import list_expected_tensors, read_fp8_block_size
 from quantkit.plan.plan import (
@@ -30,14 +31,12 @@ from quantkit.recipe.schema import Recipe
 from quantkit.serve.sizing.model import Layer, Model, ReadFrom, Weights
 from quantkit.serve.sizing.weight_bytes import weigh
 
-CONFIG = "config.json"
-
 Width = Literal["bf16", "fp16", "fp8", "int8", "int4"]
 WIDTHS: Mapping[Width, int] = {"bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4}
 """Bits of a weight, for the rule of thumb that counts every parameter alike."""
 
 
-def model_of(target: str, width: Width | None = None) -> Model:
+def read_model(target: str, width: Width | None = None) -> Model:
     """The model in a folder (with or without weights), of a config.json, or of a hub id whose config is shipped.
 
     `width`: every parameter at that width instead, without scales. Raises UsageError for what is none of these,
@@ -53,8 +52,8 @@ def model_of(target: str, width: Width | None = None) -> Model:
         made = stored_model(path) if has_weights else config_model(path / CONFIG)
     elif path.is_file():
         made = config_model(path)
-    elif target.startswith(PREFIX):
-        made = replace(stored_model(resolve_model(target)), name=target)
+    elif target.startswith(BUILTIN_PREFIX):
+        made = replace(stored_model(locate_model(target)), name=target)
     elif found := published.find_published_config(target):
         made = planned_by_config(found[1], target)
     else:
@@ -62,7 +61,7 @@ def model_of(target: str, width: Width | None = None) -> Model:
             f"{target}: expected an artifact, a recipe, a config.json or a hub id whose config ships with quantkit "
             f"({', '.join(published.list_published_models()[:3])}, ...), found none of them; check the path, or fetch its config.json"
         )
-    return made if width is None else assuming(made, width)
+    return made if width is None else assume_width(made, width)
 
 
 def stored_model(folder: Path) -> Model:
@@ -118,7 +117,7 @@ def planned_by_config(config: Config, name: str) -> Model:
 
 def tabled(config: Config) -> bool:
     """Whether the family has a table in architectures/."""
-    return config.text("model_type") in registry.names("architectures")
+    return config.text("model_type") in registry.list_names("architectures")
 
 
 def unknown(
@@ -144,7 +143,7 @@ def scales_of(spec: TensorSpec, side: int | None) -> TensorSpec | None:
     return TensorSpec(name=f"{spec.name}_scale_inv", dtype="F32", shape=shape)
 
 
-def recipe_models(recipe: Recipe) -> tuple[Model, ...]:
+def plan_recipe_models(recipe: Recipe) -> tuple[Model, ...]:
     """What a recipe will build, a model per format; without the network where the source's config is shipped.
 
     Raises RecipeError with the faults that a plan finds.
@@ -193,10 +192,10 @@ def packed(method: str, bits: Iterable[object], groups: Iterable[object]) -> str
 def source_facts(recipe: Recipe) -> SourceFacts:
     """The source's headers where they are here, the shipped config of its family, else what the hub says."""
     model, revision = recipe.source.model, recipe.source.revision
-    folder = resolve_model(model) if model.startswith(PREFIX) else Path(model)
+    folder = locate_model(model) if model.startswith(BUILTIN_PREFIX) else Path(model)
     if folder.is_dir():
         config = Config(values=read_json(folder / CONFIG), where=str(folder / CONFIG))
-        specs = logical_specs(open_shards(folder).specs, scale_suffix(config))
+        specs = select_logical_specs(open_shards(folder).specs, get_scale_suffix(config))
         return SourceFacts(
             model=model,
             revision=revision,
@@ -249,7 +248,7 @@ def scheme_of(config: Config, specs: Mapping[str, TensorSpec]) -> str:
 # ---------------------------------------------------------------------------------------------------- rule of thumb
 
 
-def assuming(model: Model, width: Width) -> Model:
+def assume_width(model: Model, width: Width) -> Model:
     """The model if every parameter took `width`, without scales, norms and routers included: what people reckon."""
     if model.read_from != "config":
         where = "here" if model.read_from == "headers" else "planned"

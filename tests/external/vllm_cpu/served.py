@@ -18,7 +18,7 @@ from pathlib import Path
 import openai
 from tools.demo_serve import PROMPT, ask, check, say, served
 
-from quantkit.serve.loadtest.engine import base, counters
+from quantkit.serve.loadtest.engine import get_base_url, read_cache_counters
 
 COMMAND = Path(__file__).parent / "command.py"
 UNMEASURED = ["--skip-evaluation", "--set", "fidelity=none", "--set", "gates={}"]
@@ -65,7 +65,7 @@ def main(vllm_python: str, artifact: str = "") -> None:
                 client.completions.create(
                     model=client.models.list().data[0].id, prompt=PROMPT * 8, max_tokens=1
                 )
-            found = counters(base(engine))
+            found = read_cache_counters(get_base_url(engine))
     check(
         found is not None and 0 < found.hits < found.asked,
         "the engine tells how its prefix cache fares",

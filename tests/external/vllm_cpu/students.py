@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from support.checkpoints import tiny_config
+from support.checkpoints import make_tiny_config
 from tokenizers import Tokenizer
 from tools.tiny_v3.packing import encode, pack
 from tools.tiny_v3.train import Batch, attention_mask, clean_items, weighted_loss
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from quantkit.io.package_data import resolve_model
+from quantkit.io.package_data import locate_model
 
 WIDTHS = {
     "hidden_size": 256,  # vLLM's kernels for experts want multiples of 128
@@ -40,7 +40,7 @@ def student(model_type: str, place: Path) -> Path:
     folder = place / f"student-{model_type}"
     if folder.exists():
         return folder
-    config = tiny_config(model_type, **WIDTHS, **STUDENTS[model_type])
+    config = make_tiny_config(model_type, **WIDTHS, **STUDENTS[model_type])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(dict(config)))
     teach(model)
@@ -49,7 +49,7 @@ def student(model_type: str, place: Path) -> Path:
     model.to(torch.bfloat16).save_pretrained(beside)
     (beside / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(resolve_model("builtin:tiny-v3") / name, beside / name)
+        shutil.copy(locate_model("builtin:tiny-v3") / name, beside / name)
     beside.rename(folder)
     return folder
 
@@ -74,7 +74,7 @@ def teach(model: torch.nn.Module) -> float:
 
 def batches() -> Iterator[Batch]:
     """Batches of tiny-v3's training texts, without its benchmarks' prompts."""
-    tokenizer = Tokenizer.from_file(str(resolve_model("builtin:tiny-v3") / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(locate_model("builtin:tiny-v3") / "tokenizer.json"))
     rows = pack(encode(clean_items(DOCUMENTS), tokenizer), ROW_TOKENS + 1)
     for start in range(0, len(rows.ids) - ROWS + 1, ROWS):
         taken = slice(start, start + ROWS)

@@ -227,7 +227,7 @@ def config(folder: Path) -> object:
     from quantkit.plan.plan import SourceFacts
 
     found = read_config(folder)
-    registry.architecture(
+    registry.get_architecture(
         found.text("model_type")
     )  # others are derived from transformers in seconds, not read
     facts = SourceFacts(
@@ -256,8 +256,11 @@ def configs() -> tuple[bytes, ...]:
     """The tiny config of every family with a table."""
     from quantkit import registry
 
-    names = registry.names("architectures")
-    return (as_bytes(LLAMA), *(as_bytes({**registry.architecture(name).tiny}) for name in names))
+    names = registry.list_names("architectures")
+    return (
+        as_bytes(LLAMA),
+        *(as_bytes({**registry.get_architecture(name).tiny}) for name in names),
+    )
 
 
 @target(
@@ -299,9 +302,9 @@ def checkpoint(folder: Path) -> object:
 @target("model card", "README.md", lambda: (CARD.encode(),), yaml_mutation)
 def model_card(folder: Path) -> object:
     """The front matter of a source's card."""
-    from quantkit.artifact.front_matter import front_matter
+    from quantkit.artifact.front_matter import read_front_matter
 
-    return front_matter(folder)
+    return read_front_matter(folder)
 
 
 @target(
@@ -366,10 +369,10 @@ def calibration_rows(folder: Path) -> object:
 )
 def evaluation_task(folder: Path) -> object:
     """A benchmark's file, and what is made of it for lm-eval."""
-    from quantkit.evaluate.tasks import load, rendered
+    from quantkit.evaluate.tasks import load_tasks, render_tasks
 
-    found = load([str(folder / "mine.yaml")], folder)
-    with rendered(found):
+    found = load_tasks([str(folder / "mine.yaml")], folder)
+    with render_tasks(found):
         return found
 
 
@@ -381,10 +384,10 @@ def evaluation_task(folder: Path) -> object:
 )
 def evaluation_rows(folder: Path) -> object:
     """The rows of a benchmark."""
-    from quantkit.texts.task_files import first_rows, rows_of
+    from quantkit.texts.task_files import read_first_rows, read_row_range
 
-    rows_of(folder / "mine.jsonl", 0, 2)
-    return first_rows(folder / "mine.jsonl", (0, 3), 2)
+    read_row_range(folder / "mine.jsonl", 0, 2)
+    return read_first_rows(folder / "mine.jsonl", (0, 3), 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- artifacts
@@ -451,9 +454,9 @@ def manifest(folder: Path) -> object:
     from quantkit.diff.sides import read_sides
 
     faults = attempt(lambda: read_sides(str(folder), str(folder)))
-    from quantkit.verify.shallow import verify
+    from quantkit.verify.shallow import verify_artifact
 
-    verify(folder)
+    verify_artifact(folder)
     return faults
 
 
@@ -466,15 +469,15 @@ def manifest(folder: Path) -> object:
 )
 def plan_json(folder: Path) -> object:
     """plan.json under a manifest that agrees, as diff and gate read it."""
-    from quantkit.artifact.read_report import read_sealed
-    from quantkit.cli.commands.gate import read_gates
-    from quantkit.diff.compare import compare
+    from quantkit.artifact.read_report import read_sealed_report
+    from quantkit.cli.options import read_gates
+    from quantkit.diff.compare import compare_sides
     from quantkit.diff.sides import read_sides
 
     reseal(folder)
-    report, _ = read_sealed(folder)
+    report, _ = read_sealed_report(folder)
     attempt(lambda: read_gates(None, folder, report))
-    return compare(*read_sides(str(folder), str(folder)), partial=True)
+    return compare_sides(*read_sides(str(folder), str(folder)), partial=True)
 
 
 @target(
@@ -490,7 +493,7 @@ def fidelity_json(folder: Path) -> object:
     from quantkit.recipe.parse import parse_gates
     from quantkit.report import gates as judge
 
-    found = judge.judged(
+    found = judge.apply_gates(
         parse_gates("gates: {kl_mean: {max: 1}, size: {max: 1}}", "g", []), read_report(folder)
     )
     shown(found)
@@ -509,11 +512,11 @@ def shown(report: object) -> None:
 
     from rich.console import Console
 
-    from quantkit.cli.rich_output import EscapedRenderable
-    from quantkit.report.terminal import fidelity_view
+    from quantkit.cli.console import EscapedRenderable
+    from quantkit.report.terminal import render_report
 
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    Console(file=out, width=100).print(EscapedRenderable(fidelity_view(report)))  # type: ignore[arg-type]
+    Console(file=out, width=100).print(EscapedRenderable(render_report(report)))  # type: ignore[arg-type]
     out.flush()
     raw: bytes = out.buffer.getvalue()  # type: ignore[attr-defined]
     assert not any(character < 32 and character != 10 for character in raw), (
@@ -548,12 +551,12 @@ def journal(folder: Path) -> object:
 @target("answers", "answers.sqlite", lambda: answers_files(), bytes_mutation)
 def answers(folder: Path) -> object:
     """The answers of an interrupted evaluation."""
-    from quantkit.evaluate.answer_store import AnswerKey, opened
+    from quantkit.evaluate.answer_store import AnswerKey, open_answer_store
 
     for left in folder.glob("answers.sqlite-*"):
         left.unlink()
     question = AnswerKey("task", "doc", "prompt", "settings", "model", 0)
-    with opened(folder / "answers.sqlite") as found:
+    with open_answer_store(folder / "answers.sqlite") as found:
         told = found.get(question), len(found)
         found.put([(question, ["x"])])
         return told
@@ -564,11 +567,11 @@ def answers_files() -> tuple[bytes, ...]:
     """A file of answers as quantkit writes it."""
     import tempfile
 
-    from quantkit.evaluate.answer_store import AnswerKey, opened
+    from quantkit.evaluate.answer_store import AnswerKey, open_answer_store
 
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "answers.sqlite"
-        with opened(path) as found:
+        with open_answer_store(path) as found:
             found.put([
                 (AnswerKey("task", "doc", "prompt", "settings", "model", turn), ["yes", 1])
                 for turn in range(3)
@@ -614,20 +617,20 @@ def lock(folder: Path) -> object:
     import fcntl
     import os
 
-    from quantkit.io.lock import held
+    from quantkit.io.lock import hold_lock
 
     holder = os.open(folder / "x.lock", os.O_RDWR)
     try:
         fcntl.flock(holder, fcntl.LOCK_EX)
 
         def again() -> None:
-            with held(folder / "x.lock"):
+            with hold_lock(folder / "x.lock"):
                 raise AssertionError("two hold the lock")
 
         attempt(again)
     finally:
         os.close(holder)
-    with held(folder / "x.lock"):
+    with hold_lock(folder / "x.lock"):
         return None
 
 

@@ -8,138 +8,138 @@ from typing import Literal
 
 from quantkit.artifact import fidelity_schema
 from quantkit.artifact.fidelity_schema import Figure
-from quantkit.diff.comparable import Comparable, same_text
-from quantkit.diff.sides import Key, Side, Tokens
-from quantkit.diff.values import Benchmark, Distribution, Flip, Likelihood, Shift
+from quantkit.diff.comparability import Comparability, is_same_text
+from quantkit.diff.diff_schema import (
+    BenchmarkDiff,
+    DistributionDiff,
+    ErrorShift,
+    FlippedItem,
+    LikelihoodDiff,
+)
+from quantkit.diff.sides import ItemKey, Side, TokenFigures
 from quantkit.evaluate import statistics
+from quantkit.figures import ALL_TEXT, FigureDefinition, find_figure, list_figures
 
 RECOVERY = 0.98
 """Of A's score B must keep for "as good", as benchmarks of an artifact against its source."""
 
 ALL_TASKS = "all tasks"
-Resolved = Literal["better", "worse", "not resolved", ""]
-
-FIGURES = (
-    "kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "ppl_artifact", "top1", "mean_delta_p", "rms_delta_p",
-)  # fmt: skip
+Resolution = Literal["better", "worse", "not resolved", ""]
 
 
-# ------------------------------------------------------------------------------------------------------ distributions
+# ------------------------------------------------------------------------------- distributions
 
 
-def distribution(a: Side, b: Side, allowed: Comparable) -> tuple[Distribution, ...]:
-    """Every figure on every domain that both have; means with the paired interval where both kept their tokens."""
+def pair_distributions(a: Side, b: Side, allowed: Comparability) -> tuple[DistributionDiff, ...]:
+    """Return every figure of the table on every domain that both sides have.
+
+    A figure with a `Pairing` gets a difference over the same tokens with its 95 % interval if both
+    sides kept their tokens.
+    """
     if allowed.source or allowed.text:
         return ()
     second = {row.domain: row for row in b.fidelity.distribution}
-    rows: list[Distribution] = []
+    figures = [row for row in list_figures() if row.scope == "domain" and row.diff_label]
+    rows: list[DistributionDiff] = []
     for first in a.fidelity.distribution:
         other = second.get(first.domain)
-        pairs = (
-            _paired_tokens(a.tokens, b.tokens, first)
-            if other and other.tokens == first.tokens
-            else {}
-        )
-        for name in FIGURES:
-            values = [_value(row, name) for row in (first, other)]
-            if None in values and not any(value is not None for value in values):
+        has_same_size = other is not None and other.tokens == first.tokens
+        positions = _list_positions(a.tokens, b.tokens, first) if has_same_size else []
+        for figure in figures:
+            values = [
+                figure.read(a.fidelity, first.domain).value,
+                figure.read(b.fidelity, first.domain).value if other else None,
+            ]
+            if values == [None, None]:
                 continue
-            difference = pairs.get(name)
+            difference = _pair_tokens(figure, a.tokens, b.tokens, positions)
             rows.append(
-                Distribution(
+                DistributionDiff(
                     domain=first.domain,
                     tokens=first.tokens,
-                    figure=name,
+                    figure=figure.key,
                     a=values[0],
                     b=values[1],
                     difference=difference,
-                    resolved=_resolved(name, difference),
+                    resolved=_resolve(figure, difference),
                 )
             )
     return tuple(rows)
 
 
-def paired_tokens(a: Tokens, b: Tokens) -> bool:
-    """Whether both hold the same tokens of the same domains in the same order."""
+def is_pairable(a: TokenFigures, b: TokenFigures) -> bool:
+    """Return whether both hold the same tokens of the same domains in the same order."""
     return list(a.domains) == list(b.domains)
 
 
-def _value(row: fidelity_schema.Distribution | None, name: str) -> float | None:
-    figure: Figure | None = getattr(row, name, None)
-    return figure.value if figure else None
+def _list_positions(
+    a: TokenFigures | None, b: TokenFigures | None, row: fidelity_schema.DistributionResult
+) -> list[int]:
+    """Return the positions of a domain's tokens; none if the row counts another number of them."""
+    if a is None or b is None or not is_pairable(a, b):
+        return []
+    positions = [n for n, name in enumerate(a.domains) if row.domain in (ALL_TEXT, name)]
+    return positions if 2 <= len(positions) == row.tokens else []
 
 
-def _paired_tokens(
-    a: Tokens | None, b: Tokens | None, row: fidelity_schema.Distribution
-) -> dict[str, Figure]:
-    """Mean differences over the tokens of a domain, if the row counts as many; of the perplexity the ratio."""
-    if a is None or b is None or not paired_tokens(a, b):
-        return {}
-    places = [n for n, name in enumerate(a.domains) if row.domain in ("all", name)]
-    if len(places) < 2 or len(places) != row.tokens:
-        return {}
-
-    def picked(values: Sequence[float]) -> list[float]:
-        return [float(values[n]) for n in places]
-
-    first_p, second_p = ([exp(-nll) for nll in picked(side.nll)] for side in (a, b))
-    log_ratio = _mean(picked(a.nll), picked(b.nll))
-    hits = [(bool(a.same_top[n]), bool(b.same_top[n])) for n in places]
-    lost, gained = (
-        sum(one and not two for one, two in hits),
-        sum(two and not one for one, two in hits),
-    )
-    shares = statistics.paired_shares(lost, gained, len(places))
-    found = {
-        "kl_mean": _mean(picked(a.kl), picked(b.kl)),
-        "ppl_artifact": Figure(
-            value=exp(log_ratio.value), ci=(_exp(log_ratio, 0), _exp(log_ratio, 1))
-        )
-        if log_ratio.value is not None
-        else None,
-        "top1": Figure(value=(gained - lost) / len(places), ci=(shares.low, shares.high)),
-        "mean_delta_p": _mean(first_p, second_p),
-    }
-    return {
-        name: figure
-        for name, figure in found.items()
-        if figure is not None and figure.value is not None
-    }
+def _pair_tokens(
+    figure: FigureDefinition,
+    a: TokenFigures | None,
+    b: TokenFigures | None,
+    positions: Sequence[int],
+) -> Figure | None:
+    """Return B - A of a figure over the same tokens (B / A for a ratio); None if it is not paired."""
+    pairing = figure.pairing
+    if pairing is None or a is None or b is None or not positions:
+        return None
+    columns = [pairing.column(tokens) for tokens in (a, b)]
+    first, second = ([column[n] for n in positions] for column in columns)
+    if pairing.statistic == "share":
+        lost = sum(bool(one) and not two for one, two in zip(first, second, strict=True))
+        gained = sum(bool(two) and not one for one, two in zip(first, second, strict=True))
+        shares = statistics.paired_proportions_interval(lost, gained, len(positions))
+        return Figure(value=(gained - lost) / len(positions), ci=(shares.low, shares.high))
+    mean = _pair_means(list(map(float, first)), list(map(float, second)))
+    if mean.value is None:
+        return None
+    if pairing.statistic == "ratio":
+        return Figure(value=exp(mean.value), ci=(_exp_bound(mean, 0), _exp_bound(mean, 1)))
+    return mean
 
 
-def _mean(first: Sequence[float], second: Sequence[float]) -> Figure:
-    """Paired mean difference; value None where a token is not finite."""
+def _pair_means(first: Sequence[float], second: Sequence[float]) -> Figure:
+    """Return the paired mean difference; value None if a token is not finite."""
     if not all(map(isfinite, (*first, *second))):
         return Figure(value=None)
-    found = statistics.paired(first, second)
+    paired = statistics.paired_difference(first, second)
     return Figure(
-        value=found.mean, se=found.standard_error, ci=(found.interval.low, found.interval.high)
+        value=paired.mean,
+        se=paired.standard_error,
+        ci=(paired.interval.low, paired.interval.high),
     )
 
 
-def _exp(figure: Figure, end: int) -> float | None:
+def _exp_bound(figure: Figure, end: int) -> float | None:
     bound = figure.ci[end] if figure.ci else None
     return None if bound is None else exp(bound)
 
 
-def _resolved(name: str, difference: Figure | None) -> Resolved:
-    """Which way the interval excludes "no change"; mean_delta_p has no better or worse direction of its own."""
+def _resolve(figure: FigureDefinition | None, difference: Figure | None) -> Resolution:
+    """Return in which direction the interval excludes "no change"; "" without an interval."""
     low, high = (difference.ci if difference else None) or (None, None)
-    if low is None or high is None:
+    if figure is None or low is None or high is None:
         return ""
-    middle, sign = (
-        (1.0 if name == "ppl_artifact" else 0.0),
-        (-1 if name in ("kl_mean", "ppl_artifact") else 1),
-    )
-    if low <= middle <= high:
+    is_ratio = figure.pairing is not None and figure.pairing.statistic == "ratio"
+    no_change = 1.0 if is_ratio else 0.0
+    if low <= no_change <= high:
         return "not resolved"
-    return "better" if (low > middle) == (sign > 0) else "worse"
+    return "better" if (low > no_change) == (figure.direction == "higher") else "worse"
 
 
 # ---------------------------------------------------------------------------------------------------- gold solutions
 
 
-def likelihood(a: Side, b: Side, allowed: Comparable) -> tuple[Likelihood, ...]:
+def pair_likelihoods(a: Side, b: Side, allowed: Comparability) -> tuple[LikelihoodDiff, ...]:
     """Gold solutions of every task that both scored, paired where both kept the solutions' figures."""
     if allowed.source:
         return ()
@@ -151,12 +151,14 @@ def likelihood(a: Side, b: Side, allowed: Comparable) -> tuple[Likelihood, ...]:
             continue
         pairs = _paired_solutions(a, b, row.task)
         found = (
-            _mean([one for one, _ in pairs], [two for _, two in pairs]) if len(pairs) > 1 else None
+            _pair_means([one for one, _ in pairs], [two for _, two in pairs])
+            if len(pairs) > 1
+            else None
         )
         rows.append(
-            Likelihood(
+            LikelihoodDiff(
                 task=row.task, n=len(pairs) or row.n, source=row.source, a=row.artifact, b=other.artifact,
-                difference=found, resolved=_resolved("likelihood", found),
+                difference=found, resolved=_resolve(find_figure("likelihood"), found),
             )
         )  # fmt: skip
     return tuple(rows)
@@ -175,23 +177,23 @@ def _paired_solutions(a: Side, b: Side, task: str) -> list[tuple[float, float]]:
 # --------------------------------------------------------------------------------------------------------- benchmarks
 
 
-def benchmarks(a: Side, b: Side, allowed: Comparable) -> tuple[Benchmark, ...]:
+def pair_benchmarks(a: Side, b: Side, allowed: Comparability) -> tuple[BenchmarkDiff, ...]:
     """Every task that both ran, under every filter, paired over the items both were asked; last all tasks together."""
     if allowed.source:
         return ()
-    keys = [key for key in common_items(a, b) if key[0] not in allowed.tasks]
-    rows: list[Benchmark] = []
+    keys = [key for key in list_common_items(a, b) if key[0] not in allowed.tasks]
+    rows: list[BenchmarkDiff] = []
     for task, name in dict.fromkeys((task, name) for task, name, _ in keys):
         mine = [key for key in keys if key[:2] == (task, name)]
         rows.append(_paired_row(task, name, a, b, mine))
-    scored = scoring(a, b)
+    scored = choose_filters(a, b)
     pooled = [key for key in keys if scored.get(key[0]) == key[1]]
     if len({task for task, _, _ in pooled}) > 1:
         rows.append(_paired_row(ALL_TASKS, "", a, b, pooled))
     return (*rows, *_unpaired(a, b, {row.task for row in rows} | allowed.tasks.keys()))
 
 
-def scoring(a: Side, b: Side) -> dict[str, str]:
+def choose_filters(a: Side, b: Side) -> dict[str, str]:
     """Task -> the filter it is scored by: the report's, else the first in the samples."""
     found: dict[str, str] = {}
     for task, name, _ in (*(a.items or {}), *(b.items or {})):
@@ -204,7 +206,7 @@ def scoring(a: Side, b: Side) -> dict[str, str]:
     }
 
 
-def common_items(a: Side, b: Side) -> list[Key]:
+def list_common_items(a: Side, b: Side) -> list[ItemKey]:
     """Items that both were asked and that both could be scored on, in A's order."""
     first, second = a.items or {}, b.items or {}
     return [
@@ -212,21 +214,21 @@ def common_items(a: Side, b: Side) -> list[Key]:
     ]
 
 
-def _scores(side: Side, keys: Iterable[Key]) -> list[float]:
+def _scores(side: Side, keys: Iterable[ItemKey]) -> list[float]:
     items = side.items or {}
     return [answer.score for key in keys if (answer := items[key].answer)]
 
 
-def _paired_row(task: str, name: str, a: Side, b: Side, keys: Sequence[Key]) -> Benchmark:
+def _paired_row(task: str, name: str, a: Side, b: Side, keys: Sequence[ItemKey]) -> BenchmarkDiff:
     """One line of the table."""
     if len(keys) < 2:
-        return Benchmark(
+        return BenchmarkDiff(
             task=task, filter=name, n=len(keys), verdict=f"{len(keys)} items are too few to compare"
         )
-    found = statistics.compare(_scores(a, keys), _scores(b, keys), RECOVERY)
+    found = statistics.compare_scores(_scores(a, keys), _scores(b, keys), RECOVERY)
     source = [answer.score for key in keys if (answer := (a.items or {})[key].source)]
     interval = found.difference.interval
-    return Benchmark(
+    return BenchmarkDiff(
         task=task,
         filter=name,
         n=found.n,
@@ -259,7 +261,7 @@ def _verdict(found: statistics.Comparison) -> str:
     )
 
 
-def _unpaired(a: Side, b: Side, told: set[str]) -> list[Benchmark]:
+def _unpaired(a: Side, b: Side, told: set[str]) -> list[BenchmarkDiff]:
     """Tasks that cannot be paired: the scores, and why there is no more."""
     first, second = ({row.task: row for row in side.fidelity.benchmarks} for side in (a, b))
     rows = []
@@ -284,7 +286,7 @@ def _unpaired(a: Side, b: Side, told: set[str]) -> list[Benchmark]:
         ]
         n, source = {row.n for row in known}, {row.source for row in known}
         rows.append(
-            Benchmark(
+            BenchmarkDiff(
                 task=task, n=n.pop() if len(n) == 1 else 0, source=source.pop() if len(source) == 1 else None,
                 a=scores[0], b=scores[1], verdict=why,
             )
@@ -292,13 +294,13 @@ def _unpaired(a: Side, b: Side, told: set[str]) -> list[Benchmark]:
     return rows
 
 
-def flips(a: Side, b: Side, allowed: Comparable) -> tuple[Flip, ...]:
+def list_flips(a: Side, b: Side, allowed: Comparability) -> tuple[FlippedItem, ...]:
     """Items whose score differs, those that B lost first."""
     if allowed.source:
         return ()
-    scored, first, second = scoring(a, b), a.items or {}, b.items or {}
+    scored, first, second = choose_filters(a, b), a.items or {}, b.items or {}
     found = []
-    for key in common_items(a, b):
+    for key in list_common_items(a, b):
         task, name, item = key
         one, two = first[key].answer, second[key].answer
         if (
@@ -311,7 +313,7 @@ def flips(a: Side, b: Side, allowed: Comparable) -> tuple[Flip, ...]:
             continue
         source = first[key].source
         found.append(
-            Flip(
+            FlippedItem(
                 task=task,
                 item=item,
                 prompt=first[key].prompt,
@@ -324,14 +326,14 @@ def flips(a: Side, b: Side, allowed: Comparable) -> tuple[Flip, ...]:
     return tuple(sorted(found, key=lambda flip: (not flip.lost, flip.task, flip.item)))
 
 
-def counts(a: Side, b: Side, allowed: Comparable) -> tuple[int, int]:
+def count_items(a: Side, b: Side, allowed: Comparability) -> tuple[int, int]:
     """Items compared under the filter that scores them, and how many of them have other words and the same score."""
     if allowed.source:
         return 0, 0
-    scored, first, second = scoring(a, b), a.items or {}, b.items or {}
+    scored, first, second = choose_filters(a, b), a.items or {}, b.items or {}
     keys = [
         key
-        for key in common_items(a, b)
+        for key in list_common_items(a, b)
         if key[0] not in allowed.tasks and scored[key[0]] == key[1]
     ]
     pairs = [
@@ -343,7 +345,7 @@ def counts(a: Side, b: Side, allowed: Comparable) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
-def modules(a: Side, b: Side, allowed: Comparable) -> tuple[Shift, ...]:
+def compare_modules(a: Side, b: Side, allowed: Comparability) -> tuple[ErrorShift, ...]:
     """Every matrix that either has quantized, the largest shift of its error first; what was kept has no error.
 
     Errors of outputs are those over the calibration text, so they compare where both learned from the same one.
@@ -351,7 +353,9 @@ def modules(a: Side, b: Side, allowed: Comparable) -> tuple[Shift, ...]:
     if allowed.source:
         return ()
     first, second = ({m.name: m for m in side.fidelity.modules if m.method} for side in (a, b))
-    same = "source" in (a.kind, b.kind) or same_text(a.fidelity.calibration, b.fidelity.calibration)
+    same = "source" in (a.kind, b.kind) or is_same_text(
+        a.fidelity.calibration, b.fidelity.calibration
+    )
     found = []
     for name in {**first, **second}:
         pair = first.get(name), second.get(name)
@@ -363,7 +367,7 @@ def modules(a: Side, b: Side, allowed: Comparable) -> tuple[Shift, ...]:
     return _largest_first(found)
 
 
-def blocks(a: Side, b: Side, allowed: Comparable) -> tuple[Shift, ...]:
+def compare_blocks(a: Side, b: Side, allowed: Comparability) -> tuple[ErrorShift, ...]:
     """Error of the hidden states after each block, in the order of the model."""
     first, second = (
         {row.block: row.relative_error for row in side.fidelity.blocks} for side in (a, b)
@@ -371,7 +375,7 @@ def blocks(a: Side, b: Side, allowed: Comparable) -> tuple[Shift, ...]:
     return _by_block("hidden states", first, second, allowed)
 
 
-def routers(a: Side, b: Side, allowed: Comparable) -> tuple[Shift, ...]:
+def compare_routers(a: Side, b: Side, allowed: Comparability) -> tuple[ErrorShift, ...]:
     """Share of expert choices that agree with the source's, layer by layer."""
     first, second = ({row.block: row.agreement for row in side.fidelity.routers} for side in (a, b))
     return _by_block("same experts", first, second, allowed)
@@ -381,8 +385,8 @@ def _by_block(
     by: Literal["hidden states", "same experts"],
     a: Mapping[str, float | None],
     b: Mapping[str, float | None],
-    allowed: Comparable,
-) -> tuple[Shift, ...]:
+    allowed: Comparability,
+) -> tuple[ErrorShift, ...]:
     """What the fidelity text told of the blocks that both have; nothing where it was not the same."""
     if allowed.source or allowed.text:
         return ()
@@ -394,11 +398,11 @@ def _shift(
     by: Literal["outputs", "weights", "hidden states", "same experts"],
     a: float | None,
     b: float | None,
-) -> Shift:
-    return Shift(name=name, by=by, a=a, b=b, shift=None if a is None or b is None else b - a)
+) -> ErrorShift:
+    return ErrorShift(name=name, by=by, a=a, b=b, shift=None if a is None or b is None else b - a)
 
 
-def _largest_first(found: Iterable[Shift]) -> tuple[Shift, ...]:
+def _largest_first(found: Iterable[ErrorShift]) -> tuple[ErrorShift, ...]:
     return tuple(
         sorted(found, key=lambda row: -abs(row.shift) if row.shift is not None else float("inf"))
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from quantkit.artifact.loadtest_schema import Level
+from quantkit.artifact.loadtest_schema import LoadLevel
+from quantkit.diff.diff_schema import LoadDiff
 from quantkit.diff.sides import Side
-from quantkit.diff.values import Load
 
 
-def load(a: Side, b: Side) -> tuple[Load, ...]:
+def compare_loadtests(a: Side, b: Side) -> tuple[LoadDiff, ...]:
     """Figures at every number of requests at once that both were asked with; none where the runs do not compare."""
     if a.load is None or b.load is None or a.load.comparable(b.load):
         return ()
@@ -16,11 +16,11 @@ def load(a: Side, b: Side) -> tuple[Load, ...]:
         row
         for level in b.load.levels
         if level.concurrency in first
-        for row in compared(first[level.concurrency], level)
+        for row in compare_levels(first[level.concurrency], level)
     )
 
 
-def compared(a: Level, b: Level) -> list[Load]:
+def compare_levels(a: LoadLevel, b: LoadLevel) -> list[LoadDiff]:
     """The figures of two levels that a serving team asks for."""
     figures = {
         "output tokens/s": (a.output_tokens_per_second, b.output_tokens_per_second),
@@ -30,10 +30,12 @@ def compared(a: Level, b: Level) -> list[Load]:
         "between tokens p99 [ms]": (a.inter_token_ms.p99, b.inter_token_ms.p99),
         "answer p99 [ms]": (a.latency_ms.p99, b.latency_ms.p99),
     }
-    return [Load(at_once=b.concurrency, figure=name, a=x, b=y) for name, (x, y) in figures.items()]
+    return [
+        LoadDiff(at_once=b.concurrency, figure=name, a=x, b=y) for name, (x, y) in figures.items()
+    ]
 
 
-def notes(a: Side, b: Side) -> list[str]:
+def list_loadtest_notes(a: Side, b: Side) -> list[str]:
     """What a reader must know of the two runs."""
     if faults := [
         f"The load test is left out: {side.load_fault}." for side in (a, b) if side.load_fault

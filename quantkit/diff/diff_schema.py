@@ -14,15 +14,15 @@ from quantkit.artifact.fidelity_schema import Figure, Number, Status
 from quantkit.plan.plan_schema import FROZEN
 from quantkit.report.samples import Answer
 
-Kind = Literal["artifact", "report", "source"]
+SideKind = Literal["artifact", "report", "source"]
 
 
-class Party(BaseModel):
+class ComparedModel(BaseModel):
     """One of the two."""
 
     model_config = FROZEN
     name: str
-    kind: Kind  # report: a fidelity.json alone, without recipe, tensors and samples
+    kind: SideKind  # report: a fidelity.json alone, without recipe, tensors and samples
     status: Status | Literal["source"]
     scheme: str
     format: str
@@ -38,7 +38,7 @@ class Change(BaseModel):
     b: str | None
 
 
-class Group(BaseModel):
+class TensorGroup(BaseModel):
     """Tensors or modules that changed alike."""
 
     model_config = FROZEN
@@ -59,7 +59,7 @@ class Quantity(BaseModel):
     b: Number
 
 
-class Shift(BaseModel):
+class ErrorShift(BaseModel):
     """An error of a module or a block on both sides. `by`: of its outputs where both are known, else of its weights."""
 
     model_config = FROZEN
@@ -70,7 +70,7 @@ class Shift(BaseModel):
     shift: Number
 
 
-class Distribution(BaseModel):
+class DistributionDiff(BaseModel):
     """A figure of the next-token distributions on one domain.
 
     difference: of the mean over the same tokens, with its 95 % interval; None where the tokens cannot be paired.
@@ -86,7 +86,7 @@ class Distribution(BaseModel):
     resolved: Literal["better", "worse", "not resolved", ""] = ""
 
 
-class Likelihood(BaseModel):
+class LikelihoodDiff(BaseModel):
     """Log-likelihood per token of a task's gold solutions, nats; the difference is paired solution by solution."""
 
     model_config = FROZEN
@@ -99,7 +99,7 @@ class Likelihood(BaseModel):
     resolved: Literal["better", "worse", "not resolved", ""] = ""
 
 
-class Benchmark(BaseModel):
+class BenchmarkDiff(BaseModel):
     """One task, item by item. lost: items that A has right and B wrong; gained: the other way round."""
 
     model_config = FROZEN
@@ -116,7 +116,7 @@ class Benchmark(BaseModel):
     verdict: str = ""
 
 
-class Flip(BaseModel):
+class FlippedItem(BaseModel):
     """An item that one of the two has right and the other wrong, with both answers."""
 
     model_config = FROZEN
@@ -134,7 +134,7 @@ class Flip(BaseModel):
         return self.b.score < self.a.score
 
 
-class Load(BaseModel):
+class LoadDiff(BaseModel):
     """A figure of two load tests with so many requests at once."""
 
     model_config = FROZEN
@@ -149,8 +149,8 @@ class Diff(BaseModel):
 
     model_config = FROZEN
     version: Literal[1] = 1
-    a: Party
-    b: Party
+    a: ComparedModel
+    b: ComparedModel
     left_out: tuple[str, ...] = ()  # what is not comparable, a sentence each
     notes: tuple[str, ...] = ()  # what a reader must know of the comparison
     sizes: tuple[Quantity, ...] = ()
@@ -158,16 +158,16 @@ class Diff(BaseModel):
     plan: tuple[Change, ...] = ()
     made_with: tuple[Change, ...] = ()
     gates: tuple[Change, ...] = ()
-    decisions: tuple[Group, ...] = ()
-    tensors: tuple[Group, ...] = ()
-    distribution: tuple[Distribution, ...] = ()
-    likelihood: tuple[Likelihood, ...] = ()
-    benchmarks: tuple[Benchmark, ...] = ()
-    blocks: tuple[Shift, ...] = ()
-    routers: tuple[Shift, ...] = ()
-    modules: tuple[Shift, ...] = ()
+    decisions: tuple[TensorGroup, ...] = ()
+    tensors: tuple[TensorGroup, ...] = ()
+    distribution: tuple[DistributionDiff, ...] = ()
+    likelihood: tuple[LikelihoodDiff, ...] = ()
+    benchmarks: tuple[BenchmarkDiff, ...] = ()
+    blocks: tuple[ErrorShift, ...] = ()
+    routers: tuple[ErrorShift, ...] = ()
+    modules: tuple[ErrorShift, ...] = ()
     fallbacks: tuple[Change, ...] = ()
-    flips: tuple[Flip, ...] = ()
-    load: tuple[Load, ...] = ()
+    flips: tuple[FlippedItem, ...] = ()
+    load: tuple[LoadDiff, ...] = ()
     compared_items: int = 0
     reworded: int = 0  # items with other answers and the same score

@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from quantkit import registry
-from quantkit.artifact.layout import format_name, mapping, read_manifest
+from quantkit.artifact.read_manifest import get_format_name, get_section, read_manifest
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.checkpoint.scan import scan
+from quantkit.checkpoint.scan import scan_file
 from quantkit.contracts import Absorber, Block, Format, Layout, LinearGroup, Scheme, TensorSpec
 from quantkit.errors import ArtifactError, CheckpointError, UsageError
 from quantkit.plan.plan import load_architecture
-from quantkit.verify.contents import parts_of, scheme_of
+from quantkit.verify.classify_tensors import parts_of, scheme_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ class Sides:
         wanted = set(names)
         files = {file for name, file in self.source.shards.files.items() if name in wanted}
         for file in sorted(files):
-            if scan((self.source.folder / file).resolve()) != told.get(file):
+            if scan_file((self.source.folder / file).resolve()) != told.get(file):
                 raise changed(self.path, self.named, f"{file} has other bytes")
         return len(files)
 
@@ -169,10 +169,10 @@ def open_sides(path: Path, source: str | None) -> Sides:
     Raises ArtifactError for a source that changed, CheckpointError for one that cannot be read.
     """
     manifest = read_manifest(path)
-    told = mapping(manifest, "source", path)
+    told = get_section(manifest, "source", path)
     model, revision = source or str(told.get("model")), None if source else told.get("revision")
     try:
-        folder = hub.resolve(model, revision if isinstance(revision, str) else None).folder
+        folder = hub.resolve_model(model, revision if isinstance(revision, str) else None).folder
     except (CheckpointError, UsageError) as fault:
         raise CheckpointError(
             f"{path}: its source {model} cannot be read, and --deep needs it: {fault}"
@@ -182,7 +182,7 @@ def open_sides(path: Path, source: str | None) -> Sides:
         raise changed(path, model, "its names, headers, config or tokenizer differ")
     modules: dict[str, Mapping[str, Any]] = {
         name: record
-        for name, record in mapping(manifest, "modules", path).items()
+        for name, record in get_section(manifest, "modules", path).items()
         if isinstance(record, Mapping)
     }
     schemes = {
@@ -190,16 +190,16 @@ def open_sides(path: Path, source: str | None) -> Sides:
         for name, record in modules.items()
         if (scheme := scheme_of(record.get("scheme")))
     }
-    name = format_name(manifest)
+    name = get_format_name(manifest)
     if schemes:
-        registry.require(str(name))
+        registry.check_packages(str(name))
     blocks = {
-        name: block for name, block in mapping(manifest, "blocks", path).items() if isinstance(block, Mapping)
+        name: block for name, block in get_section(manifest, "blocks", path).items() if isinstance(block, Mapping)
     }  # fmt: skip
     return Sides(
         path=path,
         named=model,
-        format=registry.format(str(name)) if schemes else None,
+        format=registry.get_format(str(name)) if schemes else None,
         stored=Checkpoint.open(path),
         source=opened,
         layout=load_architecture(opened.config).layout(opened.config),

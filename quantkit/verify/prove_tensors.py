@@ -18,7 +18,7 @@ from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.checkpoint.tensors import TORCH_DTYPES
 from quantkit.contracts import Absorber, Method, Scheme
 from quantkit.numerics import gram
-from quantkit.verify.deep_sides import Sides
+from quantkit.verify.source_pair import Sides
 
 Kind = Literal["requantized", "reproduced", "scaled", "equal", "power_of_two", "factor", "unproven"]
 
@@ -128,13 +128,13 @@ def prove_linear(sides: Sides, module: str) -> Proof:
 
 def data_free(record: Any) -> Method | None:
     """The method that chose the codes if it looked at nothing but the weight; None for one that learned."""
-    if record.get("method") not in registry.names("methods"):
+    if record.get("method") not in registry.list_names("methods"):
         return None
-    method = registry.method(record["method"])
+    method = registry.get_method(record["method"])
     if (
         record.get("output_error") is None
     ):  # nothing was known of its input: whatever learns gave way to rtn
-        return registry.method("rtn") if method.needs_stats else method
+        return registry.get_method("rtn") if method.needs_stats else method
     return method if not method.needs_stats and record.get("rounding") == "nearest" else None
 
 
@@ -178,7 +178,7 @@ def recorded(record: Any) -> float:
 
 def relative_error(weight: Tensor, back: Tensor) -> float:
     """||W - Q|| / ||W||, as the manifest has it."""
-    return float(10 ** (-float(gram.sqnr_db(weight, back)) / 20))
+    return float(10 ** (-float(gram.compute_sqnr_db(weight, back)) / 20))
 
 
 def prove_scaled(

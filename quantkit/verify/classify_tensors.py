@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from quantkit import registry
+from quantkit.artifact.layout import MANIFEST
 from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.contracts import Contents, Format, Linear, ScaleDtype, Scheme, TensorSpec
 from quantkit.errors import UsageError
-from quantkit.formats.common.checks import FINITE, MAGNITUDE, Checks, Numbers
+from quantkit.formats.common.checks import FINITE, MAGNITUDE, FormatChecks, ValueCheck
 
 FP8_SIDE = 128
 FLOATING = frozenset({"F64", "F32", "F16", "BF16", FP8})
@@ -40,7 +41,7 @@ class Found:
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     kept: tuple[str, ...] = ()  # modules with a matrix that is not quantized
     fp8: tuple[str, ...] = ()  # those of them in FP8 blocks
-    numbers: Mapping[str, Numbers] = field(default_factory=dict)
+    numbers: Mapping[str, ValueCheck] = field(default_factory=dict)
     logical: Mapping[str, TensorSpec] = field(
         default_factory=dict
     )  # as the model computes: every matrix a `weight`
@@ -67,23 +68,21 @@ def read_contents(
         told = record.get("scheme") if isinstance(record, Mapping) else None
         scheme = scheme_of(told)
         if scheme is None:
-            faults.append(
-                f"quantkit/manifest.json: modules.{module}: expected a scheme, found {told!r:.100}"
-            )
+            faults.append(f"{MANIFEST}: modules.{module}: expected a scheme, found {told!r:.100}")
         else:
             schemes[module] = scheme
-    if not isinstance(name, str) or name not in registry.names("formats"):
-        known = ", ".join(registry.names("formats"))
-        found = f"quantkit/manifest.json: format: expected one of {known}, found {name!r:.60}"
+    if not isinstance(name, str) or name not in registry.list_names("formats"):
+        known = ", ".join(registry.list_names("formats"))
+        found = f"{MANIFEST}: format: expected one of {known}, found {name!r:.60}"
         return (
             Found(name=None, faults=(*faults, found))
             if schemes or name is not None
             else rest(None, {}, specs)
         )
-    output, checks = registry.format(name), registry.checks(name)
+    output, checks = registry.get_format(name), registry.get_checks(name)
     parts = parts_of(schemes, specs)
     linears: dict[str, Linear] = {}
-    numbers: dict[str, Numbers] = {}
+    numbers: dict[str, ValueCheck] = {}
     taken: set[str] = set()
     for module, scheme in schemes.items():
         own = parts.get(module, {})
@@ -136,7 +135,7 @@ def linear_of(
     scheme: Scheme,
     own: Mapping[str, TensorSpec],
     output: Format,
-    checks: Checks,
+    checks: FormatChecks,
     read: ReadSmall,
 ) -> tuple[Linear | None, str | None]:
     """A quantized linear by its tensors; or why they are not those that the scheme asks for."""

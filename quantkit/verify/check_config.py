@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from quantkit import registry
+from quantkit.checkpoint.file_names import CONFIG
 from quantkit.contracts import Config
 from quantkit.errors import ArtifactError, CheckpointError, QuantkitError
-from quantkit.formats.common.checks import Codes, Loader, Treatment, by_codes
-from quantkit.formats.common.engine_names import HEAD, engine_names
+from quantkit.formats.common.checks import IntegerCodes, Loader, Treatment, group_by_codes
+from quantkit.formats.common.engine_names import LM_HEAD, expand_fused_names
 from quantkit.plan.match_checkpoint import match_layout
-from quantkit.verify.contents import Found, config_contents
+from quantkit.verify.classify_tensors import Found, config_contents
 
 SHOWN = 3
 """Modules of one kind of fault that are named; the rest is counted."""
@@ -24,9 +25,9 @@ def config_faults(values: Mapping[str, object], found: Found) -> Iterator[str]:
         if entry is not None:
             yield "config.json: quantization_config: expected none, as nothing is quantized"
         return
-    output, checks = registry.format(found.name), registry.checks(found.name)
-    if values.get("tie_word_embeddings") is True and HEAD not in found.kept:
-        found = replace(found, kept=(*found.kept, HEAD))
+    output, checks = registry.get_format(found.name), registry.get_checks(found.name)
+    if values.get("tie_word_embeddings") is True and LM_HEAD not in found.kept:
+        found = replace(found, kept=(*found.kept, LM_HEAD))
     expected, fault = config_contents(output, found.contents)
     if fault:
         yield f"config.json: {fault}"
@@ -49,14 +50,14 @@ def loader_faults(loader: Loader, entry: Mapping[str, object], found: Found) -> 
     treatment, blocks = loader.told(entry), set(found.fp8)
     wrong: dict[tuple[Treatment, Treatment], list[str]] = {}
     held: Mapping[Treatment, Sequence[str]] = {
-        **dict(by_codes(found.schemes)),
+        **dict(group_by_codes(found.schemes)),
         "fp8": found.fp8,
         "plain": [name for name in found.kept if name not in blocks],
     }
     for kind, names in held.items():
-        for name in engine_names(names) if loader.fused else names:
+        for name in expand_fused_names(names) if loader.fused else names:
             taken = treatment(name)
-            if taken != kind and not (taken == "codes" and isinstance(kind, Codes)):
+            if taken != kind and not (taken == "codes" and isinstance(kind, IntegerCodes)):
                 wrong.setdefault((kind, taken), []).append(name)
     for (kind, taken), names in wrong.items():
         yield misread(loader.engines, kind, taken, names)
@@ -69,8 +70,10 @@ def misread(engines: str, held: Treatment, taken: Treatment, names: Sequence[str
     """The sentence for modules that engines would take for something else than they are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     verb = "is" if len(names) == 1 else "are"
-    here, there = (WORDS["codes" if isinstance(each, Codes) else each] for each in (held, taken))
-    if isinstance(held, Codes) and isinstance(taken, Codes):
+    here, there = (
+        WORDS["codes" if isinstance(each, IntegerCodes) else each] for each in (held, taken)
+    )
+    if isinstance(held, IntegerCodes) and isinstance(taken, IntegerCodes):
         here, there = f"of {held}", f"of {taken}"
     return (
         f"config.json: quantization_config: {', '.join(names[:SHOWN])}{more} {verb} {here} in the tensors, but {there} "
@@ -103,17 +106,15 @@ def model_faults(values: Mapping[str, object], found: Found) -> tuple[list[str],
     plain = {key: value for key, value in values.items() if key != "quantization_config"}
     if fault := size_fault(plain, len(found.logical)):
         return [fault], None
-    config = Config(values=plain, where="config.json")
+    config = Config(values=plain, where=CONFIG)
     try:
         model_type = config.text("model_type")
-        if model_type not in registry.names("architectures"):
+        if model_type not in registry.list_names("architectures"):
             return (
                 [],
                 f"no table for model_type {model_type!r}: tensors were not compared with the model's shape",
             )
-        claimed = match_layout(
-            registry.architecture(model_type), config, found.logical, "config.json"
-        )
+        claimed = match_layout(registry.get_architecture(model_type), config, found.logical, CONFIG)
     except (CheckpointError, QuantkitError) as fault:
         return [str(fault)], None
     except (

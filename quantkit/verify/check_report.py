@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from quantkit.artifact.layout import FIDELITY, MANIFEST, PLAN
 from quantkit.errors import ArtifactError
 from quantkit.io.files import read_json
 
-REPORT, PLAN = "quantkit/fidelity.json", "quantkit/plan.json"
 STATUSES = ("accepted", "rejected", "not judged")
 FIGURES = {
     "rule": "rule",
@@ -30,19 +30,19 @@ def report_faults(
     """Figures that stand in two places and differ; files the manifest does not list are left out."""
     status, plan = manifest.get("status"), manifest.get("plan")
     if status not in STATUSES:
-        yield f"quantkit/manifest.json: status: expected one of {', '.join(STATUSES)}, found {status!r:.60}"
+        yield f"{MANIFEST}: status: expected one of {', '.join(STATUSES)}, found {status!r:.60}"
     found = {
         name: readable(path, name)
-        for name in (PLAN, REPORT)
+        for name in (PLAN, FIDELITY)
         if name in files and (path / name).is_file()
     }
     yield from (values for values in found.values() if isinstance(values, str))
-    resolved, report = found.get(PLAN), found.get(REPORT)
+    resolved, report = found.get(PLAN), found.get(FIDELITY)
     if isinstance(resolved, Mapping) and resolved.get("hash") != plan:
         yield f"{PLAN}: hash: not the plan that the manifest names"
     if isinstance(report, Mapping):
         if report.get("status") != status:
-            yield f"{REPORT}: status: expected {status!r} as in the manifest, found {report.get('status')!r:.60}"
+            yield f"{FIDELITY}: status: expected {status!r} as in the manifest, found {report.get('status')!r:.60}"
         yield from gate_faults(report)
         yield from module_faults(report.get("modules"), manifest.get("modules"))
 
@@ -51,16 +51,16 @@ def gate_faults(report: Mapping[str, object]) -> Iterator[str]:
     """A status that its gates do not give, and gates whose figure lies on the other side of their bound."""
     listed = report.get("gates")
     rows = [row for row in listed if isinstance(row, Mapping)] if isinstance(listed, list) else []
-    expected = status([row.get("ok") for row in rows])
+    expected = compute_status([row.get("ok") for row in rows])
     if report.get("status") != expected:
-        yield f"{REPORT}: status: expected {expected!r} by its gates, found {report.get('status')!r:.60}"
+        yield f"{FIDELITY}: status: expected {expected!r} by its gates, found {report.get('status')!r:.60}"
     for row in rows:
         if row.get("ok") is True and misses(row.get("value"), row.get("bound")):
             told = f"{row.get('figure')!r:.60} {row.get('bound')!r:.60}"
-            yield f"{REPORT}: gates: {told}: kept, it says, with the figure {row.get('value')!r:.60}"
+            yield f"{FIDELITY}: gates: {told}: kept, it says, with the figure {row.get('value')!r:.60}"
 
 
-def status(outcomes: Sequence[object]) -> Literal["accepted", "rejected", "not judged"]:
+def compute_status(outcomes: Sequence[object]) -> Literal["accepted", "rejected", "not judged"]:
     """rejected when a bound is missed (False); accepted when there are some and all are kept; otherwise not judged."""
     if any(ok is False for ok in outcomes):
         return "rejected"
@@ -97,8 +97,8 @@ def module_faults(reported: object, recorded: object) -> Iterator[str]:
     for name in dict.fromkeys([*told, *known]):
         row, record = told.get(name), known.get(name)
         if not isinstance(row, Mapping) or not isinstance(record, Mapping):
-            yield f"{REPORT}: modules: {name}: expected in report and manifest, found in one of them"
+            yield f"{FIDELITY}: modules: {name}: expected in report and manifest, found in one of them"
             continue
         for key, other in FIGURES.items():
             if row.get(key) != record.get(other):
-                yield f"{REPORT}: modules: {name}: {key}: expected {record.get(other)} as in the manifest"
+                yield f"{FIDELITY}: modules: {name}: {key}: expected {record.get(other)} as in the manifest"

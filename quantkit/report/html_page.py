@@ -1,4 +1,4 @@
-"""quantkit/fidelity.html: one file for people, from fidelity.json and the samples alone. Nothing is fetched to show it.
+"""The page quantkit/fidelity.html: one file for people, from fidelity.json and the samples alone. Nothing is fetched to show it.
 
 Text from models and checkpoints is hostile: the template escapes everything, plots are data, and the page's content
 security policy lets no script run but the two it names by hash. Drawn by Vega-Lite, whose code comes from the package
@@ -21,17 +21,17 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from quantkit.artifact.fidelity_schema import Distribution, Fidelity, Figure
-from quantkit.artifact.layout import MANIFEST, mapping, read_manifest
-from quantkit.artifact.read_report import read_report, read_sealed
+from quantkit.artifact.fidelity_schema import Fidelity, Figure
+from quantkit.artifact.layout import MANIFEST, PAGE
+from quantkit.artifact.read_manifest import get_section, read_manifest
+from quantkit.artifact.read_report import read_report, read_sealed_report
 from quantkit.errors import ArtifactError
+from quantkit.figures import ALL_TEXT, FigureDefinition, list_headline_figures
 from quantkit.io import user_cache
 from quantkit.io.files import is_file, write_atomic, write_output
 from quantkit.report import card, format_numbers, module_ranges, tables
-from quantkit.report.charts import CONFIG, Plot, charts
-from quantkit.report.samples import Answer, Changed, Samples, read_samples
-
-HTML = "quantkit/fidelity.html"
+from quantkit.report.charts import CONFIG, Plot, make_charts
+from quantkit.report.samples import Answer, ChangedItem, Samples, read_samples
 
 WORST = 200  # modules in the table
 FOLDED = 400  # lines of names per fallback
@@ -54,7 +54,7 @@ class Tile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
+class Excerpt:
     """An answer around the place where it leaves the other one."""
 
     before: str
@@ -65,17 +65,17 @@ class Shown:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
+class ShownItem:
     """A changed item as the page shows it."""
 
-    changed: Changed
+    changed: ChangedItem
     prompt: str
     cut_prompt: int
-    source: Shown
-    artifact: Shown
+    source: Excerpt
+    artifact: Excerpt
 
 
-def rebuild(artifact: Path, output: Path | None = None) -> Path:
+def rebuild_page(artifact: Path, output: Path | None = None) -> Path:
     """Make the page of an artifact anew; without `output` in its own place.
 
     Raises ArtifactError when the evidence is not what was sealed, and when other bytes than the manifest names would go
@@ -83,56 +83,58 @@ def rebuild(artifact: Path, output: Path | None = None) -> Path:
     """
     files: Mapping[str, object] = {}
     if output is None or is_file(artifact / MANIFEST):
-        files = mapping(read_manifest(artifact), "files", artifact)
-        read_sealed(
-            artifact, absent=(HTML, *(name for name in files if not is_file(artifact / name)))
+        files = get_section(read_manifest(artifact), "files", artifact)
+        read_sealed_report(
+            artifact, absent=(PAGE, *(name for name in files if not is_file(artifact / name)))
         )
-    content = page(artifact).encode()
+    content = make_page(artifact).encode()
     if output is None:
-        entry = files.get(HTML)
+        entry = files.get(PAGE)
         if (
             not isinstance(entry, Mapping)
             or entry.get("sha256") != hashlib.sha256(content).hexdigest()
         ):
             raise ArtifactError(
-                f"{artifact / MANIFEST}: {HTML}: expected the page that these files make, found another or none (made "
+                f"{artifact / MANIFEST}: {PAGE}: expected the page that these files make, found another or none (made "
                 "with other versions?); write it elsewhere with --output FILE"
             )
-        write_atomic(artifact / HTML, content)
-        return artifact / HTML
+        write_atomic(artifact / PAGE, content)
+        return artifact / PAGE
     write_output(output, content)
     return output
 
 
-def page(artifact: Path) -> str:
+def make_page(artifact: Path) -> str:
     """The page of the artifact in a folder, sealed or not. Raises ArtifactError."""
     fidelity = read_report(artifact)
     filters = {row.task: row.metric for row in fidelity.benchmarks}
-    return render(fidelity, read_samples(artifact, filters))
+    return render_page(fidelity, read_samples(artifact, filters))
 
 
-def render(fidelity: Fidelity, samples: Samples) -> str:
+def render_page(fidelity: Fidelity, samples: Samples) -> str:
     """The whole page."""
-    made = environment(autoescape=True)
-    items = shown_items(samples.changed)
+    made = make_environment(autoescape=True)
+    items = select_items(samples.changed)
     return made.get_template("fidelity.html.j2").render(
         fidelity=fidelity,
         samples=samples,
         items=items,
         hidden=len(samples.changed) - len(items),
         tables=tables,
-        tiles=tiles(fidelity),
-        verdict=card.verdict(fidelity),
-        intervals=intervals([row.delta_pp for row in fidelity.benchmarks]),
+        tiles=make_tiles(fidelity),
+        verdict=card.format_verdict(fidelity),
+        intervals=draw_intervals([row.delta_pp for row in fidelity.benchmarks]),
         worst=WORST,
         folded_lines=FOLDED,
-        **drawn(made, charts(fidelity, samples.histogram), ("fidelity.css",)),
+        **make_plot_context(made, make_charts(fidelity, samples.histogram), ("fidelity.css",)),
     )
 
 
-def drawn(made: Environment, plots: Mapping[str, Plot], styles: Sequence[str]) -> dict[str, object]:
+def make_plot_context(
+    made: Environment, plots: Mapping[str, Plot], styles: Sequence[str]
+) -> dict[str, object]:
     """What every page draws with: its plots, the only two scripts its policy lets run, and its styles."""
-    vega, own = library(), template_text(made, "fidelity.js")
+    vega, own = load_vega_bundle(), read_template(made, "fidelity.js")
     return {
         "plots": plots,
         "drawings": {
@@ -141,12 +143,12 @@ def drawn(made: Environment, plots: Mapping[str, Plot], styles: Sequence[str]) -
         },
         "vega": Markup(vega),
         "script": Markup(own),
-        "style": Markup("".join(template_text(made, name) for name in styles)),
-        "hashes": [csp_hash(vega), csp_hash(own)],
+        "style": Markup("".join(read_template(made, name) for name in styles)),
+        "hashes": [compute_csp_hash(vega), compute_csp_hash(own)],
     }
 
 
-def environment(*, autoescape: bool) -> Environment:
+def make_environment(*, autoescape: bool) -> Environment:
     """What templates may call; text that cannot be shown becomes a replacement sign."""
     made = Environment(
         loader=PackageLoader("quantkit.report", "templates"),
@@ -154,39 +156,40 @@ def environment(*, autoescape: bool) -> Environment:
         autoescape=autoescape,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=visible,
+        finalize=replace_invisible,
     )
     made.filters |= {
-        "size": format_numbers.size, "parameters": format_numbers.parameters, "count": format_numbers.count, "tone": tone, "json": as_json,
-        "folded": module_ranges.folded,
+        "size": format_numbers.format_size, "parameters": format_numbers.format_parameters, "count": format_numbers.format_count, "tone": choose_tone, "json": format_json,
+        "folded": module_ranges.fold_names,
     }  # fmt: skip
     return made
 
 
 @cache
-def library() -> str:
+def load_vega_bundle() -> str:
     """The code that draws: Vega, Vega-Lite and vega-embed in one script of 0.9 MB.
 
     Putting it together takes 1.4 s and 100 MB, so it is kept for the next page.
     """
-    return user_cache.text(
-        user_cache.folder("charts") / f"vega-{version('vl-convert-python')}.js", bundled
+    return user_cache.load_or_make_text(
+        user_cache.locate_folder("charts") / f"vega-{version('vl-convert-python')}.js",
+        build_vega_bundle,
     )
 
 
-def bundled() -> str:
+def build_vega_bundle() -> str:
     """The script, put together by vl-convert."""
     from vl_convert import javascript_bundle  # 85 MB
 
     return str(javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace("</script", "<\\/script")
 
 
-def csp_hash(script: str) -> str:
+def compute_csp_hash(script: str) -> str:
     """What a content security policy calls a script by."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
-def as_json(value: object) -> Markup:
+def format_json(value: object) -> Markup:
     """JSON that ends no script element."""
     text = json.dumps(
         _visible_all(value), ensure_ascii=True, allow_nan=False, separators=(",", ":")
@@ -194,7 +197,7 @@ def as_json(value: object) -> Markup:
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
-def visible(value: object) -> object:
+def replace_invisible(value: object) -> object:
     """Control characters, lone surrogates and marks that turn the direction of text become a replacement sign."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
@@ -210,63 +213,57 @@ def _visible_all(value: object) -> object:
     return (
         [_visible_all(each) for each in value]
         if isinstance(value, list | tuple)
-        else visible(value)
+        else replace_invisible(value)
     )
 
 
-def tone(text: str) -> str:
+def choose_tone(text: str) -> str:
     """The class of a cell that says how something ended."""
     word = text.split(":")[0].split("(")[0].strip().lower()
     return {"pass": "good", "kept": "good", "fail": "bad", "missed": "bad"}.get(word, "open")
 
 
-def tiles(fidelity: Fidelity) -> list[Tile]:
-    """The figures that a reader wants first."""
-    artifact = fidelity.artifact
-    before = f"from {format_numbers.size(artifact.bytes_source)}"
-    times = artifact.bytes_source / artifact.bytes_artifact if artifact.bytes_artifact else 0.0
-    smaller = f", {times:.2f}x smaller" if times > 1 else ""
-    found = [
-        Tile(
-            label="Size", value=format_numbers.size(artifact.bytes_artifact), note=before + smaller
-        ),
-        Tile(
-            label="Bits per weight",
-            value=f"{artifact.bits_per_weight:.2f}",
-            note="of what is quantized",
-        ),
+def make_tiles(fidelity: Fidelity) -> list[Tile]:
+    """Return the figures of the page's head: those that the table gives a tile, then recovery."""
+    tiles = [
+        tile
+        for definition in list_headline_figures()
+        if definition.tile and (tile := _make_tile(definition, fidelity))
     ]
-    pooled = next((row for row in fidelity.distribution if row.domain == "all"), None)
-    found += _distribution_tiles(pooled) if pooled else []
-    known = [
+    recoveries = [
         (row.recovery.value, row.task)
         for row in fidelity.benchmarks
         if row.recovery and row.recovery.value is not None
     ]
-    if known:
-        worst, task = min(known)
-        note = f"{task}, the lowest of {len(known)}" if len(known) > 1 else task
-        found.append(Tile(label="Recovery", value=format_numbers.percent(worst), note=note))
-    return found
+    if recoveries:
+        lowest, task = min(recoveries)
+        note = f"{task}, the lowest of {len(recoveries)}" if len(recoveries) > 1 else task
+        value = format_numbers.format_percent(lowest)
+        tiles.append(Tile(label="Recovery", value=value, note=note))
+    return tiles
 
 
-def _distribution_tiles(pooled: Distribution) -> list[Tile]:
-    told = (
-        ("Mean KL", format_numbers.kl(pooled.kl_mean), "nats per token"),
-        ("Perplexity", format_numbers.ratio(pooled.ppl_ratio), "times the source's"),
-        ("Same top token", format_numbers.share(pooled.top1), f"of {pooled.tokens:,} tokens"),
-    )
-    found = []
-    for label, text, note in told:
-        value, _, error = text.partition(" ±")
-        if value != format_numbers.MISSING:
-            found.append(
-                Tile(label=label, value=value, note=f"{note}, ±{error}" if error else note)
-            )
-    return found
+def _make_tile(definition: FigureDefinition, fidelity: Fidelity) -> Tile | None:
+    """Return a figure's tile; None if it was not measured."""
+    text = format_numbers.format_reading(definition, definition.read(fidelity))
+    value, _, error = text.partition(" ±")
+    if value == format_numbers.MISSING:
+        return None
+    note = _describe_size(fidelity) if definition.key == "size" else definition.tile_note
+    tokens = next((row.tokens for row in fidelity.distribution if row.domain == ALL_TEXT), 0)
+    note = note.format(tokens=f"{tokens:,}")
+    return Tile(label=definition.tile, value=value, note=f"{note}, ±{error}" if error else note)
 
 
-def intervals(differences: Sequence[Figure | None]) -> dict[int, Markup]:
+def _describe_size(fidelity: Fidelity) -> str:
+    """Return "from 7.80 MB, 1.22x smaller"."""
+    artifact = fidelity.artifact
+    ratio = artifact.bytes_source / artifact.bytes_artifact if artifact.bytes_artifact else 0.0
+    smaller = f", {ratio:.2f}x smaller" if ratio > 1 else ""
+    return f"from {format_numbers.format_size(artifact.bytes_source)}{smaller}"
+
+
+def draw_intervals(differences: Sequence[Figure | None]) -> dict[int, Markup]:
     """A drawing of each benchmark's difference and its interval on one common scale; by row."""
     known = {
         n: (low, found.value, high)
@@ -289,17 +286,17 @@ def _interval(low: float, middle: float, high: float) -> Markup:
     ).format(side, low, high, middle)
 
 
-def shown_items(changed: Sequence[Changed]) -> list[Item]:
+def select_items(changed: Sequence[ChangedItem]) -> list[ShownItem]:
     """The changed items that the page has room for, each around its first difference."""
-    found: list[Item] = []
+    found: list[ShownItem] = []
     room = ITEMS_BYTES
     for item in changed:
-        made = Item(
+        made = ShownItem(
             changed=item,
             prompt=item.prompt[-PROMPT:],
             cut_prompt=max(0, len(item.prompt) - PROMPT),
-            source=around(item.source, item.divergence),
-            artifact=around(item.artifact, item.divergence),
+            source=cut_excerpt(item.source, item.divergence),
+            artifact=cut_excerpt(item.artifact, item.divergence),
         )
         sides = (made.source, made.artifact)
         texts = (
@@ -314,7 +311,7 @@ def shown_items(changed: Sequence[Changed]) -> list[Item]:
     return found
 
 
-def around(answer: Answer, place: int) -> Shown:
+def cut_excerpt(answer: Answer, place: int) -> Excerpt:
     """The answer near `place`, cut where it is long; the word that holds the first difference stands by itself."""
     text = answer.text
     start = place
@@ -327,7 +324,7 @@ def around(answer: Answer, place: int) -> Shown:
     match = _WORD.match(text, start)
     end = max(match.end(), min(place + 1, len(text))) if match else start
     first, last = max(0, start - BEFORE), min(len(text), end + AFTER)
-    return Shown(
+    return Excerpt(
         before=text[first:start], differs=text[start:end], after=text[end:last], cut_before=first,
         cut_after=len(text) - last,
     )  # fmt: skip
@@ -337,7 +334,7 @@ def _word(sign: str) -> bool:
     return bool(re.fullmatch(r"[^\W\u3040-\u9fff]", sign))
 
 
-def template_text(environment: Environment, name: str) -> str:
+def read_template(environment: Environment, name: str) -> str:
     """A file beside the templates as it is."""
     loader = environment.loader
     assert loader is not None  # given above

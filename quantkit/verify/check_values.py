@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.contracts import TensorSpec
-from quantkit.formats.common.checks import Numbers
+from quantkit.formats.common.checks import ValueCheck
 
 Words = np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]
 
@@ -54,7 +54,7 @@ class Watch:
     """One tensor under scrutiny: pieces come in order, `fault` is the first thing that is wrong."""
 
     spec: TensorSpec
-    wanted: Numbers
+    wanted: ValueCheck
     fault: str | None = None
     whole: bytearray = field(default_factory=bytearray)
 

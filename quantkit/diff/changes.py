@@ -6,23 +6,23 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
+from quantkit.diff.diff_schema import Change, Quantity, TensorGroup
 from quantkit.diff.sides import Side, Tensors
-from quantkit.diff.values import Change, Group, Quantity
 from quantkit.report import format_numbers
-from quantkit.report.module_ranges import folded
+from quantkit.report.module_ranges import fold_names
 
 ABSENT = "none"
 UNQUANTIZED = "not quantized"
 
 
-def recipe(a: Side, b: Side) -> tuple[Change, ...]:
+def compare_recipes(a: Side, b: Side) -> tuple[Change, ...]:
     """Keys of the resolved recipes that differ.
 
     What a rule takes over from `quantize` is told once, under `quantize`.
     """
     if a.recipe is None or b.recipe is None:
         return ()
-    found = changes(_flat(a.recipe), _flat(b.recipe))
+    found = list_changes(_flat(a.recipe), _flat(b.recipe))
     default = {
         change.key.rpartition(".")[2]: change
         for change in found
@@ -39,12 +39,12 @@ def recipe(a: Side, b: Side) -> tuple[Change, ...]:
     return tuple(change for change in found if not inherited(change))
 
 
-def plan(a: Side, b: Side) -> tuple[Change, ...]:
+def compare_plans(a: Side, b: Side) -> tuple[Change, ...]:
     """Keys of the plans that differ: what each rule came to, and the totals."""
-    return () if a.plan is None or b.plan is None else changes(_flat(a.plan), _flat(b.plan))
+    return () if a.plan is None or b.plan is None else list_changes(_flat(a.plan), _flat(b.plan))
 
 
-def changes(first: Mapping[str, str], second: Mapping[str, str]) -> tuple[Change, ...]:
+def list_changes(first: Mapping[str, str], second: Mapping[str, str]) -> tuple[Change, ...]:
     """Keys whose text differs, in the order of the first, then of the second."""
     keys = dict.fromkeys((*first, *second))
     return tuple(
@@ -54,12 +54,12 @@ def changes(first: Mapping[str, str], second: Mapping[str, str]) -> tuple[Change
     )
 
 
-def gates(a: Side, b: Side) -> tuple[Change, ...]:
+def compare_gates(a: Side, b: Side) -> tuple[Change, ...]:
     """Every bound of either, with value and result on both sides."""
     words = {True: "kept", False: "missed", None: "not judged"}
     told = [
         {
-            f"{row.figure} {row.bound}": f"{words[row.ok]} ({format_numbers.digits(row.value)})"
+            f"{row.figure} {row.bound}": f"{words[row.ok]} ({format_numbers.format_digits(row.value)})"
             if row.value is not None
             else words[row.ok]
             for row in side.fidelity.gates
@@ -72,7 +72,7 @@ def gates(a: Side, b: Side) -> tuple[Change, ...]:
     )
 
 
-def fallbacks(a: Side, b: Side) -> tuple[Change, ...]:
+def compare_fallbacks(a: Side, b: Side) -> tuple[Change, ...]:
     """How many modules took each fallback, where that differs."""
     first, second = (
         {row.kind: f"{len(row.modules):,}" for row in s.fidelity.fallbacks} for s in (a, b)
@@ -82,7 +82,7 @@ def fallbacks(a: Side, b: Side) -> tuple[Change, ...]:
     return tuple(change for change in found if change.a != change.b)
 
 
-def decisions(a: Side, b: Side) -> tuple[Group, ...]:
+def group_decisions(a: Side, b: Side) -> tuple[TensorGroup, ...]:
     """Linears about which the plans decided otherwise, by what was decided."""
     if a.decisions is None or b.decisions is None:
         return ()
@@ -93,7 +93,7 @@ def decisions(a: Side, b: Side) -> tuple[Group, ...]:
     return _grouped("decision", pairs)
 
 
-def schemes(a: Side, b: Side) -> tuple[Group, ...]:
+def group_schemes(a: Side, b: Side) -> tuple[TensorGroup, ...]:
     """Matrices that are stored in another scheme; where the plans are known, their decisions tell it too."""
     first, second = (
         {m.name: m.scheme for m in side.fidelity.modules if m.method} for side in (a, b)
@@ -105,7 +105,7 @@ def schemes(a: Side, b: Side) -> tuple[Group, ...]:
     return _grouped("scheme", pairs)
 
 
-def tensors(a: Side, b: Side) -> tuple[Group, ...]:
+def group_tensors(a: Side, b: Side) -> tuple[TensorGroup, ...]:
     """Tensors that were added or removed, or that have another dtype or shape."""
     if a.tensors is None or b.tensors is None:
         return ()
@@ -125,7 +125,7 @@ def tensors(a: Side, b: Side) -> tuple[Group, ...]:
     )
 
 
-def sizes(a: Side, b: Side) -> tuple[Quantity, ...]:
+def compare_sizes(a: Side, b: Side) -> tuple[Quantity, ...]:
     """Bytes, bits and counts of both."""
     first, second = a.fidelity.artifact, b.fidelity.artifact
     quantized = [bool(side.fidelity.modules) for side in (a, b)]
@@ -152,7 +152,7 @@ def sizes(a: Side, b: Side) -> tuple[Quantity, ...]:
     return tuple(rows)
 
 
-def same_weights(a: Side, b: Side) -> bool:
+def has_same_weights(a: Side, b: Side) -> bool:
     """Whether the weight files of both are the same bytes."""
     first, second = (
         {n: f for n, f in (s.files or {}).items() if n.endswith(".safetensors")} for s in (a, b)
@@ -184,7 +184,7 @@ def _flat(values: object, path: str = "") -> dict[str, str]:
 def _grouped(
     change: Literal["added", "removed", "dtype", "shape", "decision", "scheme"],
     pairs: Mapping[str, tuple[str, str]],
-) -> tuple[Group, ...]:
+) -> tuple[TensorGroup, ...]:
     """Names whose two texts differ, by those texts; the largest group first."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, (a, b) in pairs.items():
@@ -192,7 +192,7 @@ def _grouped(
             groups.setdefault((a, b), []).append(name)
     ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
     return tuple(
-        Group(change=change, a=a, b=b, count=len(n), names=tuple(folded(n)))
+        TensorGroup(change=change, a=a, b=b, count=len(n), names=tuple(fold_names(n)))
         for (a, b), n in ordered
     )
 

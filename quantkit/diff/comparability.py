@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from quantkit.artifact.fidelity_schema import Benchmark, Likelihood, Text
-from quantkit.diff.sides import HASHES, Key, Side
+from quantkit.artifact.fidelity_schema import BenchmarkResult, LikelihoodResult, TextSet
+from quantkit.diff.sides import HASHES, ItemKey, Side
 
-Asked = Benchmark | Likelihood
+TaskResult = BenchmarkResult | LikelihoodResult
 """What a task gave: generated answers, or the likelihood of its gold solutions."""
 
 BASELINE_NOISE = 1e-6
@@ -16,7 +16,7 @@ BASELINE_NOISE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparable:
+class Comparability:
     """source: whether errors, figures and answers may be compared at all; text: the distributions; tasks: each task.
 
     None where it may be, else one sentence why not.
@@ -36,12 +36,12 @@ class Comparable:
         )
 
 
-def comparable(a: Side, b: Side) -> Comparable:
+def assess_comparability(a: Side, b: Side) -> Comparability:
     """Whether the two were made from one source and measured on one text and on the same items."""
-    return Comparable(source=_source(a, b), text=_text(a, b), tasks=_tasks(a, b))
+    return Comparability(source=_source(a, b), text=_text(a, b), tasks=_tasks(a, b))
 
 
-def same_text(first: Text | None, second: Text | None) -> bool:
+def is_same_text(first: TextSet | None, second: TextSet | None) -> bool:
     """Whether the same tokens were cut from the same file."""
     parts = ("sha256", "sequences", "length", "tokens", "seed")
     return (
@@ -51,7 +51,7 @@ def same_text(first: Text | None, second: Text | None) -> bool:
     )
 
 
-def baseline_gap(a: Side, b: Side) -> float:
+def compute_baseline_gap(a: Side, b: Side) -> float:
     """The largest difference of the source's own losses between the two builds, in nats; 0 where they are not known."""
     if a.tokens is None or b.tokens is None or len(a.tokens.kl) != len(b.tokens.kl):
         return 0.0
@@ -84,7 +84,7 @@ def _brief(side: Side) -> str:
 
 def _text(a: Side, b: Side) -> str | None:
     first, second = a.fidelity.measured_on, b.fidelity.measured_on
-    if first is None or second is None or same_text(first, second):
+    if first is None or second is None or is_same_text(first, second):
         return None
     told = [
         f"{side.name} was measured on {text.set} ({text.sha256[:12]}, {text.sequences:,} x {text.length:,} tokens)"
@@ -96,12 +96,12 @@ def _text(a: Side, b: Side) -> str | None:
 def _tasks(a: Side, b: Side) -> dict[str, str]:
     """Tasks whose data or items differ, each with the reason."""
     found: dict[str, str] = {}
-    rows: list[tuple[Asked, Asked]] = []
+    rows: list[tuple[TaskResult, TaskResult]] = []
     for first, second in (
         (a.fidelity.benchmarks, b.fidelity.benchmarks),
         (a.fidelity.likelihood, b.fidelity.likelihood),
     ):
-        other_rows: dict[str, Asked] = {row.task: row for row in second}
+        other_rows: dict[str, TaskResult] = {row.task: row for row in second}
         rows += [(row, other_rows[row.task]) for row in first if row.task in other_rows]
     for row, other in rows:
         if (
@@ -126,7 +126,7 @@ def _tasks(a: Side, b: Side) -> dict[str, str]:
 _WORDS = dict(zip(HASHES, ("the item itself", "the prompt", "the expected answer"), strict=True))
 
 
-def _changed_items(a: Side, b: Side) -> list[tuple[Key, str]]:
+def _changed_items(a: Side, b: Side) -> list[tuple[ItemKey, str]]:
     """Items that both were asked and that are not the same, with the hash that says so: the prompt first."""
     first, second = a.items or {}, b.items or {}
     order = ("prompt_hash", "doc_hash", "target_hash")

@@ -12,8 +12,8 @@ from platform import python_version
 import torch
 
 from quantkit.artifact.fidelity_schema import Fidelity
+from quantkit.artifact.model_files import make_config
 from quantkit.artifact.records import BlockRecord, ModuleRecord
-from quantkit.artifact.writer import config_values
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan
@@ -22,7 +22,7 @@ from quantkit.plan.summary import format_action, summarize_plan
 ENVIRONMENT = ("MKL_CBWR", "CUBLAS_WORKSPACE_CONFIG")
 
 
-def manifest(
+def make_manifest(
     plan: Plan, source: Checkpoint, report: Fidelity, blocks: Sequence[BlockRecord]
 ) -> dict[str, object]:
     """What `verify` checks and a reviewer traces: `seal` adds the hashes of the files."""
@@ -37,24 +37,26 @@ def manifest(
             "fingerprint": plan.source.fingerprint,
             "files": source.hashes(),
         },
-        "quantization_config": config_values(plan).get("quantization_config"),
+        "quantization_config": make_config(plan).get("quantization_config"),
         "tensors": {
             t.name: [t.dtype, list(t.shape)] for shard in plan.shards for t in shard.tensors
         },
-        "modules": {record.module: module(record) for block in blocks for record in block.modules},
-        "blocks": {block.name: block_values(block) for block in blocks},
-        "versions": versions(plan),
-        "environment": environment(plan),
+        "modules": {
+            record.module: make_module_entry(record) for block in blocks for record in block.modules
+        },
+        "blocks": {block.name: make_block_entry(block) for block in blocks},
+        "versions": read_versions(plan),
+        "environment": read_environment(plan),
         "seeds": report.seeds,
     }
 
 
-def module(record: ModuleRecord) -> dict[str, object]:
+def make_module_entry(record: ModuleRecord) -> dict[str, object]:
     """A quantized linear: rule, method, scheme, errors, tokens and fallbacks."""
     return {key: value for key, value in asdict(record).items() if key != "module"}
 
 
-def block_values(block: BlockRecord) -> dict[str, object]:
+def make_block_entry(block: BlockRecord) -> dict[str, object]:
     """What was chosen and checked for a block as a whole."""
     return {
         "fold_change": block.fold_change,
@@ -65,7 +67,7 @@ def block_values(block: BlockRecord) -> dict[str, object]:
     }
 
 
-def environment(plan: Plan) -> dict[str, str]:
+def read_environment(plan: Plan) -> dict[str, str]:
     """What could change a bit: device, dtype, and how the linear algebra libraries were told to sum."""
     compute = sources.resolve_compute(plan.recipe)
     found: dict[str, str] = {
@@ -79,8 +81,8 @@ def environment(plan: Plan) -> dict[str, str]:
     return found | {name: os.environ.get(name, "unset") for name in ENVIRONMENT}
 
 
-def plan_json(plan: Plan) -> str:
-    """quantkit/plan.json: the recipe as resolved, and what it decided over every linear."""
+def format_plan(plan: Plan) -> str:
+    """Return the text of plan.json: the recipe as resolved, and what it decided over every linear."""
     summary = summarize_plan(plan).model_dump(mode="json", exclude={"memory", "output"})
     decisions = {name: [format_action(d), d.rule] for name, d in plan.decisions.items()}
     values = {
@@ -100,7 +102,7 @@ def plan_json(plan: Plan) -> str:
 PACKAGES = ("quantkit", "torch", "transformers", "safetensors", "tokenizers", "lm_eval")
 
 
-def versions(plan: Plan) -> dict[str, str]:
+def read_versions(plan: Plan) -> dict[str, str]:
     """What computed the artifact."""
     return {
         "python": python_version(),
