@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.artifact.read_report import read_artifact_report
 from quantkit.diff.compare import compare_sides
+from quantkit.diff.diff_schema import Diff
 from quantkit.diff.sides import read_sides
-from quantkit.diff.values import Diff
 from quantkit.plan.plan_schema import PlanSummary
 from quantkit.plan.summary import summarize_plan
 from quantkit.progress import Progress
 from quantkit.recipe.recipe_file import read_recipe
+from quantkit.verify import shallow
 from quantkit.verify.shallow import VerifyReport
-from quantkit.verify.shallow import verify_artifact as verify_artifact
 
 if TYPE_CHECKING:
     from quantkit.pipeline import BuildResult
@@ -133,7 +133,7 @@ def verify_artifact(artifact: str | Path) -> VerifyReport:
     Raises:
         ArtifactError: with the first fault.
     """
-    return verify(Path(artifact))
+    return shallow.verify_artifact(Path(artifact))
 
 
 def read_report(artifact: str | Path) -> Fidelity:

@@ -87,7 +87,7 @@ def format_os_error(error: OSError) -> str:
     """Return the message for an error of the operating system, with the file if there is one."""
     where = f"{error.filename}: " if error.filename else ""
     return (
-        f"{where}the operating system refused: {reason(error)}; check the path, its permissions "
+        f"{where}the operating system refused: {describe_os_error(error)}; check the path, its permissions "
         "and the free space"
     )
 

@@ -11,11 +11,10 @@ from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import HubUnreachable, RecipeError, UsageError
 from quantkit.io import package_data
-from quantkit.io.host import get_available_memory as get_available_memory
-from quantkit.io.host import has_bfloat16_instructions
+from quantkit.io.host import get_available_memory, has_bfloat16_instructions
 from quantkit.plan.plan import Plan, SourceFacts, make_plan, match_source
 from quantkit.plan.published import find_published_config
-from quantkit.recipe.schema import POOLED_FIGURES, Recipe
+from quantkit.recipe.schema import Recipe
 from quantkit.texts import task_files
 from quantkit.texts.corpus_files import bound_sequences
 from quantkit.texts.corpus_spec import read_spec
@@ -233,7 +232,7 @@ def find_gate_faults(recipe: Recipe) -> list[str]:
     asked = [
         figure
         for figure in recipe.gates
-        if figure.partition("@")[0] in POOLED_FIGURES
+        if figures.is_per_domain(figure.partition("@")[0])
         and "@" in figure
         and figure not in recipe.evaluation.tasks
     ]

@@ -17,10 +17,7 @@ from quantkit.errors import RecipeError
 from quantkit.recipe.patterns import PRESETS, find_pattern_fault
 from quantkit.recipe.rewrite import rewrite_yaml
 from quantkit.recipe.schema import (
-    FIGURES,
-    POOLED_FIGURES,
     SECTIONS,
-    STREAMED_FIGURES,
     Gate,
     Gates,
     Quantize,
@@ -231,11 +228,15 @@ class _Check:
             path = ("gates", figure)
             base, _, domain = str(figure).partition("@")
             is_partial = domain in (
-                DOMAINS if base in POOLED_FIGURES else tasks if base == "likelihood" else ()
+                DOMAINS
+                if figures.is_per_domain(base)
+                else tasks
+                if figures.is_per_task(base)
+                else ()
             )
-            if figure not in (*FIGURES, *tasks) and not is_partial:
+            if figure not in (*figures.list_keys(), *tasks) and not is_partial:
                 self.fault(path, _describe_unknown_figure(str(figure), tasks))
-            elif base in STREAMED_FIGURES and fidelity in (None, "none"):
+            elif figures.is_streamed(base) and fidelity in (None, "none"):
                 self.fault(
                     path,
                     "needs a fidelity text, found fidelity: none; name a set, or drop this gate",
@@ -282,10 +283,10 @@ def _expand_gates(document: YamlDocument) -> YamlDocument:
 def _describe_unknown_figure(figure: str, tasks: Sequence[str]) -> str:
     """Return the message for an unknown figure, with a suggestion."""
     base, at, domain = figure.partition("@")
-    if at and base in POOLED_FIGURES:
+    if at and figures.is_per_domain(base):
         return registry.format_unknown_name("domain", printable(domain), DOMAINS)
     sentence = registry.format_unknown_name(
-        "figure or task of evaluation.tasks", printable(figure), (*FIGURES, *tasks)
+        "figure or task of evaluation.tasks", printable(figure), (*figures.list_keys(), *tasks)
     )
     return f"{sentence} Of one domain: kl_mean@{DOMAINS[-1]}."
 

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from quantkit import registry
+from quantkit.contracts import FALLBACK_ROUNDING
 from quantkit.recipe import patterns
 from quantkit.recipe.sections import Calibration, Compute, Evaluation, FidelityText, Output, Source
 from quantkit.recipe.value_types import (
@@ -28,6 +29,7 @@ from quantkit.recipe.value_types import (
     FormatNames,
     MethodName,
     Points,
+    RoundingName,
     Seed,
     Share,
     Size,
@@ -36,24 +38,6 @@ from quantkit.recipe.value_types import (
     none_as_null,
 )
 from quantkit.recipe.yaml_document import YamlDocument
-
-POOLED_FIGURES: tuple[str, ...] = (
-    "kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "ppl_source", "ppl_artifact",
-    "ppl_ratio", "top1", "mean_delta_p", "rms_delta_p",
-)  # fmt: skip
-"""Figures of the fidelity text, over all of it; with a suffix such as "@math" over one domain."""
-
-FIGURES: tuple[str, ...] = (
-    *POOLED_FIGURES, "router_agreement", "block_error", "module_error", "module_output_error",
-    "experts_uncalibrated", "fallbacks", "lost_items", "bits_per_weight", "size", "likelihood",
-)  # fmt: skip
-"""Figures that a gate bounds with min or max (report.gates); tasks of evaluation.tasks take the
-other bounds.
-"""
-
-STREAMED_FIGURES = frozenset({*POOLED_FIGURES, "router_agreement", "block_error", "likelihood"})
-"""Figures measured on the fidelity text; without one they do not exist."""
-
 
 METHOD_DEFAULTS: Mapping[str, Mapping[str, object]] = {
     "gptq": {"rounding": "gptq"},
@@ -76,7 +60,7 @@ class Quantize(BaseModel):
         describe("Quantization method: a module of quantkit/methods/.", "gptq"),
     ] = "awq"
     rounding: Annotated[
-        Literal["nearest", "gptq", "gptq_once"],
+        RoundingName,
         describe(
             "How codes are chosen after the method's scaling. `gptq` compensates the error of a "
             "column in the next "
@@ -85,7 +69,7 @@ class Quantize(BaseModel):
             "the time, slightly larger error. Method gptq: default `gptq`, never `nearest`.",
             "gptq",
         ),
-    ] = "nearest"
+    ] = FALLBACK_ROUNDING
     bits: Annotated[int, Field(ge=2, le=8), describe("Bits of a weight's code.", "8")] = 4
     group_size: Annotated[
         Literal[32, 64, 128, -1],

@@ -97,6 +97,7 @@ Size = Annotated[int, BeforeValidator(parse_size)]
 
 Bound = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_sized)]
 
+RoundingName = Annotated[str, AfterValidator(lambda name: _registered("roundings", name))]
 MethodName = Annotated[str, AfterValidator(lambda name: _registered("methods", name))]
 
 FormatName = Annotated[

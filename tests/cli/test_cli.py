@@ -496,7 +496,7 @@ def test_a_family_that_cannot_be_derived_is_told_with_the_reason(
 def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
     from support.checkpoints import make_tiny_config, write_checkpoint
 
-    source = write_checkpoint(tmp_path / "source", tiny_config("llama", vocab_size=512))
+    source = write_checkpoint(tmp_path / "source", make_tiny_config("llama", vocab_size=512))
     message = read_error(build(tmp_path / "artifact", source__model=source, rules="all-linear"), 1)
     assert message.startswith(
         "tokenizer: expected token ids below 512, the rows of the embedding, found "

@@ -12,16 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.checkpoints import make_recipe_text as make_recipe_text
-from support.checkpoints import make_tiny_config as make_tiny_config
-from support.checkpoints import write_checkpoint
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 from support.command_line import read_error, run
 
 from quantkit import pipeline
 from quantkit.errors import CheckpointError
 from quantkit.progress import Progress
 from quantkit.recipe.parse import parse_recipe
-from quantkit.verify.shallow import verify_artifact as verify_artifact
+from quantkit.verify.shallow import verify_artifact
 
 Record = Callable[[str, object], None]
 ODD = ("a b  c", "模型 文件夹", "ünïcödé", "quote'\"s", "-dash", "#hash %20 &", "🦆")

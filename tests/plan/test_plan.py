@@ -28,7 +28,7 @@ from quantkit.plan.plan import Plan, SourceFacts
 from quantkit.plan.plan_schema import PlanSummary
 from quantkit.plan.summary import summarize_plan
 from quantkit.recipe.parse import parse_recipe
-from quantkit.texts.corpus_files import bound_sequences as bound_sequences
+from quantkit.texts.corpus_files import bound_sequences
 from quantkit.texts.corpus_spec import read_spec
 
 FLAGSHIP = ROOT / "recipes" / "v3-awq4.yaml"
@@ -549,14 +549,14 @@ def test_an_announced_mtp_layer_that_is_not_stored() -> None:
         "config.json announces the MTP block model.layers.2, the checkpoint has none of its tensors: left out"
     )
     assert [block.name for block in plan.layout.blocks] == ["model.layers.0", "model.layers.1"]
-    assert config_values(plan)["num_nextn_predict_layers"] == 0
+    assert make_config(plan)["num_nextn_predict_layers"] == 0
     assert summarize_plan(plan).source.parameters_without_mtp is None
 
 
 def test_a_model_without_mtp_keeps_its_config() -> None:
     plan = plan_checkpoint(config={"num_nextn_predict_layers": 0})
-    assert config_values(plan)["num_nextn_predict_layers"] == 0
-    assert "num_nextn_predict_layers" not in config_values(plan_checkpoint("llama"))
+    assert make_config(plan)["num_nextn_predict_layers"] == 0
+    assert "num_nextn_predict_layers" not in make_config(plan_checkpoint("llama"))
 
 
 # ------------------------------------------------------------------------------------------ checkpoints that do not fit

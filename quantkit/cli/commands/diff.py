@@ -11,8 +11,8 @@ from quantkit.cli.options import JSON, check_page_options
 from quantkit.cli.rich_output import show
 from quantkit.diff.compare import compare_sides
 from quantkit.diff.page import render_page
+from quantkit.diff.render_text import render_markdown, render_terminal
 from quantkit.diff.sides import read_sides
-from quantkit.diff.views import markdown_view, terminal_view
 from quantkit.errors import UsageError
 from quantkit.io.files import write_output
 
@@ -68,10 +68,10 @@ def command(
         text = (
             render_page(comparison, first.tokens, second.tokens)
             if html_out
-            else markdown_view(comparison)
+            else render_markdown(comparison)
         )
         if output:
             write_output(output, text.encode())
         click.echo(output or (text if html_out else escape_controls(text)), nl=output is not None)
     else:
-        show(terminal_view(comparison))
+        show(render_terminal(comparison))

@@ -133,7 +133,9 @@ def command(  # noqa: PLR0913  # one parameter per option
     """
     # torch and transformers: `quantkit eval --help` starts without
     from quantkit.evaluate import evaluation, results
-    from quantkit.evaluate.harness import Decoding
+    from quantkit.evaluate.backends import connect_server
+    from quantkit.evaluate.options import Decoding, EvaluationOptions
+    from quantkit.evaluate.target import resolve_target, select_default_tasks
     from quantkit.report import evaluation_tables
 
     if source is not None and (baseline is not None or backend != "transformers"):
@@ -147,34 +149,34 @@ def command(  # noqa: PLR0913  # one parameter per option
         chat=chat_template,
         think_end=think_end,
     )
-    setup = evaluation.Setup(
+    setup = EvaluationOptions(
         backend=backend, limit=limit, seeds=seeds, decoding=decoding, batch_size=batch_size, device_map=device_map,
         dtype=dtype, native=native, engine=parse_engine_arguments(engine),
     )  # fmt: skip
     if endpoint is not None:
-        server = evaluation.server_at(
+        server = connect_server(
             endpoint, model=model or "", chat=chat_template, concurrency=concurrency, tries=tries, seconds=timeout,
             key_variable=key_variable,
         )  # fmt: skip
         setup = replace(setup, server=server)
     setup.check()
     folder = results.select_output_folder(artifact, output, resume=resume)
-    subject = evaluation.subject(artifact, backend)
+    subject = resolve_target(artifact, backend)
     names = [name for group in tasks for name in group.split(",") if name] or [
-        *evaluation.default_tasks(subject)
+        *select_default_tasks(subject)
     ]
     with ProgressBar(sys.stderr.isatty() and not json_out) as progress_bar:
-        outcome = results.evaluate(
+        outcome = evaluation.evaluate_target(
             subject,
             names,
             setup,
             folder,
             source=source,
             baseline=baseline,
-            tell=progress_bar.update,
+            on_progress=progress_bar.update,
         )
     if json_out:
-        print_json(outcome.told)
+        print_json(outcome.document)
     else:
         show(
             *(

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from quantkit.artifact.fidelity_schema import Fidelity
+from quantkit.artifact.layout import PLAN
 from quantkit.artifact.read_report import read_sealed_report
 from quantkit.cli.console import handle_errors, print_json
 from quantkit.cli.options import JSON, JUNIT
@@ -71,7 +72,7 @@ def read_gates(file: Path | None, artifact: Path, report: Fidelity) -> dict[str,
     tasks = [row.task for row in report.benchmarks]
     if file is not None:
         return parse_gates(read_text_file(file), str(file), tasks)
-    plan_file = artifact / "quantkit/plan.json"
+    plan_file = artifact / PLAN
     recipe = read_json(plan_file, ArtifactError).get("recipe")
     own = (
         {key: recipe.get(key) for key in ("gates", "evaluation")}

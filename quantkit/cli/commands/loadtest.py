@@ -8,21 +8,21 @@ from pathlib import Path
 import click
 
 from quantkit.artifact import loadtest_schema
-from quantkit.artifact.layout import LOADTEST, LOADTEST_PAGE, MANIFEST, read_manifest
+from quantkit.artifact.layout import LOADTEST, LOADTEST_PAGE, MANIFEST
 from quantkit.artifact.loadtest_schema import LoadTest
+from quantkit.artifact.read_manifest import read_manifest
 from quantkit.cli.console import handle_errors, print_json
 from quantkit.cli.options import JSON
 from quantkit.cli.rich_output import show
 from quantkit.errors import UsageError
-from quantkit.io.files import encode_json as encode_json
-from quantkit.io.files import write_output
-from quantkit.report.terminal import render_table as render_table
+from quantkit.io.files import encode_json, write_output
+from quantkit.report.terminal import render_table
 from quantkit.serve.loadtest import engine
 from quantkit.serve.loadtest import guidellm as guidellm_tool
 from quantkit.serve.loadtest.page import render_page
 from quantkit.serve.loadtest.prompts import read_prompts
-from quantkit.serve.loadtest.run import run_load_test as run_load_test
-from quantkit.serve.loadtest.tables import make_level_table as make_level_table
+from quantkit.serve.loadtest.run import run_load_test
+from quantkit.serve.loadtest.tables import make_level_table
 
 
 @click.command()

@@ -11,7 +11,7 @@ from quantkit.cli.console import handle_errors, print_json
 from quantkit.cli.options import JSON
 from quantkit.cli.rich_output import show
 from quantkit.errors import UsageError
-from quantkit.report.html import rebuild
+from quantkit.report.html_page import rebuild_page
 from quantkit.report.terminal import render_report
 
 
@@ -42,7 +42,7 @@ def command(artifact: Path, html_out: bool, output: Path | None, json_out: bool)
             "--output: expected --html with it; tables and JSON go to the standard output"
         )
     if html_out:
-        page = rebuild(artifact, output)
+        page = rebuild_page(artifact, output)
         print_json({"html": str(page)}) if json_out else click.echo(page)
         return
     fidelity = read_artifact_report(artifact)

@@ -18,20 +18,21 @@ from quantkit.recipe.recipe_file import read_recipe
 from quantkit.report.terminal import render_table, strip_control_characters
 from quantkit.serve.sizing import tables
 from quantkit.serve.sizing.batch import compute_max_batched_tokens
-from quantkit.serve.sizing.compare import ComparedModel as ComparedModel
-from quantkit.serve.sizing.compare import find_report as find_report
-from quantkit.serve.sizing.compare import make_fidelity_table, make_size_table, make_speed_table
+from quantkit.serve.sizing.compare import (
+    ComparedModel,
+    find_report,
+    make_fidelity_table,
+    make_size_table,
+    make_speed_table,
+)
 from quantkit.serve.sizing.fit import Fit, find_shortfall, fit_model
 from quantkit.serve.sizing.gpus import GpuCatalog, read_gpus
 from quantkit.serve.sizing.memory import DEFAULT_CONTEXT, estimate_memory
 from quantkit.serve.sizing.memory_fraction import GPU_ENGINES
 from quantkit.serve.sizing.model import Model
-from quantkit.serve.sizing.read import Width, assume_width, plan_recipe_models
-from quantkit.serve.sizing.read import read_model as read_model
-from quantkit.serve.sizing.roofline import compute_bounds as compute_bounds
-from quantkit.serve.sizing.summary import serialize_fit as serialize_fit
-from quantkit.serve.sizing.summary import serialize_memory as serialize_memory
-from quantkit.serve.sizing.summary import serialize_model as serialize_model
+from quantkit.serve.sizing.read import Width, assume_width, plan_recipe_models, read_model
+from quantkit.serve.sizing.roofline import compute_bounds
+from quantkit.serve.sizing.summary import serialize_fit, serialize_memory, serialize_model
 
 COMPARED_ON = "h100"
 """The default GPU of --compare."""
@@ -161,7 +162,7 @@ def make_tables(
         "\n" + strip_control_characters(tables.format_headline(model)) + "\n", style="not bold"
     )
     parts: list[RenderableType] = [head, render_table(tables.make_memory_table(all_fits[0].needs))]
-    limited = [(fit, bounds(fit)) for fit in all_fits]
+    limited = [(fit, compute_bounds(fit)) for fit in all_fits]
     parts.append(render_table(tables.make_gpu_table(limited, catalog)))
     for fit, limits in limited if in_full else ():
         if single := tables.format_single_gpu(fit):
@@ -188,10 +189,10 @@ def make_json(fits_by_gpu: dict[str, Fit], catalog: GpuCatalog) -> dict[str, obj
     """Return one model as JSON values."""
     estimate = next(iter(fits_by_gpu.values())).needs
     return {
-        "model": model_values(estimate.model),
-        "needs": needs_values(estimate),
+        "model": serialize_model(estimate.model),
+        "needs": serialize_memory(estimate),
         "cards_updated": str(catalog.updated),
-        "cards": [fit_values(key, fit, bounds(fit)) for key, fit in fits_by_gpu.items()],
+        "cards": [serialize_fit(key, fit, compute_bounds(fit)) for key, fit in fits_by_gpu.items()],
     }
 
 
