@@ -37,11 +37,16 @@ from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.remote_code import allows_remote_code
 from quantkit.checkpoint.tensors import WrittenFile
 from quantkit.errors import ArtifactError
-from quantkit.evaluate import likelihood
-from quantkit.evaluate.compare import Compared, compare
-from quantkit.evaluate.distribution import Measured, measure, sides, tokens_to_parquet
-from quantkit.evaluate.likelihood import Scored, Solutions
-from quantkit.evaluate.samples import pairs_to_parquet
+from quantkit.evaluate import solution_likelihood
+from quantkit.evaluate.item_results import write_pairs
+from quantkit.evaluate.solution_likelihood import GoldSolutions, ScoredSolution
+from quantkit.evaluate.source_comparison import SourceComparison, compare_with_source
+from quantkit.evaluate.token_fidelity import (
+    TextFidelity,
+    load_stream_pair,
+    measure_text,
+    write_tokens,
+)
 from quantkit.io import package_data
 from quantkit.io.files import read_json, write_atomic, write_json
 from quantkit.io.host import HEAP_BYTES, get_peak_memory, keep_freed_memory, return_freed_memory
@@ -76,7 +81,7 @@ class TokenizedTexts:
 
     tokens: Mapping[TextName, Tokens]
     told: Mapping[TextName, TextSet]
-    solutions: Solutions  # run behind the fidelity text
+    solutions: GoldSolutions  # run behind the fidelity text
 
     def streamed(self) -> StreamTexts:
         """What the build takes."""
@@ -101,8 +106,8 @@ class TokenizedTexts:
 class StreamFigures:
     """What the streams behind the last block say; `tokens` None when the recipe says `fidelity: none`."""
 
-    tokens: Measured | None = None
-    solutions: Sequence[Scored] = ()
+    tokens: TextFidelity | None = None
+    solutions: Sequence[ScoredSolution] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,10 +241,14 @@ def build_group(
         made, source, texts, text, tell, clock, begun.states(loop), standing
     )
     compute, kept = sources.resolve_compute(plan.recipe), begun.answers(loop)
-    compared = compare(plan, source, folder, compute, evaluate=evaluate, tell=tell, kept=kept)
+    compared = compare_with_source(
+        plan, source, folder, compute, evaluate=evaluate, on_progress=tell, answers_folder=kept
+    )
     clock.lap("benchmarks")
     licence = evidence.parse_license(read_front_matter(source.folder))
-    likely = likelihood.rows(plan.recipe.evaluation.tasks, texts.solutions, figures.solutions)
+    likely = solution_likelihood.make_likelihood_rows(
+        plan.recipe.evaluation.tasks, texts.solutions, figures.solutions
+    )
     session.check_source(begun.journal, source)
     sealed = dict[str, str]()
     for each, files in zip(made, written, strict=True):
@@ -280,9 +289,9 @@ def tokenize(recipe: Recipe, folder: Path) -> TokenizedTexts:
         told[name] = evidence.summarize_text(corpus, tokens[name], length, seed)
     nothing = corpora.pack_tokens([])
     asked, wanted_items = recipe.evaluation.tasks, recipe.evaluation.likelihood
-    solutions = likelihood.none()
+    solutions = solution_likelihood.make_empty_solutions()
     if fidelity:
-        solutions = likelihood.tokenize(
+        solutions = solution_likelihood.tokenize_solutions(
             asked, tokenizer, items=wanted_items, length=fidelity.length
         )
     return TokenizedTexts(
@@ -333,11 +342,12 @@ def quantize_and_measure(
             make_meta_model(plans[0].source.config, device, dtype),
             Checkpoint.open(folder),
         )
-        both = sides(
+        both = load_stream_pair(
             bones, plans[0].layout, source, head, streams["reference"], streams["quantized"]
         )
         figures = StreamFigures(
-            tokens=measure(both), solutions=likelihood.score(both, texts.solutions.items)
+            tokens=measure_text(both),
+            solutions=solution_likelihood.score_solutions(both, texts.solutions.items),
         )
     for stream in streams.values():
         stream.close()
@@ -356,7 +366,7 @@ def run_to_end(steps: Generator[Progress, None, Returned], tell: ProgressCallbac
 
 
 def write_evidence(
-    plan: Plan, folder: Path, report: Fidelity, figures: StreamFigures, compared: Compared
+    plan: Plan, folder: Path, report: Fidelity, figures: StreamFigures, compared: SourceComparison
 ) -> None:
     """fidelity.json, the model card, plan.json, the samples, and the page made of what was written."""
     if figures.tokens or compared.pairs:
@@ -365,11 +375,11 @@ def write_evidence(
     write_atomic(folder / layout.MODEL_CARD, card.render_card(report).encode())
     write_atomic(folder / layout.PLAN, format_plan(plan).encode())
     if figures.tokens:
-        tokens_to_parquet(figures.tokens, folder / layout.TOKEN_SAMPLES)
+        write_tokens(figures.tokens, folder / layout.TOKEN_SAMPLES)
     if figures.solutions:
-        likelihood.to_parquet(figures.solutions, folder / layout.SOLUTION_SAMPLES)
+        solution_likelihood.write_solutions(figures.solutions, folder / layout.SOLUTION_SAMPLES)
     if compared.pairs:
-        pairs_to_parquet(compared.pairs, folder / layout.BENCHMARK_SAMPLES)
+        write_pairs(compared.pairs, folder / layout.BENCHMARK_SAMPLES)
     write_atomic(folder / layout.PAGE, html_page.make_page(folder).encode())
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.constants import CHROMIUM, FAST
 
-from quantkit.evaluate.sandbox.sandbox import Sandbox, probe
+from quantkit.evaluate.sandbox import Sandbox, probe_sandbox
 from quantkit.io.package_data import locate_folder
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module", params=["bubblewrap", "namespaces"])
 def jail(request: pytest.FixtureRequest) -> Sandbox:
     """Each kind of sandbox that works on this machine."""
-    sandbox = probe(kinds=(request.param,))
+    sandbox = probe_sandbox(kinds=(request.param,))
     if sandbox.kind == "none":
         pytest.skip(f"{request.param} does not work here: {sandbox.reason}")
     return sandbox

@@ -16,7 +16,7 @@ from quantkit.artifact.writer import ArtifactWriter
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Config
 from quantkit.errors import CheckpointError, NumericsError
-from quantkit.evaluate.distribution import Head, scored
+from quantkit.evaluate.token_fidelity import LMHead, select_scored_rows
 from quantkit.models import full_model
 from quantkit.models.layers import (
     MetaModel,
@@ -103,8 +103,8 @@ def test_block_by_block_logits_equal_transformers(
     )
     stream, source = streams["reference"], Checkpoint.open(folder)
     bones = make_meta_model(source.config, torch.device("cpu"), torch.float32)
-    rows, _ = scored(stream)
-    ours = Head(bones, plan.layout, source).logits(stream.hidden.gather(rows))
+    rows, _ = select_scored_rows(stream)
+    ours = LMHead(bones, plan.layout, source).logits(stream.hidden.gather(rows))
     model, theirs = reference(folder), []
     with torch.no_grad():
         for i in range(stream.tokens.n_sequences):

@@ -60,21 +60,21 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
         "unlink",
     }),  # the scratch folder, and what an interrupted build left
     "evaluate/results.py": frozenset({"mkdir"}),  # the folder of an evaluation
-    "evaluate/distribution.py": frozenset({"write_table"}),  # pyarrow writes its own files
-    "evaluate/likelihood.py": frozenset({"write_table"}),  # the same
-    "evaluate/samples.py": frozenset({
+    "evaluate/token_fidelity.py": frozenset({"write_table"}),  # pyarrow writes its own files
+    "evaluate/solution_likelihood.py": frozenset({"write_table"}),  # the same
+    "evaluate/item_results.py": frozenset({
         "write_table",
         "os.replace",
         "unlink",
         "mkdir",
     }),  # and its cache
     "evaluate/backends.py": frozenset({"from_pretrained"}),  # transformers reads its own files
-    "evaluate/endpoint.py": frozenset({
+    "evaluate/openai_backend.py": frozenset({
         "openai",
         "urllib.parse",
     }),  # the official client of an API; no file
     "evaluate/sandbox/runner.py": frozenset({"os.open"}),  # /dev/null, inside the jail
-    "evaluate/sandbox/sandbox.py": frozenset({"socket"}),  # a connected pair between two jails
+    "evaluate/sandbox/jail.py": frozenset({"socket"}),  # a connected pair between two jails
     "evaluate/sandbox/limits.py": frozenset({"read_text"}),  # what /proc says of a jail
     "serve/gateway/relay.py": frozenset({"httpx2"}),  # what becomes of its connections
     "serve/gateway/upstreams.py": frozenset({"httpx2"}),  # to the engines; no file

@@ -1,6 +1,8 @@
-"""A benchmark task as written in evals/: an lm-eval task behind a block `quantkit:` with its data and code rules.
+"""A benchmark task as written in evals/: an lm-eval task behind a block `quantkit:` with its data
+and code rules.
 
-`load` reads and checks, `rendered` makes what lm-eval can read: the block is replaced by where the data really is.
+`load` reads and checks, `rendered` makes what lm-eval can read: the block is replaced by where the
+data really is.
 """
 
 from __future__ import annotations
@@ -56,8 +58,8 @@ class LocalFile:
 class Task:
     """One checked task. `files` is split -> file; empty means that the data comes from `hub`.
 
-    `config` is lm-eval's part as written; `gold` a Jinja template of what follows the prompt in a right answer;
-    `sha256` covers the file's text and its data.
+    `config` is lm-eval's part as written; `gold` a Jinja template of what follows the prompt in a
+    right answer; `sha256` covers the file's text and its data.
     """
 
     name: str
@@ -83,15 +85,17 @@ class Task:
 
 
 def get_task_name(name: str) -> str:
-    """What reports call a task that is asked for by its name or by its file's path: no path of this machine."""
+    """What reports call a task that is asked for by its name or by its file's path: no path of this
+    machine.
+    """
     return task_files.find_task_path(name).stem
 
 
 def load_tasks(names: Sequence[str], data_folder: Path | None = None) -> tuple[Task, ...]:
     """Read and check tasks by name, or by path when the name ends in .yaml.
 
-    Data is looked for in `data_folder` (default: $QUANTKIT_DATA), then in the folder `data` beside the task's file,
-    then on the hub. EvaluationError lists every fault of every task.
+    Data is looked for in `data_folder` (default: $QUANTKIT_DATA), then in the folder `data` beside
+    the task's file, then on the hub. EvaluationError lists every fault of every task.
     """
     found, faults = [], []
     for name in names:
@@ -106,7 +110,9 @@ def load_tasks(names: Sequence[str], data_folder: Path | None = None) -> tuple[T
 
 @contextmanager
 def render_tasks(tasks: Sequence[Task]) -> Iterator[Path]:
-    """A temporary folder with the tasks as lm-eval reads them (JSON is YAML), and a place for its data cache."""
+    """A temporary folder with the tasks as lm-eval reads them (JSON is YAML), and a place for its
+    data cache.
+    """
     with task_files.make_temporary_folder() as place:
         for task in tasks:
             for split, file in task.files.items():

@@ -15,7 +15,7 @@ from quantkit.build.quantize_linear import FALLBACKS
 from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.contracts import PROTECTED_ROLES
 from quantkit.contracts import Role as LinearRole
-from quantkit.evaluate.distribution import Measured
+from quantkit.evaluate.token_fidelity import TextFidelity
 from quantkit.formats.common.engine_names import DISABLE_SHARED_FUSION, has_separate_shared_experts
 from quantkit.numerics.fidelity import Estimate
 from quantkit.plan.decisions import NO_RULE, Decision
@@ -39,7 +39,7 @@ PROTECTED_REASON = "only a rule that names it quantizes it"
 def make_report(
     plan: Plan,
     blocks: Sequence[BlockRecord],
-    measured: Measured | None,
+    measured: TextFidelity | None,
     texts: Mapping[TextName, fidelity_schema.TextSet],
     likelihood: Sequence[fidelity_schema.LikelihoodResult],
     benchmarks: Sequence[BenchmarkResult],
@@ -245,10 +245,12 @@ def make_figure(estimate: Estimate) -> Figure:
     return Figure(value=estimate.value, se=estimate.error)
 
 
-def summarize_distribution(measured: Measured) -> tuple[fidelity_schema.DistributionResult, ...]:
+def summarize_distribution(
+    measured: TextFidelity,
+) -> tuple[fidelity_schema.DistributionResult, ...]:
     """The figures of every domain, all text first."""
     found = []
-    for domain, figures in measured.summaries().items():
+    for domain, figures in measured.summarize().items():
         values = {name: make_figure(estimate) for name, estimate in figures.items()}
         tokens = figures["kl_mean"].n
         row = {"domain": domain, "tokens": tokens, **values}

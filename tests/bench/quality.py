@@ -25,7 +25,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from tools.calibration_sets.specs import TINY_HELD_OUT, spec_yaml
+from tools.calibration_sets.specs import TINY_HELD_OUT, format_spec
 from tools.tiny_v3.corpus import DOMAIN, draw, draw_kind
 
 from quantkit.artifact.fidelity_schema import DistributionResult
@@ -107,7 +107,7 @@ def write_set(place: Path, rows: Sequence[Mapping[str, str]], *, end: str) -> Pa
     (place / "held-out.jsonl").write_bytes(data)
     spec = dataclasses.replace(TINY_HELD_OUT, name="held-out", end=end)
     (place / "held-out.yaml").write_text(
-        spec_yaml(spec, hashlib.sha256(data).hexdigest(), {row["domain"] for row in rows})
+        format_spec(spec, hashlib.sha256(data).hexdigest(), {row["domain"] for row in rows})
     )
     return place / "held-out.yaml"
 

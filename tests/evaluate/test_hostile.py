@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from support import hostile
 
-from quantkit.evaluate.sandbox import seccomp
-from quantkit.evaluate.sandbox.sandbox import Program, probe, run_programs
+from quantkit.evaluate.sandbox import Program, probe_sandbox, run_programs, seccomp
 
 HEADERS = {
     "x86_64": Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
@@ -72,7 +71,7 @@ def test_no_daemon_is_left(jail, ending):
 
 
 def test_a_sum_of_its_own_is_judged_and_helpers_of_its_own_are_not():
-    sandbox = probe()
+    sandbox = probe_sandbox()
     if sandbox.kind == "none":
         pytest.skip(f"no sandbox: {sandbox.reason}")
     source = "def sum(a, b): return 6\nclass math:\n    isclose = staticmethod(lambda *a: True)\ndef answer(): return 6\n"
@@ -86,7 +85,7 @@ def test_a_sum_of_its_own_is_judged_and_helpers_of_its_own_are_not():
 
 
 def test_objects_cross_between_program_and_tests():
-    sandbox = probe()
+    sandbox = probe_sandbox()
     if sandbox.kind == "none":
         pytest.skip(f"no sandbox: {sandbox.reason}")
     source = """
@@ -141,9 +140,9 @@ def test_a_jail_that_nobody_can_watch_is_not_used(monkeypatch):
         raise OSError
 
     monkeypatch.setattr(os, "pidfd_open", refuse)
-    assert probe().reason == "this kernel has no pidfd_open"
+    assert probe_sandbox().reason == "this kernel has no pidfd_open"
 
 
 def test_an_unknown_machine_has_no_sandbox(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "vax")
-    assert probe().reason == "no system-call filter for vax"
+    assert probe_sandbox().reason == "no system-call filter for vax"

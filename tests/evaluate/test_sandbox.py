@@ -11,27 +11,21 @@ import pytest
 from support.paths import ROOT
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluate import benchmarks, tasks
-from quantkit.evaluate.sandbox.sandbox import (
-    PROCESSES,
-    Outcome,
-    Program,
-    Sandbox,
-    probe,
-    run_programs,
-)
+from quantkit.evaluate import task_runner, tasks
+from quantkit.evaluate.sandbox import Program, ProgramResult, Sandbox, probe_sandbox, run_programs
+from quantkit.evaluate.sandbox.limits import PROCESSES
 from quantkit.io import package_data
 
 DATA = Path(os.environ.get("QUANTKIT_DATA", ROOT.parent / "shared" / "data"))
 
 
-def verdict(source: str, sandbox: Sandbox, tests: str = "pass", seconds: int = 1) -> Outcome:
+def verdict(source: str, sandbox: Sandbox, tests: str = "pass", seconds: int = 1) -> ProgramResult:
     return run_programs([Program(source=source, tests=tests)], sandbox, seconds)[0]
 
 
 def test_a_right_program_passes_and_a_wrong_one_fails(jail):
     tests = "assert double(2) == 4"
-    assert verdict("def double(x):\n    return 2 * x", jail, tests) == Outcome(
+    assert verdict("def double(x):\n    return 2 * x", jail, tests) == ProgramResult(
         passed=True, reason="passed"
     )
     assert verdict("def double(x):\n    return x", jail, tests).reason.startswith("AssertionError")
@@ -141,7 +135,7 @@ def test_many_programs_keep_their_order(jail):
 
 
 def test_without_a_jail_nothing_runs(tmp_path):
-    sandbox = probe(search=str(tmp_path))
+    sandbox = probe_sandbox(search=str(tmp_path))
     assert sandbox.kind == "none"
     assert "bwrap is not installed" in sandbox.reason
     assert "unshare" in sandbox.reason
@@ -155,29 +149,33 @@ def test_a_jail_that_fails_is_not_used(tmp_path):
         tool.write_text("#!/bin/sh\necho refused by policy >&2\nexit 1\n")
         tool.chmod(0o755)
     tmp_path.chmod(0o755)
-    assert probe(search=str(tmp_path)).kind == "none"
+    assert probe_sandbox(search=str(tmp_path)).kind == "none"
 
 
 # ------------------------------------------------------------------------------------------------ positive control
 
 
-def reference(task: str, solution: str, sandbox: Sandbox) -> tuple[list[Outcome], list[Outcome]]:
+def reference(
+    task: str, solution: str, sandbox: Sandbox
+) -> tuple[list[ProgramResult], list[ProgramResult]]:
     """Outcomes of every reference solution of a task, and of 20 empty bodies."""
     (loaded,) = tasks.load_tasks([task], DATA)
     assert loaded.code is not None
     file = loaded.files["test"]
     lines = file.path.read_text(encoding="utf-8").splitlines()
     docs = [json.loads(line) for line in (lines[slice(*file.rows)] if file.rows else lines)]
-    right = [benchmarks.program(task, loaded.code, doc, doc[solution]) for doc in docs]
+    right = [task_runner.build_program(task, loaded.code, doc, doc[solution]) for doc in docs]
     empty = [
-        benchmarks.program(task, loaded.code, doc, "    pass\n" if "prompt" in doc else "pass")
+        task_runner.build_program(
+            task, loaded.code, doc, "    pass\n" if "prompt" in doc else "pass"
+        )
         for doc in docs[:20]
     ]
     return run_programs(right, sandbox, loaded.code.seconds), run_programs(empty, sandbox, 2)
 
 
 def best() -> Sandbox:
-    sandbox = probe()
+    sandbox = probe_sandbox()
     if sandbox.kind == "none":
         pytest.skip(f"no sandbox: {sandbox.reason}")
     return sandbox

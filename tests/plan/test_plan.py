@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from support.paths import ROOT
 from support.plans import make_specs, plan_checkpoint
-from tools.calibration_sets.specs import TINY_HELD_OUT, spec_yaml
+from tools.calibration_sets.specs import TINY_HELD_OUT
+from tools.calibration_sets.specs import format_spec as format_spec
 
 from quantkit import registry
 from quantkit.artifact.model_files import make_config
@@ -698,7 +699,7 @@ def test_windows_are_bounded_by_the_bytes_of_their_text(tmp_path: Path) -> None:
     (tmp_path / "some.jsonl").write_text(rows)
     spec = dataclasses.replace(TINY_HELD_OUT, name="some", end="none", packing="windows")
     set_file = tmp_path / "some.yaml"
-    set_file.write_text(spec_yaml(spec, hashlib.sha256(rows.encode()).hexdigest(), {"prose"}))
+    set_file.write_text(format_spec(spec, hashlib.sha256(rows.encode()).hexdigest(), {"prose"}))
     assert bound_sequences(read_spec(str(set_file), tmp_path), 11) == len(rows) // 10
     (tmp_path / "some.jsonl").unlink()
     assert bound_sequences(read_spec(str(set_file), tmp_path), 11) is None

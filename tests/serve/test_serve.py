@@ -675,7 +675,7 @@ PROMPT = demo_serve.PROMPT
 
 def test_the_demo_holds_in_this_process(api: openai.OpenAI) -> None:
     """Everything `make demo-serve` asks, without its processes."""
-    demo_serve.ask(api)
+    demo_serve.send_requests(api)
 
 
 def test_greedy_answers_are_those_of_generate(

@@ -21,7 +21,7 @@ def main(artifact: Path, program: str, levels: str = "1,2,4") -> None:
     quantkit = [sys.executable, "-m", "quantkit"]
     with tempfile.TemporaryDirectory() as made:
         copy = Path(shutil.copytree(artifact, Path(made) / artifact.name))
-        with demo_serve.served(copy, "--engine", "transformers", "--gateway") as url:
+        with demo_serve.serve_artifact(copy, "--engine", "transformers", "--gateway") as url:
             options = [
                 "--concurrency",
                 levels,

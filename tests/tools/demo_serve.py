@@ -26,7 +26,7 @@ START_SECONDS = 600  # vLLM on a CPU takes minutes
 
 
 @contextmanager
-def served(artifact: str, *options: str) -> Iterator[str]:
+def serve_artifact(artifact: str, *options: str) -> Iterator[str]:
     """`quantkit serve` in a process of its own, until it is ready; the address of its API. It must end by itself.
 
     artifact: a folder, or the address of a server.
@@ -49,7 +49,7 @@ def served(artifact: str, *options: str) -> Iterator[str]:
         sys.exit(f"{' '.join(words)}: ended with {code}, not by the signal")
 
 
-def say(what: str, found: object) -> None:
+def print_result(what: str, found: object) -> None:
     sys.stdout.write(f"{what:12} {found!r}\n")
 
 
@@ -58,18 +58,18 @@ def check(holds: bool, what: str) -> None:
         sys.exit(f"not what the API promises: {what}")
 
 
-def ask(client: openai.OpenAI) -> None:
+def send_requests(client: openai.OpenAI) -> None:
     """One of each, checked."""
     model = client.models.list().data[0].id
-    say("model", model)
+    print_result("model", model)
     whole = client.completions.create(model=model, prompt=PROMPT, max_tokens=48, temperature=0)
     text, usage = whole.choices[0].text, whole.usage
-    say("completion", text)
+    print_result("completion", text)
     check(
         usage is not None and usage.total_tokens == usage.prompt_tokens + usage.completion_tokens,
         "usage adds up",
     )
-    say("usage", usage.model_dump(exclude_none=True) if usage else None)
+    print_result("usage", usage.model_dump(exclude_none=True) if usage else None)
 
     parts, told, reason = [], None, None
     options = {"include_usage": True}
@@ -85,7 +85,7 @@ def ask(client: openai.OpenAI) -> None:
         for choice in chunk.choices:
             parts.append(choice.text)
             reason = choice.finish_reason or reason
-    say("streamed", parts[:6] + ["..."])
+    print_result("streamed", parts[:6] + ["..."])
     check(
         "".join(parts) == text and len(parts) > 5,
         "a stream says the same as a whole answer, in pieces",
@@ -99,7 +99,7 @@ def ask(client: openai.OpenAI) -> None:
     stopped = client.completions.create(
         model=model, prompt=PROMPT, max_tokens=48, temperature=0, stop=[word]
     )
-    say(f"stop {word!r}", stopped.choices[0].text)
+    print_result(f"stop {word!r}", stopped.choices[0].text)
     check(
         stopped.choices[0].text == text[: text.index(word)],
         "a stop string ends the answer and is no part of it",
@@ -110,7 +110,7 @@ def ask(client: openai.OpenAI) -> None:
     chat = client.chat.completions.create(
         model=model, messages=messages, max_tokens=24, temperature=0
     )
-    say("chat", chat.choices[0].message.content)
+    print_result("chat", chat.choices[0].message.content)
     check(
         chat.choices[0].message.role == "assistant" and bool(chat.choices[0].message.content),
         "chat answers",
@@ -127,7 +127,7 @@ def ask(client: openai.OpenAI) -> None:
         client.completions.create(model=model, prompt=PROMPT, max_tokens=100_000)
         check(False, "too long a request is refused")
     except openai.BadRequestError as refused:
-        say("refused", refused.message[:90])
+        print_result("refused", refused.message[:90])
     leave(client, model)
 
 
@@ -145,19 +145,19 @@ def leave(client: openai.OpenAI, model: str) -> None:
     stream.close()
     began = time.monotonic()
     client.completions.create(model=model, prompt=PROMPT, max_tokens=1)
-    say("left; next", f"{time.monotonic() - began:.2f} s")
+    print_result("left; next", f"{time.monotonic() - began:.2f} s")
 
 
 def main(artifact: str) -> None:
-    with served(artifact, "--engine", "transformers", "--gateway") as url:
-        ask(openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120))
+    with serve_artifact(artifact, "--engine", "transformers", "--gateway") as url:
+        send_requests(openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120))
         with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as answer:
             text = answer.read().decode()
     told = [
         line for line in text.splitlines() if line.startswith("quantkit_gateway_requests_total")
     ]
     for line in told:
-        say("metrics", line)
+        print_result("metrics", line)
     check(any('outcome="left"' in line for line in told), "the gateway saw the client leave")
 
 

@@ -23,7 +23,7 @@ from tools.tiny_v3.experts import RoutedExperts, dispatch
 from tools.tiny_v3.export import config_json, quantize_block, save_checkpoint, to_fp8
 from tools.tiny_v3.model import Attend, ModelConfig, TinyV3, attention_mask
 from tools.tiny_v3.muon import Muon, orthogonalize
-from tools.tiny_v3.packing import BOS, EOS, encode, pack, train_tokenizer
+from tools.tiny_v3.packing import BOS, EOS, encode_items, pack_rows, train_tokenizer
 
 CHECKPOINT = ROOT / "quantkit/data/models/tiny_v3/checkpoint"
 SHARED = ROOT.parent / "shared/tiny-v3"
@@ -124,7 +124,7 @@ def test_shipped_checkpoint_is_the_one_the_card_describes() -> None:
 
 
 def test_tokenizer_of_the_checkpoint_is_trained_again_exactly() -> None:
-    corpus = train.clean_items(train.TOKENIZER_ITEMS)
+    corpus = train.make_clean_items(train.TOKENIZER_ITEMS)
     tokenizer = train_tokenizer((item.text for item in corpus), 768)
     shipped = json.loads((CHECKPOINT / "tokenizer.json").read_text(encoding="utf-8"))
     assert json.loads(tokenizer.to_str()) == shipped
@@ -251,10 +251,10 @@ def test_muon_steps_have_singular_values_near_one() -> None:
 def test_packing_keeps_every_document_whole() -> None:
     items = training_items(seed=5, count=300)
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
-    documents = encode(items, tokenizer)
+    documents = encode_items(items, tokenizer)
     for item, (prompt, answer) in zip(items, documents):
         assert [*prompt, *answer] == [*tokenizer.encode(item.text).ids, EOS]
-    rows = pack(documents, 129)
+    rows = pack_rows(documents, 129)
     found = []
     for ids, segments in zip(rows.ids.tolist(), rows.segments.tolist()):
         for segment in range(max(segments) + 1):
@@ -269,9 +269,9 @@ def test_packing_keeps_every_document_whole() -> None:
 def test_training_is_deterministic_and_lowers_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "BATCH_ROWS", 8)
     monkeypatch.setattr(train, "WARM_UP_STEPS", 5)
-    corpus = train.clean_items(600)
+    corpus = train.make_clean_items(600)
     tokenizer = train_tokenizer((item.text for item in corpus), 320)
-    rows = pack(encode(corpus, tokenizer), 65)
+    rows = pack_rows(encode_items(corpus, tokenizer), 65)
 
     def run() -> list[float]:
         torch.manual_seed(0)

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from support.checkpoints import make_tiny_config
 from tokenizers import Tokenizer
-from tools.tiny_v3.packing import encode, pack
-from tools.tiny_v3.train import Batch, attention_mask, clean_items, weighted_loss
+from tools.tiny_v3.packing import encode_items, pack_rows
+from tools.tiny_v3.train import Batch, attention_mask, compute_loss, make_clean_items
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from quantkit.io.package_data import locate_model
@@ -64,7 +64,7 @@ def teach(model: torch.nn.Module) -> float:
         logits = model(
             input_ids=batch.ids, position_ids=batch.positions, attention_mask=batch.mask
         ).logits
-        loss = weighted_loss(logits, batch)
+        loss = compute_loss(logits, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
@@ -75,7 +75,7 @@ def teach(model: torch.nn.Module) -> float:
 def batches() -> Iterator[Batch]:
     """Batches of tiny-v3's training texts, without its benchmarks' prompts."""
     tokenizer = Tokenizer.from_file(str(locate_model("builtin:tiny-v3") / "tokenizer.json"))
-    rows = pack(encode(clean_items(DOCUMENTS), tokenizer), ROW_TOKENS + 1)
+    rows = pack_rows(encode_items(make_clean_items(DOCUMENTS), tokenizer), ROW_TOKENS + 1)
     for start in range(0, len(rows.ids) - ROWS + 1, ROWS):
         taken = slice(start, start + ROWS)
         ids, segments = rows.ids[taken].long(), rows.segments[taken]  # [rows, time + 1]

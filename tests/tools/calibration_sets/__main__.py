@@ -34,7 +34,7 @@ def make_set(name: str) -> tuple[bytes, str]:
     text, rows_of = SETS[name]
     rows = rows_of()
     data = to_jsonl(rows)
-    return data, specs.spec_yaml(
+    return data, specs.format_spec(
         text, hashlib.sha256(data).hexdigest(), {domain for domain, _ in rows}
     )
 

@@ -87,7 +87,7 @@ end: {end}
 DOMAINS = ("prose", "math", "code")
 
 
-def spec_yaml(text: SetText, sha256: str, domains: Collection[str]) -> str:
+def format_spec(text: SetText, sha256: str, domains: Collection[str]) -> str:
     """The spec of a set as YAML."""
     return SPEC.format(
         title=text.title,

@@ -63,7 +63,7 @@ class _OpenRow:
     documents: list[Encoded] = field(default_factory=list)
 
 
-def encode(items: Sequence[Item], tokenizer: Tokenizer) -> list[Encoded]:
+def encode_items(items: Sequence[Item], tokenizer: Tokenizer) -> list[Encoded]:
     """Ids of each item, the prompt apart from the answer because they weigh differently."""
     encoded: list[Encoded] = []
     for start in range(0, len(items), ENCODE_AT_ONCE):
@@ -76,7 +76,7 @@ def encode(items: Sequence[Item], tokenizer: Tokenizer) -> list[Encoded]:
     return encoded
 
 
-def pack(documents: Iterable[Encoded], length: int) -> Rows:
+def pack_rows(documents: Iterable[Encoded], length: int) -> Rows:
     """First fit into rows of `length` tokens; a document that is longer is left out."""
     full: list[list[Encoded]] = []
     rows: list[_OpenRow] = []

@@ -20,7 +20,7 @@ from tools.tiny_v3.export import save_checkpoint
 from tools.tiny_v3.held_out import held_out_sets
 from tools.tiny_v3.model import ModelConfig, TinyV3, attention_mask
 from tools.tiny_v3.muon import Muon
-from tools.tiny_v3.packing import Rows, encode, pack, train_tokenizer
+from tools.tiny_v3.packing import Rows, encode_items, pack_rows, train_tokenizer
 from torch import Tensor
 
 BATCH_ROWS, ROW_TOKENS = 64, 128
@@ -45,7 +45,7 @@ class Batch:
     n_tokens: int
 
 
-def clean_items(count: int) -> list[Item]:
+def make_clean_items(count: int) -> list[Item]:
     """Training items, without those that happen to have the very prompt of a benchmark item."""
     held_out = held_out_sets()
     prompts = {
@@ -74,7 +74,7 @@ def batches(rows: Rows, dtype: torch.dtype) -> Iterator[Batch]:
             )
 
 
-def weighted_loss(logits: Tensor, batch: Batch) -> Tensor:
+def compute_loss(logits: Tensor, batch: Batch) -> Tensor:
     """Mean cross entropy in nats per weighted token."""
     losses = F.cross_entropy(
         logits.flatten(0, 1), batch.targets.flatten(), reduction="none"
@@ -124,7 +124,7 @@ def fit(
         if progress >= 1:
             break
         factor = rate_factor(step, progress)
-        loss = weighted_loss(model(batch.ids, batch.positions, batch.mask), batch)
+        loss = compute_loss(model(batch.ids, batch.positions, batch.mask), batch)
         loss.backward()
         adam.param_groups[0]["lr"] = ADAM_RATE * factor
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
@@ -175,9 +175,9 @@ def main(minutes: float, steps: int | None, items: int, seed: int, out: Path) ->
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     config = ModelConfig()
-    corpus = clean_items(items)
+    corpus = make_clean_items(items)
     tokenizer = train_tokenizer((item.text for item in corpus[:TOKENIZER_ITEMS]), config.vocab_size)
-    rows = pack(encode(corpus, tokenizer), ROW_TOKENS + 1)
+    rows = pack_rows(encode_items(corpus, tokenizer), ROW_TOKENS + 1)
     model = TinyV3(config)
     click.echo(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(rows.ids):,} rows of {ROW_TOKENS}"

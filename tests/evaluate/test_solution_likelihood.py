@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from quantkit import pipeline
 from quantkit.artifact.fidelity_schema import Fidelity, Figure, LikelihoodResult
 from quantkit.errors import RecipeError
-from quantkit.evaluate import likelihood, statistics, tasks
+from quantkit.evaluate import solution_likelihood, statistics, tasks
 from quantkit.io import package_data
 from quantkit.plan import sources
 from quantkit.recipe.parse import parse_recipe
@@ -209,16 +209,19 @@ def test_prompts_are_lm_evals(name: str) -> None:
     if not name.startswith("tiny-v3") and not (data / name).is_dir():
         pytest.skip(f"{name} is not on this machine")
     (task,) = tasks.load_tasks([name], data)
-    ours = likelihood.written(task, 5)
+    ours = solution_likelihood.render_prompts(task, 5)
     assert len(ours) == 5
-    assert ours == likelihood.asked(task, 5)
+    assert ours == solution_likelihood.build_prompts_with_lm_eval(task, 5)
 
 
 def test_what_is_not_plain_is_lm_evals_to_make() -> None:
     (task,) = tasks.load_tasks(["tiny-v3-math"])
     for change in ({"description": "Solve."}, {"doc_to_text": None}, {"num_fewshot": 2}):
-        assert likelihood.written(replace(task, config={**task.config, **change}), 3) == []
-    assert likelihood.written(replace(task, files={}), 3) == []
+        assert (
+            solution_likelihood.render_prompts(replace(task, config={**task.config, **change}), 3)
+            == []
+        )
+    assert solution_likelihood.render_prompts(replace(task, files={}), 3) == []
 
 
 def test_a_build_does_not_import_lm_eval(tmp_path: Path) -> None:
@@ -235,7 +238,9 @@ def test_a_build_does_not_import_lm_eval(tmp_path: Path) -> None:
 
 def test_sequences_are_sorted_and_keep_their_items() -> None:
     tokenizer = load_tokenizer(package_data.locate_model("builtin:tiny-v3"))
-    found = likelihood.tokenize(["tiny-v3-math", "tiny-v3-code"], tokenizer, items=20, length=512)
+    found = solution_likelihood.tokenize_solutions(
+        ["tiny-v3-math", "tiny-v3-code"], tokenizer, items=20, length=512
+    )
     assert len(found.items) == found.tokens.n_sequences == 40
     assert list(found.tokens.lengths) == sorted(found.tokens.lengths, reverse=True)
     for number, item in enumerate(found.items):
@@ -253,12 +258,12 @@ def test_a_task_of_ones_own_has_its_name(tmp_path: Path) -> None:
         (tmp_path / part).write_bytes((package_data.locate_folder("evals") / part).read_bytes())
     names = [str(tmp_path / "tiny-v3-math.yaml"), str(tmp_path / "absent.yaml")]
     tokenizer = load_tokenizer(package_data.locate_model("builtin:tiny-v3"))
-    found = likelihood.tokenize(names, tokenizer, items=4, length=200)
+    found = solution_likelihood.tokenize_solutions(names, tokenizer, items=4, length=200)
     made = [
-        likelihood.Scored(solution=item, source=-1.0, artifact=-1.5 - item.doc_id)
+        solution_likelihood.ScoredSolution(solution=item, source=-1.0, artifact=-1.5 - item.doc_id)
         for item in found.items
     ]
-    first, second = likelihood.rows(names, found, made)
+    first, second = solution_likelihood.make_likelihood_rows(names, found, made)
     assert (first.task, first.n, first.status) == ("tiny-v3-math", 4, "ok")
     assert (second.task, second.status) == ("absent", "not run") and "no such task" in second.reason
 
@@ -280,9 +285,12 @@ def test_what_cannot_be_read_is_a_row_with_its_reason(
     )
     tokenizer = load_tokenizer(package_data.locate_model("builtin:tiny-v3"))
     names = ["broken.yaml", "silent.yaml", "tiny-v3-code"]
-    found = likelihood.tokenize(names, tokenizer, items=2, length=512)
-    made = [likelihood.Scored(solution=item, source=-1.0, artifact=-1.5) for item in found.items]
-    first, second = likelihood.rows(names, found, made)
+    found = solution_likelihood.tokenize_solutions(names, tokenizer, items=2, length=512)
+    made = [
+        solution_likelihood.ScoredSolution(solution=item, source=-1.0, artifact=-1.5)
+        for item in found.items
+    ]
+    first, second = solution_likelihood.make_likelihood_rows(names, found, made)
     assert (first.task, first.status) == ("broken", "not run")
     assert "no_column" in first.reason
     assert (second.task, second.n, second.difference.value) == ("tiny-v3-code", 2, -0.5)  # type: ignore[union-attr]

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluate import benchmarks, compare, samples, tasks
-from quantkit.evaluate.sandbox.sandbox import Sandbox, probe
+from quantkit.evaluate import item_results, source_comparison, task_runner, tasks
+from quantkit.evaluate.sandbox import Sandbox, probe_sandbox
 from quantkit.io import package_data
 from quantkit.report import tables
 from quantkit.texts import task_files
@@ -160,8 +160,8 @@ def test_rows_beyond_the_file_are_refused(tmp_path):
 
 def test_both_tiny_tasks_run_offline_and_silently(model, tokenizer, offline, capfd):
     seen: list[tuple[int, int]] = []
-    items = benchmarks.run(
-        model, tokenizer, tasks.load_tasks(TINY), limit=2, batch_size=2, sandbox=probe(),
+    items = task_runner.run_tasks(
+        model, tokenizer, tasks.load_tasks(TINY), limit=2, batch_size=2, jail=probe_sandbox(),
         progress=lambda done, of: seen.append((done, of)),
     )  # fmt: skip
     assert [(item.task, item.doc_id) for item in items] == [
@@ -171,15 +171,15 @@ def test_both_tiny_tasks_run_offline_and_silently(model, tokenizer, offline, cap
     assert seen == [(0, 4), (2, 4), (4, 4)]
     assert offline == []
     assert capfd.readouterr() == ("", "")
-    assert [score.task for score in benchmarks.scores(items)] == list(TINY)
+    assert [score.task for score in task_runner.aggregate_scores(items)] == list(TINY)
 
 
 def test_a_run_is_repeatable_whatever_the_batch(model, tokenizer):
     loaded = tasks.load_tasks(TINY)
     state = torch.random.get_rng_state()
-    first = benchmarks.run(model, tokenizer, loaded, limit=5, batch_size=1, sandbox=NO_SANDBOX)
-    assert first == benchmarks.run(
-        model, tokenizer, loaded, limit=5, batch_size=64, sandbox=NO_SANDBOX
+    first = task_runner.run_tasks(model, tokenizer, loaded, limit=5, batch_size=1, jail=NO_SANDBOX)
+    assert first == task_runner.run_tasks(
+        model, tokenizer, loaded, limit=5, batch_size=64, jail=NO_SANDBOX
     )
     assert torch.equal(state, torch.random.get_rng_state()), "no global generator is touched"
 
@@ -197,13 +197,13 @@ def test_a_run_that_was_cut_off_asks_only_what_is_missing(model, tokenizer, tmp_
             raise KeyboardInterrupt
 
     def run(progress, answers):
-        return benchmarks.run(
+        return task_runner.run_tasks(
             model,
             tokenizer,
             loaded,
             limit=5,
             batch_size=2,
-            sandbox=NO_SANDBOX,
+            jail=NO_SANDBOX,
             progress=progress,
             answers=answers,
         )
@@ -216,8 +216,10 @@ def test_a_run_that_was_cut_off_asks_only_what_is_missing(model, tokenizer, tmp_
 
 
 def test_code_without_a_sandbox_is_not_run(model, tokenizer):
-    items = benchmarks.run(model, tokenizer, tasks.load_tasks(TINY), limit=2, sandbox=NO_SANDBOX)
-    math, code = benchmarks.scores(items)
+    items = task_runner.run_tasks(
+        model, tokenizer, tasks.load_tasks(TINY), limit=2, jail=NO_SANDBOX
+    )
+    math, code = task_runner.aggregate_scores(items)
     assert math.score == 0.0
     assert code.score is None
     assert code.standard_error is None
@@ -244,7 +246,7 @@ def test_the_real_tasks_run_on_local_rows(model, tokenizer, tmp_path, offline):
     loaded = [
         shorter(task, 4) for task in tasks.load_tasks(["gsm8k", "humaneval", "mbpp"], tmp_path)
     ]
-    items = benchmarks.run(model, tokenizer, loaded, limit=1, sandbox=NO_SANDBOX)
+    items = task_runner.run_tasks(model, tokenizer, loaded, limit=1, jail=NO_SANDBOX)
     prompts = {item.task: item.prompt for item in items}
     assert prompts["gsm8k"].count("#### ") == 5
     assert prompts["gsm8k"].endswith("Question: 1 + 2?\nAnswer:")
@@ -256,7 +258,9 @@ def test_the_real_tasks_run_on_local_rows(model, tokenizer, tmp_path, offline):
         "strict-match",
         "flexible-extract",
     }
-    assert [score.is_primary for score in benchmarks.scores(items) if score.task == "gsm8k"] == [
+    assert [
+        score.is_primary for score in task_runner.aggregate_scores(items) if score.task == "gsm8k"
+    ] == [
         True,
         False,
     ]
@@ -271,8 +275,8 @@ def test_a_hub_task_without_a_network_is_one_clear_error(model, tokenizer, tmp_p
     with pytest.raises(
         EvaluationError, match="the data comes from the hub; connect, or set QUANTKIT_DATA"
     ):
-        benchmarks.run(
-            model, tokenizer, tasks.load_tasks(["humaneval"], tmp_path), limit=1, sandbox=NO_SANDBOX
+        task_runner.run_tasks(
+            model, tokenizer, tasks.load_tasks(["humaneval"], tmp_path), limit=1, jail=NO_SANDBOX
         )
 
 
@@ -282,24 +286,24 @@ def test_a_prompt_that_does_not_fit_is_refused(tokenizer):
         max_position_embeddings=64,
     )  # fmt: skip
     with pytest.raises(EvaluationError, match="do not fit into the model's context of 64"):
-        benchmarks.run(
+        task_runner.run_tasks(
             LlamaForCausalLM(config), tokenizer, tasks.load_tasks(["tiny-v3-math"]), limit=1
         )
 
 
 def test_no_tasks_and_no_items(model, tokenizer):
-    assert benchmarks.run(model, tokenizer, []) == []
+    assert task_runner.run_tasks(model, tokenizer, []) == []
     with pytest.raises(EvaluationError, match=r"evaluation\.limit"):
-        benchmarks.run(model, tokenizer, tasks.load_tasks(TINY), limit=0)
+        task_runner.run_tasks(model, tokenizer, tasks.load_tasks(TINY), limit=0)
 
 
 # ---------------------------------------------------------------------------------------------------- generation
 
 
 def test_prompts_start_with_exactly_one_bos(model, tokenizer):
-    from quantkit.evaluate.generation import LocalModel
+    from quantkit.evaluate.transformers_backend import TransformersBackend
 
-    language_model = LocalModel(model, tokenizer, 4)
+    language_model = TransformersBackend(model, tokenizer, 4)
     for text in ("Question: 1 + 1 = ?\nAnswer:", "<|bos|>Question: 1 + 1 = ?\nAnswer:"):
         assert language_model.tok_encode(text).count(tokenizer.bos_token_id) == 1
         assert language_model.tok_encode(text)[0] == tokenizer.bos_token_id
@@ -308,7 +312,7 @@ def test_prompts_start_with_exactly_one_bos(model, tokenizer):
 @pytest.mark.parametrize(("front", "shared"), [(0, 0), (12, 0), (40, 40)])
 def test_greedy_equals_transformers_generate(front, shared, model, monkeypatch):
     """Also where the prompts begin alike, which is read once."""
-    from quantkit.evaluate import generation
+    from quantkit.evaluate import transformers_backend
 
     torch.manual_seed(1)
     same, longest = torch.randint(3, 768, (front,)).tolist(), front + 20
@@ -326,7 +330,7 @@ def test_greedy_equals_transformers_generate(front, shared, model, monkeypatch):
     count = model.register_forward_pre_hook(
         lambda _, __, given: read.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )
-    found = generation.decode(model, prompts, 2, 24, lambda tokens: tokens[-1] in enders)
+    found = transformers_backend.decode(model, prompts, 2, 24, lambda tokens: tokens[-1] in enders)
     count.remove()
     assert read[: 1 + bool(shared)] == [*([(1, shared)] if shared else []), (5, longest - shared)]
     assert len({len(row) for row in found}) > 1
@@ -337,20 +341,20 @@ def test_greedy_equals_transformers_generate(front, shared, model, monkeypatch):
 
 def test_what_is_not_shared(model):
     """Equal prompts keep their last tokens; one prompt, few tokens and windows that slide have nothing to share."""
-    from quantkit.evaluate.generation import prefill, shared_tokens
+    from quantkit.evaluate.transformers_backend import count_shared_tokens, prefill
 
     full, prompt = DynamicCache(config=model.config), list(range(3, 43))
-    assert shared_tokens([prompt, prompt], full) == 39
-    assert shared_tokens([prompt, prompt[:-1]], full) == 38
-    assert shared_tokens([prompt, prompt[:30] + [2], prompt], full) == 30
-    assert shared_tokens([prompt], full) == 0
-    assert shared_tokens([prompt, prompt[:9] + [2] * 31], full) == 0
+    assert count_shared_tokens([prompt, prompt], full) == 39
+    assert count_shared_tokens([prompt, prompt[:-1]], full) == 38
+    assert count_shared_tokens([prompt, prompt[:30] + [2], prompt], full) == 30
+    assert count_shared_tokens([prompt], full) == 0
+    assert count_shared_tokens([prompt, prompt[:9] + [2] * 31], full) == 0
     sliding = MistralConfig(
         vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, sliding_window=8,
     )  # fmt: skip
     slides = MistralForCausalLM(sliding).eval()
-    assert shared_tokens([prompt, prompt], DynamicCache(config=sliding)) == 0
+    assert count_shared_tokens([prompt, prompt], DynamicCache(config=sliding)) == 0
     longer = [5, *prompt]
     with torch.inference_mode():
         output, _ = prefill(slides, [longer, longer[:-3]], 0)
@@ -362,28 +366,28 @@ def test_what_is_not_shared(model):
 
 
 def test_stop_strings_end_an_answer_and_are_cut_off(tokenizer):
-    from quantkit.evaluate.generation import _Stop
+    from quantkit.evaluate.transformers_backend import StopCondition
 
-    stop = _Stop(tokenizer=tokenizer, eos=frozenset({1}), strings=("\nQuestion:", "é!"))
+    stop = StopCondition(tokenizer=tokenizer, eos=frozenset({1}), strings=("\nQuestion:", "é!"))
     tokens = tokenizer("The answer is 4.\nQuestion: 5", add_special_tokens=False).input_ids
-    ends = [end for end in range(1, len(tokens) + 1) if stop.reached(tokens[:end])]
+    ends = [end for end in range(1, len(tokens) + 1) if stop.is_met(tokens[:end])]
     assert tokenizer.decode(tokens[: ends[0]]).endswith("\nQuestion:")
-    answer = stop.answer(tokens[: ends[0]])
+    answer = stop.make_answer(tokens[: ends[0]])
     assert answer.text == "The answer is 4."
     assert answer.n_tokens == ends[0]
     assert not answer.truncated
-    assert stop.answer(tokens[:3]).truncated
-    assert not stop.answer([*tokens[:3], 1]).truncated
-    assert stop.reached(tokenizer("caf é!", add_special_tokens=False).input_ids)
+    assert stop.make_answer(tokens[:3]).truncated
+    assert not stop.make_answer([*tokens[:3], 1]).truncated
+    assert stop.is_met(tokenizer("caf é!", add_special_tokens=False).input_ids)
 
 
 def test_a_completion_is_cut_at_the_first_unindented_line():
     assert (
-        benchmarks.first_unindented_line("    a = 1\n\n    return a\nprint(1)\n    b")
+        task_runner.cut_at_unindented_line("    a = 1\n\n    return a\nprint(1)\n    b")
         == "    a = 1\n\n    return a"
     )
-    assert benchmarks.first_unindented_line("x = 1\n    y") == ""
-    assert benchmarks.first_unindented_line("    return 1\n") == "    return 1\n"
+    assert task_runner.cut_at_unindented_line("x = 1\n    y") == ""
+    assert task_runner.cut_at_unindented_line("    return 1\n") == "    return 1\n"
 
 
 # -------------------------------------------------------------------------------------------------------- samples
@@ -391,13 +395,13 @@ def test_a_completion_is_cut_at_the_first_unindented_line():
 
 @pytest.fixture(scope="module")
 def items(model, tokenizer):
-    return benchmarks.run(model, tokenizer, tasks.load_tasks(TINY), limit=2, sandbox=NO_SANDBOX)
+    return task_runner.run_tasks(model, tokenizer, tasks.load_tasks(TINY), limit=2, jail=NO_SANDBOX)
 
 
 def test_items_survive_parquet(items, tmp_path):
-    samples.to_parquet(items, tmp_path / "items.parquet")
-    samples.to_parquet(items, tmp_path / "again.parquet")
-    assert samples.from_parquet(tmp_path / "items.parquet") == items
+    item_results.write_items(items, tmp_path / "items.parquet")
+    item_results.write_items(items, tmp_path / "again.parquet")
+    assert item_results.read_items(tmp_path / "items.parquet") == items
     assert (tmp_path / "items.parquet").read_bytes() == (tmp_path / "again.parquet").read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["again.parquet", "items.parquet"]
 
@@ -406,34 +410,34 @@ def test_pairs_are_joined_by_item_and_checked(items, tmp_path):
     import pyarrow.parquet as parquet
 
     changed = [replace(item, response=item.response[:3] + "?") for item in reversed(items)]
-    pairs = samples.pair(items, changed)
+    pairs = item_results.pair_items(items, changed)
     assert [both.baseline for both in pairs] == items
     assert all(both.first_divergence == 3 for both in pairs)
-    samples.pairs_to_parquet(pairs, tmp_path / "pairs.parquet")
+    item_results.write_pairs(pairs, tmp_path / "pairs.parquet")
     row = parquet.read_table(tmp_path / "pairs.parquet").to_pylist()[0]
     assert row["quant_response"] == changed[-1].response
     assert row["base_response"] == items[0].response
     with pytest.raises(EvaluationError, match="prompt_hash differs"):
-        samples.pair(items, [replace(item, prompt_hash="other") for item in items])
+        item_results.pair_items(items, [replace(item, prompt_hash="other") for item in items])
     with pytest.raises(EvaluationError, match="was answered by one model only"):
-        samples.pair(items, items[:-1])
+        item_results.pair_items(items, items[:-1])
 
 
 def test_the_cache_gives_back_what_was_stored(items, tmp_path):
-    key = samples.cache_key("source", {"a": "1"}, None, "float32", {"torch": "2"})
-    assert samples.read_cached(tmp_path, key) is None
-    samples.write_cached(tmp_path / "new", key, items)
-    assert samples.read_cached(tmp_path / "new", key) == items
+    key = item_results.compute_cache_key("source", {"a": "1"}, None, "float32", {"torch": "2"})
+    assert item_results.read_cached_items(tmp_path, key) is None
+    item_results.write_cached_items(tmp_path / "new", key, items)
+    assert item_results.read_cached_items(tmp_path / "new", key) == items
     (tmp_path / "new" / f"{key}.parquet").write_bytes(b"damaged")
-    assert samples.read_cached(tmp_path / "new", key) is None
+    assert item_results.read_cached_items(tmp_path / "new", key) is None
 
 
 def test_the_cache_key_knows_everything_that_matters():
     whole = ("source", {"a": "1"}, None, "float32", {"torch": "2"})
     changes = [("other", 0), ({"a": "2"}, 1), (5, 2), ("bfloat16", 3), ({"torch": "3"}, 4)]
-    keys = {samples.cache_key(*whole)}
+    keys = {item_results.compute_cache_key(*whole)}
     for value, place in changes:
-        keys.add(samples.cache_key(*whole[:place], value, *whole[place + 1 :]))
+        keys.add(item_results.compute_cache_key(*whole[:place], value, *whole[place + 1 :]))
     assert len(keys) == 6
 
 
@@ -442,7 +446,7 @@ def test_a_row_tells_what_was_cut_and_what_had_no_result_on_both_sides(items):
     mine = [item for item in items if item.task == task.name and item.filter == task.filters[0]]
     whole = [replace(item, truncated=False, parsed=True) for item in mine]
     cut = [replace(item, truncated=True, parsed=False) for item in mine[:1]] + whole[1:]
-    row = compare.row(task, samples.pair(whole, cut), 0.98)
+    row = source_comparison.make_benchmark_row(task, item_results.pair_items(whole, cut), 0.98)
     assert row.truncated == row.unparsed == (0.0, 1 / len(mine))
     note = tables.make_comparison_table([row], "Greedy").note
     assert "Cut at the token limit: tiny-v3-math 0.0 % ->" in note
@@ -458,8 +462,8 @@ def test_a_row_tells_what_was_cut_and_what_had_no_result_on_both_sides(items):
 )
 def test_tiny_v3_scores_as_its_card_says(tokenizer):
     trained = AutoModelForCausalLM.from_pretrained(TRAINED, dtype=torch.float32).eval()
-    math, code = benchmarks.scores(
-        benchmarks.run(trained, tokenizer, tasks.load_tasks(TINY), sandbox=probe())
+    math, code = task_runner.aggregate_scores(
+        task_runner.run_tasks(trained, tokenizer, tasks.load_tasks(TINY), jail=probe_sandbox())
     )
     assert (math.n, round(100 * math.score, 1)) == (300, 82.7)
     assert code.n == 100

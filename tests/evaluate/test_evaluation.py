@@ -16,10 +16,16 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from quantkit.cli.main import main
 from quantkit.errors import EvaluationError, UsageError
-from quantkit.evaluate import compare, evaluation, harness, samples, statistics
-from quantkit.evaluate.evaluation import Setup
-from quantkit.evaluate.samples import from_parquet
-from quantkit.evaluate.sandbox import sandbox
+from quantkit.evaluate import (
+    backends,
+    item_results,
+    lm_eval_tasks,
+    sandbox,
+    source_comparison,
+    statistics,
+)
+from quantkit.evaluate.item_results import read_items
+from quantkit.evaluate.options import EvaluationOptions
 from quantkit.io import package_data
 
 SUBJECT = "math_question"
@@ -76,7 +82,7 @@ def run(*options: str, code: int = 0):
 
 def test_the_same_model_here_and_behind_a_server_gives_the_same_items(folder, data):
     """Generation and likelihoods: prompts, BOS, stop strings, tokens and scores agree item by item."""
-    from quantkit.evaluate.generation import _Stop, decode
+    from quantkit.evaluate.transformers_backend import StopCondition, decode
 
     model, tokenizer = (
         LlamaForCausalLM.from_pretrained(folder).eval(),
@@ -85,8 +91,8 @@ def test_the_same_model_here_and_behind_a_server_gives_the_same_items(folder, da
 
     def answer(prompt: str, body: dict) -> str:
         ids = tokenizer(prompt).input_ids
-        stop = _Stop(tokenizer=tokenizer, eos=frozenset({1}), strings=tuple(body["stop"]))
-        return stop.answer(decode(model, [ids], 0, body["max_tokens"], stop.reached)[0]).text
+        stop = StopCondition(tokenizer=tokenizer, eos=frozenset({1}), strings=tuple(body["stop"]))
+        return stop.make_answer(decode(model, [ids], 0, body["max_tokens"], stop.is_met)[0]).text
 
     @torch.inference_mode()
     def logprobs(tokens: list[int]) -> list[tuple[float, float]]:
@@ -109,8 +115,8 @@ def test_the_same_model_here_and_behind_a_server_gives_the_same_items(folder, da
             server.url,
         )
     first, second = (
-        from_parquet(data / "here" / "items.parquet"),
-        from_parquet(data / "there" / "items.parquet"),
+        read_items(data / "here" / "items.parquet"),
+        read_items(data / "there" / "items.parquet"),
     )
     assert {item.task for item in first} == {"tiny-v3-math", "mmlu_marketing"}
     for mine, its in zip(first, second, strict=True):
@@ -148,9 +154,9 @@ def test_an_artifact_beside_its_source_and_the_baseline_is_kept(built, data, mon
         )
         assert (row["truncated"][1], row["unparsed"][1]) == (told["truncated"], told["unparsed"])
         assert len(row["truncated"]) == len(row["unparsed"]) == 2
-    pairs = samples.pair(
+    pairs = item_results.pair_items(
         *(
-            from_parquet(path)
+            read_items(path)
             for path in (
                 next((data / "cache").rglob("*.parquet")),
                 data / "first" / "items.parquet",
@@ -158,10 +164,10 @@ def test_an_artifact_beside_its_source_and_the_baseline_is_kept(built, data, mon
         )
     )
     assert len(pairs) == 6
-    loaded = evaluation.loaded
+    loaded = backends.load_target_model
     monkeypatch.setattr(
-        evaluation,
-        "loaded",
+        backends,
+        "load_target_model",
         lambda who, setup: (
             loaded(who, setup) if who.kind == "artifact" else pytest.fail("asked again")
         ),
@@ -235,7 +241,7 @@ def test_what_is_not_there_is_a_matter_of_usage_and_leaves_nothing(folder, data,
 
 def test_without_a_sandbox_code_is_answered_and_not_judged(folder, data, monkeypatch):
     monkeypatch.setattr(
-        sandbox, "probe", lambda: sandbox.Sandbox(kind="none", reason="a test said so")
+        sandbox, "probe_sandbox", lambda: sandbox.Sandbox(kind="none", reason="a test said so")
     )
     tasks = [
         "--tasks",
@@ -293,7 +299,7 @@ def test_a_conversation_needs_a_template_and_takes_it(folder, data):
         "--output",
         "yes",
     )
-    (item,) = from_parquet(data / "yes" / "items.parquet")
+    (item,) = read_items(data / "yes" / "items.parquet")
     assert item.prompt.startswith("<user>Question: ")
     assert item.prompt.endswith("Answer:<assistant>")
 
@@ -304,24 +310,22 @@ def test_code_outside_the_sandbox_is_refused():
         match_tasks=lambda names: names, load=lambda names: {"tasks": {names[0]: unsafe}}
     )
     with pytest.raises(EvaluationError, match="would run generated code outside the sandbox"):
-        harness._managed(manager, "humaneval_plus")
+        lm_eval_tasks._load_matching(manager, "humaneval_plus")
 
 
 def test_task_sets():
-    assert harness.expanded(["code", "mgsm", "humaneval"]) == [
+    assert lm_eval_tasks.expand_names(["code", "mgsm", "humaneval"]) == [
         "humaneval",
         "mbpp",
         "mgsm_native_cot_*",
     ]
-    assert harness.expanded(["math"])[:2] == ["gsm8k", "minerva_math"]
-    assert len(harness.expanded(["general"])) == 12
-    for name in harness.expanded(["math", "general"]):
-        assert harness._collection().match_tasks([name]), name
+    assert lm_eval_tasks.expand_names(["math"])[:2] == ["gsm8k", "minerva_math"]
+    assert len(lm_eval_tasks.expand_names(["general"])) == 12
+    for name in lm_eval_tasks.expand_names(["math", "general"]):
+        assert lm_eval_tasks._index_lm_eval().match_tasks([name]), name
 
 
 def test_transformers_itself_and_a_device_map(folder):
-    from quantkit.evaluate import backends
-
     ids = torch.tensor([[0, 5, 9]])
     whole = backends.load_native_model(folder, "float32", "auto")
     for device_map in ("balanced", "sequential"):
@@ -332,8 +336,6 @@ def test_transformers_itself_and_a_device_map(folder):
 
 
 def test_a_format_whose_library_is_missing_is_one_sentence(built, monkeypatch):
-    from quantkit.evaluate import backends
-
     monkeypatch.setitem(sys.modules, "gptqmodel", None)
     with pytest.raises(
         EvaluationError, match="install the library of its format, or leave out --native"
@@ -342,11 +344,11 @@ def test_a_format_whose_library_is_missing_is_one_sentence(built, monkeypatch):
 
 
 def test_vllm_is_asked_in_chunks_or_missed(folder, monkeypatch):
-    from quantkit.evaluate import backends
+    from quantkit.evaluate import vllm_backend
 
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    monkeypatch.setattr(vllm_backend, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="expected vLLM in this environment"):
-        backends.Vllm(folder, {})
+        vllm_backend.VllmBackend(folder, {})
 
     class Engine:
         """What lm-eval's vLLM class is here: texts in, texts out."""
@@ -360,15 +362,15 @@ def test_vllm_is_asked_in_chunks_or_missed(folder, monkeypatch):
         def tok_encode(self, text: str, add_special_tokens: bool) -> list[int]:
             return [*text]
 
-    monkeypatch.setattr(backends, "find_spec", lambda name: True)
-    monkeypatch.setattr(backends, "CHUNK", 2)
+    monkeypatch.setattr(vllm_backend, "find_spec", lambda name: True)
+    monkeypatch.setattr(vllm_backend, "CHUNK_SIZE", 2)
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", SimpleNamespace(VLLM=Engine))
     told: list = []
     requests = [
         SimpleNamespace(args=(text, {"max_gen_toks": 4}), task_name="t")
         for text in ("a", "bb", "c")
     ]
-    backends.Vllm(folder, {"max_model_len": 64}).generate(requests, told.append)
+    vllm_backend.VllmBackend(folder, {"max_model_len": 64}).generate(requests, told.append)
     assert [[at for at, _ in some] for some in told] == [[0, 1], [2]]
     assert [(a.text, a.n_tokens, a.truncated) for some in told for _, a in some] == [
         ("aa", 2, False), ("bbbb", 4, True), ("cc", 2, False)
@@ -379,11 +381,11 @@ def test_vllm_is_asked_in_chunks_or_missed(folder, monkeypatch):
 
 
 def test_draws_follow_the_temperature_and_the_nucleus():
-    from quantkit.evaluate.generation import sampled
+    from quantkit.evaluate.transformers_backend import make_sampler
 
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).log_softmax(-1)
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8)):
-        choose = sampled([[1, 2]], temperature, top_p, seed=3)
+        choose = make_sampler([[1, 2]], temperature, top_p, seed=3)
         drawn = torch.cat([choose(logits[None], [0])[0] for _ in range(4000)])
         share = torch.bincount(drawn, minlength=4) / 4000
         expected = (logits / temperature).softmax(-1)
@@ -394,13 +396,13 @@ def test_draws_follow_the_temperature_and_the_nucleus():
 
 
 def test_a_draw_depends_on_prompt_and_seed_and_not_on_the_batch():
-    from quantkit.evaluate.generation import sampled
+    from quantkit.evaluate.transformers_backend import make_sampler
 
     torch.manual_seed(5)
     logits, state = torch.randn(6, 2, 50), torch.random.get_rng_state()
 
     def draws(prompts: list[list[int]], row: int, seed: int) -> list[int]:
-        choose = sampled(prompts, 1.0, 1.0, seed)
+        choose = make_sampler(prompts, 1.0, 1.0, seed)
         return [
             choose(step[: len(prompts)], range(len(prompts)))[row].item()
             for step in logits[:, [0, 0]]
@@ -418,9 +420,9 @@ def test_a_draw_depends_on_prompt_and_seed_and_not_on_the_batch():
 
 def test_settings_that_contradict_each_other():
     for setup, said in (
-        (Setup(seeds=2), "--temperature"),
-        (Setup(backend="openai"), "--endpoint"),
-        (Setup(limit=0), "--limit"),
+        (EvaluationOptions(seeds=2), "--temperature"),
+        (EvaluationOptions(backend="openai"), "--endpoint"),
+        (EvaluationOptions(limit=0), "--limit"),
     ):
         with pytest.raises(UsageError, match=said):
             setup.check()
@@ -440,14 +442,14 @@ def test_an_interval_of_scores():
 
 
 def test_items_of_several_seeds_are_averaged(folder):
-    item = samples.ItemResult(
+    item = item_results.ItemResult(
         task="t", domain="math", filter="f", doc_id=0, doc_hash="", prompt_hash="", target_hash="", prompt="",
         target="", response="one", score=1.0, outcome="", n_tokens=3, truncated=False, parsed=True,
     )  # fmt: skip
     from dataclasses import replace
 
     other = replace(item, score=0.0, response="two", n_tokens=6, truncated=True, parsed=False)
-    (mean,) = samples.average([[item], [other], [other]])
+    (mean,) = item_results.average_runs([[item], [other], [other]])
     assert (mean.score, mean.response, mean.n_tokens, mean.truncated, mean.parsed) == (
         1 / 3,
         "one",
@@ -455,6 +457,6 @@ def test_items_of_several_seeds_are_averaged(folder):
         True,
         False,
     )
-    assert samples.average([[item], [replace(other, score=None)]])[0].score is None
-    assert samples.average([[item]]) == [item]
-    assert compare.DEFAULT_RECOVERY < 1
+    assert item_results.average_runs([[item], [replace(other, score=None)]])[0].score is None
+    assert item_results.average_runs([[item]]) == [item]
+    assert source_comparison.DEFAULT_RECOVERY < 1

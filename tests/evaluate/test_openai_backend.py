@@ -20,7 +20,7 @@ from support.openai_server import RETRY_AFTER, Server
 
 from quantkit.cli.main import main
 from quantkit.errors import EvaluationError, UsageError
-from quantkit.evaluate.samples import from_parquet
+from quantkit.evaluate.item_results import read_items
 from quantkit.io import package_data
 
 TASK = "tiny-v3-math"
@@ -81,7 +81,7 @@ def rows(folder: Path) -> list[tuple]:
 
 @pytest.mark.parametrize("chat", [False, True], ids=["completions", "chat"])
 def test_every_fault_is_survived_and_nothing_is_lost_or_counted_twice(chat, tmp_path, monkeypatch):
-    monkeypatch.setattr("quantkit.evaluate.endpoint.FIRST_WAIT", 0.05)
+    monkeypatch.setattr("quantkit.evaluate.openai_backend.INITIAL_BACKOFF", 0.05)
     limit = 16
     prompts = [doc["prompt"] for doc in DOCS[:limit]]
 
@@ -98,7 +98,7 @@ def test_every_fault_is_survived_and_nothing_is_lost_or_counted_twice(chat, tmp_
     with Server(answer=answer, fault=fault, pause=0.02) as server:
         options = ["--limit", str(limit), "--concurrency", "6", "--timeout", "0.8"]
         found = evaluate(server, tmp_path / "out", *options, *(["--chat-template"] if chat else []))
-    items = from_parquet(tmp_path / "out" / "items.parquet")
+    items = read_items(tmp_path / "out" / "items.parquet")
     assert [item.doc_id for item in items] == list(range(limit))
     assert [item.response for item in items] == [answer(prompt, {}) for prompt in prompts]
     assert [item.score for item in items] == [float(bool(number(prompt) % 3)) for prompt in prompts]
@@ -132,7 +132,7 @@ def test_an_answer_at_the_limit_counts_as_cut(tmp_path):
     with Server(answer=answer) as server:
         evaluate(server, tmp_path / "out", "--limit", "3", "--max-tokens", "4")
     assert {record.body["max_tokens"] for record in server.records} == {4}
-    for item in from_parquet(tmp_path / "out" / "items.parquet"):
+    for item in read_items(tmp_path / "out" / "items.parquet"):
         assert item.truncated
         assert (item.n_tokens, len(item.response)) == (4, 12)
 
@@ -181,7 +181,7 @@ def test_killed_it_goes_on_and_asks_nothing_twice(tmp_path):
 
 
 def test_a_dead_server_is_one_sentence_and_keeps_what_was_answered(tmp_path, monkeypatch):
-    monkeypatch.setattr("quantkit.evaluate.endpoint.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("quantkit.evaluate.openai_backend.INITIAL_BACKOFF", 0.01)
     bad = DOCS[6]["prompt"]
     with Server(answer=answer, fault=lambda name, nth: "503" if name == bad else "") as server:
         said = evaluate(
@@ -260,7 +260,7 @@ def test_several_seeds_are_averaged_per_item(tmp_path):
         assert {(r.body["temperature"], r.body["top_p"]) for r in server.records} == {(0.6, 0.95)}
         assert Counter(r.body["seed"] for r in server.records) == {0: 10, 1: 10, 2: 10}
         assert "--temperature" in evaluate(server, tmp_path / "no", "--seeds", "3", code=2)
-    items = from_parquet(tmp_path / "out" / "items.parquet")
+    items = read_items(tmp_path / "out" / "items.parquet")
     expected = [
         sum((number(doc["prompt"]) + seed) % 4 < 2 for seed in range(3)) / 3 for doc in DOCS[:10]
     ]
@@ -273,7 +273,7 @@ def test_several_seeds_are_averaged_per_item(tmp_path):
         sum((number(doc["prompt"]) + seed) % 4 >= 2 for seed in range(3) for doc in DOCS[:10]) / 30
     )
     for seed in range(3):
-        assert [item.score for item in from_parquet(tmp_path / "out" / f"seed-{seed}.parquet")] == [
+        assert [item.score for item in read_items(tmp_path / "out" / f"seed-{seed}.parquet")] == [
             float((number(doc["prompt"]) + seed) % 4 < 2) for doc in DOCS[:10]
         ]
 
@@ -298,7 +298,7 @@ def test_thoughts_are_not_scored_and_stop_strings_do_not_end_them(tmp_path):
             "900",
         )
         assert not any("stop" in record.body for record in server.records)
-    items = from_parquet(tmp_path / "out" / "items.parquet")
+    items = read_items(tmp_path / "out" / "items.parquet")
     assert [item.response for item in items] == [
         RIGHT[doc["prompt"]] if number(doc["prompt"]) % 2 else "" for doc in DOCS[:8]
     ]
@@ -319,7 +319,7 @@ def test_two_evaluations_are_compared_item_by_item(tmp_path):
             server, tmp_path / "other", "--limit", "12", "--max-tokens", "40", "--baseline", str(tmp_path / "source"),
             code=1,
         )  # fmt: skip
-        assert "max_tokens: expected 40 as here, found None" in said
+        assert "max_tokens: expected 40 as in this evaluation, found None" in said
         found = evaluate(
             server, tmp_path / "fewer", "--limit", "4", "--baseline", str(tmp_path / "source")
         )
@@ -344,10 +344,10 @@ def test_two_evaluations_are_compared_item_by_item(tmp_path):
     ],
 )
 def test_an_endpoint_is_an_address_without_secrets(url, said):
-    from quantkit.evaluate.endpoint import checked_url
+    from quantkit.evaluate.openai_backend import normalize_url
 
     with pytest.raises(UsageError, match=said):
-        checked_url(url)
+        normalize_url(url)
 
 
 def test_a_journal_belongs_to_one_process_and_a_broken_one_is_named(tmp_path):
