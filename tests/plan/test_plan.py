@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 from support.paths import ROOT
 from support.plans import make_specs, plan_checkpoint
-from tools.calibration_sets.specs import TINY_HELD_OUT
-from tools.calibration_sets.specs import format_spec as format_spec
+from tools.calibration_sets.specs import TINY_HELD_OUT, format_spec
 
 from quantkit import registry
 from quantkit.artifact.model_files import make_config

@@ -65,7 +65,10 @@ def test_every_key_has_a_meaning_and_an_example_that_parses(section, name, field
     parse_recipe(SMALLEST, "x.yaml", overrides)
 
 
-@pytest.mark.parametrize(("key", "kind"), [("quantize.method", "methods"), ("format", "formats")])
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [("quantize.method", "methods"), ("quantize.rounding", "roundings"), ("format", "formats")],
+)
 def test_page_lists_the_registered_plugins(key: str, kind: registry.Kind) -> None:
     [row] = re.findall(rf"^\| `{re.escape(key)}` \| ([^|]*) \|", PAGE.read_text(), re.MULTILINE)
     assert set(registry.list_names(kind)) == set(re.findall(r"`(\w+)`", row))

@@ -16,16 +16,10 @@ from annotated_types import Ge, Le
 from pydantic import AfterValidator, BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from quantkit import registry
+from quantkit import figures, registry
 from quantkit.recipe import value_types
 from quantkit.recipe.patterns import PRESETS
-from quantkit.recipe.schema import (
-    FIGURES,
-    METHOD_DEFAULTS,
-    POOLED_FIGURES,
-    SECTIONS,
-    Recipe,
-)
+from quantkit.recipe.schema import METHOD_DEFAULTS, SECTIONS, Recipe
 from quantkit.texts.corpus_spec import DOMAINS
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -61,7 +55,11 @@ CHOICES = (
 )  # fmt: skip
 """Purpose, recipes."""
 
-PLUGINS: Mapping[str, registry.Kind] = {"method": "methods", "format": "formats"}
+PLUGINS: Mapping[str, registry.Kind] = {
+    "method": "methods",
+    "rounding": "roundings",
+    "format": "formats",
+}
 """Keys whose values are plug-ins."""
 
 NOTES = {
@@ -129,7 +127,7 @@ def render_type(name: str, field: FieldInfo) -> str:
         return str(extra["type_text"])
     if name in PLUGINS:
         names = ", ".join(f"`{plugin}`" for plugin in registry.list_names(PLUGINS[name]))
-        return names if name == "method" else f"one or a list of {names}"
+        return f"one or a list of {names}" if name == "format" else names
     if field is Recipe.model_fields.get(name) and name in SECTIONS:
         kind = "mapping"
         return f"{kind} or `none`" if name == "fidelity" else (
@@ -215,10 +213,14 @@ def note_values() -> dict[str, str]:
     return {
         "methods": methods,
         "presets": presets.rstrip("\n"),
-        "pooled": ", ".join(f"`{figure}`" for figure in POOLED_FIGURES),
+        "pooled": ", ".join(
+            f"`{figure}`" for figure in figures.list_keys() if figures.is_per_domain(figure)
+        ),
         "domain": DOMAINS[-1],
         "domains": ", ".join(DOMAINS),
-        "others": ", ".join(f"`{figure}`" for figure in FIGURES if figure not in POOLED_FIGURES),
+        "others": ", ".join(
+            f"`{figure}`" for figure in figures.list_keys() if not figures.is_per_domain(figure)
+        ),
     }
 
 

@@ -470,7 +470,7 @@ def manifest(folder: Path) -> object:
 def plan_json(folder: Path) -> object:
     """plan.json under a manifest that agrees, as diff and gate read it."""
     from quantkit.artifact.read_report import read_sealed_report
-    from quantkit.cli.options import read_gates
+    from quantkit.cli.commands.gate import read_gates
     from quantkit.diff.compare import compare_sides
     from quantkit.diff.sides import read_sides
 
@@ -512,7 +512,7 @@ def shown(report: object) -> None:
 
     from rich.console import Console
 
-    from quantkit.cli.console import EscapedRenderable
+    from quantkit.cli.rich_output import EscapedRenderable
     from quantkit.report.terminal import render_report
 
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
