@@ -11,7 +11,8 @@ The public API (quantkit/api.py), imported on first use so that `import quantkit
     quantkit.diff_artifacts("artifacts/tiny-v3-rtn4", result.path)
     model = quantkit.load(result.path)
 
-`quantkit.plan`, `.build`, `.report`, `.diff` and `.verify` are subpackages, so the functions have longer names.
+`quantkit.plan`, `.build`, `.report`, `.diff` and `.verify` are subpackages, so the functions have
+longer names.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ import sys
 def start() -> None:
     """Run the command line; Ctrl-C while it is still being imported ends it as quietly as later.
 
-    So does help that cannot be printed: commands say for themselves what the operating system refused.
+    So does help that cannot be printed: commands say for themselves what the operating system
+    refused.
     """
     try:
         from quantkit.cli.main import main  # half a second

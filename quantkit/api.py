@@ -1,7 +1,8 @@
 """The Python API: one function per command, with the same meaning and errors.
 
-`quantkit` exports these names lazily. They are not called plan, build, report, diff and verify, because `quantkit.plan`
-and the others are subpackages: importing one of them would replace a function of the same name.
+`quantkit` exports these names lazily. They are not called plan, build, report, diff and verify,
+because `quantkit.plan` and the others are subpackages: importing one of them would replace a
+function of the same name.
 
 Every function raises QuantkitError or a subclass (quantkit/errors.py).
 """
@@ -18,6 +19,7 @@ from quantkit.artifact.read_report import read_artifact_report
 from quantkit.diff.compare import compare_sides
 from quantkit.diff.diff_schema import Diff
 from quantkit.diff.sides import read_sides
+from quantkit.library_settings import apply_settings
 from quantkit.plan.plan_schema import PlanSummary
 from quantkit.plan.summary import summarize_plan
 from quantkit.progress import Progress
@@ -37,12 +39,13 @@ def plan_recipe(
 
     Args:
         recipe: a recipe file, or the name of a recipe that ships with quantkit.
-        overrides: values of dotted keys that replace those of the recipe, e.g. {"quantize.bits": 8}.
+        overrides: values by dotted key that replace the recipe's, e.g. {"quantize.bits": 8}.
 
     Raises:
         RecipeError: with every fault of the recipe.
         UsageError: if there is no such recipe or model.
     """
+    apply_settings()
     from quantkit.plan import sources  # imports torch
 
     _, parsed = read_recipe(str(recipe), _as_text(overrides))
@@ -65,12 +68,13 @@ def build_recipe(
 ) -> tuple[BuildResult, ...]:
     """Build the artifacts of a recipe, one per format, and return their paths and reports.
 
-    An interrupted build resumes when it is called again. Other than the command, a missed gate raises nothing: the
-    result's `fidelity.status` is then "rejected".
+    An interrupted build resumes when it is called again. The bytes are those of the command if
+    torch was not imported before: some settings are read when it loads (library_settings). Unlike
+    the command, a missed gate raises nothing: the result's `fidelity.status` is then "rejected".
 
     Args:
         recipe: a recipe file, or the name of a recipe that ships with quantkit.
-        overrides: values of dotted keys that replace those of the recipe, e.g. {"output.path": "artifacts/mine"}.
+        overrides: values by dotted key that replace the recipe's, e.g. {"output.path": "mine"}.
         overwrite: replace the artifact at output.path once the new one is complete.
         restart: discard the progress of an interrupted build.
         evaluate: run the benchmarks of the recipe.
@@ -82,6 +86,7 @@ def build_recipe(
         RecipeError: with every fault of the recipe.
         UsageError: if output.path exists and `overwrite` is not set.
     """
+    apply_settings()
     from quantkit.pipeline import build_artifacts  # imports torch and transformers
 
     text, parsed = read_recipe(str(recipe), _as_text(overrides))
@@ -107,7 +112,8 @@ def load(
 ) -> Any:  # transformers' PreTrainedModel, which is not typed
     """Return an artifact as a transformers causal language model in eval mode.
 
-    NF4 stays packed in bitsandbytes linears, routed experts too; other formats are unpacked to plain weights.
+    NF4 stays packed in bitsandbytes linears, routed experts too; other formats are unpacked to
+    plain weights.
 
     Args:
         artifact: the folder of the artifact.
@@ -154,7 +160,7 @@ def diff_artifacts(a: str | Path, b: str | Path, *, partial: bool = False) -> Di
         partial: omit parts that cannot be compared instead of raising.
 
     Raises:
-        NotComparable: if the two have different sources, or were measured on different text or prompts.
+        NotComparable: if the sources, the texts or the prompts of the two differ.
     """
     return compare_sides(*read_sides(str(a), str(b)), partial=partial)
 

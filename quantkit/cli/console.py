@@ -1,4 +1,6 @@
-"""Output and errors that all commands share: data on stdout, progress on stderr, one message per error."""
+"""Output and errors that all commands share: data on stdout, progress on stderr, one message per
+error.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class Terminated(KeyboardInterrupt):
 
 
 def handle_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Turn quantkit's errors into one message and their exit code, Ctrl-C into 130, SIGTERM into 143."""
+    """Turn quantkit's errors into one message and their exit code, Ctrl-C into 130, SIGTERM into
+    143.
+    """
 
     @wraps(command)
     def run(
@@ -87,13 +91,16 @@ def format_os_error(error: OSError) -> str:
     """Return the message for an error of the operating system, with the file if there is one."""
     where = f"{error.filename}: " if error.filename else ""
     return (
-        f"{where}the operating system refused: {describe_os_error(error)}; check the path, its permissions "
+        f"{where}the operating system refused: {describe_os_error(error)}; check the path, its "
+        "permissions "
         "and the free space"
     )
 
 
 def format_message(message: str) -> str:
-    """Return a message without control characters and cut to MAX_LINES lines of MAX_LINE_CHARACTERS."""
+    """Return a message without control characters and cut to MAX_LINES lines of
+    MAX_LINE_CHARACTERS.
+    """
     lines = escape_controls(message).split("\n")
     cut = [
         line if len(line) <= MAX_LINE_CHARACTERS else f"{line[: MAX_LINE_CHARACTERS - 1]}…"
@@ -104,7 +111,9 @@ def format_message(message: str) -> str:
 
 
 def escape_controls(text: str) -> str:
-    """Return untrusted text with Python escapes for all that a terminal could interpret, except line ends."""
+    """Return untrusted text with Python escapes for all that a terminal could interpret, except
+    line ends.
+    """
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 

@@ -5,12 +5,12 @@ Exit codes: 0 success, 1 failure, 2 usage or recipe error, 3 missed gate.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from importlib import import_module
 
 import click
 
+from quantkit.library_settings import apply_settings
 from quantkit.version import __version__
 
 COMMANDS: Mapping[str, str] = {
@@ -31,18 +31,11 @@ COMMANDS: Mapping[str, str] = {
     "size": "Estimate the memory and speed of a model.",
     "verify": "Check an artifact against its manifest.",
 }
-"""Command -> short help: the first sentence of its docstring, so that `--help` imports no command."""
-
-REPRODUCIBLE = {"MKL_CBWR": "AVX2,STRICT", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""Settings of the linear algebra libraries, read when they load: results do not depend on the number of threads."""
-BOUNDED = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
-"""Bounds of caches that would grow with a build: oneDNN and torch keep the code generated for each shape of a product,
-and every expert has another number of tokens. With the default of 1,024 shapes a build grew by 14 MB per block, with
-these by 3."""
+"""Command -> short help, the first sentence of its docstring: `--help` imports no command."""
 
 
 class LazyGroup(click.Group):
-    """A click group that imports the module of a command only if the command runs or its help is shown."""
+    """A click group that imports a command's module if the command runs or shows its help."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands."""
@@ -52,6 +45,7 @@ class LazyGroup(click.Group):
         """Import the module of a command and return its `command`; None for an unknown name."""
         if cmd_name not in COMMANDS:
             return None
+        apply_settings()  # before a command imports torch
         command: click.Command = import_module(f"quantkit.cli.commands.{cmd_name}").command
         return command
 
@@ -68,8 +62,6 @@ def main() -> None:
 
     Example: quantkit build tiny-v3-awq4
     """
-    for name, value in {**REPRODUCIBLE, **BOUNDED}.items():
-        os.environ.setdefault(name, value)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_help_shows_an_example(command: str) -> None:
         assert f"Example: quantkit {command} " in result.stdout
 
 
-def test_the_group_lists_its_commands_and_an_example() -> None:
+def test_group_help_lists_commands_and_an_example() -> None:
     result = run("--help")
     assert result.exit_code == 0
     assert "Example: quantkit build" in result.stdout
@@ -78,7 +78,7 @@ def test_the_group_lists_its_commands_and_an_example() -> None:
         assert command and "Example: quantkit " in (command.help or ""), name
 
 
-def test_usage_errors_are_two() -> None:
+def test_usage_errors_exit_with_2() -> None:
     for arguments in (["plan"], ["nonsense"], ["build", RECIPE, "--fast"], ["verify"]):
         assert run(*arguments).exit_code == 2
 
@@ -99,7 +99,7 @@ def test_help_does_not_start_torch(arguments: list[str]) -> None:
 # ------------------------------------------------------------------------------------------------------------ recipes
 
 
-def test_an_unknown_recipe() -> None:
+def test_unknown_recipe_is_a_usage_error() -> None:
     shipped = ", ".join(sorted(path.stem for path in locate_folder("recipes").glob("*.yaml")))
     assert "v3-awq4" in shipped
     assert read_error(run("plan", "tiny-v3-awq5"), 2) == (
@@ -107,7 +107,7 @@ def test_an_unknown_recipe() -> None:
     )
 
 
-def test_every_typing_error_of_a_recipe_with_its_line(tmp_path: Path) -> None:
+def test_recipe_faults_are_reported_with_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
         "version: 1\n"
@@ -128,7 +128,7 @@ def test_every_typing_error_of_a_recipe_with_its_line(tmp_path: Path) -> None:
     assert lines[2].startswith(f"{path}:6: memory: expected a size such as 64GB, ")
 
 
-def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
+def test_binary_recipe_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe")
     assert read_error(run("plan", tmp_path / "mine.yaml"), 2).startswith(
         f"{tmp_path / 'mine.yaml'}: expected a UTF-8 text file, found: "
@@ -158,7 +158,9 @@ def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_recipe_that_is_refused(override: str, sentence: str, tmp_path: Path) -> None:
+def test_plan_and_build_refuse_an_invalid_recipe(
+    override: str, sentence: str, tmp_path: Path
+) -> None:
     """The plan refuses it, and so does the build before it writes anything."""
     assert sentence in read_error(run("plan", RECIPE, "--set", override), 2)
     output = tmp_path / "artifact"
@@ -170,7 +172,7 @@ def test_a_recipe_that_is_refused(override: str, sentence: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("key", ["calibration.set", "fidelity.set"])
-def test_text_that_does_not_exist(key: str, tmp_path: Path) -> None:
+def test_unknown_text_set_is_refused(key: str, tmp_path: Path) -> None:
     sentence = "no set of documents named 'tiny-v4'. Did you mean 'tiny-v3'?"
     assert sentence in read_error(run("plan", RECIPE, "--set", f"{key}=tiny-v4"), 2)
     assert sentence in read_error(
@@ -205,7 +207,7 @@ def test_plan_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 # -------------------------------------------------------------------------------------------------------------- build
 
 
-def test_build_shows_plan_progress_report_and_where_it_is(tmp_path: Path) -> None:
+def test_build_prints_plan_progress_report_and_path(tmp_path: Path) -> None:
     result = build(tmp_path / "artifact")
     assert result.exit_code == 0
     for words in (
@@ -224,7 +226,7 @@ def test_build_shows_plan_progress_report_and_where_it_is(tmp_path: Path) -> Non
     ]  # staging and scratch are gone
 
 
-def test_build_json_is_alone_on_stdout(tmp_path: Path) -> None:
+def test_build_json_is_the_only_stdout(tmp_path: Path) -> None:
     """In a process of its own, because libraries print where they like."""
     arguments = [
         "build",
@@ -248,7 +250,7 @@ def test_build_json_is_alone_on_stdout(tmp_path: Path) -> None:
     )
 
 
-def test_the_recipe_in_an_artifact_builds_it_again(built: Path, tmp_path: Path) -> None:
+def test_recipe_of_an_artifact_rebuilds_it(built: Path, tmp_path: Path) -> None:
     """With every --set of its build, and none beside."""
     again = tmp_path / "again"
     done = run("build", built / "recipe.yaml", "--skip-evaluation", "--set", f"output.path={again}")
@@ -272,7 +274,7 @@ def test_report_prints_the_figures_again(built: Path) -> None:
     assert json.loads(told.stdout) == json.loads((built / "quantkit/fidelity.json").read_text())
 
 
-def test_verify_says_what_it_checked(built: Path) -> None:
+def test_verify_prints_its_counts(built: Path) -> None:
     found = verify_artifact(built)
     shown = run("verify", built)
     assert shown.exit_code == 0 and shown.stderr == ""
@@ -293,7 +295,7 @@ def test_verify_says_what_it_checked(built: Path) -> None:
     }
 
 
-def test_a_damaged_artifact_is_one(artifact: Path) -> None:
+def test_damaged_artifact_exits_with_1(artifact: Path) -> None:
     (artifact / "README.md").write_text("other")
     for options in ([], ["--json"]):
         result = run("verify", artifact, *options)
@@ -301,7 +303,7 @@ def test_a_damaged_artifact_is_one(artifact: Path) -> None:
         assert result.stdout == ""
 
 
-def test_report_and_verify_of_what_is_no_artifact(tmp_path: Path) -> None:
+def test_report_and_verify_refuse_other_folders(tmp_path: Path) -> None:
     for path in (tmp_path / "absent", tmp_path):
         assert "not an artifact of quantkit, or its build did not finish" in read_error(
             run("report", path), 1
@@ -309,7 +311,7 @@ def test_report_and_verify_of_what_is_no_artifact(tmp_path: Path) -> None:
         assert read_error(run("verify", path), 1).startswith(f"{path}: ")
 
 
-def test_a_missed_gate_is_three_and_the_artifact_is_kept(tmp_path: Path) -> None:
+def test_missed_gate_exits_with_3_and_keeps_the_artifact(tmp_path: Path) -> None:
     output = tmp_path / "artifact"
     result = build(output, gates="{kl_mean: {max: 1.0e-9}, top1: {min: 0.5}}")
     assert read_error(result, 3).startswith("gate kl_mean <= 1e-09: found 0.000")
@@ -322,12 +324,12 @@ def test_a_missed_gate_is_three_and_the_artifact_is_kept(tmp_path: Path) -> None
     assert told.exit_code == 3 and json.loads(told.stdout)["status"] == "rejected"
 
 
-def test_kept_gates_accept(tmp_path: Path) -> None:
+def test_kept_gates_accept_the_artifact(tmp_path: Path) -> None:
     assert build(tmp_path / "artifact", gates="{kl_mean: {max: 1}}").exit_code == 0
     assert verify_artifact(tmp_path / "artifact").status == "accepted"
 
 
-def test_an_interrupted_build_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_build_exits_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -337,7 +339,7 @@ def test_an_interrupted_build_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (tmp_path / "artifact").exists()
 
 
-def test_help_that_cannot_be_printed_says_so() -> None:
+def test_help_on_a_full_device_is_one_message() -> None:
     with open("/dev/full", "w") as full:
         told = subprocess.run(
             [sys.executable, "-m", "quantkit", "--help"],
@@ -355,7 +357,7 @@ def test_help_that_cannot_be_printed_says_so() -> None:
 # ---------------------------------------------------------------------------------------------- what is there already
 
 
-def test_an_existing_output_is_not_touched(tmp_path: Path) -> None:
+def test_existing_output_is_not_changed(tmp_path: Path) -> None:
     output = tmp_path / "artifact"
     output.mkdir()
     (output / "thesis.txt").write_text("years of work")
@@ -370,7 +372,7 @@ def test_an_existing_output_is_not_touched(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_an_output_that_is_a_file(tmp_path: Path) -> None:
+def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     assert "file: exists already; " in read_error(build(tmp_path / "file"), 2)
     assert "file: exists and is not an artifact" in read_error(
@@ -382,7 +384,7 @@ def test_an_output_that_is_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "x"
 
 
-def test_overwrite_replaces_an_artifact_once_the_new_one_is_done(
+def test_overwrite_replaces_an_artifact_after_the_new_one_is_complete(
     artifact: Path, checkpoint_copy: Path
 ) -> None:
     before = (artifact / "quantkit/manifest.json").read_bytes()
@@ -462,7 +464,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "sentence"), DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint(
+def test_damaged_checkpoint_is_one_message(
     damage: Callable[[Path], object], sentence: str, checkpoint_copy: Path, tmp_path: Path
 ) -> None:
     """One message, exit 1, and nothing under the final name; below it how to go on, if a block was done."""
@@ -476,13 +478,13 @@ def test_a_damaged_checkpoint(
     assert {path.name for path in tmp_path.iterdir()} <= left
 
 
-def test_an_unknown_family_is_a_matter_of_usage(checkpoint_copy: Path, tmp_path: Path) -> None:
+def test_unknown_family_exits_with_2(checkpoint_copy: Path, tmp_path: Path) -> None:
     change_config(checkpoint_copy, model_type="gpt17")
     message = read_error(build(tmp_path / "artifact", source__model=checkpoint_copy), 2)
     assert "'gpt17'" in message and ", ".join(registry.list_names("architectures")) in message
 
 
-def test_a_family_that_cannot_be_derived_is_told_with_the_reason(
+def test_family_that_cannot_be_derived_is_reported_with_the_reason(
     checkpoint_copy: Path, tmp_path: Path
 ) -> None:
     change_config(checkpoint_copy, model_type="gpt2")
@@ -493,7 +495,7 @@ def test_a_family_that_cannot_be_derived_is_told_with_the_reason(
     )
 
 
-def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     from support.checkpoints import make_tiny_config, write_checkpoint
 
     source = write_checkpoint(tmp_path / "source", make_tiny_config("llama", vocab_size=512))
@@ -504,7 +506,7 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
     assert not (tmp_path / "artifact").exists()
 
 
-def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
+def test_missing_model_is_refused(tmp_path: Path) -> None:
     absent = "source.model: expected a folder, builtin:<name> or a Hub id like org/name, found './absent'"
     for model, sentence, code in (("builtin:tiny-v4", "tiny-v3", 2), ("./absent", absent, 1)):
         assert sentence in read_error(run("plan", RECIPE, "--set", f"source.model={model}"), code)

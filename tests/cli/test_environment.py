@@ -44,7 +44,7 @@ def recipe(source: Path, output: Path, place: Path, name: str = "r.yaml") -> Pat
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_names(name: str, tmp_path: Path, record_property: Record) -> None:
+def test_commands_accept_unusual_names(name: str, tmp_path: Path, record_property: Record) -> None:
     """Source, output and recipe are called so: built, verified, reported, compared, listed."""
     source = small(tmp_path / f"{name} source")
     output = tmp_path / f"{name} out"
@@ -94,7 +94,7 @@ def privileged(*command: str) -> tuple[str, ...]:
     return wrapped
 
 
-def test_a_disk_that_is_full(tmp_path: Path, record_property: Record) -> None:
+def test_full_disk_is_one_message(tmp_path: Path, record_property: Record) -> None:
     """A file system of 400 kB, which one shard does not fit into."""
     place = tmp_path / "full"
     place.mkdir()
@@ -104,14 +104,14 @@ def test_a_disk_that_is_full(tmp_path: Path, record_property: Record) -> None:
     record_property("fault", "disk full")
 
 
-def test_a_file_that_may_not_grow(tmp_path: Path, record_property: Record) -> None:
+def test_file_size_limit_is_one_message(tmp_path: Path, record_property: Record) -> None:
     """`ulimit -f`, as batch systems set it."""
     path = recipe(small(tmp_path / "source"), tmp_path / "out", tmp_path)
     refused(process(path, limit=100_000), tmp_path / "out", "file too large")
     record_property("fault", "file size limited")
 
 
-def test_an_output_that_is_read_only(tmp_path: Path, record_property: Record) -> None:
+def test_read_only_output_is_one_message(tmp_path: Path, record_property: Record) -> None:
     """A mount that takes no writes."""
     place = tmp_path / "fixed"
     place.mkdir()
@@ -122,7 +122,9 @@ def test_an_output_that_is_read_only(tmp_path: Path, record_property: Record) ->
 
 
 @pytest.mark.parametrize("what", ["output", "weights", "config.json", "source folder"])
-def test_what_may_not_be_touched(what: str, tmp_path: Path, record_property: Record) -> None:
+def test_missing_permission_is_one_message(
+    what: str, tmp_path: Path, record_property: Record
+) -> None:
     """Files without a permission bit, read by somebody who obeys them."""
     source, place = small(tmp_path / "source"), tmp_path / "closed"
     place.mkdir()
@@ -150,7 +152,7 @@ def test_what_may_not_be_touched(what: str, tmp_path: Path, record_property: Rec
 
 
 @pytest.mark.parametrize("output", ["a" * 300, "b/" * 2500])
-def test_a_path_that_is_too_long(output: str, tmp_path: Path, record_property: Record) -> None:
+def test_too_long_path_is_one_message(output: str, tmp_path: Path, record_property: Record) -> None:
     """Longer than a name, and than a path, may be."""
     path = recipe(small(tmp_path / "source"), tmp_path / "out", tmp_path)
     result = run("build", path, "--set", f"output.path={tmp_path / output}")
@@ -192,7 +194,7 @@ CHANGES = {"a byte": flip, "a shard": replaced, "a file beside": tokenizer}
 
 @pytest.mark.parametrize("stage", ["source", "blocks"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_source_that_changes(
+def test_changed_source_is_detected(
     name: str, stage: str, tmp_path: Path, record_property: Record
 ) -> None:
     """While its bytes are hashed, or behind the last block: found before the artifact has its name."""
@@ -213,7 +215,7 @@ def test_a_source_that_changes(
     record_property("fault", f"source changed, {name}, at {stage}")
 
 
-def test_a_source_that_was_only_touched(tmp_path: Path) -> None:
+def test_touched_source_with_equal_bytes_is_accepted(tmp_path: Path) -> None:
     """Another time of change and the same bytes: read again, and good."""
     source, output = small(tmp_path / "source"), tmp_path / "out"
     text = recipe(source, output, tmp_path).read_text(encoding="utf-8")
@@ -233,7 +235,9 @@ def test_a_source_that_was_only_touched(tmp_path: Path) -> None:
     assert verify_artifact(output).tensors > 0
 
 
-def test_the_message_of_a_faulty_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_os_error_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An error of the operating system where nobody expected one is a sentence too."""
 
     def broken(*_: object) -> None:
@@ -246,7 +250,7 @@ def test_the_message_of_a_faulty_disk(tmp_path: Path, monkeypatch: pytest.Monkey
     )
 
 
-def test_ctrl_c_while_it_is_being_imported(tmp_path):
+def test_ctrl_c_during_import_is_quiet(tmp_path):
     """No traceback of an import that was cut off."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"

@@ -97,9 +97,7 @@ def flagship_summary(flagship: Plan) -> PlanSummary:
     return summarize_plan(flagship)
 
 
-def test_the_flagship_has_671_billion_parameters(
-    flagship: Plan, flagship_summary: PlanSummary
-) -> None:
+def test_flagship_has_671_billion_parameters(flagship: Plan, flagship_summary: PlanSummary) -> None:
     source = flagship_summary.source
     assert source.parameters_without_mtp == DEEPSEEK_V3
     assert (
@@ -111,7 +109,7 @@ def test_the_flagship_has_671_billion_parameters(
     assert source.read_from == "the published config; sizes are computed, no header was read"
 
 
-def test_the_flagship_quantizes_every_routed_expert_and_nothing_else(flagship: Plan) -> None:
+def test_flagship_quantizes_routed_experts_only(flagship: Plan) -> None:
     pattern = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj")
     found = Counter()
     for name in quantized(flagship):
@@ -135,7 +133,7 @@ def test_the_flagship_quantizes_every_routed_expert_and_nothing_else(flagship: P
     }
 
 
-def test_the_flagship_in_bytes(flagship: Plan, flagship_summary: PlanSummary) -> None:
+def test_flagship_bytes(flagship: Plan, flagship_summary: PlanSummary) -> None:
     experts, others, mtp = flagship_summary.rules
     weights = EXPERTS * 2048 * 7168
     assert (experts.label, experts.action, experts.modules) == (
@@ -162,7 +160,7 @@ def test_the_flagship_in_bytes(flagship: Plan, flagship_summary: PlanSummary) ->
     )
 
 
-def test_the_flagships_groups(flagship: Plan) -> None:
+def test_flagship_tensors_have_the_layout_of_awq(flagship: Plan) -> None:
     """[out, in] in AWQ's layout: eight codes of neighbouring rows in one word, one scale per 128 inputs."""
     held, name = outputs(flagship), "model.layers.30.mlp.experts.255"
     for projection, (out, into) in {"gate_proj": (2048, 7168), "down_proj": (7168, 2048)}.items():
@@ -179,7 +177,7 @@ def test_the_flagships_groups(flagship: Plan) -> None:
     assert held["model.layers.3.mlp.gate.e_score_correction_bias"].dtype == "F32"
 
 
-def test_the_flagships_shards_and_memory(flagship: Plan) -> None:
+def test_flagship_shards_and_memory_keep_their_limits(flagship: Plan) -> None:
     limit = flagship.recipe.output.shard_bytes
     assert all(shard.n_bytes <= limit or len(shard.tensors) == 1 for shard in flagship.shards)
     assert len(flagship.shards) == 81
@@ -191,7 +189,7 @@ def test_the_flagships_shards_and_memory(flagship: Plan) -> None:
     assert 1 < memory.wave_experts < 256
     assert memory.peak_bytes + memory.expert_bytes > memory.budget_bytes  # one more would not fit
     assert flagship.warnings == (
-        "format awq cannot hold FP8 blocks: what is kept is stored as BF16",
+        "format awq cannot hold FP8 blocks: kept weights are stored as BF16",
     )
 
 
@@ -200,7 +198,7 @@ def test_the_flagships_shards_and_memory(flagship: Plan) -> None:
     [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}],
     ids=["offline", "unreachable"],
 )
-def test_the_flagship_plans_without_a_network(environment: dict[str, str], tmp_path: Path) -> None:
+def test_flagship_is_planned_without_a_network(environment: dict[str, str], tmp_path: Path) -> None:
     """On a bare machine: 10 s and 1 GiB are promised; 30 s are allowed where many share a core."""
     done = subprocess.run(
         [sys.executable, "-c", PLAN_PROGRAM, str(FLAGSHIP)],
@@ -219,7 +217,7 @@ def test_the_flagship_plans_without_a_network(environment: dict[str, str], tmp_p
     assert summary.memory.peak <= summary.memory.budget
 
 
-def test_a_hub_model_nobody_ships_a_config_of_needs_the_hub(tmp_path: Path) -> None:
+def test_hub_model_without_a_published_config_needs_the_hub(tmp_path: Path) -> None:
     program = f"from quantkit.cli.main import main; main(['plan', {str(FLAGSHIP)!r}, '--set', 'source.model=org/other'])"
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -235,7 +233,7 @@ def test_a_hub_model_nobody_ships_a_config_of_needs_the_hub(tmp_path: Path) -> N
 # ------------------------------------------------------------------------------------------------------------ shards
 
 
-def test_shards_are_cut_in_order_and_never_too_large() -> None:
+def test_shards_keep_order_and_size_limit() -> None:
     tensors = [
         TensorSpec(name=f"t{i}", dtype="U8", shape=(size,))
         for i, size in enumerate((4, 4, 3, 9, 1, 6))
@@ -262,7 +260,7 @@ def test_shards_are_cut_in_order_and_never_too_large() -> None:
 # ----------------------------------------------------------------------------------------------------- rules decide
 
 
-def test_presets_by_family() -> None:
+def test_default_preset_follows_the_family() -> None:
     """Without rules: routed experts where there are some, else every linear; protected ones never."""
     deepseek, llama = plan_checkpoint(), plan_checkpoint("llama")
     assert {deepseek.decisions[name].linear.role for name in quantized(deepseek)} == {
@@ -283,12 +281,12 @@ def test_presets_by_family() -> None:
         ("attention-source", {"mlp", "shared_expert", "routed_expert"}),
     ],
 )
-def test_presets_by_name(preset: str, roles: set[str]) -> None:
+def test_named_preset_selects_roles(preset: str, roles: set[str]) -> None:
     plan = plan_checkpoint(rules=preset)
     assert {plan.decisions[name].linear.role for name in quantized(plan)} == roles
 
 
-def test_the_first_match_decides() -> None:
+def test_first_matching_rule_applies() -> None:
     rules = '[{match: "*.layers.0.*", keep: source}, {match: "*.mlp.*", quantize: default}]'
     plan = plan_checkpoint("llama", rules=rules)
     assert quantized(plan) == [f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -296,7 +294,7 @@ def test_the_first_match_decides() -> None:
     assert plan.decisions["model.layers.1.self_attn.q_proj"].rule == "no rule"
 
 
-def test_router_embedding_and_head_only_by_name() -> None:
+def test_router_embedding_and_head_are_matched_by_name_only() -> None:
     """`*` passes them by; a rule that spells them out reaches them, and the format has the last word."""
     wide = '{match: "*", quantize: default}'
     assert not {"model.embed_tokens", "lm_head"} & set(
@@ -315,26 +313,26 @@ def test_router_embedding_and_head_only_by_name() -> None:
             assert "the build quantizes inside blocks only" in fault
 
 
-def test_a_rule_that_decides_nothing_is_told() -> None:
+def test_rule_that_applies_to_no_linear_is_a_warning() -> None:
     """Not a fault: a preset at the end of a list may well be covered. But never in silence."""
     shadowed = plan_checkpoint(
         "llama", rules='[{match: "*", quantize: default}, {match: "*.q_proj", keep: source}]'
     )
-    assert shadowed.warnings[-1].startswith("rules[1]: '*.q_proj' decides over nothing: ")
+    assert shadowed.warnings[-1].startswith("rules[1]: '*.q_proj' applies to no linear: ")
     unnamed = plan_checkpoint(
         "llama", rules='[{match: "re:lm_.*", quantize: default}, {match: "*", keep: source}]'
     )
     assert unnamed.decisions["lm_head"].action == "keep"
     assert any(
-        warning.startswith("rules[0]: 're:lm_.*' decides over nothing: ")
+        warning.startswith("rules[0]: 're:lm_.*' applies to no linear: ")
         for warning in unnamed.warnings
     )
     assert not any(
-        "decides over nothing" in warning for warning in plan_checkpoint("llama").warnings
+        "applies to no linear" in warning for warning in plan_checkpoint("llama").warnings
     )
 
 
-def test_keeping_everything_is_told() -> None:
+def test_keeping_everything_is_a_warning() -> None:
     plan = plan_checkpoint(rules='[{match: "*", keep: source}]', quantize="{method: rtn}")
     assert "no linear is quantized: the artifact is a copy of the source" in plan.warnings
     assert "quantization_config" not in make_config(plan)
@@ -347,7 +345,7 @@ def test_keeping_everything_is_told() -> None:
 # ------------------------------------------------------------------------------------------------- faults, all at once
 
 
-def test_a_rule_that_matches_nothing() -> None:
+def test_rule_that_matches_nothing_is_a_fault() -> None:
     text = '\n  - {match: "*.mlp.exprts.*", quantize: default}\n  - {match: "*", keep: source}'
     assert faults_of(rules=text) == (
         "r.yaml:9: rules[0]: '*.mlp.exprts.*' matches no linear of this model; expected a glob or re:regex over names "
@@ -355,7 +353,7 @@ def test_a_rule_that_matches_nothing() -> None:
     )
 
 
-def test_a_written_preset_that_matches_nothing() -> None:
+def test_written_preset_that_matches_nothing_is_a_fault() -> None:
     """experts-only on a dense model: refused when written, never chosen unasked."""
     [fault] = faults_of(model_type="llama", rules="experts-only")
     assert fault.startswith(
@@ -363,7 +361,7 @@ def test_a_written_preset_that_matches_nothing() -> None:
     )
 
 
-def test_a_group_size_that_does_not_divide() -> None:
+def test_group_size_that_does_not_divide_is_a_fault() -> None:
     [fault] = faults_of(quantize="{group_size: 128}", config={"moe_intermediate_size": 192})
     assert fault == (
         "r.yaml: experts-only[0]: group_size 128 does not divide 192 input features; use 64 or 32 "
@@ -371,7 +369,7 @@ def test_a_group_size_that_does_not_divide() -> None:
     )
 
 
-def test_a_fused_group_with_two_schemes() -> None:
+def test_fused_linears_with_two_decisions_are_a_fault() -> None:
     rules = '[{match: "*.q_proj", keep: source}, {match: "*", quantize: default}]'
     faults = faults_of(model_type="llama", rules=rules)
     assert faults == tuple(
@@ -390,7 +388,7 @@ def test_experts_of_one_layer_are_one_fused_group() -> None:
     )
 
 
-def test_two_schemes_in_a_format_that_holds_one() -> None:
+def test_two_schemes_in_a_format_for_one_are_a_fault() -> None:
     rules = '[{match: "*.down_proj", quantize: {group_size: 32}}, {match: "*", quantize: default}]'
     [fault] = faults_of(model_type="llama", rules=rules)
     assert fault == (
@@ -400,7 +398,7 @@ def test_two_schemes_in_a_format_that_holds_one() -> None:
     )
 
 
-def test_only_who_merges_linears_asks_for_one_decision() -> None:
+def test_only_merging_engines_require_one_decision() -> None:
     """Not where codes are for others, nor in plain weights; the routed experts of a block are solved as one."""
     rules = '[{match: "*.q_proj", keep: source}, {match: "*", quantize: default}]'
     for quantize, name in (
@@ -412,11 +410,11 @@ def test_only_who_merges_linears_asks_for_one_decision() -> None:
     experts = '[{match: "*.down_proj", keep: source}, {match: "*.experts.*", quantize: default}]'
     [fault] = faults_of(rules=experts, quantize="{method: nf4}", format="bitsandbytes")
     assert fault.startswith(
-        "r.yaml: model.layers.1: quantkit solves and loads the routed experts of a block together"
+        "r.yaml: model.layers.1: quantkit quantizes and loads the routed experts of a block together"
     )
 
 
-def test_schemes_are_told_apart_by_what_differs() -> None:
+def test_message_names_the_keys_in_which_schemes_differ() -> None:
     rules = (
         '[{match: "*.down_proj", quantize: {double_quant: false}}, {match: "*", quantize: default}]'
     )
@@ -441,7 +439,7 @@ def test_schemes_are_told_apart_by_what_differs() -> None:
         ("group_size: -1", "fails on -1; use 128, 64 or 32"),
     ],
 )
-def test_what_awq_cannot_hold(change: str, words: str) -> None:
+def test_scheme_that_awq_cannot_hold_is_a_fault(change: str, words: str) -> None:
     [fault] = faults_of(quantize=f"{{{change}}}")
     assert fault.startswith("r.yaml: experts-only[0]: ") and words in fault
     assert fault.endswith(
@@ -449,7 +447,7 @@ def test_what_awq_cannot_hold(change: str, words: str) -> None:
     )  # one sentence for all of them
 
 
-def test_memory_that_is_too_small() -> None:
+def test_memory_that_is_too_small_is_a_fault() -> None:
     needed = plan_checkpoint().memory.needed_bytes
     [fault] = faults_of(budget=needed - 1, memory="1GB")
     assert re.fullmatch(
@@ -464,7 +462,7 @@ def test_memory_that_is_too_small() -> None:
     assert "the largest block needs" in faults_of(model_type="llama", budget=10**6)[0]
 
 
-def test_calibration_that_is_missing() -> None:
+def test_missing_calibration_is_a_fault() -> None:
     assert faults_of(calibration="null") == (
         "r.yaml:4: calibration: method awq needs a set, found none",
     )
@@ -473,7 +471,7 @@ def test_calibration_that_is_missing() -> None:
     ).needs_calibration
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_all_faults_are_reported_at_once() -> None:
     rules = """
   - {match: "*.nothing", keep: source}
   - {match: "*.q_proj", keep: source}
@@ -499,20 +497,18 @@ def test_all_faults_are_told_at_once() -> None:
 
 
 @pytest.mark.parametrize("mtp", ["keep", "quantize", "drop"])
-def test_a_model_without_an_mtp_layer_is_told(mtp: str) -> None:
+def test_mtp_key_without_an_mtp_layer_is_a_warning(mtp: str) -> None:
     told = [
         warning
         for warning in plan_checkpoint("llama", rules="all-linear", mtp=mtp).warnings
         if "mtp" in warning
     ]
-    missing = (
-        f"mtp: {mtp}: the model has no multi-token-prediction layer, and the key changes nothing"
-    )
+    missing = f"mtp: {mtp}: the model has no multi-token-prediction layer; the key has no effect"
     assert told == ([] if mtp == "keep" else [missing])
 
 
 @pytest.mark.parametrize("mtp", ["keep", "quantize", "drop"])
-def test_the_mtp_layer_is_never_lost_by_accident(mtp: str) -> None:
+def test_mtp_layer_is_dropped_only_if_the_recipe_says_so(mtp: str) -> None:
     plan = plan_checkpoint(mtp=mtp)
     inside = {
         name: spec for name, spec in outputs(plan).items() if name.startswith("model.layers.2.")
@@ -537,7 +533,7 @@ def test_the_mtp_layer_is_never_lost_by_accident(mtp: str) -> None:
     )
 
 
-def test_an_announced_mtp_layer_that_is_not_stored() -> None:
+def test_announced_mtp_layer_without_tensors_is_left_out() -> None:
     """Common in re-uploads: left out with a warning, and engines are not told to look for it."""
     stored = {
         n: s
@@ -553,7 +549,7 @@ def test_an_announced_mtp_layer_that_is_not_stored() -> None:
     assert summarize_plan(plan).source.parameters_without_mtp is None
 
 
-def test_a_model_without_mtp_keeps_its_config() -> None:
+def test_model_without_mtp_keeps_its_config() -> None:
     plan = plan_checkpoint(config={"num_nextn_predict_layers": 0})
     assert make_config(plan)["num_nextn_predict_layers"] == 0
     assert "num_nextn_predict_layers" not in make_config(plan_checkpoint("llama"))
@@ -569,7 +565,7 @@ def test_tied_embeddings_have_no_head() -> None:
     assert len(outputs(plan_checkpoint("llama"))) == len(outputs(plan)) + 1
 
 
-def test_missing_unclaimed_and_misshaped_tensors_are_told_together() -> None:
+def test_missing_unexpected_and_misshaped_tensors_are_reported_together() -> None:
     specs = make_specs(registry.get_architecture("llama").tiny)
     del specs["model.norm.weight"]
     specs["model.layers.9.extra"] = TensorSpec(
@@ -593,7 +589,7 @@ def test_many_faults_of_a_checkpoint_are_counted() -> None:
         plan_checkpoint("llama", specs={})
 
 
-def test_tensors_no_engine_reads_are_dropped_and_told() -> None:
+def test_unused_tensors_are_dropped_with_a_warning() -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     specs = {
         **make_specs(registry.get_architecture("llama").tiny),
@@ -618,14 +614,14 @@ def test_tensors_no_engine_reads_are_dropped_and_told() -> None:
         ("int4", "found 'int4'; start from the original weights"),
     ],
 )
-def test_a_source_that_is_quantized_otherwise(entry: object, sentence: str) -> None:
+def test_source_with_another_quantization_is_refused(entry: object, sentence: str) -> None:
     specs = make_specs(registry.get_architecture("llama").tiny)
     with pytest.raises(CheckpointError) as caught:
         plan_checkpoint("llama", specs=specs, config={"quantization_config": entry})
     assert sentence in str(caught.value)
 
 
-def test_an_unknown_family() -> None:
+def test_unknown_family_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match=r"no architecture named 'lama'\. Did you mean 'llama'\?"):
         plan_checkpoint("llama", specs={}, config={"model_type": "lama"})
 
@@ -642,7 +638,7 @@ def test_scales_follow_the_dtype_of_the_source() -> None:
     assert forced["model.layers.0.mlp.up_proj.scales"].dtype == "F16"
 
 
-def test_the_budget_changes_waves_and_nothing_else() -> None:
+def test_budget_changes_only_waves() -> None:
     large, small = plan_checkpoint(), plan_checkpoint(budget=plan_checkpoint().memory.needed_bytes)
     assert (large.memory.wave_experts, small.memory.wave_experts) == (8, 1)
     assert (large.shards, large.decisions, large.hash) == (
@@ -652,7 +648,7 @@ def test_the_budget_changes_waves_and_nothing_else() -> None:
     )
 
 
-def test_the_hash_follows_what_decides_the_content() -> None:
+def test_hash_follows_the_content() -> None:
     base = plan_checkpoint("llama").hash
     assert plan_checkpoint("llama").hash == base
     assert plan_checkpoint("llama", output="{path: elsewhere}").hash == base
@@ -674,9 +670,7 @@ def test_the_hash_follows_what_decides_the_content() -> None:
     [("calibration.sequences", 900), ("fidelity.windows", 250)],
     ids=["calibration", "fidelity"],
 )
-def test_more_sequences_than_a_set_has_are_refused_before_anything_is_read(
-    key: str, most: int
-) -> None:
+def test_more_sequences_than_a_set_has_are_refused(key: str, most: int) -> None:
     text = (ROOT / "recipes" / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
 
     def planned(count: int) -> None:
@@ -687,7 +681,7 @@ def test_more_sequences_than_a_set_has_are_refused_before_anything_is_read(
 
     planned(most)
     with pytest.raises(
-        RecipeError, match=rf"{key}: expected at most {most}, .* found {most + 1}; ask for fewer"
+        RecipeError, match=rf"{key}: expected at most {most}, .* found {most + 1}; use fewer"
     ):
         planned(most + 1)
 

@@ -36,7 +36,7 @@ def faults(text: str, overrides: dict[str, str] | None = None) -> tuple[str, ...
 # ------------------------------------------------------------------------------------------------------ what parses
 
 
-def test_the_smallest_recipe_has_every_default() -> None:
+def test_smallest_recipe_has_every_default() -> None:
     recipe = parse_recipe(SMALLEST, "x.yaml")
     assert recipe.dump() == {
         "version": 1,
@@ -73,12 +73,12 @@ def test_the_smallest_recipe_has_every_default() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_recipe_of_the_project_parses(path: Path) -> None:
+def test_shipped_recipes_parse(path: Path) -> None:
     recipe = parse_recipe(path.read_text(), path.name)
     assert recipe.output.path == f"artifacts/{path.stem}"
 
 
-def test_the_flagship_is_what_the_project_promises() -> None:
+def test_flagship_has_the_promised_settings() -> None:
     recipe = parse_recipe((RECIPES / "v3-awq4.yaml").read_text(), "v3-awq4.yaml")
     assert recipe.source.model == "deepseek-ai/DeepSeek-V3"
     assert recipe.quantize == Quantize(
@@ -113,7 +113,7 @@ def commented(path: Path) -> set[str]:
     return found
 
 
-def test_the_flagship_explains_every_key_of_the_schema() -> None:
+def test_flagship_comments_every_key_of_the_schema() -> None:
     assert set(list_keys()) - commented(RECIPES / "v3-awq4.yaml") == set()
 
 
@@ -136,7 +136,7 @@ def test_only_the_flagship_states_allowed_values(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- rules
 
 
-def test_a_rule_changes_some_keys_of_the_default() -> None:
+def test_rule_changes_some_keys_of_the_default() -> None:
     recipe = parse_recipe(
         SMALLEST + "quantize: {group_size: 64, symmetric: true}\n"
         "rules:\n  - {match: '*.down_proj', quantize: {bits: 8}}\n  - {match: '*.self_attn.*', keep: bf16}\n"
@@ -153,7 +153,7 @@ def test_a_rule_changes_some_keys_of_the_default() -> None:
     assert "line" not in recipe.rules[0].model_dump()
 
 
-def test_what_a_method_is_by_itself_need_not_be_said() -> None:
+def test_values_of_a_method_may_be_omitted() -> None:
     nf4 = Quantize(method="nf4")
     assert (nf4.bits, nf4.group_size, nf4.symmetric, nf4.scale_dtype, nf4.double_quant) == (
         4,
@@ -201,13 +201,13 @@ def test_what_a_method_is_by_itself_need_not_be_said() -> None:
         ),
     ],
 )
-def test_what_contradicts_nf4_is_one_fault(written: str, told: str) -> None:
+def test_contradiction_of_nf4_is_one_fault(written: str, told: str) -> None:
     with pytest.raises(RecipeError) as refused:
         parse_recipe(SMALLEST + f"quantize: {written}\n", "x.yaml")
     assert len(refused.value.faults) == 1 and told in refused.value.faults[0]
 
 
-def test_presets_alone_and_in_a_list() -> None:
+def test_presets_work_alone_and_in_a_list() -> None:
     alone = parse_recipe(SMALLEST + "rules: experts-only\n", "x.yaml").rules
     assert alone is not None
     assert [rule.label for rule in alone] == ["experts-only[0]", "experts-only[1]"]
@@ -226,7 +226,7 @@ def test_presets_alone_and_in_a_list() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_chosen_by_an_architecture_is_optional(name: str) -> None:
+def test_preset_chosen_by_an_architecture_is_optional(name: str) -> None:
     assert all(rule.optional and rule.line == 0 for rule in expand_preset(name, Quantize()))
 
 
@@ -275,7 +275,9 @@ def test_experts_only_selects_routed_experts_and_nothing_else() -> None:
         (r"re:(?!.*\.gate$).*", "model.layers.3.mlp.gate", False, False),
     ],
 )
-def test_patterns(pattern: str, module: str, matched: bool, named: bool) -> None:
+def test_patterns_match_and_name_modules(
+    pattern: str, module: str, matched: bool, named: bool
+) -> None:
     assert matches_module(pattern, module) is matched
     assert names_module(pattern, module) is named
 
@@ -283,7 +285,7 @@ def test_patterns(pattern: str, module: str, matched: bool, named: bool) -> None
 # ------------------------------------------------------------------------------------------------------------ faults
 
 
-def test_all_faults_are_reported_at_once_in_the_order_of_the_lines() -> None:
+def test_all_faults_are_reported_in_the_order_of_the_lines() -> None:
     text = """\
 version: 2
 source: {modle: 3, model: 12}
@@ -331,7 +333,7 @@ fidelty: {}
         "x.yaml:13: gates.kl_maen: no figure or task of evaluation.tasks named 'kl_maen'. Did you mean 'kl_mean'? "
         "Known: kl_mean, kl_median, kl_p99, kl_p999, kl_max, ppl_source, ppl_artifact, ppl_ratio, top1, mean_delta_p, "
         "rms_delta_p, router_agreement, block_error, module_error, module_output_error, experts_uncalibrated, "
-        "fallbacks, lost_items, bits_per_weight, size, likelihood, gsm8k. Of one domain: kl_mean@code.",
+        "fallbacks, lost_items, size, bits_per_weight, likelihood, gsm8k. Of one domain: kl_mean@code.",
         "x.yaml:13: gates.gsm8k: expected {min_recovery: NUMBER} or {margin_pp: NUMBER} or {max_lost: NUMBER} or "
         "{min_score: NUMBER} or {max_truncated_pp: NUMBER} or {max_unparsed_pp: NUMBER}",
         "x.yaml:13: gates.kl_mean: expected {max: NUMBER} or {min: NUMBER}",
@@ -382,7 +384,7 @@ fidelty: {}
         ),
     ],
 )
-def test_yaml_that_is_refused(text: str, fault: str) -> None:
+def test_invalid_yaml_is_refused(text: str, fault: str) -> None:
     found = faults(text)
     assert any(sentence.startswith(fault) for sentence in found), found
     assert all("\n" not in sentence and len(sentence) < 400 for sentence in found)
@@ -524,7 +526,7 @@ def test_yaml_that_is_refused(text: str, fault: str) -> None:
         ("fidelity", "{set: s, length: 1}", "fidelity.length: expected at least 2, found 1"),
     ],
 )
-def test_values_that_are_refused(key: str, value: str, fault: str) -> None:
+def test_invalid_values_are_refused(key: str, value: str, fault: str) -> None:
     kept = "".join(f"{line}\n" for line in SMALLEST.splitlines() if not line.startswith(f"{key}:"))
     tasks = "evaluation: {tasks: [gsm8k]}\n" if key == "gates" else ""
     found = faults(f"{key}: {value}\n{kept}{tasks}")
@@ -545,7 +547,7 @@ def test_values_that_are_refused(key: str, value: str, fault: str) -> None:
         ("3kB", 3000),
     ],
 )
-def test_sizes(text: object, n_bytes: int) -> None:
+def test_sizes_are_parsed(text: object, n_bytes: int) -> None:
     assert parse_size(text) == n_bytes
 
 
@@ -572,7 +574,7 @@ def test_plain_scalars_follow_yaml_1_2(text: str, value: object) -> None:
     assert type(parse_scalar(text)) is type(value)
 
 
-def test_overrides() -> None:
+def test_overrides_replace_values() -> None:
     overrides = {
         "output.path": "123",
         "memory": "2GB",
@@ -592,13 +594,13 @@ def test_overrides() -> None:
     assert recipe.where("fidelity", "length") == "x.yaml:3"
 
 
-def test_an_override_with_a_typing_error_is_answered_like_a_key() -> None:
+def test_misspelled_override_is_reported_like_a_key() -> None:
     assert faults(SMALLEST, {"output.paht": "x"}) == (
         "override output.paht: output.paht: unknown key. Did you mean 'path'? Known: path, shard_bytes.",
     )
 
 
-def test_an_override_that_no_file_could_hold() -> None:
+def test_override_with_a_lone_surrogate_is_refused() -> None:
     assert faults(SMALLEST, {"source.model": "\ud800"}) == (
         "override source.model: text must not contain NUL or half a surrogate pair",
     )
@@ -656,14 +658,14 @@ def test_overrides_are_written_into_any_layout(text: str) -> None:
         assert again.dump() == recipe.dump() != parse_recipe(text, "x.yaml").dump()
 
 
-def test_the_later_override_wins_in_the_text_too() -> None:
+def test_later_override_wins_in_the_text() -> None:
     for order in (1, -1):
         overrides = dict([("quantize.bits", "8"), ("quantize", "{method: rtn, bits: 2}")][::order])
         recipe = parse_recipe(SMALLEST, "x.yaml", overrides)
         assert parse_recipe(apply_overrides(SMALLEST, recipe), "x.yaml").dump() == recipe.dump()
 
 
-def test_the_hash_ignores_comments_place_and_memory_and_nothing_else() -> None:
+def test_hash_ignores_only_comments_path_and_memory() -> None:
     base = parse_recipe(SMALLEST, "x.yaml").hash
     assert (
         parse_recipe(
@@ -675,7 +677,7 @@ def test_the_hash_ignores_comments_place_and_memory_and_nothing_else() -> None:
     assert parse_recipe(SMALLEST, "x.yaml", {"rules": "all-linear"}).hash != base
 
 
-def test_a_recipe_is_frozen() -> None:
+def test_recipe_is_frozen() -> None:
     recipe = parse_recipe(SMALLEST, "x.yaml")
     with pytest.raises(ValueError, match="frozen"):
         recipe.mtp = "drop"
@@ -839,7 +841,7 @@ def test_fuzz_a_damaged_flagship(at: int, insert: str) -> None:
     only_recipe_errors(text[:at] + insert + text[at + 1 :])
 
 
-def test_an_expression_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_regular_expression_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would hang a plan; those that only look like it answer at once."""
     monkeypatch.setattr(patterns, "MATCH_SECONDS", 0.1)
     name = "model.layers.30.mlp.experts.200.gate_proj"
@@ -858,14 +860,14 @@ def test_an_expression_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatc
         ("[]", "expected a format or a list of some, found an empty list"),
     ],
 )
-def test_a_fault_of_the_format_is_one_sentence(text: str, words: str) -> None:
+def test_invalid_format_is_one_fault(text: str, words: str) -> None:
     with pytest.raises(RecipeError) as raised:
         parse_recipe(SMALLEST, "r.yaml", {"format": text})
     [fault] = raised.value.faults
     assert words in fault
 
 
-def test_a_format_may_be_spelled_as_its_engines_do() -> None:
+def test_format_accepts_the_spelling_of_engines() -> None:
     assert parse_recipe(SMALLEST, "r.yaml", {"format": "compressed-tensors"}).format == (
         "compressed_tensors",
     )

@@ -278,7 +278,7 @@ def fork(order: Order) -> End:
 
 def serve() -> None:
     """Answer orders until there are none."""
-    from quantkit.cli.main import REPRODUCIBLE
+    from quantkit.library_settings import REPRODUCIBLE
 
     os.environ.update(REPRODUCIBLE)
     import torch

@@ -49,7 +49,7 @@ def plan_checkpoint(
     )
     tokens = {"calibration": 1024, "fidelity": 1024}
     recipe = parse_recipe(text, "r.yaml")
-    claimed, name = match_source(facts), recipe.format[0]
+    matched, name = match_source(facts), recipe.format[0]
     return make_plan(
-        recipe, facts, claimed, name, budget_bytes=budget, tokens=tokens, hidden_bytes=4
+        recipe, facts, matched, name, budget_bytes=budget, tokens=tokens, hidden_bytes=4
     )

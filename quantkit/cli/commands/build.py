@@ -44,9 +44,9 @@ def command(
 ) -> None:
     """Quantize a model as a recipe says, measure it, and write the artifact.
 
-    RECIPE is a file or the name of a recipe that ships with quantkit. The artifact contains the fidelity report. If a
-    build is interrupted, the same command resumes after the last finished block; the bytes are the same. Exits with 3
-    if a gate is missed.
+    RECIPE is a file or the name of a recipe that ships with quantkit. The artifact contains the
+    fidelity report. If a build is interrupted, the same command resumes after the last finished
+    block; the bytes are the same. Exits with 3 if a gate is missed.
 
     Example: quantkit build tiny-v3-awq4
     """

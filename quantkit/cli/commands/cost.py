@@ -37,8 +37,9 @@ def command(
 ) -> None:
     """Compare owned and rented GPUs with API prices per million tokens.
 
-    Each figure is printed with its arithmetic. ASSUMPTIONS is a YAML file; the default are the assumptions that ship
-    with quantkit. Figures under its key `claimed:` are computed again; exits with 1 if one is wrong.
+    Each figure is printed with its arithmetic. ASSUMPTIONS is a YAML file; the default are the
+    assumptions that ship with quantkit. Figures under its key `claimed:` are computed again; exits
+    with 1 if one is wrong.
 
     \b
     Example: quantkit cost --defaults > mine.yaml

@@ -47,9 +47,10 @@ def command(
 ) -> None:
     """Compare artifact B with A.
 
-    Covers recipe, plan, tensors, size, errors, distributions and benchmarks, item by item. A and B are artifacts, their
-    fidelity.json files, or an artifact and its source (a folder or builtin:NAME). Exits with 0 whatever differs, and
-    with 1 if the two have different sources or were measured on different text or prompts.
+    Covers recipe, plan, tensors, size, errors, distributions and benchmarks, item by item. A and B
+    are artifacts, their fidelity.json files, or an artifact and its source (a folder or
+    builtin:NAME). Exits with 0 whatever differs, and with 1 if the two have different sources or
+    were measured on different text or prompts.
 
     Example: quantkit diff artifacts/tiny-v3-rtn4 artifacts/tiny-v3-awq4 --html --output diff.html
     """
@@ -58,7 +59,8 @@ def command(
     check_page_options(html=html_out, output=output)
     if output and not (markdown_out or html_out):
         raise UsageError(
-            "--output: expected --markdown or --html with it; tables and JSON go to the standard output"
+            "--output: expected --markdown or --html with it; tables and JSON go to the standard "
+            "output"
         )
     first, second = read_sides(a, b)
     comparison = compare_sides(first, second, partial=partial)

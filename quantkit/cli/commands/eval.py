@@ -118,16 +118,18 @@ from quantkit.report.terminal import render_table
 @JSON
 @handle_errors
 def command(  # noqa: PLR0913  # one parameter per option
-    artifact: str, tasks: tuple[str, ...], backend: Any, endpoint: str | None, model: str | None, concurrency: int,
-    tries: int, timeout: float, key_variable: str, engine: tuple[str, ...], native: bool, device_map: str, dtype: str,
-    batch_size: int, limit: int | None, chat_template: bool, seeds: int, temperature: float, top_p: float,
-    max_tokens: int | None, think_end: str, source: str | None, baseline: Path | None, output: Path | None,
-    resume: bool, json_out: bool,
+    artifact: str, tasks: tuple[str, ...], backend: Any, endpoint: str | None, model: str | None,
+    concurrency: int, tries: int, timeout: float, key_variable: str, engine: tuple[str, ...],
+    native: bool, device_map: str, dtype: str, batch_size: int, limit: int | None,
+    chat_template: bool, seeds: int, temperature: float, top_p: float, max_tokens: int | None,
+    think_end: str, source: str | None, baseline: Path | None, output: Path | None, resume: bool,
+    json_out: bool,
 ) -> None:  # fmt: skip
     """Run benchmarks on an artifact, a model or a server.
 
-    ARTIFACT is a folder, builtin:NAME, a hub id, or with --backend openai a name for the served model. An interrupted
-    evaluation continues with --resume and sends no request twice. Exits with 1 if a task could not be run.
+    ARTIFACT is a folder, builtin:NAME, a hub id, or with --backend openai a name for the served
+    model. An interrupted evaluation continues with --resume and sends no request twice. Exits with
+    1 if a task could not be run.
 
     Example: quantkit eval artifacts/tiny-v3-awq4 --tasks tiny-v3-math --limit 50 --source
     """
@@ -140,7 +142,8 @@ def command(  # noqa: PLR0913  # one parameter per option
 
     if source is not None and (baseline is not None or backend != "transformers"):
         raise UsageError(
-            "--source: expected --backend transformers and no --baseline; evaluate the source by itself"
+            "--source: expected --backend transformers and no --baseline; evaluate the source by "
+            "itself"
         )
     decoding = Decoding(
         temperature=temperature,
@@ -150,13 +153,13 @@ def command(  # noqa: PLR0913  # one parameter per option
         think_end=think_end,
     )
     setup = EvaluationOptions(
-        backend=backend, limit=limit, seeds=seeds, decoding=decoding, batch_size=batch_size, device_map=device_map,
-        dtype=dtype, native=native, engine=parse_engine_arguments(engine),
+        backend=backend, limit=limit, seeds=seeds, decoding=decoding, batch_size=batch_size,
+        device_map=device_map, dtype=dtype, native=native, engine=parse_engine_arguments(engine),
     )  # fmt: skip
     if endpoint is not None:
         server = connect_server(
-            endpoint, model=model or "", chat=chat_template, concurrency=concurrency, tries=tries, seconds=timeout,
-            key_variable=key_variable,
+            endpoint, model=model or "", chat=chat_template, concurrency=concurrency, tries=tries,
+            seconds=timeout, key_variable=key_variable,
         )  # fmt: skip
         setup = replace(setup, server=server)
     setup.check()

@@ -36,8 +36,9 @@ from quantkit.report.junit import format_junit as junit_bytes
 def command(artifact: Path, gates_file: Path | None, junit: Path | None, json_out: bool) -> None:
     """Check an artifact against gates.
 
-    The gates are those of a file, or of the artifact's recipe. Nothing in the artifact changes. Exits with 3 if a gate
-    is missed, or if its figure was never measured; a build with such a gate is "not judged" and exits with 0.
+    The gates are those of a file, or of the artifact's recipe. Nothing in the artifact changes.
+    Exits with 3 if a gate is missed, or if its figure was never measured; a build with such a gate
+    is "not judged" and exits with 0.
 
     Example: quantkit gate artifacts/tiny-v3-awq4 --gates strict.yaml --junit gates.xml
     """
@@ -68,7 +69,10 @@ def command(artifact: Path, gates_file: Path | None, junit: Path | None, json_ou
 
 
 def read_gates(file: Path | None, artifact: Path, report: Fidelity) -> dict[str, Gate]:
-    """Return the gates of a YAML file, or those of the artifact's recipe; UsageError if it has none."""
+    """Return the gates of a YAML file, or those of the artifact's recipe.
+
+    UsageError if it has none.
+    """
     tasks = [row.task for row in report.benchmarks]
     if file is not None:
         return parse_gates(read_text_file(file), str(file), tasks)

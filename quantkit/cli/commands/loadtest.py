@@ -90,16 +90,19 @@ from quantkit.serve.loadtest.tables import make_level_table
 @JSON
 @handle_errors
 def command(  # noqa: PLR0913  # one parameter per option
-    url: str, artifact: Path | None, data: str, concurrency: str, requests: int, seconds: float, max_tokens: int,
-    stop_at_eos: bool, chat: bool, model: str, metrics: str, tokenizer: str, key_variable: str, guidellm: str,
-    note: str, output: Path | None, html: Path | None, json_out: bool,
+    url: str, artifact: Path | None, data: str, concurrency: str, requests: int, seconds: float,
+    max_tokens: int, stop_at_eos: bool, chat: bool, model: str, metrics: str, tokenizer: str,
+    key_variable: str, guidellm: str, note: str, output: Path | None, html: Path | None,
+    json_out: bool,
 ) -> None:  # fmt: skip
     """Measure a server under increasing load.
 
-    GuideLLM sends the requests. Reports time to first token, inter-token latency, throughput and prefix cache hits. URL
-    is the server's API, http://HOST:PORT/v1, or the folder of an artifact whose stored result is printed again.
+    GuideLLM sends the requests. Reports time to first token, inter-token latency, throughput and
+    prefix cache hits. URL is the server's API, http://HOST:PORT/v1, or the folder of an artifact
+    whose stored result is printed again.
 
-    Example: quantkit loadtest http://localhost:8000/v1 --artifact artifacts/tiny-v3-awq4 --html load.html
+    Example: quantkit loadtest http://localhost:8000/v1 --artifact artifacts/tiny-v3-awq4 --html
+    load.html
     """
     check_outside_artifact(output, "--output", LOADTEST)
     check_outside_artifact(html, "--html", LOADTEST_PAGE)
@@ -119,8 +122,9 @@ def command(  # noqa: PLR0913  # one parameter per option
             read_manifest(artifact)
         prompts = read_prompts(data)
         setup = guidellm_tool.LoadTestSetup(
-            program=guidellm_tool.find_program(guidellm), url=address, model=model or engine.read_served_model(url, key), chat=chat,
-            max_tokens=max_tokens, ignore_eos=not stop_at_eos, tokenizer=tokenizer or str(artifact or ""), key=key,
+            program=guidellm_tool.find_program(guidellm), url=address,
+            model=model or engine.read_served_model(url, key), chat=chat, max_tokens=max_tokens,
+            ignore_eos=not stop_at_eos, tokenizer=tokenizer or str(artifact or ""), key=key,
             requests=requests, seconds=seconds,
         )  # fmt: skip
         if metrics:
@@ -143,7 +147,8 @@ def check_outside_artifact(place: Path | None, option: str, name: str) -> None:
     for folder in place.resolve().parents if place else ():
         if place and (folder / MANIFEST).is_file() and place.resolve() != folder / name:
             raise UsageError(
-                f"{option}: {place}: expected a place outside the artifact {folder}, or {name} in it, which its "
+                f"{option}: {place}: expected a place outside the artifact {folder}, or {name} in "
+                "it, which its "
                 "manifest does not cover; write it elsewhere"
             )
 

@@ -20,8 +20,8 @@ from quantkit.report.terminal import render_plans
 def command(recipe: str, overrides: tuple[str, ...], json_out: bool) -> None:
     """Show what a build would do.
 
-    RECIPE is a file or the name of a recipe that ships with quantkit. Only headers or the published config of the
-    source are read: no weights.
+    RECIPE is a file or the name of a recipe that ships with quantkit. Only headers or the published
+    config of the source are read: no weights.
 
     Example: quantkit plan v3-awq4
     """

@@ -33,14 +33,15 @@ from quantkit.publish.transfer import format_bytes
 @JSON
 @handle_errors
 def command(  # noqa: PLR0913  # one parameter per option
-    artifact: Path, dest: str, force: bool, overwrite: bool, revision: str | None, private: bool, jobs: int,
-    tries: int, dry_run: bool, json_out: bool,
+    artifact: Path, dest: str, force: bool, overwrite: bool, revision: str | None, private: bool,
+    jobs: int, tries: int, dry_run: bool, json_out: bool,
 ) -> None:  # fmt: skip
     """Verify an artifact and upload it to DEST.
 
-    Files that DEST has already, by hash, are not sent again; the manifest is sent last. DEST is a folder,
-    hf://owner/name, s3://bucket/prefix, gs://bucket/prefix or oci://host/name:tag. Credentials come from
-    `hf auth login`, AWS profiles and variables, or `docker login`. If interrupted, the same command resumes.
+    Files that DEST has already, by hash, are not sent again; the manifest is sent last. DEST is a
+    folder, hf://owner/name, s3://bucket/prefix, gs://bucket/prefix or oci://host/name:tag.
+    Credentials come from `hf auth login`, AWS profiles and variables, or `docker login`. If
+    interrupted, the same command resumes.
 
     Example: quantkit publish artifacts/tiny-v3-awq4 s3://models/tiny-v3-awq4
     """
@@ -65,7 +66,8 @@ def command(  # noqa: PLR0913  # one parameter per option
         print_json({"artifact": str(artifact), "dry_run": dry_run, **done.values()})
         return
     click.echo(
-        f"{done.place}: {'would send' if dry_run else 'sent'} {len(done.files)} files, {format_bytes(done.n_bytes)}; "
+        f"{done.place}: {'would send' if dry_run else 'sent'} {len(done.files)} files, "
+        f"{format_bytes(done.n_bytes)}; "
         f"{done.there} files, {format_bytes(done.there_bytes)} were there"
     )
     for name in done.files if dry_run else ():

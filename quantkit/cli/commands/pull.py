@@ -38,8 +38,8 @@ def command(
 ) -> None:
     """Download an artifact from SRC and verify it.
 
-    SRC is an address that `quantkit publish` takes as DEST. The files are written to DIR.pulling, which is renamed to
-    DIR after verification. If interrupted, the same command resumes.
+    SRC is an address that `quantkit publish` takes as DEST. The files are written to DIR.pulling,
+    which is renamed to DIR after verification. If interrupted, the same command resumes.
 
     Example: quantkit pull s3://models/tiny-v3-awq4 artifacts/tiny-v3-awq4
     """
@@ -58,7 +58,8 @@ def command(
         return
     action = "would fetch" if dry_run else "verified; fetched"
     click.echo(
-        f"{folder}: {action} {len(done.files)} files, {format_bytes(done.n_bytes)}; {done.there} files, "
+        f"{folder}: {action} {len(done.files)} files, {format_bytes(done.n_bytes)}; {done.there} "
+        "files, "
         f"{format_bytes(done.there_bytes)} were there ({done.status})"
     )
     for name in done.files if dry_run else ():

@@ -26,8 +26,9 @@ from quantkit.report import runs, terminal
 def command(folder: Path, column: str, reverse: bool, json_out: bool) -> None:
     """List the artifacts in FOLDER with their key figures.
 
-    Artifacts that no other beats in both size and KL are marked. The best comes first: smallest size, bits, KL and
-    perplexity ratio, largest top-1 and score. Broken artifacts are listed with the reason.
+    Artifacts that no other beats in both size and KL are marked. The best comes first: smallest
+    size, bits, KL and perplexity ratio, largest top-1 and score. Broken artifacts are listed with
+    the reason.
 
     Example: quantkit runs artifacts --sort kl
     """

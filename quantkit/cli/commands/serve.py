@@ -102,33 +102,36 @@ ENGINES = ["auto", "vllm", "sglang", "transformers"]
 @JSON
 @handle_errors
 def command(  # noqa: PLR0913  # one parameter per option
-    artifact: str, engine_flags: tuple[str, ...], engine: Any, dry_run: bool, context: int | None, users: int,
-    gpu: str | None, kv: Any, host: str, port: int, name: str, chat_template: Path | None, docker: bool,
-    kubernetes: bool, gateway: bool, limits: tuple[str, ...], keys: Path | None, fallback: tuple[str, ...],
-    fallback_key: str, engine_key: str, start_seconds: float, no_verify: bool, json_out: bool,
+    artifact: str, engine_flags: tuple[str, ...], engine: Any, dry_run: bool, context: int | None,
+    users: int, gpu: str | None, kv: Any, host: str, port: int, name: str,
+    chat_template: Path | None, docker: bool, kubernetes: bool, gateway: bool,
+    limits: tuple[str, ...], keys: Path | None, fallback: tuple[str, ...], fallback_key: str,
+    engine_key: str, start_seconds: float, no_verify: bool, json_out: bool,
 ) -> None:  # fmt: skip
     """Verify an artifact, size it, and serve it.
 
-    The engine is vLLM, SGLang or transformers. ARTIFACT is a folder; with --dry-run also a config.json or a hub id whose
-    config ships with quantkit; with --gateway also the address of a running server (http://HOST:PORT/v1). Arguments
-    after -- are passed to the engine.
+    The engine is vLLM, SGLang or transformers. ARTIFACT is a folder; with --dry-run also a
+    config.json or a hub id whose config ships with quantkit; with --gateway also the address of a
+    running server (http://HOST:PORT/v1). Arguments after -- are passed to the engine.
 
     Example: quantkit serve artifacts/tiny-v3-awq4 --dry-run --gpu rtx4090
     """
     if gateway and (docker or kubernetes):
         raise UsageError(
-            "--docker, --kubernetes: expected no --gateway, since they print an engine alone; leave it out, and run "
+            "--docker, --kubernetes: expected no --gateway, since they print an engine alone; "
+            "leave it out, and run "
             "`quantkit serve http://HOST:PORT/v1 --gateway` in front of the engine's container"
         )
     gateway_options = GatewayOptions(
-        on=gateway, host=host, port=port, limits=limits, keys=keys, fallbacks=fallback, key_variable=fallback_key,
-        running=users,
+        on=gateway, host=host, port=port, limits=limits, keys=keys, fallbacks=fallback,
+        key_variable=fallback_key, running=users,
     )  # fmt: skip
     gateway_options.check()
     if artifact.startswith(("http://", "https://")):
         if not gateway:
             raise UsageError(
-                f"{artifact}: the address of a server: expected --gateway, to be started in front of it"
+                f"{artifact}: the address of a server: expected --gateway, to be started in front "
+                "of it"
             )
         server = start.make_server_upstream(artifact, engine_key)
         if dry_run:
@@ -145,8 +148,9 @@ def command(  # noqa: PLR0913  # one parameter per option
         (engine_process.LOOPBACK, engine_process.find_free_port()) if gateway else (host, port)
     )
     serve_options = launch_plan.ServeOptions(
-        artifact=artifact, engine=engine, context=context, users=users, gpu=gpu, kv=kv, host=engine_host, port=engine_port,
-        name=name, chat_template=chat_template, extra=engine_flags,
+        artifact=artifact, engine=engine, context=context, users=users, gpu=gpu, kv=kv,
+        host=engine_host, port=engine_port, name=name, chat_template=chat_template,
+        extra=engine_flags,
     )  # fmt: skip
     plan = launch_plan.plan_launch(serve_options, containers=docker or kubernetes)
     if docker or kubernetes:
@@ -178,7 +182,10 @@ def print_gateway(front: GatewayOptions, server: Upstream, json_out: bool) -> No
 
 
 def print_comment(text: str, before: str = "") -> None:
-    """Print a shell comment as wide as the terminal; lines after the first are indented by `before`."""
+    """Print a shell comment as wide as the terminal.
+
+    Lines after the first are indented by `before`.
+    """
     width = shutil.get_terminal_size((100, 0)).columns  # 100 where stdout is no terminal
     lines = textwrap.fill(
         text,

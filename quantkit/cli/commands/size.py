@@ -100,8 +100,8 @@ def command(
 ) -> None:
     """Estimate the memory and speed of a model.
 
-    Reads headers, a plan or a config.json only. Memory is weights + KV cache of the longest context x users + a margin.
-    Speeds are computed upper bounds, not measured.
+    Reads headers, a plan or a config.json only. Memory is weights + KV cache of the longest context
+    x users + a margin. Speeds are computed upper bounds, not measured.
 
     \b
     Example: quantkit size artifacts/tiny-v3-awq4 --context 512 --users 100

@@ -77,9 +77,10 @@ def command(
 ) -> None:
     """Check an artifact against its manifest.
 
-    Checks every hash, header, number, index entry and the config; each byte is read once. --deep reads the source, too:
-    tensors rounded without data are rounded again and compared bit for bit, for calibrated ones the recorded weight
-    errors are computed again, and kept tensors must equal the source's.
+    Checks every hash, header, number, index entry and the config; each byte is read once. --deep
+    reads the source, too: tensors rounded without data are rounded again and compared bit for bit,
+    for calibrated ones the recorded weight errors are computed again, and kept tensors must equal
+    the source's.
 
     Example: quantkit verify artifacts/tiny-v3-awq4 --deep
     """
@@ -131,13 +132,15 @@ def print_result(
 ) -> None:
     """Print the checks that passed."""
     click.echo(
-        f"{verified.path}: ok ({verified.files} files, {verified.tensors} tensors, {verified.n_bytes / 1e6:.1f} MB, {verified.status})"
+        f"{verified.path}: ok ({verified.files} files, {verified.tensors} tensors, "
+        f"{verified.n_bytes / 1e6:.1f} MB, {verified.status})"
     )
     for note in verified.notes:
         click.echo(f"  {note}")
     if verified.unsealed:
         click.echo(
-            f"  not sealed by the manifest: {' and '.join(verified.unsealed)}, which a load test adds later"
+            f"  not sealed by the manifest: {' and '.join(verified.unsealed)}, which a load test "
+            "adds later"
         )
     if signer:
         uncovered = (
