@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from quantkit import figures, registry
+from quantkit import figures
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import HubUnreachable, RecipeError, UsageError
 from quantkit.io import package_data
 from quantkit.io.host import get_available_memory, has_bfloat16_instructions
+from quantkit.io.suggestions import format_unknown_name
 from quantkit.plan.plan import Plan, SourceFacts, make_plan, match_source
 from quantkit.plan.published import find_published_config
 from quantkit.recipe.schema import Recipe
@@ -221,7 +222,7 @@ def find_task_faults(recipe: Recipe) -> list[str]:
         name for name in recipe.evaluation.tasks if not task_files.find_task_path(name).is_file()
     ]
     return [
-        f"{where}: evaluation.tasks: {registry.format_unknown_name('benchmark', name, known)}"
+        f"{where}: evaluation.tasks: {format_unknown_name('benchmark', name, known)}"
         for name in missing
     ]
 
@@ -240,7 +241,7 @@ def find_gate_faults(recipe: Recipe) -> list[str]:
         return []
     domains = read_spec(text.set, package_data.locate_folder("calibration")).domains
     return [
-        f"{recipe.where('gates', figure)}: gates.{figure}: {registry.format_unknown_name(f'domain of {text.set}', found, domains)}"
+        f"{recipe.where('gates', figure)}: gates.{figure}: {format_unknown_name(f'domain of {text.set}', found, domains)}"
         for figure in asked
         if (found := figure.partition("@")[2]) not in domains
     ]
