@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal, TypeVar
@@ -18,6 +16,7 @@ from quantkit import architectures, formats, methods, roundings
 from quantkit.contracts import Architecture, Format, Method, Rounding
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats.common.checks import FormatChecks
+from quantkit.io.suggestions import format_unknown_name
 
 Kind = Literal["methods", "roundings", "formats", "architectures"]
 
@@ -72,19 +71,6 @@ def check_packages(format_name: str) -> None:
             f"format {format_name} needs the package {missing[0]}, which is not installed; "
             f"pip install 'quantkit[{missing[0]}]', or choose another format"
         )
-
-
-def format_unknown_name(noun: str, name: str, known: Sequence[str]) -> str:
-    """The sentence for a name that is not known: "no method named 'gtpq'. Did you mean 'gptq'? Known: gptq, rtn."."""
-    return (
-        f"no {noun} named {name!r}.{suggest_name(name, known)} Known: {', '.join(known) or 'none'}."
-    )
-
-
-def suggest_name(name: str, known: Sequence[str]) -> str:
-    """ " Did you mean 'gptq'?" with its leading space, or nothing when no known name is near."""
-    close = get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _load_plugin(kind: Kind, name: str, attribute: str, expected: type[Plugin]) -> Plugin:

@@ -177,7 +177,7 @@ def run_model(
     try:
         return task_runner.run_tasks(
             model,
-            load_tokenizer(source.folder, own_code=own_code),
+            load_tokenizer(source.folder, trust_remote_code=own_code),
             context.tasks,
             limit=recipe.evaluation.limit,
             batch_size=recipe.evaluation.batch_size,

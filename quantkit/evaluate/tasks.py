@@ -143,7 +143,7 @@ def _lm_eval_config(task: Task, place: Path) -> dict[str, object]:
     files = {
         split: str(file.path if file.rows is None else _selected(task, split, place))
         for split, file in task.files.items()
-    }  # fmt: skip
+    }
     kwargs = {
         "data_files": files,
         "cache_dir": str(place / "cache"),
@@ -192,9 +192,15 @@ def _load(name: str, data_folder: Path | None) -> Task:
         raise EvaluationError("\n".join(check.faults))
     files = {} if missing else files
     return Task(
-        name=path.stem, domain=domain, config=config, files=files, hub=hub, code=code, gold=gold,
+        name=path.stem,
+        domain=domain,
+        config=config,
+        files=files,
+        hub=hub,
+        code=code,
+        gold=gold,
         sha256=_hash(text, files, hub),
-    )  # fmt: skip
+    )
 
 
 def _places(path: Path, data_folder: Path | None) -> tuple[Path, ...]:
@@ -325,5 +331,8 @@ class _Check:
             seconds = 10
         unindented = cut == "first_unindented_line"
         return CodeRules(
-            source=source, tests=tests, cut="first_unindented_line" if unindented else "none", seconds=seconds
-        )  # fmt: skip
+            source=source,
+            tests=tests,
+            cut="first_unindented_line" if unindented else "none",
+            seconds=seconds,
+        )

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from quantkit import registry
 from quantkit.contracts import Architecture, Config, Layout
 from quantkit.errors import CheckpointError, UsageError
+from quantkit.io.suggestions import format_unknown_name
 from quantkit.models import layout_checks
 from quantkit.models.inspect import inspect_layout, make_refusal
 from quantkit.models.layers import MetaModel, make_meta_model
@@ -43,7 +44,7 @@ def derive_architecture(config: Config) -> Architecture:
             else ""
         )
         raise UsageError(
-            f"{registry.format_unknown_name('architecture', model_type, registry.list_names('architectures'))} transformers "
+            f"{format_unknown_name('architecture', model_type, registry.list_names('architectures'))} transformers "
             f"{transformers.__version__} has no language model of that type to derive one from{own}"
         )
     layout = derive_layout(config)

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from quantkit import figures, registry
+from quantkit import figures
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import HubUnreachable, RecipeError, UsageError
 from quantkit.io import package_data
 from quantkit.io.host import get_available_memory, has_bfloat16_instructions
+from quantkit.io.suggestions import format_unknown_name
 from quantkit.plan.plan import Plan, SourceFacts, make_plan, match_source
 from quantkit.plan.published import find_published_config
 from quantkit.recipe.schema import Recipe
@@ -230,7 +231,7 @@ def find_task_faults(recipe: Recipe) -> list[str]:
         name for name in recipe.evaluation.tasks if not task_files.find_task_path(name).is_file()
     ]
     return [
-        f"{where}: evaluation.tasks: {registry.format_unknown_name('benchmark', name, known)}"
+        f"{where}: evaluation.tasks: {format_unknown_name('benchmark', name, known)}"
         for name in missing
     ]
 

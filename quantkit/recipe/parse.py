@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from quantkit import figures, registry
+from quantkit import figures
 from quantkit.errors import RecipeError
 from quantkit.recipe.patterns import PRESETS, find_pattern_fault
 from quantkit.recipe.rewrite import rewrite_yaml
@@ -97,7 +97,7 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
     for key in document.values.keys() - Recipe.model_fields.keys():
         check.fault(
             (key,),
-            f"unknown key.{registry.suggest_name(key, tuple(Recipe.model_fields))} Expected gates.",
+            f"unknown key.{suggest_name(key, tuple(Recipe.model_fields))} Expected gates.",
         )
     parsed = check.model(Gates, {"gates": document.values.get("gates")}, ())
     check.gates(document.values.get("gates"), {"tasks": list(tasks)}, {})

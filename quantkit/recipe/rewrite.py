@@ -16,7 +16,7 @@ from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from quantkit.errors import RecipeError
-from quantkit.recipe.yaml_document import (
+from quantkit.io.yaml_document import (
     MAX_CHARACTERS,
     PARSER_FAULTS,
     KeyPath,

@@ -230,7 +230,7 @@ def summarize_text(
     """Text that was calibrated or measured on."""
     return fidelity_schema.TextSet(
         set=corpus.name,
-        license=corpus.licence,
+        license=corpus.license,
         sha256=corpus.sha256,
         sequences=tokens.n_sequences,
         length=length,

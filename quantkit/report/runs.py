@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quantkit import registry
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity
 from quantkit.artifact.layout import EVIDENCE_FOLDER, MANIFEST
 from quantkit.artifact.read_report import read_sealed_report
 from quantkit.errors import ArtifactError, UsageError
 from quantkit.figures import FigureDefinition, list_headline_figures
+from quantkit.io.suggestions import format_unknown_name
 from quantkit.report import format_numbers
 from quantkit.report.gates import read_figure
 from quantkit.report.tables import Table
@@ -79,7 +79,7 @@ def sort_runs(runs: Sequence[Run], column: str, *, reverse: bool = False) -> lis
     tasks, figures = list_tasks(runs), {row.run_column: row for row in list_run_columns()}
     columns = (*TEXT_COLUMNS, *figures, *tasks)
     if column not in columns:
-        raise UsageError(f"--sort: {registry.format_unknown_name('column', column, columns)}")
+        raise UsageError(f"--sort: {format_unknown_name('column', column, columns)}")
 
     def value(run: Run) -> object:
         values = run.values()

@@ -37,7 +37,7 @@ def config_faults(values: Mapping[str, object], found: Found) -> Iterator[str]:
             told = f"that of format {found.name}" if expected else "none"
             yield f"config.json: quantization_config: expected {told}, found {entry!r:.60}"
         return
-    yield from differences(expected, entry, checks.lists, "quantization_config")
+    yield from differences(expected, entry, checks.module_lists, "quantization_config")
     for loader in checks.loaders:
         try:
             yield from loader_faults(loader, entry, found)
@@ -47,7 +47,7 @@ def config_faults(values: Mapping[str, object], found: Found) -> Iterator[str]:
 
 def loader_faults(loader: Loader, entry: Mapping[str, object], found: Found) -> Iterator[str]:
     """Modules that an engine would take for something else; ArtifactError for a list that it could not read."""
-    treatment, blocks = loader.told(entry), set(found.fp8)
+    treatment, blocks = loader.classify(entry), set(found.fp8)
     wrong: dict[tuple[Treatment, Treatment], list[str]] = {}
     held: Mapping[Treatment, Sequence[str]] = {
         **dict(group_by_codes(found.schemes)),
@@ -55,7 +55,7 @@ def loader_faults(loader: Loader, entry: Mapping[str, object], found: Found) -> 
         "plain": [name for name in found.kept if name not in blocks],
     }
     for kind, names in held.items():
-        for name in expand_fused_names(names) if loader.fused else names:
+        for name in expand_fused_names(names) if loader.has_fused_names else names:
             taken = treatment(name)
             if taken != kind and not (taken == "codes" and isinstance(kind, IntegerCodes)):
                 wrong.setdefault((kind, taken), []).append(name)

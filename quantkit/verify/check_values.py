@@ -75,8 +75,8 @@ class Watch:
 
     def close(self) -> str | None:
         """The sentence for what is wrong, once every piece was seen; None when all is well."""
-        if self.fault is None and self.wanted.kind == "whole" and self.wanted.fault:
-            self.fault = self.wanted.fault(bytes(self.whole))
+        if self.fault is None and self.wanted.kind == "whole" and self.wanted.find_fault:
+            self.fault = self.wanted.find_fault(bytes(self.whole))
         if self.fault is None and self.wanted.kind == "rising":
             self.rising()
         return None if self.fault is None else f"tensor {self.spec.name}: {self.fault}"

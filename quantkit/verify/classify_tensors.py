@@ -93,7 +93,8 @@ def read_contents(
             continue
         linears[module] = linear
         numbers |= {
-            f"{module}.{local}": wanted for local, wanted in checks.numbers(linear, scheme).items()
+            f"{module}.{local}": wanted
+            for local, wanted in checks.value_checks(linear, scheme).items()
         }
         if "bias" in own:
             numbers[f"{module}.bias"] = FINITE
@@ -140,7 +141,7 @@ def linear_of(
 ) -> tuple[Linear | None, str | None]:
     """A quantized linear by its tensors; or why they are not those that the scheme asks for."""
     try:
-        shape = checks.shape(own, scheme, lambda local: read(f"{module}.{local}"))
+        shape = checks.read_shape(own, scheme, lambda local: read(f"{module}.{local}"))
     except (IndexError, ZeroDivisionError):  # a tensor without dimensions
         shape = None
     if shape is None or not all(shape):

@@ -26,7 +26,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from tools.calibration_sets.specs import TINY_HELD_OUT, format_spec
-from tools.tiny_v3.corpus import DOMAIN, draw, draw_kind
+from tools.tiny_v3.corpus import DOMAIN, draw_item, draw_kind
 
 from quantkit.artifact.fidelity_schema import DistributionResult
 from quantkit.io.package_data import locate_folder
@@ -76,7 +76,7 @@ def write_held_out_set(place: Path, items: int) -> Path:
     """Write a held-out set in tiny-v3's own mix; a larger set starts with the smaller one."""
     rng, rows, seen = random.Random(HELD_OUT_SEED), [], set[str]()
     while len(rows) < items:
-        item = draw(draw_kind(rng), rng)
+        item = draw_item(draw_kind(rng), rng)
         if item.held_out and item.text not in seen:
             seen.add(item.text)
             rows.append({"domain": DOMAIN[item.kind], "text": item.text})

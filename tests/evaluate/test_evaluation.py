@@ -1,4 +1,4 @@
-"""`quantkit eval` in this process: the same items as behind a server, sources and baselines, sampling, refusals."""
+"""`quantkit eval` in this process: items of servers, sources, baselines, sampling, errors."""
 
 from __future__ import annotations
 
@@ -41,14 +41,22 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A small ordinary model with tiny-v3's tokenizer, as a folder."""
+    """Save a small ordinary model with tiny-v3's tokenizer."""
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=768, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=1024, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+        vocab_size=768,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
         initializer_range=0.2,
-    )  # fmt: skip
+    )
     LlamaForCausalLM(config).save_pretrained(path)
     AutoTokenizer.from_pretrained(package_data.locate_model("builtin:tiny-v3")).save_pretrained(
         path
@@ -58,7 +66,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> Path:
-    """A folder to work in, with a subject of MMLU in the place where datasets looks before it asks the hub."""
+    """Work in a folder with a subject of MMLU where datasets searches before the hub."""
     place = tmp_path / "cais" / "mmlu"
     place.mkdir(parents=True)
     for split in ("test", "dev"):
@@ -80,8 +88,8 @@ def run(*options: str, code: int = 0):
     return json.loads(result.stdout) if code == 0 else result.stderr
 
 
-def test_the_same_model_here_and_behind_a_server_gives_the_same_items(folder, data):
-    """Generation and likelihoods: prompts, BOS, stop strings, tokens and scores agree item by item."""
+def test_local_and_served_model_give_the_same_items(folder, data):
+    """Prompts, BOS, stop strings, tokens and scores of generation and likelihoods agree by item."""
     from quantkit.evaluate.transformers_backend import StopCondition, decode
 
     model, tokenizer = (
@@ -136,7 +144,7 @@ def test_the_same_model_here_and_behind_a_server_gives_the_same_items(folder, da
     )
 
 
-def test_an_artifact_beside_its_source_and_the_baseline_is_kept(built, data, monkeypatch):
+def test_artifact_is_compared_with_its_source_and_baseline_is_cached(built, data, monkeypatch):
     options = ["--tasks", "tiny-v3-math,tiny-v3-code", "--limit", "3", "--source"]
     first = run(str(built), *options, "--output", "first")
     assert first["evaluated"] == {
@@ -180,7 +188,7 @@ def test_an_artifact_beside_its_source_and_the_baseline_is_kept(built, data, mon
     assert "Benchmarks" in shown.stdout
 
 
-def test_another_source_is_refused(built, folder, data):
+def test_eval_refuses_another_source(built, folder, data):
     said = run(
         str(built),
         "--tasks",
@@ -199,7 +207,7 @@ def test_another_source_is_refused(built, folder, data):
     )
 
 
-def test_what_cannot_be_asked_is_named_and_the_rest_is_asked(folder, data):
+def test_eval_names_tasks_that_cannot_run_and_runs_the_rest(folder, data):
     said = run(
         str(folder), "--tasks", "tiny-v3-math,gsm9k", "--limit", "2", "--max-tokens", "2000", code=1
     )
@@ -234,12 +242,12 @@ def test_what_cannot_be_asked_is_named_and_the_rest_is_asked(folder, data):
         ("./nope", "tiny-v3-math", "found './nope', which is none of these"),
     ],
 )
-def test_what_is_not_there_is_a_matter_of_usage_and_leaves_nothing(folder, data, what, tasks, said):
+def test_unknown_model_or_task_is_a_usage_error_and_writes_nothing(folder, data, what, tasks, said):
     assert said in run(what or str(folder), "--tasks", tasks, "--output", "o", code=2)
     assert not (data / "o").exists()
 
 
-def test_without_a_sandbox_code_is_answered_and_not_judged(folder, data, monkeypatch):
+def test_code_is_answered_but_not_judged_without_a_sandbox(folder, data, monkeypatch):
     monkeypatch.setattr(
         sandbox, "probe_sandbox", lambda: sandbox.Sandbox(kind="none", reason="a test said so")
     )
@@ -258,7 +266,7 @@ def test_without_a_sandbox_code_is_answered_and_not_judged(folder, data, monkeyp
     assert (math["score"], code["score"], code["not_run"]) == (0.0, None, "a test said so")
 
 
-def test_a_conversation_needs_a_template_and_takes_it(folder, data):
+def test_chat_template_is_required_and_applied(folder, data):
     said = run(
         str(folder),
         "--tasks",
@@ -304,7 +312,7 @@ def test_a_conversation_needs_a_template_and_takes_it(folder, data):
     assert item.prompt.endswith("Answer:<assistant>")
 
 
-def test_code_outside_the_sandbox_is_refused():
+def test_lm_eval_tasks_that_run_code_are_refused():
     unsafe = SimpleNamespace(UNSAFE_CODE=True)
     manager = SimpleNamespace(
         match_tasks=lambda names: names, load=lambda names: {"tasks": {names[0]: unsafe}}
@@ -313,7 +321,7 @@ def test_code_outside_the_sandbox_is_refused():
         lm_eval_tasks._load_matching(manager, "humaneval_plus")
 
 
-def test_task_sets():
+def test_task_sets_expand_to_known_tasks():
     assert lm_eval_tasks.expand_names(["code", "mgsm", "humaneval"]) == [
         "humaneval",
         "mbpp",
@@ -325,7 +333,7 @@ def test_task_sets():
         assert lm_eval_tasks._index_lm_eval().match_tasks([name]), name
 
 
-def test_transformers_itself_and_a_device_map(folder):
+def test_native_model_and_device_maps_give_equal_logits(folder):
     ids = torch.tensor([[0, 5, 9]])
     whole = backends.load_native_model(folder, "float32", "auto")
     for device_map in ("balanced", "sequential"):
@@ -335,7 +343,7 @@ def test_transformers_itself_and_a_device_map(folder):
         assert torch.equal(spread(ids).logits, whole(ids).logits)
 
 
-def test_a_format_whose_library_is_missing_is_one_sentence(built, monkeypatch):
+def test_native_loading_names_the_missing_library(built, monkeypatch):
     monkeypatch.setitem(sys.modules, "gptqmodel", None)
     with pytest.raises(
         EvaluationError, match="install the library of its format, or leave out --native"
@@ -343,7 +351,7 @@ def test_a_format_whose_library_is_missing_is_one_sentence(built, monkeypatch):
         backends.load_native_model(built, "float32", "cpu")
 
 
-def test_vllm_is_asked_in_chunks_or_missed(folder, monkeypatch):
+def test_vllm_runs_in_chunks_and_its_absence_is_reported(folder, monkeypatch):
     from quantkit.evaluate import vllm_backend
 
     monkeypatch.setattr(vllm_backend, "find_spec", lambda name: None)
@@ -351,7 +359,7 @@ def test_vllm_is_asked_in_chunks_or_missed(folder, monkeypatch):
         vllm_backend.VllmBackend(folder, {})
 
     class Engine:
-        """What lm-eval's vLLM class is here: texts in, texts out."""
+        """A stand-in for lm-eval's vLLM class."""
 
         def __init__(self, pretrained: str, max_model_len: int) -> None:
             assert (pretrained, max_model_len) == (str(folder), 64)
@@ -373,14 +381,17 @@ def test_vllm_is_asked_in_chunks_or_missed(folder, monkeypatch):
     vllm_backend.VllmBackend(folder, {"max_model_len": 64}).generate(requests, told.append)
     assert [[at for at, _ in some] for some in told] == [[0, 1], [2]]
     assert [(a.text, a.n_tokens, a.truncated) for some in told for _, a in some] == [
-        ("aa", 2, False), ("bbbb", 4, True), ("cc", 2, False)
-    ]  # fmt: skip
+        ("aa", 2, False),
+        ("bbbb", 4, True),
+        ("cc", 2, False),
+    ]
 
 
-# -------------------------------------------------------------------------------------------------------- sampling
+# --------------------------------------------------------------------------------------------------
+# ------ sampling
 
 
-def test_draws_follow_the_temperature_and_the_nucleus():
+def test_samples_follow_temperature_and_top_p():
     from quantkit.evaluate.transformers_backend import make_sampler
 
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).log_softmax(-1)
@@ -395,7 +406,7 @@ def test_draws_follow_the_temperature_and_the_nucleus():
         assert torch.allclose(share, expected, atol=4 * 0.5 / 4000**0.5)
 
 
-def test_a_draw_depends_on_prompt_and_seed_and_not_on_the_batch():
+def test_samples_depend_on_prompt_and_seed_not_on_the_batch():
     from quantkit.evaluate.transformers_backend import make_sampler
 
     torch.manual_seed(5)
@@ -415,10 +426,11 @@ def test_a_draw_depends_on_prompt_and_seed_and_not_on_the_batch():
     assert torch.equal(state, torch.random.get_rng_state()), "no global generator is touched"
 
 
-# -------------------------------------------------------------------------------------------------------- settings
+# --------------------------------------------------------------------------------------------------
+# ------ settings
 
 
-def test_settings_that_contradict_each_other():
+def test_contradicting_options_are_refused():
     for setup, said in (
         (EvaluationOptions(seeds=2), "--temperature"),
         (EvaluationOptions(backend="openai"), "--endpoint"),
@@ -428,7 +440,7 @@ def test_settings_that_contradict_each_other():
             setup.check()
 
 
-def test_an_interval_of_scores():
+def test_mean_interval_equals_scipy():
     from scipy.stats import binomtest
 
     wilson = binomtest(3, 10).proportion_ci(method="wilson")
@@ -441,11 +453,24 @@ def test_an_interval_of_scores():
     ))
 
 
-def test_items_of_several_seeds_are_averaged(folder):
+def test_average_runs_averages_items_over_seeds(folder):
     item = item_results.ItemResult(
-        task="t", domain="math", filter="f", doc_id=0, doc_hash="", prompt_hash="", target_hash="", prompt="",
-        target="", response="one", score=1.0, outcome="", n_tokens=3, truncated=False, parsed=True,
-    )  # fmt: skip
+        task="t",
+        domain="math",
+        filter="f",
+        doc_id=0,
+        doc_hash="",
+        prompt_hash="",
+        target_hash="",
+        prompt="",
+        target="",
+        response="one",
+        score=1.0,
+        outcome="",
+        n_tokens=3,
+        truncated=False,
+        parsed=True,
+    )
     from dataclasses import replace
 
     other = replace(item, score=0.0, response="two", n_tokens=6, truncated=True, parsed=False)

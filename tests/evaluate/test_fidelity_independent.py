@@ -1,7 +1,8 @@
-"""The report's figures, computed a second time by code that shares nothing with quantkit.
+"""Figures of the report against an independent computation that shares no code with quantkit.
 
-Source and artifact are read with the safetensors library, FP8 blocks and AWQ words are unpacked here with numpy, and
-both models are loaded whole into transformers. The streaming figures must agree to 1 %.
+Source and artifact are read with the safetensors library, FP8 blocks and AWQ words are unpacked
+here with numpy, and both models are loaded whole into transformers. The streaming figures must
+agree to 1 %.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An evaluation over HTTP loses nothing and counts nothing twice, whatever the server does; killed, it goes on."""
+"""Evaluation over HTTP: server faults lose and duplicate nothing, a killed evaluation resumes."""
 
 from __future__ import annotations
 
@@ -35,28 +35,44 @@ FAULTS = ("429", "500", "drop", "cut", "end", "error", "slow", "silent")
 
 
 def number(prompt: str) -> int:
-    """A number that belongs to a prompt."""
+    """Return a number derived from a prompt."""
     return int(hashlib.sha256(prompt.encode()).hexdigest(), 16)
 
 
 def answer(prompt: str, body: dict) -> str:
-    """The reference solution, or a wrong one for a third of the prompts."""
+    """Return the reference solution, or a wrong one for a third of the prompts."""
     question = json.loads(prompt)[-1]["content"] if prompt.startswith("[") else prompt
     return RIGHT[question] if number(question) % 3 else " It is zero.\n#### 0"
 
 
 def evaluate(server: Server, folder: Path, *options: str, code: int = 0):
-    """`quantkit eval` in this process; its output as JSON where it succeeds."""
-    result = CliRunner(catch_exceptions=False).invoke(main, [
-        "eval", "tiny", "--backend", "openai", "--endpoint", server.url, "--tasks", TASK, "--output", str(folder),
-        "--json", *options,
-    ])  # fmt: skip
+    """Run `quantkit eval` in this process.
+
+    Return its JSON output, or standard error if it fails.
+    """
+    result = CliRunner(catch_exceptions=False).invoke(
+        main,
+        [
+            "eval",
+            "tiny",
+            "--backend",
+            "openai",
+            "--endpoint",
+            server.url,
+            "--tasks",
+            TASK,
+            "--output",
+            str(folder),
+            "--json",
+            *options,
+        ],
+    )
     assert result.exit_code == code, result.output
     return json.loads(result.stdout) if code == 0 else result.stderr
 
 
 def refused(server: Server, folder: Path, *options: str) -> str:
-    """What it says where it fails, of other tasks than TASK."""
+    """Return the error of an evaluation that must fail, with tasks other than TASK."""
     given = [
         "eval",
         "tiny",
@@ -74,19 +90,19 @@ def refused(server: Server, folder: Path, *options: str) -> str:
 
 
 def rows(folder: Path) -> list[tuple]:
-    """The journal, read by another program."""
+    """Read the stored answers with sqlite3 itself."""
     with sqlite3.connect(folder / "answers.sqlite") as connection:
         return connection.execute("select prompt_hash, value from answers").fetchall()
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["completions", "chat"])
-def test_every_fault_is_survived_and_nothing_is_lost_or_counted_twice(chat, tmp_path, monkeypatch):
+def test_every_server_fault_is_retried_without_loss_or_duplicates(chat, tmp_path, monkeypatch):
     monkeypatch.setattr("quantkit.evaluate.openai_backend.INITIAL_BACKOFF", 0.05)
     limit = 16
     prompts = [doc["prompt"] for doc in DOCS[:limit]]
 
     def fault(name: str, nth: int) -> str:
-        """The first try of every prompt meets a fault, a third of them a second one."""
+        """Fail the first try of every prompt, and the second try of a third of them."""
         question = json.loads(name)[-1]["content"] if chat else name
         place = prompts.index(question)
         kinds = [
@@ -128,7 +144,7 @@ def test_every_fault_is_survived_and_nothing_is_lost_or_counted_twice(chat, tmp_
     assert min(waits) >= RETRY_AFTER, "Retry-After is obeyed"
 
 
-def test_an_answer_at_the_limit_counts_as_cut(tmp_path):
+def test_answer_at_the_token_limit_is_truncated(tmp_path):
     with Server(answer=answer) as server:
         evaluate(server, tmp_path / "out", "--limit", "3", "--max-tokens", "4")
     assert {record.body["max_tokens"] for record in server.records} == {4}
@@ -137,13 +153,28 @@ def test_an_answer_at_the_limit_counts_as_cut(tmp_path):
         assert (item.n_tokens, len(item.response)) == (4, 12)
 
 
-def test_killed_it_goes_on_and_asks_nothing_twice(tmp_path):
+def test_killed_evaluation_resumes_and_repeats_no_request(tmp_path):
     limit, folder = 40, tmp_path / "out"
     with Server(answer=answer, pause=0.25) as server:
         command = [
-            sys.executable, "-m", "quantkit", "eval", "tiny", "--backend", "openai", "--endpoint", server.url,
-            "--tasks", TASK, "--output", str(folder), "--limit", str(limit), "--concurrency", "2",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "quantkit",
+            "eval",
+            "tiny",
+            "--backend",
+            "openai",
+            "--endpoint",
+            server.url,
+            "--tasks",
+            TASK,
+            "--output",
+            str(folder),
+            "--limit",
+            str(limit),
+            "--concurrency",
+            "2",
+        ]
         running = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -180,7 +211,7 @@ def test_killed_it_goes_on_and_asks_nothing_twice(tmp_path):
         assert moved.records == [], "a server that moved is the same model"
 
 
-def test_a_dead_server_is_one_sentence_and_keeps_what_was_answered(tmp_path, monkeypatch):
+def test_dead_server_is_one_error_and_keeps_complete_answers(tmp_path, monkeypatch):
     monkeypatch.setattr("quantkit.evaluate.openai_backend.INITIAL_BACKOFF", 0.01)
     bad = DOCS[6]["prompt"]
     with Server(answer=answer, fault=lambda name, nth: "503" if name == bad else "") as server:
@@ -206,7 +237,7 @@ def test_a_dead_server_is_one_sentence_and_keeps_what_was_answered(tmp_path, mon
     assert "no answer in 2 tries" in gone
 
 
-def test_a_refusal_is_not_repeated_and_no_key_is_shown(tmp_path, monkeypatch):
+def test_refused_request_is_not_retried_and_key_is_redacted(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     with Server(answer=answer, key="sk-other") as server:
         said = evaluate(server, tmp_path / "out", "--limit", "3", "--concurrency", "1", code=1)
@@ -222,7 +253,7 @@ def test_a_refusal_is_not_repeated_and_no_key_is_shown(tmp_path, monkeypatch):
     assert not any(b"sk-" in path.read_bytes() for path in (tmp_path / "out").iterdir())
 
 
-def test_a_prompt_that_does_not_fit_costs_its_task_and_no_other(tmp_path):
+def test_too_long_prompt_fails_only_its_task(tmp_path):
     bad = DOCS[3]["prompt"]
     tasks = ("--tasks", "tiny-v3-code", "--limit", "5", "--concurrency", "1")
     with Server(
@@ -241,7 +272,7 @@ def test_a_prompt_that_does_not_fit_costs_its_task_and_no_other(tmp_path):
         assert len(server.records) == 1, "a model that is not there is asked nothing more"
 
 
-def test_which_model_is_asked(tmp_path):
+def test_served_model_is_detected_or_must_be_named(tmp_path):
     with Server(answer=answer, models=("a", "b")) as server:
         said = evaluate(server, tmp_path / "out", "--limit", "2", code=2)
         assert "expected one served model, found a, b; name one with --model" in said
@@ -249,14 +280,23 @@ def test_which_model_is_asked(tmp_path):
         assert {record.body["model"] for record in server.records} == {"b"}
 
 
-def test_several_seeds_are_averaged_per_item(tmp_path):
+def test_eval_averages_seeds_per_item(tmp_path):
     def sampled(prompt: str, body: dict) -> str:
         return RIGHT[prompt] if (number(prompt) + body["seed"]) % 4 < 2 else " No idea."
 
     with Server(answer=sampled) as server:
         found = evaluate(
-            server, tmp_path / "out", "--limit", "10", "--seeds", "3", "--temperature", "0.6", "--top-p", "0.95"
-        )  # fmt: skip
+            server,
+            tmp_path / "out",
+            "--limit",
+            "10",
+            "--seeds",
+            "3",
+            "--temperature",
+            "0.6",
+            "--top-p",
+            "0.95",
+        )
         assert {(r.body["temperature"], r.body["top_p"]) for r in server.records} == {(0.6, 0.95)}
         assert Counter(r.body["seed"] for r in server.records) == {0: 10, 1: 10, 2: 10}
         assert "--temperature" in evaluate(server, tmp_path / "no", "--seeds", "3", code=2)
@@ -278,7 +318,7 @@ def test_several_seeds_are_averaged_per_item(tmp_path):
         ]
 
 
-def test_thoughts_are_not_scored_and_stop_strings_do_not_end_them(tmp_path):
+def test_think_end_removes_thoughts_and_their_stop_strings(tmp_path):
     def thinking(prompt: str, body: dict) -> str:
         return (
             f"Hm.\nQuestion: #### 7?</think>{RIGHT[prompt]}\nQuestion: next"
@@ -304,7 +344,7 @@ def test_thoughts_are_not_scored_and_stop_strings_do_not_end_them(tmp_path):
     ]
 
 
-def test_two_evaluations_are_compared_item_by_item(tmp_path):
+def test_baseline_is_compared_item_by_item(tmp_path):
     with Server(answer=lambda prompt, body: RIGHT[prompt]) as server:
         evaluate(server, tmp_path / "source", "--limit", "12")
         server.answer = answer
@@ -316,9 +356,16 @@ def test_two_evaluations_are_compared_item_by_item(tmp_path):
         assert (row["n"], row["lost"], row["gained"], row["source"]) == (12, wrong, 0, 1.0)
         assert (tmp_path / "out" / "pairs.parquet").is_file()
         said = evaluate(
-            server, tmp_path / "other", "--limit", "12", "--max-tokens", "40", "--baseline", str(tmp_path / "source"),
+            server,
+            tmp_path / "other",
+            "--limit",
+            "12",
+            "--max-tokens",
+            "40",
+            "--baseline",
+            str(tmp_path / "source"),
             code=1,
-        )  # fmt: skip
+        )
         assert "max_tokens: expected 40 as in this evaluation, found None" in said
         found = evaluate(
             server, tmp_path / "fewer", "--limit", "4", "--baseline", str(tmp_path / "source")
@@ -343,14 +390,14 @@ def test_two_evaluations_are_compared_item_by_item(tmp_path):
         ("http://h/v1?key=1", "no user"),
     ],
 )
-def test_an_endpoint_is_an_address_without_secrets(url, said):
+def test_normalize_url_refuses_secrets_and_other_text(url, said):
     from quantkit.evaluate.openai_backend import normalize_url
 
     with pytest.raises(UsageError, match=said):
         normalize_url(url)
 
 
-def test_a_journal_belongs_to_one_process_and_a_broken_one_is_named(tmp_path):
+def test_answer_store_is_exclusive_and_names_damaged_files(tmp_path):
     from quantkit.evaluate import answer_store
 
     with answer_store.open_answer_store(tmp_path / "a.sqlite") as book:

@@ -1,4 +1,4 @@
-"""Gold solutions in the streaming pass: lm-eval's own figures on whole models, and no other figure changed."""
+"""Likelihood of gold solutions: equal to lm-eval on whole models, and no other figure changes."""
 
 from __future__ import annotations
 
@@ -36,11 +36,15 @@ TEXT = (package_data.locate_folder("recipes") / "tiny-v3-awq4.yaml").read_text()
 
 
 def built(place: Path, **changes: str) -> pipeline.BuildResult:
-    """A quick artifact of tiny-v3 without generated benchmarks."""
+    """Build a quick artifact of tiny-v3 without generated benchmarks."""
     keys = {
-        "quantize.method": "rtn", "quantize.rounding": "nearest", "fidelity.windows": "12",
-        "gates.tiny-v3-math": "{min_score: 0}", "evaluation.likelihood": str(ITEMS), "output.path": str(place),
-    }  # fmt: skip
+        "quantize.method": "rtn",
+        "quantize.rounding": "nearest",
+        "fidelity.windows": "12",
+        "gates.tiny-v3-math": "{min_score: 0}",
+        "evaluation.likelihood": str(ITEMS),
+        "output.path": str(place),
+    }
     recipe = parse_recipe(
         TEXT,
         "tiny-v3-awq4.yaml",
@@ -58,12 +62,12 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> pipeline.BuildResult:
 
 
 def scored(outcome: pipeline.BuildResult) -> list[dict]:
-    """What lies in samples/solutions.parquet."""
+    """Read samples/solutions.parquet."""
     return parquet.read_table(outcome.path / "quantkit/samples/solutions.parquet").to_pylist()
 
 
 def pairs(name: str) -> list[tuple[str, str]]:
-    """Prompts and gold solutions, read from the data by hand."""
+    """Read prompts and gold solutions directly from the data."""
     lines = (
         (package_data.locate_folder("evals") / "data" / f"{name}.jsonl")
         .read_text()
@@ -75,7 +79,7 @@ def pairs(name: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def whole(outcome: pipeline.BuildResult) -> dict[str, torch.nn.Module]:
-    """Source and artifact as transformers holds them, unpacked by code that shares nothing with quantkit."""
+    """Load source and artifact in transformers, unpacked without quantkit's code."""
     source = package_data.locate_model("builtin:tiny-v3")
     sides = {
         "source": (source, fp8_weights(source)),
@@ -86,10 +90,10 @@ def whole(outcome: pipeline.BuildResult) -> dict[str, torch.nn.Module]:
 
 @pytest.mark.parametrize("side", ["source", "artifact"])
 @pytest.mark.parametrize("task", ["tiny-v3-math", "tiny-v3-code"])
-def test_it_equals_whole_models(
+def test_likelihood_equals_whole_models(
     outcome: pipeline.BuildResult, whole: dict, side: str, task: str
 ) -> None:
-    """One item at a time, without padding; the solution's tokens are those that end behind the prompt's last word."""
+    """One item at a time, without padding; the solution's tokens follow the prompt's last word."""
     tokenizer = AutoTokenizer.from_pretrained(package_data.locate_model("builtin:tiny-v3"))
     found = [row for row in scored(outcome) if row["task"] == task]
     assert [row["doc_id"] for row in found] == list(range(ITEMS))
@@ -104,10 +108,8 @@ def test_it_equals_whole_models(
 
 
 @pytest.mark.parametrize("side", ["source", "artifact"])
-def test_it_equals_lm_evals_likelihood(
-    outcome: pipeline.BuildResult, whole: dict, side: str
-) -> None:
-    """Math, where no token spans prompt and solution: lm-eval would take one that does apart."""
+def test_likelihood_equals_lm_eval(outcome: pipeline.BuildResult, whole: dict, side: str) -> None:
+    """Math only: no token spans prompt and solution; lm-eval would split such a token."""
     tokenizer = AutoTokenizer.from_pretrained(package_data.locate_model("builtin:tiny-v3"))
     judge = HFLM(pretrained=whole[side], tokenizer=tokenizer, batch_size=4, max_length=512)
     asked = [
@@ -127,7 +129,7 @@ def test_it_equals_lm_evals_likelihood(
     assert found == pytest.approx(expected, rel=1e-3, abs=2e-4)
 
 
-def test_the_rows_are_the_items(outcome: pipeline.BuildResult) -> None:
+def test_report_rows_summarize_the_items(outcome: pipeline.BuildResult) -> None:
     table, report = scored(outcome), outcome.fidelity
     assert [row.task for row in report.likelihood] == ["tiny-v3-math", "tiny-v3-code"]
     for row in report.likelihood:
@@ -147,8 +149,8 @@ def test_the_rows_are_the_items(outcome: pipeline.BuildResult) -> None:
         assert "Gold solutions (teacher-forced)" in (outcome.path / shown).read_text()
 
 
-def test_it_changes_no_other_figure(outcome: pipeline.BuildResult, tmp_path: Path) -> None:
-    """Without solutions behind the text the same bytes are made, and the text's figures are the same."""
+def test_likelihood_changes_no_other_figure(outcome: pipeline.BuildResult, tmp_path: Path) -> None:
+    """Without solutions after the text, the artifact's bytes and the text's figures are equal."""
     without = built(tmp_path / "b", rules="all-linear", evaluation__likelihood="0")
     assert without.fidelity.likelihood == ()
     assert not (without.path / "quantkit/samples/solutions.parquet").exists()
@@ -171,13 +173,13 @@ def test_it_changes_no_other_figure(outcome: pipeline.BuildResult, tmp_path: Pat
     assert [row.agreement for row in outcome.fidelity.routers] == pytest.approx(agreement, rel=1e-9)
 
 
-def test_worse_weights_make_gold_less_likely(outcome: pipeline.BuildResult, tmp_path: Path) -> None:
+def test_worse_weights_lower_the_likelihood(outcome: pipeline.BuildResult, tmp_path: Path) -> None:
     worse = built(tmp_path / "c", quantize__bits="2", rules="all-linear", format="dense").fidelity
     for better, bad in zip(outcome.fidelity.likelihood, worse.likelihood, strict=True):
         assert bad.difference.ci[1] < better.difference.ci[0], bad.task  # type: ignore[union-attr, index]
 
 
-def test_nothing_is_scored_without_a_fidelity_text() -> None:
+def test_no_solutions_without_a_fidelity_text() -> None:
     keys = {"fidelity": "none", "gates": "{}", "output.path": "x"}
     texts = pipeline.tokenize(
         parse_recipe(TEXT, "x.yaml", keys), package_data.locate_model("builtin:tiny-v3")
@@ -186,10 +188,11 @@ def test_nothing_is_scored_without_a_fidelity_text() -> None:
     assert texts.counts()["fidelity"] == 0
 
 
-# ------------------------------------------------------------------------------------------------------ the tokens
+# --------------------------------------------------------------------------------------------------
+# ---- the tokens
 
 
-def test_a_prompt_that_is_too_long_loses_its_beginning() -> None:
+def test_long_prompt_is_truncated_at_its_start() -> None:
     tokenizer = load_tokenizer(package_data.locate_model("builtin:tiny-v3"))
     prompt, solution = pairs("tiny-v3-math")[0]
     whole, own = encode_continuation(tokenizer, prompt, solution, 512)
@@ -203,8 +206,8 @@ def test_a_prompt_that_is_too_long_loses_its_beginning() -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny-v3-math", "tiny-v3-code", "gsm8k", "humaneval", "mbpp"])
-def test_prompts_are_lm_evals(name: str) -> None:
-    """Worked examples, blanks and all."""
+def test_rendered_prompts_equal_lm_eval(name: str) -> None:
+    """Prompts are equal including worked examples and spaces."""
     data = Path(os.environ.get("QUANTKIT_DATA", ROOT.parent / "shared" / "data"))
     if not name.startswith("tiny-v3") and not (data / name).is_dir():
         pytest.skip(f"{name} is not on this machine")
@@ -214,7 +217,7 @@ def test_prompts_are_lm_evals(name: str) -> None:
     assert ours == solution_likelihood.build_prompts_with_lm_eval(task, 5)
 
 
-def test_what_is_not_plain_is_lm_evals_to_make() -> None:
+def test_render_prompts_leaves_other_tasks_to_lm_eval() -> None:
     (task,) = tasks.load_tasks(["tiny-v3-math"])
     for change in ({"description": "Solve."}, {"doc_to_text": None}, {"num_fewshot": 2}):
         assert (
@@ -224,19 +227,20 @@ def test_what_is_not_plain_is_lm_evals_to_make() -> None:
     assert solution_likelihood.render_prompts(replace(task, files={}), 3) == []
 
 
-def test_a_build_does_not_import_lm_eval(tmp_path: Path) -> None:
-    """It would take 130 MB of the recipe's memory."""
+def test_build_does_not_import_lm_eval(tmp_path: Path) -> None:
+    """The import would take 130 MB of the recipe's memory."""
     code = (
         "import sys; from quantkit import pipeline; from quantkit.recipe.parse import parse_recipe;"
         "from quantkit.io import builtin; text = open(sys.argv[1]).read();"
         "found = pipeline.tokenize(parse(text, 'x'), builtin.resolve_model('builtin:tiny-v3'));"
-        "assert len(found.solutions.items) == 128; assert not {'lm_eval', 'datasets'} & sys.modules.keys()"
+        "assert len(found.solutions.items) == 128; assert not {'lm_eval', 'datasets'} & "
+        "sys.modules.keys()"
     )
     recipe = package_data.locate_folder("recipes") / "tiny-v3-awq4.yaml"
     subprocess.run([sys.executable, "-c", code, str(recipe)], check=True, cwd=tmp_path)
 
 
-def test_sequences_are_sorted_and_keep_their_items() -> None:
+def test_sequences_are_sorted_with_their_items() -> None:
     tokenizer = load_tokenizer(package_data.locate_model("builtin:tiny-v3"))
     found = solution_likelihood.tokenize_solutions(
         ["tiny-v3-math", "tiny-v3-code"], tokenizer, items=20, length=512
@@ -251,8 +255,8 @@ def test_sequences_are_sorted_and_keep_their_items() -> None:
             assert tokenizer.decode(ids[-item.n_tokens :]).strip() == solution.strip()  # type: ignore[attr-defined]
 
 
-def test_a_task_of_ones_own_has_its_name(tmp_path: Path) -> None:
-    """It is asked for by a path, which belongs to no report."""
+def test_task_given_by_path_is_reported_by_name(tmp_path: Path) -> None:
+    """Reports must not have paths of this machine."""
     for part in ("tiny-v3-math.yaml", "data/tiny-v3-math.jsonl"):
         (tmp_path / part).parent.mkdir(exist_ok=True)
         (tmp_path / part).write_bytes((package_data.locate_folder("evals") / part).read_bytes())
@@ -268,7 +272,7 @@ def test_a_task_of_ones_own_has_its_name(tmp_path: Path) -> None:
     assert (second.task, second.status) == ("absent", "not run") and "no such task" in second.reason
 
 
-def test_what_cannot_be_read_is_a_row_with_its_reason(
+def test_unreadable_task_is_a_row_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -296,11 +300,12 @@ def test_what_cannot_be_read_is_a_row_with_its_reason(
     assert (second.task, second.n, second.difference.value) == ("tiny-v3-code", 2, -0.5)  # type: ignore[union-attr]
 
 
-# ------------------------------------------------------------------------------------------------- gates and plans
+# -------------------------------------------------------------------------------------------------
+# gates and plans
 
 
 def report(*values: float | None) -> Fidelity:
-    """A report with one task per value; None was not run."""
+    """Return a report with one task per value; None: not run."""
     whole = Fidelity.model_validate(report_example.FIDELITY)
     rows = [
         LikelihoodResult(task=f"t{n}", status="not run", reason="no data")
@@ -321,14 +326,14 @@ def report(*values: float | None) -> Fidelity:
         ("likelihood", (), None, None),
     ],
 )
-def test_gates(
+def test_likelihood_gates(
     figure: str, values: tuple[float | None, ...], value: float | None, ok: bool | None
 ) -> None:
     (result,) = gates.judge_gates({figure: Gate(min=-0.2)}, report(*values))
     assert (result.value, result.ok) == (value, ok)
 
 
-def test_a_gate_names_a_task_of_the_recipe() -> None:
+def test_likelihood_gate_must_name_a_task_of_the_recipe() -> None:
     ok = parse_recipe(
         TEXT, "x.yaml", {"gates": "{likelihood@tiny-v3-math: {min: -0.1}, likelihood: {min: -1}}"}
     )
@@ -342,7 +347,7 @@ def test_a_gate_names_a_task_of_the_recipe() -> None:
             parse_recipe(TEXT, "x.yaml", {"gates": f"{{{wrong}: {{min: 0}}}}"})
 
 
-def test_a_plan_counts_the_solutions() -> None:
+def test_plan_counts_solution_tokens() -> None:
     counts = [
         sources.bound_text_tokens(
             parse_recipe(TEXT, "x.yaml", {"evaluation.likelihood": str(items)})
@@ -355,7 +360,7 @@ def test_a_plan_counts_the_solutions() -> None:
     assert texts.tokens["fidelity"].n_tokens < texts.counts()["fidelity"] <= counts[2]
 
 
-def test_the_table_says_what_was_not_run() -> None:
+def test_likelihood_table_names_tasks_not_run() -> None:
     made = tables.make_likelihood_table(report(-0.25, None))
     assert [row[0] for row in made.rows] == ["t0", "t1"]
     assert "t1 was not run: no data." in made.note

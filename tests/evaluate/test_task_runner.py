@@ -1,4 +1,4 @@
-"""Benchmarks run offline and quietly on a random model, score as lm-eval does, and give repeatable items."""
+"""Running tasks offline and silently on a random model: scores as lm-eval's, repeatable items."""
 
 from __future__ import annotations
 
@@ -41,16 +41,24 @@ def tokenizer():
 def model():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=768, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=4096, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+        vocab_size=768,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=4096,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
         initializer_range=0.5,
-    )  # fmt: skip
+    )
     return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture
 def offline(monkeypatch):
-    """Any attempt to reach a network is recorded and refused."""
+    """Record and refuse every attempt to use the network."""
     attempts: list[object] = []
 
     def refuse(*arguments: object) -> None:
@@ -63,16 +71,17 @@ def offline(monkeypatch):
 
 
 def shorter(task: tasks.Task, tokens: int) -> tasks.Task:
-    """The same task with fewer tokens per answer, for a model that never stops."""
+    """Return the task with fewer tokens per answer, for a model that never stops."""
     kwargs = {**task.config["generation_kwargs"], "max_gen_toks": tokens}
     return replace(task, config={**task.config, "generation_kwargs": kwargs})
 
 
-# --------------------------------------------------------------------------------------------------------- the files
+# --------------------------------------------------------------------------------------------------
+# ------- the files
 
 
 @pytest.mark.parametrize("name", task_files.list_task_names())
-def test_each_task_loads(name, tmp_path):
+def test_every_shipped_task_loads(name, tmp_path):
     (task,) = tasks.load_tasks([name], tmp_path)
     assert task.name == name
     assert task.domain in ("math", "code")
@@ -81,41 +90,45 @@ def test_each_task_loads(name, tmp_path):
     assert task.filters
 
 
-def test_every_key_of_a_task_is_explained():
+def test_shipped_tasks_comment_their_keys():
     for name in task_files.list_task_names():
         text = task_files.find_task_path(name).read_text(encoding="utf-8")
         assert text.startswith("#"), name
         assert text.count("#") > 12, name
 
 
-def test_unknown_tasks_are_named_with_the_nearest():
+def test_unknown_task_error_suggests_the_nearest_name():
     with pytest.raises(EvaluationError) as caught:
         tasks.load_tasks(["humanevil", "gsm9k"])
     assert "did you mean humaneval?" in str(caught.value)
     assert "did you mean gsm8k?" in str(caught.value)
 
 
-def test_faults_of_a_task_are_collected(tmp_path):
+def test_load_tasks_reports_every_fault(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
-        "quantkit:\n  domian: math\n  local: {test: {file: none.jsonl, rows: [5, 2]}}\n  code: {source: x, cut: half, "
+        "quantkit:\n  domian: math\n  local: {test: {file: none.jsonl, rows: [5, 2]}}\n  code: "
+        "{source: x, cut: half, "
         "seconds: 0}\ntask: other\noutput_type: loglikelihood\n"
     )
     with pytest.raises(EvaluationError) as caught:
         tasks.load_tasks([str(path)])
     text = str(caught.value)
     for part in (
-        "quantkit.domian: no such key; did you mean domain?", "none.jsonl not found in",
+        "quantkit.domian: no such key; did you mean domain?",
+        "none.jsonl not found in",
         "quantkit.code.cut: expected one of none, first_unindented_line, found 'half'",
-        "quantkit.code.tests: expected", "quantkit.code.seconds: expected",
-        "task: expected 'mine' like the file, found 'other'", "output_type: expected generate_until",
-    ):  # fmt: skip
+        "quantkit.code.tests: expected",
+        "quantkit.code.seconds: expected",
+        "task: expected 'mine' like the file, found 'other'",
+        "output_type: expected generate_until",
+    ):
         assert part in text
 
 
 @pytest.mark.parametrize("split", ["../../../out", "a/b", "te st", "x" * 65, ""])
-def test_a_split_that_is_no_name_is_refused(tmp_path, split):
-    """Its selected rows go into a file that is called after it."""
+def test_load_tasks_rejects_invalid_split_names(tmp_path, split):
+    """The split's name becomes part of a file name."""
     (tmp_path / "rows.jsonl").write_text("{}\n{}\n")
     path = tmp_path / "mine.yaml"
     block = {"domain": "math", "local": {split: {"file": "rows.jsonl", "rows": [0, 1]}}}
@@ -127,14 +140,14 @@ def test_a_split_that_is_no_name_is_refused(tmp_path, split):
 
 
 @pytest.mark.parametrize("text", ["", "- a list", "a: [", "quantkit: 3\ntask: mine", "\x00"])
-def test_a_file_that_is_no_task_is_one_clear_error(tmp_path, text):
+def test_load_tasks_rejects_other_files(tmp_path, text):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(EvaluationError, match="expected"):
         tasks.load_tasks([str(path)])
 
 
-def test_the_data_folder_comes_from_the_argument_or_the_environment(tmp_path, monkeypatch):
+def test_data_folder_comes_from_argument_or_environment(tmp_path, monkeypatch):
     (tmp_path / "humaneval").mkdir()
     (tmp_path / "humaneval" / "HumanEval.jsonl").write_text("{}\n")
     assert tasks.load_tasks(["humaneval"], tmp_path)[0].is_local
@@ -145,7 +158,7 @@ def test_the_data_folder_comes_from_the_argument_or_the_environment(tmp_path, mo
     assert tasks.load_tasks(["humaneval"])[0].sha256 != first.sha256
 
 
-def test_rows_beyond_the_file_are_refused(tmp_path):
+def test_rows_beyond_the_end_of_the_file_are_refused(tmp_path):
     (tmp_path / "mbpp").mkdir()
     (tmp_path / "mbpp" / "mbpp.jsonl").write_text("{}\n" * 20)
     with (
@@ -155,15 +168,21 @@ def test_rows_beyond_the_file_are_refused(tmp_path):
         pass
 
 
-# --------------------------------------------------------------------------------------------------------- running
+# --------------------------------------------------------------------------------------------------
+# ------- running
 
 
-def test_both_tiny_tasks_run_offline_and_silently(model, tokenizer, offline, capfd):
+def test_tiny_tasks_run_offline_and_silently(model, tokenizer, offline, capfd):
     seen: list[tuple[int, int]] = []
     items = task_runner.run_tasks(
-        model, tokenizer, tasks.load_tasks(TINY), limit=2, batch_size=2, jail=probe_sandbox(),
+        model,
+        tokenizer,
+        tasks.load_tasks(TINY),
+        limit=2,
+        batch_size=2,
+        jail=probe_sandbox(),
         progress=lambda done, of: seen.append((done, of)),
-    )  # fmt: skip
+    )
     assert [(item.task, item.doc_id) for item in items] == [
         (name, doc) for name in TINY for doc in (0, 1)
     ]
@@ -174,7 +193,7 @@ def test_both_tiny_tasks_run_offline_and_silently(model, tokenizer, offline, cap
     assert [score.task for score in task_runner.aggregate_scores(items)] == list(TINY)
 
 
-def test_a_run_is_repeatable_whatever_the_batch(model, tokenizer):
+def test_run_is_repeatable_for_any_batch_size(model, tokenizer):
     loaded = tasks.load_tasks(TINY)
     state = torch.random.get_rng_state()
     first = task_runner.run_tasks(model, tokenizer, loaded, limit=5, batch_size=1, jail=NO_SANDBOX)
@@ -184,8 +203,8 @@ def test_a_run_is_repeatable_whatever_the_batch(model, tokenizer):
     assert torch.equal(state, torch.random.get_rng_state()), "no global generator is touched"
 
 
-def test_a_run_that_was_cut_off_asks_only_what_is_missing(model, tokenizer, tmp_path):
-    """What was answered is not asked again, and the batches that are left are the same: so are the answers."""
+def test_interrupted_run_resumes_with_missing_answers_only(model, tokenizer, tmp_path):
+    """Stored answers are reused and the other batches are the same, so all answers are equal."""
     loaded, seen, kept = (
         tasks.load_tasks(TINY),
         list[tuple[int, int]](),
@@ -215,7 +234,7 @@ def test_a_run_that_was_cut_off_asks_only_what_is_missing(model, tokenizer, tmp_
     assert again == run(None, None)
 
 
-def test_code_without_a_sandbox_is_not_run(model, tokenizer):
+def test_code_is_not_run_without_a_sandbox(model, tokenizer):
     items = task_runner.run_tasks(
         model, tokenizer, tasks.load_tasks(TINY), limit=2, jail=NO_SANDBOX
     )
@@ -226,20 +245,32 @@ def test_code_without_a_sandbox_is_not_run(model, tokenizer):
     assert code.not_run == "a test said so"
 
 
-def test_the_real_tasks_run_on_local_rows(model, tokenizer, tmp_path, offline):
+def test_shipped_tasks_run_on_local_rows(model, tokenizer, tmp_path, offline):
     rows = {
-        "gsm8k/train.jsonl": [{"question": f"{n} + {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(5)],
+        "gsm8k/train.jsonl": [
+            {"question": f"{n} + {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(5)
+        ],
         "gsm8k/test.jsonl": [{"question": "1 + 2?", "answer": "It is 3.\n#### 3"}],
         "humaneval/HumanEval.jsonl": [
-            {"task_id": "x/0", "prompt": "def one():\n", "canonical_solution": "    return 1\n", "entry_point": "one",
-             "test": "def check(candidate):\n    assert candidate() == 1\n"}
+            {
+                "task_id": "x/0",
+                "prompt": "def one():\n",
+                "canonical_solution": "    return 1\n",
+                "entry_point": "one",
+                "test": "def check(candidate):\n    assert candidate() == 1\n",
+            }
         ],
         "mbpp/mbpp.jsonl": [
-            {"task_id": n, "text": f"Return {n}.", "code": f"def f():\r\n  return {n}", "test_setup_code": "",
-             "test_list": [f"assert f() == {n}"] * 3}
+            {
+                "task_id": n,
+                "text": f"Return {n}.",
+                "code": f"def f():\r\n  return {n}",
+                "test_setup_code": "",
+                "test_list": [f"assert f() == {n}"] * 3,
+            }
             for n in range(1, 511)
         ],
-    }  # fmt: skip
+    }
     for name, docs in rows.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("".join(json.dumps(doc) + "\n" for doc in docs))
@@ -268,7 +299,7 @@ def test_the_real_tasks_run_on_local_rows(model, tokenizer, tmp_path, offline):
     assert offline == []
 
 
-def test_a_hub_task_without_a_network_is_one_clear_error(model, tokenizer, tmp_path, monkeypatch):
+def test_hub_task_without_network_is_one_clear_error(model, tokenizer, tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -280,24 +311,29 @@ def test_a_hub_task_without_a_network_is_one_clear_error(model, tokenizer, tmp_p
         )
 
 
-def test_a_prompt_that_does_not_fit_is_refused(tokenizer):
+def test_prompt_longer_than_the_context_is_refused(tokenizer):
     config = LlamaConfig(
-        vocab_size=768, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        vocab_size=768,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
         max_position_embeddings=64,
-    )  # fmt: skip
+    )
     with pytest.raises(EvaluationError, match="do not fit into the model's context of 64"):
         task_runner.run_tasks(
             LlamaForCausalLM(config), tokenizer, tasks.load_tasks(["tiny-v3-math"]), limit=1
         )
 
 
-def test_no_tasks_and_no_items(model, tokenizer):
+def test_no_tasks_give_no_items_and_limit_must_be_positive(model, tokenizer):
     assert task_runner.run_tasks(model, tokenizer, []) == []
     with pytest.raises(EvaluationError, match=r"evaluation\.limit"):
         task_runner.run_tasks(model, tokenizer, tasks.load_tasks(TINY), limit=0)
 
 
-# ---------------------------------------------------------------------------------------------------- generation
+# --------------------------------------------------------------------------------------------------
+# -- generation
 
 
 def test_prompts_start_with_exactly_one_bos(model, tokenizer):
@@ -311,7 +347,7 @@ def test_prompts_start_with_exactly_one_bos(model, tokenizer):
 
 @pytest.mark.parametrize(("front", "shared"), [(0, 0), (12, 0), (40, 40)])
 def test_greedy_equals_transformers_generate(front, shared, model, monkeypatch):
-    """Also where the prompts begin alike, which is read once."""
+    """Also for prompts with shared leading tokens, which are read once."""
     from quantkit.evaluate import transformers_backend
 
     torch.manual_seed(1)
@@ -323,9 +359,13 @@ def test_greedy_equals_transformers_generate(front, shared, model, monkeypatch):
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     enders = set(range(1, 768, 9))  # rows stop at different steps
     expected = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=sorted(enders),
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=24,
+        do_sample=False,
+        eos_token_id=sorted(enders),
         pad_token_id=2,
-    )[:, longest:].tolist()  # fmt: skip
+    )[:, longest:].tolist()
     read = []
     count = model.register_forward_pre_hook(
         lambda _, __, given: read.append(tuple(given["input_ids"].shape)), with_kwargs=True
@@ -339,8 +379,11 @@ def test_greedy_equals_transformers_generate(front, shared, model, monkeypatch):
         assert len(row) == 24 or row[-1] in enders
 
 
-def test_what_is_not_shared(model):
-    """Equal prompts keep their last tokens; one prompt, few tokens and windows that slide have nothing to share."""
+def test_count_shared_tokens_stops_where_sharing_would_change_results(model):
+    """Equal prompts keep their last tokens.
+
+    One prompt, few tokens and sliding windows share none.
+    """
     from quantkit.evaluate.transformers_backend import count_shared_tokens, prefill
 
     full, prompt = DynamicCache(config=model.config), list(range(3, 43))
@@ -350,9 +393,14 @@ def test_what_is_not_shared(model):
     assert count_shared_tokens([prompt], full) == 0
     assert count_shared_tokens([prompt, prompt[:9] + [2] * 31], full) == 0
     sliding = MistralConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, sliding_window=8,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=8,
+    )
     slides = MistralForCausalLM(sliding).eval()
     assert count_shared_tokens([prompt, prompt], DynamicCache(config=sliding)) == 0
     longer = [5, *prompt]
@@ -365,7 +413,7 @@ def test_what_is_not_shared(model):
     torch.testing.assert_close(output.logits, torch.stack(alone))
 
 
-def test_stop_strings_end_an_answer_and_are_cut_off(tokenizer):
+def test_stop_strings_end_an_answer_and_are_removed(tokenizer):
     from quantkit.evaluate.transformers_backend import StopCondition
 
     stop = StopCondition(tokenizer=tokenizer, eos=frozenset({1}), strings=("\nQuestion:", "é!"))
@@ -381,7 +429,7 @@ def test_stop_strings_end_an_answer_and_are_cut_off(tokenizer):
     assert stop.is_met(tokenizer("caf é!", add_special_tokens=False).input_ids)
 
 
-def test_a_completion_is_cut_at_the_first_unindented_line():
+def test_cut_at_unindented_line():
     assert (
         task_runner.cut_at_unindented_line("    a = 1\n\n    return a\nprint(1)\n    b")
         == "    a = 1\n\n    return a"
@@ -390,7 +438,8 @@ def test_a_completion_is_cut_at_the_first_unindented_line():
     assert task_runner.cut_at_unindented_line("    return 1\n") == "    return 1\n"
 
 
-# -------------------------------------------------------------------------------------------------------- samples
+# --------------------------------------------------------------------------------------------------
+# ------ samples
 
 
 @pytest.fixture(scope="module")
@@ -398,7 +447,7 @@ def items(model, tokenizer):
     return task_runner.run_tasks(model, tokenizer, tasks.load_tasks(TINY), limit=2, jail=NO_SANDBOX)
 
 
-def test_items_survive_parquet(items, tmp_path):
+def test_items_round_trip_through_parquet(items, tmp_path):
     item_results.write_items(items, tmp_path / "items.parquet")
     item_results.write_items(items, tmp_path / "again.parquet")
     assert item_results.read_items(tmp_path / "items.parquet") == items
@@ -406,7 +455,7 @@ def test_items_survive_parquet(items, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["again.parquet", "items.parquet"]
 
 
-def test_pairs_are_joined_by_item_and_checked(items, tmp_path):
+def test_pair_items_joins_by_item_and_checks_prompts(items, tmp_path):
     import pyarrow.parquet as parquet
 
     changed = [replace(item, response=item.response[:3] + "?") for item in reversed(items)]
@@ -423,7 +472,7 @@ def test_pairs_are_joined_by_item_and_checked(items, tmp_path):
         item_results.pair_items(items, items[:-1])
 
 
-def test_the_cache_gives_back_what_was_stored(items, tmp_path):
+def test_cache_returns_stored_items(items, tmp_path):
     key = item_results.compute_cache_key("source", {"a": "1"}, None, "float32", {"torch": "2"})
     assert item_results.read_cached_items(tmp_path, key) is None
     item_results.write_cached_items(tmp_path / "new", key, items)
@@ -432,7 +481,7 @@ def test_the_cache_gives_back_what_was_stored(items, tmp_path):
     assert item_results.read_cached_items(tmp_path / "new", key) is None
 
 
-def test_the_cache_key_knows_everything_that_matters():
+def test_cache_key_depends_on_every_part():
     whole = ("source", {"a": "1"}, None, "float32", {"torch": "2"})
     changes = [("other", 0), ({"a": "2"}, 1), (5, 2), ("bfloat16", 3), ({"torch": "3"}, 4)]
     keys = {item_results.compute_cache_key(*whole)}
@@ -441,7 +490,7 @@ def test_the_cache_key_knows_everything_that_matters():
     assert len(keys) == 6
 
 
-def test_a_row_tells_what_was_cut_and_what_had_no_result_on_both_sides(items):
+def test_row_reports_truncated_and_unparsed_answers_of_both_sides(items):
     (task,) = tasks.load_tasks(["tiny-v3-math"])
     mine = [item for item in items if item.task == task.name and item.filter == task.filters[0]]
     whole = [replace(item, truncated=False, parsed=True) for item in mine]
@@ -453,14 +502,15 @@ def test_a_row_tells_what_was_cut_and_what_had_no_result_on_both_sides(items):
     assert "No result found: tiny-v3-math 0.0 % ->" in note
 
 
-# ------------------------------------------------------------------------------------------------- the real model
+# -------------------------------------------------------------------------------------------------
+# the real model
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(
     not TRAINED.is_dir(), reason="the BF16 checkpoint of tiny-v3 is not on this machine"
 )
-def test_tiny_v3_scores_as_its_card_says(tokenizer):
+def test_tiny_v3_scores_equal_its_model_card(tokenizer):
     trained = AutoModelForCausalLM.from_pretrained(TRAINED, dtype=torch.float32).eval()
     math, code = task_runner.aggregate_scores(
         task_runner.run_tasks(trained, tokenizer, tasks.load_tasks(TINY), jail=probe_sandbox())

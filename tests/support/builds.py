@@ -13,17 +13,17 @@ from quantkit.recipe.parse import parse_recipe
 
 
 def ignore_progress(_: Progress | Plan) -> None:
-    """Nobody watches."""
+    """Ignore progress and plans."""
 
 
 def build(folder: Path, output: Path, **keys: str) -> pipeline.BuildResult:
-    """A build without benchmarks."""
-    (outcome,) = build_all(folder, output, **keys)
-    return outcome
+    """Build one artifact without benchmarks."""
+    (result,) = build_all(folder, output, **keys)
+    return result
 
 
 def build_all(folder: Path, output: Path, **keys: str) -> tuple[pipeline.BuildResult, ...]:
-    """The artifacts of a small recipe, one per format."""
+    """Build the artifacts of a small recipe, one per format."""
     text = make_recipe_text(folder, output, **keys)
     return pipeline.build_artifacts(
         parse_recipe(text, "test.yaml"),

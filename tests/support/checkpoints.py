@@ -1,4 +1,4 @@
-"""Random checkpoints in the hub's layout, from an architecture's TINY config: BF16, or FP8 in 128x128 blocks."""
+"""Random checkpoints in the hub's layout from TINY configs: BF16, or FP8 in 128x128 blocks."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ BLOCK = 128
 
 
 def make_tiny_config(model_type: str, **changes: object) -> dict[str, object]:
-    """The TINY config of an architecture, with changes."""
+    """Return the TINY config of an architecture with changes."""
     return {**registry.get_architecture(model_type).tiny, **changes}
 
 
 def write_checkpoint(
     folder: Path, config: dict[str, object], *, fp8: bool = False, seed: int = 0
 ) -> Path:
-    """Random weights for every tensor the architecture claims, with tiny-v3's tokenizer (768 tokens)."""
+    """Write random weights for every tensor of the layout, and tiny-v3's tokenizer (768 tokens)."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     layout = registry.get_architecture(str(config["model_type"])).layout(Config(values=config))
@@ -44,11 +44,9 @@ def write_checkpoint(
             value = 0.05 * torch.randn(spec.shape, generator=generator)
         else:
             value = torch.randn(spec.shape, generator=generator) * spec.shape[1] ** -0.5
-            value[:, :: max(1, spec.shape[1] // 8)] *= (
-                4  # a few loud channels, so that scaling has something to do
-            )
+            value[:, :: max(1, spec.shape[1] // 8)] *= 4  # a few large channels for scaling
         if name in fp8_names:
-            tensors[name], tensors[f"{name}_scale_inv"] = to_fp8(value)
+            tensors[name], tensors[f"{name}_scale_inv"] = quantize_to_fp8(value)
         else:
             tensors[name] = value.to(TORCH_DTYPES[spec.dtype])
     if fp8:
@@ -65,21 +63,21 @@ def write_checkpoint(
     return folder
 
 
-def to_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[out, in] -> float8_e4m3fn [out, in] and scale_inv [out / 128, in / 128], edge blocks truncated."""
+def quantize_to_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize [out, in] to float8_e4m3fn and scale_inv [out / 128, in / 128] (rounded up)."""
     rows, columns = weight.shape
     quantized = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
     scales = torch.empty(-(-rows // BLOCK), -(-columns // BLOCK))
     for i in range(scales.shape[0]):
         for j in range(scales.shape[1]):
-            place = slice(i * BLOCK, (i + 1) * BLOCK), slice(j * BLOCK, (j + 1) * BLOCK)
-            scales[i, j] = weight[place].abs().amax() / 448
-            quantized[place] = (weight[place] / scales[i, j]).to(torch.float8_e4m3fn)
+            block = slice(i * BLOCK, (i + 1) * BLOCK), slice(j * BLOCK, (j + 1) * BLOCK)
+            scales[i, j] = weight[block].abs().amax() / 448
+            quantized[block] = (weight[block] / scales[i, j]).to(torch.float8_e4m3fn)
     return quantized, scales
 
 
 def make_recipe_text(model: Path | str, output: Path, /, **keys: str) -> str:
-    """A small recipe over tiny-v3's text; dotted keys are written with double underscores."""
+    """Return a small recipe over tiny-v3's text with some keys replaced."""
     lines = {
         "version": "1",
         "source": f"{{model: {model}}}",
@@ -95,7 +93,7 @@ def make_recipe_text(model: Path | str, output: Path, /, **keys: str) -> str:
 
 
 def make_plan(folder: Path, **keys: str) -> Plan:
-    """The plan of `recipe_text` over the files of a checkpoint."""
+    """Return the plan of `make_recipe_text` for a checkpoint."""
     recipe = parse_recipe(make_recipe_text(folder, folder.parent / "out", **keys), "r.yaml")
     (plan,) = sources.plan_recipe(
         recipe, sources.resolve_source_facts(recipe), sources.bound_text_tokens(recipe)

@@ -1,4 +1,4 @@
-"""An artifact as an ordinary model of unpacked float32 weights: what every reader is compared with."""
+"""An artifact as an ordinary model of float32 weights: the reference for every reader."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from quantkit.plan.plan import load_architecture
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """What an artifact says of itself in its manifest: as resolved, with every override of recipe.yaml.
+    """An artifact opened by its manifest.
 
-    `read` unpacks a weight by the name it had in the source; `quantized`: modules that are packed.
+    `read` unpacks a weight by its name in the source; `quantized`: the packed modules.
     """
 
     checkpoint: Checkpoint
@@ -31,7 +31,7 @@ class Stored:
 
     @staticmethod
     def open(artifact: Path) -> Stored:
-        """Read the artifact's headers and its description."""
+        """Read the artifact's headers and its manifest."""
         checkpoint = Checkpoint.open(artifact)
         name, schemes = read_schemes(read_manifest(artifact), checkpoint, artifact)
         return Stored(
@@ -42,6 +42,6 @@ class Stored:
         )
 
     def model(self) -> Any:
-        """The model of transformers with these weights, in float32."""
-        bones = make_meta_model(self.checkpoint.config, torch.device("cpu"), torch.float32)
-        return full_model.make_model(bones, self.layout, self.read)
+        """Return the transformers model with these weights, in float32."""
+        meta = make_meta_model(self.checkpoint.config, torch.device("cpu"), torch.float32)
+        return full_model.make_model(meta, self.layout, self.read)

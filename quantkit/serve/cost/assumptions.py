@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quantkit.errors import RecipeError, UsageError
 from quantkit.io.files import read_bytes
-from quantkit.recipe.validation_errors import describe_fault
-from quantkit.recipe.yaml_document import YamlDocument, format_path, parse_document
+from quantkit.io.validation_errors import describe_fault
+from quantkit.io.yaml_document import YamlDocument, format_path, parse_document
 
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 KIND = "file of assumptions"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import floor, log10
 
-from quantkit import registry
 from quantkit.errors import RecipeError
+from quantkit.io.suggestions import format_unknown_name
 from quantkit.serve.cost.assumptions import Assumptions
 from quantkit.serve.cost.figures import Figure, Figures, number
 
@@ -38,7 +38,7 @@ def recompute_claims(found: Assumptions, made: Figures, name: str) -> list[Claim
     unknown = [key for key in found.claimed if key not in made]
     if unknown:
         raise RecipeError([
-            f"{name}: claimed.{key}: {registry.format_unknown_name('figure', key, tuple(made))}"
+            f"{name}: claimed.{key}: {format_unknown_name('figure', key, tuple(made))}"
             for key in unknown
         ])
     return [

@@ -15,6 +15,7 @@ from quantkit.errors import ArtifactError, UsageError
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, has_separate_shared_experts
 from quantkit.io.files import read_json
 from quantkit.io.package_data import is_recipe_name
+from quantkit.io.suggestions import format_unknown_name
 from quantkit.serve.sizing.model import Model
 from quantkit.serve.sizing.read import read_model
 
@@ -75,7 +76,7 @@ def artifact_target(path: Path, model: Model) -> Target:
     name = str(manifest.get("format") or by_config(model.config.values.get("quantization_config")))
     if name not in registry.list_names("formats"):
         raise ArtifactError(
-            f"{path / MANIFEST}: {registry.format_unknown_name('format', name, registry.list_names('formats'))}"
+            f"{path / MANIFEST}: {format_unknown_name('format', name, registry.list_names('formats'))}"
         )
     engines = dict(registry.get_format(name).engines)
     served = told_engines(path)

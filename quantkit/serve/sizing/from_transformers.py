@@ -23,6 +23,7 @@ from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.io.files import make_config_error
+from quantkit.io.suggestions import format_unknown_name
 from quantkit.serve.sizing.attention import attentions
 from quantkit.serve.sizing.model import (
     Attention,
@@ -126,7 +127,7 @@ def built(config: Config) -> tuple[Any, Any]:
     model_type = str(values.get("model_type"))
     if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UsageError(
-            f"{config.where}: model_type: {registry.format_unknown_name('family', model_type, registry.list_names('architectures'))} "
+            f"{config.where}: model_type: {format_unknown_name('family', model_type, registry.list_names('architectures'))} "
             "transformers has no language model of that type either"
         )
     for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):

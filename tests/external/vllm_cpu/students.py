@@ -15,7 +15,7 @@ import torch
 from support.checkpoints import make_tiny_config
 from tokenizers import Tokenizer
 from tools.tiny_v3.packing import encode_items, pack_rows
-from tools.tiny_v3.train import Batch, attention_mask, compute_loss, make_clean_items
+from tools.tiny_v3.train import Batch, compute_loss, make_attention_mask, make_clean_items
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from quantkit.io.package_data import locate_model
@@ -85,6 +85,6 @@ def batches() -> Iterator[Batch]:
             positions=rows.positions[taken][:, :-1].long(),
             targets=ids[:, 1:],
             weights=rows.weights[taken][:, 1:].float() * inside,
-            mask=attention_mask(segments[:, :-1], torch.float32),
+            mask=make_attention_mask(segments[:, :-1], torch.float32),
             n_tokens=int((segments[:, :-1] >= 0).sum()),
         )

@@ -64,9 +64,7 @@ class YamlDocument:
     lines: Mapping[KeyPath, int]
 
     def where(self, path: KeyPath) -> str:
-        """Return the place of the nearest enclosing key: "recipe.yaml:14" or "override
-        output.path".
-        """
+        """Where the nearest enclosing key was written: "recipe.yaml:14", or "override output.path"."""
         for end in range(len(path), 0, -1):
             line = self.lines.get(path[:end])
             if line is not None:
@@ -74,14 +72,14 @@ class YamlDocument:
         return f"{self.name}:1"
 
     def line(self, path: KeyPath) -> int:
-        """Return the line of the nearest enclosing key; 0 if it is an override."""
+        """The line of the nearest enclosing key; 0 when that is an override."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.lines:
                 return self.lines[path[:end]]
         return 1
 
     def with_value(self, path: KeyPath, value: object) -> YamlDocument:
-        """Return a copy with another value at `path` (keys only); missing sections are added."""
+        """A copy in which `path` (keys only) has another value; sections on the way are made where absent."""
         values: dict[str, object] = dict(self.values)
         inner = values
         for depth, key in enumerate(path[:-1], 1):
@@ -120,17 +118,14 @@ def parse_document(text: str, name: str, kind: str = "recipe") -> YamlDocument:
 
 
 def parse_value(text: str, name: str) -> object:
-    """Return the value of an override: `[..]` and `{..}` are YAML, others one plain scalar."""
+    """The value of one override: `[..]` and `{..}` as YAML, anything else as one plain scalar."""
     if text.lstrip()[:1] in ("[", "{"):
         return parse_document(f"value: {text}", name).values["value"]
     return parse_scalar(text.strip())
 
 
 def parse_scalar(text: str) -> str | int | float | bool | None:
-    """Return a plain scalar by the YAML 1.2 core schema.
-
-    Integers of more than 18 digits stay text.
-    """
+    """A plain scalar by the YAML 1.2 core schema; an integer of more than 18 digits stays text."""
     if text in _WORDS:
         return _WORDS[text]
     if _INTEGER.fullmatch(text):
@@ -145,18 +140,18 @@ def parse_scalar(text: str) -> str | int | float | bool | None:
 
 
 def is_invalid_text(text: str) -> bool:
-    """Return whether a text contains NUL or a lone surrogate."""
+    """Whether no file in UTF-8 can hold this, or none should."""
     return "\0" in text or any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def format_path(path: KeyPath) -> str:
-    """Format a key path: ("rules", 0, "match") -> "rules[0].match"."""
+    """("rules", 0, "match") -> "rules[0].match"."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return printable(text.removeprefix("."))
 
 
 def printable(text: str, limit: int = 80) -> str:
-    """Return untrusted text for a one-line message: escaped, and cut to `limit` characters."""
+    """Text that came from a user, safe inside a one-line message."""
     clean = text if text.isprintable() else repr(text)[1:-1]
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
 
@@ -228,7 +223,7 @@ class _Reader:
         return values or {}
 
     def value(self, event: Event, events: Iterator[Event], path: KeyPath) -> object:
-        """Return the value of any node; RecipeError below MAX_DEPTH."""
+        """Any node, at most MAX_DEPTH deep."""
         if len(path) > MAX_DEPTH:
             raise RecipeError([
                 f"{self.at(event)}: nested more than {MAX_DEPTH} deep, no {self.kind} is"
@@ -294,19 +289,17 @@ class _Reader:
         if event.anchor:
             self.fault(
                 event,
-                f"anchors (&{printable(str(event.anchor))}) are not allowed in a {self.kind}; "
-                "write the value out",
+                f"anchors (&{printable(str(event.anchor))}) are not allowed in a {self.kind}; write the value out",
             )
         tag = getattr(event, "tag", None)
         if tag is not None:
             self.fault(
                 event,
-                f"tags ({printable(str(tag))}) are not allowed in a {self.kind}; quote the value "
-                "to make it text",
+                f"tags ({printable(str(tag))}) are not allowed in a {self.kind}; quote the value to make it text",
             )
 
-    def describe_node(self, event: Event) -> str:
-        """Return a description of a node that is no mapping, for a message."""
+    def scalar_found(self, event: Event) -> str:
+        """How a message calls a node that is no mapping."""
         return f"'{printable(event.value)}'" if isinstance(event, ScalarEvent) else "an alias"
 
     def fault(self, event: Event, sentence: str) -> None:

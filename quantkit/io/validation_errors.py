@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from pydantic_core import ErrorDetails
 
-from quantkit import registry
-from quantkit.recipe.yaml_document import KeyPath, printable
+from quantkit.io.suggestions import suggest_name
+from quantkit.io.yaml_document import KeyPath, printable
 
 EXPECTED: Mapping[str, str] = {
     "int_type": "a whole number",
@@ -24,18 +24,15 @@ EXPECTED: Mapping[str, str] = {
 """pydantic's error type -> expected value."""
 PATTERNS: Mapping[str, str] = {
     "^[0-9a-f]{40}$": "the 40 hexadecimal digits of a commit (a branch or a tag can be moved)",
+    "^[0-9a-f]{64}$": "64 hexadecimal digits",
 }
 
 
 def describe_fault(path: KeyPath, details: ErrorDetails, known: Sequence[str]) -> str:
-    """What is wrong with the value at `path`, and what was found; `known`: the keys that may stand
-    beside it.
-    """
-    kind, value, context = details["type"], details["input"], details.get("ctx", {})
+    """What is wrong with the value at `path`, and what was found; `known`: the keys that may stand beside it."""
+    kind, found, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "extra_forbidden":
-        return (
-            f"unknown key.{registry.suggest_name(str(path[-1]), known)} Known: {', '.join(known)}."
-        )
+        return f"unknown key.{suggest_name(str(path[-1]), known)} Known: {', '.join(known)}."
     if kind == "missing":
         return "missing; this key has no default"
     if kind == "value_error":
@@ -52,6 +49,8 @@ def describe_fault(path: KeyPath, details: ErrorDetails, known: Sequence[str]) -
         expected = str(context["expected"]).replace("'", "")
     elif kind == "string_pattern_mismatch" and context["pattern"] in PATTERNS:
         expected = PATTERNS[context["pattern"]]
+    elif kind == "string_too_long":
+        expected = f"text of at most {context['max_length']:,} characters"
     else:
         expected = EXPECTED.get(kind, details["msg"].lower())
     hint = (
@@ -59,11 +58,11 @@ def describe_fault(path: KeyPath, details: ErrorDetails, known: Sequence[str]) -
         if kind == "string_type" and isinstance(value, int | float)
         else ""
     )
-    return f"expected {expected}, found {describe_value(value)}{hint}"
+    return f"expected {expected}, found {describe_value(found)}{hint}"
 
 
 def describe_value(value: object) -> str:
-    """Return a short description of a value for a message."""
+    """How a message calls a value that was found."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
