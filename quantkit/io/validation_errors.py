@@ -29,8 +29,8 @@ PATTERNS: Mapping[str, str] = {
 
 
 def describe_fault(path: KeyPath, details: ErrorDetails, known: Sequence[str]) -> str:
-    """What is wrong with the value at `path`, and what was found; `known`: the keys that may stand beside it."""
-    kind, found, context = details["type"], details["input"], details.get("ctx", {})
+    """Return the message for an error of the value at `path`; `known`: the keys of its mapping."""
+    kind, value, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "extra_forbidden":
         return f"unknown key.{suggest_name(str(path[-1]), known)} Known: {', '.join(known)}."
     if kind == "missing":
@@ -58,11 +58,11 @@ def describe_fault(path: KeyPath, details: ErrorDetails, known: Sequence[str]) -
         if kind == "string_type" and isinstance(value, int | float)
         else ""
     )
-    return f"expected {expected}, found {describe_value(found)}{hint}"
+    return f"expected {expected}, found {describe_value(value)}{hint}"
 
 
 def describe_value(value: object) -> str:
-    """How a message calls a value that was found."""
+    """Return a short description of a value for a message."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):

@@ -298,7 +298,7 @@ class _Reader:
                 f"tags ({printable(str(tag))}) are not allowed in a {self.kind}; quote the value to make it text",
             )
 
-    def scalar_found(self, event: Event) -> str:
+    def describe_node(self, event: Event) -> str:
         """How a message calls a node that is no mapping."""
         return f"'{printable(event.value)}'" if isinstance(event, ScalarEvent) else "an alias"
 

@@ -10,7 +10,7 @@ from math import ceil
 from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.contracts import Architecture, Block, Config, Layout, Linear, Role, TensorSpec
 from quantkit.errors import CheckpointError
-from quantkit.recipe.yaml_document import printable
+from quantkit.io.yaml_document import printable
 
 FP8_ROLES: frozenset[Role] = frozenset({"attention", "mlp", "shared_expert", "routed_expert"})
 """Roles that an FP8 DeepSeek checkpoint stores in 128x128 blocks; all others stay BF16."""

@@ -251,7 +251,7 @@ def find_gate_faults(recipe: Recipe) -> list[str]:
     domains = read_spec(text.set, package_data.locate_folder("calibration")).domains
     return [
         f"{recipe.where('gates', figure)}: gates.{figure}: "
-        f"{registry.format_unknown_name(f'domain of {text.set}', domain, domains)}"
+        f"{format_unknown_name(f'domain of {text.set}', domain, domains)}"
         for figure in gated
         if (domain := figure.partition("@")[2]) not in domains
     ]

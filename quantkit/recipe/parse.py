@@ -14,6 +14,18 @@ from pydantic import BaseModel, ValidationError
 
 from quantkit import figures
 from quantkit.errors import RecipeError
+from quantkit.io.suggestions import format_unknown_name, suggest_name
+from quantkit.io.validation_errors import describe_fault
+from quantkit.io.yaml_document import (
+    INVALID_TEXT,
+    KeyPath,
+    YamlDocument,
+    format_path,
+    is_invalid_text,
+    parse_document,
+    parse_value,
+    printable,
+)
 from quantkit.recipe.patterns import PRESETS, find_pattern_fault
 from quantkit.recipe.rewrite import rewrite_yaml
 from quantkit.recipe.schema import (
@@ -24,17 +36,6 @@ from quantkit.recipe.schema import (
     Recipe,
     Rule,
     RuleEntry,
-)
-from quantkit.recipe.validation_errors import describe_fault
-from quantkit.recipe.yaml_document import (
-    INVALID_TEXT,
-    KeyPath,
-    YamlDocument,
-    format_path,
-    is_invalid_text,
-    parse_document,
-    parse_value,
-    printable,
 )
 from quantkit.texts.corpus_spec import DOMAINS
 
@@ -212,9 +213,7 @@ class _Check:
     def preset(self, name: str, path: KeyPath, default: Quantize) -> tuple[Rule, ...]:
         """Return the rules of a preset that the recipe names."""
         if name not in PRESETS:
-            self.fault(
-                path, registry.format_unknown_name("preset", printable(name), tuple(PRESETS))
-            )
+            self.fault(path, format_unknown_name("preset", printable(name), tuple(PRESETS)))
             return ()
         return expand_preset(name, default, self.document.line(path))
 
@@ -284,8 +283,8 @@ def _describe_unknown_figure(figure: str, tasks: Sequence[str]) -> str:
     """Return the message for an unknown figure, with a suggestion."""
     base, at, domain = figure.partition("@")
     if at and figures.is_per_domain(base):
-        return registry.format_unknown_name("domain", printable(domain), DOMAINS)
-    sentence = registry.format_unknown_name(
+        return format_unknown_name("domain", printable(domain), DOMAINS)
+    sentence = format_unknown_name(
         "figure or task of evaluation.tasks", printable(figure), (*figures.list_keys(), *tasks)
     )
     return f"{sentence} Of one domain: kl_mean@{DOMAINS[-1]}."

@@ -8,9 +8,9 @@ from pathlib import Path
 from quantkit.errors import UsageError
 from quantkit.io.files import is_file
 from quantkit.io.package_data import locate_folder
+from quantkit.io.yaml_document import printable
 from quantkit.recipe.parse import parse_recipe
 from quantkit.recipe.schema import Recipe
-from quantkit.recipe.yaml_document import printable
 
 
 def read_recipe(name: str, overrides: Mapping[str, str]) -> tuple[str, Recipe]:

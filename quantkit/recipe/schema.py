@@ -21,6 +21,7 @@ from pydantic import (
 
 from quantkit import registry
 from quantkit.contracts import FALLBACK_ROUNDING
+from quantkit.io.yaml_document import YamlDocument
 from quantkit.recipe import patterns
 from quantkit.recipe.sections import Calibration, Compute, Evaluation, FidelityText, Output, Source
 from quantkit.recipe.value_types import (
@@ -37,7 +38,6 @@ from quantkit.recipe.value_types import (
     describe,
     none_as_null,
 )
-from quantkit.recipe.yaml_document import YamlDocument
 
 METHOD_DEFAULTS: Mapping[str, Mapping[str, object]] = {
     "gptq": {"rounding": "gptq"},

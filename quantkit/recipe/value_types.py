@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from quantkit import registry
-from quantkit.recipe.yaml_document import printable
+from quantkit.io.suggestions import format_unknown_name
+from quantkit.io.yaml_document import printable
 
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -41,7 +42,7 @@ def parse_size(value: object) -> int:
 def _registered(kind: registry.Kind, name: str) -> str:
     known = registry.list_names(kind)
     if name not in known:
-        raise ValueError(registry.format_unknown_name(kind.removesuffix("s"), name, known))
+        raise ValueError(format_unknown_name(kind.removesuffix("s"), name, known))
     return name
 
 

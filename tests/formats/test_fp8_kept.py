@@ -295,7 +295,7 @@ def test_format_without_fp8_keeps_bf16_with_warning(source: Path) -> None:
     plan = make_ct_plan(source, format="gptq")
     assert {d.keep for d in plan.decisions.values()} == {"source"}
     assert plan.warnings == ("format gptq cannot hold FP8 blocks: kept weights are stored as BF16",)
-    told = {row.role: row.reason for row in make.summarize_roles(plan)}
+    reasons = {row.role: row.reason for row in make.summarize_roles(plan)}
     assert (
         reasons["attention"]
         == "kept by experts-only[1] (*), mtp: keep; BF16 because format gptq cannot hold FP8"

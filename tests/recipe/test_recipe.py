@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
-from quantkit.recipe.yaml_document import MAX_CHARACTERS, parse_scalar
 
 from quantkit.errors import RecipeError, UsageError
-from quantkit.io.yaml_document import MAX_CHARACTERS, parse_document, parse_scalar
+from quantkit.io.yaml_document import MAX_CHARACTERS, parse_scalar
 from quantkit.recipe import patterns
 from quantkit.recipe.parse import apply_overrides, expand_preset, parse_recipe
 from quantkit.recipe.patterns import PRESETS, matches_module, names_module

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
-from quantkit.recipe.yaml_document import parse_value
 from tools.recipe_reference import CHOICES, PAGE, RECIPES, render_page
 
 from quantkit import registry
+from quantkit.io.yaml_document import parse_value
 from quantkit.recipe.parse import parse_recipe
 from quantkit.recipe.schema import SECTIONS, Recipe, list_keys
 
