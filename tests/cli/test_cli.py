@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit codes, what goes to which stream, and one message per fault."""
+"""The command line: exit codes, streams, and one message per fault."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMMANDS = ("plan", "build", "report", "verify")
 
 @pytest.fixture
 def checkpoint_copy(tmp_path: Path) -> Path:
-    """A copy of the small model's checkpoint, to be damaged."""
+    """Return a copy of the checkpoint of tiny-v3, to be damaged."""
     return Path(shutil.copytree(locate_model("builtin:tiny-v3"), tmp_path / "source"))
 
 
@@ -55,7 +55,7 @@ def change_config(folder: Path, **values: Any) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **values}))
 
 
-# -------------------------------------------------------------------------------------------------------------- help
+# --------------------------------------------------------------------------------------------- help
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -96,7 +96,7 @@ def test_help_does_not_start_torch(arguments: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-# ------------------------------------------------------------------------------------------------------------ recipes
+# ------------------------------------------------------------------------------------------ recipes
 
 
 def test_unknown_recipe_is_a_usage_error() -> None:
@@ -161,7 +161,7 @@ def test_binary_recipe_is_refused(tmp_path: Path) -> None:
 def test_plan_and_build_refuse_an_invalid_recipe(
     override: str, sentence: str, tmp_path: Path
 ) -> None:
-    """The plan refuses it, and so does the build before it writes anything."""
+    """The plan refuses it, and the build does before it writes anything."""
     assert sentence in read_error(run("plan", RECIPE, "--set", override), 2)
     output = tmp_path / "artifact"
     refused = run(
@@ -183,7 +183,7 @@ def test_unknown_text_set_is_refused(key: str, tmp_path: Path) -> None:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- plan
+# --------------------------------------------------------------------------------------------- plan
 
 
 def test_plan_prints_tables_or_json() -> None:
@@ -204,7 +204,7 @@ def test_plan_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert list(tmp_path.iterdir()) == []
 
 
-# -------------------------------------------------------------------------------------------------------------- build
+# -------------------------------------------------------------------------------------------- build
 
 
 def test_build_prints_plan_progress_report_and_path(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_build_prints_plan_progress_report_and_path(tmp_path: Path) -> None:
 
 
 def test_build_json_is_the_only_stdout(tmp_path: Path) -> None:
-    """In a process of its own, because libraries print where they like."""
+    """Runs in a subprocess, because libraries print, too."""
     arguments = [
         "build",
         RECIPE,
@@ -251,7 +251,7 @@ def test_build_json_is_the_only_stdout(tmp_path: Path) -> None:
 
 
 def test_recipe_of_an_artifact_rebuilds_it(built: Path, tmp_path: Path) -> None:
-    """With every --set of its build, and none beside."""
+    """It contains every --set of its build, and nothing else."""
     again = tmp_path / "again"
     done = run("build", built / "recipe.yaml", "--skip-evaluation", "--set", f"output.path={again}")
     assert done.exit_code == 0, done.output
@@ -279,7 +279,8 @@ def test_verify_prints_its_counts(built: Path) -> None:
     shown = run("verify", built)
     assert shown.exit_code == 0 and shown.stderr == ""
     assert shown.stdout == (
-        f"{built}: ok ({found.files} files, {found.tensors} tensors, {found.n_bytes / 1e6:.1f} MB, not judged)\n"
+        f"{built}: ok ({found.files} files, {found.tensors} tensors, {found.n_bytes / 1e6:.1f} MB, "
+        "not judged)\n"
     )
     assert json.loads(run("verify", built, "--json").stdout) == {
         "artifact": str(built),
@@ -354,7 +355,7 @@ def test_help_on_a_full_device_is_one_message() -> None:
     assert "Traceback" not in told.stderr
 
 
-# ---------------------------------------------------------------------------------------------- what is there already
+# ---------------------------------------------------------------------------- what is there already
 
 
 def test_existing_output_is_not_changed(tmp_path: Path) -> None:
@@ -410,7 +411,7 @@ def test_overwrite_replaces_an_artifact_after_the_new_one_is_complete(
     assert {path.name for path in artifact.parent.iterdir()} == {"artifact", "source"}
 
 
-# ------------------------------------------------------------------------------------------------- damaged checkpoints
+# ------------------------------------------------------------------------------ damaged checkpoints
 
 
 def poison(folder: Path, name: str) -> None:
@@ -441,33 +442,90 @@ def without(folder: Path, name: str) -> None:
 
 EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing shard": (no_shard, f"{SHARDS[1]}: expected a file named by the checkpoint, found none; fetch the"),
-    "truncated shard": (cut, "model.safetensors: expected 7734632 bytes of tensor data, found 7733632; the file is"),
-    "missing tensor": (lambda f: without(f, "model.norm.weight"), "missing: model.norm.weight [256]"),
+    "missing shard": (
+        no_shard,
+        f"{SHARDS[1]}: expected a file named by the checkpoint, found none; fetch the",
+    ),
+    "truncated shard": (
+        cut,
+        "model.safetensors: expected 7734632 bytes of tensor data, found 7733632; the file is",
+    ),
+    "missing tensor": (
+        lambda f: without(f, "model.norm.weight"),
+        "missing: model.norm.weight [256]",
+    ),
     "missing scale": (lambda f: without(f, f"{EXPERT}_scale_inv"), f"{EXPERT}_scale_inv"),
-    "NaN in a norm": (lambda f: poison(f, "model.norm.weight"), "tensor 'model.norm.weight': expected finite values"),
-    "NaN in an expert": (lambda f: poison(f, EXPERT), f"tensor '{EXPERT}': expected finite values, found nan at elem"),
-    "NaN in a scale": (lambda f: poison(f, f"{EXPERT}_scale_inv"), f"tensor '{EXPERT}_scale_inv': expected finite"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json: expected the model's configuration, found"),
-    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json: expected JSON, found an error ("),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "expected a tokenizer that transformers loads without"),
-    "unknown activation": (lambda f: change_config(f, hidden_act="silly"), "found: KeyError: 'silly'; repair"),
-    "mistyped value": (lambda f: change_config(f, rope_theta="much"), "expected a configuration that transformers mak"),
-    "mistyped size": (lambda f: change_config(f, hidden_size="big"), "config.json: expected a configuration that tran"),
-    "unknown dtype": (lambda f: change_config(f, dtype="float99"), "config.json: expected a configuration that transf"),
-    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json: expected JSON, found an e"),
-    "list of settings": (lambda f: (f / "tokenizer_config.json").write_text("[]"), "expected a JSON object, found lis"),
-    "too many experts": (lambda f: change_config(f, num_experts_per_tok=17), "found 17 of 16 experts, 2 of 4 groups;"),
-    "uneven groups": (lambda f: change_config(f, n_group=5), "found 2 of 16 experts, 2 of 5 groups; repair it"),
-    "other shapes": (lambda f: change_config(f, hidden_size=512), "model.norm.weight: expected shape [512], found"),
-}  # fmt: skip
+    "NaN in a norm": (
+        lambda f: poison(f, "model.norm.weight"),
+        "tensor 'model.norm.weight': expected finite values",
+    ),
+    "NaN in an expert": (
+        lambda f: poison(f, EXPERT),
+        f"tensor '{EXPERT}': expected finite values, found nan at elem",
+    ),
+    "NaN in a scale": (
+        lambda f: poison(f, f"{EXPERT}_scale_inv"),
+        f"tensor '{EXPERT}_scale_inv': expected finite",
+    ),
+    "no config": (
+        lambda f: (f / "config.json").unlink(),
+        "config.json: expected the model's configuration, found",
+    ),
+    "broken config": (
+        lambda f: (f / "config.json").write_text("{"),
+        "config.json: expected JSON, found an error (",
+    ),
+    "no tokenizer": (
+        lambda f: (f / "tokenizer.json").unlink(),
+        "expected a tokenizer that transformers loads without",
+    ),
+    "unknown activation": (
+        lambda f: change_config(f, hidden_act="silly"),
+        "found: KeyError: 'silly'; repair",
+    ),
+    "mistyped value": (
+        lambda f: change_config(f, rope_theta="much"),
+        "expected a configuration that transformers mak",
+    ),
+    "mistyped size": (
+        lambda f: change_config(f, hidden_size="big"),
+        "config.json: expected a configuration that tran",
+    ),
+    "unknown dtype": (
+        lambda f: change_config(f, dtype="float99"),
+        "config.json: expected a configuration that transf",
+    ),
+    "broken tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text("{"),
+        "tokenizer.json: expected JSON, found an e",
+    ),
+    "list of settings": (
+        lambda f: (f / "tokenizer_config.json").write_text("[]"),
+        "expected a JSON object, found lis",
+    ),
+    "too many experts": (
+        lambda f: change_config(f, num_experts_per_tok=17),
+        "found 17 of 16 experts, 2 of 4 groups;",
+    ),
+    "uneven groups": (
+        lambda f: change_config(f, n_group=5),
+        "found 2 of 16 experts, 2 of 5 groups; repair it",
+    ),
+    "other shapes": (
+        lambda f: change_config(f, hidden_size=512),
+        "model.norm.weight: expected shape [512], found",
+    ),
+}
 
 
 @pytest.mark.parametrize(("damage", "sentence"), DAMAGES.values(), ids=DAMAGES)
 def test_damaged_checkpoint_is_one_message(
     damage: Callable[[Path], object], sentence: str, checkpoint_copy: Path, tmp_path: Path
 ) -> None:
-    """One message, exit 1, and nothing under the final name; below it how to go on, if a block was done."""
+    """One message, exit 1, and nothing under the final name.
+
+    Below it how to go on, if a block was done.
+    """
     damage(checkpoint_copy)
     message, *note = read_error(
         build(tmp_path / "artifact", source__model=checkpoint_copy), 1
@@ -490,8 +548,8 @@ def test_family_that_cannot_be_derived_is_reported_with_the_reason(
     change_config(checkpoint_copy, model_type="gpt2")
     message = read_error(build(tmp_path / "artifact", source__model=checkpoint_copy), 1)
     assert (
-        "model_type 'gpt2' has no table in quantkit, and none can be derived: expected layers that are"
-        in message
+        "model_type 'gpt2' has no table in quantkit, and none can be derived: expected layers that "
+        "are" in message
     )
 
 
@@ -507,7 +565,10 @@ def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_model_is_refused(tmp_path: Path) -> None:
-    absent = "source.model: expected a folder, builtin:<name> or a Hub id like org/name, found './absent'"
+    absent = (
+        "source.model: expected a folder, builtin:<name> or a Hub id like org/name, "
+        "found './absent'"
+    )
     for model, sentence, code in (("builtin:tiny-v4", "tiny-v3", 2), ("./absent", absent, 1)):
         assert sentence in read_error(run("plan", RECIPE, "--set", f"source.model={model}"), code)
         assert sentence in read_error(build(tmp_path / "artifact", source__model=model), code)

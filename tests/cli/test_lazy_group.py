@@ -1,4 +1,4 @@
-"""The lazy group: every command is listed with its short help, and imported only when it is used."""
+"""The lazy group lists every command with its short help, and imports a command only if used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan is made from shapes alone, holds every number a build keeps to, and refuses everything wrong at once."""
+"""Plans: made from shapes alone, complete, and with all faults reported at once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ from quantkit.texts.corpus_spec import read_spec
 FLAGSHIP = ROOT / "recipes" / "v3-awq4.yaml"
 
 DEEPSEEK_V3 = 671_026_419_200
-"""Parameters without the MTP layer, from the shapes in the published config; the hub's card says 671 B."""
+"""Parameters without the MTP layer, from the shapes in the published config.
+
+The hub's card says 671 B.
+"""
 
 EXPERTS = 58 * 256 * 3
 
@@ -49,32 +52,32 @@ print(f"{time.monotonic() - began} {used}", file=sys.stderr)
 """
 
 
-# ---------------------------------------------------------------------------------------------------- small plans
+# -------------------------------------------------------------------------------------- small plans
 
 
 def faults_of(**keys: Any) -> tuple[str, ...]:
-    """Every fault of a recipe that the plan refuses."""
+    """Return every fault of a recipe that the plan refuses."""
     with pytest.raises(RecipeError) as caught:
         plan_checkpoint(**keys)
     return caught.value.faults
 
 
 def quantized(plan: Plan) -> list[str]:
-    """Names of the linears that are quantized."""
+    """Return the names of the quantized linears."""
     return [name for name, decision in plan.decisions.items() if decision.action == "quantize"]
 
 
 def outputs(plan: Plan) -> dict[str, TensorSpec]:
-    """Every output tensor by name."""
+    """Return every output tensor by name."""
     return {spec.name: spec for shard in plan.shards for spec in shard.tensors}
 
 
-# ------------------------------------------------------------------------------------------------------ the flagship
+# ------------------------------------------------------------------------------------- the flagship
 
 
 @pytest.fixture(scope="module")
 def flagship() -> Plan:
-    """The plan of recipes/v3-awq4.yaml from the published config, without asking for a network."""
+    """Return the plan of recipes/v3-awq4.yaml from the published config, without a network."""
     recipe = parse_recipe(
         FLAGSHIP.read_text(encoding="utf-8"), "recipes/v3-awq4.yaml", {"compute.device": "cpu"}
     )
@@ -161,12 +164,18 @@ def test_flagship_bytes(flagship: Plan, flagship_summary: PlanSummary) -> None:
 
 
 def test_flagship_tensors_have_the_layout_of_awq(flagship: Plan) -> None:
-    """[out, in] in AWQ's layout: eight codes of neighbouring rows in one word, one scale per 128 inputs."""
+    """[out, in] in AWQ's layout: eight codes of neighbouring rows in one word, one scale per 128
+    inputs.
+    """
     held, name = outputs(flagship), "model.layers.30.mlp.experts.255"
     for projection, (out, into) in {"gate_proj": (2048, 7168), "down_proj": (7168, 2048)}.items():
-        assert (held[f"{name}.{projection}.qweight"].dtype, held[f"{name}.{projection}.qweight"].shape) == (
-            "I32", (into, out // 8),
-        )  # fmt: skip
+        assert (
+            held[f"{name}.{projection}.qweight"].dtype,
+            held[f"{name}.{projection}.qweight"].shape,
+        ) == (
+            "I32",
+            (into, out // 8),
+        )
         assert held[f"{name}.{projection}.scales"].dtype == "BF16"
         assert held[f"{name}.{projection}.scales"].shape == (into // 128, out)
         assert held[f"{name}.{projection}.qzeros"].shape == (into // 128, out // 8)
@@ -199,7 +208,7 @@ def test_flagship_shards_and_memory_keep_their_limits(flagship: Plan) -> None:
     ids=["offline", "unreachable"],
 )
 def test_flagship_is_planned_without_a_network(environment: dict[str, str], tmp_path: Path) -> None:
-    """On a bare machine: 10 s and 1 GiB are promised; 30 s are allowed where many share a core."""
+    """10 s and 1 GiB are promised on an idle machine; 30 s are allowed on a busy one."""
     done = subprocess.run(
         [sys.executable, "-c", PLAN_PROGRAM, str(FLAGSHIP)],
         capture_output=True,
@@ -218,7 +227,10 @@ def test_flagship_is_planned_without_a_network(environment: dict[str, str], tmp_
 
 
 def test_hub_model_without_a_published_config_needs_the_hub(tmp_path: Path) -> None:
-    program = f"from quantkit.cli.main import main; main(['plan', {str(FLAGSHIP)!r}, '--set', 'source.model=org/other'])"
+    program = (
+        "from quantkit.cli.main import main; "
+        f"main(['plan', {str(FLAGSHIP)!r}, '--set', 'source.model=org/other'])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
@@ -230,7 +242,7 @@ def test_hub_model_without_a_published_config_needs_the_hub(tmp_path: Path) -> N
     assert "offline mode (HF_HUB_OFFLINE)" in done.stderr and "Traceback" not in done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------------ shards
+# ------------------------------------------------------------------------------------------- shards
 
 
 def test_shards_keep_order_and_size_limit() -> None:
@@ -257,11 +269,14 @@ def test_shards_keep_order_and_size_limit() -> None:
     assert [shard.file for shard in split_into_shards(tensors, 100)] == ["model.safetensors"]
 
 
-# ----------------------------------------------------------------------------------------------------- rules decide
+# ------------------------------------------------------------------------------------- rules decide
 
 
 def test_default_preset_follows_the_family() -> None:
-    """Without rules: routed experts where there are some, else every linear; protected ones never."""
+    """Without rules: routed experts where there are some, else every linear.
+
+    Protected ones never.
+    """
     deepseek, llama = plan_checkpoint(), plan_checkpoint("llama")
     assert {deepseek.decisions[name].linear.role for name in quantized(deepseek)} == {
         "routed_expert"
@@ -295,7 +310,9 @@ def test_first_matching_rule_applies() -> None:
 
 
 def test_router_embedding_and_head_are_matched_by_name_only() -> None:
-    """`*` passes them by; a rule that spells them out reaches them, and the format has the last word."""
+    """`*` passes them by; a rule that spells them out reaches them, and the format has the last
+    word.
+    """
     wide = '{match: "*", quantize: default}'
     assert not {"model.embed_tokens", "lm_head"} & set(
         quantized(plan_checkpoint("llama", rules=f"[{wide}]"))
@@ -314,7 +331,7 @@ def test_router_embedding_and_head_are_matched_by_name_only() -> None:
 
 
 def test_rule_that_applies_to_no_linear_is_a_warning() -> None:
-    """Not a fault: a preset at the end of a list may well be covered. But never in silence."""
+    """It is no fault: earlier rules may cover a preset at the end of a list."""
     shadowed = plan_checkpoint(
         "llama", rules='[{match: "*", quantize: default}, {match: "*.q_proj", keep: source}]'
     )
@@ -342,19 +359,20 @@ def test_keeping_everything_is_a_warning() -> None:
     }
 
 
-# ------------------------------------------------------------------------------------------------- faults, all at once
+# ------------------------------------------------------------------------------ faults, all at once
 
 
 def test_rule_that_matches_nothing_is_a_fault() -> None:
     text = '\n  - {match: "*.mlp.exprts.*", quantize: default}\n  - {match: "*", keep: source}'
     assert faults_of(rules=text) == (
-        "r.yaml:9: rules[0]: '*.mlp.exprts.*' matches no linear of this model; expected a glob or re:regex over names "
+        "r.yaml:9: rules[0]: '*.mlp.exprts.*' matches no linear of this model; expected a glob or "
+        "re:regex over names "
         "like 'model.layers.0.self_attn.q_a_proj'",
     )
 
 
 def test_written_preset_that_matches_nothing_is_a_fault() -> None:
-    """experts-only on a dense model: refused when written, never chosen unasked."""
+    """experts-only on a dense model is refused if written, and never a default."""
     [fault] = faults_of(model_type="llama", rules="experts-only")
     assert fault.startswith(
         r"r.yaml:8: experts-only[0]: 're:.*\\.experts\\.\\d+\\.[^.]+' matches no linear of"
@@ -373,7 +391,8 @@ def test_fused_linears_with_two_decisions_are_a_fault() -> None:
     rules = '[{match: "*.q_proj", keep: source}, {match: "*", quantize: default}]'
     faults = faults_of(model_type="llama", rules=rules)
     assert faults == tuple(
-        f"r.yaml: model.layers.{layer}: vLLM and SGLang merge these linears when loading, so they need one decision, "
+        f"r.yaml: model.layers.{layer}: vLLM and SGLang merge these linears when loading, so they "
+        "need one decision, "
         f"found 2: model.layers.{layer}.self_attn.q_proj (rules[0]: keep), "
         f"model.layers.{layer}.self_attn.k_proj (rules[1]: quantize)"
         for layer in range(2)
@@ -381,7 +400,10 @@ def test_fused_linears_with_two_decisions_are_a_fault() -> None:
 
 
 def test_experts_of_one_layer_are_one_fused_group() -> None:
-    rules = '[{match: "*.experts.3.down_proj", keep: source}, {match: "*.experts.*", quantize: default}]'
+    rules = (
+        '[{match: "*.experts.3.down_proj", keep: source}, '
+        '{match: "*.experts.*", quantize: default}]'
+    )
     [fault] = faults_of(rules=rules)
     assert fault.startswith(
         "r.yaml: model.layers.1: vLLM and SGLang merge these linears when loading"
@@ -392,14 +414,19 @@ def test_two_schemes_in_a_format_for_one_are_a_fault() -> None:
     rules = '[{match: "*.down_proj", quantize: {group_size: 32}}, {match: "*", quantize: default}]'
     [fault] = faults_of(model_type="llama", rules=rules)
     assert fault == (
-        "r.yaml: format awq holds one scheme per artifact, found 2: model.layers.0.self_attn.q_proj (group_size: "
-        "64), model.layers.0.mlp.down_proj (group_size: 32); use one for all rules, or format compressed_tensors or "
+        "r.yaml: format awq holds one scheme per artifact, found 2: "
+        "model.layers.0.self_attn.q_proj (group_size: "
+        "64), model.layers.0.mlp.down_proj (group_size: 32); use one for all rules, or format "
+        "compressed_tensors or "
         "gptq"
     )
 
 
 def test_only_merging_engines_require_one_decision() -> None:
-    """Not where codes are for others, nor in plain weights; the routed experts of a block are solved as one."""
+    """Not where codes are for others, nor in plain weights.
+
+    The routed experts of a block are solved as one.
+    """
     rules = '[{match: "*.q_proj", keep: source}, {match: "*", quantize: default}]'
     for quantize, name in (
         ("{method: rtn, group_size: 64}", "dense"),
@@ -410,7 +437,8 @@ def test_only_merging_engines_require_one_decision() -> None:
     experts = '[{match: "*.down_proj", keep: source}, {match: "*.experts.*", quantize: default}]'
     [fault] = faults_of(rules=experts, quantize="{method: nf4}", format="bitsandbytes")
     assert fault.startswith(
-        "r.yaml: model.layers.1: quantkit quantizes and loads the routed experts of a block together"
+        "r.yaml: model.layers.1: quantkit quantizes and loads the routed experts of a block "
+        "together"
     )
 
 
@@ -451,8 +479,10 @@ def test_memory_that_is_too_small_is_a_fault() -> None:
     needed = plan_checkpoint().memory.needed_bytes
     [fault] = faults_of(budget=needed - 1, memory="1GB")
     assert re.fullmatch(
-        r"r\.yaml:8: memory: the smallest wave \(one expert\) needs \d\.\d\d GB \(base 0\.90, block without experts "
-        r"0\.\d\d, one batch 0\.\d\d, one expert 0\.\d\d, head 0\.\d\d\), found \d\.\d\d GB; raise memory or free some",
+        r"r\.yaml:8: memory: the smallest wave \(one expert\) needs \d\.\d\d GB \(base 0\.90, "
+        r"block without experts "
+        r"0\.\d\d, one batch 0\.\d\d, one expert 0\.\d\d, head 0\.\d\d\), found \d\.\d\d GB; raise "
+        r"memory or free some",
         fault,
     )
     told = float(fault.partition("needs ")[2].partition(" GB")[0])
@@ -485,15 +515,19 @@ def test_all_faults_are_reported_at_once() -> None:
         config={"intermediate_size": 320},
     )
     for part in (
-        "rules[0]: '*.nothing' matches no linear", "rules[2]: ", "format awq holds one scheme per artifact, found 2",
-        "model.layers.0: vLLM and SGLang merge", "model.layers.1: vLLM and SGLang merge", "needs a set, found none",
+        "rules[0]: '*.nothing' matches no linear",
+        "rules[2]: ",
+        "format awq holds one scheme per artifact, found 2",
+        "model.layers.0: vLLM and SGLang merge",
+        "model.layers.1: vLLM and SGLang merge",
+        "needs a set, found none",
         "the largest block needs",
-    ):  # fmt: skip
+    ):
         assert sum(part in fault for fault in faults) == 1, part
     assert all("\n" not in fault for fault in faults)
 
 
-# -------------------------------------------------------------------------------------------------------------- MTP
+# ---------------------------------------------------------------------------------------------- MTP
 
 
 @pytest.mark.parametrize("mtp", ["keep", "quantize", "drop"])
@@ -534,7 +568,7 @@ def test_mtp_layer_is_dropped_only_if_the_recipe_says_so(mtp: str) -> None:
 
 
 def test_announced_mtp_layer_without_tensors_is_left_out() -> None:
-    """Common in re-uploads: left out with a warning, and engines are not told to look for it."""
+    """Common in re-uploads: the block is left out with a warning, and removed from the config."""
     stored = {
         n: s
         for n, s in make_specs(registry.get_architecture("deepseek_v3").tiny).items()
@@ -542,7 +576,8 @@ def test_announced_mtp_layer_without_tensors_is_left_out() -> None:
     }
     plan = plan_checkpoint(specs=stored)
     assert plan.warnings[0] == (
-        "config.json announces the MTP block model.layers.2, the checkpoint has none of its tensors: left out"
+        "config.json announces the MTP block model.layers.2, the checkpoint has none of its "
+        "tensors: left out"
     )
     assert [block.name for block in plan.layout.blocks] == ["model.layers.0", "model.layers.1"]
     assert make_config(plan)["num_nextn_predict_layers"] == 0
@@ -555,7 +590,7 @@ def test_model_without_mtp_keeps_its_config() -> None:
     assert "num_nextn_predict_layers" not in make_config(plan_checkpoint("llama"))
 
 
-# ------------------------------------------------------------------------------------------ checkpoints that do not fit
+# ---------------------------------------------------------------------- checkpoints that do not fit
 
 
 def test_tied_embeddings_have_no_head() -> None:
@@ -575,8 +610,10 @@ def test_missing_unexpected_and_misshaped_tensors_are_reported_together() -> Non
     with pytest.raises(CheckpointError) as caught:
         plan_checkpoint("llama", specs=specs)
     assert str(caught.value) == (
-        "org/name: the tensors do not fit model_type llama with this config.json: missing: model.norm.weight [128]; "
-        "not claimed by the architecture: model.layers.9.extra; lm_head.weight: expected shape [768, 128], found "
+        "org/name: the tensors do not fit model_type llama with this config.json: missing: "
+        "model.norm.weight [128]; "
+        "not claimed by the architecture: model.layers.9.extra; lm_head.weight: expected shape "
+        "[768, 128], found "
         "[700, 128]; check that config.json and weights belong together"
     )
 
@@ -626,7 +663,7 @@ def test_unknown_family_is_a_usage_error() -> None:
         plan_checkpoint("llama", specs={}, config={"model_type": "lama"})
 
 
-# ------------------------------------------------------------------------------------------------------------ the rest
+# ----------------------------------------------------------------------------------------- the rest
 
 
 def test_scales_follow_the_dtype_of_the_source() -> None:
@@ -662,7 +699,7 @@ def test_hash_follows_the_content() -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------- more text than there is
+# -------------------------------------------------------------------------- more text than there is
 
 
 @pytest.mark.parametrize(
@@ -687,7 +724,7 @@ def test_more_sequences_than_a_set_has_are_refused(key: str, most: int) -> None:
 
 
 def test_windows_are_bounded_by_the_bytes_of_their_text(tmp_path: Path) -> None:
-    """Each token has at least one byte, and a window may begin with a BOS that is not of the text."""
+    """Each token has at least one byte; a window may begin with a BOS outside of the text."""
     rows = json.dumps({"domain": "prose", "text": "x" * 70}) + "\n"
     (tmp_path / "some.jsonl").write_text(rows)
     spec = dataclasses.replace(TINY_HELD_OUT, name="some", end="none", packing="windows")

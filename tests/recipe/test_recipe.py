@@ -1,4 +1,4 @@
-"""Recipes: what parses, what it resolves to, and what every fault says."""
+"""Recipes: valid ones, their resolved values, and the message of every fault."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def faults(text: str, overrides: dict[str, str] | None = None) -> tuple[str, ...
     return caught.value.faults
 
 
-# ------------------------------------------------------------------------------------------------------ what parses
+# -------------------------------------------------------------------------------------- what parses
 
 
 def test_smallest_recipe_has_every_default() -> None:
@@ -100,7 +100,9 @@ def test_flagship_has_the_promised_settings() -> None:
 
 
 def commented(path: Path) -> set[str]:
-    """The keys that a recipe explains: `key: value  # type, default: meaning`, a commented-out key included."""
+    """Return the keys that a recipe explains: `key: value  # type, default: meaning`, a
+    commented-out key included.
+    """
     section, found = "", set()
     for line in path.read_text().splitlines():
         key = re.fullmatch(r"(#? *)(- )?([a-z][a-z_0-9]*):(.*)", line)
@@ -118,7 +120,10 @@ def test_flagship_comments_every_key_of_the_schema() -> None:
 
 
 def allowed_values() -> set[str]:
-    """Return the lists of allowed values that the flagship's comments state, e.g. "auto | cpu | cuda"."""
+    """Return the lists of allowed values that the flagship's comments state, e.g.
+
+    "auto | cpu | cuda".
+    """
     text = (RECIPES / "v3-awq4.yaml").read_text()
     return {match[1] for match in re.finditer(r"# ([\w.-]+(?: \| [\w.-]+)+)", text)}
 
@@ -133,13 +138,14 @@ def test_only_the_flagship_states_allowed_values(path: Path) -> None:
         assert not [allowed for allowed in values if allowed in text]
 
 
-# ------------------------------------------------------------------------------------------------------------- rules
+# -------------------------------------------------------------------------------------------- rules
 
 
 def test_rule_changes_some_keys_of_the_default() -> None:
     recipe = parse_recipe(
         SMALLEST + "quantize: {group_size: 64, symmetric: true}\n"
-        "rules:\n  - {match: '*.down_proj', quantize: {bits: 8}}\n  - {match: '*.self_attn.*', keep: bf16}\n"
+        "rules:\n  - {match: '*.down_proj', quantize: {bits: 8}}\n  - {match: '*.self_attn.*', "
+        "keep: bf16}\n"
         "  - {match: '*', quantize: default}\n",
         "x.yaml",
     )
@@ -166,7 +172,8 @@ def test_values_of_a_method_may_be_omitted() -> None:
     assert Quantize(method="awq").double_quant is None
     recipe = parse_recipe(
         SMALLEST + "quantize: {method: nf4, double_quant: false}\n"
-        "rules:\n  - {match: '*.q_proj', quantize: {method: rtn, bits: 3}}\n  - {match: '*', quantize: {}}\n",
+        "rules:\n  - {match: '*.q_proj', quantize: {method: rtn, bits: 3}}\n  - {match: '*', "
+        "quantize: {}}\n",
         "x.yaml",
     )
     assert recipe.rules is not None
@@ -176,7 +183,8 @@ def test_values_of_a_method_may_be_omitted() -> None:
     ]
     other = parse_recipe(
         SMALLEST
-        + "quantize: {group_size: 128, rounding: gptq}\nrules: [{match: '*', quantize: {method: nf4}}]\n",
+        + "quantize: {group_size: 128, rounding: gptq}\nrules: [{match: '*', quantize: {method: "
+        "nf4}}]\n",
         "x.yaml",
     )
     assert other.rules is not None and other.rules[0].quantize == nf4
@@ -187,7 +195,8 @@ def test_values_of_a_method_may_be_omitted() -> None:
     [
         (
             "{method: nf4, bits: 3, group_size: 128}",
-            "method nf4 is rounding: nearest, bits: 4, group_size: 64, symmetric: true, scale_dtype: auto, "
+            "method nf4 is rounding: nearest, bits: 4, group_size: 64, symmetric: true, "
+            "scale_dtype: auto, "
             "found bits: 3, group_size: 128; leave that out, or choose another method",
         ),
         ("{method: nf4, rounding: gptq}", "found rounding: gptq; leave that out"),
@@ -282,7 +291,7 @@ def test_patterns_match_and_name_modules(
     assert names_module(pattern, module) is named
 
 
-# ------------------------------------------------------------------------------------------------------------ faults
+# ------------------------------------------------------------------------------------------- faults
 
 
 def test_all_faults_are_reported_in_the_order_of_the_lines() -> None:
@@ -312,34 +321,45 @@ fidelty: {}
         "x.yaml:1: version: expected 1, found 2",
         "x.yaml:1: fidelity: missing; this key has no default",
         "x.yaml:2: source.model: expected text, found 12 (quote it to make it text)",
-        "x.yaml:2: source.modle: unknown key. Did you mean 'model'? Known: model, revision, trust_remote_code.",
+        "x.yaml:2: source.modle: unknown key. Did you mean 'model'? Known: model, revision, "
+        "trust_remote_code.",
         f"x.yaml:3: quantize.method: no method named 'awk'. Did you mean 'awq'? Known: {methods}",
         "x.yaml:3: quantize.bits: expected at most 8, found 9",
         "x.yaml:3: quantize.group_size: expected 32, 64, 128 or -1, found 100",
         "x.yaml:3: quantize.symmetric: expected true or false, found 'yes'",
-        "x.yaml:5: rules[0].match: not a regular expression: missing ), unterminated subpattern at position 0",
+        "x.yaml:5: rules[0].match: not a regular expression: missing ), unterminated subpattern at "
+        "position 0",
         "x.yaml:6: rules[1].match: expected text that is not empty, found ''",
         "x.yaml:7: rules[2].keep: expected source or bf16, found 'sorce'",
         "x.yaml:8: rules[3].quantize.bits: expected at most 8, found 17",
-        "x.yaml:8: rules[3].quantize.bitts: unknown key. Did you mean 'bits'? Known: method, rounding, bits, "
+        "x.yaml:8: rules[3].quantize.bitts: unknown key. Did you mean 'bits'? Known: method, "
+        "rounding, bits, "
         "group_size, symmetric, scale_dtype, double_quant.",
-        "x.yaml:9: rules[4]: a rule is {match: PATTERN, quantize: default} or {match: PATTERN, keep: source}, "
+        "x.yaml:9: rules[4]: a rule is {match: PATTERN, quantize: default} or {match: PATTERN, "
+        "keep: source}, "
         "or {preset: NAME}",
         "x.yaml:10: rules[5].preset: no preset named 'expert-only'. Did you mean 'experts-only'? "
         "Known: experts-only, all-linear, attention-source.",
         "x.yaml:11: rules[6]: expected a mapping of keys, found 'hello'",
         "x.yaml:12: evaluation.tasks[1]: expected text, found 3 (quote it to make it text)",
         "x.yaml:13: gates.top1: expected a mapping of keys, found 5",
-        "x.yaml:13: gates.kl_maen: no figure or task of evaluation.tasks named 'kl_maen'. Did you mean 'kl_mean'? "
-        "Known: kl_mean, kl_median, kl_p99, kl_p999, kl_max, ppl_source, ppl_artifact, ppl_ratio, top1, mean_delta_p, "
-        "rms_delta_p, router_agreement, block_error, module_error, module_output_error, experts_uncalibrated, "
-        "fallbacks, lost_items, size, bits_per_weight, likelihood, gsm8k. Of one domain: kl_mean@code.",
-        "x.yaml:13: gates.gsm8k: expected {min_recovery: NUMBER} or {margin_pp: NUMBER} or {max_lost: NUMBER} or "
+        "x.yaml:13: gates.kl_maen: no figure or task of evaluation.tasks named 'kl_maen'. Did you "
+        "mean 'kl_mean'? "
+        "Known: kl_mean, kl_median, kl_p99, kl_p999, kl_max, ppl_source, ppl_artifact, ppl_ratio, "
+        "top1, mean_delta_p, "
+        "rms_delta_p, router_agreement, block_error, module_error, module_output_error, "
+        "experts_uncalibrated, "
+        "fallbacks, lost_items, size, bits_per_weight, likelihood, gsm8k. Of one domain: "
+        "kl_mean@code.",
+        "x.yaml:13: gates.gsm8k: expected {min_recovery: NUMBER} or {margin_pp: NUMBER} or "
+        "{max_lost: NUMBER} or "
         "{min_score: NUMBER} or {max_truncated_pp: NUMBER} or {max_unparsed_pp: NUMBER}",
         "x.yaml:13: gates.kl_mean: expected {max: NUMBER} or {min: NUMBER}",
-        "x.yaml:14: memory: expected a size such as 64GB, 512MiB or a number of bytes, found '64 gigabytes'",
+        "x.yaml:14: memory: expected a size such as 64GB, 512MiB or a number of bytes, found '64 "
+        "gigabytes'",
         "x.yaml:15: output.shard_bytes: expected a size above 0 and below 8 EiB, found '0'",
-        "x.yaml:16: fidelty: unknown key. Did you mean 'fidelity'? Known: version, source, quantize, format, rules, "
+        "x.yaml:16: fidelty: unknown key. Did you mean 'fidelity'? Known: version, source, "
+        "quantize, format, rules, "
         "calibration, fidelity, evaluation, gates, output, memory, mtp, propagate, compute.",
     )
 
@@ -474,7 +494,8 @@ def test_invalid_yaml_is_refused(text: str, fault: str) -> None:
         (
             "rules",
             "[]",
-            "rules: expected a preset (experts-only, all-linear, attention-source) or a list of rules",
+            "rules: expected a preset (experts-only, all-linear, attention-source) or a list of "
+            "rules",
         ),
         (
             "rules",
@@ -533,7 +554,7 @@ def test_invalid_values_are_refused(key: str, value: str, fault: str) -> None:
     assert len(found) == 1 and found[0].startswith(f"x.yaml:1: {fault}"), found
 
 
-# -------------------------------------------------------------------------------------------------- small questions
+# ---------------------------------------------------------------------------------- small questions
 
 
 @pytest.mark.parametrize(
@@ -596,7 +617,8 @@ def test_overrides_replace_values() -> None:
 
 def test_misspelled_override_is_reported_like_a_key() -> None:
     assert faults(SMALLEST, {"output.paht": "x"}) == (
-        "override output.paht: output.paht: unknown key. Did you mean 'path'? Known: path, shard_bytes.",
+        "override output.paht: output.paht: unknown key. Did you mean 'path'? Known: path, "
+        "shard_bytes.",
     )
 
 
@@ -607,7 +629,10 @@ def test_override_with_a_lone_surrogate_is_refused() -> None:
 
 
 def test_overrides_are_written_into_the_text() -> None:
-    """Comments, order and all other lines stay; a new key comes first in its section. Place and memory are not told."""
+    """Comments, order and all other lines stay; a new key comes first in its section.
+
+    Place and memory are not told.
+    """
     text = (RECIPES / "tiny-v3-awq4.yaml").read_text()
     changes = {
         "quantize.bits": "8",
@@ -642,12 +667,14 @@ def test_overrides_are_written_into_the_text() -> None:
     "text",
     [
         "{version: 1, source: {model: x, revision: }, fidelity: none, output: {path: y}}",
-        "version: 1\nsource: {model: 2024-13-45}\nfidelity: ~\noutput:\n  path: 'y'\ncalibration:\nquantize: {}\n",
-        "version: 1\nsource: {model: 0x1F_}\nfidelity: none\noutput:\n  path: >-\n    a\n\n    b\n# end",
+        "version: 1\nsource: {model: 2024-13-45}\nfidelity: ~\noutput:\n  path: "
+        "'y'\ncalibration:\nquantize: {}\n",
+        "version: 1\nsource: {model: 0x1F_}\nfidelity: none\noutput:\n  path: >-\n    a\n\n    "
+        "b\n# end",
     ],
 )
 def test_overrides_are_written_into_any_layout(text: str) -> None:
-    """Empty values, dates that are none, JSON: what ruamel would change is written out."""
+    """Empty values, invalid dates, JSON: a layout that ruamel would change is written anew."""
     for key, value in {
         "quantize.method": "rtn",
         "calibration.set": "true",
@@ -683,7 +710,7 @@ def test_recipe_is_frozen() -> None:
         recipe.mtp = "drop"
 
 
-# -------------------------------------------------------------------------------------------------------------- fuzz
+# --------------------------------------------------------------------------------------------- fuzz
 
 WORDS = st.sampled_from(
     [
@@ -842,13 +869,14 @@ def test_fuzz_a_damaged_flagship(at: int, insert: str) -> None:
 
 
 def test_slow_regular_expression_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would hang a plan; those that only look like it answer at once."""
+    """It would block a plan; similar expressions that are fast are accepted."""
     monkeypatch.setattr(patterns, "MATCH_SECONDS", 0.1)
     name = "model.layers.30.mlp.experts.200.gate_proj"
     assert not matches_module("re:(([a-z._0-9]+)+)+[!]", name)
     with pytest.raises(
         UsageError,
-        match=r"^rules: 're:\(.*: expected a result for 'model\.layers.*' within 0\.1 seconds, found a",
+        match=r"^rules: 're:\(.*: expected a result for 'model\.layers.*' within 0\.1 seconds, "
+        r"found a",
     ):
         matches_module(r"re:(\w|\.|[a-z])*[A-Z]", name)
 

@@ -12,7 +12,7 @@ from quantkit.recipe.parse import parse_recipe
 
 
 def make_specs(config: Mapping[str, object]) -> dict[str, TensorSpec]:
-    """The headers of a checkpoint with this config."""
+    """Return the headers of a checkpoint with this config."""
     values = Config(values=config)
     return list_expected_tensors(
         registry.get_architecture(values.text("model_type")).layout(values), values
@@ -27,7 +27,10 @@ def plan_checkpoint(
     config: Mapping[str, object] = {},
     **keys: str,
 ) -> Plan:
-    """The plan for a random checkpoint of a TINY config; keyword arguments are keys of the recipe."""
+    """Return the plan for a random checkpoint of a TINY config.
+
+    Keyword arguments are keys of the recipe.
+    """
     values = {**registry.get_architecture(model_type).tiny, **config}
     lines = {
         "version": "1",

@@ -28,15 +28,16 @@ PAGE = RECIPES / "README.md"
 INTRODUCTION = """\
 # Recipes
 
-A recipe is a YAML file that says how a model becomes an artifact: source, method, format, calibration text, held-out
-text, benchmarks, gates. `quantkit build NAME` takes a file or the name of one of these recipes;
-`quantkit plan NAME` shows what a build would do, from headers or a published config alone.
+A recipe is a YAML file that says how a model becomes an artifact: source, method, format,
+calibration text, held-out text, benchmarks and gates. `quantkit build NAME` takes a file or the
+name of one of these recipes; `quantkit plan NAME` shows what a build would do, from headers or a
+published config alone.
 
-`--set KEY=VALUE` overrides a key by its dotted name: `--set quantize.bits=8 --set output.path=artifacts/mine`.
-Unknown keys, wrong types and unknown names are errors with file and line, all reported at once. Sizes: GB is decimal,
-GiB binary.
+`--set KEY=VALUE` overrides a key by its dotted name:
+`--set quantize.bits=8 --set output.path=artifacts/mine`. Unknown keys, wrong types and unknown
+names are errors with file and line, all reported at once. In sizes GB is decimal, GiB binary.
 
-This page is generated from `quantkit/recipe/schema.py`:
+This page is generated from `quantkit/recipe/schema.py` by
 `python tests/tools/recipe_reference.py --write`.
 
 ## Which recipe to choose
@@ -44,7 +45,8 @@ This page is generated from `quantkit/recipe/schema.py`:
 
 CHOICES = (
     ("the demo: two CPU cores, no network", "tiny-v3-awq4"),
-    ("the demo with other methods and formats", "tiny-v3-gptq4, tiny-v3-gptq4-fp8, tiny-v3-nf4, tiny-v3-rtn4"),
+    ("the demo with other methods and formats", "tiny-v3-gptq4, tiny-v3-gptq4-fp8, tiny-v3-nf4, "
+                                                "tiny-v3-rtn4"),
     ("a small dense model on a CPU", "smollm2-135m-awq4, smollm2-135m-gptq4"),
     ("a base for QLoRA adapters (bitsandbytes)", "smollm2-135m-nf4"),
     ("a dense model for one 24 GB GPU", "r1-distill-qwen-32b-awq4"),
@@ -66,9 +68,11 @@ NOTES = {
     "quantize": "Values that follow from a method need not be written: {methods}.",
     "rules": "Presets:\n\n{presets}",
     "gates": (
-        "A gate is `figure: {{max: NUMBER}}`, `figure: {{min: NUMBER}}`, or `task: {{...}}` with the other keys; "
+        "A gate is `figure: {{max: NUMBER}}`, `figure: {{min: NUMBER}}`, or `task: {{...}}` with "
+        "the other keys; "
         "`kl_mean.max: 0.05` is short for `kl_mean: {{max: 0.05}}`.\n\n"
-        "Figures of the fidelity text: {pooled}. Each of them can be bounded on one domain, e.g. `kl_mean@{domain}` "
+        "Figures of the fidelity text: {pooled}. Each of them can be bounded on one domain, e.g. "
+        "`kl_mean@{domain}` "
         "(domains: {domains}).\n\nOther figures: {others}. `likelihood@TASK` bounds one task."
     ),
 }
