@@ -92,8 +92,7 @@ def format_os_error(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     return (
         f"{where}the operating system refused: {describe_os_error(error)}; check the path, its "
-        "permissions "
-        "and the free space"
+        "permissions and the free space"
     )
 
 

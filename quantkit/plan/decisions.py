@@ -217,9 +217,9 @@ def find_idle_rules(rules: Sequence[Rule], decisions: Mapping[str, Decision]) ->
     """Return a warning for each rule that matches linears but applies to none of them."""
     deciding = {decision.rule for decision in decisions.values()}
     return [
-        f"{rule.label}: {rule.match!r} applies to no linear: an earlier rule or mtp applies to all "
-        "that it "
-        "matches, or they are routers, embeddings or heads, which a rule quantizes only by name"
+        f"{rule.label}: {rule.match!r} applies to no linear: an earlier rule or mtp applies to "
+        "all that it matches, or they are routers, embeddings or heads, which a rule quantizes "
+        "only by name"
         for rule in rules
         if not rule.optional
         and rule.label not in deciding
@@ -256,9 +256,7 @@ def find_storage_faults(
         )
         faults.append(
             f"format {format_name} holds one scheme per artifact, found {len(schemes)}: "
-            f"{examples}; "
-            "use one for all "
-            f"rules{others}"
+            f"{examples}; use one for all rules{others}"
         )
     return faults
 

@@ -44,8 +44,7 @@ def read_fp8_block_size(config: Config) -> int | None:
         method = entry.get("quant_method") if isinstance(entry, Mapping) else entry
         raise CheckpointError(
             f"{config.where}: quantization_config.quant_method: expected fp8 or an unquantized "
-            "checkpoint, "
-            f"found {method!r}; start from the original weights"
+            f"checkpoint, found {method!r}; start from the original weights"
         )
     size = entry.get("weight_block_size")
     if not (
@@ -57,8 +56,7 @@ def read_fp8_block_size(config: Config) -> int | None:
     ):
         raise CheckpointError(
             f"{config.where}: quantization_config.weight_block_size: expected [n, n], found "
-            f"{size!r}; "
-            "only FP8 in square blocks with weight_scale_inv can be read"
+            f"{size!r}; only FP8 in square blocks with weight_scale_inv can be read"
         )
     return int(size[0])
 

@@ -264,11 +264,8 @@ def find_fp8_warnings(
     if unscaled:
         warnings.append(
             f"{len(unscaled)} inputs are not rescaled, because a linear that reads or produces "
-            "them "
-            "stays "
-            f"in FP8 blocks, e.g. {unscaled[0]}: keep: bf16 for such linears, or method gptq, "
-            "loses "
-            "less"
+            f"them stays in FP8 blocks, e.g. {unscaled[0]}: keep: bf16 for such linears, or "
+            "method gptq, loses less"
         )
     return warnings
 

@@ -63,10 +63,9 @@ class Quantize(BaseModel):
         RoundingName,
         describe(
             "How codes are chosen after the method's scaling. `gptq` compensates the error of a "
-            "column in the next "
-            "columns, then refines codes and scales by coordinate descent. `gptq_once` omits the "
-            "refinement: half of "
-            "the time, slightly larger error. Method gptq: default `gptq`, never `nearest`.",
+            "column in the next columns, then refines codes and scales by coordinate descent. "
+            "`gptq_once` omits the refinement: half of the time, slightly larger error. Method "
+            "gptq: default `gptq`, never `nearest`.",
             "gptq",
         ),
     ] = FALLBACK_ROUNDING
@@ -87,8 +86,7 @@ class Quantize(BaseModel):
         bool | None,
         describe(
             "Method nf4 only, where the default is `true` and the values of bits, group_size, "
-            "symmetric and "
-            "scale_dtype are fixed: store the scales of the blocks in 8 bits.",
+            "symmetric and scale_dtype are fixed: store the scales of the blocks in 8 bits.",
             "false",
         ),
     ] = None
@@ -150,15 +148,13 @@ class Quantize(BaseModel):
         if self.method == "gptq" and self.rounding == "nearest":
             raise ValueError(
                 "method gptq is a rounding, found rounding: nearest; set rounding: gptq, or "
-                "method: awq for "
-                "ranges by calibration and codes by plain rounding"
+                "method: awq for ranges by calibration and codes by plain rounding"
             )
         learns = registry.get_rounding(self.rounding).needs_stats
         if learns and not registry.get_method(self.method).needs_stats:
             raise ValueError(
                 f"rounding {self.rounding} learns from calibration, and method {self.method} does "
-                "without; set "
-                "rounding: nearest, or method: gptq"
+                "without; set rounding: nearest, or method: gptq"
             )
         return self
 
@@ -257,8 +253,8 @@ class Recipe(BaseModel):
         FormatNames,
         describe(
             "How codes are stored and which engines read them: modules of quantkit/formats/. Of "
-            "several formats each "
-            "gets an artifact at `output.path-<format>`, from one quantization.",
+            "several formats each gets an artifact at `output.path-<format>`, from one "
+            "quantization.",
             "[awq, dense]",
         ),
     ] = ("awq",)
@@ -266,8 +262,8 @@ class Recipe(BaseModel):
         tuple[Rule, ...] | None,
         describe(
             "Which modules are quantized: a preset, or a list of rules of which the first match "
-            "applies. `null`: "
-            "`experts-only` for models with routed experts, otherwise `all-linear`.",
+            "applies. `null`: `experts-only` for models with routed experts, otherwise "
+            "`all-linear`.",
             "experts-only",
             "preset or list of rules",
         ),
@@ -289,9 +285,8 @@ class Recipe(BaseModel):
     memory: Annotated[
         Size | None,
         describe(
-            "Host memory that a build may use; `null` is 70 % of the available memory. It sets how "
-            "many experts are "
-            "quantized at once, and never changes the result.",
+            "Host memory that a build may use; `null` is 70 % of the available memory. It sets "
+            "how many experts are quantized at once, and never changes the result.",
             "64GB",
         ),
     ] = None
@@ -306,8 +301,7 @@ class Recipe(BaseModel):
         Literal["quantized", "original", "both"],
         describe(
             "Weights that carry the calibration text to the next block. With `both`, dense layers "
-            "also compensate the "
-            "error of the blocks before them, for twice the time.",
+            "also compensate the error of the blocks before them, for twice the time.",
             "both",
         ),
     ] = "quantized"
@@ -378,10 +372,8 @@ class RuleEntry(BaseModel):
         Text | None,
         describe(
             "Pattern over the full dotted module name: a glob, or `re:` and a regular expression. "
-            "A pattern that "
-            "matches no module is an error. Routers, embeddings, heads and MTP projections are "
-            "quantized only by a "
-            "rule that spells out the last part of their name.",
+            "A pattern that matches no module is an error. Routers, embeddings, heads and MTP "
+            "projections are quantized only by a rule that spells out the last part of their name.",
             "'*.mlp.*'",
         ),
     ] = None

@@ -24,8 +24,7 @@ class Source(BaseModel):
         Text | None,
         describe(
             "Commit, branch or tag on the Hub; `null` is the newest commit. The artifact records "
-            "the commit in "
-            "`quantkit/plan.json`.",
+            "the commit in `quantkit/plan.json`.",
             "main",
         ),
     ] = None
@@ -70,8 +69,7 @@ class Calibration(BaseModel):
         Literal["shared_gram", "rtn"],
         describe(
             "Fallback for an under-calibrated expert: the Gram matrix of all tokens of its layer, "
-            "or rounding to "
-            "nearest.",
+            "or rounding to nearest.",
             "rtn",
         ),
     ] = "shared_gram"
@@ -111,8 +109,7 @@ class Evaluation(BaseModel):
         Seed,
         describe(
             "Items of each task whose gold solution is scored in the streaming pass, which also "
-            "works for models too "
-            "large to generate; `0` scores none.",
+            "works for models too large to generate; `0` scores none.",
             "0",
         ),
     ] = 64

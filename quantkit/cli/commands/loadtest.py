@@ -148,8 +148,7 @@ def check_outside_artifact(place: Path | None, option: str, name: str) -> None:
         if place and (folder / MANIFEST).is_file() and place.resolve() != folder / name:
             raise UsageError(
                 f"{option}: {place}: expected a place outside the artifact {folder}, or {name} in "
-                "it, which its "
-                "manifest does not cover; write it elsewhere"
+                "it, which its manifest does not cover; write it elsewhere"
             )
 
 

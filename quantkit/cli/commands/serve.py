@@ -119,8 +119,8 @@ def command(  # noqa: PLR0913  # one parameter per option
     if gateway and (docker or kubernetes):
         raise UsageError(
             "--docker, --kubernetes: expected no --gateway, since they print an engine alone; "
-            "leave it out, and run "
-            "`quantkit serve http://HOST:PORT/v1 --gateway` in front of the engine's container"
+            "leave it out, and run `quantkit serve http://HOST:PORT/v1 --gateway` in front of the "
+            "engine's container"
         )
     gateway_options = GatewayOptions(
         on=gateway, host=host, port=port, limits=limits, keys=keys, fallbacks=fallback,
