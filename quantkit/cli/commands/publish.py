@@ -49,7 +49,7 @@ def command(  # noqa: PLR0913  # one parameter per option
         revision=revision,
         private=private,
         jobs=jobs,
-        patience=RetryPolicy(tries=tries),
+        retry_policy=RetryPolicy(tries=tries),
         writing=True,
     )
     with ProgressBar(sys.stderr.isatty() and not json_out) as progress_bar:
