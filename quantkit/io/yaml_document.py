@@ -218,7 +218,7 @@ class _Reader:
                 )
                 raise RecipeError([
                     f"{self.at(event)}: expected a mapping of keys ({self.first_key}, ...), "
-                    f"found {found}"
+                    f"found {node}"
                 ])
             elif not isinstance(event, StreamStartEvent) and values is None:
                 raise RecipeError([
