@@ -43,7 +43,7 @@ def command(
 
     Example: quantkit pull s3://models/tiny-v3-awq4 artifacts/tiny-v3-awq4
     """
-    options = RemoteOptions(revision=revision, jobs=jobs, patience=RetryPolicy(tries=tries))
+    options = RemoteOptions(revision=revision, jobs=jobs, retry_policy=RetryPolicy(tries=tries))
     with ProgressBar(sys.stderr.isatty() and not json_out) as progress_bar:
         done = pull_artifact(
             src, folder, options, progress_bar.update, overwrite=overwrite, dry_run=dry_run
