@@ -55,20 +55,20 @@ def with_text(side: Side, **changes: object) -> Side:
 # ------------------------------------------------------------------------------------------------------------- views
 
 
-def test_the_terminal_view_to_the_letter(diff: Diff) -> None:
+def test_terminal_view_matches_golden_file(diff: Diff) -> None:
     assert drawn(render_text.render_terminal(diff)) == (GOLDEN / "diff.txt").read_text()
 
 
-def test_the_markdown_view_to_the_letter(diff: Diff) -> None:
+def test_markdown_view_matches_golden_file(diff: Diff) -> None:
     assert render_text.render_markdown(diff) == (GOLDEN / "diff.md").read_text()
 
 
-def test_the_values_are_json_and_read_back(diff: Diff) -> None:
+def test_values_round_trip_through_json(diff: Diff) -> None:
     text = json.dumps(diff.model_dump(mode="json"), allow_nan=False)
     assert Diff.model_validate(json.loads(text)) == diff
 
 
-def test_nothing_differs_from_itself() -> None:
+def test_diff_of_a_side_with_itself_is_empty() -> None:
     found = compare_sides(a_side(), a_side())
     assert (
         found.recipe,
@@ -80,7 +80,7 @@ def test_nothing_differs_from_itself() -> None:
     ) == ((),) * 6
     assert {row.verdict for row in found.benchmarks} == {"not resolved (n = 60, detectable 4.7 pp)"}
     assert {row.shift for row in (*found.modules, *found.blocks, *found.routers)} == {0.0}
-    assert "The weight files of both are the same bytes." in found.notes
+    assert "The weight files of both are identical." in found.notes
     assert {row.resolved for row in found.distribution if row.difference} == {"not resolved"}
     assert tables.make_module_table(found, 10).rows == ()
 
@@ -88,7 +88,7 @@ def test_nothing_differs_from_itself() -> None:
 # ---------------------------------------------------------------------------------------------------- recipe, tensors
 
 
-def test_recipe_keys_are_told_once(diff: Diff) -> None:
+def test_inherited_recipe_keys_are_listed_once(diff: Diff) -> None:
     """What the rule takes over from `quantize` is not told a second time."""
     assert [(row.key, row.a, row.b) for row in diff.recipe] == [
         ("quantize.method", "awq", "rtn"),
@@ -105,7 +105,7 @@ def test_plans_are_compared_key_by_key(diff: Diff) -> None:
     ]
 
 
-def test_a_rule_that_changed_by_itself_is_told() -> None:
+def test_change_of_one_rule_is_listed() -> None:
     other = b_side()
     rules = [
         {"label": "rules[0]", "match": "*", "quantize": {"method": "rtn", "bits": 8}, "keep": None}
@@ -114,7 +114,7 @@ def test_a_rule_that_changed_by_itself_is_told() -> None:
     assert ("rules[0].quantize.bits", "4", "8") in [(row.key, row.a, row.b) for row in found.recipe]
 
 
-def test_tensors_added_removed_and_stored_otherwise(diff: Diff) -> None:
+def test_tensor_changes_are_grouped(diff: Diff) -> None:
     folded = EXPERT.format("{0-1}")
     assert diff.tensors == (
         TensorGroup(change="removed", a="I32", b="none", count=2, names=(f"{folded}.qweight",)),
@@ -128,7 +128,7 @@ def test_tensors_added_removed_and_stored_otherwise(diff: Diff) -> None:
     ]
 
 
-def test_reports_alone_tell_schemes_instead_of_plans() -> None:
+def test_reports_without_plans_compare_schemes() -> None:
     sides = [
         Side(name=name, kind="report", fidelity=side.fidelity)
         for name, side in (("a", a_side()), ("b", b_side()))
@@ -140,14 +140,14 @@ def test_reports_alone_tell_schemes_instead_of_plans() -> None:
     ]
     assert found.tensors == () and found.recipe == () and found.flips == ()
     assert [(row.task, row.a, row.b, row.verdict) for row in found.benchmarks] == [
-        ("tiny-v3-math", 0.82, 0.82, "not paired: no samples beside fidelity.json"),
+        ("tiny-v3-math", 0.82, 0.82, "not paired: no samples with fidelity.json"),
     ]
     assert all(row.difference is None for row in found.distribution)
-    assert sum("is a fidelity.json alone" in note for note in found.notes) == 2
+    assert sum("is a single fidelity.json" in note for note in found.notes) == 2
     assert "no interval" in tables.make_distribution_table(found).note
 
 
-def test_sizes(diff: Diff) -> None:
+def test_sizes_of_both_sides(diff: Diff) -> None:
     rows = {row.name: (row.a, row.b) for row in diff.sizes}
     assert rows["weights"] == (6_412_345, 5_100_000)
     assert rows["the whole folder"] == (6_413_245, 5_100_900)
@@ -173,7 +173,7 @@ def test_benchmarks_are_paired_and_agree_with_scipy(diff: Diff) -> None:
     assert (row.source, row.a, row.b, row.verdict) == (0.75, 0.75, 0.55, "worse")
 
 
-def test_flips_come_with_both_answers_the_lost_ones_first() -> None:
+def test_flips_have_both_answers_and_lost_items_first() -> None:
     b = replace(b_side(), items=items([0.0, *A_SCORES[1:-4], 1.0, *A_SCORES[-3:]], SOURCE))
     found = compare_sides(a_side(), b)
     assert [(flip.item, flip.lost, flip.a.text, flip.b.text) for flip in found.flips] == [
@@ -186,7 +186,7 @@ def test_flips_come_with_both_answers_the_lost_ones_first() -> None:
     )  # fmt: skip
 
 
-def test_other_words_with_the_same_score_are_counted() -> None:
+def test_reworded_answers_are_counted() -> None:
     b, key = a_side(), ("tiny-v3-math", "answer", 5)
     assert b.items is not None
     changed = {**b.items, key: replace(b.items[key], answer=answer("Surely 5", 1.0))}
@@ -248,7 +248,7 @@ def test_gold_solutions_are_paired_and_agree_with_scipy(diff: Diff) -> None:
     assert (alone.difference, alone.n, alone.b) == (None, 20, -0.54)
 
 
-def test_two_that_learned_from_nothing_are_not_told_to_differ() -> None:
+def test_two_uncalibrated_sides_have_no_calibration_note() -> None:
     sides = [
         replace(s, fidelity=s.fidelity.model_copy(update={"calibration": None}))
         for s in (a_side(), b_side())
@@ -256,7 +256,7 @@ def test_two_that_learned_from_nothing_are_not_told_to_differ() -> None:
     assert not any("calibration" in note for note in compare_sides(*sides).notes)
 
 
-def test_all_tasks_are_put_together() -> None:
+def test_all_tasks_are_pooled() -> None:
     """Items of two tasks count as one sample, and each task keeps its own line."""
     a, b = (
         replace(side, items={**(side.items or {}), **items(scores[:30], SOURCE[:30], "code")})
@@ -270,7 +270,7 @@ def test_all_tasks_are_put_together() -> None:
     )
 
 
-def test_a_token_that_is_not_finite_leaves_no_difference() -> None:
+def test_non_finite_token_gives_no_difference() -> None:
     bad = tokens(0.004, seed=2)
     b = replace(b_side(), tokens=replace(bad, kl=[float("inf"), *list(bad.kl)[1:]]))
     found = {(row.domain, row.figure): row for row in compare_sides(a_side(), b).distribution}
@@ -283,7 +283,7 @@ def test_a_token_that_is_not_finite_leaves_no_difference() -> None:
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
-def test_modules_are_ordered_by_how_far_their_error_moved(diff: Diff) -> None:
+def test_modules_are_sorted_by_error_shift(diff: Diff) -> None:
     assert [(row.name, row.by, round(row.shift or 0, 4)) for row in diff.modules] == [
         (EXPERT.format(0), "outputs", 0.1588),
         (EXPERT.format(1), "outputs", -0.0434),
@@ -292,13 +292,13 @@ def test_modules_are_ordered_by_how_far_their_error_moved(diff: Diff) -> None:
     assert diff.modules[2].a == 0.0  # kept in A
 
 
-def test_other_calibration_text_leaves_the_weights() -> None:
+def test_different_calibration_texts_compare_weight_errors() -> None:
     b = b_side()
     found = compare_sides(
         a_side(), replace(b, fidelity=b.fidelity.model_copy(update={"calibration": None}))
     )
     assert {row.by for row in found.modules} == {"weights"}
-    assert any(note.startswith(f"{b.name} learned from no text, so") for note in found.notes)
+    assert any(note.startswith(f"{b.name} used no calibration text, so") for note in found.notes)
 
 
 # ------------------------------------------------------------------------------------------------- what is comparable
@@ -350,7 +350,7 @@ REFUSED: Mapping[str, tuple[Change, str, tuple[str, ...]]] = {
     "source": (
         other_source,
         r"first was made from builtin:tiny-v3 \(5f5f.*\), second was made from org/other \(9999.*\): figures against "
-        r"different sources do not compare",
+        r"different sources are not comparable",
         ("distribution", "benchmarks", "blocks", "modules", "routers", "flips"),
     ),
     "weights": (
@@ -361,35 +361,35 @@ REFUSED: Mapping[str, tuple[Change, str, tuple[str, ...]]] = {
     "text": (
         other_text,
         r"first was measured on tiny-v3-heldout \(cdcdcdcdcdcd, 20 x 512 tokens\), second .*: distributions on "
-        r"different text do not compare",
+        r"different texts are not comparable",
         ("distribution", "blocks", "routers"),
     ),
     "windows": (
         fewer_windows,
-        r".*10 x 512 tokens\): distributions on different text",
+        r".*10 x 512 tokens\): distributions on different texts",
         ("distribution", "blocks"),
     ),
     "prompt": (
         other_prompt,
-        r"tiny-v3-math: the prompt of item 7 is not the same in first and second \(prompt_hash differs\): the "
-        r"scores do not compare",
+        r"tiny-v3-math: the prompt of item 7 differs between first and second \(prompt_hash differs\): the "
+        r"scores are not comparable",
         ("flips",),
     ),
     "data": (
         other_data,
-        r"tiny-v3-math: first was asked other data \(1212.*\) than second \(2121.*\)",
+        r"tiny-v3-math: first was tested on other data \(1212.*\) than second \(2121.*\)",
         ("flips", "likelihood"),
     ),
     "solutions": (
         other_solutions,
-        r"tiny-v3-math: first was asked other data",
+        r"tiny-v3-math: first was tested on other data",
         ("flips", "likelihood"),
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_compare_is_refused_in_a_sentence(case: str) -> None:
+def test_incomparable_sides_are_rejected_with_the_reason(case: str) -> None:
     change, sentence, _ = REFUSED[case]
     with pytest.raises(NotComparable) as caught:
         compare_sides(a_side(), change(b_side()))
@@ -398,7 +398,7 @@ def test_what_does_not_compare_is_refused_in_a_sentence(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_the_rest_is_compared_when_asked(case: str) -> None:
+def test_partial_compares_the_rest(case: str) -> None:
     change, sentence, gone = REFUSED[case]
     found, whole = (
         compare_sides(a_side(), change(b_side()), partial=True),
@@ -418,20 +418,20 @@ def test_the_rest_is_compared_when_asked(case: str) -> None:
     ) and "left out: " in render_text.render_markdown(found)
 
 
-def test_items_that_only_one_side_was_asked_are_counted() -> None:
+def test_items_of_one_side_only_are_counted() -> None:
     found = compare_sides(a_side(), replace(b_side(), items=items(B_SCORES[:40], SOURCE[:40])))
     assert found.benchmarks[0].n == 40
     assert "tiny-v3-math: 40 items are in both, 20 in one only." in found.notes
 
 
-def test_a_baseline_that_moved_is_told() -> None:
+def test_changed_baseline_is_noted() -> None:
     moved = tokens(0.004, seed=2)
     moved = replace(moved, nll_source=[x + 1e-3 for x in moved.nll_source])
     found = compare_sides(
         a_side(), replace(b_side(), tokens=moved, items=items(B_SCORES, [0.0, *SOURCE[1:]]))
     )
     assert any("differ by up to 0.001 nats between the two builds" in note for note in found.notes)
-    assert any("scored otherwise on 1 items" in note for note in found.notes)
+    assert any("has other scores on 1 items" in note for note in found.notes)
 
 
 # ---------------------------------------------------------------------------------------------------- large, hostile
@@ -475,7 +475,7 @@ def hostile() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("text", list(hostile()), ids=["fence", "cell", "long"])
-def test_text_from_elsewhere_ends_nothing(text: str) -> None:
+def test_untrusted_text_is_escaped(text: str) -> None:
     a, b = a_side(), b_side()
     assert a.items is not None and b.items is not None
     both = []
@@ -509,7 +509,7 @@ def test_text_from_elsewhere_ends_nothing(text: str) -> None:
     assert "\x1b" not in drawn(render_text.render_terminal(found))
 
 
-def test_an_answer_calls_nobody_and_links_nothing() -> None:
+def test_markdown_breaks_mentions_and_issue_links() -> None:
     """GitHub would read @name and #12 in a table; in a fence it does not."""
     b = a_side()
     key = ("tiny-v3-math", "answer", 5)
@@ -541,19 +541,19 @@ def test_kl_of_a_source_is_zero_and_its_ratio_has_no_percent() -> None:
         for row in a.fidelity.distribution
     ]
     a = replace(a, fidelity=a.fidelity.model_copy(update={"distribution": tuple(rows)}))
-    assert "mean KL 0 -> 0.00400, higher beyond doubt" in tables.format_headline(
+    assert "mean KL 0 -> 0.00400, significantly higher" in tables.format_headline(
         compare_sides(a, b_side())
     )
 
 
-def test_tokens_that_the_report_does_not_count_are_not_paired() -> None:
+def test_tokens_of_another_count_are_not_paired() -> None:
     """Samples of another length than the report says are not those behind its figures."""
     rows = [{"domain": "all", "tokens": N_TOKENS + 1, "kl_mean": {"value": 0.1}}]
     a, b = (replace(side, fidelity=report(distribution=rows)) for side in (a_side(), b_side()))
     assert [row.difference for row in compare_sides(a, b).distribution] == [None]
 
 
-def test_reports_of_a_model_that_measured_nothing_compare() -> None:
+def test_empty_reports_are_compared() -> None:
     bare = Fidelity.model_validate({
         key: report().model_dump()[key] for key in ("artifact", "source")
     })

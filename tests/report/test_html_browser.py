@@ -60,7 +60,7 @@ def test_every_plot_is_drawn(tab: Tab) -> None:
     assert red == crosses
 
 
-def test_a_plot_tells_its_figures_under_the_mouse(tab: Tab) -> None:
+def test_plot_shows_a_tooltip(tab: Tab) -> None:
     tab.page.locator("figure[data-plot=bits] .mark-rect path").first.hover()
     tip = tab.page.locator("#vg-tooltip-element.visible")
     tip.wait_for(timeout=10_000)
@@ -91,7 +91,7 @@ def test_tables_sort_both_ways(tab: Tab) -> None:
     assert tab.page.locator("#t-modules th[aria-sort]").count() == 1
 
 
-def test_what_has_no_number_stays_last(tab: Tab) -> None:
+def test_cells_without_a_number_sort_last(tab: Tab) -> None:
     for _ in range(2):
         tab.page.locator("#t-distribution thead button").nth(2).click()
         assert tab.column("t-distribution", 2)[-1] == "-"
@@ -141,7 +141,9 @@ def test_commands_are_copied_or_selected(tab: Tab) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_words_can_be_read_in_both_schemes(scheme: str, browser: Any, page_file: Path) -> None:
+def test_text_has_contrast_in_both_color_schemes(
+    scheme: str, browser: Any, page_file: Path
+) -> None:
     tab = Tab(browser, page_file, color_scheme=scheme)
     page = tab.all("getComputedStyle(document.documentElement).backgroundColor")
     assert (luminance(page) > 0.5) == (scheme == "light")
@@ -165,7 +167,7 @@ def test_words_can_be_read_in_both_schemes(scheme: str, browser: Any, page_file:
     tab.context.close()
 
 
-def test_a_phone_scrolls_one_way_only(browser: Any, page_file: Path) -> None:
+def test_narrow_page_scrolls_only_vertically(browser: Any, page_file: Path) -> None:
     tab = Tab(browser, page_file, viewport=NARROW, is_mobile=True, has_touch=True)
     assert tab.all("document.documentElement.scrollWidth") == NARROW["width"]
     sides = tab.all(
@@ -185,9 +187,7 @@ def test_a_phone_scrolls_one_way_only(browser: Any, page_file: Path) -> None:
     tab.context.close()
 
 
-def test_paper_is_white_and_shows_no_controls(
-    browser: Any, page_file: Path, tmp_path: Path
-) -> None:
+def test_print_is_white_without_controls(browser: Any, page_file: Path, tmp_path: Path) -> None:
     tab = Tab(browser, page_file, color_scheme="dark")
     tab.page.emulate_media(media="print", color_scheme="dark")
     assert (
@@ -200,14 +200,14 @@ def test_paper_is_white_and_shows_no_controls(
     closed = tab.all("""[...document.querySelectorAll('details:not([open])')].map(
         each => each.lastElementChild.checkVisibility({contentVisibilityAuto: true}))""")
     assert closed and all(closed), "what is closed on a screen is there on paper"
-    assert "288 more items are not on paper." in tab.page.locator("#left").inner_text()
+    assert "288 more items are not printed." in tab.page.locator("#left").inner_text()
     tab.page.pdf(path=tmp_path / "page.pdf", prefer_css_page_size=True)
     pages = (tmp_path / "page.pdf").read_bytes().count(b"/Type /Page\n")
     assert 8 <= pages <= 30
     tab.context.close()
 
 
-def test_without_scripts_the_tables_and_answers_are_there(browser: Any, page_file: Path) -> None:
+def test_page_without_scripts_shows_tables_and_answers(browser: Any, page_file: Path) -> None:
     tab = Tab(browser, page_file, java_script_enabled=False)
     assert tab.page.locator("#t-modules tbody tr").count() == html_page.WORST
     assert tab.page.locator("#items > article").last.is_visible()
@@ -217,7 +217,7 @@ def test_without_scripts_the_tables_and_answers_are_there(browser: Any, page_fil
 # ----------------------------------------------------------------------------------------------------------- hostile
 
 
-def test_hostile_text_runs_nothing(browser: Any, tmp_path: Path) -> None:
+def test_hostile_text_runs_no_script(browser: Any, tmp_path: Path) -> None:
     """Drawn, hovered, sorted and searched: no script of the text's runs, nothing is fetched, the page stays whole."""
     text = " ".join(HOSTILE).encode("utf-8", "ignore").decode()
     fidelity, items = poisoned(text, text * 2)
@@ -240,7 +240,7 @@ def test_hostile_text_runs_nothing(browser: Any, tmp_path: Path) -> None:
     tab.context.close()
 
 
-def test_the_policy_stops_a_script_that_got_in(browser: Any, tmp_path: Path) -> None:
+def test_policy_blocks_an_injected_script(browser: Any, tmp_path: Path) -> None:
     """A second line of defence: even a script element in the page does not run."""
     text = html_page.make_page(folder_with(tmp_path, example()))
     (tmp_path / "page.html").write_text(

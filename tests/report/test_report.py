@@ -32,18 +32,18 @@ def one_line(text: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- text
 
 
-def test_the_model_card_to_the_letter() -> None:
+def test_model_card_matches_golden_file() -> None:
     assert card.render_card(gates.apply_gates(GATES, example())) == (GOLDEN / "card.md").read_text()
 
 
-def test_the_terminal_report_to_the_letter() -> None:
+def test_terminal_report_matches_golden_file() -> None:
     assert (
         drawn(terminal.render_report(gates.apply_gates(GATES, example())))
         == (GOLDEN / "fidelity.txt").read_text()
     )
 
 
-def test_the_terminal_plan_to_the_letter() -> None:
+def test_terminal_plan_matches_golden_file() -> None:
     assert (
         drawn(terminal.render_plan(PlanSummary.model_validate(PLAN)))
         == (GOLDEN / "plan.txt").read_text()
@@ -63,7 +63,7 @@ def test_card_and_terminal_show_the_same_cells() -> None:
                 assert all(word in shown for word in cell.split())
 
 
-def test_the_front_matter_is_yaml_that_says_where_the_model_comes_from() -> None:
+def test_front_matter_is_yaml_with_license_and_base_model() -> None:
     source = {**dict(FIDELITY["source"]), "model": "deepseek-ai/DeepSeek-V3"}  # type: ignore[call-overload]
     source["license"] = {"id": "other", "name": 'dee"p: #seek', "link": "LICENSE-MODEL"}
     text = card.render_card(example({"source": source}))
@@ -82,7 +82,7 @@ def test_the_front_matter_is_yaml_that_says_where_the_model_comes_from() -> None
     }
 
 
-def test_the_model_hub_reads_the_benchmarks_of_the_card() -> None:
+def test_model_hub_parses_the_benchmarks_of_the_card() -> None:
     """By the hub's own parser, which knows `model-index` alone; what was not run has no figure there."""
     from huggingface_hub import ModelCard
 
@@ -103,33 +103,33 @@ def test_the_model_hub_reads_the_benchmarks_of_the_card() -> None:
     assert "model-index" not in card.render_card(emptied())
 
 
-def test_a_source_without_licence_gets_none() -> None:
+def test_card_of_a_source_without_license_names_none() -> None:
     source = {**dict(FIDELITY["source"]), "license": None}  # type: ignore[call-overload]
     text = card.render_card(example({"source": source}))
     assert "license:" not in text
-    assert "The licence is that of the source, which states none." in text
+    assert "License: the source states none." in text
 
 
 # ----------------------------------------------------------------------------------------------------------- corners
 
 
-def test_nothing_measured() -> None:
+def test_card_and_terminal_of_an_empty_report() -> None:
     text = card.render_card(emptied())
     for sentence in (
         "No benchmark was run.",
-        "No distribution was measured.",
-        "Nothing: the artifact is a copy",
+        "Next-token distributions were not measured.",
+        "None: the artifact is a copy",
     ):
         assert sentence in text
     assert "in the format" not in text and "per quantized weight" not in text  # there is none
     assert "**Not judged: no gates.**" in text
     assert "\n\n\n" not in text
-    assert "No fallback was needed." in text
+    assert "No fallback was used." in text
     shown = drawn(terminal.render_report(emptied()))
     assert shown.endswith("Not judged: no gates.\n")
 
 
-def test_only_tasks_that_were_not_run() -> None:
+def test_report_with_only_skipped_tasks() -> None:
     rows = [
         {"task": task, "status": "not run", "reason": "no sandbox"}
         for task in ("humaneval", "mbpp")
@@ -142,7 +142,7 @@ def test_only_tasks_that_were_not_run() -> None:
     assert "Not judged: 1 of 1 gates have no figure." in drawn(terminal.render_report(fidelity))
 
 
-def test_worst_modules_come_first_and_the_rest_is_counted() -> None:
+def test_worst_modules_come_first_and_others_are_counted() -> None:
     modules = [
         ModuleResult(
             name=f"m{i}",
@@ -161,7 +161,7 @@ def test_worst_modules_come_first_and_the_rest_is_counted() -> None:
     assert len(tables.make_module_table(example({"modules": modules}), limit=200).rows) == 200
 
 
-def test_a_method_that_is_its_rounding_is_named_once() -> None:
+def test_method_that_equals_its_rounding_is_named_once() -> None:
     pairs = (("gptq", "gptq"), ("awq", "gptq"), ("awq", "nearest"))
     modules = [
         ModuleResult(name="m", rule="r", method=method, rounding=rounding, scheme="s")
@@ -173,7 +173,7 @@ def test_a_method_that_is_its_rounding_is_named_once() -> None:
     assert told == ["gptq", "awq+gptq", "awq+nearest"]
 
 
-def test_a_card_stays_under_its_limit_whatever_the_names_are() -> None:
+def test_card_with_long_names_stays_under_its_limit() -> None:
     long = "a|b<c`*\\ " * 400
     wide = gates.apply_gates(
         {f"task{i}": Gate(min_recovery=0.9) for i in range(300)},
@@ -205,7 +205,7 @@ def test_a_card_stays_under_its_limit_whatever_the_names_are() -> None:
     assert "<c" not in text.split("---\n", 2)[2].split("## Serving")[0]
 
 
-def test_text_from_elsewhere_does_not_steer_markdown_or_the_terminal() -> None:
+def test_untrusted_text_is_escaped_in_markdown_and_terminal() -> None:
     module = {
         "name": "a|b\n# x <script>",
         "rule": "r",
@@ -221,7 +221,7 @@ def test_text_from_elsewhere_does_not_steer_markdown_or_the_terminal() -> None:
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
-def test_the_terminal_report_fits_and_loses_nothing(width: int) -> None:
+def test_terminal_report_fits_its_width_without_loss(width: int) -> None:
     fidelity = gates.apply_gates(
         GATES,
         example({
@@ -245,7 +245,7 @@ def test_the_terminal_report_fits_and_loses_nothing(width: int) -> None:
                     assert one_line(word) in one_line(shown), word
 
 
-def test_columns_are_never_narrower_than_a_number_or_a_word() -> None:
+def test_columns_fit_every_number_and_word() -> None:
     made = tables.Table(
         title="t", columns=("a", ">n"), rows=(("long words here " * 9, "1,234 ±5"),)
     )
@@ -255,7 +255,7 @@ def test_columns_are_never_narrower_than_a_number_or_a_word() -> None:
     assert terminal.compute_widths(crowded, 100) == [None, None]
 
 
-def test_a_narrow_terminal_cuts_no_number_in_two() -> None:
+def test_narrow_terminal_breaks_no_number() -> None:
     figures = ("1,234,567", "23,456", "107.87 GB", "345.68 GB ±0.01")
     columns = ("what", *(f">{word} of tokens" for word in ("sum", "rest", "bytes", "all")))
     made = tables.Table(
@@ -273,7 +273,7 @@ def test_a_narrow_terminal_cuts_no_number_in_two() -> None:
 # ------------------------------------------------------------------------------------------------------------- gates
 
 
-def test_judging() -> None:
+def test_judge_gates_returns_a_result_per_bound() -> None:
     results = gates.judge_gates(GATES, example())
     assert [(row.figure, row.bound, row.value, row.ok) for row in results] == [
         ("kl_mean", "<= 0.0003", 0.000361, False),
@@ -297,16 +297,16 @@ def test_judging() -> None:
         ({"kl_mean": Gate(max=0), "tiny-v3-code": Gate(min_recovery=0.9)}, "rejected"),
     ],
 )
-def test_status(bounds: dict[str, Gate], expected: str) -> None:
+def test_status_follows_from_the_gates(bounds: dict[str, Gate], expected: str) -> None:
     assert gates.apply_gates(bounds, example()).status == expected
 
 
-def test_a_number_that_is_not_finite_is_none_however_it_is_spelled() -> None:
+def test_non_finite_numbers_become_none() -> None:
     found = Figure.model_validate({"value": "nan", "se": float("inf"), "ci": ["-Infinity", 0]})
     assert (found.value, found.se, found.ci) == (None, None, (None, 0.0))
 
 
-def test_a_figure_that_is_not_finite_misses_every_bound() -> None:
+def test_non_finite_figure_fails_every_bound() -> None:
     pooled = DistributionResult(domain="all", tokens=1, kl_mean=Figure(value=float("nan")))
     fidelity = example({"distribution": [pooled]})
     (result,) = gates.judge_gates({"kl_mean": Gate(max=1)}, fidelity)
@@ -320,12 +320,12 @@ def test_a_figure_that_is_not_finite_misses_every_bound() -> None:
 @pytest.mark.parametrize(
     "figure", sorted({*list_keys()} - {"fallbacks", "bits_per_weight", "size"})
 )
-def test_a_figure_that_was_not_measured_is_not_judged(figure: str) -> None:
+def test_unmeasured_figure_is_not_judged(figure: str) -> None:
     (result,) = gates.judge_gates({figure: Gate(max=1)}, emptied())
     assert (result.ok, result.reason) == (None, "not measured")
 
 
-def test_a_source_that_scores_nothing_gives_no_information() -> None:
+def test_source_score_of_zero_is_not_judged() -> None:
     floor = example({"benchmarks": [BenchmarkResult(task="t", n=9, source=0.0, artifact=0.0)]})
     (result,) = gates.judge_gates({"t": Gate(min_recovery=0.5)}, floor)
     assert (result.ok, result.reason) == (None, "the source scores 0: no information")
@@ -346,12 +346,12 @@ def test_fidelity_json_is_stable_and_reads_back() -> None:
     )  # infinity, which JSON cannot say
 
 
-def test_an_unknown_key_is_refused() -> None:
+def test_unknown_key_is_rejected() -> None:
     with pytest.raises(ValueError, match="extra"):
         example({"speed": 3})
 
 
-def test_experts_below_the_limit_are_listed() -> None:
+def test_experts_below_the_minimum_are_listed() -> None:
     experts = ExpertCoverage.model_validate({
         "min_tokens": 10,
         "policy": "rtn",
@@ -389,5 +389,5 @@ def test_experts_below_the_limit_are_listed() -> None:
         ),
     ],
 )
-def test_numbers(shown: str, expected: str) -> None:
+def test_numbers_are_formatted(shown: str, expected: str) -> None:
     assert shown == expected

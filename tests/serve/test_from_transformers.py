@@ -57,11 +57,11 @@ def test_a_stranger_is_what_transformers_caches_and_holds(family: str, tmp_path:
         kept = (
             TOKENS if window is None else min(TOKENS, window - 1)
         )  # transformers drops one token more
-        assert held.keys.numel() + held.values.numel() == layer.attention.elements * kept
+        assert held.keys.numel() + held.values.numel() == layer.attention.kv_elements * kept
 
 
 @pytest.mark.parametrize(
-    ("beside", "told"), [({}, "BF16"), ({"vision_config": {}}, "BF16 (the language model alone)")]
+    ("beside", "told"), [({}, "BF16"), ({"vision_config": {}}, "BF16 (language model only)")]
 )
 def test_a_config_with_more_than_a_language_model_says_what_was_counted(
     beside: dict[str, object], told: str, tmp_path: Path
@@ -79,11 +79,11 @@ def test_a_strangers_bytes_are_those_of_its_headers(tmp_path: Path) -> None:
     size = (tmp_path / "model.safetensors").stat().st_size
     header = int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
     assert found.weights.n_bytes == size - 8 - header
-    assert found.read_from == "headers" and found.mixture is not None
+    assert found.read_from == "headers" and found.moe is not None
     assert found.routed.parameters == sum(
         p.numel() for n, p in model.named_parameters() if ".experts." in n
     )
-    assert found.mixture.count == 4 and found.mixture.layers == 4
+    assert found.moe.num_experts == 4 and found.moe.num_layers == 4
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_strangers_bytes_are_those_of_its_headers(tmp_path: Path) -> None:
         ({"model_type": "no_such_family"}, "transformers has no language model of that type"),
         ({"model_type": "gemma2", "num_hidden_layers": "many"}, "repair the value"),
         ({"model_type": "gemma2", "num_hidden_layers": 10**8}, "expected at most 10,000"),
-        ({"model_type": "qwen3_next", "num_hidden_layers": 4}, "'linear_attention' layers"),
+        ({"model_type": "qwen3_next", "num_hidden_layers": 4}, "found 'linear_attention'"),
     ],
 )
 def test_what_cannot_be_sized_is_one_sentence(

@@ -21,7 +21,7 @@ from quantkit.artifact.loadtest_schema import CacheCounters, parse_load_test
 from quantkit.cli.main import main
 from quantkit.errors import ArtifactError, QuantkitError, UsageError
 from quantkit.serve.loadtest import engine, guidellm, tables
-from quantkit.serve.loadtest.charts import charts
+from quantkit.serve.loadtest.charts import make_charts
 from quantkit.serve.loadtest.page import render_page
 from quantkit.serve.loadtest.prompts import read_prompts
 from quantkit.verify.shallow import verify_artifact
@@ -81,7 +81,7 @@ def run(*words: str) -> Any:
 def test_results_are_read_as_guidellm_means_them() -> None:
     """The stub waited 10 ms before each of its 8 tokens; the golden file's own numbers are the reference."""
     raw = json.loads(GOLDEN_RESULTS.read_text())["benchmarks"][0]
-    level = guidellm.level(json.loads(GOLDEN_RESULTS.read_text()), 1, "golden")
+    level = guidellm.parse_level(json.loads(GOLDEN_RESULTS.read_text()), 1, "golden")
     assert (level.answered, level.errored, level.output_tokens, level.prompt_tokens) == (
         6,
         0,
@@ -99,7 +99,7 @@ def test_results_are_read_as_guidellm_means_them() -> None:
 
 def test_results_of_another_shape_or_without_an_answer_are_refused() -> None:
     with pytest.raises(QuantkitError, match=r"expected results of GuideLLM 0\.8"):
-        guidellm.level({"benchmarks": []}, 1, "x")
+        guidellm.parse_level({"benchmarks": []}, 1, "x")
     raw = json.loads(GOLDEN_RESULTS.read_text())
     raw["benchmarks"][0]["metrics"]["request_totals"] = {
         "successful": 0,
@@ -107,10 +107,8 @@ def test_results_of_another_shape_or_without_an_answer_are_refused() -> None:
         "incomplete": 0,
         "total": 5,
     }
-    with pytest.raises(
-        QuantkitError, match=r"no request of 5 was answered at 3 at once \(5 errors\)"
-    ):
-        guidellm.level(raw, 3, "x")
+    with pytest.raises(QuantkitError, match=r"at concurrency 3, found none of 5 \(5 errors\)"):
+        guidellm.parse_level(raw, 3, "x")
 
 
 def test_a_run_asks_each_level_reads_the_cache_and_keeps_the_result(
@@ -213,9 +211,9 @@ def test_a_tool_that_fails_or_hangs_is_told(
     monkeypatch.setattr(guidellm, "SLACK_SECONDS", 3)
     with RunningApp(Counting()) as serving:
         for name, then, told in (
-            ("a", "sys.exit('it broke')", "ended with 1, and said: it broke"),
-            ("b", "import time; time.sleep(60)", "did not end 3 s after its time"),
-            ("c", "sys.exit(0)", "ended with 0, and said: nothing"),
+            ("a", "sys.exit('it broke')", "exited with 1; its last output: it broke"),
+            ("b", "import time; time.sleep(60)", "still running 3 s after its time limit"),
+            ("c", "sys.exit(0)", "exited with 0; its last output: nothing"),
         ):
             (tmp_path / name).mkdir()
             program, _ = fake(tmp_path / name, then)
@@ -229,7 +227,7 @@ def test_a_tool_that_fails_or_hangs_is_told(
         (["localhost:8000"], 2, "expected http://HOST:PORT/v1"),
         (["http://127.0.0.1:9/v1"], 1, "expected an OpenAI-compatible server, found none"),
         (["http://127.0.0.1:9/v1", "--concurrency", "0"], 2, "expected numbers from 1"),
-        (["http://127.0.0.1:9/v1", "--model", "m"], 1, "expected an answer, found none"),
+        (["http://127.0.0.1:9/v1", "--model", "m"], 1, "expected a response, found none"),
         (
             ["http://127.0.0.1:9/v1", "--model", "m", "--metrics", "http://127.0.0.1:9"],
             1,
@@ -283,8 +281,14 @@ def test_what_the_server_says_against_a_request_is_told_before_a_tool_is_started
     with RunningApp(Refusing()) as serving:
         found = run(serving.url, "--guidellm", program, "--model", "foo", *words)
     assert found.exit_code == 1 and not log.exists()
-    assert f"found status 400: no {path} of 'foo'; ask for what it serves (stub)" in found.output
-    assert engine.said("<html>\nno") == "<html> no" and engine.said("") == "nothing"
+    assert (
+        f"expected status 200, found 400: no {path} of 'foo'; request a model that it serves (stub)"
+        in found.output
+    )
+    assert (
+        engine.extract_message("<html>\nno") == "<html> no"
+        and engine.extract_message("") == "no message"
+    )
 
 
 def test_a_server_of_several_models_asks_for_one(tmp_path: Path) -> None:
@@ -300,7 +304,7 @@ def test_a_server_of_several_models_asks_for_one(tmp_path: Path) -> None:
 def test_prompts_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"question": "a"}\n\n{"prompt": "b", "text": "c"}\n')
-    assert read_prompts(str(file)).texts == ("a", "b") and read_prompts(str(file)).rows(3) == [
+    assert read_prompts(str(file)).texts == ("a", "b") and read_prompts(str(file)).take(3) == [
         "a",
         "b",
         "a",
@@ -322,16 +326,16 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
 
 def test_counters_of_engines() -> None:
     vllm = 'vllm:prefix_cache_queries_total{e="0"} 10\nvllm:prefix_cache_queries_total{e="1"} 5\n'
-    assert engine.counted(vllm + 'vllm:prefix_cache_hits_total{e="0"} 3.0\n') == CacheCounters(
-        asked=15, hits=3
-    )
+    assert engine.parse_cache_counters(
+        vllm + 'vllm:prefix_cache_hits_total{e="0"} 3.0\n'
+    ) == CacheCounters(asked=15, hits=3)
     sglang = 'sglang:prompt_tokens_total{m="x y"} 8\nsglang:cached_tokens_total{m="x y"} 2\n'
-    assert engine.counted(sglang) == CacheCounters(asked=8, hits=2)
-    assert engine.counted("quantkit_gateway_running 3\n") is None
+    assert engine.parse_cache_counters(sglang) == CacheCounters(asked=8, hits=2)
+    assert engine.parse_cache_counters("quantkit_gateway_running 3\n") is None
     later, earlier = CacheCounters(asked=9, hits=4), CacheCounters(asked=4, hits=1)
     assert (
-        engine.during(earlier, later) == CacheCounters(asked=5, hits=3)
-        and engine.during(later, earlier) is None
+        engine.subtract_counters(earlier, later) == CacheCounters(asked=5, hits=3)
+        and engine.subtract_counters(later, earlier) is None
     )
 
 
@@ -340,13 +344,13 @@ def test_tables_plots_and_page_show_every_level() -> None:
     table = tables.make_level_table(made)
     assert [row[:2] for row in table.rows] == [("1", "6"), ("4", "6, 1 failed")]
     assert [row[-1] for row in table.rows] == ["-", "25.0%"]
-    assert "fewer than 100 answers" in table.note
+    assert "fewer than 100 requests" in table.note
     many = made.levels[0].model_copy(update={"answered": 100})
     assert (
         "fewer than"
         not in tables.make_level_table(made.model_copy(update={"levels": (many,)})).note
     )
-    for name, (_, _, spec) in charts(made).items():
+    for name, (_, _, spec) in make_charts(made).items():
         assert {row["at"] for row in spec["data"]["values"]} == {1, 4}, name
     page = render_page(made)
     assert "&lt;m&gt;" in page and "<m>" not in page
@@ -370,7 +374,7 @@ def test_diff_lays_runs_side_by_side_that_asked_alike(artifact: Path, tmp_path: 
     assert {at for at, _ in rows} == {4}
     a, b = rows[4, "output tokens/s"]
     assert b == pytest.approx(a / 2) and any(
-        "What served A: nobody noted, B: 2 x A100." in note for note in told["notes"]
+        "Servers: A: not noted, B: 2 x A100." in note for note in told["notes"]
     )
     for words, said in (
         ([], "-50.0%"),

@@ -31,10 +31,10 @@ from quantkit.cli.main import main
 from quantkit.errors import UsageError
 from quantkit.formats.common.engine_names import has_separate_shared_experts
 from quantkit.serve.engines import engine_process
-from quantkit.serve.engines.containers import label_of
-from quantkit.serve.engines.decoding import Decoder, Writer
-from quantkit.serve.engines.launch import Place, fit_of, launch
-from quantkit.serve.engines.openai_protocol import BadRequest, read
+from quantkit.serve.engines.containers import make_label
+from quantkit.serve.engines.decoding import Decoder, TextStreamer
+from quantkit.serve.engines.launch import Endpoint, fit_or_raise, make_launch
+from quantkit.serve.engines.openai_protocol import BadRequest, parse_request
 from quantkit.serve.engines.target import read_target
 from quantkit.serve.engines.transformers_server import BODY_BYTES, make_app
 from quantkit.serve.gateway.api_keys import create_key
@@ -141,15 +141,15 @@ def test_the_memory_fraction_grows_when_the_plan_needs_it() -> None:
     """R1-Distill-Qwen-32B in BF16, 65.5 GB, and 2.15 GB of cache per user on one card of 141 GB."""
     target, card = (
         read_target("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"),
-        read_gpus().named("h200"),
+        read_gpus().get_gpu("h200"),
     )
-    place = Place(host="x", port=1, name="n", path="p")
+    place = Endpoint(host="x", port=1, name="n", path="p")
     asked = {}
     for users in (10, 22, 26):
         wanted = estimate_memory(target.model, 8192, users)
-        made = launch("vllm", target, wanted, fit_of(wanted, card), place)
-        assert made.placement and made.placement.cards == 1
-        asked[users] = float(values(made.words())["--gpu-memory-utilization"])
+        made = make_launch("vllm", target, wanted, fit_or_raise(wanted, card), place)
+        assert made.placement and made.placement.gpus == 1
+        asked[users] = float(values(made.get_command())["--gpu-memory-utilization"])
     # (65.5 + 10 x 2.15) x 1.15 / 141 = .71; with 22 users .92; with 26 .99, of which vLLM is not given all
     assert asked == {10: 0.90, 22: 0.92, 26: 0.96}
 
@@ -173,7 +173,7 @@ def test_a_share_that_the_engine_is_not_given_is_told() -> None:
         dry("mistralai/Mixtral-8x7B-v0.1", "--gpu", "h100", "--engine", "vllm"),
         "--gpu-memory-utilization",
     )
-    assert why.endswith("of 80 GB a card = 0.98, held to 0.96: 1.61 GB are missing")
+    assert why.endswith("of 80 GB per GPU = 0.98, limited to 0.96: 1.61 GB are missing")
 
 
 def test_a_step_is_bounded_where_the_engines_own_number_takes_too_much() -> None:
@@ -181,7 +181,7 @@ def test_a_step_is_bounded_where_the_engines_own_number_takes_too_much() -> None
     words = ("Qwen/Qwen3-30B-A3B", "--gpu", "rtx4090", "--users", "32", "--engine")
     plan = dry(*words, "vllm")
     assert values(plan["commands"][0])["--max-num-batched-tokens"] == "256"
-    assert "2,048, the usual number, takes more than is left" in why_of(
+    assert "2,048, the default, exceed the memory that the cache leaves" in why_of(
         plan, "--max-num-batched-tokens"
     )
     assert "--chunked-prefill-size" not in values(dry(*words, "sglang")["commands"][0])
@@ -193,7 +193,8 @@ def test_a_step_is_bounded_where_the_engines_own_number_takes_too_much() -> None
 def test_a_dry_run_of_v3_takes_less_than_two_seconds_and_no_torch() -> None:
     code = (
         "import sys\nfrom quantkit.cli.main import main\n"
-        f"try: main(['serve', '{V3}', '--dry-run'])\nexcept SystemExit as end: assert end.code == 0, end.code\n"
+        f"try: main(['serve', '{V3}', '--dry-run'])\nexcept SystemExit as end: assert end.code == "
+        "0, end.code\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
         "import resource; sys.stderr.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_utime))"
     )
@@ -239,17 +240,17 @@ def test_without_a_card_a_small_artifact_is_served_here(
     [
         (["nowhere"], 2, "nowhere: expected an artifact"),
         ([SMALL], 2, "a config alone cannot be served"),
-        (["BUILT", "--context", "513"], 2, "made for 512 tokens"),
-        ([SMALL, "--dry-run", "--gpu", "h1000"], 2, "no card named 'h1000'"),
+        (["BUILT", "--context", "513"], 2, "expected a context of at most 512 tokens"),
+        ([SMALL, "--dry-run", "--gpu", "h1000"], 2, "no GPU named 'h1000'"),
         (
             [SMALL, "--dry-run", "--gpu", "mac-studio"],
             2,
-            "vLLM does not run there; name another card",
+            "vLLM does not run on it; name another GPU",
         ),
         (
             ["BUILT", "--dry-run", "--gpu", "mac-studio"],
             2,
-            "vLLM does not run there; use --engine transformers",
+            "vLLM does not run on it; use --engine transformers",
         ),
         (["v3-awq4", "--dry-run"], 2, "v3-awq4: expected an artifact, found a recipe; build it"),
         (
@@ -257,7 +258,7 @@ def test_without_a_card_a_small_artifact_is_served_here(
             2,
             "recipes/v3-awq4.yaml: expected an artifact, found a recipe; build it",
         ),
-        ([SMALL, "--docker", "--gpu", "mi300x"], 2, "written for NVIDIA cards"),
+        ([SMALL, "--docker", "--gpu", "mi300x"], 2, "expected an NVIDIA GPU"),
         ([SMALL, "--dry-run", "--users", "100000000"], 2, "fit on no number of NVIDIA H100"),
         ([SMALL, "--engine", "transformers"], 2, "expected an artifact, found none"),
         (["BUILT", "--engine", "transformers", "--", "--tp", "3"], 2, "takes no flags of its own"),
@@ -291,7 +292,11 @@ def test_without_a_card_a_small_artifact_is_served_here(
             "an engine on this machine alone, found 2 nodes",
         ),
         ([SMALL, "--gateway", "--keys", "no-such-keys.json"], 2, "no-such-keys.json: "),
-        (["BUILT", "--gateway", "--fallback-key", "NOT_SET"], 2, "expected an API key there"),
+        (
+            ["BUILT", "--gateway", "--fallback-key", "NOT_SET"],
+            2,
+            "expected an API key in this environment variable",
+        ),
         (
             ["BUILT", "--gateway", "--engine-key", "X"],
             2,
@@ -329,7 +334,7 @@ def test_a_damaged_artifact_is_not_served(artifact: Path) -> None:
     content[-1] ^= 1
     shard.write_bytes(content)
     found = serve(
-        str(artifact), "--engine", "transformers", "--port", str(demo_serve.find_free_port())
+        str(artifact), "--engine", "transformers", "--port", str(engine_process.find_free_port())
     )
     assert found.exit_code == 1 and "expected sha256" in found.output
 
@@ -392,7 +397,7 @@ def test_a_dry_run_shows_the_gateway_and_the_engine_behind_it(built: Path) -> No
     found = serve(*words, "--engine", "vllm", "--dry-run")
     assert values(shell(found.output))["--host"] == "127.0.0.1"
     assert (
-        "# gateway on http://0.0.0.0:9000/v1, 10 requests at once, 7 waiting, no keys"
+        "# gateway on http://0.0.0.0:9000/v1, 10 concurrent requests, 7 waiting, no keys"
         in found.output
     )
     assert "gateway" not in dry(str(built), "--engine", "vllm")
@@ -401,8 +406,8 @@ def test_a_dry_run_shows_the_gateway_and_the_engine_behind_it(built: Path) -> No
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a child")
 def test_an_engine_ends_with_a_program_that_was_killed() -> None:
     code = (
-        "import os, sys\nfrom quantkit.serve.engines.engine_process import process\n"
-        "with process(['sleep', '60'], os.environ) as started:\n"
+        "import os, sys\nfrom quantkit.serve.engines.engine_process import run_process\n"
+        "with run_process(['sleep', '60'], os.environ) as started:\n"
         "    print(started.pid, flush=True)\n    started.wait()"
     )
     program = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -425,7 +430,7 @@ def test_reasons_fit_the_terminal_and_stay_comments(
     found = serve(SMALL, "--dry-run", "--gpu", "h100", "--gateway")
     comments = [line for line in found.output.splitlines() if line.startswith("#")]
     assert max(map(len, comments)) <= columns
-    assert "body_bytes=8000000" in found.output and "what is left over becomes" in found.output
+    assert "body_bytes=8000000" in found.output and "the rest becomes" in found.output
     assert shell(found.output)[:3] == ["vllm", "serve", SMALL]
 
 
@@ -565,7 +570,7 @@ def test_kubernetes_two_nodes(engine: str) -> None:
     ],
 )
 def test_names_of_services_begin_with_a_letter(name: str, label: str) -> None:
-    assert label_of(name) == label
+    assert make_label(name) == label
 
 
 # ---------------------------------------------------------------------------------------------- what requests mean
@@ -575,11 +580,11 @@ def test_names_of_services_begin_with_a_letter(name: str, label: str) -> None:
     ("asked", "told"),
     [
         ({"model": "other", "prompt": "x"}, "model: expected 'm', found 'other'"),
-        ({"prompt": "x", "logprobs": 3}, "logprobs: this engine does not do that"),
-        ({"prompt": "x", "tools": [{}]}, "tools: this engine does not do that"),
+        ({"prompt": "x", "logprobs": 3}, "logprobs: not supported by this engine"),
+        ({"prompt": "x", "tools": [{}]}, "tools: not supported by this engine"),
         (
             {"prompt": "x", "presence_penalty": 0.5},
-            "presence_penalty: this engine does not do that",
+            "presence_penalty: not supported by this engine",
         ),
         ({"prompt": "x", "max_tokns": 3}, "max_tokns: unknown"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens: expected a number from 1"),
@@ -587,7 +592,7 @@ def test_names_of_services_begin_with_a_letter(name: str, label: str) -> None:
         ({"prompt": "x", "temperature": 3}, "temperature: expected a number from 0 to 2"),
         ({"prompt": "x", "temperature": float("nan")}, "temperature: expected a number"),
         ({"prompt": "x", "stop": ["a", ""]}, "stop: expected a text"),
-        ({"prompt": "x", "n": 100}, "n: expected a whole number from 1 to 16"),
+        ({"prompt": "x", "n": 100}, "n: expected an integer from 1 to 16"),
         ({"prompt": 3}, "prompt: expected a text"),
         ({"prompt": [[1], "x", None]}, "prompt: expected a text"),
         ({}, "prompt: expected a text"),
@@ -595,11 +600,11 @@ def test_names_of_services_begin_with_a_letter(name: str, label: str) -> None:
 )
 def test_what_cannot_be_honoured_is_refused_by_name(asked: dict[str, Any], told: str) -> None:
     with pytest.raises(BadRequest, match=told):
-        read(asked, "text", "m")
+        parse_request(asked, "text", "m")
 
 
 def test_what_changes_nothing_is_taken() -> None:
-    ask = read(
+    ask = parse_request(
         {
             "prompt": ["a", "b"],
             "logprobs": None,
@@ -613,13 +618,13 @@ def test_what_changes_nothing_is_taken() -> None:
     )
     assert (ask.prompts, ask.stop, ask.max_tokens, ask.temperature) == (("a", "b"), ("s",), 16, 1.0)
     assert (
-        read(
+        parse_request(
             {"prompt": "a", "max_completion_tokens": None, "max_tokens": 2}, "text", "m"
         ).max_tokens
         == 2
     )
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    chat = read({"messages": [{"role": "user", "content": parts}]}, "chat", "m")
+    chat = parse_request({"messages": [{"role": "user", "content": parts}]}, "chat", "m")
     assert chat.messages[0]["content"] == "ab" and chat.max_tokens is None
     for messages in (
         [],
@@ -629,7 +634,7 @@ def test_what_changes_nothing_is_taken() -> None:
         [3],
     ):
         with pytest.raises(BadRequest, match="messages"):
-            read({"messages": messages}, "chat", "m")
+            parse_request({"messages": messages}, "chat", "m")
 
 
 class Spelled:
@@ -643,16 +648,16 @@ def test_text_is_told_up_to_the_stop_string_and_never_a_part_of_it(
     text: str, stop: str, data: Any
 ) -> None:
     told: list[str] = []
-    writer = Writer(Spelled(), [stop], told.append)
+    writer = TextStreamer(Spelled(), [stop], told.append)
     rest = text
-    while rest and not writer.stopped:
+    while rest and not writer.is_stopped:
         size = data.draw(st.integers(1, 3))
-        writer._say(rest[:size])
+        writer._add_text(rest[:size])
         rest = rest[size:]
         assert text.split(stop)[0].startswith("".join(told))
     writer.end()
     assert "".join(told) == text.split(stop)[0]
-    assert writer.stopped == (stop in text)
+    assert writer.is_stopped == (stop in text)
 
 
 # ------------------------------------------------------------------------------------------- the transformers engine
@@ -766,7 +771,7 @@ def test_half_a_surrogate_is_no_text(api: openai.OpenAI, path: str) -> None:
     found = httpx2.post(f"{api.base_url}{path}", content=json.dumps(body))
     assert (
         found.status_code == 400
-        and "half a surrogate pair at 1" in found.json()["error"]["message"]
+        and "half of a surrogate pair at 1" in found.json()["error"]["message"]
     )
 
 

@@ -25,8 +25,10 @@ def run(*arguments: str) -> Result:
 def test_the_flagship_from_config_alone() -> None:
     found = run("deepseek-ai/DeepSeek-V3")
     assert found.exit_code == 0
-    for told in ("671.03 B parameters", "673.15 GB (626.92 GiB)", "70,272 B per token x 32,768 tokens x 10 users",
-                 "Cheapest in one node: 8 x", "H100 SXM 80 GB", "TP8 x PP2", "Computed upper bounds",
+    for told in ("671.03 B parameters", "673.15 GB (626.92 "
+                                        "GiB)", "70,272 B per token x 32,768 tokens x 10 users",
+                 "Cheapest in one node: 8 x", "H100 SXM 80 GB", "TP8 x PP2", "Computed upper "
+                                                                             "bounds",
                  "2026-11-23"):  # fmt: skip
         assert told in found.stdout, told
     assert max(map(len, found.stdout.splitlines())) <= 100
@@ -38,7 +40,8 @@ def test_the_flagship_is_sized_without_torch_and_transformers_which_take_seconds
     code = (
         "import sys; from quantkit.cli.main import main; "
         "main(['size', sys.argv[1], '--json'], standalone_mode=False); "
-        "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)), file=sys.stderr)"
+        "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)), "
+        "file=sys.stderr)"
     )
     for target in ("deepseek-ai/DeepSeek-V3", "v3-awq4"):
         found = subprocess.run(
@@ -72,7 +75,7 @@ def test_json_has_what_the_tables_show() -> None:
     )
     assert (card["price_usd"], card["watts"]) == (16 * 7500, 16 * 350)
     assert card["allowed_tensor_parallel"] == [1, 2, 4, 8, 16]
-    assert card["refused_tensor_parallel"]["3"] == "attention heads 128 / 3 is no whole number"
+    assert card["refused_tensor_parallel"]["3"] == "attention heads: 128 is not divisible by 3"
     assert (
         card["bounds"]["computed"] is True and card["bounds"]["prefill"]["limit"] == "interconnect"
     )
@@ -84,7 +87,7 @@ def test_the_cheapest_cards_are_some_that_an_engine_runs_on() -> None:
     found = run("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B")
     said = " ".join(found.stdout.split())
     assert re.search(r"Cheapest in one node: \d x (?!Mac)", said) and "Mac Studio 512 GB **" in said
-    assert said.endswith("** neither vLLM nor SGLang runs there.")
+    assert said.endswith("** not supported by vLLM or SGLang.")
     assert "**" not in run("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", "--gpu", "h100").stdout
 
 
@@ -92,14 +95,14 @@ def test_what_context_fits_on_one_card_of_24_gb() -> None:
     """Asked for as much as possible it takes two; the one is answered too, and no card is where none holds it."""
     words = ("--gpu", "rtx4090", "--users", "1")
     found = run("r1-distill-qwen-32b-awq4", *words)
-    assert "On one card: at most 5,877 tokens for 1 user (--context 5877)." in found.stdout
-    assert "On one card" not in run("r1-distill-qwen-32b-awq4", *words, "--context", "5877").stdout
-    assert "On one card" not in run("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", *words).stdout
+    assert "On one GPU: at most 5,877 tokens for 1 user (--context 5877)." in found.stdout
+    assert "On one GPU" not in run("r1-distill-qwen-32b-awq4", *words, "--context", "5877").stdout
+    assert "On one GPU" not in run("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", *words).stdout
 
 
 def test_speeds_say_at_which_context_they_are() -> None:
     """One user at the first tokens may be faster than everybody at the longest context."""
-    told = "context: longest for 1 user; users: most at 4,096 tokens; 1 user t/s: alone, at the first tokens; all t/s: "
+    told = "context: longest for 1 user; users: most at 4,096 tokens; 1 user t/s: one request at its first tokens; all t/s: "
     for words in (["Qwen/Qwen3-30B-A3B", "--gpu", "h100"], ["--compare", "Qwen/Qwen3-30B-A3B"]):
         found = run(*words, "--users", "1", "--context", "4096")
         said = " ".join(found.stdout.split())
@@ -160,20 +163,20 @@ def sealed(tmp_path: Path) -> Path:
     ("arguments", "sentence"),
     [
         (("nothing-here",), "expected an artifact, a recipe, a config.json or a hub id"),
-        (("deepseek-ai/DeepSeek-V3", "--gpu", "h10"), "no card named 'h10'. Did you mean 'h100'?"),
+        (("deepseek-ai/DeepSeek-V3", "--gpu", "h10"), "no GPU named 'h10'. Did you mean 'h100'?"),
         (
             ("deepseek-ai/DeepSeek-V3", "--context", "999999"),
-            "made for 163,840 tokens, found a context of 999,999",
+            "expected a context of at most 163,840 tokens, found 999,999",
         ),
         (("v3-awq4", "r1-distill-qwen-32b-awq4"), "expected one model, found 2"),
         (("deepseek-ai/DeepSeek-V3", "--set", "memory=1GB"), "is no recipe; leave the option out"),
         (
             ("builtin:tiny-v3", "--dtype", "int4"),
-            "are here, with widths of their own; leave the option out",
+            "found stored weights with widths of their own; leave the option out",
         ),
         (
             ("r1-distill-qwen-32b-awq4", "--dtype", "bf16"),
-            "are planned, with widths of their own; leave the option out",
+            "found planned weights with widths of their own; leave the option out",
         ),
         (("v3-awq4", "--set", "quantize.bits=3"), "4-bit integers only"),
         (("missing.yaml",), "no such recipe file"),

@@ -14,7 +14,7 @@ GOLDEN_RESULTS = Path(__file__).parents[1] / "golden/guidellm.json"
 
 def make_load_test() -> LoadTest:
     """Two levels of the golden results."""
-    level = guidellm.level(json.loads(GOLDEN_RESULTS.read_text()), 1, "golden")
+    level = guidellm.parse_level(json.loads(GOLDEN_RESULTS.read_text()), 1, "golden")
     second = level.model_copy(
         update={"concurrency": 4, "errored": 1, "cache": CacheCounters(asked=100, hits=25)}
     )

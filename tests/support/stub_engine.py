@@ -21,9 +21,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import uvicorn
+
+TESTS = str(Path(__file__).parents[1])
+"""The folder that programs import `support` from."""
 
 
 class StubEngine:
@@ -218,7 +222,13 @@ def send_half_request(url: str) -> bytes:
 @contextmanager
 def run_process(*arguments: str) -> Iterator[tuple[str, int]]:
     """A program that prints its port in a process of its own; its address and its process id."""
-    started = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
+    search_path = os.pathsep.join([TESTS, *filter(None, [os.environ.get("PYTHONPATH")])])
+    started = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": search_path},
+    )
     assert started.stdout
     try:
         yield f"http://127.0.0.1:{int(started.stdout.readline())}/v1", started.pid

@@ -178,7 +178,7 @@ def print_gateway(front: GatewayOptions, server: Upstream, json_out: bool) -> No
     if json_out:
         print_json({"gateway": front.as_values(server)})
     else:
-        click.echo("\n".join(front.lines(server)))
+        click.echo("\n".join(front.describe(server)))
 
 
 def print_comment(text: str, before: str = "") -> None:
@@ -213,4 +213,4 @@ def print_plan(plan: LaunchPlan, front: GatewayOptions, json_out: bool) -> None:
     for node in range(len(plan.launch.per_node)):
         if len(plan.launch.per_node) > 1:
             click.echo(f"# node {node}")
-        click.echo(plan.launch.text(node))
+        click.echo(plan.launch.format_command(node))

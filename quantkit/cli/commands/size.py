@@ -200,7 +200,7 @@ def show_sides(models: Sequence[tuple[str, Fit]], json_out: bool) -> None:
     """Print several models side by side."""
     sides = [
         ComparedModel(
-            name=fit.needs.model.name.rpartition("/")[2],
+            name=fit.memory.model.name.rpartition("/")[2],
             fit=fit,
             bounds=compute_bounds(fit),
             fidelity=find_report(target),
@@ -210,9 +210,9 @@ def show_sides(models: Sequence[tuple[str, Fit]], json_out: bool) -> None:
     if json_out:
         print_json([
             {
-                "model": serialize_model(side.fit.needs.model),
-                "needs": serialize_memory(side.fit.needs),
-                "on": serialize_fit(side.fit.card.name, side.fit, side.bounds),
+                "model": serialize_model(side.fit.memory.model),
+                "needs": serialize_memory(side.fit.memory),
+                "on": serialize_fit(side.fit.gpu.name, side.fit, side.bounds),
                 "fidelity": side.fidelity.model_dump(
                     mode="json", include={"distribution", "benchmarks", "status"}
                 )

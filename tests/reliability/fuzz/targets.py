@@ -582,11 +582,11 @@ def answers_files() -> tuple[bytes, ...]:
 @target("samples", "quantkit/samples/tokens.parquet", lambda: samples_files(), bytes_mutation)
 def samples(folder: Path) -> object:
     """Parquet samples of an artifact."""
-    from quantkit.diff.sides import _tokens
+    from quantkit.diff.sides import read_tokens
     from quantkit.report.samples import read_samples
 
     read_samples(folder, {})
-    return _tokens(folder / "quantkit/samples/tokens.parquet")
+    return read_tokens(folder / "quantkit/samples/tokens.parquet")
 
 
 @cache
