@@ -16,7 +16,7 @@ from quantkit.report.terminal import render_table, strip_control_characters
 from quantkit.serve.cost import assumptions as assumption_files
 from quantkit.serve.cost import tables
 from quantkit.serve.cost.claims import recompute_claims
-from quantkit.serve.cost.figures import figures
+from quantkit.serve.cost.cost_items import compute_cost_items
 from quantkit.serve.cost.page import render_page
 from quantkit.serve.cost.sensitivity import compute_sensitivity
 
@@ -61,7 +61,7 @@ def command(
         if assumptions
         else assumption_files.parse_assumptions(assumption_files.read_default_text(), name)
     )
-    costs = figures(inputs)
+    costs = compute_cost_items(inputs)
     changes, claims = compute_sensitivity(inputs), recompute_claims(inputs, costs, name)
     if json_out:
         print_json(tables.serialize_costs(inputs, costs, changes, claims))
@@ -80,9 +80,9 @@ def command(
             head,
             *(render_table(part) for part in tables.make_tables(inputs, costs, changes, claims)),
         )
-    wrong = [claim for claim in claims if not claim.right]
+    wrong = [claim for claim in claims if not claim.is_correct]
     if wrong:
         raise QuantkitError(
             f"{name}: claimed: {len(wrong)} of {len(claims)} figures do not come out: "
-            + "; ".join(claim.told for claim in wrong)
+            + "; ".join(claim.message for claim in wrong)
         )

@@ -123,7 +123,7 @@ def command(  # noqa: PLR0913  # one parameter per option
             "engine's container"
         )
     gateway_options = GatewayOptions(
-        on=gateway, host=host, port=port, limits=limits, keys=keys, fallbacks=fallback,
+        is_enabled=gateway, host=host, port=port, limits=limits, keys=keys, fallbacks=fallback,
         key_variable=fallback_key, running=users,
     )  # fmt: skip
     gateway_options.check()
@@ -157,14 +157,14 @@ def command(  # noqa: PLR0913  # one parameter per option
         for text in launch_plan.render_containers(plan, docker=docker, kubernetes=kubernetes):
             click.echo(text)
     elif dry_run:
-        print_plan(plan, gateway_options.before(plan), json_out)
+        print_plan(plan, gateway_options.adapt_to(plan), json_out)
     else:
         start.start_engine(
             plan,
-            gateway_options.before(plan),
+            gateway_options.adapt_to(plan),
             verified=no_verify,
             seconds=start_seconds,
-            tell=print_status,
+            log=print_status,
         )
 
 
@@ -176,7 +176,7 @@ def print_status(text: str) -> None:
 def print_gateway(front: GatewayOptions, server: Upstream, json_out: bool) -> None:
     """Print the gateway that would run in front of a server."""
     if json_out:
-        print_json({"gateway": front.as_values(server)})
+        print_json({"gateway": front.to_json(server)})
     else:
         click.echo("\n".join(front.describe(server)))
 
@@ -200,14 +200,14 @@ def print_comment(text: str, before: str = "") -> None:
 
 def print_plan(plan: LaunchPlan, front: GatewayOptions, json_out: bool) -> None:
     """Print the command, ready to be copied; its reasons and the gateway are comments."""
-    engine = make_engine_upstream(plan) if front.on else None
+    engine = make_engine_upstream(plan) if front.is_enabled else None
     if json_out:
-        print_json(serialize_plan(plan) | ({"gateway": front.as_values(engine)} if engine else {}))
+        print_json(serialize_plan(plan) | ({"gateway": front.to_json(engine)} if engine else {}))
         return
-    for line in (*front.lines(engine), ENGINE_NOTE, *plan.head) if engine else plan.head:
+    for line in (*front.describe(engine), ENGINE_NOTE, *plan.summary) if engine else plan.summary:
         print_comment(line)
     for flag in plan.launch.flags:
-        print_comment(flag.why, f"  {' '.join(flag.words):38}  ")
+        print_comment(flag.reason, f"  {' '.join(flag.arguments):38}  ")
     for note in plan.launch.notes:
         print_comment(note)
     for node in range(len(plan.launch.per_node)):

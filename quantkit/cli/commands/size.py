@@ -114,22 +114,24 @@ def command(
         )
     catalog = read_gpus()
     if gpu:
-        gpus = {gpu: catalog.named(gpu)}
+        gpus = {gpu: catalog.get_gpu(gpu)}
     elif compare:
-        gpus = {COMPARED_ON: catalog.cards[COMPARED_ON]}
+        gpus = {COMPARED_ON: catalog.gpus[COMPARED_ON]}
     else:
-        gpus = dict(catalog.cards)
+        gpus = dict(catalog.gpus)
     models = [
         (target, model) for target in targets for model in read_models(target, overrides, dtype)
     ]
     if compare and context is None:  # the longest context that all support, up to CONTEXT
-        context = min(DEFAULT_CONTEXT, *(model.longest or DEFAULT_CONTEXT for _, model in models))
+        context = min(
+            DEFAULT_CONTEXT, *(model.max_context or DEFAULT_CONTEXT for _, model in models)
+        )
     estimates = [
         (target, estimate_memory(model, context, users, kv, margin, speculative=mtp))
         for target, model in models
     ]
     fits_by_gpu = [
-        (target, {key: fit_model(estimate, card) for key, card in gpus.items()})
+        (target, {key: fit_model(estimate, device) for key, device in gpus.items()})
         for target, estimate in estimates
     ]
     if compare:
@@ -156,12 +158,12 @@ def make_tables(
 ) -> list[RenderableType]:
     """Return the tables of one model."""
     all_fits = list(fits_by_gpu.values())
-    model = all_fits[0].needs.model
+    model = all_fits[0].memory.model
     head = Text(strip_control_characters(model.name), style="bold")
     head.append(
         "\n" + strip_control_characters(tables.format_headline(model)) + "\n", style="not bold"
     )
-    parts: list[RenderableType] = [head, render_table(tables.make_memory_table(all_fits[0].needs))]
+    parts: list[RenderableType] = [head, render_table(tables.make_memory_table(all_fits[0].memory))]
     limited = [(fit, compute_bounds(fit)) for fit in all_fits]
     parts.append(render_table(tables.make_gpu_table(limited, catalog)))
     for fit, limits in limited if in_full else ():
@@ -181,13 +183,13 @@ def make_tables(
         }
         parts += [render_table(batches)] if batches else []
         parts += [render_table(tables.make_batched_tokens_table(advised, fit))] if advised else []
-        parts.append(render_table(tables.make_gpu_facts_table(fit.card, catalog)))
+        parts.append(render_table(tables.make_gpu_facts_table(fit.gpu, catalog)))
     return parts
 
 
 def make_json(fits_by_gpu: dict[str, Fit], catalog: GpuCatalog) -> dict[str, object]:
     """Return one model as JSON values."""
-    estimate = next(iter(fits_by_gpu.values())).needs
+    estimate = next(iter(fits_by_gpu.values())).memory
     return {
         "model": serialize_model(estimate.model),
         "needs": serialize_memory(estimate),
