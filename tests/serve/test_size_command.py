@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from support.diff_example import report
+from support.diff_example import make_report
 
 from quantkit.cli.main import main
 from quantkit.io.files import write_json
@@ -156,7 +156,7 @@ def sealed(tmp_path: Path) -> Path:
     target = tmp_path / "artifact"
     shutil.copytree(locate_model("builtin:tiny-v3"), target)
     (target / "quantkit").mkdir()
-    (target / "quantkit/fidelity.json").write_text(report().to_json())
+    (target / "quantkit/fidelity.json").write_text(make_report().to_json())
     write_json(target / "quantkit/manifest.json", {"schema_version": 1, "files": {}, "tensors": {}})
     return target
 
