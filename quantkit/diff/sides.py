@@ -354,11 +354,11 @@ def _read_local_source(text: str, artifact: Side) -> Tensors:
     except CheckpointError as fault:
         raise UsageError(str(fault)) from None
     opened = Checkpoint.open(folder)
-    if opened.fingerprint() != source.hash:
+    if opened.compute_fingerprint() != source.hash:
         raise UsageError(
             f"{text}: expected {artifact.name}'s source {source.model} "
             f"({source.hash[:12]}), found another model "
-            f"({opened.fingerprint()[:12]}); only its own source can be compared with an artifact"
+            f"({opened.compute_fingerprint()[:12]}); only its own source can be compared with an artifact"
         )
     return _convert_specs(opened.stored_specs)
 

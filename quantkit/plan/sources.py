@@ -108,7 +108,7 @@ def make_source_facts(recipe: Recipe, source: Checkpoint, revision: str | None) 
         revision=revision,
         config=source.config,
         specs=source.specs,
-        fingerprint=source.fingerprint(),
+        fingerprint=source.compute_fingerprint(),
         where=recipe.source.model,
     )
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from support.browser_pages import NARROW, Tab, contrast, luminance
 from support.constants import CHROMIUM
-from support.diff_example import a_side, answer, b_side, items
-from support.report_large import large
+from support.diff_example import make_answer, make_items, make_side_a, make_side_b
+from support.report_large import make_large_report
 from support.report_pages import HOSTILE, LIMIT_BYTES, Page
 
 from quantkit.diff import page, tables
@@ -39,18 +39,18 @@ def rendered(a: Side, b: Side) -> str:
 @pytest.fixture(scope="module")
 def text() -> str:
     """The page of the example."""
-    return rendered(a_side(), b_side())
+    return rendered(make_side_a(), make_side_b())
 
 
 @pytest.fixture(scope="module")
 def big_sides() -> tuple[Side, Side]:
     """Two of DeepSeek-V3's size, 200 of 600 items flipped."""
-    one = large().model_copy(update={"benchmarks": ()})
+    one = make_large_report().model_copy(update={"benchmarks": ()})
     modules = [
         m.model_copy(update={"output_relative_error": 0.01}) if m.method else m for m in one.modules
     ]
     sides = [
-        Side(name=name, kind="artifact", fidelity=fidelity, items=items(scores, [1.0] * 600))
+        Side(name=name, kind="artifact", fidelity=fidelity, items=make_items(scores, [1.0] * 600))
         for name, fidelity, scores in (
             ("a", one, [1.0] * 600),
             (
@@ -67,7 +67,7 @@ def big_sides() -> tuple[Side, Side]:
 
 
 def test_page_shows_the_cells_of_every_table(text: str) -> None:
-    words, diff = Page(text).words, compare_sides(a_side(), b_side())
+    words, diff = Page(text).words, compare_sides(make_side_a(), make_side_b())
     shown = [
         table for table in tables.make_tables(diff, page.ROWS) if table.title != "Flipped items"
     ]
@@ -80,7 +80,10 @@ def test_page_shows_the_cells_of_every_table(text: str) -> None:
 def test_sections_are_linked_and_lost_items_come_first(text: str) -> None:
     assert re.findall(r'<section id="(\w+)"', text) == re.findall(r'<li><a href="#(\w+)"', text)
     assert re.findall(r'data-outcome="(\w+)"', text) == ["lost"] * 12
-    assert tables.format_headline(compare_sides(a_side(), b_side())).replace("->", "-&gt;") in text
+    assert (
+        tables.format_headline(compare_sides(make_side_a(), make_side_b())).replace("->", "-&gt;")
+        in text
+    )
 
 
 def test_policy_names_the_two_scripts(text: str) -> None:
@@ -98,7 +101,7 @@ def test_policy_names_the_two_scripts(text: str) -> None:
 
 
 def test_page_is_reproducible(text: str) -> None:
-    assert rendered(a_side(), b_side()) == text
+    assert rendered(make_side_a(), make_side_b()) == text
 
 
 def test_page_of_a_large_pair_stays_small(big_sides: tuple[Side, Side]) -> None:
@@ -118,10 +121,12 @@ def test_page_escapes_hostile_text() -> None:
 def named(word: str) -> tuple[Side, Side]:
     """Two sides in which all text from elsewhere is this one."""
     sides = []
-    for side in (a_side(), b_side()):
+    for side in (make_side_a(), make_side_b()):
         held = {
-            key: replace(item, prompt=word, target=word[:99], answer=answer(f"{word}{n}", float(n)))
-            for key, item in items([1.0] * 3, [1.0] * 3).items()
+            key: replace(
+                item, prompt=word, target=word[:99], answer=make_answer(f"{word}{n}", float(n))
+            )
+            for key, item in make_items([1.0] * 3, [1.0] * 3).items()
             for n in [(key[2] + (side.kind == "artifact" and side.name == "second")) % 2]
         }
         tensors = {f"{word}{n}": ("BF16", (n, 2 if side.name == "first" else 3)) for n in range(2)}
@@ -162,8 +167,8 @@ def test_layer_medians_of_both_sides() -> None:
 
 
 def test_page_without_tokens_has_no_tail_plot() -> None:
-    for a, there in ((replace(a_side(), tokens=None), False), (a_side(), True)):
-        assert ("kl" in Page(rendered(a, b_side())).drawings["specs"]) is there
+    for a, there in ((replace(make_side_a(), tokens=None), False), (make_side_a(), True)):
+        assert ("kl" in Page(rendered(a, make_side_b())).drawings["specs"]) is there
 
 
 # ----------------------------------------------------------------------------------------------------------- browser

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.damage import judged, rehash
+from support.damage import rehash, set_status
 from support.loadtest_example import make_load_test
 from support.places.here import KINDS, RemoteFixture
 from support.places.using import (
@@ -152,7 +152,7 @@ def test_half_a_publication_is_none_and_goes_on(
 @pytest.mark.parametrize("status", ["not judged", "rejected"])
 def test_only_accepted_artifacts(artifact: Path, tmp_path: Path, status: str) -> None:
     missed = {"figure": "kl_mean", "bound": "<= 1e-07", "value": 0.001, "ok": False}
-    judged(artifact, status, [missed] if status == "rejected" else [])
+    set_status(artifact, status, [missed] if status == "rejected" else [])
     rehash(artifact)
     assert verify_artifact(artifact).status == status
     with pytest.raises(

@@ -11,7 +11,7 @@ from xml.etree import ElementTree as Xml
 import pytest
 from support.command_line import build, read_error, run
 from support.report_example import FIDELITY
-from support.report_variants import emptied, example
+from support.report_variants import make_empty_report, make_example
 
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
 from quantkit.errors import RecipeError, UsageError
@@ -51,9 +51,9 @@ def one(figure: str, gate: Gate, fidelity: Fidelity) -> tuple[float | None, bool
     ],
 )
 def test_gate_compares_the_value_of_the_report_with_its_bound(figure: str, value: float) -> None:
-    assert one(figure, Gate(max=value), example()) == (value, True, "")
-    assert one(figure, Gate(max=value * 0.999), example()) == (value, False, "")
-    assert one(figure, Gate(min=value), example()) == (value, True, "")
+    assert one(figure, Gate(max=value), make_example()) == (value, True, "")
+    assert one(figure, Gate(max=value * 0.999), make_example()) == (value, False, "")
+    assert one(figure, Gate(min=value), make_example()) == (value, True, "")
 
 
 def test_every_figure_has_a_value_in_a_full_report() -> None:
@@ -63,14 +63,14 @@ def test_every_figure_has_a_value_in_a_full_report() -> None:
         "ppl_artifact": {"value": 3.2},
     }  # type: ignore[index]
     gold = {"task": "t", "n": 9, "source": -0.5, "artifact": -0.6, "difference": {"value": -0.1}}
-    report = example({"distribution": [pooled], "benchmarks": [TASK], "likelihood": [gold]})
+    report = make_example({"distribution": [pooled], "benchmarks": [TASK], "likelihood": [gold]})
     values = {figure: one(figure, Gate(max=1e12), report)[0] for figure in list_keys()}
     assert [figure for figure, value in values.items() if value is None] == []
     assert values["lost_items"] == 5
 
 
 def test_figure_of_an_absent_domain_is_not_measured() -> None:
-    assert one("kl_mean@code", Gate(max=1), example()) == (
+    assert one("kl_mean@code", Gate(max=1), make_example()) == (
         None,
         None,
         "not measured: the text has all, math",
@@ -80,10 +80,10 @@ def test_figure_of_an_absent_domain_is_not_measured() -> None:
 def test_module_without_output_error_is_reported_and_without_error_fails() -> None:
     modules = [dict(module) for module in FIDELITY["modules"]]  # type: ignore[attr-defined]
     modules[0]["output_relative_error"] = None
-    told = one("module_output_error", Gate(max=1), example({"modules": modules}))
+    told = one("module_output_error", Gate(max=1), make_example({"modules": modules}))
     assert told == (0.0934, True, "1 of 2 modules not measured")
     modules[0]["relative_error"] = float("nan")
-    assert one("module_error", Gate(max=1), example({"modules": modules})) == (
+    assert one("module_error", Gate(max=1), make_example({"modules": modules})) == (
         None,
         False,
         "not finite",
@@ -92,7 +92,7 @@ def test_module_without_output_error_is_reported_and_without_error_fails() -> No
 
 def test_lost_items_of_a_skipped_task_are_not_measured() -> None:
     silent = BenchmarkResult(task="u", status="not run", reason="no sandbox")
-    report = example({"benchmarks": [TASK, silent]})
+    report = make_example({"benchmarks": [TASK, silent]})
     assert one("lost_items", Gate(max=9), report) == (None, None, "not measured: u was not run")
 
 
@@ -133,14 +133,14 @@ def test_lost_items_of_a_skipped_task_are_not_measured() -> None:
 def test_bounds_of_a_task_are_judged(
     gate: Gate, figure: str, bound: str, value: float, ok: bool, reason: str
 ) -> None:
-    (result,) = gates.judge_gates({"t": gate}, example({"benchmarks": [TASK]}))
+    (result,) = gates.judge_gates({"t": gate}, make_example({"benchmarks": [TASK]}))
     assert (result.figure, result.bound, result.value, result.ok) == (figure, bound, value, ok)
     assert result.reason.startswith(reason) and bool(result.reason) == bool(reason)
 
 
 def test_loss_beyond_the_margin_fails_without_unresolved() -> None:
     worse = TASK.model_copy(update={"delta_pp": Figure(value=-5, ci=(-7.0, -3.0))})
-    (result,) = gates.judge_gates({"t": Gate(margin_pp=2)}, example({"benchmarks": [worse]}))
+    (result,) = gates.judge_gates({"t": Gate(margin_pp=2)}, make_example({"benchmarks": [worse]}))
     assert (result.ok, result.reason) == (False, "")
 
 
@@ -157,12 +157,12 @@ def test_loss_beyond_the_margin_fails_without_unresolved() -> None:
 def test_skipped_task_neither_passes_nor_fails(gate: Gate) -> None:
     silent = BenchmarkResult(task="t", status="not run", reason="no sandbox")
     for rows, reason in (([silent], "not run: no sandbox"), ([], "not run")):
-        assert one("t", gate, example({"benchmarks": rows})) == (None, None, reason)
+        assert one("t", gate, make_example({"benchmarks": rows})) == (None, None, reason)
 
 
 def test_scores_of_zero_give_no_information() -> None:
     floor = TASK.model_copy(update={"source": 0.0, "artifact": 0.0, "recovery": None, "lost": 0})
-    report = example({"benchmarks": [floor]})
+    report = make_example({"benchmarks": [floor]})
     for gate in (Gate(margin_pp=1), Gate(max_lost=0), Gate(min_recovery=0.5)):
         value, ok, reason = one("t", gate, report)
         assert (value, ok) == (None, None) and "score" in reason
@@ -288,8 +288,8 @@ def valid(content: bytes) -> Xml.Element:
 
 def test_junit_marks_failed_and_skipped_gates() -> None:
     bounds = {"kl_mean": Gate(max=0.0003), "top1": Gate(min=0.9), "t": Gate(min_recovery=0.9)}
-    report = gates.apply_gates(bounds, example())
-    root = valid(format_junit([report, gates.apply_gates({}, emptied())]))
+    report = gates.apply_gates(bounds, make_example())
+    root = valid(format_junit([report, gates.apply_gates({}, make_empty_report())]))
     cases = {case.get("name"): [child.tag for child in case] for case in root.iter("testcase")}
     assert cases == {
         "kl_mean <= 0.0003": ["failure"],
@@ -306,7 +306,7 @@ def test_junit_escapes_untrusted_names() -> None:
     name = 'a<b>&"\x00\x1b\ud800]]>'
     row = TASK.model_copy(update={"task": name, "status": "not run", "reason": name})
     artifact: dict[str, Any] = {**dict(FIDELITY["artifact"]), "name": name}  # type: ignore[call-overload]
-    report = example({"artifact": artifact, "benchmarks": [row]})
+    report = make_example({"artifact": artifact, "benchmarks": [row]})
     root = valid(format_junit([gates.apply_gates({name: Gate(max_lost=1)}, report)]))
     assert root[0].get("name") == 'a<b>&"   ]]>'
 

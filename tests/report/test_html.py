@@ -19,9 +19,16 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as some
-from support.report_large import large, pair
-from support.report_pages import HOSTILE, LIMIT_BYTES, Page, example, folder_with, poisoned
-from support.report_variants import emptied
+from support.report_large import make_item, make_large_report
+from support.report_pages import (
+    HOSTILE,
+    LIMIT_BYTES,
+    Page,
+    make_hostile_report,
+    make_judged_example,
+    write_artifact_folder,
+)
+from support.report_variants import make_empty_report
 
 from quantkit.artifact.fidelity_schema import ExpertCoverage, ModuleResult
 from quantkit.artifact.layout import PAGE
@@ -40,7 +47,9 @@ ORDER = (
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The page of a model of DeepSeek-V3's size with 300 changed items."""
-    return html_page.make_page(folder_with(tmp_path_factory.mktemp("big"), large(), items=900))
+    return html_page.make_page(
+        write_artifact_folder(tmp_path_factory.mktemp("big"), make_large_report(), items=900)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ content
@@ -55,8 +64,8 @@ def test_page_has_its_sections_in_order(big: str) -> None:
 
 
 def test_page_shows_the_cells_of_the_card(tmp_path: Path) -> None:
-    fidelity = example()
-    words = Page(html_page.make_page(folder_with(tmp_path, fidelity))).words
+    fidelity = make_judged_example()
+    words = Page(html_page.make_page(write_artifact_folder(tmp_path, fidelity))).words
     for made in tables.make_tables(fidelity):
         for row in (
             made.rows
@@ -82,7 +91,7 @@ def test_page_head_has_verdict_and_tiles(big: str) -> None:
 
 
 def test_page_of_an_empty_report_has_notes_instead_of_tables() -> None:
-    text = html_page.render_page(emptied(), Samples())
+    text = html_page.render_page(make_empty_report(), Samples())
     for sentence in (
         "The recipe sets no gates.", "Nothing is quantized: the artifact is a copy of the source.",
         "No benchmark was run.", "Next-token distributions were not measured.", "No data for plots.",
@@ -95,7 +104,8 @@ def test_page_of_an_empty_report_has_notes_instead_of_tables() -> None:
 
 def test_page_of_a_dense_model_has_no_expert_plot() -> None:
     text = html_page.render_page(
-        example({"experts": None, "routers": [], "distribution": [], "blocks": []}), Samples()
+        make_judged_example({"experts": None, "routers": [], "distribution": [], "blocks": []}),
+        Samples(),
     )
     assert list(Page(text).drawings["specs"]) == ["layers"]
 
@@ -107,7 +117,7 @@ def test_page_lists_every_module_of_a_fallback() -> None:
         for expert in range(250)
     ]
     rows = [{"kind": "shared-gram", "meaning": "m", "modules": names}]
-    text = html_page.render_page(example({"fallbacks": rows}), Samples())
+    text = html_page.render_page(make_judged_example({"fallbacks": rows}), Samples())
     assert "<li>model.layers.{3-4}.mlp.experts.{0-249}.up_proj</li>" in text
     assert "<b>500</b> modules" in text
 
@@ -123,8 +133,8 @@ def test_page_escapes_hostile_text(attack: str, tmp_path: Path) -> None:
         clean = text.encode(
             "utf-8", "ignore"
         ).decode()  # JSON and Parquet of quantkit hold no lone surrogates
-        fidelity, items = poisoned(clean, clean * 3)
-        artifact = folder_with(tmp_path / place, fidelity)
+        fidelity, items = make_hostile_report(clean, clean * 3)
+        artifact = write_artifact_folder(tmp_path / place, fidelity)
         (artifact / "quantkit/samples").mkdir()
         parquet.write_table(
             arrow.Table.from_pylist(items), artifact / "quantkit/samples/benchmarks.parquet"
@@ -178,16 +188,16 @@ def test_page_fetches_nothing(big: str) -> None:
 
 
 def test_page_of_45_000_modules_stays_under_three_megabytes(big: str) -> None:
-    assert len(large().modules) > 44_500
+    assert len(make_large_report().modules) > 44_500
     assert len(big.encode()) < LIMIT_BYTES
 
 
 def test_page_with_long_answers_and_names_stays_under_three_megabytes(tmp_path: Path) -> None:
     """Every third of 1,500 items changed, each answer of 8,000 characters of which most need escaping."""
-    artifact = folder_with(tmp_path, large())
+    artifact = write_artifact_folder(tmp_path, make_large_report())
     (artifact / "quantkit/samples").mkdir()
     dice = random.Random(2)
-    rows = [pair(n, "".join(dice.choices("<&\"'>é漢", k=400)) * 20) for n in range(1_500)]
+    rows = [make_item(n, "".join(dice.choices("<&\"'>é漢", k=400)) * 20) for n in range(1_500)]
     parquet.write_table(
         arrow.Table.from_pylist(rows), artifact / "quantkit/samples/benchmarks.parquet"
     )
@@ -200,7 +210,7 @@ def test_page_with_long_answers_and_names_stays_under_three_megabytes(tmp_path: 
 
 def test_page_is_reproducible_across_processes(tmp_path: Path) -> None:
     """In other processes with other hash seeds and time zones."""
-    artifact = folder_with(tmp_path, example(), items=60)
+    artifact = write_artifact_folder(tmp_path, make_judged_example(), items=60)
     code = (
         "import sys, pathlib; from quantkit.report.html_page import make_page;"
         "sys.stdout.buffer.write(make_page(pathlib.Path(sys.argv[1])).encode())"
@@ -239,9 +249,9 @@ def test_histogram_counts_every_token(tmp_path: Path) -> None:
 
 def test_changed_items_are_sorted_and_use_the_scoring_filter(tmp_path: Path) -> None:
     (tmp_path / "quantkit/samples").mkdir(parents=True)
-    rows = [pair(n, "") for n in range(12)]
+    rows = [make_item(n, "") for n in range(12)]
     rows += [{**row, "filter": "lenient", "quant_score": 0.5} for row in rows]
-    rows += [{**pair(3, ""), "task": "other", "base_score": None}]
+    rows += [{**make_item(3, ""), "task": "other", "base_score": None}]
     rows[1]["quant_response"] = "in other words"
     parquet.write_table(
         arrow.Table.from_pylist(rows), tmp_path / "quantkit/samples/benchmarks.parquet"
@@ -297,7 +307,7 @@ def test_excerpt_cuts_long_answers_around_the_difference() -> None:
 
 @pytest.mark.parametrize("content", [b"not parquet", b""])
 def test_damaged_samples_raise_artifact_error(content: bytes, tmp_path: Path) -> None:
-    artifact = folder_with(tmp_path, example(), items=6)
+    artifact = write_artifact_folder(tmp_path, make_judged_example(), items=6)
     (artifact / "quantkit/samples/tokens.parquet").write_bytes(content)
     with pytest.raises(
         ArtifactError, match=r"tokens\.parquet: expected samples with the columns domain, kl, found"
@@ -306,8 +316,8 @@ def test_damaged_samples_raise_artifact_error(content: bytes, tmp_path: Path) ->
 
 
 def test_samples_without_a_column_raise_artifact_error(tmp_path: Path) -> None:
-    artifact = folder_with(tmp_path, example(), items=6)
-    rows = [{key: value for key, value in pair(1, "").items() if key != "quant_response"}]
+    artifact = write_artifact_folder(tmp_path, make_judged_example(), items=6)
+    rows = [{key: value for key, value in make_item(1, "").items() if key != "quant_response"}]
     parquet.write_table(
         arrow.Table.from_pylist(rows), artifact / "quantkit/samples/benchmarks.parquet"
     )
@@ -358,7 +368,7 @@ def test_shade_bounds_start_at_the_required_minimum() -> None:
 
 
 def test_heatmap_describes_under_calibrated_experts(big: str) -> None:
-    low = len(large().experts.uncalibrated())  # type: ignore[union-attr]
+    low = len(make_large_report().experts.uncalibrated())  # type: ignore[union-attr]
     words = "".join(Page(big).words)
     assert f"{low} of 14,848 routed experts saw fewer than 256 tokens (crossed)" in words
     spec = Page(big).drawings["specs"]["experts"]

@@ -12,8 +12,13 @@ import pyarrow.parquet as parquet
 import pytest
 from support.browser_pages import NARROW, Tab, contrast, luminance
 from support.constants import CHROMIUM
-from support.report_large import large
-from support.report_pages import HOSTILE, example, folder_with, poisoned
+from support.report_large import make_large_report
+from support.report_pages import (
+    HOSTILE,
+    make_hostile_report,
+    make_judged_example,
+    write_artifact_folder,
+)
 
 from quantkit.report import html_page
 
@@ -28,7 +33,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of DeepSeek-V3's size with 300 changed items."""
-    folder = folder_with(tmp_path_factory.mktemp("page"), large(), items=900)
+    folder = write_artifact_folder(tmp_path_factory.mktemp("page"), make_large_report(), items=900)
     (folder / "page.html").write_text(html_page.make_page(folder), encoding="utf-8")
     return folder / "page.html"
 
@@ -54,7 +59,7 @@ def test_every_plot_is_drawn(tab: Tab) -> None:
     crosses = tab.all(
         "document.querySelectorAll('figure[data-plot=experts] .mark-symbol.role-mark path').length"
     )
-    assert crosses == len(large().experts.uncalibrated())  # type: ignore[union-attr]
+    assert crosses == len(make_large_report().experts.uncalibrated())  # type: ignore[union-attr]
     red = tab.all("[...document.querySelectorAll('figure[data-plot=experts] .mark-rect path')]"
                   ".filter(p => p.getAttribute('fill') === 'var(--under)').length")  # fmt: skip
     assert red == crosses
@@ -220,8 +225,8 @@ def test_page_without_scripts_shows_tables_and_answers(browser: Any, page_file: 
 def test_hostile_text_runs_no_script(browser: Any, tmp_path: Path) -> None:
     """Drawn, hovered, sorted and searched: no script of the text's runs, nothing is fetched, the page stays whole."""
     text = " ".join(HOSTILE).encode("utf-8", "ignore").decode()
-    fidelity, items = poisoned(text, text * 2)
-    artifact = folder_with(tmp_path, fidelity)
+    fidelity, items = make_hostile_report(text, text * 2)
+    artifact = write_artifact_folder(tmp_path, fidelity)
     (artifact / "quantkit/samples").mkdir()
     parquet.write_table(
         arrow.Table.from_pylist(items), artifact / "quantkit/samples/benchmarks.parquet"
@@ -242,7 +247,7 @@ def test_hostile_text_runs_no_script(browser: Any, tmp_path: Path) -> None:
 
 def test_policy_blocks_an_injected_script(browser: Any, tmp_path: Path) -> None:
     """A second line of defence: even a script element in the page does not run."""
-    text = html_page.make_page(folder_with(tmp_path, example()))
+    text = html_page.make_page(write_artifact_folder(tmp_path, make_judged_example()))
     (tmp_path / "page.html").write_text(
         text.replace("<h1>", "<script>hacked = 1</script><h1>"), encoding="utf-8"
     )

@@ -272,7 +272,7 @@ def index(folder: Path) -> object:
     """The index of a sharded checkpoint."""
     from quantkit.checkpoint.shards import open_shards
 
-    return open_shards(folder).fingerprint()
+    return open_shards(folder).compute_fingerprint()
 
 
 @target("header", "model.safetensors", lambda: (SHARD, framed(b"{}", b"")), shard_mutation)
@@ -295,7 +295,7 @@ def checkpoint(folder: Path) -> object:
     from quantkit.checkpoint.checkpoint import Checkpoint
 
     opened = Checkpoint.open(folder)
-    opened.fingerprint()
+    opened.compute_fingerprint()
     return opened.read(opened.specs)
 
 
@@ -530,13 +530,13 @@ def shown(report: object) -> None:
 @cache
 def ledger_lines() -> tuple[bytes, ...]:
     """A journal of two entries."""
-    from quantkit.io.journal import _line
+    from quantkit.io.journal import _format_line
 
     of = {"source": {"files": {"m": "0" * 64}, "other files": "0"}, "recipe": {"version": 1}}
-    first, digest = _line("", {"kind": "began", "stamps": {"m": [1, 2]}, "of": of})
+    first, digest = _format_line("", {"kind": "began", "stamps": {"m": [1, 2]}, "of": of})
     step = {"loop": 0, "record": None, "states": {"calibration": "x"}, "stored": []}
-    second, digest = _line(digest, {"kind": "step", "step": step})
-    third, _ = _line(digest, {"kind": "ready", "loop": 0, "manifests": {"awq": "0" * 64}})
+    second, digest = _format_line(digest, {"kind": "step", "step": step})
+    third, _ = _format_line(digest, {"kind": "ready", "loop": 0, "manifests": {"awq": "0" * 64}})
     return (first + second + third,)
 
 
