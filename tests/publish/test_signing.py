@@ -107,7 +107,7 @@ def flip(path: Path, at: int) -> None:
 def test_a_signature_is_checked_when_asked_for(signed: Path, keys: Pair) -> None:
     code, text = check(signed, keys)
     assert code == 0 and text.endswith(f"not judged)\n  signed by the key {keys.public}\n")
-    assert run("verify", signed)[1].endswith("say who must have signed with --public-key\n")
+    assert run("verify", signed)[1].endswith("name the signer with --public-key\n")
     values = json.loads(run("verify", signed, "--public-key", keys.public, "--json")[1])
     assert values["ok"] is True and values["signed_by"] == f"the key {keys.public}"
     assert json.loads(run("verify", signed, "--json")[1])["signed_by"] is None

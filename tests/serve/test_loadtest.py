@@ -389,7 +389,8 @@ def test_diff_compares_load_tests_with_the_same_settings(artifact: Path, tmp_pat
     (other / FILE).write_text(first.model_copy(update={"max_tokens": 9}).model_dump_json())
     found = CliRunner().invoke(main, ["diff", str(artifact), str(other)])
     assert (
-        "The load tests have different settings (max_tokens: 8 and 9)" in " ".join(found.stdout.split())
+        "The load tests have different settings (max_tokens: 8 and 9)"
+        in " ".join(found.stdout.split())
         and "-50.0%" not in found.stdout
     )
 
