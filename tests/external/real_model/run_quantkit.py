@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import transformers.models.llama.modeling_llama  # noqa: F401  # what the first block would import
-from peers.cost import measured
+from peers.cost import measure_cost
 
 from quantkit import pipeline
 from quantkit.plan.plan import Plan
@@ -22,7 +22,7 @@ from quantkit.progress import Progress
 from quantkit.recipe.parse import parse_recipe
 
 
-def ignore(_: Progress | Sequence[Plan]) -> None:
+def ignore_progress(_: Progress | Sequence[Plan]) -> None:
     """Only the end counts."""
 
 
@@ -31,9 +31,9 @@ def main() -> None:
     file, changes, report = sys.argv[1:]
     text = Path(file).read_text(encoding="utf-8")
     recipe = parse_recipe(text, file, json.loads(Path(changes).read_text(encoding="utf-8")))
-    with measured(Path(report)):
+    with measure_cost(Path(report)):
         pipeline.build_artifacts(
-            recipe, text, overwrite=True, evaluate=False, planned=ignore, tell=ignore
+            recipe, text, overwrite=True, evaluate=False, planned=ignore_progress, tell=ignore_progress
         )
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from cost import measured
+from cost import measure_cost
 from gptqmodel import GPTQModel, QuantizeConfig, extension
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     model = GPTQModel.load(
         model_folder, QuantizeConfig(bits=4, group_size=64, sym=True), device="cpu"
     )
-    with measured(Path(report)):
+    with measure_cost(Path(report)):
         model.quantize(calibration, batch_size=1)
         model.save(artifact)
 

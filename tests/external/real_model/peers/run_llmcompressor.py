@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from cost import measured
+from cost import measure_cost
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -22,7 +22,7 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def recipe(method: str) -> list[object]:
+def make_recipe(method: str) -> list[object]:
     """The modifiers of a method."""
     weights = QuantizationArgs(
         num_bits=4, group_size=64, symmetric=method == "gptq", strategy="group"
@@ -47,12 +47,12 @@ def main() -> None:
     IntermediatesCache.pin_memory = lambda *_: None
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    with measured(Path(report)):
+    with measure_cost(Path(report)):
         oneshot(
             model=model,
             tokenizer=tokenizer,
             dataset=calibration,
-            recipe=recipe(method),
+            recipe=make_recipe(method),
             max_seq_length=len(rows[0]),
             num_calibration_samples=len(rows),
             shuffle_calibration_samples=False,
