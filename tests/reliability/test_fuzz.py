@@ -73,7 +73,9 @@ def test_a_parser_answers_or_refuses(name: str, place: Path, record_property: Re
     """No exception but quantkit's, within seconds, in words that a terminal can show."""
     target, tried = TARGETS[name], 0
     prepare_folder(target, place)
-    assert all(run_target(target, place, data) is None for data in target.seeds), "a good input is refused"
+    assert all(run_target(target, place, data) is None for data in target.seeds), (
+        "a good input is refused"
+    )
 
     @settings(
         max_examples=UNIT_INPUTS,

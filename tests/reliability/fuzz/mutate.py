@@ -37,7 +37,14 @@ YAML_RAW: tuple[bytes, ...] = (
 def mutate_json(data: bytes, rng: random.Random) -> bytes:
     """One to three changes of a JSON text's values, keys or bytes."""
     for _ in range(rng.randint(1, 3)):
-        data = rng.choice((_replace_value, _replace_value, _replace_value, _change_key, _insert_raw, _cut_bytes))(data, rng)
+        data = rng.choice((
+            _replace_value,
+            _replace_value,
+            _replace_value,
+            _change_key,
+            _insert_raw,
+            _cut_bytes,
+        ))(data, rng)
     return data
 
 
@@ -60,7 +67,13 @@ def mutate_lines(data: bytes, rng: random.Random) -> bytes:
 def mutate_yaml(data: bytes, rng: random.Random) -> bytes:
     """One to three changes of a YAML text's lines, values or bytes."""
     for _ in range(rng.randint(1, 3)):
-        data = rng.choice((_change_line, _replace_yaml_value, _replace_yaml_value, _insert_raw_yaml, _cut_bytes))(data, rng)
+        data = rng.choice((
+            _change_line,
+            _replace_yaml_value,
+            _replace_yaml_value,
+            _insert_raw_yaml,
+            _cut_bytes,
+        ))(data, rng)
     return data
 
 

@@ -275,7 +275,9 @@ def index(folder: Path) -> object:
     return open_shards(folder).compute_fingerprint()
 
 
-@register_target("header", "model.safetensors", lambda: (SHARD, join_shard(b"{}", b"")), mutate_shard)
+@register_target(
+    "header", "model.safetensors", lambda: (SHARD, join_shard(b"{}", b"")), mutate_shard
+)
 def header(folder: Path) -> object:
     """A safetensors header."""
     from quantkit.checkpoint.header import read_header
@@ -312,7 +314,10 @@ def model_card(folder: Path) -> object:
     "tokenizer.json",
     lambda: (encode_json(TOKENIZER),),
     mutate_json,
-    lambda: {"tokenizer_config.json": encode_json(TOKENIZER_CONFIG), "config.json": encode_json(LLAMA)},
+    lambda: {
+        "tokenizer_config.json": encode_json(TOKENIZER_CONFIG),
+        "config.json": encode_json(LLAMA),
+    },
 )
 def tokenizer(folder: Path) -> object:
     """tokenizer.json, and a text tokenized with what it says."""
@@ -579,7 +584,9 @@ def make_answers_file() -> tuple[bytes, ...]:
         return (path.read_bytes(),)
 
 
-@register_target("samples", "quantkit/samples/tokens.parquet", lambda: make_samples_file(), mutate_bytes)
+@register_target(
+    "samples", "quantkit/samples/tokens.parquet", lambda: make_samples_file(), mutate_bytes
+)
 def samples(folder: Path) -> object:
     """Parquet samples of an artifact."""
     from quantkit.diff.sides import read_tokens
