@@ -39,7 +39,7 @@ def test_equal_answers_have_no_faults() -> None:
     assert result.differences == () and result.faults == []
     assert result.margins == (0.0,) * 20  # EOS is decided and does not count
     assert (
-        result.lines()[0]
+        result.format_lines()[0]
         == "10 prompts: 10 answers equal token by token, 0 near-ties, 0 other differences"
     )
 
@@ -47,7 +47,7 @@ def test_equal_answers_have_no_faults() -> None:
 def test_near_tie_is_counted_and_accepted() -> None:
     result = compare_answers(*make_ten(make_answer(SURE, (6, {6: -0.7, 5: -0.75}), END)))
     assert result.faults == []
-    assert result.lines()[1] == "near-tie: math/0, token 1, margin 0.300 nats"
+    assert result.format_lines()[1] == "near-tie: math/0, token 1, margin 0.300 nats"
 
 
 def test_too_many_near_ties_are_a_fault() -> None:

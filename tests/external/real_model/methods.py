@@ -1,6 +1,7 @@
 """`make real-model`: loss and cost of each method on SmolLM2-135M-Instruct, 4 bits, group size 64.
 
-    PYTHONPATH=tests .venv/bin/python -m external.real_model.methods [--model FOLDER] [--place FOLDER] [--only METHOD ...]
+    PYTHONPATH=tests .venv/bin/python -m external.real_model.methods \\
+        [--model FOLDER] [--place FOLDER] [--only METHOD ...]
 
 Each method is built twice: with its recipe, for the figures of the report, and with `fidelity:
 none`, for the cost of quantization alone; both builds must write identical weights. Methods without
@@ -72,7 +73,10 @@ def time_copy(source: Path, folder: Path) -> Cost:
     """
     scratch = folder.with_name(f"{folder.name}.copy")
     scratch.mkdir(exist_ok=True)
-    command = f"cat {source}/*.safetensors > /dev/null; cp {folder}/*.safetensors {scratch}/; sync {scratch}/*"
+    command = (
+        f"cat {source}/*.safetensors > /dev/null; "
+        f"cp {folder}/*.safetensors {scratch}/; sync {scratch}/*"
+    )
     times = []
     for _ in range(REPEATS):
         start, before = time.monotonic(), read_children_cpu()

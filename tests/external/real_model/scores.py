@@ -1,7 +1,7 @@
 """`make eval-real`: GSM8K, HumanEval and MBPP on SmolLM2-135M-Instruct, source and each method.
 
-    PYTHONPATH=tests .venv/bin/python -m external.real_model.scores [--model FOLDER] [--place FOLDER] [--only METHOD ...]
-        [--limit 200] [--max-tokens 256]
+    PYTHONPATH=tests .venv/bin/python -m external.real_model.scores \\
+        [--model FOLDER] [--place FOLDER] [--only METHOD ...] [--limit 200] [--max-tokens 256]
 
 `quantkit eval --source` evaluates each artifact and stores answers as they arrive, so an
 interrupted run resumes. Artifacts of `make real-model` in the folder are reused, others are built.

@@ -29,9 +29,8 @@ def check_processor() -> None:
 
     if not (torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported()):
         sys.exit(
-            "processor: expected AVX-512 BF16 and VNNI for vLLM's four-bit expert kernel, found "
-            "none; "
-            "run this test on such a CPU"
+            "processor: expected AVX-512 BF16 and VNNI for vLLM's four-bit expert kernel, "
+            "found none; run this test on such a CPU"
         )
 
 

@@ -1,6 +1,7 @@
 """`make test-vllm`: load artifacts in vLLM and compare its answers with the dequantized models.
 
-    PYTHONPATH=tests .venv/bin/python -m external.vllm_cpu.run .venv-vllm/bin/python [--only TEXT] [--artifact PATH ...]
+    PYTHONPATH=tests .venv/bin/python -m external.vllm_cpu.run .venv-vllm/bin/python \\
+        [--only TEXT] [--artifact PATH ...]
 
 Builds the artifacts of cases.py in a temporary folder, or uses those on the command line; sends the
 same prompts to vLLM and to the dequantized model, and prints one table. The exit code is 1 if vLLM
@@ -110,7 +111,8 @@ def format_row(name: str, result: Comparison | None, fault: str = "") -> str:
     ties = sum(d.is_near_tie for d in result.differences)
     equal = f"{result.answers - len(result.differences)} of {result.answers}"
     verdict = "FAILED" if result.faults else "passed"
-    return f"{name:<40}  loaded  {equal:>9} equal  {ties:>2} near-ties  {result.median_change:>6}  {verdict}"
+    change = result.median_change
+    return f"{name:<40}  loaded  {equal:>9} equal  {ties:>2} near-ties  {change:>6}  {verdict}"
 
 
 def main() -> None:
