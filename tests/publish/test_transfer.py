@@ -1,4 +1,6 @@
-"""Publishing to every kind of place and pulling it back: what is sent, what is refused, what is left as it was."""
+"""Publishing to every kind of place and pulling it back: what is sent, what is refused, what is
+left as it was.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ def there(request: pytest.FixtureRequest, make: Callable[[str], Place]) -> Place
     return make(request.param)
 
 
-# ------------------------------------------------------------------------------------------------------ there and back
+# ----------------------------------------------------------------------------------- there and back
 
 
 def test_what_is_published_is_pulled_byte_for_byte(
@@ -98,7 +100,7 @@ def test_a_load_test_travels_and_its_page_does_not(
     assert sent(artifact, there.address).files == ()  # it is no stranger there
 
 
-# ------------------------------------------------------------------------------------------------ half of a publication
+# ---------------------------------------------------------------------------- half of a publication
 
 
 def test_half_a_publication_is_none_and_goes_on(
@@ -198,7 +200,7 @@ def test_other_files_are_left_alone(built: Path, there: Place, tmp_path: Path) -
     assert files(tmp_path / "got") == files(built)
 
 
-# -------------------------------------------------------------------------------------------------- what a place can do
+# ------------------------------------------------------------------------------ what a place can do
 
 
 def test_a_lost_file_is_named(

@@ -1,4 +1,5 @@
-"""What goes wrong on the way: each fault is survived, or refused with one sentence, and nothing unverified has a name.
+"""What goes wrong on the way: each fault is survived, or refused with one sentence, and nothing
+unverified has a name.
 
 Every fault is recorded (`record_property("fault", ...)`), for `make reliability` to count.
 """
@@ -61,7 +62,7 @@ def sentence(work: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------------ the wire
+# ----------------------------------------------------------------------------------------- the wire
 
 
 @pytest.mark.slow
@@ -180,7 +181,7 @@ def test_nobody_there(
     record_property("fault", f"{kind}: nobody listens")
 
 
-# ----------------------------------------------------------------------------------------------------------- the place
+# ---------------------------------------------------------------------------------------- the place
 
 
 @pytest.mark.parametrize("kind", some("file", "s3", "memory", "oci"))
@@ -288,7 +289,7 @@ def test_a_gitignore_that_names_a_file(
     record_property("fault", "hf: the repository ignores a file")
 
 
-# -------------------------------------------------------------------------------------------------------- this machine
+# ------------------------------------------------------------------------------------- this machine
 
 
 def run(*words: str, limit: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -364,7 +365,9 @@ def test_a_second_pull_into_a_folder_is_refused(
 def test_a_pull_that_another_was_faster_than(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
-    """Between the look at the folder and the lock somebody else's artifact got the name: it is not replaced."""
+    """Between the look at the folder and the lock somebody else's artifact got the name: it is not
+    replaced.
+    """
     from quantkit.publish import pull
 
     sent(built, str(tmp_path / "there"))

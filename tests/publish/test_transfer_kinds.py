@@ -20,7 +20,7 @@ from quantkit.publish.pull import pull_artifact
 from quantkit.publish.remote import RemoteOptions, UploadFile, open_remote
 from quantkit.verify.shallow import verify_artifact
 
-# ----------------------------------------------------------------------------------------------------- kinds of places
+# ---------------------------------------------------------------------------------- kinds of places
 
 
 def test_s3_there_and_back(built: Path, make: Callable[[str], Place], tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_another_image_under_the_tag(built: Path, make: Callable[[str], Place]) 
     sent(built, there.address, overwrite=True)
 
 
-# ---------------------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 
 def test_what_the_commands_print(built: Path, tmp_path: Path) -> None:
@@ -247,9 +247,12 @@ def test_neither_command_starts_torch(built: Path, tmp_path: Path) -> None:
 
     program = (
         "import sys; from quantkit.cli.main import main\n"
-        f"main(['publish', '--force', {str(built)!r}, {str(tmp_path / 'there')!r}], standalone_mode=False)\n"
-        f"main(['pull', {str(tmp_path / 'there')!r}, {str(tmp_path / 'got')!r}], standalone_mode=False)\n"
-        "print(sorted({'torch', 'transformers', 'pydantic', 'fsspec', 'huggingface_hub'} & set(sys.modules)))"
+        f"main(['publish', '--force', {str(built)!r}, {str(tmp_path / 'there')!r}], "
+        "standalone_mode=False)\n"
+        f"main(['pull', {str(tmp_path / 'there')!r}, {str(tmp_path / 'got')!r}], "
+        "standalone_mode=False)\n"
+        "print(sorted({'torch', 'transformers', 'pydantic', 'fsspec', 'huggingface_hub'} & "
+        "set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

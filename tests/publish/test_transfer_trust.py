@@ -1,4 +1,6 @@
-"""Input that wants to break publish and pull: names, manifests, links, addresses; and what must not be replaced."""
+"""Input that wants to break publish and pull: names, manifests, links, addresses; and what must not
+be replaced.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,34 @@ from quantkit.publish.hashed_upload import HashedReader
 from quantkit.publish.pull import pull_artifact
 from quantkit.publish.remote import RemoteOptions, UploadFile, parse_address, remove_secrets
 
-# --------------------------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 
 BAD_NAMES = [
-    "../outside", "a/../../outside", "/etc/passwd", "a//b", "./a", "a/.", "", "a/", "\x00", "a\x00b", "a\nb",
-    "a\x1b[2J", "..", "a\\..\\b", "C:evil", "C:\\evil", "con \u202egnp.exe", "x" * 300,
+    "../outside",
+    "a/../../outside",
+    "/etc/passwd",
+    "a//b",
+    "./a",
+    "a/.",
+    "",
+    "a/",
+    "\x00",
+    "a\x00b",
+    "a\nb",
+    "a\x1b[2J",
+    "..",
+    "a\\..\\b",
+    "C:evil",
+    "C:\\evil",
+    "con \u202egnp.exe",
+    "x" * 300,
     "/".join("abcdefgh" for _ in range(200)),
-    "\ud800", " a", "a ", "a.", "model.safetensors.part",
-]  # fmt: skip
+    "\ud800",
+    " a",
+    "a ",
+    "a.",
+    "model.safetensors.part",
+]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
@@ -227,7 +249,7 @@ def test_an_image_that_lies(
     record_property("fault", f"an image has a layer titled {title}")
 
 
-# ------------------------------------------------------------------------------------------- what is at the final name
+# ------------------------------------------------------------------------ what is at the final name
 
 
 def test_what_must_not_be_replaced_stays(built: Path, tmp_path: Path) -> None:
@@ -279,7 +301,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
         list(pieces)
 
 
-# ----------------------------------------------------------------------------------------------------------- addresses
+# ---------------------------------------------------------------------------------------- addresses
 
 
 @pytest.mark.parametrize(
@@ -317,7 +339,8 @@ def test_a_folder_that_looks_like_a_repository(
         ("s3://", "found no bucket"), ("hf://a", "expected hf://owner/name"),
         ("hf://datasets/a/b", "expected hf://owner/name"), ("oci://host", "expected oci://host/name:tag"),
         ("oci://host/UPPER", "expected oci://host/name:tag"), ("oci://h/../../x", "expected oci://host/name:tag"),
-        ("file://elsewhere/x", "expected a folder of this machine"), ("oci://h/n@sha256:12", "expected oci://"),
+        ("file://elsewhere/x", "expected a folder of this "
+                               "machine"), ("oci://h/n@sha256:12", "expected oci://"),
     ],
 )  # fmt: skip
 def test_an_address_that_is_none(built: Path, tmp_path: Path, text: str, said: str) -> None:

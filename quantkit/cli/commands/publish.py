@@ -56,8 +56,8 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
         as_json({"artifact": str(artifact), "dry_run": dry_run, **done.values()})
         return
     click.echo(
-        f"{done.place}: {'would send' if dry_run else 'sent'} {len(done.files)} files, {format_bytes(done.n_bytes)}; "
-        f"{done.there} files, {format_bytes(done.there_bytes)} were there"
+        f"{done.location}: {'would send' if dry_run else 'sent'} {len(done.files)} files, {format_bytes(done.n_bytes)}; "
+        f"{done.n_present} files, {format_bytes(done.present_bytes)} were there"
     )
     for name in done.files if dry_run else ():
         click.echo(f"  {name}")

@@ -55,8 +55,8 @@ def COMMAND(
         return
     said = "would fetch" if dry_run else "verified; fetched"
     click.echo(
-        f"{folder}: {said} {len(done.files)} files, {format_bytes(done.n_bytes)}; {done.there} files, "
-        f"{format_bytes(done.there_bytes)} were there ({done.status})"
+        f"{folder}: {said} {len(done.files)} files, {format_bytes(done.n_bytes)}; {done.n_present} files, "
+        f"{format_bytes(done.present_bytes)} were there ({done.status})"
     )
     for name in done.files if dry_run else ():
         click.echo(f"  {name}")

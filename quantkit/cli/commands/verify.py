@@ -104,7 +104,7 @@ def COMMAND(
             found, None if signature in {None, INSIDE} else Path(str(signature)), trust
         )
     proven = proofs(artifact, source, count, seed) if deep else None
-    signer = trust.told if signed else None
+    signer = trust.description if signed else None
     if json_out:
         told = {
             **figures(found),

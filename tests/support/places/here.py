@@ -29,7 +29,9 @@ WIRED = ("s3", "oci", "oci-real", "hf")
 
 @dataclass
 class Place:
-    """An address, and the files behind it: read, written (None removes one), and how many bytes came in."""
+    """An address, and the files behind it: read, written (None removes one), and how many bytes
+    came in.
+    """
 
     kind: str
     address: str
@@ -175,7 +177,8 @@ def of_real_registry(folder: Path, stack: ExitStack) -> Place:
     config, root = folder / "registry.yml", folder / "registry"
     config.write_text(
         "version: 0.1\nlog: {level: error, accesslog: {disabled: true}}\n"
-        f"storage: {{filesystem: {{rootdirectory: '{root}'}}}}\nhttp: {{addr: '127.0.0.1:{port}'}}\n"
+        f"storage: {{filesystem: {{rootdirectory: '{root}'}}}}\nhttp: {{addr: "
+        f"'127.0.0.1:{port}'}}\n"
     )
     process = subprocess.Popen([REAL_REGISTRY, "serve", str(config)], stderr=subprocess.DEVNULL)
     stack.callback(process.wait)

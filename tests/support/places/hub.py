@@ -1,7 +1,7 @@
 """The Hugging Face Hub as far as huggingface_hub 2 asks it for publishing and pulling a model.
 
-Large files go by LFS (one PUT, or parts above 2 MB) to signed URLs, small ones into the commit; a download of a large
-file is redirected to a signed URL. A token is needed to write.
+Large files go by LFS (one PUT, or parts above 2 MB) to signed URLs, small ones into the commit; a
+download of a large file is redirected to a signed URL. A token is needed to write.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""An OCI distribution server, strict where real ones are lenient: digests, ranges and order of uploads, blobs of
-manifests; with a login when asked for one."""
+"""An OCI distribution server, strict where real ones are lenient: digests, ranges and order of
+uploads, blobs of manifests; with a login when asked for one.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,9 @@ def as_json(status: int, value: object, headers: Mapping[str, str] | None = None
 
 @dataclass
 class Request:
-    """What a client asked; `read` takes the body piece by piece and ends early where the client did."""
+    """What a client asked; `read` takes the body piece by piece and ends early where the client
+    did.
+    """
 
     method: str
     path: str

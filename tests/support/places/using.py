@@ -26,7 +26,9 @@ WRITING = RemoteOptions(writing=True, retry_policy=PATIENCE)
 LAST = "model-00003-of-00003.safetensors"
 
 Record = Callable[[str, object], None]
-"""pytest's record_property: a fault that was survived or refused as it should, for `make reliability`."""
+"""pytest's record_property: a fault that was survived or refused as it should, for `make
+reliability`.
+"""
 
 
 @contextmanager

@@ -81,7 +81,9 @@ def reset(connection: socket.socket) -> None:
 
 
 class Cuts:
-    """Cuts after a drawn number of bytes since the last cut, over all connections, at most `most` times."""
+    """Cuts after a drawn number of bytes since the last cut, over all connections, at most `most`
+    times.
+    """
 
     def __init__(self, seed: int, most: int, mean_bytes: int) -> None:
         self._draw, self.left, self.made, self._mean = random.Random(seed), most, 0, mean_bytes
@@ -103,7 +105,9 @@ class Cuts:
 
 
 class Flips:
-    """Changes a bit in the middle of long pieces, which are bodies and no heads, at most `most` times."""
+    """Changes a bit in the middle of long pieces, which are bodies and no heads, at most `most`
+    times.
+    """
 
     def __init__(self, most: int) -> None:
         self.left, self.made = most, 0
