@@ -1,4 +1,4 @@
-"""Each kind of place with what a test does to it behind quantkit's back."""
+"""Remotes of each kind, with direct access to their files for tests."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from support.places.hub import TOKEN, Hub
-from support.places.registry import Registry
-from support.places.wire import Spoil, Wire
+from support.places.hub import TOKEN, FakeHub
+from support.places.registry import FakeRegistry
+from support.places.wire import Corruptor, Proxy
 
 from quantkit.io.retry import RetryPolicy
 
@@ -28,26 +28,24 @@ WIRED = ("s3", "oci", "oci-real", "hf")
 
 
 @dataclass
-class Place:
-    """An address, and the files behind it: read, written (None removes one), and how many bytes
-    came in.
-    """
+class RemoteFixture:
+    """An address with direct access to its files: read and write (None removes a file)."""
 
     kind: str
     address: str
     read: Callable[[str], bytes]
     write: Callable[[str, bytes | None], None]
     port: int | None = None
-    route: Callable[[int], str] | None = None  # the address through another port
+    route: Callable[[int], str] | None = None  # returns the address through another port
     server: Any = None
 
     @contextmanager
-    def wired(
-        self, up: Spoil | None = None, down: Spoil | None = None
-    ) -> Iterator[tuple[str, Wire]]:
-        """The address through a wire that spoils what it carries."""
+    def through_proxy(
+        self, up: Corruptor | None = None, down: Corruptor | None = None
+    ) -> Iterator[tuple[str, Proxy]]:
+        """Yield the address through a proxy that corrupts the stream."""
         assert self.port and self.route
-        wire = Wire(self.port, up=up, down=down)
+        wire = Proxy(self.port, up=up, down=down)
         try:
             yield self.route(wire.port), wire
         finally:
@@ -56,29 +54,31 @@ class Place:
 
 
 @contextmanager
-def place(kind: str, folder: Path, patch: pytest.MonkeyPatch, s3_port: int) -> Iterator[Place]:
-    """A fresh, empty place."""
+def open_remote_fixture(
+    kind: str, folder: Path, patch: pytest.MonkeyPatch, s3_port: int
+) -> Iterator[RemoteFixture]:
+    """Open a new, empty remote."""
     with ExitStack() as stack:
         if kind == "file":
-            yield of_folder(folder / "published")
+            yield make_folder(folder / "published")
         elif kind == "memory":
-            yield of_memory(folder.name)
+            yield make_memory(folder.name)
         elif kind == "s3":
-            yield of_s3(folder.name, patch, s3_port)
+            yield make_s3(folder.name, patch, s3_port)
         elif kind == "oci":
-            server = Registry()
+            server = FakeRegistry()
             stack.callback(server.close)
-            yield of_registry(server)
+            yield make_registry(server)
         elif kind == "oci-real":
-            yield of_real_registry(folder, stack)
+            yield make_real_registry(folder, stack)
         else:
-            hub = Hub()
+            hub = FakeHub()
             stack.callback(hub.close)
-            yield of_hub(hub, patch, folder)
+            yield make_hub(hub, patch, folder)
 
 
-def of_folder(path: Path) -> Place:
-    """A folder of this machine."""
+def make_folder(path: Path) -> RemoteFixture:
+    """A local folder."""
 
     def write(name: str, content: bytes | None) -> None:
         if content is None:
@@ -86,11 +86,11 @@ def of_folder(path: Path) -> Place:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(content)
 
-    return Place("file", str(path), lambda name: (path / name).read_bytes(), write)
+    return RemoteFixture("file", str(path), lambda name: (path / name).read_bytes(), write)
 
 
-def of_memory(name: str) -> Place:
-    """fsspec's own store in memory: stands for every scheme without a file of its own."""
+def make_memory(name: str) -> RemoteFixture:
+    """fsspec's memory store, which stands for every scheme without a file of its own."""
     import fsspec
 
     files, root = fsspec.filesystem("memory"), f"/{name}/a"
@@ -100,13 +100,13 @@ def of_memory(name: str) -> Place:
             f"{root}/{name}", content
         )
 
-    return Place(
+    return RemoteFixture(
         "memory", f"memory:/{root}", lambda name: bytes(files.cat_file(f"{root}/{name}")), write
     )
 
 
-def of_s3(name: str, patch: pytest.MonkeyPatch, port: int) -> Place:
-    """moto's server, which speaks S3's API over HTTP."""
+def make_s3(name: str, patch: pytest.MonkeyPatch, port: int) -> RemoteFixture:
+    """moto's S3 server."""
     import boto3
 
     bucket = "b-" + hashlib.sha256(name.encode()).hexdigest()[:20]
@@ -133,11 +133,11 @@ def of_s3(name: str, patch: pytest.MonkeyPatch, port: int) -> Place:
     def read(name: str) -> bytes:
         return bytes(client.get_object(Bucket=bucket, Key=f"models/a/{name}")["Body"].read())
 
-    return Place("s3", route(port), read, write, port, route, client)
+    return RemoteFixture("s3", route(port), read, write, port, route, client)
 
 
-def of_registry(server: Registry) -> Place:
-    """The strict stand-in; names go through the image manifest under the tag."""
+def make_registry(server: FakeRegistry) -> RemoteFixture:
+    """The strict fake registry; names are resolved through the tagged image manifest."""
 
     def digest(name: str) -> str:
         import json
@@ -157,7 +157,7 @@ def of_registry(server: Registry) -> Place:
     def route(port: int) -> str:
         return f"oci://127.0.0.1:{port}/team/tiny:v1"
 
-    return Place(
+    return RemoteFixture(
         "oci",
         route(server.port),
         lambda name: server.blobs[digest(name)],
@@ -168,8 +168,8 @@ def of_registry(server: Registry) -> Place:
     )
 
 
-def of_real_registry(folder: Path, stack: ExitStack) -> Place:
-    """Docker's own registry, where it is installed."""
+def make_real_registry(folder: Path, stack: ExitStack) -> RemoteFixture:
+    """Docker's registry, if it is installed."""
     if REAL_REGISTRY is None:
         pytest.skip("docker-registry is not installed")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -206,11 +206,13 @@ def of_real_registry(folder: Path, stack: ExitStack) -> Place:
     def route(port: int) -> str:
         return f"oci://127.0.0.1:{port}/team/tiny:v1"
 
-    return Place("oci-real", route(port), lambda name: path(name).read_bytes(), write, port, route)
+    return RemoteFixture(
+        "oci-real", route(port), lambda name: path(name).read_bytes(), write, port, route
+    )
 
 
-def of_hub(hub: Hub, patch: pytest.MonkeyPatch, folder: Path) -> Place:
-    """The stand-in of the Hub, without xet, whose servers are elsewhere."""
+def make_hub(hub: FakeHub, patch: pytest.MonkeyPatch, folder: Path) -> RemoteFixture:
+    """The fake Hub, without xet, which needs other servers."""
     patch.setenv("HF_TOKEN", TOKEN)
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -242,4 +244,4 @@ def of_hub(hub: Hub, patch: pytest.MonkeyPatch, folder: Path) -> Place:
         assert old != content
         commits.append((hashlib.sha1(repr((len(commits), name)).encode()).hexdigest(), files))
 
-    return Place("hf", route(hub.port), read, write, hub.port, route, hub)
+    return RemoteFixture("hf", route(hub.port), read, write, hub.port, route, hub)

@@ -1,4 +1,4 @@
-"""What the stand-ins share: a threaded HTTP/1.1 server around a function of the request."""
+"""Threaded HTTP/1.1 server around a function of the request, for fake services."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 @dataclass
-class Answer:
-    """What a server says."""
+class HttpResponse:
+    """An HTTP response."""
 
     status: int
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-def as_json(status: int, value: object, headers: Mapping[str, str] | None = None) -> Answer:
-    """An answer in JSON."""
-    return Answer(
+def make_json_response(
+    status: int, value: object, headers: Mapping[str, str] | None = None
+) -> HttpResponse:
+    """Make a JSON response."""
+    return HttpResponse(
         status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})}
     )
 
 
 @dataclass
-class Request:
-    """What a client asked; `read` takes the body piece by piece and ends early where the client
-    did.
-    """
+class HttpRequest:
+    """An HTTP request; `read` returns the body in pieces and ends early if the client does."""
 
     method: str
     path: str
@@ -39,14 +39,14 @@ class Request:
     read: Callable[[], bytes]
 
     def body(self) -> bytes:
-        """All of the body."""
+        """Return the whole body."""
         return b"".join(iter(self.read, b""))
 
 
-class Served:
-    """A server on a port of its own."""
+class HttpServer:
+    """A server on a free port."""
 
-    def __init__(self, answer: Callable[[Request], Answer]) -> None:
+    def __init__(self, answer: Callable[[HttpRequest], HttpResponse]) -> None:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True
@@ -60,20 +60,20 @@ class Served:
                     key: values[0]
                     for key, values in parse_qs(parts.query, keep_blank_values=True).items()
                 }
-                request = Request(
-                    self.command, unquote(parts.path), query, self.headers, body_of(self)
+                request = HttpRequest(
+                    self.command, unquote(parts.path), query, self.headers, make_body_reader(self)
                 )
-                told = ranged(answer(request), self.headers.get("Range"))
-                while request.read():  # what was not wanted: the connection stays in step
+                response = select_range(answer(request), self.headers.get("Range"))
+                while request.read():  # read the rest, so the connection stays usable
                     pass
-                self.send_response(told.status)
-                for name, value in told.headers.items():
+                self.send_response(response.status)
+                for name, value in response.headers.items():
                     self.send_header(name, value)
-                if "Content-Length" not in told.headers:
-                    self.send_header("Content-Length", str(len(told.body)))
+                if "Content-Length" not in response.headers:
+                    self.send_header("Content-Length", str(len(response.body)))
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(told.body)
+                    self.wfile.write(response.body)
 
             do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do
 
@@ -84,20 +84,20 @@ class Served:
             daemon_threads = True
 
             def handle_error(self, request: object, client_address: object) -> None:
-                pass  # a connection that was cut
+                pass  # a broken connection
 
         self.server = Quiet(("127.0.0.1", 0), Handler)
         self.port = self.server.server_port
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self) -> None:
-        """End it."""
+        """Stop the server."""
         self.server.shutdown()
         self.server.server_close()
 
 
-def body_of(handler: BaseHTTPRequestHandler) -> Callable[[], bytes]:
-    """Reads a body by its length or its chunks; b"" at its end, and where the client left."""
+def make_body_reader(handler: BaseHTTPRequestHandler) -> Callable[[], bytes]:
+    """Return a reader of the body by length or chunks; it returns b"" at the end or on disconnect."""
     left = int(handler.headers.get("Content-Length") or 0)
     chunked = "chunked" in handler.headers.get("Transfer-Encoding", "")
 
@@ -116,14 +116,14 @@ def body_of(handler: BaseHTTPRequestHandler) -> Callable[[], bytes]:
     return read
 
 
-def ranged(answer: Answer, asked: str | None) -> Answer:
-    """The part that a Range header asks for."""
-    if answer.status != 200 or not asked:
+def select_range(answer: HttpResponse, range_header: str | None) -> HttpResponse:
+    """Return the part that a Range header selects."""
+    if answer.status != 200 or not range_header:
         return answer
-    first, _, last = asked.removeprefix("bytes=").partition("-")
+    first, _, last = range_header.removeprefix("bytes=").partition("-")
     total = len(answer.body)
     if int(first) >= total:
-        return Answer(416, b"", {"Content-Range": f"bytes */{total}"})
+        return HttpResponse(416, b"", {"Content-Range": f"bytes */{total}"})
     part = answer.body[int(first) : int(last or total) + 1]
-    told = f"bytes {first}-{int(first) + len(part) - 1}/{total}"
-    return Answer(206, part, {**answer.headers, "Content-Range": told})
+    content_range = f"bytes {first}-{int(first) + len(part) - 1}/{total}"
+    return HttpResponse(206, part, {**answer.headers, "Content-Range": content_range})
