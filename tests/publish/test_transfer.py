@@ -45,7 +45,7 @@ def test_what_is_published_is_pulled_byte_for_byte(
     built: Path, there: RemoteFixture, tmp_path: Path
 ) -> None:
     done = publish_to(built, there.address)
-    assert set(done.files) == set(read_files(built)) and done.there == 0
+    assert set(done.files) == set(read_files(built)) and done.n_present == 0
     assert done.n_bytes == sum(map(len, read_files(built).values()))
     got = pull_from(there.address, tmp_path / "got")
     assert (
@@ -59,14 +59,14 @@ def test_what_is_published_is_pulled_byte_for_byte(
 def test_again_sends_and_fetches_nothing(built: Path, there: RemoteFixture, tmp_path: Path) -> None:
     publish_to(built, there.address)
     again = publish_to(built, there.address)
-    assert (again.files, again.n_bytes, again.there) == ((), 0, len(read_files(built)))
+    assert (again.files, again.n_bytes, again.n_present) == ((), 0, len(read_files(built)))
     pull_from(there.address, tmp_path / "got")
     assert pull_from(there.address, tmp_path / "got").files == ()
 
 
 def test_a_dry_run_moves_nothing(built: Path, there: RemoteFixture, tmp_path: Path) -> None:
     would, done = publish_to(built, there.address, dry_run=True), publish_to(built, there.address)
-    assert (would.files, would.n_bytes, would.there) == (done.files, done.n_bytes, done.there)
+    assert (would.files, would.n_bytes, would.n_present) == (done.files, done.n_bytes, done.n_present)
     would = pull_from(there.address, tmp_path / "got", dry_run=True)
     assert not (tmp_path / "got").exists() and not (tmp_path / "got.pulling").exists()
     assert would == pull_from(there.address, tmp_path / "got")
@@ -146,7 +146,7 @@ def test_half_a_publication_is_none_and_goes_on(
     if there.kind == "hf":  # the hub tells what it has when it is asked to take it
         assert there.server.received - before < done.n_bytes / 2
     else:
-        assert done.there == 2 and done.there_bytes == sum(item.n_bytes for item in calls[:2])  # type: ignore[attr-defined]
+        assert done.n_present == 2 and done.present_bytes == sum(item.n_bytes for item in calls[:2])  # type: ignore[attr-defined]
     pull_from(there.address, tmp_path / "got")
     assert read_files(tmp_path / "got") == read_files(built)
 

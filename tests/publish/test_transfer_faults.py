@@ -138,8 +138,8 @@ def test_a_cut_pull_fetches_only_what_is_missing(
         done = pull_from(address, tmp_path / "got", jobs=1)
         carried = wire.carried
     assert kept > 10_000 and carried < total - kept + 100_000  # and what HTTP says beside
-    assert done.there_bytes == kept
-    assert done.n_bytes + done.there_bytes == total
+    assert done.present_bytes == kept
+    assert done.n_bytes + done.present_bytes == total
     assert read_files(tmp_path / "got") == read_files(built)
     record_property("fault", "oci: a pull breaks off in a file")
 
@@ -326,7 +326,7 @@ def test_a_disk_that_is_full_while_pulling(
     assert "cannot be written: file too large" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "got").exists()
     again = pull_from(str(tmp_path / "there"), tmp_path / "got")
-    assert again.there_bytes > 100_000
+    assert again.present_bytes > 100_000
     assert read_files(tmp_path / "got") == read_files(built)
     record_property("fault", f"file: the disk is full at {limit} bytes while pulling")
 
@@ -486,6 +486,6 @@ def test_a_process_that_is_ended(
         publish_to(built, there.address)
     done = pull_from(there.address, tmp_path / "got")
     assert (
-        command == "publish" or kind == "s3" or done.there_bytes
+        command == "publish" or kind == "s3" or done.present_bytes
     )  # S3's ranges arrive whole or not at all
     assert read_files(tmp_path / "got") == read_files(built)

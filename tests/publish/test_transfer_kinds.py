@@ -68,7 +68,7 @@ def test_parts_of_an_upload_that_broke_off(
         remote = open_remote(address, RemoteOptions(writing=True))
         remote.send(item, lambda _: None)
         assert len(content) - parts < wire.carried < len(content) - parts + 300_000
-        assert remote.list_remote([item], MANIFEST).there == {"big"}
+        assert remote.list_remote([item], MANIFEST).present == {"big"}
     head = client.head_object(Bucket=bucket, Key=key)
     assert head["Metadata"] == meta and head["ContentLength"] == len(content)
     assert there.read("big") == content
@@ -91,7 +91,7 @@ def test_an_upload_that_was_begun_for_another_content(
     remote = open_remote(there.address, RemoteOptions(writing=True))
     remote.send(item, lambda _: None)
     assert client.head_object(**begun)["Metadata"] == {"quantkit-sha256": item.sha256}
-    assert remote.list_remote([item], MANIFEST).there == {"big"}
+    assert remote.list_remote([item], MANIFEST).present == {"big"}
 
 
 def test_an_object_without_metadata_is_read(
@@ -105,7 +105,7 @@ def test_an_object_without_metadata_is_read(
     remote = open_remote(there.address, RemoteOptions(writing=True))
     for content, found in ((b"content", {"x"}), (b"contend", set())):
         there.write("x", content)
-        assert remote.list_remote([item], MANIFEST).there == found
+        assert remote.list_remote([item], MANIFEST).present == found
 
 
 def test_branches_and_private_repositories(
@@ -118,7 +118,7 @@ def test_branches_and_private_repositories(
     assert set(there.server.files("team/tiny")) == {".gitattributes"}
     assert set(there.server.files("team/tiny", "v2")) == {".gitattributes", *read_files(built)}
     commit = there.server.repos["team/tiny"]["v2"][-1][0]
-    assert done.place == f"hf://team/tiny@{commit}"
+    assert done.location == f"hf://team/tiny@{commit}"
     with pytest.raises(TransferError, match="not an artifact of quantkit"):
         pull_from(there.address, tmp_path / "got")
     for number, revision in enumerate(("v2", commit)):
@@ -162,10 +162,10 @@ def test_a_pull_by_digest(
     there = make("oci")
     done = publish_to(built, there.address)
     there.server.tags.clear()
-    pull_from(done.place.replace(":v1@", "@"), tmp_path / "got")
+    pull_from(done.location.replace(":v1@", "@"), tmp_path / "got")
     assert read_files(tmp_path / "got") == read_files(built)
     assert (
-        json.loads(there.server.manifests[sha_of(done.place)])["artifactType"]
+        json.loads(there.server.manifests[sha_of(done.location)])["artifactType"]
         == "application/vnd.quantkit.artifact.v1"
     )
 
