@@ -163,7 +163,7 @@ def test_a_signature_is_not_replaced_unasked(signed: Path, keys: Pair, tmp_path:
     assert (
         code == 2
         and text
-        == f"error: {signed / SIGNATURE}: is signed already; pass --overwrite to sign it anew\n"
+        == f"error: {signed / SIGNATURE}: exists already; pass --overwrite to replace the signature\n"
     )
     assert check(signed, keys)[0] == 0
     assert run("sign", signed, "--private-key", other.private, "--overwrite")[0] == 0
@@ -399,19 +399,19 @@ FORGED: dict[str, tuple[Callable[[Path, Pair], object], str]] = {
     "a changed list under a signature": (payload, "its content does not fit the signature"),
     "no signature": (
         lambda path, _: (path / SIGNATURE).unlink(),
-        "expected a signature, found none: nobody vouches",
+        "expected a signature, found none",
     ),
     "half a signature": (
         lambda path, _: cut(path, 0.5),
-        "it is no JSON, or not all of it is there",
+        "it is not complete JSON",
     ),
     "all but the end of a signature": (
         lambda path, _: cut(path, 0.999),
-        "it is no JSON, or not all of it is there",
+        "it is not complete JSON",
     ),
     "an empty signature": (
         lambda path, _: cut(path, 0),
-        "it is no JSON, or not all of it is there",
+        "it is not complete JSON",
     ),
     "an object that is no signature": (
         lambda path, _: (path / SIGNATURE).write_text("{}"),
@@ -419,11 +419,11 @@ FORGED: dict[str, tuple[Callable[[Path, Pair], object], str]] = {
     ),
     "a list that is no signature": (
         lambda path, _: (path / SIGNATURE).write_text("[]"),
-        "it has another form than signatures have",
+        "it does not have the structure of a signature",
     ),
     "bytes that are no text": (
         lambda path, _: (path / SIGNATURE).write_bytes(b"\xff\xfe\x00"),
-        "it is no text",
+        "it is not text",
     ),
     "a signature without signatures": (
         lambda path, _: edit_json(

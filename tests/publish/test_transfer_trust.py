@@ -147,7 +147,7 @@ def test_a_manifest_that_names_it_is_refused(
             lambda v: v["files"].update(x={"sha256": "0" * 64, "bytes": 10**30}),
             "1 missing or changed",
         ),
-        (lambda v: v["files"].pop("config.json"), "what arrived is not what its manifest says"),
+        (lambda v: v["files"].pop("config.json"), "the files that arrived do not match the manifest"),
         (lambda v: v.update(schema_version=99), "schema_version: expected 1, found 99"),
         (lambda v: v.update(unhashed=["../x"]), "expected names that stay"),
     ],
@@ -237,7 +237,7 @@ def test_an_image_that_lies(
     })
     server.manifests["sha256:" + "0" * 64] = json.dumps(image).encode()
     server.tags["v1"] = "sha256:" + "0" * 64
-    with pytest.raises(TransferError, match="in a row .a manifest of another digest"):
+    with pytest.raises(TransferError, match="in a row .received a manifest with another digest"):
         pull_from(there.address, tmp_path / "in" / "got")
     content = json.dumps(image).encode()
     server.manifests[format_digest(content)] = content
@@ -278,7 +278,7 @@ def test_a_damaged_artifact_is_replaced_when_asked(built: Path, tmp_path: Path) 
     pull_from(str(tmp_path / "there"), tmp_path / "got")
     (tmp_path / "got" / LAST).write_bytes(b"damaged")
     with pytest.raises(
-        UsageError, match="is there already and was changed; --overwrite replaces it"
+        UsageError, match="contains this artifact, but it was changed; --overwrite replaces it"
     ):
         pull_from(str(tmp_path / "there"), tmp_path / "got")
     pull_from(str(tmp_path / "there"), tmp_path / "got", overwrite=True)
@@ -287,7 +287,7 @@ def test_a_damaged_artifact_is_replaced_when_asked(built: Path, tmp_path: Path) 
 
 def test_a_place_within_the_artifact(artifact: Path) -> None:
     before = read_files(artifact)
-    with pytest.raises(UsageError, match="expected a place outside the artifact"):
+    with pytest.raises(UsageError, match="expected a folder outside the artifact"):
         publish_to(artifact, str(artifact / "copy"))
     assert publish_to(artifact, str(artifact)).files == ()
     assert read_files(artifact) == before
@@ -300,7 +300,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
     )
     with (
         HashedReader(item) as pieces,
-        pytest.raises(QuantkitError, match="changed while it was published"),
+        pytest.raises(QuantkitError, match="changed during publication"),
     ):
         list(pieces)
 
