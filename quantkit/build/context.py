@@ -61,7 +61,7 @@ class BuildContext:
         self, name: str, tensor: Tensor, sink: ArtifactWriter, output: Format
     ) -> Tensor:
         """Copy the source's FP8 blocks of `name` bit for bit; NumericsError unless they stand for `tensor`."""
-        blocks = self.source.blocks(name)
+        blocks = self.source.read_fp8_blocks(name)
         if not torch.equal(blocks.values.to(tensor), tensor):
             raise NumericsError(
                 f"{name}: expected the source's values, as its FP8 blocks are kept, found others: its input or its "

@@ -161,8 +161,12 @@ def begin_session(
         return BuildSession(plans=plans, journal=journal, resumed=True)
     discard_build(plans)
     make_owned_dir(place)
-    source.hashes(tell)
-    entry = {"kind": "began", "stamps": source.stamps(), "of": build_identity(plans, source, texts)}
+    source.compute_hashes(tell)
+    entry = {
+        "kind": "began",
+        "stamps": source.read_stamps(),
+        "of": build_identity(plans, source, texts),
+    }
     return BuildSession(plans=plans, journal=Journal.begin(place / JOURNAL, entry), resumed=False)
 
 
@@ -200,8 +204,8 @@ def build_identity(
         "recipe": plan.recipe.model_dump(mode="json", exclude={"memory": True, "output": {"path"}}),
         "source": {
             "revision": plan.source.revision,
-            "files": source.hashes(),
-            "other files": source.fingerprint(),
+            "files": source.compute_hashes(),
+            "other files": source.compute_fingerprint(),
         },
         "text": dict(texts),
         "versions": used,
@@ -220,9 +224,9 @@ def check_same(
 ) -> None:
     """UsageError, naming what changed, unless the journal is of this very build."""
     began = journal.entries[0]
-    if began["stamps"] == source.stamps():  # nobody touched the files since they were read
-        source.take_hashes(began["of"]["source"]["files"])
-    source.hashes(tell)
+    if began["stamps"] == source.read_stamps():  # nobody touched the files since they were read
+        source.trust_hashes(began["of"]["source"]["files"])
+    source.compute_hashes(tell)
     before, now = flatten_json(began["of"]), flatten_json(build_identity(plans, source, texts))
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     changed = [
@@ -241,11 +245,14 @@ def check_same(
 def check_source(journal: Journal, source: Checkpoint) -> None:
     """CheckpointError when the source's files are not what they were when the build began."""
     began = journal.entries[0]
-    if source.stamps() == began["stamps"]:
+    if source.read_stamps() == began["stamps"]:
         return
     now = Checkpoint.open(source.folder)
     before = began["of"]["source"]
-    if now.fingerprint() != before["other files"] or now.hashes() != before["files"]:
+    if (
+        now.compute_fingerprint() != before["other files"]
+        or now.compute_hashes() != before["files"]
+    ):
         raise CheckpointError(
             f"{source.folder}: expected files that stay as they are, found others than when the build began; restore "
             "them and go on, or begin anew with --restart"

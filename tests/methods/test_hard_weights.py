@@ -1,7 +1,8 @@
-"""Weights and inputs at the edge of what numbers can be: each has one outcome for every method, and it is recorded.
+"""Extreme weights and inputs: one recorded outcome for every method.
 
-Refused: NaN and infinity, whatever the method, in one sentence that names the tensor. Right: constant groups, values
-beyond FP16 under BF16 scales. A named fallback: groups of zeros, scales outside their dtype, experts nobody is sent to.
+Rejected: NaN and infinity, in one sentence that names the tensor. Correct: constant groups, values
+beyond FP16 under BF16 scales. A named fallback: groups of zeros, scales outside their dtype,
+experts without tokens.
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ FEW = "{set: tiny-v3, sequences: 4, length: 32, min_expert_tokens: 4}"
 TEXT = "{set: tiny-v3-heldout, windows: 2, length: 32}"
 LAYER = "model.layers.0"
 ZERO, CONSTANT, TINY, HUGE, EMPTY = (
-    f"{LAYER}.self_attn.q_proj", f"{LAYER}.self_attn.k_proj", f"{LAYER}.mlp.gate_proj", f"{LAYER}.self_attn.v_proj",
+    f"{LAYER}.self_attn.q_proj", f"{LAYER}.self_attn.k_proj", f"{LAYER}.mlp.gate_proj",
+    f"{LAYER}.self_attn.v_proj",
     "model.layers.1.mlp.down_proj",
 )  # fmt: skip
 
 
-def changed(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
-    """A checkpoint with changed tensors."""
+def change_checkpoint(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """Change the tensors of a checkpoint."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(
@@ -56,7 +58,7 @@ def changed(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path
 
 
 def harden(tensors: dict[str, Tensor]) -> None:
-    """One hard thing per matrix, all in the first 64 columns; and a matrix of zeros."""
+    """Put one extreme into the first 64 columns of each matrix; one matrix becomes zeros."""
     tensors[f"{ZERO}.weight"][:, :64] = 0
     tensors[f"{CONSTANT}.weight"][:, :64] = 0.5
     tensors[f"{TINY}.weight"][:, :64] = 1e-39  # a subnormal number in BF16 and in float32
@@ -66,22 +68,22 @@ def harden(tensors: dict[str, Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A llama in BF16 with hard weights."""
-    return changed(
+    """Write a BF16 llama with extreme weights."""
+    return change_checkpoint(
         write_checkpoint(tmp_path_factory.mktemp("hard") / "source", make_tiny_config("llama")),
         harden,
     )
 
 
 def modules(artifact: Path) -> dict[str, Any]:
-    """What the manifest says of each."""
+    """Return the manifest's modules."""
     return dict(json.loads((artifact / "quantkit/manifest.json").read_text())["modules"])
 
 
 def weights(artifact: Path) -> dict[str, Tensor]:
-    """Every weight of the artifact, unpacked to float32."""
+    """Return every weight of the artifact, unpacked to float32."""
     model = load_model(artifact)
-    found = {}
+    tensors_by_name = {}
     for name, module in model.named_modules():
         if (
             hasattr(module, "weight")
@@ -94,13 +96,15 @@ def weights(artifact: Path) -> dict[str, Tensor]:
                 from bitsandbytes.functional import dequantize_4bit
 
                 weight = dequantize_4bit(weight.data, state)
-            found[name] = weight.detach().float()
-    return found
+            tensors_by_name[name] = weight.detach().float()
+    return tensors_by_name
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_hard_weights(method: str, hard: Path, tmp_path: Path, record_property: Record) -> None:
-    """A sound artifact of finite numbers, the fallbacks named module by module, each hard group right to a step."""
+def test_extreme_weights_give_finite_artifact_with_named_fallbacks(
+    method: str, hard: Path, tmp_path: Path, record_property: Record
+) -> None:
+    """Finite numbers, fallbacks per module, every extreme group correct to a step."""
     out = build(
         hard,
         tmp_path / "out",
@@ -112,22 +116,22 @@ def test_hard_weights(method: str, hard: Path, tmp_path: Path, record_property: 
     verify_artifact(out)
     for name, tensor in load_file(out / "model.safetensors").items():
         assert not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()), name
-    told, stored = modules(out), weights(out)
-    assert set(told) == set(stored)
+    records, stored = modules(out), weights(out)
+    assert set(records) == set(stored)
     for name in (ZERO, EMPTY):
-        assert "zero-group" in told[name]["fallbacks"]
+        assert "zero-group" in records[name]["fallbacks"]
     assert bool((stored[ZERO][:, :64] == 0).all()) and bool((stored[EMPTY] == 0).all())
     if method in (
         "rtn",
         "rtn_mse",
     ):  # GPTQ gives such columns a part of the others' errors, AWQ a scale
-        assert {"zero-group", "scale-clamped"} <= set(told[TINY]["fallbacks"])
+        assert {"zero-group", "scale-clamped"} <= set(records[TINY]["fallbacks"])
         assert bool((stored[TINY][:, :64] == 0).all())
     assert (
         float(stored[TINY][:, :64].abs().max()) < 0.1
     )  # NF4 stores scales in 8 bits over the matrix's range
-    if told[CONSTANT]["rescaled"]:  # its group is constant no more: no worse than others
-        assert told[CONSTANT]["relative_error"] < 0.2
+    if records[CONSTANT]["rescaled"]:  # its group is constant no more: no worse than others
+        assert records[CONSTANT]["relative_error"] < 0.2
     elif (
         "gptq" in method
     ):  # a column takes on what those before it have lost: some are a step or two away
@@ -136,16 +140,16 @@ def test_hard_weights(method: str, hard: Path, tmp_path: Path, record_property: 
         assert torch.allclose(stored[CONSTANT][:, :64], torch.tensor(0.5), rtol=0.08)
     if method not in ("awq", "awq+gptq"):  # which move a part of it into the next matrix
         assert torch.allclose(stored[HUGE][0, :64], torch.tensor(1e6), rtol=0.08)
-    assert all(0 <= module["relative_error"] < 0.5 for module in told.values())
-    assert told[EMPTY]["relative_error"] == 0 and told[EMPTY]["sqnr_db"] is None
+    assert all(0 <= module["relative_error"] < 0.5 for module in records.values())
+    assert records[EMPTY]["relative_error"] == 0 and records[EMPTY]["sqnr_db"] is None
     record_property("tried", 5)
 
 
 @pytest.mark.parametrize("method", ["awq", "awq+gptq", "gptq", "rtn", "rtn_mse"])
-def test_values_beyond_fp16_under_fp16_scales(
+def test_values_beyond_fp16_clamp_fp16_scales(
     method: str, hard: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    """The largest scale there is, said so; a message where a format cannot hold the weight itself."""
+    """The scale is the largest of its dtype, with the fallback named."""
     keys = {
         **METHODS[method],
         "quantize": METHODS[method]["quantize"].replace("}", ", scale_dtype: float16}"),
@@ -162,12 +166,14 @@ def test_values_beyond_fp16_under_fp16_scales(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_not_finite_is_refused(
+def test_weight_that_is_not_finite_is_rejected(
     method: str, value: float, tmp_path: Path, record_property: Record
 ) -> None:
-    """Before the artifact has its name, with the tensor's."""
+    """The error names the tensor, and no artifact is left."""
     folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama", num_hidden_layers=1))
-    changed(folder, lambda tensors: tensors[f"{LAYER}.mlp.up_proj.weight"][3, 5].fill_(value))
+    change_checkpoint(
+        folder, lambda tensors: tensors[f"{LAYER}.mlp.up_proj.weight"][3, 5].fill_(value)
+    )
     with pytest.raises(
         CheckpointError,
         match=r"model\.layers\.0\.mlp\.up_proj\.weight.*expected finite values, found",
@@ -195,11 +201,13 @@ BEYOND: Mapping[str, Callable[[dict[str, Tensor]], object]] = {
 
 @pytest.mark.parametrize("method", ["rtn", "awq", "awq+gptq", "gptq"])
 @pytest.mark.parametrize("name", BEYOND)
-def test_finite_weights_that_overflow(
+def test_overflowing_weights_are_rejected(
     name: str, method: str, tmp_path: Path, record_property: Record
 ) -> None:
-    """What they make of the text is NaN or infinite: one sentence that says where, and no artifact."""
-    folder = changed(write_checkpoint(tmp_path / "source", make_tiny_config("llama")), BEYOND[name])
+    """Hidden states become NaN or infinite: one sentence with the place, and no artifact."""
+    folder = change_checkpoint(
+        write_checkpoint(tmp_path / "source", make_tiny_config("llama")), BEYOND[name]
+    )
     with pytest.raises(NumericsError, match=r"^(model\.layers\.0|final norm)\S*.*: .*(NaN|infin)"):
         build(
             folder,
@@ -214,7 +222,7 @@ def test_finite_weights_that_overflow(
 
 
 @pytest.mark.parametrize("values", [{"rms_norm_eps": -1.0}, {"rope_theta": 0.0}], ids=str)
-def test_a_config_that_overflows(values: dict[str, object], tmp_path: Path) -> None:
+def test_overflowing_config_is_rejected(values: dict[str, object], tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama", **values))
     with pytest.raises(
         NumericsError, match=r"model\.layers\.0: expected finite hidden states.*reference stream"
@@ -223,13 +231,11 @@ def test_a_config_that_overflows(values: dict[str, object], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("method", ["rtn", "rtn_mse"])
-def test_weights_too_small_to_be_stored_are_lost_and_said_to_be(
-    method: str, tmp_path: Path
-) -> None:
-    """Their squares are 0 in float32: the error that is recorded was 0, too."""
+def test_weights_too_small_to_store_have_recorded_error(method: str, tmp_path: Path) -> None:
+    """Their squares are 0 in float32; the recorded error must not be 0."""
     folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama", num_hidden_layers=1))
-    changed(folder, lambda tensors: tensors[f"{LAYER}.mlp.up_proj.weight"].fill_(1e-40))
-    changed(folder, lambda tensors: tensors[f"{LAYER}.mlp.gate_proj.weight"].mul_(1e-38))
+    change_checkpoint(folder, lambda tensors: tensors[f"{LAYER}.mlp.up_proj.weight"].fill_(1e-40))
+    change_checkpoint(folder, lambda tensors: tensors[f"{LAYER}.mlp.gate_proj.weight"].mul_(1e-38))
     out = build(
         folder,
         tmp_path / "out",
@@ -238,17 +244,17 @@ def test_weights_too_small_to_be_stored_are_lost_and_said_to_be(
         fidelity="none",
         **METHODS[method],
     ).path
-    told, stored, source = modules(out), weights(out), load_file(folder / "model.safetensors")
+    records, stored, source = modules(out), weights(out), load_file(folder / "model.safetensors")
     for name in (f"{LAYER}.mlp.up_proj", f"{LAYER}.mlp.gate_proj"):
         weight, back = source[f"{name}.weight"].double(), stored[name].double()
-        assert told[name]["relative_error"] == pytest.approx(
+        assert records[name]["relative_error"] == pytest.approx(
             float((weight - back).norm() / weight.norm()), rel=1e-5
         )
-        assert told[name]["relative_error"] > 0.4
+        assert records[name]["relative_error"] > 0.4
 
 
-def test_errors_of_any_magnitude() -> None:
-    """A power of two in all weights changes no figure, and no figure of ordinary weights changed."""
+def test_errors_do_not_depend_on_magnitude() -> None:
+    """A power of two as a factor of all weights changes no figure."""
     weight = torch.randn(3, 8, 128, generator=torch.Generator().manual_seed(0))
     near, inputs = (weight * 8).round() / 8, torch.eye(128)
     sqnr, lost = (
@@ -271,16 +277,16 @@ def test_errors_of_any_magnitude() -> None:
 
 @pytest.mark.parametrize("method", ["awq", "awq+gptq", "gptq"])
 @pytest.mark.parametrize("kind", ["one token", "rank 1"])
-def test_an_input_of_almost_nothing(
+def test_minimal_calibration_input_gives_valid_artifact(
     method: str, kind: str, tmp_path: Path, record_property: Record
 ) -> None:
-    """Two tokens are the least that a sequence has; and one token over and over, whose gram has rank 1."""
+    """Two tokens, the shortest sequence; and one repeated token, whose gram has rank 1."""
     folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama"))
     text = "{set: tiny-v3, sequences: 1, length: 2}"
     if (
         kind == "rank 1"
     ):  # every token has the same vector, and attention makes the same of all of them
-        changed(
+        change_checkpoint(
             folder,
             lambda t: t["model.embed_tokens.weight"].copy_(
                 t["model.embed_tokens.weight"][:1].expand(768, -1)
@@ -296,23 +302,25 @@ def test_an_input_of_almost_nothing(
         **METHODS[method],
     ).path
     verify_artifact(out)
-    told = modules(out)
-    for name, module in told.items():
+    records = modules(out)
+    for name, module in records.items():
         assert 0 < module["relative_error"] < 1 and 0 <= module["output_error"] < 0.5, (
             name,
             module,
         )
-    assert {module["tokens"] for module in told.values()} == ({2} if kind == "one token" else {128})
+    assert {module["tokens"] for module in records.values()} == (
+        {2} if kind == "one token" else {128}
+    )
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(out).values())
     record_property("input", f"calibration of {kind}: {method}")
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["never routed to", "all tokens to one"])
-def test_a_router_that_is_no_router(
+def test_experts_without_tokens_use_the_shared_gram(
     method: str, kind: str, tmp_path: Path, record_property: Record
 ) -> None:
-    """Experts without a token of their own learn from those of the layer, which manifest and report name."""
+    """Experts without tokens use the layer's statistics; manifest and report name it."""
     folder = write_checkpoint(
         tmp_path / "source", make_tiny_config("deepseek_v3", num_nextn_predict_layers=0)
     )
@@ -325,22 +333,22 @@ def test_a_router_that_is_no_router(
             tensors[bias][:] = -1e4
             tensors[bias][2:4] = 1e4
 
-    changed(folder, route)
+    change_checkpoint(folder, route)
     keys = dict(METHODS[method])
     learns = method in ("awq", "awq+gptq", "gptq")
     outcome = build(folder, tmp_path / "out", rules="experts-only", calibration=FEW, **keys)
     verify_artifact(outcome.path)
-    told = modules(outcome.path)
-    alone = {5} if kind == "never routed to" else {0, 1, 4, 5, 6, 7}
-    for name, module in told.items():
+    records = modules(outcome.path)
+    without_tokens = {5} if kind == "never routed to" else {0, 1, 4, 5, 6, 7}
+    for name, module in records.items():
         expert = int(name.split(".experts.")[1].split(".")[0])
         assert ("shared-gram" in module["fallbacks"]) == (
-            learns and expert in alone
-        ) or expert not in alone, name
+            learns and expert in without_tokens
+        ) or expert not in without_tokens, name
         assert 0 < module["relative_error"] < 0.5
     layers = outcome.fidelity.experts
     if learns:
         assert layers is not None
         counts = layers.layers[0].tokens
-        assert {expert for expert, tokens in enumerate(counts) if tokens == 0} >= alone
+        assert {expert for expert, tokens in enumerate(counts) if tokens == 0} >= without_tokens
     record_property("input", f"router: {kind}: {method}")

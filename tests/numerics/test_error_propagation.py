@@ -1,4 +1,4 @@
-"""The correction for what earlier blocks did to the input, against least squares on activations."""
+"""Error propagation against least squares on activations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quantkit.numerics import affine, cholesky, error_propagation, gram
 
 
 def changed(x: Tensor, size: float = 0.1, seed: int = 5) -> Tensor:
-    """The inputs as quantized blocks would make them: every token off by something that goes with the others."""
+    """Return inputs as after quantized blocks: each token has an error correlated with others."""
     g = torch.Generator().manual_seed(seed)
     width = x.shape[1]
     return (
@@ -44,45 +44,45 @@ def stats_of(original: Tensor, x: Tensor) -> InputStats:
 
 
 def output_loss(weight: Tensor, original: Tensor, stored: Tensor, x: Tensor) -> float:
-    """Squared distance of the outputs from those of the original model, in float64."""
+    """Return the squared distance of outputs to those of the original model, in float64."""
     return float(
         (original.double() @ weight.double().T - x.double() @ stored.double().T).square().sum()
     )
 
 
-def test_cross_is_the_sum_over_tokens() -> None:
+def test_cross_equals_sum_over_tokens() -> None:
     _, original = correlated(4, 48)
     x = changed(original)
     o, q = original.double().numpy(), x.double().numpy()
-    found = stats_of(original, x).cross
-    assert found is not None
+    result = stats_of(original, x).cross
+    assert result is not None
     assert np.allclose(
-        found.numpy(), (o - q).T @ q, rtol=1e-4, atol=1e-3 * np.abs((o - q).T @ q).max()
+        result.numpy(), (o - q).T @ q, rtol=1e-4, atol=1e-3 * np.abs((o - q).T @ q).max()
     )
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_it_is_ridge_regression_on_the_changed_inputs(share: float) -> None:
+def test_correction_equals_ridge_regression_on_changed_inputs(share: float) -> None:
     weight, original = correlated(8, 192)  # more columns than one lazy batch
     x = changed(original)
     stats = stats_of(original, x)
     assert stats.cross is not None
-    found = error_propagation.correct_weight(
+    result = error_propagation.correct_weight(
         weight, stats.cross, cholesky.factorize_gram(stats.gram), None, (share, 0.0)
     )
     o, q, w = (tensor.double().numpy() for tensor in (original, x, weight))
     ridge = np.sqrt(0.01 * np.square(q).sum() / 192) * np.eye(192)
     # W o is wanted of x; the ridge holds the weights near W
-    told = np.linalg.lstsq(np.vstack([q, ridge]), np.vstack([o @ w.T, ridge @ w.T]), rcond=None)[
-        0
-    ].T
+    expected = np.linalg.lstsq(
+        np.vstack([q, ridge]), np.vstack([o @ w.T, ridge @ w.T]), rcond=None
+    )[0].T
     assert np.allclose(
-        found.double().numpy() - w, share * (told - w), atol=2e-3 * np.abs(told - w).max()
+        result.double().numpy() - w, share * (expected - w), atol=2e-3 * np.abs(expected - w).max()
     )
 
 
-def test_what_the_stream_lacks_is_made_up_for() -> None:
-    """|W o + s - V x - r|^2 by least squares on the tokens, whatever the batches of the sums."""
+def test_residual_correction_equals_least_squares() -> None:
+    """|W o + s - V x - r|^2 by least squares on the tokens, for any batches of the sums."""
     weight, original = correlated(8, 192)
     x, g = changed(original), torch.Generator().manual_seed(9)
     gap = original @ torch.randn(192, 8, generator=g) * 0.05 + 0.1 * torch.randn(
@@ -92,21 +92,23 @@ def test_what_the_stream_lacks_is_made_up_for() -> None:
     for now, lacking in zip(x.split(70), gap.split(70), strict=True):
         gram.accumulate_residual(residual, now, lacking)
     assert stats.cross is not None
-    found = error_propagation.correct_weight(
+    result = error_propagation.correct_weight(
         weight, stats.cross, cholesky.factorize_gram(stats.gram), residual, (1.0, 1.0)
     )
     o, q, w, e = (tensor.double().numpy() for tensor in (original, x, weight, gap))
     ridge = np.sqrt(0.01 * np.square(q).sum() / 192) * np.eye(192)
-    told = np.linalg.lstsq(
+    expected = np.linalg.lstsq(
         np.vstack([q, ridge]), np.vstack([o @ w.T + e, ridge @ w.T]), rcond=None
     )[0].T
-    assert np.allclose(found.double().numpy() - w, told - w, atol=2e-3 * np.abs(told - w).max())
+    assert np.allclose(
+        result.double().numpy() - w, expected - w, atol=2e-3 * np.abs(expected - w).max()
+    )
     scale = torch.rand(192, generator=g) + 0.5
     scaled = scaling.rescale_stats(replace(stats, residual=residual.clone()), scale).residual
     assert scaled is not None and torch.allclose(scaled * scale, residual, rtol=1e-5)
 
 
-def test_inputs_that_did_not_change_and_inputs_never_seen_leave_the_weight() -> None:
+def test_unchanged_or_unseen_inputs_leave_the_weight_unchanged() -> None:
     weight, x = correlated(8, 64)
     stats = stats_of(x, x)
     assert stats.cross is not None
@@ -114,13 +116,14 @@ def test_inputs_that_did_not_change_and_inputs_never_seen_leave_the_weight() -> 
         error_propagation.correct_weight(weight, stats.cross, cholesky.factorize_gram(stats.gram)),
         weight,
     )
-    blank = torch.zeros(64, 64)
+    no_change = torch.zeros(64, 64)
     assert torch.equal(
-        error_propagation.correct_weight(weight, blank, cholesky.factorize_gram(blank)), weight
+        error_propagation.correct_weight(weight, no_change, cholesky.factorize_gram(no_change)),
+        weight,
     )
 
 
-def test_a_batch_is_its_matrices_and_may_share_a_gram() -> None:
+def test_batch_equals_its_matrices_and_may_share_a_gram() -> None:
     _, original = correlated(8, 64)
     stats = stats_of(original, changed(original))
     assert stats.cross is not None
@@ -137,21 +140,19 @@ def test_a_batch_is_its_matrices_and_may_share_a_gram() -> None:
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-def test_gptq_with_the_cross_is_nearer_to_the_original_outputs(bits: int) -> None:
+def test_gptq_with_cross_is_closer_to_original_outputs(bits: int) -> None:
     weight, original = correlated(64, 128, tokens=1000)
-    x, chosen = changed(original), scheme(bits, 64)
+    x, spec = changed(original), scheme(bits, 64)
     stats = stats_of(original, x)
     blind = InputStats(gram=stats.gram, mean_abs=stats.mean_abs, n_tokens=stats.n_tokens)
-    seeing, without = (
-        affine.dequantize(gptq.solve(weight, s, chosen), chosen) for s in (stats, blind)
-    )
+    seeing, without = (affine.dequantize(gptq.solve(weight, s, spec), spec) for s in (stats, blind))
     assert output_loss(weight, original, seeing, x) < 0.7 * output_loss(
         weight, original, without, x
     )
 
 
-def test_scaling_the_input_and_correcting_go_in_any_order() -> None:
-    """But for the damping, which is a share of the diagonal that scaling changes."""
+def test_input_scaling_and_correction_commute() -> None:
+    """Except for the damping, a share of the diagonal, which scaling changes."""
     weight, original = correlated(8, 64, tokens=2000)
     x = changed(original)
     scale = torch.exp2(
@@ -169,40 +170,41 @@ def test_scaling_the_input_and_correcting_go_in_any_order() -> None:
         weight * scale, wide.cross, cholesky.factorize_gram(wide.gram)
     )
     apart, step = (
-        (x @ (each / scale).T).square().sum() for each in (second - first, first - weight * scale)
+        (x @ (corrected / scale).T).square().sum()
+        for corrected in (second - first, first - weight * scale)
     )
     assert float(apart) < 0.01 * float(step)
 
 
-def test_threads_do_not_change_a_bit() -> None:
+def test_result_does_not_depend_on_threads() -> None:
     weight, original = correlated(256, 512, tokens=600)
-    stats, before, found = stats_of(original, changed(original)), torch.get_num_threads(), []
+    stats, before, result = stats_of(original, changed(original)), torch.get_num_threads(), []
     assert stats.cross is not None
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(
+            result.append(
                 error_propagation.correct_weight(
                     weight, stats.cross, cholesky.factorize_gram(stats.gram)
                 )
             )
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1])
+    assert torch.equal(result[0], result[1])
 
 
-def test_tokens_of_massive_activations_do_not_decide_what_is_made_up_for() -> None:
-    """One of 200 tokens has 400 times the norm of the others and lacks 1 % of it: without it nothing else changes."""
+def test_massive_activations_do_not_dominate_residual_gap() -> None:
+    """One of 200 tokens has 400 times the norm of the others and a gap of 1 % of it."""
     g = torch.Generator().manual_seed(2)
     weight, x = torch.randn(24, 64, generator=g), torch.randn(200, 64, generator=g)
     stream = torch.randn(200, 24, generator=g)
     gap = 0.2 * x @ torch.randn(64, 24, generator=g) / 8 + 0.02 * torch.randn(200, 24, generator=g)
     stream[7] *= 400
     gap[7] = 0.01 * stream[7]
-    found = error_propagation.compute_residual_gap(stream + gap, stream)
+    result = error_propagation.compute_residual_gap(stream + gap, stream)
     ordinary = torch.arange(200) != 7
-    assert torch.equal(found[7], torch.zeros(24))
-    assert torch.allclose(found[ordinary], gap[ordinary], atol=1e-5)
+    assert torch.equal(result[7], torch.zeros(24))
+    assert torch.allclose(result[ordinary], gap[ordinary], atol=1e-5)
 
     def left(residual: Tensor) -> float:
         """What the other tokens still lack, of what they lacked."""
@@ -215,5 +217,5 @@ def test_tokens_of_massive_activations_do_not_decide_what_is_made_up_for() -> No
         )
         return float((gap - x @ step.T)[ordinary].norm() / gap[ordinary].norm())
 
-    assert left(found.T @ x) < 0.2
-    assert left(gap.T @ x) > 1.2 * left(found.T @ x)
+    assert left(result.T @ x) < 0.2
+    assert left(gap.T @ x) > 1.2 * left(result.T @ x)

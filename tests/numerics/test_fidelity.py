@@ -24,20 +24,20 @@ def logits(
     return p, q, torch.randint(0, vocabulary, (n,), generator=g)
 
 
-def test_kl_is_its_definition() -> None:
+def test_kl_equals_its_definition() -> None:
     p, q, true = logits(0)
-    found = fidelity.compare_logits(p, q, true)
+    result = fidelity.compare_logits(p, q, true)
     expected = [
         oracle.kl(a, b) for a, b in zip(p.double().numpy(), q.double().numpy(), strict=True)
     ]
-    assert np.allclose(found.kl.numpy(), expected, rtol=1e-9)
-    assert float(found.kl.mean()) != pytest.approx(
+    assert np.allclose(result.kl.numpy(), expected, rtol=1e-9)
+    assert float(result.kl.mean()) != pytest.approx(
         float(fidelity.compare_logits(q, p, true).kl.mean()), rel=1e-6
     )
 
 
-def test_kl_resolves_what_float32_does_not() -> None:
-    """A shift of one logit by 1e-5 over 50,000 tokens: KL 1e-15, below float32's noise; equal logits give exactly 0."""
+def test_kl_resolves_differences_below_float32_noise() -> None:
+    """One logit shifted by 1e-5 over 50,000 tokens: KL 1e-15; equal logits give exactly 0."""
     p = torch.zeros(1, 50_000, dtype=torch.float64)
     q = p.clone()
     q[0, 0] += 1e-3
@@ -48,25 +48,25 @@ def test_kl_resolves_what_float32_does_not() -> None:
     assert float(fidelity.compare_logits(p, p, torch.tensor([0])).kl) == 0
 
 
-def test_an_excluded_token_adds_nothing() -> None:
+def test_excluded_token_adds_nothing() -> None:
     p, q = torch.tensor([[0.0, 1.0, -torch.inf]]), torch.tensor([[0.0, 1.0, -3.0]])
-    found = float(fidelity.compare_logits(p, q, torch.tensor([1])).kl)
-    assert found == pytest.approx(log(1 + exp(-3) / (1 + exp(1))), rel=1e-6)
+    result = float(fidelity.compare_logits(p, q, torch.tensor([1])).kl)
+    assert result == pytest.approx(log(1 + exp(-3) / (1 + exp(1))), rel=1e-6)
 
 
-def test_true_token_figures() -> None:
+def test_true_token_figures_equal_their_definitions() -> None:
     p, q, true = logits(1)
-    found = fidelity.compare_logits(p, q, true)
+    result = fidelity.compare_logits(p, q, true)
     probability = torch.softmax(p.double(), -1)[torch.arange(40), true]
     changed = torch.softmax(q.double(), -1)[torch.arange(40), true]
-    assert torch.allclose(found.nll_source, -probability.log())
-    assert torch.allclose(found.delta_p, changed - probability)
-    assert torch.equal(found.same_top, p.argmax(-1) == q.argmax(-1)) and not bool(
-        found.same_top.all()
+    assert torch.allclose(result.nll_source, -probability.log())
+    assert torch.allclose(result.delta_p, changed - probability)
+    assert torch.equal(result.same_top, p.argmax(-1) == q.argmax(-1)) and not bool(
+        result.same_top.all()
     )
 
 
-def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     p, q, true = logits(2)
     whole = fidelity.compare_logits(p, q, true)
     monkeypatch.setattr(fidelity, "CHUNK_TOKENS", 7)
@@ -78,33 +78,33 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(getattr(whole, name), getattr(joined, name))
 
 
-def test_summary_figures() -> None:
+def test_summary_equals_scipy() -> None:
     tokens = fidelity.compare_logits(*logits(3, n=2000))
-    found = fidelity.summarize_tokens(tokens)
+    result = fidelity.summarize_tokens(tokens)
     kl = tokens.kl.numpy()
-    assert found["kl_mean"].value == pytest.approx(kl.mean())
-    assert found["kl_mean"].error == pytest.approx(stats.sem(kl))
+    assert result["kl_mean"].value == pytest.approx(kl.mean())
+    assert result["kl_mean"].error == pytest.approx(stats.sem(kl))
     for name, share in (("kl_median", 0.5), ("kl_p99", 0.99), ("kl_p999", 0.999)):
-        assert found[name].value == pytest.approx(np.quantile(kl, share))
-    assert (found["kl_max"].value, found["kl_max"].error, found["kl_max"].n) == (
+        assert result[name].value == pytest.approx(np.quantile(kl, share))
+    assert (result["kl_max"].value, result["kl_max"].error, result["kl_max"].n) == (
         kl.max(),
         None,
         2000,
     )
     difference = (tokens.nll_quantized - tokens.nll_source).numpy()
-    ratio = found["ppl_artifact"].value / found["ppl_source"].value
-    assert found["ppl_ratio"].value == pytest.approx(ratio) and ratio == pytest.approx(
+    ratio = result["ppl_artifact"].value / result["ppl_source"].value
+    assert result["ppl_ratio"].value == pytest.approx(ratio) and ratio == pytest.approx(
         exp(difference.mean())
     )
-    assert found["ppl_ratio"].error == pytest.approx(ratio * stats.sem(difference))
-    assert found["top1"].value == tokens.same_top.double().mean()
-    assert found["rms_delta_p"].value == pytest.approx(
+    assert result["ppl_ratio"].error == pytest.approx(ratio * stats.sem(difference))
+    assert result["top1"].value == tokens.same_top.double().mean()
+    assert result["rms_delta_p"].value == pytest.approx(
         sqrt(np.square(tokens.delta_p.numpy()).mean())
     )
 
 
-def test_the_quantile_s_error_is_the_spread_of_samples() -> None:
-    """Over many samples the medians of 400 normal values scatter by sqrt(pi / 2) / 20; the estimate knows from one."""
+def test_quantile_error_equals_spread_of_samples() -> None:
+    """Medians of 400 normal values have sd sqrt(pi / 2) / 20; one sample estimates it."""
     values = torch.randn(300, 400, generator=torch.Generator().manual_seed(4))
     estimates = [fidelity.estimate_quantile(row, 0.5) for row in values]
     scatter = float(torch.tensor([e.value for e in estimates]).std())
@@ -114,11 +114,11 @@ def test_the_quantile_s_error_is_the_spread_of_samples() -> None:
     )
 
 
-def test_a_quantile_that_the_sample_cannot_resolve_has_no_error() -> None:
+def test_quantile_error_is_none_for_small_sample() -> None:
     assert fidelity.estimate_quantile(torch.arange(100.0), 0.999).error is None
 
 
-def test_one_token_has_no_error_and_no_token_is_refused() -> None:
+def test_one_token_has_no_error_and_zero_tokens_are_rejected() -> None:
     p, q, true = logits(5, n=1)
     assert fidelity.summarize_tokens(fidelity.compare_logits(p, q, true))["kl_mean"].error is None
     empty = torch.zeros(0)

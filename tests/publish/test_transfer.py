@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.damage import judged, rehash
+from support.damage import rehash, set_status
 from support.loadtest_example import make_load_test
 from support.places.here import KINDS, RemoteFixture
 from support.places.using import (
@@ -66,7 +66,11 @@ def test_again_sends_and_fetches_nothing(built: Path, there: RemoteFixture, tmp_
 
 def test_a_dry_run_moves_nothing(built: Path, there: RemoteFixture, tmp_path: Path) -> None:
     would, done = publish_to(built, there.address, dry_run=True), publish_to(built, there.address)
-    assert (would.files, would.n_bytes, would.n_present) == (done.files, done.n_bytes, done.n_present)
+    assert (would.files, would.n_bytes, would.n_present) == (
+        done.files,
+        done.n_bytes,
+        done.n_present,
+    )
     would = pull_from(there.address, tmp_path / "got", dry_run=True)
     assert not (tmp_path / "got").exists() and not (tmp_path / "got.pulling").exists()
     assert would == pull_from(there.address, tmp_path / "got")
@@ -154,7 +158,7 @@ def test_half_a_publication_is_none_and_goes_on(
 @pytest.mark.parametrize("status", ["not judged", "rejected"])
 def test_only_accepted_artifacts(artifact: Path, tmp_path: Path, status: str) -> None:
     missed = {"figure": "kl_mean", "bound": "<= 1e-07", "value": 0.001, "ok": False}
-    judged(artifact, status, [missed] if status == "rejected" else [])
+    set_status(artifact, status, [missed] if status == "rejected" else [])
     rehash(artifact)
     assert verify_artifact(artifact).status == status
     with pytest.raises(

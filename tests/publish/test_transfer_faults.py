@@ -475,7 +475,9 @@ def test_a_process_that_is_ended(
             break  # there was little left
         assert process.returncode in {-9, 130, 143}, said
         assert "Traceback" not in said
-        assert end == signal.SIGKILL or "received data is kept; run the same command to resume" in said
+        assert (
+            end == signal.SIGKILL or "received data is kept; run the same command to resume" in said
+        )
         if command == "publish":
             assert "no quantkit/manifest.json" in sentence(
                 lambda: pull_from(there.address, tmp_path / "got")

@@ -147,7 +147,10 @@ def test_a_manifest_that_names_it_is_refused(
             lambda v: v["files"].update(x={"sha256": "0" * 64, "bytes": 10**30}),
             "1 missing or changed",
         ),
-        (lambda v: v["files"].pop("config.json"), "the files that arrived do not match the manifest"),
+        (
+            lambda v: v["files"].pop("config.json"),
+            "the files that arrived do not match the manifest",
+        ),
         (lambda v: v.update(schema_version=99), "schema_version: expected 1, found 99"),
         (lambda v: v.update(unhashed=["../x"]), "expected names that stay"),
     ],
