@@ -179,9 +179,9 @@ def register_target(
 @register_target("recipe", "recipe.yaml", lambda: (RECIPE.encode(),), mutate_yaml)
 def recipe(folder: Path) -> object:
     """A recipe file."""
-    from quantkit.cli.options import read_recipe
+    from quantkit.recipe.recipe_file import read_recipe
 
-    return read_recipe(str(folder / "recipe.yaml"), ())[1].hash
+    return read_recipe(str(folder / "recipe.yaml"), {})[1].hash
 
 
 @register_target(
@@ -209,10 +209,10 @@ def override(folder: Path) -> object:
 )
 def gates(folder: Path) -> object:
     """A file of gates."""
-    from quantkit.cli.options import _text
     from quantkit.recipe.parse import parse_gates
+    from quantkit.recipe.recipe_file import read_text_file
 
-    return parse_gates(_text(folder / "gates.yaml"), "gates.yaml", ["mine"])
+    return parse_gates(read_text_file(folder / "gates.yaml"), "gates.yaml", ["mine"])
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -475,7 +475,7 @@ def manifest(folder: Path) -> object:
 def plan_json(folder: Path) -> object:
     """plan.json under a manifest that agrees, as diff and gate read it."""
     from quantkit.artifact.read_report import read_sealed_report
-    from quantkit.cli.options import read_gates
+    from quantkit.cli.commands.gate import read_gates
     from quantkit.diff.compare import compare_sides
     from quantkit.diff.sides import read_sides
 
@@ -517,7 +517,7 @@ def check_rendering(report: object) -> None:
 
     from rich.console import Console
 
-    from quantkit.cli.console import EscapedRenderable
+    from quantkit.cli.rich_output import EscapedRenderable
     from quantkit.report.terminal import render_report
 
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
