@@ -1,4 +1,4 @@
-"""Admission as a machine: whatever happens in whatever order, the bounds hold and nobody's place is lost."""
+"""Admission as a state machine: limits hold and no slot is lost in any order of events."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RUNNING, WAITING, AGING = 3, 5, 4.0
 
 
 class Machine(RuleBasedStateMachine):
-    """A model that keeps plain lists and sorts them, beside the real thing."""
+    """The policy, and a model of it with plain sorted lists."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,17 +88,19 @@ class Machine(RuleBasedStateMachine):
         del self.waiting[request], self.who[request]
 
     @rule()
-    def leave_twice_or_unknown(self) -> None:
+    def release_twice_or_unknown(self) -> None:
         assert self.real.release(-1, self.now) is None
 
     @invariant()
-    def the_two_agree_and_the_bounds_hold(self) -> None:
+    def policy_matches_model_and_limits_hold(self) -> None:
         assert set(self.real.running) == set(self.running)
         assert [request for _, request in self.real.waiting] == sorted(
             self.waiting, key=self.waiting.__getitem__
         )
         assert len(self.running) <= RUNNING and len(self.waiting) <= WAITING
-        assert not self.waiting or len(self.running) == RUNNING  # nobody waits beside an idle place
+        assert (
+            not self.waiting or len(self.running) == RUNNING
+        )  # no request waits while a slot is free
         assert 1 <= self.real.retry_after() <= MAX_RETRY_AFTER
 
 
@@ -111,10 +113,10 @@ TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadlin
         st.tuples(st.floats(0, 100), st.integers(0, PRIORITY_LEVELS - 1)), min_size=2, max_size=30
     )
 )
-def test_nobody_is_passed_by_who_came_too_late_and_the_urgent_go_first(
+def test_policy_prevents_starvation_and_orders_by_priority(
     arrivals: list[tuple[float, int]],
 ) -> None:
-    """One runs, the others queue up while it does; then they run one by one."""
+    """One request runs while the others are queued; then they run one by one."""
     real = AdmissionPolicy(max_running=1, max_waiting=len(arrivals), aging=AGING)
     real.offer(-1, 0, "", 0.0)
     arrivals.sort(key=lambda one: one[0])
@@ -132,7 +134,7 @@ def test_nobody_is_passed_by_who_came_too_late_and_the_urgent_go_first(
                 assert early_level < late_level
 
 
-# ----------------------------------------------------------------------------------------------------------- asyncio
+# ------------------------------------------------------------------------------------------ asyncio
 
 
 @settings(max_examples=60, deadline=None)
@@ -143,8 +145,8 @@ def test_nobody_is_passed_by_who_came_too_late_and_the_urgent_go_first(
         max_size=25,
     )
 )
-def test_no_turn_is_lost_whoever_is_cancelled_whenever(plan: list[tuple[int, int, int]]) -> None:
-    """Each asks, works for some steps, and is cancelled after some steps: before its turn, at it, during its work."""
+def test_queue_loses_no_slot_under_cancellation(plan: list[tuple[int, int, int]]) -> None:
+    """Clients are cancelled while they wait, when they get a slot, and while they work."""
 
     async def scenario() -> None:
         queue, at_once, most = (
@@ -192,7 +194,7 @@ def test_no_turn_is_lost_whoever_is_cancelled_whenever(plan: list[tuple[int, int
     asyncio.run(scenario())
 
 
-def test_patience_ends_in_a_word_and_a_time_to_come_again() -> None:
+def test_timeout_in_the_queue_reports_reason_and_retry_after() -> None:
     async def scenario() -> None:
         queue = AdmissionQueue(AdmissionPolicy(max_running=1, max_waiting=5, aging=AGING))
         first = await queue.acquire(0, "", timeout=1)
@@ -207,7 +209,7 @@ def test_patience_ends_in_a_word_and_a_time_to_come_again() -> None:
     asyncio.run(scenario())
 
 
-def test_a_key_has_its_own_bound() -> None:
+def test_key_limits_its_concurrent_requests() -> None:
     async def scenario() -> None:
         queue = AdmissionQueue(AdmissionPolicy(max_running=3, max_waiting=5, aging=AGING))
         mine = [await queue.acquire(0, "a", timeout=1, max_requests=2) for _ in range(2)]
@@ -221,7 +223,7 @@ def test_a_key_has_its_own_bound() -> None:
     asyncio.run(scenario())
 
 
-def test_a_full_queue_gives_the_last_place_to_the_more_urgent() -> None:
+def test_full_queue_displaces_the_least_urgent_request() -> None:
     async def scenario() -> None:
         queue = AdmissionQueue(AdmissionPolicy(max_running=1, max_waiting=1, aging=AGING))
         first = await queue.acquire(5, "", timeout=1)

@@ -1,4 +1,4 @@
-"""The gateway over real sockets, before engines that are slow, that die, and that flood."""
+"""The gateway over real sockets, with engines that are slow, that die, and that flood."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Setup:
         return httpx2.post(f"{self.url}/completions", json=body, headers=headers, timeout=30)
 
     def metric(self, name: str) -> float:
-        """A sample of /metrics; 0 when it is not there."""
+        """Return a sample of /metrics, 0 if it is absent."""
         text = httpx2.get(self.url.removesuffix("/v1") + "/metrics").text
         return sum(
             float(line.split()[-1])
@@ -54,8 +54,8 @@ class Setup:
 
 @contextmanager
 def gateway(
-    *, engines: int = 1, keys: tuple[ApiKey, ...] = (), keep_alive: float = 5, upstreams: tuple[Upstream, ...] = (),
-    **limits: Any,
+    *, engines: int = 1, keys: tuple[ApiKey, ...] = (), keep_alive: float = 5,
+    upstreams: tuple[Upstream, ...] = (), **limits: Any,
 ) -> Iterator[Setup]:  # fmt: skip
     with ExitStack() as stack:
         stubs = [StubEngine() for _ in range(engines)]
@@ -71,7 +71,7 @@ def gateway(
 
 
 def events(text: str) -> list[Any]:
-    """The data of a stream's events."""
+    """Return the data of a stream's events."""
     data = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
     return [one if one == "[DONE]" else json.loads(one) for one in data]
 
@@ -87,10 +87,10 @@ def client(setup: Setup, key: str = "none") -> openai.OpenAI:
     return openai.OpenAI(base_url=setup.url, api_key=key, max_retries=0, timeout=20)
 
 
-# ------------------------------------------------------------------------------------------------------- plain service
+# ------------------------------------------------------------------------------------ service
 
 
-def test_the_official_client_gets_what_the_engine_says() -> None:
+def test_openai_client_gets_the_engines_response() -> None:
     with gateway() as setup:
         api = client(setup)
         assert [model.id for model in api.models.list()] == ["stub"]
@@ -114,8 +114,8 @@ def test_the_official_client_gets_what_the_engine_says() -> None:
         )  # how long answers take, refusals apart
 
 
-def test_a_stream_comes_byte_for_byte_and_piece_by_piece() -> None:
-    """Each token is here before the engine makes the next one."""
+def test_stream_is_forwarded_unchanged_and_immediately() -> None:
+    """Each token arrives before the engine sends the next one."""
     with gateway() as setup:
         body = {"prompt": json.dumps({"tokens": 4, "pause": 0.15}), "stream": True}
         with httpx2.stream("POST", f"{setup.url}/completions", json=body) as answer:
@@ -163,9 +163,7 @@ def test_a_stream_comes_byte_for_byte_and_piece_by_piece() -> None:
         (b'{"prompt": "' + b"x" * 200_000 + b'"}', 413, "expected at most 150000 bytes"),
     ],
 )
-def test_bad_requests_are_told_apart_and_never_reach_the_engine(
-    body: bytes, status: int, told: str
-) -> None:
+def test_invalid_request_is_rejected_before_the_engine(body: bytes, status: int, told: str) -> None:
     with gateway(max_tokens=100, body_bytes=150_000) as setup:
         answer = httpx2.post(f"{setup.url}/completions", content=body)
         assert answer.status_code == status and told in answer.json()["error"]["message"]
@@ -189,7 +187,7 @@ def test_bad_requests_are_told_apart_and_never_reach_the_engine(
         ("/embeddings", {}, {}),
     ],
 )
-def test_who_says_no_number_of_tokens_is_given_the_limit(path: str, said: Any, heard: Any) -> None:
+def test_request_without_token_limit_gets_the_gateways(path: str, said: Any, heard: Any) -> None:
     with gateway(max_tokens=5) as setup:
         assert httpx2.post(setup.url + path, json={"prompt": "{}", **said}).status_code == 200
         told = {name: value for name, value in setup.engine.asked[0].items() if value is not None}
@@ -200,7 +198,7 @@ def test_who_says_no_number_of_tokens_is_given_the_limit(path: str, said: Any, h
 
 
 @pytest.mark.parametrize("told", ["x", "--5", "²", "9" * 5000, "1_0", "1.5"])
-def test_a_priority_that_is_no_number_is_refused(told: str) -> None:
+def test_invalid_priority_is_rejected(told: str) -> None:
     with gateway() as setup:
         headers = {"x-priority": told.encode("latin-1")}
         answer = httpx2.post(f"{setup.url}/completions", json={"prompt": "{}"}, headers=headers)
@@ -214,7 +212,7 @@ def test_a_priority_that_is_no_number_is_refused(told: str) -> None:
         )
 
 
-def test_a_fault_of_the_gateway_is_told_and_counted_as_any_other(
+def test_internal_error_is_reported_and_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*_: object) -> None:
@@ -230,7 +228,7 @@ def test_a_fault_of_the_gateway_is_told_and_counted_as_any_other(
         assert setup.metric('requests_total{key="anonymous",outcome="fault"}') == 1
 
 
-def test_only_the_api_is_passed_on() -> None:
+def test_only_api_paths_are_forwarded() -> None:
     with gateway() as setup:
         for path in ("/v1/load_lora_adapter", "/shutdown", "/v1/../metrics/x"):
             assert httpx2.post(setup.url.removesuffix("/v1") + path, json={}).status_code == 404
@@ -247,7 +245,7 @@ def test_only_the_api_is_passed_on() -> None:
         assert not setup.engine.asked
 
 
-def test_health_says_the_gateway_lives_and_readiness_that_an_engine_does() -> None:
+def test_health_reports_the_gateway_and_ready_an_upstream() -> None:
     with RunningApp(
         make_app(GatewaySettings(upstreams=(Upstream(name="none", url="http://127.0.0.1:9/v1"),)))
     ) as front:
@@ -259,10 +257,10 @@ def test_health_says_the_gateway_lives_and_readiness_that_an_engine_does() -> No
         assert httpx2.get(setup.url.removesuffix("/v1") + "/ready").json() == {"status": "ready"}
 
 
-# -------------------------------------------------------------------------------------------------- a slow engine
+# ------------------------------------------------------------------------------------ slow engine
 
 
-def test_a_full_queue_is_429_with_a_time_and_nobody_is_lost() -> None:
+def test_full_queue_returns_429_with_retry_after() -> None:
     with gateway(running=2, waiting=3) as setup, ThreadPoolExecutor(20) as pool:
         answers = list(
             pool.map(lambda n: setup.ask({"tokens": 1, "pause": 0.2}, stream=n % 2 == 0), range(20))
@@ -278,7 +276,7 @@ def test_a_full_queue_is_429_with_a_time_and_nobody_is_lost() -> None:
         assert setup.metric("running") == setup.metric("waiting") == 0
 
 
-def test_waiting_is_bounded() -> None:
+def test_queue_timeout_returns_429() -> None:
     with gateway(running=1, queue_seconds=0.2) as setup, ThreadPoolExecutor(2) as pool:
         first = pool.submit(setup.ask, {"hold": True})
         until(lambda: setup.engine.asked)
@@ -292,7 +290,7 @@ def test_waiting_is_bounded() -> None:
         assert first.result().status_code == 200
 
 
-def test_the_urgent_go_first() -> None:
+def test_urgent_requests_run_first() -> None:
     with gateway(running=1) as setup, ThreadPoolExecutor(6) as pool:
         running = pool.submit(setup.ask, {"name": "first", "hold": True})
         until(lambda: setup.engine.asked)
@@ -312,7 +310,7 @@ def test_the_urgent_go_first() -> None:
         ]  # the engine is told too
 
 
-def test_a_deadline_is_504_before_the_answer_and_an_event_inside_it() -> None:
+def test_deadline_returns_504_or_an_error_event() -> None:
     with gateway(deadline=0.8) as setup:
         whole = setup.ask({"tokens": 1, "pause": 3, "name": "a"})
         assert (
@@ -330,7 +328,7 @@ def test_a_deadline_is_504_before_the_answer_and_an_event_inside_it() -> None:
         until(lambda: setup.metric("running") == 0)
 
 
-def test_a_client_that_never_reads_keeps_its_place_until_the_deadline_and_no_longer(
+def test_client_that_never_reads_loses_its_slot_at_the_deadline(
     monkeypatch: Any,
 ) -> None:
     monkeypatch.setattr("quantkit.serve.gateway.app.TIMEOUT_GRACE", 0.2)
@@ -350,7 +348,7 @@ def test_a_client_that_never_reads_keeps_its_place_until_the_deadline_and_no_lon
         assert setup.engine.left == [""]
 
 
-def test_half_a_surrogate_reaches_an_engine_as_it_came() -> None:
+def test_half_of_a_surrogate_pair_is_forwarded_unchanged() -> None:
     with gateway() as setup:
         body = json.dumps({"prompt": '{"name": "\\ud800"}', "priority": 3})
         answer = httpx2.post(f"{setup.url}/completions", content=body, headers={"x-priority": "5"})
@@ -359,7 +357,7 @@ def test_half_a_surrogate_reaches_an_engine_as_it_came() -> None:
 
 
 @pytest.mark.parametrize("limits", [{"deadline": 0.3}, {"body_seconds": 0.3}])
-def test_a_body_that_never_comes_is_408(limits: dict[str, float]) -> None:
+def test_incomplete_body_returns_408(limits: dict[str, float]) -> None:
     with gateway(**limits) as setup:
         answer = send_half_request(setup.url)
         assert (
@@ -369,7 +367,7 @@ def test_a_body_that_never_comes_is_408(limits: dict[str, float]) -> None:
         assert setup.metric('requests_total{key="anonymous",outcome="refused"}') == 1
 
 
-def test_a_client_may_ask_for_less_time() -> None:
+def test_client_can_shorten_its_timeout() -> None:
     with gateway() as setup:
         body = {"prompt": json.dumps({"tokens": 1, "pause": 3})}
         answer = httpx2.post(
@@ -383,7 +381,7 @@ def test_a_client_may_ask_for_less_time() -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_takes_its_work_with_it(stream: bool) -> None:
+def test_disconnect_cancels_running_and_waiting_requests(stream: bool) -> None:
     with gateway(running=1) as setup:
         for name in ("running", "waiting"):
             body = {
@@ -414,10 +412,10 @@ def test_a_client_that_leaves_takes_its_work_with_it(stream: bool) -> None:
         assert setup.metric('requests_total{key="anonymous",outcome="left"}') == 2
 
 
-# ---------------------------------------------------------------------------------------------- quiet and long streams
+# --------------------------------------------------------------------------- idle and long streams
 
 
-def test_quiet_streams_get_comments_that_no_client_sees_as_tokens() -> None:
+def test_idle_stream_gets_heartbeats_that_clients_ignore() -> None:
     with gateway(heartbeat=0.1) as setup:
         answer = setup.ask({"first": 0.5, "tokens": 3, "pause": 0.4}, stream=True)
         head, _, rest = answer.text.partition("data: ")
@@ -430,8 +428,8 @@ def test_quiet_streams_get_comments_that_no_client_sees_as_tokens() -> None:
         assert setup.metric("heartbeats_total") >= 4
 
 
-def test_no_stream_is_cut_by_keep_alive_limits() -> None:
-    """The engine closes idle connections after 0.3 s; streams are quiet for longer, and connections rest between."""
+def test_stream_survives_keep_alive_limits() -> None:
+    """The engine closes idle connections after 0.3 s; streams and connections idle for longer."""
     with gateway(keep_alive=0.3, heartbeat=60) as setup, httpx2.Client(timeout=20) as api:
         for pause in (0.0, 0.5, 0.3):
             time.sleep(pause)  # the gateway's own connection to the engine grows old meanwhile
@@ -440,12 +438,12 @@ def test_no_stream_is_cut_by_keep_alive_limits() -> None:
             assert answer.status_code == 200 and events(answer.text)[-1] == "[DONE]"
 
 
-# ----------------------------------------------------------------------------------------------------- a dying engine
+# ----------------------------------------------------------------------------------- dying engine
 
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("plan", [{"die": 0}, {"status": 503}, {"status": 500}, {"status": 429}])
-def test_who_fails_before_a_byte_is_replaced(plan: dict[str, Any], stream: bool) -> None:
+def test_failure_before_the_first_byte_fails_over(plan: dict[str, Any], stream: bool) -> None:
     class Failing(StubEngine):
         async def work(
             self, values: dict[str, Any], own: dict[str, Any], send: Any, receive: Any
@@ -463,7 +461,7 @@ def test_who_fails_before_a_byte_is_replaced(plan: dict[str, Any], stream: bool)
             assert "priority" not in engine.asked[0]  # it was not said to know priorities
 
 
-def test_a_stand_in_is_asked_with_its_own_key_and_model_and_the_dead_one_last() -> None:
+def test_fallback_gets_its_own_key_and_model_and_dead_upstream_is_tried_last() -> None:
     with gateway(
         engines=2, upstreams=(Upstream(name="dead", url="http://127.0.0.1:9/v1"),)
     ) as setup:
@@ -491,7 +489,7 @@ def test_a_stand_in_is_asked_with_its_own_key_and_model_and_the_dead_one_last() 
 
 
 @pytest.mark.parametrize("plan", [{"tokens": 5, "die": 3}, {"tokens": 5, "polite_end": 3}])
-def test_once_bytes_were_streamed_nobody_takes_over_and_the_client_is_told(
+def test_failure_within_a_stream_is_reported_without_failover(
     plan: dict[str, Any],
 ) -> None:
     with gateway(engines=2) as setup:
@@ -505,8 +503,8 @@ def test_once_bytes_were_streamed_nobody_takes_over_and_the_client_is_told(
             )
 
 
-def test_after_heartbeats_another_may_still_take_over() -> None:
-    """The first engine is silent, then dies; the client has seen comments only."""
+def test_failover_is_possible_after_heartbeats() -> None:
+    """The first engine is silent, then dies; the client has received only comments."""
     with gateway(heartbeat=0.1) as setup, RunningApp(StubEngine()) as dying:
         settings = GatewaySettings(
             upstreams=(
@@ -531,7 +529,7 @@ def test_after_heartbeats_another_may_still_take_over() -> None:
             assert events(both.text)[-1]["error"]["message"].startswith("good: timed out")
 
 
-def test_all_dead_is_an_answer_too() -> None:
+def test_response_is_503_if_all_upstreams_are_dead() -> None:
     dead = (
         Upstream(name="a", url="http://127.0.0.1:9/v1"),
         Upstream(name="b", url="http://127.0.0.1:9/v1"),
@@ -544,7 +542,7 @@ def test_all_dead_is_an_answer_too() -> None:
         assert answer.headers["retry-after"] == "1"
 
 
-def test_an_engine_alone_that_says_no_is_quoted() -> None:
+def test_error_of_a_single_engine_is_forwarded() -> None:
     with gateway() as setup:
         answer = setup.ask({"status": 503})
         assert (answer.status_code, answer.headers["retry-after"]) == (
@@ -553,10 +551,10 @@ def test_an_engine_alone_that_says_no_is_quoted() -> None:
         ) and "stub says no" in answer.text
 
 
-# --------------------------------------------------------------------------------------------------------------- keys
+# --------------------------------------------------------------------------------------------- keys
 
 
-def test_without_a_key_nobody_is_served_and_each_key_has_its_bounds() -> None:
+def test_keys_are_required_and_limit_their_requests() -> None:
     secret, entry = create_key("team-a", priority=4, most=1)
     with gateway(keys=(entry, create_key("other")[1])) as setup, ThreadPoolExecutor(2) as pool:
         assert setup.ask({}).status_code == setup.ask({}, key="qk-wrong").status_code == 401
@@ -572,7 +570,7 @@ def test_without_a_key_nobody_is_served_and_each_key_has_its_bounds() -> None:
         assert "authorization" not in setup.engine.headers[0]  # the client's key stays here
 
 
-def test_keys_are_kept_as_hashes_and_read_strictly(tmp_path: Path) -> None:
+def test_key_file_has_hashes_and_is_validated_strictly(tmp_path: Path) -> None:
     secret, entry = create_key("a")
     assert secret not in entry.model_dump_json() and len(secret) > 40
     assert (
@@ -596,7 +594,7 @@ def test_keys_are_kept_as_hashes_and_read_strictly(tmp_path: Path) -> None:
         create_key("a b")
 
 
-def test_limits_are_named_when_wrong() -> None:
+def test_invalid_limit_is_named() -> None:
     assert parse_limits({"running": "3", "deadline": "2.5"}) == Limits(running=3, deadline=2.5)
     with pytest.raises(UsageError, match="--limit runing: .*known limits: running, waiting"):
         parse_limits({"runing": "3"})
@@ -604,11 +602,11 @@ def test_limits_are_named_when_wrong() -> None:
         parse_limits({"running": "0"})
 
 
-# ------------------------------------------------------------------------------------------------- a flooding engine
+# -------------------------------------------------------------------------------- flooding engine
 
 
 def resident(pid: int) -> int:
-    """Resident memory of a process, in bytes."""
+    """Return the resident memory of a process in bytes."""
     line = next(
         one
         for one in Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -617,8 +615,8 @@ def resident(pid: int) -> int:
     return int(line.split()[1]) * 1024
 
 
-def test_a_flood_waits_for_a_client_that_reads_slowly() -> None:
-    """An engine offers 400 MB to a client that reads nothing: the gateway holds no more than its windows."""
+def test_slow_client_applies_backpressure() -> None:
+    """An engine sends 400 MB to a client that reads nothing: the gateway buffers a few MB."""
     with (
         gateway() as setup,
         stub_engine.run_process(str(HERE / "bench" / "gateway.py"), "--gateway", setup.urls[0]) as (
@@ -649,8 +647,8 @@ def test_a_flood_waits_for_a_client_that_reads_slowly() -> None:
 
 
 @pytest.mark.slow
-def test_memory_is_flat_under_a_thousand_queued_requests() -> None:
-    """64 run, 936 wait; all are answered, and what they took is a few kilobytes each."""
+def test_memory_stays_flat_under_a_thousand_queued_requests() -> None:
+    """64 run and 936 wait; all are served, and each takes a few kilobytes."""
     with (
         gateway() as setup,
         stub_engine.run_process(str(HERE / "bench" / "gateway.py"), "--gateway", setup.urls[0]) as (

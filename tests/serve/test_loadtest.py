@@ -1,4 +1,4 @@
-"""`quantkit loadtest`: what GuideLLM is told, what is read of its results, and what is kept, shown and refused."""
+"""`quantkit loadtest`: scenarios and results of GuideLLM, stored files, output, errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ spec = json.loads(pathlib.Path(sys.argv[3]).read_text())["spec"]
 with open({log!r}, "a") as log:
     log.write(json.dumps(spec) + "\\n")
 prompt = json.loads(pathlib.Path(spec["data"][0]["path"]).read_text().splitlines()[0])["prompt"]
-body = json.dumps({{"prompt": json.dumps({{"name": prompt}}), "model": spec["backend"]["model"]}}).encode()
+values = {{"prompt": json.dumps({{"name": prompt}}), "model": spec["backend"]["model"]}}
+body = json.dumps(values).encode()
 urllib.request.urlopen(spec["backend"]["target"] + spec["backend"]["request_format"], body)
 {then}
 shutil.copy({golden!r}, spec["outputs"][0]["path"])
@@ -45,13 +46,14 @@ shutil.copy({golden!r}, spec["outputs"][0]["path"])
 
 
 class Counting(StubEngine):
-    """A stub that counts the tokens of its prompts as vLLM does: each asks for 100, from the second on 40 are there."""
+    """A stub with vLLM's counters: 100 tokens per prompt, 40 of them cached after the first."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"] == "/metrics":
             n = len(self.asked)
             asked = f'vllm:prefix_cache_queries_total{{engine="0"}} {100.0 * n}'
-            text = f'# TYPE x counter\n{asked}\nvllm:prefix_cache_hits_total{{engine="0"}} {40.0 * max(n - 1, 0)}\n'
+            hits = f'vllm:prefix_cache_hits_total{{engine="0"}} {40.0 * max(n - 1, 0)}'
+            text = f"# TYPE x counter\n{asked}\n{hits}\n"
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": text.encode()})
         elif (
@@ -65,7 +67,7 @@ class Counting(StubEngine):
 
 
 def fake(folder: Path, then: str = "") -> tuple[str, Path]:
-    """A program in GuideLLM's place, and the log of what it was told."""
+    """Return a program in place of GuideLLM, and the log of its scenarios."""
     program, log = folder / "guidellm", folder / "told.jsonl"
     program.write_text(
         FAKE.format(python=sys.executable, log=str(log), golden=str(GOLDEN_RESULTS), then=then)
@@ -78,8 +80,8 @@ def run(*words: str) -> Any:
     return CliRunner().invoke(main, ["loadtest", *words], prog_name="quantkit")
 
 
-def test_results_are_read_as_guidellm_means_them() -> None:
-    """The stub waited 10 ms before each of its 8 tokens; the golden file's own numbers are the reference."""
+def test_level_matches_guidellm_results() -> None:
+    """The stub waited 10 ms before each of its 8 tokens; the golden file is the reference."""
     raw = json.loads(GOLDEN_RESULTS.read_text())["benchmarks"][0]
     level = guidellm.parse_level(json.loads(GOLDEN_RESULTS.read_text()), 1, "golden")
     assert (level.answered, level.errored, level.output_tokens, level.prompt_tokens) == (
@@ -97,7 +99,7 @@ def test_results_are_read_as_guidellm_means_them() -> None:
     assert level.requests_per_second == pytest.approx(6 / raw["duration"])
 
 
-def test_results_of_another_shape_or_without_an_answer_are_refused() -> None:
+def test_invalid_or_empty_results_are_rejected() -> None:
     with pytest.raises(QuantkitError, match=r"expected results of GuideLLM 0\.8"):
         guidellm.parse_level({"benchmarks": []}, 1, "x")
     raw = json.loads(GOLDEN_RESULTS.read_text())
@@ -111,7 +113,7 @@ def test_results_of_another_shape_or_without_an_answer_are_refused() -> None:
         guidellm.parse_level(raw, 3, "x")
 
 
-def test_a_run_asks_each_level_reads_the_cache_and_keeps_the_result(
+def test_load_test_runs_levels_reads_cache_and_stores_result(
     artifact: Path, tmp_path: Path
 ) -> None:
     program, log = fake(tmp_path)
@@ -168,8 +170,8 @@ def test_a_run_asks_each_level_reads_the_cache_and_keeps_the_result(
     assert parse_load_test(json.loads(again.output), "again") == kept
 
 
-def test_nothing_else_is_written_into_an_artifact(artifact: Path) -> None:
-    """A file that its manifest does not know would break it."""
+def test_other_files_are_not_written_into_an_artifact(artifact: Path) -> None:
+    """A file that its manifest does not list would invalidate it."""
     for option, place in (
         ("--html", "load.html"),
         ("--output", "quantkit/x.json"),
@@ -185,7 +187,7 @@ def test_nothing_else_is_written_into_an_artifact(artifact: Path) -> None:
     assert verify_artifact(artifact).unsealed == (FILE, LOADTEST_PAGE)
 
 
-def test_the_key_is_in_no_command_line_and_in_no_result(
+def test_api_key_is_in_no_command_line_and_no_result(
     artifact: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     program, log = fake(tmp_path)
@@ -205,7 +207,7 @@ def test_the_key_is_in_no_command_line_and_in_no_result(
     assert json.loads(log.read_text().splitlines()[0])["backend"]["api_key"] == "sk-secret"
 
 
-def test_a_tool_that_fails_or_hangs_is_told(
+def test_failing_or_hanging_guidellm_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guidellm, "SLACK_SECONDS", 3)
@@ -253,7 +255,9 @@ def test_a_tool_that_fails_or_hangs_is_told(
         (["EMPTY"], 2, "expected a load test, found none"),
     ],
 )
-def test_refusals(words: list[str], code: int, told: str, tmp_path: Path) -> None:
+def test_invalid_options_are_rejected(
+    words: list[str], code: int, told: str, tmp_path: Path
+) -> None:
     program, _ = fake(tmp_path)
     (tmp_path / "empty").mkdir()
     words = [str(tmp_path / "empty") if word == "EMPTY" else word for word in words]
@@ -262,7 +266,7 @@ def test_refusals(words: list[str], code: int, told: str, tmp_path: Path) -> Non
 
 
 class Refusing(StubEngine):
-    """A stub that takes no request."""
+    """A stub that rejects every request."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["method"] == "POST":
@@ -274,7 +278,7 @@ class Refusing(StubEngine):
 @pytest.mark.parametrize(
     ("words", "path"), [([], "/v1/completions"), (["--chat"], "/v1/chat/completions")]
 )
-def test_what_the_server_says_against_a_request_is_told_before_a_tool_is_started(
+def test_server_error_is_reported_before_guidellm_starts(
     words: list[str], path: str, tmp_path: Path
 ) -> None:
     program, log = fake(tmp_path)
@@ -291,7 +295,7 @@ def test_what_the_server_says_against_a_request_is_told_before_a_tool_is_started
     )
 
 
-def test_a_server_of_several_models_asks_for_one(tmp_path: Path) -> None:
+def test_server_with_several_models_requires_a_name(tmp_path: Path) -> None:
     stub = Counting()
     stub.two = True  # type: ignore[attr-defined]
     with (
@@ -301,7 +305,7 @@ def test_a_server_of_several_models_asks_for_one(tmp_path: Path) -> None:
         engine.read_served_model(serving.url, "")
 
 
-def test_prompts_of_a_file(tmp_path: Path) -> None:
+def test_prompts_are_read_from_files(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"question": "a"}\n\n{"prompt": "b", "text": "c"}\n')
     assert read_prompts(str(file)).texts == ("a", "b") and read_prompts(str(file)).take(3) == [
@@ -324,7 +328,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
         read_prompts(str(file))
 
 
-def test_counters_of_engines() -> None:
+def test_cache_counters_are_parsed_and_subtracted() -> None:
     vllm = 'vllm:prefix_cache_queries_total{e="0"} 10\nvllm:prefix_cache_queries_total{e="1"} 5\n'
     assert engine.parse_cache_counters(
         vllm + 'vllm:prefix_cache_hits_total{e="0"} 3.0\n'
@@ -339,7 +343,7 @@ def test_counters_of_engines() -> None:
     )
 
 
-def test_tables_plots_and_page_show_every_level() -> None:
+def test_table_charts_and_page_show_every_level() -> None:
     made = make_load_test()
     table = tables.make_level_table(made)
     assert [row[:2] for row in table.rows] == [("1", "6"), ("4", "6, 1 failed")]
@@ -356,8 +360,8 @@ def test_tables_plots_and_page_show_every_level() -> None:
     assert "&lt;m&gt;" in page and "<m>" not in page
 
 
-def test_diff_lays_runs_side_by_side_that_asked_alike(artifact: Path, tmp_path: Path) -> None:
-    """Its own artifact once more with a slower run beside it; then with one that asked something else."""
+def test_diff_compares_load_tests_with_the_same_settings(artifact: Path, tmp_path: Path) -> None:
+    """A copy of the artifact with a slower run, then with a run with other settings."""
     other = Path(shutil.copytree(artifact, tmp_path / "other"))
     first = make_load_test()
     slow = first.levels[1].model_copy(
@@ -378,19 +382,20 @@ def test_diff_lays_runs_side_by_side_that_asked_alike(artifact: Path, tmp_path: 
     )
     for words, said in (
         ([], "-50.0%"),
-        (["--markdown"], "Under load"),
+        (["--markdown"], "Load test"),
         (["--html"], 'id="t-load"'),
     ):
         assert said in CliRunner().invoke(main, ["diff", str(artifact), str(other), *words]).stdout
     (other / FILE).write_text(first.model_copy(update={"max_tokens": 9}).model_dump_json())
     found = CliRunner().invoke(main, ["diff", str(artifact), str(other)])
     assert (
-        "asked otherwise (max_tokens: 8 and 9)" in " ".join(found.stdout.split())
+        "The load tests have different settings (max_tokens: 8 and 9)"
+        in " ".join(found.stdout.split())
         and "-50.0%" not in found.stdout
     )
 
 
-def test_a_damaged_result_does_not_pass_and_diff_shows_the_rest(
+def test_verify_rejects_damaged_result_and_diff_shows_the_rest(
     artifact: Path, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(artifact, tmp_path / "other"))
@@ -410,7 +415,7 @@ def test_a_damaged_result_does_not_pass_and_diff_shows_the_rest(
         )
 
 
-def test_a_damaged_result_is_told_by_key() -> None:
+def test_damaged_result_is_reported_by_key() -> None:
     values = make_load_test().model_dump(mode="json")
     values["levels"][0]["ttft_ms"]["p99"] = -1
     with pytest.raises(ArtifactError, match=r"x: levels\.0\.ttft_ms\.p99: "):
@@ -424,5 +429,5 @@ def test_a_damaged_result_is_told_by_key() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL, reason="QUANTKIT_GUIDELLM names no GuideLLM; `make demo-load` does")
-def test_guidellm_itself(built: Path) -> None:
+def test_load_test_with_real_guidellm(built: Path) -> None:
     demo_load.main(built, REAL, "1,2")

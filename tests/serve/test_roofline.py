@@ -1,4 +1,4 @@
-"""Bounds of speed and advice on batches, against arithmetic done by hand and routing that is simulated."""
+"""Speed bounds and tokens per step, against manual arithmetic and simulated routing."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def placed(model: Model, card: Gpu, context: int = 8192, users: int = 10) -> Fit
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------- decoding
+# ----------------------------------------------------------------------------------------- decoding
 
 
-def test_a_dense_model_decodes_as_fast_as_its_weights_are_read(cards: GpuCatalog) -> None:
+def test_dense_decoding_is_bounded_by_reading_weights(cards: GpuCatalog) -> None:
     model, card = read_model(QWEN_32B), cards.gpus["h200"]
     found = placed(model, card, users=1)
     assert found.placement is not None and found.placement.gpus == 1
@@ -63,7 +63,7 @@ def test_a_dense_model_decodes_as_fast_as_its_weights_are_read(cards: GpuCatalog
     assert later.tokens_per_s == pytest.approx(4.8e12 / (read + 8192 * 262_144))
 
 
-def test_many_users_share_what_is_read_until_arithmetic_is_the_limit(cards: GpuCatalog) -> None:
+def test_batched_decoding_scales_until_arithmetic_limits_it(cards: GpuCatalog) -> None:
     model = read_model(QWEN_32B)
     found = placed(model, cards.gpus["h100"], users=1)
     assert found.placement is not None
@@ -75,7 +75,7 @@ def test_many_users_share_what_is_read_until_arithmetic_is_the_limit(cards: GpuC
     assert many.tokens_per_s <= tp * 989.4e12 / flops * 1.0001
 
 
-def test_a_pipeline_is_no_faster_for_one_user_and_adds_up_for_many(cards: GpuCatalog) -> None:
+def test_pipeline_scales_with_users_only(cards: GpuCatalog) -> None:
     model, card = read_model(QWEN_32B), cards.gpus["h200"]
     one = placed(model, card, users=8)
     assert one.placement is not None
@@ -95,9 +95,7 @@ def test_a_pipeline_is_no_faster_for_one_user_and_adds_up_for_many(cards: GpuCat
 @pytest.mark.parametrize(
     ("count", "top_k", "batch"), [(256, 8, 1), (256, 8, 32), (128, 8, 128), (8, 2, 3)]
 )
-def test_distinct_experts_are_those_that_simulated_tokens_hit(
-    count: int, top_k: int, batch: int
-) -> None:
+def test_expected_experts_match_simulated_routing(count: int, top_k: int, batch: int) -> None:
     draw = np.random.default_rng(0)
     trials = 400
     hits = [
@@ -110,24 +108,24 @@ def test_distinct_experts_are_those_that_simulated_tokens_hit(
     assert expected == pytest.approx(np.mean(hits), abs=4 * np.std(hits) / trials**0.5 + 1e-9)
 
 
-def test_a_mixture_reads_the_experts_that_are_hit(v3: Model) -> None:
+def test_active_bytes_count_routed_experts(v3: Model) -> None:
     dense = roofline.count_active_bytes(v3, 0)
     assert roofline.count_active_bytes(v3, 1) == pytest.approx(dense + v3.routed.n_bytes * 8 / 256)
     assert roofline.count_active_bytes(v3, 10_000) == pytest.approx(dense + v3.routed.n_bytes)
     assert dense + v3.routed.n_bytes == v3.weights.n_bytes - v3.embedding.n_bytes
 
 
-def test_v3_has_37_billion_parameters_at_work_per_token(v3: Model) -> None:
+def test_v3_has_37_billion_active_parameters(v3: Model) -> None:
     assert roofline.count_active_parameters(v3) + v3.embedding.parameters == pytest.approx(
         37.6e9, rel=0.01
     )
 
 
-# --------------------------------------------------------------------------------------------------- prefill and links
+# -------------------------------------------------------------------------------- prefill and links
 
 
-def test_prefill_is_bounded_by_flops_at_the_rate_of_the_stored_weights(cards: GpuCatalog) -> None:
-    """A short prompt: two flops per parameter; FP8 weights at FP8's rate, where a card has one."""
+def test_prefill_is_bounded_by_flops_of_the_stored_dtype(cards: GpuCatalog) -> None:
+    """A short prompt: two flops per parameter; FP8 weights at the FP8 rate of the GPU, if any."""
     model = read_model("deepseek-ai/DeepSeek-V3")
     inside = sum((layer.dense for layer in model.layers), model.layers[0].dense).parameters
     inside -= model.layers[0].dense.parameters
@@ -145,7 +143,7 @@ def test_prefill_is_bounded_by_flops_at_the_rate_of_the_stored_weights(cards: Gp
         )  # routers and norms in BF16; stages of unequal length
 
 
-def test_a_sliding_window_bounds_what_prompts_attend_to(cards: GpuCatalog) -> None:
+def test_sliding_window_limits_attention_flops_of_prompts(cards: GpuCatalog) -> None:
     layer = read_model(QWEN_32B).layers[0]
     windowed = replace(layer, attention=replace(layer.attention, window=100))
     card, context = cards.gpus["h100"], 1000
@@ -157,7 +155,7 @@ def test_a_sliding_window_bounds_what_prompts_attend_to(cards: GpuCatalog) -> No
     )
 
 
-def test_links_are_the_limit_over_pcie_and_not_over_nvlink(v3: Model, cards: GpuCatalog) -> None:
+def test_link_limits_prefill_over_pcie_but_not_nvlink(v3: Model, cards: GpuCatalog) -> None:
     sent = roofline.count_link_bytes(v3, 8, 61)
     assert (
         sent == 61 * 2 * 7168 * 2 * 2 * 7 / 8
@@ -178,11 +176,14 @@ def test_links_are_the_limit_over_pcie_and_not_over_nvlink(v3: Model, cards: Gpu
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 
-def test_the_workspace_of_experts_is_what_vllm_allocates(v3: Model) -> None:
-    """MarlinExperts.workspace_shapes of vLLM 0.32 for one token: M = 1, N = 2048 / 8, K = 7168, top_k = 8."""
+def test_expert_bytes_match_vllm_workspace(v3: Model) -> None:
+    """MarlinExperts.workspace_shapes of vLLM 0.32 for one token.
+
+    M = 1, N = 2048 / 8, K = 7168, top_k = 8.
+    """
     m, n, k, top_k = 1, 2048 // 8, 7168, 8
     workspace13, workspace2, output = m * top_k * max(n, k), m * top_k * max(2 * n, k), m * k
     assert v3.moe is not None
@@ -190,7 +191,7 @@ def test_the_workspace_of_experts_is_what_vllm_allocates(v3: Model) -> None:
 
 
 @pytest.mark.parametrize("server", GPU_ENGINES)
-def test_advice_fits_into_what_an_engine_leaves_and_shows_it(
+def test_batched_tokens_fit_the_step_memory(
     v3: Model, cards: GpuCatalog, server: GpuEngine
 ) -> None:
     for key in ("h100", "h200", "mi300x"):
@@ -218,8 +219,8 @@ def test_advice_fits_into_what_an_engine_leaves_and_shows_it(
         assert advised.safe % TOKEN_MULTIPLE == 0 and advised.worst <= advised.even <= advised.safe
 
 
-def test_a_step_holds_no_more_than_all_requests(cards: GpuCatalog) -> None:
-    """10 users of 512 tokens were told 2,237,184."""
+def test_batched_tokens_do_not_exceed_all_requests(cards: GpuCatalog) -> None:
+    """The limit for 10 users of 512 tokens was 2,237,184 once."""
     (tiny,) = plan_recipe_models(
         parse_recipe((locate_folder("recipes") / "tiny-v3-awq4.yaml").read_text(), "tiny-v3-awq4")
     )
@@ -228,10 +229,8 @@ def test_a_step_holds_no_more_than_all_requests(cards: GpuCatalog) -> None:
         assert advised is not None and advised.safe == advised.even == advised.worst == 10 * 512
 
 
-def test_in_the_worst_case_a_rank_holds_the_tokens_of_all_ranks(
-    v3: Model, cards: GpuCatalog
-) -> None:
-    """Four ranks of 64 experts each: 4 x 8 copies of full width reach one rank for each of its own tokens."""
+def test_worst_case_routes_tokens_of_all_ranks_to_one(v3: Model, cards: GpuCatalog) -> None:
+    """Four ranks of 64 experts: one rank gets 4 x 8 copies of full width per own token."""
     found = placed(v3, cards.gpus["h200"])
     advised = compute_max_batched_tokens(found, "vllm")
     assert advised is not None and found.placement is not None and found.placement.tp == 4
@@ -241,7 +240,7 @@ def test_in_the_worst_case_a_rank_holds_the_tokens_of_all_ranks(
     assert advised.worst == room // (plain + copies) // TOKEN_MULTIPLE * TOKEN_MULTIPLE
 
 
-def test_one_rank_is_sent_all_in_any_case(v3: Model, cards: GpuCatalog) -> None:
+def test_single_rank_has_the_same_limit_for_any_routing(v3: Model, cards: GpuCatalog) -> None:
     found = placed(v3, cards.gpus["h200"])
     assert found.placement is not None
     memory = found.gpu.memory_gb.model_copy(update={"value": 4000.0})
@@ -254,7 +253,7 @@ def test_one_rank_is_sent_all_in_any_case(v3: Model, cards: GpuCatalog) -> None:
     assert alone is not None and alone.safe == alone.even == alone.worst > 0
 
 
-def test_advice_does_not_ask_for_more_than_nothing(v3: Model, cards: GpuCatalog) -> None:
+def test_batched_tokens_are_zero_without_free_memory(v3: Model, cards: GpuCatalog) -> None:
     found = placed(v3, cards.gpus["h200"], users=10)
     full = replace(
         found,
@@ -266,19 +265,19 @@ def test_advice_does_not_ask_for_more_than_nothing(v3: Model, cards: GpuCatalog)
     assert advised is not None and advised.safe == advised.even == advised.worst == 0
 
 
-def test_dense_models_get_no_advice_on_experts(cards: GpuCatalog) -> None:
+def test_dense_model_has_no_batched_tokens_limit(cards: GpuCatalog) -> None:
     assert (
         compute_max_batched_tokens(placed(read_model(QWEN_32B), cards.gpus["h200"]), "vllm") is None
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- cards
+# -------------------------------------------------------------------------------------------- GPUs
 
 
-def test_the_cards_of_the_data_file(cards: GpuCatalog) -> None:
+def test_gpu_catalog_has_consistent_entries(cards: GpuCatalog) -> None:
     asked = {
-        "h100", "h200", "a100", "b200", "mi300x", "gaudi2", "gaudi3", "l40s", "rtx6000ada", "a6000", "rtx4090",
-        "rtx5090", "mac-studio",
+        "h100", "h200", "a100", "b200", "mi300x", "gaudi2", "gaudi3", "l40s", "rtx6000ada", "a6000",
+        "rtx4090", "rtx5090", "mac-studio",
     }  # fmt: skip
     assert asked <= cards.gpus.keys()
     for card in cards.gpus.values():
@@ -291,7 +290,7 @@ def test_the_cards_of_the_data_file(cards: GpuCatalog) -> None:
     assert {source.read.year for source in cards.sources.values()} == {2026}
 
 
-def test_the_card_file_refuses_unknown_keys_and_figures(cards: GpuCatalog) -> None:
+def test_gpu_catalog_rejects_unknown_keys_and_invalid_values(cards: GpuCatalog) -> None:
     values = cards.model_dump(mode="json")
     values["gpus"]["h100"]["memory"] = 80
     with pytest.raises(ValidationError, match=r"gpus\.h100\.memory"):

@@ -22,7 +22,7 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["size", *arguments])
 
 
-def test_the_flagship_from_config_alone() -> None:
+def test_size_reads_deepseek_v3_from_its_config() -> None:
     found = run("deepseek-ai/DeepSeek-V3")
     assert found.exit_code == 0
     for told in ("671.03 B parameters", "673.15 GB (626.92 "
@@ -34,9 +34,7 @@ def test_the_flagship_from_config_alone() -> None:
     assert max(map(len, found.stdout.splitlines())) <= 100
 
 
-def test_the_flagship_is_sized_without_torch_and_transformers_which_take_seconds_to_import() -> (
-    None
-):
+def test_size_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys; from quantkit.cli.main import main; "
         "main(['size', sys.argv[1], '--json'], standalone_mode=False); "
@@ -51,7 +49,7 @@ def test_the_flagship_is_sized_without_torch_and_transformers_which_take_seconds
         assert json.loads(found.stdout)["model"]["parameters"] == 671_026_404_352
 
 
-def test_json_has_what_the_tables_show() -> None:
+def test_json_matches_the_tables() -> None:
     found = run(
         "v3-gptq4-fp8",
         "--gpu",
@@ -83,7 +81,7 @@ def test_json_has_what_the_tables_show() -> None:
     assert 0 < step["sglang"]["safe"] < step["vllm"]["safe"] == 3 * 4096  # all there are
 
 
-def test_the_cheapest_cards_are_some_that_an_engine_runs_on() -> None:
+def test_cheapest_gpus_are_supported_by_an_engine() -> None:
     found = run("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B")
     said = " ".join(found.stdout.split())
     assert re.search(r"Cheapest in one node: \d x (?!Mac)", said) and "Mac Studio 512 GB **" in said
@@ -91,8 +89,8 @@ def test_the_cheapest_cards_are_some_that_an_engine_runs_on() -> None:
     assert "**" not in run("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", "--gpu", "h100").stdout
 
 
-def test_what_context_fits_on_one_card_of_24_gb() -> None:
-    """Asked for as much as possible it takes two; the one is answered too, and no card is where none holds it."""
+def test_size_prints_the_longest_context_on_one_gpu() -> None:
+    """The default needs two GPUs. Nothing is printed if one is enough or cannot hold the model."""
     words = ("--gpu", "rtx4090", "--users", "1")
     found = run("r1-distill-qwen-32b-awq4", *words)
     assert "On one GPU: at most 5,877 tokens for 1 user (--context 5877)." in found.stdout
@@ -100,16 +98,19 @@ def test_what_context_fits_on_one_card_of_24_gb() -> None:
     assert "On one GPU" not in run("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", *words).stdout
 
 
-def test_speeds_say_at_which_context_they_are() -> None:
-    """One user at the first tokens may be faster than everybody at the longest context."""
-    told = "context: longest for 1 user; users: most at 4,096 tokens; 1 user t/s: one request at its first tokens; all t/s: "
+def test_tables_explain_the_context_of_speeds() -> None:
+    """One user at the first tokens may be faster than all users at the longest context."""
+    note = (
+        "context: longest for 1 user; users: most at 4,096 tokens; 1 user t/s: one request at its "
+        "first tokens; all t/s: "
+    )
     for words in (["Qwen/Qwen3-30B-A3B", "--gpu", "h100"], ["--compare", "Qwen/Qwen3-30B-A3B"]):
         found = run(*words, "--users", "1", "--context", "4096")
         said = " ".join(found.stdout.split())
-        assert told + "1 user at 4,096 tokens." in said and "1 users" not in said
+        assert note + "1 user at 4,096 tokens." in said and "1 users" not in said
 
 
-def test_each_format_of_a_recipe_is_sized() -> None:
+def test_size_handles_each_format_of_a_recipe() -> None:
     found = run(
         "smollm2-135m-gptq4",
         "--set",
@@ -124,15 +125,16 @@ def test_each_format_of_a_recipe_is_sized() -> None:
     ]  # fmt: skip
 
 
-def test_one_card_in_full_names_sources_and_advice() -> None:
+def test_single_gpu_output_has_sources_and_tokens_per_step() -> None:
     found = run("v3-gptq4-fp8", "--gpu", "H100")
     assert found.exit_code == 0
-    for told in ("driver reports", "80 GB = 74.5 GiB", "Tokens per step", "Batches", "Tensor parallelism", "of 256",
+    for text in ("driver reports", "80 GB = 74.5 GiB", "Tokens per step", "Batches",
+                 "Tensor parallelism", "of 256",
                  "The interconnect is not the limit of prefill"):  # fmt: skip
-        assert told in found.stdout, told
+        assert text in found.stdout, text
 
 
-def test_models_side_by_side_with_the_report_of_an_artifact(sealed: Path) -> None:
+def test_compare_includes_the_report_of_an_artifact(sealed: Path) -> None:
     found = run("--compare", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", str(sealed), "--json")
     assert found.exit_code == 0, found.output
     first, second = json.loads(found.stdout)
@@ -150,7 +152,7 @@ def test_models_side_by_side_with_the_report_of_an_artifact(sealed: Path) -> Non
 
 @pytest.fixture
 def sealed(tmp_path: Path) -> Path:
-    """A folder with the built-in model and the smallest report that is sealed beside it."""
+    """A folder with the built-in model and the smallest sealed report."""
     target = tmp_path / "artifact"
     shutil.copytree(locate_model("builtin:tiny-v3"), target)
     (target / "quantkit").mkdir()
@@ -183,14 +185,16 @@ def sealed(tmp_path: Path) -> Path:
         (("/",), "found no config.json in it"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_2(arguments: tuple[str, ...], sentence: str) -> None:
+def test_invalid_input_prints_one_sentence_and_exits_2(
+    arguments: tuple[str, ...], sentence: str
+) -> None:
     found = run(*arguments)
     assert found.exit_code == 2
     assert sentence in found.stderr and found.stderr.startswith("error: ")
     assert "Traceback" not in found.output
 
 
-def test_a_damaged_config_is_one_sentence(tmp_path: Path) -> None:
+def test_damaged_config_prints_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     for text, sentence in (
         ("{", "expected JSON"),

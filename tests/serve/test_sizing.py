@@ -1,4 +1,4 @@
-"""Sizes against numbers that people redo by hand, and against transformers' own modules."""
+"""Sizes against manual arithmetic and transformers' own modules."""
 
 from __future__ import annotations
 
@@ -38,12 +38,14 @@ from quantkit.serve.sizing.read import (
 )
 
 V3, QWEN_32B, MIXTRAL = (
-    "deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", "mistralai/Mixtral-8x7B-v0.1",
+    "deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B",
+    "mistralai/Mixtral-8x7B-v0.1",
 )  # fmt: skip
 MISTRAL_7B = {
-    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "torch_dtype": "float16", "hidden_size": 4096,
-    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "vocab_size": 32000, "max_position_embeddings": 32768, "sliding_window": 4096, "tie_word_embeddings": False,
+    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "torch_dtype": "float16",
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
+    "max_position_embeddings": 32768, "sliding_window": 4096, "tie_word_embeddings": False,
 }  # fmt: skip
 
 
@@ -69,7 +71,7 @@ def written(path: Path, values: dict[str, object]) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------- numbers that people redo by hand
+# ----------------------------------------------------------------- manual arithmetic
 
 
 def test_v3_kv_cache_is_70_272_bytes_per_token(v3: Model) -> None:
@@ -79,7 +81,7 @@ def test_v3_kv_cache_is_70_272_bytes_per_token(v3: Model) -> None:
     assert dense_formula / v3.compute_kv_bytes_per_token("bf16") > 50
 
 
-def test_v3_takes_671_gb_and_two_nodes_of_eight_cards(v3: Model, cards: GpuCatalog) -> None:
+def test_v3_needs_671_gb_and_two_nodes_of_eight_gpus(v3: Model, cards: GpuCatalog) -> None:
     assert v3.weights.parameters / 1e9 == pytest.approx(671, abs=0.5)
     plain = read_model(V3, "fp8")
     assert plain.weights.n_bytes / GB == pytest.approx(671, abs=0.5)
@@ -90,7 +92,7 @@ def test_v3_takes_671_gb_and_two_nodes_of_eight_cards(v3: Model, cards: GpuCatal
         assert (found.placement.nodes, found.placement.gpus) == (2, 16)
 
 
-def test_v3_stored_in_fp8_also_holds_block_scales_and_bf16_layers(v3: Model) -> None:
+def test_v3_in_fp8_includes_block_scales_and_bf16_layers(v3: Model) -> None:
     routed = 58 * 256 * 3 * 7168 * 2048
     assert v3.routed.parameters == v3.routed.fp8_parameters == routed
     assert v3.routed.n_bytes == routed + routed // 128**2 * 4
@@ -110,7 +112,7 @@ def test_a_7b_model_in_fp16_is_14_gb(tmp_path: Path) -> None:
     assert model.weights.n_bytes / GB == pytest.approx(14, abs=0.5)
 
 
-def test_32b_at_4_bits_is_16_to_18_gb_and_what_context_fits_on_24_gb(cards: GpuCatalog) -> None:
+def test_32b_at_4_bits_has_16_to_18_gb_and_its_context_on_24_gb(cards: GpuCatalog) -> None:
     rule = read_model(QWEN_32B, "int4")
     assert 16 <= rule.weights.n_bytes / GB <= 18
     artifact = recipe_model("r1-distill-qwen-32b-awq4")
@@ -128,7 +130,7 @@ def test_32b_at_4_bits_is_16_to_18_gb_and_what_context_fits_on_24_gb(cards: GpuC
     )
 
 
-def test_gb_and_gib_are_told_apart(cards: GpuCatalog) -> None:
+def test_gb_and_gib_are_distinguished(cards: GpuCatalog) -> None:
     assert GB == 10**9 and GIB == 2**30
     card = cards.gpus["h100"]
     assert card.memory_bytes == 80 * GB < 80 * GIB
@@ -136,7 +138,7 @@ def test_gb_and_gib_are_told_apart(cards: GpuCatalog) -> None:
     assert card.memory_bytes < card.reported_mib.value * 2**20 < 80 * GIB
 
 
-# ---------------------------------------------------------------------------------------------- transformers as oracle
+# --------------------------------------------------------------------------- transformers as oracle
 
 
 def transformers_model(values: dict[str, object]) -> transformers.PreTrainedModel:
@@ -151,7 +153,7 @@ def transformers_model(values: dict[str, object]) -> transformers.PreTrainedMode
 
 
 @pytest.mark.parametrize("family", registry.list_names("architectures"))
-def test_parameters_are_those_of_transformers_own_modules(family: str, tmp_path: Path) -> None:
+def test_parameters_match_transformers_modules(family: str, tmp_path: Path) -> None:
     values = dict(registry.get_architecture(family).tiny)
     model = read_config_model(written(tmp_path / "config.json", values))
     assert model.weights.parameters == sum(
@@ -169,7 +171,7 @@ def test_parameters_are_those_of_transformers_own_modules(family: str, tmp_path:
         "smollm2-135m",
     ],
 )
-def test_published_models_have_as_many_parameters_as_in_transformers(name: str) -> None:
+def test_published_models_match_parameters_of_transformers(name: str) -> None:
     path = Path(__file__).parents[2] / f"quantkit/architectures/published/{name}.json"
     values = json.loads(path.read_text())
     assert read_config_model(path).weights.parameters == sum(
@@ -203,8 +205,8 @@ WINDOWED = [
 @pytest.mark.parametrize(
     "changes", WINDOWED, ids=lambda c: "-".join(str(value) for value in c.values())
 )
-def test_the_cache_is_as_large_as_transformers_own(changes: dict[str, object]) -> None:
-    """Bytes that a real cache of transformers holds after 40 tokens; it drops one more token than the window."""
+def test_kv_cache_matches_transformers(changes: dict[str, object]) -> None:
+    """The cache of transformers after 40 tokens; it drops one token more than the window."""
     family = str(changes["model_type"])
     tiny = {
         key: value
@@ -227,10 +229,11 @@ def test_the_cache_is_as_large_as_transformers_own(changes: dict[str, object]) -
         assert held == layer.kv_elements * kept
 
 
-def test_layer_types_say_which_layers_have_windows() -> None:
+def test_layer_types_determine_windows() -> None:
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     values = {
-        **registry.get_architecture("llama").tiny, "num_hidden_layers": 3, "layer_types": types, "sliding_window": 16,
+        **registry.get_architecture("llama").tiny, "num_hidden_layers": 3, "layer_types": types,
+        "sliding_window": 16,
     }  # fmt: skip
     assert [layer.window for layer in read_attention(Config(values=values))] == [16, None, 16]
     with pytest.raises(CheckpointError, match="expected 2 entries, found 3"):
@@ -239,7 +242,7 @@ def test_layer_types_say_which_layers_have_windows() -> None:
         read_attention(Config(values={**values, "layer_types": ["linear_attention"] * 3}))
 
 
-def test_a_window_caps_what_a_long_context_costs(tmp_path: Path) -> None:
+def test_window_limits_the_kv_cache(tmp_path: Path) -> None:
     model = read_config_model(written(tmp_path / "config.json", MISTRAL_7B))
     assert (
         model.compute_kv_bytes(4096, "bf16")
@@ -248,10 +251,10 @@ def test_a_window_caps_what_a_long_context_costs(tmp_path: Path) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------- plans and headers
+# -------------------------------------------------------------------------------- plans and headers
 
 
-def test_an_artifacts_bytes_are_those_of_its_headers() -> None:
+def test_artifact_bytes_match_its_headers() -> None:
     model = read_model("builtin:tiny-v3")
     path = locate_model("builtin:tiny-v3")
     size = (path / "model.safetensors").stat().st_size
@@ -262,15 +265,15 @@ def test_an_artifacts_bytes_are_those_of_its_headers() -> None:
 @pytest.mark.parametrize(
     ("name", "n_bytes"), [("v3-awq4", 400_888_220_672), ("v3-gptq4-fp8", 372_718_778_944)]
 )
-def test_a_recipes_bytes_are_those_of_its_plan(name: str, n_bytes: int) -> None:
+def test_recipe_bytes_match_its_plan(name: str, n_bytes: int) -> None:
     model = recipe_model(name)
     assert (model.weights + model.mtp).n_bytes == n_bytes
 
 
-# --------------------------------------------------------------------------------------------------------- parallelism
+# -------------------------------------------------------------------------------------- parallelism
 
 
-def test_degrees_that_heads_groups_and_widths_allow(v3: Model) -> None:
+def test_tensor_parallel_sizes_respect_heads_groups_and_widths(v3: Model) -> None:
     awq = recipe_model("v3-awq4")
     assert [
         tp for tp in (1, 2, 3, 4, 8, 16, 32) if find_tensor_parallel_fault(awq, tp) is None
@@ -304,10 +307,11 @@ def test_degrees_that_heads_groups_and_widths_allow(v3: Model) -> None:
 
 
 @pytest.mark.parametrize("family", registry.list_names("architectures"))
-def test_one_rank_is_always_allowed(family: str, tmp_path: Path) -> None:
+def test_single_rank_is_always_allowed(family: str, tmp_path: Path) -> None:
     """Also where FP8 blocks end in the middle of a block: 576 rows in blocks of 128."""
     values = {
-        **registry.get_architecture(family).tiny, "num_attention_heads": 9, "num_key_value_heads": 9, "head_dim": 64,
+        **registry.get_architecture(family).tiny, "num_attention_heads": 9,
+        "num_key_value_heads": 9, "head_dim": 64,
         "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     }  # fmt: skip
     model = read_config_model(written(tmp_path / "config.json", values))
@@ -315,7 +319,7 @@ def test_one_rank_is_always_allowed(family: str, tmp_path: Path) -> None:
     assert find_tensor_parallel_fault(model, 2) is not None
 
 
-def test_mla_repeats_its_cache_on_every_rank_and_grouped_heads_divide_it(v3: Model) -> None:
+def test_mla_replicates_and_gqa_shards_the_kv_cache(v3: Model) -> None:
     assert compute_kv_per_gpu(v3, 1000, "bf16", 8, 1) == [70_272_000]
     qwen = read_model(QWEN_32B)
     assert compute_kv_per_gpu(qwen, 1000, "bf16", 8, 1) == [262_144_000 / 8]
@@ -324,8 +328,8 @@ def test_mla_repeats_its_cache_on_every_rank_and_grouped_heads_divide_it(v3: Mod
     ]  # 8 KV heads: two ranks share one
 
 
-def test_every_rank_holds_routers_norms_and_what_compresses_keys_whole(v3: Model) -> None:
-    """q_a_proj and kv_a_proj with their FP8 scales, norms, routers and their corrections: counted by hand."""
+def test_routers_norms_and_compression_are_replicated(v3: Model) -> None:
+    """q_a_proj and kv_a_proj with FP8 scales, norms, routers with bias: counted by hand."""
     compressing = 7168 * (1536 + 576) + 4 * 56 * (12 + 5)
     norms = 2 * (7168 + 7168 + 1536 + 512)
     copied = 61 * (compressing + norms) + 58 * (2 * 256 * 7168 + 4 * 256) + 2 * 7168
@@ -333,7 +337,7 @@ def test_every_rank_holds_routers_norms_and_what_compresses_keys_whole(v3: Model
     assert held == pytest.approx((v3.weights.n_bytes - copied) / 8 + copied)
 
 
-def test_a_tied_embedding_lies_on_the_first_and_on_the_last_stage() -> None:
+def test_tied_embedding_is_on_first_and_last_stage() -> None:
     model = read_model("HuggingFaceTB/SmolLM2-135M-Instruct")
     held = compute_weights_per_gpu(estimate_memory(model), 1, 2)
     assert sum(held) == model.weights.n_bytes + 49_152 * 576 * 2
@@ -349,7 +353,7 @@ def test_pipeline_stages_hold_everything_once(v3: Model) -> None:
     )
 
 
-def test_most_users_and_longest_context_are_the_last_that_fit(v3: Model, cards: GpuCatalog) -> None:
+def test_max_users_and_max_context_are_exact(v3: Model, cards: GpuCatalog) -> None:
     card, asked = cards.gpus["h200"], estimate_memory(v3, 8192, 4)
     found = fit_model(asked, card)
     assert (
@@ -364,10 +368,13 @@ def test_most_users_and_longest_context_are_the_last_that_fit(v3: Model, cards: 
     assert not is_placeable(asked, card, tp, pp, found.max_context + 1, 4)
 
 
-def test_stages_take_whole_nodes_and_it_is_told_what_would_do_without_them(
+def test_stages_fill_nodes_and_shortfall_names_alternatives(
     cards: GpuCatalog,
 ) -> None:
-    """v3-awq4 was put on seven of eight cards in seven stages; TP8 misses little, for MLA's cache is whole per rank."""
+    """v3-awq4 once got seven of eight GPUs in seven stages.
+
+    TP8 misses little, since every rank holds MLA's whole cache.
+    """
     model, card = recipe_model("v3-awq4"), cards.gpus["h100"]
     found = fit_model(estimate_memory(model), card)
     assert found.placement is not None and (found.placement.tp, found.placement.pp) == (4, 2)
@@ -394,10 +401,10 @@ def test_stages_take_whole_nodes_and_it_is_told_what_would_do_without_them(
             )
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- errors
 
 
-def test_refusals_say_what_to_do(v3: Model, tmp_path: Path) -> None:
+def test_error_messages_state_the_fix(v3: Model, tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match="expected a context of at most 163,840 tokens, found 200,000"
     ):
@@ -419,14 +426,14 @@ def test_refusals_say_what_to_do(v3: Model, tmp_path: Path) -> None:
         read_attention(Config(values={**MISTRAL_7B, "num_key_value_heads": 0}))
 
 
-def test_a_machine_without_links_stays_by_itself(v3: Model, cards: GpuCatalog) -> None:
+def test_gpu_without_link_is_used_alone(v3: Model, cards: GpuCatalog) -> None:
     assert fit_model(estimate_memory(v3), cards.gpus["mac-studio"]).placement is None
     assert fit_model(
         estimate_memory(read_model(QWEN_32B)), cards.gpus["mac-studio"]
     ).fits_single_gpu
 
 
-def test_a_card_is_found_by_key_and_by_name(cards: GpuCatalog) -> None:
+def test_gpu_is_selected_by_key_or_name(cards: GpuCatalog) -> None:
     assert cards.get_gpu("H-100") is cards.get_gpu("nvidia h100 sxm 80 gb") is cards.gpus["h100"]
     for name in ("H100 80", "h100-80gb", "H100 SXM 80 GB"):
         assert cards.get_gpu(name) is cards.gpus["h100"], name
@@ -451,7 +458,7 @@ def test_a_card_is_found_by_key_and_by_name(cards: GpuCatalog) -> None:
         ("broken", "compressed-tensors"),
     ],
 )
-def test_compressed_tensors_are_told_with_their_bits(groups: object, told: str) -> None:
+def test_scheme_of_compressed_tensors_has_its_bits(groups: object, told: str) -> None:
     entry = {"quant_method": "compressed-tensors", "config_groups": groups}
     assert describe_scheme(Config(values={"quantization_config": entry}), {}) == told
 
@@ -465,6 +472,6 @@ def test_compressed_tensors_are_told_with_their_bits(groups: object, told: str) 
         (None, "gptq, 4 bits g128"),
     ],
 )
-def test_gptq_is_told_with_what_other_linears_have(dynamic: object, told: str) -> None:
+def test_scheme_of_gptq_has_dynamic_exceptions(dynamic: object, told: str) -> None:
     entry = {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": dynamic}
     assert describe_scheme(Config(values={"quantization_config": entry}), {}) == told

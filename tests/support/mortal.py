@@ -239,12 +239,12 @@ def in_waves(size: int) -> None:
     from quantkit.build import wave_checkpoint
     from quantkit.plan import plan
 
-    real = plan.memory_plan
+    real = plan.plan_memory
 
     def fewer(*args: object, **kwargs: object) -> object:
         return replace(real(*args, **kwargs), wave_experts=size)  # type: ignore[arg-type]
 
-    plan.memory_plan = fewer  # type: ignore[assignment]
+    plan.plan_memory = fewer  # type: ignore[assignment]
     wave_checkpoint.SECONDS, wave_checkpoint.SHARE = 0.0, 0
 
 
@@ -278,7 +278,7 @@ def fork(order: Order) -> End:
 
 def serve() -> None:
     """Answer orders until there are none."""
-    from quantkit.cli.main import REPRODUCIBLE
+    from quantkit.library_settings import REPRODUCIBLE
 
     os.environ.update(REPRODUCIBLE)
     import torch

@@ -21,7 +21,7 @@ class Claim:
 
     @property
     def message(self) -> str:
-        """One sentence: "owned.electricity: claimed 8,400, computed 2,522.88 USD (...): wrong, ..."."""
+        """One sentence: "owned.electricity: claimed 8,400, computed 2,522.88 USD (...): wrong"."""
         value = self.item.value
         computed = f"{format_number(value)} {self.item.unit} ({self.item.arithmetic})"
         text = f"{self.item.key}: claimed {format_number(self.claimed)}, computed {computed}"

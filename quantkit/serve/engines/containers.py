@@ -274,7 +274,7 @@ def make_container(launch: Launch, command: list[str], port: int) -> dict[str, A
 
 
 def make_health_check(port: int) -> dict[str, Any]:
-    """Return the request of a probe: a new dict each time, since YAML makes anchors of shared ones."""
+    """Return the request of a probe: a new dict each time, since YAML anchors shared ones."""
     return {"path": "/health", "port": port}
 
 

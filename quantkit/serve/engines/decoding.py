@@ -36,7 +36,7 @@ class Completion:
 
 
 class TextStreamer:
-    """A streamer of `generate`: takes token ids, passes text on until a stop string or cancellation.
+    """A streamer of `generate`: passes text on until a stop string or cancellation.
 
     Mutable; `cancelled` may be set from another thread.
     """
@@ -119,7 +119,7 @@ class Decoder:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
 
     def encode_prompts(self, request: CompletionRequest) -> list[list[int]]:
-        """Return the token ids of each prompt; BadRequest if one leaves no room for a completion."""
+        """Return the token ids of each prompt; BadRequest if one leaves no room for output."""
         if request.kind == "chat":
             text = self.tokenizer.apply_chat_template(
                 list(request.messages),

@@ -72,7 +72,7 @@ def stop_process(process: subprocess.Popen[bytes]) -> None:
 def wait_ready(
     process: subprocess.Popen[bytes], port: int, seconds: float, log: Callable[[str], None]
 ) -> None:
-    """Wait until the engine answers /health; QuantkitError if it ends or does not answer in time."""
+    """Wait until the engine answers /health; QuantkitError if it ends or times out."""
     started, minutes = time.monotonic(), 0
     while not is_responding(f"http://{LOOPBACK}:{port}/health"):
         if process.poll() is not None:

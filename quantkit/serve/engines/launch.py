@@ -1,8 +1,8 @@
 """The command of an engine, each flag with its reason.
 
 Flags were read in vLLM 0.32 (engine/arg_utils.py, config/cache.py, config/scheduler.py) and SGLang
-0.5.23 (srt/arg_groups/fields/). Both are configured so that the lower priority number runs first, as
-in the gateway.
+0.5.23 (srt/arg_groups/fields/). Both are configured so that the lower priority number runs first,
+as in the gateway.
 """
 
 from __future__ import annotations

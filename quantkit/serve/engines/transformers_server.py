@@ -1,8 +1,8 @@
 """transformers with OpenAI's API: `quantkit.load` reads every artifact, so a laptop can serve it.
 
-`transformers serve` (5.23) was tried first: it cannot load AWQ, GPTQ or NF4 experts, lists the hub's
-cache instead of the model, sends no [DONE], ignores stream_options, and continues generating after a
-client disconnected.
+`transformers serve` (5.23) was tried first: it cannot load AWQ, GPTQ or NF4 experts, lists the
+hub's cache instead of the model, sends no [DONE], ignores stream_options, and continues generating
+after a client disconnected.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def count_prompt_tokens(tasks: list[ChoiceTask], n: int) -> int:
 async def iterate_text(
     decoder: Decoder, request: CompletionRequest, task: ChoiceTask
 ) -> AsyncIterator[str | Completion]:
-    """Yield text as it is generated, then the Completion. Closing the iterator stops the decoder."""
+    """Yield text as it is generated, then the Completion. Closing it stops the decoder."""
     loop = asyncio.get_running_loop()
     queue = asyncio.Queue[str | Completion | BaseException]()
 

@@ -1,4 +1,4 @@
-"""An HTTP gateway for inference engines: admission control, API keys, deadlines, fail-over, metrics.
+"""An HTTP gateway for inference engines: admission, API keys, deadlines, fail-over, metrics.
 
 It forwards bytes and never tokenizes.
 

@@ -1,4 +1,4 @@
-"""The gateway as an ASGI application: FastAPI for rare requests, a plain endpoint for forwarding."""
+"""The gateway as an ASGI application: FastAPI, and a plain endpoint for forwarded requests."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Forwarding of a request to an upstream, and of its bytes to the client as they arrive.
 
 If an upstream fails before a byte of the content was sent, the next one is tried. If its connection
-closes before any byte, the request is repeated once at the same upstream: the engine may have closed
-an idle connection at that moment.
+closes before any byte, the request is repeated once at the same upstream: the engine may have
+closed an idle connection at that moment.
 """
 
 from __future__ import annotations

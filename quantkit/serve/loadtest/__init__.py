@@ -1,4 +1,4 @@
-"""Load tests: GuideLLM sends requests, quantkit stores the results in the artifact and compares them.
+"""Load tests: GuideLLM sends requests, quantkit stores and compares the results.
 
 prompts    the prompts of a data set
 guidellm   GuideLLM's scenario, process and results

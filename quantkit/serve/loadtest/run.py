@@ -16,7 +16,7 @@ from quantkit.serve.loadtest.prompts import Prompts
 
 WARMUP_REQUESTS = 4
 REQUESTS_PER_CLIENT = 4
-"""The fewest requests per concurrent client: with fewer, the start and the end of a level dominate."""
+"""The fewest requests per concurrent client: with fewer, start and end of a level dominate."""
 
 
 def run_load_test(

@@ -3,8 +3,8 @@
 All experts are in memory, so a step's weights take the same memory for any routing. Its workspace
 grows with its tokens: each is copied top_k times, to the experts and back. Under tensor parallelism
 that is all, and known before routing. Under expert parallelism a rank must hold the tokens that are
-routed to it. In the worst case the tokens of all ranks are routed to one: top_k (or the experts of a
-rank, if fewer) copies of each, at full width.
+routed to it. In the worst case the tokens of all ranks are routed to one: top_k (or the experts of
+a rank, if fewer) copies of each, at full width.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class MaxBatchedTokens:
 
     bytes_per_token: activations of one token; expert_bytes_per_token: those of them that are copies
     for experts. safe: under tensor parallelism, for any routing. even, worst: per rank under expert
-    parallelism, if tokens are spread evenly, or if all are routed to one rank. used_bytes: of a step
-    of `safe` tokens; left_bytes: memory left by it, including the reserve.
+    parallelism, if tokens are spread evenly, or if all are routed to one rank. used_bytes: of a
+    step of `safe` tokens; left_bytes: memory left by it, including the reserve.
     """
 
     free_bytes: int

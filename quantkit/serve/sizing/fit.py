@@ -115,8 +115,8 @@ def find_tensor_parallel_fault(model: Model, tp: int) -> str | None:
 def iterate_stages(model: Model, pp: int) -> Iterator[range]:
     """Yield the layers of each pipeline stage.
 
-    Equal shares; the rest goes to the stages before the last, from the last but one backwards, as in
-    vLLM.
+    Equal shares; the rest goes to the stages before the last, from the last but one backwards, as
+    in vLLM.
     """
     share, rest = divmod(len(model.layers), pp)
     start = 0
@@ -200,8 +200,8 @@ def iterate_candidates(
     """Yield (tp, pp, nodes) from few GPUs to many.
 
     First tensor parallelism in one node, then with pipeline stages, then whole nodes. Stages take a
-    node, or a half or a quarter of it: servers are not sold with seven of eight GPUs, and few stages
-    have lower latency.
+    node, or a half or a quarter of it: servers are not sold with seven of eight GPUs, and few
+    stages have lower latency.
     """
     inside = [tp for tp in allowed if tp <= gpu.per_node]
     for tp in inside:

@@ -129,7 +129,7 @@ def size_with_transformers(
 
 
 def make_meta_model(config: Config) -> tuple[Any, Any]:
-    """Return transformers' configuration of the language model, and its model on the meta device."""
+    """Return transformers' configuration of the language model, and the model on meta."""
     values = {
         key: value
         for key, value in config.values.items()
@@ -166,8 +166,8 @@ def measure_attention(
 ) -> Attention:
     """Return the attention of a layer with KV sizes from its projections' shapes.
 
-    Families name their KV heads in many ways, or not at all. Raises CheckpointError if no projection
-    has a known name.
+    Families name their KV heads in many ways, or not at all. Raises CheckpointError if no
+    projection has a known name.
     """
     if attention.kind == "latent":
         return attention

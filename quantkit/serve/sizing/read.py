@@ -1,7 +1,7 @@
 """Reading of a Model: an artifact or model folder, a recipe, a config.json, a published hub id.
 
-Without torch and without weights: headers, plans and configs alone. A family without an architecture
-table needs transformers, and seconds.
+Without torch and without weights: headers, plans and configs alone. A family without an
+architecture table needs transformers, and seconds.
 """
 
 from __future__ import annotations
@@ -150,7 +150,8 @@ def make_scale_spec(spec: TensorSpec, block_size: int | None) -> TensorSpec | No
 def plan_recipe_models(recipe: Recipe) -> tuple[Model, ...]:
     """Return the artifacts that a recipe will build, one model per format.
 
-    Without the network if the source's config is shipped. Raises RecipeError with the plan's faults.
+    Without the network if the source's config is shipped. Raises RecipeError with the plan's
+    faults.
     """
     source = read_source_facts(recipe)
     claimed, faults = match_source(source), list[str]()

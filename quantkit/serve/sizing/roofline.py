@@ -1,9 +1,9 @@
 """Upper bounds of the speed from bandwidth, arithmetic and links at their peak. Not measured.
 
-A step takes at least as long as the slowest of reading its bytes, its arithmetic and its all-reduce,
-all three at their peak and perfectly overlapped. Latencies, kernels below their peak and scheduling
-come on top (the roofline model of Williams, Waterman and Patterson, Communications of the ACM 52(4),
-2009).
+A step takes at least as long as the slowest of reading its bytes, its arithmetic and its
+all-reduce, all three at their peak and perfectly overlapped. Latencies, kernels below their peak
+and scheduling come on top (the roofline model of Williams, Waterman and Patterson, Communications
+of the ACM 52(4), 2009).
 """
 
 from __future__ import annotations
