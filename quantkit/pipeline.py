@@ -25,8 +25,7 @@ from quantkit.artifact.front_matter import front_matter
 from quantkit.artifact.read_report import read_report
 from quantkit.artifact.writer import ArtifactWriter, WrittenState
 from quantkit.build import session
-from quantkit.build.loop import BuiltBlocks, build
-from quantkit.build.loop import Texts as StreamTexts
+from quantkit.build.loop import BuiltBlocks, StreamTexts, build_blocks
 from quantkit.build.progress_log import BuildProgress
 from quantkit.build.session import BuildSession
 from quantkit.checkpoint import hub
@@ -68,7 +67,7 @@ class BuildResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Texts:
+class TokenizedTexts:
     """The tokens of the streams, and what the report says of them."""
 
     tokens: Mapping[TextName, Tokens]
@@ -95,7 +94,7 @@ class Texts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures:
+class StreamFigures:
     """What the streams behind the last block say; `tokens` None when the recipe says `fidelity: none`."""
 
     tokens: Measured | None = None
@@ -122,7 +121,7 @@ class Timings(BaseModel):
 
 
 @dataclass(kw_only=True)
-class Clock:
+class StepTimer:
     """Seconds per step."""
 
     began: float = field(default_factory=time.monotonic)
@@ -135,27 +134,27 @@ class Clock:
         self.began = now
 
 
-def run(
+def build_artifacts(
     recipe: Recipe,
     text: str,
     *,
     overwrite: bool,
     evaluate: bool,
-    planned: Callable[[Sequence[Plan]], None],
-    tell: ProgressCallback,
+    on_plan: Callable[[Sequence[Plan]], None],
+    on_progress: ProgressCallback,
     restart: bool = False,
-    say: Callable[[str], None] = lambda _: None,
+    on_message: Callable[[str], None] = lambda _: None,
 ) -> tuple[BuildResult, ...]:
     """Build the artifacts of `recipe` (`text` is its file), one per format, and seal them under their names.
 
-    `planned` sees the plans first. A failure leaves what was made in `<path>.building`, never under the final name,
-    and a note on the exception that says how to go on; the next run does, unless `restart` drops what there is. `say`
+    `on_plan` sees the plans first. A failure leaves what was made in `<path>.building`, never under the final name,
+    and a note on the exception that says how to go on; the next run does, unless `restart` drops what there is. `on_message`
     hears where a build goes on, and what could not be removed behind it. Raises QuantkitError.
     """
     return_freed_memory()
     for format_name in recipe.format:
         registry.require(format_name)
-    clock = Clock()
+    clock = StepTimer()
     located = hub.resolve(recipe.source.model, recipe.source.revision)
     source = Checkpoint.open(located.folder)
     texts = tokenize(recipe, located.folder)
@@ -165,31 +164,33 @@ def run(
     if all(plan.memory.budget_bytes - plan.memory.peak_bytes >= HEAP_BYTES for plan in plans):
         keep_freed_memory()
     with session.exclusive_lock(plans):
-        journal = session.interrupted(plans, overwrite=overwrite, restart=restart)
-        planned(plans)
+        journal = session.find_interrupted(plans, overwrite=overwrite, restart=restart)
+        on_plan(plans)
         clock.lap("plan")
-        begun = session.begin(plans, journal, source, texts.hashes(), tell)
+        begun = session.begin_session(plans, journal, source, texts.hashes(), on_progress)
         clock.lap("source hashes")
         try:
             if begun.resumed:
-                say(f"continuing: {begun.told()}")
+                on_message(f"continuing: {begun.told()}")
             for loop, together in enumerate(session.group_by_solve(plans)):
                 if not begun.ready(loop):
-                    make(begun, loop, source, texts, text, clock, evaluate=evaluate, tell=tell)
+                    build_group(
+                        begun, loop, source, texts, text, clock, evaluate=evaluate, tell=on_progress
+                    )
                 for plan in together:
                     path = Path(plan.path)
                     writer.rename_into_place(
                         writer.staging(path), path, begun.ready(loop)[plan.format_name]
                     )
             if left := begun.finish():
-                say(left)
+                on_message(left)
         except BaseException as error:
             begun.leave(error)
             raise
-    return tuple(outcome(plan) for plan in plans)
+    return tuple(read_result(plan) for plan in plans)
 
 
-def outcome(plan: Plan) -> BuildResult:
+def read_result(plan: Plan) -> BuildResult:
     """What a sealed artifact says of itself."""
     path = Path(plan.path)
     timings = Timings.model_validate(read_json(path / layout.TIMINGS, ArtifactError))
@@ -202,13 +203,13 @@ def outcome(plan: Plan) -> BuildResult:
     )
 
 
-def make(
+def build_group(
     begun: BuildSession,
     loop: int,
     source: Checkpoint,
-    texts: Texts,
+    texts: TokenizedTexts,
     text: str,
-    clock: Clock,
+    clock: StepTimer,
     *,
     evaluate: bool,
     tell: ProgressCallback,
@@ -227,7 +228,7 @@ def make(
         for number, plan in enumerate(session.group_by_solve(begun.plans)[loop])
     ]
     plan, folder = made[0].plan, made[0].folder
-    built, written, figures = quantize(
+    built, written, figures = quantize_and_measure(
         made, source, texts, text, tell, clock, begun.states(loop), standing
     )
     compute, kept = sources.compute(plan.recipe), begun.answers(loop)
@@ -249,7 +250,7 @@ def make(
     begun.seal(loop, sealed)
 
 
-def tokenize(recipe: Recipe, folder: Path) -> Texts:
+def tokenize(recipe: Recipe, folder: Path) -> TokenizedTexts:
     """Load the recipe's text sets and cut them into token sequences with the source's tokenizer."""
     own_code = may_run(recipe.source.trust_remote_code, folder)
     tokenizer, sets = corpora.load_tokenizer(folder, own_code), package_data.folder("calibration")
@@ -277,23 +278,23 @@ def tokenize(recipe: Recipe, folder: Path) -> Texts:
         solutions = likelihood.tokenize(
             asked, tokenizer, items=wanted_items, length=fidelity.length
         )
-    return Texts(
+    return TokenizedTexts(
         tokens={"calibration": nothing, "fidelity": nothing, **tokens},
         told=told,
         solutions=solutions,
     )
 
 
-def quantize(
+def quantize_and_measure(
     made: Sequence[ArtifactInProgress],
     source: Checkpoint,
-    texts: Texts,
+    texts: TokenizedTexts,
     text: str,
     tell: ProgressCallback,
-    clock: Clock,
+    clock: StepTimer,
     states: Path,
     standing: BuildProgress,
-) -> tuple[BuiltBlocks, list[dict[str, Written]], Figures]:
+) -> tuple[BuiltBlocks, list[dict[str, Written]], StreamFigures]:
     """Build into every folder, then compare the streams behind the last block, the head read from the first's files.
 
     Their hidden states lie in `states`. Nothing is compared when the recipe says `fidelity: none`.
@@ -309,7 +310,8 @@ def quantize(
     streamed = texts.streamed()
     try:
         built = run_to_end(
-            build(plans, source, streamed, sinks, states, device, dtype, learning, standing), tell
+            build_blocks(plans, source, streamed, sinks, states, device, dtype, learning, standing),
+            tell,
         )
         written = [sink.close() for sink in sinks]
     finally:
@@ -318,13 +320,13 @@ def quantize(
     for each in made:
         writer.write_model_files(each.folder, each.plan, source.sidecars, text)
     clock.lap("quantize")
-    figures, streams = Figures(), built.streams
+    figures, streams = StreamFigures(), built.streams
     if "reference" in streams:
         bones, head = meta_model(plans[0].source.config, device, dtype), Checkpoint.open(folder)
         both = sides(
             bones, plans[0].layout, source, head, streams["reference"], streams["quantized"]
         )
-        figures = Figures(
+        figures = StreamFigures(
             tokens=measure(both), solutions=likelihood.score(both, texts.solutions.items)
         )
     for stream in streams.values():
@@ -344,7 +346,7 @@ def run_to_end(steps: Generator[Progress, None, Returned], tell: ProgressCallbac
 
 
 def write_evidence(
-    plan: Plan, folder: Path, report: Fidelity, figures: Figures, compared: Compared
+    plan: Plan, folder: Path, report: Fidelity, figures: StreamFigures, compared: Compared
 ) -> None:
     """fidelity.json, the model card, plan.json, the samples, and the page made of what was written."""
     if figures.tokens or compared.pairs:
@@ -363,7 +365,7 @@ def write_evidence(
     write_atomic(folder / html.HTML, html.page(folder).encode())
 
 
-def write_timings(folder: Path, built: BuiltBlocks, clock: Clock) -> None:
+def write_timings(folder: Path, built: BuiltBlocks, clock: StepTimer) -> None:
     """Note what this run took, and what each block took when it was made."""
     timings = Timings(
         seconds=clock.laps,

@@ -32,8 +32,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("built") / "tiny"
     text = (folder("recipes") / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
     recipe = parse(text, "tiny-v3-awq4.yaml", {**FAST, "output.path": str(path)})
-    pipeline.run(
-        recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None
+    pipeline.build_artifacts(
+        recipe,
+        text,
+        overwrite=False,
+        evaluate=False,
+        on_plan=lambda _: None,
+        on_progress=lambda _: None,
     )
     return path
 

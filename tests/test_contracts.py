@@ -220,7 +220,7 @@ def test_an_attention_pattern_without_a_mask_is_an_error() -> None:
 
 def run_streams(folder: Path, place: Path, **keys: str):  # type: ignore[no-untyped-def]  # streams are internal
     """The plan and the streams behind the last block, kept on disk."""
-    from quantkit.build.loop import build as build_loop
+    from quantkit.build.loop import build_blocks as build_loop
     from quantkit.plan import sources
 
     recipe = parse(recipe_text(folder, place / "unused", **keys), "test.yaml")

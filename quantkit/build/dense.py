@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quantkit.build.context import BlockContext
 from quantkit.build.expert_ops import tokens_per_expert
-from quantkit.build.hidden_states import Routing, StreamName, step, through
+from quantkit.build.hidden_states import Routing, StreamName, run_batch, run_stream
 from quantkit.build.quantize_linear import QuantizedLinear, QuantizeRequest, quantize_group
 from quantkit.contracts import InputStats, LinearGroup, Rescale, Scheme
 from quantkit.models import scaling
@@ -113,10 +113,10 @@ def reference_pass(work: BlockContext, layer: nn.Module, tap: ExpertTap | None) 
     stream = work.streams.get("reference")
     if stream is None:
         return None
-    return through(work.job.skeleton, layer, tap, stream, work.targets["reference"], stream.seen)
+    return run_stream(work.job.skeleton, layer, tap, stream, work.targets["reference"], stream.seen)
 
 
-def sampled(
+def run_sample(
     work: BlockContext, layer: nn.Module, tap: ExpertTap | None
 ) -> ScalingCheckSample | None:
     """Run the original dense part over the first calibration sequences; None where no fold will have to be checked."""
@@ -127,10 +127,10 @@ def sampled(
     lengths = longest[: max(1, SAMPLE_TOKENS // longest[0])]
     rows = stream.hidden.read(0, sum(lengths))
     out, valid = run(work.job.skeleton, layer, rows, lengths)
-    return ScalingCheckSample(rows=rows, lengths=lengths, out=out, asked=asked(tap, valid))
+    return ScalingCheckSample(rows=rows, lengths=lengths, out=out, asked=router_output(tap, valid))
 
 
-def asked(tap: ExpertTap | None, valid: Tensor) -> RouterOutput | None:
+def router_output(tap: ExpertTap | None, valid: Tensor) -> RouterOutput | None:
     """The tap's last request, token rows only; None where there are no routed experts."""
     if tap is None or tap.last is None:
         return None
@@ -140,7 +140,7 @@ def asked(tap: ExpertTap | None, valid: Tensor) -> RouterOutput | None:
     )
 
 
-def tokens(x: Tensor, valid: Tensor) -> Tensor:
+def strip_padding(x: Tensor, valid: Tensor) -> Tensor:
     """What was observed without its padding: [sequences, longest, n], valid [sequences * longest] -> [tokens, n]."""
     return x.reshape(-1, x.shape[-1])[valid]
 
@@ -178,23 +178,23 @@ def calibrate_dense(
         for batch in stream.batches:
             original: dict[str, Tensor] = {}
             if beside is not None:
-                valid, routing = step(
+                valid, routing = run_batch(
                     bones, layer, tap, beside, batch, work.targets["original"], beside.seen
                 )
-                original = {name: tokens(x, valid) for name, x in inputs.items()}
+                original = {name: strip_padding(x, valid) for name, x in inputs.items()}
                 there += [routing] if routing else []
-            valid, routing = step(
+            valid, routing = run_batch(
                 bones, layer, tap, stream, batch, work.targets["calibration"], stream.learned
             )
             here += [routing] if routing else []
             for name, total in sums.items():
                 at = groups[name].adds_to
                 gap = (
-                    residual_gap(original[at], tokens(inputs[at], valid))
+                    residual_gap(original[at], strip_padding(inputs[at], valid))
                     if at and original
                     else None
                 )
-                total.add(tokens(inputs[name], valid), original.get(name), gap)
+                total.add(strip_padding(inputs[name], valid), original.get(name), gap)
     count = work.block.experts.count if work.block.experts else 0
     decided, stats = Routing.joined(here), {name: total.stats() for name, total in sums.items()}
     return BlockCalibration(
@@ -206,7 +206,7 @@ def calibrate_dense(
     )
 
 
-def scales_of(
+def candidate_scales(
     group: LinearGroup, rescale: Rescale, learned: BlockCalibration, tensors: Tensors
 ) -> Tensor:
     """Candidate scales [n, in] of a group's input."""
@@ -241,7 +241,7 @@ def fold_groups(
         rescale = work.rescale_of(group)
         if rescale is None or group.absorber is None:
             continue
-        scales = scales_of(group, rescale, learned, tensors)
+        scales = candidate_scales(group, rescale, learned, tensors)
         batches, gram = batch_by_shape(work, group, tensors), learned.stats[name].gram
         added = torch.zeros(len(scales), dtype=torch.float64, device=gram.device)
         if (
@@ -260,17 +260,19 @@ def fold_groups(
     folded = ScaledBlock(
         tensors=changed, stats=stats, rescaled=frozenset(rescaled), expert_scale=expert_scale
     )
-    return check(work, folded, learned.sample) if learned.sample else folded
+    return check_scaling(work, folded, learned.sample) if learned.sample else folded
 
 
-def check(work: BlockContext, folded: ScaledBlock, sample: ScalingCheckSample) -> ScaledBlock:
+def check_scaling(
+    work: BlockContext, folded: ScaledBlock, sample: ScalingCheckSample
+) -> ScaledBlock:
     """The folded dense part must give what the original gave; adds what its experts see of the sample."""
     layer, tap = decoder_layer(work.job.skeleton, work.block, folded.tensors)
     out, valid = run(work.job.skeleton, layer, sample.rows, sample.lengths)
     part = "the block's output without its experts" if tap else "the block's output"
     change = scaling.check_unchanged(work.block.name, part, sample.out, out, work.tolerance)
     work.record.fold_change = max(work.record.fold_change, change)
-    now = asked(tap, valid)
+    now = router_output(tap, valid)
     if now is None or sample.asked is None or work.block.experts is None:
         return folded
     count = work.block.experts.count
@@ -284,7 +286,7 @@ def check(work: BlockContext, folded: ScaledBlock, sample: ScalingCheckSample) -
     return replace(folded, seen=now.hidden)
 
 
-def store(work: BlockContext, folded: ScaledBlock) -> dict[str, Tensor]:
+def quantize_dense(work: BlockContext, folded: ScaledBlock) -> dict[str, Tensor]:
     """Solve and write everything but the routed experts; the weights as stored, float32, by full name."""
     group_of = {reader: group for group in work.block.groups for reader in group.readers}
     linears = {f"{x.name}.weight": x for x in work.block.linears if x.role != "routed_expert"}
@@ -295,14 +297,16 @@ def store(work: BlockContext, folded: ScaledBlock) -> dict[str, Tensor]:
             stored[name] = work.keep(name, tensor)
             continue
         if name not in ready:  # the first of those that read its input
-            ready |= solved(work, folded, decision.linear.name, group_of.get(decision.linear.name))
+            ready |= quantize_readers(
+                work, folded, decision.linear.name, group_of.get(decision.linear.name)
+            )
         done = ready.pop(name)
         work.write(done)
         stored[name] = done.weight
     return stored
 
 
-def solved(
+def quantize_readers(
     work: BlockContext, folded: ScaledBlock, linear: str, group: LinearGroup | None
 ) -> dict[str, QuantizedLinear]:
     """A linear and the others of its group that are quantized and at hand, by the names of their weights."""
@@ -331,7 +335,7 @@ def solved(
     }
 
 
-def advance(work: BlockContext, stored: Tensors) -> dict[StreamName, Routing | None]:
+def run_stored_block(work: BlockContext, stored: Tensors) -> dict[StreamName, Routing | None]:
     """Move the streams that see stored weights through the dense part; what their routers decided."""
     moving: dict[StreamName, MetaModel] = (
         {"quantized": work.job.skeleton} if "quantized" in work.streams else {}
@@ -341,7 +345,7 @@ def advance(work: BlockContext, stored: Tensors) -> dict[StreamName, Routing | N
     found: dict[StreamName, Routing | None] = {}
     for name, bones in moving.items():
         layer, tap = decoder_layer(bones, work.block, stored)
-        found[name] = through(
+        found[name] = run_stream(
             bones, layer, tap, work.streams[name], work.targets[name], work.streams[name].seen
         )
     return found

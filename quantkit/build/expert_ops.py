@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.build.hidden_states import Routing, chunks
+from quantkit.build.hidden_states import Routing, iterate_chunks
 from quantkit.build.spool import Spool
 from quantkit.contracts import InputStats
 from quantkit.models.layers import RouterOutput, tokens_for_expert
@@ -22,7 +22,7 @@ Activation = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wave:
+class ExpertSlice:
     """Experts first .. first + n - 1: gate and up [n, intermediate, hidden], down [n, hidden, intermediate]."""
 
     first: int
@@ -35,36 +35,36 @@ class Wave:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WaveStats:
+class SliceStats:
     """Statistics of a wave: the input of gate and up, the input of down; batched [n, in, in]."""
 
     into: InputStats
     inner: InputStats
 
 
-def inner(x: Tensor, wave: Wave, e: int, activation: Activation) -> Tensor:
+def expert_hidden(x: Tensor, wave: ExpertSlice, e: int, activation: Activation) -> Tensor:
     """act(gate x) * up x of expert number `e` of the wave: [tokens, hidden] -> [tokens, intermediate]."""
     return activation(x @ wave.gate[e].T) * (x @ wave.up[e].T)
 
 
 def advance(
-    wave: Wave, routing: Routing, before: Spool, target: Spool, activation: Activation
+    wave: ExpertSlice, routing: Routing, before: Spool, target: Spool, activation: Activation
 ) -> None:
     """Add the outputs of the wave's experts to the states `before` it [tokens, hidden], into `target`, maybe the same.
     """  # fmt: skip
-    for first, stop in chunks(target.rows):
+    for first, stop in iterate_chunks(target.rows):
         x = routing.seen.read(first, stop).to(wave.gate)  # [tokens, hidden]
         out = before.read(first, stop).to(x)
         target.write(first, add_outputs(out, wave, x, routing.part(first, stop), activation))
 
 
 def collect_stats(
-    wave: Wave,
+    wave: ExpertSlice,
     routing: Routing,
     activation: Activation,
     everyone: frozenset[int],
     original: Spool | None = None,
-) -> WaveStats:
+) -> SliceStats:
     """Statistics of a wave's inputs over the tokens the router sends; over all tokens for the experts in `everyone`.
 
     If that is every expert of the wave, their common input has one gram: `into` is batched [1, in, in]. `original`
@@ -86,7 +86,7 @@ def collect_stats(
     cross_in, cross_mid = (
         torch.zeros_like(gram) if original else None for gram in (gram_in, gram_mid)
     )
-    for first, stop in chunks(routing.seen.rows):
+    for first, stop in iterate_chunks(routing.seen.rows):
         x, decided = (
             routing.seen.read(first, stop).to(wave.gate),
             routing.part(first, stop),
@@ -105,18 +105,20 @@ def collect_stats(
             mine = x[token]  # [tokens, hidden] -> [n, hidden]
             if not len(mine):
                 continue
-            made = inner(mine, wave, e, activation)  # [n, hidden] -> [n, intermediate]
+            made = expert_hidden(mine, wave, e, activation)  # [n, hidden] -> [n, intermediate]
             count[e] += len(mine)
             grams.accumulate(gram_mid[e], abs_mid[e], made)
             if not common:
                 grams.accumulate(gram_in[e], abs_in[e], mine)
             if other is not None and cross_in is not None and cross_mid is not None:
-                grams.accumulate_cross(cross_mid[e], made, inner(other[token], wave, e, activation))
+                grams.accumulate_cross(
+                    cross_mid[e], made, expert_hidden(other[token], wave, e, activation)
+                )
                 if not common:
                     grams.accumulate_cross(cross_in[e], mine, other[token])
     tokens = count.clamp(min=1)[:, None]
     into, inside = grams.complete(gram_in), grams.complete(gram_mid)
-    return WaveStats(
+    return SliceStats(
         into=InputStats(
             gram=into, mean_abs=abs_in / tokens[:inputs], n_tokens=count[:inputs], cross=cross_in
         ),
@@ -125,13 +127,17 @@ def collect_stats(
 
 
 def add_outputs(
-    out: Tensor, wave: Wave, x: Tensor, routing: Routing | RouterOutput, activation: Activation
+    out: Tensor,
+    wave: ExpertSlice,
+    x: Tensor,
+    routing: Routing | RouterOutput,
+    activation: Activation,
 ) -> Tensor:
     """Add the wave's weighted outputs for x [tokens, hidden], routed as `routing` says, to out [tokens, hidden]."""
     for e in range(len(wave)):
         token, weight = tokens_for_expert(routing.index, routing.weight, wave.first + e)
         if len(token):
-            y = inner(x[token], wave, e, activation) @ wave.down[e].T  # [n, hidden]
+            y = expert_hidden(x[token], wave, e, activation) @ wave.down[e].T  # [n, hidden]
             out.index_add_(0, token, y * weight[:, None].to(y))
     return out
 

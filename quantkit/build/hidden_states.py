@@ -88,7 +88,7 @@ class Stream:
                 spool.close()
 
 
-def batches(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> tuple[Batch, ...]:
+def cut_batches(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> tuple[Batch, ...]:
     """Cut sequences, in order, into batches of at most `limit` padded tokens (a longer sequence stands alone)."""
     cut: list[Batch] = []
     first, held = 0, list[int]()
@@ -104,24 +104,24 @@ def batches(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> tuple[Batch, .
     )
 
 
-def chunks(rows: int, size: int = BATCH_TOKENS) -> Iterator[tuple[int, int]]:
+def iterate_chunks(rows: int, size: int = BATCH_TOKENS) -> Iterator[tuple[int, int]]:
     """Row ranges of fixed size: the order in which sums over tokens are formed."""
     return ((start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def by_length(tokens: Tokens) -> Tokens:
+def sort_by_length(tokens: Tokens) -> Tokens:
     """The same sequences, longest first, so that a batch wastes little on padding."""
     order = sorted(range(tokens.n_sequences), key=lambda i: -tokens.lengths[i])
     return pack_tokens([(tokens.domains[i], tokens.sequence(i).tolist()) for i in order])
 
 
-def joined(first: Tokens, second: Tokens) -> Tokens:
+def concatenate_tokens(first: Tokens, second: Tokens) -> Tokens:
     """The sequences of both, one behind the other."""
     both = ((tokens, i) for tokens in (first, second) for i in range(tokens.n_sequences))
     return pack_tokens([(tokens.domains[i], tokens.sequence(i).tolist()) for tokens, i in both])
 
 
-def start(
+def open_stream(
     name: StreamName,
     text: Tokens,
     solutions: Tokens | None,
@@ -134,7 +134,7 @@ def start(
 
     CheckpointError for a token that the embedding does not have.
     """
-    tokens, width = in_line(text, solutions), embedding.shape[1]
+    tokens, width = order_tokens(text, solutions), embedding.shape[1]
     ids = tokens.ids
     if len(ids) and int(ids.max()) >= len(embedding):
         raise CheckpointError(
@@ -142,9 +142,9 @@ def start(
             "the tokenizer belongs to another model, copy this model's there"
         )
     hidden = Spool.create(folder / f"{name}.0", len(ids), width, dtype)
-    for first, stop in chunks(len(ids)):
+    for first, stop in iterate_chunks(len(ids)):
         hidden.write(first, embedding[ids[first:stop].long()])  # [n] -> [n, hidden]
-    return stream_at(name, text, tokens, folder, hidden, routed)
+    return make_stream(name, text, tokens, folder, hidden, routed)
 
 
 def reopen_stream(
@@ -157,18 +157,20 @@ def reopen_stream(
     dtype: SpoolDtype,
 ) -> Stream:
     """A stream that an earlier, interrupted build left with its states [tokens, width] in the file `path`."""
-    tokens = in_line(text, solutions)
-    return stream_at(
+    tokens = order_tokens(text, solutions)
+    return make_stream(
         name, text, tokens, path.parent, Spool.open(path, len(tokens.ids), width, dtype), routed
     )
 
 
-def in_line(text: Tokens, solutions: Tokens | None) -> Tokens:
+def order_tokens(text: Tokens, solutions: Tokens | None) -> Tokens:
     """A text, longest sequence first, with `solutions` behind it."""
-    return joined(by_length(text), solutions) if solutions else by_length(text)
+    return (
+        concatenate_tokens(sort_by_length(text), solutions) if solutions else sort_by_length(text)
+    )
 
 
-def stream_at(
+def make_stream(
     name: StreamName, text: Tokens, tokens: Tokens, folder: Path, hidden: Spool, routed: bool
 ) -> Stream:
     """A stream at `hidden`, with room for what routed experts are given where the model has some."""
@@ -183,7 +185,7 @@ def stream_at(
         name=name,
         tokens=tokens,
         text_rows=text.n_tokens,
-        batches=batches(tokens.lengths),
+        batches=cut_batches(tokens.lengths),
         folder=folder,
         hidden=hidden,
         seen=made[0] if made else None,
@@ -191,7 +193,7 @@ def stream_at(
     )
 
 
-def step(
+def run_batch(
     skeleton: MetaModel,
     layer: nn.Module,
     tap: ExpertTap | None,
@@ -215,7 +217,7 @@ def step(
     )
 
 
-def through(
+def run_stream(
     skeleton: MetaModel,
     layer: nn.Module,
     tap: ExpertTap | None,
@@ -225,12 +227,12 @@ def through(
 ) -> Routing | None:
     """Run a layer without its routed experts over a whole stream, into `target`; what the router asked of them."""
     routings = [
-        step(skeleton, layer, tap, stream, batch, target, seen)[1] for batch in stream.batches
+        run_batch(skeleton, layer, tap, stream, batch, target, seen)[1] for batch in stream.batches
     ]
     return Routing.joined([routing for routing in routings if routing])
 
 
-def scratch(stream: Stream, block: str, mark: str = "") -> Spool:
+def create_target(stream: Stream, block: str, mark: str = "") -> Spool:
     """Where a stream's states behind the block go; `mark` tells its file from others of the same block."""
     dtype = spool_dtype(stream.hidden.dtype)
     return Spool.create(
@@ -243,6 +245,6 @@ def spool_dtype(dtype: torch.dtype) -> SpoolDtype:
     return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
-def moved(stream: Stream, target: Spool) -> Stream:
+def move_stream(stream: Stream, target: Spool) -> Stream:
     """The stream behind the block; the states before it stay until a journal no longer needs them."""
     return replace(stream, hidden=target)

@@ -27,12 +27,12 @@ from quantkit.build.hidden_states import (
     Routing,
     Stream,
     StreamName,
-    chunks,
-    moved,
+    create_target,
+    iterate_chunks,
+    move_stream,
+    open_stream,
     reopen_stream,
-    scratch,
     spool_dtype,
-    start,
 )
 from quantkit.build.progress_log import BuildProgress, WaveCheckpoint
 from quantkit.build.spool import Spool
@@ -49,7 +49,7 @@ from quantkit.texts.corpora import Tokens
 
 Request = tuple[str, ...]
 Streams = dict[StreamName, Stream]
-Texts = Mapping[Literal["calibration", "fidelity", "solutions"], Tokens]
+StreamTexts = Mapping[Literal["calibration", "fidelity", "solutions"], Tokens]
 
 
 ONE_THREAD = 1 << 14
@@ -64,10 +64,10 @@ class BuiltBlocks:
     blocks: list[BlockRecord] = field(default_factory=list)
 
 
-def build(
+def build_blocks(
     plans: Sequence[Plan],
     source: Checkpoint,
-    texts: Texts,
+    texts: StreamTexts,
     sinks: Sequence[ArtifactWriter],
     folder: Path,
     device: torch.device,
@@ -137,12 +137,12 @@ def quantize_block(
         return
     tensors, pace, halt = read_dense(job), CheckpointInterval(), standing.halt
     mark = f".again-{halt.surveyed}-{halt.solved}" if halt else ""
-    targets = {name: scratch(stream, block.name, mark) for name, stream in streams.items()}
+    targets = {name: create_target(stream, block.name, mark) for name, stream in streams.items()}
     work = BlockContext(job=job, block=block, streams=streams, targets=targets, record=record)
     layer, tap = decoder_layer(job.skeleton, block, tensors)
     reference = dense.reference_pass(work, layer, tap)
     learned = (
-        dense.calibrate_dense(work, tensors, dense.sampled(work, layer, tap))
+        dense.calibrate_dense(work, tensors, dense.run_sample(work, layer, tap))
         if work.calibration
         else None
     )
@@ -155,7 +155,7 @@ def quantize_block(
     if learned:
         folded = dense.fold_groups(work, tensors, learned, found.errors)
         record.expert_tokens = learned.expert_tokens
-    routings = dense.advance(work, dense.store(work, folded))
+    routings = dense.run_stored_block(work, dense.quantize_dense(work, folded))
     wave_checkpoint.restore_streams(work, found, standing)
     for share in moe.quantize_pass(work, folded, learned, found, routings):
         wave_checkpoint.checkpoint_if_due(work, found, standing, pace)
@@ -164,7 +164,7 @@ def quantize_block(
         measure(work, reference, routings["quantized"])
     for name, target in targets.items():
         check_finite(block, name, target)
-    streams.update({name: moved(streams[name], target) for name, target in targets.items()})
+    streams.update({name: move_stream(streams[name], target) for name, target in targets.items()})
 
 
 def read_dense(job: BuildContext) -> dict[str, Tensor]:
@@ -180,7 +180,9 @@ def store_unseen(work: BlockContext) -> Iterator[float]:
     Tensor by tensor: an MTP block carries an embedding and a head as large as the model's own.
     """
     for _ in dense_requests(work.job.plan, work.block):
-        dense.store(work, ScaledBlock(tensors=read_dense(work.job), stats={}, rescaled=frozenset()))
+        dense.quantize_dense(
+            work, ScaledBlock(tensors=read_dense(work.job), stats={}, rescaled=frozenset())
+        )
     cut, nothing = (
         moe.waves(work.job.plan, work.block),
         ScaledBlock(tensors={}, stats={}, rescaled=frozenset()),
@@ -216,7 +218,7 @@ def check_finite(block: Block, stream: StreamName, states: Spool) -> None:
 def relative_error(reference: Spool, quantized: Spool, rows: int) -> float:
     """||q - r|| / ||r|| of the first `rows` hidden states [tokens, hidden], summed in float64."""
     lost, energy = 0.0, 0.0
-    for first, stop in chunks(rows):
+    for first, stop in iterate_chunks(rows):
         r, q = reference.read(first, stop).double(), quantized.read(first, stop).double()
         for apart, part in zip(
             (q - r).flatten().split(ONE_THREAD), r.flatten().split(ONE_THREAD), strict=True
@@ -284,7 +286,9 @@ def in_order(
             yield ahead.take(request, following)
 
 
-def open_streams(job: BuildContext, texts: Texts, folder: Path, standing: BuildProgress) -> Streams:
+def open_streams(
+    job: BuildContext, texts: StreamTexts, folder: Path, standing: BuildProgress
+) -> Streams:
     """Store the embedding and start the streams with it, none for a text there is not; or take them up again."""
     routed_experts = any(block.experts for block in job.plan.layout.blocks)
     dtypes: dict[StreamName, torch.dtype] = {
@@ -313,7 +317,7 @@ def open_streams(job: BuildContext, texts: Texts, folder: Path, standing: BuildP
     ((name, weight),) = next(job.reads).items()
     job.keep(name, weight)
     streams = {
-        n: start(n, t, behind.get(n), weight, folder, routed_experts, stored[n])
+        n: open_stream(n, t, behind.get(n), weight, folder, routed_experts, stored[n])
         for n, t in texts_of.items()
     }
     standing.commit(job.sinks, {}, streams, folder)

@@ -17,8 +17,8 @@ from torch import Tensor
 from quantkit.build import dense, expert_ops
 from quantkit.build.context import BlockContext
 from quantkit.build.dense import BlockCalibration, ScaledBlock, ScalingCheckSample
-from quantkit.build.expert_ops import Wave, WaveStats, add_outputs, collect_stats
-from quantkit.build.hidden_states import Routing, StreamName, scratch
+from quantkit.build.expert_ops import ExpertSlice, SliceStats, add_outputs, collect_stats
+from quantkit.build.hidden_states import Routing, StreamName, create_target
 from quantkit.build.quantize_linear import QuantizeRequest, quantize_group, select_expert_stats
 from quantkit.contracts import Block, InputStats, Rescale, Scheme
 from quantkit.models import scaling
@@ -38,7 +38,7 @@ class ExpertPassState:
 
     surveyed: int = 0
     solved: int = 0
-    held: list[tuple[Wave, WaveStats | None]] = field(default_factory=list)
+    held: list[tuple[ExpertSlice, SliceStats | None]] = field(default_factory=list)
     errors: list[Tensor] = field(default_factory=list)
     sample: Tensor | None = None
     folded: Tensor | None = None
@@ -87,7 +87,7 @@ def without_stats(work: BlockContext, learned: BlockCalibration | None) -> froze
     return under_calibrated(work, learned) if by_policy and learned else frozenset()
 
 
-def read_wave(work: BlockContext, first: int, stop: int) -> Wave:
+def read_wave(work: BlockContext, first: int, stop: int) -> ExpertSlice:
     """Experts first..stop of the source in float32."""
     names, read = work.experts, next(work.job.reads)
 
@@ -97,14 +97,14 @@ def read_wave(work: BlockContext, first: int, stop: int) -> Wave:
             read.pop(name).to(work.job.skeleton.device).float() for name in wanted
         ])  # [n, out, in]
 
-    return Wave(
+    return ExpertSlice(
         first=first, gate=stacked(names.gate), up=stacked(names.up), down=stacked(names.down)
     )
 
 
 def statistics(
-    work: BlockContext, wave: Wave, learned: BlockCalibration | None
-) -> WaveStats | None:
+    work: BlockContext, wave: ExpertSlice, learned: BlockCalibration | None
+) -> SliceStats | None:
     """Statistics of a wave over the calibration stream; None when nothing is learned or the experts are kept."""
     if learned is None or work.expert_scheme is None or work.calibration is None:
         return None
@@ -132,7 +132,7 @@ def search_scales_pass(
     rescale = work.rescale_of(group) if group and learned and work.expert_scheme else None
     scales = None
     if rescale and group and learned:
-        scales = dense.scales_of(group, rescale, learned, tensors)
+        scales = dense.candidate_scales(group, rescale, learned, tensors)
     for first, stop in cut:
         wave = read_wave(work, first, stop)
         if routing is not None:
@@ -154,7 +154,7 @@ def search_scales_pass(
 
 
 def wave_errors(
-    rescale: Rescale, wave: Wave, stats: WaveStats, scales: Tensor, scheme: Scheme | None
+    rescale: Rescale, wave: ExpertSlice, stats: SliceStats, scales: Tensor, scheme: Scheme | None
 ) -> Tensor:
     """Error [n, experts] of gate and up of a wave for each candidate scale [n, hidden] of their input."""
     gate = scaling.errors(rescale, wave.gate, stats.into.gram, scales, scheme)
@@ -167,7 +167,7 @@ def added(total: Tensor | None, share: Tensor) -> Tensor:
 
 
 def sample_output(
-    work: BlockContext, wave: Wave, seen: Tensor | None, sample: ScalingCheckSample
+    work: BlockContext, wave: ExpertSlice, seen: Tensor | None, sample: ScalingCheckSample
 ) -> Tensor:
     """What a wave adds to the sample's output [tokens, hidden], routed as the original router did."""
     assert seen is not None and sample.asked is not None  # only blocks with experts have waves
@@ -175,13 +175,17 @@ def sample_output(
     return add_outputs(torch.zeros_like(x), wave, x, sample.asked, work.job.activation)
 
 
-def advance(work: BlockContext, wave: Wave, routings: Mapping[StreamName, Routing | None]) -> None:
+def advance(
+    work: BlockContext, wave: ExpertSlice, routings: Mapping[StreamName, Routing | None]
+) -> None:
     """Add a wave's outputs to the streams behind the block; states that a journal holds on to stay as they are."""
     for name, routing in routings.items():
         assert routing is not None  # only blocks with experts have waves
         before = work.targets[name]
         if name in work.kept:
-            work.targets[name] = scratch(work.streams[name], work.block.name, f".{wave.first}")
+            work.targets[name] = create_target(
+                work.streams[name], work.block.name, f".{wave.first}"
+            )
             work.kept.remove(name)
         expert_ops.advance(wave, routing, before, work.targets[name], work.job.activation)
         if work.targets[name] is not before:
@@ -223,11 +227,11 @@ def quantize_pass(
 
 def fold_wave(
     work: BlockContext,
-    wave: Wave,
-    stats: WaveStats | None,
+    wave: ExpertSlice,
+    stats: SliceStats | None,
     folded: ScaledBlock,
     unlearned: frozenset[int],
-) -> tuple[Wave, WaveStats | None, tuple[bool, ...]]:
+) -> tuple[ExpertSlice, SliceStats | None, tuple[bool, ...]]:
     """Multiply gate and up by the scale of their input; scale each down projection into the rows of its up.
 
     Too few tokens choose no scale either: the down projections of `unlearned` experts stay as they are.
@@ -239,7 +243,7 @@ def fold_wave(
     if (
         scale is not None
     ):  # in place: the wave and its grams are the largest things in memory, and ours alone
-        wave = Wave(
+        wave = ExpertSlice(
             first=wave.first, gate=wave.gate.mul_(scale), up=wave.up.mul_(scale), down=wave.down
         )
         into = scaling.rescaled_stats(into, scale)
@@ -248,7 +252,7 @@ def fold_wave(
         work.search_of(group) if group else None
     )  # of the experts themselves, whatever holds their input
     if rescale is None or scheme is None:
-        return wave, WaveStats(into=into, inner=stats.inner), none
+        return wave, SliceStats(into=into, inner=stats.inner), none
     best, chosen = torch.ones_like(stats.inner.mean_abs), list[bool]()
     for e in range(len(wave)):
         if wave.first + e in unlearned:
@@ -267,20 +271,20 @@ def fold_wave(
     )  # rows of up make down's input
     inner = scaling.rescaled_stats(stats.inner, best)
     return (
-        Wave(first=wave.first, gate=wave.gate, up=up, down=down),
-        WaveStats(into=into, inner=inner),
+        ExpertSlice(first=wave.first, gate=wave.gate, up=up, down=down),
+        SliceStats(into=into, inner=inner),
         tuple(chosen),
     )
 
 
 def store(
     work: BlockContext,
-    wave: Wave,
-    stats: WaveStats | None,
+    wave: ExpertSlice,
+    stats: SliceStats | None,
     folded: ScaledBlock,
     down: Sequence[bool],
     learned: BlockCalibration | None,
-) -> Wave:
+) -> ExpertSlice:
     """Solve and write every projection of a wave; the wave with the weights as stored."""
     names, group = work.experts, work.expert_group
     few = under_calibrated(work, learned) if learned else frozenset[int]()
@@ -305,7 +309,7 @@ def store(
     gate, up, out = (
         torch.stack(stored[p]) for p in (names.gate, names.up, names.down)
     )  # [n, out, in]
-    return Wave(first=wave.first, gate=gate, up=up, down=out)
+    return ExpertSlice(first=wave.first, gate=gate, up=up, down=out)
 
 
 def quantize_projections(

@@ -112,12 +112,12 @@ def quantize_group(
             )
         except NumericsError as fault:
             raise NumericsError(f"{first.decision.linear.name}: {fault}") from fault
-        for index, part in zip(indices, split(quantized, rows), strict=True):
+        for index, part in zip(indices, split_quantized(quantized, rows), strict=True):
             found[index] = pack_and_measure(asked[index], part, met, outputs)
     return [found[index] for index in range(len(asked))]
 
 
-def split(quantized: Quantized, rows: Sequence[int]) -> list[Quantized]:
+def split_quantized(quantized: Quantized, rows: Sequence[int]) -> list[Quantized]:
     """Codes of matrices that lie one under the other, matrix by matrix."""
     codes, scales = quantized.codes.split(list(rows)), quantized.scale.split(list(rows))
     zeros = [None] * len(rows) if quantized.zero is None else quantized.zero.split(list(rows))
@@ -157,7 +157,7 @@ def pack_and_measure(
         output_error=output_error,
         tokens=asked.tokens,
         rescaled=asked.rescaled,
-        fallbacks=asked.fallbacks + found + found_fallbacks(quantized, scheme),
+        fallbacks=asked.fallbacks + found + find_fallbacks(quantized, scheme),
     )
     name = decision.linear.name
     named = tuple(
@@ -177,7 +177,7 @@ def compute_codes(
     return method.solve(weight, stats, scheme), ()
 
 
-def found_fallbacks(quantized: Quantized, scheme: Scheme) -> tuple[str, ...]:
+def find_fallbacks(quantized: Quantized, scheme: Scheme) -> tuple[str, ...]:
     """Fallbacks that the rounding itself met in some group."""
     met = nf4.fallbacks(quantized) if scheme.kind == "nf4" else affine.fallbacks(quantized, scheme)
     return tuple(name for name, count in met.items() if int(count.sum()))

@@ -67,7 +67,7 @@ class BuildSession:
 
     def ready(self, loop: int) -> Mapping[str, str]:
         """sha256 of the manifest of each artifact of a loop, by format; nothing while one of them is not sealed."""
-        return ready(self.journal, loop)
+        return sealed_manifests(self.journal, loop)
 
     def seal(self, loop: int, manifests: Mapping[str, str]) -> None:
         """Note that the artifacts of a loop only wait for their name, and drop its hidden states."""
@@ -104,7 +104,7 @@ class BuildSession:
         )
 
 
-def scratch(plans: Sequence[Plan]) -> Path:
+def scratch_folder(plans: Sequence[Plan]) -> Path:
     """The folder that holds the journal: the same whatever formats the recipe has, and in whatever order."""
     staging = writer.staging(Path(plans[0].recipe.output.path))
     return staging.with_name(f"{staging.name}.scratch")
@@ -120,18 +120,18 @@ def exclusive_lock(plans: Sequence[Plan]) -> Iterator[None]:
         yield
 
 
-def interrupted(plans: Sequence[Plan], *, overwrite: bool, restart: bool) -> Journal | None:
+def find_interrupted(plans: Sequence[Plan], *, overwrite: bool, restart: bool) -> Journal | None:
     """The journal of an interrupted build that has done something; `restart` lets it be forgotten.
 
     UsageError when an artifact is in the way, or something that no build made where this one works.
     """
-    for folder in (scratch(plans), *(writer.staging(Path(plan.path)) for plan in plans)):
+    for folder in (scratch_folder(plans), *(writer.staging(Path(plan.path)) for plan in plans)):
         check_ours(folder)
-    journal = None if restart else Journal.open(scratch(plans) / JOURNAL)
+    journal = None if restart else Journal.open(scratch_folder(plans) / JOURNAL)
     if journal is not None and not any(entry["kind"] == "step" for entry in journal.entries):
         journal = None  # nothing to lose
     for loop, together in enumerate(group_by_solve(plans)):
-        sealed = journal and ready(journal, loop)
+        sealed = journal and sealed_manifests(journal, loop)
         for plan in together:
             if not sealed:  # else it may be what this build replaces
                 writer.check_room(Path(plan.path))
@@ -140,7 +140,7 @@ def interrupted(plans: Sequence[Plan], *, overwrite: bool, restart: bool) -> Jou
     return journal
 
 
-def begin(
+def begin_session(
     plans: Sequence[Plan],
     journal: Journal | None,
     source: Checkpoint,
@@ -151,14 +151,14 @@ def begin(
 
     UsageError naming what changed when the interrupted build was of something else.
     """
-    place = scratch(plans)
+    place = scratch_folder(plans)
     if journal is not None:
         check_same(journal, plans, source, texts, tell)
         return BuildSession(plans=plans, journal=journal, resumed=True)
     discard_build(plans)
     make_ours(place)
     source.hashes(tell)
-    entry = {"kind": "began", "stamps": source.stamps(), "of": identity(plans, source, texts)}
+    entry = {"kind": "began", "stamps": source.stamps(), "of": build_identity(plans, source, texts)}
     return BuildSession(plans=plans, journal=Journal.begin(place / JOURNAL, entry), resumed=False)
 
 
@@ -166,7 +166,7 @@ def discard_build(plans: Sequence[Plan]) -> None:
     """Remove what builds left beside the places of the plans' artifacts."""
     for plan in plans:
         remove_ours(writer.staging(Path(plan.path)))
-    remove_ours(scratch(plans))
+    remove_ours(scratch_folder(plans))
 
 
 def group_by_solve(plans: Sequence[Plan]) -> list[list[Plan]]:
@@ -175,7 +175,7 @@ def group_by_solve(plans: Sequence[Plan]) -> list[list[Plan]]:
     return [*([same] if same else []), *([plan] for plan in plans if not plan.format.holds_codes)]
 
 
-def ready(journal: Journal, loop: int) -> Mapping[str, str]:
+def sealed_manifests(journal: Journal, loop: int) -> Mapping[str, str]:
     """sha256 of the manifest of each artifact of a loop, by format; nothing before all of them are sealed."""
     return next(
         (e["manifests"] for e in journal.entries if e["kind"] == "ready" and e["loop"] == loop), {}
@@ -185,7 +185,7 @@ def ready(journal: Journal, loop: int) -> Mapping[str, str]:
 # ------------------------------------------------------------------------------------------------ what must be the same
 
 
-def identity(
+def build_identity(
     plans: Sequence[Plan], source: Checkpoint, texts: Mapping[str, str]
 ) -> dict[str, object]:
     """All that decides the artifacts' bytes, as plain JSON. Where they lie and how much memory makes them does not."""
@@ -219,14 +219,14 @@ def check_same(
     if began["stamps"] == source.stamps():  # nobody touched the files since they were read
         source.take_hashes(began["of"]["source"]["files"])
     source.hashes(tell)
-    before, now = flat(began["of"]), flat(identity(plans, source, texts))
+    before, now = flatten_json(began["of"]), flatten_json(build_identity(plans, source, texts))
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     changed = [
         key for key in changed if not key.startswith("plan.")
     ] or changed  # it follows from the others
     if not changed:
         return
-    shown = [f"{key} {difference(before.get(key), now.get(key))}" for key in changed[:SHOWN]]
+    shown = [f"{key} {describe_change(before.get(key), now.get(key))}" for key in changed[:SHOWN]]
     rest = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
     raise UsageError(
         f"{writer.staging(Path(plans[0].path))}: expected the build that was interrupted here, found another: "
@@ -248,7 +248,7 @@ def check_source(journal: Journal, source: Checkpoint) -> None:
         )
 
 
-def flat(values: object, name: str = "") -> dict[str, object]:
+def flatten_json(values: object, name: str = "") -> dict[str, object]:
     """The leaves of nested JSON under dotted names, those of lists under their place."""
     if isinstance(values, list):
         values = dict(enumerate(values))
@@ -256,12 +256,12 @@ def flat(values: object, name: str = "") -> dict[str, object]:
         return {
             key: leaf
             for part, value in values.items()
-            for key, leaf in flat(value, f"{name}.{part}").items()
+            for key, leaf in flatten_json(value, f"{name}.{part}").items()
         }
     return {name.removeprefix("."): values}
 
 
-def difference(before: object, now: object) -> str:
+def describe_change(before: object, now: object) -> str:
     """What became of one value, in words."""
     if all(isinstance(value, str) and len(value) == SHA256_LENGTH for value in (before, now)):
         return "changed"

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from quantkit import registry
-from quantkit.build.expert_ops import Wave, WaveStats, collect_stats
+from quantkit.build.expert_ops import ExpertSlice, SliceStats, collect_stats
 from quantkit.build.hidden_states import Routing
 from quantkit.build.quantize_linear import select_expert_stats
 from quantkit.build.spool import Spool
@@ -120,7 +120,7 @@ def read(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     ).float()
 
 
-def read_wave(shape: Shape, first: int, stop: int, device: torch.device) -> Wave:
+def read_wave(shape: Shape, first: int, stop: int, device: torch.device) -> ExpertSlice:
     """Experts first..stop with random weights, the same for any cut into waves."""
     found: dict[str, list[Tensor]] = {"gate": [], "up": [], "down": []}
     for e in range(first, stop):
@@ -133,7 +133,7 @@ def read_wave(shape: Shape, first: int, stop: int, device: torch.device) -> Wave
             )
             weights.append(read(*size, generator).to(device))
     gate, up, down = (torch.stack(weights) for weights in found.values())
-    return Wave(first=first, gate=gate, up=up, down=down)
+    return ExpertSlice(first=first, gate=gate, up=up, down=down)
 
 
 def routed(shape: Shape, folder: Path, device: torch.device) -> Routing:
@@ -150,7 +150,7 @@ def routed(shape: Shape, folder: Path, device: torch.device) -> Routing:
     return Routing(index=index, weight=weight, seen=seen)
 
 
-def run_wave(shape: Shape, wave: Wave, routing: Routing, phases: Phases) -> int:
+def run_wave(shape: Shape, wave: ExpertSlice, routing: Routing, phases: Phases) -> int:
     """Calibrate, search, factorize, round and pack one wave; the bytes that were packed."""
     hidden, width, n = shape.hidden, shape.intermediate, len(wave)
     pairs = shape.tokens * shape.top_k * n / shape.experts  # tokens that this wave's experts see
@@ -174,7 +174,7 @@ def run_wave(shape: Shape, wave: Wave, routing: Routing, phases: Phases) -> int:
     return solve_wave(shape, wave, stats, phases)
 
 
-def solve_wave(shape: Shape, wave: Wave, stats: WaveStats, phases: Phases) -> int:
+def solve_wave(shape: Shape, wave: ExpertSlice, stats: SliceStats, phases: Phases) -> int:
     """Round (which factorizes again) and pack every matrix of a wave; the bytes that were packed."""
     output, packed = registry.format("awq"), 0
     for e in range(len(wave)):

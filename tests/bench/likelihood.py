@@ -63,8 +63,8 @@ def artifact(
     if options.limit:
         keys["evaluation.limit"] = str(options.limit)
     recipe = parse(text, options.recipe.name, keys)
-    (outcome,) = pipeline.run(
-        recipe, text, overwrite=True, evaluate=True, planned=ignore, tell=ignore
+    (outcome,) = pipeline.build_artifacts(
+        recipe, text, overwrite=True, evaluate=True, on_plan=ignore, on_progress=ignore
     )
     return outcome.fidelity
 

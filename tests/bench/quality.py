@@ -28,7 +28,7 @@ from tools.tiny_v3.corpus import DOMAIN, draw, draw_kind
 
 from quantkit.artifact.fidelity_schema import Distribution
 from quantkit.io.package_data import folder
-from quantkit.pipeline import run
+from quantkit.pipeline import build_artifacts
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress
 from quantkit.recipe.parse import parse
@@ -122,8 +122,8 @@ def measure(place: Path, text: Path, column: str, row: tuple[str, int], seed: in
         "output.path": str(place / f"{column}{bits}-{rules}-{seed}"),
     }
     recipe = parse(recipe_text, "tiny-v3-awq4.yaml", changes)
-    (outcome,) = run(
-        recipe, recipe_text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
+    (outcome,) = build_artifacts(
+        recipe, recipe_text, overwrite=False, evaluate=False, on_plan=ignore, on_progress=ignore
     )
     return outcome.fidelity.distribution[0]
 

@@ -174,8 +174,8 @@ def test_a_fold_is_checked_where_there_can_be_one(
         seen.append(work.block.name)
         return before(work, folded, sample)
 
-    before = dense.check
-    monkeypatch.setattr(dense, "check", check)
+    before = dense.check_scaling
+    monkeypatch.setattr(dense, "check_scaling", check)
     outcome = build(source, tmp_path / "a", rules="all-linear", quantize=quantize)
     assert len(seen) == checked
     verify(outcome.path)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from quantkit.build.dense import GramAccumulator
-from quantkit.build.expert_ops import Wave, collect_stats
+from quantkit.build.expert_ops import ExpertSlice, collect_stats
 from quantkit.build.hidden_states import Routing
 from quantkit.build.spool import Spool
 from quantkit.contracts import Experts
@@ -44,7 +44,7 @@ def test_crosses_of_experts_are_sums_over_their_tokens(
     shapes = [(EXPERTS, INNER, HIDDEN), (EXPERTS, INNER, HIDDEN), (EXPERTS, HIDDEN, INNER)]
     gate, up, down = (torch.randn(shape, generator=g) * 0.2 for shape in shapes)
     index = torch.stack([torch.randperm(EXPERTS, generator=g)[:2] for _ in range(TOKENS)])
-    wave = Wave(first=0, gate=gate, up=up, down=down)
+    wave = ExpertSlice(first=0, gate=gate, up=up, down=down)
     routing = Routing(
         index=index, weight=torch.rand(TOKENS, 2, generator=g), seen=spool(tmp_path / "x", x)
     )

@@ -19,7 +19,7 @@ from quantkit.artifact.manifest import versions
 from quantkit.artifact.writer import ArtifactWriter
 from quantkit.build import expert_ops, moe, session, wave_checkpoint
 from quantkit.build.context import BlockContext
-from quantkit.build.expert_ops import Wave
+from quantkit.build.expert_ops import ExpertSlice
 from quantkit.build.progress_log import BuildProgress
 from quantkit.build.session import BuildSession
 from quantkit.build.spool import Spool
@@ -49,9 +49,9 @@ def build(
 ) -> list[str]:
     """Build a small recipe into `x` of the current folder; what is `told` of an earlier, interrupted build."""
     text, told = recipe_text(source, Path("x"), **{**SMALL, **keys}), [] if told is None else told
-    pipeline.run(
-        parse(text, "r.yaml"), text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None,
-        say=told.append, restart=restart,
+    pipeline.build_artifacts(
+        parse(text, "r.yaml"), text, overwrite=False, evaluate=False, on_plan=lambda _: None, on_progress=lambda _: None,
+        on_message=told.append, restart=restart,
     )  # fmt: skip
     return told
 
@@ -151,11 +151,11 @@ POINTS: Sequence[tuple[object, str, int, bool]] = (
     (writer, "seal", 1, True),
     (writer, "seal", 2, True),
     (BuildSession, "seal", 1, True),
-    (writer, "give_name", 1, True),  # one of two has its name
-    (writer, "give_name", 2, True),
+    (writer, "rename_into_place", 1, True),  # one of two has its name
+    (writer, "rename_into_place", 2, True),
     (BuildProgress, "commit", 2, True),  # of the second loop
-    (writer, "give_name", 3, False),
-    (writer, "give_name", 3, True),
+    (writer, "rename_into_place", 3, False),
+    (writer, "rename_into_place", 3, True),
     (BuildSession, "finish", 1, False),
 )
 
@@ -192,7 +192,7 @@ def counting(patch: pytest.MonkeyPatch, waves: list[int], run: int) -> None:
     """Note `run` for each wave that is read."""
     real = moe.read_wave
 
-    def noted(work: BlockContext, first: int, stop: int) -> Wave:
+    def noted(work: BlockContext, first: int, stop: int) -> ExpertSlice:
         waves.append(run)
         return real(work, first, stop)
 
@@ -341,7 +341,7 @@ def test_a_source_that_changes_meanwhile_is_found(
 ) -> None:
     """What was read before the change and behind it would be a mixture; a file that is only touched is the same."""
     copy = Path(shutil.copytree(source, place / "source"))
-    real, weights = pipeline.build, copy / "model.safetensors"
+    real, weights = pipeline.build_blocks, copy / "model.safetensors"
 
     def changing(*args):  # type: ignore[no-untyped-def]  # stands for the build loop
         content = weights.read_bytes()
@@ -349,7 +349,7 @@ def test_a_source_that_changes_meanwhile_is_found(
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "build", changing)
+        patch.setattr(pipeline, "build_blocks", changing)
         with pytest.raises(QuantkitError, match=r"source: expected files that stay as they are"):
             build(copy)
     assert not (place / "x").exists()

@@ -37,7 +37,9 @@ def test_formats_that_hold_the_same_codes_share_a_solve(
     """Each has a folder of its own, its own config and card; the codes and figures are those of a build alone."""
     loops = []
     monkeypatch.setattr(
-        pipeline, "build", lambda *a, build=pipeline.build: loops.append(a) or build(*a)
+        pipeline,
+        "build_blocks",
+        lambda *a, build=pipeline.build_blocks: loops.append(a) or build(*a),
     )
     both = build_all(
         source, tmp_path / "x", format="[gptq, compressed_tensors]", quantize=SYMMETRIC
@@ -154,8 +156,8 @@ def test_without_a_fidelity_text_nothing_is_measured(
     started: list[str] = []
     monkeypatch.setattr(
         loop,
-        "start",
-        lambda name, *rest, real=loop.start: started.append(name) or real(name, *rest),
+        "open_stream",
+        lambda name, *rest, real=loop.open_stream: started.append(name) or real(name, *rest),
     )
     quantize = f"{{method: {method}, bits: 4, group_size: 64}}"
     found = build(source, tmp_path / "x", quantize=quantize, rules=rules, fidelity="none")

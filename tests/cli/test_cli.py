@@ -327,7 +327,7 @@ def test_an_interrupted_build_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("quantkit.pipeline.quantize", interrupted)
+    monkeypatch.setattr("quantkit.pipeline.quantize_and_measure", interrupted)
     result = build(tmp_path / "artifact")
     assert (result.exit_code, result.stderr) == (130, "source's sha256: 100 %\ninterrupted\n")
     assert not (tmp_path / "artifact").exists()

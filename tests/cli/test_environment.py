@@ -206,8 +206,8 @@ def test_a_source_that_changes(
             CHANGES[name](source)
 
     with pytest.raises(CheckpointError, match="expected files that stay as they are"):
-        pipeline.run(
-            parse(text, "r.yaml"), text, overwrite=False, evaluate=False, planned=lambda _: None, tell=tell
+        pipeline.build_artifacts(
+            parse(text, "r.yaml"), text, overwrite=False, evaluate=False, on_plan=lambda _: None, on_progress=tell
         )  # fmt: skip
     assert changed and not output.exists()
     record_property("fault", f"source changed, {name}, at {stage}")
@@ -222,13 +222,13 @@ def test_a_source_that_was_only_touched(tmp_path: Path) -> None:
         if progress.stage == "blocks":
             os.utime(source / "model.safetensors")
 
-    pipeline.run(
+    pipeline.build_artifacts(
         parse(text, "r.yaml"),
         text,
         overwrite=False,
         evaluate=False,
-        planned=lambda _: None,
-        tell=tell,
+        on_plan=lambda _: None,
+        on_progress=tell,
     )
     assert verify(output).tensors > 0
 

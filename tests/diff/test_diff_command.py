@@ -48,13 +48,13 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
             keys["evaluation.likelihood"] = "8"
             gates = {"gates": "{kl_mean: {max: 0.01}, tiny-v3-math: {margin_pp: 20}}"}
             recipe = parse(text, "tiny-v3-awq4.yaml", {**keys, **gates, **changes})
-            pipeline.run(
+            pipeline.build_artifacts(
                 recipe,
                 text,
                 overwrite=False,
                 evaluate=True,
-                planned=lambda _: None,
-                tell=lambda _: None,
+                on_plan=lambda _: None,
+                on_progress=lambda _: None,
             )
     shutil.rmtree(place / "cache", ignore_errors=True)
     yield paths

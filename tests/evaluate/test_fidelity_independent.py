@@ -31,8 +31,8 @@ def test_streaming_figures_equal_whole_models(rules: str, tmp_path: Path) -> Non
         "tiny-v3-awq4.yaml",
         {"output.path": str(tmp_path / "a"), "rules": rules, "calibration.sequences": "100"},
     )
-    (outcome,) = pipeline.run(
-        recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
+    (outcome,) = pipeline.build_artifacts(
+        recipe, text, overwrite=False, evaluate=False, on_plan=ignore, on_progress=ignore
     )
     source = package_data.resolve_model("builtin:tiny-v3")
     first, second = (

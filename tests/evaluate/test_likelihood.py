@@ -46,8 +46,8 @@ def built(place: Path, **changes: str) -> pipeline.BuildResult:
         "tiny-v3-awq4.yaml",
         keys | {key.replace("__", "."): text for key, text in changes.items()},
     )
-    (outcome,) = pipeline.run(
-        recipe, TEXT, overwrite=False, evaluate=False, planned=ignore, tell=ignore
+    (outcome,) = pipeline.build_artifacts(
+        recipe, TEXT, overwrite=False, evaluate=False, on_plan=ignore, on_progress=ignore
     )
     return outcome
 

@@ -537,13 +537,13 @@ def test_recipes_without_calibration(name: str, tmp_path: Path) -> None:
         "output.path": str(tmp_path / "out"),
     }
     recipe = parse(text, f"{name}.yaml", shorter)
-    (outcome,) = pipeline.run(
+    (outcome,) = pipeline.build_artifacts(
         recipe,
         text,
         overwrite=False,
         evaluate=False,
-        planned=lambda plans: None,
-        tell=lambda progress: None,
+        on_plan=lambda plans: None,
+        on_progress=lambda progress: None,
     )
     assert outcome.fidelity.calibration is None and recipe.gates["kl_mean"].max is not None
     measured = outcome.fidelity.distribution[0].kl_mean

@@ -175,8 +175,13 @@ def test_the_demo_in_fp8_end_to_end(tmp_path: Path) -> None:
         "tiny-v3-gptq4-fp8.yaml",
         {"output.path": str(tmp_path / "a"), "compute.device": "cpu"},
     )
-    done = pipeline.run(
-        recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None
+    done = pipeline.build_artifacts(
+        recipe,
+        text,
+        overwrite=False,
+        evaluate=False,
+        on_plan=lambda _: None,
+        on_progress=lambda _: None,
     )
     (outcome,) = done
     kl = outcome.fidelity.distribution[0].kl_mean

@@ -199,8 +199,13 @@ def build_recipe(text: str, name: str, overrides: Mapping[str, str]) -> Hashes:
     """Build the artifacts of a recipe without benchmarks, and hash their files."""
     began = time.monotonic()
     recipe = parse(text, f"{name}.yaml", {**overrides})
-    outcomes = pipeline.run(
-        recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None
+    outcomes = pipeline.build_artifacts(
+        recipe,
+        text,
+        overwrite=False,
+        evaluate=False,
+        on_plan=lambda _: None,
+        on_progress=lambda _: None,
     )
     print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
     return {outcome.path.name: hash_artifact(outcome.path) for outcome in outcomes}

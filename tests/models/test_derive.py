@@ -219,8 +219,8 @@ def test_plan_build_verify(model_type: str, tmp_path: Path) -> None:
 def build(text: str) -> pipeline.BuildResult:
     """A build without benchmarks."""
     recipe = parse(text, "test.yaml")
-    [outcome] = pipeline.run(
-        recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
+    [outcome] = pipeline.build_artifacts(
+        recipe, text, overwrite=False, evaluate=False, on_plan=ignore, on_progress=ignore
     )
     return outcome
 

@@ -25,6 +25,11 @@ def build(folder: Path, output: Path, **keys: str) -> pipeline.BuildResult:
 def build_all(folder: Path, output: Path, **keys: str) -> tuple[pipeline.BuildResult, ...]:
     """The artifacts of a small recipe, one per format."""
     text = recipe_text(folder, output, **keys)
-    return pipeline.run(
-        parse(text, "test.yaml"), text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
+    return pipeline.build_artifacts(
+        parse(text, "test.yaml"),
+        text,
+        overwrite=False,
+        evaluate=False,
+        on_plan=ignore,
+        on_progress=ignore,
     )

@@ -109,7 +109,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             )
             text = recipe_text(source, output, fidelity="none", output=cut, **keys)
             recipe = parse(text, "bad.yaml")
-            pipeline.run(recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore)
+            pipeline.build_artifacts(
+                recipe, text, overwrite=False, evaluate=False, on_plan=ignore, on_progress=ignore
+            )
         return output
 
     return build

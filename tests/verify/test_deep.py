@@ -107,7 +107,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             few = {"calibration": "{set: tiny-v3, sequences: 16, length: 64, min_expert_tokens: 1}"}
             text = recipe_text(source, output, fidelity="none", **few | keys)
             recipe = parse(text, "deep.yaml")
-            pipeline.run(recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore)
+            pipeline.build_artifacts(
+                recipe, text, overwrite=False, evaluate=False, on_plan=ignore, on_progress=ignore
+            )
         return output
 
     return build

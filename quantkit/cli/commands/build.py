@@ -46,24 +46,24 @@ def COMMAND(
     Example: quantkit build tiny-v3-awq4
     """
     from quantkit.io.files import write_output
-    from quantkit.pipeline import run
+    from quantkit.pipeline import build_artifacts
     from quantkit.plan.summary import plan_summary
     from quantkit.report.junit import junit as junit_bytes
     from quantkit.report.terminal import fidelities_view, plans_view
 
     text, parsed = read_recipe(recipe, overrides)
     with ProgressBar(sys.stderr.isatty() and not json_out) as meter:
-        outcomes = run(
+        outcomes = build_artifacts(
             parsed,
             text,
             overwrite=overwrite,
             evaluate=not skip_evaluation,
-            planned=lambda plans: (
+            on_plan=lambda plans: (
                 None if json_out else show(plans_view([plan_summary(made) for made in plans]))
             ),
-            tell=meter.tell,
+            on_progress=meter.tell,
             restart=restart,
-            say=lambda told: click.echo(told, err=True),
+            on_message=lambda told: click.echo(told, err=True),
         )
     if junit:
         write_output(junit, junit_bytes([outcome.fidelity for outcome in outcomes]))

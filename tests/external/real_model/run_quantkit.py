@@ -32,7 +32,9 @@ def main() -> None:
     text = Path(file).read_text(encoding="utf-8")
     recipe = parse(text, file, json.loads(Path(changes).read_text(encoding="utf-8")))
     with measured(Path(report)):
-        pipeline.run(recipe, text, overwrite=True, evaluate=False, planned=ignore, tell=ignore)
+        pipeline.build_artifacts(
+            recipe, text, overwrite=True, evaluate=False, on_plan=ignore, on_progress=ignore
+        )
 
 
 if __name__ == "__main__":
