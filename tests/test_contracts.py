@@ -220,6 +220,7 @@ def test_an_attention_pattern_without_a_mask_is_an_error() -> None:
 
 def run_streams(folder: Path, place: Path, **keys: str):  # type: ignore[no-untyped-def]  # streams are internal
     """The plan and the streams behind the last block, kept on disk."""
+    from quantkit.build.loop import BuildPrecision
     from quantkit.build.loop import build_blocks as build_loop
     from quantkit.plan import sources
 
@@ -231,10 +232,10 @@ def run_streams(folder: Path, place: Path, **keys: str):  # type: ignore[no-unty
     (place / "scratch").mkdir()
     sink = ArtifactWriter(place / "out", plan.shards)
     device, dtype = torch.device("cpu"), torch.float32
-    steps = build_loop(
-        [plan], source, texts.streamed(), [sink], place / "scratch", device, dtype, dtype
+    precision = BuildPrecision(device=device, dtype=dtype, calibration=dtype)
+    built = build_loop(
+        [plan], source, texts.stream_texts(), [sink], place / "scratch", precision, ignore
     )
-    built = pipeline.run_to_end(steps, ignore)
     sink.close()
     return plan, built.streams
 

@@ -1,7 +1,7 @@
 """How much host memory and scratch disk a build takes, from shapes alone; pure.
 
-The budget decides one number, how many experts of a block are held at once (a wave). Everything else is fixed by the
-model: the part of a block that is not experts, one batch of hidden states, the language-model head at the end.
+The budget decides one number, how many slices of a block's experts are held at once (a wave). Everything else is fixed
+by the model: the part of a block that is not experts, one batch of hidden states, the language-model head at the end.
 Nothing grows with the number of blocks.
 """
 
@@ -23,6 +23,12 @@ BATCH_TOKENS = 4096
 COPIES_BYTES = 2 + 2 + 4 + 4
 """Per weight of what is held: BF16 as read, BF16 read ahead, float32 original, float32 stored."""
 
+SLICE_EXPERTS = 16
+"""Routed experts of a layer that are scaled and quantized as one unit, at most."""
+
+MIN_SLICES = 8
+"""Slices that a layer's experts are cut into, at least, so that small models can be spread over devices, too."""
+
 SOLVE_COPIES = 6
 """float32 copies of the matrix at hand that scale search, range search and packing hold at the same time."""
 
@@ -39,7 +45,8 @@ class MemoryPlan:
     dense_bytes: int  # the block without routed experts: source, working copy, grams, solve
     batch_bytes: int  # activations of one batch
     expert_bytes: int  # one routed expert in a wave
-    wave_experts: int  # experts per wave; 0 for a dense model
+    slice_experts: int  # experts per slice; 0 for a dense model
+    wave_experts: int  # experts that are held at once, whole slices; 0 for a dense model
     head_bytes: int  # final norm, lm_head and one chunk of logits
     scratch_bytes: int
 
@@ -51,11 +58,14 @@ class MemoryPlan:
 
     @property
     def needed_bytes(self) -> int:
-        """The least budget that works: a wave of one expert."""
-        block = (
-            self.dense_bytes + self.batch_bytes + (self.expert_bytes if self.wave_experts else 0)
-        )
+        """The least budget that works: a wave of one slice."""
+        block = self.dense_bytes + self.batch_bytes + self.slice_experts * self.expert_bytes
         return self.base_bytes + max(block, self.head_bytes)
+
+
+def slice_size(experts: int) -> int:
+    """Return how many of a layer's routed experts form a slice, whatever the budget and the number of devices."""
+    return max(1, min(SLICE_EXPERTS, experts // MIN_SLICES))
 
 
 def solved_together(
@@ -103,7 +113,17 @@ def dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: int) -> 
         adding = [reader for reader, group in zip(readers, groups) if group.adds_to]
         summed += 2 * BATCH_TOKENS * 4 * sum(reader.in_features for reader in readers)
         summed += sum(4 * x.n_parameters + 2 * BATCH_TOKENS * 4 * x.out_features for x in adding)
-    return sum(sizes) + solving + summed
+    scaled = scaled_expert_bytes(block, decisions, grams)
+    return sum(sizes) + solving + scaled + summed
+
+
+def scaled_expert_bytes(block: Block, decisions: Mapping[str, Decision], grams: int) -> int:
+    """Return the bytes of one expert's weights and grams after scaling, float32: a slice is scaled expert by expert."""
+    experts = block.experts
+    if not grams or experts is None or decisions[experts.linear(0, experts.gate)].scheme is None:
+        return 0
+    hidden, width = experts.hidden, experts.intermediate
+    return 4 * (3 * hidden * width + grams * (hidden**2 + width**2))
 
 
 def expert_bytes(experts: Experts, quantized: bool, grams: int) -> int:
@@ -149,7 +169,8 @@ def memory_plan(
             expert = max(expert, expert_bytes(block.experts, quantized, grams))
             most = max(most, block.experts.count)
     room = budget_bytes - BASE_BYTES - dense - batch
-    wave = max(1, min(most, room // expert)) if expert else 0
+    part, fitting = (slice_size(most), room // expert) if expert else (0, 0)
+    wave = most if fitting >= most else max(part, fitting // part * part)
     head = layout.head or layout.embedding
     spools = 2 * (tokens["calibration"] + 2 * tokens["fidelity"])  # before and behind a block
     if expert:  # what the experts see: by original weights, and for calibration also by stored ones
@@ -164,6 +185,7 @@ def memory_plan(
         dense_bytes=dense,
         batch_bytes=batch,
         expert_bytes=expert,
+        slice_experts=part,
         wave_experts=wave,
         head_bytes=(2 + 4) * head.n_parameters + 4 * 8 * HEAD_CHUNK * head.out_features,
         scratch_bytes=spools * hidden * (4 if expert else hidden_bytes),  # waves add up in float32

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from quantkit import registry
-from quantkit.build.expert_ops import ExpertSlice, SliceStats, collect_stats
+from quantkit.build.expert_ops import ExpertSlice, RoutedStream, SliceStats, collect_stats
 from quantkit.build.hidden_states import Routing
 from quantkit.build.quantize_linear import select_expert_stats
 from quantkit.build.spool import Spool
@@ -147,7 +147,7 @@ def routed(shape: Shape, folder: Path, device: torch.device) -> Routing:
     chance = torch.rand(shape.tokens, shape.experts, generator=generator)
     index = chance.topk(shape.top_k, dim=-1).indices.to(device)  # [tokens, experts] -> [tokens, k]
     weight = torch.full(index.shape, 1 / shape.top_k, device=device)
-    return Routing(index=index, weight=weight, seen=seen)
+    return Routing(index=index, weight=weight, expert_inputs=seen)
 
 
 def run_wave(shape: Shape, wave: ExpertSlice, routing: Routing, phases: Phases) -> int:
@@ -155,7 +155,8 @@ def run_wave(shape: Shape, wave: ExpertSlice, routing: Routing, phases: Phases) 
     hidden, width, n = shape.hidden, shape.intermediate, len(wave)
     pairs = shape.tokens * shape.top_k * n / shape.experts  # tokens that this wave's experts see
     with phases.timed("calibrate", pairs * (2 * hidden**2 + 2 * width**2 + 4 * hidden * width)):
-        stats = collect_stats(wave, routing, silu, frozenset())
+        stream = RoutedStream(routing=routing, device=phases.device)
+        (stats,) = collect_stats([wave], stream, silu, frozenset())
     judged = min(awq_scales.JUDGES, width)
     with phases.timed("search", 20 * 2 * n * judged * 2 * hidden**2):
         tried = awq.METHOD.rescale

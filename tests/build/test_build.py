@@ -169,10 +169,10 @@ def test_a_fold_is_checked_where_there_can_be_one(
     seen = list[str]()
 
     def check(
-        work: BlockContext, folded: dense.ScaledBlock, sample: dense.ScalingCheckSample
+        context: BlockContext, scaled: dense.ScaledBlock, sample: dense.ScalingCheckSample
     ) -> dense.ScaledBlock:
-        seen.append(work.block.name)
-        return before(work, folded, sample)
+        seen.append(context.name)
+        return before(context, scaled, sample)
 
     before = dense.check_scaling
     monkeypatch.setattr(dense, "check_scaling", check)

@@ -123,7 +123,7 @@ def test_a_spool_is_opened_again_and_deleted(tmp_path: Path) -> None:
     with pytest.raises(QuantkitError) as caught:
         Spool.open(path, 3, 2, "float32")
     assert str(caught.value) == (
-        f"{path}: expected 24 bytes of hidden states [3, 2] float32, found 12; begin anew with --restart"
+        f"{path}: expected 24 bytes of hidden states [3, 2] float32, found 12; start over with --restart"
     )
     spool.delete()
     assert not path.exists()

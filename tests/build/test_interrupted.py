@@ -70,7 +70,7 @@ def test_signals_say_where_it_stands(
 ) -> None:
     """SIGKILL behind the embedding, Ctrl-C behind a block, SIGTERM behind the last one; then it is as if none came."""
     place = recipe(tmp_path / "a", source)
-    stands = "x.building: {} of 2 blocks are done and kept; the same command goes on from there, with --restart it "
+    stands = "x.building: {} of 2 blocks are done and kept; the same command resumes from there, --restart "
     for number, done, code, says in (
         (signal.SIGKILL, 0, -signal.SIGKILL, None),
         (signal.SIGINT, 1, 130, "interrupted"),
@@ -80,7 +80,7 @@ def test_signals_say_where_it_stands(
         assert end.code == code, end.stderr
         if says:
             assert f"continuing: {stands.format(done - 1)}" in end.stderr
-            assert end.stderr.endswith(f"{says}\n{stands.format(done)}begins anew\n")
+            assert end.stderr.endswith(f"{says}\n{stands.format(done)}starts over\n")
     assert (place / "x.building.scratch").is_dir() and not (place / "x").exists()
     assert differing(finished(mortals, place), whole) == []
     assert sorted(path.name for path in place.iterdir()) == ["r.yaml", "x"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from quantkit.build.dense import GramAccumulator
-from quantkit.build.expert_ops import ExpertSlice, collect_stats
+from quantkit.build.expert_ops import ExpertSlice, RoutedStream, collect_stats
 from quantkit.build.hidden_states import Routing
 from quantkit.build.spool import Spool
 from quantkit.contracts import Experts
@@ -46,10 +46,15 @@ def test_crosses_of_experts_are_sums_over_their_tokens(
     index = torch.stack([torch.randperm(EXPERTS, generator=g)[:2] for _ in range(TOKENS)])
     wave = ExpertSlice(first=0, gate=gate, up=up, down=down)
     routing = Routing(
-        index=index, weight=torch.rand(TOKENS, 2, generator=g), seen=spool(tmp_path / "x", x)
+        index=index,
+        weight=torch.rand(TOKENS, 2, generator=g),
+        expert_inputs=spool(tmp_path / "x", x),
     )
-    found = collect_stats(wave, routing, silu, everyone, spool(tmp_path / "o", original))
-    plain = collect_stats(wave, routing, silu, everyone)
+    cpu = torch.device("cpu")
+    stream = RoutedStream(routing=routing, device=cpu)
+    both = RoutedStream(routing=routing, device=cpu, original=spool(tmp_path / "o", original))
+    (found,) = collect_stats([wave], both, silu, everyone, has_original=True)
+    (plain,) = collect_stats([wave], stream, silu, everyone)
     assert plain.into.cross is None and plain.inner.cross is None
     assert torch.equal(plain.into.gram, found.into.gram) and torch.equal(
         plain.inner.gram, found.inner.gram

@@ -17,7 +17,8 @@ from quantkit import pipeline
 from quantkit.artifact import writer
 from quantkit.artifact.manifest import versions
 from quantkit.artifact.writer import ArtifactWriter
-from quantkit.build import expert_ops, moe, session, wave_checkpoint
+from quantkit.build import moe, progress_log, session
+from quantkit.build.block_plan import ExpertRange
 from quantkit.build.context import BlockContext
 from quantkit.build.expert_ops import ExpertSlice
 from quantkit.build.progress_log import BuildProgress
@@ -122,7 +123,7 @@ def test_killed_before_and_behind_every_step(
     told, ends = list[str](), 0
     for run in range(100):
         with monkeypatch.context() as patch:
-            dying(patch, BuildProgress, "commit", 1, after=bool(run % 2))
+            dying(patch, BuildProgress, "commit_step", 1, after=bool(run % 2))
             try:
                 build(source, told, **THREE)
             except Killed:
@@ -150,13 +151,13 @@ POINTS: Sequence[tuple[object, str, int, bool]] = (
     (pipeline, "write_evidence", 1, True),
     (writer, "seal", 1, True),
     (writer, "seal", 2, True),
-    (BuildSession, "seal", 1, True),
+    (BuildSession, "mark_sealed", 1, True),
     (writer, "rename_into_place", 1, True),  # one of two has its name
     (writer, "rename_into_place", 2, True),
-    (BuildProgress, "commit", 2, True),  # of the second loop
+    (BuildProgress, "commit_step", 2, True),  # of the second loop
     (writer, "rename_into_place", 3, False),
     (writer, "rename_into_place", 3, True),
-    (BuildSession, "finish", 1, False),
+    (BuildSession, "remove_scratch", 1, False),
 )
 
 
@@ -184,17 +185,17 @@ def in_waves(patch: pytest.MonkeyPatch, size: int) -> None:
         return replace(real(*args, **kwargs), wave_experts=size)
 
     patch.setattr(plan, "memory_plan", fewer)
-    patch.setattr(wave_checkpoint, "SECONDS", 0.0)
-    patch.setattr(wave_checkpoint, "SHARE", 0)
+    patch.setattr(progress_log, "MIN_SECONDS", 0.0)
+    patch.setattr(progress_log, "MIN_COST_RATIO", 0)
 
 
 def counting(patch: pytest.MonkeyPatch, waves: list[int], run: int) -> None:
     """Note `run` for each wave that is read."""
     real = moe.read_wave
 
-    def noted(work: BlockContext, first: int, stop: int) -> ExpertSlice:
+    def noted(context: BlockContext, wave: Sequence[ExpertRange]) -> list[ExpertSlice]:
         waves.append(run)
-        return real(work, first, stop)
+        return real(context, wave)
 
     patch.setattr(moe, "read_wave", noted)
 
@@ -229,7 +230,7 @@ def test_killed_behind_every_wave(
     for run in range(100):
         with monkeypatch.context() as patch:
             in_waves(patch, 3 if run % 5 else 2)  # the budget may change in between
-            dying(patch, BuildProgress, "pause", 1, after=bool(run % 3))
+            dying(patch, BuildProgress, "record_wave", 1, after=bool(run % 3))
             counting(patch, waves, run)
             try:
                 build(source, told, **keys)
@@ -255,7 +256,7 @@ def test_states_that_a_wave_left_are_as_they_were(
         shutil.rmtree(path)
     for call in (1, 2, 2, 5, 5, 3, 9, 4, 4, 7):
         with monkeypatch.context() as patch:
-            dying(patch, expert_ops, "advance", call, after=bool(call % 2))
+            dying(patch, moe, "add_expert_outputs", call, after=bool(call % 2))
             with suppress(Killed):
                 build(source, **THREE)
     build(source, **THREE)
@@ -265,10 +266,10 @@ def test_states_that_a_wave_left_are_as_they_were(
 def half_way(source: Path, patch: pytest.MonkeyPatch, **keys: str) -> None:
     """A build that ends behind its first block."""
     with patch.context() as inner:
-        dying(inner, BuildProgress, "commit", 2, after=True)
+        dying(inner, BuildProgress, "commit_step", 2, after=True)
         with pytest.raises(Killed) as caught:
             build(source, **keys)
-    assert "1 of 2 blocks are done and kept; the same command goes on" in caught.value.__notes__[0]
+    assert "1 of 2 blocks are done and kept; the same command resumes" in caught.value.__notes__[0]
 
 
 def test_what_changed_is_named_and_restart_begins_anew(
@@ -350,7 +351,9 @@ def test_a_source_that_changes_meanwhile_is_found(
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "build_blocks", changing)
-        with pytest.raises(QuantkitError, match=r"source: expected files that stay as they are"):
+        with pytest.raises(
+            QuantkitError, match=r"source: expected the files that the build began with"
+        ):
             build(copy)
     assert not (place / "x").exists()
     (copy / "config.json").touch()

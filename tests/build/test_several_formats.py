@@ -151,13 +151,15 @@ def test_without_a_fidelity_text_nothing_is_measured(
     rules: str,
 ) -> None:
     """RTN then runs no forward pass at all; what is stored does not depend on it."""
-    from quantkit.build import loop
+    from quantkit.build import open_streams
 
     started: list[str] = []
     monkeypatch.setattr(
-        loop,
+        open_streams,
         "open_stream",
-        lambda name, *rest, real=loop.open_stream: started.append(name) or real(name, *rest),
+        lambda name, *rest, real=open_streams.open_stream: (
+            started.append(name) or real(name, *rest)
+        ),
     )
     quantize = f"{{method: {method}, bits: 4, group_size: 64}}"
     found = build(source, tmp_path / "x", quantize=quantize, rules=rules, fidelity="none")

@@ -216,7 +216,7 @@ def child(order: Order, counted: Path) -> int:
     if order.wave:
         in_waves(order.wave)
     if order.step:
-        commit, done = BuildProgress.commit, list[int]()
+        commit, done = BuildProgress.commit_step, list[int]()
 
         def dying(self: BuildProgress, *args: object) -> None:
             commit(self, *args)  # type: ignore[arg-type]
@@ -224,7 +224,7 @@ def child(order: Order, counted: Path) -> int:
             if len(done) == order.step:
                 os.kill(os.getpid(), order.number)
 
-        BuildProgress.commit = dying  # type: ignore[assignment,method-assign]
+        BuildProgress.commit_step = dying  # type: ignore[assignment,method-assign]
     try:
         main([*order.arguments])
     except SystemExit as end:
@@ -236,7 +236,7 @@ def child(order: Order, counted: Path) -> int:
 
 def in_waves(size: int) -> None:
     """Let builds hold so many experts at a time, and make sure of every wave."""
-    from quantkit.build import wave_checkpoint
+    from quantkit.build import progress_log
     from quantkit.plan import plan
 
     real = plan.memory_plan
@@ -245,7 +245,7 @@ def in_waves(size: int) -> None:
         return replace(real(*args, **kwargs), wave_experts=size)  # type: ignore[arg-type]
 
     plan.memory_plan = fewer  # type: ignore[assignment]
-    wave_checkpoint.SECONDS, wave_checkpoint.SHARE = 0.0, 0
+    progress_log.MIN_SECONDS, progress_log.MIN_COST_RATIO = 0.0, 0
 
 
 def fork(order: Order) -> End:
