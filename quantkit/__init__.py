@@ -16,6 +16,6 @@ def load(folder: str | Path, *, device: str | None = None, dtype: str | None = N
     device: "cpu", "cuda", ..., None for a GPU where there is one; dtype: "bfloat16", "float16" or "float32", None for
     the model's own. Raises QuantkitError for a folder that is no artifact, or for a missing package.
     """
-    return import_module("quantkit.artifact.load_model").load(
+    return import_module("quantkit.artifact.load_model").load_model(
         folder, device=device, dtype=dtype
     )  # torch starts here, not above

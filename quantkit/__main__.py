@@ -18,9 +18,9 @@ def start() -> None:
         sys.stderr.write("interrupted\n")
         raise SystemExit(130) from None
     except OSError as fault:
-        from quantkit.cli.console import refused
+        from quantkit.cli.console import format_os_error
 
-        sys.stderr.write(f"error: {refused(fault)}\n")
+        sys.stderr.write(f"error: {format_os_error(fault)}\n")
         raise SystemExit(1) from None
 
 

@@ -1,6 +1,7 @@
-"""The words every other module may use: frozen values, and the four contracts a plug-in fills in.
+"""The words every other module may use: frozen values, and the contracts a plug-in fills in.
 
     Method        how codes are chosen        methods/<name>.py        METHOD
+    Rounding      how weights become codes    roundings/<name>.py      ROUNDING
     Format        how codes are stored        formats/<name>.py        FORMAT
     Architecture  what a model consists of    architectures/<type>.py  ARCHITECTURE
     InputStats    the one statistic           gram, mean |x|, tokens
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from quantkit.errors import CheckpointError
 
@@ -304,6 +305,18 @@ class Quantized:
     zero: Tensor | None
 
 
+Solve: TypeAlias = "Callable[[Tensor, InputStats | None, Scheme], Quantized]"
+"""A method's `solve`: weight [..., out, in] float32, statistics of its input or None, scheme -> codes, batched."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundedWeight:
+    """Codes of a weight, and the named fallbacks that the rounding took (build.quantize_linear.FALLBACKS)."""
+
+    quantized: Quantized
+    fallbacks: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rescale:
     """AWQ-like input scaling, split so that a group's error can be summed over waves of experts.
@@ -322,9 +335,25 @@ class Rescale:
 class Method:
     """How codes are chosen. solve(weight [..., out, in] float32, stats or None, scheme) -> Quantized, batched."""
 
-    solve: Callable[[Tensor, InputStats | None, Scheme], Quantized]
+    solve: Solve
     rescale: Rescale | None = None
     needs_stats: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """How weights become codes after the method's input scaling.
+
+    round_weight(weight [..., out, in] float32, stats or None, scheme, solve of the recipe's method) -> RoundedWeight,
+    batched. A rounding that chooses the codes itself does not call `solve`.
+    """
+
+    round_weight: Callable[[Tensor, InputStats | None, Scheme, Solve], RoundedWeight]
+    needs_stats: bool = True
+
+
+FALLBACK_ROUNDING = "nearest"
+"""The rounding that needs no statistics: a recipe's default, and in use where calibration knows nothing of an input."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

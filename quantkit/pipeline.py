@@ -17,11 +17,14 @@ import torch
 from pydantic import BaseModel
 
 from quantkit import registry
-from quantkit.artifact import layout, writer
-from quantkit.artifact import manifest as manifests
-from quantkit.artifact.fidelity_schema import Fidelity, Text
-from quantkit.artifact.front_matter import front_matter
+from quantkit.artifact import layout
+from quantkit.artifact.fidelity_schema import Fidelity, TextSet
+from quantkit.artifact.front_matter import read_front_matter
+from quantkit.artifact.make_manifest import format_plan, make_manifest
+from quantkit.artifact.model_files import write_model_files
 from quantkit.artifact.read_report import read_report
+from quantkit.artifact.seal import seal_artifact
+from quantkit.artifact.staging import get_staging_path, prepare_staging, rename_into_place
 from quantkit.artifact.writer import ArtifactWriter, WrittenState
 from quantkit.build import session
 from quantkit.build.loop import BuildPrecision, BuiltBlocks, build_blocks
@@ -30,23 +33,28 @@ from quantkit.build.progress_log import BuildProgress
 from quantkit.build.session import BuildSession
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.checkpoint.remote_code import may_run
-from quantkit.checkpoint.tensors import Written
+from quantkit.checkpoint.remote_code import allows_remote_code
+from quantkit.checkpoint.tensors import WrittenFile
 from quantkit.errors import ArtifactError
-from quantkit.evaluate import likelihood
-from quantkit.evaluate.compare import Compared, compare
-from quantkit.evaluate.distribution import Measured, measure, sides, tokens_to_parquet
-from quantkit.evaluate.likelihood import Scored, Solutions
-from quantkit.evaluate.samples import pairs_to_parquet
+from quantkit.evaluate import solution_likelihood
+from quantkit.evaluate.item_results import write_pairs
+from quantkit.evaluate.solution_likelihood import GoldSolutions, ScoredSolution
+from quantkit.evaluate.source_comparison import SourceComparison, compare_with_source
+from quantkit.evaluate.token_fidelity import (
+    TextFidelity,
+    load_stream_pair,
+    measure_text,
+    write_tokens,
+)
 from quantkit.io import package_data
 from quantkit.io.files import read_json, write_atomic, write_json
-from quantkit.io.host import HEAP_BYTES, keep_freed_memory, peak_resident_bytes, return_freed_memory
-from quantkit.models.layers import meta_model
+from quantkit.io.host import HEAP_BYTES, get_peak_memory, keep_freed_memory, return_freed_memory
+from quantkit.models.layers import make_meta_model
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan
 from quantkit.progress import ProgressCallback
 from quantkit.recipe.schema import Recipe
-from quantkit.report import card, gates, html
+from quantkit.report import card, gates, html_page
 from quantkit.report import make as evidence
 from quantkit.report.make import TextName
 from quantkit.texts import corpora
@@ -96,8 +104,8 @@ class TokenizedTexts:
 class StreamFigures:
     """Figures of the streams after the last block; `tokens` is None with `fidelity: none`."""
 
-    tokens: Measured | None = None
-    solutions: Sequence[Scored] = ()
+    tokens: TextFidelity | None = None
+    solutions: Sequence[ScoredSolution] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +160,13 @@ def build_artifacts(
     """
     return_freed_memory()
     for format_name in recipe.format:
-        registry.require(format_name)
+        registry.check_packages(format_name)
     timer = StepTimer()
-    located = hub.resolve(recipe.source.model, recipe.source.revision)
+    located = hub.resolve_model(recipe.source.model, recipe.source.revision)
     source = Checkpoint.open(located.folder)
     texts = tokenize(recipe, located.folder)
     plans = sources.plan_recipe(
-        recipe, sources.facts_of(recipe, source, located.revision), texts.counts()
+        recipe, sources.make_source_facts(recipe, source, located.revision), texts.counts()
     )
     if all(plan.memory.budget_bytes - plan.memory.peak_bytes >= HEAP_BYTES for plan in plans):
         keep_freed_memory()
@@ -238,17 +246,17 @@ def build_group(
     built, written, figures = quantize_and_measure(
         artifacts, source, texts, text, on_progress, timer, build.prepare_states(loop), progress
     )
-    compute, kept = sources.compute(plan.recipe), build.answers_folder(loop)
+    compute, kept = sources.resolve_compute(plan.recipe), build.answers_folder(loop)
     compared = compare(
         plan, source, folder, compute, evaluate=evaluate, tell=on_progress, kept=kept
     )
     timer.lap("benchmarks")
-    license = evidence.licence(front_matter(source.folder))
+    license = evidence.parse_license(front_matter(source.folder))
     likely = likelihood.rows(plan.recipe.evaluation.tasks, texts.solutions, figures.solutions)
     session.check_source(build.journal, source)
     sealed = dict[str, str]()
     for artifact, files in zip(artifacts, written, strict=True):
-        report = evidence.fidelity(
+        report = evidence.make_report(
             artifact.plan,
             built.blocks,
             figures.tokens,
@@ -257,7 +265,7 @@ def build_group(
             compared.rows,
             license,
         )
-        report = gates.judged(artifact.plan.recipe.gates, report)
+        report = gates.apply_gates(artifact.plan.recipe.gates, report)
         write_evidence(artifact.plan, artifact.folder, report, figures, compared)
         write_timings(artifact.folder, built, timer)
         manifest = manifests.manifest(artifact.plan, source, report, built.blocks)
@@ -270,7 +278,7 @@ def tokenize(recipe: Recipe, folder: Path) -> TokenizedTexts:
     is_code_allowed = may_run(recipe.source.trust_remote_code, folder)
     tokenizer, sets = (
         corpora.load_tokenizer(folder, is_code_allowed),
-        package_data.folder("calibration"),
+        package_data.locate_folder("calibration"),
     )
     selected: list[tuple[TextName, str, int | None, int, int]] = []
     calibration = recipe.calibration if recipe.learns else None
@@ -287,8 +295,8 @@ def tokenize(recipe: Recipe, folder: Path) -> TokenizedTexts:
     tokens, descriptions = dict[TextName, Tokens](), dict[TextName, Text]()
     for name, set_name, sequences, length, seed in selected:
         corpus = corpora.load_set(set_name, sets)
-        tokens[name] = corpora.token_batches(corpus, tokenizer, sequences, length, seed)
-        descriptions[name] = evidence.text(corpus, tokens[name], length, seed)
+        tokens[name] = corpora.sample_sequences(corpus, tokenizer, sequences, length, seed)
+        descriptions[name] = evidence.summarize_text(corpus, tokens[name], length, seed)
     nothing = corpora.pack_tokens([])
     tasks, items = recipe.evaluation.tasks, recipe.evaluation.likelihood
     solutions = likelihood.none()
@@ -316,7 +324,7 @@ def quantize_and_measure(
     Hidden states are kept in `states`. Nothing is measured with `fidelity: none`.
     """  # fmt: skip
     plans, folder = [artifact.plan for artifact in artifacts], artifacts[0].folder
-    compute = sources.compute(plans[0].recipe)
+    compute = sources.resolve_compute(plans[0].recipe)
     precision = BuildPrecision(
         device=torch.device(compute.device),
         dtype=getattr(torch, compute.dtype),
@@ -361,19 +369,17 @@ def write_evidence(
 ) -> None:
     """Write fidelity.json, the model card, plan.json and the samples, and the page that is made of them."""
     if figures.tokens or compared.pairs:
-        (folder / "quantkit" / "samples").mkdir(exist_ok=True)
-    write_atomic(folder / "quantkit" / "fidelity.json", report.to_json().encode())
-    write_atomic(folder / "README.md", card.render(report).encode())
-    write_atomic(folder / "quantkit" / "plan.json", manifests.plan_json(plan).encode())
+        (folder / layout.SAMPLES_FOLDER).mkdir(exist_ok=True)
+    write_atomic(folder / layout.FIDELITY, report.to_json().encode())
+    write_atomic(folder / layout.MODEL_CARD, card.render_card(report).encode())
+    write_atomic(folder / layout.PLAN, format_plan(plan).encode())
     if figures.tokens:
-        tokens_to_parquet(figures.tokens, folder / "quantkit" / "samples" / "tokens.parquet")
+        write_tokens(figures.tokens, folder / layout.TOKEN_SAMPLES)
     if figures.solutions:
-        likelihood.to_parquet(
-            figures.solutions, folder / "quantkit" / "samples" / "solutions.parquet"
-        )
+        solution_likelihood.write_solutions(figures.solutions, folder / layout.SOLUTION_SAMPLES)
     if compared.pairs:
-        pairs_to_parquet(compared.pairs, folder / "quantkit" / "samples" / "benchmarks.parquet")
-    write_atomic(folder / html.HTML, html.page(folder).encode())
+        write_pairs(compared.pairs, folder / layout.BENCHMARK_SAMPLES)
+    write_atomic(folder / layout.PAGE, html_page.make_page(folder).encode())
 
 
 def write_timings(folder: Path, built: BuiltBlocks, timer: StepTimer) -> None:
@@ -383,6 +389,6 @@ def write_timings(folder: Path, built: BuiltBlocks, timer: StepTimer) -> None:
         blocks={block.name: block.seconds for block in built.blocks},
         threads=torch.get_num_threads(),
         cpus=os.cpu_count(),
-        peak_rss_bytes=peak_resident_bytes(),
+        peak_rss_bytes=get_peak_memory(),
     )
     write_json(folder / layout.TIMINGS, timings.model_dump())

@@ -1,4 +1,4 @@
-"""What can be named in a recipe: the methods, formats and architectures that quantkit carries.
+"""What can be named in a recipe: the methods, roundings, formats and architectures that quantkit carries.
 
 The file name is the registration: `methods/awq.py` holds `METHOD`, and is found because it is there. Nothing is
 imported until it is asked for, so that `--help` stays fast and a broken optional dependency hurts its own plug-in only.
@@ -8,53 +8,64 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal, TypeVar
 
-from quantkit import architectures, formats, methods
-from quantkit.contracts import Architecture, Format, Method
+from quantkit import architectures, formats, methods, roundings
+from quantkit.contracts import Architecture, Format, Method, Rounding
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.formats.common.checks import Checks
+from quantkit.formats.common.checks import FormatChecks
+from quantkit.io.suggestions import format_unknown_name
 
-Kind = Literal["methods", "formats", "architectures"]
+Kind = Literal["methods", "roundings", "formats", "architectures"]
 
 Plugin = TypeVar("Plugin")
 
-_PACKAGES = {"methods": methods, "formats": formats, "architectures": architectures}
+_PACKAGES = {
+    "methods": methods,
+    "roundings": roundings,
+    "formats": formats,
+    "architectures": architectures,
+}
 
 
-def names(kind: Kind) -> tuple[str, ...]:
+def list_names(kind: Kind) -> tuple[str, ...]:
     """Every name of a kind, sorted; imports none of them."""
     modules = pkgutil.iter_modules(_PACKAGES[kind].__path__)
     return tuple(sorted(module.name for module in modules if not module.ispkg))
 
 
-def method(name: str) -> Method:
+def get_method(name: str) -> Method:
     """The method in methods/<name>.py; UsageError when there is none."""
-    return _get("methods", name, "METHOD", Method)
+    return _load_plugin("methods", name, "METHOD", Method)
 
 
-def format(name: str) -> Format:
+def get_rounding(name: str) -> Rounding:
+    """The rounding in roundings/<name>.py; UsageError when there is none."""
+    return _load_plugin("roundings", name, "ROUNDING", Rounding)
+
+
+def get_format(name: str) -> Format:
     """The format in formats/<name>.py; UsageError when there is none."""
-    return _get("formats", name, "FORMAT", Format)
+    return _load_plugin("formats", name, "FORMAT", Format)
 
 
-def checks(format_name: str) -> Checks:
+def get_checks(format_name: str) -> FormatChecks:
     """What `quantkit verify` must know of the format in formats/<name>.py; UsageError when there is none."""
-    return _get("formats", format_name, "CHECKS", Checks)
+    return _load_plugin("formats", format_name, "CHECKS", FormatChecks)
 
 
-def architecture(model_type: str) -> Architecture:
+def get_architecture(model_type: str) -> Architecture:
     """The architecture in architectures/<model_type>.py; UsageError when there is none."""
-    return _get("architectures", model_type, "ARCHITECTURE", Architecture)
+    return _load_plugin("architectures", model_type, "ARCHITECTURE", Architecture)
 
 
-def require(format_name: str) -> None:
+def check_packages(format_name: str) -> None:
     """UsageError when a format computes with a package that is not installed: before any weight is read."""
-    missing = [package for package in format(format_name).packages if find_spec(package) is None]
+    missing = [
+        package for package in get_format(format_name).packages if find_spec(package) is None
+    ]
     if missing:
         raise UsageError(
             f"format {format_name} needs the package {missing[0]}, which is not installed; "
@@ -62,24 +73,11 @@ def require(format_name: str) -> None:
         )
 
 
-def unknown(noun: str, name: str, known: Sequence[str]) -> str:
-    """The sentence for a name that is not known: "no method named 'gtpq'. Did you mean 'gptq'? Known: gptq, rtn."."""
-    return (
-        f"no {noun} named {name!r}.{did_you_mean(name, known)} Known: {', '.join(known) or 'none'}."
-    )
-
-
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """ " Did you mean 'gptq'?" with its leading space, or nothing when no known name is near."""
-    close = get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def _get(kind: Kind, name: str, attribute: str, expected: type[Plugin]) -> Plugin:
-    known = names(kind)
+def _load_plugin(kind: Kind, name: str, attribute: str, expected: type[Plugin]) -> Plugin:
+    known = list_names(kind)
     if name not in known:
-        raise UsageError(unknown(kind.removesuffix("s"), name, known))
-    plugin = getattr(_imported(kind, name), attribute, None)
+        raise UsageError(format_unknown_name(kind.removesuffix("s"), name, known))
+    plugin = getattr(_import_module(kind, name), attribute, None)
     if not isinstance(plugin, expected):
         found = "nothing" if plugin is None else f"a {type(plugin).__name__}"
         raise QuantkitError(
@@ -89,7 +87,7 @@ def _get(kind: Kind, name: str, attribute: str, expected: type[Plugin]) -> Plugi
     return plugin
 
 
-def _imported(kind: Kind, name: str) -> ModuleType:
+def _import_module(kind: Kind, name: str) -> ModuleType:
     try:
         return importlib.import_module(f"quantkit.{kind}.{name}")
     except ModuleNotFoundError as error:

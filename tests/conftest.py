@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Fixtures that tests of several packages share."""
 
 from __future__ import annotations
 
@@ -12,58 +12,52 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.constants import CHROMIUM, FAST
 
-from quantkit.evaluate.sandbox.sandbox import Sandbox, probe
-from quantkit.io.package_data import folder
+from quantkit.evaluate.sandbox import Sandbox, probe_sandbox
+from quantkit.io.package_data import locate_folder
 
 if TYPE_CHECKING:
     from support.places.here import Place
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # in the background a shell ignores it, for children too
+# A shell ignores SIGINT in background jobs, and child processes inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sealed artifact of tiny-v3 that nobody may change; `artifact` is a copy for those who do."""
+    """A sealed artifact of tiny-v3, read-only; tests that change it use `artifact`."""
     from quantkit import pipeline
-    from quantkit.recipe.parse import parse
+    from quantkit.recipe.parse import parse_recipe
 
     path = tmp_path_factory.mktemp("built") / "tiny"
-    text = (folder("recipes") / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
-    recipe = parse(text, "tiny-v3-awq4.yaml", {**FAST, "output.path": str(path)})
+    text = (locate_folder("recipes") / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
+    recipe = parse_recipe(text, "tiny-v3-awq4.yaml", {**FAST, "output.path": str(path)})
     pipeline.build_artifacts(
-        recipe,
-        text,
-        overwrite=False,
-        evaluate=False,
-        on_plan=lambda _: None,
-        on_progress=lambda _: None,
+        recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None
     )
     return path
 
 
 @pytest.fixture
 def artifact(built: Path, tmp_path: Path) -> Path:
-    """A copy of the built artifact, to be damaged."""
+    """A copy of the built artifact that a test may change."""
     return Path(shutil.copytree(built, tmp_path / "artifact"))
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Debian's chromium; who asks for it skips without (CHROMIUM)."""
+    """Headless Chromium; tests that use it are skipped where CHROMIUM is None."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
+        instance = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield instance
+        instance.close()
 
 
 @pytest.fixture(scope="module", params=["bubblewrap", "namespaces"])
 def jail(request: pytest.FixtureRequest) -> Sandbox:
-    """Each rung of the sandbox's ladder that works on this machine."""
-    sandbox = probe(kinds=(request.param,))
+    """Each kind of sandbox that works on this machine."""
+    sandbox = probe_sandbox(kinds=(request.param,))
     if sandbox.kind == "none":
         pytest.skip(f"{request.param} does not work here: {sandbox.reason}")
     return sandbox
@@ -82,7 +76,7 @@ def s3_port() -> Iterator[int]:
 def make(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_port: int
 ) -> Iterator[Callable[[str], Place]]:
-    """Makes an empty place of a kind to publish to."""
+    """Return a function that creates an empty remote of a kind."""
     from support.places.here import place
 
     with ExitStack() as stack:
@@ -90,7 +84,7 @@ def make(
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print at the end why artifacts were not compared with their recorded bytes, so that nobody overlooks it."""
+    """Print at the end why artifacts were not compared with their recorded bytes."""
     for report in terminalreporter.getreports("skipped"):
         if "test_golden.py" in report.nodeid:
             reason = (

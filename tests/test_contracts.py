@@ -1,4 +1,4 @@
-"""What every architecture must keep, whoever adds it: found through the registry, run on random TINY checkpoints."""
+"""The contract of every architecture in the registry, checked on random TINY checkpoints."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.builds import build, ignore
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.builds import build, ignore_progress
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit import pipeline, registry
@@ -16,14 +16,21 @@ from quantkit.artifact.writer import ArtifactWriter
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Config
 from quantkit.errors import CheckpointError, NumericsError
-from quantkit.evaluate.distribution import Head, scored
+from quantkit.evaluate.token_fidelity import LMHead, select_scored_rows
 from quantkit.models import full_model
-from quantkit.models.layers import MetaModel, decoder_layer, meta_model, observing, relative, run
-from quantkit.plan.match_checkpoint import expected
-from quantkit.recipe.parse import parse
+from quantkit.models.layers import (
+    MetaModel,
+    get_layer_name,
+    make_decoder_layer,
+    make_meta_model,
+    observe_inputs,
+    run_layer,
+)
+from quantkit.plan.match_checkpoint import list_expected_tensors
+from quantkit.recipe.parse import parse_recipe
 from quantkit.verify import shallow
 
-VARIANTS = [(name, {}) for name in registry.names("architectures")] + [
+VARIANTS = [(name, {}) for name in registry.list_names("architectures")] + [
     ("deepseek_v3", {"q_lora_rank": None, "num_nextn_predict_layers": 0}),
     ("deepseek_v3", {"attention_bias": True, "first_k_dense_replace": 0}),
     ("llama", {"tie_word_embeddings": True}),
@@ -61,25 +68,25 @@ IDS = [
 ]
 
 
-def reference(folder: Path) -> torch.nn.Module:
-    """The checkpoint as transformers itself loads it, in float32."""
+def load_reference(folder: Path) -> torch.nn.Module:
+    """Load the checkpoint with transformers, in float32."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=IDS)
-def test_every_tensor_is_claimed_exactly_once(
+def test_layout_lists_every_tensor_once(
     name: str, changes: dict[str, object], tmp_path: Path
 ) -> None:
-    """The table names what transformers saves for the same config, no more and no less (MTP blocks apart)."""
-    config = tiny_config(name, **changes)
-    layout = registry.architecture(name).layout(Config(values=config))
+    """The layout equals the tensors that transformers saves for the config, except MTP blocks."""
+    config = make_tiny_config(name, **changes)
+    layout = registry.get_architecture(name).layout(Config(values=config))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     model.save_pretrained(tmp_path)
     saved = Checkpoint.open(tmp_path).specs
     mtp = tuple(f"{block.name}." for block in layout.blocks if block.kind == "mtp")
     claimed = {
         n: s.shape
-        for n, s in expected(layout, Config(values=config)).items()
+        for n, s in list_expected_tensors(layout, Config(values=config)).items()
         if not n.startswith(mtp or ("\0",))
     }
     assert claimed == {n: s.shape for n, s in saved.items()}
@@ -89,16 +96,16 @@ def test_every_tensor_is_claimed_exactly_once(
 def test_block_by_block_logits_equal_transformers(
     name: str, changes: dict[str, object], tmp_path: Path
 ) -> None:
-    """The reference stream, run layer by layer and expert by expert, ends where transformers' own forward ends."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config(name, **changes))
+    """The reference stream, layer by layer and expert by expert, has transformers' logits."""
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config(name, **changes))
     plan, streams = run_streams(
         folder, tmp_path, rules='[{match: "*", keep: source}]', quantize="{method: rtn}"
     )
     stream, source = streams["reference"], Checkpoint.open(folder)
-    bones = meta_model(source.config, torch.device("cpu"), torch.float32)
-    rows, _ = scored(stream)
-    ours = Head(bones, plan.layout, source).logits(stream.hidden.gather(rows))
-    model, theirs = reference(folder), []
+    meta = make_meta_model(source.config, torch.device("cpu"), torch.float32)
+    rows, _ = select_scored_rows(stream)
+    ours = LMHead(meta, plan.layout, source).logits(stream.hidden.gather(rows))
+    model, theirs = load_reference(folder), []
     with torch.no_grad():
         for i in range(stream.tokens.n_sequences):
             theirs.append(model(stream.tokens.sequence(i).long()[None]).logits[0, :-1])
@@ -107,101 +114,105 @@ def test_block_by_block_logits_equal_transformers(
 
 
 @pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=IDS)
-def test_what_is_said_to_add_to_the_residual_stream_does(
+def test_adds_to_names_residual_additions(
     name: str, changes: dict[str, object], tmp_path: Path
 ) -> None:
-    """The norm's input and the reader's output make the stream's next state; attention's output is always named."""
-    source = Checkpoint.open(write_checkpoint(tmp_path / "source", tiny_config(name, **changes)))
-    bones = meta_model(source.config, torch.device("cpu"), torch.float32)
-    layout = registry.architecture(name).layout(source.config)
-    for block in (found for found in layout.blocks if found.kind == "decoder"):
+    """The norm's input plus the reader's output is the next residual state; o_proj always adds."""
+    source = Checkpoint.open(
+        write_checkpoint(tmp_path / "source", make_tiny_config(name, **changes))
+    )
+    meta = make_meta_model(source.config, torch.device("cpu"), torch.float32)
+    layout = registry.get_architecture(name).layout(source.config)
+    for block in (block for block in layout.blocks if block.kind == "decoder"):
         adding = {group.readers[0]: group.adds_to for group in block.groups if group.adds_to}
         assert f"{block.name}.self_attn.o_proj" in adding
         routed = f"{block.experts.module}." if block.experts else "\0"
         names = [
             n for n in source.specs if n.startswith(f"{block.name}.") and not n.startswith(routed)
         ]
-        layer, _ = decoder_layer(bones, block, source.read(names))
+        layer, _ = make_decoder_layer(meta, block, source.read(names))
         for reader, norm in adding.items():
-            before, made, after = around(
-                bones, layer, relative(block, reader), relative(block, norm)
+            before, output, after = run_around(
+                meta, layer, get_layer_name(block, reader), get_layer_name(block, norm)
             )
-            assert torch.allclose(before + made, after, atol=1e-5)
+            assert torch.allclose(before + output, after, atol=1e-5)
 
 
-def around(
-    bones: MetaModel, layer: torch.nn.Module, reader: str, norm: str
+def run_around(
+    meta: MetaModel, layer: torch.nn.Module, reader: str, norm: str
 ) -> tuple[torch.Tensor, ...]:
-    """The stream before a reader's output, that output, and the stream behind it, for random rows."""
-    hidden, made = bones.config.hidden_size, list[torch.Tensor]()
+    """Return the stream before a reader's output, that output, and the stream after it."""
+    hidden, outputs = meta.config.hidden_size, list[torch.Tensor]()
     rows = torch.randn(24, hidden, generator=torch.Generator().manual_seed(0))
-    handle = layer.get_submodule(reader).register_forward_hook(lambda _m, _i, out: made.append(out))
-    with observing(layer, {"this": norm, "next": "post_attention_layernorm"}) as inputs:
-        out, _ = run(bones, layer, rows, (24,))
+    handle = layer.get_submodule(reader).register_forward_hook(
+        lambda _m, _i, out: outputs.append(out)
+    )
+    with observe_inputs(layer, {"this": norm, "next": "post_attention_layernorm"}) as inputs:
+        out, _ = run_layer(meta, layer, rows, (24,))
     handle.remove()
     after = inputs["next"] if norm == "input_layernorm" else out
     return (
         inputs["this"].reshape(-1, hidden),
-        made[0].reshape(-1, hidden),
+        outputs[0].reshape(-1, hidden),
         after.reshape(-1, hidden),
     )
 
 
 STORED = [(*variant, False) for variant in VARIANTS] + [
-    (name, {}, True) for name in registry.names("architectures")
+    (name, {}, True) for name in registry.list_names("architectures")
 ]
-"""What is built: every variant from BF16, and every family from FP8, whose reading does not depend on the variant."""
+"""The builds: every variant from BF16, every family from FP8, which does not depend on variants."""
 STORED_IDS = [f"{name}-bf16" for name in IDS] + [
-    f"{name}-fp8" for name in registry.names("architectures")
+    f"{name}-fp8" for name in registry.list_names("architectures")
 ]
 
 
 @pytest.mark.parametrize(("name", "changes", "fp8"), STORED, ids=STORED_IDS)
-def test_plan_build_verify(
+def test_artifact_of_all_linears_verifies(
     name: str, changes: dict[str, object], fp8: bool, tmp_path: Path
 ) -> None:
-    """A whole build of every linear: the artifact verifies and its figures are those of a quantized model."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config(name, **changes), fp8=fp8)
-    outcome = build(folder, tmp_path / "artifact", rules="all-linear")
-    assert shallow.verify(outcome.path).status == "not judged"
-    pooled = outcome.fidelity.distribution[0]
+    """A build of every linear: the artifact verifies, its figures are those of quantization."""
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config(name, **changes), fp8=fp8)
+    result = build(folder, tmp_path / "artifact", rules="all-linear")
+    assert shallow.verify_artifact(result.path).status == "not judged"
+    pooled = result.fidelity.distribution[0]
     assert pooled.kl_mean is not None and pooled.kl_mean.value is not None
     assert 1e-6 < pooled.kl_mean.value < 1
-    assert outcome.fidelity.modules and all(
-        0 < m.relative_error < 0.3 for m in outcome.fidelity.modules
+    assert result.fidelity.modules and all(
+        0 < m.relative_error < 0.3 for m in result.fidelity.modules
     )
-    specs = Checkpoint.open(outcome.path).specs
+    specs = Checkpoint.open(result.path).specs
     assert not any(
         name.endswith("_scale_inv") or spec.dtype == "F8_E4M3" for name, spec in specs.items()
     )
-    config = json.loads((outcome.path / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((result.path / "config.json").read_text(encoding="utf-8"))
     left = config["quantization_config"]["modules_to_not_convert"]
-    for linear in registry.architecture(name).layout(Config(values=config)).linears:
-        if (
-            linear.role == "router"
-        ):  # a linear to vLLM, which asks whether an entry is part of its name
+    for linear in registry.get_architecture(name).layout(Config(values=config)).linears:
+        if linear.role == "router":  # a linear in vLLM, which matches substrings
             assert f"{linear.name}.weight" in specs and any(entry in linear.name for entry in left)
 
 
-@pytest.mark.parametrize("name", registry.names("architectures"))
-def test_the_whole_model_answers_as_transformers(name: str, tmp_path: Path) -> None:
-    """What benchmarks run, put together from the files, is the model transformers loads."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config(name))
+@pytest.mark.parametrize("name", registry.list_names("architectures"))
+def test_full_model_has_logits_of_transformers(name: str, tmp_path: Path) -> None:
+    """The model that benchmarks run, assembled from files, equals the one transformers loads."""
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config(name))
     source = Checkpoint.open(folder)
-    bones = meta_model(source.config, torch.device("cpu"), torch.float32)
-    ours = full_model.model(
-        bones, registry.architecture(name).layout(source.config), full_model.reader(source)
+    meta = make_meta_model(source.config, torch.device("cpu"), torch.float32)
+    ours = full_model.make_model(
+        meta, registry.get_architecture(name).layout(source.config), full_model.make_reader(source)
     )
     ids = torch.arange(2, 66)[None]  # [1, 64]
     with torch.no_grad():
-        assert torch.allclose(ours(ids).logits, reference(folder)(ids).logits, atol=2e-4, rtol=1e-4)
+        assert torch.allclose(
+            ours(ids).logits, load_reference(folder)(ids).logits, atol=2e-4, rtol=1e-4
+        )
 
 
-def test_the_config_of_the_source_stays_as_it_was_read() -> None:
-    """transformers adds keys to rope_scaling where it finds it; the artifact's config.json is the source's."""
+def test_meta_model_does_not_change_config() -> None:
+    """transformers adds keys to rope_scaling; the artifact's config.json equals the source's."""
     scaling = {"type": "yarn", "factor": 2, "original_max_position_embeddings": 128}
-    config = tiny_config("deepseek_v3", rope_scaling=scaling)
-    meta_model(Config(values=config), torch.device("cpu"), torch.float32)
+    config = make_tiny_config("deepseek_v3", rope_scaling=scaling)
+    make_meta_model(Config(values=config), torch.device("cpu"), torch.float32)
     assert config["rope_scaling"] == {
         "type": "yarn",
         "factor": 2,
@@ -209,25 +220,26 @@ def test_the_config_of_the_source_stays_as_it_was_read() -> None:
     }
 
 
-def test_an_attention_pattern_without_a_mask_is_an_error() -> None:
-    """A layer that attends in chunks would be run as if it saw everything."""
-    config = tiny_config("qwen2", layer_types=["full_attention", "chunked_attention"])
+def test_unsupported_attention_pattern_raises() -> None:
+    """Chunked attention would run as full attention."""
+    config = make_tiny_config("qwen2", layer_types=["full_attention", "chunked_attention"])
     with pytest.raises(
         CheckpointError, match=r"config\.json: layer_types\[1\]: expected full_attention or sliding"
     ):
-        meta_model(Config(values=config), torch.device("cpu"), torch.float32)
+        make_meta_model(Config(values=config), torch.device("cpu"), torch.float32)
 
 
 def run_streams(folder: Path, place: Path, **keys: str):  # type: ignore[no-untyped-def]  # streams are internal
-    """The plan and the streams behind the last block, kept on disk."""
-    from quantkit.build.loop import BuildPrecision
+    """Return the plan and the streams after the last block."""
     from quantkit.build.loop import build_blocks as build_loop
     from quantkit.plan import sources
 
-    recipe = parse(recipe_text(folder, place / "unused", **keys), "test.yaml")
+    recipe = parse_recipe(make_recipe_text(folder, place / "unused", **keys), "test.yaml")
     source = Checkpoint.open(folder)
     texts = pipeline.tokenize(recipe, folder)
-    (plan,) = sources.plan_recipe(recipe, sources.facts_of(recipe, source, None), texts.counts())
+    (plan,) = sources.plan_recipe(
+        recipe, sources.make_source_facts(recipe, source, None), texts.counts()
+    )
     (place / "out").mkdir()
     (place / "scratch").mkdir()
     sink = ArtifactWriter(place / "out", plan.shards)
@@ -236,22 +248,23 @@ def run_streams(folder: Path, place: Path, **keys: str):  # type: ignore[no-unty
     built = build_loop(
         [plan], source, texts.stream_texts(), [sink], place / "scratch", precision, ignore
     )
+    built = pipeline.run_to_end(steps, ignore_progress)
     sink.close()
     return plan, built.streams
 
 
-def test_a_router_that_is_not_rescaled_is_an_error(
+def test_router_missing_from_readers_raises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bug that broke published AWQ artifacts: the table forgets that the router reads the rescaled input."""
+    """The bug of published AWQ artifacts: the router reads the scaled input unnoticed."""
     from dataclasses import replace
 
     from quantkit.architectures import deepseek_v3
 
-    folder = write_checkpoint(tmp_path / "source", tiny_config("deepseek_v3"))
-    correct = deepseek_v3.expert_mlp
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("deepseek_v3"))
+    correct = deepseek_v3.make_moe_mlp
 
-    def forgetful(config: Config, name: str):  # type: ignore[no-untyped-def]  # as the function it stands for
+    def drop_reader(config: Config, name: str):  # type: ignore[no-untyped-def]  # as the function it stands for
         part = correct(config, name)
         shared = tuple(
             reader for reader in part.groups[0].readers if not reader.endswith("mlp.gate")
@@ -259,7 +272,7 @@ def test_a_router_that_is_not_rescaled_is_an_error(
         return replace(part, groups=(replace(part.groups[0], readers=shared), *part.groups[1:]))
 
     build(folder, tmp_path / "correct")
-    monkeypatch.setattr(deepseek_v3, "expert_mlp", forgetful)
+    monkeypatch.setattr(deepseek_v3, "make_moe_mlp", drop_reader)
     with pytest.raises(
         NumericsError, match=r"model\.layers\.1: folding the scales changed the router's decisions"
     ):
@@ -267,24 +280,24 @@ def test_a_router_that_is_not_rescaled_is_an_error(
     assert not (tmp_path / "broken").exists()
 
 
-def test_a_forgotten_shared_expert_is_an_error(
+def test_shared_expert_missing_from_readers_raises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same for a dense reader: the block's output changes."""
+    """For a dense reader the block's output changes."""
     from dataclasses import replace
 
     from quantkit.architectures import deepseek_v3
 
-    folder = write_checkpoint(tmp_path / "source", tiny_config("deepseek_v3"))
-    correct = deepseek_v3.expert_mlp
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("deepseek_v3"))
+    correct = deepseek_v3.make_moe_mlp
 
-    def forgetful(config: Config, name: str):  # type: ignore[no-untyped-def]  # as the function it stands for
+    def drop_reader(config: Config, name: str):  # type: ignore[no-untyped-def]  # as the function it stands for
         part = correct(config, name)
         readers = tuple(
             r for r in part.groups[0].readers if not r.endswith("shared_experts.up_proj")
         )
         return replace(part, groups=(replace(part.groups[0], readers=readers), *part.groups[1:]))
 
-    monkeypatch.setattr(deepseek_v3, "expert_mlp", forgetful)
+    monkeypatch.setattr(deepseek_v3, "make_moe_mlp", drop_reader)
     with pytest.raises(NumericsError, match="the block's output without its experts"):
         build(folder, tmp_path / "broken")

@@ -13,9 +13,9 @@ PACKAGE = ROOT / "quantkit"
 
 ROWS = (
     "__init__ errors progress",
-    "contracts",
+    "contracts figures",
     "numerics/ io/",
-    "methods/ formats/ architectures/",
+    "methods/ roundings/ formats/ architectures/",
     "registry",
     "checkpoint/",
     "models/ texts/",
@@ -32,7 +32,7 @@ ROWS = (
 )
 """A file imports only from rows above its own."""
 
-PLUGINS = ("methods/", "formats/", "architectures/")
+PLUGINS = ("methods/", "roundings/", "formats/", "architectures/")
 """Plug-ins do not import each other. They share what is in the subpackages of their folder."""
 
 FILE_PACKAGES = ("io/", "checkpoint/", "texts/", "publish/")
@@ -42,11 +42,8 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "artifact/front_matter.py": frozenset({"read_text"}),  # the source's model card
     "build/spool.py": frozenset({"os.open", "unlink"}),  # hidden states on disk
     "evaluate/answer_store.py": frozenset({"mkdir"}),  # the folder of its SQLite file
-    "artifact/writer.py": frozenset({
-        "read_bytes",
-        "rename",
-        "unlink",
-    }),  # the staging folder and its renaming
+    "artifact/model_files.py": frozenset({"read_bytes"}),  # the source's sidecars
+    "artifact/staging.py": frozenset({"rename", "unlink"}),  # the staging folder and its renaming
     "cli/options.py": frozenset({"read_text"}),  # the recipe
     "plan/published.py": frozenset({"read_text"}),  # configs, package data
     "serve/sizing/gpus.py": frozenset({"read_text"}),  # the cards, package data
@@ -62,21 +59,21 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
         "unlink",
     }),  # the scratch folder, and what an interrupted build left
     "evaluate/results.py": frozenset({"mkdir"}),  # the folder of an evaluation
-    "evaluate/distribution.py": frozenset({"write_table"}),  # pyarrow writes its own files
-    "evaluate/likelihood.py": frozenset({"write_table"}),  # the same
-    "evaluate/samples.py": frozenset({
+    "evaluate/token_fidelity.py": frozenset({"write_table"}),  # pyarrow writes its own files
+    "evaluate/solution_likelihood.py": frozenset({"write_table"}),  # the same
+    "evaluate/item_results.py": frozenset({
         "write_table",
         "os.replace",
         "unlink",
         "mkdir",
     }),  # and its cache
     "evaluate/backends.py": frozenset({"from_pretrained"}),  # transformers reads its own files
-    "evaluate/endpoint.py": frozenset({
+    "evaluate/openai_backend.py": frozenset({
         "openai",
         "urllib.parse",
     }),  # the official client of an API; no file
     "evaluate/sandbox/runner.py": frozenset({"os.open"}),  # /dev/null, inside the jail
-    "evaluate/sandbox/sandbox.py": frozenset({"socket"}),  # a connected pair between two jails
+    "evaluate/sandbox/jail.py": frozenset({"socket"}),  # a connected pair between two jails
     "evaluate/sandbox/limits.py": frozenset({"read_text"}),  # what /proc says of a jail
     "serve/gateway/relay.py": frozenset({"httpx2"}),  # what becomes of its connections
     "serve/gateway/upstreams.py": frozenset({"httpx2"}),  # to the engines; no file
@@ -329,6 +326,8 @@ PLANTED = [
     ("upward_imports", "numerics/gram.py", "from quantkit.plan.plan import Plan", "imports plan/plan.py"),
     ("upward_imports", "io/files.py", "def f():\n    from quantkit.recipe import schema", "imports recipe/"),
     ("upward_imports", "methods/awq.py", "from quantkit.methods import rtn", "imports methods/rtn.py, which is"),
+    ("upward_imports", "roundings/gptq_once.py", "from quantkit.roundings import gptq", "imports roundings/gptq.py, which"),
+    ("upward_imports", "roundings/gptq.py", "from quantkit.methods import gptq", "imports methods/gptq.py, which is not above"),
     ("upward_imports", "formats/common/checks.py", "from quantkit.formats import awq", "which is a plug-in"),
     ("upward_imports", "plan/plan.py", "from quantkit.report.tables import Table", "imports report/tables.py"),
     ("upward_imports", "plan/plan.py", "from . import errors", "imports ., which is no file"),
@@ -339,7 +338,7 @@ PLANTED = [
     ("file_access", "plan/decisions.py", "p.open('rb')", "plan/decisions.py: open"),
     ("file_access", "pipeline.py", "import huggingface_hub.utils", "pipeline.py: huggingface_hub.utils"),
     ("file_access", "evaluate/tasks.py", "from urllib.request import urlopen", "evaluate/tasks.py: urllib.request"),
-    ("file_access", "artifact/writer.py", "", "artifact/writer.py: rename is allowed and not used"),
+    ("file_access", "artifact/staging.py", "", "artifact/staging.py: rename is allowed and not used"),
     ("console_output", "build/loop.py", "print('done')", "build/loop.py:1: print"),
     ("console_output", "pipeline.py", "import sys\nsys.exit(1)", "pipeline.py:2: sys.exit"),
     ("console_output", "report/terminal.py", "import click", "report/terminal.py:1: imports click"),

@@ -1,5 +1,8 @@
-"""DeepSeek-V2, V2-Lite and Coder-V2: multi-head latent attention (Lite without compressed queries), dense first blocks,
-then routed experts picked by softmax, from all groups or from the best ones, and shared experts."""
+"""DeepSeek-V2, V2-Lite and Coder-V2.
+
+Multi-head latent attention (Lite without compressed queries); dense first blocks, then shared
+experts and routed experts selected by softmax, from all groups or from the best ones.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,28 @@ from quantkit.architectures.components import decoder, moe
 from quantkit.contracts import Architecture, Block, Config, Layout
 
 
-def block(config: Config, layer: int) -> Block:
-    """Decoder block `layer`: dense below `first_k_dense_replace`, experts from there on."""
+def make_block(config: Config, layer: int) -> Block:
+    """Return decoder block `layer`: dense below `first_k_dense_replace`, MoE above."""
     name, bias = f"model.layers.{layer}", config.flag("mlp_bias")
     dense = layer < config.integer("first_k_dense_replace", 0)
-    experts = moe.deepseek_experts
+    experts = moe.make_deepseek_moe
     mlp = (
-        decoder.dense_mlp(config, name, bias)
+        decoder.make_dense_mlp(config, name, bias)
         if dense
         else experts(config, name, correction=False, bias=bias)
     )
-    return decoder.decoder(config, name, decoder.latent_attention(config, name), mlp)
+    return decoder.make_decoder_block(
+        config, name, decoder.make_latent_attention(config, name), mlp
+    )
 
 
-def layout(config: Config) -> Layout:
-    """Every tensor of a DeepSeek-V2 checkpoint."""
-    return decoder.model(config, block)
+def make_layout(config: Config) -> Layout:
+    """Return every tensor of a DeepSeek-V2 checkpoint."""
+    return decoder.make_layout(config, make_block)
 
 
 TINY = {
-    **decoder.TINY,
+    **decoder.TINY_COMMON,
     **moe.TINY_DEEPSEEK,
     "architectures": ["DeepseekV2ForCausalLM"],
     "model_type": "deepseek_v2",
@@ -37,4 +42,4 @@ TINY = {
     "topk_method": "group_limited_greedy",
 }
 
-ARCHITECTURE = Architecture(layout=layout, tiny=TINY, experts_only=True)
+ARCHITECTURE = Architecture(layout=make_layout, tiny=TINY, experts_only=True)

@@ -1,33 +1,37 @@
-"""DeepSeek-V3, V3.1 and R1: multi-head latent attention, dense first blocks, then routed and shared experts, and
-multi-token-prediction (MTP) blocks behind the last one, which transformers does not run (FORMATS.md 5.1, 5.2)."""
+"""DeepSeek-V3, V3.1 and R1: MLA, dense first blocks, then routed and shared experts, then MTP
+blocks (which transformers does not run). Checkpoints are FP8 (formats/README.md, FP8 blocks)."""
 
 from __future__ import annotations
 
 from quantkit.architectures.components import decoder, moe
-from quantkit.architectures.components.decoder import Part
+from quantkit.architectures.components.decoder import BlockPart
 from quantkit.contracts import Architecture, Block, Config, Layout
 
 
-def expert_mlp(config: Config, name: str) -> Part:
-    """The MLP from block `first_k_dense_replace` on."""
-    return moe.deepseek_experts(config, name, correction=True)
+def make_moe_mlp(config: Config, name: str) -> BlockPart:
+    """Return the MLP of the blocks from `first_k_dense_replace`."""
+    return moe.make_deepseek_moe(config, name, correction=True)
 
 
-def block(config: Config, layer: int) -> Block:
-    """Block `layer`: dense below `first_k_dense_replace`, experts from there on, in MTP blocks too."""
+def make_block(config: Config, layer: int) -> Block:
+    """Return block `layer`: dense below `first_k_dense_replace`, MoE above and in MTP blocks."""
     name = f"model.layers.{layer}"
     dense = layer < config.integer("first_k_dense_replace")
-    mlp = decoder.dense_mlp(config, name) if dense else expert_mlp(config, name)
-    return decoder.decoder(config, name, decoder.latent_attention(config, name), mlp)
+    mlp = decoder.make_dense_mlp(config, name) if dense else make_moe_mlp(config, name)
+    return decoder.make_decoder_block(
+        config, name, decoder.make_latent_attention(config, name), mlp
+    )
 
 
-def layout(config: Config) -> Layout:
-    """Every tensor of a DeepSeek-V3 checkpoint, the MTP blocks included."""
-    return decoder.model(config, block, predictions=config.integer("num_nextn_predict_layers", 0))
+def make_layout(config: Config) -> Layout:
+    """Return every tensor of a DeepSeek-V3 checkpoint, the MTP blocks included."""
+    return decoder.make_layout(
+        config, make_block, predictions=config.integer("num_nextn_predict_layers", 0)
+    )
 
 
 TINY = {
-    **decoder.TINY,
+    **decoder.TINY_COMMON,
     **moe.TINY_DEEPSEEK,
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
@@ -40,7 +44,7 @@ TINY = {
 }
 
 ARCHITECTURE = Architecture(
-    layout=layout,
+    layout=make_layout,
     tiny=TINY,
     experts_only=True,
     published={

@@ -1,5 +1,8 @@
-"""GLM-4.5, 4.5-Air and 4.6: grouped-query attention (the large ones with a norm on queries and keys), and from there on
-as DeepSeek-V3: dense first blocks, routed and shared experts, a balancing bias in the router, an MTP block."""
+"""GLM-4.5, 4.5-Air and 4.6.
+
+Grouped-query attention (the large models with a norm on queries and keys). Everything else as in
+DeepSeek-V3: dense first blocks, routed and shared experts, a balancing bias in the router, MTP.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,30 @@ from quantkit.architectures.components import decoder, moe
 from quantkit.contracts import Architecture, Block, Config, Layout
 
 
-def block(config: Config, layer: int) -> Block:
-    """Block `layer`: dense below `first_k_dense_replace`, experts from there on, in MTP blocks too."""
+def make_block(config: Config, layer: int) -> Block:
+    """Return block `layer`: dense below `first_k_dense_replace`, MoE above and in MTP blocks."""
     name, bias = f"model.layers.{layer}", config.flag("attention_bias")
-    attention = decoder.grouped_attention(
+    attention = decoder.make_grouped_query_attention(
         config, name, qkv_bias=bias, qk_norm=config.flag("use_qk_norm")
     )
     if layer < config.integer("first_k_dense_replace", 1):
-        return decoder.decoder(config, name, attention, decoder.dense_mlp(config, name))
-    return decoder.decoder(
-        config, name, attention, moe.deepseek_experts(config, name, correction=True)
+        return decoder.make_decoder_block(
+            config, name, attention, decoder.make_dense_mlp(config, name)
+        )
+    return decoder.make_decoder_block(
+        config, name, attention, moe.make_deepseek_moe(config, name, correction=True)
     )
 
 
-def layout(config: Config) -> Layout:
-    """Every tensor of a GLM-4 MoE checkpoint, the MTP block included."""
-    return decoder.model(config, block, predictions=config.integer("num_nextn_predict_layers", 0))
+def make_layout(config: Config) -> Layout:
+    """Return every tensor of a GLM-4 MoE checkpoint, the MTP block included."""
+    return decoder.make_layout(
+        config, make_block, predictions=config.integer("num_nextn_predict_layers", 0)
+    )
 
 
 TINY = {
-    **decoder.TINY,
+    **decoder.TINY_COMMON,
     "architectures": ["Glm4MoeForCausalLM"],
     "model_type": "glm4_moe",
     "head_dim": 64,
@@ -45,4 +52,4 @@ TINY = {
     "norm_topk_prob": True,
 }
 
-ARCHITECTURE = Architecture(layout=layout, tiny=TINY, experts_only=True)
+ARCHITECTURE = Architecture(layout=make_layout, tiny=TINY, experts_only=True)

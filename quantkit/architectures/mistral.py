@@ -1,4 +1,4 @@
-"""Mistral 7B and its successors with `model_type: mistral`: dense; in 0.1 every block sees a sliding window only."""
+"""Mistral 7B and later models with `model_type: mistral`: dense; 0.1 has sliding windows."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from quantkit.architectures.components import decoder
 from quantkit.contracts import Architecture, Block, Config, Layout
 
 
-def block(config: Config, layer: int) -> Block:
-    """Decoder block `layer`."""
+def make_block(config: Config, layer: int) -> Block:
+    """Return decoder block `layer`."""
     name = f"model.layers.{layer}"
-    attention = decoder.grouped_attention(config, name)
-    return decoder.decoder(config, name, attention, decoder.dense_mlp(config, name))
+    attention = decoder.make_grouped_query_attention(config, name)
+    return decoder.make_decoder_block(config, name, attention, decoder.make_dense_mlp(config, name))
 
 
-def layout(config: Config) -> Layout:
-    """Every tensor of a Mistral checkpoint."""
-    return decoder.model(config, block)
+def make_layout(config: Config) -> Layout:
+    """Return every tensor of a Mistral checkpoint."""
+    return decoder.make_layout(config, make_block)
 
 
 TINY = {
-    **decoder.TINY,
+    **decoder.TINY_COMMON,
     "architectures": ["MistralForCausalLM"],
     "model_type": "mistral",
     "head_dim": 32,
     "sliding_window": None,
 }
 
-ARCHITECTURE = Architecture(layout=layout, tiny=TINY)
+ARCHITECTURE = Architecture(layout=make_layout, tiny=TINY)

@@ -1,5 +1,8 @@
-"""Mixtral: grouped-query attention and routed experts in every block. The checkpoint keeps the release's own names,
-`block_sparse_moe` and w1, w3, w2 for gate, up and down, as do vLLM and SGLang; transformers calls the module `mlp`."""
+"""Mixtral: grouped-query attention and routed experts in every block.
+
+The checkpoint, vLLM and SGLang use the names of the release: `block_sparse_moe`, and w1, w3, w2 for
+gate, up and down. transformers calls the module `mlp`.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,24 @@ from quantkit.contracts import Architecture, Block, Config, Layout
 MODULE = "block_sparse_moe"
 
 
-def block(config: Config, layer: int) -> Block:
-    """Decoder block `layer`."""
+def make_block(config: Config, layer: int) -> Block:
+    """Return decoder block `layer`."""
     name = f"model.layers.{layer}"
-    found = moe.experts_of(config, f"{name}.{MODULE}", "num_local_experts", "intermediate_size")
-    mlp = moe.routed_mlp(name, replace(found, gate="w1", up="w3", down="w2"))
-    made = decoder.decoder(config, name, decoder.grouped_attention(config, name), mlp)
-    return replace(made, renames=((MODULE, "mlp"),))
+    experts = moe.make_experts(config, f"{name}.{MODULE}", "num_local_experts", "intermediate_size")
+    mlp = moe.make_moe_mlp(name, replace(experts, gate="w1", up="w3", down="w2"))
+    block = decoder.make_decoder_block(
+        config, name, decoder.make_grouped_query_attention(config, name), mlp
+    )
+    return replace(block, renames=((MODULE, "mlp"),))
 
 
-def layout(config: Config) -> Layout:
-    """Every tensor of a Mixtral checkpoint."""
-    return decoder.model(config, block)
+def make_layout(config: Config) -> Layout:
+    """Return every tensor of a Mixtral checkpoint."""
+    return decoder.make_layout(config, make_block)
 
 
 TINY = {
-    **decoder.TINY,
+    **decoder.TINY_COMMON,
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",
     "intermediate_size": 128,
@@ -36,7 +41,7 @@ TINY = {
 }
 
 ARCHITECTURE = Architecture(
-    layout=layout,
+    layout=make_layout,
     tiny=TINY,
     experts_only=True,
     published={

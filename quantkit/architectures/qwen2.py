@@ -1,5 +1,7 @@
-"""Qwen2 and Qwen2.5 (and what is distilled into them): dense; queries, keys and values have a bias, and the blocks
-from `max_window_layers` on may see a sliding window only."""
+"""Qwen2, Qwen2.5 and models distilled into them: dense, with biases on queries, keys and values.
+
+Blocks from `max_window_layers` may have sliding-window attention.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +9,20 @@ from quantkit.architectures.components import decoder
 from quantkit.contracts import Architecture, Block, Config, Layout
 
 
-def block(config: Config, layer: int) -> Block:
-    """Decoder block `layer`."""
+def make_block(config: Config, layer: int) -> Block:
+    """Return decoder block `layer`."""
     name = f"model.layers.{layer}"
-    attention = decoder.grouped_attention(config, name, qkv_bias=True)
-    return decoder.decoder(config, name, attention, decoder.dense_mlp(config, name))
+    attention = decoder.make_grouped_query_attention(config, name, qkv_bias=True)
+    return decoder.make_decoder_block(config, name, attention, decoder.make_dense_mlp(config, name))
 
 
-def layout(config: Config) -> Layout:
-    """Every tensor of a Qwen2 checkpoint."""
-    return decoder.model(config, block)
+def make_layout(config: Config) -> Layout:
+    """Return every tensor of a Qwen2 checkpoint."""
+    return decoder.make_layout(config, make_block)
 
 
 TINY = {
-    **decoder.TINY,
+    **decoder.TINY_COMMON,
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
     "use_sliding_window": False,
@@ -29,7 +31,7 @@ TINY = {
 }
 
 ARCHITECTURE = Architecture(
-    layout=layout,
+    layout=make_layout,
     tiny=TINY,
     published={"deepseek-ai/DeepSeek-R1-Distill-Qwen-32B": "r1-distill-qwen-32b.json"},
 )

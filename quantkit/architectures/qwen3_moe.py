@@ -1,5 +1,7 @@
-"""Qwen3-MoE (30B-A3B, 235B-A22B, Coder): grouped-query attention with a norm on queries and keys, routed experts
-without a shared one, dense MLPs where `mlp_only_layers` and `decoder_sparse_step` say so."""
+"""Qwen3-MoE (30B-A3B, 235B-A22B, Coder): grouped-query attention with a norm on queries and keys.
+
+Routed experts without a shared one; `mlp_only_layers` and `decoder_sparse_step` select dense MLPs.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +9,24 @@ from quantkit.architectures.components import decoder, moe
 from quantkit.contracts import Architecture, Block, Config, Layout
 
 
-def block(config: Config, layer: int) -> Block:
-    """Decoder block `layer`."""
+def make_block(config: Config, layer: int) -> Block:
+    """Return decoder block `layer`."""
     name, bias = f"model.layers.{layer}", config.flag("attention_bias")
-    attention = decoder.grouped_attention(config, name, qkv_bias=bias, o_bias=bias, qk_norm=True)
-    return decoder.decoder(config, name, attention, moe.qwen_mlp(config, layer, shared=False))
+    attention = decoder.make_grouped_query_attention(
+        config, name, qkv_bias=bias, o_bias=bias, qk_norm=True
+    )
+    return decoder.make_decoder_block(
+        config, name, attention, moe.make_qwen_mlp(config, layer, shared=False)
+    )
 
 
-def layout(config: Config) -> Layout:
-    """Every tensor of a Qwen3-MoE checkpoint."""
-    return decoder.model(config, block)
+def make_layout(config: Config) -> Layout:
+    """Return every tensor of a Qwen3-MoE checkpoint."""
+    return decoder.make_layout(config, make_block)
 
 
 TINY = {
-    **decoder.TINY,
+    **decoder.TINY_COMMON,
     **moe.TINY_QWEN,
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -29,7 +35,7 @@ TINY = {
 }
 
 ARCHITECTURE = Architecture(
-    layout=layout,
+    layout=make_layout,
     tiny=TINY,
     experts_only=True,
     published={"Qwen/Qwen3-30B-A3B": "qwen3-30b-a3b.json"},

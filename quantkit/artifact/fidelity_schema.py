@@ -1,4 +1,4 @@
-"""quantkit/fidelity.json, version 1: all that a report shows, as plain frozen values. Of a plan see planned.py.
+"""Schema of quantkit/fidelity.json, version 1: all that a report shows, as plain frozen values. Of a plan see planned.py.
 
 Shares (top-1, recovery, scores, agreement, errors) are 0 .. 1; KL is in nats per token; differences of scores are in
 percentage points; sizes are in bytes. A figure that was measured and is not finite has value None; a figure that was
@@ -8,11 +8,14 @@ not measured is None itself. Non-finite numbers become None on the way in, becau
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from math import isfinite
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from quantkit.artifact.layout import FIDELITY_VERSION
+from quantkit.figures import list_stored_keys
 from quantkit.plan.plan_schema import FROZEN, PlanRule
 
 Status = Literal["accepted", "rejected", "not judged"]
@@ -39,7 +42,7 @@ class Figure(BaseModel):
 # ------------------------------------------------------------------------------------------------- what was compared
 
 
-class Role(BaseModel):
+class RoleSummary(BaseModel):
     """What happened to the linears of one role, and why."""
 
     model_config = FROZEN
@@ -51,7 +54,7 @@ class Role(BaseModel):
     reason: str  # the rule that decided, or why a role is never quantized unasked
 
 
-class Serving(BaseModel):
+class ServeCommand(BaseModel):
     """How an engine serves the artifact: the exact command."""
 
     model_config = FROZEN
@@ -59,7 +62,7 @@ class Serving(BaseModel):
     command: str
 
 
-class Artifact(BaseModel):
+class ArtifactSummary(BaseModel):
     """What was made."""
 
     model_config = FROZEN
@@ -71,8 +74,8 @@ class Artifact(BaseModel):
     bytes_artifact: int
     bits_per_weight: float  # over the quantized weights, scales and zero points included
     rules: tuple[PlanRule, ...] = ()
-    roles: tuple[Role, ...] = ()
-    serving: tuple[Serving, ...] = ()
+    roles: tuple[RoleSummary, ...] = ()
+    serving: tuple[ServeCommand, ...] = ()
     notes: tuple[str, ...] = ()  # what an operator must know
     tags: tuple[str, ...] = ()  # for the model hub: "awq", "4-bit"
     quantized_by: str = "quantkit"
@@ -87,7 +90,7 @@ class License(BaseModel):
     link: str | None = None
 
 
-class Source(BaseModel):
+class SourceModel(BaseModel):
     """What it was made from, and what the figures compare with."""
 
     model_config = FROZEN
@@ -102,7 +105,7 @@ class Source(BaseModel):
     pipeline_tag: str = "text-generation"
 
 
-class Text(BaseModel):
+class TextSet(BaseModel):
     """Text that was calibrated on or measured on."""
 
     model_config = FROZEN
@@ -119,26 +122,38 @@ class Text(BaseModel):
 # ----------------------------------------------------------------------------------------------------------- figures
 
 
-class Distribution(BaseModel):
-    """How the artifact's next-token distributions differ from the source's on one domain; "all" pools every token."""
+class DistributionResult(BaseModel):
+    """Difference of the artifact's next-token distributions from the source's on one domain.
 
-    model_config = FROZEN
+    Domain "all" pools every token. The other keys are those of `figures.list_stored_keys()`, each a
+    `Figure` or None where it was not measured.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, Figure | None] = Field(init=False)
     domain: str
     tokens: int
-    kl_mean: Figure | None = None
-    kl_median: Figure | None = None
-    kl_p99: Figure | None = None
-    kl_p999: Figure | None = None
-    kl_max: Figure | None = None
-    ppl_source: Figure | None = None
-    ppl_artifact: Figure | None = None
-    ppl_ratio: Figure | None = None
-    top1: Figure | None = None
-    mean_delta_p: Figure | None = None
-    rms_delta_p: Figure | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def complete_figures(cls, values: object) -> object:
+        """Put the figures in the order of the table, None where one is absent; refuse other keys."""
+        if not isinstance(values, dict):
+            return values
+        stored = list_stored_keys()
+        unknown = [key for key in values if key not in (*stored, "domain", "tokens")]
+        if unknown:
+            raise ValueError(f"{', '.join(map(str, unknown))}: extra keys; expected figures")
+        named = {key: values[key] for key in ("domain", "tokens") if key in values}
+        return named | {key: values.get(key) for key in stored}
+
+    @property
+    def figures(self) -> Mapping[str, Figure | None]:
+        """The stored figures by key."""
+        return self.__pydantic_extra__
 
 
-class Likelihood(BaseModel):
+class LikelihoodResult(BaseModel):
     """Log-likelihood of a task's gold solutions behind their prompts, teacher-forced; nothing is generated.
 
     source, artifact: mean over items of the log-likelihood per token of the solution, nats; difference: artifact -
@@ -165,7 +180,7 @@ class BlockError(BaseModel):
     relative_error: Number
 
 
-class Module(BaseModel):
+class ModuleResult(BaseModel):
     """What became of one matrix."""
 
     model_config = FROZEN
@@ -184,7 +199,7 @@ class Module(BaseModel):
     rescaled: bool = False
 
 
-class Router(BaseModel):
+class RouterAgreement(BaseModel):
     """Share of a layer's top-k expert choices on which artifact and source agree."""
 
     model_config = FROZEN
@@ -192,7 +207,7 @@ class Router(BaseModel):
     agreement: Number
 
 
-class ExpertLayer(BaseModel):
+class ExpertTokens(BaseModel):
     """Calibration tokens that each routed expert of a layer saw."""
 
     model_config = FROZEN
@@ -200,13 +215,13 @@ class ExpertLayer(BaseModel):
     tokens: tuple[int, ...]
 
 
-class Experts(BaseModel):
+class ExpertCoverage(BaseModel):
     """How calibration tokens were shared among the routed experts."""
 
     model_config = FROZEN
     min_tokens: int
     policy: str  # what an expert below min_tokens got
-    layers: tuple[ExpertLayer, ...]
+    layers: tuple[ExpertTokens, ...]
 
     def uncalibrated(self) -> list[tuple[str, int, int]]:
         """(block, expert, tokens) of every expert that saw fewer than `min_tokens`."""
@@ -218,7 +233,7 @@ class Experts(BaseModel):
         ]
 
 
-class Fallback(BaseModel):
+class FallbackUse(BaseModel):
     """A named rule that took over where the method could not be applied."""
 
     model_config = FROZEN
@@ -227,7 +242,7 @@ class Fallback(BaseModel):
     modules: tuple[str, ...]
 
 
-class Benchmark(BaseModel):
+class BenchmarkResult(BaseModel):
     """One task on source and artifact, item by item. Statistics are those of evaluate.statistics, shown as given."""
 
     model_config = FROZEN
@@ -268,20 +283,20 @@ class Fidelity(BaseModel):
     """The whole report."""
 
     model_config = FROZEN
-    version: Literal[1] = 1
+    version: Literal[1] = FIDELITY_VERSION
     status: Status = "not judged"
-    artifact: Artifact
-    source: Source
-    calibration: Text | None = None
-    measured_on: Text | None = None
-    distribution: tuple[Distribution, ...] = ()
-    likelihood: tuple[Likelihood, ...] = ()
+    artifact: ArtifactSummary
+    source: SourceModel
+    calibration: TextSet | None = None
+    measured_on: TextSet | None = None
+    distribution: tuple[DistributionResult, ...] = ()
+    likelihood: tuple[LikelihoodResult, ...] = ()
     blocks: tuple[BlockError, ...] = ()
-    modules: tuple[Module, ...] = ()
-    routers: tuple[Router, ...] = ()
-    experts: Experts | None = None
-    fallbacks: tuple[Fallback, ...] = ()
-    benchmarks: tuple[Benchmark, ...] = ()
+    modules: tuple[ModuleResult, ...] = ()
+    routers: tuple[RouterAgreement, ...] = ()
+    experts: ExpertCoverage | None = None
+    fallbacks: tuple[FallbackUse, ...] = ()
+    benchmarks: tuple[BenchmarkResult, ...] = ()
     gates: tuple[GateResult, ...] = ()
     versions: dict[str, str] = {}
     seeds: dict[str, int] = {}

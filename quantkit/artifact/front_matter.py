@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from quantkit.artifact.layout import MODEL_CARD
 from quantkit.io import safe_yaml
 
 _LIMIT_BYTES = 1_000_000
 
 
-def front_matter(folder: Path) -> Mapping[str, str]:
+def read_front_matter(folder: Path) -> Mapping[str, str]:
     """Text values between the `---` lines of README.md, in the folder or (a built-in model) beside it; else nothing.
 
     A card is a courtesy, not part of the checkpoint: one that cannot be read says nothing and stops nothing.
     """
-    for path in (folder / "README.md", folder.parent / "README.md"):
+    for path in (folder / MODEL_CARD, folder.parent / MODEL_CARD):
         if path.is_file() and not path.is_symlink() and path.stat().st_size <= _LIMIT_BYTES:
             break
     else:
@@ -25,7 +26,7 @@ def front_matter(folder: Path) -> Mapping[str, str]:
         return {}
     try:
         values = safe_yaml.load_any(parts[1])
-    except safe_yaml.Unreadable:
+    except safe_yaml.UnreadableYaml:
         return {}
     return (
         {str(k): v for k, v in values.items() if isinstance(v, str)}

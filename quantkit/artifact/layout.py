@@ -1,77 +1,68 @@
-"""Where everything lies inside an artifact, and the manifest as it is read back."""
+"""Paths inside an artifact, relative to its folder, and the schema versions of its files.
+
+An artifact is a checkpoint in Hugging Face's layout (the names that `checkpoint.file_names` holds) with the recipe and
+the folder `quantkit/`, which holds everything that quantkit adds. No other module spells these paths.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from typing import Final
 
-from quantkit.errors import ArtifactError
-from quantkit.io.files import read_json
+from quantkit.checkpoint.file_names import CONFIG, GENERATION_CONFIG, INDEX, MODEL_CARD, SINGLE
 
+__all__ = [
+    "ADDED_LATER",
+    "BENCHMARK_SAMPLES",
+    "CONFIG",
+    "EVIDENCE_FOLDER",
+    "FIDELITY",
+    "FIDELITY_VERSION",
+    "GENERATION_CONFIG",
+    "INDEX",
+    "LOADTEST",
+    "LOADTEST_PAGE",
+    "LOADTEST_VERSION",
+    "MANIFEST",
+    "MODEL_CARD",
+    "PAGE",
+    "PLAN",
+    "RECIPE",
+    "SAMPLES_FOLDER",
+    "SCHEMA_VERSION",
+    "SIGNATURE",
+    "SINGLE",
+    "SOLUTION_SAMPLES",
+    "TIMINGS",
+    "TOKEN_SAMPLES",
+    "UNHASHED",
+]
+
+RECIPE = "recipe.yaml"
+
+EVIDENCE_FOLDER = "quantkit/"
 MANIFEST = "quantkit/manifest.json"
-
-
-SIGNATURE = "quantkit/signature.json"
-
-
-INDEX = "model.safetensors.index.json"
-
-
-SCHEMA_VERSION = 1
-
-
-UNHASHED = frozenset({"quantkit/timings.json"})
-"""What may lie in an artifact without a hash: figures that depend on the clock."""
-
-
-LOADTEST, LOADTEST_PAGE = "quantkit/loadtest.json", "quantkit/loadtest.html"
-
-
-ADDED = (LOADTEST, LOADTEST_PAGE)
-"""What `quantkit loadtest` adds later, by other machines: neither manifest nor signature speaks of it."""
-
-
-def read_manifest(path: Path) -> Mapping[str, object]:
-    """The manifest of an artifact; a folder without one is not an artifact."""
-    if not path.is_dir():
-        raise ArtifactError(
-            f"{path}: expected the folder of an artifact, found none; check the path"
-        )
-    if not (path / MANIFEST).is_file():
-        raise ArtifactError(
-            f"{path}: no {MANIFEST}: not an artifact of quantkit, or its build did not finish"
-        )
-    manifest = read_json(path / MANIFEST, ArtifactError)
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise ArtifactError(
-            f"{path / MANIFEST}: schema_version: expected {SCHEMA_VERSION}, found {manifest.get('schema_version')!r}; "
-            "use the quantkit that made it"
-        )
-    return manifest
-
-
-def mapping(manifest: Mapping[str, object], key: str, path: Path) -> Mapping[str, object]:
-    """An object of the manifest."""
-    value = manifest.get(key)
-    if not isinstance(value, Mapping):
-        raise ArtifactError(
-            f"{path / MANIFEST}: {key}: expected an object, found {type(value).__name__}; pull it again"
-        )
-    return value
-
-
-def format_name(manifest: Mapping[str, object]) -> object:
-    """The format; manifests that do not name it are older, and their quantization_config tells."""
-    entry = manifest.get("quantization_config")
-    if manifest.get("format") is not None or not isinstance(entry, Mapping):
-        return manifest.get("format", "dense")
-    return str(entry.get("checkpoint_format") or entry.get("quant_method")).replace("-", "_")
-
-
-TIMINGS = "quantkit/timings.json"
-
-
+PLAN = "quantkit/plan.json"
 FIDELITY = "quantkit/fidelity.json"
+PAGE = "quantkit/fidelity.html"
+TIMINGS = "quantkit/timings.json"
+SIGNATURE = "quantkit/signature.json"
+LOADTEST = "quantkit/loadtest.json"
+LOADTEST_PAGE = "quantkit/loadtest.html"
 
+SAMPLES_FOLDER = "quantkit/samples/"
+TOKEN_SAMPLES = "quantkit/samples/tokens.parquet"
+SOLUTION_SAMPLES = "quantkit/samples/solutions.parquet"
+BENCHMARK_SAMPLES = "quantkit/samples/benchmarks.parquet"
 
-EVIDENCE = "quantkit/"
+UNHASHED = frozenset({TIMINGS})
+"""Files that the manifest lists without a hash: figures that depend on the clock or the machine's load."""
+
+ADDED_LATER = (LOADTEST, LOADTEST_PAGE)
+"""Files that `quantkit loadtest` adds on other machines: neither the manifest nor the signature covers them."""
+
+SCHEMA_VERSION: Final = 1
+"""`schema_version` of the manifest."""
+FIDELITY_VERSION: Final = 1
+"""`version` of fidelity.json."""
+LOADTEST_VERSION: Final = 1
+"""`version` of loadtest.json."""

@@ -18,16 +18,23 @@ from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 
 from quantkit import contracts, registry
-from quantkit.artifact.layout import mapping, read_manifest
+from quantkit.artifact.layout import GENERATION_CONFIG
+from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Layout, Linear, Scheme
 from quantkit.errors import ArtifactError, UsageError
 from quantkit.formats import bitsandbytes as nf4
 from quantkit.io.files import read_json
 from quantkit.models import full_model
-from quantkit.models.layers import MetaModel, RouterOutput, meta_model, relative, tokens_for_expert
+from quantkit.models.layers import (
+    MetaModel,
+    RouterOutput,
+    get_layer_name,
+    make_meta_model,
+    select_expert_tokens,
+)
 from quantkit.numerics import nf4 as codebook
-from quantkit.plan.plan import architecture_of
+from quantkit.plan.plan import load_architecture
 
 DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -38,7 +45,7 @@ CPU_ROWS = 32
 """bitsandbytes' bfloat16 kernel for CPUs works on so many rows of a weight at once."""
 
 
-def load(folder: str | Path, *, device: str | None = None, dtype: str | None = None) -> Any:
+def load_model(folder: str | Path, *, device: str | None = None, dtype: str | None = None) -> Any:
     """The artifact in `folder` as a transformers causal language model in eval mode.
 
     device: "cpu", "cuda", ...; None takes a GPU where there is one. dtype: "bfloat16", "float16" or "float32", what the
@@ -47,7 +54,7 @@ def load(folder: str | Path, *, device: str | None = None, dtype: str | None = N
     """
     path = Path(folder)
     manifest, checkpoint = read_manifest(path), Checkpoint.open(path)
-    format_name, schemes = stored_as(manifest, checkpoint, path)
+    format_name, schemes = read_schemes(manifest, checkpoint, path)
     config = checkpoint.config
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     named = dtype or str(
@@ -55,18 +62,20 @@ def load(folder: str | Path, *, device: str | None = None, dtype: str | None = N
     )
     if named not in DTYPES:
         raise UsageError(f"dtype: expected {', '.join(DTYPES)}, found {named!r}; name one of them")
-    bones = meta_model(config, chosen_device(where), DTYPES[named])
-    layout = architecture_of(config).layout(config)
+    bones = make_meta_model(config, get_device(where), DTYPES[named])
+    layout = load_architecture(config).layout(config)
     if format_name == "bitsandbytes":
-        model = packed_model(bones, layout, checkpoint, schemes)
+        model = build_packed_model(bones, layout, checkpoint, schemes)
     else:
-        model = full_model.model(bones, layout, full_model.reader(checkpoint, format_name, schemes))
-    if (path / "generation_config.json").is_file():
-        model.generation_config = generation_config(path / "generation_config.json")
+        model = full_model.make_model(
+            bones, layout, full_model.make_reader(checkpoint, format_name, schemes)
+        )
+    if (path / GENERATION_CONFIG).is_file():
+        model.generation_config = read_generation_config(path / GENERATION_CONFIG)
     return model
 
 
-def generation_config(path: Path) -> Any:
+def read_generation_config(path: Path) -> Any:
     """The settings in a generation_config.json; ArtifactError for one that transformers refuses."""
     values = dict(read_json(path, ArtifactError))
     try:
@@ -82,7 +91,7 @@ def generation_config(path: Path) -> Any:
         ) from fault
 
 
-def chosen_device(name: str) -> torch.device:
+def get_device(name: str) -> torch.device:
     """The device of that name; UsageError when it is not here."""
     try:
         device = torch.device(name)
@@ -94,17 +103,17 @@ def chosen_device(name: str) -> torch.device:
     return device
 
 
-def stored_as(
+def read_schemes(
     manifest: Mapping[str, object], checkpoint: Checkpoint, path: Path
 ) -> tuple[str | None, dict[str, Scheme]]:
     """The format of the packed linears, None where there are none, and the scheme of each by the manifest."""
     entry = checkpoint.config.values.get("quantization_config")
     if not isinstance(entry, dict):
         return None, {}
-    name = str(manifest.get("format") or format_told(entry))
-    registry.require(name)
+    name = str(manifest.get("format") or read_config_format(entry))
+    registry.check_packages(name)
     try:
-        modules = mapping(manifest, "modules", path)
+        modules = get_section(manifest, "modules", path)
         return name, {module: Scheme(**values["scheme"]) for module, values in modules.items()}  # type: ignore[index]
     except (KeyError, TypeError) as fault:
         raise ArtifactError(
@@ -112,7 +121,7 @@ def stored_as(
         ) from fault
 
 
-def format_told(entry: Mapping[str, object]) -> str:
+def read_config_format(entry: Mapping[str, object]) -> str:
     """The format by config.json, for artifacts of before manifests named it; gptq_v2 shares its method with gptq."""
     return str(entry.get("checkpoint_format") or entry.get("quant_method")).replace("-", "_")
 
@@ -120,58 +129,58 @@ def format_told(entry: Mapping[str, object]) -> str:
 # ------------------------------------------------------------------------------------------------------------ NF4
 
 
-def packed_model(
+def build_packed_model(
     bones: MetaModel, layout: Layout, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]
 ) -> Any:
     """The model of `bones` with a Linear4bit for every linear in `schemes` that transformers runs."""
-    model = full_model.empty(bones)
+    model = full_model.make_empty_model(bones)
     for block in layout.blocks:
         if block.kind != "decoder":
             continue
         made = {
-            linear.name: linear4bit(bones, linear, checkpoint, schemes[linear.name])
+            linear.name: build_linear4bit(bones, linear, checkpoint, schemes[linear.name])
             for linear in block.linears
             if linear.name in schemes
         }
         experts = block.experts
         if experts and experts.linear(0, experts.gate) in schemes:
             routed = Experts4bit(experts, made, ACT2FN[bones.config.hidden_act])
-            model.set_submodule(f"{block.name}.{relative(block, experts.module)}", routed)
+            model.set_submodule(f"{block.name}.{get_layer_name(block, experts.module)}", routed)
         for linear in block.linears:
             if linear.name in made and linear.role != "routed_expert":
                 model.set_submodule(
-                    f"{block.name}.{relative(block, linear.name)}", made[linear.name]
+                    f"{block.name}.{get_layer_name(block, linear.name)}", made[linear.name]
                 )
-    kind = codebook.library("nn").Linear4bit
+    kind = codebook.import_bitsandbytes("nn").Linear4bit
     packed = {
         f"{name}.weight": module.weight
         for name, module in model.named_modules()
         if type(module) is kind
     }
-    return full_model.filled(
+    return full_model.fill_model(
         model,
         bones,
         layout,
-        full_model.state_dict(layout, full_model.reader(checkpoint), schemes),
+        full_model.iterate_state_dict(layout, full_model.make_reader(checkpoint), schemes),
         packed,
     )
 
 
-def linear4bit(
+def build_linear4bit(
     bones: MetaModel, linear: Linear, checkpoint: Checkpoint, scheme: Scheme
 ) -> nn.Module:
     """One linear as stored. Its bias comes with the rest of the model."""
-    bitsandbytes = codebook.library("nn")
-    names = [spec.name for spec in nf4.layout(linear, scheme)]
+    bitsandbytes = codebook.import_bitsandbytes("nn")
+    names = [spec.name for spec in nf4.list_tensors(linear, scheme)]
     missing = [name for name in names if name not in checkpoint.specs]
     if missing:
         raise ArtifactError(
-            f"{checkpoint.folder}: tensor {missing[0]}: expected, found none; {nf4.AGAIN}"
+            f"{checkpoint.folder}: tensor {missing[0]}: expected, found none; {nf4.REPAIR_HINT}"
         )
     tensors = {
         name.removeprefix(f"{linear.name}."): part for name, part in checkpoint.read(names).items()
     }
-    state = nf4.quant_state(tensors, scheme)
+    state = nf4.extract_quant_state(tensors, scheme)
     with torch.device("meta"):
         module = bitsandbytes.Linear4bit(
             linear.in_features,
@@ -214,7 +223,7 @@ class Experts4bit(nn.Module):
         routed = RouterOutput(hidden=hidden_states, index=top_k_index, weight=top_k_weights)
         out = torch.zeros_like(hidden_states)
         for e in top_k_index.unique().tolist():
-            token, weight = tokens_for_expert(routed.index, routed.weight, e)  # [n], [n]
+            token, weight = select_expert_tokens(routed.index, routed.weight, e)  # [n], [n]
             expert: Any = self.get_submodule(str(e))
             x = hidden_states[token]  # [tokens, hidden] -> [n, hidden]
             inner = self.activation(expert[self.names.gate](x)) * expert[self.names.up](

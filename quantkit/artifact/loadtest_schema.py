@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from quantkit.artifact.layout import LOADTEST_VERSION
 from quantkit.errors import ArtifactError
 from quantkit.io.files import read_json
 
@@ -18,13 +19,13 @@ Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class Part(BaseModel):
+class FrozenModel(BaseModel):
     """Every part of it: frozen, and nothing unknown in it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Spread(Part):
+class Percentiles(FrozenModel):
     """Of the requests that were answered."""
 
     mean: Amount
@@ -33,7 +34,7 @@ class Spread(Part):
     p99: Amount
 
 
-class Cache(Part):
+class CacheCounters(FrozenModel):
     """The engine's prefix cache during a level, in tokens, as its own counters tell."""
 
     asked: Amount
@@ -45,7 +46,7 @@ class Cache(Part):
         return self.hits / self.asked if self.asked else None
 
 
-class Level(Part):
+class LoadLevel(FrozenModel):
     """So many requests at once. inter_token: of each answer the mean gap between its tokens."""
 
     concurrency: Annotated[int, Field(ge=1)]
@@ -53,20 +54,20 @@ class Level(Part):
     answered: Count
     errored: Count
     unfinished: Count
-    ttft_ms: Spread
-    inter_token_ms: Spread
-    latency_ms: Spread
+    ttft_ms: Percentiles
+    inter_token_ms: Percentiles
+    latency_ms: Percentiles
     requests_per_second: Amount
     output_tokens_per_second: Amount
     prompt_tokens: Amount  # mean
     output_tokens: Amount  # mean
-    cache: Cache | None = None
+    cache: CacheCounters | None = None
 
 
-class LoadTest(Part):
+class LoadTest(FrozenModel):
     """One run against one server."""
 
-    version: Literal[1] = 1
+    version: Literal[1] = LOADTEST_VERSION
     tool: str
     model: str
     api: Literal["completions", "chat"]
@@ -78,7 +79,7 @@ class LoadTest(Part):
     started: str  # UTC
     machine: str  # of the side that asked
     note: str = Field(default="", max_length=500)  # what served, in the operator's words
-    levels: Annotated[tuple[Level, ...], Field(min_length=1)]
+    levels: Annotated[tuple[LoadLevel, ...], Field(min_length=1)]
 
     def comparable(self, other: LoadTest) -> str | None:
         """Why two runs cannot be laid side by side; None when they asked the same in the same way."""
@@ -89,20 +90,20 @@ class LoadTest(Part):
         return None
 
 
-def read(path: Path) -> LoadTest:
+def read_load_test(path: Path) -> LoadTest:
     """The run in a file; ArtifactError when that is none."""
-    return parse(read_json(path, ArtifactError), str(path))
+    return parse_load_test(read_json(path, ArtifactError), str(path))
 
 
-def load_faults(path: Path) -> Iterator[str]:
+def find_load_test_faults(path: Path) -> Iterator[str]:
     """Why a file is no load test's."""
     try:
-        read(path)
+        read_load_test(path)
     except ArtifactError as fault:
         yield str(fault)
 
 
-def parse(values: Mapping[str, object], where: str) -> LoadTest:
+def parse_load_test(values: Mapping[str, object], where: str) -> LoadTest:
     """A stored run; ArtifactError names the key that is wrong."""
     try:
         return LoadTest.model_validate(values)

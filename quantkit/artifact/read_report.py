@@ -8,7 +8,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from quantkit.artifact.fidelity_schema import Fidelity
-from quantkit.artifact.layout import EVIDENCE, FIDELITY, MANIFEST, mapping, read_manifest
+from quantkit.artifact.layout import EVIDENCE_FOLDER, FIDELITY, MANIFEST
+from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.errors import ArtifactError
 from quantkit.io.files import is_file, read_json, sha256_file
 
@@ -20,15 +21,19 @@ def read_report(artifact: Path) -> Fidelity:
         raise ArtifactError(
             f"{artifact}: no {FIDELITY}: not an artifact of quantkit, or its build did not finish"
         )
-    return read_file(path)
+    return read_report_file(path)
 
 
-def read_artifact(artifact: Path) -> Fidelity:
+def read_artifact_report(artifact: Path) -> Fidelity:
     """The report of an artifact, as it was sealed once it is."""
-    return read_sealed(artifact)[0] if (artifact / MANIFEST).is_file() else read_report(artifact)
+    return (
+        read_sealed_report(artifact)[0]
+        if (artifact / MANIFEST).is_file()
+        else read_report(artifact)
+    )
 
 
-def read_file(path: Path) -> Fidelity:
+def read_report_file(path: Path) -> Fidelity:
     """The report in a file; ArtifactError when it cannot be read."""
     try:
         return Fidelity.model_validate(read_json(path, ArtifactError))
@@ -40,7 +45,7 @@ def read_file(path: Path) -> Fidelity:
         ) from None
 
 
-def read_sealed(
+def read_sealed_report(
     artifact: Path, absent: Collection[str] = ()
 ) -> tuple[Fidelity, Mapping[str, object]]:
     """Report and manifest of an artifact whose evidence is what was sealed; the weights are left to `verify`.
@@ -49,8 +54,8 @@ def read_sealed(
     build.
     """
     manifest = read_manifest(artifact)
-    for name, entry in mapping(manifest, "files", artifact).items():
-        if not name.startswith(EVIDENCE) or name in absent:
+    for name, entry in get_section(manifest, "files", artifact).items():
+        if not name.startswith(EVIDENCE_FOLDER) or name in absent:
             continue
         expected = entry.get("sha256") if isinstance(entry, Mapping) else None
         there = is_file(artifact / name)

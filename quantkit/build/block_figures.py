@@ -6,7 +6,7 @@ from quantkit.build.context import BlockContext
 from quantkit.build.hidden_states import Routing, StreamName, iterate_chunks
 from quantkit.build.spool import Spool
 from quantkit.errors import NumericsError
-from quantkit.numerics.fidelity import router_agreement
+from quantkit.numerics.fidelity import compute_router_agreement
 
 ONE_THREAD = 1 << 14
 """Values that torch sums on one thread: it cuts larger sums by the number of threads, which changes the last digit."""
@@ -20,7 +20,7 @@ def measure_block(
     rows = context.streams["reference"].text_rows
     record.output_error = relative_error(targets["reference"], targets["quantized"], rows)
     if reference and quantized:
-        agreement = router_agreement(reference.index[:rows], quantized.index[:rows])
+        agreement = compute_router_agreement(reference.index[:rows], quantized.index[:rows])
         record.router_agreement = float(agreement.mean())
 
 

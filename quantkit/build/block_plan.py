@@ -17,7 +17,12 @@ from quantkit import registry
 from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.checkpoint.tensors import TORCH_DTYPES
 from quantkit.contracts import Block, Experts, LinearGroup, Rescale, Scheme
-from quantkit.plan.decisions import Decision, held_by_fp8, quantized_groups, search_of
+from quantkit.plan.decisions import (
+    Decision,
+    find_rescale,
+    is_unscaled_for_fp8,
+    select_quantized_groups,
+)
 from quantkit.plan.memory import slice_size
 from quantkit.plan.plan import Plan
 
@@ -180,7 +185,7 @@ class BlockPlan:
 
 def get_rescale(method: str | None) -> Rescale | None:
     """Return the scale search of a method by name; None without a method."""
-    return None if method is None else registry.method(method).rescale
+    return None if method is None else registry.get_method(method).rescale
 
 
 def plan_blocks(plans: Sequence[Plan]) -> tuple[BlockPlan, ...]:
@@ -195,10 +200,10 @@ def plan_block(plans: Sequence[Plan], block: Block, dtypes: Mapping[str, str]) -
     held = frozenset(
         group.name
         for group in block.groups
-        if any(held_by_fp8(block, group, each.decisions) for each in plans)
+        if any(is_unscaled_for_fp8(block, group, each.decisions) for each in plans)
     )
     mode = block_mode(plan, block)
-    quantized = quantized_groups(block, decisions)
+    quantized = select_quantized_groups(block, decisions)
     groups = {
         name: plan_group(block, group, decisions, name in held) for name, group in quantized.items()
     }
@@ -211,7 +216,7 @@ def plan_block(plans: Sequence[Plan], block: Block, dtypes: Mapping[str, str]) -
         groups=groups,
         experts=plan_experts(plan, block, groups) if block.experts else None,
         dense_reads=dense_reads(block, mode),
-        may_scale=any(search_of(block, group, decisions) for group in quantized.values()),
+        may_scale=any(find_rescale(block, group, decisions) for group in quantized.values()),
     )
 
 
@@ -236,7 +241,7 @@ def find_scale_method(
     block: Block, group: LinearGroup, decisions: Mapping[str, Decision]
 ) -> str | None:
     """Return the one method of a group's quantized readers, experts included, if it searches scales."""
-    if search_of(block, group, decisions) is None:
+    if find_rescale(block, group, decisions) is None:
         return None
     experts = block.experts
     gate = (experts.linear(0, experts.gate),) if group.routed_experts and experts else ()
@@ -277,7 +282,7 @@ def plan_linear(
 def known_fallbacks(block: Block, decision: Decision, held: frozenset[str]) -> tuple[str, ...]:
     """Return the fallbacks that a quantized linear takes whatever its weight is."""
     if block.kind == "mtp":
-        needs_stats = decision.method and registry.method(decision.method).needs_stats
+        needs_stats = decision.method and registry.get_method(decision.method).needs_stats
         return ("mtp-rtn",) if needs_stats else ()
     name, experts = decision.linear.name, block.experts
     is_expert = experts is not None and name.startswith(f"{experts.module}.")

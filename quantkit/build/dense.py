@@ -19,13 +19,13 @@ from quantkit.models.layers import (
     ExpertTap,
     MetaModel,
     RouterOutput,
-    decoder_layer,
-    observing,
-    relative,
-    run,
+    get_layer_name,
+    make_decoder_layer,
+    observe_inputs,
+    run_layer,
 )
 from quantkit.numerics import gram as grams
-from quantkit.numerics.error_propagation import residual_gap
+from quantkit.numerics.error_propagation import compute_residual_gap
 
 Tensors = Mapping[str, Tensor]
 
@@ -95,7 +95,7 @@ class GramAccumulator:
 
     def add(self, rows: Tensor, original: Tensor | None = None, gap: Tensor | None = None) -> None:
         """Add tokens [n, in], the original model's inputs in their place [n, in], and the stream's gap [n, stream]."""
-        grams.accumulate(self.gram, self.abs_sum, rows)
+        grams.accumulate_gram(self.gram, self.abs_sum, rows)
         if self.cross is not None and original is not None:
             grams.accumulate_cross(self.cross, rows, original)
         if self.residual is not None and gap is not None:
@@ -104,7 +104,7 @@ class GramAccumulator:
 
     def stats(self) -> InputStats:
         """Return the statistics of all tokens that were added; call it once."""
-        gram, mean = grams.complete(self.gram), self.abs_sum / max(self.tokens, 1)
+        gram, mean = grams.complete_gram(self.gram), self.abs_sum / max(self.tokens, 1)
         count = torch.tensor(self.tokens)
         return InputStats(
             gram=gram, mean_abs=mean, n_tokens=count, cross=self.cross, residual=self.residual
@@ -232,7 +232,7 @@ def candidate_scales(group: GroupPlan, calibration: BlockCalibration, tensors: T
     is_norm = tensors[f"{absorber.module}.weight"].dim() == 1
     mean_abs, gram = stats[group.group.name].mean_abs, stats[group.group.name].gram
     scaling.check_input(absorber.module, mean_abs, gram)
-    return scaling.candidates(rescale, mean_abs, absorber, is_norm)
+    return scaling.compute_group_candidates(rescale, mean_abs, absorber, is_norm)
 
 
 def batch_by_shape(
@@ -274,13 +274,13 @@ def scale_groups(
         added = torch.zeros(len(scales), dtype=torch.float64, device=gram.device)
         if group.routed_experts and expert_errors:  # summed at once, in ascending order of experts
             added = torch.cat(list(expert_errors), dim=1).sum(1)  # [n, experts] -> [n]
-        choice = scaling.search(name, added, batches, gram, rescale, scales)
+        choice = scaling.search_scales(name, added, batches, gram, rescale, scales)
         context.state.record.choices.append(choice)
         if choice.rescaled:
             scale = scales[choice.candidate]
-            scaling.absorb(changed, group.absorber, scale)
+            scaling.divide_absorber(changed, group.absorber, scale)
             scaling.multiply_readers(changed, group, scale)
-            stats[name] = scaling.rescaled_stats(stats[name], scale)
+            stats[name] = scaling.rescale_stats(stats[name], scale)
             rescaled.add(name)
             expert_scale = scale if group.routed_experts else expert_scale
     scaled = ScaledBlock(
@@ -303,7 +303,7 @@ def check_scaling(
     if routed is None or sample.routed is None or block.experts is None:
         return scaled
     before, after = (
-        scaling.routing_matrix(output.index, output.weight, block.experts.count)
+        scaling.make_routing_matrix(output.index, output.weight, block.experts.count)
         for output in (sample.routed, routed)
     )
     scaling.check_unchanged(

@@ -18,7 +18,7 @@ from quantkit.build.hidden_states import Routing, iterate_chunks
 from quantkit.build.spool import Spool
 from quantkit.contracts import InputStats, Rescale, Scheme
 from quantkit.models import scaling
-from quantkit.models.layers import RouterOutput, tokens_for_expert
+from quantkit.models.layers import RouterOutput, select_expert_tokens
 from quantkit.numerics import gram as grams
 
 Activation = Callable[[Tensor], Tensor]
@@ -118,7 +118,7 @@ class _StatsAccumulator:
         """Add a chunk of tokens."""
         x, other = tokens.hidden, tokens.original
         if self.common:
-            grams.accumulate(self.gram_in[0], self.abs_in[0], x)
+            grams.accumulate_gram(self.gram_in[0], self.abs_in[0], x)
             if self.cross_in is not None and other is not None:
                 grams.accumulate_cross(self.cross_in[0], x, other)
         for e in range(len(self.experts)):
@@ -126,7 +126,7 @@ class _StatsAccumulator:
             rows = (
                 slice(None)
                 if number in self.all_tokens
-                else tokens_for_expert(tokens.index, tokens.weight, number)[0]
+                else select_expert_tokens(tokens.index, tokens.weight, number)[0]
             )
             routed = x[rows]  # [tokens, hidden] -> [n, hidden]
             if len(routed):
@@ -138,9 +138,9 @@ class _StatsAccumulator:
         """Add the tokens of one expert: routed, original [n, hidden]."""
         hidden = expert_hidden(routed, self.experts, e, activation)  # [n, intermediate]
         self.count[e] += len(routed)
-        grams.accumulate(self.gram_mid[e], self.abs_mid[e], hidden)
+        grams.accumulate_gram(self.gram_mid[e], self.abs_mid[e], hidden)
         if not self.common:
-            grams.accumulate(self.gram_in[e], self.abs_in[e], routed)
+            grams.accumulate_gram(self.gram_in[e], self.abs_in[e], routed)
         if original is not None and self.cross_in is not None and self.cross_mid is not None:
             target = expert_hidden(original, self.experts, e, activation)
             grams.accumulate_cross(self.cross_mid[e], hidden, target)
@@ -152,13 +152,13 @@ class _StatsAccumulator:
         tokens = self.count.clamp(min=1)[:, None]
         return SliceStats(
             into=InputStats(
-                gram=grams.complete(self.gram_in),
+                gram=grams.complete_gram(self.gram_in),
                 mean_abs=self.abs_in / tokens[: self.inputs],
                 n_tokens=self.count[: self.inputs],
                 cross=self.cross_in,
             ),
             inner=InputStats(
-                gram=grams.complete(self.gram_mid),
+                gram=grams.complete_gram(self.gram_mid),
                 mean_abs=self.abs_mid / tokens,
                 n_tokens=self.count,
                 cross=self.cross_mid,
@@ -191,8 +191,8 @@ def candidate_errors(
     experts: ExpertSlice, stats: SliceStats, scales: Tensor, rescale: Rescale, scheme: Scheme | None
 ) -> Tensor:
     """Return the error [candidates, n] of gate and up for each candidate scale [candidates, hidden] of their input."""
-    gate = scaling.errors(rescale, experts.gate, stats.into.gram, scales, scheme)
-    return gate + scaling.errors(rescale, experts.up, stats.into.gram, scales, scheme)
+    gate = scaling.compute_scale_errors(rescale, experts.gate, stats.into.gram, scales, scheme)
+    return gate + scaling.compute_scale_errors(rescale, experts.up, stats.into.gram, scales, scheme)
 
 
 def expert_outputs(
@@ -204,7 +204,7 @@ def expert_outputs(
     """
     outputs = []
     for e in range(len(experts)):
-        rows, weight = tokens_for_expert(tokens.index, tokens.weight, experts.first + e)
+        rows, weight = select_expert_tokens(tokens.index, tokens.weight, experts.first + e)
         if len(rows):
             hidden = expert_hidden(tokens.hidden[rows], experts, e, activation)
             y = hidden @ experts.down[e].T  # [n, hidden]

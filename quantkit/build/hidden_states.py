@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quantkit.build.spool import Spool, SpoolDtype
 from quantkit.errors import CheckpointError
-from quantkit.models.layers import ExpertTap, MetaModel, run
+from quantkit.models.layers import ExpertTap, MetaModel, run_layer
 from quantkit.plan.memory import BATCH_TOKENS
 from quantkit.texts.corpora import Tokens, pack_tokens
 

@@ -37,7 +37,7 @@ from quantkit.build.progress_log import BuildProgress
 from quantkit.build.wave_checkpoint import load_wave_checkpoint, restore_streams
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.prefetch import ScheduledReads
-from quantkit.models.layers import decoder_layer, meta_model
+from quantkit.models.layers import make_decoder_layer, make_meta_model
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress, ProgressCallback
 
@@ -122,7 +122,7 @@ def quantize_block(context: BlockContext) -> None:
     plan, record = context.plan, context.state.record
     (request,) = plan.dense_reads
     tensors = context.build.read(request)
-    layer, tap = decoder_layer(context.build.model, plan.block, tensors)
+    layer, tap = make_decoder_layer(context.build.model, plan.block, tensors)
     reference = dense.run_reference(context, layer, tap)
     calibration = None
     if context.calibration:
@@ -172,7 +172,7 @@ def make_context(
     executor: Executor | None,
 ) -> BuildContext:
     """Return what stays the same for every block."""
-    model = meta_model(plans[0].source.config, precision.device, precision.dtype)
+    model = make_meta_model(plans[0].source.config, precision.device, precision.dtype)
     return BuildContext(
         plan=plans[0],
         model=model,

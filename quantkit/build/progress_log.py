@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from quantkit.artifact.records import BlockRecord, ModuleRecord
 from quantkit.artifact.writer import ArtifactWriter, WrittenState
 from quantkit.build.hidden_states import Stream, StreamName
-from quantkit.io.files import remove, sync_folder
+from quantkit.io.files import remove_files, sync_folder
 from quantkit.io.journal import Entry, Journal
 
 STEP, WAVE = "step", "wave"

@@ -122,7 +122,7 @@ def scale_stats(stats: InputStats | None, scale: Tensor | None) -> InputStats | 
         n_tokens=stats.n_tokens,
         cross=None if stats.cross is None else stats.cross.clone(),
     )
-    return scaling.rescaled_stats(copy, scale)
+    return scaling.rescale_stats(copy, scale)
 
 
 def scale_expert(
@@ -172,7 +172,7 @@ def search_down_scale(
     scales = rescale.candidates(mean_abs)  # [candidates, intermediate]
     nothing_added = torch.zeros(len(scales), dtype=torch.float64)
     batches = [(experts.down[e], plan.scheme)]
-    choice = scaling.search("down", nothing_added, batches, gram, rescale, scales)
+    choice = scaling.search_scales("down", nothing_added, batches, gram, rescale, scales)
     return scales[choice.candidate] if choice.rescaled else None
 
 

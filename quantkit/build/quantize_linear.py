@@ -11,9 +11,15 @@ from torch import Tensor
 
 from quantkit import registry
 from quantkit.artifact.records import ModuleRecord
-from quantkit.contracts import Format, InputStats, Method, Quantized, Scheme
+from quantkit.contracts import (
+    FALLBACK_ROUNDING,
+    Format,
+    InputStats,
+    Quantized,
+    RoundedWeight,
+    Scheme,
+)
 from quantkit.errors import NumericsError
-from quantkit.methods import gptq
 from quantkit.numerics import affine, nf4
 from quantkit.numerics import gram as grams
 from quantkit.plan.decisions import Decision
@@ -73,16 +79,14 @@ class QuantizeRequest:
         """Who chooses its codes: what learns gives way to rtn where nothing is known of its input."""
         name = self.decision.method
         assert name is not None
-        return "rtn" if self.stats is None and registry.method(name).needs_stats else name
+        return "rtn" if self.stats is None and registry.get_method(name).needs_stats else name
 
     @property
     def rounding(self) -> str:
-        """How its weights are rounded: to nearest, too, where nothing is known of its input."""
-        return (
-            "nearest"
-            if self.stats is None or self.decision.rounding is None
-            else self.decision.rounding
-        )
+        """Effective rounding: FALLBACK_ROUNDING if a rounding that needs statistics has none."""
+        name = self.decision.rounding or FALLBACK_ROUNDING
+        is_blind = self.stats is None and registry.get_rounding(name).needs_stats
+        return FALLBACK_ROUNDING if is_blind else name
 
 
 def quantize_group(
@@ -107,7 +111,7 @@ def quantize_group(
             first.weight if len(rows) == 1 else torch.cat([asked[i].weight for i in indices])
         )  # [sum of out, in]
         try:
-            quantized, met = compute_codes(
+            rounded = compute_codes(
                 first.method, first.rounding, together, first.stats, first.scheme
             )
         except NumericsError as fault:
@@ -139,8 +143,10 @@ def pack_and_measure(
         raise NumericsError(
             f"{decision.linear.name}: the recipe's formats do not store the same weight; build each on its own"
         )
-    sqnr_db = float(grams.sqnr_db(weight, back))
-    output_error = None if stats is None else float(grams.relative_error(weight, back, stats.gram))
+    sqnr_db = float(grams.compute_sqnr_db(weight, back))
+    output_error = (
+        None if stats is None else float(grams.compute_relative_error(weight, back, stats.gram))
+    )
     if isnan(sqnr_db) or not isfinite(output_error or 0.0):
         raise NumericsError(
             f"{decision.linear.name}: expected a finite error, found NaN or infinity; look for huge values among its "
@@ -168,16 +174,17 @@ def pack_and_measure(
 
 def compute_codes(
     name: str, rounding: str, weight: Tensor, stats: InputStats | None, scheme: Scheme
-) -> tuple[Quantized, tuple[str, ...]]:
-    """The codes of a method with a rounding, and the fallbacks it took on the way."""
-    if rounding != "nearest":  # whatever the method did to the weight before
-        rounded = gptq.round_weight(weight, stats, scheme, once=rounding == "gptq_once")
-        return rounded.quantized, ("damping-raised",) if rounded.damping_raised else ()
-    method: Method = registry.method(name)
-    return method.solve(weight, stats, scheme), ()
+) -> RoundedWeight:
+    """Return the codes of a method with a rounding, and the fallbacks that the rounding took."""
+    solve = registry.get_method(name).solve
+    return registry.get_rounding(rounding).round_weight(weight, stats, scheme, solve)
 
 
 def find_fallbacks(quantized: Quantized, scheme: Scheme) -> tuple[str, ...]:
     """Fallbacks that the rounding itself met in some group."""
-    met = nf4.fallbacks(quantized) if scheme.kind == "nf4" else affine.fallbacks(quantized, scheme)
+    met = (
+        nf4.count_fallbacks(quantized)
+        if scheme.kind == "nf4"
+        else affine.count_fallbacks(quantized, scheme)
+    )
     return tuple(name for name, count in met.items() if int(count.sum()))

@@ -18,15 +18,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit.artifact import writer
-from quantkit.artifact.manifest import environment, versions
+from quantkit.artifact.make_manifest import read_environment, read_versions
+from quantkit.artifact.seal import is_sealed
+from quantkit.artifact.staging import check_output_free, check_replaced_free, get_staging_path
 from quantkit.build.progress_log import BuildProgress
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.io import lock
-from quantkit.io.files import brief
+from quantkit.io.files import shorten_repr
 from quantkit.io.journal import Journal
-from quantkit.io.owned_dirs import check_ours, make_ours, remove_ours
+from quantkit.io.owned_dirs import check_owned_dir, make_owned_dir, remove_owned_dir
 from quantkit.plan.plan import Plan
 from quantkit.progress import ProgressCallback
 
@@ -118,8 +119,8 @@ def exclusive_lock(plans: Sequence[Plan]) -> Iterator[None]:
     """Lock the plans' folders against other builds. Raises UsageError if another build holds the lock."""
     with ExitStack() as held:
         for path in sorted({plans[0].recipe.output.path, *(plan.path for plan in plans)}):
-            staging = writer.staging(Path(path))
-            held.enter_context(lock.held(staging.with_name(f"{staging.name}.lock")))
+            staging = get_staging_path(Path(path))
+            held.enter_context(lock.hold_lock(staging.with_name(f"{staging.name}.lock")))
         yield
 
 
@@ -159,7 +160,7 @@ def begin_session(
         check_same(journal, plans, source, texts, tell)
         return BuildSession(plans=plans, journal=journal, resumed=True)
     discard_build(plans)
-    make_ours(place)
+    make_owned_dir(place)
     source.hashes(tell)
     entry = {"kind": "began", "stamps": source.stamps(), "of": build_identity(plans, source, texts)}
     return BuildSession(plans=plans, journal=Journal.begin(place / JOURNAL, entry), resumed=False)
@@ -197,7 +198,7 @@ def build_identity(
     """Return everything that decides the artifacts' bytes, as plain JSON: not their paths, not `memory:`."""
     plan, used = plans[0], dict[str, str]()
     for each in plans:
-        used |= versions(each)
+        used |= read_versions(each)
     of = {
         "recipe": plan.recipe.model_dump(mode="json", exclude={"memory": True, "output": {"path"}}),
         "source": {
@@ -207,7 +208,7 @@ def build_identity(
         },
         "text": dict(texts),
         "versions": used,
-        "machine": environment(plan),
+        "machine": read_environment(plan),
         "plan": {each.format_name: each.hash for each in plans},
         "journal": JOURNAL_FORMAT,
     }
@@ -272,4 +273,4 @@ def describe_change(before: object, now: object) -> str:
     """Format the change of one value."""
     if all(isinstance(value, str) and len(value) == SHA256_LENGTH for value in (before, now)):
         return "changed"
-    return f"was {brief(before)}, is {brief(now)}"
+    return f"was {shorten_repr(before)}, is {shorten_repr(now)}"

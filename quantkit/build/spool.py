@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.tensors import raw, read_into, reserve, write_from
+from quantkit.checkpoint.tensors import read_into, reserve_space, view_bytes, write_from
 from quantkit.errors import QuantkitError
-from quantkit.io.files import reason, unwritable
+from quantkit.io.files import describe_os_error, make_write_error
 
 SpoolDtype = Literal["float32", "bfloat16"]
 _DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -54,13 +54,13 @@ class Spool:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
             try:
-                reserve(descriptor, rows * width * _DTYPES[dtype].itemsize)
+                reserve_space(descriptor, rows * width * _DTYPES[dtype].itemsize)
             except OSError:
                 os.close(descriptor)
                 path.unlink(missing_ok=True)
                 raise
         except OSError as fault:
-            raise unwritable(path, fault) from fault
+            raise make_write_error(path, fault) from fault
         return cls(path, rows, width, dtype, descriptor)
 
     @classmethod
@@ -91,9 +91,9 @@ class Spool:
         if rows.numel():  # checked in memory: reading the file again would take disk time
             self.finite = self.finite and all(map(isfinite, map(float, rows.aminmax())))
         try:
-            write_from(self._descriptor, raw(rows), start * self._row_bytes)
+            write_from(self._descriptor, view_bytes(rows), start * self._row_bytes)
         except OSError as fault:
-            raise unwritable(self.path, fault) from fault
+            raise make_write_error(self.path, fault) from fault
 
     def read(self, start: int, stop: int) -> Tensor:
         """Read rows start .. stop - 1: [stop - start, width]."""
@@ -131,7 +131,7 @@ class Spool:
         try:
             os.fsync(self._descriptor)
         except OSError as fault:
-            raise unwritable(self.path, fault) from fault
+            raise make_write_error(self.path, fault) from fault
 
     def close(self) -> None:
         """Close the file, which stays; safe to call twice."""
@@ -156,7 +156,7 @@ class Spool:
         self.close()
 
     def _fill(self, tensor: Tensor, start: int) -> None:
-        view = raw(tensor)
+        view = view_bytes(tensor)
         try:
             count = read_into(self._descriptor, view, start * self._row_bytes)
         except OSError as fault:

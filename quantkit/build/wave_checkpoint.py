@@ -17,7 +17,7 @@ from quantkit.build.hidden_states import StreamName, spool_dtype
 from quantkit.build.progress_log import WaveCheckpoint
 from quantkit.build.spool import Spool
 from quantkit.checkpoint.header import read_header
-from quantkit.checkpoint.tensors import ShardWriter, dtype_name, read_tensor
+from quantkit.checkpoint.tensors import ShardWriter, get_dtype_name, read_tensor
 from quantkit.contracts import TensorSpec
 from quantkit.io.files import sync_folder
 
@@ -115,7 +115,7 @@ def save_wave(folder: Path, name: str, state: ExpertPassState) -> str | None:
     if not sums:
         return None
     specs = [
-        TensorSpec(name=key, dtype=dtype_name(x.dtype), shape=tuple(x.shape))
+        TensorSpec(name=key, dtype=get_dtype_name(x.dtype), shape=tuple(x.shape))
         for key, x in sums.items()
     ]
     with ShardWriter(folder / name, specs) as writer:

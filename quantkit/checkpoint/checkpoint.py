@@ -17,19 +17,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.fp8 import dequantize
-from quantkit.checkpoint.fp8_pairs import FP8, block_size, logical_specs, pair_faults, scale_suffix
-from quantkit.checkpoint.shards import Shards, leads_out, open_shards
+from quantkit.checkpoint.file_names import CONFIG, GENERATION_CONFIG
+from quantkit.checkpoint.fp8 import dequantize_fp8
+from quantkit.checkpoint.fp8_pairs import (
+    FP8,
+    find_pair_faults,
+    get_scale_suffix,
+    read_block_size,
+    select_logical_specs,
+)
+from quantkit.checkpoint.shards import Shards, leads_outside, open_shards
 from quantkit.checkpoint.tensors import read_rows, read_tensor
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError
-from quantkit.io.files import brief, is_file, listed, read_bytes, read_json
+from quantkit.io.files import is_file, join_faults, read_bytes, read_json, shorten_repr
 from quantkit.progress import ProgressCallback
 
-CONFIG = "config.json"
-GENERATION = "generation_config.json"
 _SIDECARS = (
-    GENERATION,
+    GENERATION_CONFIG,
     "tokenizer*.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -52,7 +57,7 @@ _CHECK_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blocks:
+class Fp8Blocks:
     """An FP8 weight as stored and as computed with.
 
     codes [out, in] float8_e4m3fn and scale [block rows, block columns], bit for bit; values [out, in] bfloat16.
@@ -88,19 +93,21 @@ class Checkpoint:
             faults.append(str(fault))
         try:
             shards = open_shards(folder)
-            if is_file(folder / GENERATION):
+            if is_file(folder / GENERATION_CONFIG):
                 read_json(
-                    folder / GENERATION
+                    folder / GENERATION_CONFIG
                 )  # carried over as it is, and read by whoever loads the artifact
         except CheckpointError as fault:
             faults.append(str(fault))
         if config is None or shards is None or faults:
-            raise CheckpointError(listed(list(dict.fromkeys(faults))))
+            raise CheckpointError(join_faults(list(dict.fromkeys(faults))))
         stored = shards.specs
-        block, suffix = block_size(config, stored), scale_suffix(config)
-        if faults := pair_faults(stored, block, str(folder), suffix):
-            raise CheckpointError(listed(faults))
-        return Checkpoint(folder, config, shards, logical_specs(stored, suffix), block, suffix)
+        block, suffix = read_block_size(config, stored), get_scale_suffix(config)
+        if faults := find_pair_faults(stored, block, str(folder), suffix):
+            raise CheckpointError(join_faults(faults))
+        return Checkpoint(
+            folder, config, shards, select_logical_specs(stored, suffix), block, suffix
+        )
 
     @cached_property
     def stored_specs(self) -> Mapping[str, TensorSpec]:
@@ -118,12 +125,12 @@ class Checkpoint:
         """Rows start .. stop-1 of one logical tensor, [stop - start, ...]: a vocabulary in pieces. Errors as `read`."""
         return self._read(name, start, stop)
 
-    def blocks(self, name: str) -> Blocks:
+    def blocks(self, name: str) -> Fp8Blocks:
         """The FP8 blocks of a weight and what they stand for, from one read. Errors as `read`, and for other dtypes."""
         spec = self._spec(name)
         if spec.dtype != FP8:
             raise CheckpointError(
-                f"{self.folder}: tensor {brief(name)}: expected {FP8} blocks, found {spec.dtype}; read it as it is"
+                f"{self.folder}: tensor {shorten_repr(name)}: expected {FP8} blocks, found {spec.dtype}; read it as it is"
             )
         codes = read_tensor(*self.shards.locate(name), name)
         scale = self._scale(name)
@@ -131,7 +138,7 @@ class Checkpoint:
             spec, lambda first, last: codes[first:last], scale, 0, spec.shape[0]
         )
         self._check_finite(name, values)
-        return Blocks(codes=codes, scale=scale, values=values)
+        return Fp8Blocks(codes=codes, scale=scale, values=values)
 
     @cached_property
     def sidecars(self) -> tuple[Path, ...]:
@@ -139,7 +146,7 @@ class Checkpoint:
         found = {
             path for pattern in _SIDECARS for path in self.folder.glob(pattern) if path.is_file()
         }
-        out = sorted(path.name for path in found if leads_out(self.folder, path))
+        out = sorted(path.name for path in found if leads_outside(self.folder, path))
         if out:
             raise CheckpointError(
                 f"{self.folder / out[0]}: expected a file inside the folder, found a link that leads out of it; "
@@ -205,12 +212,12 @@ class Checkpoint:
         if spec is None:
             near = difflib.get_close_matches(name, self.specs, n=1)
             hint = (
-                f"did you mean {brief(near[0])}?"
+                f"did you mean {shorten_repr(near[0])}?"
                 if near
                 else "check the architecture and the config"
             )
             raise CheckpointError(
-                f"{self.folder}: expected a tensor {brief(name)}, found none of that name; {hint}"
+                f"{self.folder}: expected a tensor {shorten_repr(name)}, found none of that name; {hint}"
             )
         return spec
 
@@ -246,7 +253,7 @@ class Checkpoint:
     ) -> Tensor:
         """Rows start .. stop-1 of an FP8 weight: [stop - start, in] bfloat16; `rows` gives them strip by strip."""
         assert self.block is not None  # `open` refuses FP8 weights without a block size
-        return dequantize(rows, scales, self.block, start, stop, spec.shape[1])
+        return dequantize_fp8(rows, scales, self.block, start, stop, spec.shape[1])
 
     def _check_finite(self, name: str, tensor: Tensor) -> None:
         if tensor.is_floating_point():
@@ -256,7 +263,7 @@ class Checkpoint:
                 if not _finite(piece):
                     position = first + int((~torch.isfinite(piece.to(torch.float32))).nonzero()[0])
                     raise CheckpointError(
-                        f"{self.shards.locate(name)[0]}: tensor {brief(name)}: expected finite values, "
+                        f"{self.shards.locate(name)[0]}: tensor {shorten_repr(name)}: expected finite values, "
                         f"found {float(flat[position])} at element {position}; "
                         "the weights are damaged, fetch the file again"
                     )
@@ -269,7 +276,7 @@ def read_config(folder: Path) -> Config:
         raise CheckpointError(
             f"{path}: expected the model's configuration, found no file; check the path"
         )
-    if leads_out(folder, path):
+    if leads_outside(folder, path):
         raise CheckpointError(
             f"{path}: expected a file inside the folder, found a link out of it; copy the file"
         )

@@ -20,7 +20,7 @@ _STRIP_ELEMENTS = (
 )  # a strip and its float32 copy stay in the cache: twice as fast as whole rows of blocks
 
 
-def dequantize(
+def dequantize_fp8(
     rows: Callable[[int, int], Tensor],
     scale_inv: Tensor,
     block: tuple[int, int],

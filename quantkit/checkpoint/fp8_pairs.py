@@ -6,41 +6,43 @@ from collections.abc import Mapping
 
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError
-from quantkit.io.files import brief
+from quantkit.io.files import shorten_repr
 
 FP8 = "F8_E4M3"
-INVERSE = "_scale_inv"
-COMPRESSED = "_scale"
+SCALE_INV_SUFFIX = "_scale_inv"
+SCALE_SUFFIX = "_scale"
 """What follows the name of an FP8 weight in that of its block scales: as DeepSeek, and as compressed-tensors."""
 _SCALE_DTYPES = ("F32", "BF16", "F16")
 _AGAIN = "fetch the checkpoint again"
 
 
-def scale_suffix(config: Config) -> str:
+def get_scale_suffix(config: Config) -> str:
     """INVERSE or COMPRESSED, by quantization_config.quant_method."""
     entry = config.values.get("quantization_config")
     return (
-        COMPRESSED
+        SCALE_SUFFIX
         if isinstance(entry, dict) and entry.get("quant_method") == "compressed-tensors"
-        else INVERSE
+        else SCALE_INV_SUFFIX
     )
 
 
-def scale_of(stored: Mapping[str, TensorSpec], name: str, suffix: str) -> bool:
+def is_scale_name(stored: Mapping[str, TensorSpec], name: str, suffix: str) -> bool:
     """Whether a name is that of block scales. compressed-tensors calls the scales of packed codes likewise."""
-    return name.endswith(suffix) and (suffix == INVERSE or name.removesuffix(suffix) in stored)
+    return name.endswith(suffix) and (
+        suffix == SCALE_INV_SUFFIX or name.removesuffix(suffix) in stored
+    )
 
 
-def logical_specs(stored: Mapping[str, TensorSpec], suffix: str) -> dict[str, TensorSpec]:
+def select_logical_specs(stored: Mapping[str, TensorSpec], suffix: str) -> dict[str, TensorSpec]:
     """The stored tensors without the scales of FP8 weights, in the same order, dtypes as stored."""
-    return {name: spec for name, spec in stored.items() if not scale_of(stored, name, suffix)}
+    return {name: spec for name, spec in stored.items() if not is_scale_name(stored, name, suffix)}
 
 
-def block_size(config: Config, stored: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
+def read_block_size(config: Config, stored: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
     """Rows and columns of an FP8 block by the config's quantization_config; None without FP8 weights."""
     if not any(spec.dtype == FP8 for spec in stored.values()):
         return None
-    key, size = announced(config)
+    key, size = read_block_entry(config)
     if (
         not isinstance(size, list)
         or len(size) != 2
@@ -48,16 +50,16 @@ def block_size(config: Config, stored: Mapping[str, TensorSpec]) -> tuple[int, i
     ):
         raise CheckpointError(
             f"{config.where}: {key}: expected two positive integers, as the weights "
-            f"are FP8, found {brief(size)}; quantkit reads FP8 in blocks only"
+            f"are FP8, found {shorten_repr(size)}; quantkit reads FP8 in blocks only"
         )
     return size[0], size[1]
 
 
-def announced(config: Config) -> tuple[str, object]:
+def read_block_entry(config: Config) -> tuple[str, object]:
     """The key that says how large FP8 blocks are, and what it says."""
     entry = config.values.get("quantization_config")
     entry = entry if isinstance(entry, dict) else {}
-    if scale_suffix(config) == INVERSE:
+    if get_scale_suffix(config) == SCALE_INV_SUFFIX:
         return "quantization_config.weight_block_size", entry.get("weight_block_size")
     groups = entry.get("config_groups")
     weights = (
@@ -71,7 +73,7 @@ def announced(config: Config) -> tuple[str, object]:
     return "quantization_config.config_groups: block_structure", sizes[0] if sizes else None
 
 
-def pair_faults(
+def find_pair_faults(
     stored: Mapping[str, TensorSpec], block: tuple[int, int] | None, where: str, suffix: str
 ) -> list[str]:
     """FP8 weights without a scale of the right shape, and scales without an FP8 weight; one sentence each."""
@@ -81,12 +83,12 @@ def pair_faults(
             fault = _weight_fault(spec, stored.get(name + suffix), name + suffix, block)
         elif spec.dtype == "F8_E5M2":
             fault = "expected FP8 as F8_E4M3, found F8_E5M2; convert it to BF16"
-        elif scale_of(stored, name, suffix):
+        elif is_scale_name(stored, name, suffix):
             fault = _scale_fault(stored.get(name.removesuffix(suffix)), name.removesuffix(suffix))
         else:
             fault = None
         if fault:
-            faults.append(f"{where}: tensor {brief(name)}: {fault}")
+            faults.append(f"{where}: tensor {shorten_repr(name)}: {fault}")
     return faults
 
 
@@ -96,7 +98,7 @@ def _weight_fault(
     if len(weight.shape) != 2:
         return f"expected two dimensions for FP8 blocks, found shape {list(weight.shape)}; convert it to BF16"
     if scale is None:
-        return f"expected its scale {brief(name)}, found none in any file; {_AGAIN}"
+        return f"expected its scale {shorten_repr(name)}, found none in any file; {_AGAIN}"
     expected = tuple(-(-size // edge) for size, edge in zip(weight.shape, block))
     if scale.shape != expected:
         return (
@@ -110,7 +112,9 @@ def _weight_fault(
 
 def _scale_fault(weight: TensorSpec | None, base: str) -> str | None:
     if weight is None:
-        return f"expected the weight {brief(base)} of this scale, found none in any file; {_AGAIN}"
+        return f"expected the weight {shorten_repr(base)} of this scale, found none in any file; {_AGAIN}"
     if weight.dtype != FP8:
-        return f"expected {brief(base)} of this scale as {FP8}, found {weight.dtype}; {_AGAIN}"
+        return (
+            f"expected {shorten_repr(base)} of this scale as {FP8}, found {weight.dtype}; {_AGAIN}"
+        )
     return None

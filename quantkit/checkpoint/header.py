@@ -18,12 +18,12 @@ from pathlib import Path
 
 from quantkit.contracts import DTYPE_BYTES, TensorSpec
 from quantkit.errors import CheckpointError
-from quantkit.io.files import brief, parse_json, reason
+from quantkit.io.files import describe_os_error, parse_json, shorten_repr
 
 HEADER_LIMIT_BYTES = 100_000_000
 """The limit of the `safetensors` library; a longer header is not loadable by anybody."""
 
-MOST_TENSORS = 500_000
+MAX_TENSORS = 500_000
 """In one file; DeepSeek-V3 has 92,000 in all of its 163."""
 
 PREFIX_BYTES = 8
@@ -68,11 +68,11 @@ def read_header(path: Path) -> Header:
     try:
         with path.open("rb") as file:
             n_file_bytes = os.fstat(file.fileno()).st_size
-            length = header_length(file.read(PREFIX_BYTES), n_file_bytes, str(path))
+            length = parse_header_length(file.read(PREFIX_BYTES), n_file_bytes, str(path))
             text = file.read(length)
     except OSError as fault:
         raise CheckpointError(
-            f"{path}: expected a readable file, found: {reason(fault)}; check the path"
+            f"{path}: expected a readable file, found: {describe_os_error(fault)}; check the path"
         ) from None
     if len(text) != length:
         raise CheckpointError(
@@ -85,12 +85,12 @@ def parse_header(text: bytes, where: str, n_data_bytes: int) -> Header:
     """Check a header's JSON against the number of data bytes that follow it; raises CheckpointError."""
     if not text.startswith(b"{"):
         raise CheckpointError(
-            f"{where}: header: expected to start with '{{', found {brief(text[:1])}; {_AGAIN}"
+            f"{where}: header: expected to start with '{{', found {shorten_repr(text[:1])}; {_AGAIN}"
         )
     entries = parse_json(text, f"{where}: header")
-    if len(entries) > MOST_TENSORS:
+    if len(entries) > MAX_TENSORS:
         raise CheckpointError(
-            f"{where}: header: expected at most {MOST_TENSORS:,} tensors in one file, found {len(entries):,}; {_AGAIN}"
+            f"{where}: header: expected at most {MAX_TENSORS:,} tensors in one file, found {len(entries):,}; {_AGAIN}"
         )
     _check_metadata(entries.get("__metadata__"), where)
     specs: dict[str, TensorSpec] = {}
@@ -117,7 +117,7 @@ def build_header(specs: Iterable[TensorSpec]) -> bytes:
     for spec in sorted(given, key=lambda spec: (_WRITE_ORDER.index(spec.dtype), spec.name)):
         if spec.name in entries:
             raise CheckpointError(
-                f"new file: tensor {brief(spec.name)}: expected once, found twice; rename one of them"
+                f"new file: tensor {shorten_repr(spec.name)}: expected once, found twice; rename one of them"
             )
         end = begin + spec.n_bytes
         entries[spec.name] = {
@@ -135,7 +135,7 @@ def build_header(specs: Iterable[TensorSpec]) -> bytes:
     return len(text).to_bytes(PREFIX_BYTES, "little") + text
 
 
-def header_length(prefix: bytes, n_file_bytes: int, where: str) -> int:
+def parse_header_length(prefix: bytes, n_file_bytes: int, where: str) -> int:
     """The length of the JSON by a file's first 8 bytes; raises CheckpointError when it cannot be one."""
     if len(prefix) < PREFIX_BYTES:
         raise CheckpointError(
@@ -162,27 +162,27 @@ def _check_metadata(metadata: object, where: str) -> None:
         isinstance(value, str) for value in metadata.values()
     ):
         raise CheckpointError(
-            f"{where}: __metadata__: expected an object of strings, found {brief(metadata)}; write the file again"
+            f"{where}: __metadata__: expected an object of strings, found {shorten_repr(metadata)}; write the file again"
         )
 
 
 def _check_name(name: str, where: str) -> None:
     if not name or name == "__metadata__":
         raise CheckpointError(
-            f"{where}: expected a tensor name, found {brief(name)}; write the file again"
+            f"{where}: expected a tensor name, found {shorten_repr(name)}; write the file again"
         )
     try:
         name.encode()
     except UnicodeEncodeError:
         raise CheckpointError(
-            f"{where}: tensor {brief(name)}: expected a name in UTF-8, found half a surrogate pair; {_AGAIN}"
+            f"{where}: tensor {shorten_repr(name)}: expected a name in UTF-8, found half a surrogate pair; {_AGAIN}"
         ) from None
 
 
 def _check_dtype(name: str, dtype: object, where: str) -> str:
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise CheckpointError(
-            f"{where}: tensor {brief(name)}: dtype: expected one of {', '.join(DTYPE_BYTES)}, found {brief(dtype)}; "
+            f"{where}: tensor {shorten_repr(name)}: dtype: expected one of {', '.join(DTYPE_BYTES)}, found {shorten_repr(dtype)}; "
             "convert the tensor"
         )
     return dtype
@@ -191,11 +191,11 @@ def _check_dtype(name: str, dtype: object, where: str) -> str:
 def _entry(name: str, entry: object, where: str) -> tuple[TensorSpec, tuple[int, int]]:
     """One tensor's entry, checked alone."""
     _check_name(name, where)
-    at = f"{where}: tensor {brief(name)}"
+    at = f"{where}: tensor {shorten_repr(name)}"
     if not isinstance(entry, dict) or set(entry) != _ENTRY_KEYS:
         found = sorted(entry) if isinstance(entry, dict) else entry
         raise CheckpointError(
-            f"{at}: expected an object of dtype, shape, data_offsets, found {brief(found)}; {_AGAIN}"
+            f"{at}: expected an object of dtype, shape, data_offsets, found {shorten_repr(found)}; {_AGAIN}"
         )
     dtype = _check_dtype(name, entry["dtype"], where)
     shape = _whole_numbers(entry["shape"], f"{at}: shape")
@@ -206,17 +206,17 @@ def _entry(name: str, entry: object, where: str) -> tuple[TensorSpec, tuple[int,
         )
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(
-            f"{at}: data_offsets: expected [begin, end], found {brief(list(offsets))}; {_AGAIN}"
+            f"{at}: data_offsets: expected [begin, end], found {shorten_repr(list(offsets))}; {_AGAIN}"
         )
     if prod(max(n, 1) for n in shape) > _LARGEST:  # torch multiplies strides before it meets a zero
         raise CheckpointError(
-            f"{at}: shape: expected fewer than 2**63 elements, found {brief(list(shape))}; {_AGAIN}"
+            f"{at}: shape: expected fewer than 2**63 elements, found {shorten_repr(list(shape))}; {_AGAIN}"
         )
     begin, end = offsets
     spec = TensorSpec(name=name, dtype=dtype, shape=shape)
     if spec.n_bytes != end - begin:
         raise CheckpointError(
-            f"{at}: expected {brief(spec.n_bytes)} bytes for {dtype} {brief(list(shape))}, "
+            f"{at}: expected {shorten_repr(spec.n_bytes)} bytes for {dtype} {shorten_repr(list(shape))}, "
             f"found data_offsets of {end - begin} bytes; {_AGAIN}"
         )
     return spec, (begin, end)
@@ -228,7 +228,7 @@ def _whole_numbers(values: object, at: str) -> tuple[int, ...]:
         type(v) is int and 0 <= v <= _LARGEST for v in values
     ):
         raise CheckpointError(
-            f"{at}: expected whole numbers from 0 to 2**63 - 1, found {brief(values)}; {_AGAIN}"
+            f"{at}: expected whole numbers from 0 to 2**63 - 1, found {shorten_repr(values)}; {_AGAIN}"
         )
     return tuple(values)
 
@@ -242,7 +242,7 @@ def _check_cover(offsets: Mapping[str, tuple[int, int]], where: str, n_data_byte
                 "overlaps the tensor before it" if begin < expected else "leaves a hole before it"
             )
             raise CheckpointError(
-                f"{where}: tensor {brief(name)}: data_offsets: expected to begin at {expected}, found {begin}, "
+                f"{where}: tensor {shorten_repr(name)}: data_offsets: expected to begin at {expected}, found {begin}, "
                 f"which {kind}; {_AGAIN}"
             )
         expected = end

@@ -24,14 +24,20 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
-from quantkit.checkpoint.checkpoint import CONFIG, Checkpoint
-from quantkit.checkpoint.fp8_pairs import block_size, logical_specs, pair_faults, scale_suffix
-from quantkit.checkpoint.header import PREFIX_BYTES, Header, header_length, parse_header
-from quantkit.checkpoint.shards import INDEX, SINGLE, index_faults, weight_map
+from quantkit.checkpoint.checkpoint import Checkpoint
+from quantkit.checkpoint.file_names import CONFIG, INDEX, SINGLE
+from quantkit.checkpoint.fp8_pairs import (
+    find_pair_faults,
+    get_scale_suffix,
+    read_block_size,
+    select_logical_specs,
+)
+from quantkit.checkpoint.header import PREFIX_BYTES, Header, parse_header, parse_header_length
+from quantkit.checkpoint.shards import find_index_faults, read_weight_map
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, HubUnreachable, UsageError
-from quantkit.io.files import brief, listed, read_json
-from quantkit.io.package_data import PREFIX, resolve_model
+from quantkit.io.files import join_faults, read_json, shorten_repr
+from quantkit.io.package_data import BUILTIN_PREFIX, locate_model
 
 _WANTED = [
     "*.safetensors",
@@ -51,7 +57,7 @@ _FIRST_BYTES = 100_000  # most headers are shorter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class ResolvedModel:
     """A model on this machine; `revision` is the Hub's commit, None for a folder or a built-in model."""
 
     folder: Path
@@ -59,7 +65,7 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SourceHeaders:
+class ModelHeaders:
     """What a plan needs of a model: config, logical and stored specs; no weights."""
 
     config: Config
@@ -68,26 +74,26 @@ class SourceHeaders:
     revision: str | None
 
 
-def resolve(model: str, revision: str | None = None) -> Source:
+def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
     """The folder of a model, downloaded into the Hub's cache when it is not local; raises CheckpointError."""
     local = _local(model, revision)
     if local is not None:
-        return Source(folder=local, revision=None)
+        return ResolvedModel(folder=local, revision=None)
     with _hub_faults(model, revision):
         path = snapshot_download(
             model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
         )
-    return Source(
+    return ResolvedModel(
         folder=Path(path), revision=Path(path).name
     )  # <cache>/models--org--name/snapshots/<commit>
 
 
-def resolve_headers(model: str, revision: str | None = None) -> SourceHeaders:
+def read_model_headers(model: str, revision: str | None = None) -> ModelHeaders:
     """Config and tensor specs of a model; from the Hub only config, index and headers come. Raises CheckpointError."""
     local = _local(model, revision)
     if local is not None:
         opened = Checkpoint.open(local)
-        return SourceHeaders(
+        return ModelHeaders(
             config=opened.config,
             specs=opened.specs,
             stored_specs=opened.stored_specs,
@@ -104,25 +110,25 @@ def _local(model: str, revision: str | None) -> Path | None:
         is_here = here.is_dir()
     except (OSError, RuntimeError):  # a name too long for any file; a home of nobody
         here, is_here = Path(), False
-    if model.startswith(PREFIX):
-        found = resolve_model(model)
+    if model.startswith(BUILTIN_PREFIX):
+        found = locate_model(model)
     elif is_here:
         found = here.absolute()
     elif model.startswith(("/", "./", "../", "~")) or not _HUB_ID.fullmatch(model):
         raise CheckpointError(
-            f"source.model: expected a folder, {PREFIX}<name> or a Hub id like org/name, found {brief(model)}, "
+            f"source.model: expected a folder, {BUILTIN_PREFIX}<name> or a Hub id like org/name, found {shorten_repr(model)}, "
             "which is none of these; check the path"
         )
     else:
         return None
     if revision is not None:
         raise UsageError(
-            f"source.revision: expected none for a model on this machine ({model}), found {brief(revision)}; remove it"
+            f"source.revision: expected none for a model on this machine ({model}), found {shorten_repr(revision)}; remove it"
         )
     return found
 
 
-def _remote_headers(model: str, revision: str | None) -> SourceHeaders:
+def _remote_headers(model: str, revision: str | None) -> ModelHeaders:
     api = HfApi()
     info = api.model_info(model, revision=revision)
     commit = info.sha
@@ -134,7 +140,7 @@ def _remote_headers(model: str, revision: str | None) -> SourceHeaders:
     )
     index: dict[str, str] | None = None
     if INDEX in present:
-        index = weight_map(read_json(_small_file(model, INDEX, commit)), f"{model}: {INDEX}")
+        index = read_weight_map(read_json(_small_file(model, INDEX, commit)), f"{model}: {INDEX}")
     elif SINGLE not in present:
         raise CheckpointError(
             f"{model}: expected {SINGLE} or {INDEX} in the repository, found neither; quantkit reads safetensors only"
@@ -143,26 +149,29 @@ def _remote_headers(model: str, revision: str | None) -> SourceHeaders:
     if missing := [file for file in files if file not in present]:
         raise CheckpointError(
             f"{model}: {INDEX}: expected the repository to hold every file, found {len(missing)} missing, "
-            f"the first {brief(missing[0])}; the upload is not complete, use another revision"
+            f"the first {shorten_repr(missing[0])}; the upload is not complete, use another revision"
         )
 
     def header(file: str) -> Header:
         return _remote_header(hf_hub_url(model, file, revision=commit), f"{model}: {file}")
 
     headers = _in_parallel(header, files)
-    faults = index_faults(index, headers, f"{model}: {INDEX}") if index is not None else []
+    faults = find_index_faults(index, headers, f"{model}: {INDEX}") if index is not None else []
     order = index if index is not None else dict.fromkeys(headers[SINGLE].specs, SINGLE)
     stored = {
         name: headers[file].specs[name]
         for name, file in order.items()
         if name in headers[file].specs
     }
-    suffix = scale_suffix(config)
-    faults = faults or pair_faults(stored, block_size(config, stored), model, suffix)
+    suffix = get_scale_suffix(config)
+    faults = faults or find_pair_faults(stored, read_block_size(config, stored), model, suffix)
     if faults:
-        raise CheckpointError(listed(faults))
-    return SourceHeaders(
-        config=config, specs=logical_specs(stored, suffix), stored_specs=stored, revision=commit
+        raise CheckpointError(join_faults(faults))
+    return ModelHeaders(
+        config=config,
+        specs=select_logical_specs(stored, suffix),
+        stored_specs=stored,
+        revision=commit,
     )
 
 
@@ -173,7 +182,7 @@ def _small_file(model: str, name: str, commit: str) -> Path:
 def _remote_header(url: str, where: str) -> Header:
     """The header of a file on the Hub, by one range request, two when it is long; checked like a local one."""
     start, n_file_bytes = _range(url, 0, _FIRST_BYTES, where)
-    end = PREFIX_BYTES + header_length(start[:PREFIX_BYTES], n_file_bytes, where)
+    end = PREFIX_BYTES + parse_header_length(start[:PREFIX_BYTES], n_file_bytes, where)
     if end > len(start):
         start += _range(url, len(start), end - len(start), where)[0]
     if len(start) < end:
@@ -202,7 +211,7 @@ def _range(url: str, first: int, n_bytes: int, where: str) -> tuple[bytes, int]:
         total = answer.headers.get("Content-Range", "").rpartition("/")[2]
         if not total.isdecimal():
             raise CheckpointError(
-                f"{where}: expected the file's size in Content-Range, found {brief(total)}; try again"
+                f"{where}: expected the file's size in Content-Range, found {shorten_repr(total)}; try again"
             )
         found = bytearray()
         for piece in answer.iter_bytes():

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from quantkit.checkpoint.file_names import CONFIG
 from quantkit.errors import CheckpointError, UsageError
-from quantkit.io.files import brief, is_file, read_json
+from quantkit.io.files import is_file, read_json, shorten_repr
 
 KEY = "source.trust_remote_code"
-_FILES = ("tokenizer_config.json", "config.json")
+_FILES = ("tokenizer_config.json", CONFIG)
 
 
-def may_run(allowed: str | None, folder: Path) -> bool:
+def allows_remote_code(allowed: str | None, folder: Path) -> bool:
     """Whether the tokenizer in `folder` may run code of its own; `allowed`: the recipe's commit.
 
     Raises UsageError when the files are not known to be of that commit, CheckpointError when they name code elsewhere.
@@ -34,19 +35,15 @@ def may_run(allowed: str | None, folder: Path) -> bool:
     for file, name in _mapped(folder):
         if "--" in name:
             raise CheckpointError(
-                f"{folder / file}: auto_map: expected code in this model's own files, found {brief(name)} of another "
+                f"{folder / file}: auto_map: expected code in this model's own files, found {shorten_repr(name)} of another "
                 "repository, which no commit of this one vouches for; do without it"
             )
     return True
 
 
-def tokenizer_map(folder: Path) -> dict[str, object]:
+def read_tokenizer_map(folder: Path) -> dict[str, object]:
     """The part of config.json's auto_map that names a tokenizer."""
-    found = (
-        read_json(folder / "config.json").get("auto_map")
-        if is_file(folder / "config.json")
-        else None
-    )
+    found = read_json(folder / CONFIG).get("auto_map") if is_file(folder / CONFIG) else None
     return (
         {"AutoTokenizer": found["AutoTokenizer"]}
         if isinstance(found, dict) and "AutoTokenizer" in found
@@ -54,7 +51,7 @@ def tokenizer_map(folder: Path) -> dict[str, object]:
     )
 
 
-def hint(folder: Path) -> str:
+def format_trust_hint(folder: Path) -> str:
     """What to add to the refusal of a tokenizer that has code of its own; nothing for others."""
     if not any(True for _ in _mapped(folder)):
         return ""

@@ -17,7 +17,7 @@ from stat import S_ISREG
 from quantkit.checkpoint.header import Header
 from quantkit.contracts import DTYPE_BYTES
 from quantkit.errors import ArtifactError
-from quantkit.io.files import reason
+from quantkit.io.files import describe_os_error
 
 Visit = Callable[[str, int, memoryview], None]
 """Name of a tensor, where in it the bytes begin, and the bytes: whole elements, gone after the call."""
@@ -28,7 +28,7 @@ FEW_BYTES = 1 << 20
 """Files up to this size are hashed at once: a thread would cost more."""
 
 
-class Places:
+class TensorRanges:
     """Which tensor's bytes lie where in a file."""
 
     def __init__(self, header: Header | None) -> None:
@@ -60,12 +60,12 @@ class Places:
                 visit(name, first - begin, piece[first - position : stop - position])
 
 
-def scan(path: Path, header: Header | None = None, visit: Visit | None = None) -> str:
+def scan_file(path: Path, header: Header | None = None, visit: Visit | None = None) -> str:
     """The sha256 of a file in hexadecimal; `visit` is shown the bytes of every tensor of its `header`, in file order.
 
     Raises ArtifactError for a file that cannot be read, is a link or no file.
     """
-    places = Places(header if visit else None)
+    places = TensorRanges(header if visit else None)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
@@ -79,11 +79,11 @@ def scan(path: Path, header: Header | None = None, visit: Visit | None = None) -
             os.close(descriptor)
     except OSError as fault:
         raise ArtifactError(
-            f"{path}: expected a readable file, found: {reason(fault)}; check the path"
+            f"{path}: expected a readable file, found: {describe_os_error(fault)}; check the path"
         ) from None
 
 
-def _at_once(descriptor: int, places: Places, visit: Visit | None) -> str:
+def _at_once(descriptor: int, places: TensorRanges, visit: Visit | None) -> str:
     """A small file, read whole; it may have grown since it was measured, so that the rest is read too."""
     parts = []
     while part := os.read(descriptor, FEW_BYTES):
@@ -94,7 +94,7 @@ def _at_once(descriptor: int, places: Places, visit: Visit | None) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _in_pieces(descriptor: int, places: Places, visit: Visit | None) -> str:
+def _in_pieces(descriptor: int, places: TensorRanges, visit: Visit | None) -> str:
     """A large file, piece by piece."""
     digest = hashlib.sha256()
     buffers: Sequence[bytearray] = [bytearray(PIECE_BYTES) for _ in range(BUFFERS)]
@@ -129,7 +129,7 @@ def _fill(descriptor: int, piece: memoryview) -> int:
     return done
 
 
-def read_small(path: Path, header: Header, name: str, limit_bytes: int = FEW_BYTES) -> bytes:
+def read_small_tensor(path: Path, header: Header, name: str, limit_bytes: int = FEW_BYTES) -> bytes:
     """All bytes of a small tensor; no bytes when it is larger than the limit or cannot be read."""
     begin, end = header.offsets[name]
     if end - begin > limit_bytes:

@@ -10,15 +10,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from quantkit.checkpoint.file_names import INDEX, SINGLE
 from quantkit.checkpoint.header import Header, read_header
 from quantkit.contracts import TensorSpec
 from quantkit.errors import CheckpointError
-from quantkit.io.files import brief, is_file, listed, read_json, read_start, sha256_file
+from quantkit.io.files import (
+    is_file,
+    join_faults,
+    read_json,
+    read_prefix,
+    sha256_file,
+    shorten_repr,
+)
 from quantkit.progress import Progress, ProgressCallback
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-LONGEST_NAME = 256  # no file has a longer one
+MAX_NAME_LENGTH = 256  # no file has a longer one
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -39,7 +45,7 @@ class Shards:
         """File and header of a stored tensor; raises CheckpointError for an unknown name."""
         if name not in self.files:
             raise CheckpointError(
-                f"{self.folder}: expected a tensor {brief(name)}, found none of that name"
+                f"{self.folder}: expected a tensor {shorten_repr(name)}, found none of that name"
             )
         return self.folder / self.files[name], self.headers[self.files[name]]
 
@@ -49,7 +55,7 @@ class Shards:
         for name in sorted(self.headers):
             header = self.headers[name]
             digest.update(f"{name}\0{header.data_start + header.n_data_bytes}\0".encode())
-            digest.update(read_start(self.folder / name, header.data_start))
+            digest.update(read_prefix(self.folder / name, header.data_start))
         return digest.hexdigest()
 
     def hashes(self, tell: ProgressCallback | None = None) -> dict[str, str]:
@@ -80,7 +86,7 @@ def open_shards(folder: Path) -> Shards:
     faults: list[str] = []
     headers: dict[str, Header] = {}
     for name in names:
-        if fault := path_fault(folder, name):
+        if fault := find_path_fault(folder, name):
             faults.append(fault)
             continue
         try:
@@ -88,14 +94,14 @@ def open_shards(folder: Path) -> Shards:
         except CheckpointError as damaged:
             faults.append(str(damaged))
     if index is not None:
-        faults += index_faults(index, headers, str(folder / INDEX))
+        faults += find_index_faults(index, headers, str(folder / INDEX))
     if faults:
-        raise CheckpointError(listed(faults))
+        raise CheckpointError(join_faults(faults))
     files = index if index is not None else dict.fromkeys(headers[SINGLE].specs, SINGLE)
     return Shards(folder=folder, headers=headers, files=files)
 
 
-def weight_map(index: Mapping[str, object], where: str) -> dict[str, str]:
+def read_weight_map(index: Mapping[str, object], where: str) -> dict[str, str]:
     """The tensor -> file table of an index; raises CheckpointError when it is none."""
     table = index.get("weight_map")
     if (
@@ -104,13 +110,15 @@ def weight_map(index: Mapping[str, object], where: str) -> dict[str, str]:
         or not all(isinstance(file, str) for file in table.values())
     ):
         raise CheckpointError(
-            f"{where}: weight_map: expected an object of tensor names and file names, found {brief(table)}; "
+            f"{where}: weight_map: expected an object of tensor names and file names, found {shorten_repr(table)}; "
             "fetch the index again"
         )
     return dict(table)
 
 
-def index_faults(index: Mapping[str, str], headers: Mapping[str, Header], where: str) -> list[str]:
+def find_index_faults(
+    index: Mapping[str, str], headers: Mapping[str, Header], where: str
+) -> list[str]:
     """Where the index and the files' headers disagree, one sentence each; files without a header are left out."""
     faults: list[str] = []
     owner: dict[str, str] = {}
@@ -118,42 +126,42 @@ def index_faults(index: Mapping[str, str], headers: Mapping[str, Header], where:
         for name in header.specs:
             if name in owner:
                 faults.append(
-                    f"{where}: tensor {brief(name)}: expected in one file, found in {owner[name]} and {file}; "
+                    f"{where}: tensor {shorten_repr(name)}: expected in one file, found in {owner[name]} and {file}; "
                     "fetch the checkpoint again"
                 )
             elif name not in index:
                 faults.append(
-                    f"{where}: tensor {brief(name)} of {file}: expected in weight_map, found no entry; "
+                    f"{where}: tensor {shorten_repr(name)} of {file}: expected in weight_map, found no entry; "
                     "add it to the index or it would be lost"
                 )
             owner.setdefault(name, file)
     for name, file in index.items():
         if file in headers and name not in headers[file].specs:
             faults.append(
-                f"{where}: tensor {brief(name)}: expected in {file}, found no such tensor there; fetch the file again"
+                f"{where}: tensor {shorten_repr(name)}: expected in {file}, found no such tensor there; fetch the file again"
             )
     return faults
 
 
-def path_fault(folder: Path, name: str) -> str | None:
+def find_path_fault(folder: Path, name: str) -> str | None:
     """Why a file name of an index is not a weight file inside the folder; None when it is one."""
     path = PurePosixPath(name)
-    shown = f"{folder / INDEX}: file {brief(name)}"
+    shown = f"{folder / INDEX}: file {shorten_repr(name)}"
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not name:
         return f"{shown}: expected a path inside the folder, found one that leads elsewhere; do not use this checkpoint"
     if path.suffix != ".safetensors":
-        return f"{shown}: expected a .safetensors file, found {brief(path.suffix)}; convert the checkpoint"
-    if leads_out(folder, folder / name):
+        return f"{shown}: expected a .safetensors file, found {shorten_repr(path.suffix)}; convert the checkpoint"
+    if leads_outside(folder, folder / name):
         return f"{folder / name}: expected a file inside the folder, found a link that leads out of it; copy the file"
     if not is_file(folder / name):
-        place = folder / name if len(name) < LONGEST_NAME else f"{folder}: {brief(name)}"
+        place = folder / name if len(name) < MAX_NAME_LENGTH else f"{folder}: {shorten_repr(name)}"
         return (
             f"{place}: expected a file named by the checkpoint, found none; fetch the missing file"
         )
     return None
 
 
-def leads_out(folder: Path, path: Path) -> bool:
+def leads_outside(folder: Path, path: Path) -> bool:
     """Whether a path resolves outside its folder; the links of the Hugging Face cache into its blobs do not."""
     home = folder.resolve()
     roots = [home]
@@ -174,11 +182,11 @@ def _index(folder: Path) -> dict[str, str] | None:
     """The index of the folder; None when one model.safetensors is all there is."""
     single, index = folder / SINGLE, folder / INDEX
     if index.is_file():
-        if leads_out(folder, index):
+        if leads_outside(folder, index):
             raise CheckpointError(
                 f"{index}: expected a file inside the folder, found a link out of it; copy the file"
             )
-        table = weight_map(read_json(index), str(index))
+        table = read_weight_map(read_json(index), str(index))
         if single.is_file() and SINGLE not in table.values():
             raise CheckpointError(
                 f"{folder}: expected one set of weights, found {SINGLE} and an index that does not name it; "

@@ -21,7 +21,7 @@ from torch import Tensor
 from quantkit.checkpoint.header import Header, build_header, parse_header
 from quantkit.contracts import TensorSpec
 from quantkit.errors import ArtifactError, CheckpointError
-from quantkit.io.files import PART, brief, reason, sync_folder, unwritable
+from quantkit.io.files import PART, describe_os_error, make_write_error, shorten_repr, sync_folder
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -46,7 +46,7 @@ _NO_FALLOCATE = (
 )  # file systems that cannot reserve space
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def get_dtype_name(dtype: torch.dtype) -> str:
     """The safetensors name of a torch dtype; raises ArtifactError for one that the format lacks."""
     for name, known in TORCH_DTYPES.items():
         if known == dtype:
@@ -56,7 +56,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     )
 
 
-def raw(tensor: Tensor) -> memoryview:
+def view_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor of any dtype, shared and not copied."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data  # [...] -> [n_bytes]
 
@@ -90,7 +90,7 @@ def read_rows(file: Path, header: Header, name: str, start: int, stop: int) -> T
     spec = header.specs[name]
     if not spec.shape or not 0 <= start <= stop <= spec.shape[0]:
         raise CheckpointError(
-            f"{file}: tensor {brief(name)}: expected rows within {spec.shape}, found {start}:{stop}"
+            f"{file}: tensor {shorten_repr(name)}: expected rows within {spec.shape}, found {start}:{stop}"
         )
     row_bytes = spec.n_bytes // max(spec.shape[0], 1)
     return _read(file, header, spec, (stop - start, *spec.shape[1:]), start * row_bytes)
@@ -100,7 +100,7 @@ def _read(
     file: Path, header: Header, spec: TensorSpec, shape: tuple[int, ...], skip: int
 ) -> Tensor:
     tensor = torch.empty(shape, dtype=TORCH_DTYPES[spec.dtype])
-    view = raw(tensor)
+    view = view_bytes(tensor)
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -111,18 +111,18 @@ def _read(
             os.close(descriptor)
     except OSError as fault:
         raise CheckpointError(
-            f"{file}: expected a readable file, found: {reason(fault)}; check the path"
+            f"{file}: expected a readable file, found: {describe_os_error(fault)}; check the path"
         ) from None
     if count != len(view):
         raise CheckpointError(
-            f"{file}: tensor {brief(spec.name)}: expected {len(view)} bytes, found {count}; "
+            f"{file}: tensor {shorten_repr(spec.name)}: expected {len(view)} bytes, found {count}; "
             "the file became shorter while it was read, fetch it again"
         )
     return tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Written:
+class WrittenFile:
     """A finished file: its sha256 in hexadecimal and its size."""
 
     sha256: str
@@ -156,31 +156,31 @@ class ShardWriter:
         try:
             self._descriptor = self._continue(text) if written else self._begin(text)
         except OSError as fault:
-            raise unwritable(self._part, fault) from fault
+            raise make_write_error(self._part, fault) from fault
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put a tensor at its place; dtype and shape must be those of its spec, and each comes once."""
         spec = self._header.specs.get(name)
         if spec is None:
             raise ArtifactError(
-                f"{self.path}: tensor {brief(name)}: expected a planned tensor, found one not in the plan"
+                f"{self.path}: tensor {shorten_repr(name)}: expected a planned tensor, found one not in the plan"
             )
         if name in self._written:
             raise ArtifactError(
-                f"{self.path}: tensor {brief(name)}: expected once, found a second time"
+                f"{self.path}: tensor {shorten_repr(name)}: expected once, found a second time"
             )
-        found = (dtype_name(tensor.dtype), tuple(tensor.shape))
+        found = (get_dtype_name(tensor.dtype), tuple(tensor.shape))
         if found != (spec.dtype, spec.shape):
             raise ArtifactError(
-                f"{self.path}: tensor {brief(name)}: expected {spec.dtype} {list(spec.shape)}, "
+                f"{self.path}: tensor {shorten_repr(name)}: expected {spec.dtype} {list(spec.shape)}, "
                 f"found {found[0]} {list(found[1])}; the plan and the format's pack disagree"
             )
-        view = raw(tensor.detach().to("cpu").contiguous())
+        view = view_bytes(tensor.detach().to("cpu").contiguous())
         offset = self._header.data_start + self._header.offsets[name][0]
         try:
             write_from(self._descriptor, view, offset)
         except OSError as fault:
-            raise unwritable(self._part, fault) from fault
+            raise make_write_error(self._part, fault) from fault
         self._written.add(name)
         if offset == self._hashed:
             self._hash.update(view)
@@ -190,7 +190,7 @@ class ShardWriter:
         """A tensor written before, read back from the disk: what is measured is what ships."""
         if name not in self._written:
             raise ArtifactError(
-                f"{self.path}: tensor {brief(name)}: expected one that was written, found none"
+                f"{self.path}: tensor {shorten_repr(name)}: expected one that was written, found none"
             )
         return read_tensor(self._part, self._header, name)
 
@@ -199,15 +199,15 @@ class ShardWriter:
         try:
             os.fsync(self._descriptor)
         except OSError as fault:
-            raise unwritable(self._part, fault) from fault
+            raise make_write_error(self._part, fault) from fault
 
-    def finish(self) -> Written:
+    def finish(self) -> WrittenFile:
         """Check that nothing is missing, sync, rename, sync the folder; returns hash and size."""
         missing = [name for name in self._header.specs if name not in self._written]
         if missing:
             raise ArtifactError(
                 f"{self.path}: expected {len(self._header.specs)} tensors, found {len(missing)} not written, "
-                f"the first {brief(missing[0])}"
+                f"the first {shorten_repr(missing[0])}"
             )
         try:
             digest = self._digest()
@@ -216,8 +216,8 @@ class ShardWriter:
             os.replace(self._part, self.path)
             sync_folder(self.path.parent)
         except OSError as fault:
-            raise unwritable(self.path, fault) from fault
-        return Written(sha256=digest, n_bytes=self._size)
+            raise make_write_error(self.path, fault) from fault
+        return WrittenFile(sha256=digest, n_bytes=self._size)
 
     def close(self) -> None:
         """Stop writing; the part file stays for a later writer to continue. Safe to call twice."""
@@ -244,7 +244,7 @@ class ShardWriter:
     def _begin(self, text: bytes) -> int:
         descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
-            reserve(descriptor, self._size)
+            reserve_space(descriptor, self._size)
             write_from(descriptor, memoryview(text), 0)
         except OSError:
             os.close(descriptor)
@@ -256,7 +256,7 @@ class ShardWriter:
         unknown = sorted(self._written - set(self._header.specs))
         if unknown:
             raise ArtifactError(
-                f"{self._part}: expected a part of the same plan, found {brief(unknown[0])} written; start again"
+                f"{self._part}: expected a part of the same plan, found {shorten_repr(unknown[0])} written; start again"
             )
         if (
             self.path.exists() and not self._part.exists()
@@ -284,7 +284,7 @@ class ShardWriter:
         return self._hash.hexdigest()
 
 
-def reserve(descriptor: int, n_bytes: int) -> None:
+def reserve_space(descriptor: int, n_bytes: int) -> None:
     """Give a file its size and its space on the disk; raises OSError when the disk is too small."""
     os.ftruncate(descriptor, n_bytes)
     if n_bytes:

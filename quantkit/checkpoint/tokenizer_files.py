@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-from quantkit.io.files import is_file, read_json, refused_config
+from quantkit.checkpoint.file_names import CONFIG
+from quantkit.io.files import is_file, make_config_error, read_json
 
 _FILES = (
-    "config.json",
+    CONFIG,
     "tokenizer_config.json",
     "tokenizer.json",
     "special_tokens_map.json",
@@ -16,7 +17,7 @@ _FILES = (
 )
 
 
-def check_files(folder: Path) -> None:
+def check_tokenizer_files(folder: Path) -> None:
     """CheckpointError for the first file that is no JSON object, and for a config.json that transformers refuses.
 
     Asked only when the tokenizer did not load: others are taken as transformers takes them.
@@ -24,13 +25,11 @@ def check_files(folder: Path) -> None:
     from transformers import CONFIG_MAPPING
 
     found = {name: read_json(folder / name) for name in _FILES if is_file(folder / name)}
-    values = {
-        key: value for key, value in found.get("config.json", {}).items() if key != "auto_map"
-    }
+    values = {key: value for key, value in found.get(CONFIG, {}).items() if key != "auto_map"}
     model_type = values.get("model_type")
     if not values or (isinstance(model_type, str) and model_type not in CONFIG_MAPPING):
         return  # a family that exists as code only, or none
     try:
         CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(values))
     except Exception as fault:
-        raise refused_config(folder / "config.json", model_type, fault) from fault
+        raise make_config_error(folder / CONFIG, model_type, fault) from fault

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 import click
 
 from quantkit.errors import QuantkitError
-from quantkit.io.files import reason
+from quantkit.io.files import describe_os_error
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -50,7 +50,7 @@ def handle_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, R
         except BrokenPipeError:
             raise  # click ends quietly when nobody reads on
         except OSError as error:  # of a file that nothing below expected to fail
-            leave(f"error: {refused(error)}", error, 1)
+            leave(f"error: {format_os_error(error)}", error, 1)
         except MemoryError as error:
             leave(
                 "error: expected enough memory, found none left; lower `memory` or free some",
@@ -85,17 +85,17 @@ def terminable() -> Iterator[None]:
 def leave(message: str, error: BaseException, code: int) -> NoReturn:
     """Say why the command ends, and below it what was noted on the way out."""
     for line in (message, *getattr(error, "__notes__", ())):
-        click.echo(sentence(line), err=True)
+        click.echo(format_message(line), err=True)
     sys.exit(code)
 
 
-def refused(error: OSError) -> str:
+def format_os_error(error: OSError) -> str:
     """What the operating system would not do, and with which file."""
     where = f"{error.filename}: " if error.filename else ""
-    return f"{where}the operating system refused: {reason(error)}; check the path, its permissions and the free space"
+    return f"{where}the operating system refused: {describe_os_error(error)}; check the path, its permissions and the free space"
 
 
-def sentence(message: str) -> str:
+def format_message(message: str) -> str:
     """A message as the terminal gets it: `printable`, and a name of thousands of characters in it is cut short."""
     lines = printable(message).split("\n")
     cut = [
@@ -119,10 +119,10 @@ def show(*renderables: RenderableType) -> None:
 
     console = Console() if sys.stdout.isatty() else Console(width=100)
     for renderable in renderables:
-        console.print(Harmless(renderable))
+        console.print(EscapedRenderable(renderable))
 
 
-class Harmless:
+class EscapedRenderable:
     """A rich renderable whose texts come from files that anybody may have written: made `printable`."""
 
     def __init__(self, renderable: RenderableType) -> None:

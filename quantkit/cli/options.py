@@ -36,23 +36,23 @@ JUNIT = click.option(
 def read_recipe(name: str, overrides: Iterable[str]) -> tuple[str, Recipe]:
     """The text of a recipe file, or of a recipe that ships with quantkit, and what it says."""
     from quantkit.io.files import is_file
-    from quantkit.io.package_data import folder
-    from quantkit.recipe.parse import parse
-    from quantkit.recipe.yaml_document import shown
+    from quantkit.io.package_data import locate_folder
+    from quantkit.io.yaml_document import printable
+    from quantkit.recipe.parse import parse_recipe
 
     path = Path(name)
     if not is_file(path) and not path.suffix:
-        path = folder("recipes") / f"{name}.yaml"
+        path = locate_folder("recipes") / f"{name}.yaml"
     if not is_file(path):
-        known = ", ".join(sorted(found.stem for found in folder("recipes").glob("*.yaml")))
+        known = ", ".join(sorted(found.stem for found in locate_folder("recipes").glob("*.yaml")))
         raise UsageError(
-            f"{shown(name, 300)}: no such recipe file; recipes that ship with quantkit: {known}"
+            f"{printable(name, 300)}: no such recipe file; recipes that ship with quantkit: {known}"
         )
     text = _text(path)
     pairs = [entry.partition("=") for entry in overrides]
     if any(not separator for _, separator, _ in pairs):
         raise UsageError("--set: expected KEY=VALUE, e.g. --set output.path=artifacts/other")
-    return text, parse(text, name, {key: value for key, _, value in pairs})
+    return text, parse_recipe(text, name, {key: value for key, _, value in pairs})
 
 
 def read_gates(file: Path | None, artifact: Path, report: Fidelity) -> dict[str, Gate]:
@@ -62,10 +62,11 @@ def read_gates(file: Path | None, artifact: Path, report: Fidelity) -> dict[str,
     tasks = [row.task for row in report.benchmarks]
     if file is not None:
         return parse_gates(_text(file), str(file), tasks)
+    from quantkit.artifact.layout import PLAN
     from quantkit.errors import ArtifactError
     from quantkit.io.files import read_json
 
-    place = artifact / "quantkit/plan.json"
+    place = artifact / PLAN
     recipe = read_json(place, ArtifactError).get("recipe")
     own = (
         {key: recipe.get(key) for key in ("gates", "evaluation")}

@@ -7,29 +7,29 @@ from collections.abc import Mapping, Sequence
 from math import floor, isfinite, log10
 from statistics import median
 
-from quantkit.diff.sides import Tokens
-from quantkit.diff.values import Diff, Shift
+from quantkit.diff.diff_schema import Diff, ErrorShift
+from quantkit.diff.sides import TokenFigures
 from quantkit.report.charts import (
     SUPERSCRIPT,
     TIGHT,
     Plot,
     Spec,
-    chart,
-    colour_by,
-    layer_axis,
-    percent_axis,
+    make_chart,
+    make_color_encoding,
+    make_layer_axis,
+    make_percent_axis,
 )
-from quantkit.report.module_ranges import block_of
+from quantkit.report.module_ranges import find_block_number
 
 FLOOR = -9  # log10 of a KL that float32 logits cannot tell from 0
 STEPS_PER_DECADE = 4
 SIDES = ("A", "B")
 
 
-def charts(diff: Diff, a: Tokens | None, b: Tokens | None) -> dict[str, Plot]:
+def make_charts(diff: Diff, a: TokenFigures | None, b: TokenFigures | None) -> dict[str, Plot]:
     """Plots by name in the order of the page: title, how to read it, description; what has no data is left out."""
     made: dict[str, Plot] = {}
-    if rows := layer_medians(diff.modules):
+    if rows := compute_layer_medians(diff.modules):
         by = sorted({row.by for row in diff.modules})
         told = f"Median of the layer's quantized matrices; of their {' or '.join(by)}."
         made["layers"] = ("Relative error of modules, by layer", told, _lines(rows, "layer"))
@@ -41,7 +41,7 @@ def charts(diff: Diff, a: Tokens | None, b: Tokens | None) -> dict[str, Plot]:
             _lines(rows, "layer"),
         )
     if diff.distribution and a and b:
-        tails = tail(a.kl, "A") + tail(b.kl, "B")
+        tails = compute_tail(a.kl, "A") + compute_tail(b.kl, "B")
         told = (
             "Share of the tokens whose KL is at least this large; a curve further down loses less."
         )
@@ -49,11 +49,11 @@ def charts(diff: Diff, a: Tokens | None, b: Tokens | None) -> dict[str, Plot]:
     return made
 
 
-def layer_medians(modules: Sequence[Shift]) -> list[Spec]:
+def compute_layer_medians(modules: Sequence[ErrorShift]) -> list[Spec]:
     """Median error per layer and side."""
     found: dict[tuple[int, str], list[float]] = {}
     for row in modules:
-        block = block_of(row.name)
+        block = find_block_number(row.name)
         for side, error in zip(SIDES, (row.a, row.b), strict=True):
             if block is not None and error is not None:
                 found.setdefault((block, side), []).append(error)
@@ -63,10 +63,10 @@ def layer_medians(modules: Sequence[Shift]) -> list[Spec]:
     ]
 
 
-def _by_block(blocks: Sequence[Shift]) -> list[Spec]:
+def _by_block(blocks: Sequence[ErrorShift]) -> list[Spec]:
     return [
         {
-            "layer": place if (n := block_of(row.name)) is None else n,
+            "layer": place if (n := find_block_number(row.name)) is None else n,
             "side": side,
             "error": error,
             "block": row.name,
@@ -77,7 +77,7 @@ def _by_block(blocks: Sequence[Shift]) -> list[Spec]:
     ]
 
 
-def tail(kl: Sequence[float], side: str) -> list[Spec]:
+def compute_tail(kl: Sequence[float], side: str) -> list[Spec]:
     """Share of tokens at or above each step of log10(KL), from the floor to the largest."""
     ordered = sorted(value for value in kl if isfinite(value))
     if not ordered:
@@ -97,17 +97,17 @@ def _lines(rows: Sequence[Mapping[str, object]], along: str) -> Spec:
     x = {
         "field": along,
         "type": "quantitative",
-        "axis": layer_axis(row[along] for row in rows),
+        "axis": make_layer_axis(row[along] for row in rows),
         "scale": TIGHT,
     }
     mark = {"type": "line", "strokeWidth": 1.8, "point": {"size": 26, "filled": True}}
     encoding = {
         "x": x,
-        "y": percent_axis("error"),
-        "color": colour_by("side", SIDES),
+        "y": make_percent_axis("error"),
+        "color": make_color_encoding("side", SIDES),
         "tooltip": tooltip,
     }
-    return chart(rows, {"mark": mark, "encoding": encoding})
+    return make_chart(rows, {"mark": mark, "encoding": encoding})
 
 
 def _tails(rows: Sequence[Mapping[str, object]]) -> Spec:
@@ -134,10 +134,15 @@ def _tails(rows: Sequence[Mapping[str, object]]) -> Spec:
     ]
     mark = {"type": "line", "strokeWidth": 1.8, "point": {"size": 18, "filled": True}}
     x = {"field": "at", "type": "quantitative", "axis": axis, "scale": {"nice": False}}
-    return chart(
+    return make_chart(
         rows,
         {
             "mark": mark,
-            "encoding": {"x": x, "y": y, "color": colour_by("side", SIDES), "tooltip": tooltip},
+            "encoding": {
+                "x": x,
+                "y": y,
+                "color": make_color_encoding("side", SIDES),
+                "tooltip": tooltip,
+            },
         },
     )

@@ -2,53 +2,59 @@
 
 from __future__ import annotations
 
-from quantkit.diff import evidence, load, structure
-from quantkit.diff.comparable import BASELINE_NOISE, Comparable, baseline_gap, comparable, same_text
+from quantkit.diff import changes, loadtest_diff, paired_figures
+from quantkit.diff.comparability import (
+    BASELINE_NOISE,
+    Comparability,
+    assess_comparability,
+    compute_baseline_gap,
+    is_same_text,
+)
+from quantkit.diff.diff_schema import ComparedModel, Diff
 from quantkit.diff.sides import Side
-from quantkit.diff.values import Diff, Party
 from quantkit.errors import NotComparable
 
 
-def compare(a: Side, b: Side, *, partial: bool = False) -> Diff:
+def compare_sides(a: Side, b: Side, *, partial: bool = False) -> Diff:
     """B compared with A.
 
     Raises NotComparable for another source, other text or other prompts; `partial` leaves such parts out instead.
     """
-    allowed = comparable(a, b)
+    allowed = assess_comparability(a, b)
     if allowed.reasons and not partial:
         raise NotComparable(
             "\n".join(f"{reason}; --partial compares the rest" for reason in allowed.reasons)
         )
-    items, reworded = evidence.counts(a, b, allowed)
+    items, reworded = paired_figures.count_items(a, b, allowed)
     return Diff(
         a=_party(a),
         b=_party(b),
         left_out=allowed.reasons,
         notes=_notes(a, b, allowed),
-        sizes=structure.sizes(a, b),
-        recipe=structure.recipe(a, b),
-        plan=structure.plan(a, b),
-        made_with=structure.changes(a.versions, b.versions) if a.versions and b.versions else (),
-        gates=structure.gates(a, b),
-        decisions=structure.decisions(a, b) or structure.schemes(a, b),
-        tensors=structure.tensors(a, b),
-        distribution=evidence.distribution(a, b, allowed),
-        likelihood=evidence.likelihood(a, b, allowed),
-        benchmarks=evidence.benchmarks(a, b, allowed),
-        blocks=evidence.blocks(a, b, allowed),
-        routers=evidence.routers(a, b, allowed),
-        modules=evidence.modules(a, b, allowed),
-        fallbacks=structure.fallbacks(a, b),
-        flips=evidence.flips(a, b, allowed),
-        load=load.load(a, b),
+        sizes=changes.compare_sizes(a, b),
+        recipe=changes.compare_recipes(a, b),
+        plan=changes.compare_plans(a, b),
+        made_with=changes.list_changes(a.versions, b.versions) if a.versions and b.versions else (),
+        gates=changes.compare_gates(a, b),
+        decisions=changes.group_decisions(a, b) or changes.group_schemes(a, b),
+        tensors=changes.group_tensors(a, b),
+        distribution=paired_figures.pair_distributions(a, b, allowed),
+        likelihood=paired_figures.pair_likelihoods(a, b, allowed),
+        benchmarks=paired_figures.pair_benchmarks(a, b, allowed),
+        blocks=paired_figures.compare_blocks(a, b, allowed),
+        routers=paired_figures.compare_routers(a, b, allowed),
+        modules=paired_figures.compare_modules(a, b, allowed),
+        fallbacks=changes.compare_fallbacks(a, b),
+        flips=paired_figures.list_flips(a, b, allowed),
+        load=loadtest_diff.compare_loadtests(a, b),
         compared_items=items,
         reworded=reworded,
     )
 
 
-def _party(side: Side) -> Party:
+def _party(side: Side) -> ComparedModel:
     fidelity = side.fidelity
-    return Party(
+    return ComparedModel(
         name=side.name,
         kind=side.kind,
         status="source" if side.kind == "source" else fidelity.status,
@@ -58,10 +64,10 @@ def _party(side: Side) -> Party:
     )
 
 
-def _notes(a: Side, b: Side, allowed: Comparable) -> tuple[str, ...]:
+def _notes(a: Side, b: Side, allowed: Comparability) -> tuple[str, ...]:
     """What a reader must know before believing the tables."""
     found = []
-    if structure.same_weights(a, b):
+    if changes.has_same_weights(a, b):
         found.append("The weight files of both are the same bytes.")
     for side in (a, b):
         if side.kind == "report":
@@ -71,9 +77,9 @@ def _notes(a: Side, b: Side, allowed: Comparable) -> tuple[str, ...]:
         elif side.kind == "source" and side.tensors is None:
             found.append(f"{side.name} cannot be reached, so its tensors are not compared.")
     if allowed.source:
-        return tuple(found + load.notes(a, b))
+        return tuple(found + loadtest_diff.list_loadtest_notes(a, b))
     texts = a.fidelity.calibration, b.fidelity.calibration
-    if "source" not in (a.kind, b.kind) and any(texts) and not same_text(*texts):
+    if "source" not in (a.kind, b.kind) and any(texts) and not is_same_text(*texts):
         alone = [side.name for side in (a, b) if side.fidelity.calibration is None]
         told = (
             f"{alone[0]} learned from no text"
@@ -84,17 +90,17 @@ def _notes(a: Side, b: Side, allowed: Comparable) -> tuple[str, ...]:
             f"{told}, so modules are compared by the error of their weights; "
             "a method that learns lets that grow to make the error of the outputs smaller."
         )
-    gap = baseline_gap(a, b)
+    gap = compute_baseline_gap(a, b)
     if gap > BASELINE_NOISE and not allowed.text:
         found.append(
             f"The source's own losses differ by up to {gap:.2g} nats between the two builds: another device, dtype or "
             "version computed them."
         )
     found += _asked(a, b, allowed)
-    return tuple(found + load.notes(a, b))
+    return tuple(found + loadtest_diff.list_loadtest_notes(a, b))
 
 
-def _asked(a: Side, b: Side, allowed: Comparable) -> list[str]:
+def _asked(a: Side, b: Side, allowed: Comparability) -> list[str]:
     """Items that only one side was asked, and items on which the source itself was scored otherwise."""
     if a.items is None or b.items is None:
         return []

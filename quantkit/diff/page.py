@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from quantkit.diff import tables, views
-from quantkit.diff.charts import charts
-from quantkit.diff.sides import Tokens
-from quantkit.diff.values import Diff, Distribution, Flip
-from quantkit.report import format_numbers, html
-from quantkit.report.html import Tile
-from quantkit.report.samples import Changed
+from quantkit.diff import render_text, tables
+from quantkit.diff.charts import make_charts
+from quantkit.diff.diff_schema import Diff, DistributionDiff, FlippedItem
+from quantkit.diff.sides import TokenFigures
+from quantkit.figures import ALL_TEXT, find_figure
+from quantkit.report import format_numbers, html_page
+from quantkit.report.html_page import Tile
+from quantkit.report.samples import ChangedItem
 
 ROWS = 200  # of the tables of modules, blocks and routers
 NAMES = 400  # lines of folded names per group
 
 
-def render(diff: Diff, a: Tokens | None = None, b: Tokens | None = None) -> str:
+def render_page(diff: Diff, a: TokenFigures | None = None, b: TokenFigures | None = None) -> str:
     """The whole page. `a`, `b`: the tokens behind the distributions, for the plot of their tails."""
-    made = html.environment(autoescape=True)
-    made.filters["party"] = views.party_text
-    made.filters["tone"] = tone
-    items = html.shown_items([changed(flip) for flip in diff.flips])
+    made = html_page.make_environment(autoescape=True)
+    made.filters["party"] = render_text.describe_model
+    made.filters["tone"] = choose_tone
+    items = html_page.select_items([make_changed_item(flip) for flip in diff.flips])
     return made.get_template("diff.html.j2").render(
         diff=diff,
         items=items,
         hidden=len(diff.flips) - len(items),
         tables=tables,
-        tiles=tiles(diff),
-        headline=tables.headline(diff),
-        intervals=html.intervals([row.delta_pp for row in diff.benchmarks]),
+        tiles=make_tiles(diff),
+        headline=tables.format_headline(diff),
+        intervals=html_page.draw_intervals([row.delta_pp for row in diff.benchmarks]),
         rows=ROWS,
         names=NAMES,
-        **html.drawn(made, charts(diff, a, b), ("fidelity.css", "diff.css")),
+        **html_page.make_plot_context(made, make_charts(diff, a, b), ("fidelity.css", "diff.css")),
     )
 
 
-def changed(flip: Flip) -> Changed:
+def make_changed_item(flip: FlippedItem) -> ChangedItem:
     """A flipped item as the report's page shows changed ones: A in the place of the source."""
-    return Changed(
+    return ChangedItem(
         task=flip.task,
         item=flip.item,
         prompt=flip.prompt,
@@ -48,7 +49,7 @@ def changed(flip: Flip) -> Changed:
     )
 
 
-def tone(text: str) -> str:
+def choose_tone(text: str) -> str:
     """The class of a cell that says which way something went."""
     word = text.split(":")[0].split("(")[0].strip().lower()
     return {
@@ -60,7 +61,7 @@ def tone(text: str) -> str:
     }.get(word, "open")
 
 
-def tiles(diff: Diff) -> list[Tile]:
+def make_tiles(diff: Diff) -> list[Tile]:
     """The figures that a reader wants first: B's, with A's below."""
     found = []
     for row in diff.sizes:
@@ -71,11 +72,12 @@ def tiles(diff: Diff) -> list[Tile]:
         ):
             continue
         a, b = (
-            format_numbers.size(round(v)) if row.unit == "B" else f"{v:.2f}" for v in (row.a, row.b)
+            format_numbers.format_size(round(v)) if row.unit == "B" else f"{v:.2f}"
+            for v in (row.a, row.b)
         )
         label = "Size" if row.unit == "B" else "Bits per weight"
         found.append(Tile(label=label, value=b, note="as A" if a == b else f"from {a}"))
-    found += _distribution_tiles(diff.distribution)
+    found += _make_distribution_tiles(diff.distribution)
     if diff.compared_items:
         lost = sum(flip.lost for flip in diff.flips)
         value = f"{lost} / {len(diff.flips) - lost}"
@@ -85,16 +87,15 @@ def tiles(diff: Diff) -> list[Tile]:
     return found
 
 
-def _distribution_tiles(rows: Sequence[Distribution]) -> list[Tile]:
-    shown: dict[str, tuple[str, Callable[[float], str]]] = {
-        "kl_mean": ("Mean KL", format_numbers.digits),
-        "ppl_artifact": ("Perplexity", "{:.4f}".format),
-        "top1": ("Same top token", format_numbers.percent),
-    }
-    found = []
+def _make_distribution_tiles(rows: Sequence[DistributionDiff]) -> list[Tile]:
+    """Return the tiles of the figures that the table gives one, over all text."""
+    tiles = []
     for row in rows:
-        if row.domain == "all" and row.figure in shown and row.a is not None and row.b is not None:
-            label, told = shown[row.figure]
-            sure = f", {row.resolved}" if row.resolved else ""
-            found.append(Tile(label=label, value=told(row.b), note=f"from {told(row.a)}{sure}"))
-    return found
+        figure = find_figure(row.figure)
+        if figure is None or not figure.diff_tile or row.domain != ALL_TEXT:
+            continue
+        if row.a is not None and row.b is not None:
+            a, b = (format_numbers.format_value(figure, value) for value in (row.a, row.b))
+            resolution = f", {row.resolved}" if row.resolved else ""
+            tiles.append(Tile(label=figure.diff_tile, value=b, note=f"from {a}{resolution}"))
+    return tiles

@@ -8,24 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from quantkit.artifact.fidelity_schema import Benchmark, Distribution, Fidelity, Figure
-from quantkit.artifact.layout import LOADTEST, MANIFEST, mapping
-from quantkit.artifact.loadtest_schema import LoadTest, read
-from quantkit.artifact.read_report import read_file, read_sealed
-from quantkit.diff.values import Kind
+from quantkit.artifact.fidelity_schema import BenchmarkResult, DistributionResult, Fidelity, Figure
+from quantkit.artifact.layout import (
+    BENCHMARK_SAMPLES,
+    CONFIG,
+    EVIDENCE_FOLDER,
+    FIDELITY,
+    LOADTEST,
+    MANIFEST,
+    PLAN,
+    SOLUTION_SAMPLES,
+    TOKEN_SAMPLES,
+)
+from quantkit.artifact.loadtest_schema import LoadTest, read_load_test
+from quantkit.artifact.read_manifest import get_section
+from quantkit.artifact.read_report import read_report_file, read_sealed_report
+from quantkit.diff.diff_schema import SideKind
 from quantkit.errors import ArtifactError, CheckpointError, HubUnreachable, UsageError
+from quantkit.figures import list_figures
 from quantkit.io.files import read_json
-from quantkit.io.package_data import PREFIX
-from quantkit.report.samples import BENCHMARKS, TOKENS, Answer, answer, read_columns
+from quantkit.io.package_data import BUILTIN_PREFIX
+from quantkit.report.samples import Answer, parse_answer, read_columns
 
 if TYPE_CHECKING:
     from quantkit.contracts import TensorSpec
 
-PLAN = "quantkit/plan.json"
-SOLUTIONS = "quantkit/samples/solutions.parquet"
 HASHES = ("doc_hash", "prompt_hash", "target_hash")
 _ITEM = {"doc_id": "int64"} | dict.fromkeys(
     ("task", "filter", *HASHES, "prompt", "target"), "string"
@@ -49,11 +59,11 @@ _SOLUTION = {
 }
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
-Key = tuple[str, str, int]  # task, filter, item
+ItemKey = tuple[str, str, int]  # task, filter, item
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
+class ItemResult:
     """A benchmark item and what one side answered; `source` is the baseline's answer to it."""
 
     hashes: tuple[str, str, str]
@@ -64,7 +74,7 @@ class Item:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens:
+class TokenFigures:
     """Figures of every scored token, in the order of the text."""
 
     domains: Sequence[str]
@@ -75,7 +85,7 @@ class Tokens:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solution:
+class SolutionScore:
     """Log-likelihood per token of an item's gold solution, nats; `source`: under the baseline."""
 
     n_tokens: int
@@ -88,7 +98,7 @@ class Side:
     """What is known of one side; None where nobody wrote it down."""
 
     name: str
-    kind: Kind
+    kind: SideKind
     fidelity: Fidelity
     recipe: Mapping[str, object] | None = None
     plan: Mapping[str, object] | None = None  # what its rules came to, and the totals
@@ -97,9 +107,9 @@ class Side:
     files: Mapping[str, tuple[str, int]] | None = None  # of the artifact: sha256, bytes
     source_files: Mapping[str, str] | None = None  # weight file of the source -> sha256
     versions: Mapping[str, str] | None = None
-    items: Mapping[Key, Item] | None = None
-    tokens: Tokens | None = None
-    solutions: Mapping[tuple[str, int], Solution] | None = None  # by task and item
+    items: Mapping[ItemKey, ItemResult] | None = None
+    tokens: TokenFigures | None = None
+    solutions: Mapping[tuple[str, int], SolutionScore] | None = None  # by task and item
     load: LoadTest | None = None
     load_fault: str = ""  # why the load test that lies there cannot be read
 
@@ -120,20 +130,19 @@ def read_sides(a: str, b: str) -> tuple[Side, Side]:
 def _read(text: str) -> Side | None:
     """An artifact or a report; None for what can only be a source."""
     path = Path(text)
-    if (path / MANIFEST).is_file() or (path / "quantkit").is_dir():
+    if (path / MANIFEST).is_file() or (path / EVIDENCE_FOLDER).is_dir():
         return _artifact(path)
     if (
-        path.name == "fidelity.json"
+        path.parts[-2:] == PurePosixPath(FIDELITY).parts
         and (path.parent.parent / MANIFEST).is_file()
-        and path.parent.name == "quantkit"
     ):
         return _artifact(path.parent.parent)  # all its evidence lies there
     if path.is_file():
-        found = read_file(path)
+        found = read_report_file(path)
         return Side(
             name=found.artifact.name, kind="report", fidelity=found, versions=found.versions
         )
-    if (path / "config.json").is_file() or not path.exists():
+    if (path / CONFIG).is_file() or not path.exists():
         return None
     raise ArtifactError(
         f"{path}: expected an artifact, a fidelity.json or a source model, found a folder of none of them"
@@ -141,42 +150,45 @@ def _read(text: str) -> Side | None:
 
 
 def _artifact(path: Path) -> Side:
-    fidelity, manifest = read_sealed(path)
+    fidelity, manifest = read_sealed_report(path)
     plan = read_json(path / PLAN, ArtifactError)
-    decisions = mapping(plan, "decisions", path)
+    decisions = get_section(plan, "decisions", path)
     load, fault = _load(path / LOADTEST)
     files = {
         name: entry
-        for name, entry in mapping(manifest, "files", path).items()
+        for name, entry in get_section(manifest, "files", path).items()
         if isinstance(entry, Mapping)
     }
     return Side(
         name=path.absolute().name,
         kind="artifact",
         fidelity=fidelity,
-        recipe=mapping(plan, "recipe", path),
-        plan=_totals(mapping(plan, "summary", path), plan.get("dropped")),
+        recipe=get_section(plan, "recipe", path),
+        plan=_totals(get_section(plan, "summary", path), plan.get("dropped")),
         decisions={
             name: str(row[0]) for name, row in decisions.items() if isinstance(row, list) and row
         },
         tensors={
-            name: _spec(row, path) for name, row in mapping(manifest, "tensors", path).items()
+            name: _spec(row, path) for name, row in get_section(manifest, "tensors", path).items()
         },
         files={
             name: (str(entry.get("sha256")), _whole(entry.get("bytes"), name, path))
             for name, entry in files.items()
         },
         source_files={
-            k: str(v) for k, v in mapping(mapping(manifest, "source", path), "files", path).items()
+            k: str(v)
+            for k, v in get_section(get_section(manifest, "source", path), "files", path).items()
         },
         versions={
             key: str(value)
             for part in ("versions", "environment")
-            for key, value in mapping(manifest, part, path).items()
+            for key, value in get_section(manifest, part, path).items()
         },
-        items=_items(path / BENCHMARKS) if (path / BENCHMARKS).is_file() else None,
-        tokens=_tokens(path / TOKENS) if (path / TOKENS).is_file() else None,
-        solutions=_solutions(path / SOLUTIONS) if (path / SOLUTIONS).is_file() else None,
+        items=_items(path / BENCHMARK_SAMPLES) if (path / BENCHMARK_SAMPLES).is_file() else None,
+        tokens=_tokens(path / TOKEN_SAMPLES) if (path / TOKEN_SAMPLES).is_file() else None,
+        solutions=_solutions(path / SOLUTION_SAMPLES)
+        if (path / SOLUTION_SAMPLES).is_file()
+        else None,
         load=load,
         load_fault=fault,
     )
@@ -185,7 +197,7 @@ def _artifact(path: Path) -> Side:
 def _load(path: Path) -> tuple[LoadTest | None, str]:
     """The load test of an artifact, or why it cannot be read: unsealed, it is no reason to show nothing else."""
     try:
-        return (read(path), "") if path.is_file() else (None, "")
+        return (read_load_test(path), "") if path.is_file() else (None, "")
     except ArtifactError as fault:
         return None, str(fault)
 
@@ -229,7 +241,7 @@ def _typed(path: Path, types: Mapping[str, str]) -> Any:
     return table
 
 
-def _items(path: Path) -> dict[Key, Item]:
+def _items(path: Path) -> dict[ItemKey, ItemResult]:
     rows = _typed(
         path,
         _ITEM
@@ -237,7 +249,7 @@ def _items(path: Path) -> dict[Key, Item]:
     )
     rows = rows.to_pylist()
     return {
-        (row["task"], row["filter"], row["doc_id"]): Item(
+        (row["task"], row["filter"], row["doc_id"]): ItemResult(
             hashes=(row["doc_hash"], row["prompt_hash"], row["target_hash"]),
             prompt=row["prompt"],
             target=row["target"],
@@ -249,12 +261,12 @@ def _items(path: Path) -> dict[Key, Item]:
 
 
 def _answer(row: Mapping[str, Any], who: str) -> Answer | None:
-    return None if row[f"{who}_score"] is None else answer(row, who)
+    return None if row[f"{who}_score"] is None else parse_answer(row, who)
 
 
-def _tokens(path: Path) -> Tokens:
+def _tokens(path: Path) -> TokenFigures:
     table = _typed(path, _TOKEN).to_pydict()
-    return Tokens(
+    return TokenFigures(
         domains=table["domain"],
         kl=table["kl"],
         nll_source=table["nll_source"],
@@ -263,9 +275,9 @@ def _tokens(path: Path) -> Tokens:
     )
 
 
-def _solutions(path: Path) -> dict[tuple[str, int], Solution]:
+def _solutions(path: Path) -> dict[tuple[str, int], SolutionScore]:
     return {
-        (row["task"], row["doc_id"]): Solution(
+        (row["task"], row["doc_id"]): SolutionScore(
             n_tokens=row["n_tokens"], source=row["source"], value=row["artifact"]
         )
         for row in _typed(path, _SOLUTION).to_pylist()
@@ -279,7 +291,7 @@ def _source(text: str, artifact: Side) -> Side:
     """The source of an artifact; UsageError when `text` is another model."""
     told = artifact.fidelity.source
     tensors: Tensors | None = None
-    if Path(text).is_dir() or text.startswith(PREFIX):
+    if Path(text).is_dir() or text.startswith(BUILTIN_PREFIX):
         tensors = _local_source(text, artifact)
     elif text != told.model:
         raise UsageError(
@@ -290,7 +302,7 @@ def _source(text: str, artifact: Side) -> Side:
         from quantkit.checkpoint import hub
 
         try:
-            tensors = _specs(hub.resolve_headers(told.model, told.revision).stored_specs)
+            tensors = _specs(hub.read_model_headers(told.model, told.revision).stored_specs)
         except HubUnreachable:
             tensors = None  # all else is in the artifact
     tokens, solutions = artifact.tokens, artifact.solutions
@@ -320,11 +332,11 @@ def _source(text: str, artifact: Side) -> Side:
 def _local_source(text: str, artifact: Side) -> Tensors:
     """Tensors of a source whose files are here, if they are those that the artifact was made from."""
     from quantkit.checkpoint.checkpoint import Checkpoint  # torch
-    from quantkit.io.package_data import resolve_model
+    from quantkit.io.package_data import locate_model
 
     told = artifact.fidelity.source
     try:
-        folder = resolve_model(text) if text.startswith(PREFIX) else Path(text)
+        folder = locate_model(text) if text.startswith(BUILTIN_PREFIX) else Path(text)
     except CheckpointError as fault:
         raise UsageError(str(fault)) from None
     opened = Checkpoint.open(folder)
@@ -342,7 +354,7 @@ def _specs(specs: Mapping[str, TensorSpec]) -> Tensors:
 
 def _unquantized(fidelity: Fidelity) -> Fidelity:
     """The report of an artifact that would be its source: nothing quantized, nothing lost."""
-    source, zero = fidelity.source, Figure(value=0.0)
+    source = fidelity.source
     artifact = fidelity.artifact.model_copy(
         update={
             "name": source.model,
@@ -351,22 +363,7 @@ def _unquantized(fidelity: Fidelity) -> Fidelity:
             "bytes_artifact": fidelity.artifact.bytes_source,
         }
     )
-    none = dict.fromkeys(
-        ("kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "mean_delta_p", "rms_delta_p"), zero
-    )
-    one = dict.fromkeys(("ppl_ratio", "top1"), Figure(value=1.0))
-    distribution = [
-        Distribution.model_validate({
-            **row.model_dump(exclude_none=True),
-            **{
-                name: figure
-                for name, figure in (none | one).items()
-                if getattr(row, name) is not None
-            },
-            "ppl_artifact": row.ppl_source,
-        })
-        for row in fidelity.distribution
-    ]
+    distribution = [_unquantized_distribution(row) for row in fidelity.distribution]
     return fidelity.model_copy(
         update={
             "artifact": artifact,
@@ -387,7 +384,23 @@ def _unquantized(fidelity: Fidelity) -> Fidelity:
     )
 
 
-def _own(row: Benchmark) -> Benchmark:
+def _unquantized_distribution(row: DistributionResult) -> DistributionResult:
+    """Return the figures of the source against itself, those that the artifact has."""
+    figures = dict(row.figures)
+    for definition in list_figures():
+        key, value = definition.key, definition.at_source
+        if isinstance(value, str):
+            figures[key] = row.figures[value]
+        elif value is not None and figures.get(key) is not None:
+            figures[key] = Figure(value=value)
+    return DistributionResult.model_validate({
+        "domain": row.domain,
+        "tokens": row.tokens,
+        **figures,
+    })
+
+
+def _own(row: BenchmarkResult) -> BenchmarkResult:
     rates = {
         name: rate and (rate[0], rate[0])
         for name in ("truncated", "unparsed")

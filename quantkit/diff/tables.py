@@ -5,26 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from quantkit.artifact.fidelity_schema import Figure
-from quantkit.diff.evidence import ALL_TASKS
-from quantkit.diff.values import Change, Diff, Distribution, Group, Quantity, Shift
+from quantkit.diff.diff_schema import (
+    Change,
+    Diff,
+    DistributionDiff,
+    ErrorShift,
+    Quantity,
+    TensorGroup,
+)
+from quantkit.diff.paired_figures import ALL_TASKS
+from quantkit.figures import ALL_TEXT, NOT_FINITE, FigureDefinition, list_figures
 from quantkit.report import format_numbers
 from quantkit.report.tables import Table
 
 MORE = "--json has all"
-PAIRED = (
-    "kl_mean",
-    "ppl_artifact",
-    "top1",
-    "mean_delta_p",
-)  # shown of every domain; the others of all text
-NAMES = {
-    "kl_mean": "KL mean [nats/token]", "kl_median": "KL median", "kl_p99": "KL 99 %", "kl_p999": "KL 99.9 %",
-    "kl_max": "KL max", "ppl_artifact": "perplexity", "top1": "same top token", "mean_delta_p": "mean Δp",
-    "rms_delta_p": "RMS Δp",
-}  # fmt: skip
 
 
-def headline(diff: Diff) -> str:
+def format_headline(diff: Diff) -> str:
     """What a reviewer wants to know first, in one or two sentences."""
     told = [_size_told(diff.sizes)]
     kl = next(
@@ -38,7 +35,7 @@ def headline(diff: Diff) -> str:
             "not resolved": ", not resolved",
         }
         told.append(
-            f"mean KL {format_numbers.digits(kl.a)} -> {format_numbers.digits(kl.b)}{change}{sure.get(kl.resolved, '')}"
+            f"mean KL {format_numbers.format_digits(kl.a)} -> {format_numbers.format_digits(kl.b)}{change}{sure.get(kl.resolved, '')}"
         )
     paired = [row for row in diff.benchmarks if row.delta_pp and row.task != ALL_TASKS]
     if paired:
@@ -66,19 +63,19 @@ def _size_told(rows: Sequence[Quantity]) -> str:
     if row is None or row.a is None or row.b is None:
         return ""
     if row.a == row.b:
-        return f"Both have {format_numbers.size(round(row.a))} of weights"
-    return f"Weights {format_numbers.size(round(row.a))} -> {format_numbers.size(round(row.b))} ({_relative(row.a, row.b)})"
+        return f"Both have {format_numbers.format_size(round(row.a))} of weights"
+    return f"Weights {format_numbers.format_size(round(row.a))} -> {format_numbers.format_size(round(row.b))} ({_relative(row.a, row.b)})"
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def sizes(diff: Diff) -> Table:
+def make_size_table(diff: Diff) -> Table:
     """Bytes, bits and counts."""
     show: dict[str, Callable[[float], str]] = {
-        "B": lambda value: format_numbers.size(round(value)),
+        "B": lambda value: format_numbers.format_size(round(value)),
         "bits": "{:.2f}".format,
-        "": lambda value: format_numbers.count(round(value)),
+        "": lambda value: format_numbers.format_count(round(value)),
     }
     rows = tuple(
         (
@@ -92,19 +89,19 @@ def sizes(diff: Diff) -> Table:
     return Table(title="Size", columns=("what", ">A", ">B", ">change"), rows=rows)
 
 
-def benchmarks(diff: Diff) -> Table:
+def make_benchmark_table(diff: Diff) -> Table:
     """Task by task, paired item by item."""
     several = {row.task for row in diff.benchmarks if row.filter and _filters(diff, row.task) > 1}
     rows = tuple(
         (
             f"{row.task} ({row.filter})" if row.task in several else row.task,
-            format_numbers.count(row.n or None),
-            format_numbers.percent(row.source, 1),
-            format_numbers.percent(row.a, 1),
-            format_numbers.percent(row.b, 1),
-            format_numbers.points(row.delta_pp),
+            format_numbers.format_count(row.n or None),
+            format_numbers.format_percent(row.source, 1),
+            format_numbers.format_percent(row.a, 1),
+            format_numbers.format_percent(row.b, 1),
+            format_numbers.format_points(row.delta_pp),
             format_numbers.MISSING if row.lost is None else f"{row.lost}/{row.gained}",
-            format_numbers.probability(row.mcnemar_p),
+            format_numbers.format_probability(row.mcnemar_p),
             row.verdict,
         )
         for row in diff.benchmarks
@@ -132,18 +129,22 @@ def _filters(diff: Diff, task: str) -> int:
     return len({row.filter for row in diff.benchmarks if row.task == task})
 
 
-def distribution(diff: Diff, domain: str | None = None) -> Table:
+def make_distribution_table(diff: Diff, domain: str | None = None) -> Table:
     """Figures of all text, and the paired means of every domain; or the paired means of one."""
-    shown = [row for row in diff.distribution if row.domain == "all" or row.figure in PAIRED]
-    if domain:
-        shown = [row for row in shown if row.domain == domain and row.figure in PAIRED]
+    figures = {row.key: row for row in list_figures()}
+    shown = [
+        row
+        for row in diff.distribution
+        if domain in (None, row.domain)
+        and (figures[row.figure].pairing or (domain is None and row.domain == ALL_TEXT))
+    ]
     rows = tuple(
         (
-            NAMES[row.figure],
+            figures[row.figure].diff_label,
             row.domain,
-            _value(row, row.a),
-            _value(row, row.b),
-            _difference(row),
+            format_numbers.format_value(figures[row.figure], row.a),
+            format_numbers.format_value(figures[row.figure], row.b),
+            _format_difference(figures[row.figure], row),
             row.resolved,
         )
         for row in shown
@@ -162,12 +163,12 @@ def distribution(diff: Diff, domain: str | None = None) -> Table:
     return Table(title="Next-token distributions", columns=columns, rows=rows, note=note)
 
 
-def likelihood(diff: Diff) -> Table:
+def make_likelihood_table(diff: Diff) -> Table:
     """Right answers behind their prompts, task by task."""
     rows = tuple(
         (
-            row.task, format_numbers.count(row.n), format_numbers.digits(row.source, 4), format_numbers.digits(row.a, 4),
-            format_numbers.digits(row.b, 4), format_numbers.nats(row.difference), row.resolved,
+            row.task, format_numbers.format_count(row.n), format_numbers.format_digits(row.source, 4), format_numbers.format_digits(row.a, 4),
+            format_numbers.format_digits(row.b, 4), format_numbers.format_nats(row.difference), row.resolved,
         )
         for row in diff.likelihood
     )  # fmt: skip
@@ -180,59 +181,59 @@ def likelihood(diff: Diff) -> Table:
     return Table(title="Gold solutions (teacher-forced)", columns=columns, rows=rows, note=note)
 
 
-def recipe(diff: Diff) -> Table:
+def make_recipe_table(diff: Diff) -> Table:
     """Keys of the recipes, as resolved."""
     return _changes("Recipe", "key", diff.recipe)
 
 
-def plan(diff: Diff) -> Table:
+def make_plan_table(diff: Diff) -> Table:
     """What the rules came to."""
     return _changes("Plan", "key", diff.plan)
 
 
-def made_with(diff: Diff) -> Table:
+def make_version_table(diff: Diff) -> Table:
     """Versions and machines that differ."""
     return _changes("Made with", "what", diff.made_with)
 
 
-def gates(diff: Diff) -> Table:
+def make_gate_table(diff: Diff) -> Table:
     """Every bound of either recipe."""
     return _changes("Gates", "bound", diff.gates)
 
 
-def fallbacks(diff: Diff) -> Table:
+def make_fallback_table(diff: Diff) -> Table:
     """Modules that took each fallback."""
     return _changes("Fallbacks", "kind", diff.fallbacks)
 
 
-def decisions(diff: Diff) -> Table:
+def make_decision_table(diff: Diff) -> Table:
     """What the plans do otherwise."""
     return _groups("Matrices stored otherwise", ">matrices", diff.decisions, 12, with_change=False)
 
 
-def tensors(diff: Diff, names: int = 12) -> Table:
+def make_tensor_table(diff: Diff, names: int = 12) -> Table:
     """What lies in the files; at most `names` lines of folded names per group."""
     return _groups("Tensors", ">tensors", diff.tensors, names, with_change=True)
 
 
-def modules(diff: Diff, limit: int) -> Table:
+def make_module_table(diff: Diff, limit: int) -> Table:
     """The largest shifts of a matrix's error, either way."""
     moved = [row for row in diff.modules if row.shift != 0]
     return _shifts("Error of modules, largest shift first", "module", moved, limit, rising="larger")
 
 
-def blocks(diff: Diff, limit: int) -> Table:
+def make_block_table(diff: Diff, limit: int) -> Table:
     """Hidden states after each block."""
     return _shifts("Error of the hidden states", "block", diff.blocks, limit, rising="larger")
 
 
-def routers(diff: Diff, limit: int) -> Table:
+def make_router_table(diff: Diff, limit: int) -> Table:
     """Choices of experts."""
     moved = [row for row in diff.routers if row.shift != 0]
     return _shifts("Router agreement with the source", "block", moved, limit, rising="higher")
 
 
-def flips(diff: Diff, limit: int) -> Table:
+def make_flip_table(diff: Diff, limit: int) -> Table:
     """Items that one has right and the other wrong: results only."""
     rows = tuple(
         (
@@ -255,7 +256,7 @@ def flips(diff: Diff, limit: int) -> Table:
     return Table(title="Items that flipped", columns=columns, rows=rows, note=note if rows else "")
 
 
-def load(diff: Diff) -> Table:
+def make_loadtest_table(diff: Diff) -> Table:
     """Load tests that both sides have, level by level."""
     rows = tuple(
         (
@@ -287,14 +288,14 @@ def _changes(title: str, what: str, found: Sequence[Change]) -> Table:
 
 
 def _groups(
-    title: str, counted: str, found: Iterable[Group], names: int, *, with_change: bool
+    title: str, counted: str, found: Iterable[TensorGroup], names: int, *, with_change: bool
 ) -> Table:
     rows = tuple(
         (
             *((row.change,) if with_change else ()),
             row.a,
             row.b,
-            format_numbers.count(row.count),
+            format_numbers.format_count(row.count),
             _listed(row.names, names),
         )
         for row in found
@@ -303,13 +304,13 @@ def _groups(
     return Table(title=title, columns=columns, rows=rows)
 
 
-def _shifts(title: str, what: str, found: Sequence[Shift], limit: int, rising: str) -> Table:
+def _shifts(title: str, what: str, found: Sequence[ErrorShift], limit: int, rising: str) -> Table:
     rows = tuple(
         (
             row.name,
             row.by,
-            format_numbers.percent(row.a, 3),
-            format_numbers.percent(row.b, 3),
+            format_numbers.format_percent(row.a, 3),
+            format_numbers.format_percent(row.b, 3),
             _points(row.shift),
         )
         for row in found[:limit]
@@ -327,7 +328,7 @@ def _listed(names: Sequence[str], limit: int) -> str:
 
 
 def _points(shift: float | None) -> str:
-    return format_numbers.NOT_FINITE if shift is None else f"{100 * shift:+.3f}"
+    return NOT_FINITE if shift is None else f"{100 * shift:+.3f}"
 
 
 def _relative(a: float, b: float) -> str:
@@ -336,42 +337,19 @@ def _relative(a: float, b: float) -> str:
     return f"{100 * (b / a - 1):+.2f} %" if a else f"{b - a:+,.0f}"
 
 
-_SHOWN: dict[str, tuple[Callable[[float], str], Callable[[float], str]]] = {
-    "kl": (
-        format_numbers.digits,
-        lambda value: f"{'+' if value > 0 else ''}{format_numbers.digits(value)}",
-    ),
-    "ppl": ("{:.4f}".format, "x{:.4f}".format),
-    "top": (format_numbers.percent, lambda value: f"{100 * value:+.2f}"),
-    "mean": (lambda value: f"{100 * value:+.3f} %", lambda value: f"{100 * value:+.3f}"),
-    "rms": (format_numbers.percent, lambda value: f"{100 * value:+.2f}"),
-}  # a figure's kind -> how itself and its difference are written
-
-
-def _kind(figure: str) -> str:
-    return "top" if figure == "top1" else figure.partition("_")[0]
-
-
-def _value(row: Distribution, value: float | None) -> str:
-    return format_numbers.MISSING if value is None else _SHOWN[_kind(row.figure)][0](value)
-
-
-def _difference(row: Distribution) -> str:
-    """ "+0.000378 [+0.000279, +0.000478]"; without an interval where the tokens are not paired."""
-    show = _SHOWN[_kind(row.figure)][1]
-    found: Figure | None = row.difference
-    if found is None or found.value is None:
-        return (
-            format_numbers.MISSING
-            if row.a is None or row.b is None or row.figure == "ppl_artifact"
-            else show(row.b - row.a)
-        )
-    low, high = found.ci or (None, None)
-    return (
-        f"{show(found.value)} [{show(low)}, {show(high)}]"
-        if low is not None and high is not None
-        else show(found.value)
-    )
+def _format_difference(figure: FigureDefinition, row: DistributionDiff) -> str:
+    """Return "+0.000378 [+0.000279, +0.000478]"; without an interval if the tokens are not paired."""
+    is_ratio = figure.pairing is not None and figure.pairing.statistic == "ratio"
+    show = "x{:.4f}".format if is_ratio else format_numbers.STYLES[figure.style].difference
+    difference: Figure | None = row.difference
+    if difference is None or difference.value is None:
+        if row.a is None or row.b is None or is_ratio:
+            return format_numbers.MISSING
+        return show(row.b - row.a)
+    low, high = difference.ci or (None, None)
+    if low is None or high is None:
+        return show(difference.value)
+    return f"{show(difference.value)} [{show(low)}, {show(high)}]"
 
 
 def _result(outcome: str, score: float) -> str:
@@ -383,11 +361,11 @@ def _brief(text: str, limit: int = 60) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def tables(diff: Diff, limit: int) -> list[Table]:
+def make_tables(diff: Diff, limit: int) -> list[Table]:
     """All of them in the order of a review; empty ones left out. `limit`: rows of the long ones."""
     made = (
-        sizes(diff), benchmarks(diff), distribution(diff), likelihood(diff), gates(diff), recipe(diff), plan(diff),
-        decisions(diff), tensors(diff), blocks(diff, limit), modules(diff, limit), routers(diff, limit),
-        fallbacks(diff), made_with(diff), flips(diff, limit), load(diff),
+        make_size_table(diff), make_benchmark_table(diff), make_distribution_table(diff), make_likelihood_table(diff), make_gate_table(diff), make_recipe_table(diff), make_plan_table(diff),
+        make_decision_table(diff), make_tensor_table(diff), make_block_table(diff, limit), make_module_table(diff, limit), make_router_table(diff, limit),
+        make_fallback_table(diff), make_version_table(diff), make_flip_table(diff, limit), make_loadtest_table(diff),
     )  # fmt: skip
     return [table for table in made if table.rows]

@@ -1,7 +1,8 @@
-"""Answers as they come, in one SQLite file: an evaluation that was killed goes on with what it had not asked yet.
+"""Store of an evaluation's answers in one SQLite file, from which a killed evaluation resumes.
 
-A row is one answer to one question; SQLite commits it whole or not at all, whenever the process dies. The primary key
-is everything that can change the answer, so that nothing is asked, or counted, twice.
+A row is one answer to one request; SQLite commits it whole or not at all, whenever the process
+dies. The primary key has everything that can change the answer, so that no request is sent or
+counted twice.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from typing import NamedTuple
 from quantkit.errors import EvaluationError, QuantkitError
 
 _SCHEMA = """create table if not exists answers (
- task text, doc_hash text, prompt_hash text, settings text, model text, turn integer, value text not null,
+ task text, doc_hash text, prompt_hash text, settings text, model text, turn integer,
+ value text not null,
  primary key (task, doc_hash, prompt_hash, settings, model, turn)) without rowid"""
+_SELECT = """select value from answers
+ where (task, doc_hash, prompt_hash, settings, model, turn) = (?, ?, ?, ?, ?, ?)"""
 _WAIT_SECONDS = 1
 
 
 class AnswerKey(NamedTuple):
-    """What an answer is stored under; `turn` counts equal questions, which sampling answers differently."""
+    """The key of an answer; `turn` numbers equal requests, which sampling answers differently."""
 
     task: str
     doc_hash: str
@@ -32,8 +36,8 @@ class AnswerKey(NamedTuple):
     turn: int
 
 
-Value = list[object]
-"""An answer as JSON keeps it."""
+StoredValue = list[object]
+"""An answer as JSON stores it."""
 
 
 class AnswerStore:
@@ -42,75 +46,74 @@ class AnswerStore:
     def __init__(self, connection: sqlite3.Connection, path: str) -> None:
         self._connection, self._path = connection, path
 
-    def get(self, question: AnswerKey) -> Value | None:
-        """The stored answer; None when there is none. EvaluationError for a file that is damaged."""
+    def get(self, key: AnswerKey) -> StoredValue | None:
+        """Return the stored answer, or None. Raises EvaluationError if the file is damaged."""
         try:
-            row = self._connection.execute(
-                "select value from answers where (task, doc_hash, prompt_hash, settings, model, turn) = "
-                "(?, ?, ?, ?, ?, ?)",
-                question,
-            ).fetchone()
+            row = self._connection.execute(_SELECT, key).fetchone()
             return None if row is None else list(json.loads(row[0]))
-        except (sqlite3.Error, ValueError, TypeError, RecursionError) as fault:
-            raise self._damaged(fault) from None
+        except (sqlite3.Error, ValueError, TypeError, RecursionError) as error:
+            raise self._make_damaged_error(error) from None
 
-    def put(self, answers: Sequence[tuple[AnswerKey, Value]]) -> None:
-        """Store answers, all of them or none; the first answer to a question stays."""
-        rows = [(*question, json.dumps(value)) for question, value in answers]
+    def put(self, answers: Sequence[tuple[AnswerKey, StoredValue]]) -> None:
+        """Store all of these answers or none; the first answer to a request stays."""
+        rows = [(*key, json.dumps(value)) for key, value in answers]
         try:
             with self._connection:
                 self._connection.executemany(
                     "insert or ignore into answers values (?, ?, ?, ?, ?, ?, ?)", rows
                 )
-        except sqlite3.Error as fault:
-            raise QuantkitError(  # the model can be asked: no reason to do without its answers
-                f"{self._path}: an answer cannot be stored: {fault}; make room and go on"
+        except sqlite3.Error as error:
+            # the model works, so this is no EvaluationError, which would only skip the task
+            raise QuantkitError(
+                f"{self._path}: an answer cannot be stored: {error}; free disk space, then resume"
             ) from None
 
     def __len__(self) -> int:
         try:
             return int(self._connection.execute("select count(*) from answers").fetchone()[0])
-        except (sqlite3.Error, ValueError) as fault:
-            raise self._damaged(fault) from None
+        except (sqlite3.Error, ValueError) as error:
+            raise self._make_damaged_error(error) from None
 
-    def _damaged(self, fault: Exception) -> EvaluationError:
+    def _make_damaged_error(self, error: Exception) -> EvaluationError:
         return EvaluationError(
-            f"{self._path}: expected the answers of an evaluation, found: {fault}; remove it"
+            f"{self._path}: expected the answers of an evaluation, found: {error}; remove it"
         )
 
 
-def holds_answers(path: Path) -> bool:
-    """Whether a file has answers, or is one that cannot be read as it should; what has none can be written over."""
+def has_answers(path: Path) -> bool:
+    """Return whether a file has answers or cannot be read.
+
+    A file without any may be overwritten.
+    """
     if not path.is_file():
         return False
     try:
-        with opened(path) as found:
-            return len(found) > 0
+        with open_answer_store(path) as store:
+            return len(store) > 0
     except EvaluationError:
         return True
 
 
 @contextmanager
-def opened(path: Path | None) -> Iterator[AnswerStore]:
-    """The journal in a file, which is made when it is not there; without a path one that is gone afterwards.
+def open_answer_store(path: Path | None) -> Iterator[AnswerStore]:
+    """Open the store in a file, which is created if needed; without a path, open one in memory.
 
-    EvaluationError when the file is no journal, or when another process has it open.
+    Raises EvaluationError if the file is not a store, or if another process has it open.
     """
     name = ":memory:" if path is None else str(path)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        connection = _connected(name)
-    except sqlite3.OperationalError as fault:
+        connection = _connect(name)
+    except sqlite3.OperationalError as error:
         raise EvaluationError(
-            f"{name}: answers cannot be stored: {fault}; wait for the evaluation that uses it, or name another place"
+            f"{name}: answers cannot be stored: {error}; wait for the evaluation that uses it, or "
+            "name another folder"
         ) from None
-    except (
-        sqlite3.DatabaseError,
-        UnicodeDecodeError,
-    ) as fault:  # the latter for what SQLite says of a damaged file
+    # SQLite raises UnicodeDecodeError for some damaged files
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         raise EvaluationError(
-            f"{name}: expected the answers of an evaluation, found: {fault}; remove it"
+            f"{name}: expected the answers of an evaluation, found: {error}; remove it"
         ) from None
     try:
         yield AnswerStore(connection, name)
@@ -118,7 +121,7 @@ def opened(path: Path | None) -> Iterator[AnswerStore]:
         connection.close()
 
 
-def _connected(name: str) -> sqlite3.Connection:
+def _connect(name: str) -> sqlite3.Connection:
     connection = sqlite3.connect(name, timeout=_WAIT_SECONDS)
     try:
         connection.execute("pragma locking_mode = exclusive")  # a lock that dies with the process
@@ -126,6 +129,6 @@ def _connected(name: str) -> sqlite3.Connection:
         connection.execute(_SCHEMA)
         connection.commit()
     except BaseException:
-        connection.close()  # or it would keep its lock until it is collected
+        connection.close()  # otherwise it keeps its lock until it is collected
         raise
     return connection

@@ -1,110 +1,180 @@
-"""The models that answer in this process: transformers with weights unpacked or native, and vLLM.
-
-Imported only when a benchmark runs: each backend's own library comes with it.
-"""
+"""Backends of `quantkit eval`: load the model in this process, or connect to a server."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from quantkit.artifact.load_model import DTYPES, get_device, load_model
+from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import EvaluationError, UsageError
-from quantkit.evaluate.lm_eval_adapter import Answer, Likelihood, Rules
+from quantkit.evaluate.options import EvaluationOptions
+from quantkit.evaluate.target import EvaluationTarget
+from quantkit.models import full_model
+from quantkit.models.layers import make_meta_model
+from quantkit.plan.plan import load_architecture
+from quantkit.texts.corpora import load_tokenizer
 
-CHUNK = 256  # requests between two entries in the journal, for an engine that tells nothing before all are done
+if TYPE_CHECKING:
+    from quantkit.evaluate.lm_eval_adapter import Backend
+    from quantkit.evaluate.openai_backend import ServerOptions
+
+DEVICE_MAPS = ("auto", "balanced", "sequential")
+"""Device maps of accelerate, which place a model on several devices."""
 
 
-def native(folder: Path, dtype: str, device_map: str) -> Any:
-    """The folder as transformers itself loads it, with the kernels of its format's library, placed by accelerate.
+@contextmanager
+def open_backend(target: EvaluationTarget, options: EvaluationOptions) -> Iterator[Backend]:
+    """Open the backend of the options; the model's memory is released afterwards."""
+    if options.server is not None:
+        from quantkit.evaluate.openai_backend import OpenAIBackend  # imports lm-eval: seconds
 
-    device_map: "auto", "balanced", "sequential", or a device. EvaluationError when transformers cannot load it.
+        tokenizer = load_tokenizer(target.folder) if target.folder is not None else None
+        yield OpenAIBackend(options.server, tokenizer)
+        return
+    assert target.folder is not None
+    if options.backend == "vllm":
+        from quantkit.evaluate.vllm_backend import VllmBackend  # imports lm-eval: seconds
+
+        yield VllmBackend(target.folder, options.engine)
+        return
+    from quantkit.evaluate.transformers_backend import TransformersBackend  # the same
+
+    model = load_target_model(target, options)
+    try:
+        yield TransformersBackend(model, load_tokenizer(target.folder), options.batch_size)
+    finally:
+        del model
+        gc.collect()
+
+
+def connect_server(
+    url: str,
+    *,
+    model: str,
+    chat: bool,
+    concurrency: int,
+    tries: int,
+    seconds: float,
+    key_variable: str,
+) -> ServerOptions:
+    """Check an endpoint's URL and query its model's name if `model` is empty.
+
+    See openai_backend.ServerOptions.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    if find_spec("openai") is None:
+        raise UsageError(
+            "--backend openai: expected OpenAI's client in this environment, found none; "
+            "install quantkit[openai]"
+        )
+    from quantkit.evaluate.openai_backend import ServerOptions, get_served_model, normalize_url
+
+    server = ServerOptions(
+        url=normalize_url(url),
+        model=model,
+        chat=chat,
+        concurrency=concurrency,
+        tries=tries,
+        seconds=seconds,
+        key_variable=key_variable,
+    )
+    return server if model else replace(server, model=get_served_model(server))
+
+
+def describe_backend(target: EvaluationTarget, options: EvaluationOptions) -> dict[str, object]:
+    """Return everything of model and backend that can change an answer; no secrets, no paths."""
+    description: dict[str, object] = {"model": target.hash, "backend": options.backend}
+    if options.server is not None:
+        return description | {
+            "endpoint": options.server.url,
+            "served": options.server.model,
+            "chat": options.server.chat,
+        }
+    packages = ["torch", "transformers"]
+    if options.backend == "vllm":
+        return description | {
+            "engine": dict(options.engine),
+            "versions": {name: version(name) for name in ("vllm", *packages)},
+        }
+    device, dtype = select_device_and_dtype(options)
+    return description | {
+        "device": device,
+        "dtype": dtype,
+        "weights": "native" if options.native else "dequantized",
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def select_device_and_dtype(options: EvaluationOptions) -> tuple[str, str]:
+    """Return device (or device map) and dtype; default: bfloat16 on a GPU, else float32 on CPU."""
+    device = options.device_map or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device, options.dtype or ("float32" if device == "cpu" else "bfloat16")
+
+
+def load_target_model(target: EvaluationTarget, options: EvaluationOptions) -> Any:
+    """Load a transformers model, with native kernels or with weights dequantized by quantkit."""
+    assert target.folder is not None
+    device, dtype = select_device_and_dtype(options)
+    if dtype not in DTYPES:
+        raise UsageError(
+            f"--dtype: expected {', '.join(DTYPES)}, found {dtype!r}; name one of them"
+        )
+    if options.native:
+        return load_native_model(target.folder, dtype, device)
+    is_spread = device in DEVICE_MAPS
+    first_device = "cpu" if is_spread else device
+    if target.kind == "artifact":
+        model = load_model(target.folder, device=first_device, dtype=dtype)
+    else:
+        source = Checkpoint.open(target.folder)
+        layout = load_architecture(source.config).layout(source.config)
+        meta = make_meta_model(source.config, get_device(first_device), getattr(torch, dtype))
+        model = full_model.make_model(meta, layout, full_model.make_reader(source))
+    return dispatch_model(model, device) if is_spread else model
+
+
+def load_native_model(folder: Path, dtype: str, device_map: str) -> Any:
+    """Load a folder with transformers and its format's kernels, placed by accelerate.
+
+    device_map: "auto", "balanced", "sequential", or a device. Raises EvaluationError if
+    transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM  # seconds to import
 
     try:
         return AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=getattr(torch, dtype), device_map=device_map, local_files_only=True,
+            str(folder),
+            dtype=getattr(torch, dtype),
+            device_map=device_map,
+            local_files_only=True,
             trust_remote_code=False,
-        ).eval()  # fmt: skip
-    except (ImportError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as fault:
-        said = " ".join(f"{type(fault).__name__}: {fault}".split())[:300]
+        ).eval()
+    except (ImportError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+        message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise EvaluationError(
-            f"{folder}: transformers cannot load it ({said}); install the library of its format, or leave out --native"
+            f"{folder}: transformers cannot load it ({message}); install the library of its "
+            "format, or leave out "
+            "--native"
         ) from None
 
 
-def placed(model: Any, device_map: str) -> Any:
-    """A model in CPU memory spread over the devices of this machine as accelerate plans it."""
+def dispatch_model(model: Any, device_map: str) -> Any:
+    """Dispatch a model in CPU memory to this machine's devices with accelerate."""
     accelerate: Any = import_module("accelerate")  # it has no types
-    whole = [*(getattr(model, "_no_split_modules", None) or ())]
-    room = None
+    no_split = [*(getattr(model, "_no_split_modules", None) or ())]
+    max_memory = None
     if device_map != "sequential":
-        room = accelerate.utils.get_balanced_memory(model, no_split_module_classes=whole)
+        max_memory = accelerate.utils.get_balanced_memory(model, no_split_module_classes=no_split)
     planned = accelerate.infer_auto_device_map(
-        model, max_memory=room, no_split_module_classes=whole
+        model, max_memory=max_memory, no_split_module_classes=no_split
     )
     return accelerate.dispatch_model(model, device_map=planned)
-
-
-class Vllm:
-    """lm-eval's vLLM backend, asked in chunks so that what is finished is kept.
-
-    It returns text alone: tokens are counted by the tokenizer, and an answer as long as its limit was cut.
-    """
-
-    def __init__(self, folder: Path, arguments: Mapping[str, object]) -> None:
-        if find_spec("vllm") is None:
-            raise UsageError(
-                "--backend vllm: expected vLLM in this environment, found none; install vllm, or start `vllm serve` "
-                "and name it with --backend openai --endpoint http://HOST:8000/v1"
-            )
-        try:
-            from lm_eval.models.vllm_causallms import VLLM
-        except ImportError as fault:  # also for a build for CPUs that is called otherwise
-            raise UsageError(
-                f"--backend vllm: lm-eval cannot use this vLLM ({fault}); install vllm, or start `vllm serve` and name "
-                "it with --backend openai --endpoint http://HOST:8000/v1"
-            ) from None
-        try:
-            self._engine = VLLM(pretrained=str(folder), **arguments)
-        except (TypeError, ValueError, RuntimeError, NotImplementedError) as fault:
-            said = " ".join(str(fault).split())[:300]
-            raise EvaluationError(
-                f"{folder}: vLLM {version('vllm')} cannot serve it ({said}); see --engine"
-            ) from None
-
-    def generate(
-        self, requests: Sequence[Any], finished: Callable[[Sequence[tuple[int, Answer]]], None]
-    ) -> None:
-        """An answer per request, told chunk by chunk."""
-        for start in range(0, len(requests), CHUNK):
-            some = requests[start : start + CHUNK]
-            texts = self._engine.generate_until(some, disable_tqdm=True)
-            finished([
-                (start + at, self._answer(*both))
-                for at, both in enumerate(zip(some, texts, strict=True))
-            ])
-
-    def likelihoods(
-        self, requests: Sequence[Any], finished: Callable[[Sequence[tuple[int, Likelihood]]], None]
-    ) -> None:
-        """lm-eval's own, told chunk by chunk."""
-        for start in range(0, len(requests), CHUNK):
-            some = self._engine.loglikelihood(requests[start : start + CHUNK], disable_tqdm=True)
-            finished([*enumerate(some, start)])
-
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
-        """The tokenizer's template."""
-        return str(self._engine.apply_chat_template(chat_history, add_generation_prompt))
-
-    def _answer(self, request: Any, text: str) -> Answer:
-        limit = Rules.of(request.args[1], request.task_name).max_tokens
-        n_tokens = len(self._engine.tok_encode(text, add_special_tokens=False))
-        return Answer(text=text, n_tokens=n_tokens, truncated=n_tokens >= limit)

@@ -1,376 +1,203 @@
-"""`quantkit eval`: any model, any backend, any task; resumed by sample, compared item by item.
+"""`quantkit eval`: run tasks on a model with any backend; resume by item, compare item by item.
 
-An artifact's folder is sealed, so what comes out lies beside it: answers.sqlite (the journal), items.parquet,
-pairs.parquet where there is a baseline, results.json.
+Results go next to the artifact's sealed folder: answers.sqlite, items.parquet, pairs.parquet if
+there is a baseline, and results.json.
 """
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from quantkit.artifact.layout import FIDELITY, MANIFEST, mapping, read_manifest
-from quantkit.artifact.read_report import read_report
-from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.errors import (
-    ArtifactError,
-    CheckpointError,
-    EvaluationError,
-    HubUnreachable,
-    UnsuitedError,
-    UsageError,
+from quantkit.errors import EvaluationError, UnsuitedError, UsageError
+from quantkit.evaluate import (
+    answer_store,
+    item_results,
+    lm_eval_tasks,
+    sandbox,
+    source_comparison,
+    task_runner,
 )
-from quantkit.evaluate import answer_store, benchmarks, compare, harness, samples
-from quantkit.evaluate.harness import Decoding, Opened
-from quantkit.evaluate.samples import ItemResult
-from quantkit.evaluate.sandbox import sandbox
+from quantkit.evaluate.backends import describe_backend, open_backend, select_device_and_dtype
+from quantkit.evaluate.item_results import ItemResult
+from quantkit.evaluate.lm_eval_tasks import LoadedTasks
+from quantkit.evaluate.options import Decoding, EvaluationOptions
+from quantkit.evaluate.results import (
+    ANSWERS_FILE,
+    EvaluationResult,
+    EvaluationRuns,
+    read_baseline,
+    write_results,
+)
+from quantkit.evaluate.target import EvaluationTarget, resolve_source
 from quantkit.io import user_cache
-from quantkit.io.files import sha256_file
 from quantkit.progress import Progress, ProgressCallback
-from quantkit.texts.corpora import load_tokenizer
 
 if TYPE_CHECKING:
-    from quantkit.evaluate.endpoint import Server
     from quantkit.evaluate.lm_eval_adapter import Backend
 
-Kind = Literal["artifact", "model", "served"]
-BackendName = Literal["transformers", "vllm", "openai"]
-JOURNAL = "answers.sqlite"
-DEFAULT_TASKS = ("math", "code")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What is asked: an artifact, an ordinary model, or a model that only a server knows (folder None).
-
-    hash: of the artifact's manifest, which seals every file; of every byte of a model; of nothing but the name else.
-    """
-
-    name: str
-    kind: Kind
-    folder: Path | None
-    hash: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """How a subject is asked. device_map, dtype: "" chooses; engine: arguments of vLLM; server: of backend openai."""
-
-    backend: BackendName = "transformers"
-    limit: int | None = None
-    seeds: int = 1
-    decoding: Decoding = field(default_factory=Decoding)
-    batch_size: int = benchmarks.BATCH_SIZE
-    device_map: str = ""
-    dtype: str = ""
-    native: bool = False
-    engine: Mapping[str, object] = field(default_factory=dict)
-    server: Server | None = None
-
-    def check(self) -> None:
-        """UsageError for settings that contradict each other."""
-        if self.limit is not None and self.limit < 1:
-            raise UsageError(f"--limit: expected 1 or more items, found {self.limit}")
-        if self.seeds > 1 and not self.decoding.temperature:
-            raise UsageError(
-                "--seeds: expected --temperature above 0 with it, found greedy decoding, which has one answer; name one"
-            )
-        if (self.backend == "openai") != (self.server is not None):
-            raise UsageError(
-                "--endpoint: expected with --backend openai, and with no other; name the server's address"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A run per seed over the same items, the items averaged over the seeds, and which tasks could not be run."""
-
-    runs: tuple[tuple[ItemResult, ...], ...]
-    items: tuple[ItemResult, ...]
-    opened: Opened
-    backend: Mapping[str, object]
-
-
-def server_at(
-    url: str,
+def evaluate_target(
+    target: EvaluationTarget,
+    names: Sequence[str],
+    options: EvaluationOptions,
+    folder: Path,
     *,
-    model: str,
-    chat: bool,
-    concurrency: int,
-    tries: int,
-    seconds: float,
-    key_variable: str,
-) -> Server:
-    """A checked endpoint with the name of its model, which is asked for when it is not given; see endpoint.Server."""
-    if find_spec("openai") is None:
-        raise UsageError(
-            "--backend openai: expected OpenAI's client in this environment; install quantkit[openai]"
-        )
-    from quantkit.evaluate.endpoint import Server, checked_url, served_model
+    source: str | None = None,
+    baseline: Path | None = None,
+    on_progress: ProgressCallback,
+) -> EvaluationResult:
+    """Run the tasks, compare with a baseline if one is named, and write the results.
 
-    server = Server(
-        url=checked_url(url), model=model, chat=chat, concurrency=concurrency, tries=tries, seconds=seconds,
-        key_variable=key_variable,
-    )  # fmt: skip
-    return server if model else replace(server, model=served_model(server))
+    source: the source model to compare with; "" is the one that the manifest names. baseline: the
+    folder of an earlier evaluation to compare with. Prompts and targets of both sides are compared
+    item by item.
+    """
+    baseline_items = read_baseline(baseline, names, options) if baseline is not None else None
+    source_target = resolve_source(target, source) if source is not None else None
+    runs = run_evaluation(target, names, options, folder / ANSWERS_FILE, on_progress)
+    baseline_name = baseline.name if baseline else ""
+    if source_target is not None:
+        baseline_items = run_source(source_target, names, options, on_progress)
+        baseline_name = source_target.name
+    return write_results(folder, target, options, runs, baseline_items, baseline_name)
 
 
-def subject(name: str, backend: BackendName) -> Subject:
-    """What a name means: an artifact's folder, a model's folder, `builtin:...`, a hub id, or what a server serves."""
-    folder = Path(name)
-    if (folder / MANIFEST).is_file():
-        read_manifest(folder)
-        seal = sha256_file(folder / MANIFEST, ArtifactError)
-        return Subject(name=folder.resolve().name, kind="artifact", folder=folder, hash=seal)
-    if backend == "openai" and not folder.is_dir() and not name.startswith("builtin:"):
-        return Subject(
-            name=name, kind="served", folder=None, hash=hashlib.sha256(name.encode()).hexdigest()
-        )
-    try:
-        found = hub.resolve(name).folder
-    except HubUnreachable:
-        raise
-    except CheckpointError as fault:
-        raise (fault if folder.exists() else UsageError(str(fault))) from None
-    told = folder.resolve().name if folder.is_dir() else name
-    return Subject(
-        name=told, kind="model", folder=found, hash=Checkpoint.open(found).content_hash()
+def run_evaluation(
+    target: EvaluationTarget,
+    names: Sequence[str],
+    options: EvaluationOptions,
+    answers_path: Path,
+    on_progress: ProgressCallback,
+) -> EvaluationRuns:
+    """Run every item of the tasks once per seed.
+
+    Answers are stored in `answers_path` as they arrive.
+
+    Tasks that cannot run are in `loaded.failed` of the result. Raises EvaluationError if no task
+    can run at all, UsageError if no task of these names exists.
+    """
+    options.check()
+    tasks, lm_eval_names, failed = lm_eval_tasks.split_names(names)
+    with lm_eval_tasks.open_lm_eval_tasks(tasks, lm_eval_names) as opened:
+        loaded = replace(opened, failed={**failed, **opened.failed})
+        if not loaded.tasks:
+            is_known = any(lm_eval_tasks.is_known_task(name) for name in loaded.failed)
+            message = "\n".join(loaded.failed.values()) or "--tasks: expected a task, found none"
+            raise EvaluationError(message) if is_known else UsageError(message)
+        with (
+            open_backend(target, options) as backend,
+            answer_store.open_answer_store(answers_path) as answers,
+        ):
+            runs, failed = run_each_task(target, loaded, options, backend, answers, on_progress)
+    if not runs[0]:
+        raise EvaluationError("\n".join(failed.values()))
+    completed = tuple(task for task in loaded.tasks if task.name not in failed)
+    return EvaluationRuns(
+        runs=tuple(tuple(run) for run in runs),
+        items=tuple(item_results.average_runs(runs)),
+        loaded=replace(loaded, tasks=completed, failed=failed),
+        backend=describe_backend(target, options),
     )
 
 
-def source_of(asked: Subject, given: str) -> Subject:
-    """The model that an artifact was made from, or the one given for it; EvaluationError when it is another."""
-    if asked.kind != "artifact" or asked.folder is None:
-        raise UsageError(
-            f"--source: expected an artifact to compare with its source, found {asked.name}"
-        )
-    told = mapping(read_manifest(asked.folder), "source", asked.folder)
-    revision = told.get("revision")
-    name = given or str(told.get("model"))
-    folder = hub.resolve(name, str(revision) if revision and not given else None).folder
-    source = Checkpoint.open(folder)
-    if source.fingerprint() != told.get("fingerprint"):
-        raise EvaluationError(
-            f"{name}: not the model that {asked.name} was made from: fingerprint {source.fingerprint()[:12]}, the "
-            f"manifest has {str(told.get('fingerprint'))[:12]}; name its folder with --source"
-        )
-    shown = Path(name).resolve().name if Path(name).is_dir() else name
-    return Subject(name=shown, kind="model", folder=folder, hash=source.content_hash())
-
-
-def default_tasks(asked: Subject) -> tuple[str, ...]:
-    """The tasks of an artifact's own report, else math and code."""
-    if (
-        asked.kind == "artifact"
-        and asked.folder is not None
-        and (asked.folder / FIDELITY).is_file()
-    ):
-        return tuple(row.task for row in read_report(asked.folder).benchmarks) or DEFAULT_TASKS
-    return DEFAULT_TASKS
-
-
-def ask(
-    who: Subject, names: Sequence[str], setup: Setup, book: Path, tell: ProgressCallback
-) -> Asked:
-    """Ask every item of the tasks, once per seed, with answers kept in the journal `book`.
-
-    EvaluationError when no task can be run at all; tasks that cannot are in `opened.failed`.
-    """
-    setup.check()
-    own, theirs, failed = harness.split(names)
-    with harness.opened(own, theirs) as found:
-        opened = Opened(tasks=found.tasks, loaded=found.loaded, failed={**failed, **found.failed})
-        if not opened.tasks:
-            kind = (
-                EvaluationError
-                if any(harness.known(name) for name in opened.failed)
-                else UsageError
-            )
-            raise kind("\n".join(opened.failed.values()) or "--tasks: expected a task, found none")
-        with backend(who, setup) as model, answer_store.opened(book) as answers:
-            runs, unsuited = ask_each(who, opened, setup, model, answers, tell)
-    if not runs[0]:
-        raise EvaluationError("\n".join(unsuited.values()))
-    done = tuple(task for task in opened.tasks if task.name not in unsuited)
-    opened = replace(opened, tasks=done, failed=unsuited)
-    return Asked(
-        runs=tuple(tuple(run) for run in runs), items=tuple(samples.average(runs)), opened=opened,
-        backend=identity(who, setup),
-    )  # fmt: skip
-
-
-def ask_each(
-    who: Subject,
-    opened: Opened,
-    setup: Setup,
-    model: Backend,
+def run_each_task(
+    target: EvaluationTarget,
+    loaded: LoadedTasks,
+    options: EvaluationOptions,
+    backend: Backend,
     answers: answer_store.AnswerStore,
-    tell: ProgressCallback,
+    on_progress: ProgressCallback,
 ) -> tuple[list[list[ItemResult]], dict[str, str]]:
-    """The items of a run per seed, task by task, and the tasks that could not be asked, with the reason."""
-    from quantkit.evaluate.lm_eval_adapter import Recorder
+    """Run task by task.
 
-    lasting = {
-        name: value for name, value in identity(who, setup).items() if name != "endpoint"
-    }  # a server may move
-    key = hashlib.sha256(json.dumps(lasting, sort_keys=True, default=str).encode()).hexdigest()
-    jail = sandbox.probe() if any(task.code for task in opened.tasks) else None
-    runs: list[list[ItemResult]] = [[] for _ in range(setup.seeds)]
-    unsuited = dict(opened.failed)
-    for each in opened.single():
-        found = []
+    Return the items of each seed's run, and the reason of each task that could not run.
+    """
+    from quantkit.evaluate.lm_eval_adapter import LMEvalAdapter  # seconds to import
+
+    description = describe_backend(target, options)
+    description.pop("endpoint", None)  # the same server may move to another address
+    text = json.dumps(description, sort_keys=True, default=str)
+    model_key = hashlib.sha256(text.encode()).hexdigest()
+    has_code = any(task.code for task in loaded.tasks)
+    jail = sandbox.probe_sandbox() if has_code else None
+    runs: list[list[ItemResult]] = [[] for _ in range(options.seeds)]
+    failed = dict(loaded.failed)
+    for single in loaded.iterate_tasks():
+        task = single.tasks[0].name
+        task_runs = []
         try:
-            for seed in range(setup.seeds):
-                setup.decoding.apply(each, seed)
-                told_as = telling(tell, stage(who.name, each.tasks[0].name, seed, setup.seeds))
-                recorder = Recorder(model, answers, key, told_as, setup.decoding.think_end)
-                found.append(
-                    benchmarks.ask(
-                        recorder, each, limit=setup.limit, chat=setup.decoding.chat, sandbox=jail
+            for seed in range(options.seeds):
+                options.decoding.apply(single, seed)
+                stage = format_stage(target.name, task, seed, options.seeds)
+                adapter = LMEvalAdapter(
+                    backend,
+                    answers,
+                    model_key,
+                    make_answer_callback(on_progress, stage),
+                    options.decoding.think_end,
+                )
+                task_runs.append(
+                    task_runner.run_loaded_tasks(
+                        adapter,
+                        single,
+                        limit=options.limit,
+                        chat=options.decoding.chat,
+                        jail=jail,
                     )
                 )
-        except UnsuitedError as fault:
-            unsuited[each.tasks[0].name] = str(fault)
+        except UnsuitedError as error:
+            failed[task] = str(error)
         else:
-            for run, new in zip(runs, found, strict=True):
-                run += new
-    return runs, unsuited
+            for run, items in zip(runs, task_runs, strict=True):
+                run += items
+    return runs, failed
 
 
-def stage(model: str, task: str, seed: int, seeds: int) -> str:
-    """What progress is about."""
+def format_stage(model: str, task: str, seed: int, seeds: int) -> str:
+    """Return the name of a stage that progress reports show."""
     return f"{model}, {task}" + (f", seed {seed + 1} of {seeds}" if seeds > 1 else "")
 
 
-def telling(tell: ProgressCallback, stage: str) -> Callable[[int, int], None]:
-    """A recorder's progress under the name of its stage."""
-    return lambda done, total: tell(Progress(stage=stage, done=done, total=total))
+def make_answer_callback(on_progress: ProgressCallback, stage: str) -> Callable[[int, int], None]:
+    """Return a callback that reports numbers of answers as progress of a stage."""
+    return lambda done, total: on_progress(Progress(stage=stage, done=done, total=total))
 
 
-def ask_source(
-    who: Subject, names: Sequence[str], setup: Setup, tell: ProgressCallback
+def run_source(
+    target: EvaluationTarget,
+    names: Sequence[str],
+    options: EvaluationOptions,
+    on_progress: ProgressCallback,
 ) -> list[ItemResult]:
-    """A source's items: from the baselines of builds where they fit, else asked, with its own journal in the cache."""
-    own, theirs, failed = harness.split(names)
-    plain = (
-        setup.decoding == Decoding() and setup.seeds == 1 and not (theirs or failed or setup.native)
+    """Return a source's items, from the user's cache if the settings are those of a build.
+
+    The answers of a run are stored in the cache as well, in a file of their own.
+    """
+    tasks, lm_eval_names, failed = lm_eval_tasks.split_names(names)
+    is_cacheable = (
+        options.decoding == Decoding()
+        and options.seeds == 1
+        and not (lm_eval_names or failed or options.native)
     )
+    cache = user_cache.locate_folder(source_comparison.BASELINES)
     key = ""
-    if plain and who.folder is not None:
-        jail = benchmarks.jail_for(own)
-        device, dtype = chosen(setup)
-        where = f"{dtype} on {device}"
-        key = compare.baseline_key(Checkpoint.open(who.folder), own, setup.limit, where, jail)
-        cached = samples.read_cached(user_cache.folder(compare.BASELINES), key)
+    if is_cacheable and target.folder is not None:
+        jail = task_runner.probe_sandbox_for(tasks)
+        device, dtype = select_device_and_dtype(options)
+        key = source_comparison.compute_baseline_key(
+            Checkpoint.open(target.folder), tasks, options.limit, f"{dtype} on {device}", jail
+        )
+        cached = item_results.read_cached_items(cache, key)
         if cached is not None:
             return cached
-    items = [
-        *ask(
-            who,
-            names,
-            setup,
-            user_cache.folder(compare.BASELINES) / f"{who.hash[:16]}.sqlite",
-            tell,
-        ).items
-    ]
+    answers_path = cache / f"{target.hash[:16]}.sqlite"
+    items = [*run_evaluation(target, names, options, answers_path, on_progress).items]
     if key:
-        samples.write_cached(user_cache.folder(compare.BASELINES), key, items)
+        item_results.write_cached_items(cache, key, items)
     return items
-
-
-def chosen(setup: Setup) -> tuple[str, str]:
-    """Device or device map, and dtype: what was asked for, else a GPU in bfloat16 where there is one, else float32."""
-    import torch
-
-    device = setup.device_map or ("cuda" if torch.cuda.is_available() else "cpu")
-    return device, setup.dtype or ("float32" if device == "cpu" else "bfloat16")
-
-
-def identity(who: Subject, setup: Setup) -> dict[str, object]:
-    """Everything about the model and its backend that can change an answer; no secret, no path of this machine."""
-    told: dict[str, object] = {"model": who.hash, "backend": setup.backend}
-    if setup.server is not None:
-        return told | {
-            "endpoint": setup.server.url,
-            "served": setup.server.model,
-            "chat": setup.server.chat,
-        }
-    packages = ["torch", "transformers"]
-    if setup.backend == "vllm":
-        return told | {
-            "engine": dict(setup.engine),
-            "versions": {name: version(name) for name in ("vllm", *packages)},
-        }
-    device, dtype = chosen(setup)
-    return told | {
-        "device": device, "dtype": dtype, "weights": "native" if setup.native else "dequantized",
-        "versions": {name: version(name) for name in packages},
-    }  # fmt: skip
-
-
-@contextmanager
-def backend(who: Subject, setup: Setup) -> Iterator[Backend]:
-    """The model behind the interface of recorded.Backend; its memory is free again afterwards."""
-    if setup.server is not None:
-        from quantkit.evaluate.endpoint import Endpoint
-
-        yield Endpoint(setup.server, load_tokenizer(who.folder) if who.folder is not None else None)
-        return
-    assert who.folder is not None
-    if setup.backend == "vllm":
-        from quantkit.evaluate.backends import Vllm
-
-        yield Vllm(who.folder, setup.engine)
-        return
-    from quantkit.evaluate.generation import LocalModel
-
-    model = loaded(who, setup)
-    try:
-        yield LocalModel(model, load_tokenizer(who.folder), setup.batch_size)
-    finally:
-        del model
-        gc.collect()
-
-
-def loaded(who: Subject, setup: Setup) -> Any:
-    """A transformers model: native, or with plain weights from quantkit's own reader."""
-    import torch
-
-    from quantkit.artifact.load_model import DTYPES, chosen_device, load
-    from quantkit.evaluate import backends
-    from quantkit.models import full_model
-    from quantkit.models.layers import meta_model
-    from quantkit.plan.plan import architecture_of
-
-    assert who.folder is not None
-    device, dtype = chosen(setup)
-    if dtype not in DTYPES:
-        raise UsageError(
-            f"--dtype: expected {', '.join(DTYPES)}, found {dtype!r}; name one of them"
-        )
-    if setup.native:
-        return backends.native(who.folder, dtype, device)
-    spread = device in ("auto", "balanced", "sequential")
-    first = "cpu" if spread else device
-    if who.kind == "artifact":
-        model = load(who.folder, device=first, dtype=dtype)
-    else:
-        source = Checkpoint.open(who.folder)
-        layout = architecture_of(source.config).layout(source.config)
-        bones = meta_model(source.config, chosen_device(first), getattr(torch, dtype))
-        model = full_model.model(bones, layout, full_model.reader(source))
-    return backends.placed(model, device) if spread else model
-
-
-def settings(setup: Setup) -> dict[str, object]:
-    """What the user chose, for results.json."""
-    return {"limit": setup.limit, "seeds": setup.seeds, **asdict(setup.decoding)}

@@ -1,4 +1,4 @@
-"""lm-eval's side of every backend: what is in the journal is not asked again, what is new goes there at once.
+"""Adapter between lm-eval and a backend that reuses stored answers and stores new ones.
 
 Imported only when a benchmark runs: lm-eval takes seconds to import.
 """
@@ -16,17 +16,17 @@ from lm_eval.api.model import LM
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from quantkit.errors import UnsuitedError, UsageError
-from quantkit.evaluate.answer_store import AnswerKey, AnswerStore, Value
+from quantkit.evaluate.answer_store import AnswerKey, AnswerStore, StoredValue
 
-Progress = Callable[[int, int], None]
-"""Called with the number of answers that are complete, and of all."""
+AnswerCallback = Callable[[int, int], None]
+"""Called with the number of complete answers and the number of all answers."""
 
-DEFAULT_TOKENS = 256  # of a task that names no limit; lm-eval's own
+DEFAULT_MAX_TOKENS = 256  # of a task that sets no limit; lm-eval's own
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """What a model wrote: text before the stop string, tokens including the one that stopped it.
+class GeneratedAnswer:
+    """Text before the stop string, and the number of tokens including the one that stopped it.
 
     `truncated`: neither EOS nor a stop string came within the limit.
     """
@@ -37,7 +37,7 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rules:
+class GenerationParams:
     """A task's generation_kwargs, checked. Temperature 0 is greedy."""
 
     task: str
@@ -48,48 +48,60 @@ class Rules:
     seed: int = 0
 
     @property
-    def key(self) -> tuple[str, int]:
-        """What requests are grouped by."""
+    def group_key(self) -> tuple[str, int]:
+        """Requests with equal keys may share a batch."""
         return self.task, self.max_tokens
 
     @classmethod
-    def of(cls, kwargs: Mapping[str, Any], task: str) -> Rules:
-        until, limit = kwargs.get("until", []), kwargs.get("max_gen_toks", DEFAULT_TOKENS)
+    def from_kwargs(cls, kwargs: Mapping[str, Any], task: str) -> GenerationParams:
+        """Check generation_kwargs. Raises UnsuitedError for values that no backend supports."""
+        until, limit = kwargs.get("until", []), kwargs.get("max_gen_toks", DEFAULT_MAX_TOKENS)
         if not isinstance(limit, int) or limit < 1:
             raise UnsuitedError(
-                f"{task}: generation_kwargs.max_gen_toks: expected a whole number, found {limit!r}"
+                f"{task}: generation_kwargs.max_gen_toks: expected a whole number of 1 or more, "
+                f"found {limit!r}; set a number of tokens"
             )
-        strings = tuple(
-            string for string in ([until] if isinstance(until, str) else until) if string
-        )
+        strings = [until] if isinstance(until, str) else until
+        stop_strings = tuple(string for string in strings if string)
         if not kwargs.get("do_sample"):
-            return cls(task=task, until=strings, max_tokens=limit)
-        temperature, top_p = kwargs.get("temperature"), kwargs.get("top_p", 1.0)
+            return cls(task=task, until=stop_strings, max_tokens=limit)
+        temperature = kwargs.get("temperature")
         if not isinstance(temperature, int | float) or temperature <= 0:
             raise UnsuitedError(
-                f"{task}: generation_kwargs.temperature: expected more than 0 with do_sample, found {temperature!r}; "
-                "name a temperature"
+                f"{task}: generation_kwargs.temperature: expected more than 0 with do_sample, "
+                "found "
+                f"{temperature!r}; set a temperature"
             )
         return cls(
-            task=task, until=strings, max_tokens=limit, temperature=temperature, top_p=top_p, seed=kwargs.get("seed", 0)
-        )  # fmt: skip
+            task=task,
+            until=stop_strings,
+            max_tokens=limit,
+            temperature=temperature,
+            top_p=kwargs.get("top_p", 1.0),
+            seed=kwargs.get("seed", 0),
+        )
 
 
-Likelihood = tuple[float, bool]
-"""Log probability of a continuation in nats, and whether greedy decoding would write it."""
+LogLikelihood = tuple[float, bool]
+"""Log probability of a continuation in nats, and whether greedy decoding would generate it."""
 
 
 class Backend(Protocol):
-    """A model that answers; `finished` is called with (place of the request, answer) as soon as answers are there."""
+    """A model that answers requests.
+
+    `on_answers` is called with (index of the request, answer) pairs as soon as they are complete.
+    """
 
     def generate(
-        self, requests: Sequence[Instance], finished: Callable[[Sequence[tuple[int, Answer]]], None]
-    ) -> None: ...
-
-    def likelihoods(
         self,
         requests: Sequence[Instance],
-        finished: Callable[[Sequence[tuple[int, Likelihood]]], None],
+        on_answers: Callable[[Sequence[tuple[int, GeneratedAnswer]]], None],
+    ) -> None: ...
+
+    def compute_likelihoods(
+        self,
+        requests: Sequence[Instance],
+        on_answers: Callable[[Sequence[tuple[int, LogLikelihood]]], None],
     ) -> None: ...
 
     def apply_chat_template(
@@ -97,128 +109,147 @@ class Backend(Protocol):
     ) -> str: ...
 
 
-class Recorder(LM):  # type: ignore[misc]  # lm-eval is untyped
-    """A backend as lm-eval asks it. `answers` keeps what was written, by (task, doc_id).
+StoreCallback = Callable[[Sequence[tuple[int, StoredValue]]], None]
 
-    model: the hash under which answers are stored; think_end: the text after which a reasoning model's answer starts;
-    what comes before is not scored, and stop strings do not end it.
+
+class LMEvalAdapter(LM):  # type: ignore[misc]  # lm-eval is untyped
+    """A backend with lm-eval's interface. `answers` keeps generated answers by (task, doc_id).
+
+    model_key: the hash under which answers are stored; think_end: the text that ends a reasoning
+    model's thoughts. Only the text after it is scored, and stop strings do not end the thoughts.
     """
 
     def __init__(
         self,
         backend: Backend,
-        journal: AnswerStore,
-        model: str,
-        progress: Progress | None = None,
+        store: AnswerStore,
+        model_key: str,
+        on_answers: AnswerCallback | None = None,
         think_end: str = "",
     ) -> None:
         super().__init__()
-        self.answers: dict[tuple[str, int], Answer] = {}
-        self._backend, self._journal, self._model = backend, journal, model
-        self._progress, self._think_end = progress, think_end
+        self.answers: dict[tuple[str, int], GeneratedAnswer] = {}
+        self._backend, self._store, self._model_key = backend, store, model_key
+        self._on_answers, self._think_end = on_answers, think_end
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """One text per request, in the order of the requests."""
-        asked = [self._unstopped(request) if self._think_end else request for request in requests]
+        """Return one text per request, in the order of the requests."""
+        sent = (
+            [_remove_stop_strings(request) for request in requests] if self._think_end else requests
+        )
 
-        def ask(
-            missing: Sequence[int], store: Callable[[Sequence[tuple[int, Value]]], None]
-        ) -> None:
+        def run(missing: Sequence[int], store: StoreCallback) -> None:
             self._backend.generate(
-                [asked[index] for index in missing],
-                lambda some: store([
-                    (missing[at], [a.text, a.n_tokens, a.truncated]) for at, a in some
+                [sent[index] for index in missing],
+                lambda answers: store([
+                    (missing[index], [answer.text, answer.n_tokens, answer.truncated])
+                    for index, answer in answers
                 ]),
             )
 
-        questions = _questions(
-            asked, [json.dumps(request.args[1], sort_keys=True) for request in asked]
-        )
-        values = self._complete(questions, ask)
+        settings = [json.dumps(request.args[1], sort_keys=True) for request in sent]
+        values = self._complete_answers(self._make_keys(sent, settings), run)
         texts = []
-        for request, (text, n_tokens, truncated) in zip(requests, values, strict=True):
-            shown = self._spoken(str(text), request.args[1]) if self._think_end else str(text)
-            answer = Answer(text=shown, n_tokens=int(str(n_tokens)), truncated=bool(truncated))
-            self.answers[request.task_name, request.doc_id] = answer
-            texts.append(shown)
+        for request, (stored, n_tokens, truncated) in zip(requests, values, strict=True):
+            text = str(stored)
+            if self._think_end:
+                text = self._remove_thoughts(text, request.args[1])
+            self.answers[request.task_name, request.doc_id] = GeneratedAnswer(
+                text=text, n_tokens=int(str(n_tokens)), truncated=bool(truncated)
+            )
+            texts.append(text)
         return texts
 
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
-    ) -> list[Likelihood]:
-        """(log probability, greedy) per request, in the order of the requests."""
+    ) -> list[LogLikelihood]:
+        """Return (log probability, is greedy) per request, in the order of the requests."""
 
-        def ask(
-            missing: Sequence[int], store: Callable[[Sequence[tuple[int, Value]]], None]
-        ) -> None:
-            self._backend.likelihoods(
+        def run(missing: Sequence[int], store: StoreCallback) -> None:
+            self._backend.compute_likelihoods(
                 [requests[index] for index in missing],
-                lambda some: store([(missing[at], [*a]) for at, a in some]),
+                lambda answers: store([(missing[index], [*answer]) for index, answer in answers]),
             )
 
-        values = self._complete(
-            _questions(requests, [json.dumps(request.args[1]) for request in requests]), ask
-        )
-        return [(float(str(nats)), bool(greedy)) for nats, greedy in values]
+        settings = [json.dumps(request.args[1]) for request in requests]
+        values = self._complete_answers(self._make_keys(requests, settings), run)
+        return [(float(str(nats)), bool(is_greedy)) for nats, is_greedy in values]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Perplexity of whole texts is not measured here."""
+        """Refuse tasks that measure the perplexity of whole texts."""
         raise UnsuitedError(
-            f"{requests[0].task_name}: it measures perplexity, which has no score per item; the fidelity report has it"
+            f"{requests[0].task_name}: it measures perplexity, which has no score per item; see "
+            "the "
+            "fidelity report for perplexity"
         )
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The backend's own words for a conversation."""
+        """Apply the backend's chat template."""
         try:
             return self._backend.apply_chat_template(chat_history, add_generation_prompt)
-        except ValueError as fault:
-            said = " ".join(str(fault).split())[:120]
+        except ValueError as error:
+            message = " ".join(str(error).split())[:120]
             raise UsageError(
-                f"--chat-template: expected a chat template in the model's tokenizer, found none ({said}); leave it out"
+                "--chat-template: expected a chat template in the model's tokenizer, found none "
+                f"({message}); leave it out"
             ) from None
 
     @property
     def tokenizer_name(self) -> str:
-        """lm-eval keys a cache of prompts by it, which is not used."""
+        """The key of lm-eval's cache of prompts, which is not used."""
         return ""
 
-    def _complete(
-        self,
-        questions: Sequence[tuple[str, str, str, str, int]],
-        ask: Callable[[Sequence[int], Callable[[Sequence[tuple[int, Value]]], None]], None],
-    ) -> list[Value]:
-        """A value per question: from the journal where it has one, else asked for and stored."""
-        keys = [AnswerKey(*parts[:4], self._model, parts[4]) for parts in questions]
-        values = [self._journal.get(key) for key in keys]
+    def _complete_answers(
+        self, keys: Sequence[AnswerKey], run: Callable[[Sequence[int], StoreCallback], None]
+    ) -> list[StoredValue]:
+        """Return one value per key: from the store, or run on the backend and stored."""
+        values = [self._store.get(key) for key in keys]
         missing = [index for index, value in enumerate(values) if value is None]
-        left = set(missing)
+        pending = set(missing)
 
-        def store(some: Sequence[tuple[int, Value]]) -> None:
-            self._journal.put([(keys[index], value) for index, value in some])
-            for index, value in some:
+        def store(answers: Sequence[tuple[int, StoredValue]]) -> None:
+            self._store.put([(keys[index], value) for index, value in answers])
+            for index, value in answers:
                 values[index] = value
-                left.discard(index)
-            if self._progress is not None:
-                self._progress(len(values) - len(left), len(values))
+                pending.discard(index)
+            if self._on_answers is not None:
+                self._on_answers(len(values) - len(pending), len(values))
 
-        store([])  # what an earlier run left is told as well
+        store([])  # reports the answers of an earlier run as well
         if missing:
-            ask(missing, store)
+            run(missing, store)
         return [value for value in values if value is not None]
 
-    def _unstopped(self, request: Instance) -> Instance:
-        kwargs = {**request.args[1], "until": []}
-        metadata = (request.task_name, request.doc_id, request.repeats)
-        return Instance(
-            request.request_type, request.doc, (request.args[0], kwargs), request.idx, metadata
-        )
+    def _make_keys(self, requests: Sequence[Instance], settings: Sequence[str]) -> list[AnswerKey]:
+        """Return each request's key, with hashes as lm-eval computes them.
 
-    def _spoken(self, text: str, kwargs: Mapping[str, Any]) -> str:
-        """What follows the last thought, up to a stop string; nothing when the thought did not end."""
+        Equal requests are numbered.
+        """
+        counts: Counter[tuple[str, str, str, str]] = Counter()
+        keys = []
+        for request, setting in zip(requests, settings, strict=True):
+            doc = json.dumps(
+                request.doc, indent=2, default=handle_non_serializable, ensure_ascii=False
+            )
+            key = (
+                str(request.task_name),
+                hash_string(doc),
+                hash_string(request.args[0]),
+                setting,
+            )
+            keys.append(AnswerKey(*key, self._model_key, counts[key]))
+            counts[key] += 1
+        return keys
+
+    def _remove_thoughts(self, text: str, kwargs: Mapping[str, Any]) -> str:
+        """Return the text after the last thought, up to a stop string.
+
+        Empty if the thought did not end.
+        """
         _, mark, spoken = text.rpartition(self._think_end)
         until = kwargs.get("until", [])
         for stop in [until] if isinstance(until, str) else until:
@@ -226,15 +257,9 @@ class Recorder(LM):  # type: ignore[misc]  # lm-eval is untyped
         return spoken if mark else ""
 
 
-def _questions(
-    requests: Sequence[Instance], settings: Sequence[str]
-) -> list[tuple[str, str, str, str, int]]:
-    """Task, hashes of document and prompt as lm-eval makes them, settings, and which of its equals each one is."""
-    seen: Counter[tuple[str, str, str, str]] = Counter()
-    found = []
-    for request, chosen in zip(requests, settings, strict=True):
-        doc = json.dumps(request.doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
-        key = (str(request.task_name), hash_string(doc), hash_string(request.args[0]), chosen)
-        found.append((*key, seen[key]))
-        seen[key] += 1
-    return found
+def _remove_stop_strings(request: Instance) -> Instance:
+    kwargs = {**request.args[1], "until": []}
+    metadata = (request.task_name, request.doc_id, request.repeats)
+    return Instance(
+        request.request_type, request.doc, (request.args[0], kwargs), request.idx, metadata
+    )

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: results.json and Parquet files, and the tables that are printed of them."""
+"""Results of `quantkit eval`: results.json and the Parquet files next to it."""
 
 from __future__ import annotations
 
@@ -9,35 +9,54 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from quantkit.artifact.fidelity_schema import Benchmark
+from quantkit.artifact.fidelity_schema import BenchmarkResult
 from quantkit.errors import EvaluationError, UsageError
-from quantkit.evaluate import answer_store, benchmarks, compare, harness, samples, statistics
-from quantkit.evaluate.evaluation import (
-    JOURNAL,
-    Asked,
-    Setup,
-    Subject,
-    ask,
-    ask_source,
-    settings,
-    source_of,
+from quantkit.evaluate import (
+    answer_store,
+    item_results,
+    lm_eval_tasks,
+    source_comparison,
+    statistics,
+    task_runner,
 )
-from quantkit.evaluate.samples import ItemPair, ItemResult
+from quantkit.evaluate.item_results import ItemPair, ItemResult
+from quantkit.evaluate.lm_eval_tasks import LoadedTasks
+from quantkit.evaluate.options import EvaluationOptions, describe_settings
 from quantkit.evaluate.statistics import Interval
+from quantkit.evaluate.target import EvaluationTarget
 from quantkit.evaluate.tasks import Task
 from quantkit.io.files import read_json, write_json
-from quantkit.progress import ProgressCallback
 
-RESULTS = "results.json"
-ITEMS = "items.parquet"
-PAIRS = "pairs.parquet"
-SAME = ("seeds", "temperature", "top_p", "max_tokens", "chat", "think_end")
+ANSWERS_FILE = "answers.sqlite"
+RESULTS_FILE = "results.json"
+ITEMS_FILE = "items.parquet"
+PAIRS_FILE = "pairs.parquet"
+SHARED_SETTINGS = ("seeds", "temperature", "top_p", "max_tokens", "chat", "think_end")
 """Settings that both sides of a comparison must share."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
-    """A task under one filter: shares in 0 to 1 with a 95 % interval, tokens per answer; score None: not judged."""
+class EvaluationRuns:
+    """Answered items: one run per seed over the same items, and `items` averaged over the seeds.
+
+    `loaded` has the tasks that ran and, in `failed`, those that could not; `backend` is
+    describe_backend's.
+    """
+
+    runs: tuple[tuple[ItemResult, ...], ...]
+    items: tuple[ItemResult, ...]
+    loaded: LoadedTasks
+    backend: Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """One task under one filter: shares in 0 to 1 with a 95 % interval, tokens per answer.
+
+    Score None: not judged.
+
+    The field names are keys of results.json.
+    """
 
     task: str
     domain: str
@@ -54,160 +73,172 @@ class Scored:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """Everything that is written and shown."""
+class EvaluationResult:
+    """Everything that is written and printed. not_run: task -> reason.
+
+    Document: the content of results.json.
+    """
 
     folder: Path
-    scores: tuple[Scored, ...]
+    task_results: tuple[TaskResult, ...]
     not_run: Mapping[str, str]
-    rows: tuple[Benchmark, ...]
-    told: Mapping[str, object]
+    comparison: tuple[BenchmarkResult, ...]
+    document: Mapping[str, object]
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Tasks without a score: those that could not be asked, and those whose programs could not be run."""
-        return (*self.not_run, *dict.fromkeys(row.task for row in self.scores if row.score is None))
+        """Tasks that could not run, or whose programs could not be judged."""
+        unscored = (row.task for row in self.task_results if row.score is None)
+        return (*self.not_run, *dict.fromkeys(unscored))
 
 
-def evaluate(
-    who: Subject,
-    names: Sequence[str],
-    setup: Setup,
-    folder: Path,
-    *,
-    source: str | None = None,
-    baseline: Path | None = None,
-    tell: ProgressCallback,
-) -> Outcome:
-    """Ask, compare and write. source: "" compares with the source the manifest names, else the model of that name.
+def select_output_folder(name: str, output: Path | None, *, resume: bool) -> Path:
+    """Return `output`, else `NAME.eval` next to a model's folder or in the working folder.
 
-    baseline: the folder of an earlier evaluation to compare with. What both sides were asked is checked item by item.
+    An artifact's folder is sealed, so results never go into it. Raises UsageError if the folder has
+    an evaluation already and `resume` is false.
     """
-    earlier = read_baseline(baseline, names, setup) if baseline is not None else None
-    origin = source_of(who, source) if source is not None else None
-    asked = ask(who, names, setup, folder / JOURNAL, tell)
-    if origin is not None:
-        earlier = ask_source(origin, names, setup, tell)
-    return write(
-        folder,
-        who,
-        setup,
-        asked,
-        earlier,
-        origin.name if origin else baseline.name if baseline else "",
-    )
-
-
-def output_folder(name: str, given: Path | None, *, resume: bool) -> Path:
-    """Where results go: the folder given, else `NAME.eval` beside a folder, or here for a model from elsewhere.
-
-    UsageError when an evaluation is there that is not to be resumed.
-    """
-    beside = Path(name).resolve() if Path(name).is_dir() else Path(re.sub(r"[^\w.-]+", "_", name))
-    folder = given or beside.with_name(f"{beside.name}.eval")
-    if not resume and answer_store.holds_answers(folder / JOURNAL):
+    is_folder = Path(name).is_dir()
+    base = Path(name).resolve() if is_folder else Path(re.sub(r"[^\w.-]+", "_", name))
+    folder = output or base.with_name(f"{base.name}.eval")
+    if not resume and answer_store.has_answers(folder / ANSWERS_FILE):
         raise UsageError(
-            f"{folder}: it holds an evaluation already; add --resume to go on with it, or name another --output"
+            f"{folder}: it holds an evaluation already; add --resume to continue it, or name "
+            "another --output"
         )
     return folder
 
 
-def write(
+def write_results(
     folder: Path,
-    who: Subject,
-    setup: Setup,
-    asked: Asked,
-    source: Sequence[ItemResult] | None,
-    against: str,
-) -> Outcome:
-    """Parquet per item, per seed where there are several, pairs where there is a baseline, and results.json."""
+    target: EvaluationTarget,
+    options: EvaluationOptions,
+    runs: EvaluationRuns,
+    baseline: Sequence[ItemResult] | None,
+    baseline_name: str,
+) -> EvaluationResult:
+    """Write items, items per seed, pairs with a baseline, and results.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    samples.to_parquet(asked.items, folder / ITEMS)
-    if len(asked.runs) > 1:
-        for seed, run in enumerate(asked.runs):
-            samples.to_parquet(run, folder / f"seed-{seed}.parquet")
+    item_results.write_items(runs.items, folder / ITEMS_FILE)
+    if len(runs.runs) > 1:
+        for seed, run in enumerate(runs.runs):
+            item_results.write_items(run, folder / f"seed-{seed}.parquet")
     pairs: list[ItemPair] = []
-    if source is not None:
-        theirs, mine = {item.key for item in source}, {item.key for item in asked.items}
-        common = [
-            [item for item in side if item.key in theirs & mine] for side in (source, asked.items)
-        ]
-        if not common[0]:
-            raise EvaluationError(f"{against}: no item in common; what was asked lies in {folder}")
-        pairs = samples.pair(*common)
-        samples.pairs_to_parquet(pairs, folder / PAIRS)
-    rows = tuple(
-        compare.row(task, pairs, compare.DEFAULT_RECOVERY) for task in asked.opened.tasks if pairs
+    if baseline is not None:
+        pairs = pair_common_items(baseline, runs.items)
+        if not pairs:
+            raise EvaluationError(
+                f"{baseline_name}: no item in common; the answers are kept in {folder}"
+            )
+        item_results.write_pairs(pairs, folder / PAIRS_FILE)
+    comparison = tuple(
+        source_comparison.make_benchmark_row(task, pairs, source_comparison.DEFAULT_RECOVERY)
+        for task in runs.loaded.tasks
+        if pairs
     )
-    scores = scored(asked)
-    told = {
+    task_results = summarize_tasks(runs)
+    not_run = runs.loaded.failed
+    document = {
         "version": 1,
-        "evaluated": {"name": who.name, "kind": who.kind, "sha256": who.hash},
-        "backend": dict(asked.backend),
-        "settings": settings(setup),
-        "tasks": [values(each) for each in scores],
-        "not_run": dict(asked.opened.failed),
-        "against": against or None,
-        "comparison": [row.model_dump(mode="json") for row in rows],
+        "evaluated": {"name": target.name, "kind": target.kind, "sha256": target.hash},
+        "backend": dict(runs.backend),
+        "settings": describe_settings(options),
+        "tasks": [task_result_to_json(row) for row in task_results],
+        "not_run": dict(not_run),
+        "against": baseline_name or None,
+        "comparison": [row.model_dump(mode="json") for row in comparison],
         "versions": {name: version(name) for name in ("quantkit", "lm_eval")},
     }
-    write_json(folder / RESULTS, told)
-    return Outcome(folder=folder, scores=scores, not_run=asked.opened.failed, rows=rows, told=told)
+    write_json(folder / RESULTS_FILE, document)
+    return EvaluationResult(
+        folder=folder,
+        task_results=task_results,
+        not_run=not_run,
+        comparison=comparison,
+        document=document,
+    )
 
 
-def read_baseline(folder: Path, names: Sequence[str], setup: Setup) -> list[ItemResult]:
-    """The items of an earlier evaluation; EvaluationError when it was asked in another way, or nothing of `names`."""
+def pair_common_items(
+    baseline: Sequence[ItemResult], candidate: Sequence[ItemResult]
+) -> list[ItemPair]:
+    """Pair the items that both evaluations have."""
+    common = {item.key for item in baseline} & {item.key for item in candidate}
+    return item_results.pair_items(
+        [item for item in baseline if item.key in common],
+        [item for item in candidate if item.key in common],
+    )
+
+
+def read_baseline(
+    folder: Path, names: Sequence[str], options: EvaluationOptions
+) -> list[ItemResult]:
+    """Read the items of an earlier evaluation.
+
+    Raises EvaluationError if its settings differ or if it has none of the tasks `names`, UsageError
+    if there is no folder.
+    """
     if not folder.is_dir():
         raise UsageError(
-            f"--baseline: {folder}: expected the folder of an evaluation, found none; check the path"
+            f"--baseline: {folder}: expected the folder of an evaluation, found none; check the "
+            "path"
         )
-    told = read_json(folder / RESULTS, EvaluationError)
-    theirs, mine = told.get("settings"), settings(setup)
-    for name in SAME:
-        found = theirs.get(name) if isinstance(theirs, dict) else None
-        if found != mine[name]:
+    recorded = read_json(folder / RESULTS_FILE, EvaluationError).get("settings")
+    settings = describe_settings(options)
+    for name in SHARED_SETTINGS:
+        value = recorded.get(name) if isinstance(recorded, dict) else None
+        if value != settings[name]:
             raise EvaluationError(
-                f"{folder}: {name}: expected {mine[name]!r} as here, found {found!r}; evaluate both in the same way"
+                f"{folder}: {name}: expected {settings[name]!r} as in this evaluation, found "
+                f"{value!r}; evaluate both "
+                "with the same settings"
             )
-    items = samples.from_parquet(folder / ITEMS)
-    own, others, _ = harness.split(names)
-    asked = dict.fromkeys(item.task for item in items)
-    if own and not others and not {task.name for task in own} & asked.keys():
+    items = item_results.read_items(folder / ITEMS_FILE)
+    tasks, lm_eval_names, _ = lm_eval_tasks.split_names(names)
+    baseline_tasks = dict.fromkeys(item.task for item in items)
+    if tasks and not lm_eval_names and not {task.name for task in tasks} & baseline_tasks.keys():
         raise EvaluationError(
-            f"{folder}: expected one of the tasks {', '.join(task.name for task in own)}, found {', '.join(asked)}; "
-            "name a task that it has with --tasks"
+            f"{folder}: expected one of the tasks {', '.join(task.name for task in tasks)}, found "
+            f"{', '.join(baseline_tasks)}; name one of its tasks with --tasks"
         )
     return items
 
 
-def scored(asked: Asked) -> tuple[Scored, ...]:
-    """A row per task and filter: score and interval over items, rates over all answers."""
-    by_name = {task.name: task for task in asked.opened.tasks}
-    rates = {
-        (row.task, row.filter): row
-        for row in benchmarks.scores([item for run in asked.runs for item in run])
-    }
+def summarize_tasks(runs: EvaluationRuns) -> tuple[TaskResult, ...]:
+    """Return one row per task and filter: score and interval over items, rates over all answers."""
+    tasks = {task.name: task for task in runs.loaded.tasks}
+    answers = [item for run in runs.runs for item in run]
+    rates = {(row.task, row.filter): row for row in task_runner.aggregate_scores(answers)}
     groups: dict[tuple[str, str], list[ItemResult]] = {}
-    for item in asked.items:
+    for item in runs.items:
         groups.setdefault((item.task, item.filter), []).append(item)
-    return tuple(one(by_name[name[0]], items, rates[name]) for name, items in groups.items())
+    return tuple(summarize_task(tasks[key[0]], items, rates[key]) for key, items in groups.items())
 
 
-def one(task: Task, items: Sequence[ItemResult], rates: benchmarks.TaskScore) -> Scored:
-    """The row of one task and filter."""
-    known = [item.score for item in items if item.score is not None]
-    complete = len(known) == len(items)
+def summarize_task(
+    task: Task, items: Sequence[ItemResult], rates: task_runner.TaskScore
+) -> TaskResult:
+    """Return the row of one task and filter."""
+    scores = [item.score for item in items if item.score is not None]
+    is_complete = len(scores) == len(items)
     hashes = "".join(f"{item.doc_hash} {item.prompt_hash} {item.target_hash}\n" for item in items)
-    return Scored(
-        task=task.name, domain=task.domain, filter=items[0].filter, n=len(items),
-        score=sum(known) / len(known) if complete else None,
-        interval=statistics.mean_interval(known) if complete else None,
-        truncated=rates.truncated, unparsed=rates.unparsed, n_tokens=rates.n_tokens, not_run=rates.not_run,
-        task_sha256=task.sha256, items_sha256=hashlib.sha256(hashes.encode()).hexdigest(),
-    )  # fmt: skip
+    return TaskResult(
+        task=task.name,
+        domain=task.domain,
+        filter=items[0].filter,
+        n=len(items),
+        score=sum(scores) / len(scores) if is_complete else None,
+        interval=statistics.mean_interval(scores) if is_complete else None,
+        truncated=rates.truncated,
+        unparsed=rates.unparsed,
+        n_tokens=rates.n_tokens,
+        not_run=rates.not_run,
+        task_sha256=task.sha256,
+        items_sha256=hashlib.sha256(hashes.encode()).hexdigest(),
+    )
 
 
-def values(row: Scored) -> dict[str, object]:
-    """A row as results.json has it."""
-    both = [row.interval.low, row.interval.high] if row.interval else None
-    return {**{name: getattr(row, name) for name in row.__dataclass_fields__}, "interval": both}
+def task_result_to_json(row: TaskResult) -> dict[str, object]:
+    """Return a row as results.json has it."""
+    limits = [row.interval.low, row.interval.high] if row.interval else None
+    return {**{name: getattr(row, name) for name in row.__dataclass_fields__}, "interval": limits}

@@ -1,6 +1,8 @@
-"""A benchmark task as written in evals/: an lm-eval task behind a block `quantkit:` with its data and code rules.
+"""A benchmark task as written in evals/: an lm-eval task behind a block `quantkit:` with its data
+and code rules.
 
-`load` reads and checks, `rendered` makes what lm-eval can read: the block is replaced by where the data really is.
+`load` reads and checks, `rendered` makes what lm-eval can read: the block is replaced by where the
+data really is.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from jinja2 import Environment, StrictUndefined
 
 from quantkit.errors import EvaluationError
 from quantkit.io import safe_yaml
-from quantkit.io.files import brief, is_file, sha256_file
+from quantkit.io.files import is_file, sha256_file, shorten_repr
 from quantkit.texts import task_files
 
 DATA_VARIABLE = "QUANTKIT_DATA"
@@ -56,8 +58,8 @@ class LocalFile:
 class Task:
     """One checked task. `files` is split -> file; empty means that the data comes from `hub`.
 
-    `config` is lm-eval's part as written; `gold` a Jinja template of what follows the prompt in a right answer;
-    `sha256` covers the file's text and its data.
+    `config` is lm-eval's part as written; `gold` a Jinja template of what follows the prompt in a
+    right answer; `sha256` covers the file's text and its data.
     """
 
     name: str
@@ -82,16 +84,18 @@ class Task:
         return tuple(names) or ("none",)  # lm-eval's name for no filter
 
 
-def called(name: str) -> str:
-    """What reports call a task that is asked for by its name or by its file's path: no path of this machine."""
-    return task_files.task_path(name).stem
+def get_task_name(name: str) -> str:
+    """What reports call a task that is asked for by its name or by its file's path: no path of this
+    machine.
+    """
+    return task_files.find_task_path(name).stem
 
 
-def load(names: Sequence[str], data_folder: Path | None = None) -> tuple[Task, ...]:
+def load_tasks(names: Sequence[str], data_folder: Path | None = None) -> tuple[Task, ...]:
     """Read and check tasks by name, or by path when the name ends in .yaml.
 
-    Data is looked for in `data_folder` (default: $QUANTKIT_DATA), then in the folder `data` beside the task's file,
-    then on the hub. EvaluationError lists every fault of every task.
+    Data is looked for in `data_folder` (default: $QUANTKIT_DATA), then in the folder `data` beside
+    the task's file, then on the hub. EvaluationError lists every fault of every task.
     """
     found, faults = [], []
     for name in names:
@@ -105,16 +109,21 @@ def load(names: Sequence[str], data_folder: Path | None = None) -> tuple[Task, .
 
 
 @contextmanager
-def rendered(tasks: Sequence[Task]) -> Iterator[Path]:
-    """A temporary folder with the tasks as lm-eval reads them (JSON is YAML), and a place for its data cache."""
-    with task_files.temporary_folder() as place:
+def render_tasks(tasks: Sequence[Task]) -> Iterator[Path]:
+    """A temporary folder with the tasks as lm-eval reads them (JSON is YAML), and a place for its
+    data cache.
+    """
+    with task_files.make_temporary_folder() as place:
         for task in tasks:
             for split, file in task.files.items():
                 if file.rows is not None:
-                    task_files.put(
-                        _selected(task, split, place), task_files.rows_of(file.path, *file.rows)
+                    task_files.write_text(
+                        _selected(task, split, place),
+                        task_files.read_row_range(file.path, *file.rows),
                     )
-            task_files.put(place / f"{task.name}.yaml", json.dumps(_lm_eval_config(task, place)))
+            task_files.write_text(
+                place / f"{task.name}.yaml", json.dumps(_lm_eval_config(task, place))
+            )
         yield place
 
 
@@ -134,7 +143,7 @@ def _lm_eval_config(task: Task, place: Path) -> dict[str, object]:
     files = {
         split: str(file.path if file.rows is None else _selected(task, split, place))
         for split, file in task.files.items()
-    }  # fmt: skip
+    }
     kwargs = {
         "data_files": files,
         "cache_dir": str(place / "cache"),
@@ -143,15 +152,15 @@ def _lm_eval_config(task: Task, place: Path) -> dict[str, object]:
 
 
 def _load(name: str, data_folder: Path | None) -> Task:
-    path = task_files.task_path(name)
+    path = task_files.find_task_path(name)
     if not is_file(path):
-        known = task_files.task_names()
+        known = task_files.list_task_names()
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise EvaluationError(
             f"evaluation task {name!r}: no such task; {hint}known: {', '.join(known)}"
         )
-    text = task_files.task_text(path)
+    text = task_files.read_task_text(path)
     check = _Check(where=str(path), faults=[])
     config = _mapping_of(text, path)
     block = check.mapping(config.pop(_BLOCK, None), _BLOCK, _KEYS)
@@ -170,11 +179,11 @@ def _load(name: str, data_folder: Path | None) -> Task:
         )
     if config.get("task") != path.stem:
         check.faults.append(
-            f"{path}: task: expected {path.stem!r} like the file, found {brief(config.get('task'))}"
+            f"{path}: task: expected {path.stem!r} like the file, found {shorten_repr(config.get('task'))}"
         )
     if config.get("output_type") != "generate_until":
         check.faults.append(
-            f"{path}: output_type: expected generate_until, found {brief(config.get('output_type'))}"
+            f"{path}: output_type: expected generate_until, found {shorten_repr(config.get('output_type'))}"
         )
     domain = check.text(block, "domain", _BLOCK)
     code = check.code(block.get("code"))
@@ -183,9 +192,15 @@ def _load(name: str, data_folder: Path | None) -> Task:
         raise EvaluationError("\n".join(check.faults))
     files = {} if missing else files
     return Task(
-        name=path.stem, domain=domain, config=config, files=files, hub=hub, code=code, gold=gold,
+        name=path.stem,
+        domain=domain,
+        config=config,
+        files=files,
+        hub=hub,
+        code=code,
+        gold=gold,
         sha256=_hash(text, files, hub),
-    )  # fmt: skip
+    )
 
 
 def _places(path: Path, data_folder: Path | None) -> tuple[Path, ...]:
@@ -197,7 +212,7 @@ def _places(path: Path, data_folder: Path | None) -> tuple[Path, ...]:
 def _mapping_of(text: str, path: Path) -> dict[str, object]:
     try:
         value = safe_yaml.load(text)
-    except safe_yaml.Unreadable as fault:
+    except safe_yaml.UnreadableYaml as fault:
         line = f":{fault.line}" if fault.line else ""
         raise EvaluationError(
             f"{path}{line}: expected a YAML mapping, found {fault}; correct the file"
@@ -227,7 +242,7 @@ class _Check:
         """The mapping under `key`, without what is not known."""
         if not isinstance(value, dict):
             self.faults.append(
-                f"{self.where}: {key}: expected a mapping with {', '.join(known)}, found {brief(value)}"
+                f"{self.where}: {key}: expected a mapping with {', '.join(known)}, found {shorten_repr(value)}"
             )
             return {}
         for unknown in value.keys() - set(known):
@@ -240,7 +255,9 @@ class _Check:
         """The string `name` of a mapping."""
         value = block.get(name)
         if not isinstance(value, str) or not value:
-            self.faults.append(f"{self.where}: {key}.{name}: expected text, found {brief(value)}")
+            self.faults.append(
+                f"{self.where}: {key}.{name}: expected text, found {shorten_repr(value)}"
+            )
             return ""
         return value
 
@@ -257,20 +274,22 @@ class _Check:
         if value is None:
             return {}, []
         if not isinstance(value, dict):
-            self.faults.append(f"{self.where}: {key}: expected split: file, found {brief(value)}")
+            self.faults.append(
+                f"{self.where}: {key}: expected split: file, found {shorten_repr(value)}"
+            )
             return {}, []
         files, missing = {}, []
         for split, entry in value.items():
             if not _SPLIT.fullmatch(str(split)):
                 self.faults.append(
                     f"{self.where}: {key}: expected a split's name of at most 64 letters, digits and _, found "
-                    f"{brief(split)}; rename it"
+                    f"{shorten_repr(split)}; rename it"
                 )
                 continue
             whole = {"file": entry} if isinstance(entry, str) else entry
             parts = self.mapping(whole, f"{key}.{split}", ("file", "rows"))
             name = self.text(parts, "file", f"{key}.{split}")
-            found = task_files.first_file(name, places) if name else None
+            found = task_files.find_first_file(name, places) if name else None
             if found is None:
                 missing += [name] if name else []
             else:
@@ -288,7 +307,7 @@ class _Check:
             if 0 <= start < end:
                 return start, end
         self.faults.append(
-            f"{self.where}: {key}.rows: expected [from, to] with 0 <= from < to, found {brief(value)}"
+            f"{self.where}: {key}.rows: expected [from, to] with 0 <= from < to, found {shorten_repr(value)}"
         )
         return None
 
@@ -302,15 +321,18 @@ class _Check:
         cut, seconds = found.get("cut", "none"), found.get("seconds", 10)
         if cut not in _CUTS:
             self.faults.append(
-                f"{self.where}: {key}.cut: expected one of {', '.join(_CUTS)}, found {brief(cut)}"
+                f"{self.where}: {key}.cut: expected one of {', '.join(_CUTS)}, found {shorten_repr(cut)}"
             )
         if type(seconds) is not int or not 1 <= seconds <= 600:
-            found_seconds = brief(seconds)
+            found_seconds = shorten_repr(seconds)
             self.faults.append(
                 f"{self.where}: {key}.seconds: expected a whole number from 1 to 600, found {found_seconds}"
             )
             seconds = 10
         unindented = cut == "first_unindented_line"
         return CodeRules(
-            source=source, tests=tests, cut="first_unindented_line" if unindented else "none", seconds=seconds
-        )  # fmt: skip
+            source=source,
+            tests=tests,
+            cut="first_unindented_line" if unindented else "none",
+            seconds=seconds,
+        )

@@ -1,6 +1,6 @@
-"""Dense: the dequantized weight as an ordinary BF16 `weight`, in a checkpoint that every engine loads.
+"""Dense: the dequantized weight as an ordinary BF16 `weight`, which every engine loads.
 
-It saves nothing. It is for measuring what a scheme costs that no packed format stores (3 bits, say), with any engine
+It saves no memory. It measures the loss of schemes that no packed format stores, with any engine
 and any benchmark.
 """
 
@@ -10,15 +10,15 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import Contents, Format, Linear, Quantized, Scheme, TensorSpec
-from quantkit.formats.common.checks import FINITE, Checks
+from quantkit.formats.common.checks import FINITE, FormatChecks
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def accepts(scheme: Scheme, linear: Linear) -> str | None:
-    """None for whole groups of integer codes, any bits, any role; else one sentence why not."""
+def find_rejection(scheme: Scheme, linear: Linear) -> str | None:
+    """Return None for whole groups of integer codes, any bits and any role, else the reason."""
     if scheme.kind != "int":
         return f"format dense stores integer schemes, found {scheme.kind}; use format bitsandbytes"
     if scheme.group_size != -1 and linear.in_features % scheme.group_size:
@@ -26,44 +26,44 @@ def accepts(scheme: Scheme, linear: Linear) -> str | None:
     return None
 
 
-def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
-    """One BF16 tensor, `weight` [out, in]."""
+def list_tensors(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
+    """Return the spec of one BF16 tensor, `weight` [out, in]."""
     shape = (linear.out_features, linear.in_features)
     return (TensorSpec(name=f"{linear.name}.weight", dtype="BF16", shape=shape),)
 
 
 def pack(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
-    """The weight that the codes [out, in] stand for, rounded to bfloat16 once more."""
-    from quantkit.numerics import affine  # torch starts when there is something to store
+    """Return the dequantized weight of the codes [out, in], rounded to bfloat16 once more."""
+    from quantkit.numerics import affine  # imports torch; plans use this module without it
 
     return {"weight": affine.dequantize(quantized, scheme).bfloat16()}
 
 
 def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
-    """The stored weight as float32 [out, in]."""
+    """Return the stored weight as float32 [out, in]."""
     return tensors["weight"].float()
 
 
-def quantization_config(contents: Contents) -> None:
-    """None: engines see an unquantized checkpoint."""
+def make_quantization_config(contents: Contents) -> None:
+    """Return None: engines see an unquantized checkpoint."""
 
 
-def shape(
+def read_shape(
     specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]
 ) -> tuple[int, int] | None:
-    """[out, in] by the spec of a linear's weight."""
-    found = specs["weight"].shape if "weight" in specs else ()
-    return (found[0], found[1]) if len(found) == 2 else None
+    """Return [out, in] from the spec of a linear's weight."""
+    sizes = specs["weight"].shape if "weight" in specs else ()
+    return (sizes[0], sizes[1]) if len(sizes) == 2 else None
 
 
-CHECKS = Checks(shape=shape, numbers=lambda linear, scheme: {"weight": FINITE})
+CHECKS = FormatChecks(read_shape=read_shape, value_checks=lambda linear, scheme: {"weight": FINITE})
 
 FORMAT = Format(
-    accepts=accepts,
-    layout=layout,
+    accepts=find_rejection,
+    layout=list_tensors,
     pack=pack,
     dequantize=dequantize,
-    quantization_config=quantization_config,
+    quantization_config=make_quantization_config,
     one_scheme=False,
     holds_codes=False,
     ordinary=True,

@@ -23,11 +23,11 @@ JSON_LIMIT_BYTES = 100_000_000
 PART = ".part"
 
 
-MOST_VALUES = 5_000_000
+MAX_JSON_VALUES = 5_000_000
 """In one JSON file, ten for each of 500,000 tensors; ten million need more memory than a build is given."""
 
 
-class NotFinite(ValueError):
+class NonFiniteNumber(ValueError):
     """A number that JSON has not: it could be read and not be written again."""
 
 
@@ -35,13 +35,13 @@ class DuplicateKey(ValueError):
     """An object names a key twice; which of the two values counts would depend on the reader."""
 
 
-def brief(value: object, limit: int = 60) -> str:
+def shorten_repr(value: object, limit: int = 60) -> str:
     """`repr` for an error message, cut in the middle, so that a hostile value cannot fill the terminal."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 20]}...{text[-17:]}"
 
 
-def listed(faults: Sequence[str], limit: int = 20) -> str:
+def join_faults(faults: Sequence[str], limit: int = 20) -> str:
     """One fault per line, the rest counted."""
     rest = len(faults) - limit
     return "\n".join(faults[:limit]) + (
@@ -49,25 +49,25 @@ def listed(faults: Sequence[str], limit: int = 20) -> str:
     )
 
 
-def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def reject_duplicate_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """json's object_pairs_hook; raises DuplicateKey."""
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise DuplicateKey(brief(twice))
+        raise DuplicateKey(shorten_repr(twice))
     return found
 
 
-def finite(digits: str) -> float:
+def parse_finite(digits: str) -> float:
     """json's parse_float and parse_constant; raises NotFinite for NaN, Infinity and 1e999."""
     value = float(digits)
     if not isfinite(value):
-        raise NotFinite(brief(digits))
+        raise NonFiniteNumber(shorten_repr(digits))
     return value
 
 
-def whole(value: object) -> bool:
+def is_encodable(value: object) -> bool:
     """Whether the texts in a value of JSON can be encoded: "\\ud800" alone is half a character."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -97,18 +97,18 @@ def parse_json(
         )
     if (
         found := sum(map(text.count, (b",", b"[", b"{")))
-    ) > MOST_VALUES:  # counted before they take memory
+    ) > MAX_JSON_VALUES:  # counted before they take memory
         raise error(
-            f"{where}: expected at most {MOST_VALUES:,} values, found {found:,}; fetch the file again"
+            f"{where}: expected at most {MAX_JSON_VALUES:,} values, found {found:,}; fetch the file again"
         )
     try:
         value = json.loads(
             text.decode("utf-8"),
-            object_pairs_hook=unique,
-            parse_float=finite,
-            parse_constant=finite,
+            object_pairs_hook=reject_duplicate_keys,
+            parse_float=parse_finite,
+            parse_constant=parse_finite,
         )
-        if b"\\u" in text and not whole(value):
+        if b"\\u" in text and not is_encodable(value):
             raise error(
                 f"{where}: expected text, found half a surrogate pair (\\ud800 to \\udfff); fetch it again"
             )
@@ -116,7 +116,7 @@ def parse_json(
         raise error(
             f"{where}: expected UTF-8, found byte 0x{text[fault.start]:02x} at offset {fault.start}; save it as UTF-8"
         ) from None
-    except NotFinite as fault:
+    except NonFiniteNumber as fault:
         raise error(
             f"{where}: expected finite numbers, found {fault}; repair or fetch the file"
         ) from None
@@ -154,18 +154,18 @@ def read_bytes(
             return file.read(limit)
     except OSError as fault:
         raise error(
-            f"{path}: expected a readable file, found: {reason(fault)}; check the path"
+            f"{path}: expected a readable file, found: {describe_os_error(fault)}; check the path"
         ) from None
 
 
-def read_start(path: Path, n_bytes: int) -> bytes:
+def read_prefix(path: Path, n_bytes: int) -> bytes:
     """The first bytes of a file of any size; raises CheckpointError when it cannot be read or is shorter."""
     try:
         with path.open("rb") as file:
             found = file.read(n_bytes)
     except OSError as fault:
         raise CheckpointError(
-            f"{path}: expected a readable file, found: {reason(fault)}; check the path"
+            f"{path}: expected a readable file, found: {describe_os_error(fault)}; check the path"
         ) from None
     if len(found) < n_bytes:
         raise CheckpointError(
@@ -179,12 +179,12 @@ def read_json(path: Path, error: type[QuantkitError] = CheckpointError) -> dict[
     return parse_json(read_bytes(path, error=error), str(path), error)
 
 
-def reason(fault: OSError) -> str:
+def describe_os_error(fault: OSError) -> str:
     """What the operating system said, without its error number."""
     return (fault.strerror or str(fault) or type(fault).__name__).lower()
 
 
-def refused_config(where: object, model_type: object, fault: Exception) -> CheckpointError:
+def make_config_error(where: object, model_type: object, fault: Exception) -> CheckpointError:
     """For a config.json that transformers makes no model of: a wrong value surfaces as whatever it first breaks."""
     return CheckpointError(
         f"{where}: expected a configuration that transformers makes a {model_type} of, found: {type(fault).__name__}: "
@@ -192,15 +192,15 @@ def refused_config(where: object, model_type: object, fault: Exception) -> Check
     )
 
 
-def unwritable(path: Path, fault: OSError) -> QuantkitError:
+def make_write_error(path: Path, fault: OSError) -> QuantkitError:
     """The error for a file that could not be written, with the free space when that is the cause."""
     if fault.errno in {errno.ENOSPC, errno.EDQUOT}:
-        free = disk_free(path) / 1e9
+        free = get_free_bytes(path) / 1e9
         return QuantkitError(
-            f"{path}: cannot be written: {reason(fault)} ({free:.1f} GB free); free some space or choose another folder"
+            f"{path}: cannot be written: {describe_os_error(fault)} ({free:.1f} GB free); free some space or choose another folder"
         )
     return QuantkitError(
-        f"{path}: cannot be written: {reason(fault)}; mend that or choose another folder"
+        f"{path}: cannot be written: {describe_os_error(fault)}; mend that or choose another folder"
     )
 
 
@@ -216,7 +216,7 @@ def write_atomic(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
     except OSError as fault:
         part.unlink(missing_ok=True)
-        raise unwritable(path, fault) from fault
+        raise make_write_error(path, fault) from fault
 
 
 def write_output(path: Path, content: bytes) -> None:
@@ -228,17 +228,17 @@ def write_output(path: Path, content: bytes) -> None:
         try:
             path.write_bytes(content)
         except OSError as fault:
-            raise unwritable(path, fault) from fault
+            raise make_write_error(path, fault) from fault
     else:
         write_atomic(Path(os.path.realpath(path)), content)
 
 
 def write_json(path: Path, value: object) -> None:
     """Write a value as indented UTF-8 JSON with keys in the order given: the same value gives the same bytes."""
-    write_atomic(path, json_bytes(value))
+    write_atomic(path, encode_json(value))
 
 
-def json_bytes(value: object) -> bytes:
+def encode_json(value: object) -> bytes:
     """A value as `write_json` writes it."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
@@ -249,10 +249,10 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         sync_folder(folder.parent)
     except OSError as fault:
-        raise unwritable(folder, fault) from fault
+        raise make_write_error(folder, fault) from fault
 
 
-def remove(paths: Iterable[Path]) -> None:
+def remove_files(paths: Iterable[Path]) -> None:
     """Remove files that may be gone already."""
     for path in paths:
         path.unlink(missing_ok=True)
@@ -274,11 +274,11 @@ def sha256_file(path: Path, error: type[QuantkitError] = CheckpointError) -> str
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as fault:
         raise error(
-            f"{path}: expected a readable file, found: {reason(fault)}; check the path"
+            f"{path}: expected a readable file, found: {describe_os_error(fault)}; check the path"
         ) from None
 
 
-def disk_free(path: Path) -> int:
+def get_free_bytes(path: Path) -> int:
     """Bytes that this user may still write where `path` lies or would lie."""
     place = path.absolute()
     while not place.exists() and place != place.parent:

@@ -47,7 +47,7 @@ def keep_freed_memory() -> bool:
         return False
 
 
-def memory_available() -> int:
+def get_available_memory() -> int:
     """Bytes of memory that can be used without swapping: the smaller of the machine's and the container's."""
     machine = _available_of_machine()
     container = [
@@ -56,7 +56,7 @@ def memory_available() -> int:
     return min([machine, *container])
 
 
-def multiplies_bfloat16() -> bool:
+def has_bfloat16_instructions() -> bool:
     """Whether this CPU has instructions for products of bfloat16 (AVX512-BF16 or AMX)."""
     try:
         return not {"avx512_bf16", "amx_bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
@@ -64,7 +64,7 @@ def multiplies_bfloat16() -> bool:
         return False
 
 
-def peak_resident_bytes() -> int:
+def get_peak_memory() -> int:
     """The most resident memory this process ever had, in bytes (getrusage would count its parent's before exec)."""
     return _kilobytes(Path("/proc/self/status"), "VmHWM:")
 

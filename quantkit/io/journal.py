@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from quantkit.errors import ArtifactError
-from quantkit.io.files import unwritable, write_atomic
+from quantkit.io.files import make_write_error, write_atomic
 
 Entry = Mapping[str, Any]
 
@@ -51,7 +51,7 @@ class Journal:
         except FileNotFoundError:
             return None
         except OSError as fault:
-            raise unwritable(path, fault) from fault
+            raise make_write_error(path, fault) from fault
         entries, last, good = list[Entry](), "", 0
         while good < len(text):
             end = text.find(b"\n", good) + 1
@@ -83,7 +83,7 @@ class Journal:
             finally:
                 os.close(descriptor)
         except OSError as fault:
-            raise unwritable(self.path, fault) from fault
+            raise make_write_error(self.path, fault) from fault
         self._last = digest
         self.entries.append(entry)
 
@@ -114,4 +114,4 @@ def _cut(path: Path, n_bytes: int) -> None:
         finally:
             os.close(descriptor)
     except OSError as fault:
-        raise unwritable(path, fault) from fault
+        raise make_write_error(path, fault) from fault

@@ -17,14 +17,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from quantkit.errors import UsageError
-from quantkit.io.files import unwritable
+from quantkit.io.files import make_write_error
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _OWNER_BYTES = 4096
 
 
 @contextmanager
-def held(path: Path, what: str = "build", instead: str = "another output.path") -> Iterator[None]:
+def hold_lock(
+    path: Path, what: str = "build", instead: str = "another output.path"
+) -> Iterator[None]:
     """Hold the lock file `path`, which is removed afterwards; UsageError naming the holder when somebody else does.
 
     `what` is at work under the lock, and `instead` may be chosen. A file that a killed process left behind is taken
@@ -50,7 +52,7 @@ def _taken(path: Path, what: str, instead: str) -> int:
                 path.parent.mkdir(parents=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except OSError as fault:
-            raise unwritable(path.with_suffix(""), fault) from fault
+            raise make_write_error(path.with_suffix(""), fault) from fault
         try:
             _take(path, descriptor, what, instead)
             _check_ours(path, descriptor)
@@ -61,7 +63,7 @@ def _taken(path: Path, what: str, instead: str) -> int:
                 return descriptor
         except OSError as fault:
             os.close(descriptor)
-            raise unwritable(path.with_suffix(""), fault) from fault
+            raise make_write_error(path.with_suffix(""), fault) from fault
         except UsageError:
             os.close(descriptor)
             raise

@@ -8,11 +8,11 @@ from typing import Literal
 
 from quantkit.errors import UsageError
 
-PREFIX = "builtin:"
+BUILTIN_PREFIX = "builtin:"
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
-def folder(kind: Literal["recipes", "calibration", "evals"]) -> Path:
+def locate_folder(kind: Literal["recipes", "calibration", "evals"]) -> Path:
     """The folder of recipes, calibration sets or evaluation tasks; raises UsageError when the install lacks it."""
     places = (_PACKAGE / "data" / kind, _PACKAGE.parent / kind)
     for place in places:
@@ -23,26 +23,26 @@ def folder(kind: Literal["recipes", "calibration", "evals"]) -> Path:
     )
 
 
-def names_recipe(target: str) -> bool:
+def is_recipe_name(target: str) -> bool:
     """Whether a name is a recipe's: of a YAML file, or of one that ships with quantkit where no such path is here."""
     path = Path(target)
-    shipped = not path.suffix and (folder("recipes") / f"{target}.yaml").is_file()
+    shipped = not path.suffix and (locate_folder("recipes") / f"{target}.yaml").is_file()
     return path.suffix in (".yaml", ".yml") or (shipped and not path.exists())
 
 
-def model_names() -> tuple[str, ...]:
+def list_models() -> tuple[str, ...]:
     """The models that ship with quantkit, as `builtin:<name>` names them."""
     found = (_PACKAGE / "data" / "models").glob("*/checkpoint/config.json")
     return tuple(sorted(path.parent.parent.name.replace("_", "-") for path in found))
 
 
-def resolve_model(model: str) -> Path:
+def locate_model(model: str) -> Path:
     """The checkpoint folder of "builtin:<name>"; raises UsageError that lists the known ones."""
-    name = model.removeprefix(PREFIX)
-    known = model_names()
+    name = model.removeprefix(BUILTIN_PREFIX)
+    known = list_models()
     if name in known:
         return _PACKAGE / "data" / "models" / name.replace("-", "_") / "checkpoint"
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {PREFIX}{near[0]}? " if near else ""
-    listing = ", ".join(PREFIX + entry for entry in known) or "none; install quantkit again"
+    hint = f"did you mean {BUILTIN_PREFIX}{near[0]}? " if near else ""
+    listing = ", ".join(BUILTIN_PREFIX + entry for entry in known) or "none; install quantkit again"
     raise UsageError(f"source.model: no built-in model {model!r}; {hint}known: {listing}")

@@ -6,32 +6,32 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import PureWindowsPath
 
-from quantkit.io.files import PART, brief
+from quantkit.io.files import PART, shorten_repr
 
 _MAX_COMPONENT_BYTES = 255 - len(PART)
 _MAX_BYTES = 1024
 
 
-def name_faults(names: Iterable[str]) -> Iterator[str]:
+def find_name_faults(names: Iterable[str]) -> Iterator[str]:
     """Why names cannot all be files of one folder: leading out of it, not portable, or meeting in one place."""
     places: dict[str, str] = {}
     folders: dict[str, str] = {}
     for name in sorted(names):
         fault = _fault(name)
         if fault:
-            yield f"{brief(name)}: {fault}"
+            yield f"{shorten_repr(name)}: {fault}"
             continue
-        key = folded(name)
+        key = fold_name(name)
         if key in places:
-            yield f"{brief(name)}: the same file as {brief(places[key])} where names ignore case"
+            yield f"{shorten_repr(name)}: the same file as {shorten_repr(places[key])} where names ignore case"
         places[key] = name
         parts = key.split("/")
         folders.update({"/".join(parts[:depth]): name for depth in range(1, len(parts))})
     for key in sorted(places.keys() & folders.keys()):
-        yield f"{brief(places[key])}: a file, and the folder of {brief(folders[key])}"
+        yield f"{shorten_repr(places[key])}: a file, and the folder of {shorten_repr(folders[key])}"
 
 
-def folded(name: str) -> str:
+def fold_name(name: str) -> str:
     """A name as a file system compares it that ignores case and the ways to write an accent."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 

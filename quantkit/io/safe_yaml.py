@@ -23,13 +23,13 @@ from ruamel.yaml.events import (
 MAX_CHARACTERS = 1_000_000
 MAX_DEPTH = 24
 
-PARSER_FAULTS = (
+PARSER_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 )  # fmt: skip
 """What ruamel raises on hostile text besides its own errors: chr() out of range, int() of nothing, a missing token."""
 
 
-class Unreadable(Exception):
+class UnreadableYaml(Exception):
     """Why a text is not read, in a few words; `line` counts from 1, 0 where it is not known."""
 
     def __init__(self, words: str, line: int = 0) -> None:
@@ -37,25 +37,25 @@ class Unreadable(Exception):
         super().__init__(words)
 
 
-def check(text: str) -> None:
+def check_yaml(text: str) -> None:
     """Raise Unreadable for YAML that is broken, too long or too deep, and for anchors, aliases and tags."""
     if len(text) > MAX_CHARACTERS:
-        raise Unreadable(f"more than {MAX_CHARACTERS:,} characters")
+        raise UnreadableYaml(f"more than {MAX_CHARACTERS:,} characters")
     depth = 0
     try:
         for event in YAML(typ="safe", pure=True).parse(text):
             depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
             if depth > MAX_DEPTH:
-                raise Unreadable(
+                raise UnreadableYaml(
                     f"values nested more than {MAX_DEPTH} deep", event.start_mark.line + 1
                 )
             _check_plain(event)
     except MarkedYAMLError as error:
-        raise Unreadable(
+        raise UnreadableYaml(
             _words(error.problem), error.problem_mark.line + 1 if error.problem_mark else 0
         ) from None
-    except (YAMLError, *PARSER_FAULTS) as error:
-        raise Unreadable(_words(str(error) or type(error).__name__)) from None
+    except (YAMLError, *PARSER_ERRORS) as error:
+        raise UnreadableYaml(_words(str(error) or type(error).__name__)) from None
 
 
 def load(text: str) -> object:
@@ -68,24 +68,24 @@ def load(text: str) -> object:
 
 def load_any(text: str) -> object:
     """The values of a text that `check` allows, of any type that YAML has. Raises Unreadable."""
-    check(text)
+    check_yaml(text)
     try:
         value: object = YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
-        raise Unreadable(
+        raise UnreadableYaml(
             _words(error.problem), error.problem_mark.line + 1 if error.problem_mark else 0
         ) from None
-    except (YAMLError, *PARSER_FAULTS) as error:
-        raise Unreadable(_words(str(error) or type(error).__name__)) from None
+    except (YAMLError, *PARSER_ERRORS) as error:
+        raise UnreadableYaml(_words(str(error) or type(error).__name__)) from None
     return value
 
 
 def _check_plain(event: Event) -> None:
     line = event.start_mark.line + 1
     if isinstance(event, AliasEvent) or (isinstance(event, NodeEvent) and event.anchor):
-        raise Unreadable("an anchor or alias; write the value out", line)
+        raise UnreadableYaml("an anchor or alias; write the value out", line)
     if isinstance(event, NodeEvent) and getattr(event, "tag", None) is not None:
-        raise Unreadable("a tag; write the value plainly", line)
+        raise UnreadableYaml("a tag; write the value plainly", line)
 
 
 def _plain(value: object) -> object:
@@ -93,7 +93,7 @@ def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         odd = [key for key in value if not isinstance(key, str)]
         if odd:
-            raise Unreadable(f"the key {str(odd[0])[:40]!r}, which is no text; quote it")
+            raise UnreadableYaml(f"the key {str(odd[0])[:40]!r}, which is no text; quote it")
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_plain(inner) for inner in value]
@@ -107,7 +107,7 @@ def _plain(value: object) -> object:
         return value
     if isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value):
         return value
-    raise Unreadable(f"a value that cannot be used ({type(value).__name__})")
+    raise UnreadableYaml(f"a value that cannot be used ({type(value).__name__})")
 
 
 def _words(problem: str | None) -> str:

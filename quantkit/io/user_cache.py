@@ -12,14 +12,14 @@ from quantkit.errors import QuantkitError
 from quantkit.io.files import make_folder, write_atomic
 
 
-def folder(name: str) -> Path:
+def locate_folder(name: str) -> Path:
     """The folder `name` of $QUANTKIT_CACHE, else of the user's cache folder; it need not exist."""
     chosen = os.environ.get("QUANTKIT_CACHE")
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return (Path(chosen) if chosen else home / "quantkit") / name
 
 
-def text(path: Path, make: Callable[[], str]) -> str:
+def load_or_make_text(path: Path, make: Callable[[], str]) -> str:
     """The text kept in `path` by an earlier process; where there is none, or a damaged one, it is made and kept.
 
     A folder that cannot be written keeps nothing, which costs time and nothing else.
@@ -28,16 +28,16 @@ def text(path: Path, make: Callable[[], str]) -> str:
         seal, _, kept = path.read_bytes().partition(b"\n")
     except OSError:
         seal, kept = b"", b""
-    if seal == sha256(kept):
+    if seal == hash_text(kept):
         return kept.decode()
     made = make()
     content = made.encode()
     with suppress(QuantkitError):
         make_folder(path.parent)
-        write_atomic(path, sha256(content) + b"\n" + content)
+        write_atomic(path, hash_text(content) + b"\n" + content)
     return made
 
 
-def sha256(content: bytes) -> bytes:
+def hash_text(content: bytes) -> bytes:
     """What a kept text begins with: its hash, as hexadecimal digits."""
     return hashlib.sha256(content).hexdigest().encode()

@@ -30,7 +30,7 @@ def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized
         raise NumericsError(
             "awq chooses ranges by calibration statistics, found none; use method rtn for this linear"
         )
-    scale, zero = range_search.search(weight, stats.gram, scheme)
+    scale, zero = range_search.search_ranges(weight, stats.gram, scheme)
     return affine.quantize(weight, scale, zero, scheme)
 
 
@@ -38,14 +38,14 @@ def candidates(mean_abs: Tensor) -> Tensor:
     """Input scales to try: mean_abs [in] -> [n, in] float32, the first all ones (numerics.rescale)."""
     from quantkit.numerics import awq_scales
 
-    return awq_scales.candidates(mean_abs)
+    return awq_scales.compute_scale_candidates(mean_abs)
 
 
 def error(weight: Tensor, gram: Tensor, candidate: Tensor, scheme: Scheme | None) -> Tensor:
     """Error under the gram after scaling, rounding and unscaling: [...] float64 (numerics.rescale)."""
     from quantkit.numerics import awq_scales
 
-    return awq_scales.error(weight, gram, candidate, scheme)
+    return awq_scales.compute_scaling_error(weight, gram, candidate, scheme)
 
 
 METHOD = Method(solve=solve, rescale=Rescale(candidates=candidates, error=error))

@@ -23,7 +23,7 @@ def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized
         raise NumericsError(
             f"method nf4 has no codes of {scheme.bits}-bit integers; use method rtn for this linear"
         )
-    codes, absmax = nf4.encode(weight)
+    codes, absmax = nf4.quantize_nf4(weight)
     return Quantized(codes=codes, scale=absmax, zero=None)
 
 

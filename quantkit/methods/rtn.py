@@ -19,7 +19,7 @@ def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized
         affine,
     )  # torch starts when there is something to round, not when a recipe is planned
 
-    scale, zero = affine.qparams(*affine.ranges(weight, scheme.group_size), scheme)
+    scale, zero = affine.compute_qparams(*affine.compute_min_max(weight, scheme.group_size), scheme)
     return affine.quantize(weight, scale, zero, scheme)
 
 

@@ -25,7 +25,9 @@ def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized
         range_search,
     )  # torch starts when there is something to round
 
-    scale, zero = range_search.weighted(weight, weight.new_ones(weight.shape[-1]), scheme)
+    scale, zero = range_search.search_ranges_by_diagonal(
+        weight, weight.new_ones(weight.shape[-1]), scheme
+    )
     return affine.quantize(weight, scale, zero, scheme)
 
 

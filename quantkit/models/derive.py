@@ -17,25 +17,26 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from quantkit import registry
 from quantkit.contracts import Architecture, Config, Layout
 from quantkit.errors import CheckpointError, UsageError
+from quantkit.io.suggestions import format_unknown_name
 from quantkit.models import layout_checks
-from quantkit.models.inspect import refusal, structure
-from quantkit.models.layers import MetaModel, meta_model
+from quantkit.models.inspect import inspect_layout, make_refusal
+from quantkit.models.layers import MetaModel, make_meta_model
 
-REFUSED: Mapping[str, str] = {
+UNSUPPORTED: Mapping[str, str] = {
     "gpt_oss": "its experts are stored in MXFP4 with biases, gate and up interleaved and clamped, which no reader here "
     "knows, and at 4.25 bits a weight there is nothing to gain from 4 bits; serve the release as it is",
 }
 """Model types that transformers knows and that will not work, with what to do."""
 
 
-def architecture(config: Config) -> Architecture:
+def derive_architecture(config: Config) -> Architecture:
     """What can be proven of a model type without a table; UsageError when transformers does not know it either.
 
     Raises CheckpointError with the first thing that cannot be proven.
     """
     model_type = config.text("model_type")
-    if model_type in REFUSED:
-        raise refusal(config, REFUSED[model_type])
+    if model_type in UNSUPPORTED:
+        raise make_refusal(config, UNSUPPORTED[model_type])
     if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         own = (
             ", and the code of a checkpoint (auto_map) is never run"
@@ -43,11 +44,11 @@ def architecture(config: Config) -> Architecture:
             else ""
         )
         raise UsageError(
-            f"{registry.unknown('architecture', model_type, registry.names('architectures'))} transformers "
+            f"{format_unknown_name('architecture', model_type, registry.list_names('architectures'))} transformers "
             f"{transformers.__version__} has no language model of that type to derive one from{own}"
         )
-    layout = proven(config)
-    told = description(model_type, layout)
+    layout = derive_layout(config)
+    told = describe_layout(model_type, layout)
     return Architecture(
         layout=lambda _config: layout,
         tiny={},
@@ -57,34 +58,34 @@ def architecture(config: Config) -> Architecture:
     )
 
 
-def proven(config: Config) -> Layout:
+def derive_layout(config: Config) -> Layout:
     """The layout of the real model with what the small instance proved."""
-    bones = bare(config, config)
-    layout = structure(config, bones)
-    small_config = layout_checks.reduced(config, bones.config)
-    small_bones = bare(config, small_config)
-    small = structure(config, small_bones)
-    if names(small) != names(layout):
-        raise refusal(config, "a small instance of it has other tensors")
-    tensors = layout_checks.random_tensors(small_bones)
+    bones = make_checked_model(config, config)
+    layout = inspect_layout(config, bones)
+    small_config = layout_checks.reduce_config(config, bones.config)
+    small_bones = make_checked_model(config, small_config)
+    small = inspect_layout(config, small_bones)
+    if list_tensor_names(small) != list_tensor_names(layout):
+        raise make_refusal(config, "a small instance of it has other tensors")
+    tensors = layout_checks.make_random_tensors(small_bones)
     layout_checks.check_logits(config, small_bones, small, tensors)
-    readings = layout_checks.learned(config, small_bones, small, tensors)
+    readings = layout_checks.find_readings(config, small_bones, small, tensors)
     blocks = tuple(
-        replace(block, groups=layout_checks.groups_of(block, found, bones.config))
+        replace(block, groups=layout_checks.make_groups(block, found, bones.config))
         for block, found in zip(layout.blocks, readings, strict=True)
     )
     return replace(layout, blocks=blocks)
 
 
-def bare(config: Config, values: Config) -> MetaModel:
+def make_checked_model(config: Config, values: Config) -> MetaModel:
     """The model of `values` without weights; transformers' complaint as a reason to refuse."""
     try:
-        return meta_model(values, torch.device("cpu"), torch.float32)
+        return make_meta_model(values, torch.device("cpu"), torch.float32)
     except CheckpointError as fault:
-        raise refusal(config, str(fault).removeprefix(f"{config.where}: ")) from fault
+        raise make_refusal(config, str(fault).removeprefix(f"{config.where}: ")) from fault
 
 
-def names(layout: Layout) -> list[str]:
+def list_tensor_names(layout: Layout) -> list[str]:
     """Every module and tensor of a layout."""
     inside = [spec.name for block in layout.blocks for spec in block.others]
     return [
@@ -94,7 +95,7 @@ def names(layout: Layout) -> list[str]:
     ]
 
 
-def description(model_type: str, layout: Layout) -> str:
+def describe_layout(model_type: str, layout: Layout) -> str:
     """One sentence of what was found and proven."""
     groups = [group for block in layout.blocks for group in block.groups]
     linears = sum(len(block.linears) for block in layout.blocks)

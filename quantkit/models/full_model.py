@@ -16,15 +16,15 @@ from torch import Tensor
 from quantkit import registry
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Block, Layout, Scheme
-from quantkit.models.layers import MetaModel, load, relative
+from quantkit.models.layers import MetaModel, get_layer_name, load_tensors
 
-Read = Callable[[str], Tensor]
+TensorReader = Callable[[str], Tensor]
 """Full name of a logical tensor ("model.layers.0.mlp.up_proj.weight") -> its values, unpacked."""
 
 
-def reader(
+def make_reader(
     checkpoint: Checkpoint, format_name: str | None = None, schemes: dict[str, Scheme] | None = None
-) -> Read:
+) -> TensorReader:
     """Reads logical tensors of a source, or of an artifact whose `schemes` say what is packed in which format."""
     packed = schemes or {}
     parts: dict[str, list[str]] = {}
@@ -42,12 +42,12 @@ def reader(
             full.removeprefix(f"{module}."): tensor
             for full, tensor in checkpoint.read(parts[module]).items()
         }
-        return registry.format(format_name).dequantize(tensors, packed[module])
+        return registry.get_format(format_name).dequantize(tensors, packed[module])
 
     return read
 
 
-def parameters(layout: Layout) -> int:
+def count_parameters(layout: Layout) -> int:
     """Weights of the model that transformers runs."""
     skipped = sum(
         linear.n_parameters
@@ -58,19 +58,21 @@ def parameters(layout: Layout) -> int:
     return sum(linear.n_parameters for linear in layout.linears) - skipped
 
 
-def model(skeleton: MetaModel, layout: Layout, read: Read) -> Any:
+def make_model(skeleton: MetaModel, layout: Layout, read: TensorReader) -> Any:
     """The model with its weights, in the skeleton's dtype and on its device."""
-    return filled(empty(skeleton), skeleton, layout, state_dict(layout, read))
+    return fill_model(
+        make_empty_model(skeleton), skeleton, layout, iterate_state_dict(layout, read)
+    )
 
 
-def empty(skeleton: MetaModel) -> Any:
+def make_empty_model(skeleton: MetaModel) -> Any:
     """The model without weights."""
     whole = copy.deepcopy(skeleton.model)
     whole.base_model.rotary_emb = skeleton.rotary
     return whole
 
 
-def filled(
+def fill_model(
     whole: Any,
     skeleton: MetaModel,
     layout: Layout,
@@ -78,11 +80,13 @@ def filled(
     beside: Mapping[str, Tensor] = {},
 ) -> Any:
     """An `empty` model with its weights, ready to run: `tensors` are cast, those `beside` them taken as they are."""
-    load(whole, {**cast(whole, skeleton, layout, tensors), **beside}, "the whole model")
+    load_tensors(
+        whole, {**cast_tensors(whole, skeleton, layout, tensors), **beside}, "the whole model"
+    )
     return whole.eval()
 
 
-def cast(
+def cast_tensors(
     whole: Any, skeleton: MetaModel, layout: Layout, tensors: Iterable[tuple[str, Tensor]]
 ) -> dict[str, Tensor]:
     """Tensors in the skeleton's dtype and on its device, buffers in float32; a head that is tied is the embedding."""
@@ -103,8 +107,8 @@ def cast(
     return state
 
 
-def state_dict(
-    layout: Layout, read: Read, without: Collection[str] = ()
+def iterate_state_dict(
+    layout: Layout, read: TensorReader, without: Collection[str] = ()
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under the name transformers gives it: the experts of a block are stacked.
 
@@ -113,14 +117,16 @@ def state_dict(
     yield f"{layout.embedding.name}.weight", read(f"{layout.embedding.name}.weight")
     for block in layout.blocks:
         if block.kind == "decoder":
-            yield from block_state(block, read, without)
+            yield from iterate_block_state(block, read, without)
     for spec in layout.final_tensors:
         yield spec.name, read(spec.name)
     if layout.head:
         yield f"{layout.head.name}.weight", read(f"{layout.head.name}.weight")
 
 
-def block_state(block: Block, read: Read, without: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+def iterate_block_state(
+    block: Block, read: TensorReader, without: Collection[str]
+) -> Iterator[tuple[str, Tensor]]:
     """A block's tensors as transformers names them; gate and up of all experts are one [experts, 2 * width, hidden]."""
     names = [spec.name for spec in block.others]
     plain = [
@@ -131,7 +137,7 @@ def block_state(block: Block, read: Read, without: Collection[str]) -> Iterator[
     names += [f"{linear.name}.weight" for linear in plain]
     names += [f"{linear.name}.bias" for linear in block.linears if linear.bias]
     for name in names:
-        yield f"{block.name}.{relative(block, name)}", read(name)
+        yield f"{block.name}.{get_layer_name(block, name)}", read(name)
     experts = block.experts
     if experts is None or experts.linear(0, experts.gate) in without:
         return
@@ -142,7 +148,7 @@ def block_state(block: Block, read: Read, without: Collection[str]) -> Iterator[
     both = [
         torch.cat([weight(e, experts.gate), weight(e, experts.up)]) for e in range(experts.count)
     ]
-    called = f"{block.name}.{relative(block, experts.module)}"
+    called = f"{block.name}.{get_layer_name(block, experts.module)}"
     yield f"{called}.gate_up_proj", torch.stack(both)  # [experts, 2 * intermediate, hidden]
     yield (
         f"{called}.down_proj",

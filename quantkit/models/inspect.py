@@ -15,24 +15,24 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from quantkit import registry
 from quantkit.contracts import Block, Config, Layout, Linear, Role, TensorSpec
 from quantkit.errors import CheckpointError
-from quantkit.formats.common.engine_names import FUSED, HEAD
+from quantkit.formats.common.engine_names import FUSED_MODULES, LM_HEAD
 from quantkit.models.layers import MetaModel
 
-SHOWN = 300
+MAX_REASON_CHARS = 300
 """Characters of a reason: what transformers has to say can be long."""
 
 
-def refusal(config: Config, reason: str) -> CheckpointError:
+def make_refusal(config: Config, reason: str) -> CheckpointError:
     """The one sentence for a model that has no table and of which none can be derived."""
-    model_type, told = config.text("model_type"), " ".join(reason.split())[:SHOWN]
+    model_type, told = config.text("model_type"), " ".join(reason.split())[:MAX_REASON_CHARS]
     return CheckpointError(
         f"{config.where}: model_type {model_type!r} has no table in quantkit, and none can be derived: {told}; use a "
-        f"model of a family that has one ({', '.join(registry.names('architectures'))}), or add "
+        f"model of a family that has one ({', '.join(registry.list_names('architectures'))}), or add "
         f"quantkit/architectures/{model_type}.py"
     )
 
 
-def structure(config: Config, bones: MetaModel) -> Layout:
+def inspect_layout(config: Config, bones: MetaModel) -> Layout:
     """Every tensor of the model that transformers makes of `config`, claimed once; groups are left empty.
 
     Raises CheckpointError naming the first module or tensor that has no place.
@@ -42,10 +42,11 @@ def structure(config: Config, bones: MetaModel) -> Layout:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if type(embedding) is not nn.Embedding or type(head) is not nn.Linear:
         found = f"{type(embedding).__name__} and {type(head).__name__}"
-        raise refusal(config, f"expected an embedding and a linear head, found {found}")
-    stack = block_list(config, bones)
+        raise make_refusal(config, f"expected an embedding and a linear head, found {found}")
+    stack = find_block_list(config, bones)
     blocks = tuple(
-        block(config, f"{name_of[stack]}.{number}", layer) for number, layer in enumerate(stack)
+        inspect_block(config, f"{name_of[stack]}.{number}", layer)
+        for number, layer in enumerate(stack)
     )
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     inside = tuple(f"{found.name}." for found in blocks)
@@ -55,10 +56,10 @@ def structure(config: Config, bones: MetaModel) -> Layout:
         for name, shape in shapes.items()
         if name not in ends and not name.startswith(inside)
     }
-    weight, bias = final_norm(config, rest)
+    weight, bias = find_final_norm(config, rest)
     if renamed := get_model_conversion_mapping(model, add_legacy=False):
         patterns = ", ".join(str(pattern) for found in renamed for pattern in found.source_patterns)
-        raise refusal(
+        raise make_refusal(
             config,
             f"transformers loads its tensors under other names than the checkpoint's ({patterns})",
         )
@@ -70,11 +71,11 @@ def structure(config: Config, bones: MetaModel) -> Layout:
         blocks=blocks,
         final_norm=weight,
         final_norm_bias=bias,
-        head=None if tied(config, bones) else matrix(name_of[head], head, "head"),
+        head=None if is_head_tied(config, bones) else make_linear(name_of[head], head, "head"),
     )
 
 
-def block_list(config: Config, bones: MetaModel) -> nn.ModuleList:
+def find_block_list(config: Config, bones: MetaModel) -> nn.ModuleList:
     """The one list of repeated blocks."""
     count = getattr(bones.config, "num_hidden_layers", None)
     lists = [
@@ -82,37 +83,37 @@ def block_list(config: Config, bones: MetaModel) -> nn.ModuleList:
     ]
     if len(lists) != 1 or len(lists[0]) != count:
         found = ", ".join(str(len(found)) for found in lists) or "none"
-        raise refusal(config, f"expected one list of {count} blocks, found lists of {found}")
+        raise make_refusal(config, f"expected one list of {count} blocks, found lists of {found}")
     return lists[0]
 
 
-def tied(config: Config, bones: MetaModel) -> bool:
+def is_head_tied(config: Config, bones: MetaModel) -> bool:
     """Whether the head is the embedding; any other pair of tensors that are one is refused."""
     keys = getattr(bones.model, "_tied_weights_keys", None) or {}
     pairs = set(keys) if isinstance(keys, Mapping) else set(keys)
     is_tied = bool(getattr(bones.config, "tie_word_embeddings", False))
     if is_tied and len(pairs) != 1:
-        raise refusal(
+        raise make_refusal(
             config, f"expected only the head to be tied to the embedding, found {sorted(pairs)}"
         )
-    if is_tied and pairs != {f"{HEAD}.weight"}:
-        raise refusal(config, f"expected a tied head called {HEAD}, found {sorted(pairs)}")
+    if is_tied and pairs != {f"{LM_HEAD}.weight"}:
+        raise make_refusal(config, f"expected a tied head called {LM_HEAD}, found {sorted(pairs)}")
     return is_tied
 
 
-def final_norm(
+def find_final_norm(
     config: Config, rest: Mapping[str, tuple[int, ...]]
 ) -> tuple[TensorSpec, TensorSpec | None]:
     """Weight and bias of the norm behind the blocks: nothing else may be left outside them."""
     weights = [name for name, shape in rest.items() if name.endswith(".weight") and len(shape) == 1]
     if len(weights) != 1:
-        raise refusal(
+        raise make_refusal(
             config, f"expected one norm behind the blocks, found {', '.join(rest) or 'nothing'}"
         )
     [name] = weights
     bias = f"{name.removesuffix('.weight')}.bias"
     if other := [left for left in rest if left not in {name, bias}]:
-        raise refusal(
+        raise make_refusal(
             config,
             f"{other[0]} {list(rest[other[0]])} is outside the embedding, blocks, norm and head",
         )
@@ -120,7 +121,7 @@ def final_norm(
     return spec, TensorSpec(name=bias, dtype="BF16", shape=rest[bias]) if bias in rest else None
 
 
-def matrix(name: str, linear: nn.Linear, role: Role) -> Linear:
+def make_linear(name: str, linear: nn.Linear, role: Role) -> Linear:
     """A module as the contracts call it."""
     return Linear(
         name=name,
@@ -131,10 +132,10 @@ def matrix(name: str, linear: nn.Linear, role: Role) -> Linear:
     )
 
 
-def block(config: Config, name: str, layer: nn.Module) -> Block:
+def inspect_block(config: Config, name: str, layer: nn.Module) -> Block:
     """A block whose matrices are all linears; CheckpointError for one that holds others, as fused experts do."""
     found = {
-        f"{name}.{path}": matrix(
+        f"{name}.{path}": make_linear(
             f"{name}.{path}",
             module,
             "attention" if "attn" in path or "attention" in path else "mlp",
@@ -149,30 +150,30 @@ def block(config: Config, name: str, layer: nn.Module) -> Block:
         if full in claimed:
             continue
         if tensor.dim() != 1 or not tensor.is_floating_point():
-            raise refusal(
+            raise make_refusal(
                 config,
                 f"{full} {list(tensor.shape)} is neither a norm's vector nor the weight of an nn.Linear; experts, "
                 "convolutions and state spaces need a table",
             )
         others.append(TensorSpec(name=full, dtype="BF16", shape=tuple(tensor.shape)))
     if not found:
-        raise refusal(config, f"{name} has no nn.Linear")
+        raise make_refusal(config, f"{name} has no nn.Linear")
     return Block(
         name=name,
         kind="decoder",
         linears=tuple(found.values()),
         others=tuple(others),
         groups=(),
-        fused=tuple(fused(found)),
+        fused=tuple(find_fused_sets(found)),
     )
 
 
-def fused(linears: Mapping[str, Linear]) -> list[tuple[str, ...]]:
+def find_fused_sets(linears: Mapping[str, Linear]) -> list[tuple[str, ...]]:
     """The sets that engines merge at load: they go by these names in every family."""
     parents = dict.fromkeys(name.rpartition(".")[0] for name in linears)
     sets = {
         tuple(f"{parent}.{last}" for last in members): None
         for parent in parents
-        for members in FUSED.values()
+        for members in FUSED_MODULES.values()
     }
     return [members for members in sets if all(member in linears for member in members)]

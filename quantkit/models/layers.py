@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quantkit.contracts import Block, Config, Layout
 from quantkit.errors import CheckpointError
-from quantkit.io.files import refused_config
+from quantkit.io.files import make_config_error
 from quantkit.numerics import matmul
 
 
@@ -59,7 +59,7 @@ class ExpertTap(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
-class Product(nn.Module):
+class MatmulLinear(nn.Module):
     """A linear layer that numerics.products computes: in float32 on a CPU up to twice as fast as torch."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -71,7 +71,7 @@ class Product(nn.Module):
         return matmul.linear(x, self.weight, self.bias)
 
 
-def meta_model(config: Config, device: torch.device, dtype: torch.dtype) -> MetaModel:
+def make_meta_model(config: Config, device: torch.device, dtype: torch.dtype) -> MetaModel:
     """The model of `config` on the meta device, computing in `dtype` on `device`. No code of the checkpoint runs."""
     model_type = config.text("model_type")
     if model_type not in CONFIG_MAPPING:
@@ -92,17 +92,17 @@ def meta_model(config: Config, device: torch.device, dtype: torch.dtype) -> Meta
                 hf_config, dtype=dtype, attn_implementation="sdpa"
             )
         # inv_freq is a buffer that no checkpoint stores: on the meta device it would be garbage
-        rotary = rotary_class(model)(hf_config).to(device)
+        rotary = get_rotary_class(model)(hf_config).to(device)
     except CheckpointError as fault:
         raise CheckpointError(f"{config.where}: {fault}") from fault
     except Exception as fault:
-        raise refused_config(config.where, model_type, fault) from fault
-    check_patterns(hf_config, config.where)
+        raise make_config_error(config.where, model_type, fault) from fault
+    check_attention_patterns(hf_config, config.where)
     model.eval()
     return MetaModel(config=hf_config, model=model, rotary=rotary, device=device, dtype=dtype)
 
 
-def rotary_class(model: Any) -> type[nn.Module]:
+def get_rotary_class(model: Any) -> type[nn.Module]:
     """The module that makes the rotary position embeddings; CheckpointError for a model whose layers get none."""
     found = getattr(model.base_model, "rotary_emb", None)
     if not isinstance(found, nn.Module):
@@ -113,7 +113,7 @@ def rotary_class(model: Any) -> type[nn.Module]:
     return type(found)
 
 
-def decoder_layer(
+def make_decoder_layer(
     skeleton: MetaModel, block: Block, tensors: Mapping[str, Tensor]
 ) -> tuple[nn.Module, ExpertTap | None]:
     """One decoder layer with `tensors` (full names, routed experts left out) and the tap in place of its experts.
@@ -123,25 +123,25 @@ def decoder_layer(
     layer: nn.Module = copy.deepcopy(skeleton.model.get_submodule(block.name))
     tap = None
     if block.experts:
-        parent, _, leaf = relative(block, block.experts.module).rpartition(".")
+        parent, _, leaf = get_layer_name(block, block.experts.module).rpartition(".")
         tap = ExpertTap()
         setattr(layer.get_submodule(parent), leaf, tap)
     for name, module in list(layer.named_modules()):
         if type(module) is nn.Linear:
-            layer.set_submodule(name, Product(module))
+            layer.set_submodule(name, MatmulLinear(module))
     buffers = {name for name, _ in layer.named_buffers()}
     state = {
-        relative(block, name): tensor.to(
+        get_layer_name(block, name): tensor.to(
             device=skeleton.device,
-            dtype=torch.float32 if relative(block, name) in buffers else skeleton.dtype,
+            dtype=torch.float32 if get_layer_name(block, name) in buffers else skeleton.dtype,
         )
         for name, tensor in tensors.items()
     }
-    load(layer, state, block.name)
+    load_tensors(layer, state, block.name)
     return layer, tap
 
 
-def load(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+def load_tensors(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Assign a whole state dict; what is missing or left over names itself."""
     result = module.load_state_dict(state, strict=False, assign=True)
     if result.missing_keys or result.unexpected_keys:
@@ -152,7 +152,7 @@ def load(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     module.requires_grad_(False)
 
 
-def relative(block: Block, name: str) -> str:
+def get_layer_name(block: Block, name: str) -> str:
     """A full tensor or module name as transformers' layer calls it."""
     inner = name.removeprefix(f"{block.name}.")
     for stored, called in block.renames:
@@ -162,7 +162,7 @@ def relative(block: Block, name: str) -> str:
 
 
 @contextmanager
-def observing(layer: nn.Module, modules: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
+def observe_inputs(layer: nn.Module, modules: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
     """A dict that holds, after every forward of `layer`, the first input of each module (key -> module path)."""
     seen: dict[str, Tensor] = {}
 
@@ -183,7 +183,7 @@ def observing(layer: nn.Module, modules: Mapping[str, str]) -> Iterator[dict[str
             handle.remove()
 
 
-def run(
+def run_layer(
     skeleton: MetaModel, layer: nn.Module, rows: Tensor, lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Run a layer over sequences that lie one behind the other.
@@ -191,13 +191,17 @@ def run(
     rows [tokens, hidden] -> (output [tokens, hidden], valid [sequences * longest] bool: which padded position is a
     token). Sequences are padded on the right: under causal attention no token sees the padding.
     """
-    valid = padding(lengths, skeleton.device)  # [sequences, longest]
+    valid = make_padding_mask(lengths, skeleton.device)  # [sequences, longest]
     hidden = torch.zeros(*valid.shape, rows.shape[-1], dtype=skeleton.dtype, device=skeleton.device)
     hidden[valid] = rows.to(
         device=skeleton.device, dtype=skeleton.dtype
     )  # [tokens, h] -> [sequences, longest, h]
     positions = torch.arange(valid.shape[1], device=skeleton.device)[None]  # [1, longest]
-    make_mask = create_sliding_window_causal_mask if slides(skeleton, layer) else create_causal_mask
+    make_mask = (
+        create_sliding_window_causal_mask
+        if has_sliding_window(skeleton, layer)
+        else create_causal_mask
+    )
     mask = make_mask(
         config=skeleton.config,
         inputs_embeds=hidden,
@@ -217,7 +221,7 @@ def run(
     return out[valid], valid.reshape(-1)  # [sequences, longest, h] -> [tokens, h]
 
 
-def check_patterns(hf_config: Any, where: str) -> None:
+def check_attention_patterns(hf_config: Any, where: str) -> None:
     """CheckpointError for a layer that attends in another pattern than `run` has a mask for."""
     patterns = (
         hf_config.layer_types if "layer_types" in type(hf_config).__dataclass_fields__ else None
@@ -230,7 +234,7 @@ def check_patterns(hf_config: Any, where: str) -> None:
             )
 
 
-def slides(skeleton: MetaModel, layer: nn.Module) -> bool:
+def has_sliding_window(skeleton: MetaModel, layer: nn.Module) -> bool:
     """Whether the layer sees only the last `sliding_window` tokens.
 
     A family whose config class has no field for layer types or for a window ignores both, whatever config.json says.
@@ -242,13 +246,15 @@ def slides(skeleton: MetaModel, layer: nn.Module) -> bool:
     return "sliding_window" in known and config.sliding_window is not None
 
 
-def padding(lengths: Sequence[int], device: torch.device) -> Tensor:
+def make_padding_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
     """[sequences, longest] bool, true where a token stands."""
     count = torch.tensor(lengths, device=device)
     return torch.arange(max(lengths), device=device)[None] < count[:, None]
 
 
-def final_norm(skeleton: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]) -> nn.Module:
+def make_final_norm(
+    skeleton: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
+) -> nn.Module:
     """The norm behind the last block, with its tensors by full name."""
     module = layout.final_norm.name.rpartition(".")[0]
     norm: nn.Module = copy.deepcopy(skeleton.model.get_submodule(module))
@@ -259,11 +265,11 @@ def final_norm(skeleton: MetaModel, layout: Layout, tensors: Mapping[str, Tensor
         name: tensor.to(device=skeleton.device, dtype=skeleton.dtype)
         for name, tensor in state.items()
     }
-    load(norm, cast, "final norm")
+    load_tensors(norm, cast, "final norm")
     return norm
 
 
-def tokens_for_expert(index: Tensor, weight: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+def select_expert_tokens(index: Tensor, weight: Tensor, expert: int) -> tuple[Tensor, Tensor]:
     """Rows routed to `expert`, and their router weights: [n], [n]; index, weight: [tokens, k]."""
     hit = index == expert  # [tokens, k]
     token = hit.any(-1).nonzero(as_tuple=True)[0]  # [n]

@@ -21,21 +21,21 @@ from torch import Tensor, nn
 
 from quantkit.contracts import Absorber, Block, Config, HeadRows, Layout, LinearGroup
 from quantkit.models import full_model, scaling
-from quantkit.models.inspect import refusal
-from quantkit.models.layers import MetaModel, decoder_layer, final_norm, run
+from quantkit.models.inspect import make_refusal
+from quantkit.models.layers import MetaModel, make_decoder_layer, make_final_norm, run_layer
 
 LENGTHS = (20, 13)
 """Tokens of the two sequences: unequal, so that padding is tried, and longer than the window."""
 WINDOW = 8
 VOCABULARY = 96
-SAME = 1e-4
+LOGITS_TOLERANCE = 1e-4
 """Relative difference of logits that two orders of float32 sums explain; what is forgotten makes 1e-2 and more."""
-EXACT = 1e-6
+SCALING_TOLERANCE = 1e-6
 """The same for a fold by powers of two, which changes no bit but for what a kernel adds up in another order."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class InputReaders:
     """Linears of a block that read one input, and who absorbs its scale in which of the ways of `row_maps`."""
 
     readers: tuple[str, ...]  # within the block
@@ -46,7 +46,7 @@ class Reading:
 # ------------------------------------------------------------------------------------------------- the small instance
 
 
-def reduced(config: Config, hf_config: Any) -> Config:
+def reduce_config(config: Config, hf_config: Any) -> Config:
     """The same configuration with few heads, narrow layers, a small vocabulary and a short window."""
     heads, hidden = hf_config.num_attention_heads, hf_config.hidden_size
     kv_heads = getattr(hf_config, "num_key_value_heads", None) or heads
@@ -72,7 +72,7 @@ def reduced(config: Config, hf_config: Any) -> Config:
     return Config(values={**config.values, **changes, **tokens}, where=config.where)
 
 
-def random_tensors(bones: MetaModel) -> dict[str, Tensor]:
+def make_random_tensors(bones: MetaModel) -> dict[str, Tensor]:
     """Values for every tensor of the model: matrices that keep the scale of their input, norms around 1, biases."""
     generator = torch.Generator().manual_seed(0)
     found = {}
@@ -85,7 +85,7 @@ def random_tensors(bones: MetaModel) -> dict[str, Tensor]:
     return found
 
 
-def tensors_of(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def select_block_tensors(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A block's tensors, by full name."""
     return {name: tensor for name, tensor in tensors.items() if name.startswith(f"{block.name}.")}
 
@@ -102,22 +102,22 @@ def check_logits(
     try:
         rows = tensors[f"{layout.embedding.name}.weight"][ids]  # [tokens] -> [tokens, hidden]
         for block in layout.blocks:
-            layer, _ = decoder_layer(bones, block, tensors_of(block, tensors))
-            rows, _ = run(bones, layer, rows, LENGTHS)
+            layer, _ = make_decoder_layer(bones, block, select_block_tensors(block, tensors))
+            rows, _ = run_layer(bones, layer, rows, LENGTHS)
         ours = (
-            final_norm(bones, layout, tensors)(rows) @ tensors[f"{head}.weight"].T
+            make_final_norm(bones, layout, tensors)(rows) @ tensors[f"{head}.weight"].T
         )  # -> [tokens, vocabulary]
-        model = full_model.model(bones, layout, tensors.__getitem__)
+        model = full_model.make_model(bones, layout, tensors.__getitem__)
         with torch.no_grad():
             parts = [model(part[None], use_cache=False).logits[0] for part in ids.split(LENGTHS)]
     except Exception as fault:  # whatever transformers' layer needs and is not given
-        raise refusal(
+        raise make_refusal(
             config, f"its layers cannot be run one by one ({type(fault).__name__}: {fault})"
         ) from fault
     theirs = torch.cat(parts)  # [tokens, vocabulary]
     change = float((ours - theirs).norm() / theirs.norm())
-    if not change <= SAME:
-        raise refusal(
+    if not change <= LOGITS_TOLERANCE:
+        raise make_refusal(
             config,
             f"run block by block, a small instance gives other logits than transformers (by {change:.0e} of their "
             "size), so something outside the blocks, such as a multiplier of embedding or logits, is not reproduced",
@@ -128,7 +128,7 @@ def check_logits(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class BlockTrial:
     """A block of the instance with an input and what it makes of it."""
 
     config: Config
@@ -144,20 +144,22 @@ class Trial:
 
     def run(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """[tokens, hidden] behind the block with these tensors."""
-        layer, _ = decoder_layer(self.bones, self.block, tensors)
-        return run(self.bones, layer, self.rows, LENGTHS)[0]
+        layer, _ = make_decoder_layer(self.bones, self.block, tensors)
+        return run_layer(self.bones, layer, self.rows, LENGTHS)[0]
 
-    def readings(self) -> tuple[Reading, ...]:
+    def readings(self) -> tuple[InputReaders, ...]:
         """The linears by the values they were given; CheckpointError for one not called once with every token."""
-        layer, _ = decoder_layer(self.bones, self.block, self.tensors)
+        layer, _ = make_decoder_layer(self.bones, self.block, self.tensors)
         names = [linear.name.removeprefix(f"{self.block.name}.") for linear in self.block.linears]
-        calls = inputs_of(layer, names, lambda: run(self.bones, layer, self.rows, LENGTHS))
+        calls = record_inputs(
+            layer, names, lambda: run_layer(self.bones, layer, self.rows, LENGTHS)
+        )
         tokens = len(LENGTHS) * max(LENGTHS)
         groups: list[tuple[Tensor, list[str]]] = []
         for name, linear in zip(names, self.block.linears, strict=True):
             given = calls[name]
             if len(given) != 1 or given[0].numel() != tokens * linear.in_features:
-                raise refusal(
+                raise make_refusal(
                     self.config,
                     f"{linear.name} was called {len(given)} times for one block, or not with every token once",
                 )
@@ -172,7 +174,7 @@ class Trial:
             if match is None:
                 groups.append((given[0], match := []))
             match.append(name)
-        return tuple(Reading(readers=tuple(readers)) for _, readers in groups)
+        return tuple(InputReaders(readers=tuple(readers)) for _, readers in groups)
 
     def holds(self, groups: tuple[LinearGroup, ...]) -> bool:
         """Whether scaling the inputs of these groups leaves the block's output as it is."""
@@ -180,13 +182,15 @@ class Trial:
         for group in groups:
             if group.absorber:
                 width = self.tensors[f"{group.readers[0]}.weight"].shape[1]
-                scale = random_scale(group.absorber, width, generator)
-                scaling.absorb(changed, group.absorber, scale)
+                scale = make_random_scale(group.absorber, width, generator)
+                scaling.divide_absorber(changed, group.absorber, scale)
                 scaling.multiply_readers(changed, group, scale)
-        return float((self.run(changed) - self.out).norm()) <= EXACT * float(self.out.norm())
+        return float((self.run(changed) - self.out).norm()) <= SCALING_TOLERANCE * float(
+            self.out.norm()
+        )
 
 
-def inputs_of(
+def record_inputs(
     layer: nn.Module, names: list[str], forward: Callable[[], object]
 ) -> dict[str, list[Tensor]]:
     """The inputs of every call of these modules while `forward` runs."""
@@ -209,7 +213,7 @@ def inputs_of(
     return seen
 
 
-def random_scale(absorber: Absorber, width: int, generator: torch.Generator) -> Tensor:
+def make_random_scale(absorber: Absorber, width: int, generator: torch.Generator) -> Tensor:
     """[width] powers of two other than 1, alike for channels that share a row."""
     index = torch.tensor(absorber.rows.index() if absorber.rows else range(width))
     exponent = torch.randint(0, 4, (int(index.max()) + 1,), generator=generator)
@@ -219,7 +223,7 @@ def random_scale(absorber: Absorber, width: int, generator: torch.Generator) -> 
 # ---------------------------------------------------------------------------------------------------------- absorbers
 
 
-def row_maps(out: int, into: int, hf_config: Any) -> dict[str, HeadRows | None]:
+def list_row_maps(out: int, into: int, hf_config: Any) -> dict[str, HeadRows | None]:
     """The ways in which `out` rows of a linear can make `into` channels, by name."""
     heads = hf_config.num_attention_heads
     kv_heads = getattr(hf_config, "num_key_value_heads", None) or heads
@@ -245,7 +249,7 @@ def row_maps(out: int, into: int, hf_config: Any) -> dict[str, HeadRows | None]:
     return found if width * heads == into or "row by row" in found or "second half" in found else {}
 
 
-def absorber_of(block: Block, reading: Reading, hf_config: Any) -> Absorber | None:
+def make_absorber(block: Block, reading: InputReaders, hf_config: Any) -> Absorber | None:
     """The absorber of a reading, with the rows as they lie in this block."""
     if reading.absorber is None:
         return None
@@ -254,11 +258,13 @@ def absorber_of(block: Block, reading: Reading, hf_config: Any) -> Absorber | No
         return Absorber(module=module)
     into = sizes[f"{block.name}.{reading.readers[0]}"].in_features
     return Absorber(
-        module=module, rows=row_maps(sizes[module].out_features, into, hf_config)[reading.rows]
+        module=module, rows=list_row_maps(sizes[module].out_features, into, hf_config)[reading.rows]
     )
 
 
-def candidates(block: Block, reading: Reading, hf_config: Any) -> Iterator[Reading]:
+def iterate_absorber_candidates(
+    block: Block, reading: InputReaders, hf_config: Any
+) -> Iterator[InputReaders]:
     """Who might absorb the scale of a reading: norms of its width, then earlier linears whose rows could make it."""
     sizes = {x.name.removeprefix(f"{block.name}."): x for x in block.linears}
     into = sizes[reading.readers[0]].in_features
@@ -268,61 +274,67 @@ def candidates(block: Block, reading: Reading, hf_config: Any) -> Iterator[Readi
             yield replace(reading, absorber=module)
     for name, linear in sizes.items():
         if name not in reading.readers:
-            for rows in row_maps(linear.out_features, into, hf_config):
+            for rows in list_row_maps(linear.out_features, into, hf_config):
                 yield replace(reading, absorber=name, rows=rows)
 
 
-def groups_of(
-    block: Block, readings: tuple[Reading, ...], hf_config: Any
+def make_groups(
+    block: Block, readings: tuple[InputReaders, ...], hf_config: Any
 ) -> tuple[LinearGroup, ...]:
     """The readings as groups of this block."""
     return tuple(
         LinearGroup(
             name=f"{block.name}.{reading.readers[0]}.in",
             readers=tuple(f"{block.name}.{reader}" for reader in reading.readers),
-            absorber=absorber_of(block, reading, hf_config),
+            absorber=make_absorber(block, reading, hf_config),
         )
         for reading in readings
     )
 
 
-def absorbed(trial: Trial, readings: tuple[Reading, ...]) -> tuple[Reading, ...]:
+def find_absorbers(
+    trial: BlockTrial, readings: tuple[InputReaders, ...]
+) -> tuple[InputReaders, ...]:
     """The readings with the first absorber that was proven for each; without any if they fail together."""
     block, hf_config = trial.block, trial.bones.config
     found = tuple(
         next(
             (
                 one
-                for one in candidates(block, reading, hf_config)
-                if trial.holds(groups_of(block, (one,), hf_config))
+                for one in iterate_absorber_candidates(block, reading, hf_config)
+                if trial.holds(make_groups(block, (one,), hf_config))
             ),
             reading,
         )
         for reading in readings
     )
-    return found if trial.holds(groups_of(block, found, hf_config)) else readings
+    return found if trial.holds(make_groups(block, found, hf_config)) else readings
 
 
-def learned(
+def find_readings(
     config: Config, bones: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
-) -> list[tuple[Reading, ...]]:
+) -> list[tuple[InputReaders, ...]]:
     """Per block who reads what and who absorbs it; blocks built alike are tried with what the first one gave."""
     generator = torch.Generator().manual_seed(3)
     rows = torch.randn(
         sum(LENGTHS), layout.embedding.in_features, generator=generator
     )  # [tokens, hidden]
-    known: dict[tuple[str, ...], tuple[Reading, ...]] = {}
+    known: dict[tuple[str, ...], tuple[InputReaders, ...]] = {}
     found = []
     for block in layout.blocks:
-        trial = Trial(
-            config=config, bones=bones, block=block, tensors=tensors_of(block, tensors), rows=rows
+        trial = BlockTrial(
+            config=config,
+            bones=bones,
+            block=block,
+            tensors=select_block_tensors(block, tensors),
+            rows=rows,
         )
         readings = trial.readings()
         kind = tuple(name.removeprefix(block.name) for name in trial.tensors)
         best = known.get(kind, ())
         alike = tuple(one.readers for one in best) == tuple(one.readers for one in readings)
-        if not (alike and trial.holds(groups_of(block, best, bones.config))):
-            best = absorbed(trial, readings)
+        if not (alike and trial.holds(make_groups(block, best, bones.config))):
+            best = find_absorbers(trial, readings)
         known[kind] = best
         found.append(best)
     return found

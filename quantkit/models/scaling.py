@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantkit.contracts import Absorber, InputStats, LinearGroup, Rescale, Scheme
 from quantkit.errors import NumericsError
-from quantkit.numerics.awq_scales import powers_of_two
+from quantkit.numerics.awq_scales import round_to_powers_of_two
 
 FLOAT32_TOLERANCE = 1e-3
 BFLOAT16_TOLERANCE = 3e-2
@@ -25,7 +25,7 @@ ROUTING_TOLERANCE = 2e-2
 token whose two best experts tie may go to the other one, so routing is given more; a router that was forgotten moves
 it by the order of one."""
 
-STRIDE = 4
+SEARCH_STRIDE = 4
 """Distance of the candidates that are tried first."""
 
 
@@ -43,7 +43,9 @@ class ScaleChoice:
         return self.candidate != 0
 
 
-def candidates(rescale: Rescale, mean_abs: Tensor, absorber: Absorber, into_norm: bool) -> Tensor:
+def compute_group_candidates(
+    rescale: Rescale, mean_abs: Tensor, absorber: Absorber, into_norm: bool
+) -> Tensor:
     """[n, in] scales to try.
 
     What a norm absorbs is rounded to powers of two: norm, router and every other kept reader then change exponents
@@ -51,7 +53,7 @@ def candidates(rescale: Rescale, mean_abs: Tensor, absorber: Absorber, into_norm
     those share their scale.
     """
     if into_norm:
-        return powers_of_two(rescale.candidates(mean_abs))
+        return round_to_powers_of_two(rescale.candidates(mean_abs))
     if absorber.rows is None:
         return rescale.candidates(mean_abs)
     index = torch.tensor(absorber.rows.index(), device=mean_abs.device)
@@ -72,14 +74,14 @@ def check_input(where: str, mean_abs: Tensor, gram: Tensor) -> None:
         )
 
 
-def errors(
+def compute_scale_errors(
     rescale: Rescale, weight: Tensor, gram: Tensor, scales: Tensor, scheme: Scheme | None
 ) -> Tensor:
     """Error of a matrix, or of each of a batch, under its gram per candidate: scales [n, in] -> [n, ...] float64."""
     return torch.stack([rescale.error(weight, gram, scale, scheme) for scale in scales])
 
 
-def search(
+def search_scales(
     group: str,
     added: Tensor,
     batches: Sequence[tuple[Tensor, Scheme | None]],
@@ -93,7 +95,7 @@ def search(
     their scheme; added [n] float64 is what other readers lose. Candidate 0 unless another is better.
     """
     found: dict[int, float] = {}
-    tried, stride = list(range(0, len(scales), STRIDE)), STRIDE
+    tried, stride = list(range(0, len(scales), SEARCH_STRIDE)), SEARCH_STRIDE
     while tried:
         for n in tried:
             lost = [
@@ -105,7 +107,7 @@ def search(
     return ScaleChoice(group=group, candidate=best, error_plain=found[0], error_chosen=found[best])
 
 
-def absorb(tensors: dict[str, Tensor], absorber: Absorber, scale: Tensor) -> None:
+def divide_absorber(tensors: dict[str, Tensor], absorber: Absorber, scale: Tensor) -> None:
     """Divide the absorber by `scale` [in]: tensors (float32, full names) is changed.
 
     A norm loses nothing when it is stored in its own dtype, because its scales are powers of two.
@@ -134,7 +136,7 @@ def multiply_readers(tensors: dict[str, Tensor], group: LinearGroup, scale: Tens
         tensors[f"{reader}.weight"] = tensors[f"{reader}.weight"] * scale  # [out, in] * [in]
 
 
-def rescaled_stats(stats: InputStats, scale: Tensor) -> InputStats:
+def rescale_stats(stats: InputStats, scale: Tensor) -> InputStats:
     """Statistics of x / scale [in] or [..., in]. The gram is divided in place: nobody else needs the old one."""
     gram = stats.gram.div_(scale.unsqueeze(-1)).div_(
         scale.unsqueeze(-2)
@@ -169,7 +171,7 @@ def check_unchanged(
     return change
 
 
-def routing_matrix(index: Tensor, weight: Tensor, count: int) -> Tensor:
+def make_routing_matrix(index: Tensor, weight: Tensor, count: int) -> Tensor:
     """Routing weights as [tokens, experts], comparable whatever the order of the top k."""
     return torch.zeros(len(index), count, dtype=weight.dtype, device=weight.device).scatter(
         1, index, weight

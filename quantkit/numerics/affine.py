@@ -17,7 +17,7 @@ BITS = range(2, 9)
 """Code widths that fit uint8 and have a middle code with room on both sides."""
 
 
-def split(weight: Tensor, group_size: int) -> Tensor:
+def split_groups(weight: Tensor, group_size: int) -> Tensor:
     """View [..., out, in] as [..., out, n_groups, group]; group_size -1 is one group per row.
 
     Raises NumericsError when the group size does not divide `in`.
@@ -34,14 +34,14 @@ def split(weight: Tensor, group_size: int) -> Tensor:
     return groups
 
 
-def ranges(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def compute_min_max(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest weight of each group, with zero forced into the range.
 
     weight [..., out, in] -> low <= 0 and high >= 0, each [..., out, n_groups]. Without zero in the range a group such
     as 1 .. 2 has no valid unsigned zero point and all its weights collapse into one. Raises NumericsError when a
     weight is NaN or infinite.
     """
-    groups = split(weight, group_size)
+    groups = split_groups(weight, group_size)
     low, high = (
         groups.amin(dim=-1),
         groups.amax(dim=-1),
@@ -54,7 +54,7 @@ def ranges(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return low.clamp(max=0), high.clamp(min=0)
 
 
-def qparams(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+def compute_qparams(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point for ranges of any shape.
 
     low, high float32 -> scale in scheme.scale_dtype, zero uint8 (None when symmetric: the middle code). Asymmetric
@@ -67,86 +67,93 @@ def qparams(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor |
         )
     steps = 2**scheme.bits - 1
     width = 2 * torch.maximum(-low, high) if scheme.symmetric else high - low
-    scale = stored_scale(width / steps, scheme)
+    scale = round_scale(width / steps, scheme)
     if scheme.symmetric:
         return scale, None
     # zero is a code too: when low is 0 it is 0, when high is 0 it is the last one
     zero = torch.round(-low / scale.float()).clamp_(0, steps).to(torch.uint8)
-    return scale, zero.masked_fill_(width == 0, default_zero_point(scheme))
+    return scale, zero.masked_fill_(width == 0, get_default_zero_point(scheme))
 
 
-def default_zero_point(scheme: Scheme) -> int:
+def get_default_zero_point(scheme: Scheme) -> int:
     """The code that means zero in a symmetric scheme, and in a group of zeros."""
     return 1 << (scheme.bits - 1)
 
 
-def stored_scale(scale: Tensor, scheme: Scheme) -> Tensor:
+def round_scale(scale: Tensor, scheme: Scheme) -> Tensor:
     """Round float32 scales to the dtype they are stored in; 0 becomes 1, the rest is clamped to its normal range."""
-    dtype = scale_dtype(scheme)
+    dtype = get_scale_dtype(scheme)
     limits = torch.finfo(dtype)
     clamped = scale.float().clamp(limits.tiny, limits.max)
     return clamped.where(scale > 0, torch.ones_like(clamped)).to(dtype)
 
 
-def scale_dtype(scheme: Scheme) -> torch.dtype:
+def get_scale_dtype(scheme: Scheme) -> torch.dtype:
     """The torch dtype that scheme.scale_dtype names."""
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[
         scheme.scale_dtype
     ]
 
 
-def offset(zero: Tensor | None, scheme: Scheme) -> Tensor | float:
+def expand_zero_point(zero: Tensor | None, scheme: Scheme) -> Tensor | float:
     """The zero point [...] as float32 [..., 1], or the middle code as one number: ready to broadcast over a group."""
     return (
-        float(default_zero_point(scheme)) if zero is None else zero.unsqueeze(-1).float()
+        float(get_default_zero_point(scheme)) if zero is None else zero.unsqueeze(-1).float()
     )  # [...] -> [..., 1]
 
 
-def codes(groups: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
+def round_to_codes(groups: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
     """Nearest codes of weights [..., group], as float32 integers in 0 .. 2**bits - 1, same shape.
 
     scale and zero [...]. The codes stay float32 so that a search can multiply them at once.
     """
     step = scale.float().unsqueeze(-1)  # [...] -> [..., 1]
-    return (groups / step).round_().add_(offset(zero, scheme)).clamp_(0, 2**scheme.bits - 1)
+    return (
+        (groups / step).round_().add_(expand_zero_point(zero, scheme)).clamp_(0, 2**scheme.bits - 1)
+    )
 
 
 def fake_quantize(groups: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
     """Weights [..., group] after rounding to codes and back, float32 of the same shape; scale and zero [...]."""
     return (
-        codes(groups, scale, zero, scheme)
-        .sub_(offset(zero, scheme))
+        round_to_codes(groups, scale, zero, scheme)
+        .sub_(expand_zero_point(zero, scheme))
         .mul_(scale.float().unsqueeze(-1))
     )
 
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Quantized:
     """Round weights [..., out, in] float32 to the nearest code under given scale and zero [..., out, n_groups]."""
-    chosen = codes(
-        split(weight, scheme.group_size), scale, zero, scheme
+    chosen = round_to_codes(
+        split_groups(weight, scheme.group_size), scale, zero, scheme
     )  # [..., out, n_groups, group]
     return Quantized(codes=chosen.flatten(-2).to(torch.uint8), scale=scale, zero=zero)
 
 
 def dequantize(quantized: Quantized, scheme: Scheme) -> Tensor:
     """The weights that codes stand for: [..., out, in] float32."""
-    groups = split(quantized.codes, scheme.group_size).float()
+    groups = split_groups(quantized.codes, scheme.group_size).float()
     return (
         groups
-        .sub_(offset(quantized.zero, scheme))
+        .sub_(expand_zero_point(quantized.zero, scheme))
         .mul_(quantized.scale.float().unsqueeze(-1))
         .flatten(-2)
     )
 
 
-def fallbacks(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
+def count_fallbacks(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
     """How many groups of each matrix took a named fallback; [...] int64 per name, 0 where none.
 
     zero-group: every code is the zero point, so the group is stored as exact zeros.
     scale-clamped: the scale is the smallest normal or the largest finite number of its dtype.
     """
-    groups, limits = split(quantized.codes, scheme.group_size), torch.finfo(quantized.scale.dtype)
-    zero = default_zero_point(scheme) if quantized.zero is None else quantized.zero.unsqueeze(-1)
+    groups, limits = (
+        split_groups(quantized.codes, scheme.group_size),
+        torch.finfo(quantized.scale.dtype),
+    )
+    zero = (
+        get_default_zero_point(scheme) if quantized.zero is None else quantized.zero.unsqueeze(-1)
+    )
     same = (groups == zero).view(
         torch.uint8
     )  # bytes: their minimum takes a third of the time of `all`

@@ -15,23 +15,23 @@ from quantkit.numerics import affine, gram, range_search
 
 RATIOS = tuple(step / 20 for step in range(20))
 """AWQ's grid; ratio 0 leaves the input as it is."""
-SMALLEST = 1e-4
+MIN_MEAN_ABS_RATIO = 1e-4
 """Share of the largest mean |x| below which a channel counts as this share: a dead channel must not make s 0."""
 
-SHARES = (1, 0.9, 0.8, 0.7, 0.6)
+CLIP_RATIOS = (1, 0.9, 0.8, 0.7, 0.6)
 """Shares of the min/max range that a candidate is judged with."""
-JUDGES = 128
+SAMPLED_ROWS = 128
 """Rows of a matrix that judge a scale: a sixteenth of DeepSeek-V3's experts, and of the cost."""
 
 
-def candidates(mean_abs: Tensor) -> Tensor:
+def compute_scale_candidates(mean_abs: Tensor) -> Tensor:
     """Scales to try for an input: mean_abs [in] -> [n, in] float32, or [..., in] -> [n, ..., in]; the first all ones.
 
     Each is divided by sqrt(max * min), as in AWQ's published code, so that scales lie around 1 and neither the
     absorbing tensor nor the reading one leaves its range. An input that is always zero gets ones throughout.
     """
     largest = mean_abs.float().amax(dim=-1, keepdim=True)  # [..., in] -> [..., 1]
-    share = torch.where(largest > 0, mean_abs.float() / largest, 1.0).clamp(min=SMALLEST)
+    share = torch.where(largest > 0, mean_abs.float() / largest, 1.0).clamp(min=MIN_MEAN_ABS_RATIO)
     tried = [share**ratio for ratio in RATIOS]
     return torch.stack([
         scale / (scale.amax(-1, keepdim=True) * scale.amin(-1, keepdim=True)).sqrt()
@@ -39,7 +39,7 @@ def candidates(mean_abs: Tensor) -> Tensor:
     ])
 
 
-def powers_of_two(scale: Tensor) -> Tensor:
+def round_to_powers_of_two(scale: Tensor) -> Tensor:
     """Positive scales rounded to the nearest power of two, on a logarithmic scale; same shape and dtype.
 
     Such a scale changes exponents alone: a norm divided by it and a kept matrix multiplied by it are exact in any float
@@ -48,7 +48,9 @@ def powers_of_two(scale: Tensor) -> Tensor:
     return torch.exp2(torch.round(torch.log2(scale)))
 
 
-def error(weight: Tensor, stats: Tensor, candidate: Tensor, scheme: Scheme | None) -> Tensor:
+def compute_scaling_error(
+    weight: Tensor, stats: Tensor, candidate: Tensor, scheme: Scheme | None
+) -> Tensor:
     """Output error of a weight that is scaled, rounded and unscaled: [...] float64, tr(D G D^T).
 
     weight [..., out, in] float32; stats [..., in, in], the gram of the unscaled input; candidate [in] or [..., in].
@@ -58,34 +60,43 @@ def error(weight: Tensor, stats: Tensor, candidate: Tensor, scheme: Scheme | Non
     spread, stand for all. Extra memory: about 8 * JUDGES * in float32 values per matrix.
     """
     judges = weight[
-        ..., judging(weight.shape[-2]).to(weight.device), :
+        ..., sample_row_indices(weight.shape[-2]).to(weight.device), :
     ]  # [..., out, in] -> [..., JUDGES, in]
     scale = candidate.unsqueeze(-2)  # [in] -> [1, in]; [..., in] -> [..., 1, in]
     diagonal = stats.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) / scale.square()  # [..., 1, in]
-    lost = [unscaled_error(rows, scale, diagonal, scheme) for rows in range_search.in_cache(judges)]
-    return gram.error(torch.cat(lost, dim=-2), stats) * (weight.shape[-2] / judges.shape[-2])
+    lost = [
+        compute_unscaled_delta(rows, scale, diagonal, scheme)
+        for rows in range_search.split_for_cache(judges)
+    ]
+    return gram.compute_error(torch.cat(lost, dim=-2), stats) * (
+        weight.shape[-2] / judges.shape[-2]
+    )
 
 
-def judging(rows: int) -> Tensor:
+def sample_row_indices(rows: int) -> Tensor:
     """Numbers of the rows that judge a scale: all, or JUDGES of them, evenly spread; int64."""
-    return torch.arange(rows) if rows <= JUDGES else torch.arange(JUDGES) * rows // JUDGES
+    return (
+        torch.arange(rows)
+        if rows <= SAMPLED_ROWS
+        else torch.arange(SAMPLED_ROWS) * rows // SAMPLED_ROWS
+    )
 
 
-def unscaled_error(
+def compute_unscaled_delta(
     weight: Tensor, scale: Tensor, diagonal: Tensor, scheme: Scheme | None
 ) -> Tensor:
     """What scaling, rounding and unscaling does to rows [..., rows, in]; scale and diagonal [..., 1, in]."""
     wide = weight * scale
     if scheme is None:
         return wide.bfloat16().float().div_(scale).sub_(weight)
-    weighing = affine.split(
+    weighing = affine.split_groups(
         diagonal, scheme.group_size
     )  # [..., 1, in] -> [..., 1, n_groups, group]
-    groups = affine.split(wide, scheme.group_size)
-    ranges = affine.qparams(*affine.ranges(wide, scheme.group_size), scheme)
+    groups = affine.split_groups(wide, scheme.group_size)
+    ranges = affine.compute_qparams(*affine.compute_min_max(wide, scheme.group_size), scheme)
     none = torch.full_like(ranges[0], torch.inf, dtype=torch.float32)
-    best, _ = range_search.best_scale_and_zero(
-        groups, weighing, (ranges, none), SHARES, (0,), scheme
+    best, _ = range_search.select_scales_and_zeros(
+        groups, weighing, (ranges, none), CLIP_RATIOS, (0,), scheme
     )
     return (
         affine.fake_quantize(groups, *best, scheme).flatten(-2).div_(scale).sub_(weight)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
-from quantkit.numerics.runs import WORD_BITS, per_run
+from quantkit.numerics.runs import WORD_BITS, count_codes_per_run
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """AutoAWQ's "gemm" layout: the order in which its kernel wants the eight codes of a word."""
 
 
-def per_word(bits: int) -> int:
+def count_codes_per_word(bits: int) -> int:
     """Codes in one word; raises NumericsError for widths that do not fill 32 bits."""
     if bits < 1 or WORD_BITS % bits:
         raise NumericsError(
@@ -29,14 +29,14 @@ def per_word(bits: int) -> int:
     return WORD_BITS // bits
 
 
-def slots(bits: int, order: Sequence[int] | None) -> tuple[int, ...]:
+def resolve_slot_order(bits: int, order: Sequence[int] | None) -> tuple[int, ...]:
     """The slot order for `bits`-bit codes, sequential by default; raises NumericsError unless it is a permutation."""
     if order is None:
-        return tuple(range(per_run(bits)))
+        return tuple(range(count_codes_per_run(bits)))
     chosen = tuple(order)
-    if sorted(chosen) != list(range(per_word(bits))):
+    if sorted(chosen) != list(range(count_codes_per_word(bits))):
         raise NumericsError(
-            f"slot order {list(chosen)} is not a permutation of 0 .. {per_word(bits) - 1}"
+            f"slot order {list(chosen)} is not a permutation of 0 .. {count_codes_per_word(bits) - 1}"
         )
     return chosen
 
@@ -47,7 +47,7 @@ def pack(codes: Tensor, bits: int, axis: int, order: Sequence[int] | None = None
     Raises NumericsError when a code does not fit its slot (it would corrupt its neighbours) or the axis is no whole
     number of runs.
     """
-    order = slots(bits, order)
+    order = resolve_slot_order(bits, order)
     if codes.shape[axis] % len(order):
         run = "a 32-bit word" if WORD_BITS % bits == 0 else f"{bits} 32-bit words"
         raise NumericsError(
@@ -77,7 +77,7 @@ def pack(codes: Tensor, bits: int, axis: int, order: Sequence[int] | None = None
 
 def unpack(words: Tensor, bits: int, axis: int, order: Sequence[int] | None = None) -> Tensor:
     """int32 words -> codes, uint8 for up to 8 bits and int64 above; `axis` grows by 32 / bits. Inverse of `pack`."""
-    order = slots(bits, order)
+    order = resolve_slot_order(bits, order)
     runs = words.movedim(axis, -1).unflatten(
         -1, (-1, len(order) * bits // WORD_BITS)
     )  # [..., words] -> [..., runs, words]

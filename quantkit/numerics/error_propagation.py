@@ -15,33 +15,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.numerics.gptq import LAZY, GptqFactor
+from quantkit.numerics.cholesky import BLOCK_COLUMNS, GptqFactor
 
-SHARE = 0.5
+ALPHA = 0.5
 """Share of the correction for changed inputs that is applied (QEP's alpha)."""
-STREAM_SHARE = 0.35
+RESIDUAL_ALPHA = 0.35
 """Share of what the residual stream lacks that one linear makes up for. SmolLM2-135M, 4 bits: mean KL .0564 with 0.25,
 .0555 with 0.35, .0559 with 0.5; with 0.6, which two of a block make 1.2, massive activations overshot: .087."""
-MASSIVE = 10.0
+MASSIVE_NORM_RATIO = 10.0
 """How many times the typical norm a token's state may have for a linear to make up for what it lacks."""
 
 
-def residual_gap(original: Tensor, stream: Tensor) -> Tensor:
+def compute_residual_gap(original: Tensor, stream: Tensor) -> Tensor:
     """What the residual stream lacks of the original one, s - r [tokens, hidden]; 0 for tokens of massive activations.
 
     Those (Sun et al., arXiv 2402.17762) have hundreds of times the norm of others, one or two of a sequence. The next
     norm divides by it, so what they lack matters no more than other tokens' shares; in a sum over tokens it is all.
     """
     norm: Tensor = torch.linalg.vector_norm(stream.float(), dim=-1, keepdim=True)  # [tokens, 1]
-    return (original - stream) * (norm <= MASSIVE * norm.median())
+    return (original - stream) * (norm <= MASSIVE_NORM_RATIO * norm.median())
 
 
-def corrected(
+def correct_weight(
     weight: Tensor,
     cross: Tensor,
     factor: GptqFactor,
     residual: Tensor | None = None,
-    shares: tuple[float, float] = (SHARE, STREAM_SHARE),
+    shares: tuple[float, float] = (ALPHA, RESIDUAL_ALPHA),
 ) -> Tensor:
     """W + (share W C + stream_share E) G^-1: weight [..., out, in], cross [..., in, in] float32 -> [..., out, in].
 
@@ -57,18 +57,18 @@ def corrected(
     own = (
         factor.own.expand(*lead, width).take_along_dim(order, dim=-1).unsqueeze(-2)
     )  # [..., 1, in]
-    step = divided(wanted, factor.upper, own)
+    step = solve_factored(wanted, factor.upper, own)
     return weight + step.take_along_dim(order.argsort(dim=-1).unsqueeze(-2), dim=-1)
 
 
-def divided(rows: Tensor, upper: Tensor, own: Tensor) -> Tensor:
+def solve_factored(rows: Tensor, upper: Tensor, own: Tensor) -> Tensor:
     """rows (U diag(own) U^T)^-1: rows [..., out, in], U [..., in, in] unit upper triangular, own [..., 1, in].
 
     LAZY columns at a time, in products whose sums do not depend on the number of threads.
     """
-    result, starts = rows.clone(), range(0, rows.shape[-1], LAZY)
+    result, starts = rows.clone(), range(0, rows.shape[-1], BLOCK_COLUMNS)
     for start in reversed(starts):  # first by U^T, lower triangular: from the last column
-        here, behind = slice(start, start + LAZY), slice(start + LAZY, None)
+        here, behind = slice(start, start + BLOCK_COLUMNS), slice(start + BLOCK_COLUMNS, None)
         left = result[..., here] - result[..., behind] @ upper[..., here, behind].mT
         triangle = upper[..., here, here].mT
         result[..., here] = torch.linalg.solve_triangular(
@@ -76,7 +76,7 @@ def divided(rows: Tensor, upper: Tensor, own: Tensor) -> Tensor:
         )
     result /= own
     for start in starts:
-        here, before = slice(start, start + LAZY), slice(0, start)
+        here, before = slice(start, start + BLOCK_COLUMNS), slice(0, start)
         left = result[..., here] - result[..., before] @ upper[..., before, here]
         triangle = upper[..., here, here]
         result[..., here] = torch.linalg.solve_triangular(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantkit.errors import NumericsError
 
-CHUNK = 1024
+CHUNK_TOKENS = 1024
 """Tokens whose float64 log-probabilities are held at once."""
 
 
@@ -42,14 +42,17 @@ class Estimate:
     n: int
 
 
-def compare(source: Tensor, quantized: Tensor, targets: Tensor) -> TokenFidelity:
+def compare_logits(source: Tensor, quantized: Tensor, targets: Tensor) -> TokenFidelity:
     """Compare logits [n, vocab] of both models, any float dtype, at true next tokens [n] int64.
 
     KL and log-probabilities are taken in float64: at 8 bits the mean KL is near float32's rounding noise.
     """
     kl, first, second, same = [], [], [], []
     for p_rows, q_rows, true in zip(
-        source.split(CHUNK), quantized.split(CHUNK), targets.split(CHUNK), strict=True
+        source.split(CHUNK_TOKENS),
+        quantized.split(CHUNK_TOKENS),
+        targets.split(CHUNK_TOKENS),
+        strict=True,
     ):
         log_p = torch.log_softmax(p_rows.double(), dim=-1)
         log_q = torch.log_softmax(q_rows.double(), dim=-1)
@@ -68,7 +71,7 @@ def compare(source: Tensor, quantized: Tensor, targets: Tensor) -> TokenFidelity
     )
 
 
-def concatenate(parts: list[TokenFidelity]) -> TokenFidelity:
+def concatenate_tokens(parts: list[TokenFidelity]) -> TokenFidelity:
     """Join the tokens of several chunks, in order."""
     return TokenFidelity(
         kl=torch.cat([part.kl for part in parts]),
@@ -78,14 +81,14 @@ def concatenate(parts: list[TokenFidelity]) -> TokenFidelity:
     )
 
 
-def mean(values: Tensor) -> Estimate:
+def estimate_mean(values: Tensor) -> Estimate:
     """Mean of values [n] with its standard error sd / sqrt(n)."""
     n = values.numel()
     error = float(values.double().std()) / sqrt(n) if n > 1 else None
     return Estimate(value=float(values.double().mean()), error=error, n=n)
 
 
-def quantile(values: Tensor, share: float) -> Estimate:
+def estimate_quantile(values: Tensor, share: float) -> Estimate:
     """The value that `share` of values [n] do not exceed (linear between ranks).
 
     Its standard error is half the distance between the order statistics one binomial standard deviation below and above
@@ -106,14 +109,14 @@ def quantile(values: Tensor, share: float) -> Estimate:
     )
 
 
-def maximum(values: Tensor) -> Estimate:
+def estimate_maximum(values: Tensor) -> Estimate:
     """The largest of values [n]; a maximum has no standard error."""
     return Estimate(value=float(values.double().max()), error=None, n=values.numel())
 
 
-def rms(values: Tensor) -> Estimate:
+def estimate_rms(values: Tensor) -> Estimate:
     """Root mean square of values [n], with the delta method's standard error."""
-    square = mean(values.double().square())
+    square = estimate_mean(values.double().square())
     root = sqrt(square.value)
     return Estimate(
         value=root,
@@ -122,20 +125,20 @@ def rms(values: Tensor) -> Estimate:
     )
 
 
-def proportion(hits: Tensor) -> Estimate:
+def estimate_proportion(hits: Tensor) -> Estimate:
     """Share of true values in hits [n] bool, with its binomial standard error."""
     n, share = hits.numel(), float(hits.double().mean())
     return Estimate(value=share, error=sqrt(share * (1 - share) / n), n=n)
 
 
-def perplexity(nll: Tensor) -> Estimate:
+def estimate_perplexity(nll: Tensor) -> Estimate:
     """exp(mean nll) of per-token nll [n] in nats, with the delta method's standard error."""
-    log = mean(nll)
+    log = estimate_mean(nll)
     value = exp(log.value)
     return Estimate(value=value, error=None if log.error is None else value * log.error, n=log.n)
 
 
-def summary(tokens: TokenFidelity) -> dict[str, Estimate]:
+def summarize_tokens(tokens: TokenFidelity) -> dict[str, Estimate]:
     """Every figure of the report for a set of tokens, under the names the report uses.
 
     The perplexity ratio's standard error comes from paired differences: both models see the same tokens. Raises
@@ -146,21 +149,21 @@ def summary(tokens: TokenFidelity) -> dict[str, Estimate]:
             "no token to compare two models on; the text must have at least one token with a successor"
         )
     return {
-        "kl_mean": mean(tokens.kl),
-        "kl_median": quantile(tokens.kl, 0.5),
-        "kl_p99": quantile(tokens.kl, 0.99),
-        "kl_p999": quantile(tokens.kl, 0.999),
-        "kl_max": maximum(tokens.kl),
-        "ppl_source": perplexity(tokens.nll_source),
-        "ppl_artifact": perplexity(tokens.nll_quantized),
-        "ppl_ratio": perplexity(tokens.nll_quantized - tokens.nll_source),
-        "top1": proportion(tokens.same_top),
-        "mean_delta_p": mean(tokens.delta_p),
-        "rms_delta_p": rms(tokens.delta_p),
+        "kl_mean": estimate_mean(tokens.kl),
+        "kl_median": estimate_quantile(tokens.kl, 0.5),
+        "kl_p99": estimate_quantile(tokens.kl, 0.99),
+        "kl_p999": estimate_quantile(tokens.kl, 0.999),
+        "kl_max": estimate_maximum(tokens.kl),
+        "ppl_source": estimate_perplexity(tokens.nll_source),
+        "ppl_artifact": estimate_perplexity(tokens.nll_quantized),
+        "ppl_ratio": estimate_perplexity(tokens.nll_quantized - tokens.nll_source),
+        "top1": estimate_proportion(tokens.same_top),
+        "mean_delta_p": estimate_mean(tokens.delta_p),
+        "rms_delta_p": estimate_rms(tokens.delta_p),
     }
 
 
-def router_agreement(source: Tensor, quantized: Tensor) -> Tensor:
+def compute_router_agreement(source: Tensor, quantized: Tensor) -> Tensor:
     """Share of a token's top-k experts that both models pick: indices [n, k] each -> [n] float64, order ignored."""
     hits = source.unsqueeze(-1) == quantized.unsqueeze(-2)  # [n, k, 1] == [n, 1, k] -> [n, k, k]
     return hits.any(dim=-1).double().mean(dim=-1)  # [n, k, k] -> [n]

@@ -17,124 +17,68 @@ H_kk all the same: with R_kk^2 the error under the gram was 6 % lower and the mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import repeat
 from math import prod
 
 import torch
 from torch import Tensor
 
-from quantkit.contracts import Quantized, Scheme
+from quantkit.contracts import InputStats, Quantized, RoundedWeight, Scheme
 from quantkit.errors import NumericsError
-from quantkit.numerics import affine, matmul
+from quantkit.numerics import (
+    affine,
+    cholesky,
+    coordinate_descent,
+    error_propagation,
+    matmul,
+    range_search,
+)
 from quantkit.numerics import gram as grams
-
-DAMPING = 0.01
-"""Share of the gram's mean diagonal that is added to its diagonal: GPTQ's own."""
-GROWTH = 10.0
-"""What the damping is multiplied with after each factorization that fails."""
-MOST_DAMPING = 1e4
-"""A gram that needs more is no sum of x x^T."""
-LAZY = 128
-"""Columns rounded before their errors reach the columns behind them, in one product."""
+from quantkit.numerics.cholesky import BLOCK_COLUMNS, GptqFactor
 
 
-@dataclass(frozen=True, kw_only=True)
-class GptqFactor:
-    """How the error of an earlier column moves a later one, from one gram.
+def quantize_gptq(
+    weight: Tensor, stats: InputStats | None, scheme: Scheme, *, refine: bool = True
+) -> RoundedWeight:
+    """Search ranges, round with GPTQ, then (with `refine`) improve codes and scales by coordinate descent.
 
-    upper [..., in, in] float32, U above the diagonal in visiting order; order [..., in] int64; own [..., in] float32,
-    R_kk^2 by the gram's own order: what a column's squared rounding error costs; damping [...] float32, a share of the
-    mean diagonal.
+    weight [..., out, in] float32, scaled if the recipe's method scales; stats of the input it reads, gram
+    [..., in, in]. With their cross (and residual) the weight is first corrected for errors of earlier blocks, and the
+    corrected weight is rounded. A row whose error under the gram ends above RTN's takes RTN's codes, so an input that
+    was never seen (a gram of zeros) gives RTN. Fallback "damping-raised": a gram needed more than DAMPING.
+
+    Raises NumericsError without statistics, or for a gram that is not finite or not positive semi-definite.
     """
-
-    upper: Tensor
-    order: Tensor
-    own: Tensor
-    damping: Tensor
-
-
-def feedback(gram: Tensor) -> GptqFactor:
-    """The factor of a gram [..., in, in] float32.
-
-    Columns that were never used (diagonal 0) come last and neither give nor take: they are rounded to nearest. Raises
-    NumericsError for a gram that is not finite or not positive semi-definite.
-    """
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)  # [..., in, in] -> [..., in]
-    if not bool(torch.isfinite(gram.sum(dim=-1)).all()):
+    if stats is None:
         raise NumericsError(
-            "a Gram matrix holds NaN or infinity, every value must be finite: check the calibration text and the "
-            "activations of this block, or use rounding nearest"
+            "gptq rounds by calibration statistics, found none; use method rtn for this linear"
         )
-    order = diagonal.argsort(dim=-1, descending=True, stable=True)
-    unit = damping_unit(gram)
-    # reversed: Cholesky gives a lower factor, and what is lower in the reversed order is upper in this one
-    lower, damping = damped_factor(gram, order.flip(-1), unit)
-    upper = lower.flip((-2, -1))
-    roots = upper.diagonal(dim1=-2, dim2=-1).clone()  # [..., in]
-    upper.div_(roots.unsqueeze(-2))  # column by column
-    own = torch.empty_like(roots).scatter_(-1, order, roots.square())
-    return GptqFactor(upper=upper, order=order, own=own, damping=damping)
-
-
-def damping_unit(gram: Tensor) -> Tensor:
-    """What damping is a share of: the mean diagonal of gram [..., in, in], 1 where that is 0; [...] float32."""
-    mean = gram.diagonal(dim1=-2, dim2=-1).double().mean(dim=-1).float()  # [..., in, in] -> [...]
-    return torch.where(mean > 0, mean, torch.ones_like(mean))
-
-
-def ordered(gram: Tensor, order: Tensor) -> Tensor:
-    """A gram [..., in, in] with rows and columns in another order [..., in], a copy."""
-    width = gram.shape[-1]
-    pairs = zip(gram.reshape(-1, width, width), order.reshape(-1, width), strict=True)
-    # one by one: gathering a batch would need its indices in full, twice the size of the gram
-    return torch.stack([one.index_select(0, i).index_select(1, i) for one, i in pairs]).reshape(
-        gram.shape
+    factor = cholesky.factorize_gram(stats.gram)
+    damping = factor.damping
+    if stats.cross is not None:
+        weight = error_propagation.correct_weight(weight, stats.cross, factor, stats.residual)
+    ranges = range_search.search_ranges_by_diagonal(
+        weight, stats.gram.diagonal(dim1=-2, dim2=-1), scheme
     )
+    rounded = round_with_feedback(weight, factor, ranges, scheme)
+    del factor  # as large as the gram
+    if refine:
+        damped = coordinate_descent.add_damping(stats.gram, damping)
+        refined = coordinate_descent.refine_codes_and_scales(weight, damped, rounded, scheme)
+        del damped
+    else:
+        refined = rounded
+    plain = affine.quantize(
+        weight,
+        *affine.compute_qparams(*affine.compute_min_max(weight, scheme.group_size), scheme),
+        scheme,
+    )
+    quantized = select_better_rows(weight, stats.gram, refined, plain, scheme)
+    is_raised = bool((damping > cholesky.DAMPING * 1.5).any())
+    return RoundedWeight(quantized=quantized, fallbacks=("damping-raised",) if is_raised else ())
 
 
-def damped_factor(gram: Tensor, order: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky factor of a gram [..., in, in] in another order [..., in], with damping * unit [...] on its diagonal.
-
-    The damping starts at DAMPING and grows by GROWTH, for the matrices that need it alone. Result: lower [..., in, in]
-    and damping [...].
-    """
-    damping = torch.full_like(unit, DAMPING)
-    while True:
-        work = ordered(gram, order)
-        work.diagonal(dim1=-2, dim2=-1).add_((damping * unit).unsqueeze(-1))
-        failed = cholesky(work)
-        if not bool(failed.any()):
-            return work, damping
-        if bool((damping > MOST_DAMPING).any()):
-            raise NumericsError(
-                f"a Gram matrix is far from positive semi-definite: {MOST_DAMPING:g} times its mean diagonal was added "
-                "and it still has no Cholesky factor; check the calibration of this block, or use rounding nearest"
-            )
-        damping = torch.where(failed, damping * GROWTH, damping)
-
-
-def cholesky(matrix: Tensor) -> Tensor:
-    """Replace symmetric matrices [..., n, n] by their lower Cholesky factor; [...] bool, true where there is none.
-
-    LAZY columns at a time, each in products whose sums do not depend on the number of threads, which LAPACK's
-    factorization of a whole matrix does not promise. It takes no second matrix, either.
-    """
-    failed = torch.zeros(matrix.shape[:-2], dtype=torch.bool, device=matrix.device)
-    for start in range(0, matrix.shape[-1], LAZY):
-        here, before = slice(start, start + LAZY), slice(0, start)
-        panel = matrix[..., start:, here]  # [..., n - start, LAZY]
-        panel -= matrix[..., start:, before] @ matrix[..., here, before].mT
-        lower, status = torch.linalg.cholesky_ex(panel[..., :LAZY, :])
-        failed |= status != 0
-        panel[..., :LAZY, :] = lower
-        below = panel[..., LAZY:, :]
-        below.copy_(torch.linalg.solve_triangular(lower.mT, below, upper=True, left=False))
-    matrix.tril_()
-    return failed
-
-
-def rows_at(matrix: Tensor, index: Tensor) -> Tensor:
+def select_rows(matrix: Tensor, index: Tensor) -> Tensor:
     """Rows of matrices in another order, or several times: matrix [..., n, m], index [..., k] -> [..., k, m].
 
     As one selection of whole rows: a gather would read an index for every value.
@@ -146,12 +90,12 @@ def rows_at(matrix: Tensor, index: Tensor) -> Tensor:
     )  # by [.. * n, m]
 
 
-def per_column(values: Tensor, order: Tensor, group: int) -> Tensor:
+def expand_to_columns(values: Tensor, order: Tensor, group: int) -> Tensor:
     """Values of groups, for columns in visiting order: [..., out, n_groups] -> [..., in, out] float32."""
-    return rows_at(values.float().mT, order // group)
+    return select_rows(values.float().mT, order // group)
 
 
-def gptq_round(
+def round_with_feedback(
     weight: Tensor, fed: GptqFactor, ranges: tuple[Tensor, Tensor | None], scheme: Scheme
 ) -> Quantized:
     """Round weights [..., out, in] float32 under given scale and zero [..., out, n_groups], errors fed back.
@@ -162,20 +106,21 @@ def gptq_round(
     lead, width = weight.shape[:-2], weight.shape[-1]
     upper, order = fed.upper.expand(*lead, width, width), fed.order.expand(*lead, width)
     # [..., out, in] -> [..., in, out], in visiting order: a column is a row in memory
-    visited = rows_at(weight.mT, order)
-    chosen = visited_codes(visited, upper, order, ranges, width // scale.shape[-1], scheme)
-    codes = rows_at(
+    visited = select_rows(weight.mT, order)
+    chosen = round_blocks(visited, upper, order, ranges, width // scale.shape[-1], scheme)
+    codes = select_rows(
         chosen, order.argsort(dim=-1)
     ).mT.contiguous()  # [..., in, out] -> [..., out, in]
     return Quantized(codes=codes, scale=scale, zero=zero)
 
 
-def better_rows(
+def select_better_rows(
     weight: Tensor, gram: Tensor, first: Quantized, second: Quantized, scheme: Scheme
 ) -> Quantized:
     """Row by row the one that loses less under the gram, the second where both lose the same."""
     lost = [
-        row_error(affine.dequantize(each, scheme).sub_(weight), gram) for each in (first, second)
+        compute_row_errors(affine.dequantize(each, scheme).sub_(weight), gram)
+        for each in (first, second)
     ]
     better = (lost[0] < lost[1]).unsqueeze(-1)  # [..., out] -> [..., out, 1]
     zero = None
@@ -188,7 +133,7 @@ def better_rows(
     return Quantized(codes=codes, scale=scale, zero=zero)
 
 
-def visited_codes(
+def round_blocks(
     visited: Tensor,
     upper: Tensor,
     order: Tensor,
@@ -202,16 +147,16 @@ def visited_codes(
     """
     scale, zero = ranges
     errors, codes = torch.empty_like(visited), torch.empty_like(visited, dtype=torch.uint8)
-    for start in range(0, visited.shape[-2], LAZY):
-        here = slice(start, start + LAZY)
+    for start in range(0, visited.shape[-2], BLOCK_COLUMNS):
+        here = slice(start, start + BLOCK_COLUMNS)
         target = (
             visited[..., here, :] + upper[..., :start, here].mT @ errors[..., :start, :]
         )  # [..., LAZY, out]
-        step = per_column(scale, order[..., here], group)
+        step = expand_to_columns(scale, order[..., here], group)
         offset = (
-            affine.default_zero_point(scheme)
+            affine.get_default_zero_point(scheme)
             if zero is None
-            else per_column(zero, order[..., here], group)
+            else expand_to_columns(zero, order[..., here], group)
         )
         chosen = round_columns(
             visited[..., here, :],
@@ -258,7 +203,7 @@ def round_columns(
     return target
 
 
-def row_error(delta: Tensor, gram: Tensor) -> Tensor:
+def compute_row_errors(delta: Tensor, gram: Tensor) -> Tensor:
     """d G d^T of each row: delta [..., out, in], gram [..., in, in] -> [..., out] float64."""
-    rows = delta.split(grams.ROWS, dim=-2)  # [..., ROWS, in]
-    return torch.cat([matmul.row_forms(part, gram) for part in rows], dim=-1)
+    rows = delta.split(grams.BLOCK_ROWS, dim=-2)  # [..., ROWS, in]
+    return torch.cat([matmul.compute_quadratic_forms(part, gram) for part in rows], dim=-1)

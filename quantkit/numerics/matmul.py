@@ -18,13 +18,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b, what a linear layer computes: x [..., in], weight [out, in], bias [out], any dtype -> [..., out]."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel():
         return functional.linear(x, weight, bias)
-    out = times_transposed(x.reshape(-1, x.shape[-1]), weight).reshape(
+    out = matmul_transposed(x.reshape(-1, x.shape[-1]), weight).reshape(
         *x.shape[:-1], -1
     )  # by [tokens, in]
     return out if bias is None else out.add_(bias)
 
 
-def times_transposed(left: Tensor, right: Tensor) -> Tensor:
+def matmul_transposed(left: Tensor, right: Tensor) -> Tensor:
     """left [..., m, k] times the transpose of right [..., n, k], float32 -> [..., m, n]; leading dims broadcast."""
     if left.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return left @ right.mT
@@ -32,13 +32,13 @@ def times_transposed(left: Tensor, right: Tensor) -> Tensor:
         product: Tensor = functional.linear(left.to_mkldnn(), right).to_dense()
         return product
     if right.dim() == 2:  # one matrix for all: one product
-        return times_transposed(left.flatten(0, -2), right).view(
+        return matmul_transposed(left.flatten(0, -2), right).view(
             *left.shape[:-1], right.shape[0]
         )  # by [.. * m, k]
     lead = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     lefts = left.expand(*lead, *left.shape[-2:]).reshape(-1, *left.shape[-2:])
     rights = right.expand(*lead, *right.shape[-2:]).reshape(-1, *right.shape[-2:])
-    products = [times_transposed(one, other) for one, other in zip(lefts, rights, strict=True)]
+    products = [matmul_transposed(one, other) for one, other in zip(lefts, rights, strict=True)]
     return torch.stack(products).reshape(*lead, left.shape[-2], right.shape[-2])
 
 
@@ -52,15 +52,17 @@ def add_symmetric(total: Tensor, x: Tensor, y: Tensor) -> None:
         return
     for start in range(0, total.shape[0], TILE):
         here = slice(start, start + TILE)
-        total[here, start:].add_(times_transposed(x[here], y[start:]))  # [TILE, k] @ [k, n - start]
+        total[here, start:].add_(
+            matmul_transposed(x[here], y[start:])
+        )  # [TILE, k] @ [k, n - start]
 
 
-def row_forms(x: Tensor, symmetric: Tensor) -> Tensor:
+def compute_quadratic_forms(x: Tensor, symmetric: Tensor) -> Tensor:
     """x S x^T of each row: x [..., n, k], S [..., k, k] symmetric, float32 -> [..., n] float64."""
-    return times_transposed(x, symmetric).mul_(x).sum(dim=-1, dtype=torch.float64)
+    return matmul_transposed(x, symmetric).mul_(x).sum(dim=-1, dtype=torch.float64)
 
 
-def mirror(total: Tensor) -> Tensor:
+def mirror_upper_triangle(total: Tensor) -> Tensor:
     """Copy what lies above the diagonal of total [..., n, n] below it, in place."""
     for start in range(0, total.shape[-1], TILE):
         here, later = slice(start, start + TILE), slice(start + TILE, None)

@@ -18,56 +18,58 @@ from torch import Tensor
 from quantkit.contracts import Quantized
 from quantkit.errors import NumericsError
 
-BLOCK = 64
+BLOCK_SIZE = 64
 """Weights that share a scale; a row is a whole number of blocks, so that no block crosses rows."""
 
-VALUES = (
+CODEBOOK = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 """What a code 0 .. 15 stands for; code 7 is zero."""
 
-TINY = 1e-38
+MIN_ABSMAX = 1e-38
 """A smaller absmax counts as this one where the reciprocal is taken, so that a block of zeros has code 7."""
 
 PIECE_BLOCKS = 1024
 """Blocks that are worked on at once: their float32 copy, 256 kB, stays in a core's cache."""
 
 
-def encode(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [..., out, in] uint8 and absmax [..., out, in / 64] float32 of weight [..., out, in].
 
     On a CPU the midpoints are counted one by one: bitsandbytes bisects for each weight, 20 ns of one core against 2.
     Elsewhere its kernel is used. Raises NumericsError for a weight that is not finite, or rows of no whole blocks.
     """
-    if weight.shape[-1] % BLOCK:
+    if weight.shape[-1] % BLOCK_SIZE:
         raise NumericsError(
-            f"NF4 has blocks of {BLOCK} weights, found rows of {weight.shape[-1]}; keep this linear"
+            f"NF4 has blocks of {BLOCK_SIZE} weights, found rows of {weight.shape[-1]}; keep this linear"
         )
-    codes, absmax = counted(weight) if weight.device.type == "cpu" else by_kernel(weight)
+    codes, absmax = (
+        quantize_on_cpu(weight) if weight.device.type == "cpu" else quantize_with_kernel(weight)
+    )
     if not bool(torch.isfinite(absmax).all()):
         raise NumericsError(
             "a weight to be quantized is NaN or infinite; every weight must be finite: check the source tensor"
         )
-    groups = (*weight.shape[:-1], weight.shape[-1] // BLOCK)
+    groups = (*weight.shape[:-1], weight.shape[-1] // BLOCK_SIZE)
     return codes.reshape(weight.shape), absmax.reshape(groups)
 
 
-def counted(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_on_cpu(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [n, 64] and absmax [n] of a weight on the CPU, in pieces, with numpy's vectorized comparisons."""
-    blocks = weight.reshape(-1, BLOCK)  # [..., out, in] -> [n, 64]
+    blocks = weight.reshape(-1, BLOCK_SIZE)  # [..., out, in] -> [n, 64]
     codes, absmax = np.empty(blocks.shape, np.uint8), np.empty(len(blocks), np.float32)
-    values = np.array(VALUES, np.float32)
+    values = np.array(CODEBOOK, np.float32)
     midpoints = (values[:-1] + values[1:]) / 2
-    above = np.empty((min(PIECE_BLOCKS, len(blocks)), BLOCK), np.bool_)
+    above = np.empty((min(PIECE_BLOCKS, len(blocks)), BLOCK_SIZE), np.bool_)
     for first in range(0, len(blocks), PIECE_BLOCKS):
         piece = blocks[first : first + PIECE_BLOCKS].float().numpy()
         count, mine = codes[first : first + len(piece)], above[: len(piece)]
         largest = absmax[first : first + len(piece)]
         np.abs(piece).max(axis=1, out=largest)  # [n, 64] -> [n]
         with np.errstate(invalid="ignore"):  # infinity times 0: `encode` refuses it by its absmax
-            x = piece * (1 / np.maximum(largest, np.float32(TINY)))[:, None]
+            x = piece * (1 / np.maximum(largest, np.float32(MIN_ABSMAX)))[:, None]
         np.greater(x, midpoints[0], out=count.view(np.bool_))
         for midpoint in midpoints[1:]:
             np.greater(x, midpoint, out=mine)
@@ -75,17 +77,17 @@ def counted(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(codes), torch.from_numpy(absmax)
 
 
-def by_kernel(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_with_kernel(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [n, 64] and absmax [n] of a weight on an accelerator."""
-    packed, state = library("functional").quantize_4bit(
-        weight.contiguous(), blocksize=BLOCK, quant_type="nf4"
+    packed, state = import_bitsandbytes("functional").quantize_4bit(
+        weight.contiguous(), blocksize=BLOCK_SIZE, quant_type="nf4"
     )
     pairs = torch.cat([packed >> 4, packed & 15], dim=1)  # [n * 32, 1] -> [n * 32, 2]
-    return pairs.reshape(-1, BLOCK), state.absmax
+    return pairs.reshape(-1, BLOCK_SIZE), state.absmax
 
 
 @cache  # asked for twice per matrix
-def library(part: str) -> Any:
+def import_bitsandbytes(part: str) -> Any:
     """bitsandbytes.functional or bitsandbytes.nn; heavy, so imported where it is used.
 
     On CPUs with bfloat16 instructions it advises to install a package that would fetch compiled code: not told here.
@@ -99,7 +101,7 @@ def library(part: str) -> Any:
         advice.setLevel(level)
 
 
-def pair(codes: Tensor) -> Tensor:
+def pack_pairs(codes: Tensor) -> Tensor:
     """Two codes in a byte, the first in its high bits: [..., out, in] uint8 -> [n / 2, 1] uint8, row behind row."""
     both = codes.reshape(-1).view(
         torch.int16
@@ -107,7 +109,7 @@ def pair(codes: Tensor) -> Tensor:
     return ((both << 4) | (both >> 8)).to(torch.uint8).unsqueeze(1)
 
 
-def mean(values: Tensor) -> Tensor:
+def compute_mean(values: Tensor) -> Tensor:
     """The mean of [n] float32, summed in float64 in an order that no number of threads changes; [] float32."""
     total = values.double()
     while total.numel() > 1:
@@ -116,6 +118,6 @@ def mean(values: Tensor) -> Tensor:
     return (total.reshape(()) / values.numel()).float()
 
 
-def fallbacks(quantized: Quantized) -> dict[str, Tensor]:
+def count_fallbacks(quantized: Quantized) -> dict[str, Tensor]:
     """How many blocks of each matrix took a named fallback; [...] int64. zero-group: every weight is zero."""
     return {"zero-group": (quantized.scale == 0).sum(dim=(-2, -1))}  # [..., out, n_groups] -> [...]

@@ -20,31 +20,31 @@ from torch import Tensor
 from quantkit.contracts import Scheme
 from quantkit.numerics import affine
 
-COARSE = tuple(1 - 0.05 * step for step in range(11))
+COARSE_RATIOS = tuple(1 - 0.05 * step for step in range(11))
 """Shares of the min/max scale: 1, 0.95 ... 0.5."""
-FINE = tuple(1 + 0.01 * step for step in range(-4, 5))
+FINE_RATIOS = tuple(1 + 0.01 * step for step in range(-4, 5))
 """Shares of the best scale so far: 0.96 ... 1.04. bfloat16 resolves 0.4 %."""
-SHIFTS = (0, -1, 1)
+ZERO_SHIFTS = (0, -1, 1)
 """Zero points tried around the current one."""
-WIDE = (1, 0.92, 0.85, 0.78, 0.71, 0.64, 0.57)
-HALVING = (0.035, 0.018, 0.01)
+WIDE_RATIOS = (1, 0.92, 0.85, 0.78, 0.71, 0.64, 0.57)
+HALVING_STEPS = (0.035, 0.018, 0.01)
 """The search by the diagonal: shares of the min/max scale, then steps to both sides. Its error is 0.7 % above that of
 COARSE, FINE and FINE with all zero points, a third of which it tries."""
-IN_CACHE = 1 << 17
+CACHED_WEIGHTS = 1 << 17
 """Weights that are searched at once: with their temporaries they stay in a core's cache."""
 SWEEPS = 2
 """Visits of every group. On tiny-v3 the second lowers the error by 4 %, a third by another 0.9 %."""
 
 
-def search(weight: Tensor, gram: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+def search_ranges(weight: Tensor, gram: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point of each group, chosen to lower tr(D G D^T).
 
     weight [..., out, in] float32, gram [..., in, in] float32 of the input it reads -> scale [..., out, n_groups] in
     scheme.scale_dtype, zero uint8 of that shape or None.
     """
-    groups = affine.split(weight, scheme.group_size)
+    groups = affine.split_groups(weight, scheme.group_size)
     width = groups.shape[-1]
-    scale, zero = affine.qparams(*affine.ranges(weight, scheme.group_size), scheme)
+    scale, zero = affine.compute_qparams(*affine.compute_min_max(weight, scheme.group_size), scheme)
     delta = affine.fake_quantize(groups, scale, zero, scheme).sub_(
         groups
     )  # [..., out, n_groups, group]
@@ -57,8 +57,8 @@ def search(weight: Tensor, gram: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor
             )  # [..., out, in] @ [..., in, group] -> [..., out, group]
             target, block = groups[..., index, :], gram[..., columns, columns]
             best = (scale[..., index], None if zero is None else zero[..., index])
-            for shares in (COARSE, FINE) if sweep == 0 else (FINE,):
-                best = improve(target, block, pull, best, shares, scheme)
+            for shares in (COARSE_RATIOS, FINE_RATIOS) if sweep == 0 else (FINE_RATIOS,):
+                best = search_group(target, block, pull, best, shares, scheme)
             scale[..., index] = best[0]
             if zero is not None and best[1] is not None:
                 zero[..., index] = best[1]
@@ -66,7 +66,9 @@ def search(weight: Tensor, gram: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor
     return scale, zero
 
 
-def weighted(weight: Tensor, columns: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+def search_ranges_by_diagonal(
+    weight: Tensor, columns: Tensor, scheme: Scheme
+) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point of each group by the squared error of its weights, each column's times what it counts.
 
     weight [..., out, in] and columns [..., in] float32, none negative (the gram's diagonal); result as in `search`. For
@@ -76,11 +78,16 @@ def weighted(weight: Tensor, columns: Tensor, scheme: Scheme) -> tuple[Tensor, T
     columns = columns.contiguous().unsqueeze(
         -2
     )  # [..., in] -> [..., 1, in]; a gram's diagonal lies far apart
-    diagonal = affine.split(columns, scheme.group_size)  # [..., in] -> [..., 1, n_groups, group]
+    diagonal = affine.split_groups(
+        columns, scheme.group_size
+    )  # [..., in] -> [..., 1, n_groups, group]
     scales, zeros = list[Tensor](), list[Tensor]()
-    for rows in in_cache(weight):
-        scale, zero = by_diagonal(
-            rows, diagonal, affine.qparams(*affine.ranges(rows, scheme.group_size), scheme), scheme
+    for rows in split_for_cache(weight):
+        scale, zero = search_rows_by_diagonal(
+            rows,
+            diagonal,
+            affine.compute_qparams(*affine.compute_min_max(rows, scheme.group_size), scheme),
+            scheme,
         )
         scales.append(scale)
         zeros += [] if zero is None else [zero]
@@ -89,14 +96,14 @@ def weighted(weight: Tensor, columns: Tensor, scheme: Scheme) -> tuple[Tensor, T
     ) if zeros else None  # -> [..., out, n_groups]
 
 
-def in_cache(weight: Tensor) -> tuple[Tensor, ...]:
+def split_for_cache(weight: Tensor) -> tuple[Tensor, ...]:
     """The rows of weight [..., out, in] in parts of at most IN_CACHE values, one row at least."""
     per_row = weight.numel() // max(weight.shape[-2], 1)
-    parts: tuple[Tensor, ...] = weight.split(max(1, IN_CACHE // max(per_row, 1)), dim=-2)
+    parts: tuple[Tensor, ...] = weight.split(max(1, CACHED_WEIGHTS // max(per_row, 1)), dim=-2)
     return parts
 
 
-def by_diagonal(
+def search_rows_by_diagonal(
     weight: Tensor, diagonal: Tensor, start: tuple[Tensor, Tensor | None], scheme: Scheme
 ) -> tuple[Tensor, Tensor | None]:
     """Ranges of weight [..., out, in] by squared errors weighted with diagonal [..., 1, n_groups, group].
@@ -105,18 +112,20 @@ def by_diagonal(
     best that halve.
     """
     groups, none = (
-        affine.split(weight, scheme.group_size),
+        affine.split_groups(weight, scheme.group_size),
         torch.full_like(start[0], torch.inf, dtype=torch.float32),
     )
-    best, least = best_scale_and_zero(groups, diagonal, (start, none), WIDE, SHIFTS, scheme)
-    for step in HALVING:
-        best, least = best_scale_and_zero(
+    best, least = select_scales_and_zeros(
+        groups, diagonal, (start, none), WIDE_RATIOS, ZERO_SHIFTS, scheme
+    )
+    for step in HALVING_STEPS:
+        best, least = select_scales_and_zeros(
             groups, diagonal, (best, least), (1 - step, 1 + step), (0,), scheme
         )
     return best
 
 
-def best_scale_and_zero(
+def select_scales_and_zeros(
     groups: Tensor,
     diagonal: Tensor,
     start: tuple[tuple[Tensor, Tensor | None], Tensor],
@@ -135,7 +144,7 @@ def best_scale_and_zero(
         groups
     )  # written again for each zero point: fresh memory costs as much as the arithmetic
     for share in shares:
-        tried = affine.stored_scale(scale.float() * share, scheme)
+        tried = affine.round_scale(scale.float() * share, scheme)
         step = tried.float()
         exact = groups / step.unsqueeze(
             -1
@@ -143,7 +152,7 @@ def best_scale_and_zero(
         whole = torch.round(exact)
         for shift in (0,) if zero is None else shifts:
             moved = None if zero is None else (zero.short() + shift).clamp_(0, most).to(torch.uint8)
-            clamp_codes(whole, -affine.offset(moved, scheme), most, lost).sub_(
+            clamp_codes(whole, -affine.expand_zero_point(moved, scheme), most, lost).sub_(
                 exact
             ).square_().mul_(diagonal)
             value = lost.sum(dim=-1).mul_(
@@ -167,14 +176,14 @@ def clamp_codes(whole: Tensor, low: Tensor | float, steps: int, out: Tensor) -> 
     return torch.clamp(whole, low, low + steps, out=out)
 
 
-def improve(
+def search_group(
     target: Tensor,
     block: Tensor,
     pull: Tensor | None,
     start: tuple[Tensor, Tensor | None],
     shares: Sequence[float],
     scheme: Scheme,
-    shifts: Sequence[int] = SHIFTS,
+    shifts: Sequence[int] = ZERO_SHIFTS,
 ) -> tuple[Tensor, Tensor | None]:
     """The best of scale * share and zero + shift around `start`, which is kept where nothing is better.
 
@@ -183,16 +192,16 @@ def improve(
     """
     scale, zero = start
     best_scale, best_zero = start
-    least = cost(target, block, pull, start, scheme)
+    least = compute_group_error(target, block, pull, start, scheme)
     for share in shares:
-        tried = affine.stored_scale(scale.float() * share, scheme)
+        tried = affine.round_scale(scale.float() * share, scheme)
         for shift in (0,) if zero is None else shifts:
             moved = (
                 None
                 if zero is None
                 else (zero.short() + shift).clamp_(0, 2**scheme.bits - 1).to(torch.uint8)
             )
-            value = cost(target, block, pull, (tried, moved), scheme)
+            value = compute_group_error(target, block, pull, (tried, moved), scheme)
             better = value < least
             least = torch.where(better, value, least)
             best_scale = torch.where(better, tried, best_scale)
@@ -204,7 +213,7 @@ def improve(
     return best_scale, best_zero
 
 
-def cost(
+def compute_group_error(
     target: Tensor,
     block: Tensor,
     pull: Tensor | None,

@@ -43,7 +43,7 @@ class Decision:
     @property
     def feeds_back(self) -> bool:
         """Whether rounding errors move on from column to column."""
-        return self.rounding not in {None, "nearest"}
+        return self.rounding is not None and registry.get_rounding(self.rounding).needs_stats
 
 
 def scale_dtype(quantize: Quantize, source_dtype: str) -> Literal["bfloat16", "float16"]:
@@ -53,7 +53,7 @@ def scale_dtype(quantize: Quantize, source_dtype: str) -> Literal["bfloat16", "f
     return "float16" if source_dtype == "F16" else "bfloat16"
 
 
-def scheme_of(quantize: Quantize, source_dtype: str) -> Scheme:
+def make_scheme(quantize: Quantize, source_dtype: str) -> Scheme:
     """The recipe's words as a Scheme."""
     if quantize.method == "nf4":
         return Scheme(
@@ -110,7 +110,7 @@ def decide_one(
         rule=rule.label,
         method=rule.quantize.method,
         rounding=rule.quantize.rounding,
-        scheme=scheme_of(rule.quantize, dtype),
+        scheme=make_scheme(rule.quantize, dtype),
     )
 
 
@@ -155,7 +155,9 @@ def touches_fp8(group: LinearGroup, decisions: Mapping[str, Decision]) -> bool:
     return any(name in decisions and decisions[name].keep == "fp8" for name in names)
 
 
-def quantized_groups(block: Block, decisions: Mapping[str, Decision]) -> dict[str, LinearGroup]:
+def select_quantized_groups(
+    block: Block, decisions: Mapping[str, Decision]
+) -> dict[str, LinearGroup]:
     """Groups with a reader, routed experts included, that is quantized: their grams are needed."""
     gate = block.experts.linear(0, block.experts.gate) if block.experts else ""
 
@@ -166,7 +168,7 @@ def quantized_groups(block: Block, decisions: Mapping[str, Decision]) -> dict[st
     return {group.name: group for group in block.groups if read(group)}
 
 
-def search_of(
+def find_rescale(
     block: Block, group: LinearGroup, decisions: Mapping[str, Decision]
 ) -> Rescale | None:
     """The scale search of the one method that quantizes the readers of a group, routed experts included.
@@ -181,12 +183,14 @@ def search_of(
     used = {method for reader in names if (method := decisions[reader].method)}
     if block.kind == "mtp" or group.absorber is None or len(used) != 1:
         return None
-    return registry.method(used.pop()).rescale
+    return registry.get_method(used.pop()).rescale
 
 
-def held_by_fp8(block: Block, group: LinearGroup, decisions: Mapping[str, Decision]) -> bool:
+def is_unscaled_for_fp8(
+    block: Block, group: LinearGroup, decisions: Mapping[str, Decision]
+) -> bool:
     """Whether the input of a group keeps its scale only because kept FP8 bits would have to change with it."""
-    return search_of(block, group, decisions) is not None and touches_fp8(group, decisions)
+    return find_rescale(block, group, decisions) is not None and touches_fp8(group, decisions)
 
 
 def rule_faults(rules: Sequence[Rule], layout: Layout, where: str) -> list[str]:

@@ -10,9 +10,9 @@ from math import ceil
 from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.contracts import Architecture, Block, Config, Layout, Linear, Role, TensorSpec
 from quantkit.errors import CheckpointError
-from quantkit.recipe.yaml_document import shown
+from quantkit.io.yaml_document import printable
 
-STORED_AS_FP8: frozenset[Role] = frozenset({"attention", "mlp", "shared_expert", "routed_expert"})
+FP8_ROLES: frozenset[Role] = frozenset({"attention", "mlp", "shared_expert", "routed_expert"})
 """What an FP8 DeepSeek checkpoint stores in 128x128 blocks; routers, embeddings, heads and eh_proj stay BF16."""
 
 READABLE = frozenset({"F64", "F32", "F16", "BF16", FP8})
@@ -32,7 +32,7 @@ class MatchedLayout:
     warnings: tuple[str, ...]
 
 
-def fp8_block(config: Config) -> int | None:
+def read_fp8_block_size(config: Config) -> int | None:
     """Side of the FP8 blocks the config announces, None for an unquantized checkpoint.
 
     Raises CheckpointError for any other quantization: quantizing codes again would compound two errors.
@@ -73,17 +73,17 @@ def linear_specs(linear: Linear, dtype: str) -> tuple[TensorSpec, ...]:
     )
 
 
-def expected(layout: Layout, config: Config) -> dict[str, TensorSpec]:
+def list_expected_tensors(layout: Layout, config: Config) -> dict[str, TensorSpec]:
     """Every tensor the layout claims, with the dtype the family publishes. A double claim is a defect of the table."""
     plain = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(
         config.text("torch_dtype", config.text("dtype", "bfloat16")), "BF16"
     )
-    fp8 = fp8_block(config) is not None
+    fp8 = read_fp8_block_size(config) is not None
     specs: dict[str, TensorSpec] = {}
     others = [*layout.final_tensors, *(spec for block in layout.blocks for spec in block.others)]
     found = [replace(spec, dtype=plain) if spec.dtype == "BF16" else spec for spec in others]
     for linear in layout.linears:
-        found += linear_specs(linear, FP8 if fp8 and linear.role in STORED_AS_FP8 else plain)
+        found += linear_specs(linear, FP8 if fp8 and linear.role in FP8_ROLES else plain)
     for spec in found:
         if spec.name in specs:
             raise CheckpointError(f"architecture table: {spec.name} is claimed twice")
@@ -99,7 +99,7 @@ def stored_bytes(spec: TensorSpec, block: int | None) -> int:
     return spec.n_bytes + 4 * ceil(rows / block) * ceil(columns / block)
 
 
-def claim(
+def match_layout(
     architecture: Architecture, config: Config, specs: Mapping[str, TensorSpec] | None, where: str
 ) -> MatchedLayout:
     """Match the layout against the checkpoint's headers; without headers assume what the family publishes.
@@ -112,7 +112,7 @@ def claim(
         (architecture.derived,) if architecture.derived else (),
     )
     if specs is None:
-        specs = expected(layout, config)
+        specs = list_expected_tensors(layout, config)
         return MatchedLayout(
             architecture=architecture, layout=layout, specs=specs, dropped=(), warnings=told
         )
@@ -122,7 +122,7 @@ def claim(
         if b.kind == "mtp" and not any(n.startswith(f"{b.name}.") for n in specs)
     )
     layout = replace(layout, blocks=tuple(block for block in layout.blocks if block not in absent))
-    wanted = expected(layout, config)
+    wanted = list_expected_tensors(layout, config)
     dropped = tuple(
         name for name in specs if any(fnmatchcase(name, glob) for glob in architecture.dropped)
     )
@@ -130,7 +130,7 @@ def claim(
         f"missing: {name} {list(spec.shape)}" for name, spec in wanted.items() if name not in specs
     ]
     faults += [
-        f"not claimed by the architecture: {shown(n)}"
+        f"not claimed by the architecture: {printable(n)}"
         for n in specs
         if n not in wanted and n not in dropped
     ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quantkit.contracts import Block, Experts, Layout, Linear
-from quantkit.plan.decisions import Decision, quantized_groups
+from quantkit.plan.decisions import Decision, select_quantized_groups
 
 BASE_BYTES = 900_000_000
 """Python, torch and transformers without a model: 620 MB measured on Linux x86-64 with torch 2.13, and a reserve."""
@@ -83,7 +83,7 @@ def solved_together(
             yield found
 
 
-def solve_bytes(linears: Sequence[Linear], feedback: bool) -> int:
+def estimate_solve_bytes(linears: Sequence[Linear], feedback: bool) -> int:
     """Working memory while matrices of one input are searched, rounded and packed; feedback factorizes their gram."""
     grams = FEEDBACK_GRAMS * 4 * linears[0].in_features ** 2 if feedback else 0
     return SOLVE_COPIES * 4 * sum(linear.n_parameters for linear in linears) + grams
@@ -99,11 +99,12 @@ def dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: int) -> 
     sizes = [COPIES_BYTES * linear.n_parameters for linear in linears]
     together = solved_together(block, decisions)
     solving = max(
-        (solve_bytes(x, any(decisions[y.name].feeds_back for y in x)) for x in together), default=0
+        (estimate_solve_bytes(x, any(decisions[y.name].feeds_back for y in x)) for x in together),
+        default=0,
     )
     if block.kind == "mtp":
         return max(sizes) + solving
-    groups = list(quantized_groups(block, decisions).values()) if grams else []
+    groups = list(select_quantized_groups(block, decisions).values()) if grams else []
     sized = {linear.name: linear for linear in linears}
     readers = [sized[group.readers[0]] for group in groups]
     summed = sum(4 * grams * reader.in_features**2 for reader in readers)
@@ -126,7 +127,7 @@ def scaled_expert_bytes(block: Block, decisions: Mapping[str, Decision], grams: 
     return 4 * (3 * hidden * width + grams * (hidden**2 + width**2))
 
 
-def expert_bytes(experts: Experts, quantized: bool, grams: int) -> int:
+def estimate_expert_bytes(experts: Experts, quantized: bool, grams: int) -> int:
     """One expert of a wave: BF16 as read, the next one read ahead, float32 twice; its grams when it is quantized."""
     weights = COPIES_BYTES * 3 * experts.hidden * experts.intermediate
     if not (quantized and grams):
@@ -166,7 +167,7 @@ def memory_plan(
     for block in blocks:
         if block.experts:
             quantized = decisions[block.experts.linear(0, block.experts.gate)].action == "quantize"
-            expert = max(expert, expert_bytes(block.experts, quantized, grams))
+            expert = max(expert, estimate_expert_bytes(block.experts, quantized, grams))
             most = max(most, block.experts.count)
     room = budget_bytes - BASE_BYTES - dense - batch
     part, fitting = (slice_size(most), room // expert) if expert else (0, 0)

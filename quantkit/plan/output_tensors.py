@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
+from quantkit.checkpoint.file_names import SINGLE, format_shard_name
 from quantkit.contracts import Block, Format, Layout, TensorSpec
 from quantkit.plan.decisions import Decision
 
@@ -89,8 +90,8 @@ def shards(tensors: Sequence[TensorSpec], limit_bytes: int) -> tuple[Shard, ...]
         cut[-1].append(spec)
         size += spec.n_bytes
     if len(cut) == 1:
-        return (Shard(file="model.safetensors", tensors=tuple(cut[0])),)
+        return (Shard(file=SINGLE, tensors=tuple(cut[0])),)
     return tuple(
-        Shard(file=f"model-{i:05d}-of-{len(cut):05d}.safetensors", tensors=tuple(part))
+        Shard(file=format_shard_name(i, len(cut)), tensors=tuple(part))
         for i, part in enumerate(cut, 1)
     )

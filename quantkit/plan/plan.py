@@ -22,16 +22,21 @@ from quantkit.plan.decisions import (
     decide,
     fp8_faults,
     fused_faults,
-    held_by_fp8,
     idle_rules,
     in_blocks,
+    is_unscaled_for_fp8,
     rule_faults,
     storage_faults,
 )
-from quantkit.plan.match_checkpoint import MatchedLayout, claim, fp8_block, stored_bytes
+from quantkit.plan.match_checkpoint import (
+    MatchedLayout,
+    match_layout,
+    read_fp8_block_size,
+    stored_bytes,
+)
 from quantkit.plan.memory import MemoryPlan, memory_plan
 from quantkit.plan.output_tensors import Kept, Shard, outputs, shards
-from quantkit.recipe.parse import preset
+from quantkit.recipe.parse import expand_preset
 from quantkit.recipe.schema import Recipe, Rule
 
 
@@ -66,13 +71,15 @@ class Plan:
 
     @cached_property  # asked for once per linear, 45,000 times for DeepSeek-V3
     def format(self) -> Format:
-        return registry.format(self.format_name)
+        return registry.get_format(self.format_name)
 
     @property
     def kept(self) -> Kept:
         """How what is not quantized is stored."""
         return Kept(
-            specs=self.specs, scale=self.format.fp8_scale, side=fp8_block(self.source.config)
+            specs=self.specs,
+            scale=self.format.fp8_scale,
+            side=read_fp8_block_size(self.source.config),
         )
 
     @property
@@ -96,7 +103,7 @@ class Plan:
 
     def source_bytes(self, names: Iterable[str] | None = None) -> int:
         """Bytes of these logical source tensors as stored, scales included; of all of them without names."""
-        side = fp8_block(self.source.config)
+        side = read_fp8_block_size(self.source.config)
         return sum(
             stored_bytes(self.specs[name], side)
             for name in (self.specs if names is None else names)
@@ -135,37 +142,39 @@ class Plan:
 def needs_calibration(decisions: Mapping[str, Decision]) -> bool:
     """Whether any selected method learns from activations."""
     used = {d.method for d in decisions.values() if d.method}
-    return any(registry.method(name).needs_stats for name in used)
+    return any(registry.get_method(name).needs_stats for name in used)
 
 
-def architecture_of(config: Config) -> Architecture:
+def load_architecture(config: Config) -> Architecture:
     """The table of the model's family, or what can be proven of a model without one.
 
     Raises UsageError for a model type that nobody knows, CheckpointError for one of which no table can be derived.
     """
     model_type = config.text("model_type")
-    if model_type in registry.names("architectures"):
-        return registry.architecture(model_type)
+    if model_type in registry.list_names("architectures"):
+        return registry.get_architecture(model_type)
     from quantkit.models import (
         derive,
     )  # transformers takes seconds to start, which a plan by a table does without
 
-    return derive.architecture(config)
+    return derive.derive_architecture(config)
 
 
-def claimed_of(source: SourceFacts) -> MatchedLayout:
+def match_source(source: SourceFacts) -> MatchedLayout:
     """What the source is made of: the same for every format, and for a family without a table seconds of proof.
 
     Raises as `architecture_of`, and CheckpointError when the tensors do not fit the architecture.
     """
-    return claim(architecture_of(source.config), source.config, source.specs, source.where)
+    return match_layout(load_architecture(source.config), source.config, source.specs, source.where)
 
 
 def rules_of(recipe: Recipe, architecture: Architecture) -> tuple[Rule, ...]:
     """The recipe's rules, or the preset its family calls for."""
     if recipe.rules is not None:
         return tuple(recipe.rules)
-    return preset("experts-only" if architecture.experts_only else "all-linear", recipe.quantize)
+    return expand_preset(
+        "experts-only" if architecture.experts_only else "all-linear", recipe.quantize
+    )
 
 
 def warnings_of(
@@ -196,14 +205,14 @@ def warnings_of(
             f"mtp: {recipe.mtp}: the model has no multi-token-prediction layer, and the key changes nothing"
         )
     engines: dict[str, list[str]] = {}
-    for engine, why in unserved(
-        registry.format(format_name), config, claimed.layout, decisions
+    for engine, why in find_unsupported_engines(
+        registry.get_format(format_name), config, claimed.layout, decisions
     ).items():
         engines.setdefault(why, []).append(engine)
     return told + [f"{', '.join(names)}: {why}" for why, names in engines.items()]
 
 
-def unserved(
+def find_unsupported_engines(
     output: Format, config: Config, layout: Layout, decisions: Mapping[str, Decision]
 ) -> Mapping[str, str]:
     """Engines that cannot load what these decisions make of a model in this format, and why."""
@@ -233,7 +242,7 @@ def fp8_warnings(
         group.name
         for block in claimed.layout.blocks
         for group in block.groups
-        if held_by_fp8(block, group, decisions)
+        if is_unscaled_for_fp8(block, group, decisions)
     ]
     if held:
         told.append(
@@ -243,19 +252,19 @@ def fp8_warnings(
     return told
 
 
-def decided(
+def apply_rules(
     recipe: Recipe, source: SourceFacts, claimed: MatchedLayout, format_name: str
 ) -> tuple[tuple[Rule, ...], dict[str, Decision], list[str]]:
     """The rules, what they decide over every linear, and the recipe's faults that show by it."""
     output, rules, side = (
-        registry.format(format_name),
+        registry.get_format(format_name),
         rules_of(recipe, claimed.architecture),
-        fp8_block(source.config),
+        read_fp8_block_size(source.config),
     )
     decisions = in_blocks(
         decide(claimed.layout, rules, recipe, claimed.specs), claimed.specs, output
     )
-    refusing = unserved(output, source.config, claimed.layout, decisions)
+    refusing = find_unsupported_engines(output, source.config, claimed.layout, decisions)
     faults = rule_faults(rules, claimed.layout, recipe.name)
     faults += [
         f"{recipe.name}: {fault}" for fault in storage_faults(decisions, output, format_name)
@@ -272,12 +281,14 @@ def decided(
     return rules, decisions, faults
 
 
-def written(
+def list_written_tensors(
     source: SourceFacts, claimed: MatchedLayout, format_name: str, decisions: Mapping[str, Decision]
 ) -> list[TensorSpec]:
     """Every tensor of the artifact in writing order."""
-    output = registry.format(format_name)
-    kept = Kept(specs=claimed.specs, scale=output.fp8_scale, side=fp8_block(source.config))
+    output = registry.get_format(format_name)
+    kept = Kept(
+        specs=claimed.specs, scale=output.fp8_scale, side=read_fp8_block_size(source.config)
+    )
     return outputs(claimed.layout, decisions, kept, output)
 
 
@@ -298,7 +309,7 @@ def make_plan(
 
     Raises RecipeError with every fault of the recipe.
     """
-    rules, decisions, faults = decided(recipe, source, claimed, format_name)
+    rules, decisions, faults = apply_rules(recipe, source, claimed, format_name)
     if needs_calibration(decisions) and recipe.calibration is None:
         faults.append(
             f"{recipe.where('calibration')}: calibration: method {recipe.quantize.method} needs a set, found none"
@@ -325,7 +336,9 @@ def make_plan(
         specs=claimed.specs,
         dropped=claimed.dropped,
         decisions=decisions,
-        shards=shards(written(source, claimed, format_name, decisions), recipe.output.shard_bytes),
+        shards=shards(
+            list_written_tensors(source, claimed, format_name, decisions), recipe.output.shard_bytes
+        ),
         memory=memory,
         warnings=(
             *warnings_of(claimed, source.config, recipe, format_name, decisions),

@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from quantkit import registry
+from quantkit import figures
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import HubUnreachable, RecipeError, UsageError
 from quantkit.io import package_data
-from quantkit.io.host import memory_available, multiplies_bfloat16
-from quantkit.plan.plan import Plan, SourceFacts, claimed_of, make_plan
-from quantkit.plan.published import published
-from quantkit.recipe.schema import POOLED, Recipe
+from quantkit.io.host import get_available_memory, has_bfloat16_instructions
+from quantkit.io.suggestions import format_unknown_name
+from quantkit.plan.plan import Plan, SourceFacts, make_plan, match_source
+from quantkit.plan.published import find_published_config
+from quantkit.recipe.schema import Recipe
 from quantkit.texts import task_files
-from quantkit.texts.corpus_files import most_sequences
+from quantkit.texts.corpus_files import bound_sequences
 from quantkit.texts.corpus_spec import read_spec
 
 UNKNOWN_SEQUENCES = 1024
@@ -27,7 +28,7 @@ MEMORY_SHARE = 0.7
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compute:
+class ResolvedCompute:
     """Where blocks run and in which dtype, with `auto` resolved."""
 
     device: Literal["cpu", "cuda"]
@@ -40,7 +41,7 @@ class Compute:
         return 4 if "float32" in (self.dtype, self.calibration) else 2
 
 
-def compute(recipe: Recipe) -> Compute:
+def resolve_compute(recipe: Recipe) -> ResolvedCompute:
     """The recipe's words, or a GPU in bfloat16 where there is one and else the CPU in float32.
 
     The calibration stream takes bfloat16 on a CPU too, if it multiplies bfloat16 by itself.
@@ -60,17 +61,19 @@ def compute(recipe: Recipe) -> Compute:
     )
     calibration = wanted.calibration
     if calibration == "auto":
-        calibration = "bfloat16" if dtype == "bfloat16" or multiplies_bfloat16() else "float32"
-    return Compute(device=device, dtype=dtype, calibration=calibration)
+        calibration = (
+            "bfloat16" if dtype == "bfloat16" or has_bfloat16_instructions() else "float32"
+        )
+    return ResolvedCompute(device=device, dtype=dtype, calibration=calibration)
 
 
-def facts(recipe: Recipe) -> SourceFacts:
+def resolve_source_facts(recipe: Recipe) -> SourceFacts:
     """Headers of the source; for a hub model that cannot be reached, the config its family publishes."""
     model, revision = recipe.source.model, recipe.source.revision
     try:
-        headers = hub.resolve_headers(model, revision)
+        headers = hub.read_model_headers(model, revision)
     except HubUnreachable:
-        known = published(model)
+        known = find_published_config(model)
         if known is None:
             raise
         return SourceFacts(
@@ -91,7 +94,7 @@ def facts(recipe: Recipe) -> SourceFacts:
     )
 
 
-def facts_of(recipe: Recipe, source: Checkpoint, revision: str | None) -> SourceFacts:
+def make_source_facts(recipe: Recipe, source: Checkpoint, revision: str | None) -> SourceFacts:
     """What is known of a source whose files are here."""
     return SourceFacts(
         model=recipe.source.model,
@@ -105,10 +108,12 @@ def facts_of(recipe: Recipe, source: Checkpoint, revision: str | None) -> Source
 
 def budget(recipe: Recipe) -> int:
     """Bytes of host memory a build may use."""
-    return recipe.memory if recipe.memory is not None else int(MEMORY_SHARE * memory_available())
+    return (
+        recipe.memory if recipe.memory is not None else int(MEMORY_SHARE * get_available_memory())
+    )
 
 
-def text_tokens(recipe: Recipe) -> dict[Literal["calibration", "fidelity"], int]:
+def bound_text_tokens(recipe: Recipe) -> dict[Literal["calibration", "fidelity"], int]:
     """Upper bounds of the streams, before a tokenizer is loaded: sequences times length, or the text's bytes.
 
     Gold solutions of the recipe's tasks run behind the fidelity text.
@@ -131,7 +136,7 @@ def most_tokens(name: str, sequences: int | None, length: int) -> int:
 
     The size of a set that is not here is not known: UNKNOWN_SEQUENCES are assumed.
     """
-    spec = read_spec(name, package_data.folder("calibration"))
+    spec = read_spec(name, package_data.locate_folder("calibration"))
     if sequences is not None:
         return sequences * length
     return (
@@ -150,9 +155,9 @@ def plan_recipe(
     """
     plans, faults = list[Plan](), list[str]()
     claimed, budget_bytes, hidden_bytes = (
-        claimed_of(source),
+        match_source(source),
         budget(recipe),
-        compute(recipe).hidden_bytes,
+        resolve_compute(recipe).hidden_bytes,
     )
     for name in recipe.format:
         try:
@@ -169,7 +174,7 @@ def plan_recipe(
             faults += error.faults
         else:
             plans.append(made)
-    faults += text_faults(recipe) + task_faults(recipe) + gate_faults(recipe)
+    faults += text_faults(recipe) + task_faults(recipe) + find_gate_faults(recipe)
     if faults:
         raise RecipeError(list(dict.fromkeys(faults)))
     return tuple(plans)
@@ -195,7 +200,7 @@ def too_many(
     recipe: Recipe, key: tuple[str, str], name: str, wanted: int | None, length: int
 ) -> list[str]:
     """The fault of asking a set for more sequences than it has; none where that is not known."""
-    most = most_sequences(read_spec(name, package_data.folder("calibration")), length)
+    most = bound_sequences(read_spec(name, package_data.locate_folder("calibration")), length)
     if wanted is None or most is None or wanted <= most:
         return []
     return [
@@ -206,29 +211,31 @@ def too_many(
 
 def task_faults(recipe: Recipe) -> list[str]:
     """Benchmarks that do not exist: known before hours are spent on the model they should judge."""
-    where, known = recipe.where("evaluation", "tasks"), task_files.task_names()
-    missing = [name for name in recipe.evaluation.tasks if not task_files.task_path(name).is_file()]
+    where, known = recipe.where("evaluation", "tasks"), task_files.list_task_names()
+    missing = [
+        name for name in recipe.evaluation.tasks if not task_files.find_task_path(name).is_file()
+    ]
     return [
-        f"{where}: evaluation.tasks: {registry.unknown('benchmark', name, known)}"
+        f"{where}: evaluation.tasks: {format_unknown_name('benchmark', name, known)}"
         for name in missing
     ]
 
 
-def gate_faults(recipe: Recipe) -> list[str]:
+def find_gate_faults(recipe: Recipe) -> list[str]:
     """Gates on a domain that the fidelity text does not have: they would never be judged."""
     text = recipe.fidelity
     asked = [
         figure
         for figure in recipe.gates
-        if figure.partition("@")[0] in POOLED
+        if figures.is_per_domain(figure.partition("@")[0])
         and "@" in figure
         and figure not in recipe.evaluation.tasks
     ]
     if text is None or not asked:
         return []
-    domains = read_spec(text.set, package_data.folder("calibration")).domains
+    domains = read_spec(text.set, package_data.locate_folder("calibration")).domains
     return [
-        f"{recipe.where('gates', figure)}: gates.{figure}: {registry.unknown(f'domain of {text.set}', found, domains)}"
+        f"{recipe.where('gates', figure)}: gates.{figure}: {format_unknown_name(f'domain of {text.set}', found, domains)}"
         for figure in asked
         if (found := figure.partition("@")[2]) not in domains
     ]

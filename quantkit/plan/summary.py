@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from quantkit.contracts import Scheme
 from quantkit.plan.decisions import Decision
-from quantkit.plan.match_checkpoint import fp8_block
+from quantkit.plan.match_checkpoint import read_fp8_block_size
 from quantkit.plan.plan import Plan
 from quantkit.plan.plan_schema import (
     PlanMemory,
@@ -18,7 +18,7 @@ from quantkit.plan.plan_schema import (
 )
 
 
-def plan_summary(plan: Plan) -> PlanSummary:
+def summarize_plan(plan: Plan) -> PlanSummary:
     """What `quantkit plan` prints."""
     memory = plan.memory
     parts = {"base": memory.base_bytes}
@@ -36,7 +36,7 @@ def plan_summary(plan: Plan) -> PlanSummary:
         recipe=plan.recipe.name,
         output=plan.path,
         source=source(plan),
-        rules=tuple(rules(plan)),
+        rules=tuple(summarize_rules(plan)),
         totals=totals(plan),
         memory=PlanMemory(
             budget=memory.budget_bytes,
@@ -58,7 +58,7 @@ def source(plan: Plan) -> PlanSource:
         model=plan.source.model,
         revision=plan.source.revision,
         architecture=plan.source.config.text("model_type"),
-        dtype=source_dtype(plan),
+        dtype=format_source_dtype(plan),
         parameters=plan.parameters,
         parameters_without_mtp=without_mtp(plan),
         bytes=plan.source_bytes(),
@@ -76,15 +76,15 @@ def without_mtp(plan: Plan) -> int | None:
     return sum(spec.n_elements for name, spec in plan.specs.items() if not name.startswith(inside))
 
 
-def source_dtype(plan: Plan) -> str:
+def format_source_dtype(plan: Plan) -> str:
     """How the source stores its matrices: "FP8 128x128", "BF16"."""
-    block = fp8_block(plan.source.config)
+    block = read_fp8_block_size(plan.source.config)
     if block:
         return f"FP8 {block}x{block}"
     return plan.specs[f"{plan.layout.embedding.name}.weight"].dtype
 
 
-def scheme_text(scheme: Scheme) -> str:
+def format_scheme(scheme: Scheme) -> str:
     """ "int4 g128 asymmetric", "nf4 g64 double quant"."""
     if scheme.kind == "nf4":
         return f"nf4 g{scheme.group_size}{' double quant' if scheme.double_quant else ''}"
@@ -92,7 +92,7 @@ def scheme_text(scheme: Scheme) -> str:
     return f"int{scheme.bits} {group} {'symmetric' if scheme.symmetric else 'asymmetric'}"
 
 
-def action_text(decision: Decision) -> str:
+def format_action(decision: Decision) -> str:
     """ "awq int4 g128 asymmetric", "keep", "keep FP8", "drop"."""
     if decision.scheme is None:
         return f"{decision.action} FP8" if decision.keep == "fp8" else decision.action
@@ -102,10 +102,10 @@ def action_text(decision: Decision) -> str:
         else ""
     )
     method = "" if decision.method == decision.scheme.kind else f"{decision.method}{rounding} "
-    return method + scheme_text(decision.scheme)
+    return method + format_scheme(decision.scheme)
 
 
-def bytes_after(plan: Plan, decision: Decision) -> int:
+def compute_bytes_after(plan: Plan, decision: Decision) -> int:
     """Bytes of a linear's weight in the artifact, its scales and zero points included."""
     if decision.action == "drop":
         return 0
@@ -114,18 +114,18 @@ def bytes_after(plan: Plan, decision: Decision) -> int:
     return sum(spec.n_bytes for spec in plan.kept.weight(decision))
 
 
-def kept_text(plan: Plan, decision: Decision) -> str:
+def format_kept_dtype(plan: Plan, decision: Decision) -> str:
     """How a kept weight lies in the artifact: "BF16", "F8_E4M3 128x128"."""
     dtype = plan.kept.weight(decision)[0].dtype
     return f"{dtype} {plan.kept.side}x{plan.kept.side}" if decision.keep == "fp8" else dtype
 
 
-def rules(plan: Plan) -> list[PlanRule]:
+def summarize_rules(plan: Plan) -> list[PlanRule]:
     """One row per rule and outcome, in the order of the rules; linears that no rule matched come last."""
     pattern = {rule.label: rule.match for rule in plan.rules}
     found: dict[tuple[str, str], list[Decision]] = {}
     for decision in plan.decisions.values():
-        found.setdefault((decision.rule, action_text(decision)), []).append(decision)
+        found.setdefault((decision.rule, format_action(decision)), []).append(decision)
     order = list(pattern)
     rows = sorted(
         found.items(),
@@ -142,7 +142,7 @@ def rule_row(
 ) -> PlanRule:
     """What one rule decided."""
     parameters = sum(decision.linear.n_parameters for decision in decisions)
-    after = sum(bytes_after(plan, decision) for decision in decisions)
+    after = sum(compute_bytes_after(plan, decision) for decision in decisions)
     return PlanRule(
         label=label,
         match=match,

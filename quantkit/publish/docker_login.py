@@ -19,7 +19,7 @@ Login = tuple[str, str]
 """User and password; the user "<token>" means that the password is an identity token."""
 
 
-def login(host: str) -> Login | None:
+def find_login(host: str) -> Login | None:
     """What docker would use for a registry; None without a login. Raises TransferError when the file is none."""
     path = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker") / "config.json"
     if not path.is_file():

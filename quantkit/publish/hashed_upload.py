@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from quantkit.errors import ArtifactError
-from quantkit.io.files import reason
-from quantkit.publish.remote import PIECE_BYTES, Item
+from quantkit.io.files import describe_os_error
+from quantkit.publish.remote import PIECE_BYTES, UploadFile
 
 
 class HashedReader:
@@ -17,7 +17,7 @@ class HashedReader:
     ArtifactError behind the last piece, before whoever sends has finished, when the file is not what was verified.
     """
 
-    def __init__(self, item: Item, size: int = PIECE_BYTES) -> None:
+    def __init__(self, item: UploadFile, size: int = PIECE_BYTES) -> None:
         self._item, self._size = item, size
         self.sent = 0
 
@@ -26,7 +26,7 @@ class HashedReader:
             self._file = self._item.path.open("rb")
         except OSError as fault:
             raise ArtifactError(
-                f"{self._item.path}: expected a readable file, found: {reason(fault)}; check it"
+                f"{self._item.path}: expected a readable file, found: {describe_os_error(fault)}; check it"
             ) from fault
         return self
 
@@ -53,5 +53,5 @@ class HashedReader:
             return self._file.read(self._size)
         except OSError as fault:
             raise ArtifactError(
-                f"{self._item.path}: expected a readable file, found: {reason(fault)}; check it"
+                f"{self._item.path}: expected a readable file, found: {describe_os_error(fault)}; check it"
             ) from fault

@@ -19,11 +19,11 @@ from urllib.parse import urlsplit
 import httpx2
 
 from quantkit.errors import TransferError
-from quantkit.io.files import brief
+from quantkit.io.files import shorten_repr
 from quantkit.io.retry import RetryPolicy, TransientError, retry
-from quantkit.publish.docker_login import login
+from quantkit.publish.docker_login import find_login
 from quantkit.publish.hashed_upload import HashedReader
-from quantkit.publish.remote import Arrived, Item, faults, scrub
+from quantkit.publish.remote import BytesCallback, UploadFile, remove_secrets, translate_errors
 
 Result = TypeVar("Result")
 
@@ -36,7 +36,7 @@ _ANEW = (b"DIGEST_INVALID", b"SIZE_INVALID", b"BLOB_UPLOAD_UNKNOWN", b"BLOB_UPLO
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
-class Registry:
+class OciClient:
     """One repository of a registry; loopback hosts are spoken to over http, as docker does.
 
     Short requests are tried again here, files by whoever asks for them.
@@ -97,13 +97,13 @@ class Registry:
             if reference.startswith("sha256:")
             else found.headers.get("Docker-Content-Digest")
         )
-        if told not in {None, sha256(found.content)}:
+        if told not in {None, format_digest(found.content)}:
             raise TransientError("a manifest of another digest arrived")
         return found.content
 
     def set_tag(self, reference: str, manifest: bytes) -> str:
         """Store a manifest under a tag; its digest."""
-        digest, headers = sha256(manifest), {"Content-Type": MANIFEST}
+        digest, headers = format_digest(manifest), {"Content-Type": MANIFEST}
 
         def store() -> None:
             found = self._call("PUT", f"manifests/{reference}", content=manifest, headers=headers)
@@ -115,7 +115,7 @@ class Registry:
 
     def put(self, content: bytes) -> str:
         """Store a small blob; its digest."""
-        digest, headers = sha256(content), {"Content-Type": "application/octet-stream"}
+        digest, headers = format_digest(content), {"Content-Type": "application/octet-stream"}
 
         def store() -> None:
             self._call(
@@ -126,7 +126,7 @@ class Registry:
             self._patiently(store)
         return digest
 
-    def put_file(self, item: Item, arrived: Arrived) -> None:
+    def put_file(self, item: UploadFile, arrived: BytesCallback) -> None:
         """Store a file as a blob: one upload, gone on with after a cut where the registry kept what had arrived."""
         place, sent = self._begun(item)
         if sent < item.n_bytes:
@@ -139,7 +139,7 @@ class Registry:
             headers={"Content-Length": "0"},
         )
 
-    def _begun(self, item: Item) -> tuple[str, int]:
+    def _begun(self, item: UploadFile) -> tuple[str, int]:
         """Where the upload of a file goes on, and how many bytes of it are there."""
         place = self._uploads.pop(item.sha256, None)
         place, sent = self._standing(place) if place else ("", 0)
@@ -153,10 +153,10 @@ class Registry:
     def blob(self, digest: str, first: int, name: str) -> Generator[bytes, None, None]:
         """The bytes of a file's blob from `first` on; a registry may ignore the range."""
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={first}-"} if first else {})
-        with faults(self.where), self._streamed(f"blobs/{digest}", headers) as answer:
+        with translate_errors(self.where), self._streamed(f"blobs/{digest}", headers) as answer:
             if answer.status_code == 404:
                 raise TransferError(
-                    f"{self.where}: {brief(name)}: expected its blob, found none; publish it again"
+                    f"{self.where}: {shorten_repr(name)}: expected its blob, found none; publish it again"
                 )
             skip = first if answer.status_code == 200 else 0
             for piece in answer.iter_raw():
@@ -173,7 +173,7 @@ class Registry:
         found = self._call("POST", "blobs/uploads/", headers={"Content-Length": "0"})
         return self._location(found)
 
-    def _patch(self, place: str, item: Item, first: int, arrived: Arrived) -> str:
+    def _patch(self, place: str, item: UploadFile, first: int, arrived: BytesCallback) -> str:
         """Send a file from `first` on; where the upload goes on. The whole file is hashed on the way."""
 
         def body() -> Iterator[bytes]:
@@ -211,7 +211,7 @@ class Registry:
         place = answer.url.join(told)
         if (place.scheme, place.netloc) != (answer.url.scheme, answer.url.netloc):
             raise TransferError(
-                f"{self.where}: expected uploads to stay at the registry, found {brief(scrub(str(place)))}; "
+                f"{self.where}: expected uploads to stay at the registry, found {shorten_repr(remove_secrets(str(place)))}; "
                 "publish to that registry itself"
             )
         return str(place)
@@ -226,7 +226,7 @@ class Registry:
         content: bytes | Iterator[bytes] | None = None, headers: Mapping[str, str] | None = None,
     ) -> httpx2.Response | None:  # fmt: skip
         """One request, asked again with credentials when the registry wants some; None for 404 when it may miss."""
-        with faults(self.where):
+        with translate_errors(self.where):
             url = httpx2.URL(self._url(path))
             url = url.copy_merge_params(dict(params)) if params else url
             answer = self._client.request(
@@ -278,7 +278,7 @@ class Registry:
         lost = status == 416 and answer.request.method != "GET"
         if lost or any(code in answer.content for code in _ANEW):
             raise TransientError("the registry gave an upload up")
-        text = brief(scrub(answer.text), 160)
+        text = shorten_repr(remove_secrets(answer.text), 160)
         raise TransferError(
             f"{self.where}: expected the registry to answer, found {status} ({text}); check the name"
         )
@@ -289,7 +289,7 @@ class Registry:
         """Answer a challenge: Basic, or a token of the realm it names; TransferError without a way in."""
         challenge = answer.headers.get("WWW-Authenticate", "")
         kind, _, rest = challenge.partition(" ")
-        known = login(self._login_host)
+        known = find_login(self._login_host)
         with self._lock:
             if kind.lower() == "basic" and known:
                 self._authorization = "Basic " + base64.b64encode(":".join(known).encode()).decode()
@@ -300,7 +300,7 @@ class Registry:
         realm = challenge.get("realm", "")
         if urlsplit(realm).scheme != "https" and self._scheme == "https":
             raise TransferError(
-                f"{self.where}: expected the registry to name a login over https, found {brief(scrub(realm))}; "
+                f"{self.where}: expected the registry to name a login over https, found {shorten_repr(remove_secrets(realm))}; "
                 "credentials are not sent there"
             )
         asked = {key: challenge[key] for key in ("service", "scope") if challenge.get(key)}
@@ -329,6 +329,6 @@ class Registry:
         return token
 
 
-def sha256(content: bytes) -> str:
+def format_digest(content: bytes) -> str:
     """A digest as registries write it."""
     return "sha256:" + hashlib.sha256(content).hexdigest()

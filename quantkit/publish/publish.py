@@ -12,40 +12,40 @@ from pathlib import Path
 
 from quantkit.artifact.layout import LOADTEST, LOADTEST_PAGE, MANIFEST, SIGNATURE
 from quantkit.errors import ArtifactError, QuantkitError, TransferError
-from quantkit.io.files import brief, parse_json, read_json, sha256_file
-from quantkit.io.path_safety import name_faults
+from quantkit.io.files import parse_json, read_json, sha256_file, shorten_repr
+from quantkit.io.path_safety import find_name_faults
 from quantkit.io.retry import RetryPolicy, retry
 from quantkit.progress import ProgressCallback
-from quantkit.publish.remote import Item, Options, Remote, RemoteState, opened
+from quantkit.publish.remote import Remote, RemoteOptions, RemoteState, UploadFile, open_remote
 from quantkit.publish.transfer import (
     Transfer,
     TransferProgress,
-    check_names,
-    files_of,
-    in_parallel,
-    resumable,
-    unhashed,
+    check_file_names,
+    note_resume,
+    parse_files,
+    parse_unhashed,
+    run_in_parallel,
 )
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 ACCEPTED = "accepted"
 
 
-def publish(
-    artifact: Path, dest: str, options: Options, tell: ProgressCallback, *,
+def publish_artifact(
+    artifact: Path, dest: str, options: RemoteOptions, tell: ProgressCallback, *,
     force: bool = False, overwrite: bool = False, dry_run: bool = False,
 ) -> Transfer:  # fmt: skip
     """Send an artifact to a place; ArtifactError for one that is not what its manifest says or was not accepted."""
-    with resumable(), closing(opened(dest, options)) as remote:
-        status = verify(artifact).status
+    with note_resume(), closing(open_remote(dest, options)) as remote:
+        status = verify_artifact(artifact).status
         if status != ACCEPTED and not force:
             raise ArtifactError(
                 f"{artifact}: expected an accepted artifact, found one that is {status}; build one that keeps the "
                 "gates of its recipe, or pass --force"
             )
-        items, manifest = outgoing(artifact)
+        items, manifest = list_upload_files(artifact)
         found = retry(lambda: remote.look(items, MANIFEST), remote.where, options.patience)
-        gone = replaced(found, items, manifest, remote.where, overwrite)
+        gone = find_replaced_files(found, items, manifest, remote.where, overwrite)
         new = [item for item in items if item.name not in found.there]
         whole = (
             not new
@@ -58,9 +58,9 @@ def publish(
         if names and not dry_run:
             retry(lambda: remote.begin(gone), remote.where, options.patience)
             tally = TransferProgress("publish", moved, tell)
-            in_parallel(
+            run_in_parallel(
                 new,
-                lambda item: send(remote, item, tally, options.patience),
+                lambda item: send_file(remote, item, tally, options.patience),
                 options.jobs,
                 tally.stop,
             )
@@ -73,12 +73,12 @@ def publish(
     )  # fmt: skip
 
 
-def outgoing(artifact: Path) -> tuple[list[Item], Item]:
+def list_upload_files(artifact: Path) -> tuple[list[UploadFile], UploadFile]:
     """The files of an artifact that was verified, the largest first, and its manifest.
 
     A load test's figures go along, its page does not: nobody could tell whether that is the page of these figures.
     """
-    hashes = files_of(read_json(artifact / MANIFEST, ArtifactError), str(artifact))
+    hashes = parse_files(read_json(artifact / MANIFEST, ArtifactError), str(artifact))
     items = []
     for path in (path for path in artifact.rglob("*") if path.is_file()):
         name = path.relative_to(artifact).as_posix()
@@ -86,16 +86,20 @@ def outgoing(artifact: Path) -> tuple[list[Item], Item]:
             continue
         known = hashes.get(name)
         sha256 = known.sha256 if known and known.sha256 else sha256_file(path, ArtifactError)
-        items.append(Item(name=name, path=path, n_bytes=path.stat().st_size, sha256=sha256))
-    check_names((item.name for item in items), str(artifact))
+        items.append(UploadFile(name=name, path=path, n_bytes=path.stat().st_size, sha256=sha256))
+    check_file_names((item.name for item in items), str(artifact))
     manifest = next(item for item in items if item.name == MANIFEST)
     return sorted(
         (i for i in items if i is not manifest), key=lambda i: (-i.n_bytes, i.name)
     ), manifest
 
 
-def replaced(
-    found: RemoteState, items: Sequence[Item], manifest: Item, where: str, overwrite: bool
+def find_replaced_files(
+    found: RemoteState,
+    items: Sequence[UploadFile],
+    manifest: UploadFile,
+    where: str,
+    overwrite: bool,
 ) -> tuple[str, ...]:
     """What must go before another artifact can be there, the manifest first; TransferError when it may not."""
     same = (
@@ -105,12 +109,12 @@ def replaced(
         raise TransferError(
             f"{where}: expected no other artifact, found one; choose another place, or pass --overwrite"
         )
-    named = names_in(found.manifest) if found.manifest is not None else set[str]()
+    named = parse_manifest_names(found.manifest) if found.manifest is not None else set[str]()
     strangers = [name for name in found.others if name not in named]
     if strangers and not overwrite:
         raise TransferError(
             f"{where}: expected an empty place or this artifact, found {len(strangers)} other files, the first "
-            f"{brief(strangers[0])}; choose another place, or pass --overwrite"
+            f"{shorten_repr(strangers[0])}; choose another place, or pass --overwrite"
         )
     if same:  # a signature that this copy lacks stays
         return (MANIFEST,) if any(item.name not in found.there for item in items) else ()
@@ -118,17 +122,19 @@ def replaced(
     return (MANIFEST, *sorted(gone)) if found.manifest is not None else ()
 
 
-def names_in(manifest: bytes) -> set[str]:
+def parse_manifest_names(manifest: bytes) -> set[str]:
     """The good names in a manifest that somebody else wrote; none in one that cannot be read."""
     try:
         values = parse_json(manifest, MANIFEST, TransferError)
-        files = {*files_of(values, MANIFEST), *unhashed(values), SIGNATURE, LOADTEST}
+        files = {*parse_files(values, MANIFEST), *parse_unhashed(values), SIGNATURE, LOADTEST}
     except QuantkitError:
         return set()
-    return set() if any(name_faults(files)) else files
+    return set() if any(find_name_faults(files)) else files
 
 
-def send(remote: Remote, item: Item, tally: TransferProgress, patience: RetryPolicy) -> None:
+def send_file(
+    remote: Remote, item: UploadFile, tally: TransferProgress, patience: RetryPolicy
+) -> None:
     """Send one file, again while anything of it arrives."""
     best = 0
 

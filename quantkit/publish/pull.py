@@ -13,34 +13,34 @@ from pathlib import Path
 
 from quantkit.artifact.layout import LOADTEST, MANIFEST, SCHEMA_VERSION, SIGNATURE
 from quantkit.errors import ArtifactError, TransferError, UsageError
-from quantkit.io.files import JSON_LIMIT_BYTES, brief, disk_free, parse_json
+from quantkit.io.files import JSON_LIMIT_BYTES, get_free_bytes, parse_json, shorten_repr
 from quantkit.io.retry import RetryPolicy, TransientError, retry
 from quantkit.progress import ProgressCallback
-from quantkit.publish.remote import Options, Remote, opened
+from quantkit.publish.remote import Remote, RemoteOptions, open_remote
 from quantkit.publish.staging_dir import (
     ExistingFiles,
     ExpectedFile,
     StagingDir,
-    existing_manifest,
-    landing,
+    open_staging_dir,
+    read_existing_manifest,
 )
 from quantkit.publish.transfer import (
     Transfer,
     TransferProgress,
-    check_names,
-    files_of,
-    in_parallel,
-    resumable,
-    size,
-    unhashed,
+    check_file_names,
+    format_bytes,
+    note_resume,
+    parse_files,
+    parse_unhashed,
+    run_in_parallel,
 )
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 
-def pull(
+def pull_artifact(
     src: str,
     path: Path,
-    options: Options,
+    options: RemoteOptions,
     tell: ProgressCallback,
     *,
     overwrite: bool = False,
@@ -51,31 +51,31 @@ def pull(
     TransferError when the place has no whole artifact or sends other bytes; UsageError when `path` is taken.
     """
     path = path.expanduser().absolute()
-    with resumable(), closing(opened(src, options)) as remote:
+    with note_resume(), closing(open_remote(src, options)) as remote:
         content = retry(lambda: remote.fetch_manifest(MANIFEST), remote.where, options.patience)
         if content is None:
             raise TransferError(
                 f"{remote.where}: no {MANIFEST}: not an artifact of quantkit, or its publication did not finish; "
                 "publish it again"
             )
-        wanted, status = arriving(remote, content, options.patience)
+        wanted, status = list_expected_files(remote, content, options.patience)
         total = sum(entry.n_bytes for entry in wanted) + len(content)
         done = Transfer(
             place=remote.where, status=status, files=(*(entry.name for entry in wanted), MANIFEST), n_bytes=total,
             there=0, there_bytes=0, manifest=hashlib.sha256(content).hexdigest(),
         )  # fmt: skip
         as_it_is = replace(done, files=(), n_bytes=0, there=len(done.files), there_bytes=total)
-        if is_there(path, content, overwrite):
+        if is_present(path, content, overwrite):
             return as_it_is
         if dry_run:
             return done
-        with landing(path) as place:
-            if is_there(path, content, overwrite):  # another pull was faster
+        with open_staging_dir(path) as place:
+            if is_present(path, content, overwrite):  # another pull was faster
                 return as_it_is
-            there = fetch_all(remote, place, wanted, options, tell)
+            there = fetch_files(remote, place, wanted, options, tell)
             place.put(MANIFEST, content)
             try:
-                verify(place.folder)
+                verify_artifact(place.folder)
             except ArtifactError as fault:
                 raise TransferError(
                     f"{remote.where}: what arrived is not what its manifest says; it lies in {place.folder}: {fault}"
@@ -90,7 +90,7 @@ def pull(
     )
 
 
-def arriving(
+def list_expected_files(
     remote: Remote, content: bytes, patience: RetryPolicy
 ) -> tuple[list[ExpectedFile], str]:
     """What a manifest says there is to fetch, the largest first, and its status; checked against what lies there."""
@@ -99,11 +99,11 @@ def arriving(
     if values.get("schema_version") != SCHEMA_VERSION:
         raise TransferError(
             f"{where}: {MANIFEST}: schema_version: expected {SCHEMA_VERSION}, found "
-            f"{brief(values.get('schema_version'))}; use the quantkit that made it"
+            f"{shorten_repr(values.get('schema_version'))}; use the quantkit that made it"
         )
-    files = files_of(values, where)
-    free = [*unhashed(values), SIGNATURE, LOADTEST]
-    check_names([*files, *(name for name in free if name not in files), MANIFEST], where)
+    files = parse_files(values, where)
+    free = [*parse_unhashed(values), SIGNATURE, LOADTEST]
+    check_file_names([*files, *(name for name in free if name not in files), MANIFEST], where)
     present = retry(remote.sizes, where, patience)
     faults = [
         f"{name}: expected {entry.n_bytes} bytes, found {present.get(name, 'no file')}"
@@ -121,19 +121,19 @@ def arriving(
         if name in present and name not in files and present[name] <= JSON_LIMIT_BYTES
     }
     status = values.get("status")
-    return sorted([*files.values(), *extra.values()], key=lambda e: (-e.n_bytes, e.name)), brief(
-        status
-    ).strip("'")
+    return sorted(
+        [*files.values(), *extra.values()], key=lambda e: (-e.n_bytes, e.name)
+    ), shorten_repr(status).strip("'")
 
 
-def is_there(path: Path, manifest: bytes, overwrite: bool) -> bool:
+def is_present(path: Path, manifest: bytes, overwrite: bool) -> bool:
     """Whether the artifact is at `path` already; UsageError when something else is that must not be replaced."""
-    found = existing_manifest(path, MANIFEST)
+    found = read_existing_manifest(path, MANIFEST)
     if found is None:
         return False
     if found == manifest:
         try:
-            verify(path)
+            verify_artifact(path)
             return True
         except ArtifactError as fault:
             if not overwrite:
@@ -149,33 +149,33 @@ def is_there(path: Path, manifest: bytes, overwrite: bool) -> bool:
     return False
 
 
-def fetch_all(
+def fetch_files(
     remote: Remote,
     place: StagingDir,
     wanted: Sequence[ExpectedFile],
-    options: Options,
+    options: RemoteOptions,
     tell: ProgressCallback,
 ) -> ExistingFiles:
     """Every file that is not whole yet; what was there before."""
     there = place.prepare(wanted)
     new = [entry for entry in wanted if entry.name not in there.whole]
     missing = sum(entry.n_bytes - there.n_bytes.get(entry.name, 0) for entry in new)
-    if missing > (room := disk_free(place.folder)):
+    if missing > (room := get_free_bytes(place.folder)):
         raise TransferError(
-            f"{place.folder}: expected room for {size(missing)}, found {size(room)}; free some space or choose another "
+            f"{place.folder}: expected room for {format_bytes(missing)}, found {format_bytes(room)}; free some space or choose another "
             "folder"
         )
     tally = TransferProgress("pull", sum(entry.n_bytes for entry in new), tell)
-    in_parallel(
+    run_in_parallel(
         new,
-        lambda entry: fetch(remote, place, entry, tally, options.patience),
+        lambda entry: fetch_file(remote, place, entry, tally, options.patience),
         options.jobs,
         tally.stop,
     )
     return there
 
 
-def fetch(
+def fetch_file(
     remote: Remote,
     place: StagingDir,
     wanted: ExpectedFile,

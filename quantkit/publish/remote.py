@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Protocol
 
 from quantkit.errors import QuantkitError, TransferError, UsageError
-from quantkit.io.files import brief
+from quantkit.io.files import shorten_repr
 from quantkit.io.retry import RetryPolicy, TransientError, retry
 from quantkit.publish import remotes
 
@@ -34,7 +34,7 @@ PIECE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Item:
+class UploadFile:
     """A file of an artifact on its way out: `name` as in the manifest, `path` on this machine."""
 
     name: str
@@ -56,7 +56,7 @@ class RemoteState:
     others: tuple[str, ...] = ()
 
 
-Arrived = Callable[[int], None]
+BytesCallback = Callable[[int], None]
 """Is told how many bytes of a file have arrived so far; may raise to stop a transfer."""
 
 
@@ -66,7 +66,7 @@ class Remote(Protocol):
     where: str
     """How it is called in messages, without credentials."""
 
-    def look(self, items: Sequence[Item], manifest: str) -> RemoteState:
+    def look(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
         """What is there already; `manifest` is the name of the artifact's manifest, which is no item."""
         ...
 
@@ -74,11 +74,11 @@ class Remote(Protocol):
         """Get ready to send; from now on what is there is no artifact. `gone`: files of the one it replaces."""
         ...
 
-    def send(self, item: Item, arrived: Arrived) -> None:
+    def send(self, item: UploadFile, arrived: BytesCallback) -> None:
         """Make the bytes of a file arrive; goes on with what an earlier try has left where the place keeps that."""
         ...
 
-    def seal(self, items: Sequence[Item], manifest: Item) -> str:
+    def seal(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
         """Make it an artifact, with the manifest as the last act; `items` are all of its files. Where it is now."""
         ...
 
@@ -100,7 +100,7 @@ class Remote(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
+class RemoteOptions:
     """What the user says beside the address: revision and private for the Hugging Face Hub, jobs the files at once."""
 
     writing: bool = False
@@ -114,7 +114,7 @@ class Options:
 class RemoteScheme:
     """Opens addresses of one scheme: open(the text behind "scheme://", the whole address, options)."""
 
-    open: Callable[[str, str, Options], Remote]
+    open: Callable[[str, str, RemoteOptions], Remote]
     package: str | None = None  # what it imports beyond quantkit's own dependencies
     extra: str | None = None  # and the extra of quantkit that brings it
     revisions: bool = False  # whether it knows --revision and --private
@@ -126,9 +126,9 @@ _ALIASES = {"s3a": "s3", "local": "file"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
-def opened(text: str, options: Options) -> Remote:
+def open_remote(text: str, options: RemoteOptions) -> Remote:
     """The place at an address; UsageError for an address that is none or lacks its package."""
-    scheme, rest = parse(text)
+    scheme, rest = parse_address(text)
     names = {module.name for module in pkgutil.iter_modules(remotes.__path__)}
     file = scheme if scheme in names - {"other"} else "other"
     kind = importlib.import_module(f"{remotes.__name__}.{file}").REMOTE
@@ -136,21 +136,21 @@ def opened(text: str, options: Options) -> Remote:
     if (options.revision is not None or options.private) and not kind.revisions:
         flag = "--private" if options.revision is None else "--revision"
         raise UsageError(
-            f"{flag}: expected a repository of the Hugging Face Hub, found {scrub(text)}; leave it out"
+            f"{flag}: expected a repository of the Hugging Face Hub, found {remove_secrets(text)}; leave it out"
         )
     if kind.package and importlib.util.find_spec(kind.package) is None:
         raise UsageError(
             f"{scheme}:// needs the package {kind.package}, which is not installed; "
             f"pip install 'quantkit[{kind.extra}]', or choose another place"
         )
-    return retry(lambda: kind.open(rest, text, options), scrub(text), options.patience)
+    return retry(lambda: kind.open(rest, text, options), remove_secrets(text), options.patience)
 
 
-def parse(text: str) -> tuple[str, str]:
+def parse_address(text: str) -> tuple[str, str]:
     """Scheme and what follows it: a URL, owner/name of the hub, or a folder; UsageError where that is not clear."""
     if not text or _CONTROL.search(text):
         raise UsageError(
-            f"expected a URL, owner/name or a folder, found {brief(scrub(text))}; check the address"
+            f"expected a URL, owner/name or a folder, found {shorten_repr(remove_secrets(text))}; check the address"
         )
     match = _SCHEME.fullmatch(text)
     if match:
@@ -158,13 +158,13 @@ def parse(text: str) -> tuple[str, str]:
         authority = rest.partition("/")[0]
         if ":" in authority.rpartition("@")[0]:
             raise UsageError(
-                f"{scrub(text)}: expected no password in an address, found one; use the place's own login "
+                f"{remove_secrets(text)}: expected no password in an address, found one; use the place's own login "
                 "(`hf auth login`, AWS profiles, `docker login`)"
             )
         return _ALIASES.get(scheme, scheme), rest
     if "::" in text:
         raise UsageError(
-            f"{scrub(text)}: expected one URL, found a chain of them; name the place itself"
+            f"{remove_secrets(text)}: expected one URL, found a chain of them; name the place itself"
         )
     if Path(text).expanduser().exists() or not _HUB_ID.fullmatch(text):
         return "file", text
@@ -176,7 +176,7 @@ def parse(text: str) -> tuple[str, str]:
     return "hf", text
 
 
-def check_arrived(content: bytes | bytearray, sha256: object) -> None:
+def check_received(content: bytes | bytearray, sha256: object) -> None:
     """Interrupted when what arrived is not what the place says it has; `sha256` is no text where it says nothing."""
     if isinstance(sha256, str) and hashlib.sha256(content).hexdigest() != sha256:
         raise TransientError("other bytes arrived than were sent")
@@ -197,7 +197,7 @@ _SECRETS = (
 _SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "HF_TOKEN")
 
 
-def scrub(text: str) -> str:
+def remove_secrets(text: str) -> str:
     """Text without passwords, tokens, signed queries, and what the environment holds as secrets."""
     for pattern, instead in _SECRETS:
         text = pattern.sub(instead, text)
@@ -207,9 +207,9 @@ def scrub(text: str) -> str:
     return text
 
 
-def told(fault: BaseException) -> str:
+def describe_exception(fault: BaseException) -> str:
     """What an exception of a library says, on one short line without secrets."""
-    text = " ".join(scrub(str(fault)).split()) or type(fault).__name__
+    text = " ".join(remove_secrets(str(fault)).split()) or type(fault).__name__
     return text if len(text) <= 240 else f"{text[:200]}...{text[-37:]}"
 
 
@@ -237,7 +237,7 @@ _PASSING_CODES = frozenset({
 })  # fmt: skip
 
 
-def passing(fault: BaseException) -> bool:
+def is_transient(fault: BaseException) -> bool:
     """Whether a library's exception says that a connection or a server failed; the libraries share no base class."""
     kinds = type(fault).__mro__
     if isinstance(fault, ConnectionError | TimeoutError | EOFError) or any(
@@ -249,11 +249,11 @@ def passing(fault: BaseException) -> bool:
     error = response.get("Error") if isinstance(response, dict) else None
     if isinstance(error, dict):
         return str(error.get("Code")) in _PASSING_CODES
-    return fault.__cause__ is not None and passing(fault.__cause__)
+    return fault.__cause__ is not None and is_transient(fault.__cause__)
 
 
 @contextmanager
-def faults(where: str) -> Iterator[None]:
+def translate_errors(where: str) -> Iterator[None]:
     """Around calls of other people's libraries: whatever they raise becomes Interrupted or one sentence."""
     try:
         yield
@@ -261,15 +261,15 @@ def faults(where: str) -> Iterator[None]:
         raise
     except PermissionError as fault:
         raise TransferError(
-            f"{where}: expected to be allowed in, found: {told(fault)}; check the credentials and their rights"
+            f"{where}: expected to be allowed in, found: {describe_exception(fault)}; check the credentials and their rights"
         ) from fault
     except FileNotFoundError as fault:
         raise TransferError(
-            f"{where}: expected it to be there, found: {told(fault)}; make it first"
+            f"{where}: expected it to be there, found: {describe_exception(fault)}; make it first"
         ) from fault
     except Exception as fault:
-        if passing(fault):
-            raise TransientError(f"{type(fault).__name__}: {told(fault)}") from fault
+        if is_transient(fault):
+            raise TransientError(f"{type(fault).__name__}: {describe_exception(fault)}") from fault
         raise TransferError(
-            f"{where}: expected an answer, found {type(fault).__name__}: {told(fault)}"
+            f"{where}: expected an answer, found {type(fault).__name__}: {describe_exception(fault)}"
         ) from fault

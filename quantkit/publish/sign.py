@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifact.layout import ADDED, MANIFEST, SIGNATURE, UNHASHED
-from quantkit.checkpoint.scan import scan
+from quantkit.artifact.layout import ADDED_LATER, MANIFEST, SIGNATURE, UNHASHED
+from quantkit.checkpoint.scan import scan_file
 from quantkit.errors import ArtifactError, QuantkitError, UsageError
 from quantkit.io.files import read_bytes, write_atomic, write_output
-from quantkit.verify.shallow import Verified, verify
+from quantkit.verify.shallow import VerifyReport, verify_artifact
 
 PASSWORD = "QUANTKIT_KEY_PASSWORD"
 TOKEN = "SIGSTORE_ID_TOKEN"
@@ -87,7 +87,7 @@ class Resource:
 
 
 @dataclass
-class Held:
+class HashedFiles:
     """The files of an artifact where the library expects a hashing configuration, and the list that one makes.
 
     It compares equal to any signed list and keeps it in `signed`, so that whoever asks can say what differs.
@@ -100,7 +100,7 @@ class Held:
     @property
     def serialization_type(self) -> dict[str, Any]:
         """How others must hash the folder to get the same list."""
-        later = [SIGNATURE, *ADDED]
+        later = [SIGNATURE, *ADDED_LATER]
         return {
             "method": "files",
             "hash_type": "sha256",
@@ -113,7 +113,7 @@ class Held:
         for name, found in sorted(self.sha256.items()):
             yield Resource(identifier=name, digest=Digest(algorithm="sha256", digest_hex=found))
 
-    def hash(self, model_path: Path, *, files_to_hash: object = None) -> Held:
+    def hash(self, model_path: Path, *, files_to_hash: object = None) -> HashedFiles:
         """What was hashed already."""
         return self
 
@@ -134,19 +134,21 @@ class Held:
     __hash__ = None  # type: ignore[assignment]  # it changes
 
 
-def held(verified: Verified) -> Held:
+def collect_hashes(verified: VerifyReport) -> HashedFiles:
     """The files of an artifact that was verified, with those that its manifest does not hash."""
     beside = [name for name in (MANIFEST, *sorted(UNHASHED)) if (verified.path / name).is_file()]
-    return Held(
+    return HashedFiles(
         model_name=verified.path.resolve().name,
-        sha256={**verified.sha256, **{name: scan(verified.path / name) for name in beside}},
+        sha256={**verified.sha256, **{name: scan_file(verified.path / name) for name in beside}},
     )
 
 
 # --------------------------------------------------------------------------------------------------------- signing
 
 
-def sign(artifact: Path, signer: Signer, output: Path | None, *, overwrite: bool = False) -> Path:
+def sign_artifact(
+    artifact: Path, signer: Signer, output: Path | None, *, overwrite: bool = False
+) -> Path:
     """Sign an artifact that verifies; returns the signature's file, quantkit/signature.json inside it by default.
 
     Raises ArtifactError for an artifact that does not verify, UsageError for keys and files that cannot be used.
@@ -154,22 +156,22 @@ def sign(artifact: Path, signer: Signer, output: Path | None, *, overwrite: bool
     place = output or artifact / SIGNATURE
     if place.exists() and not overwrite:
         raise UsageError(f"{place}: is signed already; pass --overwrite to sign it anew")
-    signing = library("signing")
+    signing = import_library("signing")
     config = signing.Config()
-    with telling(f"{signer.private_key or 'sigstore'}: cannot sign with it"):
-        configured(config, signer)
-    files = held(verify(artifact))
+    with translate_errors(f"{signer.private_key or 'sigstore'}: cannot sign with it"):
+        configure_signer(config, signer)
+    files = collect_hashes(verify_artifact(artifact))
     config.set_hashing_config(files)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "signature.json"
-        with telling(f"{artifact}: cannot be signed"):
+        with translate_errors(f"{artifact}: cannot be signed"):
             config.sign(artifact, made)
         write = write_output if output else write_atomic
         write(place, read_bytes(made, LIMIT_BYTES, ArtifactError))
     return place
 
 
-def configured(config: Any, signer: Signer) -> None:
+def configure_signer(config: Any, signer: Signer) -> None:
     """Tell the library who signs."""
     if signer.sigstore:
         config.use_sigstore_signer(
@@ -192,7 +194,7 @@ def configured(config: Any, signer: Signer) -> None:
 # ------------------------------------------------------------------------------------------------------- verifying
 
 
-def check_signature(verified: Verified, signature: Path | None, trust: Trust) -> Path:
+def check_signature(verified: VerifyReport, signature: Path | None, trust: Trust) -> Path:
     """Whether somebody trusted signed exactly these files; the signature's file.
 
     Raises ArtifactError for an artifact without signature, a signature that is damaged or by somebody else, and one of
@@ -204,25 +206,25 @@ def check_signature(verified: Verified, signature: Path | None, trust: Trust) ->
             f"{place}: expected a signature, found none: nobody vouches for {verified.path}"
         )
     read_bytes(place, LIMIT_BYTES, ArtifactError)
-    config, files = library("verifying").Config(), held(verified)
-    with telling(f"{trust.told}: cannot be checked with"):
-        trusting(config, trust)
+    config, files = import_library("verifying").Config(), collect_hashes(verified)
+    with translate_errors(f"{trust.told}: cannot be checked with"):
+        configure_verifier(config, trust)
     config.set_hashing_config(files)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the library prints warnings
             config.verify(verified.path, place)
     except Exception as fault:  # what a forged signature breaks first, in one of five libraries
         raise ArtifactError(
-            f"{place}: not signed by {trust.told}: {reason(fault)}; do not use it"
+            f"{place}: not signed by {trust.told}: {describe_reason(fault)}; do not use it"
         ) from fault
-    if differs := differences(files):
+    if differs := describe_differences(files):
         raise ArtifactError(
             f"{place}: not the signature of {verified.path}: {differs}; do not use it, or have it signed anew"
         )
     return place
 
 
-def trusting(config: Any, trust: Trust) -> None:
+def configure_verifier(config: Any, trust: Trust) -> None:
     """Tell the library whose signature counts."""
     if trust.public_key:
         config.use_elliptic_key_verifier(public_key=trust.public_key)
@@ -232,7 +234,7 @@ def trusting(config: Any, trust: Trust) -> None:
         config.use_certificate_verifier(certificate_chain=list(trust.certificates))
 
 
-def differences(files: Held) -> str:
+def describe_differences(files: HashedFiles) -> str:
     """How the files differ from those that were signed; nothing when they are the same."""
     if not files.signed:
         return "it names no files"
@@ -253,7 +255,7 @@ def differences(files: Held) -> str:
 # ------------------------------------------------------------------------------------------------------ the library
 
 
-def library(part: str) -> Any:
+def import_library(part: str) -> Any:
     """model_signing.signing or .verifying; UsageError when it is not installed."""
     from importlib import import_module
 
@@ -266,7 +268,7 @@ def library(part: str) -> Any:
 
 
 @contextlib.contextmanager
-def telling(what: str) -> Iterator[None]:
+def translate_errors(what: str) -> Iterator[None]:
     """The library's errors over keys, certificates and the network as one sentence."""
     try:
         yield
@@ -275,9 +277,9 @@ def telling(what: str) -> Iterator[None]:
     except Exception as fault:
         if type(fault).__module__.startswith(("sigstore", "tuf", "requests", "urllib3")):
             raise QuantkitError(
-                f"{what}: sigstore did not answer ({reason(fault)}); it needs a network, keys and certificates do not"
+                f"{what}: sigstore did not answer ({describe_reason(fault)}); it needs a network, keys and certificates do not"
             ) from fault
-        raise UsageError(f"{what}: {reason(fault)}") from fault
+        raise UsageError(f"{what}: {describe_reason(fault)}") from fault
 
 
 REASONS: Mapping[str, str] = {
@@ -294,7 +296,7 @@ REASONS: Mapping[str, str] = {
 """What the exceptions that libraries raise without words mean here."""
 
 
-def reason(fault: Exception) -> str:
+def describe_reason(fault: Exception) -> str:
     """What a library had to say, in one line."""
     text = " ".join(str(fault).split())
     if isinstance(fault, TypeError) and "Password" in text:

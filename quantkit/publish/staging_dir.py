@@ -13,9 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.errors import ArtifactError
-from quantkit.io.files import PART, make_folder, sha256_file, sync_folder, unwritable, write_atomic
-from quantkit.io.lock import held
-from quantkit.io.owned_dirs import MARK, check_ours, make_ours, remove_ours
+from quantkit.io.files import (
+    PART,
+    make_folder,
+    make_write_error,
+    sha256_file,
+    sync_folder,
+    write_atomic,
+)
+from quantkit.io.lock import hold_lock
+from quantkit.io.owned_dirs import MARKER, check_owned_dir, make_owned_dir, remove_owned_dir
 from quantkit.publish.remote import PIECE_BYTES
 
 
@@ -49,14 +56,14 @@ class PartialDownload:
             while piece := self._file.read(PIECE_BYTES):
                 self._count(piece)
         except OSError as fault:
-            raise unwritable(self._path, fault) from fault
+            raise make_write_error(self._path, fault) from fault
 
     def write(self, piece: bytes) -> None:
         """Take what came next."""
         try:
             self._file.write(piece)
         except OSError as fault:
-            raise unwritable(self._path, fault) from fault
+            raise make_write_error(self._path, fault) from fault
         self._count(piece)
 
     def forget(self) -> None:
@@ -77,7 +84,7 @@ class PartialDownload:
                 os.replace(self._part, self._path)
                 sync_folder(self._path.parent)
             except OSError as fault:
-                raise unwritable(self._path, fault) from fault
+                raise make_write_error(self._path, fault) from fault
         return right
 
     def close(self) -> None:
@@ -85,7 +92,7 @@ class PartialDownload:
         try:
             self._file.close()
         except OSError as fault:
-            raise unwritable(self._path, fault) from fault
+            raise make_write_error(self._path, fault) from fault
 
     def _count(self, piece: bytes) -> None:
         self._digest.update(piece)
@@ -108,7 +115,7 @@ class StagingDir:
                 name = path.relative_to(self.folder).as_posix()
                 part = files.get(name.removesuffix(PART))
                 if path.is_dir() and not path.is_symlink():
-                    if name != MARK and not any(path.iterdir()):
+                    if name != MARKER and not any(path.iterdir()):
                         path.rmdir()
                 elif name in files and self._is(path, files[name]):
                     whole.add(name)
@@ -122,7 +129,7 @@ class StagingDir:
                 else:
                     parts[part.name] = path.stat().st_size
         except OSError as fault:
-            raise unwritable(self.folder, fault) from fault
+            raise make_write_error(self.folder, fault) from fault
         n_bytes = {name: size for name, size in parts.items() if name not in whole}
         return ExistingFiles(
             whole=frozenset(whole), n_bytes=n_bytes | {name: files[name].n_bytes for name in whole}
@@ -140,7 +147,7 @@ class StagingDir:
     def give_name(self) -> None:
         """Rename the folder; what lies there is replaced as a whole."""
         try:
-            remove_ours(self.replaced)
+            remove_owned_dir(self.replaced)
             for folder in (path for path in self.folder.rglob("*") if path.is_dir()):
                 sync_folder(folder)
             sync_folder(self.folder)
@@ -149,8 +156,8 @@ class StagingDir:
             self.folder.rename(self.path)
             sync_folder(self.path.parent)
         except OSError as fault:
-            raise unwritable(self.path, fault) from fault
-        remove_ours(self.replaced)
+            raise make_write_error(self.path, fault) from fault
+        remove_owned_dir(self.replaced)
 
     @staticmethod
     def _is(path: Path, wanted: ExpectedFile) -> bool:
@@ -160,23 +167,23 @@ class StagingDir:
 
 
 @contextmanager
-def landing(path: Path) -> Iterator[StagingDir]:
+def open_staging_dir(path: Path) -> Iterator[StagingDir]:
     """The place where an artifact named `path` arrives; UsageError when it is not free for that."""
     place = StagingDir(path)
-    with held(path.with_name(path.name + ".pulling.lock"), "pull", "another folder"):
-        check_ours(place.replaced)
-        check_ours(place.folder)
-        make_ours(place.folder)
+    with hold_lock(path.with_name(path.name + ".pulling.lock"), "pull", "another folder"):
+        check_owned_dir(place.replaced)
+        check_owned_dir(place.folder)
+        make_owned_dir(place.folder)
         try:
             yield place
         finally:
             with suppress(OSError):  # it has its name, or keeps what arrived
-                if all(path.name == MARK for path in place.folder.iterdir()):
-                    (place.folder / MARK).rmdir()
+                if all(path.name == MARKER for path in place.folder.iterdir()):
+                    (place.folder / MARKER).rmdir()
                     place.folder.rmdir()
 
 
-def existing_manifest(path: Path, manifest: str) -> bytes | None:
+def read_existing_manifest(path: Path, manifest: str) -> bytes | None:
     """The manifest of the artifact at `path`, empty for something else there; None for nothing or an empty folder."""
     if path.is_dir() and not path.is_symlink():
         if not any(path.iterdir()):

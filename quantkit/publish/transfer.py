@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from quantkit.artifact.layout import MANIFEST
 from quantkit.errors import TransferError
-from quantkit.io.files import brief
-from quantkit.io.path_safety import name_faults
+from quantkit.io.files import shorten_repr
+from quantkit.io.path_safety import find_name_faults
 from quantkit.io.retry import Cancelled
 from quantkit.progress import Progress, ProgressCallback
 from quantkit.publish.staging_dir import ExpectedFile
@@ -81,15 +81,15 @@ class TransferProgress:
 
     def _note(self, done: int) -> str:
         seconds = time.monotonic() - self._began
-        text = f"{size(done)} of {size(self.total)}"
+        text = f"{format_bytes(done)} of {format_bytes(self.total)}"
         new = done - (self._before or 0)
         if seconds < 0.5 or new <= 0 or done >= self.total:
             return text
         left = int((self.total - done) * seconds / new)
-        return f"{text}, {size(int(new / seconds))}/s, {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+        return f"{text}, {format_bytes(int(new / seconds))}/s, {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
 
 
-def size(n_bytes: int) -> str:
+def format_bytes(n_bytes: int) -> str:
     """Bytes for people."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n_bytes >= scale:
@@ -97,7 +97,7 @@ def size(n_bytes: int) -> str:
     return f"{n_bytes} B"
 
 
-def files_of(values: Mapping[str, object], where: str) -> dict[str, ExpectedFile]:
+def parse_files(values: Mapping[str, object], where: str) -> dict[str, ExpectedFile]:
     """The files of a manifest; TransferError for an entry that is none."""
     files = values.get("files")
     found: dict[str, ExpectedFile] = {}
@@ -112,7 +112,7 @@ def files_of(values: Mapping[str, object], where: str) -> dict[str, ExpectedFile
         )
         if not isinstance(sha256, str) or not good or type(n_bytes) is not int or n_bytes < 0:
             raise TransferError(
-                f"{where}: {MANIFEST}: files: {brief(name)}: expected sha256 and bytes, found {brief(entry)}; publish "
+                f"{where}: {MANIFEST}: files: {shorten_repr(name)}: expected sha256 and bytes, found {shorten_repr(entry)}; publish "
                 "it again"
             )
         found[name] = ExpectedFile(name=name, n_bytes=n_bytes, sha256=sha256)
@@ -123,15 +123,15 @@ def files_of(values: Mapping[str, object], where: str) -> dict[str, ExpectedFile
     return found
 
 
-def unhashed(values: Mapping[str, object]) -> list[str]:
+def parse_unhashed(values: Mapping[str, object]) -> list[str]:
     """Files that a manifest names without a hash."""
     names = values.get("unhashed")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
-def check_names(names: Iterable[str], where: str) -> None:
+def check_file_names(names: Iterable[str], where: str) -> None:
     """TransferError unless all names can be files of one folder, anywhere."""
-    faults = list(name_faults(names))
+    faults = list(find_name_faults(names))
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise TransferError(
@@ -140,7 +140,7 @@ def check_names(names: Iterable[str], where: str) -> None:
 
 
 @contextmanager
-def resumable() -> Iterator[None]:
+def note_resume() -> Iterator[None]:
     """Around a transfer: whoever interrupts it is told how it goes on."""
     try:
         yield
@@ -149,7 +149,7 @@ def resumable() -> Iterator[None]:
         raise
 
 
-def in_parallel(
+def run_in_parallel(
     items: Sequence[Work], work: Callable[[Work], None], jobs: int, stop: threading.Event
 ) -> None:
     """Do something with every item, some at once; the first failure ends the others and is raised.
@@ -160,7 +160,7 @@ def in_parallel(
     for item in items:
         todo.put(item)
     threads = [
-        threading.Thread(target=work_off, args=(todo, work, stop, faults), daemon=True)
+        threading.Thread(target=run_worker, args=(todo, work, stop, faults), daemon=True)
         for _ in range(min(jobs, len(items)))
     ]
     for thread in threads:
@@ -177,7 +177,7 @@ def in_parallel(
         raise
 
 
-def work_off(
+def run_worker(
     todo: queue.SimpleQueue[Work], work: Callable[[Work], None], stop: threading.Event,
     faults: queue.SimpleQueue[BaseException | None],
 ) -> None:  # fmt: skip

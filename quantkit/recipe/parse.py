@@ -11,14 +11,23 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from quantkit import registry
+from quantkit import figures
 from quantkit.errors import RecipeError
+from quantkit.io.suggestions import format_unknown_name, suggest_name
+from quantkit.io.validation_errors import describe_fault
+from quantkit.io.yaml_document import (
+    INVALID_TEXT,
+    KeyPath,
+    YamlDocument,
+    format_path,
+    is_invalid_text,
+    parse_document,
+    parse_value,
+    printable,
+)
 from quantkit.recipe.patterns import PRESETS, pattern_fault
 from quantkit.recipe.rewrite import rewritten
 from quantkit.recipe.schema import (
-    FIGURES,
-    MEASURED,
-    POOLED,
     SECTIONS,
     Gate,
     Gates,
@@ -27,30 +36,27 @@ from quantkit.recipe.schema import (
     Rule,
     RuleEntry,
 )
-from quantkit.recipe.validation_errors import sentence
-from quantkit.recipe.yaml_document import (
-    NO_TEXT,
-    Document,
-    Path,
-    dotted,
-    not_text,
-    read,
-    shown,
-    value_of,
-)
 from quantkit.texts.corpus_spec import DOMAINS
 
-__all__ = ["Quantize", "Recipe", "Rule", "parse", "parse_gates", "preset", "with_overrides"]
+__all__ = [
+    "Quantize",
+    "Recipe",
+    "Rule",
+    "parse_recipe",
+    "parse_gates",
+    "expand_preset",
+    "apply_overrides",
+]
 
 _RULE_SHAPE = "a rule is {match: PATTERN, quantize: default} or {match: PATTERN, keep: source}, or {preset: NAME}"
 
 
-def parse(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
+def parse_recipe(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
     """The recipe in `text`; RecipeError with every fault, in the order of the lines, otherwise.
 
     `name` is how messages call the file; `overrides` maps dotted keys to values ("output.path" -> "x") and wins.
     """
-    document, faults = _overridden(read(text, name), overrides)
+    document, faults = _overridden(parse_document(text, name), overrides)
     document = _spelled_out(document)
     check = _Check(document=document, faults=faults)
     recipe = check.model(
@@ -73,7 +79,7 @@ def parse(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
     return recipe
 
 
-def with_overrides(text: str, recipe: Recipe) -> str:
+def apply_overrides(text: str, recipe: Recipe) -> str:
     """`text`, the recipe's file, with what was set beside it written in: it makes the same artifact by itself.
 
     But for `Recipe.overrides`, where and in how much memory it is made.
@@ -86,12 +92,12 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
 
     `tasks`: the benchmarks that the report to be judged has.
     """
-    document = _spelled_out(read(text, name))
+    document = _spelled_out(parse_document(text, name))
     check = _Check(document=document, faults=[])
     for key in document.values.keys() - Recipe.model_fields.keys():
         check.fault(
             (key,),
-            f"unknown key.{registry.did_you_mean(key, tuple(Recipe.model_fields))} Expected gates.",
+            f"unknown key.{suggest_name(key, tuple(Recipe.model_fields))} Expected gates.",
         )
     found = check.model(Gates, {"gates": document.values.get("gates")}, ())
     check.gates(document.values.get("gates"), {"tasks": list(tasks)}, {})
@@ -102,7 +108,7 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
     return found.gates
 
 
-def preset(name: str, default: Quantize, line: int | None = None) -> tuple[Rule, ...]:
+def expand_preset(name: str, default: Quantize, line: int | None = None) -> tuple[Rule, ...]:
     """The rules a preset stands for. `line` None: an architecture chose it and nobody wrote it, so it is optional."""
     return tuple(
         Rule(
@@ -126,24 +132,24 @@ _Model = TypeVar("_Model", bound=BaseModel)
 class _Check:
     """Turns parts of a document into models; `faults` (line, sentence) fills up on the way."""
 
-    document: Document
+    document: YamlDocument
     faults: list[tuple[int, str]]
 
-    def fault(self, path: Path, sentence: str) -> None:
+    def fault(self, path: KeyPath, sentence: str) -> None:
         """Note what is wrong with the value at `path`."""
         self.faults.append((
             self.document.line(path),
-            f"{self.document.where(path)}: {dotted(path)}: {sentence}",
+            f"{self.document.where(path)}: {format_path(path)}: {sentence}",
         ))
 
-    def model(self, model: type[_Model], values: object, path: Path) -> _Model | None:
+    def model(self, model: type[_Model], values: object, path: KeyPath) -> _Model | None:
         """`values` as a model, or None and its faults."""
         try:
             return model.model_validate(values)
         except ValidationError as error:
             for details in error.errors(include_url=False):
                 place = (*path, *(part for part in details["loc"] if part != "[key]"))
-                self.fault(place, sentence(place, details, _known(place[:-1])))
+                self.fault(place, describe_fault(place, details, _known(place[:-1])))
             return None
 
     def rules(self, written: object, default: Quantize) -> tuple[Rule, ...] | None:
@@ -164,7 +170,7 @@ class _Check:
             for rule in self.rule(item, ("rules", index), default)
         )
 
-    def rule(self, item: object, path: Path, default: Quantize) -> tuple[Rule, ...]:
+    def rule(self, item: object, path: KeyPath, default: Quantize) -> tuple[Rule, ...]:
         """One item of the list: one rule, or those of a preset; none when it has faults."""
         entry = self.model(RuleEntry, item, path)
         if entry is None:
@@ -180,7 +186,7 @@ class _Check:
             return ()
         wrong = pattern_fault(entry.match)
         if wrong:
-            self.fault((*path, "match"), shown(wrong, 200))
+            self.fault((*path, "match"), printable(wrong, 200))
             return ()
         scheme = default if entry.quantize == "default" else None
         if entry.quantize is not None and scheme is None:
@@ -192,16 +198,20 @@ class _Check:
         line = self.document.line(path)
         return (
             Rule(
-                label=dotted(path), line=line, match=entry.match, quantize=scheme, keep=entry.keep
+                label=format_path(path),
+                line=line,
+                match=entry.match,
+                quantize=scheme,
+                keep=entry.keep,
             ),
         )
 
-    def preset(self, name: str, path: Path, default: Quantize) -> tuple[Rule, ...]:
+    def preset(self, name: str, path: KeyPath, default: Quantize) -> tuple[Rule, ...]:
         """The rules of a preset that the recipe names."""
         if name not in PRESETS:
-            self.fault(path, registry.unknown("preset", shown(name), tuple(PRESETS)))
+            self.fault(path, format_unknown_name("preset", printable(name), tuple(PRESETS)))
             return ()
-        return preset(name, default, self.document.line(path))
+        return expand_preset(name, default, self.document.line(path))
 
     def gates(self, gates: object, evaluation: object, fidelity: object) -> None:
         """Gates on figures that do not exist or that nothing measures, or bounded in a way that they do not have."""
@@ -213,11 +223,15 @@ class _Check:
             path = ("gates", figure)
             base, _, domain = str(figure).partition("@")
             of_part = domain in (
-                DOMAINS if base in POOLED else tasks if base == "likelihood" else ()
+                DOMAINS
+                if figures.is_per_domain(base)
+                else tasks
+                if figures.is_per_task(base)
+                else ()
             )
-            if figure not in (*FIGURES, *tasks) and not of_part:
+            if figure not in (*figures.list_keys(), *tasks) and not of_part:
                 self.fault(path, _unknown_figure(str(figure), tasks))
-            elif base in MEASURED and fidelity in (None, "none"):
+            elif figures.is_streamed(base) and fidelity in (None, "none"):
                 self.fault(
                     path,
                     "needs a fidelity text, found fidelity: none; name a set, or drop this gate",
@@ -231,13 +245,13 @@ class _Check:
                     self.fault(
                         path, f"expected {' or '.join(f'{{{key}: NUMBER}}' for key in allowed)}"
                     )
-                if figure != "size" and any(
+                if not figures.is_size(base) and any(
                     isinstance(bounds.get(key), str) for key in ("max", "min")
                 ):
                     self.fault(path, "expected a number; only size takes one such as 400GB")
 
 
-def _spelled_out(document: Document) -> Document:
+def _spelled_out(document: YamlDocument) -> YamlDocument:
     """The document with gates such as `kl_mean.max: 1` as `kl_mean: {max: 1}`; a bound given twice stays a fault."""
     gates = document.values.get("gates")
     if not isinstance(gates, dict):
@@ -261,17 +275,17 @@ def _spelled_out(document: Document) -> Document:
 def _unknown_figure(figure: str, tasks: Sequence[str]) -> str:
     """Why a gate names nothing, with what it may have meant."""
     base, at, domain = figure.partition("@")
-    if at and base in POOLED:
-        return registry.unknown("domain", shown(domain), DOMAINS)
-    sentence = registry.unknown(
-        "figure or task of evaluation.tasks", shown(figure), (*FIGURES, *tasks)
+    if at and figures.is_per_domain(base):
+        return format_unknown_name("domain", printable(domain), DOMAINS)
+    sentence = format_unknown_name(
+        "figure or task of evaluation.tasks", printable(figure), (*figures.list_keys(), *tasks)
     )
     return f"{sentence} Of one domain: kl_mean@{DOMAINS[-1]}."
 
 
 def _overridden(
-    document: Document, overrides: Mapping[str, str]
-) -> tuple[Document, list[tuple[int, str]]]:
+    document: YamlDocument, overrides: Mapping[str, str]
+) -> tuple[YamlDocument, list[tuple[int, str]]]:
     faults: list[tuple[int, str]] = []
     for key, text in overrides.items():
         try:
@@ -281,22 +295,22 @@ def _overridden(
     return document, faults
 
 
-def _change(key: str, text: str) -> tuple[Path, object]:
+def _change(key: str, text: str) -> tuple[KeyPath, object]:
     """Path and value of an override; RecipeError when it is no text."""
     path = tuple(key.split("."))
-    if not_text(text):
-        raise RecipeError([f"override {shown(key)}: {NO_TEXT}"])
-    return path, text if _is_text(path) else value_of(text, f"override {shown(key)}")
+    if is_invalid_text(text):
+        raise RecipeError([f"override {printable(key)}: {INVALID_TEXT}"])
+    return path, text if _is_text(path) else parse_value(text, f"override {printable(key)}")
 
 
-def _is_text(path: Path) -> bool:
+def _is_text(path: KeyPath) -> bool:
     """Whether the key takes any text, so that an override of "123" or "[x]" stays what it is."""
     section = SECTIONS.get(str(path[0])) if len(path) == 2 else None
     field = section.model_fields.get(str(path[-1])) if section else None
     return field is not None and field.annotation is str
 
 
-def _known(path: Path) -> tuple[str, ...]:
+def _known(path: KeyPath) -> tuple[str, ...]:
     """The keys that may stand in the mapping at `path`."""
     model: type[BaseModel] = Recipe
     if path and path[-1] == "quantize":

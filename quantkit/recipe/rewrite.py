@@ -15,17 +15,23 @@ from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from quantkit.errors import RecipeError
-from quantkit.recipe.yaml_document import MAX_CHARACTERS, PARSER_FAULTS, Path, read, scalar
+from quantkit.io.yaml_document import (
+    MAX_CHARACTERS,
+    PARSER_FAULTS,
+    KeyPath,
+    parse_document,
+    parse_scalar,
+)
 
 
-def rewritten(text: str, changes: Sequence[tuple[Path, object]]) -> str:
+def rewritten(text: str, changes: Sequence[tuple[KeyPath, object]]) -> str:
     """`text`, which `document.read` takes, with values put at paths (keys only) one after the other.
 
     In a layout that ruamel would change it is the values alone; without changes it is `text` to the byte.
     """
     if not changes:
         return text
-    wanted = read(text, "")
+    wanted = parse_document(text, "")
     for path, value in changes:
         wanted = wanted.with_value(path, value)
     try:
@@ -33,14 +39,14 @@ def rewritten(text: str, changes: Sequence[tuple[Path, object]]) -> str:
         for path, value in changes:
             put(layout, path, spelled(value))
         found = dumped(layout)
-        if read(found, "").values == wanted.values:
+        if parse_document(found, "").values == wanted.values:
             return found
     except (RecipeError, YAMLError, *PARSER_FAULTS):
         pass  # a date that no calendar has, say: text to `document`, an error to ruamel
     return dumped(spelled(wanted.values))
 
 
-def put(layout: CommentedMap, path: Path, value: object) -> None:
+def put(layout: CommentedMap, path: KeyPath, value: object) -> None:
     """Change a value, or add its key: first in its section, last in the document."""
     for key in path[:-1]:
         if not isinstance(layout.get(key), CommentedMap):
@@ -60,7 +66,7 @@ def spelled(value: object) -> object:
         return [spelled(inner) for inner in value]
     if isinstance(value, str):
         plain = (
-            scalar(value) == value and value.isprintable()
+            parse_scalar(value) == value and value.isprintable()
         )  # YAML folds line breaks that Unicode knows, too
         return value if plain else DoubleQuotedScalarString(value)
     return "null" if value is None else str(value).lower()

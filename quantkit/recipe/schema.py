@@ -23,26 +23,13 @@ from pydantic import (
 )
 
 from quantkit import registry
-from quantkit.io.owned_dirs import own_folder
+from quantkit.contracts import FALLBACK_ROUNDING
+from quantkit.io.owned_dirs import validate_folder
+from quantkit.io.suggestions import format_unknown_name
+from quantkit.io.yaml_document import YamlDocument, printable
 from quantkit.recipe import patterns
-from quantkit.recipe.yaml_document import Document, shown
 
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-POOLED: tuple[str, ...] = (
-    "kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "ppl_source", "ppl_artifact", "ppl_ratio", "top1",
-    "mean_delta_p", "rms_delta_p",
-)  # fmt: skip
-"""Figures of the fidelity text: over all of it, or with "@math" behind the name over one of its domains."""
-
-FIGURES: tuple[str, ...] = (
-    *POOLED, "router_agreement", "block_error", "module_error", "module_output_error", "experts_uncalibrated",
-    "fallbacks", "lost_items", "bits_per_weight", "size", "likelihood",
-)  # fmt: skip
-"""What a gate may bound with min or max; a task of evaluation.tasks takes the others. report.gates reads them."""
-
-MEASURED = frozenset({*POOLED, "router_agreement", "block_error", "likelihood"})
-"""Those that come from the streams behind the fidelity text."""
 
 _UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}  # fmt: skip
@@ -57,20 +44,20 @@ def size_bytes(value: object) -> int:
         else None
     )
     if parts is None or parts[3] not in _UNITS:
-        found = f"'{shown(text)}'" if isinstance(text, str) else type(value).__name__
+        found = f"'{printable(text)}'" if isinstance(text, str) else type(value).__name__
         raise ValueError(
             f"expected a size such as 64GB, 512MiB or a number of bytes, found {found}"
         )
     total = int(Decimal(parts[1] + (parts[2] or "")) * _UNITS[parts[3]])
     if not 0 < total < 2**63:
-        raise ValueError(f"expected a size above 0 and below 8 EiB, found '{shown(str(text))}'")
+        raise ValueError(f"expected a size above 0 and below 8 EiB, found '{printable(str(text))}'")
     return total
 
 
 def _registered(kind: registry.Kind, name: str) -> str:
-    known = registry.names(kind)
+    known = registry.list_names(kind)
     if name not in known:
-        raise ValueError(registry.unknown(kind.removesuffix("s"), name, known))
+        raise ValueError(format_unknown_name(kind.removesuffix("s"), name, known))
     return name
 
 
@@ -106,6 +93,7 @@ Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]  # a branch or a tag mo
 Size = Annotated[int, BeforeValidator(size_bytes)]
 Bound = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_sized)]
 MethodName = Annotated[str, AfterValidator(lambda name: _registered("methods", name))]
+RoundingName = Annotated[str, AfterValidator(lambda name: _registered("roundings", name))]
 FormatName = Annotated[
     str, AfterValidator(lambda name: _registered("formats", name.replace("-", "_")))
 ]
@@ -144,7 +132,7 @@ class Quantize(BaseModel):
 
     model_config = FROZEN
     method: MethodName = "awq"
-    rounding: Literal["nearest", "gptq", "gptq_once"] = "nearest"  # method gptq never has nearest
+    rounding: RoundingName = FALLBACK_ROUNDING  # method gptq never has nearest
     bits: Annotated[int, Field(ge=2, le=8)] = 4
     group_size: Literal[32, 64, 128, -1] = 128
     symmetric: bool = False
@@ -200,7 +188,8 @@ class Quantize(BaseModel):
                 "method gptq is a rounding, found rounding: nearest; set rounding: gptq, or method: awq for "
                 "ranges by calibration and codes by plain rounding"
             )
-        if self.rounding != "nearest" and not registry.method(self.method).needs_stats:
+        learns = registry.get_rounding(self.rounding).needs_stats
+        if learns and not registry.get_method(self.method).needs_stats:
             raise ValueError(
                 f"rounding {self.rounding} learns from calibration, and method {self.method} does without; set "
                 "rounding: nearest, or method: gptq"
@@ -288,7 +277,7 @@ class Output(BaseModel):
     """The artifact."""
 
     model_config = FROZEN
-    path: Annotated[Text, AfterValidator(own_folder)]
+    path: Annotated[Text, AfterValidator(validate_folder)]
     shard_bytes: Size = 5 * 10**9
 
 
@@ -321,7 +310,7 @@ class Recipe(BaseModel):
     mtp: Literal["keep", "quantize", "drop"] = "keep"
     propagate: Literal["quantized", "original", "both"] = "quantized"
     compute: Compute = Compute()
-    _document: Document = PrivateAttr(default=Document(name="recipe", values={}, lines={}))
+    _document: YamlDocument = PrivateAttr(default=YamlDocument(name="recipe", values={}, lines={}))
     _overrides: tuple[tuple[str, str], ...] = PrivateAttr(default=())
 
     @property
@@ -357,7 +346,7 @@ class Recipe(BaseModel):
             self.quantize.method,
             *(rule.quantize.method for rule in self.rules or () if rule.quantize),
         }
-        return any(registry.method(name).needs_stats for name in used)
+        return any(registry.get_method(name).needs_stats for name in used)
 
     @property
     def hash(self) -> str:

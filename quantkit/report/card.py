@@ -22,7 +22,7 @@ _MOST_RESULTS = 40
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
-def render(fidelity: Fidelity) -> str:
+def render_card(fidelity: Fidelity) -> str:
     """README.md, always under 60,000 characters: tables are cut where they must be, and say so."""
     text = ""
     for rows, cell in _LIMITS:
@@ -41,25 +41,25 @@ def _rendered(fidelity: Fidelity, rows: int, cell: int) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["table"] = lambda made: markdown.table(made, rows, cell)
-    environment.filters["cell"] = lambda text: markdown.cell(text, cell)
-    environment.filters["code"] = lambda text: markdown.code(text, 4 * cell)
-    environment.filters["size"] = format_numbers.size
-    environment.filters["parameters"] = format_numbers.parameters
+    environment.filters["table"] = lambda made: markdown.format_table(made, rows, cell)
+    environment.filters["cell"] = lambda text: markdown.escape_cell(text, cell)
+    environment.filters["code"] = lambda text: markdown.format_code_block(text, 4 * cell)
+    environment.filters["size"] = format_numbers.format_size
+    environment.filters["parameters"] = format_numbers.format_parameters
     text = environment.get_template("card.md.j2").render(
         fidelity=fidelity,
-        head=front_matter(fidelity, cell),
+        head=format_front_matter(fidelity, cell),
         rows=rows,
         tables=tables,
-        verdict=verdict(fidelity),
+        verdict=format_verdict(fidelity),
     )
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
-def front_matter(fidelity: Fidelity, limit: int = markdown.CELL) -> str:
+def format_front_matter(fidelity: Fidelity, limit: int = markdown.CELL) -> str:
     """What the model hub reads: the source's licence, and that this is a quantized version of it."""
     source, artifact = fidelity.source, fidelity.artifact
-    return markdown.front_matter({
+    return markdown.format_front_matter({
         "license": source.license.id[:limit] if source.license else None,
         "license_name": source.license.name[:limit]
         if source.license and source.license.name
@@ -73,11 +73,13 @@ def front_matter(fidelity: Fidelity, limit: int = markdown.CELL) -> str:
         "library_name": source.library_name[:limit],
         "pipeline_tag": source.pipeline_tag[:limit],
         "tags": [tag[:limit] for tag in (*artifact.tags, "quantkit")][-40:],
-        "model-index": model_index(fidelity, limit),
+        "model-index": build_model_index(fidelity, limit),
     })
 
 
-def model_index(fidelity: Fidelity, limit: int = markdown.CELL) -> list[dict[str, object]] | None:
+def build_model_index(
+    fidelity: Fidelity, limit: int = markdown.CELL
+) -> list[dict[str, object]] | None:
     """The benchmarks as the model hub shows them, scores from 0 to 1; None where nothing was scored."""
     results = [
         {
@@ -101,7 +103,7 @@ def model_index(fidelity: Fidelity, limit: int = markdown.CELL) -> list[dict[str
     )
 
 
-def verdict(fidelity: Fidelity) -> str:
+def format_verdict(fidelity: Fidelity) -> str:
     """One sentence on the gates."""
     missed = sum(row.ok is False for row in fidelity.gates)
     open_ = sum(row.ok is None for row in fidelity.gates)

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from math import ceil, floor, log10
 from typing import Any
 
-from quantkit.artifact.fidelity_schema import Distribution, Experts, Fidelity, Figure, Module
+from quantkit.artifact.fidelity_schema import ExpertCoverage, Fidelity, ModuleResult
+from quantkit.figures import list_figures
 from quantkit.plan.plan_schema import PlanRule
-from quantkit.report.module_ranges import block_of
+from quantkit.report.module_ranges import find_block_number
 from quantkit.report.samples import Histogram
 
 Spec = dict[str, Any]
@@ -42,10 +43,10 @@ CONFIG: Spec = {
 }  # fmt: skip
 
 
-def charts(fidelity: Fidelity, histogram: Histogram | None) -> dict[str, Plot]:
+def make_charts(fidelity: Fidelity, histogram: Histogram | None) -> dict[str, Plot]:
     """Plots by name in the order of the page: title, how to read it, description; what has no data is left out."""
     made: dict[str, Plot] = {}
-    if layers := layer_errors(fidelity.modules):
+    if layers := summarize_layer_errors(fidelity.modules):
         told = "Median of the layer's quantized matrices, with a band from the 10th to the 90th percentile. Outputs are "
         told += "those over the calibration text."
         made["layers"] = ("Relative error of weights and outputs, by layer", told, _layers(layers))
@@ -59,11 +60,11 @@ def charts(fidelity: Fidelity, histogram: Histogram | None) -> dict[str, Plot]:
             if histogram.not_finite
             else ""
         )
-        made["kl"] = ("KL divergence per token", told, _histogram(histogram, fidelity.distribution))
+        made["kl"] = ("KL divergence per token", told, _histogram(histogram, fidelity))
     if fidelity.experts and any(layer.tokens for layer in fidelity.experts.layers):
         made["experts"] = (
             "Calibration tokens per expert",
-            load_told(fidelity.experts),
+            describe_expert_tokens(fidelity.experts),
             _experts(fidelity.experts),
         )
     if fidelity.artifact.rules:
@@ -72,7 +73,7 @@ def charts(fidelity: Fidelity, histogram: Histogram | None) -> dict[str, Plot]:
     return made
 
 
-def load_told(experts: Experts) -> str:
+def describe_expert_tokens(experts: ExpertCoverage) -> str:
     """How many experts saw too little, and what they got."""
     low, every = experts.uncalibrated(), sum(len(layer.tokens) for layer in experts.layers)
     if not low:
@@ -81,11 +82,11 @@ def load_told(experts: Experts) -> str:
     return f"{told}{experts.policy}."
 
 
-def layer_errors(modules: Sequence[Module]) -> list[Spec]:
+def summarize_layer_errors(modules: Sequence[ModuleResult]) -> list[Spec]:
     """Percentiles of the quantized matrices' errors per layer and kind of error."""
     found: dict[tuple[str, int], list[float]] = {}
     for module in modules:
-        block = block_of(module.name)
+        block = find_block_number(module.name)
         if block is None or module.method is None:
             continue
         for kind, error in (
@@ -118,19 +119,19 @@ def _layers(rows: list[Spec]) -> Spec:
         *({"field": name, "format": ".3%"} for name in ("median", "low", "high", "worst")),
         {"field": "matrices", "format": ","},
     ]
-    colour = colour_by("kind", ["weights", "outputs"])
+    colour = make_color_encoding("kind", ["weights", "outputs"])
     x = {
         "field": "layer",
         "type": "quantitative",
-        "axis": layer_axis(row["layer"] for row in rows),
+        "axis": make_layer_axis(row["layer"] for row in rows),
         "scale": TIGHT,
     }
     ends = [row[name] for row in rows for name in ("low", "high")]
     scale = {"type": "log", "domain": [min(ends) / 1.3, max(ends) * 1.3], "nice": False}
     y = {
-        **percent_axis("median"),
+        **make_percent_axis("median"),
         "scale": scale,
-        "axis": {"format": "~%", "values": log_steps(min(ends), max(ends))},
+        "axis": {"format": "~%", "values": compute_log_ticks(min(ends), max(ends))},
     }
     band = {"y": {**y, "field": "low"}, "y2": {"field": "high"}}
     single = len({row["layer"] for row in rows}) == 1
@@ -140,14 +141,14 @@ def _layers(rows: list[Spec]) -> Spec:
         {"mark": {**spread, "opacity": 0.16}, "encoding": band},
         {"mark": line, "encoding": {"y": y, "tooltip": tooltip}},
     ]
-    return chart(rows, {"encoding": {"x": x, "color": colour}, "layer": layer})
+    return make_chart(rows, {"encoding": {"x": x, "color": colour}, "layer": layer})
 
 
 def _blocks(fidelity: Fidelity) -> Spec:
     rows = [
         {
             "block": row.block,
-            "layer": place if (n := block_of(row.block)) is None else n,
+            "layer": place if (n := find_block_number(row.block)) is None else n,
             "error": row.relative_error,
         }
         for place, row in enumerate(fidelity.blocks)
@@ -156,7 +157,7 @@ def _blocks(fidelity: Fidelity) -> Spec:
     x = {
         "field": "layer",
         "type": "quantitative",
-        "axis": layer_axis(row["layer"] for row in rows),
+        "axis": make_layer_axis(row["layer"] for row in rows),
         "scale": TIGHT,
     }
     mark = {
@@ -165,12 +166,13 @@ def _blocks(fidelity: Fidelity) -> Spec:
         "strokeWidth": 1.8,
         "point": {"color": SERIES[0], "size": 26},
     }
-    return chart(
-        rows, {"mark": mark, "encoding": {"x": x, "y": percent_axis("error"), "tooltip": tooltip}}
+    return make_chart(
+        rows,
+        {"mark": mark, "encoding": {"x": x, "y": make_percent_axis("error"), "tooltip": tooltip}},
     )
 
 
-def _histogram(found: Histogram, distribution: Sequence[Distribution]) -> Spec:
+def _histogram(found: Histogram, fidelity: Fidelity) -> Spec:
     rows = [
         {
             "from": found.start + place * found.step,
@@ -210,27 +212,24 @@ def _histogram(found: Histogram, distribution: Sequence[Distribution]) -> Spec:
             "x": {"field": "from", "type": "quantitative", "bin": "binned", "axis": axis},
             "x2": {"field": "to"},
             "y": {
-                **percent_axis("share", "share of tokens", "~%"),
+                **make_percent_axis("share", "share of tokens", "~%"),
                 "stack": True,
                 "scale": headroom,
             },
-            "color": colour_by("domain", list(found.counts)),
+            "color": make_color_encoding("domain", list(found.counts)),
             "tooltip": tooltip,
         },
     }
-    return chart(rows, {"layer": [bars, *_marked(distribution)]})
+    return make_chart(rows, {"layer": [bars, *_marked(fidelity)]})
 
 
-def _marked(distribution: Sequence[Distribution]) -> list[Spec]:
+def _marked(fidelity: Fidelity) -> list[Spec]:
     """The mean and the upper percentiles over all text, as lines with their names."""
-    pooled = next((row for row in distribution if row.domain == "all"), None)
-    known: list[tuple[str, Figure | None]] = []
-    if pooled:
-        known = [("mean", pooled.kl_mean), ("99 %", pooled.kl_p99), ("99.9 %", pooled.kl_p999)]
+    readings = [(row.mark, row.read(fidelity)) for row in list_figures() if row.mark]
     at = [
-        (name, log10(figure.value))
-        for name, figure in known
-        if figure and figure.value and figure.value > 1e-9
+        (name, log10(reading.value))
+        for name, reading in readings
+        if reading.value and reading.value > 1e-9
     ]
     rows: list[Spec] = [{"name": name, "at": value, "row": n} for n, (name, value) in enumerate(at)]
     x = {"field": "at", "type": "quantitative"}
@@ -255,11 +254,11 @@ def _marked(distribution: Sequence[Distribution]) -> list[Spec]:
     return [{"data": {"values": rows}, "layer": [line, *words]}] if rows else []
 
 
-def _experts(experts: Experts) -> Spec:
+def _experts(experts: ExpertCoverage) -> Spec:
     fed = [layer for layer in experts.layers if layer.tokens]
     layers = [{"block": layer.block, "tokens": list(layer.tokens)} for layer in fed]
     widest = max(len(layer.tokens) for layer in fed)
-    bounds = shades(experts)
+    bounds = compute_shade_bounds(experts)
     colours = ["var(--under)", *(f"var(--load-{n})" for n in range(1, LOADS + 1))][
         : len(bounds) + 1
     ]
@@ -314,13 +313,13 @@ def _experts(experts: Experts) -> Spec:
         {"calculate": shade, "as": "shade"},
     ]
     return {
-        **chart(layers, {"encoding": {"x": x, "y": y}, "layer": [cells, crosses]}),
+        **make_chart(layers, {"encoding": {"x": x, "y": y}, "layer": [cells, crosses]}),
         "transform": rows,
         "height": height * len(layers),
     }
 
 
-def shades(experts: Experts) -> list[int]:
+def compute_shade_bounds(experts: ExpertCoverage) -> list[int]:
     """Where a shade of the heatmap ends: at the fewest tokens allowed, then in equal ratios up to the most."""
     most = max((max(layer.tokens) for layer in experts.layers if layer.tokens), default=0)
     counted = [n for layer in experts.layers for n in layer.tokens if n >= experts.min_tokens]
@@ -379,14 +378,14 @@ def _bits(rules: Sequence[PlanRule]) -> Spec:
         "encoding": {"x": x, "text": {"field": "after", "format": ".2f"}},
     }
     return {
-        **chart(
+        **make_chart(
             rows, {"encoding": {"y": {**y, "scale": inner}}, "layer": [bar, before, words, value]}
         ),
         "height": 46 * len(rows),
     }
 
 
-def log_steps(low: float, high: float) -> list[float]:
+def compute_log_ticks(low: float, high: float) -> list[float]:
     """Few round numbers for a logarithmic axis: powers of ten over a wide range, with 2 and 5 over a narrow one."""
     between = (1, 2, 5) if high / low < 30 else (1, 3) if high / low < 300 else (1,)
     powers = range(floor(log10(low)) - 1, ceil(log10(high)) + 1)
@@ -400,14 +399,14 @@ def _text(field: str) -> Spec:
     return {"field": field, "type": "nominal"}
 
 
-def layer_axis(numbers: Any) -> Spec:
+def make_layer_axis(numbers: Any) -> Spec:
     """An axis of layer numbers with few enough labels."""
     known = sorted(set(numbers))
     step = max(1, -(-len(known) // 16))
     return {"title": "layer", "values": known[::step], "format": "d", "grid": False}
 
 
-def percent_axis(field: str, title: str = "relative error", form: str = "~%") -> Spec:
+def make_percent_axis(field: str, title: str = "relative error", form: str = "~%") -> Spec:
     """A vertical axis of shares."""
     return {
         "field": field,
@@ -417,13 +416,13 @@ def percent_axis(field: str, title: str = "relative error", form: str = "~%") ->
     }
 
 
-def colour_by(field: str, names: Sequence[str]) -> Spec:
+def make_color_encoding(field: str, names: Sequence[str]) -> Spec:
     """A colour per name, with a legend."""
     scale = {"domain": list(names), "range": [SERIES[n % len(SERIES)] for n in range(len(names))]}
     return {"field": field, "type": "nominal", "title": None, "scale": scale}
 
 
-def chart(rows: Sequence[Mapping[str, Any]], parts: Spec) -> Spec:
+def make_chart(rows: Sequence[Mapping[str, Any]], parts: Spec) -> Spec:
     """A plot as wide as its place, with its data."""
     values = [{name: _short(value) for name, value in row.items()} for row in rows]
     return {"width": "container", "height": 220, "data": {"values": values}, **parts}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from quantkit.evaluate.evaluation import Setup
-from quantkit.evaluate.results import Outcome
-from quantkit.report.tables import Table, compared
+from quantkit.evaluate.options import EvaluationOptions
+from quantkit.evaluate.results import EvaluationResult
+from quantkit.report.tables import Table, make_comparison_table
 
 
-def tables(outcome: Outcome, setup: Setup) -> list[Table]:
+def make_evaluation_tables(outcome: EvaluationResult, setup: EvaluationOptions) -> list[Table]:
     """Scores, and the comparison where there is one."""
     rows = [
         (
@@ -22,7 +22,7 @@ def tables(outcome: Outcome, setup: Setup) -> list[Table]:
             f"{100 * row.unparsed:.0f} %",
             f"{row.n_tokens:.0f}",
         )
-        for row in outcome.scores
+        for row in outcome.task_results
     ]
     columns = ("task", "filter", ">n", ">score", ">95 %", ">cut", ">no result", ">tokens")
     note = "cut: answers ended by the token limit; no result: answers in which none was found; tokens per answer."
@@ -33,7 +33,7 @@ def tables(outcome: Outcome, setup: Setup) -> list[Table]:
     if not setup.decoding.temperature:
         how = "Greedy"
     return (
-        [*found, compared(outcome.rows, f"{how}, the same prompts on both")]
-        if outcome.rows
+        [*found, make_comparison_table(outcome.comparison, f"{how}, the same prompts on both")]
+        if outcome.comparison
         else found
     )

@@ -9,7 +9,7 @@ from quantkit.artifact.fidelity_schema import Fidelity, GateResult
 from quantkit.report import format_numbers
 
 
-def junit(reports: Sequence[Fidelity]) -> bytes:
+def format_junit(reports: Sequence[Fidelity]) -> bytes:
     """The file's bytes: a missed bound is a failure, one without a figure is skipped. Equal gates, equal bytes."""
     root = Xml.Element("testsuites", name="quantkit gates")
     for report in reports:
@@ -25,7 +25,7 @@ def junit(reports: Sequence[Fidelity]) -> bytes:
                 name=_text(name),
             )
             case.set("time", "0")
-            told = f"{name}: found {format_numbers.digits(gate.value)}{f', {gate.reason}' if gate.reason else ''}"
+            told = f"{name}: found {format_numbers.format_digits(gate.value)}{f', {gate.reason}' if gate.reason else ''}"
             if gate.ok is False:
                 Xml.SubElement(
                     case, "failure", type="gate missed", message=_text(told)

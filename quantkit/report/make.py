@@ -8,115 +8,125 @@ from pathlib import PurePath
 from typing import Literal
 
 from quantkit.artifact import fidelity_schema
-from quantkit.artifact.fidelity_schema import Benchmark, Fidelity, Figure
-from quantkit.artifact.manifest import versions
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
+from quantkit.artifact.make_manifest import read_versions
 from quantkit.artifact.records import BlockRecord, ModuleRecord
 from quantkit.build.quantize_linear import FALLBACKS
 from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.contracts import PROTECTED_ROLES
 from quantkit.contracts import Role as LinearRole
-from quantkit.evaluate.distribution import Measured
-from quantkit.formats.common.engine_names import UNFUSED, apart
+from quantkit.evaluate.token_fidelity import TextFidelity
+from quantkit.formats.common.engine_names import DISABLE_SHARED_FUSION, has_separate_shared_experts
 from quantkit.numerics.fidelity import Estimate
 from quantkit.plan.decisions import NO_RULE, Decision
-from quantkit.plan.plan import Plan, unserved
-from quantkit.plan.summary import bytes_after, kept_text, rules, scheme_text, source_dtype
+from quantkit.plan.plan import Plan, find_unsupported_engines
+from quantkit.plan.summary import (
+    compute_bytes_after,
+    format_kept_dtype,
+    format_scheme,
+    format_source_dtype,
+    summarize_rules,
+)
 from quantkit.texts.corpora import CorpusSet, Tokens
 
 TextName = Literal["calibration", "fidelity"]
 
 
-UNFUSED_NOTE = (
-    f"SGLang needs {UNFUSED}, because the shared experts are not stored like the routed ones."
-)
+UNFUSED_NOTE = f"SGLang needs {DISABLE_SHARED_FUSION}, because the shared experts are not stored like the routed ones."
 PROTECTED_REASON = "only a rule that names it quantizes it"
 
 
-def fidelity(
+def make_report(
     plan: Plan,
     blocks: Sequence[BlockRecord],
-    measured: Measured | None,
-    texts: Mapping[TextName, fidelity_schema.Text],
-    likelihood: Sequence[fidelity_schema.Likelihood],
-    benchmarks: Sequence[Benchmark],
+    measured: TextFidelity | None,
+    texts: Mapping[TextName, fidelity_schema.TextSet],
+    likelihood: Sequence[fidelity_schema.LikelihoodResult],
+    benchmarks: Sequence[BenchmarkResult],
     licence: fidelity_schema.License | None,
 ) -> Fidelity:
     """The whole report, not judged yet."""
     records = [record for block in blocks for record in block.modules]
     return Fidelity(
-        artifact=artifact(plan),
-        source=source(plan, licence),
+        artifact=summarize_artifact(plan),
+        source=summarize_source(plan, licence),
         calibration=texts.get("calibration"),
         measured_on=texts.get("fidelity"),
-        distribution=distribution(measured) if measured else (),
+        distribution=summarize_distribution(measured) if measured else (),
         likelihood=tuple(likelihood),
         blocks=tuple(
             fidelity_schema.BlockError(block=block.name, relative_error=block.output_error)
             for block in blocks
             if block.output_error is not None
         ),
-        modules=tuple(module(record) for record in records),
+        modules=tuple(summarize_module(record) for record in records),
         routers=tuple(
-            fidelity_schema.Router(block=block.name, agreement=block.router_agreement)
+            fidelity_schema.RouterAgreement(block=block.name, agreement=block.router_agreement)
             for block in blocks
             if block.router_agreement is not None
         ),
-        experts=experts(plan, blocks),
-        fallbacks=fallbacks(records),
+        experts=summarize_experts(plan, blocks),
+        fallbacks=summarize_fallbacks(records),
         benchmarks=tuple(benchmarks),
-        versions=versions(plan),
+        versions=read_versions(plan),
         seeds={"calibration": plan.recipe.calibration.seed} if plan.recipe.calibration else {},
         hashes={"recipe": plan.recipe.hash, "plan": plan.hash},
-        command=command(plan),
+        command=format_build_command(plan),
     )
 
 
-def command(plan: Plan) -> str:
+def format_build_command(plan: Plan) -> str:
     """What makes the artifact again."""
     changes = [f"--set {shlex.quote(f'{key}={text}')}" for key, text in plan.recipe.overrides]
     return " ".join(["quantkit build", PurePath(plan.recipe.name).name, *changes])
 
 
-def artifact(plan: Plan) -> fidelity_schema.Artifact:
+def summarize_artifact(plan: Plan) -> fidelity_schema.ArtifactSummary:
     """What was made, in numbers and in words."""
     quantized = [decision for decision in plan.decisions.values() if decision.action == "quantize"]
     weights = sum(decision.linear.n_parameters for decision in quantized)
-    stored = sum(bytes_after(plan, decision) for decision in quantized)
-    refusing = unserved(plan.format, plan.source.config, plan.layout, plan.decisions)
-    unfused = apart(spec.name for shard in plan.shards for spec in shard.tensors)
-    return fidelity_schema.Artifact(
+    stored = sum(compute_bytes_after(plan, decision) for decision in quantized)
+    refusing = find_unsupported_engines(
+        plan.format, plan.source.config, plan.layout, plan.decisions
+    )
+    unfused = has_separate_shared_experts(
+        spec.name for shard in plan.shards for spec in shard.tensors
+    )
+    return fidelity_schema.ArtifactSummary(
         name=PurePath(plan.path).name,
         format=plan.format_name,
-        scheme="; ".join(schemes(quantized)) or "nothing is quantized",
+        scheme="; ".join(format_schemes(quantized)) or "nothing is quantized",
         parameters=plan.parameters,
         bytes_source=plan.source_bytes(),
         bytes_artifact=plan.n_bytes,
         bits_per_weight=8 * stored / weights if weights else 16.0,
-        rules=tuple(rules(plan)),
-        roles=tuple(roles(plan)),
-        serving=tuple(serving(plan, refusing, unfused)),
+        rules=tuple(summarize_rules(plan)),
+        roles=tuple(summarize_roles(plan)),
+        serving=tuple(iterate_serving_commands(plan, refusing, unfused)),
         notes=(
             *plan.architecture.serving_notes,
             *((UNFUSED_NOTE,) if unfused else ()),
             *(f"Not for {engine}: {why}." for engine, why in refusing.items()),
-            *fp8_notes(plan),
+            *make_fp8_notes(plan),
         ),
         tags=(plan.format_name.replace("_", "-"), f"{plan.recipe.quantize.bits}-bit"),
     )
 
 
-def serving(
+def iterate_serving_commands(
     plan: Plan, refusing: Mapping[str, str], unfused: bool
-) -> Iterator[fidelity_schema.Serving]:
+) -> Iterator[fidelity_schema.ServeCommand]:
     """The command of every engine that reads all that is quantized."""
     name = PurePath(plan.path).name
     for engine, command in plan.format.engines.items():
-        flag = f" {UNFUSED}" if unfused and engine == "SGLang" else ""
+        flag = f" {DISABLE_SHARED_FUSION}" if unfused and engine == "SGLang" else ""
         if engine not in refusing:
-            yield fidelity_schema.Serving(engine=engine, command=command.format(path=name) + flag)
+            yield fidelity_schema.ServeCommand(
+                engine=engine, command=command.format(path=name) + flag
+            )
 
 
-def fp8_notes(plan: Plan) -> tuple[str, ...]:
+def make_fp8_notes(plan: Plan) -> tuple[str, ...]:
     """What an operator must know of FP8 blocks that were kept."""
     if not any(decision.keep == "fp8" for decision in plan.decisions.values()):
         return ()
@@ -126,18 +136,18 @@ def fp8_notes(plan: Plan) -> tuple[str, ...]:
     )
 
 
-def schemes(quantized: Sequence[Decision]) -> list[str]:
+def format_schemes(quantized: Sequence[Decision]) -> list[str]:
     """ "awq, int4 g128 asymmetric, bfloat16 scales", one per scheme in use."""
     told = [
         f"{d.method}{'' if d.rounding in ('nearest', d.method) else f' + {d.rounding} rounding'}, "
-        f"{scheme_text(d.scheme)}, {'8-bit' if d.scheme.double_quant else d.scheme.scale_dtype} scales"
+        f"{format_scheme(d.scheme)}, {'8-bit' if d.scheme.double_quant else d.scheme.scale_dtype} scales"
         for d in quantized
         if d.scheme is not None
     ]
     return list(dict.fromkeys(told))
 
 
-def roles(plan: Plan) -> list[fidelity_schema.Role]:
+def summarize_roles(plan: Plan) -> list[fidelity_schema.RoleSummary]:
     """What happened to the linears of each role, and why."""
     patterns = {rule.label: rule.match for rule in plan.rules}
     by_role: dict[LinearRole, list[Decision]] = {}
@@ -147,26 +157,26 @@ def roles(plan: Plan) -> list[fidelity_schema.Role]:
     for role, decisions in by_role.items():
         kept = [decision for decision in decisions if decision.action != "quantize"]
         stored = dict.fromkeys(
-            scheme_text(d.scheme)
+            format_scheme(d.scheme)
             if d.scheme
-            else ("dropped" if d.action == "drop" else kept_text(plan, d))
+            else ("dropped" if d.action == "drop" else format_kept_dtype(plan, d))
             for d in decisions
         )
-        reasons = dict.fromkeys(why(d, patterns) for d in decisions)
+        reasons = dict.fromkeys(explain_decision(d, patterns) for d in decisions)
         found.append(
-            fidelity_schema.Role(
+            fidelity_schema.RoleSummary(
                 role=role,
                 quantized=len(decisions) - len(kept),
                 kept=len(kept),
                 parameters=sum(decision.linear.n_parameters for decision in decisions),
                 stored=", ".join(stored),
-                reason=", ".join(reasons) + unpacked(plan, kept),
+                reason=", ".join(reasons) + explain_unpacked_fp8(plan, kept),
             )
         )
     return found
 
 
-def why(decision: Decision, patterns: Mapping[str, str]) -> str:
+def explain_decision(decision: Decision, patterns: Mapping[str, str]) -> str:
     """The rule that decided, with its pattern."""
     if decision.rule == NO_RULE:
         return PROTECTED_REASON if decision.linear.role in PROTECTED_ROLES else "no rule matches it"
@@ -176,7 +186,7 @@ def why(decision: Decision, patterns: Mapping[str, str]) -> str:
     return f"{kept}{decision.rule} ({patterns[decision.rule]})"
 
 
-def unpacked(plan: Plan, kept: Sequence[Decision]) -> str:
+def explain_unpacked_fp8(plan: Plan, kept: Sequence[Decision]) -> str:
     """Why FP8 blocks that rules keep as they are became BF16; "" where none did."""
     fp8 = (
         plan.specs[f"{d.linear.name}.weight"].dtype == FP8
@@ -189,10 +199,12 @@ def unpacked(plan: Plan, kept: Sequence[Decision]) -> str:
     return f"; BF16 because {'nothing is quantized' if holds else f'format {plan.format_name} cannot hold FP8'}"
 
 
-def source(plan: Plan, licence: fidelity_schema.License | None) -> fidelity_schema.Source:
+def summarize_source(
+    plan: Plan, licence: fidelity_schema.License | None
+) -> fidelity_schema.SourceModel:
     """What the artifact is compared with."""
-    dtype = source_dtype(plan)
-    return fidelity_schema.Source(
+    dtype = format_source_dtype(plan)
+    return fidelity_schema.SourceModel(
         model=plan.source.model,
         revision=plan.source.revision,
         hash=plan.source.fingerprint or "",
@@ -203,7 +215,7 @@ def source(plan: Plan, licence: fidelity_schema.License | None) -> fidelity_sche
     )
 
 
-def licence(card: Mapping[str, str]) -> fidelity_schema.License | None:
+def parse_license(card: Mapping[str, str]) -> fidelity_schema.License | None:
     """The source's licence as its own model card states it; None when it states none."""
     if "license" not in card:
         return None
@@ -212,11 +224,13 @@ def licence(card: Mapping[str, str]) -> fidelity_schema.License | None:
     )
 
 
-def text(corpus: CorpusSet, tokens: Tokens, length: int, seed: int | None) -> fidelity_schema.Text:
+def summarize_text(
+    corpus: CorpusSet, tokens: Tokens, length: int, seed: int | None
+) -> fidelity_schema.TextSet:
     """Text that was calibrated or measured on."""
-    return fidelity_schema.Text(
+    return fidelity_schema.TextSet(
         set=corpus.name,
-        license=corpus.licence,
+        license=corpus.license,
         sha256=corpus.sha256,
         sequences=tokens.n_sequences,
         length=length,
@@ -226,30 +240,32 @@ def text(corpus: CorpusSet, tokens: Tokens, length: int, seed: int | None) -> fi
     )
 
 
-def figure(estimate: Estimate) -> Figure:
+def make_figure(estimate: Estimate) -> Figure:
     """A measured number with its standard error."""
     return Figure(value=estimate.value, se=estimate.error)
 
 
-def distribution(measured: Measured) -> tuple[fidelity_schema.Distribution, ...]:
+def summarize_distribution(
+    measured: TextFidelity,
+) -> tuple[fidelity_schema.DistributionResult, ...]:
     """The figures of every domain, all text first."""
     found = []
-    for domain, figures in measured.summaries().items():
-        values = {name: figure(estimate) for name, estimate in figures.items()}
-        found.append(
-            fidelity_schema.Distribution(domain=domain, tokens=figures["kl_mean"].n, **values)
-        )
+    for domain, figures in measured.summarize().items():
+        values = {name: make_figure(estimate) for name, estimate in figures.items()}
+        tokens = figures["kl_mean"].n
+        row = {"domain": domain, "tokens": tokens, **values}
+        found.append(fidelity_schema.DistributionResult.model_validate(row))
     return tuple(found)
 
 
-def module(record: ModuleRecord) -> fidelity_schema.Module:
+def summarize_module(record: ModuleRecord) -> fidelity_schema.ModuleResult:
     """What became of one quantized matrix."""
-    return fidelity_schema.Module(
+    return fidelity_schema.ModuleResult(
         name=record.module,
         rule=record.rule,
         method=record.method,
         rounding=record.rounding,
-        scheme=scheme_text(record.scheme),
+        scheme=format_scheme(record.scheme),
         relative_error=record.relative_error,
         sqnr_db=record.sqnr_db,
         output_relative_error=record.output_error,
@@ -259,28 +275,30 @@ def module(record: ModuleRecord) -> fidelity_schema.Module:
     )
 
 
-def experts(plan: Plan, blocks: Sequence[BlockRecord]) -> fidelity_schema.Experts | None:
+def summarize_experts(
+    plan: Plan, blocks: Sequence[BlockRecord]
+) -> fidelity_schema.ExpertCoverage | None:
     """Calibration tokens per expert."""
     layers = tuple(
-        fidelity_schema.ExpertLayer(block=b.name, tokens=b.expert_tokens)
+        fidelity_schema.ExpertTokens(block=b.name, tokens=b.expert_tokens)
         for b in blocks
         if b.expert_tokens
     )
     calibration = plan.recipe.calibration
     if not layers or calibration is None:
         return None
-    return fidelity_schema.Experts(
+    return fidelity_schema.ExpertCoverage(
         min_tokens=calibration.min_expert_tokens, policy=calibration.under_calibrated, layers=layers
     )
 
 
-def fallbacks(records: Sequence[ModuleRecord]) -> tuple[fidelity_schema.Fallback, ...]:
+def summarize_fallbacks(records: Sequence[ModuleRecord]) -> tuple[fidelity_schema.FallbackUse, ...]:
     """Every fallback that was taken, with the modules that took it."""
     taken: dict[str, list[str]] = {}
     for record in records:
         for name in record.fallbacks:
             taken.setdefault(name, []).append(record.module)
     return tuple(
-        fidelity_schema.Fallback(kind=k, meaning=FALLBACKS[k], modules=tuple(m))
+        fidelity_schema.FallbackUse(kind=k, meaning=FALLBACKS[k], modules=tuple(m))
         for k, m in taken.items()
     )

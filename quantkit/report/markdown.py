@@ -11,21 +11,25 @@ ROWS = 100
 CELL = 240
 
 
-def table(made: Table, rows: int = ROWS, cell_limit: int = CELL, more: str = MORE) -> str:
+def format_table(made: Table, rows: int = ROWS, cell_limit: int = CELL, more: str = MORE) -> str:
     """A GitHub table of at most `rows` rows with its note below; nothing for no rows. `more`: what holds the rest."""
     if not made.rows:
         return ""
-    names = [cell(name.removeprefix(">"), cell_limit) for name in made.columns]
+    names = [escape_cell(name.removeprefix(">"), cell_limit) for name in made.columns]
     rules = ["---:" if name.startswith(">") else "---" for name in made.columns]
-    lines = [names, rules, *([cell(text, cell_limit) for text in row] for row in made.rows[:rows])]
+    lines = [
+        names,
+        rules,
+        *([escape_cell(text, cell_limit) for text in row] for row in made.rows[:rows]),
+    ]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     hidden = len(made.rows) - rows
-    notes = [cell(made.note, 6 * cell_limit)] if made.note else []
+    notes = [escape_cell(made.note, 6 * cell_limit)] if made.note else []
     notes += [f"{hidden:,} more rows in {more}."] if hidden > 0 else []
     return "\n\n".join([text, *notes])
 
 
-def cell(text: str, limit: int = CELL) -> str:
+def escape_cell(text: str, limit: int = CELL) -> str:
     """One line that neither ends a cell nor starts HTML."""
     line = " ".join(text.split())
     line = line if len(line) <= limit else line[: limit - 1] + "…"
@@ -39,14 +43,16 @@ def cell(text: str, limit: int = CELL) -> str:
     )
 
 
-def code(text: str, limit: int = 4 * CELL) -> str:
+def format_code_block(text: str, limit: int = 4 * CELL) -> str:
     """A fenced block of one command."""
     line = text.replace("```", "'''").strip()
     line = line if len(line) <= limit else line[: limit - 1] + "…"
     return f"```bash\n{line}\n```"
 
 
-def front_matter(values: Mapping[str, str | Sequence[str] | list[dict[str, object]] | None]) -> str:
+def format_front_matter(
+    values: Mapping[str, str | Sequence[str] | list[dict[str, object]] | None],
+) -> str:
     """The YAML head of a model card. Texts and objects are written as JSON, which is YAML; None is left out."""
     lines = ["---"]
     for key, value in values.items():

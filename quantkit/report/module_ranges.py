@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 _NUMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)")  # a component of a dotted name
 
 
-def block_of(name: str) -> int | None:
+def find_block_number(name: str) -> int | None:
     """The number of the block that a module or block lies in: the first number in its name."""
     found = _NUMBER.search(name)
     return int(found.group()) if found else None
 
 
-def folded(names: Iterable[str]) -> list[str]:
+def fold_names(names: Iterable[str]) -> list[str]:
     """The names with their numbers as ranges: the last numbers of equal names first, then those before.
 
     ["a.0.b.1", "a.0.b.2", "a.1.b.1", "a.1.b.2"] -> ["a.{0-1}.b.{1-2}"].

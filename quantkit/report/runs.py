@@ -6,16 +6,18 @@ KL compares only between artifacts of one source measured on one text, so each s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quantkit import registry
-from quantkit.artifact.fidelity_schema import Benchmark, Fidelity, Figure
-from quantkit.artifact.layout import MANIFEST
-from quantkit.artifact.read_report import read_sealed
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity
+from quantkit.artifact.layout import EVIDENCE_FOLDER, MANIFEST
+from quantkit.artifact.read_report import read_sealed_report
 from quantkit.errors import ArtifactError, UsageError
+from quantkit.figures import FigureDefinition, list_headline_figures
+from quantkit.io.suggestions import format_unknown_name
 from quantkit.report import format_numbers
+from quantkit.report.gates import read_figure
 from quantkit.report.tables import Table
 
 DEPTH = 3  # folders below the one that is listed
@@ -41,11 +43,7 @@ class Run:
             "status": self.fidelity.status,
             "source": self.fidelity.source.model,
             "format": artifact.format,
-            "size": artifact.bytes_artifact,
-            "bits": artifact.bits_per_weight,
-            "kl": _pooled(self.fidelity, "kl_mean"),
-            "ppl": _pooled(self.fidelity, "ppl_ratio"),
-            "top1": _pooled(self.fidelity, "top1"),
+            **{row.run_column: row.read(self.fidelity).value for row in list_run_columns()},
             "tasks": {row.task: row.artifact for row in self.fidelity.benchmarks},
             "n": {row.task: row.n for row in self.fidelity.benchmarks},
             "recovery": {
@@ -56,8 +54,12 @@ class Run:
         }
 
 
-COLUMNS = ("name", "status", "source", "format", "size", "bits", "kl", "ppl", "top1")
-BEST_IS_MOST = frozenset({"top1"})  # and every benchmark; of the others the smallest comes first
+TEXT_COLUMNS = ("name", "status", "source", "format")
+
+
+def list_run_columns() -> tuple[FigureDefinition, ...]:
+    """Return the figures that are columns of `quantkit runs`."""
+    return tuple(row for row in list_headline_figures() if row.run_column)
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -69,14 +71,15 @@ def read_runs(folder: Path) -> list[Run]:
             f"{folder}: expected a folder of artifacts, found an artifact; name the folder that it is in"
         )
     found = [_run(path, folder) for path in _candidates(folder, DEPTH)]
-    return marked(sorted(found, key=lambda run: run.name))
+    return mark_front(sorted(found, key=lambda run: run.name))
 
 
 def sort_runs(runs: Sequence[Run], column: str, *, reverse: bool = False) -> list[Run]:
     """By a column: the best first, then those without that figure, then the broken; UsageError for an unknown one."""
-    tasks = task_names(runs)
-    if column not in (*COLUMNS, *tasks):
-        raise UsageError(f"--sort: {registry.unknown('column', column, (*COLUMNS, *tasks))}")
+    tasks, figures = list_tasks(runs), {row.run_column: row for row in list_run_columns()}
+    columns = (*TEXT_COLUMNS, *figures, *tasks)
+    if column not in columns:
+        raise UsageError(f"--sort: {format_unknown_name('column', column, columns)}")
 
     def value(run: Run) -> object:
         values = run.values()
@@ -87,8 +90,10 @@ def sort_runs(runs: Sequence[Run], column: str, *, reverse: bool = False) -> lis
 
     rows = [(value(run), run) for run in runs]
     numeric = [(float(v), run) for v, run in rows if isinstance(v, int | float)]
-    most = column in BEST_IS_MOST or column in tasks
-    numeric.sort(key=lambda row: row[0], reverse=most is not reverse)
+    is_higher_better = column in tasks or (
+        column in figures and figures[column].direction == "higher"
+    )
+    numeric.sort(key=lambda row: row[0], reverse=is_higher_better is not reverse)
     words = sorted(
         ((v, run) for v, run in rows if isinstance(v, str)), key=lambda row: row[0], reverse=reverse
     )
@@ -100,7 +105,7 @@ def sort_runs(runs: Sequence[Run], column: str, *, reverse: bool = False) -> lis
     ]
 
 
-def marked(runs: Sequence[Run]) -> list[Run]:
+def mark_front(runs: Sequence[Run]) -> list[Run]:
     """The runs with the front of each group marked: smaller, or closer to the source, than every other."""
     points: dict[str, list[tuple[int, float]]] = {}
     for run in runs:
@@ -108,29 +113,30 @@ def marked(runs: Sequence[Run]) -> list[Run]:
             points.setdefault(_group(run), []).append(place)
     return [
         replace(
-            run, front=on_front(place, points[_group(run)]) if (place := _place(run)) else False
+            run, front=is_on_front(place, points[_group(run)]) if (place := _place(run)) else False
         )
         for run in runs
     ]
 
 
-def on_front(place: tuple[int, float], others: Sequence[tuple[int, float]]) -> bool:
+def is_on_front(place: tuple[int, float], others: Sequence[tuple[int, float]]) -> bool:
     """Whether none of the others is at least as small and as close, and better in one of both (Pareto)."""
     size, kl = place
     return not any(s <= size and k <= kl and (s, k) != place for s, k in others)
 
 
-def task_names(runs: Sequence[Run]) -> tuple[str, ...]:
+def list_tasks(runs: Sequence[Run]) -> tuple[str, ...]:
     """Benchmarks of any of the runs."""
     names = (row.task for run in runs if run.fidelity for row in run.fidelity.benchmarks)
     return tuple(dict.fromkeys(names))
 
 
-def table(runs: Sequence[Run]) -> Table:
+def make_run_table(runs: Sequence[Run]) -> Table:
     """The runs for a terminal; "*" marks the front."""
     sources = {_group(run) for run in runs if run.fidelity}
     rows = tuple(_row(run) for run in runs if run.fidelity)
-    columns = (" ", "name", "status", "format", ">size", ">bits", ">KL", ">ppl ratio", ">top-1")
+    headings = (f">{row.run_heading}" for row in list_run_columns())
+    columns = (" ", "name", "status", "format", *headings)
     note = "* nobody of the same source and text is both smaller and closer to it (size, mean KL)."
     note += (
         f" {len(sources)} sources or texts: their KL does not compare." if len(sources) > 1 else ""
@@ -138,9 +144,9 @@ def table(runs: Sequence[Run]) -> Table:
     return Table(title="Artifacts", columns=columns, rows=rows, note=note if rows else "")
 
 
-def scores(runs: Sequence[Run]) -> Table:
+def make_score_table(runs: Sequence[Run]) -> Table:
     """The artifacts' scores, benchmark by benchmark, each with its items and its share of its own source's score."""
-    tasks, rows = task_names(runs), list[tuple[str, ...]]()
+    tasks, rows = list_tasks(runs), list[tuple[str, ...]]()
     for run in runs:
         told = {row.task: row for row in run.fidelity.benchmarks} if run.fidelity else {}
         if told:
@@ -152,12 +158,12 @@ def scores(runs: Sequence[Run]) -> Table:
     return Table(title="Benchmarks", columns=columns, rows=tuple(rows), note=note if rows else "")
 
 
-def _score(row: Benchmark | None) -> str:
+def _score(row: BenchmarkResult | None) -> str:
     """ "81.3 % of 300 (98.79 %)"."""
     if row is None or row.artifact is None:
         return format_numbers.MISSING
-    kept = f" ({format_numbers.percent(row.recovery.value)})" if row.recovery else ""
-    return f"{format_numbers.percent(row.artifact, 1)} of {row.n:,}{kept}"
+    kept = f" ({format_numbers.format_percent(row.recovery.value)})" if row.recovery else ""
+    return f"{format_numbers.format_percent(row.artifact, 1)} of {row.n:,}{kept}"
 
 
 def _asked(runs: Sequence[Run], task: str) -> set[tuple[str, int, str]]:
@@ -168,7 +174,7 @@ def _asked(runs: Sequence[Run], task: str) -> set[tuple[str, int, str]]:
     return {(row.data_sha256, row.n, row.metric) for row in rows if row.artifact is not None}
 
 
-def faults(runs: Sequence[Run]) -> Table:
+def make_fault_table(runs: Sequence[Run]) -> Table:
     """What is no artifact, and why."""
     rows = tuple((run.name, run.fault) for run in runs if run.fidelity is None)
     return Table(title="Broken", columns=("name", "why"), rows=rows)
@@ -177,20 +183,14 @@ def faults(runs: Sequence[Run]) -> Table:
 def _row(run: Run) -> tuple[str, ...]:
     fidelity = run.fidelity
     assert fidelity is not None  # the caller's
-    show: tuple[tuple[str, Callable[[float], str]], ...] = (
-        ("kl_mean", format_numbers.digits), ("ppl_ratio", "{:.4f}".format), ("top1", format_numbers.percent),
-    )  # fmt: skip
-    figures = [
-        format_numbers.MISSING if (v := _pooled(fidelity, name)) is None else told(v)
-        for name, told in show
-    ]
+    figures = (
+        format_numbers.format_value(row, row.read(fidelity).value) for row in list_run_columns()
+    )
     return (
         "*" if run.front else " ",
         run.name,
         fidelity.status,
         fidelity.artifact.format,
-        format_numbers.size(fidelity.artifact.bytes_artifact),
-        f"{fidelity.artifact.bits_per_weight:.2f}",
         *figures,
     )
 
@@ -203,7 +203,7 @@ def _candidates(folder: Path, depth: int) -> Iterator[Path]:
         if path.name.endswith(SCRATCH):
             continue
         if (
-            (path / "quantkit").is_dir()
+            (path / EVIDENCE_FOLDER).is_dir()
             or path.name.endswith(BUILDING)
             or any(path.glob("*.safetensors"))
         ):
@@ -217,7 +217,7 @@ def _run(path: Path, folder: Path) -> Run:
     if path.name.endswith(BUILDING):
         return Run(name=name, fault="an interrupted build, or one under way")
     try:
-        fidelity, manifest = read_sealed(path)
+        fidelity, manifest = read_sealed_report(path)
     except (ArtifactError, OSError) as fault:
         return Run(name=name, fault=str(fault).splitlines()[0].removeprefix(f"{path}: "))
     if manifest.get("status") != fidelity.status:
@@ -229,14 +229,8 @@ def _run(path: Path, folder: Path) -> Run:
     return Run(name=name, fidelity=fidelity)
 
 
-def _pooled(fidelity: Fidelity, name: str) -> float | None:
-    row = next((row for row in fidelity.distribution if row.domain == "all"), None)
-    figure: Figure | None = getattr(row, name, None)
-    return figure.value if figure else None
-
-
 def _place(run: Run) -> tuple[int, float] | None:
-    kl = _pooled(run.fidelity, "kl_mean") if run.fidelity else None
+    kl = read_figure("kl_mean", run.fidelity).value if run.fidelity else None
     return (run.fidelity.artifact.bytes_artifact, kl) if run.fidelity and kl is not None else None
 
 

@@ -12,10 +12,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from quantkit.artifact.layout import BENCHMARK_SAMPLES, TOKEN_SAMPLES
 from quantkit.errors import ArtifactError
-
-TOKENS = "quantkit/samples/tokens.parquet"
-BENCHMARKS = "quantkit/samples/benchmarks.parquet"
 
 MOST_ROWS = 50_000_000
 MOST_BYTES = 1_000_000_000
@@ -57,7 +55,7 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Changed:
+class ChangedItem:
     """An item whose score differs between source and artifact."""
 
     task: str
@@ -75,7 +73,7 @@ class Changed:
     @property
     def divergence(self) -> int:
         """The first character at which the answers differ; the length of both when they are equal."""
-        return divergence(self.source.text, self.artifact.text)
+        return find_divergence(self.source.text, self.artifact.text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +81,12 @@ class Samples:
     """All that the report shows beyond fidelity.json."""
 
     histogram: Histogram | None = None
-    changed: tuple[Changed, ...] = ()  # regressions first
+    changed: tuple[ChangedItem, ...] = ()  # regressions first
     reworded: int = 0  # items whose answers differ and whose outcome does not
     items: int = 0
 
 
-def divergence(first: str, second: str) -> int:
+def find_divergence(first: str, second: str) -> int:
     """The first character at which two texts differ; the length of both when they are equal."""
     return len(os.path.commonprefix([first, second]))
 
@@ -98,15 +96,17 @@ def read_samples(artifact: Path, filters: Mapping[str, str]) -> Samples:
 
     Raises ArtifactError for a file that is not what quantkit wrote.
     """
-    histogram = _histogram(artifact / TOKENS) if (artifact / TOKENS).is_file() else None
-    if not (artifact / BENCHMARKS).is_file():
+    histogram = (
+        _histogram(artifact / TOKEN_SAMPLES) if (artifact / TOKEN_SAMPLES).is_file() else None
+    )
+    if not (artifact / BENCHMARK_SAMPLES).is_file():
         return Samples(histogram=histogram)
     names = ["task", "filter", "doc_id", "prompt", "target"]
     names += [
         f"{who}_{name}" for who in ("base", "quant") for name in ("response", "score", "outcome")
     ]
     names += [f"{who}_{name}" for who in ("base", "quant") for name in ("n_tokens", "truncated")]
-    rows: list[dict[str, Any]] = read_columns(artifact / BENCHMARKS, names).to_pylist()
+    rows: list[dict[str, Any]] = read_columns(artifact / BENCHMARK_SAMPLES, names).to_pylist()
     present = {row["task"]: row["filter"] for row in reversed(rows)}  # its first filter
     known = {(row["task"], row["filter"]) for row in rows}
     chosen = {
@@ -147,18 +147,18 @@ def _histogram(path: Path) -> Histogram:
     )
 
 
-def _changed(row: Mapping[str, Any]) -> Changed:
-    return Changed(
+def _changed(row: Mapping[str, Any]) -> ChangedItem:
+    return ChangedItem(
         task=row["task"],
         item=row["doc_id"],
         prompt=row["prompt"],
         target=row["target"],
-        source=answer(row, "base"),
-        artifact=answer(row, "quant"),
+        source=parse_answer(row, "base"),
+        artifact=parse_answer(row, "quant"),
     )
 
 
-def answer(row: Mapping[str, Any], who: str) -> Answer:
+def parse_answer(row: Mapping[str, Any], who: str) -> Answer:
     """One side of a row of benchmarks.parquet: `who` is base or quant."""
     return Answer(
         text=row[f"{who}_response"],

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from statistics import median
 
-from quantkit.artifact.fidelity_schema import Benchmark, Distribution, Fidelity, Figure, Module
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, ModuleResult
+from quantkit.artifact.layout import FIDELITY
+from quantkit.figures import NOT_FINITE, is_size, list_figures
 from quantkit.report import format_numbers
 
 WORST = 10
 EXAMPLES = 3
-MORE = "quantkit/fidelity.json"
+MORE = FIDELITY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,29 +27,12 @@ class Table:
     note: str = ""
 
 
-Show = Callable[[Figure | None], str]
-
-_DISTRIBUTION: tuple[tuple[str, str, Show], ...] = (
-    ("KL mean [nats/token]", "kl_mean", format_numbers.kl),
-    ("KL median", "kl_median", format_numbers.kl),
-    ("KL 99 %", "kl_p99", format_numbers.kl),
-    ("KL 99.9 %", "kl_p999", format_numbers.kl),
-    ("KL max", "kl_max", format_numbers.kl),
-    ("perplexity, source", "ppl_source", format_numbers.ratio),
-    ("perplexity, artifact", "ppl_artifact", format_numbers.ratio),
-    ("perplexity ratio", "ppl_ratio", format_numbers.ratio),
-    ("same top token", "top1", format_numbers.share),
-    ("mean Δp", "mean_delta_p", format_numbers.signed_share),
-    ("RMS Δp", "rms_delta_p", format_numbers.share),
-)
-
-
-def benchmarks(fidelity: Fidelity) -> Table:
+def make_benchmark_table(fidelity: Fidelity) -> Table:
     """Source against artifact, task by task, paired item by item."""
-    return compared(fidelity.benchmarks, "Greedy, the same prompts on both")
+    return make_comparison_table(fidelity.benchmarks, "Greedy, the same prompts on both")
 
 
-def compared(found: Sequence[Benchmark], how: str) -> Table:
+def make_comparison_table(found: Sequence[BenchmarkResult], how: str) -> Table:
     """Rows of two models on the same items; `how` says how both answered."""
     rows: list[tuple[str, ...]] = []
     for row in found:
@@ -61,13 +46,13 @@ def compared(found: Sequence[Benchmark], how: str) -> Table:
         )
         rows.append((
             row.task,
-            format_numbers.count(row.n),
-            format_numbers.percent(row.source, 1),
-            format_numbers.percent(row.artifact, 1),
-            format_numbers.points(row.delta_pp),
-            format_numbers.recovery(row.recovery),
+            format_numbers.format_count(row.n),
+            format_numbers.format_percent(row.source, 1),
+            format_numbers.format_percent(row.artifact, 1),
+            format_numbers.format_points(row.delta_pp),
+            format_numbers.format_recovery(row.recovery),
             changed,
-            format_numbers.probability(row.mcnemar_p),
+            format_numbers.format_probability(row.mcnemar_p),
             row.verdict,
         ))
     columns = (
@@ -87,16 +72,19 @@ def compared(found: Sequence[Benchmark], how: str) -> Table:
     return Table(title="Benchmarks", columns=columns, rows=tuple(rows), note=note if rows else "")
 
 
-def distribution(fidelity: Fidelity) -> Table:
+def make_distribution_table(fidelity: Fidelity) -> Table:
     """Figures down, domains across."""
     domains = fidelity.distribution
     rows: list[tuple[str, ...]] = (
-        [("tokens", *(format_numbers.count(row.tokens) for row in domains))] if domains else []
+        [("tokens", *(format_numbers.format_count(row.tokens) for row in domains))]
+        if domains
+        else []
     )
-    for label, name, show in _DISTRIBUTION:
-        figures = [_measured(row, name) for row in domains]
-        if any(figure is not None for figure in figures):
-            rows.append((label, *(show(figure) for figure in figures)))
+    for figure in list_figures():
+        readings = [figure.read(fidelity, row.domain) for row in domains]
+        if figure.scope == "domain" and any(reading.is_measured for reading in readings):
+            cells = (format_numbers.format_reading(figure, reading) for reading in readings)
+            rows.append((figure.label, *cells))
     return Table(
         title="Next-token distributions",
         columns=("figure", *(f">{row.domain}" for row in domains)),
@@ -105,16 +93,16 @@ def distribution(fidelity: Fidelity) -> Table:
     )
 
 
-def likelihood(fidelity: Fidelity) -> Table:
+def make_likelihood_table(fidelity: Fidelity) -> Table:
     """Log-likelihood of gold solutions, task by task, paired item by item."""
     rows = tuple(
         (
             row.task,
-            format_numbers.count(row.n),
-            format_numbers.count(row.tokens),
-            format_numbers.digits(row.source, 4),
-            format_numbers.digits(row.artifact, 4),
-            format_numbers.nats(row.difference),
+            format_numbers.format_count(row.n),
+            format_numbers.format_count(row.tokens),
+            format_numbers.format_digits(row.source, 4),
+            format_numbers.format_digits(row.artifact, 4),
+            format_numbers.format_nats(row.difference),
         )
         for row in fidelity.likelihood
     )
@@ -134,16 +122,16 @@ def likelihood(fidelity: Fidelity) -> Table:
     )
 
 
-def gates(fidelity: Fidelity) -> Table:
+def make_gate_table(fidelity: Fidelity) -> Table:
     """Every bound of the recipe, and whether it was kept."""
     words = {True: "kept", False: "MISSED", None: "not judged"}
     rows = tuple(
         (
             row.figure,
             row.bound,
-            format_numbers.size(round(row.value))
-            if row.figure == "size" and row.value
-            else format_numbers.digits(row.value),
+            format_numbers.format_size(round(row.value))
+            if is_size(row.figure) and row.value
+            else format_numbers.format_digits(row.value),
             f"{words[row.ok]}: {row.reason}" if row.reason else words[row.ok],
         )
         for row in fidelity.gates
@@ -151,14 +139,14 @@ def gates(fidelity: Fidelity) -> Table:
     return Table(title="Gates", columns=("figure", ">bound", ">value", "result"), rows=rows)
 
 
-def roles(fidelity: Fidelity) -> Table:
+def make_role_table(fidelity: Fidelity) -> Table:
     """What was quantized, and what was not and why."""
     rows = tuple(
         (
             row.role.replace("_", " "),
-            format_numbers.count(row.quantized),
-            format_numbers.count(row.kept),
-            format_numbers.parameters(row.parameters),
+            format_numbers.format_count(row.quantized),
+            format_numbers.format_count(row.kept),
+            format_numbers.format_parameters(row.parameters),
             row.stored,
             row.reason,
         )
@@ -168,7 +156,7 @@ def roles(fidelity: Fidelity) -> Table:
     return Table(title="What is quantized", columns=columns, rows=rows)
 
 
-def worst_modules(fidelity: Fidelity, limit: int = WORST) -> Table:
+def make_module_table(fidelity: Fidelity, limit: int = WORST) -> Table:
     """The quantized matrices with the largest relative output error (weight error where that is not known)."""
     quantized = [row for row in fidelity.modules if row.method is not None]
     worst = sorted(quantized, key=_badness, reverse=True)[:limit]
@@ -178,10 +166,10 @@ def worst_modules(fidelity: Fidelity, limit: int = WORST) -> Table:
             f"{row.method}+{row.rounding}"
             if row.rounding not in (None, row.method)
             else str(row.method),
-            format_numbers.percent(row.relative_error),
+            format_numbers.format_percent(row.relative_error),
             format_numbers.MISSING if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
-            format_numbers.percent(row.output_relative_error),
-            format_numbers.count(row.tokens),
+            format_numbers.format_percent(row.output_relative_error),
+            format_numbers.format_count(row.tokens),
             row.fallback or ("rescaled" if row.rescaled else ""),
         )
         for row in worst
@@ -200,7 +188,7 @@ def worst_modules(fidelity: Fidelity, limit: int = WORST) -> Table:
     )
 
 
-def worst_blocks(fidelity: Fidelity, limit: int = WORST) -> Table:
+def make_block_table(fidelity: Fidelity, limit: int = WORST) -> Table:
     """Relative error of the hidden states after a block, largest first."""
     worst = sorted(fidelity.blocks, key=lambda row: _rank(row.relative_error, inf), reverse=True)[
         :limit
@@ -219,7 +207,7 @@ def worst_blocks(fidelity: Fidelity, limit: int = WORST) -> Table:
     )
 
 
-def routers(fidelity: Fidelity, limit: int = WORST) -> Table:
+def make_router_table(fidelity: Fidelity, limit: int = WORST) -> Table:
     """Share of expert choices that agree, least first."""
     least = sorted(fidelity.routers, key=lambda row: _rank(row.agreement, missing=-1.0))[:limit]
     rows = tuple((row.block, _finite(row.agreement)) for row in least)
@@ -231,7 +219,7 @@ def routers(fidelity: Fidelity, limit: int = WORST) -> Table:
     return Table(title="Router agreement", columns=("block", ">same experts"), rows=rows, note=note)
 
 
-def experts(fidelity: Fidelity, limit: int = WORST) -> Table:
+def make_expert_table(fidelity: Fidelity, limit: int = WORST) -> Table:
     """Calibration tokens per expert and layer; layers with the least fed expert first."""
     facts = fidelity.experts
     columns = ("block", ">experts", ">fewest tokens", ">median", ">most", ">under-calibrated")
@@ -244,9 +232,9 @@ def experts(fidelity: Fidelity, limit: int = WORST) -> Table:
         (
             row.block,
             str(len(row.tokens)),
-            format_numbers.count(min(row.tokens)),
-            format_numbers.count(round(median(row.tokens))),
-            format_numbers.count(max(row.tokens)),
+            format_numbers.format_count(min(row.tokens)),
+            format_numbers.format_count(round(median(row.tokens))),
+            format_numbers.format_count(max(row.tokens)),
             str(sum(tokens < facts.min_tokens for tokens in row.tokens)),
         )
         for row in layers
@@ -260,12 +248,12 @@ def experts(fidelity: Fidelity, limit: int = WORST) -> Table:
     return Table(title="Calibration tokens per expert", columns=columns, rows=rows, note=note)
 
 
-def fallbacks(fidelity: Fidelity) -> Table:
+def make_fallback_table(fidelity: Fidelity) -> Table:
     """Every named rule that took over, how often, and for what."""
     rows = tuple(
         (
             row.kind,
-            format_numbers.count(len(row.modules)),
+            format_numbers.format_count(len(row.modules)),
             row.meaning,
             ", ".join(row.modules[:EXAMPLES]) + _more(len(row.modules), EXAMPLES),
         )
@@ -276,7 +264,7 @@ def fallbacks(fidelity: Fidelity) -> Table:
     )
 
 
-def texts(fidelity: Fidelity) -> Table:
+def make_text_table(fidelity: Fidelity) -> Table:
     """What was calibrated on and what was measured on."""
     pairs = (("calibration", fidelity.calibration), ("measured on", fidelity.measured_on))
     rows = tuple(
@@ -284,7 +272,7 @@ def texts(fidelity: Fidelity) -> Table:
             use,
             f"{text.set}: {text.description}" if text.description else text.set,
             f"{text.sequences:,} x {text.length:,}",
-            format_numbers.count(text.tokens),
+            format_numbers.format_count(text.tokens),
             text.license,
             text.sha256[:12],
         )
@@ -295,7 +283,7 @@ def texts(fidelity: Fidelity) -> Table:
     return Table(title="Text", columns=columns, rows=rows)
 
 
-def origin(fidelity: Fidelity) -> Table:
+def make_origin_table(fidelity: Fidelity) -> Table:
     """Versions, seeds and hashes: what to have to make the same bytes again."""
     pairs = [
         ("source", fidelity.source.model),
@@ -316,19 +304,14 @@ def origin(fidelity: Fidelity) -> Table:
 def _rates(what: str, pairs: Sequence[tuple[str, tuple[float | None, float | None] | None]]) -> str:
     """A sentence on the tasks where a rate is not zero on both sides: source -> artifact."""
     told = [
-        f"{task} {format_numbers.percent(rate[0], 1)} -> {format_numbers.percent(rate[1], 1)}"
+        f"{task} {format_numbers.format_percent(rate[0], 1)} -> {format_numbers.format_percent(rate[1], 1)}"
         for task, rate in pairs
         if rate and any(rate)
     ]
     return f" {what}: {', '.join(told)}." if told else ""
 
 
-def _measured(row: Distribution, name: str) -> Figure | None:
-    figure: Figure | None = getattr(row, name)
-    return figure
-
-
-def _badness(row: Module) -> tuple[bool, float]:
+def _badness(row: ModuleResult) -> tuple[bool, float]:
     known = (
         row.output_relative_error if row.output_relative_error is not None else row.relative_error
     )
@@ -341,18 +324,18 @@ def _rank(value: float | None, missing: float) -> float:
 
 def _finite(share: float | None) -> str:
     """A figure that is always measured."""
-    return format_numbers.NOT_FINITE if share is None else format_numbers.percent(share)
+    return NOT_FINITE if share is None else format_numbers.format_percent(share)
 
 
 def _more(total: int, shown: int) -> str:
     return f" and {total - shown:,} more" if total > shown else ""
 
 
-def tables(fidelity: Fidelity) -> Sequence[Table]:
+def make_tables(fidelity: Fidelity) -> Sequence[Table]:
     """All of them in the order of a report; empty ones left out."""
     made = (
-        benchmarks(fidelity), distribution(fidelity), likelihood(fidelity), gates(fidelity), roles(fidelity),
-        texts(fidelity), worst_modules(fidelity), worst_blocks(fidelity), routers(fidelity), experts(fidelity),
-        fallbacks(fidelity),
+        make_benchmark_table(fidelity), make_distribution_table(fidelity), make_likelihood_table(fidelity), make_gate_table(fidelity), make_role_table(fidelity),
+        make_text_table(fidelity), make_module_table(fidelity), make_block_table(fidelity), make_router_table(fidelity), make_expert_table(fidelity),
+        make_fallback_table(fidelity),
     )  # fmt: skip
     return [table for table in made if table.rows]

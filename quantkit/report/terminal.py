@@ -21,21 +21,26 @@ SHARDS = 4  # files that a plan shows
 NARROWEST = 12  # characters that a column of text keeps
 
 
-def table(made: Table) -> Group:
+def render_table(made: Table) -> Group:
     """Title, rows and note of one table. Numbers and words stay whole where a line has room, else they are folded."""
-    note = [Text(plain(made.note), style="dim")] if made.note else []
-    return Group(Text(made.title, style="bold"), Rows(_each_cell(made, plain)), *note, Text())
+    note = [Text(strip_control_characters(made.note), style="dim")] if made.note else []
+    return Group(
+        Text(made.title, style="bold"),
+        FittedTable(_each_cell(made, strip_control_characters)),
+        *note,
+        Text(),
+    )
 
 
 @dataclass(frozen=True)
-class Rows:
+class FittedTable:
     """The rows of a table, in columns that depend on how wide a line is."""
 
     made: Table
 
     def __rich_console__(self, _console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
         """rich's protocol."""
-        form, chosen = fitted(self.made, options.max_width)
+        form, chosen = fit_table(self.made, options.max_width)
         shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
         for name, width in zip(form.columns, chosen, strict=True):
             flush: Literal["left", "right"] = "right" if name.startswith(">") else "left"
@@ -47,16 +52,16 @@ class Rows:
         yield shown
 
 
-def fitted(made: Table, line: int) -> tuple[Table, list[int | None]]:
+def fit_table(made: Table, line: int) -> tuple[Table, list[int | None]]:
     """The table in the first of its `forms` that has its numbers whole in a line, with its `widths`."""
-    for form in forms(made):
-        found = widths(form, line)
+    for form in iterate_layouts(made):
+        found = compute_widths(form, line)
         if None not in found:
             break
     return form, found
 
 
-def forms(made: Table) -> Iterator[Table]:
+def iterate_layouts(made: Table) -> Iterator[Table]:
     """Ever narrower: as it is; intervals below their numbers; then names of numbers, then numbers, one word below the
     other, in one column more each time, that which gains most first."""
     yield made
@@ -99,12 +104,12 @@ def _each_cell(made: Table, change: Callable[[str], str]) -> Table:
     return replace(made, columns=tuple(map(change, made.columns)), rows=rows)
 
 
-def plain(text: str) -> str:
+def strip_control_characters(text: str) -> str:
     """One line without control characters: a name from a checkpoint must not steer the terminal."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 
-def widths(made: Table, line: int) -> list[int | None]:
+def compute_widths(made: Table, line: int) -> list[int | None]:
     """Characters per column: as wide as the cells where a line has room, else no narrower than a number or a word.
 
     [None, ...], for rich to decide, where even that is too much for a line.
@@ -138,78 +143,103 @@ def widths(made: Table, line: int) -> list[int | None]:
     return list(chosen)
 
 
-def fidelity_view(fidelity: Fidelity) -> Group:
+def render_report(fidelity: Fidelity) -> Group:
     """The report: what came out, the tables, the verdict."""
     artifact = fidelity.artifact
     head = Text(
-        plain(f"{artifact.name}: {artifact.scheme}, format {artifact.format}"), style="bold"
+        strip_control_characters(f"{artifact.name}: {artifact.scheme}, format {artifact.format}"),
+        style="bold",
     )
     head.append(
-        f"\n{format_numbers.size(artifact.bytes_source)} -> {format_numbers.size(artifact.bytes_artifact)}, "
+        f"\n{format_numbers.format_size(artifact.bytes_source)} -> {format_numbers.format_size(artifact.bytes_artifact)}, "
         f"{artifact.bits_per_weight:.2f} bits per quantized weight",
         style="not bold",
     )
-    verdict = Text(card.verdict(fidelity), style=_STYLES[fidelity.status])
-    return Group(head, Text(), *(table(made) for made in tables.tables(fidelity)), verdict)
+    verdict = Text(card.format_verdict(fidelity), style=_STYLES[fidelity.status])
+    return Group(
+        head, Text(), *(render_table(made) for made in tables.make_tables(fidelity)), verdict
+    )
 
 
-def plan_view(plan: PlanSummary) -> Group:
+def render_plan(plan: PlanSummary) -> Group:
     """What a build will do: source, rules, totals, memory, shards, warnings."""
     source, memory = plan.source, plan.memory
-    head = Text(plain(f"{source.model} -> {plan.output}"), style="bold")
+    head = Text(strip_control_characters(f"{source.model} -> {plan.output}"), style="bold")
     revision = f" at {source.revision}" if source.revision else ""
-    weights, bare = format_numbers.parameters(source.parameters), source.parameters_without_mtp
-    mtp = f" ({format_numbers.parameters(bare)} without the MTP layer)" if bare is not None else ""
+    weights, bare = (
+        format_numbers.format_parameters(source.parameters),
+        source.parameters_without_mtp,
+    )
+    mtp = (
+        f" ({format_numbers.format_parameters(bare)} without the MTP layer)"
+        if bare is not None
+        else ""
+    )
     facts = f"{source.architecture}{revision}, {weights} parameters{mtp}, {source.dtype}, "
     head.append(
-        "\n" + plain(f"{facts}{format_numbers.size(source.bytes)}; read from {source.read_from}"),
+        "\n"
+        + strip_control_characters(
+            f"{facts}{format_numbers.format_size(source.bytes)}; read from {source.read_from}"
+        ),
         style="not bold",
     )
     fits = memory.peak <= memory.budget
     waves = f", {memory.experts_per_wave} experts at once" if memory.experts_per_wave else ""
     parts = ", ".join(
-        f"{name} {format_numbers.size(n_bytes)}" for name, n_bytes in memory.parts.items()
+        f"{name} {format_numbers.format_size(n_bytes)}" for name, n_bytes in memory.parts.items()
     )
     lines = Text(
-        f"memory: {format_numbers.size(memory.peak)} of {format_numbers.size(memory.budget)}{waves}"
-        f"{f' ({parts})' if parts else ''}; scratch disk {format_numbers.size(memory.scratch_disk)}",
+        f"memory: {format_numbers.format_size(memory.peak)} of {format_numbers.format_size(memory.budget)}{waves}"
+        f"{f' ({parts})' if parts else ''}; scratch disk {format_numbers.format_size(memory.scratch_disk)}",
         style="" if fits else "bold red",
     )
-    warnings = [Text(plain(f"warning: {warning}"), style="yellow") for warning in plan.warnings]
-    return Group(head, Text(), table(plan_rules(plan)), table(plan_shards(plan)), lines, *warnings)
+    warnings = [
+        Text(strip_control_characters(f"warning: {warning}"), style="yellow")
+        for warning in plan.warnings
+    ]
+    return Group(
+        head,
+        Text(),
+        render_table(make_rules_table(plan)),
+        render_table(make_shards_table(plan)),
+        lines,
+        *warnings,
+    )
 
 
-def plans_view(plans: Sequence[PlanSummary]) -> Group:
+def render_plans(plans: Sequence[PlanSummary]) -> Group:
     """The plans of a recipe with several formats: the first in full, of the others what differs."""
     first, lines = plans[0], list[Text]()
     for plan in plans[1:]:
-        told = f"and {plan.output}: {format_numbers.size(plan.totals.bytes_after)} in {len(plan.shards)} files"
-        lines.append(Text(plain(told), style="bold"))
+        told = f"and {plan.output}: {format_numbers.format_size(plan.totals.bytes_after)} in {len(plan.shards)} files"
+        lines.append(Text(strip_control_characters(told), style="bold"))
         new = [warning for warning in plan.warnings if warning not in first.warnings]
-        lines += [Text(plain(f"warning: {warning}"), style="yellow") for warning in new]
-    return Group(plan_view(first), *lines)
+        lines += [
+            Text(strip_control_characters(f"warning: {warning}"), style="yellow") for warning in new
+        ]
+    return Group(render_plan(first), *lines)
 
 
-def fidelities_view(reports: Sequence[Fidelity]) -> Group:
+def render_reports(reports: Sequence[Fidelity]) -> Group:
     """The reports of a recipe with several formats; figures that are those of one before are not shown again."""
     shown: list[Fidelity] = []
     for report in reports:
         if not any(report.modules == other.modules for other in shown):
             shown.append(report)
-    return Group(*map(fidelity_view, shown))
+    return Group(*map(render_report, shown))
 
 
-def plan_rules(plan: PlanSummary) -> Table:
+def make_rules_table(plan: PlanSummary) -> Table:
     """What each rule decided, with the totals below."""
     rows = [
         (
             rule.label,
             rule.match,
             rule.action,
-            format_numbers.count(rule.modules),
-            format_numbers.parameters(rule.parameters),
-            format_numbers.size(rule.bytes_before),
-            format_numbers.size(rule.bytes_after),
+            format_numbers.format_count(rule.modules),
+            format_numbers.format_parameters(rule.parameters),
+            format_numbers.format_size(rule.bytes_before),
+            format_numbers.format_size(rule.bytes_after),
             f"{rule.bits_per_weight:.2f}",
         )
         for rule in plan.rules
@@ -219,10 +249,10 @@ def plan_rules(plan: PlanSummary) -> Table:
         "total",
         "",
         f"{totals.modules_quantized:,} quantized, {totals.modules_kept:,} kept",
-        format_numbers.count(totals.modules_quantized + totals.modules_kept),
-        format_numbers.parameters(totals.parameters),
-        format_numbers.size(totals.bytes_before),
-        format_numbers.size(totals.bytes_after),
+        format_numbers.format_count(totals.modules_quantized + totals.modules_kept),
+        format_numbers.format_parameters(totals.parameters),
+        format_numbers.format_size(totals.bytes_before),
+        format_numbers.format_size(totals.bytes_after),
         f"{totals.bits_per_weight:.2f}",
     ))
     columns = (
@@ -238,12 +268,16 @@ def plan_rules(plan: PlanSummary) -> Table:
     return Table(title="Rules", columns=columns, rows=tuple(rows))
 
 
-def plan_shards(plan: PlanSummary) -> Table:
+def make_shards_table(plan: PlanSummary) -> Table:
     """The first and the last output files."""
     shards = plan.shards
     shown = shards if len(shards) <= SHARDS else (*shards[: SHARDS - 1], shards[-1])
     rows = tuple(
-        (shard.file, format_numbers.count(shard.tensors), format_numbers.size(shard.bytes))
+        (
+            shard.file,
+            format_numbers.format_count(shard.tensors),
+            format_numbers.format_size(shard.bytes),
+        )
         for shard in shown
     )
     note = (

@@ -1,8 +1,8 @@
-"""Calibration and fidelity text: sets of documents as files, and the token sequences that are cut from them.
+"""Calibration and fidelity text: sets of documents as files, and token sequences cut from them.
 
-A set is `<name>.yaml`, which states licence, origin and sha256, and `<name>.jsonl` with one
-`{"domain": "prose" | "math" | "code", "text": ...}` a line; or a `datasets:` entry that names a data set of the hub.
-Sequences are ragged and flat: nothing is padded, and no mask is needed.
+A set is `<name>.yaml`, with license, origin and sha256, and `<name>.jsonl` with one
+`{"domain": "prose" | "math" | "code", "text": ...}` per line; or a `datasets:` entry with a data
+set of the hub. Sequences are ragged and flat: no padding, no mask.
 """
 
 from __future__ import annotations
@@ -18,37 +18,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from quantkit.checkpoint.remote_code import hint, tokenizer_map
-from quantkit.checkpoint.tokenizer_files import check_files
+from quantkit.checkpoint.remote_code import format_trust_hint, read_tokenizer_map
+from quantkit.checkpoint.tokenizer_files import check_tokenizer_files
 from quantkit.errors import CheckpointError, UsageError
-from quantkit.texts.corpus_files import Document, read_documents, read_hub, read_local
-from quantkit.texts.corpus_spec import Packing, first_line, read_spec
+from quantkit.texts.corpus_files import (
+    TextDocument,
+    read_documents,
+    read_hub_dataset,
+    read_local_text,
+)
+from quantkit.texts.corpus_spec import Packing, get_first_line, read_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-RUST_PANIC = "PanicException"  # pyo3's, a BaseException that can be imported from nowhere
+RUST_PANIC = "PanicException"  # pyo3's; a BaseException that no module exports
 
-WINDOW_JOIN = "\n\n"  # between documents of a window; for wikitext this is how its perplexity is usually measured
+WINDOW_JOIN = "\n\n"  # between documents of a window; the usual choice for wikitext's perplexity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusSet:
-    """Documents with what must be known of them. `sha256` is of the file or, for the hub, of the joined rows."""
+    """Documents and their metadata; `sha256` is of the file or, for the hub, of the joined rows."""
 
     name: str
-    where: str  # the spec's path, for messages
-    licence: str
+    where: str  # path of the spec, for messages
+    license: str
     origin: str
     domains: tuple[str, ...]
     packing: Packing
     end_of_document: bool  # documents end with the tokenizer's EOS
     sha256: str
-    documents: tuple[Document, ...]
+    documents: tuple[TextDocument, ...]
 
 
 class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
+    """The part of a transformers tokenizer that quantkit uses."""
 
     @property
     def bos_token_id(self) -> int | None: ...
@@ -63,9 +68,10 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Tokens:
-    """Ragged token sequences. ids [n_tokens] int32; sequence i is ids[starts[i] : starts[i + 1]].
+    """Ragged token sequences: ids [n_tokens] int32; sequence i is ids[starts[i] : starts[i + 1]].
 
-    domains: one per sequence; hash: sha256 of the ids (int32) and the starts (int64), both little-endian.
+    domains: one per sequence; hash: sha256 of the ids (int32) and the starts (int64), both
+    little-endian.
     """
 
     ids: Tensor
@@ -94,21 +100,22 @@ class Tokens:
 
 
 def load_set(name_or_path: str, folder: Path) -> CorpusSet:
-    """Read the set `folder/<name>.yaml`, or the spec at a path that ends in .yaml; every hash is checked.
+    """Read the set `folder/<name>.yaml`, or the spec at a path that ends in .yaml; check its hash.
 
-    CalibrationError names file, line and what to do, for a set that is malformed or not what its spec says.
+    Raises CalibrationError with file, line and what to do, for a malformed set or one that differs
+    from its spec.
     """
     spec = read_spec(name_or_path, folder)
     if spec.file is not None:
         documents, sha256 = read_documents(spec)
     elif spec.local is not None and spec.local.path is not None:
-        documents, sha256 = read_local(spec)
+        documents, sha256 = read_local_text(spec)
     else:
-        documents, sha256 = read_hub(spec)
+        documents, sha256 = read_hub_dataset(spec)
     return CorpusSet(
         name=spec.name,
         where=str(spec.where),
-        licence=spec.licence,
+        license=spec.license,
         origin=spec.origin,
         domains=spec.domains,
         packing=spec.packing,
@@ -118,63 +125,70 @@ def load_set(name_or_path: str, folder: Path) -> CorpusSet:
     )
 
 
-def load_tokenizer(folder: Path, own_code: bool = False) -> Tokenizer:
-    """The tokenizer of a model folder; its own code is run only with `own_code` (see there). Else CheckpointError."""
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
+    """Load the tokenizer of a model folder; its own code runs only with `trust_remote_code`.
+
+    Raises CheckpointError if transformers cannot load it (see checkpoint/remote_code.py).
+    """
     from transformers import AutoTokenizer, PretrainedConfig
 
-    # transformers would run the code of a config as well; without a config of ours it looks for one
-    config = PretrainedConfig(auto_map=tokenizer_map(folder)) if own_code else None
+    # transformers would also run the code of the folder's config; it looks for one unless given one
+    config = PretrainedConfig(auto_map=read_tokenizer_map(folder)) if trust_remote_code else None
     try:
-        with unheard():
+        with silence_output():
             tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-                str(folder), config=config, trust_remote_code=own_code, local_files_only=True
+                str(folder),
+                config=config,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
             )
-            found = tokenizer(["a b"], add_special_tokens=True, verbose=False)["input_ids"]
-        if not all(isinstance(number, int) for number in found[0]):
-            raise TypeError("it gives no numbers")
-    except (
-        BaseException
-    ) as error:  # the tokenizers library raises bare Exception, and panics of Rust that are none
+            (ids,) = tokenizer(["a b"], add_special_tokens=True, verbose=False)["input_ids"]
+        if not all(isinstance(number, int) for number in ids):
+            raise TypeError("its ids are not integers")
+    # the tokenizers library raises bare Exception, and Rust panics, which are no Exception
+    except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != RUST_PANIC:
             raise
-        check_files(folder)
+        check_tokenizer_files(folder)
         raise CheckpointError(
             f"{folder}: expected a tokenizer that transformers loads without code of its own, "
-            f"found: {first_line(error):.300}. Copy tokenizer.json and tokenizer_config.json of the model there"
-            f"{hint(folder)}"
+            f"found: {get_first_line(error):.300}. Copy tokenizer.json and tokenizer_config.json "
+            "of "
+            f"the model there{format_trust_hint(folder)}"
         ) from error
     return tokenizer
 
 
 @contextmanager
-def unheard() -> Iterator[None]:
-    """Nothing reaches the terminal meanwhile: Rust prints keys of the file as they are, and backtraces."""
+def silence_output() -> Iterator[None]:
+    """Discard terminal output: Rust prints unescaped keys of the file, and backtraces."""
     sys.stdout.flush()
     sys.stderr.flush()
-    kept = [(number, os.dup(number)) for number in (1, 2)]
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    copies = [(number, os.dup(number)) for number in (1, 2)]
+    null = os.open(os.devnull, os.O_WRONLY)
     try:
-        for number, _ in kept:
-            os.dup2(nowhere, number)
+        for number, _ in copies:
+            os.dup2(null, number)
         yield
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        for number, copy in kept:
+        for number, copy in copies:
             os.dup2(copy, number)
             os.close(copy)
-        os.close(nowhere)
+        os.close(null)
 
 
-def token_batches(
+def sample_sequences(
     corpus: CorpusSet, tokenizer: Tokenizer, sequences: int | None, length: int, seed: int
 ) -> Tokens:
-    """`sequences` token sequences of at most `length` tokens, chosen by `seed`; None takes all, in file order.
+    """Sample `sequences` token sequences of at most `length` tokens by `seed`.
 
-    packing documents: one document each, truncated, EOS behind it where the set says so. packing windows: the
-    documents of a domain are joined and cut into windows of exactly `length`, none overlapping. Either way exactly
-    one BOS stands in front, if the tokenizer puts one there. The domains keep their proportion, and each has at least
-    one sequence if there is room. UsageError when the set has fewer sequences than were asked for.
+    None takes all, in file order. packing documents: one document per sequence, truncated, followed
+    by EOS if the set asks for it. packing windows: the documents of a domain are joined and cut
+    into windows of exactly `length` tokens that do not overlap. Every sequence starts with exactly
+    one BOS if the tokenizer adds one. The domains keep their proportion, and each has at least one
+    sequence if there is room. Raises UsageError if the set has too few sequences.
     """
     if length < 2 or (sequences is not None and sequences < 1):
         raise UsageError(
@@ -182,14 +196,14 @@ def token_batches(
             f"found {sequences} of {length}. Raise `sequences` or `length` in the recipe"
         )
     candidates = {
-        domain: _candidates(corpus, domain, tokenizer, length) for domain in corpus.domains
+        domain: _list_candidates(corpus, domain, tokenizer, length) for domain in corpus.domains
     }
-    chosen = _choose(corpus, candidates, sequences, length, seed)
-    return pack_tokens([(domain, candidates[domain][index]) for domain, index in chosen])
+    picks = _choose_sequences(corpus, candidates, sequences, length, seed)
+    return pack_tokens([(domain, candidates[domain][index]) for domain, index in picks])
 
 
 def pack_tokens(rows: Sequence[tuple[str, Sequence[int]]]) -> Tokens:
-    """Tokens from (domain, ids) per sequence."""
+    """Pack sequences, given as (domain, ids), into one flat tensor."""
     import torch
 
     starts: list[int] = []
@@ -207,29 +221,32 @@ def pack_tokens(rows: Sequence[tuple[str, Sequence[int]]]) -> Tokens:
     )
 
 
-def continued(tokenizer: Tokenizer, prompt: str, text: str, length: int) -> tuple[list[int], int]:
-    """Ids of a prompt with `text` behind it, and how many of them, the last, are the text's.
+def encode_continuation(
+    tokenizer: Tokenizer, prompt: str, text: str, length: int
+) -> tuple[list[int], int]:
+    """Return the ids of a prompt followed by `text`, and how many of the last ids are the text's.
 
-    A prompt that does not fit into `length` tokens loses its beginning, but for BOS; nothing is left of a text that
-    does not fit with one token in front. The two are tokenized together, blanks between them being the text's, and the
-    text's tokens are those that stand behind as many as the prompt has alone: one that spans both is the prompt's.
+    A prompt that does not fit into `length` tokens loses its start, but not BOS. Returns no ids if
+    the text does not fit with one token before it. Prompt and text are tokenized together; blanks
+    between them belong to the text. The text's tokens are those after as many as the prompt alone
+    has: a token that spans both belongs to the prompt.
     """
-    bare = prompt.rstrip()
-    before, both = _encode(tokenizer, [bare, prompt + text])
-    own, first = both[len(before) :], _bos(tokenizer)
-    room = length - len(first) - len(own)
-    if not own or room < 0 or len(first) + min(room, len(before)) < 1:
+    stripped = prompt.rstrip()
+    prompt_ids, ids = _encode(tokenizer, [stripped, prompt + text])
+    text_ids, bos = ids[len(prompt_ids) :], _find_bos(tokenizer)
+    room = length - len(bos) - len(text_ids)
+    if not text_ids or room < 0 or len(bos) + min(room, len(prompt_ids)) < 1:
         return [], 0
-    kept = both[max(0, len(before) - room) : len(before)]
-    return [*first, *kept, *own], len(own)
+    context_ids = ids[max(0, len(prompt_ids) - room) : len(prompt_ids)]
+    return [*bos, *context_ids, *text_ids], len(text_ids)
 
 
-def _candidates(
+def _list_candidates(
     corpus: CorpusSet, domain: str, tokenizer: Tokenizer, length: int
 ) -> list[list[int]]:
-    """Every sequence that the documents of a domain give."""
+    """Return all sequences of the documents of a domain."""
     texts = [document.text for document in corpus.documents if document.domain == domain]
-    bos = _bos(tokenizer)
+    bos = _find_bos(tokenizer)
     if corpus.packing == "documents":
         eos = (
             [tokenizer.eos_token_id]
@@ -244,27 +261,30 @@ def _candidates(
     ]
 
 
-def _bos(tokenizer: Tokenizer) -> list[int]:
-    """The BOS that the tokenizer itself puts in front of a text; many name one and put none (GPT-2's, SmolLM2's)."""
+def _find_bos(tokenizer: Tokenizer) -> list[int]:
+    """Return the BOS that the tokenizer adds to a text, as a list.
+
+    Many tokenizers define a BOS and add none (GPT-2's, SmolLM2's).
+    """
     first = tokenizer(["a"], add_special_tokens=True, verbose=False)["input_ids"][0][:1]
     return list(first) if first == [tokenizer.bos_token_id] else []
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids of each text without special tokens, so that BOS and EOS are ours alone to add."""
+    """Return the ids of each text without special tokens; BOS and EOS are added here."""
     if not texts:
         return []
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _choose(
+def _choose_sequences(
     corpus: CorpusSet,
     candidates: Mapping[str, Sequence[object]],
     sequences: int | None,
     length: int,
     seed: int,
 ) -> list[tuple[str, int]]:
-    """(domain, index) of each sequence to take."""
+    """Return (domain, index) of each sampled sequence."""
     available = {domain: len(rows) for domain, rows in candidates.items()}
     total = sum(available.values())
     if total < (sequences or 1):
@@ -272,37 +292,47 @@ def _choose(
         advice = f"Ask for {total} or fewer, or null for all" if total else "Lower `length`"
         unit = "documents" if corpus.packing == "documents" else f"windows of {length} tokens"
         raise UsageError(
-            f"{corpus.where}: expected {sequences or 1} sequences, found {total} {unit} ({counts}). "
+            f"{corpus.where}: expected {sequences or 1} sequences, found {total} {unit} "
+            f"({counts}). "
             f"{advice}, lower `length`, or use a larger set"
         )
     if sequences is None:
         return [(domain, index) for domain, count in available.items() for index in range(count)]
     rng = random.Random(seed)
-    chosen = [
+    picks = [
         (domain, index)
-        for domain, share in proportional(available, sequences).items()
+        for domain, share in split_proportionally(available, sequences).items()
         for index in rng.sample(range(available[domain]), share)
     ]
-    rng.shuffle(chosen)  # so that any run of sequences is a mixture
-    return chosen
+    rng.shuffle(picks)  # any prefix of the sequences is then a mixture of domains
+    return picks
 
 
-def proportional(available: Mapping[str, int], wanted: int) -> dict[str, int]:
-    """How many of `wanted` each domain gets: in proportion, never more than it has, at least one if there is room."""
+def split_proportionally(available: Mapping[str, int], total_share: int) -> dict[str, int]:
+    """Split `total_share` over the domains in proportion to what is available in each.
+
+    A domain never gets more than it has, and at least one if there is room.
+    """
     total = sum(available.values())
     least = {name: min(count, 1) for name, count in available.items()}
-    if sum(least.values()) > wanted:
+    if sum(least.values()) > total_share:
         least = dict.fromkeys(available, 0)
-    shares = {name: max(wanted * count // total, least[name]) for name, count in available.items()}
+    shares = {
+        name: max(total_share * count // total, least[name]) for name, count in available.items()
+    }
 
-    def lacking(name: str) -> int:  # times `total`: an integer, so that no rounding decides
-        return wanted * available[name] - shares[name] * total
+    def compute_deficit(name: str) -> int:  # times `total`: an integer, so rounding never decides
+        return total_share * available[name] - shares[name] * total
 
-    while (missing := wanted - sum(shares.values())) != 0:
-        if missing > 0:
+    while (remaining := total_share - sum(shares.values())) != 0:
+        if remaining > 0:
             shares[
-                max((name for name in shares if shares[name] < available[name]), key=lacking)
+                max(
+                    (name for name in shares if shares[name] < available[name]), key=compute_deficit
+                )
             ] += 1
         else:
-            shares[min((name for name in shares if shares[name] > least[name]), key=lacking)] -= 1
+            shares[
+                min((name for name in shares if shares[name] > least[name]), key=compute_deficit)
+            ] -= 1
     return shares

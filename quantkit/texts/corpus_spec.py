@@ -1,47 +1,141 @@
-"""The YAML spec of a set of documents: its keys, checked, with every fault named by file, line and key."""
+"""The YAML spec of a set: every key with its type, every fault with file, line and key."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, cast
+from typing import Annotated, Literal
 
-from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import YAMLError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
-from quantkit.errors import CalibrationError, UsageError
-from quantkit.io import safe_yaml
-from quantkit.io.files import brief, is_file, read_bytes
+from quantkit.errors import CalibrationError, RecipeError, UsageError
+from quantkit.io import yaml_document
+from quantkit.io.files import is_file, read_bytes
+from quantkit.io.files import shorten_repr as shorten_repr
+from quantkit.io.validation_errors import describe_fault
+from quantkit.io.yaml_document import KeyPath, YamlDocument, format_path
 
+Domain = Literal["prose", "math", "code"]
 Packing = Literal["documents", "windows"]
 
-DOMAINS = ("prose", "math", "code")
-PACKINGS = ("documents", "windows")
+DOMAINS: tuple[Domain, ...] = ("prose", "math", "code")
 DATA_VARIABLE = "QUANTKIT_DATA"
-SHOWN_FAULTS = 8
-MOST_CHARACTERS = 2000  # of a value
+KIND = "spec of a set"
+MAX_SHOWN_FAULTS = 8
+MAX_BYTES = 4 * yaml_document.MAX_CHARACTERS
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HubSet:
-    """A column of text of a data set on the hub, at a fixed revision."""
+def _check_distinct(domains: tuple[Domain, ...]) -> tuple[Domain, ...]:
+    repeated = sorted({domain for domain in domains if domains.count(domain) > 1})
+    if repeated:
+        raise ValueError(f"{', '.join(repeated)}: listed twice; list every domain once")
+    return domains
 
-    path: str
-    name: str
-    split: str
-    revision: str
-    column: str
-    domain: str
+
+def _lower_text(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2000)]
+Sha256 = Annotated[str, BeforeValidator(_lower_text), Field(pattern="^[0-9a-f]{64}$")]
+Domains = Annotated[
+    tuple[Domain, ...], Field(strict=False, min_length=1), AfterValidator(_check_distinct)
+]
+
+
+class HubDataset(BaseModel):
+    """A text column of a data set on the hub, at a fixed revision."""
+
+    model_config = FROZEN
+    path: Text
+    name: Text
+    split: Text
+    revision: Text
+    column: Text
+    domain: Domain
+
+
+class LocalTextFile(BaseModel):
+    """The text of `datasets` as one file, by its path below QUANTKIT_DATA."""
+
+    model_config = FROZEN
+    file: Text
+    sha256: Sha256
+
+
+class SpecFile(BaseModel):
+    """The keys of a spec. Either `file` with `sha256`, or `datasets`, which `local` can replace."""
+
+    model_config = FROZEN
+    version: Literal[1]
+    name: Text
+    license: Text = Field(alias="licence")
+    origin: Text
+    domains: Domains
+    packing: Packing
+    end: Literal["eos", "none"] = "none"
+    datasets: HubDataset | None = None
+    local: LocalTextFile | None = None
+    file: Text | None = Field(default=None, validate_default=True)
+    sha256: Sha256 | None = Field(default=None, validate_default=True)
+
+    @field_validator("end")
+    @classmethod
+    def _check_end(cls, end: str, info: ValidationInfo) -> str:
+        if end == "eos" and info.data.get("packing") == "windows":
+            raise ValueError("expected none with `packing: windows`, found eos. Remove the key")
+        return end
+
+    @field_validator("local")
+    @classmethod
+    def _check_local(
+        cls, local: LocalTextFile | None, info: ValidationInfo
+    ) -> LocalTextFile | None:
+        if local is not None and info.data.get("datasets", "faulty") is None:
+            raise ValueError(
+                "expected a `datasets` entry that the local text replaces. Use `file` instead"
+            )
+        return local
+
+    @field_validator("file")
+    @classmethod
+    def _check_file(cls, file: str | None, info: ValidationInfo) -> str | None:
+        datasets = info.data.get("datasets", "faulty")
+        if file is not None and datasets is not None:
+            raise ValueError("expected either `file` or `datasets`, found both. Remove one")
+        if file is None and datasets is None:
+            raise ValueError("expected either `file` or `datasets`, found neither. Add one")
+        return file
+
+    @field_validator("sha256")
+    @classmethod
+    def _check_sha256(cls, sha256: str | None, info: ValidationInfo) -> str | None:
+        if sha256 is None and info.data.get("file") is not None:
+            raise ValueError("expected the sha256 of `file`, found nothing. Add it")
+        return sha256
+
+
+SECTIONS: dict[str, type[BaseModel]] = {"datasets": HubDataset, "local": LocalTextFile}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalText:
-    """The same text as one file; `path` is None when QUANTKIT_DATA does not hold it."""
+    """The text of `datasets` as one file; `path` is None if QUANTKIT_DATA does not hold it."""
 
     file: str
     sha256: str
@@ -49,93 +143,59 @@ class LocalText:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Spec:
-    """A checked spec; either `file` with `sha256`, or `hub`, which `local` may stand in for."""
+class CorpusSpec:
+    """A checked spec with resolved paths: `file` with `sha256`, or `hub` and optionally `local`."""
 
     where: Path
     name: str
-    licence: str
+    license: str
     origin: str
     domains: tuple[str, ...]
     packing: Packing
     end_of_document: bool
     file: Path | None
     sha256: str
-    hub: HubSet | None
+    hub: HubDataset | None
     local: LocalText | None
 
 
-SPEC_KEYS = (
-    "version",
-    "name",
-    "licence",
-    "origin",
-    "domains",
-    "packing",
-    "end",
-    "file",
-    "sha256",
-    "datasets",
-    "local",
-)
-HUB_KEYS = ("path", "name", "split", "revision", "column", "domain")
-LOCAL_KEYS = ("file", "sha256")
+def read_spec(name_or_path: str, folder: Path) -> CorpusSpec:
+    """Find, read and check the spec of a set.
 
-
-def read_spec(name_or_path: str, folder: Path) -> Spec:
-    """Find and check the spec of a set; CalibrationError lists every fault with its line."""
-    where = _find(name_or_path, folder)
-    faults: list[str] = []
-    keys = _Keys(_load_yaml(where), where, faults)
-    keys.known(SPEC_KEYS)
-    keys.choice("version", (1,))
-    domains = keys.domains()
-    packing = keys.choice("packing", PACKINGS)
-    end = keys.choice("end", ("eos", "none"), default="none")
-    if packing == "windows" and end == "eos":
-        keys.fault("end", "expected none with `packing: windows`, found eos. Remove the key")
-    hub, local = _hub(keys, domains), _local(keys)
-    file = None if "datasets" in keys.values else keys.text("file")
-    spec = Spec(
+    Raises UsageError if there is no such spec, CalibrationError with every fault and its line.
+    """
+    where = _find_spec(name_or_path, folder)
+    values = _parse_spec(_read_document(where))
+    return CorpusSpec(
         where=where,
-        name=keys.text("name"),
-        licence=keys.text("licence"),
-        origin=keys.text("origin"),
-        domains=domains,
-        packing=cast(Packing, packing),
-        end_of_document=end == "eos",
-        file=None if file is None else where.parent / file,
-        sha256="" if file is None else keys.sha256(),
-        hub=hub,
-        local=local,
+        name=values.name,
+        license=values.license,
+        origin=values.origin,
+        domains=values.domains,
+        packing=values.packing,
+        end_of_document=values.end == "eos",
+        file=None if values.file is None else where.parent / values.file,
+        sha256=values.sha256 or "",
+        hub=values.datasets,
+        local=None if values.local is None else _resolve_local(values.local),
     )
-    if "datasets" in keys.values and "file" in keys.values:
-        keys.fault("file", "expected either `file` or `datasets`, found both. Remove one")
-    if "local" in keys.values and "datasets" not in keys.values:
-        keys.fault(
-            "local",
-            "expected a `datasets` entry that the local text stands in for. Use `file` instead",
-        )
-    raise_faults(faults)
-    return spec
 
 
-def raise_faults(faults: list[str]) -> None:
-    """Raise the collected faults as one CalibrationError, the first few written out."""
+def raise_faults(faults: Sequence[str]) -> None:
+    """Raise one CalibrationError with the first few faults, if there are any."""
     if faults:
-        more = (
-            [f"and {len(faults) - SHOWN_FAULTS} more faults"] if len(faults) > SHOWN_FAULTS else []
-        )
-        raise CalibrationError("\n".join([*faults[:SHOWN_FAULTS], *more]))
+        more = len(faults) - MAX_SHOWN_FAULTS
+        rest = [f"and {more} more faults"] if more > 0 else []
+        raise CalibrationError("\n".join([*faults[:MAX_SHOWN_FAULTS], *rest]))
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without a full stop; its type when it has none."""
+def get_first_line(error: BaseException) -> str:
+    """Return the first line of an error's message without a full stop, or the error's type."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _find(name_or_path: str, folder: Path) -> Path:
+def _find_spec(name_or_path: str, folder: Path) -> Path:
     if name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)
         if not is_file(path):
@@ -150,131 +210,67 @@ def _find(name_or_path: str, folder: Path) -> Path:
     close = get_close_matches(name_or_path, known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise UsageError(
-        f"{folder}: no set of documents named {brief(name_or_path)}.{hint} "
+        f"{folder}: no set of documents named {shorten_repr(name_or_path)}.{hint} "
         f"Known: {', '.join(known) or 'none'}; or give the path of a .yaml spec"
     )
 
 
-def _load_yaml(path: Path) -> CommentedMap:
+def _read_document(path: Path) -> YamlDocument:
+    data = read_bytes(path, MAX_BYTES, CalibrationError)
     try:
-        text = read_bytes(path, safe_yaml.MAX_CHARACTERS, CalibrationError).decode("utf-8")
-        safe_yaml.load(text)
-        data = YAML(typ="rt").load(text)  # which knows the line of each key
+        return yaml_document.parse_document(data.decode("utf-8"), str(path), KIND)
     except UnicodeDecodeError as error:
         raise CalibrationError(
-            f"{path}: expected UTF-8, found byte {error.object[error.start]:#04x}"
+            f"{path}: expected UTF-8, found byte {data[error.start]:#04x}. Save the file as UTF-8"
         ) from error
-    except safe_yaml.Unreadable as error:
-        line = f":{error.line}" if error.line else ""
+    except RecipeError as error:
+        raise_faults(error.faults)
+        raise
+
+
+def _parse_spec(document: YamlDocument) -> SpecFile:
+    try:
+        values = SpecFile.model_validate(document.values)
+    except ValidationError as error:
+        raise_faults(_list_faults(document, error))
+        raise
+    if values.datasets is not None and values.domains != (values.datasets.domain,):
+        domain = values.datasets.domain
         raise CalibrationError(
-            f"{path}{line}: expected YAML, found: {error}. Correct the file"
-        ) from error
-    except (YAMLError, *safe_yaml.PARSER_FAULTS) as error:
-        raise CalibrationError(
-            f"{path}: expected YAML, found: {first_line(error)}. Correct the file"
-        ) from error
-    if not isinstance(data, CommentedMap):
-        raise CalibrationError(
-            f"{path}:1: expected keys and values, found {type(data).__name__}. See calibration/"
+            f"{document.where(('datasets', 'domain'))}: datasets.domain: expected the one domain "
+            "of "
+            f"the set, found {domain!r} and {list(values.domains)}. Correct `domains`"
         )
-    return data
+    return values
 
 
-@dataclass(frozen=True, slots=True)
-class _Keys:
-    """Typed access to a mapping of a YAML file; faults are collected with file and line."""
-
-    values: CommentedMap
-    where: Path
-    faults: list[str]
-    prefix: str = ""
-
-    def fault(self, key: str, text: str) -> None:
-        line = self.values.lc.line if key not in self.values else self.values.lc.key(key)[0]
-        self.faults.append(f"{self.where}:{line + 1}: {self.prefix}{key!s:.80}: {text}")
-
-    def known(self, keys: Iterable[str]) -> None:
-        allowed = tuple(keys)
-        for key in self.values:
-            if key not in allowed:
-                close = get_close_matches(str(key), allowed, n=1)
-                hint = (
-                    f"Did you mean {close[0]!r}?" if close else f"Use one of {', '.join(allowed)}"
-                )
-                self.fault(key, f"unknown key. {hint}")
-
-    def text(self, key: str) -> str:
-        value = self.values.get(key)
-        if not isinstance(value, str) or not value.strip() or len(value) > MOST_CHARACTERS:
-            self.fault(key, f"expected text, found {'nothing' if value is None else brief(value)}")
-            return ""
-        return str(value).strip()
-
-    def choice(self, key: str, options: tuple[object, ...], default: object = None) -> object:
-        value = self.values.get(key, default)
-        if value not in options or isinstance(value, bool):
-            shown = " or ".join(str(option) for option in options)
-            self.fault(
-                key, f"expected {shown}, found {'nothing' if value is None else brief(value)}"
-            )
-            return options[0]
-        return value
-
-    def domains(self) -> tuple[str, ...]:
-        value = self.values.get("domains")
-        if not isinstance(value, list) or not value or len(set(map(str, value))) != len(value):
-            self.fault(
-                "domains",
-                f"expected a list without repetition of {', '.join(DOMAINS)}, found {brief(value)}",
-            )
-            return ()
-        for domain in value:
-            if domain not in DOMAINS:
-                self.fault(
-                    "domains", f"unknown domain {brief(domain)}. Use one of {', '.join(DOMAINS)}"
-                )
-        return tuple(domain for domain in value if domain in DOMAINS)
-
-    def sha256(self) -> str:
-        value = self.text("sha256").lower()
-        if value and not re.fullmatch(r"[0-9a-f]{64}", value):
-            self.fault("sha256", f"expected 64 hexadecimal digits, found {brief(value)}")
-        return value
-
-    def section(self, key: str, keys: tuple[str, ...]) -> _Keys | None:
-        value = self.values.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, CommentedMap):
-            self.fault(key, f"expected keys {', '.join(keys)}, found {brief(value)}")
-            return None
-        inner = _Keys(value, self.where, self.faults, prefix=f"{key}.")
-        inner.known(keys)
-        return inner
+def _list_faults(document: YamlDocument, error: ValidationError) -> list[str]:
+    """Return one sentence per fault, in the order of their lines."""
+    faults: list[tuple[int, str]] = []
+    for details in error.errors(include_url=False):
+        path: KeyPath = tuple(details["loc"])
+        if details["type"] == "model_type":
+            keys = ", ".join(_list_keys(SECTIONS[str(path[0])]))
+            sentence = f"expected the keys {keys}, found {shorten_repr(details['input'])}"
+        else:
+            section = SECTIONS.get(str(path[0]), SpecFile) if len(path) > 1 else SpecFile
+            sentence = describe_fault(path, details, _list_keys(section))
+        faults.append((
+            document.line(path),
+            f"{document.where(path)}: {format_path(path)}: {sentence}",
+        ))
+    return [text for _, text in sorted(faults, key=lambda fault: fault[0])]
 
 
-def _hub(keys: _Keys, domains: tuple[str, ...]) -> HubSet | None:
-    section = keys.section("datasets", HUB_KEYS)
-    if section is None:
-        return None
-    path, name, split, revision, column, domain = (section.text(key) for key in HUB_KEYS)
-    if domain and domains != (domain,):
-        section.fault(
-            "domain",
-            f"expected the one domain of the set, found {brief(domain)} and {list(domains)}",
-        )
-    return HubSet(
-        path=path, name=name, split=split, revision=revision, column=column, domain=domain
-    )
+def _list_keys(model: type[BaseModel]) -> tuple[str, ...]:
+    return tuple(field.alias or name for name, field in model.model_fields.items())
 
 
-def _local(keys: _Keys) -> LocalText | None:
-    section = keys.section("local", LOCAL_KEYS)
-    if section is None:
-        return None
-    file, sha256 = section.text("file"), section.sha256()
+def _resolve_local(local: LocalTextFile) -> LocalText:
     folder = os.environ.get(DATA_VARIABLE)
-    path = Path(folder) / file if folder else None
+    path = Path(folder) / local.file if folder else None
     return LocalText(
-        file=file, sha256=sha256, path=path if path is not None and is_file(path) else None
+        file=local.file,
+        sha256=local.sha256,
+        path=path if path is not None and is_file(path) else None,
     )

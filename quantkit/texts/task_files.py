@@ -1,4 +1,4 @@
-"""Benchmark tasks as files: where they lie, their text, and the temporary folder that lm-eval reads them from."""
+"""Benchmark tasks as files: their paths, their text, and the temporary folder for lm-eval."""
 
 from __future__ import annotations
 
@@ -10,83 +10,85 @@ from itertools import islice
 from pathlib import Path
 
 from quantkit.errors import EvaluationError
-from quantkit.io.files import is_file, read_bytes, reason, whole
-from quantkit.io.package_data import folder
+from quantkit.io.files import describe_os_error, is_encodable, is_file, read_bytes
+from quantkit.io.package_data import locate_folder
 
 SUFFIX = ".yaml"
-LIMIT_BYTES = 1_000_000  # no task description is larger
+MAX_BYTES = 1_000_000  # no task description is larger
 
 
-def task_names() -> tuple[str, ...]:
-    """The tasks that ship with quantkit, in alphabetical order."""
-    return tuple(sorted(path.stem for path in folder("evals").glob(f"*{SUFFIX}")))
+def list_task_names() -> tuple[str, ...]:
+    """Return the tasks that ship with quantkit, in alphabetical order."""
+    return tuple(sorted(path.stem for path in locate_folder("evals").glob(f"*{SUFFIX}")))
 
 
-def task_path(name: str) -> Path:
-    """The file of a task that ships with quantkit, or of one given by its path (anything that ends in .yaml)."""
-    return Path(name) if name.endswith(SUFFIX) else folder("evals") / f"{name}{SUFFIX}"
+def find_task_path(name: str) -> Path:
+    """Return the file of a shipped task, or of a task given by a path that ends in .yaml."""
+    return Path(name) if name.endswith(SUFFIX) else locate_folder("evals") / f"{name}{SUFFIX}"
 
 
-def task_text(path: Path) -> str:
-    """The text of a task's file; EvaluationError when it cannot be read."""
+def read_task_text(path: Path) -> str:
+    """Read the text of a task's file; EvaluationError if it cannot be read."""
     try:
-        return read_bytes(path, LIMIT_BYTES, EvaluationError).decode("utf-8")
+        return read_bytes(path, MAX_BYTES, EvaluationError).decode("utf-8")
     except UnicodeDecodeError:
         raise EvaluationError(
             f"{path}: expected UTF-8 text, found other bytes; save it as UTF-8"
         ) from None
 
 
-def first_file(name: str, places: tuple[Path, ...]) -> Path | None:
-    """The absolute path of `name` in the first of `places` that has it."""
-    found = (place / name for place in places)
-    return next((path.resolve() for path in found if is_file(path)), None)
+def find_first_file(name: str, places: tuple[Path, ...]) -> Path | None:
+    """Return the absolute path of `name` in the first of `places` that has it, or None."""
+    paths = (place / name for place in places)
+    return next((path.resolve() for path in paths if is_file(path)), None)
 
 
-def rows_of(path: Path, start: int, end: int) -> str:
-    """Lines start to end (exclusive, counted from 0) of a JSONL file; EvaluationError when it has fewer."""
+def read_row_range(path: Path, start: int, end: int) -> str:
+    """Read lines [start, end) of a JSONL file; EvaluationError if it is shorter."""
     try:
         with path.open(encoding="utf-8") as file:
             rows = list(islice(file, start, end))
     except (OSError, UnicodeDecodeError) as fault:
-        said = reason(fault) if isinstance(fault, OSError) else "it is not UTF-8 text"
+        problem = describe_os_error(fault) if isinstance(fault, OSError) else "it is not UTF-8 text"
         raise EvaluationError(
-            f"{path}: expected a readable JSONL file, found: {said}; fetch it again"
+            f"{path}: expected a readable JSONL file, found: {problem}; fetch it again"
         ) from None
     if len(rows) < end - start:
         raise EvaluationError(
-            f"{path}: expected rows {start} to {end}, found {start + len(rows) if rows else 'fewer'} rows; "
-            "fetch the whole file"
+            f"{path}: expected rows {start} to {end}, found "
+            f"{start + len(rows) if rows else 'fewer'} rows; fetch the whole file"
         )
     return "".join(rows)
 
 
-def first_rows(path: Path, rows: tuple[int, int] | None, count: int) -> list[dict[str, object]]:
-    """The first `count` rows, or all there are, of a JSONL file or of the rows [from, to) of it."""
+def read_first_rows(
+    path: Path, rows: tuple[int, int] | None, count: int
+) -> list[dict[str, object]]:
+    """Read the first `count` rows, or all if fewer, of a JSONL file or of its rows [from, to)."""
     start, end = rows or (0, count)
     try:
         with path.open(encoding="utf-8") as file:
-            found = [json.loads(line) for line in islice(file, start, min(end, start + count))]
+            values = [json.loads(line) for line in islice(file, start, min(end, start + count))]
     except (OSError, ValueError, RecursionError) as fault:
         raise EvaluationError(
             f"{path}: expected a readable JSONL file, found: {fault}; fetch it again"
         ) from None
-    if not whole(found):
+    if not is_encodable(values):
         raise EvaluationError(f"{path}: expected text, found half a surrogate pair; fetch it again")
-    if not all(isinstance(row, dict) for row in found):
+    if not all(isinstance(row, dict) for row in values):
         raise EvaluationError(
-            f"{path}: expected one JSON object a line, found something else; fetch it again"
+            f"{path}: expected one JSON object per line, found something else; fetch it again"
         )
-    return found
+    return values
 
 
 @contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """A folder that is gone afterwards, with whatever was put into it."""
+def make_temporary_folder() -> Iterator[Path]:
+    """Yield a folder that is deleted with its content on exit."""
     with tempfile.TemporaryDirectory(prefix="quantkit-evals-") as name:
         yield Path(name)
 
 
-def put(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a text file into a temporary folder."""
     path.write_text(text, encoding="utf-8")

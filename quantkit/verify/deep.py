@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from quantkit.artifact.layout import mapping, read_manifest
-from quantkit.checkpoint.scan import scan
+from quantkit.artifact.read_manifest import get_section, read_manifest
+from quantkit.checkpoint.scan import scan_file
 from quantkit.errors import ArtifactError
-from quantkit.verify.deep_proofs import Kind, Proof, prove_kept, prove_linear
-from quantkit.verify.deep_sides import Sides, open_sides
+from quantkit.verify.prove_tensors import Kind, Proof, prove_kept, prove_linear
+from quantkit.verify.source_pair import Sides, open_sides
 
-SHOWN = 20
+MAX_SHOWN = 20
 
-SAID: dict[Kind, str] = {
+PROOF_MEANINGS: dict[Kind, str] = {
     "requantized": "quantized again from the source: every code, scale and zero point the same, bit for bit",
     "reproduced": "recorded weight error reproduced from source and codes (how calibration chose them is not proven)",
     "scaled": "the source's by an unrecorded factor per channel: error no more than recorded, pairs cancel to rounding",
@@ -26,11 +26,11 @@ SAID: dict[Kind, str] = {
 }
 """What each kind of proof is worth, in words."""
 
-WRITTEN = ("quantization_config", "num_nextn_predict_layers")
+WRITTEN_KEYS = ("quantization_config", "num_nextn_predict_layers")
 """What a build writes into config.json."""
-NOTHING = object()
+ABSENT = object()
 
-NEVER = (
+NEVER_PROVEN = (
     "output errors and figures of the report: their statistics and texts are not in the artifact"
 )
 
@@ -64,11 +64,11 @@ def verify_deep(
     Raises ArtifactError naming everything that contradicts the source, and for a source that changed.
     """
     sides = open_sides(path, source)
-    told = mapping(mapping(read_manifest(path), "source", path), "files", path)
+    told = get_section(get_section(read_manifest(path), "source", path), "files", path)
     random = Random(seed)
-    modules = drawn(random, sorted(sides.schemes), sample)
-    tensors = drawn(random, sorted(sides.kept), sample)
-    files = sides.check_files(read_of(sides, modules, tensors), told)
+    modules = draw_sample(random, sorted(sides.schemes), sample)
+    tensors = draw_sample(random, sorted(sides.kept), sample)
+    files = sides.check_files(iterate_read_tensors(sides, modules, tensors), told)
     proofs = []
     for name, prove in [(name, prove_linear) for name in modules] + [
         (name, prove_kept) for name in tensors
@@ -76,14 +76,14 @@ def verify_deep(
         tell(name)
         proofs.append(prove(sides, name))
     faults = [
-        *carried_faults(sides),
-        *name_faults(sides),
+        *find_carried_faults(sides),
+        *find_tensor_name_faults(sides),
         *(f"{proof.name}: {proof.fault}" for proof in proofs if proof.fault),
     ]
     if faults:
-        more = f"\n... and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        more = f"\n... and {len(faults) - MAX_SHOWN} more" if len(faults) > MAX_SHOWN else ""
         raise ArtifactError(
-            f"{path}: not made of {sides.named}:\n" + "\n".join(faults[:SHOWN]) + more
+            f"{path}: not made of {sides.named}:\n" + "\n".join(faults[:MAX_SHOWN]) + more
         )
     return DeepReport(
         source=sides.named,
@@ -96,23 +96,23 @@ def verify_deep(
     )
 
 
-def carried_faults(sides: Sides) -> Iterator[str]:
+def find_carried_faults(sides: Sides) -> Iterator[str]:
     """Where config.json is not the source's, quantization and MTP blocks left aside, and files that are not its own."""
     before, after = (
-        {key: value for key, value in side.config.values.items() if key not in WRITTEN}
+        {key: value for key, value in side.config.values.items() if key not in WRITTEN_KEYS}
         for side in (sides.source, sides.stored)
     )
     for key in dict.fromkeys([*before, *after]):
-        if before.get(key, NOTHING) != after.get(key, NOTHING):
+        if before.get(key, ABSENT) != after.get(key, ABSENT):
             found = "nothing" if key not in after else repr(after[key])[:60]
             yield f"config.json: {key}: expected the source's, found {found}"
     for file in sides.source.sidecars:
         there = sides.path / file.name
-        if not there.is_file() or scan(there) != scan(file.resolve()):
+        if not there.is_file() or scan_file(there) != scan_file(file.resolve()):
             yield f"{file.name}: expected the source's file, found {'another' if there.is_file() else 'none'}"
 
 
-def name_faults(sides: Sides) -> Iterator[str]:
+def find_tensor_name_faults(sides: Sides) -> Iterator[str]:
     """Tensors of the model that the artifact lacks, and such as the source lacks; MTP blocks may be left out."""
     predicts = sides.stored.config.integer("num_nextn_predict_layers", 0) > 0
     blocks = [block for block in sides.layout.blocks if block.kind == "decoder" or predicts]
@@ -136,7 +136,7 @@ def name_faults(sides: Sides) -> Iterator[str]:
             yield f"{name}: expected none, as in the source, found one"
 
 
-def drawn(random: Random, names: Sequence[str], count: int | None) -> list[str]:
+def draw_sample(random: Random, names: Sequence[str], count: int | None) -> list[str]:
     """So many of the names, in order; all without a count."""
     return (
         list(names)
@@ -145,7 +145,9 @@ def drawn(random: Random, names: Sequence[str], count: int | None) -> list[str]:
     )
 
 
-def read_of(sides: Sides, modules: Sequence[str], tensors: Sequence[str]) -> Iterator[str]:
+def iterate_read_tensors(
+    sides: Sides, modules: Sequence[str], tensors: Sequence[str]
+) -> Iterator[str]:
     """The source's stored tensors that a sample reads, the norms and matrices before each linear among them."""
     names = [f"{module}.weight" for module in modules] + list(tensors)
     for module in [name.rpartition(".")[0] for name in names]:
@@ -160,7 +162,7 @@ def read_of(sides: Sides, modules: Sequence[str], tensors: Sequence[str]) -> Ite
         yield name + sides.source.scale_suffix
 
 
-def lines(deep: DeepReport) -> Iterator[str]:
+def iterate_report_lines(deep: DeepReport) -> Iterator[str]:
     """What was proven, for people."""
     yield (
         f"source {deep.source}: names, headers, config and tokenizer unchanged, {deep.files[0]} of {deep.files[1]} "
@@ -176,8 +178,8 @@ def lines(deep: DeepReport) -> Iterator[str]:
             f", drawn with seed {deep.seed}" if looked < total else ""
         )
         for kind, count in deep.counts(kinds).items():
-            yield f"  {count:5} {SAID[kind]}"
+            yield f"  {count:5} {PROOF_MEANINGS[kind]}"
     for reason in dict.fromkeys(proof.reason for proof in deep.proofs if proof.reason):
         names = [proof.name for proof in deep.proofs if proof.reason == reason]
         yield f"  {len(names):5} not proven: {reason} ({names[0]}{' and others' if len(names) > 1 else ''})"
-    yield f"not proven: {NEVER}"
+    yield f"not proven: {NEVER_PROVEN}"

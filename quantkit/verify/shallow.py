@@ -15,16 +15,16 @@ from pathlib import Path
 from stat import S_ISREG
 
 from quantkit.artifact.layout import (
-    ADDED,
+    ADDED_LATER,
+    CONFIG,
     INDEX,
     LOADTEST,
     MANIFEST,
     SIGNATURE,
+    SINGLE,
     UNHASHED,
-    format_name,
-    mapping,
-    read_manifest,
 )
+from quantkit.artifact.read_manifest import get_format_name, get_section, read_manifest
 from quantkit.checkpoint.header import Header, read_header
 from quantkit.contracts import TensorSpec
 from quantkit.errors import ArtifactError, CheckpointError
@@ -36,7 +36,7 @@ READERS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verified:
+class VerifyReport:
     """What was checked. sha256: of every hashed file; unsealed: files beside them that nobody vouches for; notes: what
     was not looked at, and why."""
 
@@ -52,36 +52,36 @@ class Verified:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scanned:
+class ScannedFile:
     """One reading of a file: its hash, None when it could not be read, and what is wrong with it."""
 
     sha256: str | None
     faults: tuple[str, ...] = ()
 
 
-def verify(path: Path) -> Verified:
+def verify_artifact(path: Path) -> VerifyReport:
     """Check an artifact; ArtifactError with every fault found, and what to do."""
-    from quantkit.verify.config import (
+    from quantkit.verify.check_config import (  # numpy, tables of models: when there is a file
         config_faults,
         model_faults,
-    )  # numpy, tables of models: when there is a file
-    from quantkit.verify.contents import read_contents
-    from quantkit.verify.report import report_faults
+    )
+    from quantkit.verify.check_report import report_faults
+    from quantkit.verify.classify_tensors import read_contents
 
     manifest = read_manifest(path)
-    files, present = mapping(manifest, "files", path), entries(path)
+    files, present = get_section(manifest, "files", path), entries(path)
     here = {name: entry for name, entry in files.items() if present.get(name) == "file"}
     headers, damaged = read_headers(path, here)
     specs = {name: spec for header in headers.values() for name, spec in header.specs.items()}
     owner = {name: file for file, header in headers.items() for name in header.specs}
-    modules = mapping(manifest, "modules", path)
+    modules = get_section(manifest, "modules", path)
 
     def small(name: str) -> bytes:
-        from quantkit.checkpoint.scan import read_small
+        from quantkit.checkpoint.scan import read_small_tensor
 
-        return read_small(path / owner[name], headers[owner[name]], name)
+        return read_small_tensor(path / owner[name], headers[owner[name]], name)
 
-    found = read_contents(format_name(manifest), modules, specs, small)
+    found = read_contents(get_format_name(manifest), modules, specs, small)
     scanned = scan_all(path, here, headers, found.numbers)
     faults = [*name_faults(files, manifest, present), *hash_faults(path, files, present, scanned)]
     faults += [
@@ -89,7 +89,7 @@ def verify(path: Path) -> Verified:
         *(fault for each in scanned.values() for fault in each.faults),
         *twice(headers),
     ]
-    faults += tensor_faults(specs, mapping(manifest, "tensors", path))
+    faults += tensor_faults(specs, get_section(manifest, "tensors", path))
     faults += index_faults(path, specs, headers, here)
     config, notes = read_config(path, here, faults), tuple[str, ...]()
     faults += found.faults
@@ -103,10 +103,10 @@ def verify(path: Path) -> Verified:
             faults += [*config_faults(config, found), *unfit]
             notes = (note,) if note else ()
     faults += report_faults(path, manifest, here)
-    added = tuple(name for name in ADDED if present.get(name) == "file")
+    added = tuple(name for name in ADDED_LATER if present.get(name) == "file")
     faults += added_faults(path, added)
     refuse(path, faults)
-    return Verified(
+    return VerifyReport(
         path=path,
         status=str(manifest.get("status")),
         files=len(files),
@@ -164,14 +164,14 @@ def name_faults(
     free = {str(name) for name in told} if isinstance(told, list) else set()
     for name in sorted(free - UNHASHED):
         yield f"{MANIFEST}: unhashed: expected {', '.join(UNHASHED)} at most, found {name}"
-    beside = {MANIFEST, SIGNATURE, *ADDED, *(free & UNHASHED)}
+    beside = {MANIFEST, SIGNATURE, *ADDED_LATER, *(free & UNHASHED)}
     for name in sorted(set(present) - set(files) - beside):
         yield f"{name}: not in the manifest"
     for name in sorted(beside & set(present)):
         if present[name] != "file":
             yield f"{name}: {present[name]}, expected a file"
     for name in sorted(files):
-        if name in {MANIFEST, SIGNATURE, *ADDED, *UNHASHED}:
+        if name in {MANIFEST, SIGNATURE, *ADDED_LATER, *UNHASHED}:
             yield f"{MANIFEST}: files: {name}: expected without a hash, found one"
         if name.endswith(PICKLED) and not name.startswith("vocab."):
             yield f"{name}: a pickle, which runs code when it is loaded; an artifact holds safetensors only"
@@ -180,16 +180,20 @@ def name_faults(
 def added_faults(path: Path, added: Sequence[str]) -> Iterator[str]:
     """What is wrong with files that were added later: of a load test the form, for nothing says which figures."""
     if LOADTEST in added:
-        from quantkit.artifact.loadtest_schema import load_faults  # pydantic: when there is one
+        from quantkit.artifact.loadtest_schema import (
+            find_load_test_faults,  # pydantic: when there is one
+        )
 
-        yield from (fault.removeprefix(f"{path}/") for fault in load_faults(path / LOADTEST))
+        yield from (
+            fault.removeprefix(f"{path}/") for fault in find_load_test_faults(path / LOADTEST)
+        )
 
 
 def hash_faults(
     path: Path,
     files: Mapping[str, object],
     present: Mapping[str, str],
-    scanned: Mapping[str, Scanned],
+    scanned: Mapping[str, ScannedFile],
 ) -> Iterator[str]:
     """Files of the manifest that are missing or changed."""
     for name, entry in sorted(files.items()):
@@ -210,7 +214,7 @@ def scan_all(
     files: Mapping[str, object],
     headers: Mapping[str, Header],
     numbers: Mapping[str, object],
-) -> dict[str, Scanned]:
+) -> dict[str, ScannedFile]:
     """Read every file once, several at a time."""
     names = sorted(files)
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as readers:
@@ -222,16 +226,16 @@ def scan_all(
         )
 
 
-def scan_one(file: Path, header: Header | None, numbers: Mapping[str, object]) -> Scanned:
+def scan_one(file: Path, header: Header | None, numbers: Mapping[str, object]) -> ScannedFile:
     """Hash a file and look at the numbers of its tensors, in one reading."""
-    from quantkit.checkpoint.scan import scan
-    from quantkit.formats.common.checks import Numbers
-    from quantkit.verify.numbers import Watch
+    from quantkit.checkpoint.scan import scan_file
+    from quantkit.formats.common.checks import ValueCheck
+    from quantkit.verify.check_values import Watch
 
     watched = {
         name: Watch(spec=spec, wanted=wanted)
         for name, spec in (header.specs if header else {}).items()
-        if isinstance(wanted := numbers.get(name), Numbers)
+        if isinstance(wanted := numbers.get(name), ValueCheck)
     }
 
     def visit(name: str, begin: int, piece: memoryview) -> None:
@@ -239,11 +243,11 @@ def scan_one(file: Path, header: Header | None, numbers: Mapping[str, object]) -
             watched[name].see(begin, piece)
 
     try:
-        digest = scan(file, header, visit if watched else None)
+        digest = scan_file(file, header, visit if watched else None)
     except ArtifactError as fault:
-        return Scanned(sha256=None, faults=(str(fault),))
+        return ScannedFile(sha256=None, faults=(str(fault),))
     told = (each.close() for each in watched.values())
-    return Scanned(sha256=digest, faults=tuple(filter(None, told)))
+    return ScannedFile(sha256=digest, faults=tuple(filter(None, told)))
 
 
 # ------------------------------------------------------------------------------------- headers, index, configuration
@@ -289,7 +293,7 @@ def index_faults(
     """Entries of the index that lead nowhere, tensors it forgets, a total that is wrong."""
     name, shards = INDEX, [file for file in files if file.endswith(".safetensors")]
     if name not in files:
-        if len(shards) != 1 or shards != ["model.safetensors"]:
+        if len(shards) != 1 or shards != [SINGLE]:
             yield f"{name}: missing, with {len(shards)} shards"
         return
     try:
@@ -319,12 +323,12 @@ def read_config(
     path: Path, files: Mapping[str, object], faults: list[str]
 ) -> Mapping[str, object] | None:
     """config.json; None when it is missing, or damaged, which is added to the faults."""
-    if "config.json" not in files:
-        if not (path / "config.json").is_symlink():
+    if CONFIG not in files:
+        if not (path / CONFIG).is_symlink():
             faults.append("config.json: missing")
         return None
     try:
-        return read_json(path / "config.json", ArtifactError)
+        return read_json(path / CONFIG, ArtifactError)
     except ArtifactError as fault:
         faults.append(str(fault))
         return None

@@ -1,11 +1,11 @@
-"""What the gateway costs: the same requests to a stub engine, straight and through the gateway, in turns.
+"""`make bench-gateway`: latency that the gateway adds to requests to a stub engine.
 
     PYTHONPATH=tests .venv/bin/python -m bench.gateway [REQUESTS]
 
-Three processes on loopback: engine, gateway, and this client. Per request: the time until a short answer is there. Per
-token: from the moment the engine writes an event (it says when, and the clock is the machine's) to the moment the
-client has read it, one event every few milliseconds as engines send them.
-Exits with 1 when a goal is missed.
+Three processes on loopback: engine, gateway, and this client. Requests alternate between the engine
+and the gateway. Per request: the time until a short response is complete. Per token: from the time
+that the engine writes an event (the event contains it) to the time that the client reads it, one
+event every few milliseconds, as engines send them. Exits with 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -26,80 +26,80 @@ from urllib.parse import urlsplit
 from support import stub_engine
 
 from quantkit.serve.gateway.app import make_app
-from quantkit.serve.gateway.settings import Settings, Upstream
+from quantkit.serve.gateway.settings import GatewaySettings, Upstream
 
 REQUEST_GOAL, TOKEN_GOAL = 2e-3, 0.2e-3  # seconds, p50
 WAYS = ("bare", "gateway")
 
 
-def connection(url: str) -> http.client.HTTPConnection:
+def open_connection(url: str) -> http.client.HTTPConnection:
     place = urlsplit(url)
     made = http.client.HTTPConnection(place.hostname, place.port)
     made.connect()
     return made
 
 
-def post(to: http.client.HTTPConnection, plan: dict, stream: bool) -> http.client.HTTPResponse:
+def post_completion(
+    to: http.client.HTTPConnection, plan: dict, stream: bool
+) -> http.client.HTTPResponse:
     body = json.dumps({"model": "stub", "prompt": json.dumps(plan), "stream": stream})
     to.request("POST", "/v1/completions", body, {"content-type": "application/json"})
     return to.getresponse()
 
 
-def request_seconds(to: http.client.HTTPConnection, stream: bool) -> float:
+def time_request(to: http.client.HTTPConnection, stream: bool) -> float:
     began = time.perf_counter()
-    answer = post(to, {"tokens": 1}, stream)
+    answer = post_completion(to, {"tokens": 1}, stream)
     content = answer.read()
     assert answer.status == 200 and content
     return time.perf_counter() - began
 
 
-def token_seconds(to: http.client.HTTPConnection, tokens: int, pause: float) -> Iterator[float]:
-    """Of each event of a stream: from the engine's writing to this client's reading."""
-    answer = post(to, {"tokens": tokens, "pause": pause}, True)
+def time_tokens(to: http.client.HTTPConnection, tokens: int, pause: float) -> Iterator[float]:
+    """Yield the delay of each event of a stream, from engine to client."""
+    answer = post_completion(to, {"tokens": tokens, "pause": pause}, True)
     while line := answer.readline():
         now = time.monotonic()
         if b'"at": ' in line:
             yield now - float(line.rpartition(b'"at": ')[2].partition(b"}")[0])
 
 
-def flooded(to: http.client.HTTPConnection, events: int) -> float:
-    """Seconds per event of a stream as fast as it goes."""
+def time_flood(to: http.client.HTTPConnection, events: int) -> float:
+    """Return seconds per event of a stream without pauses."""
     began = time.perf_counter()
-    answer = post(to, {"flood": events, "size": 5, "tokens": 1}, True)
+    answer = post_completion(to, {"flood": events, "size": 5, "tokens": 1}, True)
     assert answer.read().count(b"data: ") == events + 3
     return (time.perf_counter() - began) / events
 
 
-def crowd(to: str, streams: int, tokens: int, pause: float) -> list[float]:
-    """Events of many streams at once."""
-    found: list[list[float]] = [[] for _ in range(streams)]
+def time_streams(to: str, streams: int, tokens: int, pause: float) -> list[float]:
+    """Return the delays of the events of concurrent streams."""
+    delays: list[list[float]] = [[] for _ in range(streams)]
 
     def run(n: int) -> None:
-        found[n].extend(token_seconds(connection(to), tokens, pause))
+        delays[n].extend(time_tokens(open_connection(to), tokens, pause))
 
     threads = [threading.Thread(target=run, args=(n,)) for n in range(streams)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return [seconds for one in found for seconds in one]
+    return [seconds for stream in delays for seconds in stream]
 
 
-def cpu_seconds(pid: int) -> float:
-    """What a process has used so far: a figure that other programs on the machine do not move."""
+def read_cpu_seconds(pid: int) -> float:
+    """Return the CPU time of a process, which other programs do not influence."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def compare(name: str, ways: dict[str, list[float]], goal: float | None) -> bool:
-    """One row: what either way took and what the gateway adds; whether the goal is kept."""
+def print_comparison(name: str, ways: dict[str, list[float]], goal: float | None) -> bool:
+    """Print one row and return whether the goal is met."""
     p50 = {way: statistics.median(taken) for way, taken in ways.items()}
     p99 = {way: statistics.quantiles(taken, n=100)[98] for way, taken in ways.items()}
     added = p50["gateway"] - p50["bare"]
     verdict = (
-        ""
-        if goal is None
-        else f"goal <= {goal * 1e3:g} ms: {'kept' if added <= goal else 'MISSED'}"
+        "" if goal is None else f"goal <= {goal * 1e3:g} ms: {'met' if added <= goal else 'MISSED'}"
     )
     shown = "  ".join(f"{way} {p50[way] * 1e3:7.3f} / {p99[way] * 1e3:7.3f}" for way in WAYS)
     print(f"{name:34}  {shown}  added p50 {added * 1e3:7.3f} ms  {verdict}")
@@ -113,43 +113,47 @@ def main(requests: int) -> int:
         if line.startswith("model name")
     ]
     load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
-    print(f"{os.cpu_count()} x {models[0].partition(': ')[2] if models else platform.machine()}, load {load}, "
+    print(f"{os.cpu_count()} x {models[0].partition(': ')[2] if models else platform.machine()}, "
+          f"load {load}, "
           f"Python {platform.python_version()}; p50 / p99 in ms, n = {requests}")  # fmt: skip
     kept = []
     with ExitStack() as stack:
-        engine, _ = stack.enter_context(stub_engine.process(stub_engine.__file__))
-        gateway, pid = stack.enter_context(stub_engine.process(__file__, "--gateway", engine))
+        engine, _ = stack.enter_context(stub_engine.run_process(stub_engine.__file__))
+        gateway, pid = stack.enter_context(stub_engine.run_process(__file__, "--gateway", engine))
         urls = dict(zip(WAYS, (engine, gateway), strict=True))
-        to = {way: connection(url) for way, url in urls.items()}
+        to = {way: open_connection(url) for way, url in urls.items()}
         for stream in (False, True):
             taken: dict[str, list[float]] = {way: [] for way in WAYS}
-            used = cpu_seconds(pid)
+            used = read_cpu_seconds(pid)
             for n in range(requests + 20):
                 for way in WAYS if n % 2 else reversed(WAYS):
-                    seconds = request_seconds(to[way], stream)
+                    seconds = time_request(to[way], stream)
                     if n >= 20:
                         taken[way].append(seconds)
-            kept.append(compare(f"request, {'stream' if stream else 'whole'}", taken, REQUEST_GOAL))
+            kept.append(
+                print_comparison(f"request, {'stream' if stream else 'whole'}", taken, REQUEST_GOAL)
+            )
             print(
-                f"{'':34}  the gateway's CPU {(cpu_seconds(pid) - used) / (requests + 20) * 1e3:.3f} ms per request"
+                f"{'':34}  the gateway's CPU "
+                f"{(read_cpu_seconds(pid) - used) / (requests + 20) * 1e3:.3f} ms per request"
             )
         one = {way: [] for way in WAYS}
         many = {way: [] for way in WAYS}
         flood = {way: [] for way in WAYS}
         for _ in range(max(2, requests // 100)):
             for way in WAYS:
-                one[way] += token_seconds(to[way], 100, 0.005)
-                many[way] += crowd(urls[way], 16, 25, 0.02)
-                flood[way].append(flooded(to[way], 2000))
-        kept.append(compare("token, one stream, 5 ms apart", one, TOKEN_GOAL))
-        kept.append(compare("token, 16 streams, 20 ms apart", many, None))
-        kept.append(compare("token, as fast as it goes", flood, TOKEN_GOAL))
+                one[way] += time_tokens(to[way], 100, 0.005)
+                many[way] += time_streams(urls[way], 16, 25, 0.02)
+                flood[way].append(time_flood(to[way], 2000))
+        kept.append(print_comparison("token, one stream, 5 ms apart", one, TOKEN_GOAL))
+        kept.append(print_comparison("token, 16 streams, 20 ms apart", many, None))
+        kept.append(print_comparison("token, no pauses", flood, TOKEN_GOAL))
     return 0 if all(kept) else 1
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--gateway"]:
-        settings = Settings(upstreams=(Upstream(name="engine", url=sys.argv[2]),))
+        settings = GatewaySettings(upstreams=(Upstream(name="engine", url=sys.argv[2]),))
         stub_engine.run_forever(make_app(settings))
     else:
         sys.exit(main(int(sys.argv[1]) if sys.argv[1:] else 500))

@@ -1,8 +1,9 @@
-"""`make bench-gpu`: one MoE block of DeepSeek-V3's shape through quantkit's own functions on a CUDA device.
+"""`make bench-gpu`: one MoE block of DeepSeek-V3's shape on a CUDA device, phase by phase.
 
-256 experts of 7168 x 2048 in random FP8 blocks, 131,072 tokens routed to 8 experts each. Experts come in waves, as many
-as the device's free memory holds. Per phase it prints seconds and the rate of its leading products, and what 58 such
-blocks would take. `--tiny` runs the same code with small shapes on the CPU; those figures say nothing about a GPU.
+256 experts of 7168 x 2048 in random FP8 blocks, 131,072 tokens routed to 8 experts each. A slice
+holds as many experts as the device's free memory allows. For each phase the benchmark prints
+seconds and the rate of its leading products, and extrapolates to 58 blocks. `--tiny` runs the same
+code with small shapes on the CPU; those figures say nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -20,28 +21,27 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from quantkit import registry
-from quantkit.build.expert_ops import ExpertSlice, RoutedStream, SliceStats, collect_stats
+from quantkit.build.expert_ops import ExpertSlice, SliceStats, collect_stats
 from quantkit.build.hidden_states import Routing
 from quantkit.build.quantize_linear import select_expert_stats
 from quantkit.build.spool import Spool
 from quantkit.checkpoint import fp8
 from quantkit.contracts import Experts, Linear, Scheme
-from quantkit.methods import awq, gptq
+from quantkit.methods import awq
 from quantkit.models import scaling
-from quantkit.numerics import awq_scales, coordinate_descent
-from quantkit.numerics import gptq as rounding
-from quantkit.plan.memory import BATCH_TOKENS, expert_bytes, solve_bytes
+from quantkit.numerics import awq_scales, cholesky, coordinate_descent, gptq
+from quantkit.plan.memory import BATCH_TOKENS, estimate_expert_bytes, estimate_solve_bytes
 
 BLOCKS = 58
 """MoE blocks of DeepSeek-V3."""
 FP8_BLOCK = 128
 SHARE = 0.8
-"""Of the device's free memory, what waves may fill."""
+"""Share of the device's free memory that slices may use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One MoE block and its calibration text."""
+    """Shape of one MoE block and of its calibration text."""
 
     experts: int
     top_k: int
@@ -56,7 +56,7 @@ class Shape:
 
     @property
     def block(self) -> Experts:
-        """The same in quantkit's words."""
+        """The experts as the layout describes them."""
         return Experts(
             module="x",
             router="r",
@@ -73,7 +73,7 @@ TINY = Shape(experts=5, top_k=2, hidden=256, intermediate=128, tokens=2000, grou
 
 @dataclass(kw_only=True)
 class Phases:
-    """Seconds and leading floating-point operations (or bytes) of each phase, summed over waves."""
+    """Seconds and leading operations (or bytes) of each phase, summed over slices."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Phases:
 
     @contextmanager
     def timed(self, name: str, work: float) -> Iterator[None]:
-        """Add the time of the body, with everything that it started on the device."""
+        """Add the time of the body, including the work that it starts on the device."""
         self.wait()
         began = time.monotonic()
         yield
@@ -94,19 +94,19 @@ class Phases:
             torch.cuda.synchronize()
 
 
-def wave_size(shape: Shape, device: torch.device) -> int:
-    """Experts at once: what the build's own memory plan counts for each, in what is free on the device."""
+def choose_slice_size(shape: Shape, device: torch.device) -> int:
+    """Return how many experts fit into the free device memory, by the build's memory plan."""
     if device.type != "cuda":
         return 2
     linear = Linear(
         name="x", out_features=shape.intermediate, in_features=shape.hidden, role="routed_expert"
     )
-    free = SHARE * torch.cuda.mem_get_info(device)[0] - solve_bytes([linear], True)
-    return max(1, min(shape.experts, int(free // expert_bytes(shape.block, True, True))))
+    free = SHARE * torch.cuda.mem_get_info(device)[0] - estimate_solve_bytes([linear], True)
+    return max(1, min(shape.experts, int(free // estimate_expert_bytes(shape.block, True, True))))
 
 
-def read(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """A weight [rows, columns] float32 as quantkit reads it from random FP8 blocks, on the CPU."""
+def read_weight(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Return a random FP8 weight as quantkit dequantizes it: [rows, columns] float32 on the CPU."""
     codes = torch.randint(
         0, 0x7F, (rows, columns), dtype=torch.uint8, generator=generator
     )  # 0x7F is NaN
@@ -115,32 +115,32 @@ def read(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     scales = 1e-4 * (
         1 + torch.rand(-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK), generator=generator)
     )
-    return fp8.dequantize(
+    return fp8.dequantize_fp8(
         lambda i, j: stored[i:j], scales, (FP8_BLOCK, FP8_BLOCK), 0, rows, columns
     ).float()
 
 
-def read_wave(shape: Shape, first: int, stop: int, device: torch.device) -> ExpertSlice:
-    """Experts first..stop with random weights, the same for any cut into waves."""
-    found: dict[str, list[Tensor]] = {"gate": [], "up": [], "down": []}
+def read_slice(shape: Shape, first: int, stop: int, device: torch.device) -> ExpertSlice:
+    """Return experts first..stop with random weights that depend only on the expert's number."""
+    stacks: dict[str, list[Tensor]] = {"gate": [], "up": [], "down": []}
     for e in range(first, stop):
         generator = torch.Generator().manual_seed(e)
-        for name, weights in found.items():
+        for name, weights in stacks.items():
             size = (
                 (shape.hidden, shape.intermediate)
                 if name == "down"
                 else (shape.intermediate, shape.hidden)
             )
-            weights.append(read(*size, generator).to(device))
-    gate, up, down = (torch.stack(weights) for weights in found.values())
+            weights.append(read_weight(*size, generator).to(device))
+    gate, up, down = (torch.stack(weights) for weights in stacks.values())
     return ExpertSlice(first=first, gate=gate, up=up, down=down)
 
 
-def routed(shape: Shape, folder: Path, device: torch.device) -> Routing:
-    """Random tokens on the disk, each sent to `top_k` random experts."""
+def make_routing(shape: Shape, folder: Path, device: torch.device) -> Routing:
+    """Write random tokens to disk and route each to `top_k` random experts."""
     generator = torch.Generator().manual_seed(0)
     seen = Spool.create(folder / "seen", shape.tokens, shape.hidden, "bfloat16")
-    channels = torch.exp(torch.randn(shape.hidden, generator=generator))  # some are loud
+    channels = torch.exp(torch.randn(shape.hidden, generator=generator))  # outlier channels
     for start in range(0, shape.tokens, BATCH_TOKENS):
         rows = min(BATCH_TOKENS, shape.tokens - start)
         seen.write(start, torch.randn(rows, shape.hidden, generator=generator) * channels)
@@ -150,14 +150,13 @@ def routed(shape: Shape, folder: Path, device: torch.device) -> Routing:
     return Routing(index=index, weight=weight, expert_inputs=seen)
 
 
-def run_wave(shape: Shape, wave: ExpertSlice, routing: Routing, phases: Phases) -> int:
-    """Calibrate, search, factorize, round and pack one wave; the bytes that were packed."""
+def run_slice(shape: Shape, wave: ExpertSlice, routing: Routing, phases: Phases) -> int:
+    """Calibrate, search, factorize, round and pack one slice; return the packed bytes."""
     hidden, width, n = shape.hidden, shape.intermediate, len(wave)
-    pairs = shape.tokens * shape.top_k * n / shape.experts  # tokens that this wave's experts see
+    pairs = shape.tokens * shape.top_k * n / shape.experts  # tokens routed to this slice
     with phases.timed("calibrate", pairs * (2 * hidden**2 + 2 * width**2 + 4 * hidden * width)):
-        stream = RoutedStream(routing=routing, device=phases.device)
-        (stats,) = collect_stats([wave], stream, silu, frozenset())
-    judged = min(awq_scales.JUDGES, width)
+        stats = collect_stats(wave, routing, silu, frozenset())
+    judged = min(awq_scales.SAMPLED_ROWS, width)
     with phases.timed("search", 20 * 2 * n * judged * 2 * hidden**2):
         tried = awq.METHOD.rescale
         assert tried is not None  # AWQ searches scales
@@ -165,19 +164,19 @@ def run_wave(shape: Shape, wave: ExpertSlice, routing: Routing, phases: Phases) 
             stats.into.mean_abs.mean(0)
         )  # [experts, hidden] -> [candidates, hidden]
         for weights in (wave.gate, wave.up):
-            scaling.errors(tried, weights, stats.into.gram, scales, shape.scheme)
+            scaling.compute_scale_errors(tried, weights, stats.into.gram, scales, shape.scheme)
     with phases.timed(
         "factorize", n * (2 * hidden**3 + width**3) / 3
     ):  # gate and up each factorize their gram
         for e in range(n):
             for matrix in (stats.into, stats.into, stats.inner):
-                rounding.feedback(matrix.gram[e])
-    return solve_wave(shape, wave, stats, phases)
+                cholesky.factorize_gram(matrix.gram[e])
+    return round_slice(shape, wave, stats, phases)
 
 
-def solve_wave(shape: Shape, wave: ExpertSlice, stats: SliceStats, phases: Phases) -> int:
-    """Round (which factorizes again) and pack every matrix of a wave; the bytes that were packed."""
-    output, packed = registry.format("awq"), 0
+def round_slice(shape: Shape, wave: ExpertSlice, stats: SliceStats, phases: Phases) -> int:
+    """Round (which factorizes again) and pack every matrix of a slice; return the packed bytes."""
+    output, packed = registry.get_format("awq"), 0
     for e in range(len(wave)):
         for weights, inputs in (
             (wave.gate, stats.into),
@@ -185,34 +184,36 @@ def solve_wave(shape: Shape, wave: ExpertSlice, stats: SliceStats, phases: Phase
             (wave.down, stats.inner),
         ):
             out, width = weights.shape[-2:]
-            # the feedback, the sweeps behind it and two errors of rows, each with the whole gram; and the factor
+            # rounding, two products per sweep, two row errors with the whole gram, and the factor
             with phases.timed(
                 "round", (1 + 2 * coordinate_descent.SWEEPS + 4) * out * width**2 + width**3 / 3
             ):
-                found = gptq.round_weight(weights[e], select_expert_stats(inputs, e), shape.scheme)
+                rounded = gptq.quantize_gptq(
+                    weights[e], select_expert_stats(inputs, e), shape.scheme
+                )
             with phases.timed("pack", 0):
-                tensors = output.pack(found.quantized, shape.scheme)
+                tensors = output.pack(rounded.quantized, shape.scheme)
                 packed += sum(tensor.cpu().nbytes for tensor in tensors.values())
     return packed
 
 
-def measure(shape: Shape, device: torch.device, experts: int) -> Phases:
-    """Run `experts` experts of the block in waves; the phases."""
-    phases, size, packed = Phases(device=device), wave_size(shape, device), 0
+def measure_block(shape: Shape, device: torch.device, experts: int) -> Phases:
+    """Run `experts` experts of the block, slice by slice."""
+    phases, size, packed = Phases(device=device), choose_slice_size(shape, device), 0
     with tempfile.TemporaryDirectory() as place:
-        routing = routed(shape, Path(place), device)
+        routing = make_routing(shape, Path(place), device)
         for first in range(0, experts, size):
             stop = min(first + size, experts)
             with phases.timed("read", 0):
-                wave = read_wave(shape, first, stop, device)
-            packed += run_wave(shape, wave, routing, phases)
+                wave = read_slice(shape, first, stop, device)
+            packed += run_slice(shape, wave, routing, phases)
     weights = experts * 3 * shape.hidden * shape.intermediate
     phases.work["read"], phases.work["pack"] = weights, packed  # bytes: FP8 in, INT4 out
     return phases
 
 
-def show(shape: Shape, phases: Phases, experts: int) -> None:
-    """Print a line per phase and the sum."""
+def print_phases(shape: Shape, phases: Phases, experts: int) -> None:
+    """Print one line per phase and the sum."""
     scale, total = shape.experts / experts, 0.0
     size = f"{shape.hidden} x {shape.intermediate}"
     print(f"{experts} of {shape.experts} experts {size}, {shape.tokens} tokens, {phases.device}")
@@ -220,30 +221,35 @@ def show(shape: Shape, phases: Phases, experts: int) -> None:
         unit = "GB/s" if name in {"read", "pack"} else "Gflop/s"
         total += 0 if name == "factorize" else seconds * scale
         print(
-            f"{name:10s} {seconds * scale:10.3f} s a block  {phases.work[name] / seconds / 1e9:12.2f} {unit}"
+            f"{name:10s} {seconds * scale:10.3f} s a block  "
+            f"{phases.work[name] / seconds / 1e9:12.2f} {unit}"
         )
     print(
-        f"a block {total:.2f} s (round factorizes by itself); {BLOCKS} blocks {BLOCKS * total / 3600:.3f} h"
+        f"a block {total:.2f} s (round factorizes by itself); {BLOCKS} blocks "
+        f"{BLOCKS * total / 3600:.3f} h"
     )
 
 
 def main() -> None:
-    """Measure and print; without a CUDA device say that nothing was measured."""
+    """Measure and print; without a CUDA device, print that nothing was measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="small shapes on the CPU")
-    parser.add_argument("--experts", type=int, help="measure only so many and extrapolate to all")
-    chosen = parser.parse_args()
-    if not chosen.tiny and not torch.cuda.is_available():
+    parser.add_argument(
+        "--experts", type=int, help="number of experts to measure; the rest is extrapolated"
+    )
+    options = parser.parse_args()
+    if not options.tiny and not torch.cuda.is_available():
         print(
-            "no CUDA device: this benchmark has not run, and nothing was measured (--tiny runs its code on the CPU)"
+            "no CUDA device: this benchmark has not run, and nothing was measured (--tiny runs "
+            "its code on the CPU)"
         )
         return
-    shape = TINY if chosen.tiny else FULL
-    device = torch.device("cpu" if chosen.tiny else "cuda")
-    experts = min(chosen.experts or shape.experts, shape.experts)
+    shape = TINY if options.tiny else FULL
+    device = torch.device("cpu" if options.tiny else "cuda")
+    experts = min(options.experts or shape.experts, shape.experts)
     if device.type == "cuda":
         print(torch.cuda.get_device_name(device), "torch", torch.__version__)
-    show(shape, measure(shape, device, experts), experts)
+    print_phases(shape, measure_block(shape, device, experts), experts)
 
 
 if __name__ == "__main__":

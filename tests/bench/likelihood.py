@@ -1,12 +1,14 @@
-"""How well the likelihood of gold solutions tells what generated answers lose: several artifacts of one model.
+"""`make bench-likelihood`: correlation of gold-solution likelihood with generated scores.
 
-    PYTHONPATH=tests .venv/bin/python -m bench.likelihood                      # tiny-v3: methods and widths, minutes on two cores
-    PYTHONPATH=tests .venv/bin/python -m bench.likelihood --smollm2 FOLDER     # SmolLM2-135M-Instruct on tasks that it can do, an hour
-    PYTHONPATH=tests .venv/bin/python -m bench.likelihood --recipe FILE --task gsm8k --task humaneval --limit 64 --set KEY=VALUE
+    export PYTHONPATH=tests
+    python -m bench.likelihood                    # tiny-v3: methods and bit widths, minutes
+    python -m bench.likelihood --smollm2 FOLDER   # SmolLM2-135M-Instruct, an hour
+    python -m bench.likelihood --recipe FILE --task gsm8k --task humaneval --limit 64
 
-Each artifact stores dequantized weights, so that every width is measured in the same way. For each task it prints the
-mean log-likelihood per token of the gold solutions, the generated score, the KL, and over the artifacts Spearman's and
-Pearson's correlation of the likelihood's and of the KL's change with the score's.
+Each artifact stores dequantized weights, so all bit widths are measured in the same way. For each
+task the benchmark prints the mean log-likelihood per token of the gold solutions, the generated
+score, the KL, and, over the artifacts, Spearman's and Pearson's correlation of the changes in
+likelihood and in KL with the change in score.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.io import package_data
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 
 METHODS = {
     "rtn": ("rtn", "nearest"),
@@ -38,14 +40,14 @@ SMOLLM2 = {
     "calibration.sequences": "32",
     "fidelity.windows": "16",
     "memory": "6GB",
-}  # an artifact in five minutes
+}  # five minutes per artifact
 
 
 def ignore(_: Progress | list[Plan]) -> None:
-    """Nobody listens."""
+    """Ignore plans and progress."""
 
 
-def artifact(
+def build_artifact(
     text: str,
     place: Path,
     method: str,
@@ -53,24 +55,30 @@ def artifact(
     tasks: Sequence[str],
     options: argparse.Namespace,
 ) -> Fidelity:
-    """Build one artifact of all linears and run its benchmarks."""
+    """Quantize all linears, run the benchmarks, and return the report."""
     name, rounding = METHODS[method]
     keys = {
-        "quantize.method": name, "quantize.rounding": rounding, "quantize.bits": str(bits), "format": "dense",
-        "rules": "all-linear", "gates": "{}", "evaluation.tasks": json.dumps([*tasks]),
-        "output.path": str(place / f"{method}-{bits}"), **dict(pair.split("=", 1) for pair in options.set),
-    }  # fmt: skip
+        "quantize.method": name,
+        "quantize.rounding": rounding,
+        "quantize.bits": str(bits),
+        "format": "dense",
+        "rules": "all-linear",
+        "gates": "{}",
+        "evaluation.tasks": json.dumps([*tasks]),
+        "output.path": str(place / f"{method}-{bits}"),
+        **dict(pair.split("=", 1) for pair in options.set),
+    }
     if options.limit:
         keys["evaluation.limit"] = str(options.limit)
-    recipe = parse(text, options.recipe.name, keys)
+    recipe = parse_recipe(text, options.recipe.name, keys)
     (outcome,) = pipeline.build_artifacts(
-        recipe, text, overwrite=True, evaluate=True, on_plan=ignore, on_progress=ignore
+        recipe, text, overwrite=True, evaluate=True, planned=ignore, tell=ignore
     )
     return outcome.fidelity
 
 
-def short(report: Fidelity) -> str:
-    """The scores of one artifact, as soon as it has them."""
+def format_scores(report: Fidelity) -> str:
+    """Format the KL and the scores of one artifact."""
     pooled = report.distribution[0].kl_mean
     scores = [
         f"{row.task} {100 * (row.artifact or 0):.1f} % of {100 * (row.source or 0):.1f} %"
@@ -79,15 +87,15 @@ def short(report: Fidelity) -> str:
     return ", ".join([f"KL {pooled.value:.5f}" if pooled and pooled.value else "no KL", *scores])
 
 
-def told(found: dict[str, Fidelity], task: str) -> str:
-    """A Markdown table of one task, and what correlates with its score."""
+def format_task(reports: dict[str, Fidelity], task: str) -> str:
+    """Format one task as a Markdown table, followed by the correlations with its score."""
     lines = [
         f"\n{task}\n",
         "| artifact | KL | gold, nats/token | change | score | change, pp |",
         "|---|---|---|---|---|---|",
     ]
     likely, kl, scores = list[float](), list[float](), list[float]()
-    for name, report in found.items():
+    for name, report in reports.items():
         gold = next(row for row in report.likelihood if row.task == task)
         row = next(row for row in report.benchmarks if row.task == task)
         pooled = report.distribution[0].kl_mean
@@ -98,7 +106,8 @@ def told(found: dict[str, Fidelity], task: str) -> str:
         scores.append(row.delta_pp.value or 0.0)
         kl.append(pooled.value or 0.0)
         lines.append(
-            f"| {name} | {kl[-1]:.5f} | {gold.artifact:.5f} | {likely[-1]:+.5f} | {100 * (row.artifact or 0):.1f} % "
+            f"| {name} | {kl[-1]:.5f} | {gold.artifact:.5f} | {likely[-1]:+.5f} | "
+            f"{100 * (row.artifact or 0):.1f} % "
             f"| {scores[-1]:+.1f} |"
         )
     lines.append("")
@@ -115,10 +124,10 @@ def told(found: dict[str, Fidelity], task: str) -> str:
 
 
 def main() -> None:
-    """Build, measure, print."""
+    """Build every artifact, measure it, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--recipe", type=Path, default=package_data.folder("recipes") / "tiny-v3-awq4.yaml"
+        "--recipe", type=Path, default=package_data.locate_folder("recipes") / "tiny-v3-awq4.yaml"
     )
     parser.add_argument("--task", action="append", default=[])
     parser.add_argument("--method", action="append", choices=METHODS, default=[])
@@ -126,15 +135,15 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument(
-        "--smollm2", type=Path, metavar="FOLDER", help="as make real-model leaves it"
+        "--smollm2", type=Path, metavar="FOLDER", help="the model that `make real-model` writes"
     )
     options = parser.parse_args()
     if options.smollm2:
-        options.recipe = package_data.folder("recipes") / "smollm2-135m-awq4.yaml"
+        options.recipe = package_data.locate_folder("recipes") / "smollm2-135m-awq4.yaml"
         changes = {"source.model": str(options.smollm2.resolve()), **SMOLLM2}
         options.set = [*(f"{key}={value}" for key, value in changes.items()), *options.set]
     text = options.recipe.read_text(encoding="utf-8")
-    found = dict[str, Fidelity]()
+    reports = dict[str, Fidelity]()
     with tempfile.TemporaryDirectory(prefix="bench-likelihood-") as folder:
         place = Path(folder)
         tasks = options.task or (
@@ -143,10 +152,10 @@ def main() -> None:
         for bits in options.bits or BITS:
             for method in options.method or METHODS:
                 name = f"{method} {bits} bits"
-                found[name] = artifact(text, place, method, bits, tasks, options)
-                print(f"{name}: {short(found[name])}", flush=True)
+                reports[name] = build_artifact(text, place, method, bits, tasks, options)
+                print(f"{name}: {format_scores(reports[name])}", flush=True)
     for task in tasks:
-        print(told(found, Path(task).stem))
+        print(format_task(reports, Path(task).stem))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""`make bench-memory`: peak memory does not grow with the number of blocks and stays under the recipe's `memory:`.
+"""`make bench-memory`: peak memory with 8 and with 32 MoE blocks, against the recipe's `memory:`.
 
-Two synthetic FP8 checkpoints of one shape, with 8 and with 32 MoE blocks, are quantized in processes of their own.
-Exit 1 when the peaks differ by 5 % or more, or a peak is above the budget.
+Quantizes two synthetic FP8 checkpoints of one shape, each in a process of its own. Exits with 1 if
+the peaks differ by 5 % or more, or if a peak exceeds the budget.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 
 SHAPE = {
     "hidden_size": 512,
@@ -27,17 +27,19 @@ BUDGET = "1050MB"
 BUDGET_BYTES = 1_050_000_000
 
 
-def peak(place: Path, blocks: int) -> tuple[int, int, int]:
-    """(bytes of the checkpoint, experts per wave, peak resident bytes) of a build with so many MoE blocks."""
+def measure_peak(place: Path, blocks: int) -> tuple[int, int, int]:
+    """Return the checkpoint's bytes, experts per wave and peak resident bytes of one build."""
     source = write_checkpoint(
         place / f"source{blocks}",
-        tiny_config("deepseek_v3", **SHAPE, num_hidden_layers=blocks + 1),
+        make_tiny_config("deepseek_v3", **SHAPE, num_hidden_layers=blocks + 1),
         fp8=True,
     )
     recipe = place / f"{blocks}.yaml"
     calibration = "{set: tiny-v3, sequences: 100, length: 128}"
     recipe.write_text(
-        recipe_text(source, place / f"artifact{blocks}", memory=BUDGET, calibration=calibration)
+        make_recipe_text(
+            source, place / f"artifact{blocks}", memory=BUDGET, calibration=calibration
+        )
     )
     quantkit = [sys.executable, "-m", "quantkit"]
     planned = subprocess.run(
@@ -54,18 +56,20 @@ def peak(place: Path, blocks: int) -> tuple[int, int, int]:
 
 
 def main() -> None:
-    """Build both, print both peaks."""
+    """Build both and print both peaks."""
     peaks = []
     for blocks in (8, 32):
         with tempfile.TemporaryDirectory() as place:
-            size, wave, resident = peak(Path(place), blocks)
+            size, wave, resident = measure_peak(Path(place), blocks)
         peaks.append(resident)
         print(
-            f"{blocks:2d} MoE blocks: source {size / 1e6:.0f} MB, {wave} experts per wave, peak {resident / 1e6:.0f} MB"
+            f"{blocks:2d} MoE blocks: source {size / 1e6:.0f} MB, {wave} experts per wave, peak "
+            f"{resident / 1e6:.0f} MB"
         )
     difference = abs(peaks[1] - peaks[0]) / peaks[0]
     print(
-        f"difference {100 * difference:.1f} % (goal < 5 %); budget {BUDGET}, largest peak {max(peaks) / 1e6:.0f} MB"
+        f"difference {100 * difference:.1f} % (goal < 5 %); budget {BUDGET}, largest peak "
+        f"{max(peaks) / 1e6:.0f} MB"
     )
     raise SystemExit(1 if difference >= 0.05 or max(peaks) > BUDGET_BYTES else 0)
 

@@ -1,8 +1,8 @@
-"""How long `quantkit verify` takes against `sha256sum`: an artifact of about 1 GB, of codes and of plain BF16 weights.
+"""`make bench-verify`: time of `quantkit verify` relative to `sha256sum`, on codes and on BF16.
 
-All read from the page cache, in turn, and the fastest of some rounds counts, so that the disk says nothing. Verify
-hashes the same bytes, looks at every number in the same reading, and starts Python. `openssl sha256` uses the CPU's
-instructions for SHA-256, as Python does; `sha256sum` of many systems does not.
+All commands read from the page cache, alternating, and the fastest round counts, so the disk has no
+influence. verify hashes the same bytes, checks every number in the same pass, and starts Python.
+`openssl sha256` uses the CPU's SHA-256 instructions, as Python does; many `sha256sum` do not.
 
     PYTHONPATH=tests .venv/bin/python -m bench.verify [--bytes 1GB] [--rounds 3] [--folder DIR]
 """
@@ -27,7 +27,7 @@ from quantkit import registry
 from quantkit.artifact.layout import MANIFEST
 from quantkit.checkpoint.header import build_header, parse_header
 from quantkit.contracts import Config, Contents, Scheme, TensorSpec
-from quantkit.plan.match_checkpoint import expected
+from quantkit.plan.match_checkpoint import list_expected_tensors
 
 SCHEME = Scheme(bits=4, group_size=128, symmetric=False, scale_dtype="bfloat16")
 PIECE = 16 << 20
@@ -35,16 +35,16 @@ HASHERS = {"sha256sum": ["sha256sum"], "openssl sha256": ["openssl", "dgst", "-s
 
 VERIFY = """
 import sys
-from quantkit.cli import main
+from quantkit.cli.main import main
 main(["verify", sys.argv[1]], standalone_mode=False)
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
-"""The command, and the most memory that it held, in kB."""
+"""Run the command and print its peak resident memory in kB."""
 
 
-def config(layers: int) -> dict[str, object]:
-    """A Llama with matrices of 4096 x 14336."""
-    tiny = dict(registry.architecture("llama").tiny)
+def make_config(layers: int) -> dict[str, object]:
+    """Return the config of a Llama with matrices of 4096 x 14336."""
+    tiny = dict(registry.get_architecture("llama").tiny)
     return tiny | {
         "num_hidden_layers": layers,
         "hidden_size": 4096,
@@ -56,18 +56,18 @@ def config(layers: int) -> dict[str, object]:
     }
 
 
-def write(folder: Path, format_name: str, n_bytes: int) -> None:
-    """A sealed artifact of random codes, or of random weights, of at least so many bytes."""
-    output, layers = registry.format(format_name), 0
+def write_artifact(folder: Path, format_name: str, n_bytes: int) -> None:
+    """Write a sealed artifact of random codes or weights with at least n_bytes."""
+    output, layers = registry.get_format(format_name), 0
     specs: list[TensorSpec] = []
     while sum(spec.n_bytes for spec in specs) < n_bytes:
         layers += 1
-        values = config(layers)
-        layout = registry.architecture("llama").layout(Config(values=values))
+        values = make_config(layers)
+        layout = registry.get_architecture("llama").layout(Config(values=values))
         codes = [x for x in layout.linears if x.role in {"attention", "mlp"}]
         quantized = {f"{x.name}.weight" for x in codes}
-        claimed = expected(layout, Config(values=values)).values()
-        specs = [spec for spec in claimed if spec.name not in quantized]
+        expected = list_expected_tensors(layout, Config(values=values)).values()
+        specs = [spec for spec in expected if spec.name not in quantized]
         specs += [spec for linear in codes for spec in output.layout(linear, SCHEME)]
     names = {x.name for x in codes}
     kept = [x.name for x in layout.linears if x.name not in names]
@@ -76,7 +76,7 @@ def write(folder: Path, format_name: str, n_bytes: int) -> None:
     (folder / "config.json").write_text(
         json.dumps(values | ({"quantization_config": entry} if entry else {}))
     )
-    shard(folder / "model.safetensors", specs)
+    write_shard(folder / "model.safetensors", specs)
     manifest = {
         "schema_version": 1,
         "status": "not judged",
@@ -89,8 +89,8 @@ def write(folder: Path, format_name: str, n_bytes: int) -> None:
     rehash(folder)
 
 
-def shard(path: Path, specs: list[TensorSpec]) -> None:
-    """One file of random tensors."""
+def write_shard(path: Path, specs: list[TensorSpec]) -> None:
+    """Write a safetensors file of random tensors."""
     text = build_header(specs)
     header, random = (
         parse_header(text[8:], path.name, sum(spec.n_bytes for spec in specs)),
@@ -99,58 +99,59 @@ def shard(path: Path, specs: list[TensorSpec]) -> None:
     with path.open("wb") as file:
         file.write(text)
         for name in sorted(header.offsets, key=lambda name: header.offsets[name]):
-            for piece in numbers(header.specs[name], random):
+            for piece in iterate_numbers(header.specs[name], random):
                 file.write(piece)
 
 
-def numbers(spec: TensorSpec, random: np.random.Generator) -> Iterator[bytes]:
-    """Random words; of floating tensors positive numbers below 2."""
+def iterate_numbers(spec: TensorSpec, random: np.random.Generator) -> Iterator[bytes]:
+    """Yield random words; for floating-point tensors, positive numbers below 2."""
     for first in range(0, spec.n_bytes, PIECE):
         words = random.integers(0, 1 << 16, min(PIECE, spec.n_bytes - first) // 2, dtype=np.uint16)
         yield ((words & 0x3FFF | 0x0100) if spec.dtype == "BF16" else words).tobytes()
 
 
-def seconds(command: list[str]) -> tuple[float, str]:
-    """Wall time of a command, and the last line it printed."""
-    begun = time.perf_counter()
+def time_command(command: list[str]) -> tuple[float, str]:
+    """Return the wall time of a command and the last line that it printed."""
+    start = time.perf_counter()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return time.perf_counter() - begun, done.stdout.splitlines()[-1]
+    return time.perf_counter() - start, done.stdout.splitlines()[-1]
 
 
-def asked(description: str | None) -> argparse.Namespace:
-    """What the command line asks for."""
+def parse_options(description: str | None) -> argparse.Namespace:
+    """Parse the options that the file benchmarks share."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bytes", type=float, default=1e9)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder without")
+    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Write, measure, print."""
-    chosen = asked(__doc__)
-    place = Path(tempfile.mkdtemp(prefix="bench-verify-", dir=chosen.folder))
+    """Write the artifacts, time the commands, and print the ratios."""
+    options = parse_options(__doc__)
+    place = Path(tempfile.mkdtemp(prefix="bench-verify-", dir=options.folder))
     try:
-        for format_name, what in (("awq", "4-bit codes (awq)"), ("dense", "BF16 weights (dense)")):
+        for format_name, label in (("awq", "4-bit codes (awq)"), ("dense", "BF16 weights (dense)")):
             folder = place / format_name
-            write(folder, format_name, int(chosen.bytes))
+            write_artifact(folder, format_name, int(options.bytes))
             file = folder / "model.safetensors"
             verify = [sys.executable, "-c", VERIFY, str(folder)]
             others = {
                 name: command for name, command in HASHERS.items() if shutil.which(command[0])
             }
             rounds = [
-                {name: seconds([*command, str(file)]) for name, command in others.items()}
-                | {"verify": seconds(verify)}
-                for _ in range(chosen.rounds)
+                {name: time_command([*command, str(file)]) for name, command in others.items()}
+                | {"verify": time_command(verify)}
+                for _ in range(options.rounds)
             ]
-            best = {name: min(found[name][0] for found in rounds) for name in rounds[0]}
-            peak = max(int(found["verify"][1]) for found in rounds) / 1e3
+            best = {name: min(times[name][0] for times in rounds) for name in rounds[0]}
+            peak = max(int(times["verify"][1]) for times in rounds) / 1e3
             size = file.stat().st_size / 1e9
             print(
-                f"{what}, {size:.2f} GB: verify {best['verify']:.2f} s, at most {peak:.0f} MB of memory"
+                f"{label}, {size:.2f} GB: verify {best['verify']:.2f} s, at most {peak:.0f} MB of "
+                "memory"
             )
             for name in others:
                 print(f"    {name} {best[name]:.2f} s: ratio {best['verify'] / best[name]:.2f}")

@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
-from support.checkpoints import planned, tiny_config, write_checkpoint
+from support.checkpoints import make_plan, make_tiny_config, write_checkpoint
 
 from quantkit.build.block_plan import BlockPlan, ExpertRange, plan_blocks
 from quantkit.plan.memory import slice_size
@@ -19,12 +19,12 @@ GPTQ = "{method: gptq, bits: 4, group_size: 64}"
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random DeepSeek-V3 in FP8: one dense block, one with 8 experts, one MTP block."""
     folder = tmp_path_factory.mktemp("v3") / "source"
-    return write_checkpoint(folder, tiny_config("deepseek_v3"), fp8=True)
+    return write_checkpoint(folder, make_tiny_config("deepseek_v3"), fp8=True)
 
 
 def plan(source: Path, wave_experts: int = 8, **keys: str) -> tuple[BlockPlan, ...]:
     """Plan the blocks of a recipe with memory for so many experts."""
-    whole = planned(source, **keys)
+    whole = make_plan(source, **keys)
     memory = replace(whole.memory, wave_experts=wave_experts)
     return plan_blocks([replace(whole, memory=memory)])
 

@@ -9,20 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.builds import build
-from support.checkpoints import tiny_config, write_checkpoint
+from support.checkpoints import make_tiny_config, write_checkpoint
 
 from quantkit.build import dense
 from quantkit.build.context import BlockContext
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random DeepSeek-V3 in FP8: one dense block, one with 8 experts, one MTP block."""
     return write_checkpoint(
-        tmp_path_factory.mktemp("v3") / "source", tiny_config("deepseek_v3"), fp8=True
+        tmp_path_factory.mktemp("v3") / "source", make_tiny_config("deepseek_v3"), fp8=True
     )
 
 
@@ -58,7 +58,7 @@ def test_an_expert_with_too_few_tokens_takes_a_named_fallback(
 
 def test_too_few_tokens_choose_nothing(tmp_path: Path) -> None:
     """Neither codes nor the scale of a down projection; the record says what ran, and how many tokens there were."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config("qwen3_moe"))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("qwen3_moe"))
     text = calibration(sequences=1, length=8, min_expert_tokens=9, under_calibrated="rtn")
     build(
         folder,
@@ -128,7 +128,7 @@ def test_mtp_is_kept_quantized_or_dropped(source: Path, tmp_path: Path) -> None:
     }
     assert layers == {"keep": 1, "drop": 0}
     for way in ("keep", "quantize", "drop"):
-        verify(tmp_path / way)
+        verify_artifact(tmp_path / way)
 
 
 def test_what_is_kept_is_the_source_bit_for_bit(source: Path, tmp_path: Path) -> None:
@@ -178,12 +178,12 @@ def test_a_fold_is_checked_where_there_can_be_one(
     monkeypatch.setattr(dense, "check_scaling", check)
     outcome = build(source, tmp_path / "a", rules="all-linear", quantize=quantize)
     assert len(seen) == checked
-    verify(outcome.path)
+    verify_artifact(outcome.path)
 
 
 def test_dead_channels_and_zero_groups_have_a_defined_outcome(tmp_path: Path) -> None:
     """A zero in a norm, a group of zero weights, an expert nobody is sent to: still a sound artifact."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config("deepseek_v3"))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("deepseek_v3"))
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.post_attention_layernorm.weight"][:4] = 0
     tensors["model.layers.1.mlp.experts.2.up_proj.weight"][:, :64] = 0
@@ -205,7 +205,7 @@ def test_dead_channels_and_zero_groups_have_a_defined_outcome(tmp_path: Path) ->
 
 def test_a_weight_that_is_not_finite_stops_the_build(tmp_path: Path) -> None:
     """One sentence with the tensor's name, and nothing under the final name."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config("llama"))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama"))
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
     save_file(tensors, folder / "model.safetensors")
@@ -216,7 +216,7 @@ def test_a_weight_that_is_not_finite_stops_the_build(tmp_path: Path) -> None:
 
 def test_a_kept_weight_is_stored_as_its_rule_says(tmp_path: Path) -> None:
     """keep: bf16 halves a float32 source's weights, keep: source leaves them; scales follow the source's dtype."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config("llama", torch_dtype="float32"))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama", torch_dtype="float32"))
     rules = '[{match: "*.q_proj", keep: bf16}, {match: "*.k_proj", keep: bf16}, {match: "*.v_proj", keep: bf16}, '
     rules += '{match: "*.self_attn.*", keep: source}, {match: "*.mlp.*", quantize: default}, {match: "*", keep: source}]'
     build(folder, tmp_path / "a", rules=rules)
@@ -224,7 +224,7 @@ def test_a_kept_weight_is_stored_as_its_rule_says(tmp_path: Path) -> None:
     assert specs["model.layers.0.self_attn.q_proj.weight"].dtype == "BF16"
     assert specs["model.layers.0.self_attn.o_proj.weight"].dtype == "F32"
     assert specs["model.layers.0.mlp.up_proj.scales"].dtype == "BF16"
-    half = write_checkpoint(tmp_path / "half", tiny_config("llama", torch_dtype="float16"))
+    half = write_checkpoint(tmp_path / "half", make_tiny_config("llama", torch_dtype="float16"))
     build(half, tmp_path / "b", rules="all-linear")
     assert Checkpoint.open(tmp_path / "b").specs["model.layers.0.mlp.up_proj.scales"].dtype == "F16"
-    verify(tmp_path / "b")
+    verify_artifact(tmp_path / "b")

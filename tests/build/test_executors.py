@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.builds import build
-from support.checkpoints import tiny_config, write_checkpoint
+from support.checkpoints import make_tiny_config, write_checkpoint
 
 from quantkit.build import loop, moe
 from quantkit.build.executors.serial import SerialExecutor
@@ -28,7 +28,9 @@ GPTQ = "{method: gptq, bits: 4, group_size: 64}"
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3-MoE in BF16: two blocks with 8 experts each."""
-    return write_checkpoint(tmp_path_factory.mktemp("moe") / "source", tiny_config("qwen3_moe"))
+    return write_checkpoint(
+        tmp_path_factory.mktemp("moe") / "source", make_tiny_config("qwen3_moe")
+    )
 
 
 def limit_waves(patch: pytest.MonkeyPatch, size: int) -> None:

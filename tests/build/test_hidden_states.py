@@ -15,7 +15,7 @@ from quantkit.build import spool as spool_module
 from quantkit.build.spool import Spool
 from quantkit.checkpoint.prefetch import ReadAhead
 from quantkit.errors import CheckpointError, QuantkitError
-from quantkit.io.host import memory_available, peak_resident_bytes
+from quantkit.io.host import get_available_memory, get_peak_memory
 
 # ------------------------------------------------------------------------------------------------- reading ahead
 
@@ -190,7 +190,5 @@ def test_a_large_spool_needs_little_memory(tmp_path: Path) -> None:
 
 
 def test_the_machine_knows_its_memory() -> None:
-    assert 0 < memory_available() < 2**50
-    assert (
-        0 < resident_bytes() <= peak_resident_bytes() + 2**24
-    )  # the kernel updates the peak lazily
+    assert 0 < get_available_memory() < 2**50
+    assert 0 < resident_bytes() <= get_peak_memory() + 2**24  # the kernel updates the peak lazily

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 from build.test_resume import SMALL, SYMMETRIC, differing, files
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 from support.mortal import Order, Server, server
 
 from quantkit.errors import UsageError
-from quantkit.io.lock import held
+from quantkit.io.lock import hold_lock
 
 BUILD = ("build", "r.yaml", "--skip-evaluation")
 
@@ -33,7 +33,7 @@ def mortals() -> Iterator[Server]:
 def recipe(place: Path, source: Path, **keys: str) -> Path:
     """A folder with a recipe."""
     place.mkdir(parents=True)
-    (place / "r.yaml").write_text(recipe_text(source, Path("x"), **{**SMALL, **keys}))
+    (place / "r.yaml").write_text(make_recipe_text(source, Path("x"), **{**SMALL, **keys}))
     return place
 
 
@@ -54,7 +54,9 @@ def left(place: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3-MoE in BF16."""
-    return write_checkpoint(tmp_path_factory.mktemp("moe") / "source", tiny_config("qwen3_moe"))
+    return write_checkpoint(
+        tmp_path_factory.mktemp("moe") / "source", make_tiny_config("qwen3_moe")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,7 @@ def test_a_full_disk_is_one_sentence_and_no_loss(
 # ---------------------------------------------------------------------------------------------------------- the lock
 
 
-HOLDER = "import sys, time; from pathlib import Path; from quantkit.io.lock import held\n"
+HOLDER = "import sys, time; from pathlib import Path; from quantkit.io.lock import hold_lock\n"
 HOLDER += "with held(Path('x.building.lock')): print('held', flush=True); time.sleep(60)"
 
 
@@ -125,9 +127,9 @@ def test_a_second_build_is_refused_and_a_dead_one_is_not_in_the_way(
         holder.kill()
     lock = place / "x.building.lock"
     assert json.loads(lock.read_text())["pid"] == holder.pid
-    with held(lock):
+    with hold_lock(lock):
         assert json.loads(lock.read_text())["pid"] != holder.pid
-        with pytest.raises(UsageError, match="expected to be the only build here"), held(lock):
+        with pytest.raises(UsageError, match="expected to be the only build here"), hold_lock(lock):
             pass
     assert not lock.exists()
 
@@ -146,18 +148,18 @@ def test_where_files_cannot_be_locked_the_named_holder_counts(
         raise OSError(errno.ENOLCK, "no locks available")
 
     path = tmp_path / "x.building.lock"
-    with held(path):
+    with hold_lock(path):
         owner = json.loads(path.read_text())
     path.write_text(json.dumps(owner | change))
     monkeypatch.setattr(fcntl, "flock", refuse)
     if free:
-        with held(path):
+        with hold_lock(path):
             assert json.loads(path.read_text())["pid"] == owner["pid"]
         assert not path.exists()
     else:
         with (
             pytest.raises(UsageError, match=r"x\.building: expected to be the only build here"),
-            held(path),
+            hold_lock(path),
         ):
             pass
         assert path.exists()
@@ -199,7 +201,7 @@ def test_killed_at_random(
     """Builds that are killed, or lose power and all that was not synced, until they are through: nothing differs."""
     family, fp8, wave, keys = MATRIX[name]
     source, chance = (
-        write_checkpoint(tmp_path / "source", tiny_config(family), fp8=fp8),
+        write_checkpoint(tmp_path / "source", make_tiny_config(family), fp8=fp8),
         random.Random(name),
     )
     whole = finished(mortals, recipe(tmp_path / "whole", source, **keys))
@@ -229,7 +231,7 @@ def test_the_power_goes_at_every_call(
 ) -> None:
     """A build per call that writes: there all that was not synced is lost, and in the end none differs."""
     source, keys = (
-        write_checkpoint(tmp_path / "source", tiny_config(family, num_hidden_layers=1)),
+        write_checkpoint(tmp_path / "source", make_tiny_config(family, num_hidden_layers=1)),
         FEW,
     )
     whole, calls = finished(mortals, recipe(tmp_path / "whole", source, **keys)), 0
@@ -256,7 +258,7 @@ def test_the_disk_fails_at_every_call(
 ) -> None:
     """An error of the disk is one sentence, whichever call it hits, and the build goes on afterwards."""
     source, calls = (
-        write_checkpoint(tmp_path / "source", tiny_config("qwen3_moe", num_hidden_layers=1)),
+        write_checkpoint(tmp_path / "source", make_tiny_config("qwen3_moe", num_hidden_layers=1)),
         0,
     )
     whole = finished(mortals, recipe(tmp_path / "whole", source, **FEW))

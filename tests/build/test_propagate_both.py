@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.builds import build
-from support.checkpoints import tiny_config, write_checkpoint
+from support.checkpoints import make_tiny_config, write_checkpoint
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -17,8 +17,8 @@ from quantkit.build.expert_ops import ExpertSlice, RoutedStream, collect_stats
 from quantkit.build.hidden_states import Routing
 from quantkit.build.spool import Spool
 from quantkit.contracts import Experts
-from quantkit.models.layers import tokens_for_expert
-from quantkit.plan.memory import expert_bytes
+from quantkit.models.layers import select_expert_tokens
+from quantkit.plan.memory import estimate_expert_bytes
 
 EXPERTS, HIDDEN, INNER, TOKENS = 3, 32, 16, 90
 
@@ -26,7 +26,9 @@ EXPERTS, HIDDEN, INNER, TOKENS = 3, 32, 16, 90
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random DeepSeek-V3: one dense block, one with 8 experts, one MTP block."""
-    return write_checkpoint(tmp_path_factory.mktemp("v3") / "source", tiny_config("deepseek_v3"))
+    return write_checkpoint(
+        tmp_path_factory.mktemp("v3") / "source", make_tiny_config("deepseek_v3")
+    )
 
 
 def spool(path: Path, rows: Tensor) -> Spool:
@@ -64,7 +66,7 @@ def test_crosses_of_experts_are_sums_over_their_tokens(
         mine = (
             torch.arange(TOKENS)
             if e in everyone
-            else tokens_for_expert(routing.index, routing.weight, e)[0]
+            else select_expert_tokens(routing.index, routing.weight, e)[0]
         )
         now, before = x[mine].double(), original[mine].double()
         inner, meant = (
@@ -127,5 +129,5 @@ def test_nearest_rounding_is_the_same_with_the_original_beside(
 
 def test_the_memory_of_an_expert_counts_its_crosses() -> None:
     names = Experts(module="x", router="y", count=8, top_k=2, hidden=HIDDEN, intermediate=INNER)
-    none, gram, both = (expert_bytes(names, True, grams) for grams in (0, 1, 2))
+    none, gram, both = (estimate_expert_bytes(names, True, grams) for grams in (0, 1, 2))
     assert gram - none == both - gram == 4 * (HIDDEN**2 + INNER**2)

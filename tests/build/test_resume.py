@@ -11,11 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 
 from quantkit import pipeline
-from quantkit.artifact import writer
-from quantkit.artifact.manifest import versions
+from quantkit.artifact.make_manifest import read_versions
 from quantkit.artifact.writer import ArtifactWriter
 from quantkit.build import moe, progress_log, session
 from quantkit.build.block_plan import ExpertRange
@@ -28,8 +27,8 @@ from quantkit.checkpoint.tensors import ShardWriter
 from quantkit.errors import ArtifactError, QuantkitError, UsageError
 from quantkit.io.journal import Journal
 from quantkit.plan import plan
-from quantkit.recipe.parse import parse
-from quantkit.verify.shallow import verify
+from quantkit.recipe.parse import parse_recipe
+from quantkit.verify.shallow import verify_artifact
 
 SYMMETRIC = "{method: awq, rounding: gptq, bits: 4, group_size: 64, symmetric: true}"
 THREE = {"format": "[gptq, compressed_tensors, dense]", "quantize": SYMMETRIC}
@@ -95,7 +94,9 @@ def dying(patch: pytest.MonkeyPatch, owner: object, name: str, call: int, after:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3-MoE in BF16."""
-    return write_checkpoint(tmp_path_factory.mktemp("moe") / "source", tiny_config("qwen3_moe"))
+    return write_checkpoint(
+        tmp_path_factory.mktemp("moe") / "source", make_tiny_config("qwen3_moe")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ POINTS: Sequence[tuple[object, str, int, bool]] = (
     (ShardWriter, "finish", 2, False),
     (Journal, "append", 1, True),  # states that nobody needs are not removed
     (ArtifactWriter, "close", 1, True),
-    (writer, "write_model_files", 1, True),
+    (pipeline, "write_model_files", 1, True),
     (pipeline, "measure", 1, False),
     (pipeline, "write_evidence", 1, True),
     (writer, "seal", 1, True),
@@ -174,7 +175,7 @@ def test_killed_in_the_middle_of_things(
     assert "2 of 2 blocks are done" in build(source, **THREE)[0]
     assert differing(files(place), whole) == []
     for path in place.iterdir():
-        verify(path)
+        verify_artifact(path)
 
 
 def in_waves(patch: pytest.MonkeyPatch, size: int) -> None:
@@ -289,7 +290,9 @@ def test_what_changed_is_named_and_restart_begins_anew(
         build(copy)
     (copy / "model.safetensors").write_bytes(weights)
     with monkeypatch.context() as patch:
-        patch.setattr(session, "versions", lambda plan: {**versions(plan), "torch": "0.1"})
+        patch.setattr(
+            session, "read_versions", lambda plan: {**read_versions(plan), "torch": "0.1"}
+        )
         with pytest.raises(UsageError, match=r"another: versions\.torch was '.*', is '0\.1'; "):
             build(copy)
     assert build(copy, memory="3GB") != []

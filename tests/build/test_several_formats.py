@@ -9,18 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.builds import build, build_all
-from support.checkpoints import planned, recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_plan, make_recipe_text, make_tiny_config, write_checkpoint
 
 from quantkit import pipeline, registry
-from quantkit.artifact.layout import read_manifest
-from quantkit.artifact.load_model import stored_as
+from quantkit.artifact.load_model import read_schemes
+from quantkit.artifact.read_manifest import read_manifest
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import NumericsError, RecipeError
 from quantkit.formats import compressed_tensors, gptq
 from quantkit.plan import sources
-from quantkit.plan.plan import architecture_of
-from quantkit.recipe.parse import parse
-from quantkit.verify.shallow import verify
+from quantkit.plan.plan import load_architecture
+from quantkit.recipe.parse import parse_recipe
+from quantkit.verify.shallow import verify_artifact
 
 SYMMETRIC = "{method: awq, rounding: gptq, bits: 4, group_size: 64, symmetric: true}"
 
@@ -28,7 +28,9 @@ SYMMETRIC = "{method: awq, rounding: gptq, bits: 4, group_size: 64, symmetric: t
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3-MoE in BF16."""
-    return write_checkpoint(tmp_path_factory.mktemp("moe") / "source", tiny_config("qwen3_moe"))
+    return write_checkpoint(
+        tmp_path_factory.mktemp("moe") / "source", make_tiny_config("qwen3_moe")
+    )
 
 
 def test_formats_that_hold_the_same_codes_share_a_solve(
@@ -53,7 +55,7 @@ def test_formats_that_hold_the_same_codes_share_a_solve(
     )
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     for outcome in both:
-        assert verify(outcome.path).status == "not judged"
+        assert verify_artifact(outcome.path).status == "not judged"
         assert outcome.fidelity.artifact.format == outcome.format_name
         assert outcome.fidelity.distribution == alone.fidelity.distribution
         assert outcome.fidelity.modules == alone.fidelity.modules
@@ -61,10 +63,10 @@ def test_formats_that_hold_the_same_codes_share_a_solve(
             encoding="utf-8"
         )
         manifest, checkpoint = read_manifest(outcome.path), Checkpoint.open(outcome.path)
-        told = stored_as(manifest, checkpoint, outcome.path)
+        told = read_schemes(manifest, checkpoint, outcome.path)
         assert manifest["format"] == told[0] == outcome.format_name
         older = {key: value for key, value in manifest.items() if key != "format"}
-        assert stored_as(older, checkpoint, outcome.path) == told
+        assert read_schemes(older, checkpoint, outcome.path) == told
     methods = [
         json.loads((o.path / "config.json").read_text())["quantization_config"]["quant_method"]
         for o in both
@@ -72,7 +74,7 @@ def test_formats_that_hold_the_same_codes_share_a_solve(
     assert methods == ["gptq", "compressed-tensors"]
     module = both[0].fidelity.modules[0]
     name = module.name
-    plan = planned(source, format="gptq", quantize=SYMMETRIC)
+    plan = make_plan(source, format="gptq", quantize=SYMMETRIC)
     scheme = plan.decisions[name].scheme
     first = load_file(both[0].path / "model.safetensors")
     weights = [
@@ -92,7 +94,7 @@ def test_a_format_that_rounds_once_more_is_built_alone(source: Path, tmp_path: P
     assert (
         found[0].fidelity.modules[0].relative_error != found[1].fidelity.modules[0].relative_error
     )
-    assert all(verify(outcome.path) for outcome in found)
+    assert all(verify_artifact(outcome.path) for outcome in found)
 
 
 def test_formats_that_would_differ_are_an_error(
@@ -101,11 +103,11 @@ def test_formats_that_would_differ_are_an_error(
     """A format that says it holds the codes and does not is found before anything is sealed."""
     from dataclasses import replace
 
-    lying = replace(registry.format("dense"), holds_codes=True)
+    lying = replace(registry.get_format("dense"), holds_codes=True)
     monkeypatch.setattr(
         registry,
-        "format",
-        lambda name, real=registry.format: lying if name == "dense" else real(name),
+        "get_format",
+        lambda name, real=registry.get_format: lying if name == "dense" else real(name),
     )
     with pytest.raises(NumericsError, match=r"the recipe's formats do not store the same weight"):
         build_all(source, tmp_path / "x", format="[awq, dense]")
@@ -114,12 +116,14 @@ def test_formats_that_would_differ_are_an_error(
 
 def test_faults_of_every_format_are_shown_once(source: Path, tmp_path: Path) -> None:
     """gptq holds no zero points; what is wrong with both formats is one fault."""
-    text = recipe_text(
+    text = make_recipe_text(
         source, tmp_path / "x", format="[awq, gptq]", quantize="{bits: 4, group_size: 128}"
     )
-    recipe = parse(text, "r.yaml")
+    recipe = parse_recipe(text, "r.yaml")
     with pytest.raises(RecipeError) as caught:
-        sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))
+        sources.plan_recipe(
+            recipe, sources.resolve_source_facts(recipe), sources.bound_text_tokens(recipe)
+        )
     assert sum("symmetric: false" in fault for fault in caught.value.faults) == 1
     assert len(caught.value.faults) == len(set(caught.value.faults))
 
@@ -130,11 +134,18 @@ def test_a_family_is_looked_up_once_for_all_formats(
     """The proof of a family without a table takes seconds."""
     asked = []
     monkeypatch.setattr(
-        "quantkit.plan.plan.architecture_of",
-        lambda config: asked.append(config) or architecture_of(config),
+        "quantkit.plan.plan.load_architecture",
+        lambda config: asked.append(config) or load_architecture(config),
     )
-    recipe = parse(recipe_text(source, tmp_path / "x", format="[awq, dense]"), "r.yaml")
-    assert len(sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))) == 2
+    recipe = parse_recipe(make_recipe_text(source, tmp_path / "x", format="[awq, dense]"), "r.yaml")
+    assert (
+        len(
+            sources.plan_recipe(
+                recipe, sources.resolve_source_facts(recipe), sources.bound_text_tokens(recipe)
+            )
+        )
+        == 2
+    )
     assert len(asked) == 1
 
 
@@ -170,13 +181,13 @@ def test_without_a_fidelity_text_nothing_is_measured(
         and not found.fidelity.blocks
     )
     assert not (found.path / "quantkit" / "samples" / "tokens.parquet").exists()
-    assert verify(found.path).status == "not judged"
+    assert verify_artifact(found.path).status == "not judged"
     measured = build(source, tmp_path / "y", quantize=quantize, rules=rules)
     mine, theirs = (load_file(o.path / "model.safetensors") for o in (found, measured))
     assert mine.keys() == theirs.keys() and all(
         torch.equal(mine[name], theirs[name]) for name in mine
     )
-    plan = planned(source, format="gptq", quantize=SYMMETRIC)
+    plan = make_plan(source, format="gptq", quantize=SYMMETRIC)
     assert (
         Checkpoint.open(found.path).config.values["model_type"]
         == plan.source.config.values["model_type"]
@@ -184,14 +195,16 @@ def test_without_a_fidelity_text_nothing_is_measured(
 
 
 def test_a_plan_says_that_nothing_will_be_measured(source: Path) -> None:
-    plan = planned(source, fidelity="none")
+    plan = make_plan(source, fidelity="none")
     assert any("nobody will know what this artifact lost" in warning for warning in plan.warnings)
 
 
 def test_a_gate_needs_something_that_measures_it(tmp_path: Path) -> None:
-    text = recipe_text("builtin:tiny-v3", tmp_path, fidelity="none", gates="{kl_mean: {max: 0.1}}")
+    text = make_recipe_text(
+        "builtin:tiny-v3", tmp_path, fidelity="none", gates="{kl_mean: {max: 0.1}}"
+    )
     with pytest.raises(RecipeError) as caught:
-        parse(text, "r.yaml")
+        parse_recipe(text, "r.yaml")
     assert caught.value.faults == (
         "r.yaml:10: gates.kl_mean: needs a fidelity text, found fidelity: none; name a set, or drop this gate",
     )

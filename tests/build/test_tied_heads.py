@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from support.builds import build
-from support.checkpoints import tiny_config, write_checkpoint
+from support.checkpoints import make_tiny_config, write_checkpoint
 from support.dequantized import Stored
 from support.underived_models import write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit.errors import ArtifactError
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 SCHEMES = {
     "compressed_tensors": "{method: rtn, bits: 4, group_size: 64, symmetric: true}",
@@ -24,7 +24,7 @@ ENTRIES = {"compressed_tensors": "ignore", "bitsandbytes": "llm_int8_skip_module
 
 
 def llama(folder: Path) -> Path:
-    return write_checkpoint(folder, tiny_config("llama", tie_word_embeddings=True))
+    return write_checkpoint(folder, make_tiny_config("llama", tie_word_embeddings=True))
 
 
 def starcoder2(folder: Path) -> Path:
@@ -56,11 +56,11 @@ def test_transformers_leaves_a_tied_head_alone(name: str, source: object, tmp_pa
 def test_verify_misses_a_tied_head_that_is_not_named(name: str, tmp_path: Path) -> None:
     keys = {"quantize": SCHEMES[name], "format": name, "rules": "all-linear", "calibration": "null"}
     path = build(llama(tmp_path / "source"), tmp_path / "artifact", **keys).path
-    verify(path)
+    verify_artifact(path)
     config = json.loads((path / "config.json").read_text())
     config["quantization_config"][ENTRIES[name]].remove("lm_head")
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         ArtifactError, match="lm_head is not quantized in the tensors, but quantized to"
     ):
-        verify(path)
+        verify_artifact(path)

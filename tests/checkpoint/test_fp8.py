@@ -136,7 +136,7 @@ def test_the_scale_may_lie_in_another_shard(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["shared", "package"])
 def test_the_tiny_model_in_fp8_is_close_to_itself_in_bf16(where: str) -> None:
     shared = Path(__file__).parents[3] / "shared" / "tiny-v3"
-    folder = package_data.resolve_model("builtin:tiny-v3") if where == "package" else shared / "fp8"
+    folder = package_data.locate_model("builtin:tiny-v3") if where == "package" else shared / "fp8"
     if not folder.is_dir() or not (shared / "bf16").is_dir():
         pytest.skip("the BF16 twin of tiny-v3 is not on this machine")
     opened = Checkpoint.open(folder)

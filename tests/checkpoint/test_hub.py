@@ -136,7 +136,7 @@ def point_at(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def refused(model: str, revision: str | None = None) -> str:
     messages = set()
-    for resolve in (hub.resolve, hub.resolve_headers):
+    for resolve in (hub.resolve_model, hub.read_model_headers):
         with pytest.raises((CheckpointError, UsageError)) as caught:
             resolve(model, revision)
         messages.add(str(caught.value))
@@ -145,7 +145,7 @@ def refused(model: str, revision: str | None = None) -> str:
 
 
 def test_headers_come_without_weights(fake_hub: FakeHub) -> None:
-    found = hub.resolve_headers("org/tiny", "main")
+    found = hub.read_model_headers("org/tiny", "main")
     assert found.revision == COMMIT
     assert {name: (spec.dtype, spec.shape) for name, spec in found.specs.items()} == {
         "w": ("F8_E4M3", (3, 3)),
@@ -157,7 +157,7 @@ def test_headers_come_without_weights(fake_hub: FakeHub) -> None:
 
 
 def test_a_model_is_fetched_and_opened(fake_hub: FakeHub) -> None:
-    found = hub.resolve("org/tiny", "v1")
+    found = hub.resolve_model("org/tiny", "v1")
     assert found.revision == COMMIT
     opened = Checkpoint.open(found.folder)
     assert opened.read(["w"])["w"].tolist() == [[1.0] * 3] * 3
@@ -184,11 +184,11 @@ def test_repositories_that_are_not_complete(fake_hub: FakeHub) -> None:
     with pytest.raises(
         CheckpointError, match=r"org/tiny: expected a config.json in the repository, found none"
     ):
-        hub.resolve_headers("org/tiny")
+        hub.read_model_headers("org/tiny")
     fake_hub.files["config.json"] = config
     del fake_hub.files["a.safetensors"]
     with pytest.raises(CheckpointError) as caught:
-        hub.resolve_headers("org/tiny")
+        hub.read_model_headers("org/tiny")
     assert str(caught.value) == (
         "org/tiny: model.safetensors.index.json: expected the repository to hold every file, found 1 missing, "
         "the first 'a.safetensors'; the upload is not complete, use another revision"
@@ -197,7 +197,7 @@ def test_repositories_that_are_not_complete(fake_hub: FakeHub) -> None:
     with pytest.raises(
         CheckpointError, match="expected model.safetensors or .*, found neither; quantkit reads"
     ):
-        hub.resolve_headers("org/tiny")
+        hub.read_model_headers("org/tiny")
 
 
 def test_damaged_headers_are_found_before_any_download(fake_hub: FakeHub) -> None:
@@ -206,24 +206,24 @@ def test_damaged_headers_are_found_before_any_download(fake_hub: FakeHub) -> Non
         CheckpointError,
         match="tensor 'w_scale_inv': expected 'w' of this scale as F8_E4M3, found F32",
     ):
-        hub.resolve_headers("org/tiny")
+        hub.read_model_headers("org/tiny")
     fake_hub.files["a.safetensors"] = b"\x02" + b"\0" * 7 + b"[]"
     with pytest.raises(
         CheckpointError, match=r"org/tiny: a.safetensors: header: expected to start with"
     ):
-        hub.resolve_headers("org/tiny")
+        hub.read_model_headers("org/tiny")
     fake_hub.files["a.safetensors"] = b"abc"
     with pytest.raises(
         CheckpointError,
         match=r"org/tiny: a.safetensors: expected at least 8 bytes of header length",
     ):
-        hub.resolve_headers("org/tiny")
+        hub.read_model_headers("org/tiny")
 
 
 def test_a_long_header_takes_a_second_request(fake_hub: FakeHub) -> None:
     names = {f"{'n' * 1000}{number}": torch.zeros(1) for number in range(300)}
     fake_hub.files = {"config.json": b"{}", "model.safetensors": save(names)}
-    assert set(hub.resolve_headers("org/tiny").specs) == set(names)
+    assert set(hub.read_model_headers("org/tiny").specs) == set(names)
     assert fake_hub.asked.count(f"/org/tiny/resolve/{COMMIT}/model.safetensors") == 2
 
 
@@ -233,12 +233,12 @@ def test_a_server_without_ranges_is_refused(fake_hub: FakeHub) -> None:
         CheckpointError,
         match=r"org/tiny: [ab].safetensors: expected the server to send a part .* 200",
     ):
-        hub.resolve_headers("org/tiny")
+        hub.read_model_headers("org/tiny")
 
 
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     point_at("http://127.0.0.1:9", tmp_path, monkeypatch)
-    for resolve in (hub.resolve, hub.resolve_headers):
+    for resolve in (hub.resolve_model, hub.read_model_headers):
         with pytest.raises(CheckpointError) as caught:
             resolve("org/tiny")
         message = str(caught.value)
@@ -260,10 +260,12 @@ def test_models_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text("{}")
     (tmp_path / "m" / "model.safetensors").write_bytes(save({"a": torch.zeros(2)}))
-    assert hub.resolve(str(tmp_path / "m")) == hub.Source(folder=tmp_path / "m", revision=None)
-    assert hub.resolve_headers(str(tmp_path / "m")).specs["a"].shape == (2,)
+    assert hub.resolve_model(str(tmp_path / "m")) == hub.ResolvedModel(
+        folder=tmp_path / "m", revision=None
+    )
+    assert hub.read_model_headers(str(tmp_path / "m")).specs["a"].shape == (2,)
     monkeypatch.chdir(tmp_path)
-    assert hub.resolve("m").folder == tmp_path / "m"
+    assert hub.resolve_model("m").folder == tmp_path / "m"
     assert refused(f"{tmp_path}/m", "v1") == (
         f"source.revision: expected none for a model on this machine ({tmp_path}/m), found 'v1'; remove it"
     )

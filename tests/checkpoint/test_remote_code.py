@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
-from support.command_line import fault, run
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
+from support.command_line import read_error, run
 
-from quantkit.recipe.parse import parse
-from quantkit.verify.shallow import verify
+from quantkit.recipe.parse import parse_recipe
+from quantkit.verify.shallow import verify_artifact
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "f" * 40
@@ -58,7 +58,7 @@ def sentinel(tmp_path: Path) -> Path:
 def snapshot(tmp_path: Path, sentinel: Path) -> Path:
     """A llama in the layout of the Hub's cache, with code of its own for config, model and tokenizer."""
     folder = tmp_path / "models--org--own" / "snapshots" / COMMIT
-    write_checkpoint(folder, tiny_config("llama"))
+    write_checkpoint(folder, make_tiny_config("llama"))
     spy = SPY.format(sentinel=str(sentinel))
     (folder / "modeling_own.py").write_text(spy + MODEL)
     (folder / "tokenization_own.py").write_text(spy + TOKENIZER)
@@ -84,7 +84,7 @@ def only_code(folder: Path, name: str = "tokenization_own.OwnTokenizer") -> None
 def recipe(source: Path, tmp_path: Path, allowed: str | None = None) -> tuple[str, Path]:
     """A build of it."""
     path = tmp_path / "own.yaml"
-    text = recipe_text(
+    text = make_recipe_text(
         source, tmp_path / "out", rules="all-linear", quantize="{method: rtn}",
         source=f"{{model: {source}{f', trust_remote_code: {allowed}' if allowed else ''}}}",
     )  # fmt: skip
@@ -97,7 +97,7 @@ def test_code_is_carried_over_and_never_run(
     tokenizer: bool, snapshot: Path, sentinel: Path, tmp_path: Path, record_property: Record
 ) -> None:
     """A known architecture with an auto_map: built, verified, loaded, reported from transformers' own code."""
-    from quantkit.artifact.load_model import load
+    from quantkit.artifact.load_model import load_model
 
     if tokenizer:
         maps = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
@@ -111,8 +111,8 @@ def test_code_is_carried_over_and_never_run(
         json.loads((made / "config.json").read_text())["auto_map"]["AutoConfig"]
         == "modeling_own.OwnConfig"
     )
-    verify(made)
-    load(made)
+    verify_artifact(made)
+    load_model(made)
     for command in (("report", made), ("diff", made, made), ("verify", made)):
         assert run(*command).exit_code == 0
     assert not sentinel.exists()
@@ -124,7 +124,7 @@ def test_a_tokenizer_of_code_alone_is_refused(
 ) -> None:
     """The sentence says which key would allow it."""
     only_code(snapshot)
-    told = fault(run(*recipe(snapshot, tmp_path)), 1)
+    told = read_error(run(*recipe(snapshot, tmp_path)), 1)
     assert "It has code of its own, which never runs unless source.trust_remote_code names" in told
     assert not sentinel.exists() and not (tmp_path / "out").exists()
     record_property("input", "tokenizer of code alone")
@@ -151,10 +151,10 @@ def test_another_commit_is_refused(
 ) -> None:
     """The files are of one commit, the recipe trusts another; or they are of none that is known."""
     only_code(snapshot)
-    told = fault(run(*recipe(snapshot, tmp_path, OTHER)), 2)
+    told = read_error(run(*recipe(snapshot, tmp_path, OTHER)), 2)
     assert f"expected the files of commit {OTHER}, found commit {COMMIT}" in told
     plain = Path(shutil.copytree(snapshot, tmp_path / "plain"))
-    assert "a folder of no known commit" in fault(run(*recipe(plain, tmp_path, COMMIT)), 2)
+    assert "a folder of no known commit" in read_error(run(*recipe(plain, tmp_path, COMMIT)), 2)
     assert not sentinel.exists()
     record_property("input", "tokenizer of another commit")
 
@@ -164,7 +164,7 @@ def test_code_of_another_repository_is_refused(
 ) -> None:
     """`org/other--file.Class` would be fetched at a revision that nobody names."""
     only_code(snapshot, "org/other--tokenization_own.OwnTokenizer")
-    told = fault(run(*recipe(snapshot, tmp_path, COMMIT)), 1)
+    told = read_error(run(*recipe(snapshot, tmp_path, COMMIT)), 1)
     assert "of another repository" in told and not sentinel.exists()
     record_property("input", "tokenizer of another repository")
 
@@ -176,7 +176,7 @@ def test_an_architecture_of_code_alone_is_refused(
     """Whatever the recipe allows: quantkit streams transformers' own layers and nothing else."""
     change(snapshot / "config.json", model_type="own")
     for command in ("plan", "build"):
-        told = fault(run(command, recipe(snapshot, tmp_path, allowed)[1]), 2)
+        told = read_error(run(command, recipe(snapshot, tmp_path, allowed)[1]), 2)
         assert "the code of a checkpoint (auto_map) is never run" in told
     assert not sentinel.exists()
     record_property("input", "architecture of code alone")
@@ -188,16 +188,16 @@ def test_an_architecture_of_code_alone_is_refused(
 def test_trust_is_a_commit(value: str, tmp_path: Path) -> None:
     """Not a branch, which somebody may move, nor a yes."""
     command, path = recipe(tmp_path, tmp_path, value)
-    assert "own.yaml:2: source.trust_remote_code: expected" in fault(run(command, path), 2)
+    assert "own.yaml:2: source.trust_remote_code: expected" in read_error(run(command, path), 2)
 
 
 def test_a_recipe_without_the_key_has_the_hash_that_it_had(tmp_path: Path) -> None:
     """Artifacts of older recipes name theirs."""
-    text = recipe_text("builtin:tiny-v3", tmp_path / "out")
-    plain = parse(text, "r.yaml")
-    trusting = parse(text, "r.yaml", {"source.trust_remote_code": COMMIT})
+    text = make_recipe_text("builtin:tiny-v3", tmp_path / "out")
+    plain = parse_recipe(text, "r.yaml")
+    trusting = parse_recipe(text, "r.yaml", {"source.trust_remote_code": COMMIT})
     assert (
-        parse(text, "r.yaml", {"source.trust_remote_code": "null"}).hash
+        parse_recipe(text, "r.yaml", {"source.trust_remote_code": "null"}).hash
         == plain.hash
         != trusting.hash
     )

@@ -18,7 +18,7 @@ from quantkit.checkpoint.header import read_header
 from quantkit.checkpoint.tensors import (
     TORCH_DTYPES,
     ShardWriter,
-    dtype_name,
+    get_dtype_name,
     read_rows,
     read_tensor,
 )
@@ -46,7 +46,7 @@ def same(found: Tensor, expected: Tensor) -> bool:
 
 def specs_of(samples: dict[str, Tensor]) -> list[TensorSpec]:
     return [
-        TensorSpec(name=n, dtype=dtype_name(t.dtype), shape=tuple(t.shape))
+        TensorSpec(name=n, dtype=get_dtype_name(t.dtype), shape=tuple(t.shape))
         for n, t in samples.items()
     ]
 
@@ -127,7 +127,7 @@ def test_the_writer_refuses_what_was_not_planned(tmp_path: Path) -> None:
         ArtifactError,
         match="expected a tensor of one of F64, .*, found torch.complex64; convert it",
     ):
-        dtype_name(torch.complex64)
+        get_dtype_name(torch.complex64)
 
 
 def test_no_final_file_after_a_failure_and_the_part_is_continued(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_full_disk_is_found_before_the_work(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tensors.os, "posix_fallocate", full)
-    monkeypatch.setattr("quantkit.io.files.disk_free", lambda path: 5_000_000_000)
+    monkeypatch.setattr("quantkit.io.files.get_free_bytes", lambda path: 5_000_000_000)
     with pytest.raises(QuantkitError) as caught:
         ShardWriter(tmp_path / "x.safetensors", specs_of(SAMPLES))
     assert str(caught.value) == (
@@ -196,9 +196,9 @@ def test_a_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
 MEMORY = """
 import os, sys
 from pathlib import Path
-from quantkit.storage.header import read_header
-from quantkit.storage.tensors import read_tensor
-from quantkit.storage.machine import peak_resident_bytes, return_freed_memory
+from quantkit.checkpoint.header import read_header
+from quantkit.checkpoint.tensors import read_tensor
+from quantkit.io.host import get_peak_memory, return_freed_memory
 return_freed_memory()
 path = Path(sys.argv[1])
 header = read_header(path)
@@ -207,15 +207,15 @@ before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_P
 for name in header.specs:
     tensor = read_tensor(path, header, name)
     del tensor
-print(peak_resident_bytes() - before)
+print(get_peak_memory() - before)
 """
 
 
 FAULTS = """
 import resource, sys
 import torch
-from quantkit.storage import machine
-assert getattr(machine, sys.argv[1])()
+from quantkit.io import host
+assert getattr(host, sys.argv[1])()
 torch.ones(1 << 20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(100):

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.command_line import RECIPE, build, fault, overrides, run
+from support.command_line import RECIPE, build, overrides, read_error, run
 
 from quantkit import registry
 from quantkit.artifact.fidelity_schema import Fidelity
-from quantkit.artifact.layout import read_manifest
+from quantkit.artifact.read_manifest import read_manifest
 from quantkit.cli.main import main
-from quantkit.io.package_data import folder, resolve_model
+from quantkit.io.package_data import locate_folder, locate_model
 from quantkit.plan.plan_schema import PlanSummary
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 COMMANDS = ("plan", "build", "report", "verify")
@@ -31,7 +31,7 @@ COMMANDS = ("plan", "build", "report", "verify")
 @pytest.fixture
 def checkpoint_copy(tmp_path: Path) -> Path:
     """A copy of the small model's checkpoint, to be damaged."""
-    return Path(shutil.copytree(resolve_model("builtin:tiny-v3"), tmp_path / "source"))
+    return Path(shutil.copytree(locate_model("builtin:tiny-v3"), tmp_path / "source"))
 
 
 def split(folder: Path) -> None:
@@ -96,9 +96,9 @@ def test_help_does_not_start_torch(arguments: list[str]) -> None:
 
 
 def test_an_unknown_recipe() -> None:
-    shipped = ", ".join(sorted(path.stem for path in folder("recipes").glob("*.yaml")))
+    shipped = ", ".join(sorted(path.stem for path in locate_folder("recipes").glob("*.yaml")))
     assert "v3-awq4" in shipped
-    assert fault(run("plan", "tiny-v3-awq5"), 2) == (
+    assert read_error(run("plan", "tiny-v3-awq5"), 2) == (
         f"tiny-v3-awq5: no such recipe file; recipes that ship with quantkit: {shipped}"
     )
 
@@ -113,7 +113,7 @@ def test_every_typing_error_of_a_recipe_with_its_line(tmp_path: Path) -> None:
         "output: {path: x, shard_byte: 3}\n"
         "memory: much\n"
     )
-    lines = fault(run("build", path), 2).splitlines()
+    lines = read_error(run("build", path), 2).splitlines()
     assert len(lines) == 3
     assert lines[0].startswith(
         f"{path}:3: quantise: unknown key. Did you mean 'quantize'? Known: version, source"
@@ -126,7 +126,7 @@ def test_every_typing_error_of_a_recipe_with_its_line(tmp_path: Path) -> None:
 
 def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe")
-    assert fault(run("plan", tmp_path / "mine.yaml"), 2).startswith(
+    assert read_error(run("plan", tmp_path / "mine.yaml"), 2).startswith(
         f"{tmp_path / 'mine.yaml'}: expected a UTF-8 text file, found: "
     )
 
@@ -156,20 +156,20 @@ def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
 )
 def test_a_recipe_that_is_refused(override: str, sentence: str, tmp_path: Path) -> None:
     """The plan refuses it, and so does the build before it writes anything."""
-    assert sentence in fault(run("plan", RECIPE, "--set", override), 2)
+    assert sentence in read_error(run("plan", RECIPE, "--set", override), 2)
     output = tmp_path / "artifact"
     refused = run(
         "build", RECIPE, "--skip-evaluation", "--set", f"output.path={output}", "--set", override
     )
-    assert sentence in fault(refused, 2)
+    assert sentence in read_error(refused, 2)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("key", ["calibration.set", "fidelity.set"])
 def test_text_that_does_not_exist(key: str, tmp_path: Path) -> None:
     sentence = "no set of documents named 'tiny-v4'. Did you mean 'tiny-v3'?"
-    assert sentence in fault(run("plan", RECIPE, "--set", f"{key}=tiny-v4"), 2)
-    assert sentence in fault(
+    assert sentence in read_error(run("plan", RECIPE, "--set", f"{key}=tiny-v4"), 2)
+    assert sentence in read_error(
         build(
             tmp_path / "artifact", **{key.replace(".", "__"): "tiny-v4", "quantize__method": "awq"}
         ),
@@ -269,7 +269,7 @@ def test_report_prints_the_figures_again(built: Path) -> None:
 
 
 def test_verify_says_what_it_checked(built: Path) -> None:
-    found = verify(built)
+    found = verify_artifact(built)
     shown = run("verify", built)
     assert shown.exit_code == 0 and shown.stderr == ""
     assert shown.stdout == (
@@ -293,24 +293,24 @@ def test_a_damaged_artifact_is_one(artifact: Path) -> None:
     (artifact / "README.md").write_text("other")
     for options in ([], ["--json"]):
         result = run("verify", artifact, *options)
-        assert "README.md: expected " in fault(result, 1)
+        assert "README.md: expected " in read_error(result, 1)
         assert result.stdout == ""
 
 
 def test_report_and_verify_of_what_is_no_artifact(tmp_path: Path) -> None:
     for path in (tmp_path / "absent", tmp_path):
-        assert "not an artifact of quantkit, or its build did not finish" in fault(
+        assert "not an artifact of quantkit, or its build did not finish" in read_error(
             run("report", path), 1
         )
-        assert fault(run("verify", path), 1).startswith(f"{path}: ")
+        assert read_error(run("verify", path), 1).startswith(f"{path}: ")
 
 
 def test_a_missed_gate_is_three_and_the_artifact_is_kept(tmp_path: Path) -> None:
     output = tmp_path / "artifact"
     result = build(output, gates="{kl_mean: {max: 1.0e-9}, top1: {min: 0.5}}")
-    assert fault(result, 3).startswith("gate kl_mean <= 1e-09: found 0.000")
+    assert read_error(result, 3).startswith("gate kl_mean <= 1e-09: found 0.000")
     assert f"{output}: rejected (" in result.stdout
-    assert verify(output).status == "rejected"
+    assert verify_artifact(output).status == "rejected"
     assert json.loads((output / "quantkit/manifest.json").read_text())["status"] == "rejected"
     report = Fidelity.model_validate_json((output / "quantkit/fidelity.json").read_bytes())
     assert {gate.figure: gate.ok for gate in report.gates} == {"kl_mean": False, "top1": True}
@@ -320,7 +320,7 @@ def test_a_missed_gate_is_three_and_the_artifact_is_kept(tmp_path: Path) -> None
 
 def test_kept_gates_accept(tmp_path: Path) -> None:
     assert build(tmp_path / "artifact", gates="{kl_mean: {max: 1}}").exit_code == 0
-    assert verify(tmp_path / "artifact").status == "accepted"
+    assert verify_artifact(tmp_path / "artifact").status == "accepted"
 
 
 def test_an_interrupted_build_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,10 +356,10 @@ def test_an_existing_output_is_not_touched(tmp_path: Path) -> None:
     output.mkdir()
     (output / "thesis.txt").write_text("years of work")
     assert (
-        fault(build(output), 2)
+        read_error(build(output), 2)
         == f"{output}: exists already; choose another output.path or pass --overwrite"
     )
-    assert fault(build(output, "--overwrite"), 2) == (
+    assert read_error(build(output, "--overwrite"), 2) == (
         f"{output}: exists and is not an artifact of quantkit; --overwrite replaces artifacts only"
     )
     assert (output / "thesis.txt").read_text() == "years of work"
@@ -368,11 +368,11 @@ def test_an_existing_output_is_not_touched(tmp_path: Path) -> None:
 
 def test_an_output_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    assert "file: exists already; " in fault(build(tmp_path / "file"), 2)
-    assert "file: exists and is not an artifact" in fault(
+    assert "file: exists already; " in read_error(build(tmp_path / "file"), 2)
+    assert "file: exists and is not an artifact" in read_error(
         build(tmp_path / "file", "--overwrite"), 2
     )
-    assert "below.building: cannot be written: not a directory" in fault(
+    assert "below.building: cannot be written: not a directory" in read_error(
         build(tmp_path / "file" / "below"), 1
     )
     assert (tmp_path / "file").read_text() == "x"
@@ -387,9 +387,9 @@ def test_overwrite_replaces_an_artifact_once_the_new_one_is_done(
     poison(checkpoint_copy, "model.norm.weight")
     assert build(artifact, "--overwrite", source__model=checkpoint_copy).exit_code == 1
     assert (artifact / "quantkit/manifest.json").read_bytes() == before
-    verify(artifact)
+    verify_artifact(artifact)
     other = {"quantize__group_size": 64}
-    refused = fault(build(artifact, "--overwrite", **other), 2)
+    refused = read_error(build(artifact, "--overwrite", **other), 2)
     assert (
         "recipe.quantize.group_size was 128, is 64" in refused
         and "source.files.model.safetensors chan" in refused
@@ -400,7 +400,7 @@ def test_overwrite_replaces_an_artifact_once_the_new_one_is_done(
         json.loads((artifact / "config.json").read_text())["quantization_config"]["group_size"]
         == 64
     )
-    verify(artifact)
+    verify_artifact(artifact)
     assert {path.name for path in artifact.parent.iterdir()} == {"artifact", "source"}
 
 
@@ -409,7 +409,7 @@ def test_overwrite_replaces_an_artifact_once_the_new_one_is_done(
 
 def poison(folder: Path, name: str) -> None:
     """Write the checkpoint with one value of a tensor not a number."""
-    tensors = load_file(resolve_model("builtin:tiny-v3") / "model.safetensors")
+    tensors = load_file(locate_model("builtin:tiny-v3") / "model.safetensors")
     if tensors[name].dtype == torch.float8_e4m3fn:
         tensors[name].view(torch.uint8)[0, 0] = 0x7F
     else:
@@ -463,9 +463,9 @@ def test_a_damaged_checkpoint(
 ) -> None:
     """One message, exit 1, and nothing under the final name; below it how to go on, if a block was done."""
     damage(checkpoint_copy)
-    message, *note = fault(build(tmp_path / "artifact", source__model=checkpoint_copy), 1).split(
-        "\n"
-    )
+    message, *note = read_error(
+        build(tmp_path / "artifact", source__model=checkpoint_copy), 1
+    ).split("\n")
     assert sentence in message
     assert not note or (len(note) == 1 and "of 4 blocks are done and kept" in note[0])
     left = {"source", "artifact.building", *(["artifact.building.scratch"] if note else [])}
@@ -474,15 +474,15 @@ def test_a_damaged_checkpoint(
 
 def test_an_unknown_family_is_a_matter_of_usage(checkpoint_copy: Path, tmp_path: Path) -> None:
     change_config(checkpoint_copy, model_type="gpt17")
-    message = fault(build(tmp_path / "artifact", source__model=checkpoint_copy), 2)
-    assert "'gpt17'" in message and ", ".join(registry.names("architectures")) in message
+    message = read_error(build(tmp_path / "artifact", source__model=checkpoint_copy), 2)
+    assert "'gpt17'" in message and ", ".join(registry.list_names("architectures")) in message
 
 
 def test_a_family_that_cannot_be_derived_is_told_with_the_reason(
     checkpoint_copy: Path, tmp_path: Path
 ) -> None:
     change_config(checkpoint_copy, model_type="gpt2")
-    message = fault(build(tmp_path / "artifact", source__model=checkpoint_copy), 1)
+    message = read_error(build(tmp_path / "artifact", source__model=checkpoint_copy), 1)
     assert (
         "model_type 'gpt2' has no table in quantkit, and none can be derived: expected layers that are"
         in message
@@ -490,10 +490,10 @@ def test_a_family_that_cannot_be_derived_is_told_with_the_reason(
 
 
 def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
-    from support.checkpoints import tiny_config, write_checkpoint
+    from support.checkpoints import make_tiny_config, write_checkpoint
 
-    source = write_checkpoint(tmp_path / "source", tiny_config("llama", vocab_size=512))
-    message = fault(build(tmp_path / "artifact", source__model=source, rules="all-linear"), 1)
+    source = write_checkpoint(tmp_path / "source", make_tiny_config("llama", vocab_size=512))
+    message = read_error(build(tmp_path / "artifact", source__model=source, rules="all-linear"), 1)
     assert message.startswith(
         "tokenizer: expected token ids below 512, the rows of the embedding, found "
     )
@@ -503,5 +503,5 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
 def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
     absent = "source.model: expected a folder, builtin:<name> or a Hub id like org/name, found './absent'"
     for model, sentence, code in (("builtin:tiny-v4", "tiny-v3", 2), ("./absent", absent, 1)):
-        assert sentence in fault(run("plan", RECIPE, "--set", f"source.model={model}"), code)
-        assert sentence in fault(build(tmp_path / "artifact", source__model=model), code)
+        assert sentence in read_error(run("plan", RECIPE, "--set", f"source.model={model}"), code)
+        assert sentence in read_error(build(tmp_path / "artifact", source__model=model), code)

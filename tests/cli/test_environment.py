@@ -12,14 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
-from support.command_line import fault, run
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
+from support.command_line import read_error, run
 
 from quantkit import pipeline
 from quantkit.errors import CheckpointError
 from quantkit.progress import Progress
-from quantkit.recipe.parse import parse
-from quantkit.verify.shallow import verify
+from quantkit.recipe.parse import parse_recipe
+from quantkit.verify.shallow import verify_artifact
 
 Record = Callable[[str, object], None]
 ODD = ("a b  c", "模型 文件夹", "ünïcödé", "quote'\"s", "-dash", "#hash %20 &", "🦆")
@@ -30,12 +30,12 @@ CLI = (
 
 def small(folder: Path) -> Path:
     """A source of one block."""
-    return write_checkpoint(folder, tiny_config("llama", num_hidden_layers=1))
+    return write_checkpoint(folder, make_tiny_config("llama", num_hidden_layers=1))
 
 
 def recipe(source: Path, output: Path, place: Path, name: str = "r.yaml") -> Path:
     """A build that needs no text."""
-    text = recipe_text(
+    text = make_recipe_text(
         json.dumps(str(source), ensure_ascii=False), output, rules="all-linear", quantize="{method: rtn}",
         fidelity="none", output=json.dumps({"path": str(output)}, ensure_ascii=False),
     )  # fmt: skip
@@ -176,7 +176,7 @@ def flip(source: Path) -> None:
 def replaced(source: Path) -> None:
     """The shard is replaced by another of the same tensors."""
     other = write_checkpoint(
-        source.parent / "other", tiny_config("llama", num_hidden_layers=1), seed=1
+        source.parent / "other", make_tiny_config("llama", num_hidden_layers=1), seed=1
     )
     os.replace(other / "model.safetensors", source / "model.safetensors")
 
@@ -207,7 +207,7 @@ def test_a_source_that_changes(
 
     with pytest.raises(CheckpointError, match="expected files that stay as they are"):
         pipeline.build_artifacts(
-            parse(text, "r.yaml"), text, overwrite=False, evaluate=False, on_plan=lambda _: None, on_progress=tell
+            parse_recipe(text, "r.yaml"), text, overwrite=False, evaluate=False, planned=lambda _: None, tell=tell
         )  # fmt: skip
     assert changed and not output.exists()
     record_property("fault", f"source changed, {name}, at {stage}")
@@ -223,14 +223,14 @@ def test_a_source_that_was_only_touched(tmp_path: Path) -> None:
             os.utime(source / "model.safetensors")
 
     pipeline.build_artifacts(
-        parse(text, "r.yaml"),
+        parse_recipe(text, "r.yaml"),
         text,
         overwrite=False,
         evaluate=False,
         on_plan=lambda _: None,
         on_progress=tell,
     )
-    assert verify(output).tensors > 0
+    assert verify_artifact(output).tensors > 0
 
 
 def test_the_message_of_a_faulty_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +240,7 @@ def test_the_message_of_a_faulty_disk(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(5, "Input/output error", "/somewhere/file")
 
     monkeypatch.setattr("quantkit.artifact.read_report.read_report", broken)
-    told = fault(run("report", tmp_path), 1)
+    told = read_error(run("report", tmp_path), 1)
     assert told.startswith(
         "/somewhere/file: the operating system refused: input/output error; check"
     )

@@ -28,18 +28,18 @@ from support.paths import GOLDEN
 from support.report_large import large
 from support.report_variants import drawn
 
-from quantkit.artifact.fidelity_schema import Fidelity, Figure
-from quantkit.diff import tables, views
-from quantkit.diff.compare import compare
+from quantkit.artifact.fidelity_schema import DistributionResult, Fidelity
+from quantkit.diff import render_text, tables
+from quantkit.diff.compare import compare_sides
+from quantkit.diff.diff_schema import Diff, TensorGroup
 from quantkit.diff.sides import Side
-from quantkit.diff.values import Diff, Group
 from quantkit.errors import NotComparable
 
 
 @pytest.fixture(scope="module")
 def diff() -> Diff:
     """B compared with A."""
-    return compare(a_side(), b_side())
+    return compare_sides(a_side(), b_side())
 
 
 def with_text(side: Side, **changes: object) -> Side:
@@ -56,11 +56,11 @@ def with_text(side: Side, **changes: object) -> Side:
 
 
 def test_the_terminal_view_to_the_letter(diff: Diff) -> None:
-    assert drawn(views.terminal_view(diff)) == (GOLDEN / "diff.txt").read_text()
+    assert drawn(render_text.render_terminal(diff)) == (GOLDEN / "diff.txt").read_text()
 
 
 def test_the_markdown_view_to_the_letter(diff: Diff) -> None:
-    assert views.markdown_view(diff) == (GOLDEN / "diff.md").read_text()
+    assert render_text.render_markdown(diff) == (GOLDEN / "diff.md").read_text()
 
 
 def test_the_values_are_json_and_read_back(diff: Diff) -> None:
@@ -69,7 +69,7 @@ def test_the_values_are_json_and_read_back(diff: Diff) -> None:
 
 
 def test_nothing_differs_from_itself() -> None:
-    found = compare(a_side(), a_side())
+    found = compare_sides(a_side(), a_side())
     assert (
         found.recipe,
         found.decisions,
@@ -82,7 +82,7 @@ def test_nothing_differs_from_itself() -> None:
     assert {row.shift for row in (*found.modules, *found.blocks, *found.routers)} == {0.0}
     assert "The weight files of both are the same bytes." in found.notes
     assert {row.resolved for row in found.distribution if row.difference} == {"not resolved"}
-    assert tables.modules(found, 10).rows == ()
+    assert tables.make_module_table(found, 10).rows == ()
 
 
 # ---------------------------------------------------------------------------------------------------- recipe, tensors
@@ -110,17 +110,17 @@ def test_a_rule_that_changed_by_itself_is_told() -> None:
     rules = [
         {"label": "rules[0]", "match": "*", "quantize": {"method": "rtn", "bits": 8}, "keep": None}
     ]
-    found = compare(a_side(), replace(other, recipe={**(other.recipe or {}), "rules": rules}))
+    found = compare_sides(a_side(), replace(other, recipe={**(other.recipe or {}), "rules": rules}))
     assert ("rules[0].quantize.bits", "4", "8") in [(row.key, row.a, row.b) for row in found.recipe]
 
 
 def test_tensors_added_removed_and_stored_otherwise(diff: Diff) -> None:
     folded = EXPERT.format("{0-1}")
     assert diff.tensors == (
-        Group(change="removed", a="I32", b="none", count=2, names=(f"{folded}.qweight",)),
-        Group(change="added", a="none", b="BF16", count=2, names=(f"{folded}.weight",)),
-        Group(change="dtype", a="BF16", b="F16", count=1, names=("lm_head.weight",)),
-        Group(change="shape", a="[256]", b="[128]", count=1, names=("model.norm.weight",)),
+        TensorGroup(change="removed", a="I32", b="none", count=2, names=(f"{folded}.qweight",)),
+        TensorGroup(change="added", a="none", b="BF16", count=2, names=(f"{folded}.weight",)),
+        TensorGroup(change="dtype", a="BF16", b="F16", count=1, names=("lm_head.weight",)),
+        TensorGroup(change="shape", a="[256]", b="[128]", count=1, names=("model.norm.weight",)),
     )
     assert [(row.a, row.b, row.count) for row in diff.decisions] == [
         ("awq int4 g128 asymmetric", "rtn int3 g128 asymmetric", 2),
@@ -133,7 +133,7 @@ def test_reports_alone_tell_schemes_instead_of_plans() -> None:
         Side(name=name, kind="report", fidelity=side.fidelity)
         for name, side in (("a", a_side()), ("b", b_side()))
     ]
-    found = compare(*sides)
+    found = compare_sides(*sides)
     assert [(row.change, row.a, row.b, row.count) for row in found.decisions] == [
         ("scheme", "int4 g128 asymmetric", "int3 g128 asymmetric", 2),
         ("scheme", "not quantized", "int3 g128 asymmetric", 1),
@@ -144,7 +144,7 @@ def test_reports_alone_tell_schemes_instead_of_plans() -> None:
     ]
     assert all(row.difference is None for row in found.distribution)
     assert sum("is a fidelity.json alone" in note for note in found.notes) == 2
-    assert "no interval" in tables.distribution(found).note
+    assert "no interval" in tables.make_distribution_table(found).note
 
 
 def test_sizes(diff: Diff) -> None:
@@ -175,7 +175,7 @@ def test_benchmarks_are_paired_and_agree_with_scipy(diff: Diff) -> None:
 
 def test_flips_come_with_both_answers_the_lost_ones_first() -> None:
     b = replace(b_side(), items=items([0.0, *A_SCORES[1:-4], 1.0, *A_SCORES[-3:]], SOURCE))
-    found = compare(a_side(), b)
+    found = compare_sides(a_side(), b)
     assert [(flip.item, flip.lost, flip.a.text, flip.b.text) for flip in found.flips] == [
         (0, True, "It is 0", "It is 1"),
         (56, False, "It is 57", "It is 56"),
@@ -190,7 +190,7 @@ def test_other_words_with_the_same_score_are_counted() -> None:
     b, key = a_side(), ("tiny-v3-math", "answer", 5)
     assert b.items is not None
     changed = {**b.items, key: replace(b.items[key], answer=answer("Surely 5", 1.0))}
-    assert compare(a_side(), replace(b, items=changed)).reworded == 1
+    assert compare_sides(a_side(), replace(b, items=changed)).reworded == 1
 
 
 def pick(values: Any, domain: str) -> list[float]:
@@ -208,7 +208,7 @@ def test_token_differences_agree_with_scipy(domain: str) -> None:
             for name in ("all", "math")]  # fmt: skip
     a, b = (replace(side, fidelity=report(distribution=rows)) for side in (a_side(), b_side()))
     assert a.tokens is not None and b.tokens is not None
-    found = {row.figure: row for row in compare(a, b).distribution if row.domain == domain}
+    found = {row.figure: row for row in compare_sides(a, b).distribution if row.domain == domain}
     z = stats.norm.ppf(0.975)
     for figure, one, two, map_ in (
         ("kl_mean", a.tokens.kl, b.tokens.kl, None),
@@ -244,7 +244,7 @@ def test_gold_solutions_are_paired_and_agree_with_scipy(diff: Diff) -> None:
         -0.54,
         "worse",
     )
-    alone = compare(replace(a_side(), solutions=None), b_side()).likelihood[0]
+    alone = compare_sides(replace(a_side(), solutions=None), b_side()).likelihood[0]
     assert (alone.difference, alone.n, alone.b) == (None, 20, -0.54)
 
 
@@ -253,7 +253,7 @@ def test_two_that_learned_from_nothing_are_not_told_to_differ() -> None:
         replace(s, fidelity=s.fidelity.model_copy(update={"calibration": None}))
         for s in (a_side(), b_side())
     ]
-    assert not any("calibration" in note for note in compare(*sides).notes)
+    assert not any("calibration" in note for note in compare_sides(*sides).notes)
 
 
 def test_all_tasks_are_put_together() -> None:
@@ -262,7 +262,7 @@ def test_all_tasks_are_put_together() -> None:
         replace(side, items={**(side.items or {}), **items(scores[:30], SOURCE[:30], "code")})
         for side, scores in ((a_side(), A_SCORES), (b_side(), B_SCORES))
     )
-    rows = {row.task: row for row in compare(a, b).benchmarks}
+    rows = {row.task: row for row in compare_sides(a, b).benchmarks}
     assert list(rows) == ["tiny-v3-math", "code", "all tasks"]
     assert (rows["all tasks"].n, rows["all tasks"].lost) == (
         90,
@@ -273,7 +273,7 @@ def test_all_tasks_are_put_together() -> None:
 def test_a_token_that_is_not_finite_leaves_no_difference() -> None:
     bad = tokens(0.004, seed=2)
     b = replace(b_side(), tokens=replace(bad, kl=[float("inf"), *list(bad.kl)[1:]]))
-    found = {(row.domain, row.figure): row for row in compare(a_side(), b).distribution}
+    found = {(row.domain, row.figure): row for row in compare_sides(a_side(), b).distribution}
     assert (
         found["all", "kl_mean"].difference is None and found["all", "top1"].difference is not None
     )
@@ -294,7 +294,7 @@ def test_modules_are_ordered_by_how_far_their_error_moved(diff: Diff) -> None:
 
 def test_other_calibration_text_leaves_the_weights() -> None:
     b = b_side()
-    found = compare(
+    found = compare_sides(
         a_side(), replace(b, fidelity=b.fidelity.model_copy(update={"calibration": None}))
     )
     assert {row.by for row in found.modules} == {"weights"}
@@ -392,7 +392,7 @@ REFUSED: Mapping[str, tuple[Change, str, tuple[str, ...]]] = {
 def test_what_does_not_compare_is_refused_in_a_sentence(case: str) -> None:
     change, sentence, _ = REFUSED[case]
     with pytest.raises(NotComparable) as caught:
-        compare(a_side(), change(b_side()))
+        compare_sides(a_side(), change(b_side()))
     assert re.fullmatch(sentence + r".*; --partial compares the rest", str(caught.value))
     assert caught.value.exit_code == 1
 
@@ -400,7 +400,10 @@ def test_what_does_not_compare_is_refused_in_a_sentence(case: str) -> None:
 @pytest.mark.parametrize("case", REFUSED)
 def test_the_rest_is_compared_when_asked(case: str) -> None:
     change, sentence, gone = REFUSED[case]
-    found, whole = compare(a_side(), change(b_side()), partial=True), compare(a_side(), b_side())
+    found, whole = (
+        compare_sides(a_side(), change(b_side()), partial=True),
+        compare_sides(a_side(), b_side()),
+    )
     assert re.match(sentence, found.left_out[0])
     assert (
         found.sizes == whole.sizes
@@ -411,12 +414,12 @@ def test_the_rest_is_compared_when_asked(case: str) -> None:
         assert getattr(found, name) == () and getattr(whole, name) != (), name
     assert not any(row.delta_pp for row in found.benchmarks) or "flips" not in gone
     assert "left out: " in drawn(
-        views.terminal_view(found)
-    ) and "left out: " in views.markdown_view(found)
+        render_text.render_terminal(found)
+    ) and "left out: " in render_text.render_markdown(found)
 
 
 def test_items_that_only_one_side_was_asked_are_counted() -> None:
-    found = compare(a_side(), replace(b_side(), items=items(B_SCORES[:40], SOURCE[:40])))
+    found = compare_sides(a_side(), replace(b_side(), items=items(B_SCORES[:40], SOURCE[:40])))
     assert found.benchmarks[0].n == 40
     assert "tiny-v3-math: 40 items are in both, 20 in one only." in found.notes
 
@@ -424,7 +427,7 @@ def test_items_that_only_one_side_was_asked_are_counted() -> None:
 def test_a_baseline_that_moved_is_told() -> None:
     moved = tokens(0.004, seed=2)
     moved = replace(moved, nll_source=[x + 1e-3 for x in moved.nll_source])
-    found = compare(
+    found = compare_sides(
         a_side(), replace(b_side(), tokens=moved, items=items(B_SCORES, [0.0, *SOURCE[1:]]))
     )
     assert any("differ by up to 0.001 nats between the two builds" in note for note in found.notes)
@@ -456,10 +459,10 @@ def large_sides() -> tuple[Side, Side]:
 
 
 def test_markdown_of_a_large_model_fits_a_comment(large_sides: tuple[Side, Side]) -> None:
-    found = compare(*large_sides)
+    found = compare_sides(*large_sides)
     assert len(found.modules) == 44_544 and len(found.flips) == 200
-    text = views.markdown_view(found)
-    assert 5_000 < len(text) < views.MAX_CHARACTERS
+    text = render_text.render_markdown(found)
+    assert 5_000 < len(text) < render_text.MAX_CHARACTERS
     assert "44,4" in text and "more rows in quantkit diff --json." in text
     assert text.count("<details>") == text.count("</details>") > 3
 
@@ -484,9 +487,9 @@ def test_text_from_elsewhere_ends_nothing(text: str) -> None:
                 item, prompt=text, target=text, answer=answer(f"{text}{score}", score)
             )
         both.append(replace(side, items=changed, name=text))
-    found = compare(*both)
-    shown = views.markdown_view(found)
-    assert len(shown) < views.MAX_CHARACTERS
+    found = compare_sides(*both)
+    shown = render_text.render_markdown(found)
+    assert len(shown) < render_text.MAX_CHARACTERS
     outside, fence = [], ""
     for line in shown.splitlines():
         opened = re.match(r"`{3,}", line)
@@ -503,7 +506,7 @@ def test_text_from_elsewhere_ends_nothing(text: str) -> None:
         and "<script" not in plain
         and "\n# x" not in plain
     )
-    assert "\x1b" not in drawn(views.terminal_view(found))
+    assert "\x1b" not in drawn(render_text.render_terminal(found))
 
 
 def test_an_answer_calls_nobody_and_links_nothing() -> None:
@@ -511,7 +514,7 @@ def test_an_answer_calls_nobody_and_links_nothing() -> None:
     b = a_side()
     key = ("tiny-v3-math", "answer", 5)
     said = replace(answer("#12 @staticmethod", 0.0), outcome="@staticmethod #12 kl@math")
-    found = compare(
+    found = compare_sides(
         a_side(),
         replace(
             b,
@@ -521,7 +524,7 @@ def test_an_answer_calls_nobody_and_links_nothing() -> None:
     )
     lines = [
         line
-        for line in views.markdown_view(found).splitlines()
+        for line in render_text.render_markdown(found).splitlines()
         if "static" in line or "team" in line
     ]
     fenced = [line for line in lines if line == "#12 @staticmethod"]
@@ -534,17 +537,20 @@ def test_kl_of_a_source_is_zero_and_its_ratio_has_no_percent() -> None:
     """Nothing divides by the source's KL of 0."""
     a = a_side()
     rows = [
-        row.model_copy(update={"kl_mean": Figure(value=0.0)}) for row in a.fidelity.distribution
+        DistributionResult.model_validate({**row.model_dump(), "kl_mean": {"value": 0.0}})
+        for row in a.fidelity.distribution
     ]
     a = replace(a, fidelity=a.fidelity.model_copy(update={"distribution": tuple(rows)}))
-    assert "mean KL 0 -> 0.00400, higher beyond doubt" in tables.headline(compare(a, b_side()))
+    assert "mean KL 0 -> 0.00400, higher beyond doubt" in tables.format_headline(
+        compare_sides(a, b_side())
+    )
 
 
 def test_tokens_that_the_report_does_not_count_are_not_paired() -> None:
     """Samples of another length than the report says are not those behind its figures."""
     rows = [{"domain": "all", "tokens": N_TOKENS + 1, "kl_mean": {"value": 0.1}}]
     a, b = (replace(side, fidelity=report(distribution=rows)) for side in (a_side(), b_side()))
-    assert [row.difference for row in compare(a, b).distribution] == [None]
+    assert [row.difference for row in compare_sides(a, b).distribution] == [None]
 
 
 def test_reports_of_a_model_that_measured_nothing_compare() -> None:
@@ -552,5 +558,8 @@ def test_reports_of_a_model_that_measured_nothing_compare() -> None:
         key: report().model_dump()[key] for key in ("artifact", "source")
     })
     side = Side(name="bare", kind="report", fidelity=bare)
-    found = compare(side, a_side())
-    assert found.distribution == () and tables.headline(found) == "Both have 6.41 MB of weights."
+    found = compare_sides(side, a_side())
+    assert (
+        found.distribution == ()
+        and tables.format_headline(found) == "Both have 6.41 MB of weights."
+    )

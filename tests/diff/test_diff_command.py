@@ -14,13 +14,12 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 from scipy import stats
-from support.command_line import build, fault, run
+from support.command_line import build, read_error, run
 from support.constants import FAST
 
-from quantkit.diff.sides import SOLUTIONS
-from quantkit.io.package_data import folder
+from quantkit.artifact.layout import BENCHMARK_SAMPLES, SOLUTION_SAMPLES, TOKEN_SAMPLES
+from quantkit.io.package_data import locate_folder
 from quantkit.report import runs
-from quantkit.report.samples import BENCHMARKS, TOKENS
 
 SOURCE = "builtin:tiny-v3"
 
@@ -29,10 +28,10 @@ SOURCE = "builtin:tiny-v3"
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
     """Two artifacts with benchmarks: experts packed in 4 bits, and in 2 bits unpacked, which flips a few answers."""
     from quantkit import pipeline
-    from quantkit.recipe.parse import parse
+    from quantkit.recipe.parse import parse_recipe
 
     place = tmp_path_factory.mktemp("both")
-    text = (folder("recipes") / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
+    text = (locate_folder("recipes") / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
     paths = place / "four", place / "two"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUANTKIT_CACHE", str(place / "cache"))
@@ -47,7 +46,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
             }
             keys["evaluation.likelihood"] = "8"
             gates = {"gates": "{kl_mean: {max: 0.01}, tiny-v3-math: {margin_pp: 20}}"}
-            recipe = parse(text, "tiny-v3-awq4.yaml", {**keys, **gates, **changes})
+            recipe = parse_recipe(text, "tiny-v3-awq4.yaml", {**keys, **gates, **changes})
             pipeline.build_artifacts(
                 recipe,
                 text,
@@ -91,7 +90,9 @@ def test_figures_are_those_of_the_samples(both: tuple[Path, Path]) -> None:
     result = run("diff", *both, "--json")
     assert result.exit_code == 0 and result.stderr == ""
     told = json.loads(result.stdout)
-    scores = [parquet.read_table(path / BENCHMARKS)["quant_score"].to_pylist() for path in both]
+    scores = [
+        parquet.read_table(path / BENCHMARK_SAMPLES)["quant_score"].to_pylist() for path in both
+    ]
     lost = sum(a > b for a, b in zip(*scores, strict=True))
     gained = sum(b > a for a, b in zip(*scores, strict=True))
     (row,) = told["benchmarks"]
@@ -100,7 +101,7 @@ def test_figures_are_those_of_the_samples(both: tuple[Path, Path]) -> None:
         stats.binomtest(min(lost, gained), lost + gained).pvalue
     )
     assert len(told["flips"]) == lost + gained and told["compared_items"] == 24
-    kl = [parquet.read_table(path / TOKENS)["kl"].to_numpy() for path in both]
+    kl = [parquet.read_table(path / TOKEN_SAMPLES)["kl"].to_numpy() for path in both]
     pooled = next(
         r for r in told["distribution"] if (r["domain"], r["figure"]) == ("all", "kl_mean")
     )
@@ -108,7 +109,7 @@ def test_figures_are_those_of_the_samples(both: tuple[Path, Path]) -> None:
     assert pooled["difference"]["se"] == pytest.approx(stats.sem(kl[1] - kl[0]))
     assert pooled["resolved"] == "worse"
     (gold,) = told["likelihood"]
-    pairs = [parquet.read_table(path / SOLUTIONS)["artifact"].to_numpy() for path in both]
+    pairs = [parquet.read_table(path / SOLUTION_SAMPLES)["artifact"].to_numpy() for path in both]
     assert (
         gold["difference"]["value"] == pytest.approx((pairs[1] - pairs[0]).mean())
         and gold["n"] == 8
@@ -200,11 +201,11 @@ def test_reports_alone_and_beside_an_artifact(both: tuple[Path, Path], tmp_path:
 
 def test_other_prompts_are_refused(both: tuple[Path, Path], tmp_path: Path) -> None:
     def asked_otherwise(path: Path) -> None:
-        hashes = parquet.read_table(path / BENCHMARKS)["prompt_hash"].to_pylist()
-        column(path / BENCHMARKS, "prompt_hash", ["0" * 64, *hashes[1:]])
+        hashes = parquet.read_table(path / BENCHMARK_SAMPLES)["prompt_hash"].to_pylist()
+        column(path / BENCHMARK_SAMPLES, "prompt_hash", ["0" * 64, *hashes[1:]])
 
     other = resealed(both[1], tmp_path / "other", asked_otherwise)
-    message = fault(run("diff", both[0], other), 1)
+    message = read_error(run("diff", both[0], other), 1)
     assert message.startswith(
         "tiny-v3-math: the prompt of item 0 is not the same in four and other (prompt_hash differs)"
     )
@@ -225,7 +226,7 @@ def test_another_source_is_refused(both: tuple[Path, Path], tmp_path: Path) -> N
         (path / "quantkit/fidelity.json").write_text(json.dumps(report))
 
     other = resealed(both[1], tmp_path / "other", from_elsewhere)
-    assert "figures against different sources do not compare" in fault(
+    assert "figures against different sources do not compare" in read_error(
         run("diff", both[0], other), 1
     )
     told = json.loads(run("diff", both[0], other, "--partial", "--json").stdout)
@@ -234,7 +235,7 @@ def test_another_source_is_refused(both: tuple[Path, Path], tmp_path: Path) -> N
         and told["tensors"]
         and told["sizes"]
     )
-    message = fault(run("diff", SOURCE, other), 2)
+    message = read_error(run("diff", SOURCE, other), 2)
     assert message.startswith(
         f"{SOURCE}: expected other's source org/other (000000000000), found another model"
     )
@@ -242,9 +243,9 @@ def test_another_source_is_refused(both: tuple[Path, Path], tmp_path: Path) -> N
 
 def test_evidence_that_was_changed_is_refused(both: tuple[Path, Path], tmp_path: Path) -> None:
     other = Path(shutil.copytree(both[1], tmp_path / "other"))
-    column(other / BENCHMARKS, "quant_score", [1.0] * 24)
-    assert fault(run("diff", both[0], other), 1).startswith(
-        f"{other / BENCHMARKS}: expected the file that"
+    column(other / BENCHMARK_SAMPLES, "quant_score", [1.0] * 24)
+    assert read_error(run("diff", both[0], other), 1).startswith(
+        f"{other / BENCHMARK_SAMPLES}: expected the file that"
     )
 
 
@@ -270,7 +271,7 @@ def plan_with(part: str, value: object) -> Callable[[Path], None]:
 
 def no_parquet(path: Path) -> None:
     """Tokens that are no table."""
-    (path / TOKENS).write_bytes(b"PAR1")
+    (path / TOKEN_SAMPLES).write_bytes(b"PAR1")
 
 
 DAMAGED: list[tuple[Callable[[Path], None], str]] = [
@@ -283,11 +284,11 @@ DAMAGED: list[tuple[Callable[[Path], None], str]] = [
     (plan_with("recipe", 3), "recipe: expected an object, found int"),
     (plan_with("decisions", None), "decisions: expected an object, found NoneType"),
     (
-        lambda path: column(path / BENCHMARKS, "quant_score", ["1"] * 24),
+        lambda path: column(path / BENCHMARK_SAMPLES, "quant_score", ["1"] * 24),
         "quant_score: expected double, found string",
     ),
     (
-        lambda path: column(path / BENCHMARKS, "prompt", ["x"] * 23 + [None]),
+        lambda path: column(path / BENCHMARK_SAMPLES, "prompt", ["x"] * 23 + [None]),
         "prompt: expected no empty cell",
     ),
     (no_parquet, "expected samples with the columns"),
@@ -299,21 +300,27 @@ def test_damaged_evidence_is_named(
     both: tuple[Path, Path], tmp_path: Path, change: Callable[[Path], None], sentence: str
 ) -> None:
     """Also where the manifest agrees with it; never a traceback."""
-    assert sentence in fault(run("diff", both[0], resealed(both[1], tmp_path / "other", change)), 1)
+    assert sentence in read_error(
+        run("diff", both[0], resealed(both[1], tmp_path / "other", change)), 1
+    )
 
 
 def test_what_is_no_side(both: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.json").write_text("{}")
-    assert "expected an artifact or a fidelity.json among the two, found none" in fault(
+    assert "expected an artifact or a fidelity.json among the two, found none" in read_error(
         run("diff", SOURCE, SOURCE), 2
     )
-    assert "found a folder of none of them" in fault(run("diff", both[0], tmp_path / "empty"), 1)
-    assert "x.json: artifact: Field required" in fault(run("diff", both[0], tmp_path / "x.json"), 1)
-    message = fault(run("diff", both[0], tmp_path / "absent"), 2)
+    assert "found a folder of none of them" in read_error(
+        run("diff", both[0], tmp_path / "empty"), 1
+    )
+    assert "x.json: artifact: Field required" in read_error(
+        run("diff", both[0], tmp_path / "x.json"), 1
+    )
+    message = read_error(run("diff", both[0], tmp_path / "absent"), 2)
     assert f"or four's source {SOURCE}, found none" in message
     for options in (["--html", "--json"], ["--json", "--markdown"], ["--output", "x"]):
-        assert ": expected " in fault(run("diff", *both, *options), 2)
+        assert ": expected " in read_error(run("diff", *both, *options), 2)
 
 
 # -------------------------------------------------------------------------------------------------------------- runs
@@ -394,17 +401,17 @@ def test_scores_of_other_items_are_marked(shelf: Path) -> None:
     fewer = whole.fidelity.model_copy(
         update={"benchmarks": (row.model_copy(update={"n": row.n + 1}),)}
     )
-    made = runs.scores([whole, replace(whole, name="other", fidelity=fewer)])
+    made = runs.make_score_table([whole, replace(whole, name="other", fidelity=fewer)])
     assert "Other items, and so scores that do not compare: tiny-v3-math." in made.note
     assert f" of {row.n} (" in made.rows[0][1] and f" of {row.n + 1} (" in made.rows[1][1]
 
 
 def test_what_cannot_be_listed(shelf: Path, tmp_path: Path) -> None:
-    assert "Did you mean 'kl'?" in fault(run("runs", shelf, "--sort", "kll"), 2)
-    assert "expected a folder of artifacts, found none" in fault(
+    assert "Did you mean 'kl'?" in read_error(run("runs", shelf, "--sort", "kll"), 2)
+    assert "expected a folder of artifacts, found none" in read_error(
         run("runs", tmp_path / "absent"), 2
     )
-    assert "expected a folder of artifacts, found an artifact" in fault(
+    assert "expected a folder of artifacts, found an artifact" in read_error(
         run("runs", shelf / "four"), 2
     )
 

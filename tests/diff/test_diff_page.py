@@ -17,11 +17,11 @@ from support.report_large import large
 from support.report_pages import HOSTILE, LIMIT_BYTES, Page
 
 from quantkit.diff import page, tables
-from quantkit.diff.charts import layer_medians, tail
-from quantkit.diff.compare import compare
+from quantkit.diff.charts import compute_layer_medians, compute_tail
+from quantkit.diff.compare import compare_sides
+from quantkit.diff.diff_schema import ErrorShift
 from quantkit.diff.sides import Side
-from quantkit.diff.values import Shift
-from quantkit.report.html import csp_hash
+from quantkit.report.html_page import compute_csp_hash
 
 in_browser = [
     pytest.mark.slow,
@@ -33,7 +33,7 @@ in_browser = [
 
 def rendered(a: Side, b: Side) -> str:
     """The page of B compared with A."""
-    return page.render(compare(a, b), a.tokens, b.tokens)
+    return page.render_page(compare_sides(a, b), a.tokens, b.tokens)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,10 @@ def big_sides() -> tuple[Side, Side]:
 
 
 def test_the_page_shows_the_cells_of_every_table(text: str) -> None:
-    words, diff = Page(text).words, compare(a_side(), b_side())
-    made = [made for made in tables.tables(diff, page.ROWS) if made.title != "Items that flipped"]
+    words, diff = Page(text).words, compare_sides(a_side(), b_side())
+    made = [
+        made for made in tables.make_tables(diff, page.ROWS) if made.title != "Items that flipped"
+    ]
     assert len(made) == 14
     for table in made:
         for row in table.rows:
@@ -78,7 +80,7 @@ def test_the_page_shows_the_cells_of_every_table(text: str) -> None:
 def test_sections_are_linked_and_lost_items_come_first(text: str) -> None:
     assert re.findall(r'<section id="(\w+)"', text) == re.findall(r'<li><a href="#(\w+)"', text)
     assert re.findall(r'data-outcome="(\w+)"', text) == ["lost"] * 12
-    assert tables.headline(compare(a_side(), b_side())).replace("->", "-&gt;") in text
+    assert tables.format_headline(compare_sides(a_side(), b_side())).replace("->", "-&gt;") in text
 
 
 def test_the_policy_names_the_two_scripts(text: str) -> None:
@@ -89,7 +91,7 @@ def test_the_policy_names_the_two_scripts(text: str) -> None:
     )
     assert policy.startswith("default-src 'none';") and len(found.scripts) == 3
     for script in found.scripts[1:]:
-        assert f"'{csp_hash(script)}'" in policy
+        assert f"'{compute_csp_hash(script)}'" in policy
     links = [value for name, value in found.values if name in ("href", "src")]
     assert links and all(value.startswith("#") for value in links)
     assert list(found.drawings["specs"]) == ["layers", "blocks", "kl"]
@@ -140,22 +142,22 @@ def named(word: str) -> tuple[Side, Side]:
 
 def test_the_tail_counts_tokens_from_each_step_on() -> None:
     kl = [1e-12, 1e-5, 1e-5, 3e-3, float("inf")]
-    rows = {row["at"]: (row["share"], row["tokens"]) for row in tail(kl, "A")}
+    rows = {row["at"]: (row["share"], row["tokens"]) for row in compute_tail(kl, "A")}
     assert (rows[-9.0], rows[-5.25], rows[-4.75], rows[-2.75]) == (
         (0.75, 3),
         (0.75, 3),
         (0.25, 1),
         (0.25, 1),
     )
-    assert max(rows) == -2.75 and tail([], "A") == []
+    assert max(rows) == -2.75 and compute_tail([], "A") == []
 
 
 def test_layers_have_the_median_of_each_side() -> None:
     shifts = [
-        Shift(name=f"model.layers.{n}.up_proj", by="outputs", a=0.1, b=b, shift=None)
+        ErrorShift(name=f"model.layers.{n}.up_proj", by="outputs", a=0.1, b=b, shift=None)
         for n, b in ((1, 0.3), (1, 0.5))
     ]
-    found = {(row["layer"], row["side"]): row["error"] for row in layer_medians(shifts)}
+    found = {(row["layer"], row["side"]): row["error"] for row in compute_layer_medians(shifts)}
     assert found == {(1, "A"): 0.1, (1, "B"): 0.4}
 
 

@@ -1,7 +1,8 @@
-"""The report's figures, computed a second time by code that shares nothing with quantkit.
+"""Figures of the report against an independent computation that shares no code with quantkit.
 
-Source and artifact are read with the safetensors library, FP8 blocks and AWQ words are unpacked here with numpy, and
-both models are loaded whole into transformers. The streaming figures must agree to 1 %.
+Source and artifact are read with the safetensors library, FP8 blocks and AWQ words are unpacked
+here with numpy, and both models are loaded whole into transformers. The streaming figures must
+agree to 1 %.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.builds import ignore
+from support.builds import ignore_progress
 from support.whole_models import awq_weights, fp8_weights, whole_model
 
 from quantkit import pipeline
 from quantkit.io import package_data
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 from quantkit.texts import corpora
 
 AGREEMENT = 0.01
@@ -25,22 +26,22 @@ AGREEMENT = 0.01
 @pytest.mark.parametrize("rules", ["experts-only", "all-linear"])
 def test_streaming_figures_equal_whole_models(rules: str, tmp_path: Path) -> None:
     """KL, perplexity ratio, top-1 and delta-p of the demo's recipe, on all of its held-out text."""
-    text = (package_data.folder("recipes") / "tiny-v3-awq4.yaml").read_text()
-    recipe = parse(
+    text = (package_data.locate_folder("recipes") / "tiny-v3-awq4.yaml").read_text()
+    recipe = parse_recipe(
         text,
         "tiny-v3-awq4.yaml",
         {"output.path": str(tmp_path / "a"), "rules": rules, "calibration.sequences": "100"},
     )
     (outcome,) = pipeline.build_artifacts(
-        recipe, text, overwrite=False, evaluate=False, on_plan=ignore, on_progress=ignore
+        recipe, text, overwrite=False, evaluate=False, planned=ignore_progress, tell=ignore_progress
     )
-    source = package_data.resolve_model("builtin:tiny-v3")
+    source = package_data.locate_model("builtin:tiny-v3")
     first, second = (
         whole_model(source, fp8_weights(source)),
         whole_model(outcome.path, awq_weights(outcome.path)),
     )
-    corpus = corpora.load_set(recipe.fidelity.set, package_data.folder("calibration"))
-    tokens = corpora.token_batches(corpus, corpora.load_tokenizer(source), None, 512, 0)
+    corpus = corpora.load_set(recipe.fidelity.set, package_data.locate_folder("calibration"))
+    tokens = corpora.sample_sequences(corpus, corpora.load_tokenizer(source), None, 512, 0)
     kl, nll_p, nll_q, same = [], [], [], []
     with torch.no_grad():
         for i in range(tokens.n_sequences):

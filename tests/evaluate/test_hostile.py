@@ -1,4 +1,4 @@
-"""Hostile programs are contained, on every rung of the sandbox that works here; the programs are in hostile.py."""
+"""Hostile programs (hostile.py) are contained by every kind of sandbox that works here."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from support import hostile
 
-from quantkit.evaluate.sandbox import seccomp
-from quantkit.evaluate.sandbox.sandbox import Program, probe, run_programs
+from quantkit.evaluate.sandbox import Program, probe_sandbox, run_programs, seccomp
 
 HEADERS = {
     "x86_64": Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
@@ -27,10 +26,10 @@ CASES = [
 
 
 @pytest.mark.parametrize("program", CASES)
-def test_contained(jail, program, monkeypatch):
+def test_hostile_program_is_contained(jail, program, monkeypatch):
     monkeypatch.setenv("QUANTKIT_TEST_SECRET", "leaked")
     tests = hostile.WRONG if program.tests is None else program.tests
-    # Where neither of these bounds shall end it, a slow machine needs time enough to reach the one that shall.
+    # If another limit must end the program, a slow machine needs time to reach it.
     seconds = 1 if {hostile.CPU, hostile.WALL} & set(program.reason) else 4
     started = time.monotonic()
     (found,) = run_programs([Program(source=program.source, tests=tests)], jail, seconds)
@@ -40,13 +39,13 @@ def test_contained(jail, program, monkeypatch):
         assert any(reason in found.reason for reason in program.reason), found.reason
 
 
-def test_wrong_is_a_test_that_can_be_passed(jail):
+def test_tests_of_hostile_programs_can_pass(jail):
     (found,) = run_programs([Program(source="def answer(): return 42", tests=hostile.WRONG)], jail)
     assert found.passed, "else the table above would prove nothing"
 
 
 def named(name: str) -> list[int]:
-    """Processes of this machine with that name."""
+    """Return the processes with that name."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -60,7 +59,7 @@ def named(name: str) -> list[int]:
 @pytest.mark.parametrize(
     "ending", ["def answer(): return 42", "import os; os._exit(0)", "os.kill(os.getppid(), 9)"]
 )
-def test_no_daemon_is_left(jail, ending):
+def test_no_daemon_survives(jail, ending):
     name = f"qk-{os.getpid()}"
     source = hostile.DAEMON.replace("NAME", repr(name.encode())) + ending
     (found,) = run_programs([Program(source=source, tests=hostile.WRONG)], jail, 1)
@@ -71,11 +70,16 @@ def test_no_daemon_is_left(jail, ending):
     assert named(name) == []
 
 
-def test_a_sum_of_its_own_is_judged_and_helpers_of_its_own_are_not():
-    sandbox = probe()
+def test_program_may_define_sum_but_not_replace_helpers():
+    sandbox = probe_sandbox()
     if sandbox.kind == "none":
         pytest.skip(f"no sandbox: {sandbox.reason}")
-    source = "def sum(a, b): return 6\nclass math:\n    isclose = staticmethod(lambda *a: True)\ndef answer(): return 6\n"
+    source = """
+def sum(a, b): return 6
+class math:
+    isclose = staticmethod(lambda *a: True)
+def answer(): return 6
+"""
     tests = (
         "assert sum(10, 15) == 6",
         "assert sum([answer(), 1]) == 7",
@@ -85,8 +89,8 @@ def test_a_sum_of_its_own_is_judged_and_helpers_of_its_own_are_not():
     assert [outcome.passed for outcome in found] == [True, True, False]
 
 
-def test_objects_cross_between_program_and_tests():
-    sandbox = probe()
+def test_objects_are_copied_between_program_and_tests():
+    sandbox = probe_sandbox()
     if sandbox.kind == "none":
         pytest.skip(f"no sandbox: {sandbox.reason}")
     source = """
@@ -97,15 +101,18 @@ class Node:
 def same(x): return x
 def kinds():
     point = collections.namedtuple("Point", "x y")
-    return [point(1, 2), collections.Counter("aab"), decimal.Decimal("1.5"), fractions.Fraction(1, 3)]
+    values = [point(1, 2), collections.Counter("aab")]
+    return [*values, decimal.Decimal("1.5"), fractions.Fraction(1, 3)]
 def count(n): yield from range(n)
 def fail(): raise LookupError("lost")
 """
     tests = """
 node = Node(1)
 node.next = Node(2)
-assert (len(node), node.next.value, same(node) == node, same(node) == Node(1)) == (2, 2, True, False)
-for value in (1 << 99, -1, True, None, 1.5, float("inf"), 1j, b"ab", "\\udc80", {1: (2, [3])}, {4}, [[]]):
+assert (len(node), node.next.value) == (2, 2)
+assert (same(node) == node, same(node) == Node(1)) == (True, False)
+numbers = (1 << 99, -1, True, None, 1.5, float("inf"), 1j)
+for value in (*numbers, b"ab", "\\udc80", {1: (2, [3])}, {4}, [[]]):
     assert same(value) == value and type(same(value)) is type(value), value
 from decimal import Decimal
 from fractions import Fraction
@@ -122,28 +129,28 @@ else:
     assert found.reason == "passed"
 
 
-@pytest.mark.parametrize("machine", seccomp.AUDIT)
-def test_the_numbers_are_the_kernels(machine):
+@pytest.mark.parametrize("machine", seccomp.AUDIT_ARCHES)
+def test_syscall_numbers_equal_the_kernel_headers(machine):
     header = HEADERS[machine]
     if not header.is_file():
         pytest.skip(f"{header} is not here (linux-libc-dev)")
-    text, column = header.read_text(), list(seccomp.AUDIT).index(machine)
+    text, column = header.read_text(), list(seccomp.AUDIT_ARCHES).index(machine)
     found = {
         name: int(number)
         for name, number in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", text)
     }
-    expected = {name: numbers[column] for name, numbers in seccomp.REFUSED.items()}
+    expected = {name: numbers[column] for name, numbers in seccomp.DENIED_SYSCALLS.items()}
     assert {name: found.get(name) for name in expected} == expected
 
 
-def test_a_jail_that_nobody_can_watch_is_not_used(monkeypatch):
+def test_probe_refuses_a_kernel_without_pidfd_open(monkeypatch):
     def refuse(pid: int) -> int:
         raise OSError
 
     monkeypatch.setattr(os, "pidfd_open", refuse)
-    assert probe().reason == "this kernel has no pidfd_open"
+    assert probe_sandbox().reason == "this kernel has no pidfd_open"
 
 
-def test_an_unknown_machine_has_no_sandbox(monkeypatch):
+def test_probe_refuses_an_unknown_machine(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "vax")
-    assert probe().reason == "no system-call filter for vax"
+    assert probe_sandbox().reason == "no system-call filter for vax"

@@ -1,4 +1,4 @@
-"""Generated programs are contained, judged by their tests alone, and not run at all without a jail."""
+"""Generated programs are contained, judged by their tests alone, and not run without a sandbox."""
 
 from __future__ import annotations
 
@@ -11,27 +11,21 @@ import pytest
 from support.paths import ROOT
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluate import benchmarks, tasks
-from quantkit.evaluate.sandbox.sandbox import (
-    PROCESSES,
-    Outcome,
-    Program,
-    Sandbox,
-    probe,
-    run_programs,
-)
+from quantkit.evaluate import task_runner, tasks
+from quantkit.evaluate.sandbox import Program, ProgramResult, Sandbox, probe_sandbox, run_programs
+from quantkit.evaluate.sandbox.limits import PROCESSES
 from quantkit.io import package_data
 
 DATA = Path(os.environ.get("QUANTKIT_DATA", ROOT.parent / "shared" / "data"))
 
 
-def verdict(source: str, sandbox: Sandbox, tests: str = "pass", seconds: int = 1) -> Outcome:
+def verdict(source: str, sandbox: Sandbox, tests: str = "pass", seconds: int = 1) -> ProgramResult:
     return run_programs([Program(source=source, tests=tests)], sandbox, seconds)[0]
 
 
-def test_a_right_program_passes_and_a_wrong_one_fails(jail):
+def test_correct_program_passes_and_wrong_program_fails(jail):
     tests = "assert double(2) == 4"
-    assert verdict("def double(x):\n    return 2 * x", jail, tests) == Outcome(
+    assert verdict("def double(x):\n    return 2 * x", jail, tests) == ProgramResult(
         passed=True, reason="passed"
     )
     assert verdict("def double(x):\n    return x", jail, tests).reason.startswith("AssertionError")
@@ -39,7 +33,7 @@ def test_a_right_program_passes_and_a_wrong_one_fails(jail):
     assert verdict("", jail, tests).reason == "NameError: name 'double' is not defined"
 
 
-def test_the_probe_says_which_python_runs_the_programs(jail):
+def test_probe_reports_the_jails_python(jail):
     assert jail.python.split(".")[0] == "3"
     assert jail.reason == ""
 
@@ -58,13 +52,13 @@ def test_the_probe_says_which_python_runs_the_programs(jail):
         ("def f(): f()\nf()", "RecursionError"),
     ],
 )
-def test_a_program_that_does_not_finish_its_tests_fails(jail, source, reason):
+def test_program_that_does_not_finish_its_tests_fails(jail, source, reason):
     found = verdict(source, jail)
     assert not found.passed
     assert reason in found.reason
 
 
-def test_sleepers_and_fork_bombs_are_ended(jail):
+def test_sleeping_programs_and_fork_bombs_are_killed(jail):
     bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
     programs = [
         Program(source=source, tests="pass") for source in (bomb, "import time\ntime.sleep(1000)")
@@ -74,7 +68,7 @@ def test_sleepers_and_fork_bombs_are_ended(jail):
     assert slept.reason == "ran longer than 8 s"
 
 
-def test_the_number_of_processes_is_limited(jail):
+def test_number_of_processes_is_limited(jail):
     source = """
 import os, time
 made = 0
@@ -89,7 +83,7 @@ for _ in range(200):
     assert verdict(source, jail, f"assert made < {PROCESSES}, made").passed
 
 
-def test_nothing_outside_can_be_written(jail, tmp_path):
+def test_program_cannot_write_outside_its_tmp(jail, tmp_path):
     target = tmp_path / "planted"
     for path in (str(target), "/usr/planted", "/etc/planted", "/dev/shm/planted"):
         found = verdict(f"open({path!r}, 'w').write('x')", jail)
@@ -100,12 +94,15 @@ def test_nothing_outside_can_be_written(jail, tmp_path):
     assert not Path(f"/tmp/quantkit-{os.getpid()}").exists()
 
 
-def test_mounts_cannot_be_changed(jail):
-    source = "import subprocess\nsubprocess.run(['mount', '-o', 'remount,rw', '/usr'], check=True, stderr=-3)"
+def test_program_cannot_change_mounts(jail):
+    source = """
+import subprocess
+subprocess.run(['mount', '-o', 'remount,rw', '/usr'], check=True, stderr=-3)
+"""
     assert "CalledProcessError" in verdict(source, jail).reason
 
 
-def test_the_host_is_not_visible(jail, monkeypatch):
+def test_program_cannot_see_the_host(jail, monkeypatch):
     monkeypatch.setenv("QUANTKIT_TEST_SECRET", "leaked")
     source = (
         "import os\nseen = os.environ.get('QUANTKIT_TEST_SECRET')\nplaces = set(os.listdir('/'))"
@@ -117,7 +114,7 @@ def test_the_host_is_not_visible(jail, monkeypatch):
     assert not verdict("open('/proc/1/environ').read()", jail).passed
 
 
-def test_there_is_no_network(jail):
+def test_program_has_no_network(jail):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         found = verdict(
@@ -127,21 +124,21 @@ def test_there_is_no_network(jail):
     assert "Error" in found.reason
 
 
-def test_programs_do_not_meet(jail):
+def test_programs_are_isolated_from_each_other(jail):
     leave = Program(source="open('/tmp/left', 'w').write('x')", tests="pass")
     look = Program(source="import os\nleft = os.path.exists('/tmp/left')", tests="assert not left")
     assert all(found.passed for found in run_programs([leave, look, leave, look], jail, 2))
 
 
-def test_many_programs_keep_their_order(jail):
+def test_results_keep_the_order_of_the_programs(jail):
     programs = [Program(source=f"x = {n}", tests=f"assert x % 2 == 0, {n}") for n in range(12)]
     assert [found.passed for found in run_programs(programs, jail, 2)] == [
         n % 2 == 0 for n in range(12)
     ]
 
 
-def test_without_a_jail_nothing_runs(tmp_path):
-    sandbox = probe(search=str(tmp_path))
+def test_run_programs_refuses_without_a_sandbox(tmp_path):
+    sandbox = probe_sandbox(search=str(tmp_path))
     assert sandbox.kind == "none"
     assert "bwrap is not installed" in sandbox.reason
     assert "unshare" in sandbox.reason
@@ -149,41 +146,46 @@ def test_without_a_jail_nothing_runs(tmp_path):
         run_programs([Program(source="pass", tests="pass")], sandbox)
 
 
-def test_a_jail_that_fails_is_not_used(tmp_path):
+def test_probe_skips_a_sandbox_that_fails(tmp_path):
     for name in ("unshare", "mount", "chroot", "setpriv", "sh"):
         tool = tmp_path / name
         tool.write_text("#!/bin/sh\necho refused by policy >&2\nexit 1\n")
         tool.chmod(0o755)
     tmp_path.chmod(0o755)
-    assert probe(search=str(tmp_path)).kind == "none"
+    assert probe_sandbox(search=str(tmp_path)).kind == "none"
 
 
-# ------------------------------------------------------------------------------------------------ positive control
+# ------------------------------------------------------------------------------------------------
+# positive control
 
 
-def reference(task: str, solution: str, sandbox: Sandbox) -> tuple[list[Outcome], list[Outcome]]:
-    """Outcomes of every reference solution of a task, and of 20 empty bodies."""
-    (loaded,) = tasks.load([task], DATA)
+def reference(
+    task: str, solution: str, sandbox: Sandbox
+) -> tuple[list[ProgramResult], list[ProgramResult]]:
+    """Run every reference solution of a task, and 20 empty bodies."""
+    (loaded,) = tasks.load_tasks([task], DATA)
     assert loaded.code is not None
     file = loaded.files["test"]
     lines = file.path.read_text(encoding="utf-8").splitlines()
     docs = [json.loads(line) for line in (lines[slice(*file.rows)] if file.rows else lines)]
-    right = [benchmarks.program(task, loaded.code, doc, doc[solution]) for doc in docs]
+    right = [task_runner.build_program(task, loaded.code, doc, doc[solution]) for doc in docs]
     empty = [
-        benchmarks.program(task, loaded.code, doc, "    pass\n" if "prompt" in doc else "pass")
+        task_runner.build_program(
+            task, loaded.code, doc, "    pass\n" if "prompt" in doc else "pass"
+        )
         for doc in docs[:20]
     ]
     return run_programs(right, sandbox, loaded.code.seconds), run_programs(empty, sandbox, 2)
 
 
 def best() -> Sandbox:
-    sandbox = probe()
+    sandbox = probe_sandbox()
     if sandbox.kind == "none":
         pytest.skip(f"no sandbox: {sandbox.reason}")
     return sandbox
 
 
-def test_positive_control_of_tiny_v3():
+def test_reference_solutions_of_tiny_v3_pass():
     right, empty = reference("tiny-v3-code", "canonical_solution", best())
     assert {found.reason for found in right} == {"passed"}
     assert len(right) == 100
@@ -191,7 +193,7 @@ def test_positive_control_of_tiny_v3():
 
 
 @pytest.mark.skipif(not (DATA / "humaneval").is_dir(), reason="HumanEval is not on this machine")
-def test_positive_control_of_humaneval():
+def test_reference_solutions_of_humaneval_pass():
     right, empty = reference("humaneval", "canonical_solution", best())
     assert [found.reason for found in right if not found.passed] == []
     assert len(right) == 164
@@ -200,16 +202,16 @@ def test_positive_control_of_humaneval():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "mbpp").is_dir(), reason="MBPP is not on this machine")
-def test_positive_control_of_mbpp():
+def test_reference_solutions_of_mbpp_pass():
     right, empty = reference("mbpp", "code", best())
     assert [found.reason for found in right if not found.passed] == []
     assert len(right) == 500
     assert not any(found.passed for found in empty)
 
 
-def test_the_shipped_items_are_all_there():
+def test_shipped_data_has_all_items():
     counts = {
         path.name: len(path.read_text().splitlines())
-        for path in (package_data.folder("evals") / "data").iterdir()
+        for path in (package_data.locate_folder("evals") / "data").iterdir()
     }
     assert counts == {"tiny-v3-math.jsonl": 300, "tiny-v3-code.jsonl": 100}

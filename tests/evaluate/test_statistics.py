@@ -1,4 +1,4 @@
-"""The statistics of a comparison against scipy, and against worked numbers."""
+"""Statistics of a comparison against scipy, statsmodels and worked numbers."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from statsmodels.stats.weightstats import DescrStatsW
 
 from quantkit.evaluate.statistics import (
     Interval,
-    bootstrap,
-    compare,
-    decide,
-    mcnemar,
-    minimum_detectable,
-    paired,
-    paired_shares,
-    wilson,
+    bootstrap_interval,
+    compare_scores,
+    decide_verdict,
+    mcnemar_p_value,
+    minimum_detectable_difference,
+    paired_difference,
+    paired_proportions_interval,
+    wilson_interval,
 )
 
 
 def outcomes(both: int, lost: int, gained: int, neither: int) -> tuple[list[float], list[float]]:
-    """Scores of a baseline and a candidate with these counts of items."""
+    """Return scores of a baseline and a candidate with these counts of items."""
     first = [1.0] * (both + lost) + [0.0] * (gained + neither)
     second = [1.0] * both + [0.0] * lost + [1.0] * gained + [0.0] * neither
     return first, second
@@ -39,7 +39,7 @@ def outcomes(both: int, lost: int, gained: int, neither: int) -> tuple[list[floa
 def test_wilson_equals_scipy(case):
     successes, n = case
     expected = scipy.stats.binomtest(successes, n).proportion_ci(method="wilson")
-    found = wilson(successes, n)
+    found = wilson_interval(successes, n)
     assert isclose(found.low, expected.low, abs_tol=1e-12)
     assert isclose(found.high, expected.high, abs_tol=1e-12)
 
@@ -48,7 +48,7 @@ def test_wilson_equals_scipy(case):
 def test_wilson_equals_statsmodels_at_any_level(case):
     for level in (0.8, 0.95, 0.999):
         found, expected = (
-            wilson(*case, level=level),
+            wilson_interval(*case, level=level),
             proportion_confint(*case, alpha=1 - level, method="wilson"),
         )
         assert (found.low, found.high) == pytest.approx(expected, abs=1e-12)
@@ -60,23 +60,23 @@ def test_mcnemar_equals_statsmodels(lost, gained):
     expected = (
         statsmodels_mcnemar([[9, lost], [gained, 9]], exact=True).pvalue if lost + gained else 1.0
     )
-    assert mcnemar(lost, gained) == pytest.approx(expected, rel=1e-8, abs=1e-12)
+    assert mcnemar_p_value(lost, gained) == pytest.approx(expected, rel=1e-8, abs=1e-12)
 
 
 @given(st.integers(0, 700), st.integers(0, 700))
 @settings(deadline=None)
 def test_mcnemar_equals_scipy(lost, gained):
     expected = scipy.stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
-    assert isclose(mcnemar(lost, gained), min(1.0, expected), rel_tol=1e-8, abs_tol=1e-12)
+    assert isclose(mcnemar_p_value(lost, gained), min(1.0, expected), rel_tol=1e-8, abs_tol=1e-12)
 
 
 @pytest.mark.parametrize(
     ("lost", "gained", "p"), [(30, 18, 0.11), (60, 40, 0.057), (80, 50, 0.011)]
 )
-def test_mcnemar_of_published_counts(lost, gained, p):
+def test_mcnemar_equals_published_values(lost, gained, p):
     assert (
-        mcnemar(lost, gained)
-        == mcnemar(gained, lost)
+        mcnemar_p_value(lost, gained)
+        == mcnemar_p_value(gained, lost)
         == pytest.approx(p, abs=0.0006 if p < 0.1 else 0.006)
     )
 
@@ -85,7 +85,7 @@ def test_mcnemar_of_published_counts(lost, gained, p):
 def test_paired_error_equals_scipy(pairs):
     first, second = zip(*pairs, strict=True)
     changes = [two - one for one, two in pairs]
-    found = paired(first, second)
+    found = paired_difference(first, second)
     assert isclose(found.mean, sum(changes) / len(changes), abs_tol=1e-12)
     assert isclose(
         found.standard_error, float(scipy.stats.sem(changes)), rel_tol=1e-6, abs_tol=1e-9
@@ -93,10 +93,10 @@ def test_paired_error_equals_scipy(pairs):
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=50))
-def test_the_paired_interval_equals_statsmodels(pairs):
+def test_paired_interval_equals_statsmodels(pairs):
     first, second = np.array(pairs).T
     found, expected = (
-        paired(first.tolist(), second.tolist()),
+        paired_difference(first.tolist(), second.tolist()),
         DescrStatsW(second - first).zconfint_mean(),
     )
     assert (found.interval.low, found.interval.high) == pytest.approx(expected, rel=1e-6, abs=1e-9)
@@ -104,15 +104,19 @@ def test_the_paired_interval_equals_statsmodels(pairs):
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(60, 300), st.floats(0.3, 0.95), st.floats(0.02, 0.3))
-def test_the_bootstrap_equals_scipys(seed, n, accuracy, flipped):
+def test_bootstrap_equals_scipy(seed, n, accuracy, flipped):
     generator = np.random.default_rng(seed)
     first = (generator.random(n) < accuracy).astype(float)
     second = np.where(generator.random(n) < flipped, 1 - first, first)
     expected = scipy.stats.bootstrap(
-        (first, second), lambda x, y, axis: y.mean(axis=axis) - x.mean(axis=axis), paired=True, n_resamples=4000,
-        method="percentile", rng=generator,
-    )  # fmt: skip
-    found = bootstrap(first.tolist(), second.tolist(), resamples=4000)
+        (first, second),
+        lambda x, y, axis: y.mean(axis=axis) - x.mean(axis=axis),
+        paired=True,
+        n_resamples=4000,
+        method="percentile",
+        rng=generator,
+    )
+    found = bootstrap_interval(first.tolist(), second.tolist(), resamples=4000)
     noise = (
         0.4 * expected.standard_error
     )  # of a 2.5 % quantile of 4,000 draws: six standard errors of it and more
@@ -122,9 +126,9 @@ def test_the_bootstrap_equals_scipys(seed, n, accuracy, flipped):
 
 @given(st.integers(20, 5000), st.floats(0.005, 0.5), st.floats(0.5, 0.95))
 @settings(deadline=None, max_examples=40)
-def test_the_detectable_difference_equals_statsmodels(n, flips, power):
-    found = minimum_detectable(flips, n, power=power)
-    # one sample of differences with variance `flips`; nobody counts the power in the wrong tail
+def test_detectable_difference_equals_statsmodels(n, flips, power):
+    found = minimum_detectable_difference(flips, n, power=power)
+    # one sample of differences with variance `flips`, without the power in the wrong tail
     reached = NormalIndPower().power(
         found / flips**0.5, nobs1=n, alpha=0.025, ratio=0, alternative="larger"
     )
@@ -133,21 +137,21 @@ def test_the_detectable_difference_equals_statsmodels(n, flips, power):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(2, 400))
-def test_the_interval_of_paired_shares_is_an_adjusted_walds(lost, gained, unchanged):
+def test_paired_proportions_interval_is_an_adjusted_wald_interval(lost, gained, unchanged):
     # Bonett and Price: Wald's interval of the mean of -1, 0, 1, with one item more on each side
     n = lost + gained + unchanged
     changes = np.array([-1.0] * (lost + 1) + [1.0] * (gained + 1) + [0.0] * unchanged)
     half = scipy.stats.norm.ppf(0.975) * changes.std(ddof=0) / len(changes) ** 0.5
-    found = paired_shares(lost, gained, n)
+    found = paired_proportions_interval(lost, gained, n)
     assert (found.low, found.high) == pytest.approx(
         np.clip([changes.mean() - half, changes.mean() + half], -1, 1), abs=1e-12
     )
 
 
-def test_a_gsm8k_like_case():
+def test_compare_scores_on_a_gsm8k_like_case():
     # 30 items lost and 18 gained of 1,319, with a baseline of 1,260 right answers
     first, second = outcomes(both=1230, lost=30, gained=18, neither=41)
-    found = compare(first, second, smallest_recovery=0.99)
+    found = compare_scores(first, second, smallest_recovery=0.99)
     assert 100 * found.difference.mean == pytest.approx(-0.91, abs=0.005)
     assert 100 * found.difference.standard_error == pytest.approx(0.52, abs=0.005)
     assert 100 * found.recovery == pytest.approx(99.05, abs=0.005)
@@ -161,7 +165,7 @@ def test_a_gsm8k_like_case():
     share = found.baseline  # the worked interval of the difference, as a share of the baseline
     assert 100 * found.recovery_interval.low == pytest.approx(100 - 1.97 / share, abs=0.1)
     assert 100 * found.recovery_interval.high == pytest.approx(100 + 0.08 / share, abs=0.1)
-    drawn = bootstrap(first, second)
+    drawn = bootstrap_interval(first, second)
     assert 100 * drawn.low == pytest.approx(-1.97, abs=0.08)
     assert 100 * drawn.high == pytest.approx(0.08, abs=0.08)
     assert found.verdict == "not resolved"
@@ -172,65 +176,74 @@ def test_a_gsm8k_like_case():
     ("n", "flips", "half", "detectable"),
     [(164, 0.06, 3.8, 5.4), (500, 0.06, 2.2, 3.1), (1319, 0.05, 1.2, 1.7)],
 )
-def test_power_of_the_usual_benchmarks(n, flips, half, detectable):
-    assert 100 * minimum_detectable(flips, n) == pytest.approx(detectable, abs=0.05)
-    assert 100 * minimum_detectable(flips, n, power=0.5) == pytest.approx(half, abs=0.06)
+def test_detectable_difference_of_common_benchmarks(n, flips, half, detectable):
+    assert 100 * minimum_detectable_difference(flips, n) == pytest.approx(detectable, abs=0.05)
+    assert 100 * minimum_detectable_difference(flips, n, power=0.5) == pytest.approx(half, abs=0.06)
 
 
-def test_no_flips_still_leave_doubt():
+def test_interval_without_flips_has_a_width():
     first, second = outcomes(both=250, lost=0, gained=0, neither=50)
-    assert paired(first, second).interval == Interval(low=0, high=0)
-    found = compare(first, second, smallest_recovery=0.98)
+    assert paired_difference(first, second).interval == Interval(low=0, high=0)
+    found = compare_scores(first, second, smallest_recovery=0.98)
     assert found.difference.interval.low < 0 < found.difference.interval.high
     assert found.verdict == "pass"
-    assert compare(first, second, smallest_recovery=0.999).verdict == "not resolved"
+    assert compare_scores(first, second, smallest_recovery=0.999).verdict == "not resolved"
     assert found.p_value == 1.0
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 40), st.integers(2, 40))
-def test_the_interval_holds_the_difference_and_mirrors(both, lost, gained, neither):
+def test_paired_interval_contains_the_difference_and_is_symmetric(both, lost, gained, neither):
     n = both + lost + gained + neither
-    found, mirrored = paired_shares(lost, gained, n), paired_shares(gained, lost, n)
+    found, mirrored = (
+        paired_proportions_interval(lost, gained, n),
+        paired_proportions_interval(gained, lost, n),
+    )
     assert found.low <= (gained - lost) / (n + 2) <= found.high
     assert isclose(found.low, -mirrored.high, abs_tol=1e-12)
 
 
-def test_bonett_price_covers_the_truth():
+def test_bonett_price_interval_has_its_coverage():
     # 4 % lost and 2 % gained of 300 items, drawn 400 times
     generator = random.Random(1)
     inside = 0
     for _ in range(400):
         drawn = generator.choices((-1, 1, 0), weights=(4, 2, 94), k=300)
-        found = paired_shares(drawn.count(-1), drawn.count(1), 300)
+        found = paired_proportions_interval(drawn.count(-1), drawn.count(1), 300)
         inside += found.low <= -0.02 <= found.high
     assert 0.93 <= inside / 400 <= 1.0
 
 
 def test_bootstrap_is_repeatable_and_near_the_normal_interval():
     first, second = outcomes(both=200, lost=20, gained=10, neither=70)
-    found = bootstrap(first, second, seed=3)
-    assert found == bootstrap(first, second, seed=3) != bootstrap(first, second, seed=4)
-    normal = paired(first, second).interval
+    found = bootstrap_interval(first, second, seed=3)
+    assert (
+        found
+        == bootstrap_interval(first, second, seed=3)
+        != bootstrap_interval(first, second, seed=4)
+    )
+    normal = paired_difference(first, second).interval
     assert found.low == pytest.approx(normal.low, abs=0.006)
     assert found.high == pytest.approx(normal.high, abs=0.006)
 
 
-def test_recovery_interval_holds_the_recovery_and_agrees_with_the_verdict():
+def test_recovery_interval_agrees_with_the_verdict():
     first, second = outcomes(both=200, lost=20, gained=10, neither=70)
-    found = compare(first, second)
+    found = compare_scores(first, second)
     assert found.recovery == pytest.approx(210 / 220)
     assert found.recovery_interval.low < found.recovery < found.recovery_interval.high
-    assert compare(first, second, found.recovery_interval.low - 1e-9).verdict == "pass"
-    assert compare(first, second, found.recovery_interval.low + 1e-9).verdict == "not resolved"
+    assert compare_scores(first, second, found.recovery_interval.low - 1e-9).verdict == "pass"
+    assert (
+        compare_scores(first, second, found.recovery_interval.low + 1e-9).verdict == "not resolved"
+    )
 
 
-def test_recovery_without_flips_is_not_certain():
-    found = compare([1.0] * 100, [1.0] * 100)
+def test_recovery_interval_without_flips_has_a_width():
+    found = compare_scores([1.0] * 100, [1.0] * 100)
     assert 100 * found.difference.interval.high == pytest.approx(2.72, abs=0.01)
     assert 100 * found.recovery_interval.low == pytest.approx(100 - 2.72, abs=0.01)
     assert 100 * found.recovery_interval.high == pytest.approx(100 + 2.72, abs=0.01)
-    averages = compare([0.5, 0.75] * 50, [0.5, 0.75] * 50)
+    averages = compare_scores([0.5, 0.75] * 50, [0.5, 0.75] * 50)
     assert averages.recovery_interval.low < 1 < averages.recovery_interval.high
 
 
@@ -238,36 +251,38 @@ def test_recovery_without_flips_is_not_certain():
     ("n", "baseline", "lost", "gained"),
     [(100, 0.9, 0.02, 0.0), (100, 0.5, 0.02, 0.02), (40, 0.8, 0.05, 0.03), (164, 0.15, 0.05, 0.02)],
 )
-def test_the_recovery_interval_covers_the_truth(n, baseline, lost, gained):
+def test_recovery_interval_has_its_coverage(n, baseline, lost, gained):
     generator, inside = random.Random(1), 0
     kinds = [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)]
     for _ in range(400):
         drawn = generator.choices(
             kinds, weights=(baseline - lost, lost, gained, 1 - baseline - gained), k=n
         )
-        found = compare([one for one, _ in drawn], [two for _, two in drawn]).recovery_interval
+        found = compare_scores(
+            [one for one, _ in drawn], [two for _, two in drawn]
+        ).recovery_interval
         inside += found is not None and found.low <= 1 + (gained - lost) / baseline <= found.high
     assert inside / 400 >= 0.93
 
 
-def test_two_zeros_say_nothing():
-    found = compare([0.0] * 50, [0.0] * 50)
+def test_zero_scores_on_both_sides_give_no_information():
+    found = compare_scores([0.0] * 50, [0.0] * 50)
     assert found.verdict == found.text == "floor: no information"
     assert found.recovery is None
     assert found.recovery_interval is None
 
 
-def test_a_broken_candidate_fails():
+def test_broken_candidate_fails():
     first, second = outcomes(both=30, lost=200, gained=5, neither=65)
-    found = compare(first, second, smallest_recovery=0.95)
+    found = compare_scores(first, second, smallest_recovery=0.95)
     assert found.verdict == "fail"
     assert found.p_value < 1e-6
 
 
-def test_scores_between_zero_and_one_are_compared_by_their_mean():
-    found = compare([0.5, 0.75, 1.0, 0.25] * 20, [0.5, 0.75, 1.0, 0.3] * 20)
+def test_fractional_scores_are_compared_by_their_mean():
+    found = compare_scores([0.5, 0.75, 1.0, 0.25] * 20, [0.5, 0.75, 1.0, 0.3] * 20)
     assert found.difference.mean == pytest.approx(0.0125)
-    normal = paired([0.5, 0.75, 1.0, 0.25] * 20, [0.5, 0.75, 1.0, 0.3] * 20)
+    normal = paired_difference([0.5, 0.75, 1.0, 0.25] * 20, [0.5, 0.75, 1.0, 0.3] * 20)
     assert found.difference.standard_error == normal.standard_error
     assert found.difference.interval.low == pytest.approx(normal.interval.low, abs=0.001)
     assert found.difference.interval.high == pytest.approx(normal.interval.high, abs=0.001)
@@ -278,13 +293,13 @@ def test_scores_between_zero_and_one_are_compared_by_their_mean():
     ("low", "high", "verdict"),
     [(-0.005, 0.02, "pass"), (-0.03, 0.02, "not resolved"), (-0.03, -0.02, "fail")],
 )
-def test_verdicts_at_a_margin_of_one_point(low, high, verdict):
-    assert decide(Interval(low=low, high=high), 0.01) == verdict
+def test_decide_verdict_at_a_margin_of_one_point(low, high, verdict):
+    assert decide_verdict(Interval(low=low, high=high), 0.01) == verdict
 
 
 @pytest.mark.parametrize("pair", [([1.0], [1.0]), ([1.0, 0.0], [1.0])])
-def test_what_is_no_pair_is_refused(pair):
+def test_unpaired_scores_are_refused(pair):
     with pytest.raises(ValueError, match="two or more paired items"):
-        compare(*pair)
+        compare_scores(*pair)
     with pytest.raises(ValueError, match="successes"):
-        wilson(3, 2)
+        wilson_interval(3, 2)

@@ -17,8 +17,8 @@ from click.testing import CliRunner
 from support.paths import ROOT
 
 from quantkit.cli.main import main
-from quantkit.evaluate.samples import from_parquet
-from quantkit.evaluate.sandbox import sandbox
+from quantkit.evaluate.item_results import read_items
+from quantkit.evaluate.sandbox import probe_sandbox
 
 MODEL = Path(os.environ.get("QUANTKIT_SMOLLM2", ROOT / "artifacts" / "real" / "smollm2-135m"))
 DATA = Path(os.environ.get("QUANTKIT_DATA", ROOT.parent / "shared" / "data"))
@@ -80,7 +80,7 @@ def test_smollm2_on_the_real_benchmarks(method, tmp_path, monkeypatch, tmp_path_
         str(TOKENS), "--batch-size", "8", "--dtype", "float32", "--device-map", "cpu", "--source", str(MODEL),
         "--output", str(tmp_path / "out"),
     ))  # fmt: skip
-    items = from_parquet(tmp_path / "out" / "items.parquet")
+    items = read_items(tmp_path / "out" / "items.parquet")
     first = {(item.task, item.filter) for item in items}
     assert first == {
         ("gsm8k", "strict-match"), ("gsm8k", "flexible-extract"), ("humaneval", "pass@1"), ("mbpp", "pass@1")
@@ -93,7 +93,7 @@ def test_smollm2_on_the_real_benchmarks(method, tmp_path, monkeypatch, tmp_path_
         "five worked examples"
     )
     code = [item for item in items if item.task != "gsm8k"]
-    if sandbox.probe().kind == "none":
+    if probe_sandbox().kind == "none":
         assert {item.score for item in code} == {None}
     else:
         assert {item.score for item in items} <= {0.0, 1.0}

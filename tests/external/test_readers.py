@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.builds import build
-from support.checkpoints import tiny_config, write_checkpoint
+from support.checkpoints import make_tiny_config, write_checkpoint
 from support.dequantized import Stored
 
 pytestmark = pytest.mark.slow
@@ -167,7 +167,7 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Read]:
     save_file({"tokens": tokens}, place / "tokens")
     jobs = []
     for name, case in CASES.items():
-        known = tiny_config(case.family)
+        known = make_tiny_config(case.family)
         config = {**known, **{key: value for key, value in case.changes.items() if key in known}}
         source = write_checkpoint(place / f"{name}-source", config)
         keys = {"format": case.format, "quantize": f"{{{case.quantize}}}", "rules": case.rules}

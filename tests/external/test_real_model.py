@@ -13,7 +13,7 @@ from external.real_model import against_peers, bench, texts, unpack
 from external.real_model.bench import Cost
 from external.real_model.measure import Judge
 from safetensors.torch import load_file, save_file
-from support.checkpoints import tiny_config, write_checkpoint
+from support.checkpoints import make_tiny_config, write_checkpoint
 
 from quantkit import registry
 from quantkit.contracts import Scheme
@@ -23,7 +23,7 @@ from quantkit.numerics.fidelity import Estimate
 from quantkit.texts import corpora
 
 TEXT = "".join(f"line {index} of a text that has many of them .\n" for index in range(400))
-CHECKPOINT = package_data.resolve_model("builtin:tiny-v3")
+CHECKPOINT = package_data.locate_model("builtin:tiny-v3")
 
 
 # --------------------------------------------------------------------------------------------------------------- text
@@ -80,11 +80,11 @@ def test_the_sets_give_quantkit_the_windows_of_the_text(
     tokenizer = corpora.load_tokenizer(CHECKPOINT)
     sets = texts.write_sets(tmp_path, tokenizer, tmp_path)
     assert sets.form == "raw"
-    calibration = corpora.token_batches(
+    calibration = corpora.sample_sequences(
         corpora.load_set(str(sets.calibration), tmp_path), tokenizer, None, 128, 0
     )
     assert calibration.lengths == (128,) * 3
-    found = corpora.token_batches(
+    found = corpora.sample_sequences(
         corpora.load_set(str(sets.fidelity), tmp_path), tokenizer, 5, 128, 0
     )
     whole = tokenizer([TEXT], add_special_tokens=False, verbose=False)["input_ids"][0]
@@ -117,7 +117,7 @@ def test_the_reader_agrees_with_each_format(name: str, symmetric: bool, tmp_path
     """Two programs written apart, one artifact: bit for bit."""
     scheme = Scheme(bits=4, group_size=32, symmetric=symmetric, scale_dtype="bfloat16", kind="int")
     weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(1))
-    packed = registry.format(name).pack(rtn.METHOD.solve(weight, None, scheme), scheme)
+    packed = registry.get_format(name).pack(rtn.METHOD.solve(weight, None, scheme), scheme)
     save_file(
         {f"model.a.{part}": value.contiguous() for part, value in packed.items()},
         tmp_path / "x.safetensors",
@@ -126,7 +126,7 @@ def test_the_reader_agrees_with_each_format(name: str, symmetric: bool, tmp_path
     (tmp_path / "config.json").write_text(json.dumps(config))
     [(module, found)] = unpack.dense_weights(tmp_path).items()
     assert module == "model.a.weight"
-    assert torch.equal(found, registry.format(name).dequantize(packed, scheme))
+    assert torch.equal(found, registry.get_format(name).dequantize(packed, scheme))
 
 
 def test_the_second_version_of_gptq_stores_zeros_as_they_are() -> None:
@@ -190,8 +190,8 @@ def test_nf4_is_read_as_its_description_says(nested: bool) -> None:
 def test_the_judge_finds_no_difference_to_the_source_and_one_to_a_changed_model(
     tmp_path: Path,
 ) -> None:
-    source = write_checkpoint(tmp_path / "source", tiny_config("llama"))
-    changed = write_checkpoint(tmp_path / "changed", tiny_config("llama"))
+    source = write_checkpoint(tmp_path / "source", make_tiny_config("llama"))
+    changed = write_checkpoint(tmp_path / "changed", make_tiny_config("llama"))
     tensors = load_file(changed / "model.safetensors")
     tensors["model.layers.0.mlp.down_proj.weight"] *= 0.5
     save_file(tensors, changed / "model.safetensors")

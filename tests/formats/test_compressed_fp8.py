@@ -1,4 +1,7 @@
-"""INT4 beside the source's FP8 blocks: which module each reader takes for what (FORMATS.md 3.4 and 3.6)."""
+"""INT4 next to the source's FP8 blocks: the group that each reader assigns to every module.
+
+The rules are in quantkit/formats/README.md, compressed-tensors.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,28 @@ from typing import Any
 
 import pytest
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-from support.format_examples import block_modules, linear
+from support.format_examples import list_block_modules, make_linear
 from torch import nn
 from transformers.integrations.compressed_tensors import get_experts_scheme
 
 from quantkit.contracts import Contents, Scheme
 from quantkit.formats import compressed_tensors as ct
-from quantkit.formats.common.engine_names import FUSED
+from quantkit.formats.common.engine_names import FUSED_MODULES
 
 SCHEME = Scheme(bits=4, group_size=128, symmetric=True, scale_dtype="bfloat16")
 MTP = 12
-"""The number of the MTP block of the model below: transformers does not run it, vLLM does."""
+"""The index of the MTP block of the model below: vLLM runs it, transformers does not."""
 
 
-def modules() -> list[str]:
-    """A DeepSeek-V3 of 12 layers, the first three dense, and its MTP block."""
-    inner = [name for layer in range(MTP + 1) for name in block_modules(layer, moe=layer >= 3)]
+def list_modules() -> list[str]:
+    """Return the linears of a DeepSeek-V3 of 12 layers, three of them dense, and its MTP block."""
+    inner = [name for layer in range(MTP + 1) for name in list_block_modules(layer, moe=layer >= 3)]
     mtp = [f"model.layers.{MTP}.{name}" for name in ("embed_tokens", "eh_proj", "shared_head.head")]
     return ["model.embed_tokens", *inner, *mtp, "lm_head"]
 
 
 NEVER = r"|embed_tokens$|lm_head$|eh_proj$|shared_head|\.gate$"
-"""What an FP8 checkpoint stores in BF16."""
+"""The modules that an FP8 checkpoint stores in BF16."""
 
 CASES: Mapping[str, tuple[str, str]] = {
     "flagship, kv_b_proj BF16": (
@@ -59,22 +62,24 @@ CASES: Mapping[str, tuple[str, str]] = {
         r"\.experts\.",
     ),
 }
-"""What is quantized, and what stays BF16 beside that which an FP8 checkpoint stores so; the rest stays FP8."""
+"""Patterns of the quantized modules, and of those in BF16 besides NEVER; the rest is FP8."""
 
 
-def contents(quantized: str, plain: str) -> tuple[Contents, dict[str, str | None]]:
-    """The contents, and the right answer for every module: the format of its group, None where it is in none."""
-    names = modules()
+def make_contents(quantized: str, plain: str) -> tuple[Contents, dict[str, str | None]]:
+    """Return the contents, and for every module the format of its group, None without one."""
+    names = list_modules()
     codes = [name for name in names if re.search(quantized, name)]
     kept = [name for name in names if name not in codes]
     fp8 = [name for name in kept if not re.search(plain + NEVER, name)]
-    right: dict[str, str | None] = dict.fromkeys(names)
-    right |= dict.fromkeys(codes, "pack-quantized") | dict.fromkeys(fp8, "float-quantized")
-    return Contents(schemes=dict.fromkeys(codes, SCHEME), kept=kept, fp8=fp8, fp8_block=128), right
+    expected: dict[str, str | None] = dict.fromkeys(names)
+    expected |= dict.fromkeys(codes, "pack-quantized") | dict.fromkeys(fp8, "float-quantized")
+    return Contents(
+        schemes=dict.fromkeys(codes, SCHEME), kept=kept, fp8=fp8, fp8_block=128
+    ), expected
 
 
-def tree(names: list[str]) -> nn.Module:
-    """A model on the meta device that has these linears under these names."""
+def make_meta_tree(names: list[str]) -> nn.Module:
+    """Return a model on the meta device with linears of these names."""
     root = nn.Module()
     for name in names:
         *parents, last = name.split(".")
@@ -88,34 +93,38 @@ def tree(names: list[str]) -> nn.Module:
 
 
 @pytest.mark.parametrize(("quantized", "plain"), CASES.values(), ids=CASES.keys())
-def test_the_library_puts_every_module_into_its_group(quantized: str, plain: str) -> None:
-    """compressed-tensors itself resolves the targets, as it does for transformers."""
-    told, right = contents(quantized, plain)
-    entry = ct.FORMAT.quantization_config(told)
-    assert entry is not None and set(right.values()) == {None, "pack-quantized", "float-quantized"}
+def test_compressed_tensors_finds_group_of_every_module(quantized: str, plain: str) -> None:
+    """The library itself resolves the targets, as it does for transformers."""
+    contents, expected = make_contents(quantized, plain)
+    entry = ct.FORMAT.quantization_config(contents)
+    assert entry is not None and set(expected.values()) == {
+        None,
+        "pack-quantized",
+        "float-quantized",
+    }
     config = QuantizationConfig.model_validate(entry)
-    model = tree(list(right))
+    model = make_meta_tree(list(expected))
     apply_quantization_config(model, config)
-    found = {
+    resolved = {
         name: getattr(getattr(module, "quantization_scheme", None), "format", None)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     }
-    assert found == right
-    if any(".experts." in name for name in told.schemes):
+    assert resolved == expected
+    if any(".experts." in name for name in contents.schemes):
         assert get_experts_scheme(config).format == "pack-quantized"
 
 
-# ------------------------------------------------------------------------------------ the rules of vLLM and SGLang
+# --- rules of vLLM and SGLang
 
 
-def named(entry: str, name: str) -> bool:
-    """An entry of `ignore` or `targets` over a module's name."""
+def matches_name(entry: str, name: str) -> bool:
+    """Return whether an entry of `ignore` or `targets` matches a module's name."""
     return bool(re.match(entry[3:], name)) if entry.startswith("re:") else entry == name
 
 
-def targets(config: Mapping[str, Any]) -> dict[str, str]:
-    """Target -> format of its group, in the order in which vLLM and SGLang build the map."""
+def map_targets(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return target -> format of its group, in the order of vLLM's and SGLang's map."""
     return {
         target: group["format"]
         for group in config["config_groups"].values()
@@ -123,55 +132,70 @@ def targets(config: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def by_class(found: Mapping[str, str], kind: str) -> str | None:
-    """A class name is a target when the target is part of it."""
-    return next((form for target, form in found.items() if target.lower() in kind.lower()), None)
+def find_by_class(formats: Mapping[str, str], kind: str) -> str | None:
+    """Return the format of the first target that is a substring of the class name."""
+    return next(
+        (format_ for target, format_ in formats.items() if target.lower() in kind.lower()), None
+    )
 
 
 def vllm(config: Mapping[str, Any], name: str, kind: str, members: tuple[str, ...]) -> str | None:
-    """Name, then all members of a fused module, then class; `ignore` likewise, where a mix is an error."""
+    """Name, then all members of a fused module, then class; mixed members in `ignore` fail."""
     parts = members or (name,)
-    left = {any(named(entry, part) for entry in config["ignore"]) for part in parts}
-    assert len(left) == 1, f"different schemes for the shards of {name}"
-    if left == {True}:
+    is_ignored = {any(matches_name(entry, part) for entry in config["ignore"]) for part in parts}
+    assert len(is_ignored) == 1, f"different schemes for the shards of {name}"
+    if is_ignored == {True}:
         return None
-    found = targets(config)
-    own = next((form for target, form in found.items() if named(target, name)), None)
-    shards = [next((form for t, form in found.items() if named(t, part)), None) for part in members]
-    return own or (shards[0] if shards and all(shards) else None) or by_class(found, kind)
+    formats = map_targets(config)
+    by_name = next(
+        (format_ for target, format_ in formats.items() if matches_name(target, name)), None
+    )
+    shards = [
+        next((format_ for t, format_ in formats.items() if matches_name(t, part)), None)
+        for part in members
+    ]
+    return (
+        by_name or (shards[0] if shards and all(shards) else None) or find_by_class(formats, kind)
+    )
 
 
 def sglang(config: Mapping[str, Any], name: str, kind: str, members: tuple[str, ...]) -> str | None:
-    """Name, then class; members only after that. Plain names in `ignore` are suffixes. No match is an error."""
+    """Name, then class, then members; plain names in `ignore` are suffixes; no match fails."""
     if any(
-        named(e, name) or (not e.startswith("re:") and name.endswith(f".{e}"))
+        matches_name(e, name) or (not e.startswith("re:") and name.endswith(f".{e}"))
         for e in config["ignore"]
     ):
         return None
-    found = targets(config)
-    own = next((form for target, form in found.items() if named(target, name)), None)
-    answer = own or by_class(found, kind)
-    assert answer, f"Unable to find matching target for {name}"
-    return answer
+    formats = map_targets(config)
+    by_name = next(
+        (format_ for target, format_ in formats.items() if matches_name(target, name)), None
+    )
+    format_ = by_name or find_by_class(formats, kind)
+    assert format_, f"Unable to find matching target for {name}"
+    return format_
 
 
 ENGINES: Mapping[str, tuple[Callable[..., str | None], dict[str, tuple[str, ...]]]] = {
     "vllm": (
         vllm,
-        {k: v for k, v in FUSED.items() if k in ("qkv_proj", "gate_up_proj", "fused_qkv_a_proj")},
+        {
+            k: v
+            for k, v in FUSED_MODULES.items()
+            if k in ("qkv_proj", "gate_up_proj", "fused_qkv_a_proj")
+        },
     ),
-    "sglang": (sglang, {k: v for k, v in FUSED.items() if k != "fused_qkv_a_proj"}),
+    "sglang": (sglang, {k: v for k, v in FUSED_MODULES.items() if k != "fused_qkv_a_proj"}),
 }
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("quantized", "plain"), CASES.values(), ids=CASES.keys())
-def test_engines_put_every_module_into_its_group(quantized: str, plain: str, engine: str) -> None:
-    """Modules as the engines have them: fused, and the experts of a block asked for by the names of the first."""
-    told, right = contents(quantized, plain)
-    config, (resolve, fused) = ct.FORMAT.quantization_config(told), ENGINES[engine]
+def test_engines_find_group_of_every_module(quantized: str, plain: str, engine: str) -> None:
+    """The engines' own modules: fused linears, and a block's experts by the names of the first."""
+    contents, expected_formats = make_contents(quantized, plain)
+    config, (resolve, fused) = ct.FORMAT.quantization_config(contents), ENGINES[engine]
     assert config is not None
-    for name, expected in right.items():
+    for name, expected in expected_formats.items():
         parent, _, last = name.rpartition(".")
         if last == "embed_tokens" or last in ("lm_head", "head"):
             continue  # no linears there
@@ -181,18 +205,18 @@ def test_engines_put_every_module_into_its_group(quantized: str, plain: str, eng
                 assert resolve(config, name, "RoutedExpertsLinear", ()) == expected, name
             continue
         assert resolve(config, name, "ColumnParallelLinear", ()) == expected, name
-        for whole in (whole for whole, members in fused.items() if last in members):
-            members = tuple(f"{parent}.{member}" for member in fused[whole])
+        for fused_name in (fused_name for fused_name, members in fused.items() if last in members):
+            members = tuple(f"{parent}.{member}" for member in fused[fused_name])
             assert (
-                resolve(config, f"{parent}.{whole}", "MergedColumnParallelLinear", members)
+                resolve(config, f"{parent}.{fused_name}", "MergedColumnParallelLinear", members)
                 == expected
-            ), whole
+            ), fused_name
 
 
-def test_config_entry_of_both_variants() -> None:
-    """FORMATS.md 3.6: A, whose FP8 group is every linear, for kv_b_proj in FP8; B, the other way round, without."""
-    told, _ = contents(*CASES["flagship, kv_b_proj BF16"])
-    entry: Any = ct.FORMAT.quantization_config(told)
+def test_config_entry_of_variants_a_and_b() -> None:
+    """With kv_b_proj in FP8 the FP8 group targets "Linear" (A), else the INT4 group does (B)."""
+    contents, _ = make_contents(*CASES["flagship, kv_b_proj BF16"])
+    entry: Any = ct.FORMAT.quantization_config(contents)
     assert entry["format"] == "pack-quantized"
     first, second = entry["config_groups"]["group_0"], entry["config_groups"]["group_1"]
     assert (first["format"], first["targets"]) == ("pack-quantized", ["Linear"])
@@ -219,19 +243,19 @@ def test_config_entry_of_both_variants() -> None:
         "output_activations": None,
     }
     assert any("kv_b_proj" in name for name in entry["ignore"])
-    told, _ = contents(*CASES["flagship, kv_b_proj FP8"])
-    entry = ct.FORMAT.quantization_config(told)
+    contents, _ = make_contents(*CASES["flagship, kv_b_proj FP8"])
+    entry = ct.FORMAT.quantization_config(contents)
     first, second = entry["config_groups"]["group_0"], entry["config_groups"]["group_1"]
     assert first["targets"] == [r"re:model\.layers\.(3|4|5|6|7|8|9|10|11)\.mlp\.experts(\..*)?$"]
     assert (second["format"], second["targets"]) == ("float-quantized", ["Linear"])
     assert not any("kv_b_proj" in name for name in entry["ignore"])
 
 
-def test_what_cannot_stay_in_fp8_is_told_with_its_reason() -> None:
+def test_accepts_fp8_names_reason() -> None:
     assert ct.FORMAT.accepts_fp8 is not None
     for role in ("attention", "mlp", "shared_expert"):
-        assert ct.FORMAT.accepts_fp8(linear(role=role), 128) is None  # type: ignore[arg-type]
+        assert ct.FORMAT.accepts_fp8(make_linear(role=role), 128) is None  # type: ignore[arg-type]
     assert "as if there were one per weight" in str(
-        ct.FORMAT.accepts_fp8(linear(role="routed_expert"), 128)
+        ct.FORMAT.accepts_fp8(make_linear(role="routed_expert"), 128)
     )
-    assert "blocks of 128 x 128, found 64 x 64" in str(ct.FORMAT.accepts_fp8(linear(), 64))
+    assert "blocks of 128 x 128, found 64 x 64" in str(ct.FORMAT.accepts_fp8(make_linear(), 64))

@@ -1,4 +1,4 @@
-"""compressed-tensors to the bit (golden words of FORMATS.md 3.1), and artifacts as transformers loads them."""
+"""compressed-tensors to the bit, against hand-computed words, and artifacts in transformers."""
 
 from __future__ import annotations
 
@@ -11,71 +11,61 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from support.builds import build
-from support.checkpoints import tiny_config, write_checkpoint
+from support.checkpoints import make_tiny_config, write_checkpoint
 from support.dequantized import Stored
-from support.format_examples import SELECTIONS, linear, model_modules
+from support.format_examples import SELECTIONS, list_model_modules, make_linear
+from support.gptq_examples import M_WORDS, M
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from quantkit.contracts import Contents, Linear, Quantized, Scheme
 from quantkit.errors import NumericsError, UsageError
 from quantkit.formats import compressed_tensors as ct
-from quantkit.formats.common.checks import Codes, by_codes
-from quantkit.formats.common.engine_names import FUSED
+from quantkit.formats.common.checks import IntegerCodes, group_by_codes
+from quantkit.formats.common.engine_names import FUSED_MODULES
 from quantkit.methods import rtn
 from quantkit.numerics import affine
 
-M = torch.tensor(
-    [[(3 * (8 * k + n) + 1) % 16 for n in range(8)] for k in range(8)], dtype=torch.uint8
-)
-"""FORMATS.md's example, [in, out]."""
-M_WORDS = [
-    -1852730991,
-    -993737532,
-    -134744073,
-    707406378,
-    1566399837,
-    -2139062144,
-    -1280068685,
-    -421075226,
-]
 
-
-def scheme(bits: int = 4, group: int = 128, symmetric: bool = True, kind: str = "int") -> Scheme:
+def make_scheme(
+    bits: int = 4, group: int = 128, symmetric: bool = True, kind: str = "int"
+) -> Scheme:
     return Scheme(
         bits=bits, group_size=group, symmetric=symmetric, scale_dtype="bfloat16", kind=kind
     )  # type: ignore[arg-type]
 
 
-def codes_of(chosen: Scheme) -> Codes:
-    ((found, _),) = by_codes({"": chosen})
-    return found
+def get_codes(scheme: Scheme) -> IntegerCodes:
+    ((codes, _),) = group_by_codes({"": scheme})
+    return codes
 
 
-# --------------------------------------------------------------------------------------------------- the bits
+# --- bits
 
 
-def test_golden_words() -> None:
-    """M along `in`, not transposed; zero points along `out`."""
+def test_pack_gives_golden_words() -> None:
+    """Codes of M along `in`, not transposed; zero points along `out`."""
     zero = torch.tensor([[8], [1], [2], [3], [4], [5], [6], [15]], dtype=torch.uint8)
     scale = torch.ones(8, 1).bfloat16()
-    found = ct.FORMAT.pack(
-        Quantized(codes=M.T, scale=scale, zero=zero), scheme(group=-1, symmetric=False)
+    tensors = ct.FORMAT.pack(
+        Quantized(codes=M.T, scale=scale, zero=zero), make_scheme(group=-1, symmetric=False)
     )
-    assert found["weight_packed"].tolist() == [[word] for word in M_WORDS]
-    assert found["weight_zero_point"].tolist() == [[-162254312]]  # 0xF6543218
-    assert found["weight_shape"].tolist() == [8, 8] and found["weight_shape"].dtype == torch.int64
-    symmetric = ct.FORMAT.pack(Quantized(codes=M.T, scale=scale, zero=None), scheme(group=-1))
+    assert tensors["weight_packed"].tolist() == [[word] for word in M_WORDS]
+    assert tensors["weight_zero_point"].tolist() == [[-162254312]]  # 0xF6543218
+    assert (
+        tensors["weight_shape"].tolist() == [8, 8] and tensors["weight_shape"].dtype == torch.int64
+    )
+    symmetric = ct.FORMAT.pack(Quantized(codes=M.T, scale=scale, zero=None), make_scheme(group=-1))
     assert sorted(symmetric) == ["weight_packed", "weight_scale", "weight_shape"]
-    assert torch.equal(symmetric["weight_packed"], found["weight_packed"])
+    assert torch.equal(symmetric["weight_packed"], tensors["weight_packed"])
 
 
-def test_signed_codes_are_stored_with_an_offset_of_eight() -> None:
-    """FORMATS.md's q = -8, -7, 0, 1, 2, 3, 4, 5: the first of its two words."""
+def test_signed_codes_are_stored_plus_eight() -> None:
+    """The library's q = -8, -7, 0, 1, 2, 3, 4, 5 (formats/README.md, compressed-tensors)."""
     codes = torch.tensor([[-8, -7, 0, 1, 2, 3, 4, 5]]) + 8
     quantized = Quantized(codes=codes.byte(), scale=torch.full((1, 1), 0.5).bfloat16(), zero=None)
-    found = ct.FORMAT.pack(quantized, scheme(group=-1))
-    assert found["weight_packed"].tolist() == [[-591751152]]  # 0xDCBA9810
-    assert ct.FORMAT.dequantize(found, scheme(group=-1)).tolist() == [
+    tensors = ct.FORMAT.pack(quantized, make_scheme(group=-1))
+    assert tensors["weight_packed"].tolist() == [[-591751152]]  # 0xDCBA9810
+    assert ct.FORMAT.dequantize(tensors, make_scheme(group=-1)).tolist() == [
         [-4, -3.5, 0, 0.5, 1, 1.5, 2, 2.5]
     ]
 
@@ -83,142 +73,157 @@ def test_signed_codes_are_stored_with_an_offset_of_eight() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("group", [32, -1])
-def test_the_library_finds_the_same_weights(bits: int, symmetric: bool, group: int) -> None:
-    """Unpacked by compressed-tensors itself, in float32 and so exactly; its group is made from our config.json."""
-    chosen, one = scheme(bits, group, symmetric), linear(out=96, width=256)
+def test_compressed_tensors_unpacks_same_weights(bits: int, symmetric: bool, group: int) -> None:
+    """The library unpacks in float32, so exactly, with the group of our config.json."""
+    scheme, linear = make_scheme(bits, group, symmetric), make_linear(out=96, width=256)
     weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(bits)) * 0.03
-    quantized = rtn.METHOD.solve(weight, None, chosen)
-    tensors = ct.FORMAT.pack(quantized, chosen)
+    quantized = rtn.METHOD.solve(weight, None, scheme)
+    tensors = ct.FORMAT.pack(quantized, scheme)
     dtypes = {torch.int32: "I32", torch.int64: "I64", torch.bfloat16: "BF16"}
-    made = {
-        f"{one.name}.{local}": (dtypes[x.dtype], tuple(x.shape)) for local, x in tensors.items()
+    stored = {
+        f"{linear.name}.{local}": (dtypes[x.dtype], tuple(x.shape)) for local, x in tensors.items()
     }
-    assert made == {spec.name: (spec.dtype, spec.shape) for spec in ct.FORMAT.layout(one, chosen)}
+    assert stored == {
+        spec.name: (spec.dtype, spec.shape) for spec in ct.FORMAT.layout(linear, scheme)
+    }
     assert all(tensor.is_contiguous() for tensor in tensors.values())
-    expected = affine.dequantize(quantized, chosen)
-    assert torch.equal(ct.FORMAT.dequantize(tensors, chosen), expected)
+    expected = affine.dequantize(quantized, scheme)
+    assert torch.equal(ct.FORMAT.dequantize(tensors, scheme), expected)
     library = BaseCompressor.get_value_from_registry(CompressionFormat.pack_quantized.value)
     group_0 = QuantizationScheme(
-        targets=["Linear"], weights=QuantizationArgs(**ct.weights(codes_of(chosen)))
+        targets=["Linear"], weights=QuantizationArgs(**ct.make_weight_args(get_codes(scheme)))
     )
-    theirs = library.decompress(
+    unpacked = library.decompress(
         {**tensors, "weight_scale": tensors["weight_scale"].float()}, group_0
     )
-    assert torch.equal(theirs["weight"], expected)
+    assert torch.equal(unpacked["weight"], expected)
 
 
-def test_what_has_no_place_is_refused_while_packing() -> None:
+def test_pack_rejects_large_codes_and_wrong_zero_points() -> None:
     scale = torch.ones(8, 1).bfloat16()
     with pytest.raises(NumericsError, match="do not fit 4 bits"):
-        ct.FORMAT.pack(Quantized(codes=M.T + 1, scale=scale, zero=None), scheme(group=-1))
+        ct.FORMAT.pack(Quantized(codes=M.T + 1, scale=scale, zero=None), make_scheme(group=-1))
     with pytest.raises(UsageError, match="says symmetric: true, found a matrix with zero points"):
         ct.FORMAT.pack(
-            Quantized(codes=M.T, scale=scale, zero=torch.zeros_like(scale).byte()), scheme(group=-1)
+            Quantized(codes=M.T, scale=scale, zero=torch.zeros_like(scale).byte()),
+            make_scheme(group=-1),
         )
     with pytest.raises(
         UsageError, match="says symmetric: false, found a matrix without zero points"
     ):
         ct.FORMAT.pack(
-            Quantized(codes=M.T, scale=scale, zero=None), scheme(group=-1, symmetric=False)
+            Quantized(codes=M.T, scale=scale, zero=None), make_scheme(group=-1, symmetric=False)
         )
 
 
-# ------------------------------------------------------------------------------------------- what is accepted
+# --- accepted linears
 
 
 @pytest.mark.parametrize(
-    ("chosen", "one", "reason"),
+    ("scheme", "linear", "reason"),
     [
         (
-            scheme(bits=9),
-            linear(),
+            make_scheme(bits=9),
+            make_linear(),
             "read compressed-tensors with 2 to 8 bits, found 9 bits; use format dense",
         ),
-        (scheme(kind="nf4"), linear(), "found nf4; use format bitsandbytes"),
+        (make_scheme(kind="nf4"), make_linear(), "found nf4; use format bitsandbytes"),
         (
-            scheme(bits=3, group=-1),
-            linear(width=208),
+            make_scheme(bits=3, group=-1),
+            make_linear(width=208),
             "256 x 208 features do not fill the words of 32 codes",
         ),
         (
-            scheme(bits=6, group=-1),
-            linear(width=208),
+            make_scheme(bits=6, group=-1),
+            make_linear(width=208),
             "256 x 208 features do not fill the words of 32 codes",
         ),
-        (scheme(group=16), linear(), "know group sizes 32, 64, 128 and -1, found 16"),
+        (make_scheme(group=16), make_linear(), "support group sizes 32, 64, 128 and -1, found 16"),
         (
-            scheme(),
-            linear(width=192),
+            make_scheme(),
+            make_linear(width=192),
             "no engine loads compressed-tensors with group_size 128 over 192 input features",
         ),
         (
-            scheme(symmetric=False),
-            linear(out=12),
+            make_scheme(symmetric=False),
+            make_linear(out=12),
             "12 x 256 features do not fill the words of 8 codes",
         ),
-        (scheme(group=-1), linear(width=28), "256 x 28 features do not fill the words of 8 codes"),
         (
-            scheme(),
-            linear(role="router"),
+            make_scheme(group=-1),
+            make_linear(width=28),
+            "256 x 28 features do not fill the words of 8 codes",
+        ),
+        (
+            make_scheme(),
+            make_linear(role="router"),
             "build this router without codes and find no weight; keep it",
         ),
         (
-            scheme(symmetric=False),
-            linear(role="routed_expert"),
+            make_scheme(symmetric=False),
+            make_linear(role="routed_expert"),
             "transformers cannot load experts with zero points from compressed-tensors",
         ),
         (
-            scheme(),
-            linear("model.layers.0.self_attn.kv_b_proj"),
+            make_scheme(),
+            make_linear("model.layers.0.self_attn.kv_b_proj"),
             "SGLang looks for kv_b_proj's plain weight",
         ),
         (
             Scheme(bits=4, group_size=128, symmetric=True, scale_dtype="float32"),
-            linear(),
+            make_linear(),
             "hold compressed-tensors scales in 16 bits, found float32",
         ),
     ],
 )
-def test_what_engines_cannot_load_is_refused(chosen: Scheme, one: Linear, reason: str) -> None:
-    assert reason in str(ct.FORMAT.accepts(chosen, one))
+def test_accepts_names_reason_of_unsupported_linear(
+    scheme: Scheme, linear: Linear, reason: str
+) -> None:
+    assert reason in str(ct.FORMAT.accepts(scheme, linear))
 
 
 @pytest.mark.parametrize("group", [32, 64, 128, -1])
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True)])
-def test_what_engines_load_is_accepted(bits: int, symmetric: bool, group: int) -> None:
+def test_accepts_supported_linears(bits: int, symmetric: bool, group: int) -> None:
     for role in ("attention", "mlp", "shared_expert"):
-        assert ct.FORMAT.accepts(scheme(bits, group, symmetric), linear(role=role)) is None  # type: ignore[arg-type]
-    assert ct.FORMAT.accepts(scheme(bits, group), linear(out=12, role="routed_expert")) is None
+        assert (
+            ct.FORMAT.accepts(make_scheme(bits, group, symmetric), make_linear(role=role)) is None
+        )  # type: ignore[arg-type]
+    assert (
+        ct.FORMAT.accepts(make_scheme(bits, group), make_linear(out=12, role="routed_expert"))
+        is None
+    )
 
 
 @pytest.mark.parametrize(
-    ("chosen", "left"),
+    ("scheme", "engines"),
     [
-        (scheme(), {"vLLM", "SGLang", "transformers"}),
-        (scheme(8), {"vLLM", "SGLang", "transformers"}),
-        (
-            scheme(symmetric=False),
-            {"vLLM", "SGLang"},
-        ),  # transformers: only when it is told to dequantize
-        (scheme(8, symmetric=False), set()),
-        (scheme(3), {"transformers"}),
+        (make_scheme(), {"vLLM", "SGLang", "transformers"}),
+        (make_scheme(8), {"vLLM", "SGLang", "transformers"}),
+        # transformers: only with CompressedTensorsConfig(dequantize=True)
+        (make_scheme(symmetric=False), {"vLLM", "SGLang"}),
+        (make_scheme(8, symmetric=False), set()),
+        (make_scheme(3), {"transformers"}),
     ],
 )
-def test_who_does_not_read_it_is_told(chosen: Scheme, left: set[str]) -> None:
-    assert ct.FORMAT.accepts(chosen, linear()) is None and ct.FORMAT.limits is not None
-    assert set(ct.FORMAT.engines) - set(ct.FORMAT.limits("llama", {linear(): chosen}, [])) == left
+def test_limits_name_engines_without_kernels(scheme: Scheme, engines: set[str]) -> None:
+    assert ct.FORMAT.accepts(scheme, make_linear()) is None and ct.FORMAT.limits is not None
+    assert (
+        set(ct.FORMAT.engines) - set(ct.FORMAT.limits("llama", {make_linear(): scheme}, []))
+        == engines
+    )
 
 
-# ------------------------------------------------------------------------------------------------- config.json
+# --- config.json
 
 
 def library(entries: list[str], module: str) -> bool:
-    """FORMATS.md 3.4: exact names, or expressions from the start. vLLM's rule too, for a module that is not fused."""
+    """Exact names, or expressions from the start; vLLM's rule too, for unfused modules."""
     return any(re.match(x[3:], module) if x.startswith("re:") else x == module for x in entries)
 
 
 def sglang(entries: list[str], module: str) -> bool:
-    """Plain names are dotted suffixes there."""
+    """Plain names are dotted suffixes in SGLang."""
     return any(
         re.match(x[3:], module) if x.startswith("re:") else f".{module}".endswith(f".{x}")
         for x in entries
@@ -227,25 +232,25 @@ def sglang(entries: list[str], module: str) -> bool:
 
 @pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS.keys())
 def test_every_loader_ignores_exactly_the_kept_modules(selection: str) -> None:
-    modules = model_modules()
+    modules = list_model_modules()
     quantized = [name for name in modules if re.search(selection, name)]
     kept = [name for name in modules if name not in quantized]
-    entries = ct.ignored(quantized, kept)
+    entries = ct.list_ignored(quantized, kept)
     for loader in (library, sglang):
         wrong = [name for name in modules if loader(entries, name) != (name in kept)]
         assert not wrong, f"{loader.__name__}: {wrong[:5]}"
     for name in (name for name in modules if ".experts." not in name):
         parent, _, last = name.rpartition(".")
-        for fused in (fused for fused, members in FUSED.items() if last in members):
+        for fused in (fused for fused, members in FUSED_MODULES.items() if last in members):
             assert sglang(entries, f"{parent}.{fused}") == (name in kept), f"{parent}.{fused}"
 
 
-def test_config_entry() -> None:
-    modules = model_modules(layers=3, dense_layers=1)
+def test_config_entry_is_complete() -> None:
+    modules = list_model_modules(layers=3, dense_layers=1)
     quantized = [name for name in modules if ".experts." in name]
     kept = [name for name in modules if name not in quantized]
     entry = ct.FORMAT.quantization_config(
-        Contents(schemes=dict.fromkeys(quantized, scheme()), kept=kept)
+        Contents(schemes=dict.fromkeys(quantized, make_scheme()), kept=kept)
     )
     assert entry == {
         "quant_method": "compressed-tensors",
@@ -285,18 +290,18 @@ def test_config_entry() -> None:
         "strategy": "channel",
         "dynamic": False,
     }
-    assert ct.weights(codes_of(scheme(8, -1))) == channel
+    assert ct.make_weight_args(get_codes(make_scheme(8, -1))) == channel
 
 
-def test_each_scheme_has_a_group() -> None:
-    """The commonest is that of every linear; the others are named, fused modules too, without the text "experts"."""
-    modules = model_modules(layers=3, dense_layers=1)
+def test_config_has_group_per_scheme() -> None:
+    """The most frequent targets "Linear"; others match names, without the text "experts"."""
+    modules = list_model_modules(layers=3, dense_layers=1)
     schemes = {
-        n: scheme(8, -1) if "shared" in n else scheme()
+        n: make_scheme(8, -1) if "shared" in n else make_scheme()
         for n in modules
         if "_proj" in n and "_attn" not in n
     }
-    schemes["model.layers.0.mlp.down_proj"] = scheme(group=32)
+    schemes["model.layers.0.mlp.down_proj"] = make_scheme(group=32)
     kept = [name for name in modules if name not in schemes]
     entry = ct.FORMAT.quantization_config(Contents(schemes=schemes, kept=kept))
     assert entry is not None
@@ -306,24 +311,36 @@ def test_each_scheme_has_a_group() -> None:
         (r"re:model\.layers\.(1|2)\.mlp\.shared_exp[e]rts(\..*)?$",): 8,
         (r"re:model\.layers\.0\.mlp\.down_proj$",): 4,
     }
-    told = ct.targeted(entry)
-    assert all(told(name) == codes_of(chosen) for name, chosen in schemes.items())
-    assert told("model.layers.1.mlp.shared_experts.gate_up_proj") == codes_of(scheme(8, -1))
+    classify = ct.classify_by_targets(entry)
+    assert all(classify(name) == get_codes(scheme) for name, scheme in schemes.items())
+    assert classify("model.layers.1.mlp.shared_experts.gate_up_proj") == get_codes(
+        make_scheme(8, -1)
+    )
 
 
-def test_routed_experts_of_two_schemes_are_not_for_transformers() -> None:
+def test_transformers_does_not_load_experts_of_two_schemes() -> None:
     experts = [
-        linear(f"model.layers.{layer}.mlp.experts.0.up_proj", role="routed_expert")
+        make_linear(f"model.layers.{layer}.mlp.experts.0.up_proj", role="routed_expert")
         for layer in range(2)
     ]
-    found = ct.limits("llama", {experts[0]: scheme(), experts[1]: scheme(8)}, [])
-    assert found == {"transformers": "reads all routed experts of compressed-tensors by one scheme"}
-    assert not ct.limits("llama", {experts[0]: scheme(), linear(): scheme(8)}, [])
+    limits = ct.find_engine_limits(
+        "llama", {experts[0]: make_scheme(), experts[1]: make_scheme(8)}, []
+    )
+    assert limits == {
+        "transformers": "reads all routed experts of compressed-tensors by one scheme"
+    }
+    assert not ct.find_engine_limits(
+        "llama", {experts[0]: make_scheme(), make_linear(): make_scheme(8)}, []
+    )
 
 
-# --------------------------------------------------------------------------------- artifacts in transformers
+# --- artifacts in transformers
 
-LATENT = r'[{match: "*.kv_b_proj", keep: source}, {match: "re:.*\\.(self_attn|mlp)\\.(?!gate$).*", quantize: {}}, '
+LATENT = (
+    r'[{match: "*.kv_b_proj", keep: source}, {match: '
+    r'"re:.*\\.(self_attn|mlp)\\.(?!gate$).*", '
+    r"quantize: {}}, "
+)
 CASES = {
     "llama": ("llama", "all-linear", "bits: 4, group_size: 64, symmetric: true"),
     "llama-channel-8": ("llama", "all-linear", "bits: 8, group_size: -1, symmetric: true"),
@@ -341,13 +358,15 @@ CASES = {
     ),
     "llama-several": (
         "llama",
-        '[{match: "*.down_proj", quantize: {bits: 8, group_size: -1}}, {match: "*.self_attn.*", quantize: '
+        '[{match: "*.down_proj", quantize: {bits: 8, group_size: -1}}, {match: "*.self_attn.*", '
+        "quantize: "
         '{group_size: 32}}, {match: "*.mlp.*", quantize: default}, {match: "*", keep: source}]',
         "bits: 4, group_size: 64, symmetric: true",
     ),
     "qwen2_moe-several": (
         "qwen2_moe",
-        '[{match: "*.mlp.experts.*", quantize: default}, {match: "*.shared_expert.*", quantize: {bits: 8}}, '
+        '[{match: "*.mlp.experts.*", quantize: default}, {match: "*.shared_expert.*", quantize: '
+        "{bits: 8}}, "
         '{match: "*.o_proj", quantize: {bits: 3}}, {match: "*", keep: source}]',
         "bits: 4, group_size: 64, symmetric: true",
     ),
@@ -359,35 +378,36 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "rules", "wanted"), CASES.values(), ids=CASES.keys())
-def test_transformers_loads_what_was_stored(
-    name: str, rules: str, wanted: str, tmp_path: Path
+@pytest.mark.parametrize(("name", "rules", "quantize_keys"), CASES.values(), ids=CASES.keys())
+def test_transformers_loads_stored_weights(
+    name: str, rules: str, quantize_keys: str, tmp_path: Path
 ) -> None:
-    """Every weight bit for bit in bfloat16, the dtype of the scales, and the logits of the model they make."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config(name, num_nextn_predict_layers=0))
-    quantize = f"{{method: rtn, {wanted}}}"
-    outcome = build(
+    """Every weight equals ours in bfloat16, the dtype of the scales; the logits equal ours."""
+    folder = write_checkpoint(
+        tmp_path / "source", make_tiny_config(name, num_nextn_predict_layers=0)
+    )
+    quantize = f"{{method: rtn, {quantize_keys}}}"
+    result = build(
         folder, tmp_path / "artifact", rules=rules, quantize=quantize, format="compressed_tensors"
     )
-    ours = Stored.open(outcome.path).model()
-    # compressed-tensors 0.20 expects zero points of another shape when it is to unpack them after loading
+    ours = Stored.open(result.path).model()
+    # compressed-tensors 0.20 expects another shape of zero points if it unpacks them after loading
     at_once = (
         {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-        if "symmetric: false" in wanted
+        if "symmetric: false" in quantize_keys
         else {}
     )
-    theirs, told = AutoModelForCausalLM.from_pretrained(
-        outcome.path, dtype=torch.float32, output_loading_info=True, **at_once
+    model, loading_info = AutoModelForCausalLM.from_pretrained(
+        result.path, dtype=torch.float32, output_loading_info=True, **at_once
     )
-    assert not any(told.values()), told
+    assert not any(loading_info.values()), loading_info
     tokens = torch.randint(0, 700, (2, 40), generator=torch.Generator().manual_seed(0))
-    for (
-        weight
-    ) in theirs.parameters():  # experts are left in the scales' bfloat16, and would compute in it
+    # experts stay in the scales' bfloat16 and would compute in it
+    for weight in model.parameters():
         weight.data = weight.data.float() if weight.dtype == torch.bfloat16 else weight.data
     with torch.no_grad():
-        logits = theirs(tokens).logits  # the first forward unpacks what is still packed
-        loaded, stored = theirs.state_dict(), ours.state_dict()
+        logits = model(tokens).logits  # the first forward unpacks the remaining weights
+        loaded, stored = model.state_dict(), ours.state_dict()
         different = [
             key for key in stored if not torch.equal(loaded[key].bfloat16(), stored[key].bfloat16())
         ]

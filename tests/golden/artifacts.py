@@ -29,13 +29,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 
 from quantkit import pipeline
 from quantkit.cli.main import BOUNDED, REPRODUCIBLE
-from quantkit.io.host import multiplies_bfloat16
-from quantkit.io.package_data import folder
-from quantkit.recipe.parse import parse
+from quantkit.io.host import has_bfloat16_instructions
+from quantkit.io.package_data import locate_folder
+from quantkit.recipe.parse import parse_recipe
 
 HERE = Path(__file__).resolve().parent
 RECORDS = HERE / "artifacts.json"
@@ -134,7 +134,7 @@ def find_machine_kind() -> Kind:
         "cpu model": f"{fields.get('cpu family', 'unknown')}.{fields.get('model', 'unknown')}",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "bfloat16 products": str(
-            multiplies_bfloat16()
+            has_bfloat16_instructions()
         ).lower(),  # compute.calibration: auto depends on it
         "machine": platform.machine(),
         "torch": str(torch.__version__),
@@ -198,14 +198,9 @@ def hash_artifact(path: Path) -> dict[str, str]:
 def build_recipe(text: str, name: str, overrides: Mapping[str, str]) -> Hashes:
     """Build the artifacts of a recipe without benchmarks, and hash their files."""
     began = time.monotonic()
-    recipe = parse(text, f"{name}.yaml", {**overrides})
+    recipe = parse_recipe(text, f"{name}.yaml", {**overrides})
     outcomes = pipeline.build_artifacts(
-        recipe,
-        text,
-        overwrite=False,
-        evaluate=False,
-        on_plan=lambda _: None,
-        on_progress=lambda _: None,
+        recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None
     )
     print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
     return {outcome.path.name: hash_artifact(outcome.path) for outcome in outcomes}
@@ -215,16 +210,16 @@ def build_artifacts(place: Path) -> Hashes:
     """Build every artifact under `place`, and hash their files."""
     found: Hashes = {}
     for name, (recipe_name, changes) in RECIPES.items():
-        text = (folder("recipes") / f"{recipe_name}.yaml").read_text(encoding="utf-8")
+        text = (locate_folder("recipes") / f"{recipe_name}.yaml").read_text(encoding="utf-8")
         found |= build_recipe(
             text, name, {**UNMEASURED, **changes, "output.path": str(place / name)}
         )
     for name, (architecture, fp8, keys) in TINY.items():
-        source = write_checkpoint(place / "sources" / name, tiny_config(architecture), fp8=fp8)
+        source = write_checkpoint(place / "sources" / name, make_tiny_config(architecture), fp8=fp8)
         written = {key: value for key, value in keys.items() if key != "shards"}
         shards = {"output.shard_bytes": keys["shards"]} if "shards" in keys else {}
         found |= build_recipe(
-            recipe_text(source, place / name, **written), name, {**UNMEASURED, **shards}
+            make_recipe_text(source, place / name, **written), name, {**UNMEASURED, **shards}
         )
     return found
 

@@ -79,7 +79,7 @@ def test_reads_are_limited_and_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match="expected 9 bytes or more, found 1; fetch the file again"
     ):
-        files.read_start(path, 9)
+        files.read_prefix(path, 9)
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
@@ -103,7 +103,7 @@ def test_json_of_too_many_values_takes_no_memory(unit: str) -> None:
 
 def test_free_space_is_told_when_that_is_the_cause(tmp_path: Path) -> None:
     full, broken = (
-        str(files.unwritable(tmp_path, OSError(n, os.strerror(n))))
+        str(files.make_write_error(tmp_path, OSError(n, os.strerror(n))))
         for n in (errno.EDQUOT, errno.EIO)
     )
     assert "GB free); free some space" in full and "free" not in broken.removeprefix(str(tmp_path))
@@ -117,12 +117,12 @@ def test_hash_and_free_space(tmp_path: Path) -> None:
         CheckpointError, match="expected a readable file, found: no such file or directory"
     ):
         files.sha256_file(tmp_path / "absent")
-    assert files.disk_free(tmp_path / "not" / "yet" / "there") > 0
+    assert files.get_free_bytes(tmp_path / "not" / "yet" / "there") > 0
 
 
 def test_messages_stay_short() -> None:
-    assert files.brief("x" * 1000) == "'" + "x" * 39 + "..." + "x" * 16 + "'"
-    assert files.listed(["a", "b"]) == "a\nb"
+    assert files.shorten_repr("x" * 1000) == "'" + "x" * 39 + "..." + "x" * 16 + "'"
+    assert files.join_faults(["a", "b"]) == "a\nb"
 
 
 def test_package_data_is_found_in_a_wheel_and_in_the_repository(
@@ -134,28 +134,28 @@ def test_package_data_is_found_in_a_wheel_and_in_the_repository(
         UsageError,
         match="expected the recipes that ship with quantkit, found none; install quantkit",
     ):
-        package_data.folder("recipes")
+        package_data.locate_folder("recipes")
     (tmp_path / "recipes").mkdir()
-    assert package_data.folder("recipes") == tmp_path / "recipes"
+    assert package_data.locate_folder("recipes") == tmp_path / "recipes"
     (package / "data" / "recipes").mkdir(parents=True)
-    assert package_data.folder("recipes") == package / "data" / "recipes"
+    assert package_data.locate_folder("recipes") == package / "data" / "recipes"
 
 
 def test_built_in_models_are_listed_when_the_name_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(package_data, "_PACKAGE", tmp_path)
-    folder = tmp_path / "builtin_models" / "tiny_v3" / "checkpoint"
+    folder = tmp_path / "data" / "models" / "tiny_v3" / "checkpoint"
     with pytest.raises(UsageError) as caught:
-        package_data.resolve_model("builtin:tiny-v3")
+        package_data.locate_model("builtin:tiny-v3")
     assert str(caught.value) == (
         "source.model: no built-in model 'builtin:tiny-v3'; known: none; install quantkit again"
     )
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    assert package_data.resolve_model("builtin:tiny-v3") == folder
+    assert package_data.locate_model("builtin:tiny-v3") == folder
     with pytest.raises(UsageError) as caught:
-        package_data.resolve_model("builtin:tiny_v4")
+        package_data.locate_model("builtin:tiny_v4")
     assert str(caught.value) == (
         "source.model: no built-in model 'builtin:tiny_v4'; did you mean builtin:tiny-v3? known: builtin:tiny-v3"
     )

@@ -26,7 +26,11 @@ def make(made):
 
 def test_a_text_is_made_once(tmp_path, made, make):
     path = tmp_path / "charts" / "vega.js"
-    assert user_cache.text(path, make) == user_cache.text(path, make) == "drawn: ä\n\n</script"
+    assert (
+        user_cache.load_or_make_text(path, make)
+        == user_cache.load_or_make_text(path, make)
+        == "drawn: ä\n\n</script"
+    )
     assert made == [1]
     assert [file.name for file in path.parent.iterdir()] == ["vega.js"]
 
@@ -35,41 +39,45 @@ def test_a_text_is_made_once(tmp_path, made, make):
 def test_a_damaged_text_is_made_again(tmp_path, made, make, damage):
     path = tmp_path / "vega.js"
     path.write_bytes(damage)
-    assert user_cache.text(path, make) == "drawn: ä\n\n</script"
-    assert user_cache.text(path, make) == "drawn: ä\n\n</script"
+    assert user_cache.load_or_make_text(path, make) == "drawn: ä\n\n</script"
+    assert user_cache.load_or_make_text(path, make) == "drawn: ä\n\n</script"
     assert made == [1]
 
 
 def test_one_changed_byte_is_noticed(tmp_path, made, make):
     path = tmp_path / "vega.js"
-    user_cache.text(path, make)
+    user_cache.load_or_make_text(path, make)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert user_cache.text(path, make) == "drawn: ä\n\n</script"
+    assert user_cache.load_or_make_text(path, make) == "drawn: ä\n\n</script"
     assert made == [1, 1]
 
 
 def test_a_folder_that_cannot_be_made_costs_nothing_but_time(tmp_path, made, make):
     (tmp_path / "file").write_text("in the way")
     path = tmp_path / "file" / "vega.js"
-    assert user_cache.text(path, make) == user_cache.text(path, make) == "drawn: ä\n\n</script"
+    assert (
+        user_cache.load_or_make_text(path, make)
+        == user_cache.load_or_make_text(path, make)
+        == "drawn: ä\n\n</script"
+    )
     assert made == [1, 1]
 
 
 def test_the_folder_is_where_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "own"))
-    assert user_cache.folder("charts") == tmp_path / "own" / "charts"
+    assert user_cache.locate_folder("charts") == tmp_path / "own" / "charts"
     monkeypatch.delenv("QUANTKIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert user_cache.folder("charts") == tmp_path / "quantkit" / "charts"
+    assert user_cache.locate_folder("charts") == tmp_path / "quantkit" / "charts"
 
 
 def test_the_second_process_draws_without_the_bundler(tmp_path, monkeypatch):
     """vl-convert takes a second and 100 MB; what it made for the first page serves the next."""
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path))
     code = (
-        "import hashlib, sys; from quantkit.report import html; text = html.library();"
+        "import hashlib, sys; from quantkit.report import html_page as html; text = html.load_vega_bundle();"
         "print(hashlib.sha256(text.encode()).hexdigest(), 'vl_convert' in sys.modules)"
     )
     told = [

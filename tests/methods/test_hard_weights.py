@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.builds import build
-from support.checkpoints import tiny_config, write_checkpoint
+from support.checkpoints import make_tiny_config, write_checkpoint
 from torch import Tensor
 
-from quantkit.artifact.load_model import load
+from quantkit.artifact.load_model import load_model
 from quantkit.errors import CheckpointError, NumericsError
 from quantkit.numerics import gram
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 Record = Callable[[str, object], None]
 METHODS: Mapping[str, dict[str, str]] = {
@@ -68,7 +68,8 @@ def harden(tensors: dict[str, Tensor]) -> None:
 def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama in BF16 with hard weights."""
     return changed(
-        write_checkpoint(tmp_path_factory.mktemp("hard") / "source", tiny_config("llama")), harden
+        write_checkpoint(tmp_path_factory.mktemp("hard") / "source", make_tiny_config("llama")),
+        harden,
     )
 
 
@@ -79,7 +80,7 @@ def modules(artifact: Path) -> dict[str, Any]:
 
 def weights(artifact: Path) -> dict[str, Tensor]:
     """Every weight of the artifact, unpacked to float32."""
-    model = load(artifact)
+    model = load_model(artifact)
     found = {}
     for name, module in model.named_modules():
         if (
@@ -108,7 +109,7 @@ def test_hard_weights(method: str, hard: Path, tmp_path: Path, record_property: 
         fidelity="none",
         **METHODS[method],
     ).path
-    verify(out)
+    verify_artifact(out)
     for name, tensor in load_file(out / "model.safetensors").items():
         assert not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()), name
     told, stored = modules(out), weights(out)
@@ -152,7 +153,7 @@ def test_values_beyond_fp16_under_fp16_scales(
     out = build(
         hard, tmp_path / "out", rules="all-linear", calibration=FEW, fidelity="none", **keys
     ).path
-    verify(out)
+    verify_artifact(out)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(out).values())
     if method not in ("awq", "awq+gptq"):  # which move it into the next matrix
         assert "scale-clamped" in modules(out)[HUGE]["fallbacks"]
@@ -165,7 +166,7 @@ def test_what_is_not_finite_is_refused(
     method: str, value: float, tmp_path: Path, record_property: Record
 ) -> None:
     """Before the artifact has its name, with the tensor's."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config("llama", num_hidden_layers=1))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama", num_hidden_layers=1))
     changed(folder, lambda tensors: tensors[f"{LAYER}.mlp.up_proj.weight"][3, 5].fill_(value))
     with pytest.raises(
         CheckpointError,
@@ -198,7 +199,7 @@ def test_finite_weights_that_overflow(
     name: str, method: str, tmp_path: Path, record_property: Record
 ) -> None:
     """What they make of the text is NaN or infinite: one sentence that says where, and no artifact."""
-    folder = changed(write_checkpoint(tmp_path / "source", tiny_config("llama")), BEYOND[name])
+    folder = changed(write_checkpoint(tmp_path / "source", make_tiny_config("llama")), BEYOND[name])
     with pytest.raises(NumericsError, match=r"^(model\.layers\.0|final norm)\S*.*: .*(NaN|infin)"):
         build(
             folder,
@@ -214,7 +215,7 @@ def test_finite_weights_that_overflow(
 
 @pytest.mark.parametrize("values", [{"rms_norm_eps": -1.0}, {"rope_theta": 0.0}], ids=str)
 def test_a_config_that_overflows(values: dict[str, object], tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "source", tiny_config("llama", **values))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama", **values))
     with pytest.raises(
         NumericsError, match=r"model\.layers\.0: expected finite hidden states.*reference stream"
     ):
@@ -226,7 +227,7 @@ def test_weights_too_small_to_be_stored_are_lost_and_said_to_be(
     method: str, tmp_path: Path
 ) -> None:
     """Their squares are 0 in float32: the error that is recorded was 0, too."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config("llama", num_hidden_layers=1))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama", num_hidden_layers=1))
     changed(folder, lambda tensors: tensors[f"{LAYER}.mlp.up_proj.weight"].fill_(1e-40))
     changed(folder, lambda tensors: tensors[f"{LAYER}.mlp.gate_proj.weight"].mul_(1e-38))
     out = build(
@@ -250,17 +251,22 @@ def test_errors_of_any_magnitude() -> None:
     """A power of two in all weights changes no figure, and no figure of ordinary weights changed."""
     weight = torch.randn(3, 8, 128, generator=torch.Generator().manual_seed(0))
     near, inputs = (weight * 8).round() / 8, torch.eye(128)
-    sqnr, lost = gram.sqnr_db(weight, near), gram.relative_error(weight, near, inputs)
+    sqnr, lost = (
+        gram.compute_sqnr_db(weight, near),
+        gram.compute_relative_error(weight, near, inputs),
+    )
     for exponent in (-100, 100):
         factor = 2.0**exponent
-        assert torch.equal(gram.relative_error(weight * factor, near * factor, inputs), lost)
-        assert torch.allclose(gram.sqnr_db(weight * factor, near * factor), sqnr)
+        assert torch.equal(
+            gram.compute_relative_error(weight * factor, near * factor, inputs), lost
+        )
+        assert torch.allclose(gram.compute_sqnr_db(weight * factor, near * factor), sqnr)
     tiny = torch.full((8, 128), 1e-40)
     assert (
-        float(gram.sqnr_db(tiny, tiny * 0)) == 0.0
-        and float(gram.relative_error(tiny, tiny * 0, inputs)) == 1.0
+        float(gram.compute_sqnr_db(tiny, tiny * 0)) == 0.0
+        and float(gram.compute_relative_error(tiny, tiny * 0, inputs)) == 1.0
     )
-    assert float(gram.relative_error(tiny * 0, tiny * 0, inputs)) == 0.0
+    assert float(gram.compute_relative_error(tiny * 0, tiny * 0, inputs)) == 0.0
 
 
 @pytest.mark.parametrize("method", ["awq", "awq+gptq", "gptq"])
@@ -269,7 +275,7 @@ def test_an_input_of_almost_nothing(
     method: str, kind: str, tmp_path: Path, record_property: Record
 ) -> None:
     """Two tokens are the least that a sequence has; and one token over and over, whose gram has rank 1."""
-    folder = write_checkpoint(tmp_path / "source", tiny_config("llama"))
+    folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama"))
     text = "{set: tiny-v3, sequences: 1, length: 2}"
     if (
         kind == "rank 1"
@@ -289,7 +295,7 @@ def test_an_input_of_almost_nothing(
         fidelity="none",
         **METHODS[method],
     ).path
-    verify(out)
+    verify_artifact(out)
     told = modules(out)
     for name, module in told.items():
         assert 0 < module["relative_error"] < 1 and 0 <= module["output_error"] < 0.5, (
@@ -308,7 +314,7 @@ def test_a_router_that_is_no_router(
 ) -> None:
     """Experts without a token of their own learn from those of the layer, which manifest and report name."""
     folder = write_checkpoint(
-        tmp_path / "source", tiny_config("deepseek_v3", num_nextn_predict_layers=0)
+        tmp_path / "source", make_tiny_config("deepseek_v3", num_nextn_predict_layers=0)
     )
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
 
@@ -323,7 +329,7 @@ def test_a_router_that_is_no_router(
     keys = dict(METHODS[method])
     learns = method in ("awq", "awq+gptq", "gptq")
     outcome = build(folder, tmp_path / "out", rules="experts-only", calibration=FEW, **keys)
-    verify(outcome.path)
+    verify_artifact(outcome.path)
     told = modules(outcome.path)
     alone = {5} if kind == "never routed to" else {0, 1, 4, 5, 6, 7}
     for name, module in told.items():

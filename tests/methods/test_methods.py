@@ -14,10 +14,10 @@ from quantkit.contracts import InputStats, Linear, Method, Quantized, ScaleDtype
 from quantkit.errors import NumericsError
 from quantkit.methods import awq
 from quantkit.numerics import affine, gram
-from quantkit.plan.memory import solve_bytes
+from quantkit.plan.memory import estimate_solve_bytes
 
 METHODS = tuple(
-    name for name in registry.names("methods") if name != "nf4"
+    name for name in registry.list_names("methods") if name != "nf4"
 )  # integers; tests/formats/test_bitsandbytes.py has nf4
 
 
@@ -49,7 +49,7 @@ def same(first: Quantized, second: Quantized) -> bool:
 
 @pytest.fixture(params=METHODS)
 def method(request: pytest.FixtureRequest) -> Method:
-    return registry.method(request.param)
+    return registry.get_method(request.param)
 
 
 @pytest.mark.parametrize("dtype", get_args(ScaleDtype))
@@ -69,7 +69,9 @@ def test_solve_keeps_its_word(
         and found.codes.dtype == torch.uint8
         and int(found.codes.max()) < 2**bits
     )
-    assert found.scale.shape == (2, 10, groups) and found.scale.dtype == affine.scale_dtype(chosen)
+    assert found.scale.shape == (2, 10, groups) and found.scale.dtype == affine.get_scale_dtype(
+        chosen
+    )
     assert bool((found.scale > 0).all())
     assert (found.zero is None) == symmetric
     if found.zero is not None:
@@ -88,15 +90,18 @@ def test_solve_of_a_batch_is_its_matrices(method: Method) -> None:
         assert same(Quantized(codes=found.codes[e], scale=found.scale[e], zero=zero), single)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if registry.method(name).needs_stats])
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if registry.get_method(name).needs_stats]
+)
 def test_what_learns_is_never_worse_than_rtn(name: str) -> None:
     weight, stats = problem(4, 32, 128, seed=1)
     for bits in (3, 4):
         chosen = scheme(bits, 64)
-        plain = registry.method("rtn").solve(weight, None, chosen)
-        found = registry.method(name).solve(weight, stats, chosen)
+        plain = registry.get_method("rtn").solve(weight, None, chosen)
+        found = registry.get_method(name).solve(weight, stats, chosen)
         ours, theirs = (
-            gram.error(affine.dequantize(q, chosen) - weight, stats.gram) for q in (found, plain)
+            gram.compute_error(affine.dequantize(q, chosen) - weight, stats.gram)
+            for q in (found, plain)
         )
         assert bool((ours <= 1.001 * theirs).all())
 
@@ -113,7 +118,7 @@ def test_methods_without_statistics(method: Method) -> None:
 def group_errors(found: Quantized, weight: Tensor, chosen: Scheme) -> Tensor:
     """Squared error of each group in float64: [..., out, n_groups]."""
     delta = (affine.dequantize(found, chosen) - weight).double()
-    return affine.split(delta, chosen.group_size).square().sum(-1)
+    return affine.split_groups(delta, chosen.group_size).square().sum(-1)
 
 
 @pytest.mark.parametrize("dtype", get_args(ScaleDtype))
@@ -128,11 +133,11 @@ def test_rtn_mse_is_never_worse_than_rtn(
     weight[1], weight[2], weight[3, :12] = weight[1] ** 3, weight[2].abs(), 0
     chosen = scheme(bits, group, symmetric, dtype)
     plain, found = (
-        registry.method(name).solve(weight, None, chosen) for name in ("rtn", "rtn_mse")
+        registry.get_method(name).solve(weight, None, chosen) for name in ("rtn", "rtn_mse")
     )
     before, after = group_errors(plain, weight, chosen), group_errors(found, weight, chosen)
     assert bool((after <= before * (1 + 1e-5) + 1e-12).all())
-    assert same(found, registry.method("rtn_mse").solve(weight, None, chosen))
+    assert same(found, registry.get_method("rtn_mse").solve(weight, None, chosen))
     if bits < 8:
         assert float(after[0].sum()) < 0.99 * float(before[0].sum())
 
@@ -142,7 +147,7 @@ def test_rtn_mse_lowers_the_error_by_a_fifth_where_one_weight_stands_out() -> No
     weight[:, 5] = 0.12  # six standard deviations
     chosen = scheme(3, 128, symmetric=True)
     plain, found = (
-        registry.method(name).solve(weight, None, chosen) for name in ("rtn", "rtn_mse")
+        registry.get_method(name).solve(weight, None, chosen) for name in ("rtn", "rtn_mse")
     )
     assert float(group_errors(found, weight, chosen).sum()) < 0.8 * float(
         group_errors(plain, weight, chosen).sum()
@@ -156,7 +161,7 @@ def test_awq_without_tokens_is_rtn() -> None:
     )
     assert same(
         awq.METHOD.solve(weight, blank, scheme()),
-        registry.method("rtn").solve(weight, None, scheme()),
+        registry.get_method("rtn").solve(weight, None, scheme()),
     )
 
 
@@ -164,8 +169,10 @@ def test_awq_lowers_the_error_by_a_third() -> None:
     weight, stats = problem(64, 256, seed=2)
     chosen = scheme(4, 128)
     ours, theirs = (
-        gram.error(affine.dequantize(m.solve(weight, stats, chosen), chosen) - weight, stats.gram)
-        for m in (awq.METHOD, registry.method("rtn"))
+        gram.compute_error(
+            affine.dequantize(m.solve(weight, stats, chosen), chosen) - weight, stats.gram
+        )
+        for m in (awq.METHOD, registry.get_method("rtn"))
     )
     assert float(ours) < 0.67 * float(theirs)
 
@@ -190,10 +197,10 @@ def test_awq_rescale_scores_no_scaling_first() -> None:
 def test_no_method_holds_more_than_the_plan_counts(
     name: str, out: int, width: int, group: int
 ) -> None:
-    method, (weight, stats) = registry.method(name), problem(out, width, seed=4)
+    method, (weight, stats) = registry.get_method(name), problem(out, width, seed=4)
     chosen = scheme(4, group)
     linear = Linear(name="l", in_features=width, out_features=out, role="mlp")
-    counted = solve_bytes([linear], feedback=name == "gptq")
+    counted = estimate_solve_bytes([linear], feedback=name == "gptq")
     assert (
         peak_bytes(lambda: method.solve(weight, stats if method.needs_stats else None, chosen))
         <= counted

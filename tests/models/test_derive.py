@@ -11,22 +11,22 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from support.checkpoints import recipe_text, tiny_config
+from support.checkpoints import make_recipe_text, make_tiny_config
 from support.underived_models import FAMILIES, family, write_model
 from transformers import AutoModelForCausalLM
 
 from quantkit import pipeline, registry
-from quantkit.architectures.components.decoder import TINY
+from quantkit.architectures.components.decoder import TINY_COMMON
 from quantkit.artifact import load_model
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.cli.main import main
 from quantkit.contracts import Absorber, Architecture, Block, Config, HeadRows, Layout, Scheme
 from quantkit.errors import ArtifactError, CheckpointError, UsageError
 from quantkit.models import derive, full_model, inspect, layout_checks
-from quantkit.models.layers import meta_model
+from quantkit.models.layers import make_meta_model
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 from quantkit.verify import shallow
 
 SCALED = {
@@ -40,7 +40,7 @@ SCALED = {
 
 
 def derived(config: dict[str, object]) -> Architecture:
-    return derive.architecture(Config(values=config))
+    return derive.derive_architecture(Config(values=config))
 
 
 def layout_of(config: dict[str, object]) -> Layout:
@@ -103,9 +103,9 @@ def test_what_is_derived_is_what_the_tables_say(
     model_type: str, changes: dict[str, object]
 ) -> None:
     """The families that have a table are derived as well: same tensors, same readers, same absorbers."""
-    config = tiny_config(model_type, **changes)
+    config = make_tiny_config(model_type, **changes)
     table, found = (
-        registry.architecture(model_type).layout(Config(values=config)),
+        registry.get_architecture(model_type).layout(Config(values=config)),
         layout_of(config),
     )
     assert [told(block) for block in found.blocks] == [told(block) for block in table.blocks]
@@ -134,41 +134,44 @@ def test_who_can_be_scaled(model_type: str) -> None:
         assert scaled == SCALED[model_type]
 
 
-def trial(model_type: str) -> layout_checks.Trial:
+def trial(model_type: str) -> layout_checks.BlockTrial:
     """The first block of a small instance."""
     config = Config(values=family(model_type))
-    bones = meta_model(
-        layout_checks.reduced(config, skeleton_of(config).config),
+    bones = make_meta_model(
+        layout_checks.reduce_config(config, skeleton_of(config).config),
         torch.device("cpu"),
         torch.float32,
     )
-    layout, tensors = inspect.structure(config, bones), layout_checks.random_tensors(bones)
+    layout, tensors = (
+        inspect.inspect_layout(config, bones),
+        layout_checks.make_random_tensors(bones),
+    )
     rows = torch.randn(
         sum(layout_checks.LENGTHS),
         layout.embedding.in_features,
         generator=torch.Generator().manual_seed(5),
     )
     block = layout.blocks[0]
-    return layout_checks.Trial(
+    return layout_checks.BlockTrial(
         config=config,
         bones=bones,
         block=block,
-        tensors=layout_checks.tensors_of(block, tensors),
+        tensors=layout_checks.select_block_tensors(block, tensors),
         rows=rows,
     )
 
 
 def skeleton_of(config: Config) -> Any:
-    return meta_model(config, torch.device("cpu"), torch.float32)
+    return make_meta_model(config, torch.device("cpu"), torch.float32)
 
 
 def test_a_wrong_absorber_is_not_proven() -> None:
     """gate_proj goes through the activation; a reader that is forgotten reads a scaled input."""
     case = trial("smollm3")
-    readings = layout_checks.absorbed(case, case.readings())
+    readings = layout_checks.find_absorbers(case, case.readings())
     groups = {
         g.readers[0].rpartition(".")[2]: g
-        for g in layout_checks.groups_of(case.block, readings, case.bones.config)
+        for g in layout_checks.make_groups(case.block, readings, case.bones.config)
     }
     assert case.holds(tuple(groups.values()))
     mlp = f"{case.block.name}.mlp"
@@ -186,7 +189,7 @@ def test_logits_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
     """The proof can fail: here the windows of the layers are forgotten."""
     from quantkit.models import layers
 
-    monkeypatch.setattr(layers, "slides", lambda bones, layer: False)
+    monkeypatch.setattr(layers, "has_sliding_window", lambda bones, layer: False)
     assert "gives other logits than transformers" in reason(family("phi3"))
 
 
@@ -197,9 +200,9 @@ def test_logits_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
 def test_plan_build_verify(model_type: str, tmp_path: Path) -> None:
     """A whole build of every linear, and what was proven is told in the plan and in the model card."""
     folder = write_model(tmp_path / "source", family(model_type))
-    text = recipe_text(folder, tmp_path / "artifact", rules="all-linear")
+    text = make_recipe_text(folder, tmp_path / "artifact", rules="all-linear")
     outcome = build(text)
-    assert shallow.verify(outcome.path).status == "not judged"
+    assert shallow.verify_artifact(outcome.path).status == "not judged"
     pooled = outcome.fidelity.distribution[0]
     assert (
         pooled.kl_mean is not None
@@ -218,9 +221,9 @@ def test_plan_build_verify(model_type: str, tmp_path: Path) -> None:
 
 def build(text: str) -> pipeline.BuildResult:
     """A build without benchmarks."""
-    recipe = parse(text, "test.yaml")
+    recipe = parse_recipe(text, "test.yaml")
     [outcome] = pipeline.build_artifacts(
-        recipe, text, overwrite=False, evaluate=False, on_plan=ignore, on_progress=ignore
+        recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
     )
     return outcome
 
@@ -231,7 +234,7 @@ def test_the_reported_divergence_is_that_of_two_models_of_transformers(
 ) -> None:
     """The source, and the source with every weight of the artifact put in its place, run by transformers alone."""
     folder = write_model(tmp_path / "source", family(model_type))
-    text = recipe_text(
+    text = make_recipe_text(
         folder, tmp_path / "artifact", rules="all-linear", quantize="{method: awq, rounding: gptq}"
     )
     outcome = build(text)
@@ -240,7 +243,7 @@ def test_the_reported_divergence_is_that_of_two_models_of_transformers(
         choice["candidate"] for block in manifest["blocks"].values() for choice in block["scales"]
     )
     schemes = {module: Scheme(**values["scheme"]) for module, values in manifest["modules"].items()}
-    read = full_model.reader(Checkpoint.open(outcome.path), "awq", schemes)
+    read = full_model.make_reader(Checkpoint.open(outcome.path), "awq", schemes)
     source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     artifact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for (
@@ -248,7 +251,7 @@ def test_the_reported_divergence_is_that_of_two_models_of_transformers(
         parameter,
     ) in artifact.named_parameters():  # a tied head is the embedding, and named once
         parameter.data.copy_(read(name))
-    tokens, lost = pipeline.tokenize(parse(text, "test.yaml"), folder).tokens["fidelity"], []
+    tokens, lost = pipeline.tokenize(parse_recipe(text, "test.yaml"), folder).tokens["fidelity"], []
     with torch.no_grad():
         for number in range(tokens.n_sequences):
             ids = tokens.sequence(number).long()[None]
@@ -257,7 +260,7 @@ def test_the_reported_divergence_is_that_of_two_models_of_transformers(
             )
             lost.append((p.exp() * (p - q)).sum(-1))
     with torch.no_grad():
-        again = load_model.load(outcome.path, device="cpu", dtype="float32")(ids).logits
+        again = load_model.load_model(outcome.path, device="cpu", dtype="float32")(ids).logits
     assert torch.allclose(again, artifact(ids).logits, atol=2e-4, rtol=1e-4)
     reported = outcome.fidelity.distribution[0].kl_mean
     assert reported is not None and reported.value == pytest.approx(
@@ -269,7 +272,7 @@ def test_a_plan_needs_no_headers_and_tells_how_the_layout_was_found(tmp_path: Pa
     """`quantkit plan` of a folder says it too, and knows q, k and v as what engines merge."""
     folder = write_model(tmp_path / "source", family("olmo2"))
     path = tmp_path / "recipe.yaml"
-    path.write_text(recipe_text(folder, tmp_path / "artifact"))
+    path.write_text(make_recipe_text(folder, tmp_path / "artifact"))
     done = CliRunner().invoke(main, ["plan", str(path)])
     told = " ".join(done.output.split())
     assert done.exit_code == 0
@@ -279,7 +282,7 @@ def test_a_plan_needs_no_headers_and_tells_how_the_layout_was_found(tmp_path: Pa
     )
     assert "reading 8 inputs, of which 4 can be scaled; proven on a small random instance" in told
     rules = '[{match: "*.q_proj", keep: source}, {match: "*", quantize: default}]'
-    path.write_text(recipe_text(folder, tmp_path / "artifact", rules=rules))
+    path.write_text(make_recipe_text(folder, tmp_path / "artifact", rules=rules))
     done = CliRunner().invoke(main, ["plan", str(path)])
     assert done.exit_code == 2 and "vLLM and SGLang merge these linears when loading" in done.output
 
@@ -335,7 +338,7 @@ def test_a_linear_that_is_not_called_once_is_refused() -> None:
 )
 def test_a_type_that_transformers_does_not_know(own: dict[str, object]) -> None:
     with pytest.raises(UsageError) as caught:
-        derived({**TINY, "model_type": "olmo9", **own})
+        derived({**TINY_COMMON, "model_type": "olmo9", **own})
     told = str(caught.value)
     assert told.startswith("no architecture named 'olmo9'. Known: deepseek_v2, ")
     assert "has no language model of that type to derive one from" in told
@@ -347,7 +350,7 @@ def test_a_tensor_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "source", family("olmo2", num_hidden_layers=3))
     (folder / "config.json").write_text(json.dumps(family("olmo2")))
     path = tmp_path / "recipe.yaml"
-    path.write_text(recipe_text(folder, tmp_path / "artifact"))
+    path.write_text(make_recipe_text(folder, tmp_path / "artifact"))
     done = CliRunner().invoke(main, ["plan", str(path)])
     assert done.exit_code == 1
     assert "not claimed by the architecture: model.layers.2." in done.output
@@ -359,4 +362,4 @@ def test_settings_of_generation_that_transformers_refuses(tmp_path: Path) -> Non
         ArtifactError,
         match=r"g\.json: expected settings that transformers takes, found: .* but is -3",
     ):
-        load_model.generation_config(tmp_path / "g.json")
+        load_model.read_generation_config(tmp_path / "g.json")

@@ -85,7 +85,7 @@ def test_a_group_of_zeros_is_exact_and_counted() -> None:
         chosen = scheme(symmetric=symmetric)
         found = METHOD.solve(weight, None, chosen)
         assert torch.equal(affine.dequantize(found, chosen)[1, 2, 32:], torch.zeros(32))
-        counts = affine.fallbacks(found, chosen)
+        counts = affine.count_fallbacks(found, chosen)
         assert {name: count.tolist() for name, count in counts.items()} == {
             "zero-group": [0, 1],
             "scale-clamped": [0, 0],
@@ -102,7 +102,7 @@ def test_a_scale_out_of_range_is_clamped_and_counted(
     chosen = scheme(dtype=dtype)
     found = METHOD.solve(torch.full((1, 32), magnitude), None, chosen)
     assert float(found.scale) == limit
-    assert affine.fallbacks(found, chosen)["scale-clamped"].item() == 1
+    assert affine.count_fallbacks(found, chosen)["scale-clamped"].item() == 1
     assert bool(torch.isfinite(affine.dequantize(found, chosen)).all())
 
 

@@ -12,19 +12,21 @@ from support.oracle import Array, output_error, stored
 from torch import Tensor
 
 from quantkit.contracts import Quantized, Scheme
-from quantkit.numerics import affine, coordinate_descent, gptq, gram
+from quantkit.numerics import affine, cholesky, coordinate_descent, gptq, gram
 
 DAMPING = torch.tensor(0.01)
 
 
 def nearest(weight: Tensor, chosen: Scheme) -> Quantized:
     return affine.quantize(
-        weight, *affine.qparams(*affine.ranges(weight, chosen.group_size), chosen), chosen
+        weight,
+        *affine.compute_qparams(*affine.compute_min_max(weight, chosen.group_size), chosen),
+        chosen,
     )
 
 
 def lost(weight: Tensor, quantized: Quantized, seen: Tensor, chosen: Scheme) -> Tensor:
-    return gptq.row_error(affine.dequantize(quantized, chosen) - weight, seen)
+    return gptq.compute_row_errors(affine.dequantize(quantized, chosen) - weight, seen)
 
 
 def improved_by_trying(
@@ -69,10 +71,13 @@ def test_a_sweep_agrees_with_trying_every_code(
     weight, x = correlated(6, 192, seed=seed)  # a group of more columns than are done at once
     chosen = scheme(bits, group, symmetric)
     start = nearest(weight, chosen)
-    seen = coordinate_descent.damped(x.T @ x, DAMPING)
+    seen = coordinate_descent.add_damping(x.T @ x, DAMPING)
     found = (
         affine
-        .dequantize(coordinate_descent.improved(weight, seen, start, chosen, sweeps=1), chosen)
+        .dequantize(
+            coordinate_descent.refine_codes_and_scales(weight, seen, start, chosen, sweeps=1),
+            chosen,
+        )
         .double()
         .numpy()
     )
@@ -107,12 +112,14 @@ def test_no_sweep_raises_the_error_of_a_row(
 ) -> None:
     weight, x = correlated(8, 64, tokens, seed)
     chosen = scheme(bits, group, symmetric)
-    seen = coordinate_descent.damped((size * x).T @ (size * x), DAMPING)
+    seen = coordinate_descent.add_damping((size * x).T @ (size * x), DAMPING)
     steps = [nearest(weight, chosen)]
     for _ in range(3):
-        steps.append(coordinate_descent.improved(weight, seen, steps[-1], chosen, sweeps=1))
+        steps.append(
+            coordinate_descent.refine_codes_and_scales(weight, seen, steps[-1], chosen, sweeps=1)
+        )
     errors = [lost(weight, step, seen, chosen) for step in steps]
-    energy = gptq.row_error(weight, seen)
+    energy = gptq.compute_row_errors(weight, seen)
     for before, after in zip(errors, errors[1:], strict=False):
         assert bool((after <= before * (1 + 1e-4) + 1e-6 * energy).all())
     assert int(steps[-1].codes.max()) < 2**bits and bool((steps[-1].scale > 0).all())
@@ -121,23 +128,27 @@ def test_no_sweep_raises_the_error_of_a_row(
 def test_it_lowers_what_feedback_leaves() -> None:
     weight, x = correlated(64, 256)
     chosen, seen = scheme(4, 64), x.T @ x
-    factor = gptq.feedback(seen)
-    fed = gptq.gptq_round(
-        weight, factor, affine.qparams(*affine.ranges(weight, 64), chosen), chosen
+    factor = cholesky.factorize_gram(seen)
+    fed = gptq.round_with_feedback(
+        weight, factor, affine.compute_qparams(*affine.compute_min_max(weight, 64), chosen), chosen
     )
-    better = coordinate_descent.improved(
-        weight, coordinate_descent.damped(seen, factor.damping), fed, chosen
+    better = coordinate_descent.refine_codes_and_scales(
+        weight, coordinate_descent.add_damping(seen, factor.damping), fed, chosen
     )
     before, after = (
-        float(gram.error(affine.dequantize(q, chosen) - weight, seen)) for q in (fed, better)
+        float(gram.compute_error(affine.dequantize(q, chosen) - weight, seen))
+        for q in (fed, better)
     )
     assert after < 0.93 * before
 
 
 def test_scales_stay_as_they_are_stored() -> None:
     weight, x = correlated(8, 64)
-    found = coordinate_descent.improved(
-        weight, coordinate_descent.damped(x.T @ x, DAMPING), nearest(weight, scheme()), scheme()
+    found = coordinate_descent.refine_codes_and_scales(
+        weight,
+        coordinate_descent.add_damping(x.T @ x, DAMPING),
+        nearest(weight, scheme()),
+        scheme(),
     )
     assert found.scale.dtype == torch.bfloat16 and found.codes.dtype == torch.uint8
     assert not torch.equal(found.scale, nearest(weight, scheme()).scale)
@@ -149,8 +160,8 @@ def test_what_is_exact_stays() -> None:
     weight[3, :32] = 0
     start = nearest(weight, scheme())
     grid = affine.dequantize(start, scheme())
-    found = coordinate_descent.improved(
-        grid, coordinate_descent.damped(x.T @ x, DAMPING), start, scheme()
+    found = coordinate_descent.refine_codes_and_scales(
+        grid, coordinate_descent.add_damping(x.T @ x, DAMPING), start, scheme()
     )
     assert torch.equal(found.codes, start.codes) and torch.equal(found.scale, start.scale)
 
@@ -158,12 +169,12 @@ def test_what_is_exact_stays() -> None:
 def test_a_batch_is_its_matrices_and_may_share_a_gram() -> None:
     _, x = correlated(8, 64)
     weight = torch.stack([correlated(8, 64, seed=s)[0] for s in (1, 2)])
-    seen, start = coordinate_descent.damped(x.T @ x, DAMPING), nearest(weight, scheme())
-    shared = coordinate_descent.improved(weight, seen, start, scheme())
+    seen, start = coordinate_descent.add_damping(x.T @ x, DAMPING), nearest(weight, scheme())
+    shared = coordinate_descent.refine_codes_and_scales(weight, seen, start, scheme())
     for e in range(2):
         assert start.zero is not None
         one = Quantized(codes=start.codes[e], scale=start.scale[e], zero=start.zero[e])
-        single = coordinate_descent.improved(weight[e], seen, one, scheme())
+        single = coordinate_descent.refine_codes_and_scales(weight[e], seen, one, scheme())
         assert torch.equal(shared.codes[e], single.codes) and torch.equal(
             shared.scale[e], single.scale
         )

@@ -13,8 +13,7 @@ from torch import Tensor
 from quantkit.contracts import InputStats
 from quantkit.methods import gptq
 from quantkit.models import scaling
-from quantkit.numerics import affine, error_propagation, gram
-from quantkit.numerics import gptq as rounding
+from quantkit.numerics import affine, cholesky, error_propagation, gram
 
 
 def changed(x: Tensor, size: float = 0.1, seed: int = 5) -> Tensor:
@@ -36,11 +35,11 @@ def stats_of(original: Tensor, x: Tensor) -> InputStats:
         torch.zeros(width),
     )
     for now, before in zip(x.split(70), original.split(70), strict=True):
-        gram.accumulate(total, absolute, now)
+        gram.accumulate_gram(total, absolute, now)
         gram.accumulate_cross(cross, now, before)
     counts = torch.tensor(len(x))
     return InputStats(
-        gram=gram.complete(total), mean_abs=absolute / len(x), n_tokens=counts, cross=cross
+        gram=gram.complete_gram(total), mean_abs=absolute / len(x), n_tokens=counts, cross=cross
     )
 
 
@@ -68,8 +67,8 @@ def test_it_is_ridge_regression_on_the_changed_inputs(share: float) -> None:
     x = changed(original)
     stats = stats_of(original, x)
     assert stats.cross is not None
-    found = error_propagation.corrected(
-        weight, stats.cross, rounding.feedback(stats.gram), None, (share, 0.0)
+    found = error_propagation.correct_weight(
+        weight, stats.cross, cholesky.factorize_gram(stats.gram), None, (share, 0.0)
     )
     o, q, w = (tensor.double().numpy() for tensor in (original, x, weight))
     ridge = np.sqrt(0.01 * np.square(q).sum() / 192) * np.eye(192)
@@ -93,8 +92,8 @@ def test_what_the_stream_lacks_is_made_up_for() -> None:
     for now, lacking in zip(x.split(70), gap.split(70), strict=True):
         gram.accumulate_residual(residual, now, lacking)
     assert stats.cross is not None
-    found = error_propagation.corrected(
-        weight, stats.cross, rounding.feedback(stats.gram), residual, (1.0, 1.0)
+    found = error_propagation.correct_weight(
+        weight, stats.cross, cholesky.factorize_gram(stats.gram), residual, (1.0, 1.0)
     )
     o, q, w, e = (tensor.double().numpy() for tensor in (original, x, weight, gap))
     ridge = np.sqrt(0.01 * np.square(q).sum() / 192) * np.eye(192)
@@ -103,7 +102,7 @@ def test_what_the_stream_lacks_is_made_up_for() -> None:
     )[0].T
     assert np.allclose(found.double().numpy() - w, told - w, atol=2e-3 * np.abs(told - w).max())
     scale = torch.rand(192, generator=g) + 0.5
-    scaled = scaling.rescaled_stats(replace(stats, residual=residual.clone()), scale).residual
+    scaled = scaling.rescale_stats(replace(stats, residual=residual.clone()), scale).residual
     assert scaled is not None and torch.allclose(scaled * scale, residual, rtol=1e-5)
 
 
@@ -112,10 +111,13 @@ def test_inputs_that_did_not_change_and_inputs_never_seen_leave_the_weight() -> 
     stats = stats_of(x, x)
     assert stats.cross is not None
     assert torch.equal(
-        error_propagation.corrected(weight, stats.cross, rounding.feedback(stats.gram)), weight
+        error_propagation.correct_weight(weight, stats.cross, cholesky.factorize_gram(stats.gram)),
+        weight,
     )
     blank = torch.zeros(64, 64)
-    assert torch.equal(error_propagation.corrected(weight, blank, rounding.feedback(blank)), weight)
+    assert torch.equal(
+        error_propagation.correct_weight(weight, blank, cholesky.factorize_gram(blank)), weight
+    )
 
 
 def test_a_batch_is_its_matrices_and_may_share_a_gram() -> None:
@@ -123,12 +125,12 @@ def test_a_batch_is_its_matrices_and_may_share_a_gram() -> None:
     stats = stats_of(original, changed(original))
     assert stats.cross is not None
     weight = torch.stack([correlated(8, 64, seed=s)[0] for s in (1, 2)])
-    factor = rounding.feedback(stats.gram)
-    shared = error_propagation.corrected(weight, stats.cross, factor)
+    factor = cholesky.factorize_gram(stats.gram)
+    shared = error_propagation.correct_weight(weight, stats.cross, factor)
     for e in range(2):
         assert torch.allclose(
             shared[e],
-            error_propagation.corrected(weight[e], stats.cross, factor),
+            error_propagation.correct_weight(weight[e], stats.cross, factor),
             rtol=1e-5,
             atol=1e-8,
         )
@@ -157,10 +159,15 @@ def test_scaling_the_input_and_correcting_go_in_any_order() -> None:
     )
     stats = stats_of(original, x)
     assert stats.cross is not None
-    first = error_propagation.corrected(weight, stats.cross, rounding.feedback(stats.gram)) * scale
-    wide = scaling.rescaled_stats(stats, scale)
+    first = (
+        error_propagation.correct_weight(weight, stats.cross, cholesky.factorize_gram(stats.gram))
+        * scale
+    )
+    wide = scaling.rescale_stats(stats, scale)
     assert wide.cross is not None
-    second = error_propagation.corrected(weight * scale, wide.cross, rounding.feedback(wide.gram))
+    second = error_propagation.correct_weight(
+        weight * scale, wide.cross, cholesky.factorize_gram(wide.gram)
+    )
     apart, step = (
         (x @ (each / scale).T).square().sum() for each in (second - first, first - weight * scale)
     )
@@ -175,7 +182,9 @@ def test_threads_do_not_change_a_bit() -> None:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             found.append(
-                error_propagation.corrected(weight, stats.cross, rounding.feedback(stats.gram))
+                error_propagation.correct_weight(
+                    weight, stats.cross, cholesky.factorize_gram(stats.gram)
+                )
             )
     finally:
         torch.set_num_threads(before)
@@ -190,16 +199,18 @@ def test_tokens_of_massive_activations_do_not_decide_what_is_made_up_for() -> No
     gap = 0.2 * x @ torch.randn(64, 24, generator=g) / 8 + 0.02 * torch.randn(200, 24, generator=g)
     stream[7] *= 400
     gap[7] = 0.01 * stream[7]
-    found = error_propagation.residual_gap(stream + gap, stream)
+    found = error_propagation.compute_residual_gap(stream + gap, stream)
     ordinary = torch.arange(200) != 7
     assert torch.equal(found[7], torch.zeros(24))
     assert torch.allclose(found[ordinary], gap[ordinary], atol=1e-5)
 
     def left(residual: Tensor) -> float:
         """What the other tokens still lack, of what they lacked."""
-        factor = rounding.feedback(stats_of(x, x).gram)
+        factor = cholesky.factorize_gram(stats_of(x, x).gram)
         step = (
-            error_propagation.corrected(weight, torch.zeros(64, 64), factor, residual, (0.0, 1.0))
+            error_propagation.correct_weight(
+                weight, torch.zeros(64, 64), factor, residual, (0.0, 1.0)
+            )
             - weight
         )
         return float((gap - x @ step.T)[ordinary].norm() / gap[ordinary].norm())

@@ -26,13 +26,13 @@ def logits(
 
 def test_kl_is_its_definition() -> None:
     p, q, true = logits(0)
-    found = fidelity.compare(p, q, true)
+    found = fidelity.compare_logits(p, q, true)
     expected = [
         oracle.kl(a, b) for a, b in zip(p.double().numpy(), q.double().numpy(), strict=True)
     ]
     assert np.allclose(found.kl.numpy(), expected, rtol=1e-9)
     assert float(found.kl.mean()) != pytest.approx(
-        float(fidelity.compare(q, p, true).kl.mean()), rel=1e-6
+        float(fidelity.compare_logits(q, p, true).kl.mean()), rel=1e-6
     )
 
 
@@ -42,21 +42,21 @@ def test_kl_resolves_what_float32_does_not() -> None:
     q = p.clone()
     q[0, 0] += 1e-3
     share = 1 / 50_000
-    assert float(fidelity.compare(p, q, torch.tensor([0])).kl) == pytest.approx(
+    assert float(fidelity.compare_logits(p, q, torch.tensor([0])).kl) == pytest.approx(
         share * (1 - share) * 1e-6 / 2, rel=1e-3
     )
-    assert float(fidelity.compare(p, p, torch.tensor([0])).kl) == 0
+    assert float(fidelity.compare_logits(p, p, torch.tensor([0])).kl) == 0
 
 
 def test_an_excluded_token_adds_nothing() -> None:
     p, q = torch.tensor([[0.0, 1.0, -torch.inf]]), torch.tensor([[0.0, 1.0, -3.0]])
-    found = float(fidelity.compare(p, q, torch.tensor([1])).kl)
+    found = float(fidelity.compare_logits(p, q, torch.tensor([1])).kl)
     assert found == pytest.approx(log(1 + exp(-3) / (1 + exp(1))), rel=1e-6)
 
 
 def test_true_token_figures() -> None:
     p, q, true = logits(1)
-    found = fidelity.compare(p, q, true)
+    found = fidelity.compare_logits(p, q, true)
     probability = torch.softmax(p.double(), -1)[torch.arange(40), true]
     changed = torch.softmax(q.double(), -1)[torch.arange(40), true]
     assert torch.allclose(found.nll_source, -probability.log())
@@ -68,18 +68,19 @@ def test_true_token_figures() -> None:
 
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     p, q, true = logits(2)
-    whole = fidelity.compare(p, q, true)
-    monkeypatch.setattr(fidelity, "CHUNK", 7)
-    joined = fidelity.concatenate([
-        fidelity.compare(*(t[part] for t in (p, q, true))) for part in (slice(0, 9), slice(9, 40))
+    whole = fidelity.compare_logits(p, q, true)
+    monkeypatch.setattr(fidelity, "CHUNK_TOKENS", 7)
+    joined = fidelity.concatenate_tokens([
+        fidelity.compare_logits(*(t[part] for t in (p, q, true)))
+        for part in (slice(0, 9), slice(9, 40))
     ])
     for name in ("kl", "nll_source", "nll_quantized", "same_top"):
         assert torch.equal(getattr(whole, name), getattr(joined, name))
 
 
 def test_summary_figures() -> None:
-    tokens = fidelity.compare(*logits(3, n=2000))
-    found = fidelity.summary(tokens)
+    tokens = fidelity.compare_logits(*logits(3, n=2000))
+    found = fidelity.summarize_tokens(tokens)
     kl = tokens.kl.numpy()
     assert found["kl_mean"].value == pytest.approx(kl.mean())
     assert found["kl_mean"].error == pytest.approx(stats.sem(kl))
@@ -105,7 +106,7 @@ def test_summary_figures() -> None:
 def test_the_quantile_s_error_is_the_spread_of_samples() -> None:
     """Over many samples the medians of 400 normal values scatter by sqrt(pi / 2) / 20; the estimate knows from one."""
     values = torch.randn(300, 400, generator=torch.Generator().manual_seed(4))
-    estimates = [fidelity.quantile(row, 0.5) for row in values]
+    estimates = [fidelity.estimate_quantile(row, 0.5) for row in values]
     scatter = float(torch.tensor([e.value for e in estimates]).std())
     claimed = float(torch.tensor([e.error for e in estimates]).mean())
     assert claimed == pytest.approx(scatter, rel=0.15) and scatter == pytest.approx(
@@ -114,15 +115,15 @@ def test_the_quantile_s_error_is_the_spread_of_samples() -> None:
 
 
 def test_a_quantile_that_the_sample_cannot_resolve_has_no_error() -> None:
-    assert fidelity.quantile(torch.arange(100.0), 0.999).error is None
+    assert fidelity.estimate_quantile(torch.arange(100.0), 0.999).error is None
 
 
 def test_one_token_has_no_error_and_no_token_is_refused() -> None:
     p, q, true = logits(5, n=1)
-    assert fidelity.summary(fidelity.compare(p, q, true))["kl_mean"].error is None
+    assert fidelity.summarize_tokens(fidelity.compare_logits(p, q, true))["kl_mean"].error is None
     empty = torch.zeros(0)
     with pytest.raises(NumericsError, match="no token to compare"):
-        fidelity.summary(
+        fidelity.summarize_tokens(
             TokenFidelity(kl=empty, nll_source=empty, nll_quantized=empty, same_top=empty.bool())
         )
 
@@ -130,4 +131,4 @@ def test_one_token_has_no_error_and_no_token_is_refused() -> None:
 def test_router_agreement_ignores_order() -> None:
     source = torch.tensor([[0, 1], [2, 3], [4, 5]])
     quantized = torch.tensor([[1, 0], [2, 7], [6, 7]])
-    assert fidelity.router_agreement(source, quantized).tolist() == [1, 0.5, 0]
+    assert fidelity.compute_router_agreement(source, quantized).tolist() == [1, 0.5, 0]

@@ -13,9 +13,9 @@ from support.oracle import Array, back, bfloat16, output_error
 from quantkit.contracts import InputStats
 from quantkit.errors import NumericsError
 from quantkit.methods import gptq, rtn
-from quantkit.numerics import affine, gram, range_search
+from quantkit.numerics import affine, cholesky, gram, range_search
 from quantkit.numerics import gptq as rounding
-from quantkit.plan.memory import SOLVE_COPIES, solve_bytes
+from quantkit.plan.memory import SOLVE_COPIES, estimate_solve_bytes
 
 
 def textbook(
@@ -45,9 +45,9 @@ def textbook(
 def test_feedback_is_textbook_gptq(bits: int, group: int, symmetric: bool, seed: int) -> None:
     weight, x = correlated(16, 192, seed=seed)  # more columns than one lazy batch
     chosen = scheme(bits, group, symmetric)
-    scale, zero = affine.qparams(*affine.ranges(weight, group), chosen)
-    factor = rounding.feedback(x.T @ x)
-    found = rounding.gptq_round(weight, factor, (scale, zero), chosen)
+    scale, zero = affine.compute_qparams(*affine.compute_min_max(weight, group), chosen)
+    factor = cholesky.factorize_gram(x.T @ x)
+    found = rounding.round_with_feedback(weight, factor, (scale, zero), chosen)
     zeros = np.full(scale.shape, 2 ** (bits - 1)) if zero is None else zero.numpy().astype(int)
     width = 192 if group == -1 else group
     told = textbook(
@@ -87,10 +87,14 @@ def test_gptq_is_never_worse_than_rtn(
     chosen = scheme(bits, 32, symmetric)
     stats = InputStats(gram=seen, mean_abs=x.abs().mean(0), n_tokens=torch.tensor(tokens))
     ours, theirs = (
-        float(gram.error(affine.dequantize(solve(weight, stats, chosen), chosen) - weight, seen))
+        float(
+            gram.compute_error(
+                affine.dequantize(solve(weight, stats, chosen), chosen) - weight, seen
+            )
+        )
         for solve in (gptq.solve, rtn.solve)
     )
-    energy = float(gram.error(weight, seen))
+    energy = float(gram.compute_error(weight, seen))
     assert ours <= theirs * (1 + 1e-3) + 1e-9 * energy
 
 
@@ -98,10 +102,10 @@ def test_gptq_has_less_than_half_of_the_error_of_the_range_search() -> None:
     weight, x = correlated(64, 256)
     chosen = scheme(4, 128)
     seen = x.T @ x
-    ranges = range_search.search(weight, seen, chosen)
-    fed = rounding.gptq_round(weight, rounding.feedback(seen), ranges, chosen)
+    ranges = range_search.search_ranges(weight, seen, chosen)
+    fed = rounding.round_with_feedback(weight, cholesky.factorize_gram(seen), ranges, chosen)
     lost = [
-        float(gram.error(affine.dequantize(q, chosen) - weight, seen))
+        float(gram.compute_error(affine.dequantize(q, chosen) - weight, seen))
         for q in (fed, affine.quantize(weight, *ranges, chosen))
     ]
     assert lost[0] < 0.5 * lost[1]
@@ -111,11 +115,13 @@ def test_gptq_has_less_than_half_of_the_error_of_the_range_search() -> None:
 def test_a_gram_of_few_tokens_has_a_factor(tokens: int) -> None:
     """Rank 1 and rank 5 of 64: the damping makes them definite, and what they see is met almost exactly."""
     weight, x = correlated(16, 64, tokens)
-    ranges = affine.qparams(*affine.ranges(weight, 32), scheme())
-    found = rounding.gptq_round(weight, rounding.feedback(x.T @ x), ranges, scheme())
+    ranges = affine.compute_qparams(*affine.compute_min_max(weight, 32), scheme())
+    found = rounding.round_with_feedback(weight, cholesky.factorize_gram(x.T @ x), ranges, scheme())
     back_again = affine.dequantize(found, scheme())
     plain = affine.dequantize(rtn.solve(weight, None, scheme()), scheme())
-    assert gram.error(back_again - weight, x.T @ x) < 0.2 * gram.error(plain - weight, x.T @ x)
+    assert gram.compute_error(back_again - weight, x.T @ x) < 0.2 * gram.compute_error(
+        plain - weight, x.T @ x
+    )
 
 
 def test_a_gram_of_zeros_rounds_to_nearest() -> None:
@@ -129,13 +135,13 @@ def test_a_gram_of_zeros_rounds_to_nearest() -> None:
 def test_columns_that_were_never_used_round_to_nearest() -> None:
     weight, x = correlated(16, 64)
     x[:, 10:20] = 0
-    ranges = affine.qparams(*affine.ranges(weight, 32), scheme())
-    found = rounding.gptq_round(weight, rounding.feedback(x.T @ x), ranges, scheme())
+    ranges = affine.compute_qparams(*affine.compute_min_max(weight, 32), scheme())
+    found = rounding.round_with_feedback(weight, cholesky.factorize_gram(x.T @ x), ranges, scheme())
     plain = affine.quantize(weight, *ranges, scheme())
     assert torch.equal(found.codes[:, 10:20], plain.codes[:, 10:20])
     assert not torch.equal(found.codes, plain.codes)
     rest = [c for c in range(64) if not 10 <= c < 20]
-    order = rounding.feedback(x.T @ x).order
+    order = cholesky.factorize_gram(x.T @ x).order
     assert set(order[:54].tolist()) == set(rest)
 
 
@@ -145,7 +151,7 @@ def test_a_gram_that_is_not_finite_is_refused(value: float) -> None:
     seen = x.T @ x
     seen[3, 5] = value
     with pytest.raises(NumericsError, match="Gram matrix holds NaN or infinity"):
-        rounding.feedback(seen)
+        cholesky.factorize_gram(seen)
 
 
 def test_damping_grows_for_the_matrix_that_needs_it() -> None:
@@ -155,22 +161,24 @@ def test_damping_grows_for_the_matrix_that_needs_it() -> None:
     mean = sound.diagonal().mean()
     pushed = torch.diag(torch.full((32,), float(mean)))
     pushed[0, 1] = pushed[1, 0] = 1.05 * mean  # smallest eigenvalue -0.05 of the mean
-    damping = rounding.feedback(torch.stack([sound, pushed])).damping
+    damping = cholesky.factorize_gram(torch.stack([sound, pushed])).damping
     assert damping.tolist() == pytest.approx([0.01, 0.1])
 
 
 def test_a_gram_far_from_definite_is_refused() -> None:
     with pytest.raises(NumericsError, match="far from positive semi-definite"):
-        rounding.feedback(torch.tensor([[1.0, 1e7], [1e7, 1.0]]))
+        cholesky.factorize_gram(torch.tensor([[1.0, 1e7], [1e7, 1.0]]))
 
 
 def test_one_gram_serves_a_batch() -> None:
     _, x = correlated(8, 64)
     weight = torch.stack([correlated(8, 64, seed=s)[0] for s in (1, 2)])
-    ranges = affine.qparams(*affine.ranges(weight, 32), scheme())
-    shared = rounding.gptq_round(weight, rounding.feedback(x.T @ x), ranges, scheme())
-    each = rounding.gptq_round(
-        weight, rounding.feedback((x.T @ x).expand(2, 64, 64)), ranges, scheme()
+    ranges = affine.compute_qparams(*affine.compute_min_max(weight, 32), scheme())
+    shared = rounding.round_with_feedback(
+        weight, cholesky.factorize_gram(x.T @ x), ranges, scheme()
+    )
+    each = rounding.round_with_feedback(
+        weight, cholesky.factorize_gram((x.T @ x).expand(2, 64, 64)), ranges, scheme()
     )
     assert torch.equal(shared.codes, each.codes)
 
@@ -179,7 +187,7 @@ def test_one_gram_serves_a_batch() -> None:
 def test_own_is_what_later_columns_cannot_make_up_for(tokens: int) -> None:
     """Column by column: the damped energy of its input that no linear combination of later ones explains."""
     _, x = correlated(4, 48, tokens)
-    factor = rounding.feedback(x.T @ x)
+    factor = cholesky.factorize_gram(x.T @ x)
     rows = x.double().numpy()
     ridge = np.sqrt(0.01 * np.square(rows).sum() / 48) * np.eye(48)
     inputs, order = np.concatenate([rows, ridge]), factor.order.tolist()
@@ -218,6 +226,6 @@ def test_working_memory_is_as_planned(out: int, width: int, crossed: bool) -> No
     )
     peak = peak_bytes(lambda: gptq.solve(weight, stats, scheme(group=128)))
     linear = Linear(name="x", out_features=out, in_features=width, role="mlp")
-    assert peak <= solve_bytes([linear], True) and SOLVE_COPIES * 4 * weight.numel() == solve_bytes(
-        [linear], False
-    )
+    assert peak <= estimate_solve_bytes(
+        [linear], True
+    ) and SOLVE_COPIES * 4 * weight.numel() == estimate_solve_bytes([linear], False)

@@ -38,14 +38,14 @@ def threads() -> Iterator[None]:
 )
 def test_leading_dimensions_broadcast(left: tuple[int, ...], right: tuple[int, ...]) -> None:
     x, y = random(0, *left), random(1, *right)
-    found, expected = matmul.times_transposed(x, y), x.double() @ y.double().mT
+    found, expected = matmul.matmul_transposed(x, y), x.double() @ y.double().mT
     assert found.shape == expected.shape and found.dtype == torch.float32
     assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_slices_and_transposed_tensors_are_read_as_they_are() -> None:
     x, y = random(2, 40, 60), random(3, 60, 50)
-    found = matmul.times_transposed(x[10:, ::2], y.T[5:, ::2])
+    found = matmul.matmul_transposed(x[10:, ::2], y.T[5:, ::2])
     assert torch.allclose(
         found.double(), x.double()[10:, ::2] @ y.double()[::2, 5:], rtol=1e-5, atol=1e-5
     )
@@ -56,8 +56,8 @@ def test_half_a_gram_and_its_mirror_are_the_whole(width: int) -> None:
     x = random(4, 300, width)
     total, absolute = torch.zeros(width, width), torch.zeros(width)
     for part in x.split(100):
-        gram.accumulate(total, absolute, part)
-    found = gram.complete(total)
+        gram.accumulate_gram(total, absolute, part)
+    found = gram.complete_gram(total)
     assert np.allclose(found.numpy(), (x.double().T @ x.double()).numpy(), rtol=1e-5, atol=1e-4)
     assert torch.equal(found, found.T)
 
@@ -66,7 +66,7 @@ def test_bfloat16_tokens_are_multiplied_exactly() -> None:
     """Products of bfloat16 values fit float32; only their sum is rounded."""
     x = random(5, 200, 24).bfloat16()
     total, absolute = torch.zeros(24, 24), torch.zeros(24)
-    gram.accumulate(total, absolute, x)
+    gram.accumulate_gram(total, absolute, x)
     assert np.allclose(total.numpy(), (x.double().T @ x.double()).numpy(), rtol=1e-6, atol=1e-4)
     assert np.allclose(absolute.numpy(), x.double().abs().sum(0).numpy(), rtol=1e-6)
 
@@ -78,7 +78,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     for n in (1, 2, 3):
         torch.set_num_threads(n)
         pairs = [(random(m, m, k), random(n, n, k)) for m, k, n in SHAPES]
-        exact = [matmul.times_transposed(x, y) for x, y in pairs]
+        exact = [matmul.matmul_transposed(x, y) for x, y in pairs]
         found.append((
             exact,
             [torch.nn.functional.linear(x.bfloat16(), y.bfloat16()) for x, y in pairs],

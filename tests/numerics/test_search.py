@@ -47,7 +47,7 @@ def test_accumulate_in_parts_is_the_whole() -> None:
     x, weight = tokens(0, 50, 16), torch.rand(50, generator=torch.Generator().manual_seed(1))
     total, absolute = torch.zeros(16, 16), torch.zeros(16)
     for rows, part in zip(x.split(17), weight.split(17), strict=True):
-        gram.accumulate(total, absolute, rows, part)
+        gram.accumulate_gram(total, absolute, rows, part)
     expected = sum(
         w * np.outer(row, row) for w, row in zip(weight.double().numpy(), x.double().numpy())
     )
@@ -58,7 +58,7 @@ def test_accumulate_in_parts_is_the_whole() -> None:
 def test_error_is_the_error_of_the_outputs() -> None:
     x = torch.stack([tokens(seed, 80, 32) for seed in range(2)])
     delta = weights(0, 2, 600, 32)  # more rows than one chunk
-    found = gram.error(delta, x.mT @ x)
+    found = gram.compute_error(delta, x.mT @ x)
     expected = [
         oracle.output_error(d.double().numpy(), t.double().numpy())
         for d, t in zip(delta, x, strict=True)
@@ -68,26 +68,26 @@ def test_error_is_the_error_of_the_outputs() -> None:
 
 def test_error_sums_in_float64() -> None:
     """4096 x 1024 terms of one size: a float32 sum would be off in the fifth digit."""
-    found = gram.error(torch.full((4096, 1024), 0.1), torch.eye(1024))
+    found = gram.compute_error(torch.full((4096, 1024), 0.1), torch.eye(1024))
     assert float(found) == pytest.approx(4096 * 1024 * float(torch.tensor(0.1)) ** 2, rel=1e-7)
 
 
 def test_relative_error_and_sqnr() -> None:
     weight, x = weights(1, 8, 32), tokens(1, 60, 32)
-    assert float(gram.relative_error(weight, 0.9 * weight, gram_of(x))) == pytest.approx(
+    assert float(gram.compute_relative_error(weight, 0.9 * weight, gram_of(x))) == pytest.approx(
         0.01, rel=1e-3
     )
-    assert float(gram.sqnr_db(weight, 0.9 * weight)) == pytest.approx(20, rel=1e-4)
-    assert float(gram.relative_error(weight, weight, torch.zeros(32, 32))) == 0
+    assert float(gram.compute_sqnr_db(weight, 0.9 * weight)) == pytest.approx(20, rel=1e-4)
+    assert float(gram.compute_relative_error(weight, weight, torch.zeros(32, 32))) == 0
 
 
 def test_blocks_and_rescaled() -> None:
     g = gram_of(tokens(2, 60, 64))
-    assert torch.equal(gram.blocks(g, 32), torch.stack([g[:32, :32], g[32:, 32:]]))
-    assert torch.equal(gram.blocks(g, -1), g[None])
+    assert torch.equal(gram.extract_diagonal_blocks(g, 32), torch.stack([g[:32, :32], g[32:, 32:]]))
+    assert torch.equal(gram.extract_diagonal_blocks(g, -1), g[None])
     scale = torch.rand(64, generator=torch.Generator().manual_seed(0)) + 0.5
     assert torch.allclose(
-        gram.rescaled(g, scale), gram_of(tokens(2, 60, 64) / scale), rtol=1e-4, atol=1e-3
+        gram.rescale_gram(g, scale), gram_of(tokens(2, 60, 64) / scale), rtol=1e-4, atol=1e-3
     )
 
 
@@ -97,7 +97,7 @@ def test_blocks_and_rescaled() -> None:
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (4, True), (3, False), (2, True)])
 def test_range_search_agrees_with_the_oracle(bits: int, symmetric: bool) -> None:
     weight, x, chosen = weights(bits, 6, 96), tokens(bits, 120, 96), scheme(bits, 32, symmetric)
-    found = stored(*range_search.search(weight, gram_of(x), chosen), weight, chosen)
+    found = stored(*range_search.search_ranges(weight, gram_of(x), chosen), weight, chosen)
     w, t = weight.double().numpy(), x.double().numpy()
     expected = oracle.clip_search(w, t, bits, 32, symmetric, "bfloat16")
     # a tie in float32 may send one row to another optimum; nearly all weights and the error are the same
@@ -118,8 +118,10 @@ def test_range_search_is_never_worse_than_min_max(
 ) -> None:
     weight, x, chosen = weights(seed, 4, 64), tokens(seed, 40, 64), scheme(bits, group, symmetric)
     g = gram_of(x)
-    plain = stored(*affine.qparams(*affine.ranges(weight, group), chosen), weight, chosen)
-    found = stored(*range_search.search(weight, g, chosen), weight, chosen)
+    plain = stored(
+        *affine.compute_qparams(*affine.compute_min_max(weight, group), chosen), weight, chosen
+    )
+    found = stored(*range_search.search_ranges(weight, g, chosen), weight, chosen)
     before, after = ((x @ (q - weight).T).double().square().sum(0) for q in (plain, found))  # [out]
     assert bool((after <= before * 1.001 + 1e-9).all())
 
@@ -136,7 +138,7 @@ def counts(seed: int, width: int) -> Tensor:
 )
 def test_weighted_ranges_agree_with_the_oracle(bits: int, symmetric: bool) -> None:
     weight, columns, chosen = weights(bits, 24, 96), counts(bits, 96), scheme(bits, 32, symmetric)
-    found = stored(*range_search.weighted(weight, columns, chosen), weight, chosen)
+    found = stored(*range_search.search_ranges_by_diagonal(weight, columns, chosen), weight, chosen)
     w, c = weight.double().numpy(), columns.double().numpy()
     expected = oracle.weighted_search(w, c, bits, 32, symmetric, "bfloat16")
     # a tie in float32 may send a group to another of two equally good ranges
@@ -160,10 +162,12 @@ def test_weighted_ranges_are_never_worse_than_min_max(
         counts(seed, 64).expand(2, 64),
         scheme(bits, group, symmetric),
     )
-    plain = stored(*affine.qparams(*affine.ranges(weight, group), chosen), weight, chosen)
-    found = stored(*range_search.weighted(weight, columns, chosen), weight, chosen)
+    plain = stored(
+        *affine.compute_qparams(*affine.compute_min_max(weight, group), chosen), weight, chosen
+    )
+    found = stored(*range_search.search_ranges_by_diagonal(weight, columns, chosen), weight, chosen)
     before, after = (
-        affine.split((q - weight).double().square() * columns.unsqueeze(-2), group).sum(-1)
+        affine.split_groups((q - weight).double().square() * columns.unsqueeze(-2), group).sum(-1)
         for q in (plain, found)
     )  # [2, out, n_groups]
     assert bool((after <= before * (1 + 1e-5)).all())
@@ -176,7 +180,9 @@ def test_range_search_sees_other_groups() -> None:
     g = gram_of(x)
     blocks = g * torch.block_diag(torch.ones(32, 32), torch.ones(32, 32))
     seen, blind = (
-        gram.error(stored(*range_search.search(weight, used, chosen), weight, chosen) - weight, g)
+        gram.compute_error(
+            stored(*range_search.search_ranges(weight, used, chosen), weight, chosen) - weight, g
+        )
         for used in (g, blocks)
     )
     assert float(seen) < 0.9 * float(blind)
@@ -184,8 +190,8 @@ def test_range_search_sees_other_groups() -> None:
 
 def test_an_input_never_seen_keeps_the_min_max_ranges() -> None:
     weight, chosen = weights(3, 4, 64), scheme()
-    scale, zero = range_search.search(weight, torch.zeros(64, 64), chosen)
-    plain_scale, plain_zero = affine.qparams(*affine.ranges(weight, 32), chosen)
+    scale, zero = range_search.search_ranges(weight, torch.zeros(64, 64), chosen)
+    plain_scale, plain_zero = affine.compute_qparams(*affine.compute_min_max(weight, 32), chosen)
     assert zero is not None and plain_zero is not None
     assert torch.equal(scale, plain_scale) and torch.equal(zero, plain_zero)
 
@@ -194,7 +200,9 @@ def test_groups_of_zeros_survive_the_search() -> None:
     weight, chosen = weights(4, 4, 64), scheme()
     weight[1, :32] = 0
     weight[2] = 0
-    found = stored(*range_search.search(weight, gram_of(tokens(4, 50, 64)), chosen), weight, chosen)
+    found = stored(
+        *range_search.search_ranges(weight, gram_of(tokens(4, 50, 64)), chosen), weight, chosen
+    )
     assert torch.equal(found[1, :32], torch.zeros(32)) and torch.equal(found[2], torch.zeros(64))
 
 
@@ -203,7 +211,7 @@ def test_groups_of_zeros_survive_the_search() -> None:
 
 def test_candidates_agree_with_the_oracle() -> None:
     mean_abs = tokens(5, 50, 64).abs().mean(0)
-    found = awq_scales.candidates(mean_abs)
+    found = awq_scales.compute_scale_candidates(mean_abs)
     assert found.shape == (20, 64) and torch.equal(found[0], torch.ones(64))
     assert np.allclose(found.numpy(), oracle.awq_scales(mean_abs.double().numpy()), rtol=1e-5)
 
@@ -212,34 +220,46 @@ def test_candidates_agree_with_the_oracle() -> None:
     "values", [[0.0, 0.0, 0.0], [0.0, 1.0, 1e30], [1e-38, 1e-38, 1e-38], [0.0, 1e-30, 1.0]]
 )
 def test_candidates_are_positive_and_finite(values: list[float]) -> None:
-    found = awq_scales.candidates(torch.tensor(values))
+    found = awq_scales.compute_scale_candidates(torch.tensor(values))
     assert bool(torch.isfinite(found).all()) and bool((found > 0).all())
     assert torch.equal(found[0], torch.ones(3))
 
 
 def test_powers_of_two_fold_without_rounding() -> None:
-    tried = awq_scales.candidates(tokens(5, 50, 64).abs().mean(0))
-    exact = awq_scales.powers_of_two(tried)
+    tried = awq_scales.compute_scale_candidates(tokens(5, 50, 64).abs().mean(0))
+    exact = awq_scales.round_to_powers_of_two(tried)
     assert bool((torch.log2(exact / tried).abs() <= 0.5001).all()) and torch.equal(
         exact[0], torch.ones(64)
     )
     norm, kept = weights(5, 64).bfloat16(), weights(6, 8, 64).bfloat16()
     for scale in exact:
         assert torch.equal((norm.float() / scale).bfloat16().float() * scale, norm.float())
-        assert float(awq_scales.error(kept.float(), gram_of(tokens(5, 50, 64)), scale, None)) == 0
+        assert (
+            float(
+                awq_scales.compute_scaling_error(
+                    kept.float(), gram_of(tokens(5, 50, 64)), scale, None
+                )
+            )
+            == 0
+        )
 
 
 def test_candidates_of_a_batch() -> None:
     mean_abs = torch.stack([tokens(seed, 50, 64).abs().mean(0) for seed in range(3)])
-    batch = awq_scales.candidates(mean_abs)
-    assert torch.equal(batch, torch.stack([awq_scales.candidates(row) for row in mean_abs], dim=1))
+    batch = awq_scales.compute_scale_candidates(mean_abs)
+    assert torch.equal(
+        batch, torch.stack([awq_scales.compute_scale_candidates(row) for row in mean_abs], dim=1)
+    )
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (3, True)])
 def test_scale_error_agrees_with_the_oracle(bits: int, symmetric: bool) -> None:
     weight, x, chosen = weights(6, 5, 64), tokens(6, 90, 64), scheme(bits, 32, symmetric)
-    tried = awq_scales.candidates(x.abs().mean(0))
-    found = [float(awq_scales.error(weight, gram_of(x), candidate, chosen)) for candidate in tried]
+    tried = awq_scales.compute_scale_candidates(x.abs().mean(0))
+    found = [
+        float(awq_scales.compute_scaling_error(weight, gram_of(x), candidate, chosen))
+        for candidate in tried
+    ]
     w, t = weight.double().numpy(), x.double().numpy()
     expected = [
         oracle.awq_error(w, t, s.double().numpy(), bits, 32, symmetric, "bfloat16") for s in tried
@@ -250,24 +270,26 @@ def test_scale_error_agrees_with_the_oracle(bits: int, symmetric: bool) -> None:
 
 def test_a_kept_matrix_counts_its_rounding() -> None:
     weight, x = weights(8, 5, 64).bfloat16().float(), tokens(8, 90, 64)
-    ones, other = awq_scales.candidates(x.abs().mean(0))[[0, 10]]
-    assert float(awq_scales.error(weight, gram_of(x), ones, None)) == 0
+    ones, other = awq_scales.compute_scale_candidates(x.abs().mean(0))[[0, 10]]
+    assert float(awq_scales.compute_scaling_error(weight, gram_of(x), ones, None)) == 0
     wide = oracle.bfloat16((weight * other).double().numpy()) / other.double().numpy()
     expected = oracle.output_error(wide - weight.double().numpy(), x.double().numpy())
-    assert float(awq_scales.error(weight, gram_of(x), other, None)) == pytest.approx(
-        expected, rel=1e-3
-    )
+    assert float(
+        awq_scales.compute_scaling_error(weight, gram_of(x), other, None)
+    ) == pytest.approx(expected, rel=1e-3)
 
 
 def test_scale_error_of_a_batch_with_one_or_many_scales() -> None:
     weight, chosen = weights(9, 3, 300, 64), scheme()  # more rows than one chunk
     x = torch.stack([tokens(seed, 50, 64) for seed in range(3)])
     grams = x.mT @ x
-    many = awq_scales.candidates(x.abs().mean(1))[7]  # [3, 64]
-    found = awq_scales.error(weight, grams, many, chosen)
-    single = torch.stack([awq_scales.error(weight[e], grams[e], many[e], chosen) for e in range(3)])
+    many = awq_scales.compute_scale_candidates(x.abs().mean(1))[7]  # [3, 64]
+    found = awq_scales.compute_scaling_error(weight, grams, many, chosen)
+    single = torch.stack([
+        awq_scales.compute_scaling_error(weight[e], grams[e], many[e], chosen) for e in range(3)
+    ])
     assert torch.allclose(found, single, rtol=1e-5)
-    shared = awq_scales.error(weight, grams, many[0], chosen)
+    shared = awq_scales.compute_scaling_error(weight, grams, many[0], chosen)
     assert torch.allclose(shared[0], found[0], rtol=1e-5) and not torch.allclose(
         shared[1], found[1], rtol=1e-3
     )
@@ -278,23 +300,24 @@ def test_awq_beats_rtn_where_channels_stand_out(seed: int) -> None:
     """The scale search and the range search each lower the error that the other leaves."""
     weight, x, chosen = weights(seed, 64, 128), tokens(seed, 300, 128, outliers=6), scheme(4, 64)
     g = gram_of(x)
-    tried = awq_scales.candidates(x.abs().mean(0))
+    tried = awq_scales.compute_scale_candidates(x.abs().mean(0))
     scale = tried[
         int(
             torch.stack([
-                awq_scales.error(weight, g, candidate, chosen) for candidate in tried
+                awq_scales.compute_scaling_error(weight, g, candidate, chosen)
+                for candidate in tried
             ]).argmin()
         )
     ]
 
     def loss(s: Tensor, search: bool) -> float:
-        wide, used = weight * s, gram.rescaled(g, s)
+        wide, used = weight * s, gram.rescale_gram(g, s)
         qparams = (
-            range_search.search(wide, used, chosen)
+            range_search.search_ranges(wide, used, chosen)
             if search
-            else affine.qparams(*affine.ranges(wide, 64), chosen)
+            else affine.compute_qparams(*affine.compute_min_max(wide, 64), chosen)
         )
-        return float(gram.error(stored(*qparams, wide, chosen) / s - weight, g))
+        return float(gram.compute_error(stored(*qparams, wide, chosen) / s - weight, g))
 
     plain, scaled = loss(torch.ones(128), False), loss(scale, False)
     clipped, both = loss(torch.ones(128), True), loss(scale, True)
@@ -304,15 +327,17 @@ def test_awq_beats_rtn_where_channels_stand_out(seed: int) -> None:
 
 def test_the_result_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x, chosen = weights(10, 40, 64), tokens(10, 50, 64), scheme()
-    candidate = awq_scales.candidates(x.abs().mean(0))[9]
-    whole = awq_scales.error(weight, gram_of(x), candidate, chosen)
-    monkeypatch.setattr(gram, "ROWS", 7)
-    assert torch.allclose(awq_scales.error(weight, gram_of(x), candidate, chosen), whole, rtol=1e-6)
+    candidate = awq_scales.compute_scale_candidates(x.abs().mean(0))[9]
+    whole = awq_scales.compute_scaling_error(weight, gram_of(x), candidate, chosen)
+    monkeypatch.setattr(gram, "BLOCK_ROWS", 7)
+    assert torch.allclose(
+        awq_scales.compute_scaling_error(weight, gram_of(x), candidate, chosen), whole, rtol=1e-6
+    )
 
 
 def test_quantized_is_what_the_search_chose() -> None:
     weight, chosen = weights(11, 4, 64), scheme()
-    scale, zero = range_search.search(weight, gram_of(tokens(11, 50, 64)), chosen)
+    scale, zero = range_search.search_ranges(weight, gram_of(tokens(11, 50, 64)), chosen)
     found: Quantized = affine.quantize(weight, scale, zero, chosen)
     assert (
         found.scale is scale and found.codes.dtype == torch.uint8 and scale.dtype == torch.bfloat16

@@ -15,20 +15,20 @@ from typing import Any
 
 import pytest
 from support.paths import ROOT
-from support.plans import plan_of, specs_of
-from tools.calibration_sets.specs import TINY_HELD_OUT, spec_yaml
+from support.plans import plan_checkpoint, specs_of
+from tools.calibration_sets.specs import TINY_HELD_OUT, format_spec
 
 from quantkit import registry
-from quantkit.artifact.writer import config_values
+from quantkit.artifact.model_files import make_config
 from quantkit.contracts import TensorSpec
 from quantkit.errors import CheckpointError, RecipeError, UsageError
 from quantkit.plan import sources
 from quantkit.plan.output_tensors import shards
 from quantkit.plan.plan import Plan, SourceFacts
 from quantkit.plan.plan_schema import PlanSummary
-from quantkit.plan.summary import plan_summary
-from quantkit.recipe.parse import parse
-from quantkit.texts.corpus_files import most_sequences
+from quantkit.plan.summary import summarize_plan
+from quantkit.recipe.parse import parse_recipe
+from quantkit.texts.corpus_files import bound_sequences
 from quantkit.texts.corpus_spec import read_spec
 
 FLAGSHIP = ROOT / "recipes" / "v3-awq4.yaml"
@@ -43,7 +43,7 @@ import sys, time
 began = time.monotonic()
 from quantkit.cli import main
 main(["plan", sys.argv[1], "--json"], standalone_mode=False)
-from quantkit.storage.machine import peak_resident_bytes
+from quantkit.io.host import get_peak_memory
 used = peak_resident_bytes()
 print(f"{time.monotonic() - began} {used}", file=sys.stderr)
 """
@@ -55,7 +55,7 @@ print(f"{time.monotonic() - began} {used}", file=sys.stderr)
 def faults_of(**keys: Any) -> tuple[str, ...]:
     """Every fault of a recipe that the plan refuses."""
     with pytest.raises(RecipeError) as caught:
-        plan_of(**keys)
+        plan_checkpoint(**keys)
     return caught.value.faults
 
 
@@ -75,10 +75,10 @@ def outputs(plan: Plan) -> dict[str, TensorSpec]:
 @pytest.fixture(scope="module")
 def flagship() -> Plan:
     """The plan of recipes/v3-awq4.yaml from the published config, without asking for a network."""
-    recipe = parse(
+    recipe = parse_recipe(
         FLAGSHIP.read_text(encoding="utf-8"), "recipes/v3-awq4.yaml", {"compute.device": "cpu"}
     )
-    found = sources.published(recipe.source.model)
+    found = sources.find_published_config(recipe.source.model)
     assert found is not None
     facts = SourceFacts(
         model=recipe.source.model,
@@ -88,13 +88,13 @@ def flagship() -> Plan:
         fingerprint=None,
         where=found[0],
     )
-    (plan,) = sources.plan_recipe(recipe, facts, sources.text_tokens(recipe))
+    (plan,) = sources.plan_recipe(recipe, facts, sources.bound_text_tokens(recipe))
     return plan
 
 
 @pytest.fixture(scope="module")
 def flagship_summary(flagship: Plan) -> PlanSummary:
-    return plan_summary(flagship)
+    return summarize_plan(flagship)
 
 
 def test_the_flagship_has_671_billion_parameters(
@@ -265,7 +265,7 @@ def test_shards_are_cut_in_order_and_never_too_large() -> None:
 
 def test_presets_by_family() -> None:
     """Without rules: routed experts where there are some, else every linear; protected ones never."""
-    deepseek, llama = plan_of(), plan_of("llama")
+    deepseek, llama = plan_checkpoint(), plan_checkpoint("llama")
     assert {deepseek.decisions[name].linear.role for name in quantized(deepseek)} == {
         "routed_expert"
     }
@@ -285,13 +285,13 @@ def test_presets_by_family() -> None:
     ],
 )
 def test_presets_by_name(preset: str, roles: set[str]) -> None:
-    plan = plan_of(rules=preset)
+    plan = plan_checkpoint(rules=preset)
     assert {plan.decisions[name].linear.role for name in quantized(plan)} == roles
 
 
 def test_the_first_match_decides() -> None:
     rules = '[{match: "*.layers.0.*", keep: source}, {match: "*.mlp.*", quantize: default}]'
-    plan = plan_of("llama", rules=rules)
+    plan = plan_checkpoint("llama", rules=rules)
     assert quantized(plan) == [f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")]
     assert plan.decisions["model.layers.0.mlp.up_proj"].rule == "rules[0]"
     assert plan.decisions["model.layers.1.self_attn.q_proj"].rule == "no rule"
@@ -301,7 +301,7 @@ def test_router_embedding_and_head_only_by_name() -> None:
     """`*` passes them by; a rule that spells them out reaches them, and the format has the last word."""
     wide = '{match: "*", quantize: default}'
     assert not {"model.embed_tokens", "lm_head"} & set(
-        quantized(plan_of("llama", rules=f"[{wide}]"))
+        quantized(plan_checkpoint("llama", rules=f"[{wide}]"))
     )
     for module, role in {
         "model.layers.1.mlp.gate": "router",
@@ -318,11 +318,11 @@ def test_router_embedding_and_head_only_by_name() -> None:
 
 def test_a_rule_that_decides_nothing_is_told() -> None:
     """Not a fault: a preset at the end of a list may well be covered. But never in silence."""
-    shadowed = plan_of(
+    shadowed = plan_checkpoint(
         "llama", rules='[{match: "*", quantize: default}, {match: "*.q_proj", keep: source}]'
     )
     assert shadowed.warnings[-1].startswith("rules[1]: '*.q_proj' decides over nothing: ")
-    unnamed = plan_of(
+    unnamed = plan_checkpoint(
         "llama", rules='[{match: "re:lm_.*", quantize: default}, {match: "*", keep: source}]'
     )
     assert unnamed.decisions["lm_head"].action == "keep"
@@ -330,13 +330,15 @@ def test_a_rule_that_decides_nothing_is_told() -> None:
         warning.startswith("rules[0]: 're:lm_.*' decides over nothing: ")
         for warning in unnamed.warnings
     )
-    assert not any("decides over nothing" in warning for warning in plan_of("llama").warnings)
+    assert not any(
+        "decides over nothing" in warning for warning in plan_checkpoint("llama").warnings
+    )
 
 
 def test_keeping_everything_is_told() -> None:
-    plan = plan_of(rules='[{match: "*", keep: source}]', quantize="{method: rtn}")
+    plan = plan_checkpoint(rules='[{match: "*", keep: source}]', quantize="{method: rtn}")
     assert "no linear is quantized: the artifact is a copy of the source" in plan.warnings
-    assert "quantization_config" not in config_values(plan)
+    assert "quantization_config" not in make_config(plan)
     assert not plan.needs_calibration
     assert {n: (s.dtype, s.shape) for n, s in outputs(plan).items()} == {
         n: (s.dtype, s.shape) for n, s in plan.specs.items()
@@ -407,7 +409,7 @@ def test_only_who_merges_linears_asks_for_one_decision() -> None:
         ("{method: nf4}", "bitsandbytes"),
         ("{method: rtn, bits: 3, group_size: 64}", "gptq_v2"),
     ):
-        assert plan_of(model_type="llama", rules=rules, quantize=quantize, format=name)
+        assert plan_checkpoint(model_type="llama", rules=rules, quantize=quantize, format=name)
     experts = '[{match: "*.down_proj", keep: source}, {match: "*.experts.*", quantize: default}]'
     [fault] = faults_of(rules=experts, quantize="{method: nf4}", format="bitsandbytes")
     assert fault.startswith(
@@ -449,7 +451,7 @@ def test_what_awq_cannot_hold(change: str, words: str) -> None:
 
 
 def test_memory_that_is_too_small() -> None:
-    needed = plan_of().memory.needed_bytes
+    needed = plan_checkpoint().memory.needed_bytes
     [fault] = faults_of(budget=needed - 1, memory="1GB")
     assert re.fullmatch(
         r"r\.yaml:8: memory: the smallest wave \(one expert\) needs \d\.\d\d GB \(base 0\.90, block without experts "
@@ -458,7 +460,7 @@ def test_memory_that_is_too_small() -> None:
     )
     told = float(fault.partition("needs ")[2].partition(" GB")[0])
     assert (
-        plan_of(budget=int(told * 1e9)).memory.peak_bytes <= told * 1e9
+        plan_checkpoint(budget=int(told * 1e9)).memory.peak_bytes <= told * 1e9
     )  # what is printed suffices
     assert "the largest block needs" in faults_of(model_type="llama", budget=10**6)[0]
 
@@ -467,7 +469,7 @@ def test_calibration_that_is_missing() -> None:
     assert faults_of(calibration="null") == (
         "r.yaml:4: calibration: method awq needs a set, found none",
     )
-    assert not plan_of(
+    assert not plan_checkpoint(
         calibration="null", quantize="{method: rtn, group_size: 64}"
     ).needs_calibration
 
@@ -501,7 +503,7 @@ def test_all_faults_are_told_at_once() -> None:
 def test_a_model_without_an_mtp_layer_is_told(mtp: str) -> None:
     told = [
         warning
-        for warning in plan_of("llama", rules="all-linear", mtp=mtp).warnings
+        for warning in plan_checkpoint("llama", rules="all-linear", mtp=mtp).warnings
         if "mtp" in warning
     ]
     missing = (
@@ -512,14 +514,14 @@ def test_a_model_without_an_mtp_layer_is_told(mtp: str) -> None:
 
 @pytest.mark.parametrize("mtp", ["keep", "quantize", "drop"])
 def test_the_mtp_layer_is_never_lost_by_accident(mtp: str) -> None:
-    plan = plan_of(mtp=mtp)
+    plan = plan_checkpoint(mtp=mtp)
     inside = {
         name: spec for name, spec in outputs(plan).items() if name.startswith("model.layers.2.")
     }
     experts = [name for name in quantized(plan) if name.startswith("model.layers.2.mlp.experts.")]
     assert bool(inside) == (mtp != "drop")
     assert len(experts) == (8 * 3 if mtp == "quantize" else 0)
-    assert config_values(plan)["num_nextn_predict_layers"] == (0 if mtp == "drop" else 1)
+    assert make_config(plan)["num_nextn_predict_layers"] == (0 if mtp == "drop" else 1)
     assert plan.source.config.integer("num_nextn_predict_layers") == 1
     assert any("mtp-rtn" in warning for warning in plan.warnings) == (mtp == "quantize")
     if mtp != "drop":
@@ -528,7 +530,7 @@ def test_the_mtp_layer_is_never_lost_by_accident(mtp: str) -> None:
             and "model.layers.2.embed_tokens.weight" in inside
         )
         assert ("model.layers.2.mlp.experts.0.up_proj.weight" in inside) == (mtp == "keep")
-    source = plan_summary(plan).source
+    source = summarize_plan(plan).source
     assert source.parameters_without_mtp == sum(
         spec.n_elements
         for name, spec in plan.specs.items()
@@ -540,43 +542,43 @@ def test_an_announced_mtp_layer_that_is_not_stored() -> None:
     """Common in re-uploads: left out with a warning, and engines are not told to look for it."""
     stored = {
         n: s
-        for n, s in specs_of(registry.architecture("deepseek_v3").tiny).items()
+        for n, s in specs_of(registry.get_architecture("deepseek_v3").tiny).items()
         if ".layers.2." not in n
     }
-    plan = plan_of(specs=stored)
+    plan = plan_checkpoint(specs=stored)
     assert plan.warnings[0] == (
         "config.json announces the MTP block model.layers.2, the checkpoint has none of its tensors: left out"
     )
     assert [block.name for block in plan.layout.blocks] == ["model.layers.0", "model.layers.1"]
-    assert config_values(plan)["num_nextn_predict_layers"] == 0
-    assert plan_summary(plan).source.parameters_without_mtp is None
+    assert make_config(plan)["num_nextn_predict_layers"] == 0
+    assert summarize_plan(plan).source.parameters_without_mtp is None
 
 
 def test_a_model_without_mtp_keeps_its_config() -> None:
-    plan = plan_of(config={"num_nextn_predict_layers": 0})
-    assert config_values(plan)["num_nextn_predict_layers"] == 0
-    assert "num_nextn_predict_layers" not in config_values(plan_of("llama"))
+    plan = plan_checkpoint(config={"num_nextn_predict_layers": 0})
+    assert make_config(plan)["num_nextn_predict_layers"] == 0
+    assert "num_nextn_predict_layers" not in make_config(plan_checkpoint("llama"))
 
 
 # ------------------------------------------------------------------------------------------ checkpoints that do not fit
 
 
 def test_tied_embeddings_have_no_head() -> None:
-    plan = plan_of("llama", config={"tie_word_embeddings": True})
+    plan = plan_checkpoint("llama", config={"tie_word_embeddings": True})
     assert plan.layout.head is None and "lm_head" not in plan.decisions
     assert "lm_head.weight" not in outputs(plan)
-    assert len(outputs(plan_of("llama"))) == len(outputs(plan)) + 1
+    assert len(outputs(plan_checkpoint("llama"))) == len(outputs(plan)) + 1
 
 
 def test_missing_unclaimed_and_misshaped_tensors_are_told_together() -> None:
-    specs = specs_of(registry.architecture("llama").tiny)
+    specs = specs_of(registry.get_architecture("llama").tiny)
     del specs["model.norm.weight"]
     specs["model.layers.9.extra"] = TensorSpec(
         name="model.layers.9.extra", dtype="BF16", shape=(3,)
     )
     specs["lm_head.weight"] = TensorSpec(name="lm_head.weight", dtype="BF16", shape=(700, 128))
     with pytest.raises(CheckpointError) as caught:
-        plan_of("llama", specs=specs)
+        plan_checkpoint("llama", specs=specs)
     assert str(caught.value) == (
         "org/name: the tensors do not fit model_type llama with this config.json: missing: model.norm.weight [128]; "
         "not claimed by the architecture: model.layers.9.extra; lm_head.weight: expected shape [768, 128], found "
@@ -589,16 +591,16 @@ def test_many_faults_of_a_checkpoint_are_counted() -> None:
         CheckpointError,
         match=r"; and \d+ more; check that config\.json and weights belong together",
     ):
-        plan_of("llama", specs={})
+        plan_checkpoint("llama", specs={})
 
 
 def test_tensors_no_engine_reads_are_dropped_and_told() -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     specs = {
-        **specs_of(registry.architecture("llama").tiny),
+        **specs_of(registry.get_architecture("llama").tiny),
         name: TensorSpec(name=name, dtype="F32", shape=(16,)),
     }
-    plan = plan_of("llama", specs=specs)
+    plan = plan_checkpoint("llama", specs=specs)
     assert plan.dropped == (name,) and name not in outputs(plan)
     assert plan.warnings[0] == f"1 tensors no engine reads are left out, e.g. {name}"
 
@@ -618,15 +620,15 @@ def test_tensors_no_engine_reads_are_dropped_and_told() -> None:
     ],
 )
 def test_a_source_that_is_quantized_otherwise(entry: object, sentence: str) -> None:
-    specs = specs_of(registry.architecture("llama").tiny)
+    specs = specs_of(registry.get_architecture("llama").tiny)
     with pytest.raises(CheckpointError) as caught:
-        plan_of("llama", specs=specs, config={"quantization_config": entry})
+        plan_checkpoint("llama", specs=specs, config={"quantization_config": entry})
     assert sentence in str(caught.value)
 
 
 def test_an_unknown_family() -> None:
     with pytest.raises(UsageError, match=r"no architecture named 'lama'\. Did you mean 'llama'\?"):
-        plan_of("llama", specs={}, config={"model_type": "lama"})
+        plan_checkpoint("llama", specs={}, config={"model_type": "lama"})
 
 
 # ------------------------------------------------------------------------------------------------------------ the rest
@@ -634,15 +636,15 @@ def test_an_unknown_family() -> None:
 
 def test_scales_follow_the_dtype_of_the_source() -> None:
     for dtype, scales in {"bfloat16": "BF16", "float16": "F16"}.items():
-        held = outputs(plan_of("llama", config={"torch_dtype": dtype}))
+        held = outputs(plan_checkpoint("llama", config={"torch_dtype": dtype}))
         assert held["model.layers.0.mlp.up_proj.scales"].dtype == scales
         assert held["model.norm.weight"].dtype == scales
-    forced = outputs(plan_of("llama", quantize="{group_size: 64, scale_dtype: float16}"))
+    forced = outputs(plan_checkpoint("llama", quantize="{group_size: 64, scale_dtype: float16}"))
     assert forced["model.layers.0.mlp.up_proj.scales"].dtype == "F16"
 
 
 def test_the_budget_changes_waves_and_nothing_else() -> None:
-    large, small = plan_of(), plan_of(budget=plan_of().memory.needed_bytes)
+    large, small = plan_checkpoint(), plan_checkpoint(budget=plan_checkpoint().memory.needed_bytes)
     assert (large.memory.wave_experts, small.memory.wave_experts) == (8, 1)
     assert (large.shards, large.decisions, large.hash) == (
         small.shards,
@@ -652,15 +654,17 @@ def test_the_budget_changes_waves_and_nothing_else() -> None:
 
 
 def test_the_hash_follows_what_decides_the_content() -> None:
-    base = plan_of("llama").hash
-    assert plan_of("llama").hash == base
-    assert plan_of("llama", output="{path: elsewhere}").hash == base
+    base = plan_checkpoint("llama").hash
+    assert plan_checkpoint("llama").hash == base
+    assert plan_checkpoint("llama", output="{path: elsewhere}").hash == base
     others = {
         "quantize": "{group_size: 32}",
         "rules": "attention-source",
         "output": "{path: out, shard_bytes: 1MB}",
     }
-    assert all(plan_of("llama", **{key: value}).hash != base for key, value in others.items())
+    assert all(
+        plan_checkpoint("llama", **{key: value}).hash != base for key, value in others.items()
+    )
 
 
 # ---------------------------------------------------------------------------------------------- more text than there is
@@ -677,8 +681,10 @@ def test_more_sequences_than_a_set_has_are_refused_before_anything_is_read(
     text = (ROOT / "recipes" / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
 
     def planned(count: int) -> None:
-        recipe = parse(text, "tiny-v3-awq4.yaml", {key: str(count)})
-        sources.plan_recipe(recipe, sources.facts(recipe), sources.text_tokens(recipe))
+        recipe = parse_recipe(text, "tiny-v3-awq4.yaml", {key: str(count)})
+        sources.plan_recipe(
+            recipe, sources.resolve_source_facts(recipe), sources.bound_text_tokens(recipe)
+        )
 
     planned(most)
     with pytest.raises(
@@ -693,7 +699,7 @@ def test_windows_are_bounded_by_the_bytes_of_their_text(tmp_path: Path) -> None:
     (tmp_path / "some.jsonl").write_text(rows)
     spec = dataclasses.replace(TINY_HELD_OUT, name="some", end="none", packing="windows")
     set_file = tmp_path / "some.yaml"
-    set_file.write_text(spec_yaml(spec, hashlib.sha256(rows.encode()).hexdigest(), {"prose"}))
-    assert most_sequences(read_spec(str(set_file), tmp_path), 11) == len(rows) // 10
+    set_file.write_text(format_spec(spec, hashlib.sha256(rows.encode()).hexdigest(), {"prose"}))
+    assert bound_sequences(read_spec(str(set_file), tmp_path), 11) == len(rows) // 10
     (tmp_path / "some.jsonl").unlink()
-    assert most_sequences(read_spec(str(set_file), tmp_path), 11) is None
+    assert bound_sequences(read_spec(str(set_file), tmp_path), 11) is None

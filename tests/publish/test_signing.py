@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 from support.damage import edit_json, judged, put, read_shard, rehash, reseal, shards, write_shard
-from support.loadtest_example import example
+from support.loadtest_example import make_load_test
 
 from quantkit.artifact.layout import LOADTEST, MANIFEST, SIGNATURE
 from quantkit.cli.main import main
@@ -106,7 +106,7 @@ def test_a_signature_is_checked_when_asked_for(signed: Path, keys: Pair) -> None
 
 def test_a_load_test_is_told_as_not_covered(signed: Path, keys: Pair) -> None:
     """It is added after the signature: allowed, but nobody may take it for signed."""
-    (signed / LOADTEST).write_text(example().model_dump_json())
+    (signed / LOADTEST).write_text(make_load_test().model_dump_json())
     told = f"  not sealed by the manifest: {LOADTEST}, which a load test adds later\n"
     assert told in run("verify", signed)[1]
     code, text = check(signed, keys)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 from support.damage import judged, rehash
-from support.loadtest_example import example
+from support.loadtest_example import make_load_test
 from support.places.here import KINDS, Place
 from support.places.using import LAST, WRITING, Record, fetched, files, flipped, other, sent
 
 from quantkit.artifact.layout import LOADTEST, LOADTEST_PAGE, MANIFEST, SIGNATURE
 from quantkit.errors import ArtifactError, TransferError, UsageError
-from quantkit.publish.publish import publish
-from quantkit.verify.shallow import verify
+from quantkit.publish.publish import publish_artifact
+from quantkit.verify.shallow import verify_artifact
 
 QUICK = {"file", "oci", "hf"}
 
@@ -41,7 +41,7 @@ def test_what_is_published_is_pulled_byte_for_byte(
         got.manifest == done.manifest == hashlib.sha256((built / MANIFEST).read_bytes()).hexdigest()
     )
     assert files(tmp_path / "got") == files(built)
-    verify(tmp_path / "got")
+    verify_artifact(tmp_path / "got")
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("got")) == ["got"]
 
 
@@ -88,7 +88,7 @@ def test_a_load_test_travels_and_its_page_does_not(
     artifact: Path, there: Place, tmp_path: Path
 ) -> None:
     """Figures can be checked by their form; a page of somebody else's could say and do anything."""
-    (artifact / LOADTEST).write_text(example().model_dump_json())
+    (artifact / LOADTEST).write_text(make_load_test().model_dump_json())
     (artifact / LOADTEST_PAGE).write_text("<script>")
     sent(artifact, there.address)
     fetched(there.address, tmp_path / "got")
@@ -111,7 +111,7 @@ def test_half_a_publication_is_none_and_goes_on(
     """It breaks off before the third file; the other two are not sent again."""
     from quantkit.publish import publish as publishing
 
-    real, calls = publishing.send, []
+    real, calls = publishing.send_file, []
 
     def breaking(remote: object, item: object, *rest: object) -> None:
         calls.append(item)
@@ -119,10 +119,10 @@ def test_half_a_publication_is_none_and_goes_on(
             raise TransferError("the plug was pulled")
         real(remote, item, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(publishing, "send", breaking)
+    monkeypatch.setattr(publishing, "send_file", breaking)
     with pytest.raises(TransferError, match="plug"):
         sent(built, there.address, jobs=1)
-    monkeypatch.setattr(publishing, "send", real)
+    monkeypatch.setattr(publishing, "send_file", real)
     with pytest.raises(
         TransferError,
         match=f"no {MANIFEST}: not an artifact of quantkit, or its publication did not",
@@ -145,12 +145,12 @@ def test_only_accepted_artifacts(artifact: Path, tmp_path: Path, status: str) ->
     missed = {"figure": "kl_mean", "bound": "<= 1e-07", "value": 0.001, "ok": False}
     judged(artifact, status, [missed] if status == "rejected" else [])
     rehash(artifact)
-    assert verify(artifact).status == status
+    assert verify_artifact(artifact).status == status
     with pytest.raises(
         ArtifactError,
         match=f"expected an accepted artifact, found one that is {status}; .* --force",
     ):
-        publish(artifact, str(tmp_path / "x"), WRITING, lambda _: None)
+        publish_artifact(artifact, str(tmp_path / "x"), WRITING, lambda _: None)
     assert not (tmp_path / "x").exists()
     assert sent(artifact, str(tmp_path / "x")).status == status
     assert fetched(str(tmp_path / "x"), tmp_path / "got").status == status

@@ -26,8 +26,8 @@ from support.places.wire import Cuts, Flips, Slow
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.io.retry import RetryPolicy
 from quantkit.publish import publish
-from quantkit.publish.staging_dir import StagingDir, landing
-from quantkit.verify.shallow import verify
+from quantkit.publish.staging_dir import StagingDir, open_staging_dir
+from quantkit.verify.shallow import verify_artifact
 
 CUTS = 8
 CUT_EVERY = 350_000  # bytes, in the mean; an artifact has six million
@@ -194,7 +194,7 @@ def test_a_file_that_is_lost_before_the_manifest(
 ) -> None:
     """The artifact is not made one; publishing again sends the file again."""
     there = make(kind)
-    real = publish.in_parallel
+    real = publish.run_in_parallel
 
     def losing(*args: object) -> None:
         real(*args)  # type: ignore[arg-type]
@@ -204,9 +204,9 @@ def test_a_file_that_is_lost_before_the_manifest(
         else:
             there.write(LAST, None)
 
-    monkeypatch.setattr(publish, "in_parallel", losing)
+    monkeypatch.setattr(publish, "run_in_parallel", losing)
     assert "publish again" in sentence(lambda: sent(built, there.address))
-    monkeypatch.setattr(publish, "in_parallel", real)
+    monkeypatch.setattr(publish, "run_in_parallel", real)
     assert "its publication did not finish" in sentence(
         lambda: fetched(there.address, tmp_path / "got")
     )
@@ -230,13 +230,13 @@ def test_a_file_that_changes_while_it_is_pulled(
     sent(built, there.address)
     from quantkit.publish import pull
 
-    real = pull.in_parallel
+    real = pull.run_in_parallel
 
     def changing(*args: object) -> None:
         there.write(LAST, flipped(there.read(LAST)))
         real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pull, "in_parallel", changing)
+    monkeypatch.setattr(pull, "run_in_parallel", changing)
     if kind == "hf":
         fetched(there.address, tmp_path / "got")
         assert files(tmp_path / "got") == files(built)
@@ -263,13 +263,13 @@ def test_somebody_commits_meanwhile(
 ) -> None:
     there = make("hf")
     there.server.make("team/tiny")
-    real = publish.in_parallel
+    real = publish.run_in_parallel
 
     def meanwhile(*args: object) -> None:
         real(*args)  # type: ignore[arg-type]
         there.write(".gitattributes", b"other")
 
-    monkeypatch.setattr(publish, "in_parallel", meanwhile)
+    monkeypatch.setattr(publish, "run_in_parallel", meanwhile)
     assert "found a newer commit" in sentence(lambda: sent(built, there.address))
     assert "config.json" not in there.server.files("team/tiny")
     record_property("fault", "hf: somebody commits while publishing")
@@ -332,7 +332,7 @@ def test_a_disk_that_is_full_while_publishing(
         lambda: fetched(str(tmp_path / "there"), tmp_path / "got")
     )
     sent(built, str(tmp_path / "there"))
-    verify(tmp_path / "there")
+    verify_artifact(tmp_path / "there")
     record_property("fault", "file: the disk is full while publishing")
 
 
@@ -340,7 +340,7 @@ def test_no_room_is_said_before_anything_is_fetched(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     sent(built, str(tmp_path / "there"))
-    monkeypatch.setattr("quantkit.publish.pull.disk_free", lambda _path: 1_000_000)
+    monkeypatch.setattr("quantkit.publish.pull.get_free_bytes", lambda _path: 1_000_000)
     assert "found 1.0 MB; free some space" in sentence(
         lambda: fetched(str(tmp_path / "there"), tmp_path / "got")
     )
@@ -352,7 +352,7 @@ def test_a_second_pull_into_a_folder_is_refused(
     built: Path, tmp_path: Path, record_property: Record
 ) -> None:
     sent(built, str(tmp_path / "there"))
-    with landing(tmp_path / "got"):
+    with open_staging_dir(tmp_path / "got"):
         done = run("pull", str(tmp_path / "there"), str(tmp_path / "got"))
     assert done.returncode == 2
     assert "expected to be the only pull here, found another at work (process " in done.stderr
@@ -369,7 +369,7 @@ def test_a_pull_that_another_was_faster_than(
 
     sent(built, str(tmp_path / "there"))
     second = other(Path(shutil.copytree(built, tmp_path / "copy")))
-    real = pull.landing
+    real = pull.open_staging_dir
     for source, refused in ((built, False), (second, True)):
         got = tmp_path / f"got-{refused}"
 
@@ -379,7 +379,7 @@ def test_a_pull_that_another_was_faster_than(
             with real(path) as place:
                 yield place
 
-        monkeypatch.setattr(pull, "landing", late)
+        monkeypatch.setattr(pull, "open_staging_dir", late)
         if refused:
             assert "exists already" in sentence(lambda: fetched(str(tmp_path / "there"), got))  # noqa: B023
         else:
@@ -391,15 +391,15 @@ def test_a_pull_that_another_was_faster_than(
 def test_a_second_publication_into_a_folder_is_refused(
     built: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    from quantkit.io.lock import held
+    from quantkit.io.lock import hold_lock
 
     with (
-        held(tmp_path / "there.publishing.lock"),
+        hold_lock(tmp_path / "there.publishing.lock"),
         pytest.raises(UsageError, match="the only publication here"),
     ):
         sent(built, str(tmp_path / "there"))
     sent(built, str(tmp_path / "there"))
-    verify(tmp_path / "there")
+    verify_artifact(tmp_path / "there")
     record_property("fault", "two publications into one folder")
 
 

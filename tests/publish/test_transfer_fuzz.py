@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from quantkit.artifact.layout import MANIFEST
 from quantkit.errors import QuantkitError
-from quantkit.io.path_safety import name_faults
+from quantkit.io.path_safety import find_name_faults
 from quantkit.io.retry import RetryPolicy
-from quantkit.publish.docker_login import login
-from quantkit.publish.oci_client import Registry
-from quantkit.publish.publish import names_in
-from quantkit.publish.pull import arriving
+from quantkit.publish.docker_login import find_login
+from quantkit.publish.oci_client import OciClient
+from quantkit.publish.publish import parse_manifest_names
+from quantkit.publish.pull import list_expected_files
 from quantkit.publish.remote import Remote
-from quantkit.publish.remotes.oci import TITLE, Oci
+from quantkit.publish.remotes.oci import TITLE, OciRemote
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -75,26 +75,26 @@ def test_a_manifest(values: dict[str, Any], present: dict[str, int], whole: bool
     remote = cast(Remote, SimpleNamespace(where="there", sizes=lambda: present))
     content = json.dumps(values).encode()
     try:
-        wanted, status = arriving(remote, content, RetryPolicy())
+        wanted, status = list_expected_files(remote, content, RetryPolicy())
     except QuantkitError as fault:
         assert "\n" not in str(fault)
     else:
         names = [entry.name for entry in wanted]
         assert (
-            not list(name_faults(names))
+            not list(find_name_faults(names))
             and len(set(names)) == len(names)
             and isinstance(status, str)
         )
         assert all(present[entry.name] == entry.n_bytes for entry in wanted)
         assert {entry.name for entry in wanted if entry.sha256} == set(values["files"])
-    assert not list(name_faults(names_in(content)))
+    assert not list(find_name_faults(parse_manifest_names(content)))
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
 def test_bytes_that_are_no_manifest(content: bytes) -> None:
     remote = cast(Remote, SimpleNamespace(where="there", sizes=dict))
     with pytest.raises(QuantkitError) as caught:
-        arriving(remote, content, RetryPolicy())
+        list_expected_files(remote, content, RetryPolicy())
     assert "\n" not in str(caught.value)
 
 
@@ -102,9 +102,9 @@ def test_bytes_that_are_no_manifest(content: bytes) -> None:
     st.fixed_dictionaries({"layers": st.lists(LAYERS | VALUES, max_size=4) | VALUES}) | st.none()
 )
 def test_an_image(image: dict[str, Any] | None) -> None:
-    registry = cast(Registry, SimpleNamespace(where="there", manifest=lambda _reference: image))
+    registry = cast(OciClient, SimpleNamespace(where="there", manifest=lambda _reference: image))
     try:
-        sizes = Oci(registry, "v1").sizes()
+        sizes = OciRemote(registry, "v1").sizes()
     except QuantkitError as fault:
         assert "\n" not in str(fault)
     else:
@@ -132,7 +132,7 @@ def test_dockers_configuration(
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config))
     try:
-        found = login("host")
+        found = find_login("host")
     except QuantkitError as fault:
         assert "\n" not in str(fault)
     else:

@@ -15,10 +15,10 @@ from support.places.using import PATIENCE, fetched, files, run, sent
 
 from quantkit.artifact.layout import MANIFEST
 from quantkit.errors import TransferError
-from quantkit.publish.publish import publish
-from quantkit.publish.pull import pull
-from quantkit.publish.remote import Item, Options, opened
-from quantkit.verify.shallow import verify
+from quantkit.publish.publish import publish_artifact
+from quantkit.publish.pull import pull_artifact
+from quantkit.publish.remote import RemoteOptions, UploadFile, open_remote
+from quantkit.verify.shallow import verify_artifact
 
 # ----------------------------------------------------------------------------------------------------- kinds of places
 
@@ -38,10 +38,10 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> int:
     return 5 << 20
 
 
-def big(folder: Path, content: bytes) -> Item:
+def big(folder: Path, content: bytes) -> UploadFile:
     """A file to be sent."""
     (folder / "big").write_bytes(content)
-    return Item(
+    return UploadFile(
         name="big",
         path=folder / "big",
         n_bytes=len(content),
@@ -63,7 +63,7 @@ def test_parts_of_an_upload_that_broke_off(
     for number, body in ((1, content[:parts]), (2, b"\0" * parts)):
         client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=number, Body=body)
     with there.wired() as (address, wire):
-        remote = opened(address, Options(writing=True))
+        remote = open_remote(address, RemoteOptions(writing=True))
         remote.send(item, lambda _: None)
         assert len(content) - parts < wire.carried < len(content) - parts + 300_000
         assert remote.look([item], MANIFEST).there == {"big"}
@@ -86,7 +86,7 @@ def test_an_upload_that_was_begun_for_another_content(
         "UploadId"
     ]
     client.upload_part(**begun, UploadId=upload, PartNumber=1, Body=content[:parts])
-    remote = opened(there.address, Options(writing=True))
+    remote = open_remote(there.address, RemoteOptions(writing=True))
     remote.send(item, lambda _: None)
     assert client.head_object(**begun)["Metadata"] == {"quantkit-sha256": item.sha256}
     assert remote.look([item], MANIFEST).there == {"big"}
@@ -95,10 +95,10 @@ def test_an_upload_that_was_begun_for_another_content(
 def test_an_object_without_metadata_is_read(make: Callable[[str], Place], tmp_path: Path) -> None:
     there = make("s3")
     (tmp_path / "x").write_bytes(b"content")
-    item = Item(
+    item = UploadFile(
         name="x", path=tmp_path / "x", n_bytes=7, sha256=hashlib.sha256(b"content").hexdigest()
     )
-    remote = opened(there.address, Options(writing=True))
+    remote = open_remote(there.address, RemoteOptions(writing=True))
     for content, found in ((b"content", {"x"}), (b"contend", set())):
         there.write("x", content)
         assert remote.look([item], MANIFEST).there == found
@@ -108,8 +108,8 @@ def test_branches_and_private_repositories(
     built: Path, tmp_path: Path, make: Callable[[str], Place]
 ) -> None:
     there = make("hf")
-    options = Options(writing=True, revision="v2", private=True, patience=PATIENCE)
-    done = publish(built, there.address, options, lambda _: None, force=True)
+    options = RemoteOptions(writing=True, revision="v2", private=True, patience=PATIENCE)
+    done = publish_artifact(built, there.address, options, lambda _: None, force=True)
     assert there.server.private == {"team/tiny": True}
     assert set(there.server.files("team/tiny")) == {".gitattributes"}
     assert set(there.server.files("team/tiny", "v2")) == {".gitattributes", *files(built)}
@@ -118,7 +118,9 @@ def test_branches_and_private_repositories(
     with pytest.raises(TransferError, match="not an artifact of quantkit"):
         fetched(there.address, tmp_path / "got")
     for number, revision in enumerate(("v2", commit)):
-        pull(there.address, tmp_path / str(number), Options(revision=revision), lambda _: None)
+        pull_artifact(
+            there.address, tmp_path / str(number), RemoteOptions(revision=revision), lambda _: None
+        )
         assert files(tmp_path / str(number)) == files(built)
 
 
@@ -168,13 +170,13 @@ def test_a_tag_that_moves_while_it_is_pulled(
 
     there = make("oci")
     sent(built, there.address)
-    real = pulling.in_parallel
+    real = pulling.run_in_parallel
 
     def moving(*args: object) -> None:
         there.server.tags.clear()
         real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pulling, "in_parallel", moving)
+    monkeypatch.setattr(pulling, "run_in_parallel", moving)
     fetched(there.address, tmp_path / "got")
     assert files(tmp_path / "got") == files(built)
 
@@ -236,7 +238,7 @@ def test_what_the_commands_print(built: Path, tmp_path: Path) -> None:
         and told["files"] == []
         and told["manifest"] == hashlib.sha256((built / MANIFEST).read_bytes()).hexdigest()
     )
-    verify(tmp_path / "got")
+    verify_artifact(tmp_path / "got")
 
 
 def test_neither_command_starts_torch(built: Path, tmp_path: Path) -> None:

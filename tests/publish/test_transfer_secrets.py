@@ -17,7 +17,7 @@ from support.places.hub import TOKEN
 from support.places.registry import PASSWORD, USER, Registry
 from support.places.using import Record, fetched, files, run, sent
 
-from quantkit.publish.remote import scrub
+from quantkit.publish.remote import remove_secrets
 
 # ------------------------------------------------------------------------------------------------------------- secrets
 
@@ -32,12 +32,12 @@ from quantkit.publish.remote import scrub
     ],
 )  # fmt: skip
 def test_secrets_are_removed(text: str) -> None:
-    assert "pa55word" not in scrub(text).lower()
+    assert "pa55word" not in remove_secrets(text).lower()
 
 
 def test_what_the_environment_keeps_secret_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI/K7MDENG")
-    assert scrub("bad key wJalrXUtnFEMI/K7MDENG.") == "bad key ...."
+    assert remove_secrets("bad key wJalrXUtnFEMI/K7MDENG.") == "bad key ...."
 
 
 def test_text_without_secrets_stays() -> None:
@@ -46,7 +46,7 @@ def test_text_without_secrets_stays() -> None:
         "oci://host:5000/a/b:v1@sha256:00",
         "model.safetensors: 12 of 13 bytes",
     ):
-        assert scrub(text) == text
+        assert remove_secrets(text) == text
 
 
 @pytest.fixture

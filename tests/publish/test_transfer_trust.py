@@ -20,11 +20,11 @@ from support.places.using import LAST, Record, fetched, files, run, sent
 
 from quantkit.artifact.layout import MANIFEST
 from quantkit.errors import QuantkitError, TransferError, UsageError
-from quantkit.io.path_safety import name_faults
+from quantkit.io.path_safety import find_name_faults
 from quantkit.io.retry import RetryPolicy
 from quantkit.publish.hashed_upload import HashedReader
-from quantkit.publish.pull import pull
-from quantkit.publish.remote import Item, Options, parse, scrub
+from quantkit.publish.pull import pull_artifact
+from quantkit.publish.remote import RemoteOptions, UploadFile, parse_address, remove_secrets
 
 # --------------------------------------------------------------------------------------------------------------- names
 
@@ -38,7 +38,7 @@ BAD_NAMES = [
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
 def test_a_name_that_is_no_file_of_the_folder(name: str) -> None:
-    assert len(list(name_faults(["config.json", name]))) == 1
+    assert len(list(find_name_faults(["config.json", name]))) == 1
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_name_that_is_no_file_of_the_folder(name: str) -> None:
     ],
 )
 def test_names_that_meet_in_one_place(names: list[str]) -> None:
-    assert len(list(name_faults(names))) == 1
+    assert len(list(find_name_faults(names))) == 1
 
 
 def test_good_names() -> None:
@@ -64,12 +64,12 @@ def test_good_names() -> None:
         ".gitattributes",
         "..."[:1] + "x",
     ]
-    assert list(name_faults(names)) == []
+    assert list(find_name_faults(names)) == []
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=12), max_size=6, unique=True))
 def test_names_without_fault_stay_in_the_folder(names: list[str]) -> None:
-    good = [name for name in names if not list(name_faults([name]))]
+    good = [name for name in names if not list(find_name_faults([name]))]
     root = Path("/somewhere/deep")
     for name in good:
         whole = Path(os.path.normpath(root / name))
@@ -269,7 +269,7 @@ def test_a_place_within_the_artifact(artifact: Path) -> None:
 
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"other")
-    item = Item(
+    item = UploadFile(
         name="x", path=tmp_path / "x", n_bytes=5, sha256=hashlib.sha256(b"first").hexdigest()
     )
     with (
@@ -294,7 +294,7 @@ def test_what_an_address_is(
     text: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert parse(text)[0] == kind
+    assert parse_address(text)[0] == kind
 
 
 def test_a_folder_that_looks_like_a_repository(
@@ -303,9 +303,9 @@ def test_a_folder_that_looks_like_a_repository(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shared").mkdir()
     with pytest.raises(UsageError, match=r"it could be either; write \./shared/x or hf://shared/x"):
-        parse("shared/x")
+        parse_address("shared/x")
     (tmp_path / "shared/x").mkdir()
-    assert parse("shared/x") == ("file", "shared/x")
+    assert parse_address("shared/x") == ("file", "shared/x")
 
 
 @pytest.mark.parametrize(
@@ -348,9 +348,9 @@ def test_a_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 )
 def test_any_scheme_is_answered_with_a_sentence(tmp_path: Path, scheme: str) -> None:
     """Whatever a library does without its package, its server or its login."""
-    options = Options(patience=RetryPolicy(tries=1))
+    options = RemoteOptions(patience=RetryPolicy(tries=1))
     with pytest.raises(QuantkitError) as caught:
-        pull(f"{scheme}://127.0.0.1:1/x", tmp_path / "got", options, lambda _: None)
+        pull_artifact(f"{scheme}://127.0.0.1:1/x", tmp_path / "got", options, lambda _: None)
     assert "\n" not in str(caught.value)
 
 
@@ -360,10 +360,10 @@ def test_any_scheme_is_answered_with_a_sentence(tmp_path: Path, scheme: str) -> 
 )
 def test_an_address_is_read_or_refused(text: str) -> None:
     with contextlib.suppress(UsageError):
-        scheme, rest = parse(text)
+        scheme, rest = parse_address(text)
         assert text.endswith(rest) and scheme == scheme.lower()
 
 
 @given(st.text(max_size=60))
 def test_scrubbing_twice_changes_nothing(text: str) -> None:
-    assert scrub(scrub(text)) == scrub(text)
+    assert remove_secrets(remove_secrets(text)) == remove_secrets(text)

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import RecipeError, UsageError
+from quantkit.io.yaml_document import MAX_CHARACTERS, parse_document, parse_scalar
 from quantkit.recipe import patterns
-from quantkit.recipe.parse import Quantize, Recipe, parse, preset, with_overrides
+from quantkit.recipe.parse import Quantize, Recipe, apply_overrides, expand_preset, parse_recipe
 from quantkit.recipe.patterns import PRESETS, matches, names
 from quantkit.recipe.schema import keys, size_bytes
-from quantkit.recipe.yaml_document import MAX_CHARACTERS, read, scalar
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALLEST = """\
@@ -28,7 +28,7 @@ output: {path: artifacts/x}
 
 def faults(text: str, overrides: dict[str, str] | None = None) -> tuple[str, ...]:
     with pytest.raises(RecipeError) as caught:
-        parse(text, "x.yaml", overrides or {})
+        parse_recipe(text, "x.yaml", overrides or {})
     return caught.value.faults
 
 
@@ -36,7 +36,7 @@ def faults(text: str, overrides: dict[str, str] | None = None) -> tuple[str, ...
 
 
 def test_the_smallest_recipe_has_every_default() -> None:
-    recipe = parse(SMALLEST, "x.yaml")
+    recipe = parse_recipe(SMALLEST, "x.yaml")
     assert recipe.dump() == {
         "version": 1,
         "source": {"model": "builtin:tiny-v3", "revision": None, "trust_remote_code": None},
@@ -73,12 +73,12 @@ def test_the_smallest_recipe_has_every_default() -> None:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_of_the_project_parses(path: Path) -> None:
-    recipe = parse(path.read_text(), path.name)
+    recipe = parse_recipe(path.read_text(), path.name)
     assert recipe.output.path == f"artifacts/{path.stem}"
 
 
 def test_the_flagship_is_what_the_project_promises() -> None:
-    recipe = parse((RECIPES / "v3-awq4.yaml").read_text(), "v3-awq4.yaml")
+    recipe = parse_recipe((RECIPES / "v3-awq4.yaml").read_text(), "v3-awq4.yaml")
     assert recipe.source.model == "deepseek-ai/DeepSeek-V3"
     assert recipe.quantize == Quantize(
         method="awq", rounding="gptq", bits=4, group_size=128, symmetric=False
@@ -120,7 +120,7 @@ def test_the_flagship_explains_every_key_of_the_schema() -> None:
 def test_every_recipe_explains_every_key_it_writes(path: Path) -> None:
     written = {
         ".".join((str(place[0]), str(place[-1])) if len(place) > 1 else (str(place[0]),))
-        for place in read(path.read_text(), path.name).lines
+        for place in parse_document(path.read_text(), path.name).lines
     }
     assert (written & set(keys())) - commented(path) == set()
 
@@ -129,7 +129,7 @@ def test_every_recipe_explains_every_key_it_writes(path: Path) -> None:
 
 
 def test_a_rule_changes_some_keys_of_the_default() -> None:
-    recipe = parse(
+    recipe = parse_recipe(
         SMALLEST + "quantize: {group_size: 64, symmetric: true}\n"
         "rules:\n  - {match: '*.down_proj', quantize: {bits: 8}}\n  - {match: '*.self_attn.*', keep: bf16}\n"
         "  - {match: '*', quantize: default}\n",
@@ -156,7 +156,7 @@ def test_what_a_method_is_by_itself_need_not_be_said() -> None:
     )
     assert Quantize(method="nf4", double_quant=False).double_quant is False
     assert Quantize(method="awq").double_quant is None
-    recipe = parse(
+    recipe = parse_recipe(
         SMALLEST + "quantize: {method: nf4, double_quant: false}\n"
         "rules:\n  - {match: '*.q_proj', quantize: {method: rtn, bits: 3}}\n  - {match: '*', quantize: {}}\n",
         "x.yaml",
@@ -166,7 +166,7 @@ def test_what_a_method_is_by_itself_need_not_be_said() -> None:
         Quantize(method="rtn", bits=3),
         recipe.quantize,
     ]
-    other = parse(
+    other = parse_recipe(
         SMALLEST
         + "quantize: {group_size: 128, rounding: gptq}\nrules: [{match: '*', quantize: {method: nf4}}]\n",
         "x.yaml",
@@ -195,16 +195,16 @@ def test_what_a_method_is_by_itself_need_not_be_said() -> None:
 )
 def test_what_contradicts_nf4_is_one_fault(written: str, told: str) -> None:
     with pytest.raises(RecipeError) as refused:
-        parse(SMALLEST + f"quantize: {written}\n", "x.yaml")
+        parse_recipe(SMALLEST + f"quantize: {written}\n", "x.yaml")
     assert len(refused.value.faults) == 1 and told in refused.value.faults[0]
 
 
 def test_presets_alone_and_in_a_list() -> None:
-    alone = parse(SMALLEST + "rules: experts-only\n", "x.yaml").rules
+    alone = parse_recipe(SMALLEST + "rules: experts-only\n", "x.yaml").rules
     assert alone is not None
     assert [rule.label for rule in alone] == ["experts-only[0]", "experts-only[1]"]
     assert [rule.optional for rule in alone] == [False, False]
-    mixed = parse(
+    mixed = parse_recipe(
         SMALLEST
         + "rules:\n  - {match: '*.down_proj', keep: source}\n  - preset: attention-source\n",
         "x.yaml",
@@ -219,11 +219,11 @@ def test_presets_alone_and_in_a_list() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_chosen_by_an_architecture_is_optional(name: str) -> None:
-    assert all(rule.optional and rule.line == 0 for rule in preset(name, Quantize()))
+    assert all(rule.optional and rule.line == 0 for rule in expand_preset(name, Quantize()))
 
 
 def test_experts_only_selects_routed_experts_and_nothing_else() -> None:
-    experts, rest = preset("experts-only", Quantize())
+    experts, rest = expand_preset("experts-only", Quantize())
     for module in (
         "model.layers.3.mlp.experts.17.gate_proj",
         "model.layers.0.block_sparse_moe.experts.0.w1",
@@ -560,8 +560,8 @@ def test_sizes(text: object, n_bytes: int) -> None:
     ],
 )
 def test_plain_scalars_follow_yaml_1_2(text: str, value: object) -> None:
-    assert scalar(text) == value
-    assert type(scalar(text)) is type(value)
+    assert parse_scalar(text) == value
+    assert type(parse_scalar(text)) is type(value)
 
 
 def test_overrides() -> None:
@@ -571,9 +571,11 @@ def test_overrides() -> None:
         "evaluation.tasks": "[a, b]",
         "gates.kl_mean.max": "0.5",
     }
-    recipe = parse(SMALLEST, "x.yaml", {**overrides, "mtp": "drop"})
+    recipe = parse_recipe(SMALLEST, "x.yaml", {**overrides, "mtp": "drop"})
     assert recipe.output.path == "123"
-    assert parse(SMALLEST, "x.yaml", {"output.path": "~/x"}).output.path == str(Path.home() / "x")
+    assert parse_recipe(SMALLEST, "x.yaml", {"output.path": "~/x"}).output.path == str(
+        Path.home() / "x"
+    )
     assert recipe.memory == 2 * 10**9
     assert recipe.evaluation.tasks == ("a", "b")
     assert recipe.gates["kl_mean"].max == 0.5
@@ -603,12 +605,12 @@ def test_overrides_are_written_into_the_text() -> None:
         "source.revision": "a: b",
         "gates.top1.min": "0.9",
     }
-    recipe = parse(
+    recipe = parse_recipe(
         text,
         "x.yaml",
         {**changes, "memory": "1GB", "output.path": "y", "quantize.double_quant": "null"},
     )
-    found = with_overrides(text, recipe)
+    found = apply_overrides(text, recipe)
     before, after = text.splitlines(), found.splitlines()
     assert [line for line in after if line not in before] == [
         "  revision: 'a: b'                    # text or null, null: a hub commit; a built-in model has none",
@@ -619,9 +621,10 @@ def test_overrides_are_written_into_the_text() -> None:
         "    min: 0.9",
     ]
     assert len([line for line in before if line not in after]) == 3
-    assert parse(found, "x.yaml").hash == recipe.hash
+    assert parse_recipe(found, "x.yaml").hash == recipe.hash
     assert (
-        with_overrides(text, parse(text, "x.yaml", {"memory": "1GB", "output.path": "y"})) == text
+        apply_overrides(text, parse_recipe(text, "x.yaml", {"memory": "1GB", "output.path": "y"}))
+        == text
     )
 
 
@@ -640,30 +643,32 @@ def test_overrides_are_written_into_any_layout(text: str) -> None:
         "calibration.set": "true",
         "rules": "[{preset: all-linear}]",
     }.items():
-        recipe = parse(text, "x.yaml", {key: value})
-        again = parse(with_overrides(text, recipe), "x.yaml")
-        assert again.dump() == recipe.dump() != parse(text, "x.yaml").dump()
+        recipe = parse_recipe(text, "x.yaml", {key: value})
+        again = parse_recipe(apply_overrides(text, recipe), "x.yaml")
+        assert again.dump() == recipe.dump() != parse_recipe(text, "x.yaml").dump()
 
 
 def test_the_later_override_wins_in_the_text_too() -> None:
     for order in (1, -1):
         overrides = dict([("quantize.bits", "8"), ("quantize", "{method: rtn, bits: 2}")][::order])
-        recipe = parse(SMALLEST, "x.yaml", overrides)
-        assert parse(with_overrides(SMALLEST, recipe), "x.yaml").dump() == recipe.dump()
+        recipe = parse_recipe(SMALLEST, "x.yaml", overrides)
+        assert parse_recipe(apply_overrides(SMALLEST, recipe), "x.yaml").dump() == recipe.dump()
 
 
 def test_the_hash_ignores_comments_place_and_memory_and_nothing_else() -> None:
-    base = parse(SMALLEST, "x.yaml").hash
+    base = parse_recipe(SMALLEST, "x.yaml").hash
     assert (
-        parse("# a comment\n" + SMALLEST, "other.yaml", {"output.path": "y", "memory": "1GB"}).hash
+        parse_recipe(
+            "# a comment\n" + SMALLEST, "other.yaml", {"output.path": "y", "memory": "1GB"}
+        ).hash
         == base
     )
-    assert parse(SMALLEST, "x.yaml", {"quantize.bits": "3"}).hash != base
-    assert parse(SMALLEST, "x.yaml", {"rules": "all-linear"}).hash != base
+    assert parse_recipe(SMALLEST, "x.yaml", {"quantize.bits": "3"}).hash != base
+    assert parse_recipe(SMALLEST, "x.yaml", {"rules": "all-linear"}).hash != base
 
 
 def test_a_recipe_is_frozen() -> None:
-    recipe = parse(SMALLEST, "x.yaml")
+    recipe = parse_recipe(SMALLEST, "x.yaml")
     with pytest.raises(ValueError, match="frozen"):
         recipe.mtp = "drop"
 
@@ -736,7 +741,7 @@ QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthC
 
 def only_recipe_errors(text: str, overrides: dict[str, str] | None = None) -> None:
     try:
-        recipe = parse(text, "x.yaml", overrides or {})
+        recipe = parse_recipe(text, "x.yaml", overrides or {})
     except RecipeError as error:
         assert error.faults
         assert all(fault and "\n" not in fault for fault in error.faults), error.faults
@@ -809,10 +814,10 @@ CHANGES = st.fixed_dictionaries(
 def test_fuzz_overrides_written_into_the_text(overrides: dict[str, str]) -> None:
     text = SMALLEST + "# why\nquantize:  # this\n  bits: 4  # is\n\nmtp: drop\n"
     try:
-        recipe = parse(text, "x.yaml", overrides)
+        recipe = parse_recipe(text, "x.yaml", overrides)
     except RecipeError:
         reject()
-    assert parse(with_overrides(text, recipe), "x.yaml").dump() == recipe.dump()
+    assert parse_recipe(apply_overrides(text, recipe), "x.yaml").dump() == recipe.dump()
 
 
 @QUICK
@@ -843,12 +848,12 @@ def test_an_expression_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatc
 )
 def test_a_fault_of_the_format_is_one_sentence(text: str, words: str) -> None:
     with pytest.raises(RecipeError) as raised:
-        parse(SMALLEST, "r.yaml", {"format": text})
+        parse_recipe(SMALLEST, "r.yaml", {"format": text})
     [fault] = raised.value.faults
     assert words in fault
 
 
 def test_a_format_may_be_spelled_as_its_engines_do() -> None:
-    assert parse(SMALLEST, "r.yaml", {"format": "compressed-tensors"}).format == (
+    assert parse_recipe(SMALLEST, "r.yaml", {"format": "compressed-tensors"}).format == (
         "compressed_tensors",
     )

@@ -16,14 +16,14 @@ from quantkit.checkpoint import hub
 from quantkit.cli.main import main
 from quantkit.contracts import Config
 from quantkit.errors import HubUnreachable
-from quantkit.plan.match_checkpoint import expected
+from quantkit.plan.match_checkpoint import list_expected_tensors
 from quantkit.plan.plan_schema import PlanSummary
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 PUBLISHED = sorted({
     (name, file)
-    for name in registry.names("architectures")
-    for file in (registry.architecture(name).published or {}).values()
+    for name in registry.list_names("architectures")
+    for file in (registry.get_architecture(name).published or {}).values()
 })
 CARDS = {
     "r1-distill-qwen-32b-awq4": 32.76,
@@ -35,7 +35,7 @@ CARDS = {
 """Billions of parameters, as the models' cards have them (32.8, 30.5, 46.7, 685 with MTP), with a digit more."""
 
 
-def no_hub(model: str, revision: str | None) -> hub.SourceHeaders:
+def no_hub(model: str, revision: str | None) -> hub.ModelHeaders:
     """Instead of asking the hub."""
     raise HubUnreachable(f"{model}@{revision}: nobody answers")
 
@@ -82,11 +82,11 @@ def test_a_published_config_makes_the_model_that_transformers_makes(
     folder = importlib.resources.files("quantkit.architectures") / "published"
     config = Config(values=json.loads((folder / file).read_text(encoding="utf-8")), where=file)
     assert config.text("model_type") == model_type
-    layout = registry.architecture(model_type).layout(config)
+    layout = registry.get_architecture(model_type).layout(config)
     mtp = tuple(f"{block.name}." for block in layout.blocks if block.kind == "mtp")
     ours = {
         n: s.n_elements
-        for n, s in expected(layout, config).items()
+        for n, s in list_expected_tensors(layout, config).items()
         if not n.startswith(mtp or ("\0",))
     }
     values = {key: value for key, value in config.values.items() if key != "quantization_config"}

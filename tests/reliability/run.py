@@ -1,12 +1,11 @@
-"""`make reliability`: everything that tries to break quantkit, counted, as the table of the README.
+"""`make reliability`: run everything that tries to break quantkit and count it for tests/README.md.
 
     PYTHONPATH=tests .venv/bin/python -m reliability.run [--only WORD ...] [--quick] [--write]
 
-Each row is a pytest run of its own over the tests named here, slow ones included. A test says what it tried with
-`record_property`: "fault" names one thing, "tried" or "faults" is a number of them; a test that says nothing tried one.
-What a failed test tried counts as not held. `--quick` leaves out the tests marked `reliability`, `--write` puts the
-table into README.md, with the command and the date.
-Exits with 1 when anything was not held.
+Each row of the table is a pytest run over the listed tests, slow ones included. A test reports the number of faults
+it injects with `record_property`: "fault" names one, "tried" or "faults" is a number; a test without a property counts as
+one. Faults of a failed test count as not held. `--quick` skips the tests marked `reliability`; `--write` writes the table,
+with command and date, into tests/README.md. The exit code is 1 if anything did not hold.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ BEGIN, END = "<!-- reliability -->\n", "<!-- /reliability -->\n"
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """A row of the table: what is tried, what every test of it asserts, and where the tests are."""
+    """A row of the table: the kind of fault, what its tests assert, and their files."""
 
     name: str
     asserts: str
@@ -44,7 +43,7 @@ SUITES = (
     ),
     Suite(
         name="publish and pull: connections cut, bytes changed, files lost, disk full",
-        asserts="goes on, or one sentence; nothing unverified under the final name",
+        asserts="continues, or one sentence; nothing unverified under the final name",
         tests=tuple(
             f"tests/publish/test_transfer{part}.py"
             for part in ("", "_faults", "_trust", "_secrets", "_kinds")
@@ -86,8 +85,8 @@ SUITES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counted:
-    """What a suite tried, what of it held, the tests that were skipped, and seconds."""
+class SuiteResult:
+    """Faults injected, faults that held, skipped tests, seconds."""
 
     tried: int
     held: int
@@ -95,11 +94,11 @@ class Counted:
     seconds: float
 
 
-def run(suite: Suite, marked: str) -> Counted:
-    """Run a suite in a process of its own."""
+def run_suite(suite: Suite, marked: str) -> SuiteResult:
+    """Run a suite in a subprocess."""
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as place:
-        told = Path(place) / "told.xml"
+    with tempfile.TemporaryDirectory() as folder:
+        junit = Path(folder) / "junit.xml"
         subprocess.run(
             [
                 sys.executable,
@@ -108,55 +107,55 @@ def run(suite: Suite, marked: str) -> Counted:
                 "-m",
                 marked,
                 *suite.tests,
-                f"--junitxml={told}",
+                f"--junitxml={junit}",
                 "-o",
                 "junit_family=xunit1",
             ],
             cwd=ROOT,
             stdout=sys.stderr,
         )
-        if not told.is_file():
-            sys.exit(f"{suite.name}: pytest left no {told.name}")
-        cases = list(ElementTree.parse(told).iter("testcase"))
+        if not junit.is_file():
+            sys.exit(f"{suite.name}: pytest wrote no {junit.name}")
+        cases = list(ElementTree.parse(junit).iter("testcase"))
     tried = held = skipped = 0
     for case in cases:
         if case.find("skipped") is not None:
             skipped += 1
             continue
         failed = case.find("failure") is not None or case.find("error") is not None
-        tried += counted(case)
-        held += 0 if failed else counted(case)
-    return Counted(tried=tried, held=held, skipped=skipped, seconds=time.monotonic() - began)
+        tried += count_faults(case)
+        held += 0 if failed else count_faults(case)
+    return SuiteResult(tried=tried, held=held, skipped=skipped, seconds=time.monotonic() - began)
 
 
-def counted(case: ElementTree.Element) -> int:
-    """How many things a test says that it tried."""
-    properties = [(each.get("name"), each.get("value") or "") for each in case.iter("property")]
+def count_faults(case: ElementTree.Element) -> int:
+    """Return the number of faults that a test reports."""
+    properties = [(item.get("name"), item.get("value") or "") for item in case.iter("property")]
     numbers = [int(value) for name, value in properties if name in {"tried", "faults"}]
     return sum(numbers) + sum(name == "fault" for name, _ in properties) or 1
 
 
-def table(rows: Sequence[tuple[Suite, Counted]]) -> str:
-    """Markdown."""
+def format_table(rows: Sequence[tuple[Suite, SuiteResult]]) -> str:
+    """Format the results as a Markdown table."""
     lines = [
-        "| what was tried | times | held | not held | what holding means | minutes |",
+        "| fault | times | held | not held | what holding means | minutes |",
         "|---|---|---|---|---|---|",
     ]
-    return "\n".join([*lines, *(line(suite, found) for suite, found in rows)]) + "\n"
+    return "\n".join([*lines, *(format_row(suite, result) for suite, result in rows)]) + "\n"
 
 
-def line(suite: Suite, found: Counted) -> str:
-    """One row."""
-    skipped = f" ({found.skipped} tests skipped)" if found.skipped else ""
+def format_row(suite: Suite, result: SuiteResult) -> str:
+    """Format one row."""
+    skipped = f" ({result.skipped} tests skipped)" if result.skipped else ""
     cells = (
-        suite.name + skipped, f"{found.tried:,}", f"{found.held:,}", f"{found.tried - found.held}", suite.asserts,
-        f"{found.seconds / 60:.0f}",
+        suite.name + skipped, f"{result.tried:,}", f"{result.held:,}", f"{result.tried - result.held}", suite.asserts,
+        f"{result.seconds / 60:.0f}",
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
 
-def commit() -> str:
-    """The commit that was tried."""
+def describe_commit() -> str:
+    """Return the commit under test."""
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     )
@@ -164,36 +163,34 @@ def commit() -> str:
 
 
 def main() -> None:
-    """Run, print, and on request write."""
+    """Run the suites, print the table, and write it if requested."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--only", nargs="+", metavar="WORD", help="rows that have one of these words in their name"
+        "--only", nargs="+", metavar="WORD", help="rows whose name contains one of these words"
     )
-    parser.add_argument("--quick", action="store_true", help="without the tests of many minutes")
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
-    wanted = parser.parse_args()
-    chosen = [
+    parser.add_argument("--quick", action="store_true", help="skip the tests marked reliability")
+    parser.add_argument("--write", action="store_true", help="write the table into tests/README.md")
+    options = parser.parse_args()
+    suites = [
         suite
         for suite in SUITES
-        if not wanted.only or any(word in suite.name for word in wanted.only)
+        if not options.only or any(word in suite.name for word in options.only)
     ]
-    rows = list[tuple[Suite, Counted]]()
-    for suite in chosen:
-        rows.append((suite, run(suite, "not reliability" if wanted.quick else "")))
-        print(line(*rows[-1]), flush=True)
+    rows = list[tuple[Suite, SuiteResult]]()
+    for suite in suites:
+        rows.append((suite, run_suite(suite, "not reliability" if options.quick else "")))
+        print(format_row(*rows[-1]), flush=True)
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    command = f"make reliability{' ARGS=--quick' if wanted.quick else ''}"
-    text = f"`{command}`, {date}, commit {commit()}, {os.cpu_count()} cores:\n\n{table(rows)}"
+    command = f"make reliability{' ARGS=--quick' if options.quick else ''}"
+    text = f"`{command}`, {date}, commit {describe_commit()}, {os.cpu_count()} cores:\n\n{format_table(rows)}"
     print(text)
-    if wanted.write:
-        readme = (ROOT / "README.md").read_text(encoding="utf-8")
-        before, rest = readme.split(BEGIN)
-        (ROOT / "README.md").write_text(
-            f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8"
-        )
-    if any(found.held < found.tried for _, found in rows):
+    if options.write:
+        page = ROOT / "tests" / "README.md"
+        before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+        page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    if any(result.held < result.tried for _, result in rows):
         sys.exit(1)
 
 

@@ -23,7 +23,7 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 from click.testing import CliRunner
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 
 from quantkit.cli.main import main
 
@@ -69,7 +69,7 @@ def peak() -> int:
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small llama that plans."""
-    return write_checkpoint(tmp_path_factory.mktemp("good") / "source", tiny_config("llama"))
+    return write_checkpoint(tmp_path_factory.mktemp("good") / "source", make_tiny_config("llama"))
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def source(good: Path, tmp_path: Path) -> Path:
 def plan(source: Path, **keys: str) -> tuple[str, Path]:
     """The arguments of `quantkit plan` over a source."""
     path = source.parent / "recipe.yaml"
-    path.write_text(recipe_text(source, source.parent / "out", rules="all-linear", **keys))
+    path.write_text(make_recipe_text(source, source.parent / "out", rules="all-linear", **keys))
     return "plan", path
 
 
@@ -532,9 +532,9 @@ def test_a_hostile_spec(name: str, source: Path, record_property: Record) -> Non
 
 def tokenizer(change: Callable[[dict[str, Any]], object]) -> bytes:
     """tokenizer.json of tiny-v3, changed."""
-    from quantkit.io.package_data import resolve_model
+    from quantkit.io.package_data import locate_model
 
-    values = json.loads((resolve_model("builtin:tiny-v3") / "tokenizer.json").read_text())
+    values = json.loads((locate_model("builtin:tiny-v3") / "tokenizer.json").read_text())
     change(values)
     return json.dumps(values).encode()
 

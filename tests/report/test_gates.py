@@ -9,18 +9,19 @@ from typing import Any
 from xml.etree import ElementTree as Xml
 
 import pytest
-from support.command_line import build, fault, run
+from support.command_line import build, read_error, run
 from support.report_example import FIDELITY
 from support.report_variants import emptied, example
 
-from quantkit.artifact.fidelity_schema import Benchmark, Fidelity, Figure
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
 from quantkit.errors import RecipeError, UsageError
+from quantkit.figures import list_keys
 from quantkit.recipe.parse import parse_gates
-from quantkit.recipe.schema import FIGURES, Gate
+from quantkit.recipe.schema import Gate
 from quantkit.report import gates
-from quantkit.report.junit import junit
+from quantkit.report.junit import format_junit
 
-TASK = Benchmark(
+TASK = BenchmarkResult(
     task="t", n=300, source=0.8, artifact=0.79, lost=5, gained=2, delta_pp=Figure(value=-1.0, ci=(-2.5, 0.5)),
     recovery=Figure(value=0.9875), mcnemar_p=0.45, truncated=(0.0, 0.03), unparsed=(0.01, 0.0),
 )  # fmt: skip
@@ -28,7 +29,7 @@ TASK = Benchmark(
 
 def one(figure: str, gate: Gate, fidelity: Fidelity) -> tuple[float | None, bool | None, str]:
     """Value, result and reason of a single bound."""
-    (result,) = gates.judge({figure: gate}, fidelity)
+    (result,) = gates.judge_gates({figure: gate}, fidelity)
     return result.value, result.ok, result.reason
 
 
@@ -63,7 +64,7 @@ def test_every_figure_has_a_value_in_a_full_report() -> None:
     }  # type: ignore[index]
     gold = {"task": "t", "n": 9, "source": -0.5, "artifact": -0.6, "difference": {"value": -0.1}}
     report = example({"distribution": [pooled], "benchmarks": [TASK], "likelihood": [gold]})
-    values = {figure: one(figure, Gate(max=1e12), report)[0] for figure in FIGURES}
+    values = {figure: one(figure, Gate(max=1e12), report)[0] for figure in list_keys()}
     assert [figure for figure, value in values.items() if value is None] == []
     assert values["lost_items"] == 5
 
@@ -90,7 +91,7 @@ def test_a_module_without_output_error_is_told_and_one_without_an_error_misses()
 
 
 def test_lost_items_of_a_task_that_was_not_run_are_not_known() -> None:
-    silent = Benchmark(task="u", status="not run", reason="no sandbox")
+    silent = BenchmarkResult(task="u", status="not run", reason="no sandbox")
     report = example({"benchmarks": [TASK, silent]})
     assert one("lost_items", Gate(max=9), report) == (None, None, "not measured: u was not run")
 
@@ -132,14 +133,14 @@ def test_lost_items_of_a_task_that_was_not_run_are_not_known() -> None:
 def test_bounds_of_a_task(
     gate: Gate, figure: str, bound: str, value: float, ok: bool, reason: str
 ) -> None:
-    (result,) = gates.judge({"t": gate}, example({"benchmarks": [TASK]}))
+    (result,) = gates.judge_gates({"t": gate}, example({"benchmarks": [TASK]}))
     assert (result.figure, result.bound, result.value, result.ok) == (figure, bound, value, ok)
     assert result.reason.startswith(reason) and bool(result.reason) == bool(reason)
 
 
 def test_a_loss_beyond_the_margin_is_not_called_unresolved() -> None:
     worse = TASK.model_copy(update={"delta_pp": Figure(value=-5, ci=(-7.0, -3.0))})
-    (result,) = gates.judge({"t": Gate(margin_pp=2)}, example({"benchmarks": [worse]}))
+    (result,) = gates.judge_gates({"t": Gate(margin_pp=2)}, example({"benchmarks": [worse]}))
     assert (result.ok, result.reason) == (False, "")
 
 
@@ -154,7 +155,7 @@ def test_a_loss_beyond_the_margin_is_not_called_unresolved() -> None:
     ],
 )
 def test_a_task_that_was_not_run_keeps_and_misses_nothing(gate: Gate) -> None:
-    silent = Benchmark(task="t", status="not run", reason="no sandbox")
+    silent = BenchmarkResult(task="t", status="not run", reason="no sandbox")
     for rows, reason in (([silent], "not run: no sandbox"), ([], "not run")):
         assert one("t", gate, example({"benchmarks": rows})) == (None, None, reason)
 
@@ -216,7 +217,7 @@ def test_a_domain_that_the_set_does_not_have_is_refused_before_the_build(tmp_pat
     assert run("plan", tmp_path / "x.yaml").exit_code == 0
     wrong = (tmp_path / "x.yaml").read_text().replace("tiny-v3-heldout", str(only_prose(tmp_path)))
     (tmp_path / "y.yaml").write_text(wrong)
-    message = fault(run("plan", tmp_path / "y.yaml"), 2)
+    message = read_error(run("plan", tmp_path / "y.yaml"), 2)
     assert "y.yaml:6: gates.kl_mean@math: no domain of" in message and "Known: prose." in message
 
 
@@ -287,8 +288,8 @@ def valid(content: bytes) -> Xml.Element:
 
 def test_junit_says_what_was_missed_and_what_was_skipped() -> None:
     bounds = {"kl_mean": Gate(max=0.0003), "top1": Gate(min=0.9), "t": Gate(min_recovery=0.9)}
-    report = gates.judged(bounds, example())
-    root = valid(junit([report, gates.judged({}, emptied())]))
+    report = gates.apply_gates(bounds, example())
+    root = valid(format_junit([report, gates.apply_gates({}, emptied())]))
     cases = {case.get("name"): [child.tag for child in case] for case in root.iter("testcase")}
     assert cases == {
         "kl_mean <= 0.0003": ["failure"],
@@ -298,7 +299,7 @@ def test_junit_says_what_was_missed_and_what_was_skipped() -> None:
     assert [suite.get("tests") for suite in root] == ["3", "0"]
     failure = root.find(".//failure")
     assert failure is not None and failure.get("message") == "kl_mean <= 0.0003: found 0.000361"
-    assert junit([report]) == junit([report])
+    assert format_junit([report]) == format_junit([report])
 
 
 def test_names_from_elsewhere_do_not_break_the_xml() -> None:
@@ -306,7 +307,7 @@ def test_names_from_elsewhere_do_not_break_the_xml() -> None:
     row = TASK.model_copy(update={"task": name, "status": "not run", "reason": name})
     artifact: dict[str, Any] = {**dict(FIDELITY["artifact"]), "name": name}  # type: ignore[call-overload]
     report = example({"artifact": artifact, "benchmarks": [row]})
-    root = valid(junit([gates.judged({name: Gate(max_lost=1)}, report)]))
+    root = valid(format_junit([gates.apply_gates({name: Gate(max_lost=1)}, report)]))
     assert root[0].get("name") == 'a<b>&"   ]]>'
 
 
@@ -321,7 +322,7 @@ def test_an_artifact_is_judged_anew_and_stays_as_it_is(built: Path, tmp_path: Pa
     result = run(
         "gate", built, "--gates", tmp_path / "strict.yaml", "--junit", tmp_path / "gates.xml"
     )
-    assert fault(result, 3).startswith("gate kl_mean <= 1e-09: found 0.000")
+    assert read_error(result, 3).startswith("gate kl_mean <= 1e-09: found 0.000")
     assert "rejected: 2 of 3 gates kept, 1 missed" in result.stdout
     assert [case.get("name") for case in valid((tmp_path / "gates.xml").read_bytes()).iter("testcase")] == [
         "kl_mean <= 1e-09", "kl_mean@math <= 1", "size <= 9.00 MB",
@@ -344,17 +345,19 @@ def test_the_recipes_own_gates_are_the_default(built: Path) -> None:
 
 def test_what_cannot_be_judged(built: Path, artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "typo.yaml").write_text("gates: {kl_maen: {max: 1}}")
-    assert "Did you mean 'kl_mean'?" in fault(
+    assert "Did you mean 'kl_mean'?" in read_error(
         run("gate", built, "--gates", tmp_path / "typo.yaml"), 2
     )
-    assert "absent.yaml: no such file" in fault(
+    assert "absent.yaml: no such file" in read_error(
         run("gate", built, "--gates", tmp_path / "absent.yaml"), 2
     )
-    assert "expected an artifact's folder, found none" in fault(run("gate", tmp_path / "absent"), 2)
-    assert "not an artifact of quantkit" in fault(run("gate", tmp_path), 1)
+    assert "expected an artifact's folder, found none" in read_error(
+        run("gate", tmp_path / "absent"), 2
+    )
+    assert "not an artifact of quantkit" in read_error(run("gate", tmp_path), 1)
     report = artifact / "quantkit/fidelity.json"
     report.write_text(report.read_text().replace('"kl_mean"', '"kl_mean" ', 1))
-    assert "expected the file that quantkit/manifest.json names, found another" in fault(
+    assert "expected the file that quantkit/manifest.json names, found another" in read_error(
         run("gate", artifact), 1
     )
 
@@ -362,7 +365,7 @@ def test_what_cannot_be_judged(built: Path, artifact: Path, tmp_path: Path) -> N
 def test_an_artifact_without_gates_says_so(tmp_path: Path) -> None:
     assert build(tmp_path / "a", "--junit", str(tmp_path / "b.xml"), gates="{}").exit_code == 0
     assert valid((tmp_path / "b.xml").read_bytes()).get("tests") == "0"
-    assert "its recipe has no gates; name a file" in fault(run("gate", tmp_path / "a"), 2)
+    assert "its recipe has no gates; name a file" in read_error(run("gate", tmp_path / "a"), 2)
 
 
 def test_a_build_writes_junit_also_when_a_gate_is_missed(tmp_path: Path) -> None:

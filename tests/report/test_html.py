@@ -23,13 +23,14 @@ from support.report_large import large, pair
 from support.report_pages import HOSTILE, LIMIT_BYTES, Page, example, folder_with, poisoned
 from support.report_variants import emptied
 
-from quantkit.artifact.fidelity_schema import Experts, Module
+from quantkit.artifact import layout
+from quantkit.artifact.fidelity_schema import ExpertCoverage, ModuleResult
 from quantkit.cli.main import main
 from quantkit.errors import ArtifactError
-from quantkit.report import charts, html, tables
-from quantkit.report.module_ranges import block_of, folded
+from quantkit.report import charts, html_page, tables
+from quantkit.report.module_ranges import find_block_number, fold_names
 from quantkit.report.samples import FLOOR, Answer, Samples, read_samples
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 ORDER = (
     "verdict", "artifact", "benchmarks", "distribution", "plots", "modules", "fallbacks", "changed", "provenance",
@@ -39,7 +40,7 @@ ORDER = (
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The page of a model of DeepSeek-V3's size with 300 changed items."""
-    return html.page(folder_with(tmp_path_factory.mktemp("big"), large(), items=900))
+    return html_page.make_page(folder_with(tmp_path_factory.mktemp("big"), large(), items=900))
 
 
 # ------------------------------------------------------------------------------------------------------------ content
@@ -55,11 +56,11 @@ def test_sections_stand_in_the_order_of_a_review(big: str) -> None:
 
 def test_the_page_shows_the_cells_of_the_card(tmp_path: Path) -> None:
     fidelity = example()
-    words = Page(html.page(folder_with(tmp_path, fidelity))).words
-    for made in tables.tables(fidelity):
+    words = Page(html_page.make_page(folder_with(tmp_path, fidelity))).words
+    for made in tables.make_tables(fidelity):
         for row in (
             made.rows
-            if made.title not in {"Fallbacks", tables.worst_blocks(fidelity).title}
+            if made.title not in {"Fallbacks", tables.make_block_table(fidelity).title}
             else ()
         ):
             assert all(cell in words for cell in row if cell), row
@@ -81,7 +82,7 @@ def test_the_head_says_the_verdict_and_the_figures(big: str) -> None:
 
 
 def test_what_is_missing_is_said_and_not_drawn() -> None:
-    text = html.render(emptied(), Samples())
+    text = html_page.render_page(emptied(), Samples())
     for sentence in (
         "The recipe sets no gates.", "Nothing is quantized: the artifact is a copy of the source.",
         "No benchmark was run.", "No distribution was measured.", "Nothing was measured that could be drawn.",
@@ -93,7 +94,7 @@ def test_what_is_missing_is_said_and_not_drawn() -> None:
 
 
 def test_a_dense_model_without_a_distribution_has_no_plot_of_experts() -> None:
-    text = html.render(
+    text = html_page.render_page(
         example({"experts": None, "routers": [], "distribution": [], "blocks": []}), Samples()
     )
     assert list(Page(text).drawings["specs"]) == ["layers"]
@@ -106,7 +107,7 @@ def test_every_module_of_a_fallback_is_there() -> None:
         for expert in range(250)
     ]
     rows = [{"kind": "shared-gram", "meaning": "m", "modules": names}]
-    text = html.render(example({"fallbacks": rows}), Samples())
+    text = html_page.render_page(example({"fallbacks": rows}), Samples())
     assert "<li>model.layers.{3-4}.mlp.experts.{0-249}.up_proj</li>" in text
     assert "<b>500</b> modules" in text
 
@@ -128,7 +129,7 @@ def test_hostile_text_stays_text(attack: str, tmp_path: Path) -> None:
         parquet.write_table(
             arrow.Table.from_pylist(items), artifact / "quantkit/samples/benchmarks.parquet"
         )
-        made.append(Page(html.page(artifact)))
+        made.append(Page(html_page.make_page(artifact)))
     bad, good = made
     assert bad.tags == good.tags
     assert bad.scripts[1:] == good.scripts[1:] and len(bad.scripts) == 3
@@ -145,7 +146,10 @@ def test_hostile_text_stays_text(attack: str, tmp_path: Path) -> None:
 
 
 def test_a_lone_surrogate_is_replaced() -> None:
-    assert html.visible("a\ud800\x07\u202eb\n\tc d\u00a0é") == "a\ufffd\ufffd\ufffdb\n\tc d\u00a0é"
+    assert (
+        html_page.replace_invisible("a\ud800\x07\u202eb\n\tc d\u00a0é")
+        == "a\ufffd\ufffd\ufffdb\n\tc d\u00a0é"
+    )
 
 
 def test_only_the_two_scripts_named_by_their_hash_may_run(big: str) -> None:
@@ -153,7 +157,7 @@ def test_only_the_two_scripts_named_by_their_hash_may_run(big: str) -> None:
     policy = next(value for name, value in page.values if value.startswith("default-src"))
     assert policy.startswith("default-src 'none';")
     allowed = re.findall(r"'(sha256-[^']+)'", policy)
-    assert allowed == [html.csp_hash(script) for script in page.scripts[1:]]
+    assert allowed == [html_page.compute_csp_hash(script) for script in page.scripts[1:]]
     assert "unsafe-eval" not in policy and "http" not in policy
 
 
@@ -187,7 +191,7 @@ def test_endless_answers_and_names_do_too(tmp_path: Path) -> None:
     parquet.write_table(
         arrow.Table.from_pylist(rows), artifact / "quantkit/samples/benchmarks.parquet"
     )
-    text = html.page(artifact)
+    text = html_page.make_page(artifact)
     assert len(text.encode()) < LIMIT_BYTES
     shown = text.count("<article")
     assert 50 < shown < 500
@@ -198,8 +202,8 @@ def test_the_same_report_is_the_same_bytes(tmp_path: Path) -> None:
     """In other processes with other hash seeds and time zones."""
     artifact = folder_with(tmp_path, example(), items=60)
     code = (
-        "import sys, pathlib; from quantkit.report.html import page;"
-        "sys.stdout.buffer.write(page(pathlib.Path(sys.argv[1])).encode())"
+        "import sys, pathlib; from quantkit.report.html_page import make_page;"
+        "sys.stdout.buffer.write(make_page(pathlib.Path(sys.argv[1])).encode())"
     )
     made = [
         subprocess.run(
@@ -210,7 +214,7 @@ def test_the_same_report_is_the_same_bytes(tmp_path: Path) -> None:
         ).stdout
         for seed, zone in (("1", "UTC"), ("2", "Asia/Tokyo"))
     ]
-    assert made[0] == made[1] == html.page(artifact).encode()
+    assert made[0] == made[1] == html_page.make_page(artifact).encode()
 
 
 # ------------------------------------------------------------------------------------------------------------ samples
@@ -270,7 +274,7 @@ def test_the_word_that_holds_the_first_difference_is_marked(
 ) -> None:
     place = len(os.path.commonprefix([first, second]))
     for text, differs in zip((first, second), expected):
-        shown = html.around(
+        shown = html_page.cut_excerpt(
             Answer(text=text, score=1.0, outcome="", n_tokens=1, truncated=False), place
         )
         assert shown.before + shown.differs + shown.after == text
@@ -280,7 +284,7 @@ def test_the_word_that_holds_the_first_difference_is_marked(
 
 def test_long_answers_are_cut_around_the_difference() -> None:
     text = "a " * 5_000 + "HERE" + " b" * 5_000
-    shown = html.around(
+    shown = html_page.cut_excerpt(
         Answer(text=text, score=1.0, outcome="", n_tokens=1, truncated=False), 10_000
     )
     assert shown.differs == "HERE"
@@ -288,7 +292,7 @@ def test_long_answers_are_cut_around_the_difference() -> None:
     assert shown.cut_before + len(shown.before) + len(shown.differs) + len(
         shown.after
     ) + shown.cut_after == len(text)
-    assert len(shown.before) == html.BEFORE
+    assert len(shown.before) == html_page.BEFORE
 
 
 @pytest.mark.parametrize("content", [b"not parquet", b""])
@@ -298,7 +302,7 @@ def test_damaged_samples_are_a_fault_with_a_name(content: bytes, tmp_path: Path)
     with pytest.raises(
         ArtifactError, match=r"tokens\.parquet: expected samples with the columns domain, kl, found"
     ):
-        html.page(artifact)
+        html_page.make_page(artifact)
 
 
 def test_samples_without_a_column_are_a_fault(tmp_path: Path) -> None:
@@ -311,7 +315,7 @@ def test_samples_without_a_column_are_a_fault(tmp_path: Path) -> None:
         ArtifactError,
         match=r"benchmarks\.parquet: expected samples with the columns .*quant_response",
     ):
-        html.page(artifact)
+        html_page.make_page(artifact)
 
 
 # -------------------------------------------------------------------------------------------------------------- plots
@@ -319,18 +323,18 @@ def test_samples_without_a_column_are_a_fault(tmp_path: Path) -> None:
 
 def test_errors_per_layer_are_percentiles_of_its_quantized_matrices() -> None:
     modules = [
-        Module(
+        ModuleResult(
             name=f"model.layers.{layer}.mlp.experts.{n}.up_proj", rule="r", method="awq", scheme="s",
             relative_error=(n + 1) / 100 + layer, output_relative_error=None if layer else 0.0,
         )
         for layer, n in product((0, 1), range(11))
     ]  # fmt: skip
     kept = [
-        Module(
+        ModuleResult(
             name="model.layers.1.mlp.gate", rule="r", method=None, scheme="BF16", relative_error=9.0
         )
     ]
-    rows = charts.layer_errors([*modules, *kept])
+    rows = charts.summarize_layer_errors([*modules, *kept])
     assert [(row["kind"], row["layer"], row["matrices"]) for row in rows] == [
         ("outputs", 0, 11), ("weights", 0, 11), ("weights", 1, 11),
     ]  # fmt: skip
@@ -343,8 +347,8 @@ def test_errors_per_layer_are_percentiles_of_its_quantized_matrices() -> None:
 def test_shades_start_at_the_fewest_tokens_allowed() -> None:
     def ends(*tokens: int, least: int = 64) -> list[int]:
         layer = {"block": "b", "tokens": tokens}
-        return charts.shades(
-            Experts.model_validate({"min_tokens": least, "policy": "p", "layers": [layer]})
+        return charts.compute_shade_bounds(
+            ExpertCoverage.model_validate({"min_tokens": least, "policy": "p", "layers": [layer]})
         )
 
     assert ends(3, 100, 6_400) == [64, 200, 400, 800, 1_600, 3_200]
@@ -401,7 +405,7 @@ NAMES = some.lists(
 
 @given(NAMES)
 def test_folding_loses_no_name_and_invents_none(names: list[str]) -> None:
-    lines = folded(names)
+    lines = fold_names(names)
     found = [name for line in lines for name in expanded(line)]
     assert sorted(found) == sorted(set(names))
     assert len(lines) <= len(set(names))
@@ -409,37 +413,37 @@ def test_folding_loses_no_name_and_invents_none(names: list[str]) -> None:
 
 def test_folding_in_words() -> None:
     names = [f"m.{a}.e.{b}.w1" for a in (1, 2) for b in (0, 1, 2, 7)]
-    assert folded(names) == ["m.{1-2}.e.{0-2, 7}.w1"]
-    assert folded(["a.1.b", "lm_head", "a.3.b"]) == ["a.{1, 3}.b", "lm_head"]
-    assert folded([f"x.{'9' * 5_000}.y"]) == [
+    assert fold_names(names) == ["m.{1-2}.e.{0-2, 7}.w1"]
+    assert fold_names(["a.1.b", "lm_head", "a.3.b"]) == ["a.{1, 3}.b", "lm_head"]
+    assert fold_names([f"x.{'9' * 5_000}.y"]) == [
         f"x.{'9' * 5_000}.y"
     ]  # a number nobody would count with
-    assert block_of("model.layers.12.mlp") == 12 and block_of("lm_head") is None
+    assert find_block_number("model.layers.12.mlp") == 12 and find_block_number("lm_head") is None
 
 
 # --------------------------------------------------------------------------------------------- inside an artifact
 
 
 def test_a_build_seals_the_page_and_it_can_be_made_again(artifact: Path) -> None:
-    page = artifact / html.HTML
+    page = artifact / layout.PAGE
     sealed = page.read_bytes()
     manifest = json.loads((artifact / "quantkit/manifest.json").read_text())
-    assert manifest["files"][html.HTML]["bytes"] == len(sealed)
+    assert manifest["files"][layout.PAGE]["bytes"] == len(sealed)
     page.unlink()
     shown = CliRunner().invoke(main, ["report", str(artifact), "--html"])
     assert (shown.exit_code, shown.stdout) == (0, f"{page}\n")
     assert page.read_bytes() == sealed
-    assert verify(artifact).status == "not judged"
+    assert verify_artifact(artifact).status == "not judged"
 
 
 def test_another_page_goes_elsewhere(artifact: Path, tmp_path: Path) -> None:
     """Samples that were taken away give another page; in the artifact it would break the manifest's hash."""
     shutil.rmtree(artifact / "quantkit/samples")
-    before = (artifact / html.HTML).read_bytes()
+    before = (artifact / layout.PAGE).read_bytes()
     refused = CliRunner().invoke(main, ["report", str(artifact), "--html"])
     assert refused.exit_code == 1
     assert "expected the page that these files make, found another or none" in refused.stderr
-    assert (artifact / html.HTML).read_bytes() == before
+    assert (artifact / layout.PAGE).read_bytes() == before
     output = tmp_path / "review.html"
     shown = CliRunner().invoke(
         main, ["report", str(artifact), "--html", "--output", str(output), "--json"]

@@ -15,7 +15,7 @@ from support.constants import CHROMIUM
 from support.report_large import large
 from support.report_pages import HOSTILE, example, folder_with, poisoned
 
-from quantkit.report import html
+from quantkit.report import html_page
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,7 +29,7 @@ pytestmark = [
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of DeepSeek-V3's size with 300 changed items."""
     folder = folder_with(tmp_path_factory.mktemp("page"), large(), items=900)
-    (folder / "page.html").write_text(html.page(folder), encoding="utf-8")
+    (folder / "page.html").write_text(html_page.make_page(folder), encoding="utf-8")
     return folder / "page.html"
 
 
@@ -76,7 +76,7 @@ def test_a_plot_tells_its_figures_under_the_mouse(tab: Tab) -> None:
 def test_tables_sort_both_ways(tab: Tab) -> None:
     head = tab.page.locator("#t-modules thead button")
     rows = len(tab.column("t-modules", 0))
-    assert rows == html.WORST
+    assert rows == html_page.WORST
     for column, read in (
         (2, lambda t: float(t.split()[0])),
         (5, lambda t: int(t.replace(",", ""))),
@@ -209,7 +209,7 @@ def test_paper_is_white_and_shows_no_controls(
 
 def test_without_scripts_the_tables_and_answers_are_there(browser: Any, page_file: Path) -> None:
     tab = Tab(browser, page_file, java_script_enabled=False)
-    assert tab.page.locator("#t-modules tbody tr").count() == html.WORST
+    assert tab.page.locator("#t-modules tbody tr").count() == html_page.WORST
     assert tab.page.locator("#items > article").last.is_visible()
     tab.context.close()
 
@@ -226,7 +226,7 @@ def test_hostile_text_runs_nothing(browser: Any, tmp_path: Path) -> None:
     parquet.write_table(
         arrow.Table.from_pylist(items), artifact / "quantkit/samples/benchmarks.parquet"
     )
-    (tmp_path / "page.html").write_text(html.page(artifact), encoding="utf-8")
+    (tmp_path / "page.html").write_text(html_page.make_page(artifact), encoding="utf-8")
     tab = Tab(browser, tmp_path / "page.html", viewport=NARROW)
     assert tab.all("document.documentElement.scrollWidth") == NARROW["width"]
     tab.page.locator("figure[data-plot=bits] .mark-rect path").first.hover()
@@ -242,7 +242,7 @@ def test_hostile_text_runs_nothing(browser: Any, tmp_path: Path) -> None:
 
 def test_the_policy_stops_a_script_that_got_in(browser: Any, tmp_path: Path) -> None:
     """A second line of defence: even a script element in the page does not run."""
-    text = html.page(folder_with(tmp_path, example()))
+    text = html_page.make_page(folder_with(tmp_path, example()))
     (tmp_path / "page.html").write_text(
         text.replace("<h1>", "<script>hacked = 1</script><h1>"), encoding="utf-8"
     )

@@ -11,15 +11,16 @@ from support.report_example import FIDELITY, PLAN
 from support.report_variants import GATES, drawn, emptied, example
 
 from quantkit.artifact.fidelity_schema import (
-    Benchmark,
-    Distribution,
-    Experts,
+    BenchmarkResult,
+    DistributionResult,
+    ExpertCoverage,
     Fidelity,
     Figure,
-    Module,
+    ModuleResult,
 )
+from quantkit.figures import list_keys
 from quantkit.plan.plan_schema import PlanSummary
-from quantkit.recipe.schema import FIGURES, Gate
+from quantkit.recipe.schema import Gate
 from quantkit.report import card, format_numbers, gates, markdown, tables, terminal
 
 
@@ -32,40 +33,40 @@ def one_line(text: str) -> str:
 
 
 def test_the_model_card_to_the_letter() -> None:
-    assert card.render(gates.judged(GATES, example())) == (GOLDEN / "card.md").read_text()
+    assert card.render_card(gates.apply_gates(GATES, example())) == (GOLDEN / "card.md").read_text()
 
 
 def test_the_terminal_report_to_the_letter() -> None:
     assert (
-        drawn(terminal.fidelity_view(gates.judged(GATES, example())))
+        drawn(terminal.render_report(gates.apply_gates(GATES, example())))
         == (GOLDEN / "fidelity.txt").read_text()
     )
 
 
 def test_the_terminal_plan_to_the_letter() -> None:
     assert (
-        drawn(terminal.plan_view(PlanSummary.model_validate(PLAN)))
+        drawn(terminal.render_plan(PlanSummary.model_validate(PLAN)))
         == (GOLDEN / "plan.txt").read_text()
     )
 
 
 def test_card_and_terminal_show_the_same_cells() -> None:
-    fidelity = gates.judged(GATES, example())
+    fidelity = gates.apply_gates(GATES, example())
     text, shown = (
-        card.render(fidelity),
-        one_line(drawn(terminal.fidelity_view(fidelity), width=250)),
+        card.render_card(fidelity),
+        one_line(drawn(terminal.render_report(fidelity), width=250)),
     )
-    for made in tables.tables(fidelity):
+    for made in tables.make_tables(fidelity):
         for row in made.rows:
             for cell in row:
-                assert markdown.cell(cell) in text
+                assert markdown.escape_cell(cell) in text
                 assert all(word in shown for word in cell.split())
 
 
 def test_the_front_matter_is_yaml_that_says_where_the_model_comes_from() -> None:
     source = {**dict(FIDELITY["source"]), "model": "deepseek-ai/DeepSeek-V3"}  # type: ignore[call-overload]
     source["license"] = {"id": "other", "name": 'dee"p: #seek', "link": "LICENSE-MODEL"}
-    text = card.render(example({"source": source}))
+    text = card.render_card(example({"source": source}))
     head = YAML(typ="safe", pure=True).load(text.split("---")[1])
     assert head.pop("model-index")
     assert head == {
@@ -88,7 +89,7 @@ def test_the_model_hub_reads_the_benchmarks_of_the_card() -> None:
     rows = [*FIDELITY["benchmarks"], {"task": 'a "b": c', "metric": "m", "n": 3, "artifact": 0.5}]  # type: ignore[misc]
     found = {
         row.dataset_name: row
-        for row in ModelCard(card.render(example({"benchmarks": rows}))).data.eval_results
+        for row in ModelCard(card.render_card(example({"benchmarks": rows}))).data.eval_results
     }
     scored = {row["task"]: row for row in rows if row.get("status", "ok") == "ok"}
     assert found.keys() == scored.keys()
@@ -99,12 +100,12 @@ def test_the_model_hub_reads_the_benchmarks_of_the_card() -> None:
             row["metric"],
         )
         assert found[task].task_type == "text-generation"
-    assert "model-index" not in card.render(emptied())
+    assert "model-index" not in card.render_card(emptied())
 
 
 def test_a_source_without_licence_gets_none() -> None:
     source = {**dict(FIDELITY["source"]), "license": None}  # type: ignore[call-overload]
-    text = card.render(example({"source": source}))
+    text = card.render_card(example({"source": source}))
     assert "license:" not in text
     assert "The licence is that of the source, which states none." in text
 
@@ -113,7 +114,7 @@ def test_a_source_without_licence_gets_none() -> None:
 
 
 def test_nothing_measured() -> None:
-    text = card.render(emptied())
+    text = card.render_card(emptied())
     for sentence in (
         "No benchmark was run.",
         "No distribution was measured.",
@@ -124,7 +125,7 @@ def test_nothing_measured() -> None:
     assert "**Not judged: no gates.**" in text
     assert "\n\n\n" not in text
     assert "No fallback was needed." in text
-    shown = drawn(terminal.fidelity_view(emptied()))
+    shown = drawn(terminal.render_report(emptied()))
     assert shown.endswith("Not judged: no gates.\n")
 
 
@@ -133,17 +134,17 @@ def test_only_tasks_that_were_not_run() -> None:
         {"task": task, "status": "not run", "reason": "no sandbox"}
         for task in ("humaneval", "mbpp")
     ]
-    fidelity = gates.judged({"mbpp": Gate(min_recovery=0.9)}, example({"benchmarks": rows}))
-    assert "| humaneval | - | - | - | - | - | - | - | not run: no sandbox |" in card.render(
+    fidelity = gates.apply_gates({"mbpp": Gate(min_recovery=0.9)}, example({"benchmarks": rows}))
+    assert "| humaneval | - | - | - | - | - | - | - | not run: no sandbox |" in card.render_card(
         fidelity
     )
     assert fidelity.status == "not judged"
-    assert "Not judged: 1 of 1 gates have no figure." in drawn(terminal.fidelity_view(fidelity))
+    assert "Not judged: 1 of 1 gates have no figure." in drawn(terminal.render_report(fidelity))
 
 
 def test_worst_modules_come_first_and_the_rest_is_counted() -> None:
     modules = [
-        Module(
+        ModuleResult(
             name=f"m{i}",
             rule="r",
             method="awq",
@@ -153,26 +154,28 @@ def test_worst_modules_come_first_and_the_rest_is_counted() -> None:
         )
         for i in range(200)
     ]
-    kept = [Module(name="kept", rule="r", method=None, scheme="BF16")]
-    made = tables.worst_modules(example({"modules": [*modules, *kept]}))
+    kept = [ModuleResult(name="kept", rule="r", method=None, scheme="BF16")]
+    made = tables.make_module_table(example({"modules": [*modules, *kept]}))
     assert [row[0] for row in made.rows] == [f"m{199 - i}" for i in range(10)]
     assert made.note == "The 10 worst of 200; all in quantkit/fidelity.json."
-    assert len(tables.worst_modules(example({"modules": modules}), limit=200).rows) == 200
+    assert len(tables.make_module_table(example({"modules": modules}), limit=200).rows) == 200
 
 
 def test_a_method_that_is_its_rounding_is_named_once() -> None:
     pairs = (("gptq", "gptq"), ("awq", "gptq"), ("awq", "nearest"))
     modules = [
-        Module(name="m", rule="r", method=method, rounding=rounding, scheme="s")
+        ModuleResult(name="m", rule="r", method=method, rounding=rounding, scheme="s")
         for method, rounding in pairs
     ]
-    told = [tables.worst_modules(example({"modules": [module]})).rows[0][1] for module in modules]
+    told = [
+        tables.make_module_table(example({"modules": [module]})).rows[0][1] for module in modules
+    ]
     assert told == ["gptq", "awq+gptq", "awq+nearest"]
 
 
 def test_a_card_stays_under_its_limit_whatever_the_names_are() -> None:
     long = "a|b<c`*\\ " * 400
-    wide = gates.judged(
+    wide = gates.apply_gates(
         {f"task{i}": Gate(min_recovery=0.9) for i in range(300)},
         example({
             "benchmarks": [
@@ -196,7 +199,7 @@ def test_a_card_stays_under_its_limit_whatever_the_names_are() -> None:
             },
         }),
     )
-    text = card.render(wide)
+    text = card.render_card(wide)
     assert len(text) < card.MAX_CHARACTERS
     assert "more rows in quantkit/fidelity.json." in text
     assert "<c" not in text.split("---\n", 2)[2].split("## Serving")[0]
@@ -211,15 +214,15 @@ def test_text_from_elsewhere_does_not_steer_markdown_or_the_terminal() -> None:
         "relative_error": 0.5,
     }
     fidelity = example({"modules": [module]})
-    assert "| a\\|b # x &lt;script> | awq |" in card.render(fidelity)
+    assert "| a\\|b # x &lt;script> | awq |" in card.render_card(fidelity)
     hostile = example({"modules": [{**module, "name": "\x1b[2J[red]x[/red]"}]})
-    shown = drawn(terminal.fidelity_view(hostile))
+    shown = drawn(terminal.render_report(hostile))
     assert "\x1b" not in shown and "[2J[red]x[/red]" in shown
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
 def test_the_terminal_report_fits_and_loses_nothing(width: int) -> None:
-    fidelity = gates.judged(
+    fidelity = gates.apply_gates(
         GATES,
         example({
             "distribution": [
@@ -233,10 +236,10 @@ def test_the_terminal_report_fits_and_loses_nothing(width: int) -> None:
             ]
         }),
     )
-    shown = drawn(terminal.fidelity_view(fidelity), width)
+    shown = drawn(terminal.render_report(fidelity), width)
     assert max(map(len, shown.splitlines())) <= width
     if width >= 100:
-        for made in tables.tables(fidelity):
+        for made in tables.make_tables(fidelity):
             for row in made.rows:
                 for word in " ".join(row).split():
                     assert one_line(word) in one_line(shown), word
@@ -246,10 +249,10 @@ def test_columns_are_never_narrower_than_a_number_or_a_word() -> None:
     made = tables.Table(
         title="t", columns=("a", ">n"), rows=(("long words here " * 9, "1,234 ±5"),)
     )
-    assert terminal.widths(made, 100) == [89, 8]
-    assert terminal.widths(made, 60) == [49, 8]
+    assert terminal.compute_widths(made, 100) == [89, 8]
+    assert terminal.compute_widths(made, 60) == [49, 8]
     crowded = tables.Table(title="t", columns=(">a", ">b"), rows=(("1" * 60, "2" * 60),))
-    assert terminal.widths(crowded, 100) == [None, None]
+    assert terminal.compute_widths(crowded, 100) == [None, None]
 
 
 def test_a_narrow_terminal_cuts_no_number_in_two() -> None:
@@ -259,19 +262,19 @@ def test_a_narrow_terminal_cuts_no_number_in_two() -> None:
         title="t", columns=columns, rows=(("a long name of several words", *figures),)
     )
     for width in (100, 80, 60, 55):
-        shown = drawn(terminal.table(made), width)
+        shown = drawn(terminal.render_table(made), width)
         assert max(map(len, shown.splitlines())) <= width
         for word in " ".join(figures).split():
             assert word in shown.split(), (width, word)
-    assert "sum of tokens" in drawn(terminal.table(made), 100)
-    assert "345.68 GB ±0.01" in drawn(terminal.table(made), 60)
+    assert "sum of tokens" in drawn(terminal.render_table(made), 100)
+    assert "345.68 GB ±0.01" in drawn(terminal.render_table(made), 60)
 
 
 # ------------------------------------------------------------------------------------------------------------- gates
 
 
 def test_judging() -> None:
-    results = gates.judge(GATES, example())
+    results = gates.judge_gates(GATES, example())
     assert [(row.figure, row.bound, row.value, row.ok) for row in results] == [
         ("kl_mean", "<= 0.0003", 0.000361, False),
         ("kl_max", "<= 1", 0.31, True),
@@ -295,7 +298,7 @@ def test_judging() -> None:
     ],
 )
 def test_status(bounds: dict[str, Gate], expected: str) -> None:
-    assert gates.judged(bounds, example()).status == expected
+    assert gates.apply_gates(bounds, example()).status == expected
 
 
 def test_a_number_that_is_not_finite_is_none_however_it_is_spelled() -> None:
@@ -304,27 +307,29 @@ def test_a_number_that_is_not_finite_is_none_however_it_is_spelled() -> None:
 
 
 def test_a_figure_that_is_not_finite_misses_every_bound() -> None:
-    pooled = Distribution(domain="all", tokens=1, kl_mean=Figure(value=float("nan")))
+    pooled = DistributionResult(domain="all", tokens=1, kl_mean=Figure(value=float("nan")))
     fidelity = example({"distribution": [pooled]})
-    (result,) = gates.judge({"kl_mean": Gate(max=1)}, fidelity)
+    (result,) = gates.judge_gates({"kl_mean": Gate(max=1)}, fidelity)
     assert (result.ok, result.value, result.reason) == (False, None, "not finite")
-    (result,) = gates.judge(
+    (result,) = gates.judge_gates(
         {"router_agreement": Gate(min=0)}, example({"routers": [{"block": "b", "agreement": None}]})
     )
     assert result.ok is False
 
 
-@pytest.mark.parametrize("figure", sorted({*FIGURES} - {"fallbacks", "bits_per_weight", "size"}))
+@pytest.mark.parametrize(
+    "figure", sorted({*list_keys()} - {"fallbacks", "bits_per_weight", "size"})
+)
 def test_a_figure_that_was_not_measured_is_not_judged(figure: str) -> None:
-    (result,) = gates.judge({figure: Gate(max=1)}, emptied())
+    (result,) = gates.judge_gates({figure: Gate(max=1)}, emptied())
     assert (result.ok, result.reason) == (None, "not measured")
 
 
 def test_a_source_that_scores_nothing_gives_no_information() -> None:
-    floor = example({"benchmarks": [Benchmark(task="t", n=9, source=0.0, artifact=0.0)]})
-    (result,) = gates.judge({"t": Gate(min_recovery=0.5)}, floor)
+    floor = example({"benchmarks": [BenchmarkResult(task="t", n=9, source=0.0, artifact=0.0)]})
+    (result,) = gates.judge_gates({"t": Gate(min_recovery=0.5)}, floor)
     assert (result.ok, result.reason) == (None, "the source scores 0: no information")
-    (result,) = gates.judge({"other": Gate(min_recovery=0.5)}, floor)
+    (result,) = gates.judge_gates({"other": Gate(min_recovery=0.5)}, floor)
     assert (result.ok, result.reason) == (None, "not run")
 
 
@@ -332,7 +337,7 @@ def test_a_source_that_scores_nothing_gives_no_information() -> None:
 
 
 def test_fidelity_json_is_stable_and_reads_back() -> None:
-    fidelity = gates.judged(GATES, example())
+    fidelity = gates.apply_gates(GATES, example())
     text = fidelity.to_json()
     assert text == Fidelity.model_validate(json.loads(text)).to_json()
     assert Fidelity.model_validate_json(text) == fidelity
@@ -347,7 +352,7 @@ def test_an_unknown_key_is_refused() -> None:
 
 
 def test_experts_below_the_limit_are_listed() -> None:
-    experts = Experts.model_validate({
+    experts = ExpertCoverage.model_validate({
         "min_tokens": 10,
         "policy": "rtn",
         "layers": [{"block": "b", "tokens": [10, 9, 0]}],
@@ -358,24 +363,30 @@ def test_experts_below_the_limit_are_listed() -> None:
 @pytest.mark.parametrize(
     ("shown", "expected"),
     [
-        (format_numbers.size(999), "999 B"),
-        (format_numbers.size(5_000_000_000), "5.00 GB"),
-        (format_numbers.size(1_342_000_000_000), "1.34 TB"),
-        (format_numbers.parameters(671_026_404_352), "671.03 B"),
-        (format_numbers.digits(0.0), "0"),
-        (format_numbers.digits(3.0), "3"),
-        (format_numbers.digits(0.000361), "0.000361"),
-        (format_numbers.digits(0.0000012), "1.20e-06"),
-        (format_numbers.digits(12.3456), "12.3"),
-        (format_numbers.digits(1234.6), "1235"),
-        (format_numbers.digits(None), "-"),
-        (format_numbers.probability(0.0004), "<0.001"),
-        (format_numbers.points(Figure(value=-0.91, ci=(-1.97, 0.08))), "-0.91 [-1.97, +0.08]"),
-        (format_numbers.points(Figure(value=0.5)), "+0.50"),
-        (format_numbers.kl(Figure(value=0.0, se=0.0)), "0 ±0"),
-        (format_numbers.ratio(None), "-"),
-        (format_numbers.ratio(Figure(value=float("inf"))), "not finite"),
-        (format_numbers.signed_share(Figure(value=-0.00031, se=0.00002)), "-0.031 % ±0.002"),
+        (format_numbers.format_size(999), "999 B"),
+        (format_numbers.format_size(5_000_000_000), "5.00 GB"),
+        (format_numbers.format_size(1_342_000_000_000), "1.34 TB"),
+        (format_numbers.format_parameters(671_026_404_352), "671.03 B"),
+        (format_numbers.format_digits(0.0), "0"),
+        (format_numbers.format_digits(3.0), "3"),
+        (format_numbers.format_digits(0.000361), "0.000361"),
+        (format_numbers.format_digits(0.0000012), "1.20e-06"),
+        (format_numbers.format_digits(12.3456), "12.3"),
+        (format_numbers.format_digits(1234.6), "1235"),
+        (format_numbers.format_digits(None), "-"),
+        (format_numbers.format_probability(0.0004), "<0.001"),
+        (
+            format_numbers.format_points(Figure(value=-0.91, ci=(-1.97, 0.08))),
+            "-0.91 [-1.97, +0.08]",
+        ),
+        (format_numbers.format_points(Figure(value=0.5)), "+0.50"),
+        (format_numbers.format_figure(Figure(value=0.0, se=0.0), "nats"), "0 ±0"),
+        (format_numbers.format_figure(None, "ratio"), "-"),
+        (format_numbers.format_figure(Figure(value=float("inf")), "ratio"), "not finite"),
+        (
+            format_numbers.format_figure(Figure(value=-0.00031, se=0.00002), "signed percent"),
+            "-0.031 % ±0.002",
+        ),
     ],
 )
 def test_numbers(shown: str, expected: str) -> None:

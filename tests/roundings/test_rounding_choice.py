@@ -17,7 +17,7 @@ from quantkit.build.quantize_linear import (
 )
 from quantkit.contracts import InputStats, Linear, Scheme
 from quantkit.methods import gptq
-from quantkit.numerics import affine, range_search
+from quantkit.numerics import affine, cholesky, range_search
 from quantkit.numerics import gptq as rounding
 from quantkit.plan.decisions import Decision
 from quantkit.recipe.schema import Quantize
@@ -47,7 +47,7 @@ def solved(
     asked = QuantizeRequest(
         decision=chosen, weight=weight, stats=stats, tokens=7, rescaled=False, fallbacks=fallbacks
     )
-    (found,) = quantize_group([asked], (registry.format("dense"),))
+    (found,) = quantize_group([asked], (registry.get_format("dense"),))
     return found
 
 
@@ -123,9 +123,10 @@ def test_once_is_the_feedback_alone_between_nearest_and_both(method: str) -> Non
     }
     errors = [found[name].record.output_error or 0.0 for name in roundings]
     assert errors[0] > errors[1] > errors[2] > 0
-    ranges = range_search.weighted(weight, stats.gram.diagonal(), SCHEME)
+    ranges = range_search.search_ranges_by_diagonal(weight, stats.gram.diagonal(), SCHEME)
     fed = affine.dequantize(
-        rounding.gptq_round(weight, rounding.feedback(stats.gram), ranges, SCHEME), SCHEME
+        rounding.round_with_feedback(weight, cholesky.factorize_gram(stats.gram), ranges, SCHEME),
+        SCHEME,
     )
     same = (found["gptq_once"].weight == fed.bfloat16().float()).all(
         dim=-1
@@ -145,7 +146,7 @@ def test_linears_that_read_one_input_are_solved_as_if_alone(way: str) -> None:
         QuantizeRequest(decision=d, weight=w, stats=stats, tokens=7, rescaled=False, fallbacks=())
         for d, w in zip(chosen, weights)
     ]
-    together = quantize_group(asked, (registry.format("dense"),))
+    together = quantize_group(asked, (registry.get_format("dense"),))
     for found, one in zip(together, asked):
         alone = solved(one.decision, one.weight, stats)
         assert torch.equal(found.weight, alone.weight) and found.record == alone.record

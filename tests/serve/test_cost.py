@@ -11,10 +11,10 @@ from click.testing import CliRunner, Result
 
 from quantkit.cli.main import main
 from quantkit.errors import RecipeError
-from quantkit.serve.cost.assumptions import Assumptions, defaults, parse
-from quantkit.serve.cost.claims import agrees, checked
+from quantkit.serve.cost.assumptions import Assumptions, parse_assumptions, read_default_text
+from quantkit.serve.cost.claims import agrees, recompute_claims
 from quantkit.serve.cost.figures import figures
-from quantkit.serve.cost.sensitivity import moved, sensitivity
+from quantkit.serve.cost.sensitivity import compute_sensitivity, moved
 
 COPIED = """
 version: 1
@@ -31,7 +31,7 @@ claimed: {owned.electricity: CLAIM}
 
 @pytest.fixture
 def shipped() -> Assumptions:
-    return parse(defaults(), "assumptions.yaml")
+    return parse_assumptions(read_default_text(), "assumptions.yaml")
 
 
 def run(*arguments: str) -> Result:
@@ -42,7 +42,7 @@ def run(*arguments: str) -> Result:
 
 
 def test_800_w_for_three_years_are_2_523_and_not_8_400() -> None:
-    found = parse(COPIED.replace("CLAIM", "8400"), "copied.yaml")
+    found = parse_assumptions(COPIED.replace("CLAIM", "8400"), "copied.yaml")
     made = figures(found)
     assert made["owned.kilowatts"].value == 0.8
     assert (
@@ -50,7 +50,7 @@ def test_800_w_for_three_years_are_2_523_and_not_8_400() -> None:
         == pytest.approx(0.8 * 3 * 365 * 24 * 0.12)
         == pytest.approx(2522.88)
     )
-    (claim,) = checked(found, made, "copied.yaml")
+    (claim,) = recompute_claims(found, made, "copied.yaml")
     assert not claim.right
     assert claim.told == (
         "owned.electricity: claimed 8,400, by the arithmetic 2,522.88 USD (0.8 kW x 26,280 h x 0.12): wrong, "
@@ -112,14 +112,14 @@ def test_more_volume_than_a_set_serves_takes_another_set(shipped: Assumptions) -
 
 
 def test_each_swing_is_what_another_file_of_assumptions_says(shipped: Assumptions) -> None:
-    swings = {swing.key: swing for swing in sensitivity(shipped) if swing.side == "owned"}
-    dear = defaults().replace("price_per_kwh: 0.12", "price_per_kwh: 0.15")
-    assert dear != defaults()
-    found = figures(parse(dear, "dear.yaml"))["owned.per_million"].value
+    swings = {swing.key: swing for swing in compute_sensitivity(shipped) if swing.side == "owned"}
+    dear = read_default_text().replace("price_per_kwh: 0.12", "price_per_kwh: 0.15")
+    assert dear != read_default_text()
+    found = figures(parse_assumptions(dear, "dear.yaml"))["owned.per_million"].value
     assert swings["owned.price_per_kwh"].at_high == pytest.approx(found)
     assert swings["throughput.utilization"].span > swings["owned.price_per_kwh"].span
     assert moved(shipped, "owned", "years", 5.0).owned is not None
-    spans = [swing.span for swing in sensitivity(shipped) if swing.side == "rented"]
+    spans = [swing.span for swing in compute_sensitivity(shipped) if swing.side == "rented"]
     assert spans == sorted(spans, reverse=True)
 
 
@@ -151,10 +151,10 @@ def test_the_shipped_throughput_is_the_share_of_the_bound_that_it_says(
 
 
 def test_the_shipped_assumptions_explain_every_key() -> None:
-    text = defaults()
+    text = read_default_text()
     for model in Assumptions.model_fields:
         assert f"\n{model}:" in text
-    found = parse(text, "assumptions.yaml")
+    found = parse_assumptions(text, "assumptions.yaml")
     for section in (found.owned, found.rented, found.volume, found.throughput):
         assert section is not None
         assert section.model_fields_set == set(type(section).model_fields)
@@ -180,8 +180,8 @@ def test_the_shipped_assumptions_explain_every_key() -> None:
 def test_faults_are_told_with_their_line(
     change: tuple[str, str], sentence: str, tmp_path: Path
 ) -> None:
-    text = defaults().replace(*change)
-    assert text != defaults()
+    text = read_default_text().replace(*change)
+    assert text != read_default_text()
     path = tmp_path / "a.yaml"
     path.write_text(text)
     found = run(str(path))
@@ -192,7 +192,7 @@ def test_faults_are_told_with_their_line(
 
 def test_a_file_without_cards_or_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="expected a section owned, rented or both"):
-        parse(
+        parse_assumptions(
             "version: 1\nvolume: {million_output_tokens_per_month: 1}\nthroughput: {output_tokens_per_s: 1}",
             "a",
         )
@@ -232,13 +232,15 @@ volume: {million_output_tokens_per_month: 10}
 throughput: {output_tokens_per_s: 100}
 rented: {cards: 1, price_per_card_hour: 1.0}
 """
-    made = figures(parse(text, "a"))
+    made = figures(parse_assumptions(text, "a"))
     assert "owned.per_month" not in made and made["rented.per_month"].value == 730
 
 
 def test_a_name_cannot_leave_its_cell(tmp_path: Path) -> None:
     path, page = tmp_path / "a.yaml", tmp_path / "a.html"
-    path.write_text(defaults().replace("name: DeepSeek-V3.2", 'name: "<script>alert(1)</script>"'))
+    path.write_text(
+        read_default_text().replace("name: DeepSeek-V3.2", 'name: "<script>alert(1)</script>"')
+    )
     assert run(str(path), "--html", "--output", str(page)).exit_code == 0
     text = page.read_text()
     assert "<script>alert" not in text and "&lt;script&gt;alert" in text

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from quantkit.errors import UsageError
-from quantkit.serve.sizing.read import model_of
+from quantkit.serve.sizing.read import read_model
 
 SMALL: dict[str, object] = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -46,7 +46,7 @@ def small(family: str) -> Any:
 def test_a_stranger_is_what_transformers_caches_and_holds(family: str, tmp_path: Path) -> None:
     model = small(family)
     model.config.save_pretrained(tmp_path)
-    found = model_of(str(tmp_path / "config.json"))
+    found = read_model(str(tmp_path / "config.json"))
     assert found.weights.parameters == sum(p.numel() for p in model.parameters())
     assert found.weights.n_bytes == 2 * found.weights.parameters
     with torch.no_grad():
@@ -69,13 +69,13 @@ def test_a_config_with_more_than_a_language_model_says_what_was_counted(
     text = {**SMALL, "model_type": "gemma3_text", "layer_types": ["full_attention"] * 4}
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "gemma3", "text_config": text, **beside}))
-    assert model_of(str(path)).scheme == told
+    assert read_model(str(path)).scheme == told
 
 
 def test_a_strangers_bytes_are_those_of_its_headers(tmp_path: Path) -> None:
     model = small("gpt_oss")
     model.save_pretrained(tmp_path)
-    found = model_of(str(tmp_path))
+    found = read_model(str(tmp_path))
     size = (tmp_path / "model.safetensors").stat().st_size
     header = int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
     assert found.weights.n_bytes == size - 8 - header
@@ -101,5 +101,5 @@ def test_what_cannot_be_sized_is_one_sentence(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(UsageError, match=sentence) as caught:
-        model_of(str(tmp_path / "config.json"))
+        read_model(str(tmp_path / "config.json"))
     assert "\n" not in str(caught.value)

@@ -18,12 +18,12 @@ import httpx2
 import openai
 import pytest
 from support import stub_engine
-from support.stub_engine import Engine, Serving, half_a_request
+from support.stub_engine import RunningApp, StubEngine, send_half_request
 
 from quantkit.errors import UsageError
-from quantkit.serve.gateway.api_keys import Key, authenticate, new_key, read_keys
+from quantkit.serve.gateway.api_keys import Key, authenticate, create_key, parse_keys
 from quantkit.serve.gateway.app import make_app
-from quantkit.serve.gateway.settings import Limits, Settings, Upstream, limits_from
+from quantkit.serve.gateway.settings import GatewaySettings, Limits, Upstream, limits_from
 
 HERE = Path(__file__).parents[1]
 
@@ -31,7 +31,7 @@ HERE = Path(__file__).parents[1]
 class Setup:
     """An engine, perhaps a second one, and a gateway before them."""
 
-    def __init__(self, engines: list[Engine], urls: list[str], gateway: str) -> None:
+    def __init__(self, engines: list[StubEngine], urls: list[str], gateway: str) -> None:
         self.engine, self.second = engines[0], engines[-1]
         self.urls, self.url = urls, gateway
 
@@ -58,15 +58,15 @@ def gateway(
     **limits: Any,
 ) -> Iterator[Setup]:  # fmt: skip
     with ExitStack() as stack:
-        stubs = [Engine() for _ in range(engines)]
-        serving = [stack.enter_context(Serving(stub, keep_alive)) for stub in stubs]
+        stubs = [StubEngine() for _ in range(engines)]
+        serving = [stack.enter_context(RunningApp(stub, keep_alive)) for stub in stubs]
         local = [Upstream(name="engine", url=serving[0].url, priorities=True)]
         local += [
             Upstream(name=f"other-{n}", url=one.url, model="big", key="secret")
             for n, one in enumerate(serving[1:])
         ]
-        settings = Settings(upstreams=(*upstreams, *local), limits=Limits(**limits))
-        front = stack.enter_context(Serving(make_app(settings, keys)))
+        settings = GatewaySettings(upstreams=(*upstreams, *local), limits=Limits(**limits))
+        front = stack.enter_context(RunningApp(make_app(settings, keys)))
         yield Setup(stubs, [one.url for one in serving], front.url)
 
 
@@ -248,8 +248,8 @@ def test_only_the_api_is_passed_on() -> None:
 
 
 def test_health_says_the_gateway_lives_and_readiness_that_an_engine_does() -> None:
-    with Serving(
-        make_app(Settings(upstreams=(Upstream(name="none", url="http://127.0.0.1:9/v1"),)))
+    with RunningApp(
+        make_app(GatewaySettings(upstreams=(Upstream(name="none", url="http://127.0.0.1:9/v1"),)))
     ) as front:
         root = front.url.removesuffix("/v1")
         assert httpx2.get(f"{root}/health").status_code == 200
@@ -362,7 +362,7 @@ def test_half_a_surrogate_reaches_an_engine_as_it_came() -> None:
 @pytest.mark.parametrize("limits", [{"deadline": 0.3}, {"body_seconds": 0.3}])
 def test_a_body_that_never_comes_is_408(limits: dict[str, float]) -> None:
     with gateway(**limits) as setup:
-        answer = half_a_request(setup.url)
+        answer = send_half_request(setup.url)
         assert (
             answer.startswith(b"HTTP/1.1 408 ")
             and b"expected its end within 0.3 s, found 4 bytes" in answer
@@ -447,14 +447,14 @@ def test_no_stream_is_cut_by_keep_alive_limits() -> None:
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("plan", [{"die": 0}, {"status": 503}, {"status": 500}, {"status": 429}])
 def test_who_fails_before_a_byte_is_replaced(plan: dict[str, Any], stream: bool) -> None:
-    class Failing(Engine):
+    class Failing(StubEngine):
         async def work(
             self, values: dict[str, Any], own: dict[str, Any], send: Any, receive: Any
         ) -> None:
             await super().work(values, own | plan, send, receive)
 
     engine = Failing()
-    with Serving(engine) as serving:
+    with RunningApp(engine) as serving:
         upstream = Upstream(name="dying", url=serving.url)
         with gateway(engines=2, upstreams=(upstream,)) as setup:
             answer = setup.ask({"first": 0, "tokens": 2}, stream=stream, priority=3)
@@ -468,11 +468,11 @@ def test_a_stand_in_is_asked_with_its_own_key_and_model_and_the_dead_one_last() 
     with gateway(
         engines=2, upstreams=(Upstream(name="dead", url="http://127.0.0.1:9/v1"),)
     ) as setup:
-        settings = Settings(upstreams=(
+        settings = GatewaySettings(upstreams=(
             Upstream(name="dead", url="http://127.0.0.1:9/v1"),
             Upstream(name="cloud", url=setup.urls[1], model="big", key="secret"),
         ))  # fmt: skip
-        with Serving(make_app(settings)) as front:
+        with RunningApp(make_app(settings)) as front:
             body = {"model": "small", "prompt": '{"tokens": 1}', "priority": 4}
             headers = {"authorization": "Bearer mine"}
             for _ in range(3):
@@ -508,15 +508,15 @@ def test_once_bytes_were_streamed_nobody_takes_over_and_the_client_is_told(
 
 def test_after_heartbeats_another_may_still_take_over() -> None:
     """The first engine is silent, then dies; the client has seen comments only."""
-    with gateway(heartbeat=0.1) as setup, Serving(Engine()) as dying:
-        settings = Settings(
+    with gateway(heartbeat=0.1) as setup, RunningApp(StubEngine()) as dying:
+        settings = GatewaySettings(
             upstreams=(
                 Upstream(name="silent", url=dying.url, model="x"),
                 Upstream(name="good", url=setup.urls[0], model="y"),
             ),
             limits=Limits(heartbeat=0.1, silence=0.5),
         )
-        with Serving(make_app(settings)) as front:
+        with RunningApp(make_app(settings)) as front:
             body = {
                 "model": "x",
                 "prompt": json.dumps({"first": 0.45, "tokens": 2, "pause": 0.2}),
@@ -537,7 +537,7 @@ def test_all_dead_is_an_answer_too() -> None:
         Upstream(name="a", url="http://127.0.0.1:9/v1"),
         Upstream(name="b", url="http://127.0.0.1:9/v1"),
     )
-    with Serving(make_app(Settings(upstreams=dead))) as front:
+    with RunningApp(make_app(GatewaySettings(upstreams=dead))) as front:
         answer = httpx2.post(f"{front.url}/completions", json={"prompt": "{}"})
         assert answer.status_code == 503 and answer.json()["error"]["message"].startswith(
             "b: not reachable"
@@ -558,8 +558,8 @@ def test_an_engine_alone_that_says_no_is_quoted() -> None:
 
 
 def test_without_a_key_nobody_is_served_and_each_key_has_its_bounds() -> None:
-    secret, entry = new_key("team-a", priority=4, most=1)
-    with gateway(keys=(entry, new_key("other")[1])) as setup, ThreadPoolExecutor(2) as pool:
+    secret, entry = create_key("team-a", priority=4, most=1)
+    with gateway(keys=(entry, create_key("other")[1])) as setup, ThreadPoolExecutor(2) as pool:
         assert setup.ask({}).status_code == setup.ask({}, key="qk-wrong").status_code == 401
         assert httpx2.get(f"{setup.url}/models").status_code == 401
         assert [model.id for model in client(setup, secret).models.list()] == ["stub"]
@@ -574,7 +574,7 @@ def test_without_a_key_nobody_is_served_and_each_key_has_its_bounds() -> None:
 
 
 def test_keys_are_kept_as_hashes_and_read_strictly(tmp_path: Path) -> None:
-    secret, entry = new_key("a")
+    secret, entry = create_key("a")
     assert secret not in entry.model_dump_json() and len(secret) > 40
     assert (
         authenticate((entry,), f"Bearer {secret}")
@@ -584,7 +584,7 @@ def test_keys_are_kept_as_hashes_and_read_strictly(tmp_path: Path) -> None:
     for wrong in ("", secret, f"Basic {secret}", f"Bearer {secret}x", "Bearer ", "Bearer \udc80"):
         assert authenticate((entry,), wrong) is None
     entries = {"keys": [entry.model_dump()]}
-    assert read_keys(entries, "keys.json") == (entry,)
+    assert parse_keys(entries, "keys.json") == (entry,)
     for values, told in (
         ({"keys": [{**entry.model_dump(), "sha256": secret}]}, "keys.json: keys.0.sha256"),
         ({"keys": [{**entry.model_dump(), "admin": True}]}, "keys.json: keys.0.admin"),
@@ -592,9 +592,9 @@ def test_keys_are_kept_as_hashes_and_read_strictly(tmp_path: Path) -> None:
         ({}, "keys.json: keys"),
     ):
         with pytest.raises(UsageError, match=told):
-            read_keys(values, "keys.json")
+            parse_keys(values, "keys.json")
     with pytest.raises(UsageError, match="name the key by letters"):
-        new_key("a b")
+        create_key("a b")
 
 
 def test_limits_are_named_when_wrong() -> None:
@@ -622,7 +622,7 @@ def test_a_flood_waits_for_a_client_that_reads_slowly() -> None:
     """An engine offers 400 MB to a client that reads nothing: the gateway holds no more than its windows."""
     with (
         gateway() as setup,
-        stub_engine.process(str(HERE / "bench" / "gateway.py"), "--gateway", setup.urls[0]) as (
+        stub_engine.run_process(str(HERE / "bench" / "gateway.py"), "--gateway", setup.urls[0]) as (
             url,
             pid,
         ),
@@ -654,7 +654,7 @@ def test_memory_is_flat_under_a_thousand_queued_requests() -> None:
     """64 run, 936 wait; all are answered, and what they took is a few kilobytes each."""
     with (
         gateway() as setup,
-        stub_engine.process(str(HERE / "bench" / "gateway.py"), "--gateway", setup.urls[0]) as (
+        stub_engine.run_process(str(HERE / "bench" / "gateway.py"), "--gateway", setup.urls[0]) as (
             url,
             pid,
         ),

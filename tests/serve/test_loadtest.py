@@ -11,20 +11,20 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from support.loadtest_example import GOLDEN, example
-from support.stub_engine import Engine, Serving, whole
+from support.loadtest_example import GOLDEN_RESULTS, make_load_test
+from support.stub_engine import RunningApp, StubEngine, send_json
 from tools import demo_load
 
 from quantkit.artifact.layout import LOADTEST as FILE
 from quantkit.artifact.layout import LOADTEST_PAGE
-from quantkit.artifact.loadtest_schema import Cache, parse
+from quantkit.artifact.loadtest_schema import CacheCounters, parse_load_test
 from quantkit.cli.main import main
 from quantkit.errors import ArtifactError, QuantkitError, UsageError
 from quantkit.serve.loadtest import engine, guidellm, tables
 from quantkit.serve.loadtest.charts import charts
-from quantkit.serve.loadtest.page import render
+from quantkit.serve.loadtest.page import render_page
 from quantkit.serve.loadtest.prompts import read_prompts
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 REAL = os.environ.get("QUANTKIT_GUIDELLM", "")
 
@@ -44,7 +44,7 @@ shutil.copy({golden!r}, spec["outputs"][0]["path"])
 """
 
 
-class Counting(Engine):
+class Counting(StubEngine):
     """A stub that counts the tokens of its prompts as vLLM does: each asks for 100, from the second on 40 are there."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -59,7 +59,7 @@ class Counting(Engine):
             and scope["path"] == "/v1/models"
             and getattr(self, "two", False)
         ):
-            await whole(send, 200, {"data": [{"id": "a"}, {"id": "b"}]})
+            await send_json(send, 200, {"data": [{"id": "a"}, {"id": "b"}]})
         else:
             await super().__call__(scope, receive, send)
 
@@ -68,7 +68,7 @@ def fake(folder: Path, then: str = "") -> tuple[str, Path]:
     """A program in GuideLLM's place, and the log of what it was told."""
     program, log = folder / "guidellm", folder / "told.jsonl"
     program.write_text(
-        FAKE.format(python=sys.executable, log=str(log), golden=str(GOLDEN), then=then)
+        FAKE.format(python=sys.executable, log=str(log), golden=str(GOLDEN_RESULTS), then=then)
     )
     program.chmod(0o755)
     return str(program), log
@@ -80,8 +80,8 @@ def run(*words: str) -> Any:
 
 def test_results_are_read_as_guidellm_means_them() -> None:
     """The stub waited 10 ms before each of its 8 tokens; the golden file's own numbers are the reference."""
-    raw = json.loads(GOLDEN.read_text())["benchmarks"][0]
-    level = guidellm.level(json.loads(GOLDEN.read_text()), 1, "golden")
+    raw = json.loads(GOLDEN_RESULTS.read_text())["benchmarks"][0]
+    level = guidellm.level(json.loads(GOLDEN_RESULTS.read_text()), 1, "golden")
     assert (level.answered, level.errored, level.output_tokens, level.prompt_tokens) == (
         6,
         0,
@@ -100,7 +100,7 @@ def test_results_are_read_as_guidellm_means_them() -> None:
 def test_results_of_another_shape_or_without_an_answer_are_refused() -> None:
     with pytest.raises(QuantkitError, match=r"expected results of GuideLLM 0\.8"):
         guidellm.level({"benchmarks": []}, 1, "x")
-    raw = json.loads(GOLDEN.read_text())
+    raw = json.loads(GOLDEN_RESULTS.read_text())
     raw["benchmarks"][0]["metrics"]["request_totals"] = {
         "successful": 0,
         "errored": 5,
@@ -118,7 +118,7 @@ def test_a_run_asks_each_level_reads_the_cache_and_keeps_the_result(
 ) -> None:
     program, log = fake(tmp_path)
     page, output = tmp_path / "load.html", tmp_path / "out.json"
-    with Serving(Counting()) as serving:
+    with RunningApp(Counting()) as serving:
         words = [
             serving.url,
             "--artifact",
@@ -155,16 +155,19 @@ def test_a_run_asks_each_level_reads_the_cache_and_keeps_the_result(
         backend["extras"]["body"] == {"temperature": 0, "ignore_eos": True}
         and backend["max_tokens"] == 9
     )
-    kept = parse(json.loads((artifact / FILE).read_text()), "kept")
-    assert kept == parse(json.loads(output.read_text()), "output")
+    kept = parse_load_test(json.loads((artifact / FILE).read_text()), "kept")
+    assert kept == parse_load_test(json.loads(output.read_text()), "output")
     assert [level.concurrency for level in kept.levels] == [1, 4] and kept.note == "a stub"
-    assert [level.cache for level in kept.levels] == [Cache(asked=100, hits=40)] * 2
+    assert [level.cache for level in kept.levels] == [CacheCounters(asked=100, hits=40)] * 2
     assert "40.0%" in found.output and "Under load" in found.output
     assert "<script" in page.read_text()
     assert "<script" in (artifact / LOADTEST_PAGE).read_text()
-    assert verify(artifact).unsealed == (FILE, LOADTEST_PAGE)  # what was added is known to it
+    assert verify_artifact(artifact).unsealed == (
+        FILE,
+        LOADTEST_PAGE,
+    )  # what was added is known to it
     again = run(str(artifact), "--json")
-    assert parse(json.loads(again.output), "again") == kept
+    assert parse_load_test(json.loads(again.output), "again") == kept
 
 
 def test_nothing_else_is_written_into_an_artifact(artifact: Path) -> None:
@@ -179,9 +182,9 @@ def test_nothing_else_is_written_into_an_artifact(artifact: Path) -> None:
             found.exit_code == 2
             and f"{option}: {artifact / place}: expected a place outside" in found.output
         )
-    (artifact / FILE).write_text(example().model_dump_json())
+    (artifact / FILE).write_text(make_load_test().model_dump_json())
     assert run(str(artifact), "--html", str(artifact / LOADTEST_PAGE)).exit_code == 0
-    assert verify(artifact).unsealed == (FILE, LOADTEST_PAGE)
+    assert verify_artifact(artifact).unsealed == (FILE, LOADTEST_PAGE)
 
 
 def test_the_key_is_in_no_command_line_and_in_no_result(
@@ -189,7 +192,7 @@ def test_the_key_is_in_no_command_line_and_in_no_result(
 ) -> None:
     program, log = fake(tmp_path)
     monkeypatch.setenv("MY_KEY", "sk-secret")
-    with Serving(Counting()) as serving:
+    with RunningApp(Counting()) as serving:
         found = run(
             serving.url,
             "--guidellm",
@@ -208,7 +211,7 @@ def test_a_tool_that_fails_or_hangs_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guidellm, "SLACK_SECONDS", 3)
-    with Serving(Counting()) as serving:
+    with RunningApp(Counting()) as serving:
         for name, then, told in (
             ("a", "sys.exit('it broke')", "ended with 1, and said: it broke"),
             ("b", "import time; time.sleep(60)", "did not end 3 s after its time"),
@@ -260,12 +263,12 @@ def test_refusals(words: list[str], code: int, told: str, tmp_path: Path) -> Non
     assert found.exit_code == code and told in found.output and "Traceback" not in found.output
 
 
-class Refusing(Engine):
+class Refusing(StubEngine):
     """A stub that takes no request."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["method"] == "POST":
-            await whole(send, 400, {"error": {"message": f"no {scope['path']} of 'foo'"}})
+            await send_json(send, 400, {"error": {"message": f"no {scope['path']} of 'foo'"}})
         else:
             await super().__call__(scope, receive, send)
 
@@ -277,7 +280,7 @@ def test_what_the_server_says_against_a_request_is_told_before_a_tool_is_started
     words: list[str], path: str, tmp_path: Path
 ) -> None:
     program, log = fake(tmp_path)
-    with Serving(Refusing()) as serving:
+    with RunningApp(Refusing()) as serving:
         found = run(serving.url, "--guidellm", program, "--model", "foo", *words)
     assert found.exit_code == 1 and not log.exists()
     assert f"found status 400: no {path} of 'foo'; ask for what it serves (stub)" in found.output
@@ -288,10 +291,10 @@ def test_a_server_of_several_models_asks_for_one(tmp_path: Path) -> None:
     stub = Counting()
     stub.two = True  # type: ignore[attr-defined]
     with (
-        Serving(stub) as serving,
+        RunningApp(stub) as serving,
         pytest.raises(UsageError, match="expected one served model, found a, b"),
     ):
-        engine.served_model(serving.url, "")
+        engine.read_served_model(serving.url, "")
 
 
 def test_prompts_of_a_file(tmp_path: Path) -> None:
@@ -319,37 +322,40 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
 
 def test_counters_of_engines() -> None:
     vllm = 'vllm:prefix_cache_queries_total{e="0"} 10\nvllm:prefix_cache_queries_total{e="1"} 5\n'
-    assert engine.counted(vllm + 'vllm:prefix_cache_hits_total{e="0"} 3.0\n') == Cache(
+    assert engine.counted(vllm + 'vllm:prefix_cache_hits_total{e="0"} 3.0\n') == CacheCounters(
         asked=15, hits=3
     )
     sglang = 'sglang:prompt_tokens_total{m="x y"} 8\nsglang:cached_tokens_total{m="x y"} 2\n'
-    assert engine.counted(sglang) == Cache(asked=8, hits=2)
+    assert engine.counted(sglang) == CacheCounters(asked=8, hits=2)
     assert engine.counted("quantkit_gateway_running 3\n") is None
-    later, earlier = Cache(asked=9, hits=4), Cache(asked=4, hits=1)
+    later, earlier = CacheCounters(asked=9, hits=4), CacheCounters(asked=4, hits=1)
     assert (
-        engine.during(earlier, later) == Cache(asked=5, hits=3)
+        engine.during(earlier, later) == CacheCounters(asked=5, hits=3)
         and engine.during(later, earlier) is None
     )
 
 
 def test_tables_plots_and_page_show_every_level() -> None:
-    made = example()
-    table = tables.levels(made)
+    made = make_load_test()
+    table = tables.make_level_table(made)
     assert [row[:2] for row in table.rows] == [("1", "6"), ("4", "6, 1 failed")]
     assert [row[-1] for row in table.rows] == ["-", "25.0%"]
     assert "fewer than 100 answers" in table.note
     many = made.levels[0].model_copy(update={"answered": 100})
-    assert "fewer than" not in tables.levels(made.model_copy(update={"levels": (many,)})).note
+    assert (
+        "fewer than"
+        not in tables.make_level_table(made.model_copy(update={"levels": (many,)})).note
+    )
     for name, (_, _, spec) in charts(made).items():
         assert {row["at"] for row in spec["data"]["values"]} == {1, 4}, name
-    page = render(made)
+    page = render_page(made)
     assert "&lt;m&gt;" in page and "<m>" not in page
 
 
 def test_diff_lays_runs_side_by_side_that_asked_alike(artifact: Path, tmp_path: Path) -> None:
     """Its own artifact once more with a slower run beside it; then with one that asked something else."""
     other = Path(shutil.copytree(artifact, tmp_path / "other"))
-    first = example()
+    first = make_load_test()
     slow = first.levels[1].model_copy(
         update={"output_tokens_per_second": first.levels[1].output_tokens_per_second / 2}
     )
@@ -384,15 +390,15 @@ def test_a_damaged_result_does_not_pass_and_diff_shows_the_rest(
     artifact: Path, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(artifact, tmp_path / "other"))
-    (artifact / FILE).write_text(example().model_dump_json())
-    assert verify(artifact).unsealed == (FILE,)
+    (artifact / FILE).write_text(make_load_test().model_dump_json())
+    assert verify_artifact(artifact).unsealed == (FILE,)
     for text, told in (
         ("{", "expected JSON, found an error"),
         ('{"evil": 1}', r"tool: Field required; run the load test again"),
     ):
         (other / FILE).write_text(text)
         with pytest.raises(ArtifactError, match=rf"{FILE}: .*{told}"):
-            verify(other)
+            verify_artifact(other)
         found = CliRunner().invoke(main, ["diff", str(artifact), str(other)])
         said = " ".join(found.stdout.split())
         assert found.exit_code == 0 and "The load test is left out:" in said and "KL" in said, (
@@ -401,14 +407,14 @@ def test_a_damaged_result_does_not_pass_and_diff_shows_the_rest(
 
 
 def test_a_damaged_result_is_told_by_key() -> None:
-    values = example().model_dump(mode="json")
+    values = make_load_test().model_dump(mode="json")
     values["levels"][0]["ttft_ms"]["p99"] = -1
     with pytest.raises(ArtifactError, match=r"x: levels\.0\.ttft_ms\.p99: "):
-        parse(values, "x")
-    changed = example().model_copy(update={"max_tokens": 9})
+        parse_load_test(values, "x")
+    changed = make_load_test().model_copy(update={"max_tokens": 9})
     assert (
-        example().comparable(changed) == "max_tokens: 8 and 9"
-        and example().comparable(example()) is None
+        make_load_test().comparable(changed) == "max_tokens: 8 and 9"
+        and make_load_test().comparable(make_load_test()) is None
     )
 
 

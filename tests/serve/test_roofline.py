@@ -8,36 +8,42 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from quantkit.io.package_data import folder
-from quantkit.recipe.parse import parse
+from quantkit.io.package_data import locate_folder
+from quantkit.recipe.parse import parse_recipe
 from quantkit.serve.sizing import roofline
-from quantkit.serve.sizing.batch import RESERVE, RUNTIME_BYTES, STEP, advice, routed_bytes
-from quantkit.serve.sizing.fit import Fit, fits
-from quantkit.serve.sizing.gpus import Gpu, GpuCatalog, read_cards
-from quantkit.serve.sizing.memory import needs
-from quantkit.serve.sizing.memory_fraction import SERVERS, Server
+from quantkit.serve.sizing.batch import (
+    RESERVE,
+    RUNTIME_BYTES,
+    STEP,
+    compute_max_batched_tokens,
+    routed_bytes,
+)
+from quantkit.serve.sizing.fit import Fit, fit_model
+from quantkit.serve.sizing.gpus import Gpu, GpuCatalog, read_gpus
+from quantkit.serve.sizing.memory import estimate_memory
+from quantkit.serve.sizing.memory_fraction import GPU_ENGINES, Server
 from quantkit.serve.sizing.model import Mixture, Model
-from quantkit.serve.sizing.read import model_of, recipe_models
-from quantkit.serve.sizing.tables import interconnect
+from quantkit.serve.sizing.read import plan_recipe_models, read_model
+from quantkit.serve.sizing.tables import iterate_link_notes
 
 QWEN_32B = "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"
 
 
 @pytest.fixture(scope="module")
 def cards() -> GpuCatalog:
-    return read_cards()
+    return read_gpus()
 
 
 @pytest.fixture(scope="module")
 def v3() -> Model:
-    (found,) = recipe_models(
-        parse((folder("recipes") / "v3-gptq4-fp8.yaml").read_text(), "v3-gptq4-fp8")
+    (found,) = plan_recipe_models(
+        parse_recipe((locate_folder("recipes") / "v3-gptq4-fp8.yaml").read_text(), "v3-gptq4-fp8")
     )
     return found
 
 
 def placed(model: Model, card: Gpu, context: int = 8192, users: int = 10) -> Fit:
-    found = fits(needs(model, context, users), card)
+    found = fit_model(estimate_memory(model, context, users), card)
     assert found.placement is not None
     return found
 
@@ -46,7 +52,7 @@ def placed(model: Model, card: Gpu, context: int = 8192, users: int = 10) -> Fit
 
 
 def test_a_dense_model_decodes_as_fast_as_its_weights_are_read(cards: GpuCatalog) -> None:
-    model, card = model_of(QWEN_32B), cards.cards["h200"]
+    model, card = read_model(QWEN_32B), cards.cards["h200"]
     found = placed(model, card, users=1)
     assert found.placement is not None and found.placement.cards == 1
     read = model.weights.n_bytes - 152_064 * 5120 * 2  # of the embedding one row
@@ -58,7 +64,7 @@ def test_a_dense_model_decodes_as_fast_as_its_weights_are_read(cards: GpuCatalog
 
 
 def test_many_users_share_what_is_read_until_arithmetic_is_the_limit(cards: GpuCatalog) -> None:
-    model = model_of(QWEN_32B)
+    model = read_model(QWEN_32B)
     found = placed(model, cards.cards["h100"], users=1)
     assert found.placement is not None
     tp = found.placement.tp
@@ -70,7 +76,7 @@ def test_many_users_share_what_is_read_until_arithmetic_is_the_limit(cards: GpuC
 
 
 def test_a_pipeline_is_no_faster_for_one_user_and_adds_up_for_many(cards: GpuCatalog) -> None:
-    model, card = model_of(QWEN_32B), cards.cards["h200"]
+    model, card = read_model(QWEN_32B), cards.cards["h200"]
     one = placed(model, card, users=8)
     assert one.placement is not None
     two = replace(one, placement=replace(one.placement, pp=2))
@@ -118,7 +124,7 @@ def test_v3_has_37_billion_parameters_at_work_per_token(v3: Model) -> None:
 
 def test_prefill_is_bounded_by_flops_at_the_rate_of_the_stored_weights(cards: GpuCatalog) -> None:
     """A short prompt: two flops per parameter; FP8 weights at FP8's rate, where a card has one."""
-    model = model_of("deepseek-ai/DeepSeek-V3")
+    model = read_model("deepseek-ai/DeepSeek-V3")
     inside = sum((layer.dense for layer in model.layers), model.layers[0].dense).parameters
     inside -= model.layers[0].dense.parameters
     active = inside + model.routed.parameters * 8 / 256 + model.head.parameters
@@ -136,7 +142,7 @@ def test_prefill_is_bounded_by_flops_at_the_rate_of_the_stored_weights(cards: Gp
 
 
 def test_a_sliding_window_bounds_what_prompts_attend_to(cards: GpuCatalog) -> None:
-    layer = model_of(QWEN_32B).layers[0]
+    layer = read_model(QWEN_32B).layers[0]
     windowed = replace(layer, attention=replace(layer.attention, window=100))
     card, context = cards.cards["h100"], 1000
     per_place = [min(place, 100) for place in range(1, context + 1)]
@@ -155,9 +161,9 @@ def test_links_are_the_limit_over_pcie_and_not_over_nvlink(v3: Model, cards: Gpu
     told = {}
     for key in ("l40s", "h100"):
         found = placed(v3, cards.cards[key], context=2048)
-        made = roofline.bounds(found)
+        made = roofline.compute_bounds(found)
         assert made is not None
-        told[key] = " ".join(interconnect(found, made))
+        told[key] = " ".join(iterate_link_notes(found, made))
     assert (
         "The interconnect is the limit of prefill" in told["l40s"]
         and "PCIe, 32 GB/s" in told["l40s"]
@@ -179,13 +185,13 @@ def test_the_workspace_of_experts_is_what_vllm_allocates(v3: Model) -> None:
     assert routed_bytes(v3, v3.mixture, 8) == 2 * (workspace13 + workspace2 + output)
 
 
-@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("server", GPU_ENGINES)
 def test_advice_fits_into_what_an_engine_leaves_and_shows_it(
     v3: Model, cards: GpuCatalog, server: Server
 ) -> None:
     for key in ("h100", "h200", "mi300x"):
         found = placed(v3, cards.cards[key])
-        advised = advice(found, server)
+        advised = compute_max_batched_tokens(found, server)
         assert advised is not None and found.placement is not None
         held, memory = (
             found.placement.weights_bytes + found.placement.kv_bytes,
@@ -209,11 +215,11 @@ def test_advice_fits_into_what_an_engine_leaves_and_shows_it(
 
 def test_a_step_holds_no_more_than_all_requests(cards: GpuCatalog) -> None:
     """10 users of 512 tokens were told 2,237,184."""
-    (tiny,) = recipe_models(
-        parse((folder("recipes") / "tiny-v3-awq4.yaml").read_text(), "tiny-v3-awq4")
+    (tiny,) = plan_recipe_models(
+        parse_recipe((locate_folder("recipes") / "tiny-v3-awq4.yaml").read_text(), "tiny-v3-awq4")
     )
-    for server in SERVERS:
-        advised = advice(placed(tiny, cards.cards["rtx4090"], 512), server)
+    for server in GPU_ENGINES:
+        advised = compute_max_batched_tokens(placed(tiny, cards.cards["rtx4090"], 512), server)
         assert advised is not None and advised.safe == advised.even == advised.worst == 10 * 512
 
 
@@ -222,7 +228,7 @@ def test_in_the_worst_case_a_rank_holds_the_tokens_of_all_ranks(
 ) -> None:
     """Four ranks of 64 experts each: 4 x 8 copies of full width reach one rank for each of its own tokens."""
     found = placed(v3, cards.cards["h200"])
-    advised = advice(found, "vllm")
+    advised = compute_max_batched_tokens(found, "vllm")
     assert advised is not None and found.placement is not None and found.placement.tp == 4
     plain = advised.per_token - advised.routed_per_token
     copies = 2 * (4 * 8 * (max(2 * 2048, 7168) + max(2048, 7168)) + 7168)
@@ -234,8 +240,11 @@ def test_one_rank_is_sent_all_in_any_case(v3: Model, cards: GpuCatalog) -> None:
     found = placed(v3, cards.cards["h200"])
     assert found.placement is not None
     memory = found.card.memory_gb.model_copy(update={"value": 4000.0})
-    alone = advice(
-        fits(needs(v3, 8192, 10), found.card.model_copy(update={"memory_gb": memory})), "vllm"
+    alone = compute_max_batched_tokens(
+        fit_model(
+            estimate_memory(v3, 8192, 10), found.card.model_copy(update={"memory_gb": memory})
+        ),
+        "vllm",
     )
     assert alone is not None and alone.safe == alone.even == alone.worst > 0
 
@@ -248,12 +257,15 @@ def test_advice_does_not_ask_for_more_than_nothing(v3: Model, cards: GpuCatalog)
             found.placement, kv_bytes=0, weights_bytes=found.card.memory_bytes - 10**9
         ),
     )
-    advised = advice(full, "vllm")
+    advised = compute_max_batched_tokens(full, "vllm")
     assert advised is not None and advised.safe == advised.even == advised.worst == 0
 
 
 def test_dense_models_get_no_advice_on_experts(cards: GpuCatalog) -> None:
-    assert advice(placed(model_of(QWEN_32B), cards.cards["h200"]), "vllm") is None
+    assert (
+        compute_max_batched_tokens(placed(read_model(QWEN_32B), cards.cards["h200"]), "vllm")
+        is None
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- cards

@@ -23,13 +23,13 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
-from support.stub_engine import Serving, half_a_request
+from support.stub_engine import RunningApp, send_half_request
 from tools import demo_serve
 
-from quantkit.artifact.load_model import load
+from quantkit.artifact.load_model import load_model
 from quantkit.cli.main import main
 from quantkit.errors import UsageError
-from quantkit.formats.common.engine_names import apart
+from quantkit.formats.common.engine_names import has_separate_shared_experts
 from quantkit.serve.engines import engine_process
 from quantkit.serve.engines.containers import label_of
 from quantkit.serve.engines.decoding import Decoder, Writer
@@ -37,9 +37,9 @@ from quantkit.serve.engines.launch import Place, fit_of, launch
 from quantkit.serve.engines.openai_protocol import BadRequest, read
 from quantkit.serve.engines.target import read_target
 from quantkit.serve.engines.transformers_server import BODY_BYTES, make_app
-from quantkit.serve.gateway.api_keys import new_key
-from quantkit.serve.sizing.gpus import read_cards
-from quantkit.serve.sizing.memory import needs
+from quantkit.serve.gateway.api_keys import create_key
+from quantkit.serve.sizing.gpus import read_gpus
+from quantkit.serve.sizing.memory import estimate_memory
 
 V3 = "deepseek-ai/DeepSeek-V3"
 SMALL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # its config ships too, and is read faster
@@ -130,19 +130,23 @@ def test_shared_experts_stored_apart_are_not_fused(built: Path) -> None:
     assert any("--disable-shared-experts-fusion" in note for note in told["notes"])
     routed = ["m.0.mlp.experts.0.up_proj.qweight", "m.0.mlp.experts.0.up_proj.scales"]
     shared = ["m.0.mlp.shared_experts.up_proj.qweight", "m.0.mlp.shared_experts.up_proj.scales"]
-    assert not apart(routed + shared) and not apart(routed) and apart(routed + shared[:1])
+    assert (
+        not has_separate_shared_experts(routed + shared)
+        and not has_separate_shared_experts(routed)
+        and has_separate_shared_experts(routed + shared[:1])
+    )
 
 
 def test_the_memory_fraction_grows_when_the_plan_needs_it() -> None:
     """R1-Distill-Qwen-32B in BF16, 65.5 GB, and 2.15 GB of cache per user on one card of 141 GB."""
     target, card = (
         read_target("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"),
-        read_cards().named("h200"),
+        read_gpus().named("h200"),
     )
     place = Place(host="x", port=1, name="n", path="p")
     asked = {}
     for users in (10, 22, 26):
-        wanted = needs(target.model, 8192, users)
+        wanted = estimate_memory(target.model, 8192, users)
         made = launch("vllm", target, wanted, fit_of(wanted, card), place)
         assert made.placement and made.placement.cards == 1
         asked[users] = float(values(made.words())["--gpu-memory-utilization"])
@@ -324,20 +328,22 @@ def test_a_damaged_artifact_is_not_served(artifact: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    found = serve(str(artifact), "--engine", "transformers", "--port", str(demo_serve.free_port()))
+    found = serve(
+        str(artifact), "--engine", "transformers", "--port", str(demo_serve.find_free_port())
+    )
     assert found.exit_code == 1 and "expected sha256" in found.output
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded(built: Path) -> None:
-    with Serving(lambda *_: None) as other:
+    with RunningApp(lambda *_: None) as other:
         found = serve(str(built), "--engine", "transformers", "--port", str(other.port))
         assert found.exit_code == 2 and "expected a free port" in found.output
 
 
 def test_a_dry_run_before_a_server_tells_the_gateway_and_starts_nothing(tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
-    keys.write_text(json.dumps({"keys": [new_key("a")[1].model_dump()]}))
-    with Serving(lambda *_: None) as taken:  # a start would be refused
+    keys.write_text(json.dumps({"keys": [create_key("a")[1].model_dump()]}))
+    with RunningApp(lambda *_: None) as taken:  # a start would be refused
         words = [
             "http://127.0.0.1:9/v1",
             "--gateway",
@@ -427,7 +433,7 @@ def test_addresses_of_ipv6() -> None:
     with socket.socket(socket.AF_INET6) as tried:
         here = tried.connect_ex(("::1", 9)) != errno.EADDRNOTAVAIL
     if here:  # a machine may have switched it off
-        engine_process.check_port("::1", engine_process.free_port())
+        engine_process.check_port("::1", engine_process.find_free_port())
     found = serve(
         "http://127.0.0.1:9/v1", "--gateway", "--dry-run", "--host", "::1", "--port", "9000"
     )
@@ -660,7 +666,7 @@ def decoder(built: Path) -> Decoder:
 
 @pytest.fixture(scope="module")
 def api(decoder: Decoder) -> Iterator[openai.OpenAI]:
-    with Serving(make_app(decoder)) as serving:
+    with RunningApp(make_app(decoder)) as serving:
         yield openai.OpenAI(base_url=serving.url, api_key="none", max_retries=0, timeout=60)
 
 
@@ -669,14 +675,14 @@ PROMPT = demo_serve.PROMPT
 
 def test_the_demo_holds_in_this_process(api: openai.OpenAI) -> None:
     """Everything `make demo-serve` asks, without its processes."""
-    demo_serve.ask(api)
+    demo_serve.send_requests(api)
 
 
 def test_greedy_answers_are_those_of_generate(
     api: openai.OpenAI, decoder: Decoder, built: Path
 ) -> None:
     ids = decoder.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    made = load(built).generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1] :]
+    made = load_model(built).generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1] :]
     expected = decoder.tokenizer.decode(made, skip_special_tokens=True)
     answer = api.completions.create(model="tiny", prompt=PROMPT, max_tokens=30, temperature=0)
     assert answer.choices[0].text == expected
@@ -768,7 +774,7 @@ def test_a_body_that_never_comes_is_not_waited_for(
     api: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("quantkit.serve.engines.transformers_server.BODY_SECONDS", 0.3)
-    answer = half_a_request(str(api.base_url))
+    answer = send_half_request(str(api.base_url))
     assert answer.startswith(b"HTTP/1.1 408 ") and b"expected its end within 0.3 s" in answer
 
 

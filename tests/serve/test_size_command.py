@@ -15,7 +15,7 @@ from support.diff_example import report
 
 from quantkit.cli.main import main
 from quantkit.io.files import write_json
-from quantkit.io.package_data import resolve_model
+from quantkit.io.package_data import locate_model
 
 
 def run(*arguments: str) -> Result:
@@ -149,7 +149,7 @@ def test_models_side_by_side_with_the_report_of_an_artifact(sealed: Path) -> Non
 def sealed(tmp_path: Path) -> Path:
     """A folder with the built-in model and the smallest report that is sealed beside it."""
     target = tmp_path / "artifact"
-    shutil.copytree(resolve_model("builtin:tiny-v3"), target)
+    shutil.copytree(locate_model("builtin:tiny-v3"), target)
     (target / "quantkit").mkdir()
     (target / "quantkit/fidelity.json").write_text(report().to_json())
     write_json(target / "quantkit/manifest.json", {"schema_version": 1, "files": {}, "tensors": {}})

@@ -13,24 +13,24 @@ import transformers
 from quantkit import registry
 from quantkit.contracts import Config
 from quantkit.errors import CheckpointError, UsageError
-from quantkit.io.package_data import folder, resolve_model
-from quantkit.recipe.parse import parse
+from quantkit.io.package_data import locate_folder, locate_model
+from quantkit.recipe.parse import parse_recipe
 from quantkit.serve.sizing.attention import attentions
 from quantkit.serve.sizing.fit import (
     NoFit,
     degree_fault,
-    fits,
+    find_shortfall,
+    fit_model,
     fits_on,
     fullest,
     kv_per_card,
-    missed,
     stages,
     weights_per_card,
 )
-from quantkit.serve.sizing.gpus import GB, GIB, GpuCatalog, read_cards
-from quantkit.serve.sizing.memory import needs
+from quantkit.serve.sizing.gpus import GB, GIB, GpuCatalog, read_gpus
+from quantkit.serve.sizing.memory import estimate_memory
 from quantkit.serve.sizing.model import Model
-from quantkit.serve.sizing.read import config_model, model_of, recipe_models, scheme_of
+from quantkit.serve.sizing.read import config_model, plan_recipe_models, read_model, scheme_of
 
 V3, QWEN_32B, MIXTRAL = (
     "deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", "mistralai/Mixtral-8x7B-v0.1",
@@ -44,18 +44,18 @@ MISTRAL_7B = {
 
 @pytest.fixture(scope="module")
 def cards() -> GpuCatalog:
-    return read_cards()
+    return read_gpus()
 
 
 @pytest.fixture(scope="module")
 def v3() -> Model:
-    return model_of(V3)
+    return read_model(V3)
 
 
 @cache
 def recipe_model(name: str) -> Model:
-    text = (folder("recipes") / f"{name}.yaml").read_text()
-    (found,) = recipe_models(parse(text, name))
+    text = (locate_folder("recipes") / f"{name}.yaml").read_text()
+    (found,) = plan_recipe_models(parse_recipe(text, name))
     return found
 
 
@@ -76,11 +76,11 @@ def test_v3_kv_cache_is_70_272_bytes_per_token(v3: Model) -> None:
 
 def test_v3_takes_671_gb_and_two_nodes_of_eight_cards(v3: Model, cards: GpuCatalog) -> None:
     assert v3.weights.parameters / 1e9 == pytest.approx(671, abs=0.5)
-    plain = model_of(V3, "fp8")
+    plain = read_model(V3, "fp8")
     assert plain.weights.n_bytes / GB == pytest.approx(671, abs=0.5)
     assert plain.weights.n_bytes / (80 * GB) == pytest.approx(8.4, abs=0.05)
     for model in (plain, v3):
-        found = fits(needs(model), cards.cards["h100"])
+        found = fit_model(estimate_memory(model), cards.cards["h100"])
         assert found.placement is not None
         assert (found.placement.nodes, found.placement.cards) == (2, 16)
 
@@ -96,7 +96,7 @@ def test_v3_stored_in_fp8_also_holds_block_scales_and_bf16_layers(v3: Model) -> 
 
 
 def test_v3_in_bf16_is_1_34_tb() -> None:
-    assert model_of(V3, "bf16").weights.n_bytes / 1e12 == pytest.approx(1.34, abs=0.005)
+    assert read_model(V3, "bf16").weights.n_bytes / 1e12 == pytest.approx(1.34, abs=0.005)
 
 
 def test_a_7b_model_in_fp16_is_14_gb(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_7b_model_in_fp16_is_14_gb(tmp_path: Path) -> None:
 
 
 def test_32b_at_4_bits_is_16_to_18_gb_and_what_context_fits_on_24_gb(cards: GpuCatalog) -> None:
-    rule = model_of(QWEN_32B, "int4")
+    rule = read_model(QWEN_32B, "int4")
     assert 16 <= rule.weights.n_bytes / GB <= 18
     artifact = recipe_model("r1-distill-qwen-32b-awq4")
     inner = sum(layer.dense.n_bytes for layer in artifact.layers)
@@ -116,7 +116,7 @@ def test_32b_at_4_bits_is_16_to_18_gb_and_what_context_fits_on_24_gb(cards: GpuC
     )
     per_token = 64 * 2 * 8 * 128 * 2
     assert artifact.kv_bytes_per_token("bf16") == per_token == 262_144
-    found = fits(needs(artifact, 2048, 1), cards.cards["rtx4090"])
+    found = fit_model(estimate_memory(artifact, 2048, 1), cards.cards["rtx4090"])
     assert found.one_card
     assert (
         found.max_context == int((24 * GB / 1.15 - artifact.weights.n_bytes) / per_token) == 5_877
@@ -145,9 +145,9 @@ def transformers_model(values: dict[str, object]) -> transformers.PreTrainedMode
         return transformers.AutoModelForCausalLM.from_config(config)
 
 
-@pytest.mark.parametrize("family", registry.names("architectures"))
+@pytest.mark.parametrize("family", registry.list_names("architectures"))
 def test_parameters_are_those_of_transformers_own_modules(family: str, tmp_path: Path) -> None:
-    values = dict(registry.architecture(family).tiny)
+    values = dict(registry.get_architecture(family).tiny)
     model = config_model(written(tmp_path / "config.json", values))
     assert model.weights.parameters == sum(
         p.numel() for p in transformers_model(values).parameters()
@@ -203,7 +203,7 @@ def test_the_cache_is_as_large_as_transformers_own(changes: dict[str, object]) -
     family = str(changes["model_type"])
     tiny = {
         key: value
-        for key, value in registry.architecture(family).tiny.items()
+        for key, value in registry.get_architecture(family).tiny.items()
         if key != "sliding_window"
     }
     values = {**tiny, **changes}
@@ -223,7 +223,7 @@ def test_the_cache_is_as_large_as_transformers_own(changes: dict[str, object]) -
 def test_layer_types_say_which_layers_have_windows() -> None:
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     values = {
-        **registry.architecture("llama").tiny, "num_hidden_layers": 3, "layer_types": types, "sliding_window": 16,
+        **registry.get_architecture("llama").tiny, "num_hidden_layers": 3, "layer_types": types, "sliding_window": 16,
     }  # fmt: skip
     assert [layer.window for layer in attentions(Config(values=values))] == [16, None, 16]
     with pytest.raises(CheckpointError, match="expected 2 entries, found 3"):
@@ -245,8 +245,8 @@ def test_a_window_caps_what_a_long_context_costs(tmp_path: Path) -> None:
 
 
 def test_an_artifacts_bytes_are_those_of_its_headers() -> None:
-    model = model_of("builtin:tiny-v3")
-    path = resolve_model("builtin:tiny-v3")
+    model = read_model("builtin:tiny-v3")
+    path = locate_model("builtin:tiny-v3")
     size = (path / "model.safetensors").stat().st_size
     header = int.from_bytes((path / "model.safetensors").read_bytes()[:8], "little")
     assert (model.weights + model.mtp).n_bytes == size - 8 - header
@@ -277,7 +277,7 @@ def test_degrees_that_heads_groups_and_widths_allow(v3: Model) -> None:
     blocks = (
         "attention width 256 / 4 = 64 is no multiple of 128"  # what o_proj reads, in FP8 blocks
     )
-    assert degree_fault(model_of("builtin:tiny-v3"), 4) == blocks
+    assert degree_fault(read_model("builtin:tiny-v3"), 4) == blocks
     qwen = recipe_model("r1-distill-qwen-32b-awq4")
     assert degree_fault(qwen, 5) == "8 KV heads and 5 ranks: neither divides the other"
     assert degree_fault(qwen, 16) == "attention heads 40 / 16 is no whole number"
@@ -286,11 +286,11 @@ def test_degrees_that_heads_groups_and_widths_allow(v3: Model) -> None:
     assert degree_fault(smollm, 3) is None and degree_fault(smollm, 2) is not None
 
 
-@pytest.mark.parametrize("family", registry.names("architectures"))
+@pytest.mark.parametrize("family", registry.list_names("architectures"))
 def test_one_rank_is_always_allowed(family: str, tmp_path: Path) -> None:
     """Also where FP8 blocks end in the middle of a block: 576 rows in blocks of 128."""
     values = {
-        **registry.architecture(family).tiny, "num_attention_heads": 9, "num_key_value_heads": 9, "head_dim": 64,
+        **registry.get_architecture(family).tiny, "num_attention_heads": 9, "num_key_value_heads": 9, "head_dim": 64,
         "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     }  # fmt: skip
     model = config_model(written(tmp_path / "config.json", values))
@@ -300,7 +300,7 @@ def test_one_rank_is_always_allowed(family: str, tmp_path: Path) -> None:
 
 def test_mla_repeats_its_cache_on_every_rank_and_grouped_heads_divide_it(v3: Model) -> None:
     assert kv_per_card(v3, 1000, "bf16", 8, 1) == [70_272_000]
-    qwen = model_of(QWEN_32B)
+    qwen = read_model(QWEN_32B)
     assert kv_per_card(qwen, 1000, "bf16", 8, 1) == [262_144_000 / 8]
     assert kv_per_card(qwen, 1000, "bf16", 16, 1) == [
         262_144_000 / 8
@@ -312,26 +312,29 @@ def test_every_rank_holds_routers_norms_and_what_compresses_keys_whole(v3: Model
     compressing = 7168 * (1536 + 576) + 4 * 56 * (12 + 5)
     norms = 2 * (7168 + 7168 + 1536 + 512)
     copied = 61 * (compressing + norms) + 58 * (2 * 256 * 7168 + 4 * 256) + 2 * 7168
-    (held,) = weights_per_card(needs(v3), 8, 1)
+    (held,) = weights_per_card(estimate_memory(v3), 8, 1)
     assert held == pytest.approx((v3.weights.n_bytes - copied) / 8 + copied)
 
 
 def test_a_tied_embedding_lies_on_the_first_and_on_the_last_stage() -> None:
-    model = model_of("HuggingFaceTB/SmolLM2-135M-Instruct")
-    held = weights_per_card(needs(model), 1, 2)
+    model = read_model("HuggingFaceTB/SmolLM2-135M-Instruct")
+    held = weights_per_card(estimate_memory(model), 1, 2)
     assert sum(held) == model.weights.n_bytes + 49_152 * 576 * 2
 
 
 def test_pipeline_stages_hold_everything_once(v3: Model) -> None:
     assert [len(layers) for layers in stages(v3, 4)] == [15, 15, 16, 15]
-    held = weights_per_card(needs(v3), 1, 4)
+    held = weights_per_card(estimate_memory(v3), 1, 4)
     assert sum(held) == pytest.approx(v3.weights.n_bytes)
-    assert sum(weights_per_card(needs(v3, speculative=True), 1, 4)) == (v3.weights + v3.mtp).n_bytes
+    assert (
+        sum(weights_per_card(estimate_memory(v3, speculative=True), 1, 4))
+        == (v3.weights + v3.mtp).n_bytes
+    )
 
 
 def test_most_users_and_longest_context_are_the_last_that_fit(v3: Model, cards: GpuCatalog) -> None:
-    card, asked = cards.cards["h200"], needs(v3, 8192, 4)
-    found = fits(asked, card)
+    card, asked = cards.cards["h200"], estimate_memory(v3, 8192, 4)
+    found = fit_model(asked, card)
     assert (
         found.placement is not None
         and found.max_users is not None
@@ -349,19 +352,23 @@ def test_stages_take_whole_nodes_and_it_is_told_what_would_do_without_them(
 ) -> None:
     """v3-awq4 was put on seven of eight cards in seven stages; TP8 misses little, for MLA's cache is whole per rank."""
     model, card = recipe_model("v3-awq4"), cards.cards["h100"]
-    found = fits(needs(model), card)
+    found = fit_model(estimate_memory(model), card)
     assert found.placement is not None and (found.placement.tp, found.placement.pp) == (4, 2)
-    miss = missed(found)
-    held = sum(fullest(needs(model), 8, 1, 32_768, 10)) * 1.15
+    miss = find_shortfall(found)
+    held = sum(fullest(estimate_memory(model), 8, 1, 32_768, 10)) * 1.15
     assert miss == NoFit(tp=8, n_bytes=round(held - 80 * GB), fp8=True, users=9, latent=True)
-    for mended in (needs(model, users=9), needs(model, kv="fp8")):
-        alone = fits(mended, card)
-        assert alone.placement is not None and alone.placement.tp == 8 and missed(alone) is None
-    more = fits(needs(model, users=10**5), card)
-    assert more.placement is None and missed(more) is None
+    for mended in (estimate_memory(model, users=9), estimate_memory(model, kv="fp8")):
+        alone = fit_model(mended, card)
+        assert (
+            alone.placement is not None
+            and alone.placement.tp == 8
+            and find_shortfall(alone) is None
+        )
+    more = fit_model(estimate_memory(model, users=10**5), card)
+    assert more.placement is None and find_shortfall(more) is None
     for name in cards.cards:
         for users in (1, 10, 30, 64):
-            placed = fits(needs(model, users=users), cards.cards[name]).placement
+            placed = fit_model(estimate_memory(model, users=users), cards.cards[name]).placement
             assert placed is None or cards.cards[name].per_node % placed.cards in (
                 0,
                 cards.cards[name].per_node,
@@ -373,13 +380,13 @@ def test_stages_take_whole_nodes_and_it_is_told_what_would_do_without_them(
 
 def test_refusals_say_what_to_do(v3: Model, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="made for 163,840 tokens, found a context of 200,000"):
-        needs(v3, 200_000)
+        estimate_memory(v3, 200_000)
     with pytest.raises(UsageError, match="at least 1"):
-        needs(v3, 4096, 0)
+        estimate_memory(v3, 4096, 0)
     with pytest.raises(
         UsageError, match="expected an artifact, a recipe, a config.json or a hub id"
     ):
-        model_of("nobody/nothing")
+        read_model("nobody/nothing")
     with pytest.raises(UsageError, match="the bytes of packed weights are in their headers"):
         config_model(
             written(
@@ -392,8 +399,8 @@ def test_refusals_say_what_to_do(v3: Model, tmp_path: Path) -> None:
 
 
 def test_a_machine_without_links_stays_by_itself(v3: Model, cards: GpuCatalog) -> None:
-    assert fits(needs(v3), cards.cards["mac-studio"]).placement is None
-    assert fits(needs(model_of(QWEN_32B)), cards.cards["mac-studio"]).one_card
+    assert fit_model(estimate_memory(v3), cards.cards["mac-studio"]).placement is None
+    assert fit_model(estimate_memory(read_model(QWEN_32B)), cards.cards["mac-studio"]).one_card
 
 
 def test_a_card_is_found_by_key_and_by_name(cards: GpuCatalog) -> None:

@@ -33,7 +33,7 @@ def build(output: Path, *options: str, **changes: object) -> Result:
     )
 
 
-def fault(result: Result, code: int) -> str:
+def read_error(result: Result, code: int) -> str:
     """The message of a command that failed as it should, with nothing of it on stdout."""
     assert result.exit_code == code, result.output
     assert "error: " not in result.stdout

@@ -1,4 +1,4 @@
-"""An artifact as an ordinary model of unpacked float32 weights: what every reader is compared with."""
+"""An artifact as an ordinary model of float32 weights: the reference for every reader."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from typing import Any
 
 import torch
 
-from quantkit.artifact.layout import read_manifest
-from quantkit.artifact.load_model import stored_as
+from quantkit.artifact.load_model import read_schemes
+from quantkit.artifact.read_manifest import read_manifest
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Layout
 from quantkit.models import full_model
-from quantkit.models.layers import meta_model
-from quantkit.plan.plan import architecture_of
+from quantkit.models.layers import make_meta_model
+from quantkit.plan.plan import load_architecture
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """What an artifact says of itself in its manifest: as resolved, with every override of recipe.yaml.
+    """An artifact opened by its manifest.
 
-    `read` unpacks a weight by the name it had in the source; `quantized`: modules that are packed.
+    `read` unpacks a weight by its name in the source; `quantized`: the packed modules.
     """
 
     checkpoint: Checkpoint
     layout: Layout
-    read: full_model.Read
+    read: full_model.TensorReader
     quantized: frozenset[str]
 
     @staticmethod
     def open(artifact: Path) -> Stored:
-        """Read the artifact's headers and its description."""
+        """Read the artifact's headers and its manifest."""
         checkpoint = Checkpoint.open(artifact)
-        name, schemes = stored_as(read_manifest(artifact), checkpoint, artifact)
+        name, schemes = read_schemes(read_manifest(artifact), checkpoint, artifact)
         return Stored(
             checkpoint=checkpoint,
-            layout=architecture_of(checkpoint.config).layout(checkpoint.config),
-            read=full_model.reader(checkpoint, name, schemes),
+            layout=load_architecture(checkpoint.config).layout(checkpoint.config),
+            read=full_model.make_reader(checkpoint, name, schemes),
             quantized=frozenset(schemes),
         )
 
     def model(self) -> Any:
-        """The model of transformers with these weights, in float32."""
-        bones = meta_model(self.checkpoint.config, torch.device("cpu"), torch.float32)
-        return full_model.model(bones, self.layout, self.read)
+        """Return the transformers model with these weights, in float32."""
+        meta = make_meta_model(self.checkpoint.config, torch.device("cpu"), torch.float32)
+        return full_model.make_model(meta, self.layout, self.read)

@@ -11,7 +11,7 @@ from typing import Any
 from support.report_example import FIDELITY
 
 from quantkit.artifact.fidelity_schema import Fidelity
-from quantkit.diff.sides import Item, Key, Side, Solution, Tokens
+from quantkit.diff.sides import ItemKey, ItemResult, Side, SolutionScore, TokenFigures
 from quantkit.report.samples import Answer
 
 N_TOKENS = 600
@@ -41,10 +41,10 @@ def answer(text: str, score: float) -> Answer:
 
 def items(
     scores: Sequence[float], source: Sequence[float], task: str = "tiny-v3-math"
-) -> dict[Key, Item]:
+) -> dict[ItemKey, ItemResult]:
     """Items 0, 1, ...; who scores 1 says the number itself, who scores 0 the next one."""
     return {
-        (task, "answer", n): Item(
+        (task, "answer", n): ItemResult(
             hashes=(HASHES[0].format(n), HASHES[1].format(n), HASHES[2].format(n)),
             prompt=PROMPT.format(n),
             target=str(n),
@@ -55,7 +55,7 @@ def items(
     }
 
 
-def tokens(scale: float, seed: int = 0) -> Tokens:
+def tokens(scale: float, seed: int = 0) -> TokenFigures:
     """The same text for every `scale`, which is how far the artifact is from the source."""
     dice, noise = random.Random(0), random.Random(seed)
     domains = ["math" if n % 3 else "code" for n in range(N_TOKENS)]
@@ -63,7 +63,7 @@ def tokens(scale: float, seed: int = 0) -> Tokens:
     kl = [scale * exp(dice.gauss(0, 1.5)) for _ in range(N_TOKENS)]
     nll = [value + noise.gauss(0, 1) * scale**0.5 for value in nll_source]
     same = [noise.random() > scale**0.5 for _ in range(N_TOKENS)]
-    return Tokens(domains=domains, kl=kl, nll_source=nll_source, nll=nll, same_top=same)
+    return TokenFigures(domains=domains, kl=kl, nll_source=nll_source, nll=nll, same_top=same)
 
 
 def report(**changes: Any) -> Fidelity:
@@ -94,12 +94,14 @@ def gold(artifact: float) -> list[dict[str, Any]]:
     return [row]
 
 
-def solutions(lost: float) -> dict[tuple[str, int], Solution]:
+def solutions(lost: float) -> dict[tuple[str, int], SolutionScore]:
     """Twenty solutions, each of which is `lost` nats per token less likely, some more, some less."""
     found = {}
     for n in range(20):
         at = -0.4 - 0.01 * n
-        found["tiny-v3-math", n] = Solution(n_tokens=5, source=at, value=at - lost * (1 + n % 3))
+        found["tiny-v3-math", n] = SolutionScore(
+            n_tokens=5, source=at, value=at - lost * (1 + n % 3)
+        )
     return found
 
 

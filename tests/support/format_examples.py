@@ -1,33 +1,33 @@
-"""Linears and selections that tests of formats share."""
+"""Linears and selections for tests of formats."""
 
 from __future__ import annotations
 
 from quantkit.contracts import Linear, Role
 
 
-def linear(
+def make_linear(
     name: str = "model.layers.0.mlp.up_proj", out: int = 256, width: int = 256, role: Role = "mlp"
 ) -> Linear:
     return Linear(name=name, out_features=out, in_features=width, role=role)
 
 
-def block_modules(layer: int, moe: bool, experts: int = 3) -> list[str]:
-    """Names of a DeepSeek block's linears."""
+def list_block_modules(layer: int, moe: bool, experts: int = 3) -> list[str]:
+    """Return the names of a DeepSeek block's linears."""
     name = f"model.layers.{layer}"
-    found = [
+    names = [
         f"{name}.self_attn.{x}"
         for x in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
     ]
     gated = ("gate_proj", "up_proj", "down_proj")
     if not moe:
-        return found + [f"{name}.mlp.{x}" for x in gated]
-    found += [f"{name}.mlp.gate"] + [f"{name}.mlp.shared_experts.{x}" for x in gated]
-    return found + [f"{name}.mlp.experts.{e}.{x}" for e in range(experts) for x in gated]
+        return names + [f"{name}.mlp.{x}" for x in gated]
+    names += [f"{name}.mlp.gate"] + [f"{name}.mlp.shared_experts.{x}" for x in gated]
+    return names + [f"{name}.mlp.experts.{e}.{x}" for e in range(experts) for x in gated]
 
 
-def model_modules(layers: int = 24, dense_layers: int = 3) -> list[str]:
+def list_model_modules(layers: int = 24, dense_layers: int = 3) -> list[str]:
     inner = [
-        name for layer in range(layers) for name in block_modules(layer, layer >= dense_layers)
+        name for layer in range(layers) for name in list_block_modules(layer, layer >= dense_layers)
     ]
     return ["model.embed_tokens", *inner, "lm_head"]
 

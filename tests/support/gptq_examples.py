@@ -8,7 +8,7 @@ import torch
 M = torch.tensor(
     [[(3 * (8 * k + n) + 1) % 16 for n in range(8)] for k in range(8)], dtype=torch.uint8
 )
-"""FORMATS.md's example, [in, out]."""
+"""The example of quantkit/formats/README.md, [in, out]."""
 
 
 M_WORDS = [

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from quantkit.artifact.loadtest_schema import Cache, LoadTest
+from quantkit.artifact.loadtest_schema import CacheCounters, LoadTest
 from quantkit.serve.loadtest import guidellm
 
-GOLDEN = Path(__file__).parents[1] / "golden/guidellm.json"
+GOLDEN_RESULTS = Path(__file__).parents[1] / "golden/guidellm.json"
 """Results of GuideLLM 0.8.1 before a stub that answers every 10 ms, cut to what is read."""
 
 
-def example() -> LoadTest:
+def make_load_test() -> LoadTest:
     """Two levels of the golden results."""
-    level = guidellm.level(json.loads(GOLDEN.read_text()), 1, "golden")
+    level = guidellm.level(json.loads(GOLDEN_RESULTS.read_text()), 1, "golden")
     second = level.model_copy(
-        update={"concurrency": 4, "errored": 1, "cache": Cache(asked=100, hits=25)}
+        update={"concurrency": 4, "errored": 1, "cache": CacheCounters(asked=100, hits=25)}
     )
     return LoadTest(
         tool="t", model="<m>", api="completions", data="d", data_sha256="0" * 64, prompts=3, max_tokens=8,

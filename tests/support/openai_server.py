@@ -1,9 +1,9 @@
-"""A real HTTP server that speaks OpenAI's API over loopback, misbehaves by plan and records everything.
+"""An HTTP server with OpenAI's API on loopback that fails as configured and records every request.
 
-Answers are a function of the prompt. Faults are a function of (prompt, how often it was asked): "429", "500", "drop"
-(no response at all), "cut" (the connection breaks inside the stream), "end" (the stream ends politely before its answer
-does), "error" (an error told inside the stream), "slow" (pieces with pauses), "silent" (nothing for a long time),
-"html" (a page of another program).
+Answers are a function of the prompt. Faults are a function of (prompt, how often it was asked):
+"429", "500", "drop" (no response at all), "cut" (the connection breaks inside the stream), "end"
+(the stream ends politely before its answer does), "error" (an error told inside the stream), "slow"
+(pieces with pauses), "silent" (nothing for a long time), "html" (a page of another program).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SILENCE = 2.0
 
 @dataclass
 class Record:
-    """One request as it arrived: when, what was asked, and what became of it ("served" or the fault)."""
+    """One request: time, prompt, body, and its outcome ("served" or the fault)."""
 
     at: float
     prompt: str
@@ -41,7 +41,8 @@ class Server:
     piece: int = 3  # characters
     models: Sequence[str] = ("tiny",)
     key: str = ""
-    # tokens -> of each but the first: its log probability, and that of the most probable token there
+    # tokens -> of each but the first: its log probability, and that of the most probable token
+    # there
     logprobs: Callable[[list[int]], list[tuple[float, float]]] | None = None
     records: list[Record] = field(default_factory=list)
     most_at_once: int = 0
@@ -61,7 +62,7 @@ class Server:
         self.http.server_close()
 
     def served(self) -> Counter:
-        """How often each prompt was answered in full."""
+        """Return how often each prompt was answered completely."""
         return Counter(
             record.prompt for record in self.records if record.fault in ("served", "slow")
         )
@@ -176,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(text)
 
     def stream(self, text: str, body: dict, chat: bool, fault: str) -> None:
-        """The answer in pieces, which count as tokens, as server-sent events in chunks."""
+        """Send the answer in pieces, which count as tokens, as chunked server-sent events."""
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
@@ -228,7 +229,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def echo(self, tokens: str | list[int]) -> None:
-        """Log probabilities of the prompt's tokens and of one more, as /v1/completions gives them for echo."""
+        """Send log probabilities of the prompt's tokens and one more, as /v1/completions does for
+        echo.
+        """
         assert self.owner.logprobs is not None
         both = [*self.owner.logprobs(tokens), (-0.5, -0.5)]
         values = [None, *(value for value, _ in both)]
@@ -239,7 +242,13 @@ class Handler(BaseHTTPRequestHandler):
             "top_logprobs": top,
             "text_offset": [0] * len(values),
         }
-        self.reply(200, {
-            "id": "x", "object": "text_completion", "created": 0, "model": "tiny",
-            "choices": [{"index": 0, "text": "", "finish_reason": "length", "logprobs": probs}],
-        })  # fmt: skip
+        self.reply(
+            200,
+            {
+                "id": "x",
+                "object": "text_completion",
+                "created": 0,
+                "model": "tiny",
+                "choices": [{"index": 0, "text": "", "finish_reason": "length", "logprobs": probs}],
+            },
+        )

@@ -6,18 +6,20 @@ from collections.abc import Mapping
 
 from quantkit import registry
 from quantkit.contracts import Config, TensorSpec
-from quantkit.plan.match_checkpoint import expected
-from quantkit.plan.plan import Plan, SourceFacts, claimed_of, make_plan
-from quantkit.recipe.parse import parse
+from quantkit.plan.match_checkpoint import list_expected_tensors
+from quantkit.plan.plan import Plan, SourceFacts, make_plan, match_source
+from quantkit.recipe.parse import parse_recipe
 
 
 def specs_of(config: Mapping[str, object]) -> dict[str, TensorSpec]:
     """The headers of a checkpoint with this config."""
     values = Config(values=config)
-    return expected(registry.architecture(values.text("model_type")).layout(values), values)
+    return list_expected_tensors(
+        registry.get_architecture(values.text("model_type")).layout(values), values
+    )
 
 
-def plan_of(
+def plan_checkpoint(
     model_type: str = "deepseek_v3",
     *,
     budget: int = 8 * 10**9,
@@ -26,7 +28,7 @@ def plan_of(
     **keys: str,
 ) -> Plan:
     """The plan for a random checkpoint of a TINY config; keyword arguments are keys of the recipe."""
-    values = {**registry.architecture(model_type).tiny, **config}
+    values = {**registry.get_architecture(model_type).tiny, **config}
     lines = {
         "version": "1",
         "source": "{model: org/name}",
@@ -46,8 +48,8 @@ def plan_of(
         where="org/name",
     )
     tokens = {"calibration": 1024, "fidelity": 1024}
-    recipe = parse(text, "r.yaml")
-    claimed, name = claimed_of(facts), recipe.format[0]
+    recipe = parse_recipe(text, "r.yaml")
+    claimed, name = match_source(facts), recipe.format[0]
     return make_plan(
         recipe, facts, claimed, name, budget_bytes=budget, tokens=tokens, hidden_bytes=4
     )

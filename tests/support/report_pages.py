@@ -63,7 +63,7 @@ class Page(HTMLParser):
 
 
 def example(changes: Mapping[str, Any] | None = None) -> Fidelity:
-    return gates.judged(GATES, Fidelity.model_validate({**FIDELITY, **(changes or {})}))
+    return gates.apply_gates(GATES, Fidelity.model_validate({**FIDELITY, **(changes or {})}))
 
 
 def folder_with(place: Path, fidelity: Fidelity, items: int = 0) -> Path:

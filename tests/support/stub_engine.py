@@ -26,7 +26,7 @@ from typing import Any
 import uvicorn
 
 
-class Engine:
+class StubEngine:
     """An ASGI application that remembers what it was asked, and what was taken from it."""
 
     def __init__(self) -> None:
@@ -42,7 +42,9 @@ class Engine:
         if scope["type"] != "http":
             return
         if scope["method"] == "GET":
-            await whole(send, 200, {"object": "list", "data": [{"id": "stub", "object": "model"}]})
+            await send_json(
+                send, 200, {"object": "list", "data": [{"id": "stub", "object": "model"}]}
+            )
             return
         body = b""
         while True:
@@ -53,7 +55,7 @@ class Engine:
         values = json.loads(body)
         self.asked.append(values)
         self.headers.append({key.decode(): value.decode() for key, value in scope["headers"]})
-        plan = plan_of(values["prompt"])
+        plan = parse_plan(values["prompt"])
         name = plan.get("name", "")
         self.order.append(name)
         self.at_once += 1
@@ -68,7 +70,7 @@ class Engine:
             await send(message)
 
         work = asyncio.create_task(self.work(values, plan, counted, receive))
-        gone = asyncio.create_task(disconnected(receive))
+        gone = asyncio.create_task(wait_for_disconnect(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -85,17 +87,19 @@ class Engine:
             await asyncio.sleep(0.01)
         await asyncio.sleep(plan.get("first", 0))
         if "status" in plan:
-            await whole(send, plan["status"], {"error": {"message": "stub says no"}}, retry_after=7)
+            await send_json(
+                send, plan["status"], {"error": {"message": "stub says no"}}, retry_after=7
+            )
             return
         if plan.get("die") == 0:
-            await abort(receive)
+            await abort_connection(receive)
             return
         n, pause = plan.get("tokens", 3), plan.get("pause", 0.0)
         usage = {"prompt_tokens": 11, "completion_tokens": n, "total_tokens": 11 + n}
         if not values.get("stream"):
             await asyncio.sleep(n * pause)
             choice = {"index": 0, "text": "t " * n, "finish_reason": "stop"}
-            await whole(
+            await send_json(
                 send,
                 200,
                 {"id": "x", "object": "text_completion", "choices": [choice], "usage": usage},
@@ -104,20 +108,20 @@ class Engine:
         head = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": head})
         for _ in range(plan.get("flood", 0)):
-            await event(
+            await send_event(
                 send, {"choices": [{"index": 0, "text": "x" * plan["size"], "finish_reason": None}]}
             )
             self.sent += plan["size"]
         for token in range(n):
             if plan.get("die") == token:
-                await abort(receive)
+                await abort_connection(receive)
                 return
             if plan.get("polite_end") == token:
                 await send({"type": "http.response.body", "body": b""})
                 return
             await asyncio.sleep(pause)
             text = {"index": 0, "text": f"{token} ", "finish_reason": None, "at": time.monotonic()}
-            await event(
+            await send_event(
                 send,
                 {
                     "id": "x",
@@ -127,7 +131,7 @@ class Engine:
                     "choices": [text],
                 },
             )
-        await event(
+        await send_event(
             send,
             {
                 "id": "x",
@@ -138,7 +142,7 @@ class Engine:
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
 
-def plan_of(prompt: str) -> dict[str, Any]:
+def parse_plan(prompt: str) -> dict[str, Any]:
     """What a prompt asks for; one that is no JSON is a name."""
     try:
         return dict(json.loads(prompt))
@@ -146,12 +150,12 @@ def plan_of(prompt: str) -> dict[str, Any]:
         return {"name": prompt}
 
 
-async def disconnected(receive: Any) -> None:
+async def wait_for_disconnect(receive: Any) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def event(send: Any, values: dict[str, Any]) -> None:
+async def send_event(send: Any, values: dict[str, Any]) -> None:
     await send({
         "type": "http.response.body",
         "body": b"data: " + json.dumps(values).encode() + b"\n\n",
@@ -159,7 +163,7 @@ async def event(send: Any, values: dict[str, Any]) -> None:
     })
 
 
-async def whole(
+async def send_json(
     send: Any, status: int, values: dict[str, Any], retry_after: int | None = None
 ) -> None:
     headers = [(b"content-type", b"application/json")]
@@ -168,13 +172,13 @@ async def whole(
     await send({"type": "http.response.body", "body": json.dumps(values).encode()})
 
 
-async def abort(receive: Any) -> None:
+async def abort_connection(receive: Any) -> None:
     """Close the connection as a process that dies does: uvicorn's cycle knows its transport."""
     receive.__self__.transport.abort()
     await asyncio.sleep(0)
 
 
-class Serving:
+class RunningApp:
     """An ASGI application on a port of its own, in a thread of this process."""
 
     def __init__(self, app: Any, keep_alive: float = 5) -> None:
@@ -190,7 +194,7 @@ class Serving:
             target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True
         )
 
-    def __enter__(self) -> Serving:
+    def __enter__(self) -> RunningApp:
         self.thread.start()
         while not self.server.started:
             time.sleep(0.005)
@@ -202,7 +206,7 @@ class Serving:
         )
 
 
-def half_a_request(url: str) -> bytes:
+def send_half_request(url: str) -> bytes:
     """What is answered to a request whose body never comes in full, until the connection is closed."""
     with socket.create_connection(
         ("127.0.0.1", int(url.split(":")[2].partition("/")[0])), timeout=10
@@ -212,7 +216,7 @@ def half_a_request(url: str) -> bytes:
 
 
 @contextmanager
-def process(*arguments: str) -> Iterator[tuple[str, int]]:
+def run_process(*arguments: str) -> Iterator[tuple[str, int]]:
     """A program that prints its port in a process of its own; its address and its process id."""
     started = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
     assert started.stdout
@@ -235,4 +239,4 @@ def run_forever(app: Any) -> None:
 
 
 if __name__ == "__main__":
-    run_forever(Engine())
+    run_forever(StubEngine())

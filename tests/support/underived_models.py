@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quantkit.architectures.components.decoder import TINY
-from quantkit.io.package_data import resolve_model
+from quantkit.architectures.components.decoder import TINY_COMMON
+from quantkit.io.package_data import locate_model
 from quantkit.models import derive
 
 
@@ -34,14 +34,14 @@ def write_model(folder: Path, config: dict[str, object]) -> Path:
     model.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(resolve_model("builtin:tiny-v3") / name, folder / name)
+        shutil.copy(locate_model("builtin:tiny-v3") / name, folder / name)
     return folder
 
 
 def family(model_type: str, **changes: object) -> dict[str, object]:
     """A small config.json of a model type without a table."""
     named = {"architectures": [type_of(model_type)], "model_type": model_type}
-    return {**TINY, **named, **FAMILIES.get(model_type, {}), **changes}
+    return {**TINY_COMMON, **named, **FAMILIES.get(model_type, {}), **changes}
 
 
 FAMILIES: dict[str, dict[str, object]] = {

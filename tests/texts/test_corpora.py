@@ -1,4 +1,4 @@
-"""Sets of documents: the shipped ones, the specs' checks, and the token sequences cut from them."""
+"""Sets of documents: the shipped sets, checks of specs and rows, and token sequences."""
 
 from __future__ import annotations
 
@@ -20,12 +20,18 @@ from tools.calibration_sets import __main__ as tool
 from tools.calibration_sets import exercises, general, word_problems
 
 from quantkit.errors import CalibrationError, CheckpointError, UsageError
-from quantkit.texts.corpora import CorpusSet, load_set, load_tokenizer, proportional, token_batches
-from quantkit.texts.corpus_files import Document
+from quantkit.texts.corpora import (
+    CorpusSet,
+    load_set,
+    load_tokenizer,
+    sample_sequences,
+    split_proportionally,
+)
+from quantkit.texts.corpus_files import TextDocument
 from quantkit.texts.corpus_spec import DATA_VARIABLE
 
 SETS = ROOT / "calibration"
-CHECKPOINT = ROOT / "quantkit/builtin_models/tiny_v3/checkpoint"
+CHECKPOINT = ROOT / "quantkit/data/models/tiny_v3/checkpoint"
 WIKITEXT = ROOT.parent / "shared/data"
 SHIPPED = ("tiny-v3", "tiny-v3-heldout", "general-math-code", "general-heldout")
 
@@ -43,28 +49,28 @@ end: eos
 ROWS = b'{"domain": "prose", "text": "one two"}\n{"domain": "math", "text": "1 + 1 = 2"}\n'
 
 
-class Words:
-    """A tokenizer whose tokens are words: bos 1, eos 2, a word's id is its length + 10."""
+class WordTokenizer:
+    """A tokenizer of words: BOS 1, EOS 2, the id of a word is its length + 10."""
 
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
 
-    puts_bos = True
+    adds_bos = True
 
     def __call__(
         self, text: list[str], *, add_special_tokens: bool, verbose: bool
     ) -> dict[str, list[list[int]]]:
-        front = [1] if add_special_tokens and self.puts_bos else []
+        front = [1] if add_special_tokens and self.adds_bos else []
         return {"input_ids": [front + [len(word) + 10 for word in line.split()] for line in text]}
 
 
-class WordsWithoutBos(Words):
+class WordTokenizerWithoutBos(WordTokenizer):
     bos_token_id = None
-    puts_bos = False
+    adds_bos = False
 
 
-class WordsWithUnusedBos(Words):
-    puts_bos = False
+class WordTokenizerWithUnusedBos(WordTokenizer):
+    adds_bos = False
 
 
 def write_set(folder: Path, rows: bytes = ROWS, spec: str = SPEC) -> Path:
@@ -74,29 +80,31 @@ def write_set(folder: Path, rows: bytes = ROWS, spec: str = SPEC) -> Path:
     return path
 
 
-def corpus_of(
+def make_corpus(
     texts: dict[str, list[str]], packing: str = "documents", end: bool = True
 ) -> CorpusSet:
     return CorpusSet(
         name="made",
         where="made.yaml",
-        licence="MIT",
+        license="MIT",
         origin="",
         domains=tuple(texts),
         packing=packing,  # type: ignore[arg-type]
         end_of_document=end,
         sha256="",
         documents=tuple(
-            Document(domain=domain, text=text) for domain, rows in texts.items() for text in rows
+            TextDocument(domain=domain, text=text)
+            for domain, rows in texts.items()
+            for text in rows
         ),
     )
 
 
-# ------------------------------------------------------------------------------------------------------- shipped sets
+# --- shipped sets
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_set_loads_and_its_readme_line_is_true(name: str) -> None:
+def test_shipped_set_matches_readme_line(name: str) -> None:
     corpus = load_set(name, SETS)
     counts = Counter(document.domain for document in corpus.documents)
     assert corpus.domains == ("prose", "math", "code")
@@ -108,7 +116,7 @@ def test_shipped_set_loads_and_its_readme_line_is_true(name: str) -> None:
     )
     assert f"{counts['prose']}, {counts['math']}, {counts['code']}" in line
     assert f"{size:,}" in line
-    assert corpus.licence.split(" AND ")[0] in line
+    assert corpus.license.split(" AND ")[0] in line
 
 
 def test_shipped_sets_stay_small() -> None:
@@ -116,7 +124,7 @@ def test_shipped_sets_stay_small() -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny-v3", "tiny-v3-heldout"])
-def test_tiny_v3_sets_are_made_again_byte_for_byte(name: str, tmp_path: Path) -> None:
+def test_tiny_v3_sets_regenerate_byte_for_byte(name: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(tool.main, ["--out", str(tmp_path), "--only", name])
     assert result.exit_code == 0, result.output
     for suffix in ("jsonl", "yaml"):
@@ -127,38 +135,41 @@ def test_tiny_v3_sets_are_made_again_byte_for_byte(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("name", "which"), [("general-math-code", general.CALIBRATION),
                                              ("general-heldout", general.HELD_OUT)])  # fmt: skip
-def test_math_of_the_general_sets_is_made_again(name: str, which: general.GeneralSet) -> None:
-    found = [
+def test_math_of_general_sets_regenerates(name: str, which: general.GeneralSet) -> None:
+    texts = [
         document.text for document in load_set(name, SETS).documents if document.domain == "math"
     ]
-    assert found == general.math_texts(which)
+    assert texts == general.make_math_texts(which)
 
 
 @pytest.mark.parametrize("name", ["general-math-code", "general-heldout"])
-def test_general_sets_are_made_again_by_the_same_python(name: str) -> None:
+def test_general_sets_regenerate_with_same_python(name: str) -> None:
     spec = (SETS / f"{name}.yaml").read_text(encoding="utf-8")
     if f"CPython {platform.python_version()}," not in spec:
         pytest.skip("made by another Python version")
-    data, made = tool.make_set(name)
+    data, regenerated = tool.make_set(name)
     if hashlib.sha256(data).hexdigest() not in spec:
         pytest.skip("this build of Python has a changed standard library")
-    assert made == spec
+    assert regenerated == spec
     assert data == (SETS / f"{name}.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize(("calibration", "held_out"), [("tiny-v3", "tiny-v3-heldout"),
-                                                       ("general-math-code", "general-heldout")])  # fmt: skip
-def test_fidelity_text_is_not_calibrated_on(calibration: str, held_out: str) -> None:
-    def pieces(name: str) -> set[str]:
-        texts = [document.text for document in load_set(name, SETS).documents]
-        paragraphs = [part for document in load_set(name, SETS).documents if document.domain == "prose"
-                      for part in document.text.split("\n\n")]  # fmt: skip
+@pytest.mark.parametrize(
+    ("calibration", "held_out"),
+    [("tiny-v3", "tiny-v3-heldout"), ("general-math-code", "general-heldout")],
+)
+def test_fidelity_text_is_disjoint_from_calibration_text(calibration: str, held_out: str) -> None:
+    def collect_pieces(name: str) -> set[str]:
+        documents = load_set(name, SETS).documents
+        texts = [document.text for document in documents]
+        prose = [document.text for document in documents if document.domain == "prose"]
+        paragraphs = [part for text in prose for part in text.split("\n\n")]
         return {" ".join(text.split()) for text in (*texts, *paragraphs) if len(text) > 80}
 
-    assert not pieces(calibration) & pieces(held_out)
+    assert not collect_pieces(calibration) & collect_pieces(held_out)
 
 
-def test_calibration_of_tiny_v3_has_no_benchmark_prompt() -> None:
+def test_tiny_v3_calibration_has_no_benchmark_prompt() -> None:
     prompts = [
         json.loads(line)["prompt"]
         for domain in ("math", "code")
@@ -171,7 +182,7 @@ def test_calibration_of_tiny_v3_has_no_benchmark_prompt() -> None:
     assert not [prompt for prompt in prompts if any(text.startswith(prompt) for text in texts)]
 
 
-def test_worked_products_of_the_math_generators_are_right() -> None:
+def test_products_in_math_solutions_are_correct() -> None:
     rng = random.Random(0)
     for problem in word_problems.WORD_PROBLEMS + exercises.EXERCISES:
         for _ in range(200):
@@ -182,24 +193,24 @@ def test_worked_products_of_the_math_generators_are_right() -> None:
                 assert int(left) * int(right) == int(result), solution
 
 
-# ------------------------------------------------------------------------------------------------------------- tokens
+# --- tokens
 
 
 def test_tiny_v3_documents_have_one_bos_and_end_with_eos() -> None:
     tokenizer = load_tokenizer(CHECKPOINT)
-    tokens = token_batches(load_set("tiny-v3", SETS), tokenizer, None, 512, 0)
+    tokens = sample_sequences(load_set("tiny-v3", SETS), tokenizer, None, 512, 0)
     assert (tokens.n_sequences, tokens.n_tokens) == (900, 49_697)
     for index in range(tokens.n_sequences):
         ids = tokens.sequence(index).tolist()
         assert (ids[0], ids[-1], ids.count(0), ids.count(1)) == (0, 1, 1, 1)
-    held_out = token_batches(load_set("tiny-v3-heldout", SETS), tokenizer, None, 512, 0)
+    held_out = sample_sequences(load_set("tiny-v3-heldout", SETS), tokenizer, None, 512, 0)
     assert (held_out.n_sequences, held_out.n_tokens) == (250, 13_150)
     assert Counter(held_out.domains) == {"prose": 72, "math": 108, "code": 70}
 
 
 def test_tokens_are_flat_ragged_and_hashed() -> None:
-    corpus = corpus_of({"prose": ["aa b", "ccc"], "math": ["d e f g"]})
-    tokens = token_batches(corpus, Words(), None, 5, 0)
+    corpus = make_corpus({"prose": ["aa b", "ccc"], "math": ["d e f g"]})
+    tokens = sample_sequences(corpus, WordTokenizer(), None, 5, 0)
     assert tokens.ids.tolist() == [
         1,
         12,
@@ -213,7 +224,7 @@ def test_tokens_are_flat_ragged_and_hashed() -> None:
         11,
         11,
         11,
-    ]  # the last one is cut before its EOS
+    ]  # the last sequence is cut before its EOS
     assert str(tokens.ids.dtype) == "torch.int32"
     assert (tokens.starts, tokens.lengths) == ((0, 4, 7), (4, 3, 5))
     assert tokens.domains == ("prose", "prose", "math")
@@ -221,18 +232,21 @@ def test_tokens_are_flat_ragged_and_hashed() -> None:
     assert tokens.hash == hashlib.sha256(raw).hexdigest()
 
 
-def test_documents_without_eos_and_tokenizers_without_bos() -> None:
-    corpus = corpus_of({"prose": ["aa b"]}, end=False)
-    assert token_batches(corpus, Words(), None, 9, 0).ids.tolist() == [1, 12, 11]
-    assert token_batches(corpus, WordsWithoutBos(), None, 9, 0).ids.tolist() == [12, 11]
-    assert token_batches(corpus, WordsWithUnusedBos(), None, 9, 0).ids.tolist() == [12, 11]
+def test_sequences_omit_absent_eos_and_bos() -> None:
+    corpus = make_corpus({"prose": ["aa b"]}, end=False)
+    assert sample_sequences(corpus, WordTokenizer(), None, 9, 0).ids.tolist() == [1, 12, 11]
+    assert sample_sequences(corpus, WordTokenizerWithoutBos(), None, 9, 0).ids.tolist() == [12, 11]
+    assert sample_sequences(corpus, WordTokenizerWithUnusedBos(), None, 9, 0).ids.tolist() == [
+        12,
+        11,
+    ]
 
 
-def test_windows_are_full_do_not_overlap_and_start_with_bos() -> None:
-    corpus = corpus_of(
+def test_windows_are_full_disjoint_and_start_with_bos() -> None:
+    corpus = make_corpus(
         {"prose": ["a bb", "ccc dddd eeeee", "ffffff ggggggg"]}, packing="windows", end=False
     )
-    tokens = token_batches(corpus, Words(), None, 4, 0)
+    tokens = sample_sequences(corpus, WordTokenizer(), None, 4, 0)
     assert tokens.ids.tolist() == [
         1,
         11,
@@ -243,7 +257,7 @@ def test_windows_are_full_do_not_overlap_and_start_with_bos() -> None:
         15,
         16,
     ]  # the seventh word does not fill a window
-    assert token_batches(corpus, WordsWithoutBos(), None, 3, 0).ids.tolist() == [
+    assert sample_sequences(corpus, WordTokenizerWithoutBos(), None, 3, 0).ids.tolist() == [
         11,
         12,
         13,
@@ -253,29 +267,29 @@ def test_windows_are_full_do_not_overlap_and_start_with_bos() -> None:
     ]
 
 
-def test_selection_is_by_seed_and_keeps_the_proportion() -> None:
+def test_sampling_follows_seed_and_proportions() -> None:
     texts = {
         "prose": [f"p{'x' * n}" for n in range(60)],
         "math": [f"m{'x' * n}" for n in range(30)],
         "code": ["c"],
     }
-    corpus = corpus_of(texts)
-    first = token_batches(corpus, Words(), 30, 8, seed=1)
+    corpus = make_corpus(texts)
+    first = sample_sequences(corpus, WordTokenizer(), 30, 8, seed=1)
     assert Counter(first.domains) == {"prose": 19, "math": 10, "code": 1}
-    assert first.hash == token_batches(corpus, Words(), 30, 8, seed=1).hash
-    assert first.hash != token_batches(corpus, Words(), 30, 8, seed=2).hash
+    assert first.hash == sample_sequences(corpus, WordTokenizer(), 30, 8, seed=1).hash
+    assert first.hash != sample_sequences(corpus, WordTokenizer(), 30, 8, seed=2).hash
     assert len(set(first.domains[:10])) > 1  # mixed, not domain by domain
 
 
 @given(st.dictionaries(st.sampled_from("abc"), st.integers(0, 50), min_size=1), st.data())
-def test_proportional_shares_add_up(available: dict[str, int], data: st.DataObject) -> None:
-    wanted = data.draw(st.integers(0, sum(available.values())))
+def test_proportional_shares_sum_to_total(available: dict[str, int], data: st.DataObject) -> None:
+    total = data.draw(st.integers(0, sum(available.values())))
     if sum(available.values()) == 0:
         return
-    shares = proportional(available, wanted)
-    assert sum(shares.values()) == wanted
+    shares = split_proportionally(available, total)
+    assert sum(shares.values()) == total
     assert all(0 <= shares[name] <= count for name, count in available.items())
-    if wanted >= len(available):
+    if total >= len(available):
         assert all(shares[name] >= min(count, 1) for name, count in available.items())
 
 
@@ -292,7 +306,8 @@ def test_proportional_shares_add_up(available: dict[str, int], data: st.DataObje
             "windows",
             2,
             3,
-            r"^made.yaml: expected 2 sequences, found 1 windows of 3 tokens \(prose 1, math 0\). Ask for 1",
+            r"^made.yaml: expected 2 sequences, found 1 windows of 3 tokens \(prose 1, math 0\). "
+            r"Ask for 1",
         ),
         (
             "windows",
@@ -314,13 +329,15 @@ def test_proportional_shares_add_up(available: dict[str, int], data: st.DataObje
         ),
     ],
 )
-def test_too_little_text(packing: str, sequences: int | None, length: int, message: str) -> None:
-    corpus = corpus_of({"prose": ["a b", "c"], "math": ["d"]}, packing=packing, end=False)
+def test_too_few_sequences_raise(
+    packing: str, sequences: int | None, length: int, message: str
+) -> None:
+    corpus = make_corpus({"prose": ["a b", "c"], "math": ["d"]}, packing=packing, end=False)
     with pytest.raises(UsageError, match=message):
-        token_batches(corpus, Words(), sequences, length, 0)
+        sample_sequences(corpus, WordTokenizer(), sequences, length, 0)
 
 
-def test_tokenizer_that_cannot_be_loaded(tmp_path: Path) -> None:
+def test_unloadable_tokenizer_raises(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path}: expected a tokenizer")):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
@@ -334,17 +351,17 @@ def test_tokenizer_that_cannot_be_loaded(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-# -------------------------------------------------------------------------------------------------------------- specs
+# --- specs
 
 
-def test_a_set_of_ones_own_by_path(tmp_path: Path) -> None:
+def test_set_loads_by_path(tmp_path: Path) -> None:
     corpus = load_set(str(write_set(tmp_path)), SETS)
-    assert (corpus.name, corpus.licence, corpus.end_of_document) == ("mine", "MIT", True)
+    assert (corpus.name, corpus.license, corpus.end_of_document) == ("mine", "MIT", True)
     assert [document.text for document in corpus.documents] == ["one two", "1 + 1 = 2"]
     assert corpus.sha256 == hashlib.sha256(ROWS).hexdigest()
 
 
-def test_unknown_names(tmp_path: Path) -> None:
+def test_unknown_set_names_raise(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"no set of documents named 'tiny-v4'\. Did you mean 'tiny-v3'\?"
     ):
@@ -365,14 +382,14 @@ def test_unknown_names(tmp_path: Path) -> None:
             "license: MIT",
             "mine.yaml:3: license: unknown key. Did you mean 'licence'?",
         ),
-        ("licence: MIT\n", "", "mine.yaml:1: licence: expected text, found nothing"),
+        ("licence: MIT\n", "", "mine.yaml:1: licence: missing; this key has no default"),
         ("version: 1", "version: 2", "mine.yaml:1: version: expected 1, found 2"),
         (
             "[prose, math]",
             "[prose, poetry]",
-            "mine.yaml:7: domains: unknown domain 'poetry'. Use one of prose, math, code",
+            "mine.yaml:7: domains[1]: expected prose, math or code, found 'poetry'",
         ),
-        ("[prose, math]", "prose", "mine.yaml:7: domains: expected a list without repetition"),
+        ("[prose, math]", "prose", "mine.yaml:7: domains: expected a list, found 'prose'"),
         ("documents", "rows", "mine.yaml:8: packing: expected documents or windows, found 'rows'"),
         (
             "documents",
@@ -383,36 +400,57 @@ def test_unknown_names(tmp_path: Path) -> None:
         ("file: mine.jsonl", "file: other.jsonl", "other.jsonl, found no such file"),
         (
             "end: eos",
-            "local: {{file: x, sha256: y}}",
+            "local: {{file: x, sha256: {sha256}}}",
             "mine.yaml:9: local: expected a `datasets` entry",
         ),
-        ("end: eos", "datasets: 3", "mine.yaml:9: datasets: expected keys path, name"),
+        ("[prose, math]", "[prose, prose]", "mine.yaml:7: domains: prose: listed twice"),
+        ("[prose, math]", "[]", "mine.yaml:7: domains: expected one entry or more, found an empty"),
+        (
+            "end: eos",
+            "local: {{file: x, sha256: y}}",
+            "local.sha256: expected 64 hexadecimal digits",
+        ),
+        ("file: mine.jsonl\n", "", "mine.yaml:1: file: expected either `file` or `datasets`"),
+        ("sha256: {sha256}\n", "", "mine.yaml:1: sha256: expected the sha256 of `file`"),
+        ("origin: written", "origin: " + "x" * 2000, "origin: expected text of at most 2,000"),
+        (
+            "end: eos",
+            "datasets: {{path: a, name: b, split: c, revision: d, column: e, domain: code}}",
+            "mine.yaml:5: file: expected either `file` or `datasets`, found both",
+        ),
+        (
+            "file: mine.jsonl\nsha256: {sha256}",
+            "datasets: {{path: a, name: b, split: c, revision: d, column: e, domain: code}}",
+            "mine.yaml:5: datasets.domain: expected the one domain of the set, found 'code'",
+        ),
+        ("end: eos", "datasets: 3", "mine.yaml:9: datasets: expected the keys path, name"),
         ("[prose, math]", "[prose, math, code]", "found none of code"),
-        ("[prose, math]", "[prose", "mine.yaml:8: expected YAML, found: "),
+        ("[prose, math]", "[prose", "mine.yaml:8: not valid YAML: "),
         (
             "version: 1\n",
             "version: 1\nversion: 1\n",
-            "mine.yaml:2: expected YAML, found: found duplicate key",
+            "mine.yaml:2: version: written twice, first in line 1",
         ),
     ],
 )
-def test_faults_of_a_spec(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_spec_faults_name_line_and_key(tmp_path: Path, old: str, new: str, message: str) -> None:
     with pytest.raises(CalibrationError, match=re.escape(message)):
         load_set(str(write_set(tmp_path, spec=SPEC.replace(old, new))), SETS)
 
 
-def test_all_faults_of_a_spec_are_shown_at_once(tmp_path: Path) -> None:
+def test_all_spec_faults_are_reported(tmp_path: Path) -> None:
     spec = SPEC.replace("licence", "license").replace("version: 1", "version: 0")
     with pytest.raises(CalibrationError) as caught:
         load_set(str(write_set(tmp_path, spec=spec)), SETS)
     assert len(str(caught.value).splitlines()) == 3  # unknown key, missing key, version
 
 
-def test_a_spec_that_is_not_a_mapping_or_not_utf8(tmp_path: Path) -> None:
+def test_spec_must_be_utf8_mapping(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(b"- 1\n")
     with pytest.raises(
-        CalibrationError, match=r"mine\.yaml:1: expected keys and values, found CommentedSeq"
+        CalibrationError,
+        match=r"mine\.yaml:1: expected a mapping of keys \(version: 1, \.\.\.\), found a list",
     ):
         load_set(str(path), SETS)
     path.write_bytes(b"name: \xff\n")
@@ -451,19 +489,19 @@ def test_a_spec_that_is_not_a_mapping_or_not_utf8(tmp_path: Path) -> None:
         (b"", "mine.jsonl:1: expected at least one row, found an empty file"),
     ],
 )
-def test_faults_of_the_rows(tmp_path: Path, rows: bytes, message: str) -> None:
+def test_row_faults_name_line(tmp_path: Path, rows: bytes, message: str) -> None:
     with pytest.raises(CalibrationError, match=re.escape(message)):
         load_set(str(write_set(tmp_path, rows)), SETS)
 
 
-def test_many_faults_are_cut_short(tmp_path: Path) -> None:
+def test_fault_list_is_truncated(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError) as caught:
         load_set(str(write_set(tmp_path, b"{\n" * 50)), SETS)
     lines = str(caught.value).splitlines()
     assert (len(lines), lines[-1]) == (9, "and 42 more faults")
 
 
-def test_a_changed_file_is_refused(tmp_path: Path) -> None:
+def test_wrong_sha256_raises(tmp_path: Path) -> None:
     path = write_set(tmp_path)
     (tmp_path / "mine.jsonl").write_bytes(ROWS.replace(b"one", b"two"))
     with pytest.raises(
@@ -472,20 +510,18 @@ def test_a_changed_file_is_refused(tmp_path: Path) -> None:
         load_set(str(path), SETS)
 
 
-# ---------------------------------------------------------------------------------------------------------------- hub
+# --- hub
 
 
-def test_hub_rows_and_local_file_give_the_same_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_local_file_equals_hub_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     raw = " \n = Title = \n \n Some text . \n"
     rows = ["", " = Title = \n", "", " Some text . \n"]
-    asked: list[tuple[object, ...]] = []
+    calls: list[tuple[object, ...]] = []
 
     def load_dataset(path: str, name: str, split: str, revision: str) -> dict[str, list[str]]:
-        asked.append((path, name, split, revision))
+        calls.append((path, name, split, revision))
         return {"text": rows}
 
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
@@ -498,7 +534,7 @@ def test_hub_rows_and_local_file_give_the_same_set(
     (tmp_path / "wikitext-2/wiki.test.raw").write_bytes(raw.encode())
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
     local = load_set(str(tmp_path / "mine.yaml"), SETS)
-    assert asked == [
+    assert calls == [
         (
             "Salesforce/wikitext",
             "wikitext-2-raw-v1",
@@ -517,7 +553,9 @@ def test_hub_rows_and_local_file_give_the_same_set(
     "fault",
     [ConnectionError("Couldn't reach it\nmore"), ValueError("unknown split"), KeyError("t")],
 )
-def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
+def test_unreachable_hub_names_alternatives(
+    monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
     import datasets
 
     def load_dataset(path: str, name: str, split: str, revision: str) -> object:
@@ -536,9 +574,11 @@ def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, fault: Exce
     assert "set QUANTKIT_DATA to a folder that holds wikitext-2/wiki.test.raw" in message
 
 
-@pytest.mark.skipif(not (WIKITEXT / "wikitext-2").is_dir(), reason="WikiText is not here")
-def test_wikitext_from_a_local_file(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(
+    not (WIKITEXT / "wikitext-2").is_dir(), reason="WikiText is not on this machine"
+)
+def test_wikitext_loads_from_local_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DATA_VARIABLE, str(WIKITEXT))
     corpus = load_set("wikitext", SETS)
     assert len(corpus.documents) == 4358
-    assert corpus.licence == "CC-BY-SA-3.0"
+    assert corpus.license == "CC-BY-SA-3.0"

@@ -1,8 +1,9 @@
-"""Serve an artifact here, ask it more and more at once with GuideLLM, and keep the result beside its report.
+"""Serve an artifact, load-test it with GuideLLM, and store the result next to its report.
 
-    python -m tools.demo_load ARTIFACT GUIDELLM
+    PYTHONPATH=tests python -m tools.demo_load ARTIFACT GUIDELLM
 
-Works on a copy of the artifact in a temporary folder, which must still verify. Exits with 1 when something is missing.
+Works on a copy of the artifact in a temporary folder, which must still verify. Exits with 1 if a
+check fails.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from tools import demo_serve
 
 def main(artifact: Path, program: str, levels: str = "1,2,4") -> None:
     quantkit = [sys.executable, "-m", "quantkit"]
-    with tempfile.TemporaryDirectory() as made:
-        copy = Path(shutil.copytree(artifact, Path(made) / artifact.name))
-        with demo_serve.served(copy, "--engine", "transformers", "--gateway") as url:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copytree(artifact, Path(folder) / artifact.name))
+        with demo_serve.serve_artifact(copy, "--engine", "transformers", "--gateway") as url:
             options = [
                 "--concurrency",
                 levels,
@@ -32,8 +33,8 @@ def main(artifact: Path, program: str, levels: str = "1,2,4") -> None:
                 "--guidellm",
                 program,
             ]
-            page = Path(made) / "load.html"
-            words = [
+            page = Path(folder) / "load.html"
+            command = [
                 *quantkit,
                 "loadtest",
                 url,
@@ -43,17 +44,20 @@ def main(artifact: Path, program: str, levels: str = "1,2,4") -> None:
                 str(page),
                 *options,
             ]
-            subprocess.run(words, check=True)
-        told = json.loads((copy / "quantkit/loadtest.json").read_text(encoding="utf-8"))
+            subprocess.run(command, check=True)
+        report = json.loads((copy / "quantkit/loadtest.json").read_text(encoding="utf-8"))
         demo_serve.check(
-            [level["concurrency"] for level in told["levels"]] == [*map(int, levels.split(","))],
-            "levels",
+            [level["concurrency"] for level in report["levels"]] == [*map(int, levels.split(","))],
+            "all levels",
         )
-        demo_serve.check(all(level["errored"] == 0 for level in told["levels"]), "nothing failed")
         demo_serve.check(
-            all(level["output_tokens"] == 24 for level in told["levels"]), "answers of one length"
+            all(level["errored"] == 0 for level in report["levels"]), "no request failed"
         )
-        demo_serve.check(page.stat().st_size > 500_000, "a page with plots")
+        demo_serve.check(
+            all(level["output_tokens"] == 24 for level in report["levels"]),
+            "all answers have 24 tokens",
+        )
+        demo_serve.check(page.stat().st_size > 500_000, "the page has plots")
         subprocess.run([*quantkit, "verify", str(copy)], check=True)
 
 

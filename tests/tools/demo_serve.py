@@ -1,9 +1,9 @@
-"""Serve an artifact behind the gateway on this machine, ask it with OpenAI's own client, and stop it.
+"""Serve an artifact through the gateway, send requests with OpenAI's own client, and stop it.
 
-    python -m tools.demo_serve ARTIFACT
+    PYTHONPATH=tests python -m tools.demo_serve ARTIFACT
 
-Completion, chat, streaming, stop strings, usage, a seed, a request that is refused, a client that leaves. Exits with 1
-when an answer is not what the API promises.
+Completion, chat, streaming, stop strings, usage, a seed, a rejected request, a client that
+disconnects. Exits with 1 if a response violates the API.
 """
 
 from __future__ import annotations
@@ -19,59 +19,59 @@ from contextlib import contextmanager
 
 import openai
 
-from quantkit.serve.engines.engine_process import answers, free_port
+from quantkit.serve.engines.engine_process import find_free_port, is_responding
 
 PROMPT = "Question: Tom has 3 apples and buys 4 more. How many apples does Tom have?\nAnswer:"
 START_SECONDS = 600  # vLLM on a CPU takes minutes
 
 
 @contextmanager
-def served(artifact: str, *options: str) -> Iterator[str]:
-    """`quantkit serve` in a process of its own, until it is ready; the address of its API. It must end by itself.
+def serve_artifact(artifact: str, *options: str) -> Iterator[str]:
+    """Run `quantkit serve` in its own process; yield the address of its API once it is ready.
 
-    artifact: a folder, or the address of a server.
+    artifact: a folder, or the address of a server. The process must exit by SIGTERM.
     """
-    port = free_port()
-    words = [sys.executable, "-m", "quantkit", "serve", artifact, "--port", str(port), *options]
-    started = subprocess.Popen(words)
+    port = find_free_port()
+    command = [sys.executable, "-m", "quantkit", "serve", artifact, "--port", str(port), *options]
+    process = subprocess.Popen(command)
     try:
-        end = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + START_SECONDS
         ready = "ready" if "--gateway" in options else "health"
-        while not answers(f"http://127.0.0.1:{port}/{ready}"):
-            if started.poll() is not None or time.monotonic() > end:
-                sys.exit(f"{' '.join(words)}: did not get ready")
+        while not is_responding(f"http://127.0.0.1:{port}/{ready}"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"{' '.join(command)}: not ready in time")
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        started.send_signal(signal.SIGTERM)
-        code = started.wait(90)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(90)
     if code != 128 + signal.SIGTERM:
-        sys.exit(f"{' '.join(words)}: ended with {code}, not by the signal")
+        sys.exit(f"{' '.join(command)}: exited with {code}, not by SIGTERM")
 
 
-def say(what: str, found: object) -> None:
-    sys.stdout.write(f"{what:12} {found!r}\n")
+def print_result(name: str, value: object) -> None:
+    sys.stdout.write(f"{name:12} {value!r}\n")
 
 
-def check(holds: bool, what: str) -> None:
-    if not holds:
-        sys.exit(f"not what the API promises: {what}")
+def check(condition: bool, promise: str) -> None:
+    if not condition:
+        sys.exit(f"API violation, expected: {promise}")
 
 
-def ask(client: openai.OpenAI) -> None:
-    """One of each, checked."""
+def send_requests(client: openai.OpenAI) -> None:
+    """Send one request of each kind and check its response."""
     model = client.models.list().data[0].id
-    say("model", model)
-    whole = client.completions.create(model=model, prompt=PROMPT, max_tokens=48, temperature=0)
-    text, usage = whole.choices[0].text, whole.usage
-    say("completion", text)
+    print_result("model", model)
+    completion = client.completions.create(model=model, prompt=PROMPT, max_tokens=48, temperature=0)
+    text, usage = completion.choices[0].text, completion.usage
+    print_result("completion", text)
     check(
         usage is not None and usage.total_tokens == usage.prompt_tokens + usage.completion_tokens,
         "usage adds up",
     )
-    say("usage", usage.model_dump(exclude_none=True) if usage else None)
+    print_result("usage", usage.model_dump(exclude_none=True) if usage else None)
 
-    parts, told, reason = [], None, None
+    parts, streamed_usage, reason = [], None, None
     options = {"include_usage": True}
     for chunk in client.completions.create(
         model=model,
@@ -81,36 +81,36 @@ def ask(client: openai.OpenAI) -> None:
         stream=True,
         stream_options=options,
     ):
-        told = chunk.usage or told
+        streamed_usage = chunk.usage or streamed_usage
         for choice in chunk.choices:
             parts.append(choice.text)
             reason = choice.finish_reason or reason
-    say("streamed", parts[:6] + ["..."])
+    print_result("streamed", parts[:6] + ["..."])
     check(
         "".join(parts) == text and len(parts) > 5,
-        "a stream says the same as a whole answer, in pieces",
+        "a streamed answer equals the complete one",
     )
     check(
-        told == usage and reason == whole.choices[0].finish_reason,
-        "and tells the same usage and reason",
+        streamed_usage == usage and reason == completion.choices[0].finish_reason,
+        "a stream has the same usage and finish reason",
     )
 
     word = text.split()[2]
     stopped = client.completions.create(
         model=model, prompt=PROMPT, max_tokens=48, temperature=0, stop=[word]
     )
-    say(f"stop {word!r}", stopped.choices[0].text)
+    print_result(f"stop {word!r}", stopped.choices[0].text)
     check(
         stopped.choices[0].text == text[: text.index(word)],
-        "a stop string ends the answer and is no part of it",
+        "a stop string ends the answer and is not part of it",
     )
-    check(stopped.choices[0].finish_reason == "stop", "and is told as the reason")
+    check(stopped.choices[0].finish_reason == "stop", "the finish reason is stop")
 
     messages = [{"role": "user", "content": PROMPT}]
     chat = client.chat.completions.create(
         model=model, messages=messages, max_tokens=24, temperature=0
     )
-    say("chat", chat.choices[0].message.content)
+    print_result("chat", chat.choices[0].message.content)
     check(
         chat.choices[0].message.role == "assistant" and bool(chat.choices[0].message.content),
         "chat answers",
@@ -125,14 +125,14 @@ def ask(client: openai.OpenAI) -> None:
     check(drawn[0] == drawn[1], "one seed, one answer")
     try:
         client.completions.create(model=model, prompt=PROMPT, max_tokens=100_000)
-        check(False, "too long a request is refused")
-    except openai.BadRequestError as refused:
-        say("refused", refused.message[:90])
-    leave(client, model)
+        check(False, "a request that is too long is rejected")
+    except openai.BadRequestError as rejection:
+        print_result("rejected", rejection.message[:90])
+    disconnect(client, model)
 
 
-def leave(client: openai.OpenAI, model: str) -> None:
-    """A client that leaves in the middle costs nobody time: the next answer comes at once."""
+def disconnect(client: openai.OpenAI, model: str) -> None:
+    """Close a stream early; the next answer must not wait for it."""
     stream = client.completions.create(
         model=model,
         prompt="a",
@@ -143,22 +143,25 @@ def leave(client: openai.OpenAI, model: str) -> None:
     )
     next(iter(stream))
     stream.close()
-    began = time.monotonic()
+    start = time.monotonic()
     client.completions.create(model=model, prompt=PROMPT, max_tokens=1)
-    say("left; next", f"{time.monotonic() - began:.2f} s")
+    print_result("after close", f"{time.monotonic() - start:.2f} s")
 
 
 def main(artifact: str) -> None:
-    with served(artifact, "--engine", "transformers", "--gateway") as url:
-        ask(openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120))
+    with serve_artifact(artifact, "--engine", "transformers", "--gateway") as url:
+        send_requests(openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120))
         with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as answer:
             text = answer.read().decode()
-    told = [
+    lines = [
         line for line in text.splitlines() if line.startswith("quantkit_gateway_requests_total")
     ]
-    for line in told:
-        say("metrics", line)
-    check(any('outcome="left"' in line for line in told), "the gateway saw the client leave")
+    for line in lines:
+        print_result("metrics", line)
+    check(
+        any('outcome="left"' in line for line in lines),
+        "the gateway counts the disconnected client",
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 from support.damage import (
     Stored,
     add,
@@ -46,8 +46,8 @@ from quantkit.cli.main import main
 from quantkit.errors import ArtifactError, QuantkitError
 from quantkit.formats.bitsandbytes import NF4_VALUES
 from quantkit.numerics import nf4
-from quantkit.recipe.parse import parse
-from quantkit.verify.shallow import verify
+from quantkit.recipe.parse import parse_recipe
+from quantkit.verify.shallow import verify_artifact
 
 SYMMETRIC = "{method: rtn, bits: 4, group_size: 64, symmetric: true}"
 SEVERAL = '[{match: "*.down_proj", quantize: {bits: 8}}, {match: "*.mlp.*", quantize: default}, {match: "*", keep: source}]'
@@ -100,17 +100,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         family, keys = KINDS[kind]
         source, output = place / f"source-{family}", place / kind
         if not source.exists():
-            write_checkpoint(source, tiny_config(family), fp8=kind == "fp8")
+            write_checkpoint(source, make_tiny_config(family), fp8=kind == "fp8")
         if not output.exists():
             cut = (
                 f"{{path: {output}, shard_bytes: 200KB}}"
                 if kind in {"awq", "eight"}
                 else f"{{path: {output}}}"
             )
-            text = recipe_text(source, output, fidelity="none", output=cut, **keys)
-            recipe = parse(text, "bad.yaml")
+            text = make_recipe_text(source, output, fidelity="none", output=cut, **keys)
+            recipe = parse_recipe(text, "bad.yaml")
             pipeline.build_artifacts(
-                recipe, text, overwrite=False, evaluate=False, on_plan=ignore, on_progress=ignore
+                recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
             )
         return output
 
@@ -775,7 +775,7 @@ CONTENT: dict[str, tuple[str, Damage, str]] = {
 def refused(path: Path) -> str:
     """What verify says."""
     with pytest.raises(ArtifactError) as caught:
-        verify(path)
+        verify_artifact(path)
     return str(caught.value)
 
 
@@ -848,7 +848,7 @@ def fuzz(path: Path, count: int, seed: int) -> tuple[int, int]:
                 )
             rehash(path)
         try:
-            verify(path)
+            verify_artifact(path)
         except QuantkitError:
             refused += 1
         for file, content in files.items():
@@ -990,7 +990,7 @@ def test_an_artifact_that_is_only_sealed_again_is_accepted(
     for shard in shards(path):
         write_shard(shard, read_shard(shard))
     reseal(path)
-    found = verify(path)
+    found = verify_artifact(path)
     assert found.notes == () and found.modules == len(
         json.loads((path / MANIFEST).read_text())["modules"]
     )
@@ -1009,10 +1009,10 @@ def test_the_command_line_refuses_with_one_message(bad: Callable[[str], Path]) -
     ]
 
 
-@pytest.mark.parametrize("name", registry.names("formats"))
+@pytest.mark.parametrize("name", registry.list_names("formats"))
 def test_every_format_says_what_its_numbers_must_be(name: str) -> None:
-    assert registry.checks(name).shape({}, None, lambda _: b"") is None  # type: ignore[arg-type]  # nothing to look at
+    assert registry.get_checks(name).shape({}, None, lambda _: b"") is None  # type: ignore[arg-type]  # nothing to look at
 
 
 def test_the_codebook_without_torch_is_that_of_the_numerics() -> None:
-    assert NF4_VALUES == nf4.VALUES
+    assert NF4_VALUES == nf4.CODEBOOK

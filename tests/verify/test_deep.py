@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from support.checkpoints import recipe_text, tiny_config, write_checkpoint
+from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 from support.damage import (
     Stored,
     add,
@@ -36,11 +36,11 @@ from quantkit import pipeline
 from quantkit.artifact.layout import MANIFEST
 from quantkit.cli.main import main
 from quantkit.errors import ArtifactError, CheckpointError
-from quantkit.recipe.parse import parse
-from quantkit.verify.deep import SAID, DeepReport, verify_deep
-from quantkit.verify.deep_proofs import powers_of_two, prove_linear
-from quantkit.verify.deep_sides import open_sides
-from quantkit.verify.shallow import verify
+from quantkit.recipe.parse import parse_recipe
+from quantkit.verify.deep import PROOF_MEANINGS, DeepReport, verify_deep
+from quantkit.verify.prove_tensors import powers_of_two, prove_linear
+from quantkit.verify.shallow import verify_artifact
+from quantkit.verify.source_pair import open_sides
 
 AWQ = "{method: awq, rounding: gptq, bits: 4, group_size: 64}"
 KINDS: dict[str, tuple[str, dict[str, str]]] = {
@@ -102,13 +102,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             if kind == "derived":  # a family without a table
                 write_model(source, make_family(family))
             else:
-                write_checkpoint(source, tiny_config(family), fp8=kind == "fp8")
+                write_checkpoint(source, make_tiny_config(family), fp8=kind == "fp8")
         if not output.exists():
             few = {"calibration": "{set: tiny-v3, sequences: 16, length: 64, min_expert_tokens: 1}"}
-            text = recipe_text(source, output, fidelity="none", **few | keys)
-            recipe = parse(text, "deep.yaml")
+            text = make_recipe_text(source, output, fidelity="none", **few | keys)
+            recipe = parse_recipe(text, "deep.yaml")
             pipeline.build_artifacts(
-                recipe, text, overwrite=False, evaluate=False, on_plan=ignore, on_progress=ignore
+                recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
             )
         return output
 
@@ -211,7 +211,7 @@ def test_the_command_says_what_was_proven(made: Made) -> None:
         "  config.json but for quantization, and 2 files beside it: the source's",
         "  14 of 14 quantized linears",
         "        6 recorded weight error reproduced from source and codes (how calibration chose them is not proven)",
-        f"        8 {SAID['scaled']}",
+        f"        8 {PROOF_MEANINGS['scaled']}",
         "  7 of 7 kept tensors",
         "        4 the source's values, bit for bit",
         "        3 the source's values by powers of two, bit for bit",
@@ -468,7 +468,7 @@ def test_what_was_not_made_of_the_source_is_refused(
     path = bad(kind)
     damage(path)
     reseal(path)
-    verify(path)  # nothing but the source tells
+    verify_artifact(path)  # nothing but the source tells
     with pytest.raises(ArtifactError) as caught:
         deep(path)
     assert str(caught.value).startswith(f"{path}: not made of ") and sentence in str(caught.value)

@@ -13,7 +13,7 @@ import pytest
 
 from quantkit.artifact.layout import INDEX, MANIFEST, TIMINGS
 from quantkit.errors import ArtifactError
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 FIRST, LAST = "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"
 PACKED = "model.layers.1.mlp.experts.0.gate_proj.qweight"
@@ -22,7 +22,7 @@ PACKED = "model.layers.1.mlp.experts.0.gate_proj.qweight"
 def fault(path: Path) -> str:
     """What verify says of an artifact that is not what its manifest says."""
     with pytest.raises(ArtifactError) as caught:
-        verify(path)
+        verify_artifact(path)
     return str(caught.value)
 
 
@@ -69,7 +69,7 @@ def shard_of(path: Path, tensor: str) -> Path:
 
 
 def test_an_artifact_as_built_verifies(artifact: Path) -> None:
-    found = verify(artifact)
+    found = verify_artifact(artifact)
     files = [path for path in artifact.rglob("*") if path.is_file()]
     assert found.status == "not judged"  # the benchmarks were left out, and the recipe gates them
     assert found.files == len(files) - 2  # but the manifest itself and the timings
@@ -93,9 +93,9 @@ def test_the_manifest_covers_every_file_but_itself_and_the_timings(artifact: Pat
 
 def test_timings_may_differ_or_be_absent(artifact: Path) -> None:
     (artifact / TIMINGS).write_text('{"seconds": 1}')
-    verify(artifact)
+    verify_artifact(artifact)
     (artifact / TIMINGS).unlink()
-    verify(artifact)
+    verify_artifact(artifact)
 
 
 def test_verify_does_not_start_torch(artifact: Path) -> None:

@@ -1,1 +1,1 @@
-"""What architectures are made of: attention, MLPs and routed experts as tables of linears."""
+"""Building blocks of architecture tables: attention, MLPs and routed experts."""

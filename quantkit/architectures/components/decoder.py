@@ -1,7 +1,8 @@
-"""The parts that decoder blocks of most families are made of, so that an architecture file stays a table.
+"""The parts of decoder blocks that most families share, so that an architecture file stays a table.
 
-A block is a sum of parts: attention and MLP, each with its linears, who reads what, and what engines merge. Layers,
-modules and keys of config.json are named as the Hugging Face hub names them.
+A block is the sum of two parts, attention and MLP. Each part lists its linears, the groups of
+linears that read the same input, and the sets that engines merge. Layers, modules and keys of
+config.json have the names of the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from quantkit.contracts import (
 )
 from quantkit.errors import CheckpointError
 
-TINY: Mapping[str, object] = {
+TINY_COMMON: Mapping[str, object] = {
     "torch_dtype": "bfloat16",
     "hidden_act": "silu",
     "hidden_size": 128,
@@ -39,17 +40,17 @@ TINY: Mapping[str, object] = {
     "eos_token_id": 1,
     "tie_word_embeddings": False,
 }
-"""What the TINY configs have in common; sizes that fill AWQ's groups and words, and FP8's blocks."""
+"""Keys that all TINY configs share; the sizes fill AWQ's groups and words, and FP8's blocks."""
 
-MOST_BLOCKS, MOST_LINEARS = 4_000, 200_000
-"""No published model has half of either: DeepSeek-V3 has 62 and 45,872."""
+MAX_BLOCKS, MAX_LINEARS = 4_000, 200_000
+"""Published models have less than half of either: DeepSeek-V3 has 62 blocks and 45,872 linears."""
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """Attention or MLP of a block: the fields are those of Block."""
+class BlockPart:
+    """The attention or the MLP of a block; the fields are those of Block."""
 
     linears: tuple[Linear, ...]
     others: tuple[TensorSpec, ...] = ()
@@ -61,12 +62,12 @@ class Part:
 # ------------------------------------------------------------------------------------------------------ small parts
 
 
-def norm(module: str, width: int, dtype: str = "BF16") -> TensorSpec:
-    """The weight vector of an RMS norm."""
+def make_rms_norm(module: str, width: int, dtype: str = "BF16") -> TensorSpec:
+    """Return the weight vector [width] of an RMS norm."""
     return TensorSpec(name=f"{module}.weight", dtype=dtype, shape=(width,))
 
 
-def gated_mlp(
+def make_gated_mlp(
     module: str,
     hidden: int,
     intermediate: int,
@@ -74,7 +75,7 @@ def gated_mlp(
     bias: bool = False,
     projections: tuple[str, str, str] = PROJECTIONS,
 ) -> tuple[Linear, ...]:
-    """gate, up and down projection of a gated MLP: down(act(gate x) * up x)."""
+    """Return the gate, up and down projections of a gated MLP: down(act(gate x) * up x)."""
     gate, up, down = (f"{module}.{projection}" for projection in projections)
     return (
         Linear(name=gate, out_features=intermediate, in_features=hidden, role=role, bias=bias),
@@ -86,41 +87,41 @@ def gated_mlp(
 # -------------------------------------------------------------------------------------------------------- attention
 
 
-def grouped_attention(
+def make_grouped_query_attention(
     config: Config,
     name: str,
     *,
     qkv_bias: bool = False,
     o_bias: bool = False,
     qk_norm: bool = False,
-) -> Part:
-    """Attention whose query heads share key/value heads (arXiv 2305.13245), `name` being its block.
+) -> BlockPart:
+    """Return grouped-query attention (GQA, arXiv 2305.13245) of block `name`.
 
-    With `qk_norm` queries and keys pass a norm per head; the values do not, so o_proj's input scale goes into v_proj
-    all the same.
+    With `qk_norm`, queries and keys pass a norm per head. Values do not, so v_proj absorbs o_proj's
+    input scale in either case.
     """
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     kv_heads = config.integer("num_key_value_heads", heads)
     if not heads or not kv_heads or heads % kv_heads:
         raise CheckpointError(
-            f"{config.where}: expected num_attention_heads to be a multiple of num_key_value_heads, found {heads} and "
-            f"{kv_heads}; repair them"
+            f"{config.where}: expected num_attention_heads to be a multiple of "
+            f"num_key_value_heads, found {heads} and {kv_heads}; repair them"
         )
     width = config.integer("head_dim", hidden // heads)
     module = f"{name}.self_attn"
     q, k, v, o = (f"{module}.{letter}_proj" for letter in "qkvo")
 
-    def linear(name: str, out: int, into: int, bias: bool) -> Linear:
-        return Linear(name=name, out_features=out, in_features=into, role="attention", bias=bias)
+    def make_linear(name: str, out: int, width: int, bias: bool) -> Linear:
+        return Linear(name=name, out_features=out, in_features=width, role="attention", bias=bias)
 
-    return Part(
+    return BlockPart(
         linears=(
-            linear(q, heads * width, hidden, qkv_bias),
-            linear(k, kv_heads * width, hidden, qkv_bias),
-            linear(v, kv_heads * width, hidden, qkv_bias),
-            linear(o, hidden, heads * width, o_bias),
+            make_linear(q, heads * width, hidden, qkv_bias),
+            make_linear(k, kv_heads * width, hidden, qkv_bias),
+            make_linear(v, kv_heads * width, hidden, qkv_bias),
+            make_linear(o, hidden, heads * width, o_bias),
         ),
-        others=(norm(f"{module}.q_norm", width), norm(f"{module}.k_norm", width))
+        others=(make_rms_norm(f"{module}.q_norm", width), make_rms_norm(f"{module}.k_norm", width))
         if qk_norm
         else (),
         groups=(
@@ -145,18 +146,18 @@ def grouped_attention(
     )
 
 
-def latent_linears(config: Config, module: str) -> tuple[Linear, ...]:
-    """MLA projections; with `q_lora_rank` null one q_proj takes the place of q_a_proj and q_b_proj."""
+def make_latent_projections(config: Config, module: str) -> tuple[Linear, ...]:
+    """Return the projections of MLA; if `q_lora_rank` is null, q_proj replaces q_a and q_b_proj."""
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     nope, rope = config.integer("qk_nope_head_dim"), config.integer("qk_rope_head_dim")
     value, rank = config.integer("v_head_dim"), config.integer("kv_lora_rank")
     bias = config.flag("attention_bias")
 
-    def linear(name: str, out: int, into: int, has_bias: bool = False) -> Linear:
+    def make_linear(name: str, out: int, width: int, has_bias: bool = False) -> Linear:
         return Linear(
             name=f"{module}.{name}",
             out_features=out,
-            in_features=into,
+            in_features=width,
             role="attention",
             bias=has_bias,
         )
@@ -164,28 +165,28 @@ def latent_linears(config: Config, module: str) -> tuple[Linear, ...]:
     if config.has("q_lora_rank"):
         q_rank = config.integer("q_lora_rank")
         queries = [
-            linear("q_a_proj", q_rank, hidden, bias),
-            linear("q_b_proj", heads * (nope + rope), q_rank),
+            make_linear("q_a_proj", q_rank, hidden, bias),
+            make_linear("q_b_proj", heads * (nope + rope), q_rank),
         ]
     else:
-        queries = [linear("q_proj", heads * (nope + rope), hidden)]
+        queries = [make_linear("q_proj", heads * (nope + rope), hidden)]
     return (
         *queries,
-        linear("kv_a_proj_with_mqa", rank + rope, hidden, bias),
-        linear("kv_b_proj", heads * (nope + value), rank),
-        linear("o_proj", hidden, heads * value, bias),
+        make_linear("kv_a_proj_with_mqa", rank + rope, hidden, bias),
+        make_linear("kv_b_proj", heads * (nope + value), rank),
+        make_linear("o_proj", hidden, heads * value, bias),
     )
 
 
-def latent_attention(config: Config, name: str) -> Part:
-    """Multi-head latent attention (MLA, arXiv 2405.04434) of block `name`.
+def make_latent_attention(config: Config, name: str) -> BlockPart:
+    """Return multi-head latent attention (MLA, arXiv 2405.04434) of block `name`.
 
-    o_proj's input scale goes into the value rows of kv_b_proj.
+    The value rows of kv_b_proj absorb o_proj's input scale.
     """
-    module, compressed = f"{name}.self_attn", config.has("q_lora_rank")
+    module, has_q_lora = f"{name}.self_attn", config.has("q_lora_rank")
     heads, value = config.integer("num_attention_heads"), config.integer("v_head_dim")
     nope, kv_a = config.integer("qk_nope_head_dim"), f"{module}.kv_a_proj_with_mqa"
-    first = f"{module}.q_a_proj" if compressed else f"{module}.q_proj"
+    first = f"{module}.q_a_proj" if has_q_lora else f"{module}.q_proj"
     values = HeadRows(heads=heads, kv_heads=heads, width=value, stride=nope + value, offset=nope)
     into = LinearGroup(
         name=f"{module}.in",
@@ -208,12 +209,12 @@ def latent_attention(config: Config, name: str) -> Part:
         absorber=Absorber(module=f"{module}.kv_b_proj", rows=values),
         adds_to=f"{name}.input_layernorm",
     )
-    kv_norm = norm(f"{module}.kv_a_layernorm", config.integer("kv_lora_rank"))
-    linears = latent_linears(config, module)
-    if not compressed:
-        return Part(linears=linears, others=(kv_norm,), groups=(into, kv_b, out))
-    q_norm = norm(f"{module}.q_a_layernorm", config.integer("q_lora_rank"))
-    return Part(
+    kv_norm = make_rms_norm(f"{module}.kv_a_layernorm", config.integer("kv_lora_rank"))
+    linears = make_latent_projections(config, module)
+    if not has_q_lora:
+        return BlockPart(linears=linears, others=(kv_norm,), groups=(into, kv_b, out))
+    q_norm = make_rms_norm(f"{module}.q_a_layernorm", config.integer("q_lora_rank"))
+    return BlockPart(
         linears=linears,
         others=(kv_norm, q_norm),
         groups=(into, q_b, kv_b, out),
@@ -224,15 +225,15 @@ def latent_attention(config: Config, name: str) -> Part:
 # -------------------------------------------------------------------------------------------------------------- MLP
 
 
-def dense_mlp(config: Config, name: str, bias: bool = False) -> Part:
-    """The gated MLP of block `name`."""
+def make_dense_mlp(config: Config, name: str, bias: bool = False) -> BlockPart:
+    """Return the gated MLP of block `name`."""
     module = f"{name}.mlp"
-    linears = gated_mlp(
+    linears = make_gated_mlp(
         module, config.integer("hidden_size"), config.integer("intermediate_size"), "mlp", bias
     )
     gate, up, down = (linear.name for linear in linears)
     before = f"{name}.post_attention_layernorm"
-    return Part(
+    return BlockPart(
         linears=linears,
         groups=(
             LinearGroup(name=f"{module}.in", readers=(gate, up), absorber=Absorber(module=before)),
@@ -247,12 +248,12 @@ def dense_mlp(config: Config, name: str, bias: bool = False) -> Part:
 # ------------------------------------------------------------------------------------------------ blocks and models
 
 
-def decoder(config: Config, name: str, attention: Part, mlp: Part) -> Block:
-    """A block with a norm before attention and one before the MLP."""
+def make_decoder_block(config: Config, name: str, attention: BlockPart, mlp: BlockPart) -> Block:
+    """Return a pre-norm block: one RMS norm before attention and one before the MLP."""
     hidden = config.integer("hidden_size")
     norms = (
-        norm(f"{name}.input_layernorm", hidden),
-        norm(f"{name}.post_attention_layernorm", hidden),
+        make_rms_norm(f"{name}.input_layernorm", hidden),
+        make_rms_norm(f"{name}.post_attention_layernorm", hidden),
     )
     return Block(
         name=name,
@@ -265,8 +266,11 @@ def decoder(config: Config, name: str, attention: Part, mlp: Part) -> Block:
     )
 
 
-def prediction_block(config: Config, block: Block) -> Block:
-    """An MTP block: a decoder block with an embedding, a projection of [embedding, hidden] and a head of its own."""
+def make_mtp_block(config: Config, block: Block) -> Block:
+    """Return an MTP block (multi-token prediction, arXiv 2412.19437, section 2.2).
+
+    A decoder block with its own embedding, a projection of [embedding, hidden], and its own head.
+    """
     name, hidden, vocabulary = (
         block.name,
         config.integer("hidden_size"),
@@ -292,30 +296,37 @@ def prediction_block(config: Config, block: Block) -> Block:
             role="head",
         ),
     )
-    norms = (norm(f"{name}.{module}", hidden) for module in ("enorm", "hnorm", "shared_head.norm"))
+    norms = (
+        make_rms_norm(f"{name}.{module}", hidden)
+        for module in ("enorm", "hnorm", "shared_head.norm")
+    )
     return replace(
         block, kind="mtp", linears=(*extra, *block.linears), others=(*norms, *block.others)
     )
 
 
-def model(config: Config, block: Callable[[Config, int], Block], predictions: int = 0) -> Layout:
-    """Embedding, blocks 0, 1, ... (then `predictions` MTP blocks), final norm, and a head that is not tied.
+def make_layout(
+    config: Config, block: Callable[[Config, int], Block], predictions: int = 0
+) -> Layout:
+    """Return embedding, blocks, `predictions` MTP blocks, final norm, and the head unless tied.
 
-    Raises CheckpointError for more linears than any model has: a config must not decide how much memory a plan takes.
+    Raises CheckpointError for more linears than any model has, which would need the memory that a
+    config's numbers ask for.
     """
-    count, made, linears = config.integer("num_hidden_layers"), list[Block](), 0
-    if not 0 < count + predictions <= MOST_BLOCKS or not count:
+    count, blocks, linears = config.integer("num_hidden_layers"), list[Block](), 0
+    if not 0 < count + predictions <= MAX_BLOCKS or not count:
         raise CheckpointError(
-            f"{config.where}: num_hidden_layers: expected a model of 1 to {MOST_BLOCKS:,} blocks, found "
-            f"{count + predictions:,}; repair it"
+            f"{config.where}: num_hidden_layers: expected a model of 1 to {MAX_BLOCKS:,} blocks, "
+            f"found {count + predictions:,}; repair it"
         )
     for layer in range(count + predictions):
-        made.append(block(config, layer))
-        linears += len(made[-1].linears)
-        if linears > MOST_LINEARS:
+        blocks.append(block(config, layer))
+        linears += len(blocks[-1].linears)
+        if linears > MAX_LINEARS:
             raise CheckpointError(
-                f"{config.where}: expected a model of at most {MOST_LINEARS:,} linears, found more in the first "
-                f"{layer + 1:,} of {count + predictions:,} blocks; repair num_hidden_layers and the number of experts"
+                f"{config.where}: expected a model of at most {MAX_LINEARS:,} linears, found more "
+                f"in the first {layer + 1:,} of {count + predictions:,} blocks; repair "
+                "num_hidden_layers and the number of experts"
             )
     hidden, vocabulary = config.integer("hidden_size"), config.integer("vocab_size")
     head = Linear(name="lm_head", out_features=vocabulary, in_features=hidden, role="head")
@@ -323,7 +334,7 @@ def model(config: Config, block: Callable[[Config, int], Block], predictions: in
         embedding=Linear(
             name="model.embed_tokens", out_features=vocabulary, in_features=hidden, role="embedding"
         ),
-        blocks=(*made[:count], *(prediction_block(config, decoder) for decoder in made[count:])),
-        final_norm=norm("model.norm", hidden),
+        blocks=(*blocks[:count], *(make_mtp_block(config, extra) for extra in blocks[count:])),
+        final_norm=make_rms_norm("model.norm", hidden),
         head=None if config.flag("tie_word_embeddings") else head,
     )

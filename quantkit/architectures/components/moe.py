@@ -1,4 +1,4 @@
-"""Mixtures of experts: the MLPs in which a router sends each token to a few of many experts, as families name them."""
+"""Mixture-of-experts MLPs: a router sends each token to a few of many experts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TINY_DEEPSEEK: Mapping[str, object] = {
     "qk_nope_head_dim": 64,
     "v_head_dim": 64,
 }
-"""What the TINY configs of DeepSeek's families have in common."""
+"""Keys that the TINY configs of DeepSeek's families share."""
 
 TINY_QWEN: Mapping[str, object] = {
     "moe_intermediate_size": 128,
@@ -33,21 +33,22 @@ TINY_QWEN: Mapping[str, object] = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
-"""What the TINY configs of Qwen's families have in common."""
+"""Keys that the TINY configs of Qwen's families share."""
 
 
-def routed_mlp(
+def make_moe_mlp(
     name: str,
     experts: Experts,
     *,
     shared: tuple[Linear, ...] = (),
     others: tuple[TensorSpec, ...] = (),
     gates: tuple[Linear, ...] = (),
-) -> decoder.Part:
-    """Router, shared experts and routed experts of block `name`.
+) -> decoder.BlockPart:
+    """Return router, shared experts and routed experts of block `name`.
 
-    `shared` is the shared experts' gated MLP, where there is one; `gates` what else reads the common input (the gate
-    of a shared expert). Router and gates are readers: they must follow when that input is scaled.
+    `shared`: the gated MLP of the shared experts, if any; `gates`: further readers of the input,
+    such as the gate of a shared expert. Router and gates are readers: scaling the input scales
+    their columns too.
     """
     hidden = experts.hidden
     router = Linear(
@@ -57,7 +58,7 @@ def routed_mlp(
     routed = tuple(
         linear
         for e in range(experts.count)
-        for linear in decoder.gated_mlp(
+        for linear in decoder.make_gated_mlp(
             f"{experts.module}.{e}",
             hidden,
             experts.intermediate,
@@ -76,14 +77,14 @@ def routed_mlp(
     if shared:
         gate, up, down = (linear.name for linear in shared)
         owner = down.rpartition(".")[0]
-        adds_to = None if gates else before  # a gated output is not added as it is
+        adds_to = None if gates else before  # a gated output is multiplied before it is added
         groups.append(
             LinearGroup(
                 name=f"{owner}.down", readers=(down,), absorber=Absorber(module=up), adds_to=adds_to
             )
         )
         fused.insert(0, (gate, up))
-    return decoder.Part(
+    return decoder.BlockPart(
         linears=(router, *shared, *gates, *routed),
         others=others,
         groups=tuple(groups),
@@ -92,14 +93,15 @@ def routed_mlp(
     )
 
 
-def experts_of(
+def make_experts(
     config: Config, module: str, count: str, width: str = "moe_intermediate_size"
 ) -> Experts:
-    """The routed experts in `module`, their number and width under these keys.
+    """Return the routed experts in `module`; `count` and `width` are keys of the config.
 
-    Raises CheckpointError when the router's numbers contradict each other: its top-k would fail in the first block.
+    Raises CheckpointError if the router's numbers contradict each other: its top-k would fail in
+    the first block.
     """
-    found = Experts(
+    experts = Experts(
         module=f"{module}.experts",
         router=f"{module}.gate",
         count=config.integer(count),
@@ -108,50 +110,54 @@ def experts_of(
         intermediate=config.integer(width),
     )
     groups, top_groups = config.integer("n_group", 1), config.integer("topk_group", 1)
-    if found.count > decoder.MOST_LINEARS:
+    if experts.count > decoder.MAX_LINEARS:
         raise CheckpointError(
-            f"{config.where}: {count}: expected at most {decoder.MOST_LINEARS:,} experts, found {found.count:,}; "
-            "repair it"
+            f"{config.where}: {count}: expected at most {decoder.MAX_LINEARS:,} experts, "
+            f"found {experts.count:,}; repair it"
         )
     if not (
-        1 <= found.top_k <= found.count and 1 <= top_groups <= groups and found.count % groups == 0
+        1 <= experts.top_k <= experts.count
+        and 1 <= top_groups <= groups
+        and experts.count % groups == 0
     ):
         raise CheckpointError(
-            f"{config.where}: expected num_experts_per_tok <= {count}, topk_group <= n_group and n_group that "
-            f"divides {count}, found {found.top_k} of {found.count} experts, {top_groups} of {groups} groups; repair it"
+            f"{config.where}: expected num_experts_per_tok <= {count}, topk_group <= n_group and "
+            f"n_group that divides {count}, found {experts.top_k} of {experts.count} experts, "
+            f"{top_groups} of {groups} groups; repair it"
         )
-    return found
+    return experts
 
 
-def deepseek_experts(
+def make_deepseek_moe(
     config: Config, name: str, *, correction: bool, bias: bool = False
-) -> decoder.Part:
-    """Routed and shared experts as DeepSeek names them, which GLM follows; `bias`: the shared ones have one.
+) -> decoder.BlockPart:
+    """Return routed and shared experts under DeepSeek's names, which GLM uses too.
 
-    `correction`: the router has a bias per expert that balances their load (arXiv 2412.19437, equation 16).
+    `bias`: the shared experts have biases. `correction`: the router has a bias per expert that
+    balances their load (arXiv 2412.19437, equation 16).
     """
     module = f"{name}.mlp"
-    experts = experts_of(config, module, "n_routed_experts")
+    experts = make_experts(config, module, "n_routed_experts")
     width = experts.intermediate * config.integer("n_shared_experts", 1)
     balance = TensorSpec(
         name=f"{experts.router}.e_score_correction_bias", dtype="F32", shape=(experts.count,)
     )
-    return routed_mlp(
+    return make_moe_mlp(
         name,
         experts,
-        shared=decoder.gated_mlp(
+        shared=decoder.make_gated_mlp(
             f"{module}.shared_experts", experts.hidden, width, "shared_expert", bias
         ),
         others=(balance,) if correction else (),
     )
 
 
-def qwen_experts(config: Config, name: str, *, shared: bool) -> decoder.Part:
-    """Routed experts as Qwen names them; with `shared` one shared expert, weighed by a gate of its own."""
+def make_qwen_moe(config: Config, name: str, *, shared: bool) -> decoder.BlockPart:
+    """Return routed experts under Qwen's names; with `shared`, one shared expert with a gate."""
     module = f"{name}.mlp"
-    experts = experts_of(config, module, "num_experts")
+    experts = make_experts(config, module, "num_experts")
     if not shared:
-        return routed_mlp(name, experts)
+        return make_moe_mlp(name, experts)
     width = config.integer("shared_expert_intermediate_size")
     gate = Linear(
         name=f"{module}.shared_expert_gate",
@@ -159,21 +165,27 @@ def qwen_experts(config: Config, name: str, *, shared: bool) -> decoder.Part:
         in_features=experts.hidden,
         role="router",
     )
-    mlp = decoder.gated_mlp(f"{module}.shared_expert", experts.hidden, width, "shared_expert")
-    return routed_mlp(name, experts, shared=mlp, gates=(gate,))
+    mlp = decoder.make_gated_mlp(f"{module}.shared_expert", experts.hidden, width, "shared_expert")
+    return make_moe_mlp(name, experts, shared=mlp, gates=(gate,))
 
 
-def qwen_mlp(config: Config, layer: int, *, shared: bool) -> decoder.Part:
-    """The MLP of block `layer`: experts on every `decoder_sparse_step`th layer that `mlp_only_layers` does not name."""
+def make_qwen_mlp(config: Config, layer: int, *, shared: bool) -> decoder.BlockPart:
+    """Return the MLP of block `layer`.
+
+    Every `decoder_sparse_step`th layer has experts, unless `mlp_only_layers` lists it.
+    """
     name, step = f"model.layers.{layer}", config.integer("decoder_sparse_step", 1)
-    sparse = step > 0 and (layer + 1) % step == 0 and config.integer("num_experts") > 0
-    if layer in integers(config, "mlp_only_layers") or not sparse:
-        return decoder.dense_mlp(config, name)
-    return qwen_experts(config, name, shared=shared)
+    is_sparse = step > 0 and (layer + 1) % step == 0 and config.integer("num_experts") > 0
+    if layer in read_integers(config, "mlp_only_layers") or not is_sparse:
+        return decoder.make_dense_mlp(config, name)
+    return make_qwen_moe(config, name, shared=shared)
 
 
-def integers(config: Config, key: str) -> tuple[int, ...]:
-    """The list of integers under `key`, empty when it is absent or null; CheckpointError for anything else."""
+def read_integers(config: Config, key: str) -> tuple[int, ...]:
+    """Return the list of integers under `key`, empty if absent or null.
+
+    Raises CheckpointError for anything else.
+    """
     value = config.values.get(key)
     if value is None:
         return ()

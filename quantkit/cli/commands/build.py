@@ -47,9 +47,9 @@ def COMMAND(
     """
     from quantkit.io.files import write_output
     from quantkit.pipeline import build_artifacts
-    from quantkit.plan.summary import plan_summary
-    from quantkit.report.junit import junit as junit_bytes
-    from quantkit.report.terminal import fidelities_view, plans_view
+    from quantkit.plan.summary import summarize_plan
+    from quantkit.report.junit import format_junit as junit_bytes
+    from quantkit.report.terminal import render_plans, render_reports
 
     text, parsed = read_recipe(recipe, overrides)
     with ProgressBar(sys.stderr.isatty() and not json_out) as meter:
@@ -58,8 +58,8 @@ def COMMAND(
             text,
             overwrite=overwrite,
             evaluate=not skip_evaluation,
-            on_plan=lambda plans: (
-                None if json_out else show(plans_view([plan_summary(made) for made in plans]))
+            planned=lambda plans: (
+                None if json_out else show(render_plans([summarize_plan(made) for made in plans]))
             ),
             on_progress=meter.tell,
             restart=restart,
@@ -70,7 +70,7 @@ def COMMAND(
     if json_out:
         as_json_list([outcome.fidelity.model_dump(mode="json") for outcome in outcomes])
     else:
-        show(fidelities_view([outcome.fidelity for outcome in outcomes]))
+        show(render_reports([outcome.fidelity for outcome in outcomes]))
         for outcome in outcomes:
             told = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in outcome.seconds.items())
             peak = f"peak memory {outcome.peak_bytes / 1e9:.2f} GB"

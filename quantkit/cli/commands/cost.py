@@ -37,9 +37,9 @@ def COMMAND(
     """
     from quantkit.serve.cost import assumptions as files
     from quantkit.serve.cost import tables
-    from quantkit.serve.cost.claims import checked
+    from quantkit.serve.cost.claims import recompute_claims
     from quantkit.serve.cost.figures import figures
-    from quantkit.serve.cost.sensitivity import sensitivity
+    from quantkit.serve.cost.sensitivity import compute_sensitivity
 
     if html_out and json_out:
         raise UsageError("--html, --json: expected one of them at most")
@@ -52,32 +52,39 @@ def COMMAND(
             "--output: expected --html with it; tables and JSON go to the standard output"
         )
     if defaults:
-        click.echo(files.defaults(), nl=False)
+        click.echo(files.read_default_text(), nl=False)
         return
     name = str(assumptions) if assumptions else "assumptions.yaml"
     found = (
-        files.read_assumptions(assumptions) if assumptions else files.parse(files.defaults(), name)
+        files.read_assumptions(assumptions)
+        if assumptions
+        else files.parse_assumptions(files.read_default_text(), name)
     )
     made = figures(found)
-    moved, claimed = sensitivity(found), checked(found, made, name)
+    moved, claimed = compute_sensitivity(found), recompute_claims(found, made, name)
     if json_out:
-        as_json(tables.values(found, made, moved, claimed))
+        as_json(tables.serialize_costs(found, made, moved, claimed))
     elif html_out:
         from quantkit.io.files import write_output
-        from quantkit.serve.cost.page import render
+        from quantkit.serve.cost.page import render_page
 
-        page = render(found, made, moved, claimed)
+        page = render_page(found, made, moved, claimed)
         if output:
             write_output(output, page.encode())
         click.echo(output if output else page, nl=output is not None)
     else:
         from rich.text import Text
 
-        from quantkit.report.terminal import plain, table
+        from quantkit.report.terminal import render_table, strip_control_characters
 
-        head = Text(plain(found.title), style="bold")
-        head.append("\n" + plain(tables.answer(found, made)) + "\n", style="not bold")
-        show(head, *(table(each) for each in tables.all_tables(found, made, moved, claimed)))
+        head = Text(strip_control_characters(found.title), style="bold")
+        head.append(
+            "\n" + strip_control_characters(tables.format_ranking(found, made)) + "\n",
+            style="not bold",
+        )
+        show(
+            head, *(render_table(each) for each in tables.make_tables(found, made, moved, claimed))
+        )
     wrong = [claim for claim in claimed if not claim.right]
     if wrong:
         told = "; ".join(claim.told for claim in wrong)

@@ -47,9 +47,9 @@ def COMMAND(
 
     Example: quantkit diff artifacts/tiny-v3-rtn4 artifacts/tiny-v3-awq4 --html --output diff.html
     """
-    from quantkit.diff.compare import compare
+    from quantkit.diff.compare import compare_sides
+    from quantkit.diff.render_text import render_markdown, render_terminal
     from quantkit.diff.sides import read_sides
-    from quantkit.diff.views import markdown_view, terminal_view
     from quantkit.io.files import write_output
 
     if markdown_out + html_out + json_out > 1:
@@ -63,15 +63,17 @@ def COMMAND(
             "--output: expected --markdown or --html with it; tables and JSON go to the standard output"
         )
     first, second = read_sides(a, b)
-    found = compare(first, second, partial=partial)
+    found = compare_sides(first, second, partial=partial)
     if json_out:
         as_json(found.model_dump(mode="json"))
     elif markdown_out or html_out:
-        from quantkit.diff.page import render
+        from quantkit.diff.page import render_page
 
-        text = render(found, first.tokens, second.tokens) if html_out else markdown_view(found)
+        text = (
+            render_page(found, first.tokens, second.tokens) if html_out else render_markdown(found)
+        )
         if output:
             write_output(output, text.encode())
         click.echo(output or (text if html_out else printable(text)), nl=output is not None)
     else:
-        show(terminal_view(found))
+        show(render_terminal(found))

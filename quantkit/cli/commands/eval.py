@@ -119,9 +119,11 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
     Example: quantkit eval artifacts/tiny-v3-awq4 --tasks tiny-v3-math --limit 50 --source
     """
     from quantkit.evaluate import evaluation, results
-    from quantkit.evaluate.harness import Decoding
+    from quantkit.evaluate.backends import connect_server
+    from quantkit.evaluate.options import Decoding, EvaluationOptions
+    from quantkit.evaluate.target import resolve_target, select_default_tasks
     from quantkit.report import evaluation_tables
-    from quantkit.report.terminal import table
+    from quantkit.report.terminal import render_table
 
     if source is not None and (baseline is not None or backend != "transformers"):
         raise UsageError(
@@ -134,30 +136,35 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
         chat=chat_template,
         think_end=think_end,
     )
-    setup = evaluation.Setup(
+    setup = EvaluationOptions(
         backend=backend, limit=limit, seeds=seeds, decoding=decoding, batch_size=batch_size, device_map=device_map,
         dtype=dtype, native=native, engine=arguments(engine),
     )  # fmt: skip
     if endpoint is not None:
-        server = evaluation.server_at(
+        server = connect_server(
             endpoint, model=model or "", chat=chat_template, concurrency=concurrency, tries=tries, seconds=timeout,
             key_variable=key_variable,
         )  # fmt: skip
         setup = replace(setup, server=server)
     setup.check()
-    folder = results.output_folder(artifact, output, resume=resume)
-    who = evaluation.subject(artifact, backend)
+    folder = results.select_output_folder(artifact, output, resume=resume)
+    who = resolve_target(artifact, backend)
     names = [name for group in tasks for name in group.split(",") if name] or [
-        *evaluation.default_tasks(who)
+        *select_default_tasks(who)
     ]
     with ProgressBar(sys.stderr.isatty() and not json_out) as meter:
-        outcome = results.evaluate(
-            who, names, setup, folder, source=source, baseline=baseline, tell=meter.tell
+        outcome = evaluation.evaluate_target(
+            who, names, setup, folder, source=source, baseline=baseline, on_progress=meter.tell
         )
     if json_out:
-        as_json(outcome.told)
+        as_json(outcome.document)
     else:
-        show(*(table(made) for made in evaluation_tables.tables(outcome, setup)))
+        show(
+            *(
+                render_table(made)
+                for made in evaluation_tables.make_evaluation_tables(outcome, setup)
+            )
+        )
         click.echo(outcome.folder)
     if outcome.missing:
         raise EvaluationError(f"not run: {', '.join(outcome.missing)}; results.json says why")

@@ -38,11 +38,11 @@ def COMMAND(name: str, file: Path, priority: int, most: int) -> None:
     Example: quantkit key team-a --keys keys.json --priority 3 --most 8
     """
     from quantkit.io.files import read_json, write_json
-    from quantkit.serve.gateway.api_keys import new_key, read_keys
+    from quantkit.serve.gateway.api_keys import create_key, parse_keys
 
-    there = read_keys(read_json(file, UsageError), str(file)) if file.exists() else ()
-    text, entry = new_key(name, priority=priority, most=most)
+    there = parse_keys(read_json(file, UsageError), str(file)) if file.exists() else ()
+    text, entry = create_key(name, priority=priority, most=most)
     entries = [key.model_dump() for key in (*there, entry)]
-    read_keys({"keys": entries}, str(file))  # a name that is there already
+    parse_keys({"keys": entries}, str(file))  # a name that is there already
     write_json(file, {"keys": entries})
     click.echo(text)

@@ -79,13 +79,14 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
 
     Example: quantkit loadtest http://localhost:8000/v1 --artifact artifacts/tiny-v3-awq4 --html load.html
     """
-    from quantkit.artifact.layout import LOADTEST, LOADTEST_PAGE, read_manifest
-    from quantkit.report.terminal import table
+    from quantkit.artifact.layout import LOADTEST, LOADTEST_PAGE
+    from quantkit.artifact.read_manifest import read_manifest
+    from quantkit.report.terminal import render_table
     from quantkit.serve.loadtest import engine
     from quantkit.serve.loadtest import guidellm as tool
     from quantkit.serve.loadtest.prompts import read_prompts
-    from quantkit.serve.loadtest.run import load_test
-    from quantkit.serve.loadtest.tables import levels
+    from quantkit.serve.loadtest.run import run_load_test
+    from quantkit.serve.loadtest.tables import make_level_table
 
     refuse_inside(output, "--output", LOADTEST)
     refuse_inside(html, "--html", LOADTEST_PAGE)
@@ -98,20 +99,20 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
             )
         key, address, steps = (
             os.environ.get(key_variable, ""),
-            engine.base(url),
+            engine.get_base_url(url),
             levels_of(concurrency),
         )
         if artifact is not None:
             read_manifest(artifact)
         prompts = read_prompts(data)
-        setup = tool.Setup(
-            program=tool.program(guidellm), url=address, model=model or engine.served_model(url, key), chat=chat,
+        setup = tool.LoadTestSetup(
+            program=tool.find_program(guidellm), url=address, model=model or engine.read_served_model(url, key), chat=chat,
             max_tokens=max_tokens, ignore_eos=not stop_at_eos, tokenizer=tokenizer or str(artifact or ""), key=key,
             requests=requests, seconds=seconds,
         )  # fmt: skip
         if metrics:
             engine.check_metrics(metrics)
-        run = load_test(
+        run = run_load_test(
             setup, prompts, steps, metrics or address, lambda text: click.echo(text, err=True)
         )
         run = run.model_copy(update={"note": note})
@@ -121,7 +122,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
     if json_out:
         as_json(run.model_dump(mode="json"))
     else:
-        show(table(levels(run)))
+        show(render_table(make_level_table(run)))
 
 
 def refuse_inside(place: Path | None, option: str, name: str) -> None:
@@ -138,27 +139,27 @@ def refuse_inside(place: Path | None, option: str, name: str) -> None:
 
 def keep(run: LoadTest, result: Path | None, page: Path | None) -> None:
     """Write a run as JSON and as a page."""
-    from quantkit.io.files import json_bytes, write_output
+    from quantkit.io.files import encode_json, write_output
 
     if result is not None:
-        write_output(result, json_bytes(run.model_dump(mode="json")))
+        write_output(result, encode_json(run.model_dump(mode="json")))
     if page is not None:
-        from quantkit.serve.loadtest.page import render
+        from quantkit.serve.loadtest.page import render_page
 
-        write_output(page, render(run).encode())
+        write_output(page, render_page(run).encode())
 
 
 def stored(artifact: Path) -> LoadTest:
     """What an earlier run left in an artifact."""
     from quantkit.artifact.layout import LOADTEST
-    from quantkit.artifact.loadtest_schema import read
+    from quantkit.artifact.loadtest_schema import read_load_test
 
     place = artifact / LOADTEST
     if not place.is_file():
         raise UsageError(
             f"{place}: expected a load test, found none; run one with --artifact {artifact}"
         )
-    return read(place)
+    return read_load_test(place)
 
 
 def levels_of(text: str) -> list[int]:

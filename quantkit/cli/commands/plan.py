@@ -20,13 +20,16 @@ def COMMAND(recipe: str, overrides: tuple[str, ...], json_out: bool) -> None:
 
     Example: quantkit plan v3-awq4
     """
-    from quantkit.plan.sources import facts, plan_recipe, text_tokens
-    from quantkit.plan.summary import plan_summary
-    from quantkit.report.terminal import plans_view
+    from quantkit.plan.sources import bound_text_tokens, plan_recipe, resolve_source_facts
+    from quantkit.plan.summary import summarize_plan
+    from quantkit.report.terminal import render_plans
 
     _, parsed = read_recipe(recipe, overrides)
-    found = [plan_summary(made) for made in plan_recipe(parsed, facts(parsed), text_tokens(parsed))]
+    found = [
+        summarize_plan(made)
+        for made in plan_recipe(parsed, resolve_source_facts(parsed), bound_text_tokens(parsed))
+    ]
     if json_out:
         as_json_list([summary.model_dump(mode="json") for summary in found])
     else:
-        show(plans_view(found))
+        show(render_plans(found))

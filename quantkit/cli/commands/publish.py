@@ -37,11 +37,11 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
     Example: quantkit publish artifacts/tiny-v3-awq4 s3://models/tiny-v3-awq4
     """
     from quantkit.io.retry import RetryPolicy
-    from quantkit.publish.publish import publish
-    from quantkit.publish.remote import Options
-    from quantkit.publish.transfer import size
+    from quantkit.publish.publish import publish_artifact
+    from quantkit.publish.remote import RemoteOptions
+    from quantkit.publish.transfer import format_bytes
 
-    options = Options(
+    options = RemoteOptions(
         revision=revision,
         private=private,
         jobs=jobs,
@@ -49,15 +49,15 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
         writing=True,
     )
     with ProgressBar(sys.stderr.isatty() and not json_out) as meter:
-        done = publish(
+        done = publish_artifact(
             artifact, dest, options, meter.tell, force=force, overwrite=overwrite, dry_run=dry_run
         )
     if json_out:
         as_json({"artifact": str(artifact), "dry_run": dry_run, **done.values()})
         return
     click.echo(
-        f"{done.place}: {'would send' if dry_run else 'sent'} {len(done.files)} files, {size(done.n_bytes)}; "
-        f"{done.there} files, {size(done.there_bytes)} were there"
+        f"{done.place}: {'would send' if dry_run else 'sent'} {len(done.files)} files, {format_bytes(done.n_bytes)}; "
+        f"{done.there} files, {format_bytes(done.there_bytes)} were there"
     )
     for name in done.files if dry_run else ():
         click.echo(f"  {name}")

@@ -38,13 +38,13 @@ def COMMAND(
     Example: quantkit pull s3://models/tiny-v3-awq4 artifacts/tiny-v3-awq4
     """
     from quantkit.io.retry import RetryPolicy
-    from quantkit.publish.pull import pull
-    from quantkit.publish.remote import Options
-    from quantkit.publish.transfer import size
+    from quantkit.publish.pull import pull_artifact
+    from quantkit.publish.remote import RemoteOptions
+    from quantkit.publish.transfer import format_bytes
 
-    options = Options(revision=revision, jobs=jobs, patience=RetryPolicy(tries=tries))
+    options = RemoteOptions(revision=revision, jobs=jobs, patience=RetryPolicy(tries=tries))
     with ProgressBar(sys.stderr.isatty() and not json_out) as meter:
-        done = pull(src, folder, options, meter.tell, overwrite=overwrite, dry_run=dry_run)
+        done = pull_artifact(src, folder, options, meter.tell, overwrite=overwrite, dry_run=dry_run)
     if json_out:
         as_json({
             "folder": str(folder),
@@ -55,8 +55,8 @@ def COMMAND(
         return
     said = "would fetch" if dry_run else "verified; fetched"
     click.echo(
-        f"{folder}: {said} {len(done.files)} files, {size(done.n_bytes)}; {done.there} files, "
-        f"{size(done.there_bytes)} were there ({done.status})"
+        f"{folder}: {said} {len(done.files)} files, {format_bytes(done.n_bytes)}; {done.there} files, "
+        f"{format_bytes(done.there_bytes)} were there ({done.status})"
     )
     for name in done.files if dry_run else ():
         click.echo(f"  {name}")

@@ -29,21 +29,21 @@ def COMMAND(artifact: Path, html_out: bool, output: Path | None, json_out: bool)
 
     Example: quantkit report artifacts/tiny-v3-awq4 --html --output review.html
     """
-    from quantkit.artifact.read_report import read_artifact
-    from quantkit.report.terminal import fidelity_view
+    from quantkit.artifact.read_report import read_artifact_report
+    from quantkit.report.terminal import render_report
 
     if output and not html_out:
         raise UsageError(
             "--output: expected --html with it; tables and JSON go to the standard output"
         )
     if html_out:
-        from quantkit.report.html import rebuild
+        from quantkit.report.html_page import rebuild_page
 
-        page = rebuild(artifact, output)
+        page = rebuild_page(artifact, output)
         as_json({"html": str(page)}) if json_out else click.echo(page)
         return
-    found = read_artifact(artifact)
+    found = read_artifact_report(artifact)
     if json_out:
         as_json(found.model_dump(mode="json"))
     else:
-        show(fidelity_view(found))
+        show(render_report(found))

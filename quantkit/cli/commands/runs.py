@@ -36,8 +36,14 @@ def COMMAND(folder: Path, column: str, reverse: bool, json_out: bool) -> None:
         as_json([run.values() for run in found])
         return
     made = [
-        made for made in (runs.table(found), runs.scores(found), runs.faults(found)) if made.rows
+        made
+        for made in (
+            runs.make_run_table(found),
+            runs.make_score_table(found),
+            runs.make_fault_table(found),
+        )
+        if made.rows
     ]
-    show(*(terminal.table(table) for table in made))
+    show(*(terminal.render_table(table) for table in made))
     if not made:
         click.echo(f"{folder}: no artifact in it")

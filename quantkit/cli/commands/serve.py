@@ -14,7 +14,7 @@ from quantkit.cli.options import JSON
 from quantkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from quantkit.serve.engines.launch_plan import Planned
+    from quantkit.serve.engines.launch_plan import LaunchPlan
     from quantkit.serve.engines.start import GatewayOptions
     from quantkit.serve.gateway.settings import Upstream
 
@@ -128,31 +128,33 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
             raise UsageError(
                 f"{artifact}: the address of a server: expected --gateway, which is put before it"
             )
-        server = start.server_at(artifact, engine_key)
+        server = start.make_server_upstream(artifact, engine_key)
         if dry_run:
             front_told(front, server, json_out)
         else:
-            start.gateway_before(server, front, tell)
+            start.run_gateway(server, front, tell)
         return
     if engine_key:
         raise UsageError(
             "--engine-key: expected the address of a server as ARTIFACT; leave the option out"
         )
     place = (
-        (engine_process.LOCAL, engine_process.free_port()) if gateway else (host, port)
+        (engine_process.LOOPBACK, engine_process.find_free_port()) if gateway else (host, port)
     )  # behind a gateway: for it alone
     wanted = launch_plan.ServeOptions(
         artifact=artifact, engine=engine, context=context, users=users, gpu=gpu, kv=kv, host=place[0], port=place[1],
         name=name, chat_template=chat_template, extra=engine_flags,
     )  # fmt: skip
-    plan = launch_plan.plan(wanted, containers=docker or kubernetes)
+    plan = launch_plan.plan_launch(wanted, containers=docker or kubernetes)
     if docker or kubernetes:
-        for text in launch_plan.snippets(plan, docker=docker, kubernetes=kubernetes):
+        for text in launch_plan.render_containers(plan, docker=docker, kubernetes=kubernetes):
             click.echo(text)
     elif dry_run:
         told(plan, front.before(plan), json_out)
     else:
-        start.run(plan, front.before(plan), verified=no_verify, seconds=start_seconds, tell=tell)
+        start.start_engine(
+            plan, front.before(plan), verified=no_verify, seconds=start_seconds, tell=tell
+        )
 
 
 def tell(text: str) -> None:
@@ -182,14 +184,14 @@ def comment(text: str, before: str = "") -> None:
     click.echo(told)
 
 
-def told(plan: Planned, front: GatewayOptions, json_out: bool) -> None:
+def told(plan: LaunchPlan, front: GatewayOptions, json_out: bool) -> None:
     """The command on stdout, ready to be copied; the reasons behind it, and what stands before it, as comments."""
-    from quantkit.serve.engines.launch_plan import as_values
-    from quantkit.serve.engines.start import engine_of
+    from quantkit.serve.engines.launch_plan import serialize_plan
+    from quantkit.serve.engines.start import make_engine_upstream
 
-    engine = engine_of(plan) if front.on else None
+    engine = make_engine_upstream(plan) if front.on else None
     if json_out:
-        as_json(as_values(plan) | ({"gateway": front.as_values(engine)} if engine else {}))
+        as_json(serialize_plan(plan) | ({"gateway": front.as_values(engine)} if engine else {}))
         return
     for line in (*front.lines(engine), BEHIND, *plan.head) if engine else plan.head:
         comment(line)

@@ -8,7 +8,7 @@ import click
 
 from quantkit.cli.console import handle_errors
 from quantkit.errors import UsageError
-from quantkit.publish.sign import Signer, sign
+from quantkit.publish.sign import Signer, sign_artifact
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
@@ -65,4 +65,6 @@ def COMMAND(
     signer = Signer(
         private_key=private_key, certificate=certificate, chain=chain, sigstore=sigstore
     )
-    click.echo(f"{artifact}: signed, {sign(artifact, signer, signature, overwrite=overwrite)}")
+    click.echo(
+        f"{artifact}: signed, {sign_artifact(artifact, signer, signature, overwrite=overwrite)}"
+    )

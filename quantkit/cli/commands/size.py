@@ -90,15 +90,15 @@ def COMMAND(
              quantkit size v3-gptq4-fp8 --gpu h200
              quantkit size --compare deepseek-ai/DeepSeek-V3 v3-awq4 r1-distill-qwen-32b-awq4
     """
-    from quantkit.serve.sizing.fit import fits
-    from quantkit.serve.sizing.gpus import read_cards
-    from quantkit.serve.sizing.memory import CONTEXT, needs
+    from quantkit.serve.sizing.fit import fit_model
+    from quantkit.serve.sizing.gpus import read_gpus
+    from quantkit.serve.sizing.memory import DEFAULT_CONTEXT, estimate_memory
 
     if len(targets) > 1 and not compare:
         raise UsageError(
             f"expected one model, found {len(targets)}: {', '.join(targets)}; add --compare"
         )
-    dated = read_cards()
+    dated = read_gpus()
     wanted = (
         {gpu: dated.named(gpu)}
         if gpu
@@ -112,13 +112,14 @@ def COMMAND(
     if (
         compare and context is None
     ):  # one for all: the longest that everybody can, as far as CONTEXT
-        context = min(CONTEXT, *(model.longest or CONTEXT for _, model in found))
+        context = min(DEFAULT_CONTEXT, *(model.longest or DEFAULT_CONTEXT for _, model in found))
     asked = [
-        (target, needs(model, context, users, kv, margin, speculative=mtp))
+        (target, estimate_memory(model, context, users, kv, margin, speculative=mtp))
         for target, model in found
     ]
     sides = [
-        (target, {key: fits(need, card) for key, card in wanted.items()}) for target, need in asked
+        (target, {key: fit_model(need, card) for key, card in wanted.items()})
+        for target, need in asked
     ]
     if compare:
         show_sides([(target, next(iter(by_card.values()))) for target, by_card in sides], json_out)
@@ -131,62 +132,68 @@ def COMMAND(
 
 def read_models(target: str, overrides: Sequence[str], width: Width | None) -> tuple[Model, ...]:
     """The models that a target names: one per format of a recipe, else one."""
-    from quantkit.io.package_data import names_recipe
-    from quantkit.serve.sizing.read import assuming, model_of, recipe_models
+    from quantkit.io.package_data import is_recipe_name
+    from quantkit.serve.sizing.read import assume_width, plan_recipe_models, read_model
 
-    if names_recipe(target):
-        made = recipe_models(read_recipe(target, overrides)[1])
-        return tuple(assuming(model, width) for model in made) if width else made
+    if is_recipe_name(target):
+        made = plan_recipe_models(read_recipe(target, overrides)[1])
+        return tuple(assume_width(model, width) for model in made) if width else made
     if overrides:
         raise UsageError(f"--set: {target} is no recipe; leave the option out")
-    return (model_of(target, width),)
+    return (read_model(target, width),)
 
 
 def view(found: dict[str, Fit], dated: GpuCatalog, *, in_full: bool) -> list[RenderableType]:
     """The tables of one model."""
     from rich.text import Text
 
-    from quantkit.report.terminal import plain, table
+    from quantkit.report.terminal import render_table, strip_control_characters
     from quantkit.serve.sizing import tables
-    from quantkit.serve.sizing.batch import advice
-    from quantkit.serve.sizing.fit import missed
-    from quantkit.serve.sizing.memory_fraction import SERVERS
-    from quantkit.serve.sizing.roofline import bounds
+    from quantkit.serve.sizing.batch import compute_max_batched_tokens
+    from quantkit.serve.sizing.fit import find_shortfall
+    from quantkit.serve.sizing.memory_fraction import GPU_ENGINES
+    from quantkit.serve.sizing.roofline import compute_bounds
 
     fits = list(found.values())
     model = fits[0].needs.model
-    head = Text(plain(model.name), style="bold")
-    head.append("\n" + plain(tables.headline(model)) + "\n", style="not bold")
-    shown: list[RenderableType] = [head, table(tables.memory(fits[0].needs))]
-    made = [(fit, bounds(fit)) for fit in fits]
-    shown.append(table(tables.cards_table(made, dated)))
+    head = Text(strip_control_characters(model.name), style="bold")
+    head.append(
+        "\n" + strip_control_characters(tables.format_headline(model)) + "\n", style="not bold"
+    )
+    shown: list[RenderableType] = [head, render_table(tables.make_memory_table(fits[0].needs))]
+    made = [(fit, compute_bounds(fit)) for fit in fits]
+    shown.append(render_table(tables.make_gpu_table(made, dated)))
     for fit, limits in made if in_full else ():
-        if single := tables.one_card_told(fit):
+        if single := tables.format_single_gpu(fit):
             shown.append(Text(f"{single}\n"))
-        if miss := missed(fit):
-            shown.append(Text(f"{tables.miss_told(miss)}.\n"))
+        if miss := find_shortfall(fit):
+            shown.append(Text(f"{tables.format_shortfall(miss)}.\n"))
         if limits:
-            shown.append(table(tables.bounds_table(fit, limits)))
-            shown += [Text(sentence) for sentence in (*tables.interconnect(fit, limits), "")]
-        shown.append(table(tables.degrees(fit)))
-        batches = tables.batches(fit)
-        advised = {server: each for server in SERVERS if (each := advice(fit, server))}
-        shown += [table(batches)] if batches else []
-        shown += [table(tables.advice_table(advised, fit))] if advised else []
-        shown.append(table(tables.card_facts(fit.card, dated)))
+            shown.append(render_table(tables.make_bounds_table(fit, limits)))
+            shown += [Text(sentence) for sentence in (*tables.iterate_link_notes(fit, limits), "")]
+        shown.append(render_table(tables.make_parallelism_table(fit)))
+        batches = tables.make_batch_table(fit)
+        advised = {
+            server: each
+            for server in GPU_ENGINES
+            if (each := compute_max_batched_tokens(fit, server))
+        }
+        shown += [render_table(batches)] if batches else []
+        shown += [render_table(tables.make_batched_tokens_table(advised, fit))] if advised else []
+        shown.append(render_table(tables.make_gpu_facts_table(fit.card, dated)))
     return shown
 
 
 def json_values(found: dict[str, Fit], dated: GpuCatalog) -> dict[str, object]:
     """One model as plain values."""
-    from quantkit.serve.sizing.roofline import bounds
-    from quantkit.serve.sizing.summary import fit_values, model_values, needs_values
+    from quantkit.serve.sizing.roofline import compute_bounds
+    from quantkit.serve.sizing.summary import serialize_fit, serialize_memory, serialize_model
 
     needs = next(iter(found.values())).needs
-    cards = [fit_values(key, fit, bounds(fit)) for key, fit in found.items()]
+    cards = [serialize_fit(key, fit, compute_bounds(fit)) for key, fit in found.items()]
     return {
-        "model": model_values(needs.model),
-        "needs": needs_values(needs),
+        "model": serialize_model(needs.model),
+        "needs": serialize_memory(needs),
         "cards_updated": str(dated.updated),
         "cards": cards,
     }
@@ -194,26 +201,32 @@ def json_values(found: dict[str, Fit], dated: GpuCatalog) -> dict[str, object]:
 
 def show_sides(found: Sequence[tuple[str, Fit]], json_out: bool) -> None:
     """Several models side by side."""
-    from quantkit.report.terminal import table
-    from quantkit.serve.sizing.compare import Side, fidelity, report_of, sizes, speeds
-    from quantkit.serve.sizing.roofline import bounds
-    from quantkit.serve.sizing.summary import fit_values, model_values, needs_values
+    from quantkit.report.terminal import render_table
+    from quantkit.serve.sizing.compare import (
+        ComparedModel,
+        find_report,
+        make_fidelity_table,
+        make_size_table,
+        make_speed_table,
+    )
+    from quantkit.serve.sizing.roofline import compute_bounds
+    from quantkit.serve.sizing.summary import serialize_fit, serialize_memory, serialize_model
 
     sides = [
-        Side(
+        ComparedModel(
             name=fit.needs.model.name.rpartition("/")[2],
             fit=fit,
-            bounds=bounds(fit),
-            fidelity=report_of(target),
+            bounds=compute_bounds(fit),
+            fidelity=find_report(target),
         )
         for target, fit in found
     ]
     if json_out:
         as_json([
             {
-                "model": model_values(side.fit.needs.model),
-                "needs": needs_values(side.fit.needs),
-                "on": fit_values(side.fit.card.name, side.fit, side.bounds),
+                "model": serialize_model(side.fit.needs.model),
+                "needs": serialize_memory(side.fit.needs),
+                "on": serialize_fit(side.fit.card.name, side.fit, side.bounds),
                 "fidelity": side.fidelity.model_dump(
                     mode="json", include={"distribution", "benchmarks", "status"}
                 )
@@ -223,5 +236,9 @@ def show_sides(found: Sequence[tuple[str, Fit]], json_out: bool) -> None:
             for side in sides
         ])
         return
-    told = fidelity(sides)
-    show(table(sizes(sides)), table(speeds(sides)), *([table(told)] if told else []))
+    told = make_fidelity_table(sides)
+    show(
+        render_table(make_size_table(sides)),
+        render_table(make_speed_table(sides)),
+        *([render_table(told)] if told else []),
+    )

@@ -12,7 +12,7 @@ from quantkit.artifact.layout import SIGNATURE
 from quantkit.cli.console import as_json, handle_errors
 from quantkit.cli.options import JSON
 from quantkit.errors import UsageError
-from quantkit.verify.shallow import Verified, verify
+from quantkit.verify.shallow import VerifyReport, verify_artifact
 
 if TYPE_CHECKING:
     from quantkit.verify.deep import DeepReport
@@ -97,7 +97,7 @@ def COMMAND(
     if bool(identity) != bool(identity_provider):
         raise UsageError("--identity and --identity-provider belong together; pass both")
     count = number(sample)
-    found = verify(artifact)
+    found = verify_artifact(artifact)
     signed = None
     if asked:
         signed = check_signature(
@@ -125,7 +125,7 @@ def number(sample: str) -> int | None:
     return int(sample)
 
 
-def show(found: Verified, signer: str | None, proven: DeepReport | None) -> None:
+def show(found: VerifyReport, signer: str | None, proven: DeepReport | None) -> None:
     """What was checked, for people."""
     click.echo(
         f"{found.path}: ok ({found.files} files, {found.tensors} tensors, {found.n_bytes / 1e6:.1f} MB, {found.status})"
@@ -148,13 +148,13 @@ def show(found: Verified, signer: str | None, proven: DeepReport | None) -> None
             "  signed, but the signature was not checked: say who must have signed with --public-key"
         )
     if proven:
-        from quantkit.verify.deep import lines
+        from quantkit.verify.deep import iterate_report_lines
 
-        for line in lines(proven):
+        for line in iterate_report_lines(proven):
             click.echo(f"  {line}")
 
 
-def figures(found: Verified) -> dict[str, object]:
+def figures(found: VerifyReport) -> dict[str, object]:
     """What was checked, for machines."""
     return {
         "status": found.status,

@@ -1,7 +1,8 @@
-"""Limits over a whole jail that the kernel keeps only with privileges: all its memory, and the files in its /tmp.
+"""Limits of a jail, and the two that the host enforces from outside: total memory, files in /tmp.
 
-Limits of a process (setrlimit) are multiplied by the number of processes, and a tmpfs made without privileges takes
-as many empty files as there is memory. So the host looks at the jail from outside, twenty times a second.
+Limits of a process (setrlimit) are multiplied by the number of processes, and a tmpfs made without
+privileges takes as many empty files as there is memory. The kernel limits a whole jail only with
+privileges, so the host polls the jail twenty times a second.
 """
 
 from __future__ import annotations
@@ -10,55 +11,66 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-EVERY_SECONDS = 0.05
+MEMORY_BYTES = 1 << 30  # of a process's address space, and of all memory of a jail
+PROCESSES = 16
+DESCRIPTORS = 64
+FILE_BYTES = 1 << 20
+SCRATCH_BYTES = 16 << 20
+SCRATCH_FILES = 4096
+POLL_SECONDS = 0.05
 
-_PAGE = os.sysconf("SC_PAGE_SIZE")
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
-def missing() -> str:
-    """What this kernel lacks for a jail to be watched; empty for nothing."""
+def find_missing_support() -> str:
+    """Return what this kernel lacks for a jail to be watched; empty if nothing is missing."""
     try:
         os.close(os.pidfd_open(os.getpid()))
     except OSError:
         return "this kernel has no pidfd_open"
-    named = Path(f"/proc/self/task/{os.getpid()}/children").exists()
-    return "" if named else "this kernel does not name a process's children (CONFIG_PROC_CHILDREN)"
+    has_children = Path(f"/proc/self/task/{os.getpid()}/children").exists()
+    if not has_children:
+        return "this kernel does not name a process's children (CONFIG_PROC_CHILDREN)"
+    return ""
 
 
-def tree(pid: int) -> list[int]:
-    """A process and all that came from it; what is orphaned stays below the jail's own first process."""
-    found = [pid]
-    for parent in found:  # grows on the way
+def list_process_tree(pid: int) -> list[int]:
+    """Return a process and its descendants; orphans stay below the jail's own first process."""
+    pids = [pid]
+    for parent in pids:  # grows during the loop
         with suppress(OSError):
             for task in os.listdir(f"/proc/{parent}/task"):
-                found += map(int, Path(f"/proc/{parent}/task/{task}/children").read_text().split())
-    return found
+                pids += map(int, Path(f"/proc/{parent}/task/{task}/children").read_text().split())
+    return pids
 
 
-def memory(pids: list[int]) -> int:
-    """Bytes of memory that these processes hold; pages that several of them share count for each."""
+def measure_memory(pids: list[int]) -> int:
+    """Return the resident bytes of these processes; a shared page counts for each of them."""
     pages = 0
     for pid in pids:
         with suppress(OSError):
             pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * _PAGE
+    return pages * _PAGE_BYTES
 
 
-def files(pids: list[int], scratch_bytes: int) -> int:
-    """Files in the jail's /tmp, which is known by its size: while a jail is made, /tmp is still the host's."""
+def count_scratch_files(pids: list[int], scratch_bytes: int) -> int:
+    """Return the number of files in the jail's /tmp, recognized by its size.
+
+    While a jail is being made, /tmp is still the host's.
+    """
     for pid in pids:
         with suppress(OSError):
-            found = os.statvfs(Path("/proc", str(pid), "root", "tmp"))
-            if found.f_blocks * found.f_frsize == scratch_bytes:
-                return found.f_files - found.f_ffree
+            status = os.statvfs(Path("/proc", str(pid), "root", "tmp"))
+            if status.f_blocks * status.f_frsize == scratch_bytes:
+                return status.f_files - status.f_ffree
     return 0
 
 
-def fault(pid: int, memory_bytes: int, scratch_bytes: int, most_files: int) -> str:
-    """Which limit the jail that `pid` started has passed, in words; empty for none."""
-    pids = tree(pid)
-    if memory(pids) > memory_bytes:
+def find_exceeded_limit(pid: int, memory_bytes: int, scratch_bytes: int, scratch_files: int) -> str:
+    """Return the limit that the jail started by `pid` exceeds, in words; empty if there is none."""
+    pids = list_process_tree(pid)
+    if measure_memory(pids) > memory_bytes:
         return f"used more than {memory_bytes >> 20} MiB of memory"
-    if files(pids, scratch_bytes) > most_files:
-        return f"made more than {most_files} files"
+    if count_scratch_files(pids, scratch_bytes) > scratch_files:
+        return f"made more than {scratch_files} files"
     return ""

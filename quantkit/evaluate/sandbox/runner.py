@@ -1,9 +1,12 @@
-"""What runs inside the two jails of one generated program; its text is handed to the jails' own Python.
+"""Code that runs inside the two jails of one generated program.
 
-The program has a jail to itself and answers requests on a socket. Its tests run in a second jail, which alone holds
-the random sentinel and reports to the host; what the program hands them arrives as plain data and is built anew
-there. So the program never shares a process, a file or a process list with what judges it: patching the checker,
-walking its objects or printing what it would print reaches only the program's own jail.
+Its text is passed to the jails' own Python.
+
+The program has a jail to itself and answers requests on a socket. Its tests run in a second jail,
+which alone holds the random sentinel and reports to the host; the program's values arrive there as
+plain data and are rebuilt. So the program never shares a process, a file or a process list with its
+judge: patching the checker, walking its objects or printing a forged report affects only the
+program's own jail.
 
 Standard library only, Python 3.8 or later.
 """
@@ -27,7 +30,7 @@ from collections.abc import Callable
 from typing import Any
 
 PREFIX_BYTES = 10
-MOST_BYTES = 1 << 23  # of one message
+MAX_MESSAGE_BYTES = 1 << 23
 
 # tag -> type; the parts of each are an iterable of values
 _SEQUENCES: dict[str, Any] = {
@@ -37,74 +40,90 @@ _SEQUENCES: dict[str, Any] = {
     "frozenset": frozenset,
     "deque": collections.deque,
 }
-# tag -> type; each is made from the text that its `str` gives
+# tag -> type; each is rebuilt from its `str`
 _TEXTS: dict[str, Any] = {
     "complex": complex,
     "decimal": decimal.Decimal,
     "fraction": fractions.Fraction,
 }
-# what a test may do with an object that is no plain data
+# operations of a test on an object that is not plain data
 _OPERATIONS: dict[str, Any] = {
-    "call": lambda thing, *args, **named: thing(*args, **named),
-    "get": getattr, "set": setattr, "iter": iter, "next": next, "len": len, "truth": bool, "item": operator.getitem,
-}  # fmt: skip
+    "call": lambda thing, *args, **kwargs: thing(*args, **kwargs),
+    "get": getattr,
+    "set": setattr,
+    "iter": iter,
+    "next": next,
+    "len": len,
+    "truth": bool,
+    "item": operator.getitem,
+}
 
 
-def send(channel: int, message: dict[str, Any]) -> None:
-    """One JSON object: ten decimal digits of length, then that many bytes."""
+def send_message(channel: int, message: dict[str, Any]) -> None:
+    """Send one JSON object: ten decimal digits of length, then that many bytes."""
     text = json.dumps(message).encode()
-    left = memoryview(b"%010d" % len(text) + text)
-    while left:
-        left = left[os.write(channel, left) :]
+    unsent = memoryview(b"%010d" % len(text) + text)
+    while unsent:
+        unsent = unsent[os.write(channel, unsent) :]
 
 
-def receive(channel: int) -> dict[str, Any]:
-    """One JSON object; EOFError when the other side has gone, ValueError when it sends something else."""
+def receive_message(channel: int) -> dict[str, Any]:
+    """Receive one JSON object.
+
+    Raises EOFError if the other side is gone, ValueError for any other data.
+    """
     size = int(read_exactly(channel, PREFIX_BYTES))
-    if not 0 <= size <= MOST_BYTES:
-        raise ValueError(f"a message of {size} bytes, at most {MOST_BYTES} are taken")
+    if not 0 <= size <= MAX_MESSAGE_BYTES:
+        raise ValueError(f"a message of {size} bytes, at most {MAX_MESSAGE_BYTES} are accepted")
     message = json.loads(read_exactly(channel, size))
     if not isinstance(message, dict):
-        raise ValueError("a message that is no object")  # noqa: TRY004  # bad data, not a bad argument
+        # bad data, not a bad argument
+        raise ValueError("a message that is not an object")  # noqa: TRY004
     return message
 
 
 def read_exactly(channel: int, size: int) -> bytes:
-    """Exactly `size` bytes; fewer mean that the other side has gone."""
+    """Read exactly `size` bytes. Raises EOFError if the other side is gone before."""
     parts = []
     while size:
         part = os.read(channel, min(size, 1 << 20))
         if not part:
-            raise EOFError("the other side has gone")
+            raise EOFError("the other side is gone")
         parts.append(part)
         size -= len(part)
     return b"".join(parts)
 
 
-def encode(value: Any, refer: Callable[[Any], Any]) -> Any:
-    """Plain data as JSON; subclasses become their base. `refer` makes the parts for anything else."""
+def encode_value(value: Any, encode_object: Callable[[Any], Any]) -> Any:
+    """Encode plain data as JSON; subclasses become their base.
+
+    `encode_object` encodes anything else.
+    """
     if value is None or isinstance(value, (bool, float, str)):
         return value
     if isinstance(value, int):
-        return ["int", hex(value)]  # decimal digits of a huge one take long, and Python limits them
+        return ["int", hex(value)]  # decimal digits of a huge int take long, and Python limits them
     if isinstance(value, (bytes, bytearray)):
         return ["bytes", value.hex()]
     if isinstance(value, dict):
         return [
             "dict",
-            *([[encode(key, refer), encode(item, refer)] for key, item in dict.items(value)]),
+            *([
+                [encode_value(key, encode_object), encode_value(item, encode_object)]
+                for key, item in dict.items(value)
+            ]),
         ]
     for tag, kind in _SEQUENCES.items():
         if isinstance(value, kind):
-            return [tag, *([encode(item, refer) for item in kind.__iter__(value)])]
+            return [tag, *([encode_value(item, encode_object) for item in kind.__iter__(value)])]
     for tag, kind in _TEXTS.items():
         if isinstance(value, kind):
             return [tag, str(value)]
-    return refer(value)
+    return encode_object(value)
 
 
-def decode(parts: Any, resolve: Callable[[Any], Any]) -> Any:
-    """The value behind `encode`; `resolve` takes the parts of what is no plain data."""
+def decode_value(parts: Any, decode_object: Callable[[Any], Any]) -> Any:
+    """Decode the result of `encode_value`; `decode_object` decodes other than plain data."""
     if not isinstance(parts, list):
         return parts
     tag, rest = parts[0], parts[1:]
@@ -113,119 +132,135 @@ def decode(parts: Any, resolve: Callable[[Any], Any]) -> Any:
     if tag == "bytes":
         return bytes.fromhex(rest[0])
     if tag == "dict":
-        return {decode(key, resolve): decode(item, resolve) for key, item in rest}
+        return {
+            decode_value(key, decode_object): decode_value(item, decode_object)
+            for key, item in rest
+        }
     if tag in _SEQUENCES:
-        return _SEQUENCES[tag](decode(item, resolve) for item in rest)
+        return _SEQUENCES[tag](decode_value(item, decode_object) for item in rest)
     if tag in _TEXTS:
         return _TEXTS[tag](rest[0])
-    return resolve(parts)
+    return decode_object(parts)
 
 
-def told(error: BaseException) -> str:
-    """ "ValueError: text", short."""
+def format_exception(error: BaseException) -> str:
+    """Return "ValueError: text", at most 200 characters."""
     return ("%s: %s" % (type(error).__name__, error))[:200]  # noqa: UP031  # error may format badly
 
 
-def limit(limits: dict[str, Any]) -> None:
-    """Bound what this process and its children may use; the hard limits cannot be raised again."""
+def set_limits(limits: dict[str, Any]) -> None:
+    """Limit the resources of this process and its children; hard limits cannot be raised again."""
     cpu = limits["cpu_seconds"]
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
     for name in ("AS", "NPROC", "FSIZE", "NOFILE", "CORE", "MSGQUEUE", "MEMLOCK", "SIGPENDING"):
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limits[name], limits[name]))
 
 
-def refuse(rules: bytes) -> None:
+def install_seccomp_filter(rules: bytes) -> None:
     """Install a system-call filter (struct sock_filter[]) for this process and its children."""
     import ctypes
 
-    class Code(ctypes.Structure):
+    class SockFprog(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ushort), ("rules", ctypes.c_char_p)]
 
     libc = ctypes.CDLL(None, use_errno=True)
-    code = Code(len(rules) // 8, rules)
+    program = SockFprog(len(rules) // 8, rules)
     # PR_SET_NO_NEW_PRIVS, then PR_SET_SECCOMP with SECCOMP_MODE_FILTER
-    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, ctypes.byref(code), 0, 0):
+    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, ctypes.byref(program), 0, 0):
         raise OSError(ctypes.get_errno(), "no system-call filter")
 
 
-def serve(channel: int) -> None:
-    """Load the program when asked to, then do with its objects what its tests ask for."""
-    things: list[Any] = []
+def serve_program(channel: int) -> None:
+    """Serve requests of the tests: load the program, then operate on its objects."""
+    objects: list[Any] = []
     numbers: dict[int, int] = {}
     module = types.ModuleType("program")
     sys.modules["program"] = module  # dataclasses and pickle look their module up by name
 
-    def refer(thing: Any) -> list[Any]:
+    def encode_object(thing: Any) -> list[Any]:
         if isinstance(thing, types.ModuleType):
             return ["module", thing.__name__]
-        if id(thing) not in numbers:  # all are kept, so that ids stay unique
-            numbers[id(thing)] = len(things)
-            things.append(thing)
+        if id(thing) not in numbers:  # all objects are kept, so that ids stay unique
+            numbers[id(thing)] = len(objects)
+            objects.append(thing)
         return ["remote", numbers[id(thing)]]
 
-    def resolve(parts: Any) -> Any:
-        return things[parts[1]]
+    def decode_object(parts: Any) -> Any:
+        return objects[parts[1]]
 
     while True:
-        wanted = receive(channel)
+        request = receive_message(channel)
         try:
-            if "source" in wanted:
-                exec(compile(wanted["source"], "program.py", "exec"), module.__dict__)
-                names = [name for name in wanted["names"] if name in module.__dict__]
-                value: Any = [[name, encode(module.__dict__[name], refer)] for name in names]
+            if "source" in request:
+                exec(compile(request["source"], "program.py", "exec"), module.__dict__)
+                names = [name for name in request["names"] if name in module.__dict__]
+                value: Any = [
+                    [name, encode_value(module.__dict__[name], encode_object)] for name in names
+                ]
             else:
-                args = [decode(part, resolve) for part in wanted["args"]]
-                named = {name: decode(part, resolve) for name, part in wanted["named"].items()}
-                value = encode(_OPERATIONS[wanted["do"]](*args, **named), refer)
-            answer = {"value": value}
-        except BaseException as error:  # noqa: BLE001  # SystemExit is an answer here, not a fault
-            answer = {"error": [type(error).__name__, str(error)[:200]]}
-        send(channel, answer)
+                args = [decode_value(part, decode_object) for part in request["args"]]
+                kwargs = {
+                    name: decode_value(part, decode_object)
+                    for name, part in request["kwargs"].items()
+                }
+                value = encode_value(_OPERATIONS[request["do"]](*args, **kwargs), encode_object)
+            response = {"value": value}
+        except BaseException as error:  # noqa: BLE001  # SystemExit is a response here, not a fault
+            response = {"error": [type(error).__name__, str(error)[:200]]}
+        send_message(channel, response)
 
 
-def program(channel: int, job: dict[str, Any], report: int) -> None:
-    """Serve in a process of its own, so that the first process of the jail outlives every limit."""
+def run_program(channel: int, job: dict[str, Any], report_fd: int) -> None:
+    """Serve in a child process, so that the first process of the jail outlives every limit."""
     child = os.fork()
     if child == 0:
         try:
-            os.close(report)
-            limit(job)
-            refuse(bytes.fromhex(job["filter"]))
-            serve(channel)
-        except BaseException as error:  # noqa: BLE001  # nothing may return into the first process's code
-            send(channel, {"error": [type(error).__name__, str(error)[:200]]})
+            os.close(report_fd)
+            set_limits(job)
+            install_seccomp_filter(bytes.fromhex(job["filter"]))
+            serve_program(channel)
+        # nothing may return into the first process's code
+        except BaseException as error:  # noqa: BLE001
+            send_message(channel, {"error": [type(error).__name__, str(error)[:200]]})
         finally:
             os._exit(0)
     os.close(channel)
     status = os.waitpid(child, 0)[1]
     if os.WIFSIGNALED(status):
-        os.write(
-            report,
-            json.dumps({"error": "killed by " + signal.Signals(os.WTERMSIG(status)).name}).encode(),
-        )
+        report = {"error": "killed by " + signal.Signals(os.WTERMSIG(status)).name}
+        os.write(report_fd, json.dumps(report).encode())
 
 
-class Gone(Exception):
-    """The program no longer answers, or answers with what is no message."""
+class ProgramGone(Exception):
+    """The program no longer responds, or responds with something that is not a message."""
 
 
-class Remote:
-    """Something of the program's that is no plain data; it equals itself alone, whatever its own class says."""
+class RemoteObject:
+    """An object of the program that is not plain data.
+
+    It equals only itself, whatever its class says.
+    """
 
     def __init__(self, channel: int, number: int) -> None:
         self.__dict__.update(_channel=channel, _number=number)
 
     def _do(
-        self, what: str, args: tuple[Any, ...] = (), named: dict[str, Any] | None = None
+        self,
+        operation: str,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        given = {name: encode(arg, referred) for name, arg in (named or {}).items()}
-        return ask(
-            self._channel,
-            {"do": what, "args": [encode(arg, referred) for arg in (self, *args)], "named": given},
-        )
+        request = {
+            "do": operation,
+            "args": [encode_value(arg, encode_reference) for arg in (self, *args)],
+            "kwargs": {
+                name: encode_value(arg, encode_reference) for name, arg in (kwargs or {}).items()
+            },
+        }
+        return send_request(self._channel, request)
 
-    def __call__(self, *args: Any, **named: Any) -> Any:
-        return self._do("call", args, named)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._do("call", args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -236,13 +271,13 @@ class Remote:
         self._do("set", (name, value))
 
     def __iter__(self) -> Any:
-        made = self._do("iter")
-        return made if isinstance(made, Remote) else iter(made)
+        iterator = self._do("iter")
+        return iterator if isinstance(iterator, RemoteObject) else iter(iterator)
 
     def __next__(self) -> Any:
         try:
             return self._do("next")
-        except Ended:
+        except IterationEnded:
             raise StopIteration from None
 
     def __len__(self) -> int:
@@ -255,104 +290,112 @@ class Remote:
         return self._do("item", (key,))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Remote) and other._number == self._number
+        return isinstance(other, RemoteObject) and other._number == self._number
 
     def __hash__(self) -> int:
         return hash(self._number)
 
 
-class Ended(RuntimeError):
-    """The program's StopIteration: as such it would end a loop of the tests unseen."""
+class IterationEnded(RuntimeError):
+    """The program's StopIteration, which would silently end a loop of the tests."""
 
 
-def referred(thing: Any) -> list[Any]:
-    """Parts of an argument that is no plain data."""
-    if isinstance(thing, Remote):
+def encode_reference(thing: Any) -> list[Any]:
+    """Encode an argument that is not plain data."""
+    if isinstance(thing, RemoteObject):
         return ["remote", thing._number]
-    raise TypeError(f"a test cannot hand a {type(thing).__name__} to the program")
+    raise TypeError(f"a test cannot pass a {type(thing).__name__} to the program")
 
 
-def ask(channel: int, message: dict[str, Any], values: Callable[[Any, Any], Any] = decode) -> Any:
-    """The program's answer as a value; its exception is raised here, by the name of a built-in one or a new one."""
+def send_request(
+    channel: int, message: dict[str, Any], decode: Callable[[Any, Any], Any] = decode_value
+) -> Any:
+    """Send a request to the program and return its response as a value.
+
+    The program's exception is raised here, as the built-in class of its name or as a new class.
+    """
     try:
-        send(channel, message)
-        answer = receive(channel)
-        if "error" not in answer:
-            return values(answer["value"], lambda parts: Remote(channel, int(parts[1])))
-        name, text = (str(part)[:200] for part in answer["error"])
+        send_message(channel, message)
+        response = receive_message(channel)
+        if "error" not in response:
+            return decode(response["value"], lambda parts: RemoteObject(channel, int(parts[1])))
+        name, text = (str(part)[:200] for part in response["error"])
     except (OSError, EOFError) as error:
-        raise Gone("ended before its tests finished") from error
+        raise ProgramGone("ended before its tests finished") from error
     except (ValueError, TypeError, LookupError) as error:
-        raise Gone("answered with no message: " + told(error)) from error
+        raise ProgramGone("answered with no message: " + format_exception(error)) from error
     if name in ("StopIteration", "StopAsyncIteration", "GeneratorExit"):
-        raise Ended(text)
+        raise IterationEnded(text)
     kind = getattr(builtins, name, None)
     if not (isinstance(kind, type) and issubclass(kind, BaseException) and "Unicode" not in name):
         kind = type(name or "Exception", (Exception,), {})
     raise kind(text) if text else kind()
 
 
-def ported(found: Any, resolve: Callable[[Any], Any]) -> dict[str, Any]:
-    """Names of the program's module and what they stand for; a module only under its own name, and made here."""
-    known = {}
-    for name, parts in found:
+def decode_namespace(items: Any, decode_object: Callable[[Any], Any]) -> dict[str, Any]:
+    """Decode names of the program's module; a module only under its own name, and imported here."""
+    namespace = {}
+    for name, parts in items:
         if parts == ["module", name]:
-            known[name] = importlib.import_module(name)
+            namespace[name] = importlib.import_module(name)
         elif not (isinstance(parts, list) and parts[0] == "module"):
-            known[name] = decode(parts, resolve)
-    return known
+            namespace[name] = decode_value(parts, decode_object)
+    return namespace
 
 
-def wanted(tests: ast.Module, known: dict[str, Any]) -> dict[str, Any]:
-    """What tests find under the program's names.
+def select_names(tests: ast.Module, namespace: dict[str, Any]) -> dict[str, Any]:
+    """Return the names of the program that the tests get.
 
-    Names that Python itself gives a meaning (built-in ones, and standard modules that the tests look into) are the
-    program's only where the tests use no other of its names: a program called `sum` is judged, one that makes `abs`
-    return 0 beside its answer gains nothing.
+    Names that Python itself defines (built-in names, and standard modules whose attributes the
+    tests use) are the program's only if the tests use no other name of the program: a program
+    called `sum` is judged, one that also makes `abs` return 0 gains nothing.
     """
     names = {node.id for node in ast.walk(tests) if isinstance(node, ast.Name)}
-    inner = [node.value for node in ast.walk(tests) if isinstance(node, ast.Attribute)]
-    standard = {node.id for node in inner if isinstance(node, ast.Name)}
+    owners = [node.value for node in ast.walk(tests) if isinstance(node, ast.Attribute)]
+    standard = {node.id for node in owners if isinstance(node, ast.Name)}
     standard &= set(getattr(sys, "stdlib_module_names", sys.builtin_module_names))
     standard |= set(dir(builtins))
-    found = {name: thing for name, thing in known.items() if name in names}
-    modules = {name: thing for name, thing in found.items() if isinstance(thing, types.ModuleType)}
+    used = {name: thing for name, thing in namespace.items() if name in names}
+    modules = {name: thing for name, thing in used.items() if isinstance(thing, types.ModuleType)}
     own = {
-        name: thing for name, thing in found.items() if name not in standard and name not in modules
+        name: thing for name, thing in used.items() if name not in standard and name not in modules
     }
-    return {**modules, **(own or found)}
+    return {**modules, **(own or used)}
 
 
-def judge(channel: int, job: dict[str, Any]) -> dict[str, Any]:
-    """Run the tests on the program; the sentinel, or what went wrong."""
+def run_tests(channel: int, job: dict[str, Any]) -> dict[str, Any]:
+    """Run the tests on the program; return the sentinel, or what went wrong."""
     try:
         tests = ast.parse(job["tests"], "tests.py")
         names = sorted({node.id for node in ast.walk(tests) if isinstance(node, ast.Name)})
-        known = ask(channel, {"source": job["source"], "names": names}, ported)
-        exec(compile(tests, "tests.py", "exec"), {"__name__": "program", **wanted(tests, known)})
-    except Gone as error:
+        request = {"source": job["source"], "names": names}
+        namespace = send_request(channel, request, decode_namespace)
+        test_globals = {"__name__": "program", **select_names(tests, namespace)}
+        exec(compile(tests, "tests.py", "exec"), test_globals)
+    except ProgramGone as error:
         return {"gone": str(error)}
-    except BaseException as error:  # noqa: BLE001  # SystemExit and MemoryError are verdicts here, not faults
-        return {"error": told(error)}
+    # SystemExit and MemoryError are verdicts here, not faults
+    except BaseException as error:  # noqa: BLE001
+        return {"error": format_exception(error)}
     return {"sentinel": job["sentinel"], "python": sys.version.split()[0]}
 
 
 def main() -> None:
-    """python -c TEXT program|tests FD, with the job as JSON on standard input; the report goes to standard output."""
+    """Run a role: job as JSON from standard input, report to standard output."""
     role, channel = sys.argv[1], int(sys.argv[2])
-    with os.fdopen(os.dup(0), "rb") as given:
-        job = json.loads(given.read())
-    report = os.dup(1)
+    with os.fdopen(os.dup(0), "rb") as job_file:
+        job = json.loads(job_file.read())
+    report_fd = os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
     os.close(null)
     if role == "program":
-        program(channel, job, report)
+        run_program(channel, job, report_fd)
     else:
-        limit(job)
-        refuse(bytes.fromhex(job["filter"]))
-        os.write(report, json.dumps(judge(channel, job)).encode())
+        set_limits(job)
+        install_seccomp_filter(bytes.fromhex(job["filter"]))
+        os.write(report_fd, json.dumps(run_tests(channel, job)).encode())
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What formats share: packed words, GPTQ's tensors, engines' names of modules, what stored bytes must be."""
+"""Shared parts of formats: packing limits, GPTQ tensors, engine module names, checks."""

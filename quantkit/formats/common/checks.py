@@ -1,7 +1,8 @@
-"""What the bytes and the config of a format must be, told without torch: each format's CHECKS, `quantkit verify` asks.
+"""Checks of a format's bytes and config entry that need no torch; `quantkit verify` runs them.
 
-Codes packed without a gap need no check, as every pattern of bits is a code in range. What can be wrong is said here:
-scales, zero points of symmetric schemes, groups of channels, shapes and states, and lists that name modules.
+Codes packed without gaps need no check: every bit pattern is a valid code. Each format's CHECKS
+covers the rest: scales, zero points of symmetric schemes, group indices, shapes, quantization
+states, and the lists of modules in quantization_config.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from quantkit.errors import ArtifactError
 
 
 @dataclass(frozen=True, kw_only=True, order=True, slots=True)
-class Codes:
-    """Packed codes as a config tells them: two linears that differ in none of these share an entry."""
+class IntegerCodes:
+    """The part of a scheme that a config entry states; linears with equal values share an entry."""
 
     bits: int
     group_size: int
@@ -29,154 +30,176 @@ class Codes:
         return f"{self.bits} bits, group {self.group_size}, {zero}"
 
 
-Treatment = Codes | Literal["codes", "fp8", "plain"]
-"""How an engine reads a linear: packed codes, whatever they are or just these; FP8 blocks; or an ordinary weight."""
+Treatment = IntegerCodes | Literal["codes", "fp8", "plain"]
+"""How an engine reads a linear: as packed codes (of any kind, or of this one), as FP8 blocks, or as
+an ordinary weight."""
 
-Kind = Literal["finite", "scale", "magnitude", "rising", "repeated", "groups", "whole"]
+ValueKind = Literal["finite", "scale", "magnitude", "rising", "repeated", "groups", "whole"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Numbers:
-    """What the numbers of one stored tensor must be.
+class ValueCheck:
+    """The condition on the values of one stored tensor.
 
-    finite: no NaN, no infinity; scale: also normal and above zero; magnitude: finite and not below zero; rising: each
-    above the one before; repeated: `pattern` over and over; groups: element k is k // `group`; whole: `fault` is asked
-    about all bytes of a small tensor and answers None or what was expected and found.
+    finite: no NaN and no infinity; scale: also normal and above zero; magnitude: finite and at
+    least zero; rising: strictly increasing; repeated: `pattern` over and over; groups: element k is
+    k // `group`; whole: `find_fault` gets all bytes of a small tensor and returns None, or a
+    sentence with the expected and the found value.
     """
 
-    kind: Kind
+    kind: ValueKind
     pattern: bytes = b""
     group: int = 0
-    fault: Callable[[bytes], str | None] | None = None
+    find_fault: Callable[[bytes], str | None] | None = None
 
 
-FINITE = Numbers(kind="finite")
-SCALE = Numbers(kind="scale")
-MAGNITUDE = Numbers(kind="magnitude")
-RISING = Numbers(kind="rising")
+FINITE = ValueCheck(kind="finite")
+SCALE = ValueCheck(kind="scale")
+MAGNITUDE = ValueCheck(kind="magnitude")
+RISING = ValueCheck(kind="rising")
 
 
-def exactly(expected: bytes, meaning: str) -> Numbers:
-    """A small tensor of these bytes."""
-    return Numbers(
+def require_bytes(expected: bytes, meaning: str) -> ValueCheck:
+    """Return the check that a small tensor has exactly these bytes."""
+    return ValueCheck(
         kind="whole",
-        fault=lambda found: (
-            None if found == expected else f"expected {meaning}, found other values"
+        find_fault=lambda content: (
+            None if content == expected else f"expected {meaning}, found other values"
         ),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loader:
-    """An engine's own reading of quantization_config: what it takes a module for.
+    """An engine's interpretation of quantization_config.
 
-    `told(entry)` reads the entry once and answers for module names; with `fused` it is also asked about the names of
-    modules that engines merge.
+    classify(entry) parses the entry once and returns a function from module names to treatments.
+    With `has_fused_names` that function also gets the names of the modules that engines merge.
     """
 
     engines: str
-    told: Callable[[Mapping[str, object]], Callable[[str], Treatment]]
-    fused: bool = True
+    classify: Callable[[Mapping[str, object]], Callable[[str], Treatment]]
+    has_fused_names: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checks:
-    """What `quantkit verify` must know of a format beside its layout.
+class FormatChecks:
+    """What `quantkit verify` needs to know about a format besides its layout.
 
-    shape: [out, in] of a linear by the specs of its tensors (local names) and a reader of small ones, None when they do
-    not tell; numbers: what its tensors must hold, by local name, all others any bits; loaders: who reads the lists of
-    modules in quantization_config; lists: the keys of those lists, whose spelling is free.
+    read_shape: [out, in] of a linear from the specs of its tensors (local names) and a reader of
+    small tensors, or None if they do not determine it; value_checks: the checks of a linear's
+    tensors by local name, all other tensors may hold any bits; loaders: the engines that read the
+    lists of modules in quantization_config; module_lists: the keys of those lists, which are
+    compared by meaning and not by spelling.
     """
 
-    shape: Callable[
+    read_shape: Callable[
         [Mapping[str, TensorSpec], Scheme, Callable[[str], bytes]], tuple[int, int] | None
     ]
-    numbers: Callable[[Linear, Scheme], Mapping[str, Numbers]]
+    value_checks: Callable[[Linear, Scheme], Mapping[str, ValueCheck]]
     loaders: Sequence[Loader] = ()
-    lists: frozenset[str] = frozenset()
+    module_lists: frozenset[str] = frozenset()
 
 
-# ------------------------------------------------------------------------------------------------ lists of modules
+# ------------------------------------------------------------------------------- lists of modules
 
 
 _PLAIN = re.compile(
     r"(?:[\w.\-]|\\[.\-]|\((?:[\w.]+\|)+[\w.]+\)|exp\[e\]rts)*(?:\(\\\.\.\*\)\?)?\$?"
 )
-"""Names with escapes, one choice of several, "and what is below": no repetition within a repetition."""
+"""Names with escapes, alternatives in one group, and "everything below": no nested repetition."""
 
 
-def pattern(text: str, key: str) -> str:
-    """A regular expression of an entry; ArtifactError for one that could take forever, which quantkit never writes."""
+def check_pattern(text: str, key: str) -> str:
+    """Return a regular expression of the entry.
+
+    Raises ArtifactError for one that could take exponential time; quantkit never writes such.
+    """
     if not _PLAIN.fullmatch(text):
         raise ArtifactError(
-            f"config.json: quantization_config.{key}: expected plain module names, found {text[:60]!r}"
+            f"config.json: quantization_config.{key}: expected plain module names, "
+            f"found {text[:60]!r}"
         )
     return text
 
 
-def by_codes(schemes: Mapping[str, Scheme]) -> list[tuple[Codes, list[str]]]:
-    """The modules of each kind of codes, the commonest first: a config tells that one of all it does not name."""
-    found: dict[Codes, list[str]] = {}
+def group_by_codes(schemes: Mapping[str, Scheme]) -> list[tuple[IntegerCodes, list[str]]]:
+    """Group modules by their codes, the most frequent first: configs use it as their default."""
+    groups: dict[IntegerCodes, list[str]] = {}
     for name, scheme in schemes.items():
-        kind = Codes(bits=scheme.bits, group_size=scheme.group_size, symmetric=scheme.symmetric)
-        found.setdefault(kind, []).append(name)
-    return sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
-
-
-def codes_told(bits: object, group_size: object, symmetric: object, key: str) -> Codes:
-    """Codes by three values of the entry; ArtifactError when they are none."""
-    if type(bits) is not int or type(group_size) is not int or type(symmetric) is not bool:
-        told = f"{bits!r:.20}, {group_size!r:.20}, {symmetric!r:.20}"
-        raise ArtifactError(
-            f"config.json: quantization_config.{key}: expected bits, a group size and symmetric or not, found {told}"
+        kind = IntegerCodes(
+            bits=scheme.bits, group_size=scheme.group_size, symmetric=scheme.symmetric
         )
-    return Codes(bits=bits, group_size=group_size, symmetric=symmetric)
+        groups.setdefault(kind, []).append(name)
+    return sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+
+
+def parse_codes(bits: object, group_size: object, symmetric: object, key: str) -> IntegerCodes:
+    """Return the codes of three values of the entry; ArtifactError if their types are wrong."""
+    if type(bits) is not int or type(group_size) is not int or type(symmetric) is not bool:
+        values = f"{bits!r:.20}, {group_size!r:.20}, {symmetric!r:.20}"
+        raise ArtifactError(
+            f"config.json: quantization_config.{key}: expected bits, a group size and symmetric "
+            f"or not, found {values}"
+        )
+    return IntegerCodes(bits=bits, group_size=group_size, symmetric=symmetric)
 
 
 @cache
-def matcher(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    """One expression for any of several; nothing matches an empty list."""
-    return re.compile("|".join(f"(?:{each})" for each in patterns) if patterns else r"(?!)")
+def compile_any(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """Compile one expression for any of several; nothing matches an empty tuple."""
+    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns) if patterns else r"(?!)")
 
 
-def texts(value: object, key: str) -> list[str]:
-    """A list of strings of the entry; ArtifactError for anything else, an empty list for none."""
+def parse_name_list(value: object, key: str) -> list[str]:
+    """Return a list of strings of the entry, empty for None; ArtifactError for anything else."""
     if value is None:
         return []
-    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise ArtifactError(
             f"config.json: quantization_config.{key}: expected a list of names, found {value!r:.60}"
         )
     return value
 
 
-def left_out(key: str) -> Callable[[Mapping[str, object]], Callable[[str], Treatment]]:
-    """transformers' reading of a list of modules: an entry is an expression up to a dot, or the end of a name."""
+def classify_as_transformers(
+    key: str,
+) -> Callable[[Mapping[str, object]], Callable[[str], Treatment]]:
+    """Return transformers' reading of the skip list under `key`.
 
-    def told(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
-        names = tuple(texts(entry.get(key), key))
-        start = matcher(tuple(rf"(?:{pattern(name, key)})(?:(?<=\.)|(?=\.|$))" for name in names))
+    An entry is an expression that matches up to a dot or the end, or the end of a name.
+    """
+
+    def classify(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
+        names = tuple(parse_name_list(entry.get(key), key))
+        start = compile_any(
+            tuple(rf"(?:{check_pattern(name, key)})(?:(?<=\.)|(?=\.|$))" for name in names)
+        )
         return lambda module: "plain" if start.match(module) or module.endswith(names) else "codes"
 
-    return told
+    return classify
 
 
-def switched_off(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
-    """GPTQModel's `dynamic`, which vLLM and SGLang read too: "-:pattern" leaves what it matches alone."""
-    found = dynamic(entry)
-    if other := [key for key, value in found.items() if not key.startswith("-:") or value != {}]:
+def classify_by_dynamic(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
+    """Return the reading of GPTQModel's `dynamic`: "-:pattern" leaves its matches unquantized.
+
+    vLLM and SGLang read it too.
+    """
+    rules = parse_dynamic(entry)
+    if other := [key for key, value in rules.items() if not key.startswith("-:") or value != {}]:
         raise ArtifactError(
-            f"config.json: quantization_config.dynamic: expected '-:pattern' with {{}} alone, found {other[0]!r:.60}"
+            "config.json: quantization_config.dynamic: expected '-:pattern' with {} only, "
+            f"found {other[0]!r:.60}"
         )
-    kept = matcher(tuple(pattern(key.removeprefix("-:"), "dynamic") for key in found))
+    kept = compile_any(tuple(check_pattern(key.removeprefix("-:"), "dynamic") for key in rules))
     return lambda module: "plain" if kept.match(module) else "codes"
 
 
-def dynamic(entry: Mapping[str, object]) -> Mapping[str, object]:
-    """GPTQModel's rules over modules by their patterns; none when there are none."""
-    found = entry.get("dynamic")
-    if found is not None and not isinstance(found, Mapping):
+def parse_dynamic(entry: Mapping[str, object]) -> Mapping[str, object]:
+    """Return GPTQModel's rules by their pattern, empty if the entry has none."""
+    rules = entry.get("dynamic")
+    if rules is not None and not isinstance(rules, Mapping):
         raise ArtifactError(
-            f"config.json: quantization_config.dynamic: expected an object, found {found!r:.60}"
+            f"config.json: quantization_config.dynamic: expected an object, found {rules!r:.60}"
         )
-    return {str(key): value for key, value in (found or {}).items()}
+    return {str(key): value for key, value in (rules or {}).items()}

@@ -1,4 +1,7 @@
-"""Serving engines: their commands, and module names as they know them, merged linears and layers in one pattern."""
+"""Serving engines: their commands, and module names as engines know them.
+
+Engines merge linears into fused modules, and a pattern of theirs can cover several layers.
+"""
 
 from __future__ import annotations
 
@@ -10,87 +13,101 @@ SERVERS: Mapping[str, str] = {
     "SGLang": "python -m sglang.launch_server --model-path {path}",
 }
 TRANSFORMERS: Mapping[str, str] = {"transformers": "transformers serve {path}"}
-"""Engine -> the exact command that serves an artifact, as Format.engines has it."""
+"""Engine -> the exact command that serves an artifact, as in Format.engines."""
 
-UNFUSED = "--disable-shared-experts-fusion"
-"""What SGLang must be told where shared and routed experts are stored `apart`: it counts them among one another."""
+DISABLE_SHARED_FUSION = "--disable-shared-experts-fusion"
+"""The option that SGLang needs if shared and routed experts are stored in different formats
+(`has_separate_shared_experts`): by default it loads the shared expert as one more routed expert."""
 
-HEAD = "lm_head"
-"""A model's head. Tied to the embedding it has no tensor, and loaders take it for a linear all the same: an artifact's
-config names it among those that are not quantized."""
+LM_HEAD = "lm_head"
+"""A model's head. Tied to the embedding it has no tensor, but transformers builds a linear for it:
+an artifact's config always names it among the unquantized modules."""
 
-FUSED: Mapping[str, tuple[str, ...]] = {
+FUSED_MODULES: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
     "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
-"""Modules that engines make of several at load. SGLang looks for their own names among those left unquantized."""
+"""Fused modules that engines build from several linears. SGLang looks up the fused names in lists
+of unquantized modules."""
 
 
-def engine_names(modules: Sequence[str]) -> list[str]:
-    """Names under which engines know these modules: their own, and those of the fused modules they end up in."""
-    found = dict.fromkeys(modules)
+def expand_fused_names(modules: Sequence[str]) -> list[str]:
+    """Return the modules' own names and those of the fused modules that contain them."""
+    names = dict.fromkeys(modules)
     for module in modules:
         parent, _, last = module.rpartition(".")
-        found |= dict.fromkeys(
-            f"{parent}.{fused}" for fused, members in FUSED.items() if last in members
+        names |= dict.fromkeys(
+            f"{parent}.{fused}" for fused, members in FUSED_MODULES.items() if last in members
         )
-    return list(found)
+    return list(names)
 
 
-def lines(names: Sequence[str]) -> str:
-    """Module names as one text, each between line breaks: 45,000 experts are searched at once."""
+def join_lines(names: Sequence[str]) -> str:
+    """Join module names into one text with line breaks on both sides of each.
+
+    One search covers 45,000 experts.
+    """
     return "\n".join(["", *names, ""])
 
 
-def kept_patterns(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
-    """Regular expressions that match every kept module, fused or not, from its name's start to its end, and no other.
+def make_patterns(others: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """Return regular expressions that match `modules`, fused or not, and none of the `others`.
 
-    Each kept linear is named by its highest parent under which nothing is quantized: r"model\\.layers\\.0(\\..*)?$".
-    Parents that differ in the layer's number only share one expression. A module alone is its escaped name and "$".
+    They match whole names. Each module is named by its highest parent without any of the others:
+    r"model\\.layers\\.0(\\..*)?$". Parents that differ only in the number of the layer share one
+    expression. A module without such a parent is its escaped name and "$".
     """
-    busy = {parent for name in engine_names(quantized) for parent in parents(name)}
-    found: dict[tuple[str, str, str], dict[str, None]] = {}
-    for name in engine_names(kept):
-        entry = next((parent for parent in parents(name) if parent not in busy), name)
+    busy = {parent for name in expand_fused_names(others) for parent in list_parents(name)}
+    layers: dict[tuple[str, str, str], dict[str, None]] = {}
+    for name in expand_fused_names(modules):
+        entry = next((parent for parent in list_parents(name) if parent not in busy), name)
         before, layer, after = split_layer(entry)
         tail = "$" if entry == name else r"(\..*)?$"
-        found.setdefault((re.escape(before), re.escape(after), tail), {})[layer] = None
+        layers.setdefault((re.escape(before), re.escape(after), tail), {})[layer] = None
     return [
-        before + either(list(layers)) + after + tail
-        for (before, after, tail), layers in found.items()
+        before + format_layers(list(numbers)) + after + tail
+        for (before, after, tail), numbers in layers.items()
     ]
 
 
-def parents(name: str) -> list[str]:
-    """The modules that hold this one, the highest first: "a.b.c" is in "a" and "a.b"."""
+def list_parents(name: str) -> list[str]:
+    """Return the modules that contain this one, the highest first: "a", "a.b" for "a.b.c"."""
     parts = name.split(".")
     return [".".join(parts[:n]) for n in range(1, len(parts))]
 
 
 def split_layer(name: str) -> tuple[str, str, str]:
-    """("model.layers.", "3", ".mlp.gate"): around the first number; without one, the name and two empty texts."""
-    found = re.search(r"(?<=\.)\d+(?=\.|$)", name)
-    return (name[: found.start()], found[0], name[found.end() :]) if found else (name, "", "")
+    """Split a name around its first number: ("model.layers.", "3", ".mlp.gate").
+
+    Without a number: the name and two empty texts.
+    """
+    match = re.search(r"(?<=\.)\d+(?=\.|$)", name)
+    return (name[: match.start()], match[0], name[match.end() :]) if match else (name, "", "")
 
 
-def either(layers: Sequence[str]) -> str:
-    """One layer's number, or "(0|1|2)" for any of several."""
+def format_layers(layers: Sequence[str]) -> str:
+    """Return one layer's number, or "(0|1|2)" for several."""
     return layers[0] if len(layers) == 1 else f"({'|'.join(layers)})"
 
 
-def apart(names: Iterable[str]) -> bool:
-    """Whether a layer's shared experts are stored in other tensors than its routed ones, as SGLang would fuse them."""
-    kinds: dict[tuple[str, bool], set[str]] = {}
+def has_separate_shared_experts(names: Iterable[str]) -> bool:
+    """Return whether a layer's shared experts have other tensors than its routed experts.
+
+    `names`: tensor names. SGLang cannot fuse such experts.
+    """
+    tensors: dict[tuple[str, bool], set[str]] = {}
     for name in names:
-        layer, found, rest = name.partition(".mlp.shared_experts.")
-        if found:
-            kinds.setdefault((layer, True), set()).add(rest)
+        layer, separator, rest = name.partition(".mlp.shared_experts.")
+        if separator:
+            tensors.setdefault((layer, True), set()).add(rest)
             continue
-        layer, found, rest = name.partition(".mlp.experts.0.")
-        if found:
-            kinds.setdefault((layer, False), set()).add(rest)
+        layer, separator, rest = name.partition(".mlp.experts.0.")
+        if separator:
+            tensors.setdefault((layer, False), set()).add(rest)
     return any(
-        kinds.get((layer, False), rest) != rest for (layer, shared), rest in kinds.items() if shared
+        tensors.get((layer, False), rest) != rest
+        for (layer, is_shared), rest in tensors.items()
+        if is_shared
     )

@@ -1,11 +1,12 @@
-"""What GPTQ files of both versions share: their tensors, but for the zero points, and their entry in config.json.
+"""The tensors and the config entry of both GPTQ versions (see formats/README.md, GPTQ).
 
     qweight [in * bits / 32, out] int32    sequential codes of consecutive inputs, lowest first
-    qzeros  [n_groups, out * bits / 32] int32    sequential zero points; version 1 stores them less one
+    qzeros  [n_groups, out * bits / 32] int32    sequential zero points; version 1 stores zero - 1
     scales  [n_groups, out] float16 or bfloat16
     g_idx   [in] int32    the group of an input channel, always k // group_size
 
-The activation order of a solver leaves no trace: groups stay where they are, desc_act is false.
+Groups keep the order of the inputs, so a solver's activation order leaves no trace: desc_act is
+false. `zero_offset` is what readers add to stored zero points: 1 in version 1, 0 in version 2.
 """
 
 from __future__ import annotations
@@ -18,48 +19,56 @@ from quantkit.contracts import Contents, Linear, Quantized, Scheme, TensorSpec
 from quantkit.errors import ArtifactError
 from quantkit.formats.common.checks import (
     SCALE,
-    Checks,
-    Codes,
+    FormatChecks,
+    IntegerCodes,
     Loader,
-    Numbers,
     Treatment,
-    by_codes,
-    codes_told,
-    dynamic,
-    matcher,
-    pattern,
-    texts,
+    ValueCheck,
+    check_pattern,
+    compile_any,
+    group_by_codes,
+    parse_codes,
+    parse_dynamic,
+    parse_name_list,
 )
-from quantkit.formats.common.engine_names import engine_names, kept_patterns, lines, split_layer
+from quantkit.formats.common.engine_names import (
+    expand_fused_names,
+    join_lines,
+    make_patterns,
+    split_layer,
+)
 from quantkit.formats.common.packed import SCALE_DTYPES
-from quantkit.numerics.runs import per_run
+from quantkit.numerics.runs import count_codes_per_run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MLA = ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj")
-"""DeepSeek's compressed attention: SGLang joins the first two along the wrong axis and unpacks the last as AWQ."""
+MLA_PROJECTIONS = ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+"""DeepSeek's multi-head latent attention: SGLang joins the first two along the wrong axis and
+unpacks the last as AWQ."""
 
 
-def limits(
+def find_engine_limits(
     model_type: str, schemes: Mapping[Linear, Scheme], kept: Sequence[Linear]
 ) -> dict[str, str]:
-    """Engines that do not read this mixture of linears in GPTQ of either version, and why."""
-    found: dict[str, str] = {}
-    kinds = by_codes({linear.name: scheme for linear, scheme in schemes.items()})
+    """Return the engines that do not load these linears in either GPTQ version, with the reason."""
+    reasons: dict[str, str] = {}
+    kinds = group_by_codes({linear.name: scheme for linear, scheme in schemes.items()})
     if len(kinds) > 1:
-        found |= dict.fromkeys(
+        reasons |= dict.fromkeys(
             ("transformers", "llama.cpp"), "reads every GPTQ linear by one scheme"
         )
-    beside = {name for _, names in kinds[1:] for name in names} | {linear.name for linear in kept}
+    others = {name for _, names in kinds[1:] for name in names} | {linear.name for linear in kept}
     experts = [linear.name for linear in (*schemes, *kept) if linear.role == "routed_expert"]
-    if any(name in beside for name in experts):
-        found["SGLang"] = f"reads all routed experts as GPTQ of {kinds[0][0]}; here some are not"
-    return found
+    if any(name in others for name in experts):
+        reasons["SGLang"] = (
+            f"reads all routed experts as GPTQ of {kinds[0][0]}; some of these are not"
+        )
+    return reasons
 
 
-def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
-    """qweight, qzeros, scales and g_idx of one linear, with full names."""
+def list_tensors(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
+    """Return the specs of qweight, qzeros, scales and g_idx of one linear, with full names."""
     width, out, bits = linear.in_features, linear.out_features, scheme.bits
     groups, dtype = scheme.groups(width), SCALE_DTYPES[scheme.scale_dtype]
     return (
@@ -70,65 +79,68 @@ def layout(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
     )
 
 
-def pack(quantized: Quantized, scheme: Scheme, less: int) -> dict[str, Tensor]:
-    """codes [out, in], scale and zero [out, n_groups] -> local names, with zero points stored `less` that much.
+def pack(quantized: Quantized, scheme: Scheme, zero_offset: int) -> dict[str, Tensor]:
+    """Pack codes [out, in], scale and zero [out, n_groups]; return tensors by local name.
 
-    Raises NumericsError when a code or a zero point does not fit.
+    Raises NumericsError if a code or a stored zero point does not fit its bits.
     """
-    import torch  # starts when there is something to store
+    import torch  # slow to import; plans use this module without it
 
     from quantkit.numerics import affine, bitpack
 
     width = quantized.codes.shape[1]
-    middle = torch.full_like(quantized.scale, affine.default_zero_point(scheme), dtype=torch.int32)
+    middle = torch.full_like(
+        quantized.scale, affine.get_default_zero_point(scheme), dtype=torch.int32
+    )
     zero = middle if quantized.zero is None else quantized.zero.to(torch.int32)  # [out, n_groups]
     group = width if scheme.group_size == -1 else scheme.group_size
     return {
-        "qweight": bitpack.pack(
-            quantized.codes.T, scheme.bits, axis=0
-        ),  # [out, in] -> [in * bits / 32, out]
-        "qzeros": bitpack.pack(
-            zero.T - less, scheme.bits, axis=1
-        ),  # [out, n_groups] -> [n_groups, out * bits / 32]
+        # [out, in] -> [in * bits / 32, out]
+        "qweight": bitpack.pack(quantized.codes.T, scheme.bits, axis=0),
+        # [out, n_groups] -> [n_groups, out * bits / 32]
+        "qzeros": bitpack.pack(zero.T - zero_offset, scheme.bits, axis=1),
         "scales": quantized.scale.T.contiguous(),  # [out, n_groups] -> [n_groups, out]
         "g_idx": torch.arange(width, dtype=torch.int32, device=quantized.codes.device) // group,
     }
 
 
-def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme, less: int) -> Tensor:
-    """The tensors of `pack` -> the weight [out, in] float32; symmetric schemes imply what their qzeros say."""
+def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme, zero_offset: int) -> Tensor:
+    """Return the weight [out, in] float32 of the tensors of `pack`.
+
+    In symmetric schemes qzeros is not read: the zero point is implied.
+    """
     from quantkit.numerics import affine, bitpack
 
     zero = (
         None
         if scheme.symmetric
-        else bitpack.unpack(tensors["qzeros"], scheme.bits, axis=1).T + less
+        else bitpack.unpack(tensors["qzeros"], scheme.bits, axis=1).T + zero_offset
     )
     stored = Quantized(
-        codes=bitpack.unpack(
-            tensors["qweight"], scheme.bits, axis=0
-        ).T,  # [in * bits / 32, out] -> [out, in]
+        # [in * bits / 32, out] -> [out, in]
+        codes=bitpack.unpack(tensors["qweight"], scheme.bits, axis=0).T,
         scale=tensors["scales"].T,  # [n_groups, out] -> [out, n_groups]
         zero=zero,
     )
     return affine.dequantize(stored, scheme)
 
 
-def quantization_config(contents: Contents, format_name: str) -> dict[str, object]:
-    """The entry for config.json. `dynamic` is what SGLang and GPTQModel read, the module list what transformers does.
+def make_quantization_config(contents: Contents, format_name: str) -> dict[str, object]:
+    """Return the entry for config.json.
 
-    vLLM reads both. The commonest scheme stands on top, the others in `dynamic`, which transformers does not read.
-    `format_name` is the value of checkpoint_format.
+    SGLang and GPTQModel read `dynamic`, transformers reads the list of modules, vLLM reads both.
+    The most frequent scheme is the general one; the others are rules of `dynamic`, which
+    transformers ignores. `format_name` is the value of checkpoint_format.
     """
-    (general, _), *others = by_codes(contents.schemes)
+    (general, _), *others = group_by_codes(contents.schemes)
     overrides = {
-        f"+:{pattern}": values(codes)
+        f"+:{pattern}": make_codes_config(codes)
         for codes, names in others
-        for pattern in kept_patterns([*(contents.schemes.keys() - names), *contents.kept], names)
+        for pattern in make_patterns([*(contents.schemes.keys() - names), *contents.kept], names)
     }
     return {
         "quant_method": "gptq",
-        **values(general),
+        **make_codes_config(general),
         "desc_act": False,
         "checkpoint_format": format_name,
         "pack_dtype": "int32",
@@ -136,118 +148,132 @@ def quantization_config(contents: Contents, format_name: str) -> dict[str, objec
         "dynamic": {
             **{
                 f"-:{pattern}": {}
-                for pattern in kept_patterns(list(contents.schemes), contents.kept)
+                for pattern in make_patterns(list(contents.schemes), contents.kept)
             },
             **overrides,
         },
-        "modules_in_block_to_quantize": [quantized_suffixes(list(contents.schemes), contents.kept)],
+        "modules_in_block_to_quantize": [
+            list_quantized_suffixes(list(contents.schemes), contents.kept)
+        ],
     }
 
 
-def values(codes: Codes) -> dict[str, object]:
-    """Codes in the words of GPTQ's config."""
+def make_codes_config(codes: IntegerCodes) -> dict[str, object]:
+    """Return codes under the keys of GPTQ's config."""
     return {"bits": codes.bits, "group_size": codes.group_size, "sym": codes.symmetric}
 
 
-def quantized_suffixes(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
-    """Names within a block that mean the quantized modules and no kept one; full names where blocks differ.
+def list_quantized_suffixes(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
+    """Return the names within a block that select quantized modules and no kept one.
 
-    transformers asks whether a module's name ends with an entry, vLLM whether it contains one.
+    Full names where blocks differ. A module is quantized in transformers if its name ends with an
+    entry, in vLLM if it contains one.
     """
-    others = lines(engine_names(kept))
-    found: dict[str, None] = {}
-    clear: dict[str, bool] = {}
+    others = join_lines(expand_fused_names(kept))
+    entries: dict[str, None] = {}
+    is_unique: dict[str, bool] = {}
     for name in quantized:
         suffix = split_layer(name)[2].removeprefix(".") or name
-        if suffix not in clear:
-            clear[suffix] = suffix not in others
-        found[suffix if clear[suffix] else name] = None
-    return list(found)
+        if suffix not in is_unique:
+            is_unique[suffix] = suffix not in others
+        entries[suffix if is_unique[suffix] else name] = None
+    return list(entries)
 
 
-def shape(
+def read_shape(
     specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]
 ) -> tuple[int, int] | None:
-    """[out, in] by the specs of a linear's tensors."""
+    """Return [out, in] from the specs of a linear's tensors."""
     if not {"g_idx", "scales"} <= set(specs):
         return None
     return specs["scales"].shape[-1], specs["g_idx"].shape[0]
 
 
-def numbers(linear: Linear, scheme: Scheme, less: int) -> dict[str, Numbers]:
-    """What the tensors of one linear must hold; symmetric zero points are the middle code `less` that much."""
+def list_value_checks(linear: Linear, scheme: Scheme, zero_offset: int) -> dict[str, ValueCheck]:
+    """Return the checks of one linear's tensors.
+
+    Symmetric zero points are the middle code minus `zero_offset`.
+    """
     group = linear.in_features if scheme.group_size == -1 else scheme.group_size
-    found = {"scales": SCALE, "g_idx": Numbers(kind="groups", group=group)}
+    checks = {"scales": SCALE, "g_idx": ValueCheck(kind="groups", group=group)}
     if scheme.symmetric:
-        run, middle = per_run(scheme.bits), (1 << (scheme.bits - 1)) - less
+        run, middle = count_codes_per_run(scheme.bits), (1 << (scheme.bits - 1)) - zero_offset
         words = sum(middle << slot * scheme.bits for slot in range(run))
-        found["qzeros"] = Numbers(
+        checks["qzeros"] = ValueCheck(
             kind="repeated", pattern=words.to_bytes(run * scheme.bits // 8, "little")
         )
-    return found
+    return checks
 
 
-def by_suffix(entry: Mapping[str, object]) -> list[str]:
-    """The nested list of suffixes that are quantized."""
-    found = entry.get(LIST)
-    if not isinstance(found, list) or not found:
+def parse_suffixes(entry: Mapping[str, object]) -> list[str]:
+    """Return the flattened list of the suffixes of quantized modules."""
+    value = entry.get(MODULE_LIST)
+    if not isinstance(value, list) or not value:
         raise ArtifactError(
-            f"config.json: quantization_config.{LIST}: expected a list of lists, found {found!r:.60}"
+            f"config.json: quantization_config.{MODULE_LIST}: expected a list of lists, "
+            f"found {value!r:.60}"
         )
-    return [name for inner in found for name in texts(inner, LIST)]
+    return [name for suffixes in value for name in parse_name_list(suffixes, MODULE_LIST)]
 
 
-def ending(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
-    """transformers: a module is quantized when its name ends with an entry."""
-    suffixes = tuple(by_suffix(entry))
+def classify_by_suffix(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
+    """Return transformers' reading: a module is quantized if its name ends with an entry."""
+    suffixes = tuple(parse_suffixes(entry))
     return lambda module: "codes" if module.endswith(suffixes) else "plain"
 
 
-def overridden(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
-    """SGLang and GPTQModel: "-:pattern" leaves a module alone, "+:pattern" gives it other codes than those on top."""
-    general = codes_told(
+def classify_by_rules(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
+    """Return the reading of SGLang and GPTQModel.
+
+    "-:pattern" leaves a module unquantized, "+:pattern" gives it codes other than the general ones.
+    """
+    general = parse_codes(
         entry.get("bits"), entry.get("group_size"), entry.get("sym"), "bits, group_size, sym"
     )
     rules: dict[Treatment, list[str]] = {}
-    for key, told in dynamic(entry).items():
-        if key.startswith("-:") and told == {}:
-            rules.setdefault("plain", []).append(pattern(key.removeprefix("-:"), "dynamic"))
+    for key, value in parse_dynamic(entry).items():
+        if key.startswith("-:") and value == {}:
+            rules.setdefault("plain", []).append(check_pattern(key.removeprefix("-:"), "dynamic"))
         elif (
             key.startswith("+:")
-            and isinstance(told, Mapping)
-            and set(told) == {"bits", "group_size", "sym"}
+            and isinstance(value, Mapping)
+            and set(value) == {"bits", "group_size", "sym"}
         ):
-            other = codes_told(told["bits"], told["group_size"], told["sym"], f"dynamic.{key}")
-            rules.setdefault(other, []).append(pattern(key.removeprefix("+:"), "dynamic"))
+            other = parse_codes(value["bits"], value["group_size"], value["sym"], f"dynamic.{key}")
+            rules.setdefault(other, []).append(check_pattern(key.removeprefix("+:"), "dynamic"))
         else:
             raise ArtifactError(
-                "config.json: quantization_config.dynamic: expected '-:pattern' with {} or '+:pattern' with bits, "
+                "config.json: quantization_config.dynamic: expected '-:pattern' with {} or "
+                "'+:pattern' with bits, "
                 f"group_size and sym, found {key!r:.60}"
             )
-    found = [(matcher(tuple(patterns)), treatment) for treatment, patterns in rules.items()]
+    compiled = [(compile_any(tuple(patterns)), treatment) for treatment, patterns in rules.items()]
     return lambda module: next(
-        (treatment for named, treatment in found if named.match(module)), general
+        (treatment for expression, treatment in compiled if expression.match(module)), general
     )
 
 
-def containing(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
-    """vLLM: a module is quantized when its name contains an entry, and then as `dynamic` says."""
-    named, treatment = matcher(tuple(map(re.escape, by_suffix(entry)))), overridden(entry)
-    return lambda module: treatment(module) if named.search(module) else "plain"
+def classify_as_vllm(entry: Mapping[str, object]) -> Callable[[str], Treatment]:
+    """Return vLLM's reading: a module is quantized, by `dynamic`, if its name contains an entry."""
+    suffixes, treatment = (
+        compile_any(tuple(map(re.escape, parse_suffixes(entry)))),
+        classify_by_rules(entry),
+    )
+    return lambda module: treatment(module) if suffixes.search(module) else "plain"
 
 
-LIST = "modules_in_block_to_quantize"
+MODULE_LIST = "modules_in_block_to_quantize"
 
 
-def checks(less: int) -> Checks:
-    """What `quantkit verify` must know of either version."""
-    return Checks(
-        shape=shape,
-        numbers=lambda linear, scheme: numbers(linear, scheme, less),
+def make_checks(zero_offset: int) -> FormatChecks:
+    """Return the checks of `quantkit verify` for either version."""
+    return FormatChecks(
+        read_shape=read_shape,
+        value_checks=lambda linear, scheme: list_value_checks(linear, scheme, zero_offset),
         loaders=(
-            Loader(engines="SGLang and GPTQModel", told=overridden),
-            Loader(engines="vLLM", told=containing, fused=False),
-            Loader(engines="transformers", told=ending, fused=False),
+            Loader(engines="SGLang and GPTQModel", classify=classify_by_rules),
+            Loader(engines="vLLM", classify=classify_as_vllm, has_fused_names=False),
+            Loader(engines="transformers", classify=classify_by_suffix, has_fused_names=False),
         ),
-        lists=frozenset({LIST, "dynamic"}),
+        module_lists=frozenset({MODULE_LIST, "dynamic"}),
     )

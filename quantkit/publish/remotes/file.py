@@ -14,23 +14,30 @@ from quantkit.errors import ArtifactError, TransferError, UsageError
 from quantkit.io.files import (
     JSON_LIMIT_BYTES,
     PART,
-    brief,
+    describe_os_error,
     make_folder,
+    make_write_error,
     read_bytes,
-    reason,
     sha256_file,
+    shorten_repr,
     sync_folder,
-    unwritable,
 )
-from quantkit.io.lock import held
+from quantkit.io.lock import hold_lock
 from quantkit.publish.hashed_upload import HashedReader
-from quantkit.publish.remote import PIECE_BYTES, Arrived, Item, Options, RemoteScheme, RemoteState
+from quantkit.publish.remote import (
+    PIECE_BYTES,
+    BytesCallback,
+    RemoteOptions,
+    RemoteScheme,
+    RemoteState,
+    UploadFile,
+)
 
 _MOST_FILES = 100_000
 """No artifact has so many; whoever names / is told before all of it was listed."""
 
 
-class Folder:
+class FolderRemote:
     """An artifact's files as they are; one publication at a time."""
 
     def __init__(self, path: Path, jobs: int) -> None:
@@ -38,7 +45,7 @@ class Folder:
         self._path, self._jobs = path, jobs
         self._open = ExitStack()
 
-    def look(self, items: Sequence[Item], manifest: str) -> RemoteState:
+    def look(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
         """Files of equal size are read and hashed; a place within the artifact is refused."""
         source = items[0].path.parents[items[0].name.count("/")].resolve()
         if source in self._path.resolve().parents:
@@ -65,16 +72,16 @@ class Folder:
     def begin(self, gone: Sequence[str]) -> None:
         """Lock the folder, make it, or take what was there out of it."""
         beside = self._path.with_name(self._path.name + ".publishing.lock")
-        self._open.enter_context(held(beside, "publication", "another folder"))
+        self._open.enter_context(hold_lock(beside, "publication", "another folder"))
         make_folder(self._path)
         try:
             for name in gone:
                 (self._path / name).unlink(missing_ok=True)
                 sync_folder((self._path / name).parent)
         except OSError as fault:
-            raise unwritable(self._path, fault) from fault
+            raise make_write_error(self._path, fault) from fault
 
-    def send(self, item: Item, arrived: Arrived) -> None:
+    def send(self, item: UploadFile, arrived: BytesCallback) -> None:
         """Write beside and rename; a part that an earlier try left is compared with the file and gone on with."""
         target, part = self._path / item.name, self._path / (item.name + PART)
         make_folder(target.parent)
@@ -94,15 +101,15 @@ class Folder:
             os.replace(part, target)
             sync_folder(target.parent)
         except OSError as fault:
-            raise unwritable(target, fault) from fault
+            raise make_write_error(target, fault) from fault
 
-    def seal(self, items: Sequence[Item], manifest: Item) -> str:
+    def seal(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
         """The manifest, after all files are found there."""
         present = self._present()
         for item in items:
             if present.get(item.name) != item.n_bytes:
                 raise TransferError(
-                    f"{self.where}: {brief(item.name)}: expected the {item.n_bytes} bytes that were written, found "
+                    f"{self.where}: {shorten_repr(item.name)}: expected the {item.n_bytes} bytes that were written, found "
                     f"{present.get(item.name, 'no file')}; publish again"
                 )
         self.send(manifest, lambda _: None)
@@ -137,7 +144,7 @@ class Folder:
                     yield piece
         except OSError as fault:
             raise TransferError(
-                f"{path}: expected a readable file, found: {reason(fault)}; check it"
+                f"{path}: expected a readable file, found: {describe_os_error(fault)}; check it"
             ) from fault
 
     def close(self) -> None:
@@ -162,13 +169,13 @@ class Folder:
         return None if path.is_symlink() else sha256_file(path, ArtifactError)
 
 
-def folder(rest: str, text: str, options: Options) -> Folder:
+def open_folder(rest: str, text: str, options: RemoteOptions) -> FolderRemote:
     """The folder of a path or a file URL; UsageError for the URL of another machine."""
     if text != rest:
         host, slash, tail = rest.partition("/")
         if not slash or host not in {"", "localhost"}:
             raise UsageError(
-                f"{text}: expected a folder of this machine like file:///folder, found {brief(host)}"
+                f"{text}: expected a folder of this machine like file:///folder, found {shorten_repr(host)}"
             )
         rest = "/" + unquote(tail)
     path = Path(rest).expanduser().absolute()
@@ -176,7 +183,7 @@ def folder(rest: str, text: str, options: Options) -> Folder:
         raise UsageError(
             f"{path}: expected a folder or nothing, found a file; choose another place"
         )
-    return Folder(path, options.jobs)
+    return FolderRemote(path, options.jobs)
 
 
-REMOTE = RemoteScheme(open=folder)
+REMOTE = RemoteScheme(open=open_folder)

@@ -17,19 +17,19 @@ import fsspec
 from fsspec.callbacks import Callback
 
 from quantkit.errors import TransferError, UsageError
-from quantkit.io.files import JSON_LIMIT_BYTES, brief
+from quantkit.io.files import JSON_LIMIT_BYTES, shorten_repr
 from quantkit.io.retry import TransientError
 from quantkit.publish.hashed_upload import HashedReader
 from quantkit.publish.remote import (
     PIECE_BYTES,
-    Arrived,
-    Item,
-    Options,
+    BytesCallback,
+    RemoteOptions,
     RemoteScheme,
     RemoteState,
-    faults,
-    scrub,
-    told,
+    UploadFile,
+    describe_exception,
+    remove_secrets,
+    translate_errors,
 )
 
 _NO_STORES = frozenset({
@@ -56,7 +56,7 @@ class FsspecRemote:
         """Where a file lies, as the file system calls it."""
         return f"{self._root}/{name}"
 
-    def look(self, items: Sequence[Item], manifest: str) -> RemoteState:
+    def look(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
         """Files of equal size are compared by hash."""
         present = self._listing()
         there = {i.name for i in items if present.get(i.name) == i.n_bytes and self.holds(i)}
@@ -64,13 +64,13 @@ class FsspecRemote:
         found = self.fetch_manifest(manifest) if manifest in present else None
         return RemoteState(there=frozenset(there), manifest=found, others=tuple(others))
 
-    def holds(self, item: Item) -> bool:
+    def holds(self, item: UploadFile) -> bool:
         """Whether the file there, which has the item's size, has its content."""
-        with faults(self.where):
+        with translate_errors(self.where):
             kept = self.files.info(self.place(item.name)).get("md5Hash")
         if isinstance(kept, str):
             try:
-                return base64.b64decode(kept, validate=True) == md5(item)
+                return base64.b64decode(kept, validate=True) == compute_md5(item)
             except binascii.Error:
                 pass
         digest = hashlib.sha256()
@@ -81,30 +81,30 @@ class FsspecRemote:
     def begin(self, gone: Sequence[str]) -> None:
         """Take what was there out of it, the manifest first."""
         for name in gone:
-            with faults(self.where):
+            with translate_errors(self.where):
                 if self.files.exists(self.place(name)):
                     self.files.rm_file(self.place(name))
 
-    def send(self, item: Item, arrived: Arrived) -> None:
+    def send(self, item: UploadFile, arrived: BytesCallback) -> None:
         """One upload; stores show an object when it is complete."""
         with HashedReader(item) as pieces:  # hashed first: a store would take whatever is sent
             for _ in pieces:
                 pass
         heard = Callback(hooks={"arrived": lambda _size, value: arrived(value)})
-        with faults(self.where):
+        with translate_errors(self.where):
             self.files.put_file(str(item.path), self.place(item.name), callback=heard)
 
-    def seal(self, items: Sequence[Item], manifest: Item) -> str:
+    def seal(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
         """The manifest, after all files are found there."""
         check_sizes(self.where, items, self._listing())
-        with faults(self.where):
+        with translate_errors(self.where):
             self.files.pipe_file(self.place(manifest.name), manifest.path.read_bytes())
         return self.where
 
     def fetch_manifest(self, name: str) -> bytes | None:
         """The file itself; a missing bucket has none."""
         try:
-            with faults(self.where):
+            with translate_errors(self.where):
                 size = int(self.files.info(self.place(name))["size"])
         except TransferError as fault:
             if isinstance(fault.__cause__, FileNotFoundError):
@@ -126,7 +126,7 @@ class FsspecRemote:
         found = self._sizes if self._sizes is not None else self.sizes()
         if name not in found:
             raise TransferError(
-                f"{self.where}: {brief(name)}: expected a file, found none; publish it again"
+                f"{self.where}: {shorten_repr(name)}: expected a file, found none; publish it again"
             )
         return self._pieces(name, first, found[name])
 
@@ -137,7 +137,7 @@ class FsspecRemote:
         while first < end:
             last = min(first + self._piece_bytes, end)
             try:
-                with faults(f"{self.where}: {brief(name)}"):
+                with translate_errors(f"{self.where}: {shorten_repr(name)}"):
                     piece = self.files.cat_file(self.place(name), start=first, end=last)
             except TransientError:  # a piece arrives whole or not at all
                 self._piece_bytes = LEAST_PIECE_BYTES
@@ -149,7 +149,7 @@ class FsspecRemote:
             yield piece
 
     def _listing(self) -> dict[str, int]:
-        with faults(self.where):
+        with translate_errors(self.where):
             self.files.invalidate_cache()
             try:
                 found = self.files.find(self._root, detail=True)
@@ -163,7 +163,7 @@ class FsspecRemote:
         }
 
 
-def md5(item: Item) -> bytes:
+def compute_md5(item: UploadFile) -> bytes:
     """What stores keep of an object beside their own checksums."""
     digest = hashlib.md5(usedforsecurity=False)
     with HashedReader(item) as pieces:
@@ -172,38 +172,38 @@ def md5(item: Item) -> bytes:
     return digest.digest()
 
 
-def check_sizes(where: str, items: Sequence[Item], found: Mapping[str, int]) -> None:
+def check_sizes(where: str, items: Sequence[UploadFile], found: Mapping[str, int]) -> None:
     """TransferError unless every item is there in its size: before an artifact is called one."""
     missing = [item for item in items if found.get(item.name) != item.n_bytes]
     if missing:
         raise TransferError(
-            f"{where}: {brief(missing[0].name)}: expected the {missing[0].n_bytes} bytes that were sent, found "
+            f"{where}: {shorten_repr(missing[0].name)}: expected the {missing[0].n_bytes} bytes that were sent, found "
             f"{found.get(missing[0].name, 'no file')}; publish again"
         )
 
 
-def bucket(rest: str, text: str, options: Options) -> FsspecRemote:
+def open_fsspec(rest: str, text: str, options: RemoteOptions) -> FsspecRemote:
     """The place that fsspec finds under a URL."""
     scheme = text.partition("://")[0].lower()
     if scheme not in fsspec.available_protocols() or scheme in _NO_STORES:
         raise UsageError(
-            f"{scrub(text)}: expected a place that keeps files, and {scheme}:// is none; write hf://, oci://, s3://, "
+            f"{remove_secrets(text)}: expected a place that keeps files, and {scheme}:// is none; write hf://, oci://, s3://, "
             "gs:// or a folder"
         )
-    where = scrub(text).rstrip("/")
+    where = remove_secrets(text).rstrip("/")
     if not rest.strip("/"):
         raise UsageError(
             f"{where}: expected a place like {scheme}://bucket/prefix, found no bucket; name one"
         )
-    with faults(where):
+    with translate_errors(where):
         try:
             files, root = fsspec.core.url_to_fs(text)
         except ImportError as fault:
             raise UsageError(
-                f"{scheme}:// needs a package that is not installed ({told(fault)}); install it, e.g. "
+                f"{scheme}:// needs a package that is not installed ({describe_exception(fault)}); install it, e.g. "
                 "pip install 'quantkit[gcs]' for gs://"
             ) from fault
     return FsspecRemote(files, root, where)
 
 
-REMOTE = RemoteScheme(open=bucket)
+REMOTE = RemoteScheme(open=open_fsspec)

@@ -32,19 +32,19 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 
 from quantkit.errors import TransferError, UsageError
-from quantkit.io.files import JSON_LIMIT_BYTES, brief
+from quantkit.io.files import JSON_LIMIT_BYTES, shorten_repr
 from quantkit.io.retry import TransientError
 from quantkit.publish.hashed_upload import HashedReader
 from quantkit.publish.remote import (
-    Arrived,
-    Item,
-    Options,
+    BytesCallback,
+    RemoteOptions,
     RemoteScheme,
     RemoteState,
-    check_arrived,
-    faults,
-    scrub,
-    told,
+    UploadFile,
+    check_received,
+    describe_exception,
+    remove_secrets,
+    translate_errors,
 )
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -55,10 +55,10 @@ _MAIN = "main"
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
-class Hub:
+class HubRemote:
     """A repository at one revision: a branch to publish to; a branch, tag or commit to pull."""
 
-    def __init__(self, repository: str, options: Options) -> None:
+    def __init__(self, repository: str, options: RemoteOptions) -> None:
         self.where = f"hf://{repository}" + (f"@{options.revision}" if options.revision else "")
         self._api, self._repository = HfApi(), repository
         self._revision, self._private = options.revision or _MAIN, options.private
@@ -69,10 +69,12 @@ class Hub:
         self._there: frozenset[str] = frozenset()
         self._gone: tuple[str, ...] = ()
 
-    def look(self, items: Sequence[Item], manifest: str) -> RemoteState:
+    def look(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
         """Files by the hashes that the hub keeps: sha256 of large ones, git's own of small ones."""
         files = self._files()
-        self._there = frozenset(item.name for item in items if same(item, files.get(item.name)))
+        self._there = frozenset(
+            item.name for item in items if is_same_content(item, files.get(item.name))
+        )
         found = self.fetch_manifest(manifest) if manifest in files else None
         ours = {manifest, *self._there}
         others = sorted(
@@ -89,9 +91,9 @@ class Hub:
             if self._commit is None and self._revision != _MAIN:
                 self._api.create_branch(self._repository, branch=self._revision, exist_ok=True)
 
-    def send(self, item: Item, arrived: Arrived) -> None:
+    def send(self, item: UploadFile, arrived: BytesCallback) -> None:
         """Send a large file ahead; small ones travel in the commit."""
-        operation = addition(item)
+        operation = make_addition(item)
         with self._answers():
             self._api.preupload_lfs_files(
                 self._repository,
@@ -103,23 +105,23 @@ class Hub:
         self._sent[item.name] = operation
         arrived(item.n_bytes)
 
-    def seal(self, items: Sequence[Item], manifest: Item) -> str:
+    def seal(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
         """One commit on top of the one that `look` saw, and a look at what it made."""
         every = (*items, manifest)
         seen, files = self._commit, self._files()
         if all(
-            same(item, files.get(item.name)) for item in every
+            is_same_content(item, files.get(item.name)) for item in every
         ):  # an earlier try whose answer was lost
             return f"hf://{self._repository}@{self._commit}"
         new = [
-            self._sent.get(item.name) or addition(item)
+            self._sent.get(item.name) or make_addition(item)
             for item in items
             if item.name not in self._there
         ]
         old = set(files) & set(self._gone) - {item.name for item in every}
         operations = [
             *new,
-            addition(manifest),
+            make_addition(manifest),
             *(CommitOperationDelete(name) for name in sorted(old)),
         ]
         with self._answers(), warnings.catch_warnings():
@@ -133,10 +135,10 @@ class Hub:
             )
         self._revision = done.oid
         files = self._files()
-        lost = [item.name for item in every if not same(item, files.get(item.name))]
+        lost = [item.name for item in every if not is_same_content(item, files.get(item.name))]
         if lost:
             raise TransferError(
-                f"{self.where}: {brief(lost[0])}: expected the file that was committed, found another or none "
+                f"{self.where}: {shorten_repr(lost[0])}: expected the file that was committed, found another or none "
                 "(does the repository's .gitignore name it?); publish again"
             )
         return f"hf://{self._repository}@{done.oid}"
@@ -156,8 +158,8 @@ class Hub:
             )
         content = b"".join(self.read(name, 0))
         if found.lfs is not None:
-            check_arrived(content, found.lfs.sha256)
-        elif git_id([content], len(content)) != found.blob_id:
+            check_received(content, found.lfs.sha256)
+        elif compute_git_id([content], len(content)) != found.blob_id:
             raise TransientError("other bytes arrived than were sent")
         return content
 
@@ -210,8 +212,8 @@ class Hub:
     @contextmanager
     def _answers(self, name: str = "") -> Iterator[None]:
         """What the hub refuses, in one sentence each."""
-        where = f"{self.where}: {brief(name)}" if name else self.where
-        with faults(where):
+        where = f"{self.where}: {shorten_repr(name)}" if name else self.where
+        with translate_errors(where):
             try:
                 yield
             except GatedRepoError as fault:
@@ -219,21 +221,21 @@ class Hub:
                     f"{where}: expected access to this model, found a gate; accept its licence on the Hub"
                 ) from fault
             except (HfHubHTTPError, RuntimeError) as fault:
-                raise refusal(where, fault) from fault
+                raise translate_http_error(where, fault) from fault
             except HFValidationError as fault:
                 raise UsageError(
-                    f"{where}: expected a repository and a revision, found: {told(fault)}"
+                    f"{where}: expected a repository and a revision, found: {describe_exception(fault)}"
                 ) from fault
 
 
-def refusal(where: str, fault: Exception) -> Exception:
+def translate_http_error(where: str, fault: Exception) -> Exception:
     """HTTP errors by their status; an upload's is the cause of a RuntimeError."""
     inner: BaseException = fault
     while inner.__cause__ is not None and not isinstance(inner, HfHubHTTPError):
         inner = inner.__cause__
     status = inner.response.status_code if isinstance(inner, HfHubHTTPError) else None
     if status is None or status in _PASSING or (status == 400 and "BadDigest" in str(inner)):
-        return TransientError(told(inner))
+        return TransientError(describe_exception(inner))
     if status in {401, 403}:
         return TransferError(
             f"{where}: expected to be let in, found {status}; `hf auth login` with a token that may do this"
@@ -246,10 +248,12 @@ def refusal(where: str, fault: Exception) -> Exception:
         return TransferError(
             f"{where}: expected the repository as it was at the start, found a newer commit; publish again"
         )
-    return TransferError(f"{where}: expected the Hub to agree, found {status}: {told(inner)}")
+    return TransferError(
+        f"{where}: expected the Hub to agree, found {status}: {describe_exception(inner)}"
+    )
 
 
-def addition(item: Item) -> CommitOperationAdd:
+def make_addition(item: UploadFile) -> CommitOperationAdd:
     """What huggingface_hub sends for a file."""
     with HashedReader(item) as pieces:
         for _ in pieces:
@@ -259,17 +263,17 @@ def addition(item: Item) -> CommitOperationAdd:
     return operation
 
 
-def same(item: Item, file: RepoFile | None) -> bool:
+def is_same_content(item: UploadFile, file: RepoFile | None) -> bool:
     """Whether the hub holds this content; LFS files are known by sha256, others as git names blobs."""
     if file is None or file.size != item.n_bytes:
         return False
     if file.lfs is not None:
         return file.lfs.sha256 == item.sha256
     with HashedReader(item) as pieces:
-        return git_id(pieces, item.n_bytes) == file.blob_id
+        return compute_git_id(pieces, item.n_bytes) == file.blob_id
 
 
-def git_id(pieces: Iterable[bytes], n_bytes: int) -> str:
+def compute_git_id(pieces: Iterable[bytes], n_bytes: int) -> str:
     """How git names a file."""
     digest = hashlib.sha1(f"blob {n_bytes}\0".encode(), usedforsecurity=False)
     for piece in pieces:
@@ -277,15 +281,15 @@ def git_id(pieces: Iterable[bytes], n_bytes: int) -> str:
     return digest.hexdigest()
 
 
-def hub(rest: str, text: str, options: Options) -> Hub:
+def open_hub(rest: str, text: str, options: RemoteOptions) -> HubRemote:
     """The repository of an address."""
     if not _ID.fullmatch(rest):
         raise UsageError(
-            f"{scrub(text)}: expected hf://owner/name, found something else; --revision names a branch"
+            f"{remove_secrets(text)}: expected hf://owner/name, found something else; --revision names a branch"
         )
     disable_progress_bars()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its warnings name signed URLs
-    return Hub(rest, options)
+    return HubRemote(rest, options)
 
 
-REMOTE = RemoteScheme(open=hub, revisions=True)
+REMOTE = RemoteScheme(open=open_hub, revisions=True)

@@ -11,16 +11,16 @@ import re
 from collections.abc import Generator, Mapping, Sequence
 
 from quantkit.errors import TransferError, UsageError
-from quantkit.io.files import JSON_LIMIT_BYTES, brief
-from quantkit.publish.oci_client import MANIFEST, Registry
+from quantkit.io.files import JSON_LIMIT_BYTES, shorten_repr
+from quantkit.publish.oci_client import MANIFEST, OciClient
 from quantkit.publish.remote import (
-    Arrived,
-    Item,
-    Options,
+    BytesCallback,
+    RemoteOptions,
     RemoteScheme,
     RemoteState,
-    check_arrived,
-    scrub,
+    UploadFile,
+    check_received,
+    remove_secrets,
 )
 
 ARTIFACT_TYPE = "application/vnd.quantkit.artifact.v1"
@@ -38,15 +38,15 @@ Blobs = Mapping[str, tuple[str, int]]
 """Digest and bytes by file name."""
 
 
-class Oci:
+class OciRemote:
     """A tag of a repository."""
 
-    def __init__(self, registry: Registry, reference: str) -> None:
+    def __init__(self, registry: OciClient, reference: str) -> None:
         self.where = registry.where
         self._registry, self._reference = registry, reference
         self._blobs: Blobs | None = None
 
-    def look(self, items: Sequence[Item], manifest: str) -> RemoteState:
+    def look(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
         """Blobs by digest, whatever they belong to; another image under the tag is an other."""
         there = frozenset(
             item.name for item in items if self._registry.has(f"sha256:{item.sha256}")
@@ -61,16 +61,16 @@ class Oci:
     def begin(self, gone: Sequence[str]) -> None:
         """Nothing: the tag keeps what it names until it names another."""
 
-    def send(self, item: Item, arrived: Arrived) -> None:
+    def send(self, item: UploadFile, arrived: BytesCallback) -> None:
         """One blob."""
         self._registry.put_file(item, arrived)
 
-    def seal(self, items: Sequence[Item], manifest: Item) -> str:
+    def seal(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
         """The manifest as a blob, then the tag."""
         for item in items:
             if not self._registry.has(f"sha256:{item.sha256}"):
                 raise TransferError(
-                    f"{self.where}: {brief(item.name)}: expected the blob that was sent, found none; publish again"
+                    f"{self.where}: {shorten_repr(item.name)}: expected the blob that was sent, found none; publish again"
                 )
         self._registry.put(manifest.path.read_bytes())
         empty = {
@@ -112,7 +112,7 @@ class Oci:
             content += piece
             if len(content) > size:
                 break
-        check_arrived(content, digest.removeprefix("sha256:"))
+        check_received(content, digest.removeprefix("sha256:"))
         return bytes(content)
 
     def sizes(self) -> Mapping[str, int]:
@@ -125,7 +125,7 @@ class Oci:
         blobs = self._blobs if self._blobs is not None else self._titles()
         if name not in blobs:
             raise TransferError(
-                f"{self.where}: {brief(name)}: expected a blob, found none; publish it again"
+                f"{self.where}: {shorten_repr(name)}: expected a blob, found none; publish it again"
             )
         return self._registry.blob(blobs[name][0], first, name)
 
@@ -154,31 +154,31 @@ class Oci:
                 or size < 0
             ):
                 raise TransferError(
-                    f"{self.where}: {brief(title)}: expected a sha256 and a size; publish it again"
+                    f"{self.where}: {shorten_repr(title)}: expected a sha256 and a size; publish it again"
                 )
             if title in found:
                 raise TransferError(
-                    f"{self.where}: {brief(title)}: expected one blob, found two; publish it again"
+                    f"{self.where}: {shorten_repr(title)}: expected one blob, found two; publish it again"
                 )
             found[title] = digest, size
         self._blobs = found
         return found
 
 
-def oci(rest: str, text: str, options: Options) -> Oci:
+def open_oci(rest: str, text: str, options: RemoteOptions) -> OciRemote:
     """The repository and tag of an address; the tag is "latest" when it names none."""
     match = _ADDRESS.fullmatch(rest)
     if match is None or (options.writing and match["digest"]):
         raise UsageError(
-            f"{scrub(text)}: expected oci://host/name:tag with a name in small letters, found something else; "
+            f"{remove_secrets(text)}: expected oci://host/name:tag with a name in small letters, found something else; "
             "check the address"
         )
     tag = match["tag"] or "latest"
     where = f"oci://{match['host']}/{match['name']}:{tag}" + (
         f"@{match['digest']}" if match["digest"] else ""
     )
-    registry = Registry(match["host"], match["name"], where, options.jobs, options.patience)
-    return Oci(registry, match["digest"] or tag)
+    registry = OciClient(match["host"], match["name"], where, options.jobs, options.patience)
+    return OciRemote(registry, match["digest"] or tag)
 
 
-REMOTE = RemoteScheme(open=oci, package="httpx2", extra="oci")
+REMOTE = RemoteScheme(open=open_oci, package="httpx2", extra="oci")

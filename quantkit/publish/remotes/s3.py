@@ -17,16 +17,16 @@ from quantkit.errors import TransferError, UsageError
 from quantkit.io.retry import TransientError
 from quantkit.publish.hashed_upload import HashedReader
 from quantkit.publish.remote import (
-    Arrived,
-    Item,
-    Options,
+    BytesCallback,
+    RemoteOptions,
     RemoteScheme,
     RemoteState,
-    check_arrived,
-    faults,
-    scrub,
+    UploadFile,
+    check_received,
+    remove_secrets,
+    translate_errors,
 )
-from quantkit.publish.remotes.fsspec import FsspecRemote, check_sizes, md5
+from quantkit.publish.remotes.fsspec import FsspecRemote, check_sizes, compute_md5
 
 PART_BYTES = 16 << 20
 """Of a multipart upload; longer where a file would have more than 10,000 parts."""
@@ -39,7 +39,7 @@ Parts = Mapping[int, tuple[str, int]]
 """ETag and bytes of the parts that are there, by number."""
 
 
-class S3:
+class S3Remote:
     """Objects below a prefix."""
 
     def __init__(self, files: Any, root: str, where: str) -> None:
@@ -48,7 +48,7 @@ class S3:
         self._bucket, _, self._prefix = root.strip("/").partition("/")
         self._below = FsspecRemote(files, root, where)
 
-    def look(self, items: Sequence[Item], manifest: str) -> RemoteState:
+    def look(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
         """Objects of equal size are compared by the sha256 in their metadata, else read."""
         present = self._below.sizes()
         same = [item for item in items if present.get(item.name) == item.n_bytes]
@@ -63,9 +63,9 @@ class S3:
         """Take what was there out of it, the manifest first."""
         self._below.begin(gone)
 
-    def send(self, item: Item, arrived: Arrived) -> None:
+    def send(self, item: UploadFile, arrived: BytesCallback) -> None:
         """Put an object, or its missing parts; the MD5 that the server returns must be that of what was sent."""
-        size = part_bytes(item.n_bytes)
+        size = choose_part_bytes(item.n_bytes)
         if item.n_bytes <= size:
             with HashedReader(item, size) as pieces:
                 body = b"".join(pieces)
@@ -82,7 +82,7 @@ class S3:
         ):  # the upload was begun for another content with the same first part
             self._send_parts(item, None, {}, lambda _: None)
 
-    def seal(self, items: Sequence[Item], manifest: Item) -> str:
+    def seal(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
         """The manifest, after all objects are found there."""
         check_sizes(self.where, items, self._below.sizes())
         self.send(manifest, lambda _: None)
@@ -93,7 +93,7 @@ class S3:
         content = self._below.fetch_manifest(name)
         if content is not None:
             told = self._call("head_object", name, {}).get("Metadata", {}).get(_SHA)
-            check_arrived(content, told)
+            check_received(content, told)
         return content
 
     def sizes(self) -> Mapping[str, int]:
@@ -107,16 +107,18 @@ class S3:
     def close(self) -> None:
         """s3fs keeps its client for the whole process."""
 
-    def _holds(self, item: Item) -> bool:
+    def _holds(self, item: UploadFile) -> bool:
         """By the sha256 it was sent with; an object of one part must also have the MD5 of the bytes that arrived."""
         head = self._call("head_object", item.name, {})
-        told, etag = head.get("Metadata", {}).get(_SHA), plain_md5(head)
+        told, etag = head.get("Metadata", {}).get(_SHA), read_plain_md5(head)
         if not told:
             return self._below.holds(item)
-        return told == item.sha256 and (etag is None or etag == md5(item).hex())
+        return told == item.sha256 and (etag is None or etag == compute_md5(item).hex())
 
-    def _send_parts(self, item: Item, upload: str | None, parts: Parts, arrived: Arrived) -> None:
-        name, size = item.name, part_bytes(item.n_bytes)
+    def _send_parts(
+        self, item: UploadFile, upload: str | None, parts: Parts, arrived: BytesCallback
+    ) -> None:
+        name, size = item.name, choose_part_bytes(item.n_bytes)
         if upload is None:
             begun = self._call("create_multipart_upload", name, {"Metadata": {_SHA: item.sha256}})
             upload = str(begun["UploadId"])
@@ -133,7 +135,7 @@ class S3:
 
         etags: list[str] = []
         with HashedReader(item, size) as pieces, ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
-            for batch in batched(pieces, _AT_ONCE):
+            for batch in batch_pieces(pieces, _AT_ONCE):
                 etags += pool.map(one, range(len(etags) + 1, len(etags) + 1 + len(batch)), batch)
                 arrived(pieces.sent)
         listed = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
@@ -144,7 +146,7 @@ class S3:
         """The newest upload of an object that was not completed, and its parts; who may not list them begins anew."""
         key = self._key(name)
         try:
-            with faults(self.where):
+            with translate_errors(self.where):
                 found = self._files.call_s3(
                     "list_multipart_uploads", Bucket=self._bucket, Prefix=key
                 )
@@ -170,7 +172,7 @@ class S3:
             return None, {}
 
     def _call(self, operation: str, name: str, values: Mapping[str, object]) -> dict[str, Any]:
-        with faults(self.where):
+        with translate_errors(self.where):
             return dict(
                 self._files.call_s3(
                     operation, dict(values), Bucket=self._bucket, Key=self._key(name)
@@ -181,19 +183,19 @@ class S3:
         return f"{self._prefix}/{name}".lstrip("/")
 
 
-def batched(pieces: Iterable[bytes], n: int) -> Iterator[list[bytes]]:
+def batch_pieces(pieces: Iterable[bytes], n: int) -> Iterator[list[bytes]]:
     """Pieces, `n` at a time."""
     iterator = iter(pieces)
     while batch := list(islice(iterator, n)):
         yield batch
 
 
-def part_bytes(n_bytes: int) -> int:
+def choose_part_bytes(n_bytes: int) -> int:
     """Bytes of a part of a file of that size."""
     return max(PART_BYTES, -(-n_bytes // _MAX_PARTS))
 
 
-def plain_md5(answer: Mapping[str, Any]) -> str | None:
+def read_plain_md5(answer: Mapping[str, Any]) -> str | None:
     """The MD5 of an object or part; None for encrypted objects and those of several parts, whose ETag is none."""
     etag = str(answer.get("ETag", "")).strip('"')
     plain = answer.get("ServerSideEncryption") in {None, "AES256"} and not answer.get(
@@ -204,22 +206,22 @@ def plain_md5(answer: Mapping[str, Any]) -> str | None:
 
 def check_etag(where: str, name: str, answer: Mapping[str, Any], body: bytes) -> None:
     """Interrupted when the server holds other bytes than were sent."""
-    if plain_md5(answer) not in {None, hashlib.md5(body, usedforsecurity=False).hexdigest()}:
+    if read_plain_md5(answer) not in {None, hashlib.md5(body, usedforsecurity=False).hexdigest()}:
         raise TransientError(f"{where}: {name}: other bytes arrived than were sent")
 
 
-def s3(rest: str, text: str, options: Options) -> S3:
+def open_s3(rest: str, text: str, options: RemoteOptions) -> S3Remote:
     """The bucket and prefix of a URL."""
     import s3fs
 
-    where = scrub(text).rstrip("/")
+    where = remove_secrets(text).rstrip("/")
     if not rest.partition("/")[0] or "@" in rest.partition("/")[0]:
         raise UsageError(
             f"{where}: expected a place like s3://bucket/prefix, found no bucket; name one"
         )
-    with faults(where):
+    with translate_errors(where):
         files = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
-    return S3(files, rest, where)
+    return S3Remote(files, rest, where)
 
 
-REMOTE = RemoteScheme(open=s3, package="s3fs", extra="s3")
+REMOTE = RemoteScheme(open=open_s3, package="s3fs", extra="s3")

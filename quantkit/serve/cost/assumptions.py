@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quantkit.errors import RecipeError, UsageError
 from quantkit.io.files import read_bytes
-from quantkit.recipe.validation_errors import sentence
-from quantkit.recipe.yaml_document import Document, dotted, read
+from quantkit.io.validation_errors import describe_fault
+from quantkit.io.yaml_document import YamlDocument, format_path, parse_document
 
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 KIND = "file of assumptions"
@@ -104,7 +104,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
 }  # fmt: skip
 
 
-def defaults() -> str:
+def read_default_text() -> str:
     """The text of the assumptions that ship with quantkit, every key explained."""
     return (importlib.resources.files("quantkit.serve.cost") / "assumptions.yaml").read_text(
         encoding="utf-8"
@@ -121,12 +121,12 @@ def read_assumptions(path: Path) -> Assumptions:
             f"{path}: expected a UTF-8 text file, found byte 0x{content[fault.start]:02x} at offset {fault.start}; "
             "save it as UTF-8"
         ) from None
-    return parse(text, str(path))
+    return parse_assumptions(text, str(path))
 
 
-def parse(text: str, name: str) -> Assumptions:
+def parse_assumptions(text: str, name: str) -> Assumptions:
     """The assumptions in `text`; RecipeError with every fault and its line otherwise. `name`: how messages call it."""
-    document = read(text, name, KIND)
+    document = parse_document(text, name, KIND)
     try:
         found = Assumptions.model_validate(document.values)
     except ValidationError as error:
@@ -137,7 +137,7 @@ def parse(text: str, name: str) -> Assumptions:
     return found
 
 
-def _faults(document: Document, error: ValidationError) -> list[str]:
+def _faults(document: YamlDocument, error: ValidationError) -> list[str]:
     told = []
     for details in error.errors(include_url=False):
         path = tuple(details["loc"])
@@ -145,12 +145,12 @@ def _faults(document: Document, error: ValidationError) -> list[str]:
         known = tuple((section or Assumptions).model_fields)
         told.append((
             document.line(path),
-            f"{document.where(path)}: {dotted(path)}: {sentence(path, details, known)}",
+            f"{document.where(path)}: {format_path(path)}: {describe_fault(path, details, known)}",
         ))
     return [text for _, text in sorted(told, key=lambda fault: fault[0])]
 
 
-def _contradictions(document: Document, found: Assumptions) -> list[str]:
+def _contradictions(document: YamlDocument, found: Assumptions) -> list[str]:
     """What no key by itself is wrong about."""
     faults = []
     if found.owned is None and found.rented is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
-from quantkit.report.charts import Plot, Spec, chart, colour_by
+from quantkit.report.charts import Plot, Spec, make_chart, make_color_encoding
 from quantkit.serve.cost.assumptions import Assumptions
 from quantkit.serve.cost.figures import Figures, sides
 from quantkit.serve.cost.sensitivity import Swing
@@ -69,7 +69,7 @@ def _volume(found: Assumptions, made: Figures) -> Spec:
         "mark": {"type": "rule", "strokeDash": [3, 3], "color": "var(--ink)"},
         "encoding": {"x": {"field": "volume", "type": "quantitative"}},
     }
-    return chart(rows, {"layer": [lines, mark]})
+    return make_chart(rows, {"layer": [lines, mark]})
 
 
 def _utilization(found: Assumptions, made: Figures) -> Spec:
@@ -96,7 +96,7 @@ def _utilization(found: Assumptions, made: Figures) -> Spec:
     ]
     mark = {"type": "line", "strokeWidth": 1.8}
     encoding = {"x": x, "y": y, "color": lines_by(found), "tooltip": tooltip}
-    return chart(rows, {"mark": mark, "encoding": encoding})
+    return make_chart(rows, {"mark": mark, "encoding": encoding})
 
 
 def _swings(found: Assumptions, moved: Sequence[Swing]) -> Spec:
@@ -136,7 +136,7 @@ def _swings(found: Assumptions, moved: Sequence[Swing]) -> Spec:
         "encoding": {
             "x": x,
             "x2": {"field": "high"},
-            "color": colour_by("who", sides(found)),
+            "color": make_color_encoding("who", sides(found)),
             "tooltip": tooltip,
         },
     }
@@ -145,7 +145,7 @@ def _swings(found: Assumptions, moved: Sequence[Swing]) -> Spec:
         "encoding": {"x": {"field": "base", "type": "quantitative"}},
     }
     return {
-        **chart(rows, {"encoding": {"y": y}, "layer": [bars, middle]}),
+        **make_chart(rows, {"encoding": {"y": y}, "layer": [bars, middle]}),
         "height": 26 * len(rows),
     }
 
@@ -153,7 +153,7 @@ def _swings(found: Assumptions, moved: Sequence[Swing]) -> Spec:
 def lines_by(found: Assumptions) -> Spec:
     """A colour per side and API; the legend shows lines as lines."""
     return {
-        **colour_by("who", names(found)),
+        **make_color_encoding("who", names(found)),
         "legend": {"symbolType": "stroke", "symbolStrokeWidth": 3},
     }
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import floor, log10
 
-from quantkit import registry
 from quantkit.errors import RecipeError
+from quantkit.io.suggestions import format_unknown_name
 from quantkit.serve.cost.assumptions import Assumptions
 from quantkit.serve.cost.figures import Figure, Figures, number
 
@@ -33,12 +33,12 @@ class Claim:
         return f"{how}: wrong, {number(max(ratio, 1 / ratio))} times too {'high' if ratio > 1 else 'low'}"
 
 
-def checked(found: Assumptions, made: Figures, name: str) -> list[Claim]:
+def recompute_claims(found: Assumptions, made: Figures, name: str) -> list[Claim]:
     """Every claim with its verdict; RecipeError for a claim about a figure that there is none of."""
     unknown = [key for key in found.claimed if key not in made]
     if unknown:
         raise RecipeError([
-            f"{name}: claimed.{key}: {registry.unknown('figure', key, tuple(made))}"
+            f"{name}: claimed.{key}: {format_unknown_name('figure', key, tuple(made))}"
             for key in unknown
         ])
     return [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantkit.report import html
-from quantkit.report.html import Tile
+from quantkit.report import html_page
+from quantkit.report.html_page import Tile
 from quantkit.serve.cost import tables
 from quantkit.serve.cost.assumptions import Assumptions
 from quantkit.serve.cost.charts import charts
@@ -14,15 +14,15 @@ from quantkit.serve.cost.figures import Figures, number, sides
 from quantkit.serve.cost.sensitivity import Swing
 
 
-def render(
+def render_page(
     found: Assumptions, made: Figures, moved: Sequence[Swing], claimed: Sequence[Claim]
 ) -> str:
     """The whole page."""
-    environment = html.environment(autoescape=True)
+    environment = html_page.make_environment(autoescape=True)
     environment.filters["tone"] = tone
     return environment.get_template("cost.html.j2").render(
         found=found,
-        answer=tables.answer(found, made),
+        answer=tables.format_ranking(found, made),
         tiles=tiles(found, made),
         claims=tables.claims(claimed),
         capacity=tables.capacity(found, made),
@@ -30,7 +30,7 @@ def render(
         apis=tables.apis(found, made),
         break_even=tables.break_even(found, made),
         swings=tables.swings(found, moved),
-        **html.drawn(environment, charts(found, made, moved), ("fidelity.css",)),
+        **html_page.make_plot_context(environment, charts(found, made, moved), ("fidelity.css",)),
     )
 
 

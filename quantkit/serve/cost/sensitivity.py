@@ -46,7 +46,7 @@ class Swing:
         return abs(self.at_high - self.at_low)
 
 
-def sensitivity(found: Assumptions) -> list[Swing]:
+def compute_sensitivity(found: Assumptions) -> list[Swing]:
     """Every swing, by side and then by how much it does."""
     swings = [swing for side in sides(found) for swing in _of(found, side)]
     order = sides(found)

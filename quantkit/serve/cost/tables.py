@@ -22,7 +22,7 @@ def rows_of(made: Figures, keys: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     )
 
 
-def answer(found: Assumptions, made: Figures) -> str:
+def format_ranking(found: Assumptions, made: Figures) -> str:
     """The one sentence that was asked for: what costs least for the volume."""
     priced = [(made[f"{side}.volume"].value, f"{side} cards") for side in sides(found)]
     priced += [(made[f"api.{api.name}.volume"].value, api.name) for api in found.api]
@@ -127,7 +127,7 @@ def claims(found: Sequence[Claim]) -> Table:
     return Table(title="Claims", columns=columns, rows=rows)
 
 
-def all_tables(
+def make_tables(
     found: Assumptions, made: Figures, moved: Sequence[Swing], claimed: Sequence[Claim]
 ) -> list[Table]:
     """Every table that has rows, in the order of the arithmetic."""
@@ -140,7 +140,7 @@ def all_tables(
     return [table for table in tables if table.rows]
 
 
-def values(
+def serialize_costs(
     found: Assumptions, made: Figures, moved: Sequence[Swing], claimed: Sequence[Claim]
 ) -> dict[str, object]:
     """Everything as plain values for JSON."""

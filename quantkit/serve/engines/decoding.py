@@ -18,7 +18,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from quantkit.artifact.load_model import load
+from quantkit.artifact.load_model import load_model
 from quantkit.serve.engines.openai_protocol import BadRequest, CompletionRequest
 from quantkit.texts.corpora import load_tokenizer
 
@@ -104,7 +104,7 @@ class Decoder:
         template: str | None = None,
     ) -> None:
         self.tokenizer: Any = load_tokenizer(folder)
-        self.model = load(folder)
+        self.model = load_model(folder)
         self.name = name or folder.resolve().name
         eos = self.model.generation_config.eos_token_id
         self._ends: list[int] = [] if eos is None else eos if isinstance(eos, list) else [eos]

@@ -16,7 +16,7 @@ from typing import Any
 
 from quantkit.errors import QuantkitError, UsageError
 
-LOCAL = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 STOP_SECONDS = 60
 """What an engine gets to finish its answers before it is killed."""
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, linux/prctl.h
@@ -68,7 +68,7 @@ def wait_ready(
 ) -> None:
     """Until the engine answers /health; QuantkitError when it ends or stays silent."""
     began, told = time.monotonic(), 0
-    while not answers(f"http://{LOCAL}:{port}/health"):
+    while not is_responding(f"http://{LOOPBACK}:{port}/health"):
         if started.poll() is not None:
             raise QuantkitError(
                 f"the engine ended with {started.returncode} before it answered; its messages are above"
@@ -84,7 +84,7 @@ def wait_ready(
         time.sleep(0.2)
 
 
-def answers(url: str) -> bool:
+def is_responding(url: str) -> bool:
     """Whether a GET succeeds."""
     import httpx2
 
@@ -94,10 +94,10 @@ def answers(url: str) -> bool:
         return False
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """A port that nobody listens on now."""
     with socket.socket() as found:
-        found.bind((LOCAL, 0))
+        found.bind((LOOPBACK, 0))
         return int(found.getsockname()[1])
 
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quantkit.errors import UsageError
-from quantkit.formats.common.engine_names import SERVERS, UNFUSED
+from quantkit.formats.common.engine_names import DISABLE_SHARED_FUSION, SERVERS
 from quantkit.serve.engines.target import Target
-from quantkit.serve.sizing.batch import STEP, advice
-from quantkit.serve.sizing.fit import Fit, Placement, fits, missed
+from quantkit.serve.sizing.batch import STEP, compute_max_batched_tokens
+from quantkit.serve.sizing.fit import Fit, Placement, find_shortfall, fit_model
 from quantkit.serve.sizing.gpus import Gpu
 from quantkit.serve.sizing.memory import MemoryEstimate, told_users
 from quantkit.serve.sizing.memory_fraction import Server, share_of, usual_step
-from quantkit.serve.sizing.tables import miss_told
+from quantkit.serve.sizing.tables import format_shortfall
 
 Engine = Literal["vllm", "sglang", "transformers"]
 SHOWN: dict[Engine, str] = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
@@ -77,7 +77,7 @@ class Place:
 
 def fit_of(needs: MemoryEstimate, card: Gpu) -> Fit:
     """How it fits; UsageError when no number of cards serves that context to so many."""
-    fit = fits(needs, card)
+    fit = fit_model(needs, card)
     if fit.placement is None:
         raise UsageError(
             f"{needs.model.name}: {told_users(needs.users)} of {needs.context:,} tokens: "
@@ -194,7 +194,7 @@ def memory_share(fit: Fit, placement: Placement, server: Server) -> tuple[str, s
 
 def step(fit: Fit, server: Server, name: str) -> Iterator[Flag]:
     """Tokens of a step, where the engine's own number takes more than the plan leaves."""
-    advised, usual = advice(fit, server), usual_step(fit.card, server)
+    advised, usual = compute_max_batched_tokens(fit, server), usual_step(fit.card, server)
     if advised is None or advised.safe >= min(usual, fit.needs.users * fit.needs.context):
         return
     least = -(-fit.needs.users // STEP) * STEP  # each request decodes one token
@@ -224,7 +224,7 @@ def fusion(target: Target) -> Iterator[Flag]:
     """SGLang counts shared experts among the routed ones, which must then be stored alike."""
     if target.fused_apart:
         why = "the shared experts are not stored like the routed ones"
-        yield Flag(name=UNFUSED, value="", why=why)
+        yield Flag(name=DISABLE_SHARED_FUSION, value="", why=why)
 
 
 def nodes(engine: Engine, placement: Placement) -> tuple[tuple[Flag, ...], ...]:
@@ -267,8 +267,8 @@ def notes(target: Target, fit: Fit) -> Iterator[str]:
         f"{placement.cards} x {fit.card.name}: at most {told_users(fit.max_users or 0)} of this context, or "
         f"{fit.max_context:,} tokens for {told_users(fit.needs.users)} (computed)"
     )
-    if miss := missed(fit):
-        yield miss_told(miss)
+    if miss := find_shortfall(fit):
+        yield format_shortfall(miss)
     if target.chat is False:
         yield "no chat template is stored: /v1/completions works; for /v1/chat/completions add --chat-template FILE"
     if target.status == "rejected":

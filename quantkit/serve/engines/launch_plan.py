@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantkit.errors import UsageError
-from quantkit.io.host import memory_available
+from quantkit.io.host import get_available_memory
 from quantkit.serve.engines.containers import MODEL, TEMPLATE, docker_text, kubernetes_text
 from quantkit.serve.engines.launch import SHOWN, Engine, Flag, Launch, Place, fit_of, launch
 from quantkit.serve.engines.target import Target, read_target
-from quantkit.serve.sizing.gpus import Gpu, GpuCatalog, read_cards
-from quantkit.serve.sizing.memory import MemoryEstimate, needs
+from quantkit.serve.sizing.gpus import Gpu, GpuCatalog, read_gpus
+from quantkit.serve.sizing.memory import MemoryEstimate, estimate_memory
 from quantkit.serve.sizing.model import KvDtype
 
 REFERENCE = "h100"
@@ -41,7 +41,7 @@ class ServeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
+class LaunchPlan:
     """What will be started, and why: `head` says it in sentences."""
 
     wanted: ServeOptions
@@ -51,10 +51,10 @@ class Planned:
     head: tuple[str, ...]
 
 
-def plan(wanted: ServeOptions, *, containers: bool = False) -> Planned:
+def plan_launch(wanted: ServeOptions, *, containers: bool = False) -> LaunchPlan:
     """Choose engine and card, size, and write the command; starts nothing, loads nothing."""
-    target, cards = read_target(wanted.artifact), read_cards()
-    needed = needs(target.model, wanted.context, wanted.users, wanted.kv)
+    target, cards = read_target(wanted.artifact), read_gpus()
+    needed = estimate_memory(target.model, wanted.context, wanted.users, wanted.kv)
     found = None if wanted.gpu else card_here(cards)
     engine = chosen(wanted, target, needed, found, containers)
     head = [
@@ -80,7 +80,7 @@ def plan(wanted: ServeOptions, *, containers: bool = False) -> Planned:
         made = replace(made, flags=(*made.flags, *asked_flags(wanted, containers)))
     if target.kind == "artifact":
         head.append("a start verifies every file first; a dry run does not")
-    return Planned(wanted=wanted, target=target, needs=needed, launch=made, head=tuple(head))
+    return LaunchPlan(wanted=wanted, target=target, needs=needed, launch=made, head=tuple(head))
 
 
 def asked_flags(wanted: ServeOptions, containers: bool) -> list[Flag]:
@@ -117,7 +117,7 @@ def chosen(
             )
         return wanted.engine
     unpacked = target.model.weights.parameters * UNPACKED_BYTES
-    small_enough = target.kind == "artifact" and unpacked < memory_available()
+    small_enough = target.kind == "artifact" and unpacked < get_available_memory()
     if not (wanted.gpu or found or containers) and small_enough:
         return "transformers"
     engines: tuple[Engine, ...] = ("vllm", "sglang")
@@ -206,7 +206,7 @@ def small(wanted: ServeOptions, target: Target, needed: MemoryEstimate, name: st
     )
 
 
-def snippets(made: Planned, *, docker: bool, kubernetes: bool) -> list[str]:
+def render_containers(made: LaunchPlan, *, docker: bool, kubernetes: bool) -> list[str]:
     """The command in containers."""
     target, wanted = made.target, made.wanted
     folder = (
@@ -219,7 +219,7 @@ def snippets(made: Planned, *, docker: bool, kubernetes: bool) -> list[str]:
     )
 
 
-def as_values(made: Planned) -> dict[str, Any]:
+def serialize_plan(made: LaunchPlan) -> dict[str, Any]:
     """The plan for machines."""
     placement = made.launch.placement
     return {

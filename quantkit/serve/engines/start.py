@@ -14,10 +14,10 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.io.files import read_bytes, read_json
 from quantkit.serve.engines import engine_process
 from quantkit.serve.engines.launch import SHOWN
-from quantkit.serve.engines.launch_plan import Planned, installed
-from quantkit.serve.gateway.api_keys import Key, read_keys
-from quantkit.serve.gateway.settings import Limits, Settings, Upstream, limits_from
-from quantkit.verify.shallow import verify
+from quantkit.serve.engines.launch_plan import LaunchPlan, installed
+from quantkit.serve.gateway.api_keys import Key, parse_keys
+from quantkit.serve.gateway.settings import GatewaySettings, Limits, Upstream, limits_from
+from quantkit.verify.shallow import verify_artifact
 
 Tell = Callable[[str], None]
 
@@ -60,7 +60,7 @@ class GatewayOptions:
             {"running": str(self.running)} | {name: value for name, _, value in pairs}
         )
 
-    def before(self, made: Planned) -> GatewayOptions:
+    def before(self, made: LaunchPlan) -> GatewayOptions:
         """The same before this engine: before one that answers in the order of arrival, whoever waits waits here."""
         return replace(self, running=1) if made.launch.engine == "transformers" else self
 
@@ -79,11 +79,11 @@ class GatewayOptions:
 
     def known(self) -> tuple[Key, ...]:
         """Who may ask; () where whoever can reach it may."""
-        return read_keys(read_json(self.keys, UsageError), str(self.keys)) if self.keys else ()
+        return parse_keys(read_json(self.keys, UsageError), str(self.keys)) if self.keys else ()
 
-    def settings(self, engine: Upstream) -> Settings:
+    def settings(self, engine: Upstream) -> GatewaySettings:
         """The gateway before this engine."""
-        return Settings(upstreams=(engine, *self.stand_ins()), limits=self.bounds())
+        return GatewaySettings(upstreams=(engine, *self.stand_ins()), limits=self.bounds())
 
     def head(self) -> str:
         """The gateway in a line."""
@@ -147,8 +147,8 @@ def require(*packages: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ starting
 
 
-def run(
-    made: Planned, front: GatewayOptions, *, verified: bool, seconds: float, tell: Tell
+def start_engine(
+    made: LaunchPlan, front: GatewayOptions, *, verified: bool, seconds: float, tell: Tell
 ) -> None:
     """Verify, start, and stay until the engine ends or somebody says so."""
     wanted, target = made.wanted, made.target
@@ -166,7 +166,7 @@ def run(
         )
     engine_process.check_port(front.host, front.port)
     if target.kind == "artifact" and not verified:
-        found = verify(Path(target.path))
+        found = verify_artifact(Path(target.path))
         tell(f"verified: {found.files} files, {found.n_bytes / 1e6:,.1f} MB, {found.status}")
     if target.status == "rejected":
         tell("warning: this artifact misses a gate of its recipe; `quantkit report` says which")
@@ -184,7 +184,7 @@ def run(
             )
 
 
-def small_engine(made: Planned, tell: Tell) -> None:
+def small_engine(made: LaunchPlan, tell: Tell) -> None:
     """transformers in this process."""
     require("fastapi", "uvicorn")
     from quantkit.serve.engines.decoding import Decoder  # torch
@@ -206,7 +206,7 @@ def small_engine(made: Planned, tell: Tell) -> None:
     engine_process.server_of(make_app(decoder), wanted.host, wanted.port).run()
 
 
-def behind_gateway(made: Planned, front: GatewayOptions, seconds: float, tell: Tell) -> None:
+def behind_gateway(made: LaunchPlan, front: GatewayOptions, seconds: float, tell: Tell) -> None:
     """The engine where the plan has it, the gateway where clients ask."""
     words = made.launch.words()
     if made.launch.engine == "transformers":
@@ -214,7 +214,7 @@ def behind_gateway(made: Planned, front: GatewayOptions, seconds: float, tell: T
     tell(f"engine: {shlex.join(words)}")
     with engine_process.process(words, os.environ) as started:
         engine_process.wait_ready(started, made.wanted.port, seconds, tell)
-        server = gateway_server(front, engine_of(made), tell)
+        server = gateway_server(front, make_engine_upstream(made), tell)
 
         def ended(code: int) -> None:
             tell(f"the engine ended with {code}")
@@ -228,7 +228,7 @@ def behind_gateway(made: Planned, front: GatewayOptions, seconds: float, tell: T
             )
 
 
-def engine_of(made: Planned) -> Upstream:
+def make_engine_upstream(made: LaunchPlan) -> Upstream:
     """The engine as the gateway asks it; UsageError where no gateway can start it."""
     if len(made.launch.per_node) > 1:
         raise UsageError(
@@ -243,14 +243,14 @@ def engine_of(made: Planned) -> Upstream:
     )
 
 
-def server_at(address: str, key_variable: str) -> Upstream:
+def make_server_upstream(address: str, key_variable: str) -> Upstream:
     """A server that runs already; it is not told priorities, which it may not know."""
     return Upstream(
         name="engine", url=api(address, "ARTIFACT"), key=key_in(key_variable, "--engine-key")
     )
 
 
-def gateway_before(engine: Upstream, front: GatewayOptions, tell: Tell) -> None:
+def run_gateway(engine: Upstream, front: GatewayOptions, tell: Tell) -> None:
     """The gateway before a server that runs already."""
     engine_process.check_port(front.host, front.port)
     gateway_server(front, engine, tell).run()

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Literal
 
 from quantkit import registry
-from quantkit.artifact.layout import MANIFEST, mapping, read_manifest
+from quantkit.artifact.layout import FIDELITY, MANIFEST
+from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.checkpoint.shards import open_shards
 from quantkit.errors import ArtifactError, UsageError
-from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, apart
+from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, has_separate_shared_experts
 from quantkit.io.files import read_json
-from quantkit.io.package_data import names_recipe
+from quantkit.io.package_data import is_recipe_name
+from quantkit.io.suggestions import format_unknown_name
 from quantkit.serve.sizing.model import Model
-from quantkit.serve.sizing.read import model_of
+from quantkit.serve.sizing.read import read_model
 
 Kind = Literal["artifact", "model", "config"]
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "chat_templates")
@@ -44,11 +46,11 @@ class Target:
 def read_target(target: str) -> Target:
     """What a folder, a config.json or a hub id holds; UsageError or CheckpointError as sizing says."""
     path = Path(target)
-    if names_recipe(target):
+    if is_recipe_name(target):
         raise UsageError(
             f"{target}: expected an artifact, found a recipe; build it, and name the folder it makes"
         )
-    model = model_of(target)
+    model = read_model(target)
     if (path / MANIFEST).is_file():
         return artifact_target(path, model)
     kind: Kind = "model" if model.read_from == "headers" else "config"
@@ -63,7 +65,7 @@ def read_target(target: str) -> Target:
         model=model,
         engines=served,
         refused={},
-        fused_apart=apart(names),
+        fused_apart=has_separate_shared_experts(names),
         chat=chat_template(path) if path.is_dir() else None,
     )
 
@@ -72,11 +74,11 @@ def artifact_target(path: Path, model: Model) -> Target:
     """An artifact of quantkit: its manifest says the format, its report which engines read what is in it."""
     manifest = read_manifest(path)
     name = str(manifest.get("format") or by_config(model.config.values.get("quantization_config")))
-    if name not in registry.names("formats"):
+    if name not in registry.list_names("formats"):
         raise ArtifactError(
-            f"{path / MANIFEST}: {registry.unknown('format', name, registry.names('formats'))}"
+            f"{path / MANIFEST}: {format_unknown_name('format', name, registry.list_names('formats'))}"
         )
-    engines = dict(registry.format(name).engines)
+    engines = dict(registry.get_format(name).engines)
     served = told_engines(path)
     why = "its report names the engines that load what is quantized here, and not this one"
     refused = {engine: why for engine in engines if served is not None and engine not in served}
@@ -87,7 +89,7 @@ def artifact_target(path: Path, model: Model) -> Target:
         model=model,
         engines=engines,
         refused=refused,
-        fused_apart=apart(mapping(manifest, "tensors", path)),
+        fused_apart=has_separate_shared_experts(get_section(manifest, "tensors", path)),
         chat=chat_template(path),
         status=str(manifest.get("status")),
     )
@@ -102,7 +104,7 @@ def by_config(entry: object) -> str:
 
 def told_engines(path: Path) -> frozenset[str] | None:
     """Engines that the report says serve it; None without a report."""
-    file = path / "quantkit/fidelity.json"
+    file = path / FIDELITY
     if not file.is_file():
         return None
     artifact = read_json(file, ArtifactError).get("artifact")

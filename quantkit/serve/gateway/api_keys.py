@@ -43,7 +43,7 @@ NOBODY = Key(name="anonymous", sha256="0" * 64)
 """Who asks where no keys are needed."""
 
 
-def new_key(name: str, *, priority: int = 0, most: int = 0) -> tuple[str, Key]:
+def create_key(name: str, *, priority: int = 0, most: int = 0) -> tuple[str, Key]:
     """A fresh key, to be shown once, and its entry."""
     text = PREFIX + secrets.token_urlsafe(32)
     try:
@@ -54,7 +54,7 @@ def new_key(name: str, *, priority: int = 0, most: int = 0) -> tuple[str, Key]:
         ) from None
 
 
-def read_keys(values: Mapping[str, object], where: str) -> tuple[Key, ...]:
+def parse_keys(values: Mapping[str, object], where: str) -> tuple[Key, ...]:
     """The entries of a file; UsageError names the one that is wrong. Two entries may not share a name."""
     try:
         keys = KeyFile.model_validate(values).keys

@@ -29,7 +29,7 @@ from quantkit.serve.gateway.request import (
     read_body,
 )
 from quantkit.serve.gateway.response import Reply, Send
-from quantkit.serve.gateway.settings import Settings
+from quantkit.serve.gateway.settings import GatewaySettings
 from quantkit.serve.gateway.upstreams import Upstreams
 
 Scope = MutableMapping[str, Any]
@@ -37,7 +37,7 @@ FAREWELL = 5.0
 """Seconds a client has to take the word that its request failed."""
 
 
-def make_app(settings: Settings, keys: tuple[Key, ...] = ()) -> FastAPI:
+def make_app(settings: GatewaySettings, keys: tuple[Key, ...] = ()) -> FastAPI:
     """The application; without keys whoever can reach it may ask."""
     gateway = Gateway(settings, keys)
 
@@ -78,7 +78,7 @@ def make_app(settings: Settings, keys: tuple[Key, ...] = ()) -> FastAPI:
 class Gateway:
     """POST: who is it, what is asked, wait for a turn, relay, say how it ended."""
 
-    def __init__(self, settings: Settings, keys: tuple[Key, ...]) -> None:
+    def __init__(self, settings: GatewaySettings, keys: tuple[Key, ...]) -> None:
         self.limits, self.keys = settings.limits, keys
         self.metrics = Metrics()
         self.upstreams = Upstreams(settings.upstreams, settings.limits)

@@ -64,7 +64,7 @@ class Limits(BaseModel):
     )
 
 
-class Settings(BaseModel):
+class GatewaySettings(BaseModel):
     """A gateway: the engine first, then who stands in for it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quantkit.artifact.loadtest_schema import LoadTest
-from quantkit.report.charts import Plot, Spec, chart, colour_by
+from quantkit.report.charts import Plot, Spec, make_chart, make_color_encoding
 
 QUANTILES = ("p50", "p99")
 
@@ -72,7 +72,7 @@ def lines(rows: Sequence[Spec], unit: str, names: Sequence[str]) -> Spec:
         {"field": "at", "title": "at once"},
         {"field": "value", "format": ",.4~g"},
     ]
-    encoding = {"x": x, "y": y, "color": colour_by("line", names), "tooltip": tooltip}
-    return chart(
+    encoding = {"x": x, "y": y, "color": make_color_encoding("line", names), "tooltip": tooltip}
+    return make_chart(
         rows, {"mark": {"type": "line", "point": True, "strokeWidth": 1.8}, "encoding": encoding}
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2
 
-from quantkit.artifact.loadtest_schema import Cache
+from quantkit.artifact.loadtest_schema import CacheCounters
 from quantkit.errors import QuantkitError, UsageError
 
 SECONDS = 10.0
@@ -20,7 +20,7 @@ COUNTERS: Mapping[str, tuple[str, str]] = {
 }
 
 
-def base(url: str) -> str:
+def get_base_url(url: str) -> str:
     """The server's address without /v1; UsageError when it is none."""
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"{url}: expected http://HOST:PORT/v1; name the server's API")
@@ -30,7 +30,9 @@ def base(url: str) -> str:
 def served(url: str, key: str) -> list[str]:
     """The models that a server serves; QuantkitError when it does not answer."""
     try:
-        found = httpx2.get(f"{base(url)}/v1/models", headers=authorized(key), timeout=SECONDS)
+        found = httpx2.get(
+            f"{get_base_url(url)}/v1/models", headers=authorized(key), timeout=SECONDS
+        )
         values: Any = found.json()
     except (httpx2.TransportError, ValueError) as fault:
         raise QuantkitError(
@@ -48,7 +50,7 @@ def served(url: str, key: str) -> list[str]:
     )
 
 
-def served_model(url: str, key: str) -> str:
+def read_served_model(url: str, key: str) -> str:
     """The one model that a server serves; QuantkitError when it does not answer, UsageError when it serves more."""
     names = served(url, key)
     if len(names) != 1:
@@ -100,7 +102,7 @@ def check_metrics(url: str) -> None:
         )
 
 
-def counters(url: str) -> Cache | None:
+def read_cache_counters(url: str) -> CacheCounters | None:
     """The prefix cache's counters so far; None where the server tells none (or has no /metrics)."""
     text = scraped(url)
     return None if text is None else counted(text)
@@ -115,12 +117,12 @@ def scraped(url: str) -> str | None:
     return found.text if found.status_code == 200 else None
 
 
-def counted(text: str) -> Cache | None:
+def counted(text: str) -> CacheCounters | None:
     """The counters in a text of Prometheus, summed over a server's engines."""
     for asked, hits in COUNTERS.values():
         found = {name: total(text, name) for name in (asked, hits)}
         if found[asked] is not None:
-            return Cache(asked=found[asked] or 0.0, hits=found[hits] or 0.0)
+            return CacheCounters(asked=found[asked] or 0.0, hits=found[hits] or 0.0)
     return None
 
 
@@ -137,8 +139,8 @@ def total(text: str, name: str) -> float | None:
         return None
 
 
-def during(before: Cache | None, after: Cache | None) -> Cache | None:
+def during(before: CacheCounters | None, after: CacheCounters | None) -> CacheCounters | None:
     """What happened between two readings; None when the server was started anew between them."""
     if before is None or after is None or after.asked < before.asked or after.hits < before.hits:
         return None
-    return Cache(asked=after.asked - before.asked, hits=after.hits - before.hits)
+    return CacheCounters(asked=after.asked - before.asked, hits=after.hits - before.hits)

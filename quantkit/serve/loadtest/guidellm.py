@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifact.loadtest_schema import Level, Spread
+from quantkit.artifact.loadtest_schema import LoadLevel, Percentiles
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.io.files import read_json, write_atomic
 
@@ -26,7 +26,7 @@ SLACK_SECONDS = 180
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class LoadTestSetup:
     """How it asks. tokenizer: a folder or a hub id, for counting where a server tells no usage; key: "" sends none."""
 
     program: str
@@ -45,7 +45,7 @@ class Setup:
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
 
-def program(named: str) -> str:
+def find_program(named: str) -> str:
     """The program to run; UsageError when it is not there."""
     found = shutil.which(named)
     if found is None:
@@ -64,7 +64,9 @@ def version(found: str) -> str:
     return " ".join(told.stdout.split()) or PROGRAM
 
 
-def scenario(setup: Setup, concurrency: int, prompts: Path, results: Path) -> dict[str, Any]:
+def scenario(
+    setup: LoadTestSetup, concurrency: int, prompts: Path, results: Path
+) -> dict[str, Any]:
     """GuideLLM's own words (0.8) for one level."""
     body = {"temperature": 0, "ignore_eos": setup.ignore_eos}
     backend = {
@@ -92,7 +94,7 @@ def scenario(setup: Setup, concurrency: int, prompts: Path, results: Path) -> di
     return {"spec": spec}
 
 
-def request(setup: Setup, text: str) -> dict[str, Any]:
+def request(setup: LoadTestSetup, text: str) -> dict[str, Any]:
     """The body of a request as GuideLLM sends it."""
     asked = {"messages": [{"role": "user", "content": text}]} if setup.chat else {"prompt": text}
     most = "max_completion_tokens" if setup.chat else "max_tokens"
@@ -100,7 +102,7 @@ def request(setup: Setup, text: str) -> dict[str, Any]:
     return body | ({"ignore_eos": True} if setup.ignore_eos else {})
 
 
-def run(setup: Setup, concurrency: int, texts: Sequence[str], folder: Path) -> Level:
+def run(setup: LoadTestSetup, concurrency: int, texts: Sequence[str], folder: Path) -> LoadLevel:
     """One level. QuantkitError when the tool fails, says nothing or finds no answer."""
     prompts, results, told = (
         folder / "prompts.jsonl",
@@ -151,7 +153,7 @@ def surroundings() -> dict[str, str]:
     return {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
 
 
-def level(found: Mapping[str, Any], concurrency: int, where: str) -> Level:
+def level(found: Mapping[str, Any], concurrency: int, where: str) -> LoadLevel:
     """A level in quantkit's words; QuantkitError for results of another shape, or without one answer."""
     try:
         benchmark = found["benchmarks"][0]
@@ -161,7 +163,7 @@ def level(found: Mapping[str, Any], concurrency: int, where: str) -> Level:
                 f"no request of {counts['total']} was answered at {concurrency} at once "
                 f"({counts['errored']} errors); try one by hand, and see the server's messages"
             )
-        return Level(
+        return LoadLevel(
             concurrency=concurrency,
             seconds=benchmark["duration"],
             answered=counts["successful"],
@@ -182,11 +184,11 @@ def level(found: Mapping[str, Any], concurrency: int, where: str) -> Level:
         ) from None
 
 
-def spread(metrics: Mapping[str, Any], name: str, factor: float = 1.0) -> Spread:
+def spread(metrics: Mapping[str, Any], name: str, factor: float = 1.0) -> Percentiles:
     """Mean and quantiles of the answered requests, times `factor`."""
     found = metrics[name]["successful"]
     quantiles = found["percentiles"]
-    return Spread(
+    return Percentiles(
         mean=found["mean"] * factor,
         p50=quantiles["p50"] * factor,
         p90=quantiles["p90"] * factor,

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from quantkit.artifact.loadtest_schema import LoadTest
-from quantkit.report import html
-from quantkit.report.html import Tile
+from quantkit.report import html_page
+from quantkit.report.html_page import Tile
 from quantkit.serve.loadtest import tables
 from quantkit.serve.loadtest.charts import charts
 
 
-def render(run: LoadTest) -> str:
+def render_page(run: LoadTest) -> str:
     """The whole page."""
-    environment = html.environment(autoescape=True)
+    environment = html_page.make_environment(autoescape=True)
     environment.filters["tone"] = lambda text: "open"
     return environment.get_template("loadtest.html.j2").render(
         run=run,
         tiles=tiles(run),
-        levels=tables.levels(run),
-        **html.drawn(environment, charts(run), ("fidelity.css",)),
+        levels=tables.make_level_table(run),
+        **html_page.make_plot_context(environment, charts(run), ("fidelity.css",)),
     )
 
 

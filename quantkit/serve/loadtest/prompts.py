@@ -9,7 +9,7 @@ from pathlib import Path
 
 from quantkit.errors import UsageError
 from quantkit.io.files import parse_json, read_bytes
-from quantkit.io.package_data import folder
+from quantkit.io.package_data import locate_folder
 
 KEYS = ("prompt", "text", "question")
 LIMIT_BYTES = 1_000_000_000
@@ -32,10 +32,10 @@ def read_prompts(name: str) -> Prompts:
     """The prompts of a data set: a name in evals/, a JSONL file with one of KEYS, or a text file, a line each."""
     path = Path(name)
     if not path.is_file() and not path.suffix:
-        path = folder("evals") / "data" / f"{name}.jsonl"
+        path = locate_folder("evals") / "data" / f"{name}.jsonl"
     if not path.is_file():
         known = ", ".join(
-            sorted(found.stem for found in (folder("evals") / "data").glob("*.jsonl"))
+            sorted(found.stem for found in (locate_folder("evals") / "data").glob("*.jsonl"))
         )
         raise UsageError(
             f"--data {name}: expected a file, or one of {known}, found neither; check the path"

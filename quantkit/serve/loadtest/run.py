@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from quantkit.artifact.loadtest_schema import Level, LoadTest
+from quantkit.artifact.loadtest_schema import LoadLevel, LoadTest
 from quantkit.serve.loadtest import engine, guidellm
 from quantkit.serve.loadtest.prompts import Prompts
 
@@ -19,8 +19,8 @@ PER_LEVEL = 4
 """At least so many requests per place: fewer would measure the start and the end of a level."""
 
 
-def load_test(
-    setup: guidellm.Setup,
+def run_load_test(
+    setup: guidellm.LoadTestSetup,
     prompts: Prompts,
     concurrencies: Sequence[int],
     metrics: str,
@@ -28,7 +28,7 @@ def load_test(
 ) -> LoadTest:
     """Ask at each level. `metrics`: where the engine tells its counters."""
     started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    levels: list[Level] = []
+    levels: list[LoadLevel] = []
     engine.check_answers(
         setup.url, setup.key, setup.path, guidellm.request(setup, prompts.texts[0]), setup.seconds
     )
@@ -38,7 +38,7 @@ def load_test(
         guidellm.run(replace(setup, requests=WARM_REQUESTS), 1, prompts.rows(WARM_REQUESTS), folder)
         for concurrency in concurrencies:
             requests = max(setup.requests, PER_LEVEL * concurrency)
-            before = engine.counters(metrics)
+            before = engine.read_cache_counters(metrics)
             # what guidellm has no rows for it does not ask; some more, because it reads ahead
             found = guidellm.run(
                 replace(setup, requests=requests),
@@ -46,7 +46,7 @@ def load_test(
                 prompts.rows(requests + 2 * concurrency),
                 folder,
             )
-            cache = engine.during(before, engine.counters(metrics))
+            cache = engine.during(before, engine.read_cache_counters(metrics))
             levels.append(found.model_copy(update={"cache": cache}))
             tell(
                 f"{concurrency} at once: {found.output_tokens_per_second:,.1f} tokens/s, {found.answered} answered"

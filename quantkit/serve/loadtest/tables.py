@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from quantkit.artifact.loadtest_schema import Level, LoadTest
+from quantkit.artifact.loadtest_schema import LoadLevel, LoadTest
 from quantkit.report.tables import Table
 
 FEW = 100
 """Of fewer answers than this none lies beyond the p99."""
-Show = Callable[[Level], str]
+Show = Callable[[LoadLevel], str]
 FIGURES: Mapping[str, Show] = {
     "requests/s": lambda level: f"{level.requests_per_second:.2f}",
     "tokens/s": lambda level: f"{level.output_tokens_per_second:,.1f}",
@@ -27,7 +27,7 @@ def milliseconds(value: float) -> str:
     return f"{value / 1000:.3g} s" if value >= 1000 else f"{value:.3g} ms"
 
 
-def answered(level: Level) -> str:
+def answered(level: LoadLevel) -> str:
     """Answered requests, and the others where there are some."""
     lost = [
         f"{n} {what}" for n, what in ((level.errored, "failed"), (level.unfinished, "cut")) if n
@@ -35,12 +35,12 @@ def answered(level: Level) -> str:
     return ", ".join([f"{level.answered}", *lost])
 
 
-def cached(level: Level) -> str:
+def cached(level: LoadLevel) -> str:
     rate = level.cache.rate if level.cache else None
     return "-" if rate is None else f"{rate:.1%}"
 
 
-def levels(run: LoadTest) -> Table:
+def make_level_table(run: LoadTest) -> Table:
     """A row per level."""
     with_cache = any(level.cache for level in run.levels)
     columns = [

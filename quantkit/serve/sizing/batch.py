@@ -45,7 +45,7 @@ class MaxBatchedTokens:
     left: int
 
 
-def advice(fit: Fit, server: Server) -> MaxBatchedTokens | None:
+def compute_max_batched_tokens(fit: Fit, server: Server) -> MaxBatchedTokens | None:
     """How many tokens a step of an engine may hold on the cards a mixture was placed on; None for dense models and no
     placement."""
     placement, model = fit.placement, fit.needs.model

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.artifact.layout import MANIFEST
-from quantkit.artifact.read_report import read_sealed
+from quantkit.artifact.read_report import read_sealed_report
 from quantkit.report import format_numbers
 from quantkit.report.tables import Table
 from quantkit.serve.sizing.fit import Fit
@@ -18,7 +18,7 @@ from quantkit.serve.sizing.tables import BOUND, rate, told_asked
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
+class ComparedModel:
     """One of the models that are compared."""
 
     name: str
@@ -27,13 +27,13 @@ class Side:
     fidelity: Fidelity | None  # None: no report lies beside it
 
 
-def report_of(target: str) -> Fidelity | None:
+def find_report(target: str) -> Fidelity | None:
     """The fidelity report of an artifact; None for what has none. ArtifactError for a damaged one."""
     folder = Path(target)
-    return read_sealed(folder)[0] if (folder / MANIFEST).is_file() else None
+    return read_sealed_report(folder)[0] if (folder / MANIFEST).is_file() else None
 
 
-def sizes(sides: Sequence[Side]) -> Table:
+def make_size_table(sides: Sequence[ComparedModel]) -> Table:
     """What each is and takes."""
     rows = []
     for side in sides:
@@ -41,12 +41,12 @@ def sizes(sides: Sequence[Side]) -> Table:
         rows.append((
             side.name,
             needs.model.scheme,
-            format_numbers.parameters(needs.model.weights.parameters),
-            format_numbers.size(needs.weights_bytes),
+            format_numbers.format_parameters(needs.model.weights.parameters),
+            format_numbers.format_size(needs.weights_bytes),
             f"{needs.weights_bytes / sides[0].fit.needs.weights_bytes:.3f}",
-            format_numbers.size(round(active_bytes(needs.model))),
-            format_numbers.size(needs.kv_bytes),
-            format_numbers.size(needs.total_bytes),
+            format_numbers.format_size(round(active_bytes(needs.model))),
+            format_numbers.format_size(needs.kv_bytes),
+            format_numbers.format_size(needs.total_bytes),
         ))
     columns = (
         "model",
@@ -64,7 +64,7 @@ def sizes(sides: Sequence[Side]) -> Table:
     return Table(title="Sizes", columns=columns, rows=tuple(rows), note=note)
 
 
-def speeds(sides: Sequence[Side]) -> Table:
+def make_speed_table(sides: Sequence[ComparedModel]) -> Table:
     """Cards of one kind that each takes, and bounds on them."""
     rows = []
     for side in sides:
@@ -76,8 +76,8 @@ def speeds(sides: Sequence[Side]) -> Table:
         told = (
             str(placement.cards),
             split,
-            format_numbers.count(side.fit.max_context),
-            format_numbers.count(side.fit.max_users),
+            format_numbers.format_count(side.fit.max_context),
+            format_numbers.format_count(side.fit.max_users),
         )
         rows.append((side.name, *told, rate(made.one), rate(made.all), rate(made.prefill)))
     note = BOUND + told_asked(sides[0].fit.needs)
@@ -96,7 +96,7 @@ def speeds(sides: Sequence[Side]) -> Table:
     )
 
 
-def fidelity(sides: Sequence[Side]) -> Table | None:
+def make_fidelity_table(sides: Sequence[ComparedModel]) -> Table | None:
     """Figures of the reports; None where nobody has one."""
     told = [side for side in sides if side.fidelity]
     if not told:
@@ -115,15 +115,15 @@ def fidelity(sides: Sequence[Side]) -> Table | None:
             else None
         )
         scores = (
-            {row.task: format_numbers.percent(row.artifact, 1) for row in report.benchmarks}
+            {row.task: format_numbers.format_percent(row.artifact, 1) for row in report.benchmarks}
             if report
             else {}
         )
         figures = (
             (
-                format_numbers.kl(pooled.kl_mean),
-                format_numbers.ratio(pooled.ppl_ratio),
-                format_numbers.share(pooled.top1),
+                format_numbers.format_figure(pooled.figures["kl_mean"], "nats"),
+                format_numbers.format_figure(pooled.figures["ppl_ratio"], "ratio"),
+                format_numbers.format_figure(pooled.figures["top1"], "percent"),
             )
             if pooled
             else (format_numbers.MISSING,) * 3

@@ -70,7 +70,7 @@ class Fit:
         return tuple(degree.tp for degree in self.degrees if degree.fault is None)
 
 
-def fits(needs: MemoryEstimate, card: Gpu) -> Fit:
+def fit_model(needs: MemoryEstimate, card: Gpu) -> Fit:
     """The fewest cards that hold the model with its cache and margin, and what they leave room for."""
     degrees = tuple(
         ParallelConfig(tp=tp, fault=degree_fault(needs.model, tp)) for tp in asked_degrees(card)
@@ -215,7 +215,7 @@ class NoFit:
     latent: bool  # whether each rank holds the whole cache
 
 
-def missed(fit: Fit) -> NoFit | None:
+def find_shortfall(fit: Fit) -> NoFit | None:
     """What tensor parallelism over a whole node misses where stages were taken; None where nothing mends that."""
     needs, card, tp = fit.needs, fit.card, fit.card.per_node
     if fit.placement is None or fit.placement.pp == 1 or tp not in fit.allowed:

@@ -22,7 +22,8 @@ from quantkit import registry
 from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, UsageError
-from quantkit.io.files import refused_config
+from quantkit.io.files import make_config_error
+from quantkit.io.suggestions import format_unknown_name
 from quantkit.serve.sizing.attention import attentions
 from quantkit.serve.sizing.model import (
     Attention,
@@ -126,7 +127,7 @@ def built(config: Config) -> tuple[Any, Any]:
     model_type = str(values.get("model_type"))
     if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UsageError(
-            f"{config.where}: model_type: {registry.unknown('family', model_type, registry.names('architectures'))} "
+            f"{config.where}: model_type: {format_unknown_name('family', model_type, registry.list_names('architectures'))} "
             "transformers has no language model of that type either"
         )
     for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
@@ -140,7 +141,7 @@ def built(config: Config) -> tuple[Any, Any]:
         with torch.device("meta"):
             return known, AutoModelForCausalLM.from_config(known, dtype=torch.bfloat16)
     except Exception as fault:
-        raise refused_config(config.where, model_type, fault) from fault
+        raise make_config_error(config.where, model_type, fault) from fault
 
 
 def as_built(

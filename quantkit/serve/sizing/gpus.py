@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl
 
-from quantkit import registry
 from quantkit.errors import UsageError
+from quantkit.io.suggestions import format_unknown_name
 
 FROZEN = ConfigDict(frozen=True, extra="forbid")
 GB, GIB = 10**9, 2**30
@@ -117,14 +117,14 @@ class GpuCatalog(BaseModel):
             sold = f"{key} {card.memory_gb.value:g}"
             if wanted in map(_folded, (key, sold, f"{sold} GB", card.name, card.short)):
                 return card
-        raise UsageError(f"--gpu: {registry.unknown('card', name, tuple(self.cards))}")
+        raise UsageError(f"--gpu: {format_unknown_name('card', name, tuple(self.cards))}")
 
 
 def _folded(name: str) -> str:
     return "".join(character for character in name.lower() if character.isalnum())
 
 
-def read_cards() -> GpuCatalog:
+def read_gpus() -> GpuCatalog:
     """The cards that ship with quantkit."""
     from ruamel.yaml import YAML
 

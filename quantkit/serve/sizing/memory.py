@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from quantkit.errors import UsageError
 from quantkit.serve.sizing.model import KvDtype, Model
 
-CONTEXT, USERS, MARGIN = 32_768, 10, 0.15
+DEFAULT_CONTEXT, USERS, MARGIN = 32_768, 10, 0.15
 """What is planned for when nobody says otherwise."""
 
 
@@ -36,7 +36,7 @@ class MemoryEstimate:
         return self.weights_bytes + self.kv_bytes + self.margin_bytes
 
 
-def needs(
+def estimate_memory(
     model: Model,
     context: int | None = None,
     users: int = USERS,
@@ -51,7 +51,7 @@ def needs(
 
     Raises UsageError for a context longer than the model's, and for numbers that mean nothing.
     """
-    context = min(CONTEXT, model.longest or CONTEXT) if context is None else context
+    context = min(DEFAULT_CONTEXT, model.longest or DEFAULT_CONTEXT) if context is None else context
     if context < 1 or users < 1 or not 0 <= margin <= 10:
         raise UsageError(
             f"expected a context and users of at least 1 and a margin between 0 and 10, found {context}, {users} and "

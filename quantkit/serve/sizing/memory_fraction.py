@@ -15,7 +15,7 @@ from quantkit.serve.sizing.fit import Fit, Placement
 from quantkit.serve.sizing.gpus import GIB, Gpu
 
 Server = Literal["vllm", "sglang"]
-SERVERS: Mapping[Server, str] = {"vllm": "vLLM", "sglang": "SGLang"}
+GPU_ENGINES: Mapping[Server, str] = {"vllm": "vLLM", "sglang": "SGLang"}
 USUAL: Mapping[Server, tuple[float, float]] = {"vllm": (0.90, 0.96), "sglang": (0.85, 0.92)}
 """The share that is asked for where it is enough, and the most where it is not."""
 

@@ -11,27 +11,32 @@ from pathlib import Path
 from typing import Literal
 
 from quantkit import registry
-from quantkit.checkpoint.fp8_pairs import logical_specs, scale_suffix
-from quantkit.checkpoint.shards import INDEX, SINGLE, open_shards
+from quantkit.checkpoint.file_names import CONFIG, INDEX, SINGLE
+from quantkit.checkpoint.fp8_pairs import get_scale_suffix, select_logical_specs
+from quantkit.checkpoint.shards import open_shards
 from quantkit.contracts import Config, Scheme, TensorSpec
 from quantkit.errors import CheckpointError, RecipeError, UsageError
 from quantkit.io.files import read_json
-from quantkit.io.package_data import PREFIX, resolve_model
+from quantkit.io.package_data import BUILTIN_PREFIX, locate_model
 from quantkit.plan import published
-from quantkit.plan.match_checkpoint import expected, fp8_block
-from quantkit.plan.plan import SourceFacts, architecture_of, claimed_of, decided, written
+from quantkit.plan.match_checkpoint import list_expected_tensors, read_fp8_block_size
+from quantkit.plan.plan import (
+    SourceFacts,
+    apply_rules,
+    list_written_tensors,
+    load_architecture,
+    match_source,
+)
 from quantkit.recipe.schema import Recipe
 from quantkit.serve.sizing.model import Layer, Model, ReadFrom, Weights
 from quantkit.serve.sizing.weight_bytes import weigh
-
-CONFIG = "config.json"
 
 Width = Literal["bf16", "fp16", "fp8", "int8", "int4"]
 WIDTHS: Mapping[Width, int] = {"bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4}
 """Bits of a weight, for the rule of thumb that counts every parameter alike."""
 
 
-def model_of(target: str, width: Width | None = None) -> Model:
+def read_model(target: str, width: Width | None = None) -> Model:
     """The model in a folder (with or without weights), of a config.json, or of a hub id whose config is shipped.
 
     `width`: every parameter at that width instead, without scales. Raises UsageError for what is none of these,
@@ -47,16 +52,16 @@ def model_of(target: str, width: Width | None = None) -> Model:
         made = stored_model(path) if has_weights else config_model(path / CONFIG)
     elif path.is_file():
         made = config_model(path)
-    elif target.startswith(PREFIX):
-        made = replace(stored_model(resolve_model(target)), name=target)
-    elif found := published.published(target):
+    elif target.startswith(BUILTIN_PREFIX):
+        made = replace(stored_model(locate_model(target)), name=target)
+    elif found := published.find_published_config(target):
         made = planned_by_config(found[1], target)
     else:
         raise UsageError(
             f"{target}: expected an artifact, a recipe, a config.json or a hub id whose config ships with quantkit "
-            f"({', '.join(published.names()[:3])}, ...), found none of them; check the path, or fetch its config.json"
+            f"({', '.join(published.list_published_models()[:3])}, ...), found none of them; check the path, or fetch its config.json"
         )
-    return made if width is None else assuming(made, width)
+    return made if width is None else assume_width(made, width)
 
 
 def stored_model(folder: Path) -> Model:
@@ -66,7 +71,7 @@ def stored_model(folder: Path) -> Model:
     told, name = scheme_of(config, shards.specs), folder.resolve().name
     if not tabled(config):
         return unknown(config, name, "headers", told, shards.specs.values())
-    layout = architecture_of(config).layout(config)
+    layout = load_architecture(config).layout(config)
     entry = config.values.get("quantization_config")
     by_row = any(word in str(entry) for word in ("'group_size': -1", "'channel'"))
     return weigh(
@@ -103,8 +108,8 @@ def planned_by_config(config: Config, name: str) -> Model:
         )
     if not tabled(config):
         return unknown(config, name, "config", "BF16")
-    layout, side = architecture_of(config).layout(config), fp8_block(config)
-    tensors = [*expected(layout, config).values()]
+    layout, side = load_architecture(config).layout(config), read_fp8_block_size(config)
+    tensors = [*list_expected_tensors(layout, config).values()]
     tensors += [scale for spec in tensors if (scale := scales_of(spec, side))]
     told = scheme_of(config, {spec.name: spec for spec in tensors})
     return weigh(layout, tensors, config, name=name, read_from="config", scheme=told)
@@ -112,7 +117,7 @@ def planned_by_config(config: Config, name: str) -> Model:
 
 def tabled(config: Config) -> bool:
     """Whether the family has a table in architectures/."""
-    return config.text("model_type") in registry.names("architectures")
+    return config.text("model_type") in registry.list_names("architectures")
 
 
 def unknown(
@@ -138,19 +143,19 @@ def scales_of(spec: TensorSpec, side: int | None) -> TensorSpec | None:
     return TensorSpec(name=f"{spec.name}_scale_inv", dtype="F32", shape=shape)
 
 
-def recipe_models(recipe: Recipe) -> tuple[Model, ...]:
+def plan_recipe_models(recipe: Recipe) -> tuple[Model, ...]:
     """What a recipe will build, a model per format; without the network where the source's config is shipped.
 
     Raises RecipeError with the faults that a plan finds.
     """
     source = source_facts(recipe)
-    claimed, faults = claimed_of(source), list[str]()
+    claimed, faults = match_source(source), list[str]()
     found = []
     for format_name in recipe.format:
-        _, decisions, told = decided(recipe, source, claimed, format_name)
+        _, decisions, told = apply_rules(recipe, source, claimed, format_name)
         faults += told
         if not told:
-            tensors = written(source, claimed, format_name, decisions)
+            tensors = list_written_tensors(source, claimed, format_name, decisions)
             schemes = {decision.scheme for decision in decisions.values() if decision.scheme}
             found.append(
                 weigh(
@@ -187,10 +192,10 @@ def packed(method: str, bits: Iterable[object], groups: Iterable[object]) -> str
 def source_facts(recipe: Recipe) -> SourceFacts:
     """The source's headers where they are here, the shipped config of its family, else what the hub says."""
     model, revision = recipe.source.model, recipe.source.revision
-    folder = resolve_model(model) if model.startswith(PREFIX) else Path(model)
+    folder = locate_model(model) if model.startswith(BUILTIN_PREFIX) else Path(model)
     if folder.is_dir():
         config = Config(values=read_json(folder / CONFIG), where=str(folder / CONFIG))
-        specs = logical_specs(open_shards(folder).specs, scale_suffix(config))
+        specs = select_logical_specs(open_shards(folder).specs, get_scale_suffix(config))
         return SourceFacts(
             model=model,
             revision=revision,
@@ -199,7 +204,7 @@ def source_facts(recipe: Recipe) -> SourceFacts:
             fingerprint=None,
             where=str(folder),
         )
-    if known := published.published(model):
+    if known := published.find_published_config(model):
         return SourceFacts(
             model=model,
             revision=revision,
@@ -208,9 +213,11 @@ def source_facts(recipe: Recipe) -> SourceFacts:
             fingerprint=None,
             where=known[0],
         )
-    from quantkit.plan.sources import facts  # torch and the hub's client: seconds, and the network
+    from quantkit.plan.sources import (
+        resolve_source_facts,  # torch and the hub's client: seconds, and the network
+    )
 
-    return facts(recipe)
+    return resolve_source_facts(recipe)
 
 
 def scheme_of(config: Config, specs: Mapping[str, TensorSpec]) -> str:
@@ -221,7 +228,7 @@ def scheme_of(config: Config, specs: Mapping[str, TensorSpec]) -> str:
         return max(set(dtypes), key=dtypes.count) if dtypes else "no weights"
     method = str(entry.get("quant_method"))
     if method == "fp8":
-        return f"FP8 {side}x{side}" if (side := fp8_block(config)) else "FP8"
+        return f"FP8 {side}x{side}" if (side := read_fp8_block_size(config)) else "FP8"
     parts: list[object] = [entry]
     if isinstance(groups := entry.get("config_groups"), Mapping):  # compressed-tensors
         parts = [
@@ -241,7 +248,7 @@ def scheme_of(config: Config, specs: Mapping[str, TensorSpec]) -> str:
 # ---------------------------------------------------------------------------------------------------- rule of thumb
 
 
-def assuming(model: Model, width: Width) -> Model:
+def assume_width(model: Model, width: Width) -> Model:
     """The model if every parameter took `width`, without scales, norms and routers included: what people reckon."""
     if model.read_from != "config":
         where = "here" if model.read_from == "headers" else "planned"

@@ -57,7 +57,7 @@ class Bounds:
     prefill_without_link: Bound  # were the cards as one
 
 
-def bounds(fit: Fit) -> Bounds | None:
+def compute_bounds(fit: Fit) -> Bounds | None:
     """The bounds on the cards a model was placed on; None where it was placed on none."""
     if fit.placement is None:
         return None

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from quantkit.serve.sizing.batch import MaxBatchedTokens, advice
+from quantkit.serve.sizing.batch import MaxBatchedTokens, compute_max_batched_tokens
 from quantkit.serve.sizing.fit import Fit
 from quantkit.serve.sizing.memory import MemoryEstimate
-from quantkit.serve.sizing.memory_fraction import SERVERS
+from quantkit.serve.sizing.memory_fraction import GPU_ENGINES
 from quantkit.serve.sizing.model import Model
 from quantkit.serve.sizing.roofline import Bounds, active_bytes, active_parameters
 
 Json = dict[str, object]
 
 
-def model_values(model: Model) -> Json:
+def serialize_model(model: Model) -> Json:
     """The model: sizes in bytes, parameters, experts."""
     mixture = model.mixture
     return {
@@ -32,7 +32,7 @@ def model_values(model: Model) -> Json:
     }
 
 
-def needs_values(needs: MemoryEstimate) -> Json:
+def serialize_memory(needs: MemoryEstimate) -> Json:
     """Memory, part by part, in bytes."""
     return {
         "context": needs.context,
@@ -49,10 +49,14 @@ def needs_values(needs: MemoryEstimate) -> Json:
     }
 
 
-def fit_values(key: str, fit: Fit, made: Bounds | None) -> Json:
+def serialize_fit(key: str, fit: Fit, made: Bounds | None) -> Json:
     """A card: whether and how the model fits, and its bounds; bounds are computed, not measured."""
     placement = fit.placement
-    advised = {server: found for server in SERVERS if (found := advice(fit, server))}
+    advised = {
+        server: found
+        for server in GPU_ENGINES
+        if (found := compute_max_batched_tokens(fit, server))
+    }
     return {
         "card": key,
         "name": fit.card.name,

@@ -10,7 +10,7 @@ from quantkit.serve.sizing.batch import RESERVE, MaxBatchedTokens
 from quantkit.serve.sizing.fit import Fit, NoFit
 from quantkit.serve.sizing.gpus import GIB, Gpu, GpuCatalog
 from quantkit.serve.sizing.memory import MemoryEstimate, told_users
-from quantkit.serve.sizing.memory_fraction import SERVERS, Server, share_of
+from quantkit.serve.sizing.memory_fraction import GPU_ENGINES, Server, share_of
 from quantkit.serve.sizing.model import Model
 from quantkit.serve.sizing.roofline import (
     Bound,
@@ -38,22 +38,22 @@ BOUND = "Computed upper bounds from peak figures; nothing was measured."
 
 def gb(n_bytes: float) -> str:
     """Both readings: "673.15 GB (626.92 GiB)"."""
-    return f"{format_numbers.size(round(n_bytes))} ({n_bytes / GIB:,.2f} GiB)"
+    return f"{format_numbers.format_size(round(n_bytes))} ({n_bytes / GIB:,.2f} GiB)"
 
 
 def rate(bound: Bound) -> str:
     """Tokens per second to three digits: "1,234" or "12.3"."""
     value = bound.tokens_per_s
-    return f"{value:,.0f}" if value >= 100 else format_numbers.digits(value)
+    return f"{value:,.0f}" if value >= 100 else format_numbers.format_digits(value)
 
 
-def headline(model: Model) -> str:
+def format_headline(model: Model) -> str:
     """What the model is: "671.03 B parameters, 37.55 B at work per token; FP8 128x128"."""
-    active = format_numbers.parameters(active_parameters(model))
-    return f"{format_numbers.parameters(model.weights.parameters)} parameters, {active} at work per token; {model.scheme}"
+    active = format_numbers.format_parameters(active_parameters(model))
+    return f"{format_numbers.format_parameters(model.weights.parameters)} parameters, {active} at work per token; {model.scheme}"
 
 
-def memory(needs: MemoryEstimate) -> Table:
+def make_memory_table(needs: MemoryEstimate) -> Table:
     """Weights, cache and margin, with their arithmetic."""
     model = needs.model
     kinds = {layer.attention.kind for layer in model.layers}
@@ -86,13 +86,13 @@ def mtp_note(needs: MemoryEstimate) -> str:
     """Whether the block that predicts further tokens is counted."""
     if not needs.model.mtp.n_bytes:
         return ""
-    size = format_numbers.size(needs.model.mtp.n_bytes)
+    size = format_numbers.format_size(needs.model.mtp.n_bytes)
     if needs.speculative:
         return f"The MTP block ({size}) is counted: speculative decoding loads it."
     return f"The MTP block ({size}) is not counted: engines load it for speculative decoding alone (--mtp)."
 
 
-def cards_table(found: Sequence[tuple[Fit, Bounds | None]], dated: GpuCatalog) -> Table:
+def make_gpu_table(found: Sequence[tuple[Fit, Bounds | None]], dated: GpuCatalog) -> Table:
     """Each card: what it takes, what it leaves room for, how fast it can be at most."""
     rows = []
     for fit, made in found:
@@ -107,8 +107,8 @@ def cards_table(found: Sequence[tuple[Fit, Bounds | None]], dated: GpuCatalog) -
             str(placement.cards),
             str(placement.nodes),
             split,
-            format_numbers.count(fit.max_context),
-            format_numbers.count(fit.max_users),
+            format_numbers.format_count(fit.max_context),
+            format_numbers.format_count(fit.max_users),
             rate(made.one),
             rate(made.all),
             f"{rate(made.prefill)}{'*' if made.prefill.limit == 'interconnect' else ''}",
@@ -156,7 +156,7 @@ def cheapest(fits: Sequence[Fit]) -> str:
 # ------------------------------------------------------------------------------------------------------- of one card
 
 
-def card_facts(card: Gpu, dated: GpuCatalog) -> Table:
+def make_gpu_facts_table(card: Gpu, dated: GpuCatalog) -> Table:
     """A card's figures with source and date."""
     link = card.link
     one_way = f"{card.link.one_way / 1e9:g} GB/s each way" if link.gb_s else "none"
@@ -201,7 +201,7 @@ def source_told(dated: GpuCatalog, key: str) -> str:
     return f"{source.name}, {source.read}"
 
 
-def bounds_table(fit: Fit, made: Bounds) -> Table:
+def make_bounds_table(fit: Fit, made: Bounds) -> Table:
     """Each bound and what sets it."""
     needs = fit.needs
     rows = (
@@ -219,7 +219,7 @@ def bounds_table(fit: Fit, made: Bounds) -> Table:
     )
 
 
-def degrees(fit: Fit) -> Table:
+def make_parallelism_table(fit: Fit) -> Table:
     """Tensor-parallel degrees, and why some are refused."""
     rows = tuple(
         (str(degree.tp), "allowed" if degree.fault is None else "refused", degree.fault or "")
@@ -231,7 +231,7 @@ def degrees(fit: Fit) -> Table:
     return Table(title="Tensor parallelism", columns=(">ranks", "", "why"), rows=rows, note=note)
 
 
-def batches(fit: Fit) -> Table | None:
+def make_batch_table(fit: Fit) -> Table | None:
     """What batches of a mixture read: experts hit, bytes per step and per token; None for a dense model."""
     model = fit.needs.model
     if model.mixture is None:
@@ -243,40 +243,44 @@ def batches(fit: Fit) -> Table | None:
         rows.append((
             str(batch),
             f"{hit:.1f} of {model.mixture.count}",
-            format_numbers.size(round(read)),
-            format_numbers.size(round(read / batch)),
+            format_numbers.format_size(round(read)),
+            format_numbers.format_size(round(read / batch)),
         ))
     note = "Expected of a router that spreads tokens evenly: E (1 - (1 - k/E)^n); a skewed one hits fewer."
     columns = (">tokens in a step", ">experts hit per layer", ">weights read", ">per token")
     return Table(title="Batches", columns=columns, rows=tuple(rows), note=note)
 
 
-def advice_table(found: Mapping[Server, MaxBatchedTokens], fit: Fit) -> Table:
+def make_batched_tokens_table(found: Mapping[Server, MaxBatchedTokens], fit: Fit) -> Table:
     """How many tokens a step of each engine may hold, and what of a card that takes."""
     assert fit.placement is not None
     of = {server: share_of(fit, fit.placement, server).value for server in found}
     free = {"vllm": "{:.2f} x card - weights - cache", "sglang": "(1 - {:.2f}) x card"}
     told = "; ".join(
-        f"{SERVERS[server]} {free[server].format(share)}" for server, share in of.items()
+        f"{GPU_ENGINES[server]} {free[server].format(share)}" for server, share in of.items()
     )
     one = next(iter(found.values()))
     needs, sides = fit.needs, found.values()
     each = f"{one.per_token:,} B a token, {one.routed_per_token:,} B of it copies for experts"
     reserve = f"{100 * RESERVE:g} % of the first line on purpose, for fragmentation"
     rows = (
-        ("left to a step", told, *(format_numbers.size(max(0, side.free_bytes)) for side in sides)),
+        (
+            "left to a step",
+            told,
+            *(format_numbers.format_size(max(0, side.free_bytes)) for side in sides),
+        ),
         (
             "engine",
             "CUDA context, buffers, graphs: assumed",
-            *(f"-{format_numbers.size(s.runtime_bytes)}" for s in sides),
+            *(f"-{format_numbers.format_size(s.runtime_bytes)}" for s in sides),
         ),
         (
             "logits",
             f"{told_users(needs.users)} x {needs.model.vocabulary:,} x 4 B",
-            *(f"-{format_numbers.size(side.logits_bytes)}" for side in sides),
+            *(f"-{format_numbers.format_size(side.logits_bytes)}" for side in sides),
         ),
-        ("activations", each, *(f"-{format_numbers.size(side.used)}" for side in sides)),
-        ("left", reserve, *(format_numbers.size(max(0, side.left)) for side in sides)),
+        ("activations", each, *(f"-{format_numbers.format_size(side.used)}" for side in sides)),
+        ("left", reserve, *(format_numbers.format_size(max(0, side.left)) for side in sides)),
         ("safe tokens", "whichever experts they hit", *(f"{side.safe:,}" for side in sides)),
     )
     note = (
@@ -290,29 +294,29 @@ def advice_table(found: Mapping[Server, MaxBatchedTokens], fit: Fit) -> Table:
             f" With expert parallelism {even} tokens per rank if the router spreads them evenly, {worst} if one rank "
             "is sent all."
         )
-    columns = ("part", "how", *(f">{SERVERS[server]}" for server in found))
+    columns = ("part", "how", *(f">{GPU_ENGINES[server]}" for server in found))
     return Table(title="Tokens per step", columns=columns, rows=rows, note=note)
 
 
-def miss_told(found: NoFit) -> str:
+def format_shortfall(found: NoFit) -> str:
     """Why stages are taken, and what makes them needless: "TP8 alone misses 0.2 GB a card; it fits with --kv fp8"."""
     ways = [
         *(["--kv fp8"] if found.fp8 else []),
         *([f"--users {found.users}"] if found.users else []),
     ]
     why = " (MLA's cache lies whole on every rank)" if found.latent else ""
-    return f"TP{found.tp} alone misses {format_numbers.size(found.n_bytes)} a card{why}; it fits with {' or '.join(ways)}"
+    return f"TP{found.tp} alone misses {format_numbers.format_size(found.n_bytes)} a card{why}; it fits with {' or '.join(ways)}"
 
 
-def one_card_told(fit: Fit) -> str | None:
+def format_single_gpu(fit: Fit) -> str | None:
     """What one card would do where more are taken; None where it does not hold the weights."""
     if fit.one_card or not fit.one_card_context:
         return None
-    context, users = format_numbers.count(fit.one_card_context), told_users(fit.needs.users)
+    context, users = format_numbers.format_count(fit.one_card_context), told_users(fit.needs.users)
     return f"On one card: at most {context} tokens for {users} (--context {fit.one_card_context})."
 
 
-def interconnect(fit: Fit, made: Bounds) -> Iterator[str]:
+def iterate_link_notes(fit: Fit, made: Bounds) -> Iterator[str]:
     """Sentences on what the links between cards allow."""
     placement, card = fit.placement, fit.card
     if placement is None or placement.tp == 1:

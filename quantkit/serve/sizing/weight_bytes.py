@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from quantkit.checkpoint.fp8_pairs import FP8, announced
+from quantkit.checkpoint.fp8_pairs import FP8, read_block_entry
 from quantkit.contracts import Config, Experts, Layout, Linear, TensorSpec
 from quantkit.serve.sizing.attention import attentions
 from quantkit.serve.sizing.model import (
@@ -210,7 +210,7 @@ def _widen(found: _Found, linear: Linear, n_groups: int, by_row: bool) -> None:
 
 def fp8_side(config: Config) -> int:
     """Rows and columns of an FP8 block, where the config names one; else 1, which divides everything."""
-    size = announced(config)[1]
+    size = read_block_entry(config)[1]
     return (
         size[1]
         if isinstance(size, list) and len(size) == 2 and isinstance(size[1], int) and size[1] > 0

@@ -66,7 +66,7 @@ class Bench:
             corpora.load_tokenizer(self.model),
             corpora.load_set(str(self.sets.fidelity), self.place),
         )
-        return corpora.token_batches(corpus, tokenizer, None, texts.LENGTH, 0)
+        return corpora.sample_sequences(corpus, tokenizer, None, texts.LENGTH, 0)
 
 
 def prepare(model: Path, place: Path) -> Bench | None:
@@ -82,7 +82,7 @@ def prepare(model: Path, place: Path) -> Bench | None:
     tokenizer = corpora.load_tokenizer(model)
     sets = texts.write_sets(data, tokenizer, place)
     corpus = corpora.load_set(str(sets.calibration), place)
-    rows = corpora.token_batches(corpus, tokenizer, None, texts.LENGTH, 0)
+    rows = corpora.sample_sequences(corpus, tokenizer, None, texts.LENGTH, 0)
     tokens = place / "calibration-tokens.json"
     tokens.write_text(
         json.dumps([rows.sequence(index).tolist() for index in range(rows.n_sequences)])

@@ -46,8 +46,8 @@ class Judge:
             with torch.inference_mode():
                 p = self._model.lm_head(hidden)  # [length - 1, hidden] -> [length - 1, vocabulary]
                 q = model.lm_head(self._hidden_states(model, index))
-            parts.append(fidelity.compare(p, q, targets))
-        return fidelity.summary(fidelity.concatenate(parts))
+            parts.append(fidelity.compare_logits(p, q, targets))
+        return fidelity.summarize_tokens(fidelity.concatenate_tokens(parts))
 
     def _hidden_states(self, model: Any, index: int) -> Tensor:
         """[length - 1, hidden] behind the final norm."""

@@ -19,7 +19,7 @@ from peers.cost import measured
 from quantkit import pipeline
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress
-from quantkit.recipe.parse import parse
+from quantkit.recipe.parse import parse_recipe
 
 
 def ignore(_: Progress | Sequence[Plan]) -> None:
@@ -30,10 +30,10 @@ def main() -> None:
     """Build, measured."""
     file, changes, report = sys.argv[1:]
     text = Path(file).read_text(encoding="utf-8")
-    recipe = parse(text, file, json.loads(Path(changes).read_text(encoding="utf-8")))
+    recipe = parse_recipe(text, file, json.loads(Path(changes).read_text(encoding="utf-8")))
     with measured(Path(report)):
         pipeline.build_artifacts(
-            recipe, text, overwrite=True, evaluate=False, on_plan=ignore, on_progress=ignore
+            recipe, text, overwrite=True, evaluate=False, planned=ignore, tell=ignore
         )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from external.vllm_cpu import students
-from support.checkpoints import recipe_text
+from support.checkpoints import make_recipe_text
 
 FORMATS = {
     "awq": "{method: awq, bits: 4, group_size: 64}",
@@ -43,7 +43,7 @@ class Case:
         source: Path | str = "builtin:tiny-v3" if self.model == "tiny-v3" else place / self.model
         if self.model in students.STUDENTS:
             source = students.student(self.model, place)
-        return recipe_text(source, output, format=self.format, **self.keys)
+        return make_recipe_text(source, output, format=self.format, **self.keys)
 
 
 def cases(real: bool) -> list[Case]:

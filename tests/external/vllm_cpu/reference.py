@@ -33,7 +33,7 @@ def prompts(count: int) -> list[tuple[str, str]]:
     found = []
     for task in TASKS:
         lines = (
-            (package_data.folder("evals") / "data" / f"{task}.jsonl")
+            (package_data.locate_folder("evals") / "data" / f"{task}.jsonl")
             .read_text(encoding="utf-8")
             .splitlines()
         )

@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 
 import openai
-from tools.demo_serve import PROMPT, ask, check, say, served
+from tools.demo_serve import PROMPT, check, print_result, send_requests, serve_artifact
 
-from quantkit.serve.loadtest.engine import base, counters
+from quantkit.serve.loadtest.engine import get_base_url, read_cache_counters
 
 COMMAND = Path(__file__).parent / "command.py"
 UNMEASURED = ["--skip-evaluation", "--set", "fidelity=none", "--set", "gates={}"]
@@ -56,21 +56,24 @@ def main(vllm_python: str, artifact: str = "") -> None:
         template = Path(name) / "template.jinja"
         template.write_text(TEMPLATE, encoding="utf-8")
         options = [*OPTIONS, "--chat-template", str(template), "--", *ENGINE_FLAGS]
-        with served(artifact, *options) as engine, served(engine, "--gateway") as url:
+        with (
+            serve_artifact(artifact, *options) as engine,
+            serve_artifact(engine, "--gateway") as url,
+        ):
             client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=300)
-            ask(client)
+            send_requests(client)
             for _ in range(
                 2
             ):  # a prompt of more than one block of the cache, which has 128 tokens on a CPU
                 client.completions.create(
                     model=client.models.list().data[0].id, prompt=PROMPT * 8, max_tokens=1
                 )
-            found = counters(base(engine))
+            found = read_cache_counters(get_base_url(engine))
     check(
         found is not None and 0 < found.hits < found.asked,
         "the engine tells how its prefix cache fares",
     )
-    say("prefix cache", found)
+    print_result("prefix cache", found)
 
 
 if __name__ == "__main__":

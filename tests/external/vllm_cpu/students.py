@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from support.checkpoints import tiny_config
+from support.checkpoints import make_tiny_config
 from tokenizers import Tokenizer
-from tools.tiny_v3.packing import encode, pack
-from tools.tiny_v3.train import Batch, attention_mask, clean_items, weighted_loss
+from tools.tiny_v3.packing import encode_items, pack_rows
+from tools.tiny_v3.train import Batch, compute_loss, make_attention_mask, make_clean_items
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from quantkit.io.package_data import resolve_model
+from quantkit.io.package_data import locate_model
 
 WIDTHS = {
     "hidden_size": 256,  # vLLM's kernels for experts want multiples of 128
@@ -40,7 +40,7 @@ def student(model_type: str, place: Path) -> Path:
     folder = place / f"student-{model_type}"
     if folder.exists():
         return folder
-    config = tiny_config(model_type, **WIDTHS, **STUDENTS[model_type])
+    config = make_tiny_config(model_type, **WIDTHS, **STUDENTS[model_type])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(dict(config)))
     teach(model)
@@ -49,7 +49,7 @@ def student(model_type: str, place: Path) -> Path:
     model.to(torch.bfloat16).save_pretrained(beside)
     (beside / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(resolve_model("builtin:tiny-v3") / name, beside / name)
+        shutil.copy(locate_model("builtin:tiny-v3") / name, beside / name)
     beside.rename(folder)
     return folder
 
@@ -64,7 +64,7 @@ def teach(model: torch.nn.Module) -> float:
         logits = model(
             input_ids=batch.ids, position_ids=batch.positions, attention_mask=batch.mask
         ).logits
-        loss = weighted_loss(logits, batch)
+        loss = compute_loss(logits, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
@@ -74,8 +74,8 @@ def teach(model: torch.nn.Module) -> float:
 
 def batches() -> Iterator[Batch]:
     """Batches of tiny-v3's training texts, without its benchmarks' prompts."""
-    tokenizer = Tokenizer.from_file(str(resolve_model("builtin:tiny-v3") / "tokenizer.json"))
-    rows = pack(encode(clean_items(DOCUMENTS), tokenizer), ROW_TOKENS + 1)
+    tokenizer = Tokenizer.from_file(str(locate_model("builtin:tiny-v3") / "tokenizer.json"))
+    rows = pack_rows(encode_items(make_clean_items(DOCUMENTS), tokenizer), ROW_TOKENS + 1)
     for start in range(0, len(rows.ids) - ROWS + 1, ROWS):
         taken = slice(start, start + ROWS)
         ids, segments = rows.ids[taken].long(), rows.segments[taken]  # [rows, time + 1]
@@ -85,6 +85,6 @@ def batches() -> Iterator[Batch]:
             positions=rows.positions[taken][:, :-1].long(),
             targets=ids[:, 1:],
             weights=rows.weights[taken][:, 1:].float() * inside,
-            mask=attention_mask(segments[:, :-1], torch.float32),
+            mask=make_attention_mask(segments[:, :-1], torch.float32),
             n_tokens=int((segments[:, :-1] >= 0).sum()),
         )

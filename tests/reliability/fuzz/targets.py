@@ -192,11 +192,11 @@ def recipe(folder: Path) -> object:
 )
 def override(folder: Path) -> object:
     """--set KEY=VALUE, one a line; what is set is written into the text too."""
-    from quantkit.recipe.parse import parse, with_overrides
+    from quantkit.recipe.parse import apply_overrides, parse_recipe
 
     text = (folder / "overrides").read_bytes().decode("utf-8", errors="surrogateescape")
     pairs = dict(line.partition("=")[::2] for line in text.split("\n"))
-    return with_overrides(RECIPE, parse(RECIPE, "recipe.yaml", pairs))
+    return apply_overrides(RECIPE, parse_recipe(RECIPE, "recipe.yaml", pairs))
 
 
 @target(
@@ -227,7 +227,7 @@ def config(folder: Path) -> object:
     from quantkit.plan.plan import SourceFacts
 
     found = read_config(folder)
-    registry.architecture(
+    registry.get_architecture(
         found.text("model_type")
     )  # others are derived from transformers in seconds, not read
     facts = SourceFacts(
@@ -242,11 +242,13 @@ def config(folder: Path) -> object:
 @cache
 def small_recipe() -> Recipe:
     """A recipe that fits every family."""
-    from quantkit.recipe.parse import parse
+    from quantkit.recipe.parse import parse_recipe
 
     text = "{version: 1, source: {model: m}, fidelity: none, output: {path: out}, memory: 64GB, format: dense, "
     text += "calibration: {set: tiny-v3, sequences: 2, length: 8}, "
-    return parse(text + "quantize: {method: gptq, group_size: 32}, compute: {device: cpu}}", "r")
+    return parse_recipe(
+        text + "quantize: {method: gptq, group_size: 32}, compute: {device: cpu}}", "r"
+    )
 
 
 @cache
@@ -254,8 +256,11 @@ def configs() -> tuple[bytes, ...]:
     """The tiny config of every family with a table."""
     from quantkit import registry
 
-    names = registry.names("architectures")
-    return (as_bytes(LLAMA), *(as_bytes({**registry.architecture(name).tiny}) for name in names))
+    names = registry.list_names("architectures")
+    return (
+        as_bytes(LLAMA),
+        *(as_bytes({**registry.get_architecture(name).tiny}) for name in names),
+    )
 
 
 @target(
@@ -297,9 +302,9 @@ def checkpoint(folder: Path) -> object:
 @target("model card", "README.md", lambda: (CARD.encode(),), yaml_mutation)
 def model_card(folder: Path) -> object:
     """The front matter of a source's card."""
-    from quantkit.artifact.front_matter import front_matter
+    from quantkit.artifact.front_matter import read_front_matter
 
-    return front_matter(folder)
+    return read_front_matter(folder)
 
 
 @target(
@@ -364,10 +369,10 @@ def calibration_rows(folder: Path) -> object:
 )
 def evaluation_task(folder: Path) -> object:
     """A benchmark's file, and what is made of it for lm-eval."""
-    from quantkit.evaluate.tasks import load, rendered
+    from quantkit.evaluate.tasks import load_tasks, render_tasks
 
-    found = load([str(folder / "mine.yaml")], folder)
-    with rendered(found):
+    found = load_tasks([str(folder / "mine.yaml")], folder)
+    with render_tasks(found):
         return found
 
 
@@ -379,10 +384,10 @@ def evaluation_task(folder: Path) -> object:
 )
 def evaluation_rows(folder: Path) -> object:
     """The rows of a benchmark."""
-    from quantkit.texts.task_files import first_rows, rows_of
+    from quantkit.texts.task_files import read_first_rows, read_row_range
 
-    rows_of(folder / "mine.jsonl", 0, 2)
-    return first_rows(folder / "mine.jsonl", (0, 3), 2)
+    read_row_range(folder / "mine.jsonl", 0, 2)
+    return read_first_rows(folder / "mine.jsonl", (0, 3), 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- artifacts
@@ -449,9 +454,9 @@ def manifest(folder: Path) -> object:
     from quantkit.diff.sides import read_sides
 
     faults = attempt(lambda: read_sides(str(folder), str(folder)))
-    from quantkit.verify.shallow import verify
+    from quantkit.verify.shallow import verify_artifact
 
-    verify(folder)
+    verify_artifact(folder)
     return faults
 
 
@@ -464,15 +469,15 @@ def manifest(folder: Path) -> object:
 )
 def plan_json(folder: Path) -> object:
     """plan.json under a manifest that agrees, as diff and gate read it."""
-    from quantkit.artifact.read_report import read_sealed
+    from quantkit.artifact.read_report import read_sealed_report
     from quantkit.cli.options import read_gates
-    from quantkit.diff.compare import compare
+    from quantkit.diff.compare import compare_sides
     from quantkit.diff.sides import read_sides
 
     reseal(folder)
-    report, _ = read_sealed(folder)
+    report, _ = read_sealed_report(folder)
     attempt(lambda: read_gates(None, folder, report))
-    return compare(*read_sides(str(folder), str(folder)), partial=True)
+    return compare_sides(*read_sides(str(folder), str(folder)), partial=True)
 
 
 @target(
@@ -488,7 +493,7 @@ def fidelity_json(folder: Path) -> object:
     from quantkit.recipe.parse import parse_gates
     from quantkit.report import gates as judge
 
-    found = judge.judged(
+    found = judge.apply_gates(
         parse_gates("gates: {kl_mean: {max: 1}, size: {max: 1}}", "g", []), read_report(folder)
     )
     shown(found)
@@ -507,11 +512,11 @@ def shown(report: object) -> None:
 
     from rich.console import Console
 
-    from quantkit.cli.console import Harmless
-    from quantkit.report.terminal import fidelity_view
+    from quantkit.cli.console import EscapedRenderable
+    from quantkit.report.terminal import render_report
 
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    Console(file=out, width=100).print(Harmless(fidelity_view(report)))  # type: ignore[arg-type]
+    Console(file=out, width=100).print(EscapedRenderable(render_report(report)))  # type: ignore[arg-type]
     out.flush()
     raw: bytes = out.buffer.getvalue()  # type: ignore[attr-defined]
     assert not any(character < 32 and character != 10 for character in raw), (
@@ -546,12 +551,12 @@ def journal(folder: Path) -> object:
 @target("answers", "answers.sqlite", lambda: answers_files(), bytes_mutation)
 def answers(folder: Path) -> object:
     """The answers of an interrupted evaluation."""
-    from quantkit.evaluate.answer_store import AnswerKey, opened
+    from quantkit.evaluate.answer_store import AnswerKey, open_answer_store
 
     for left in folder.glob("answers.sqlite-*"):
         left.unlink()
     question = AnswerKey("task", "doc", "prompt", "settings", "model", 0)
-    with opened(folder / "answers.sqlite") as found:
+    with open_answer_store(folder / "answers.sqlite") as found:
         told = found.get(question), len(found)
         found.put([(question, ["x"])])
         return told
@@ -562,11 +567,11 @@ def answers_files() -> tuple[bytes, ...]:
     """A file of answers as quantkit writes it."""
     import tempfile
 
-    from quantkit.evaluate.answer_store import AnswerKey, opened
+    from quantkit.evaluate.answer_store import AnswerKey, open_answer_store
 
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "answers.sqlite"
-        with opened(path) as found:
+        with open_answer_store(path) as found:
             found.put([
                 (AnswerKey("task", "doc", "prompt", "settings", "model", turn), ["yes", 1])
                 for turn in range(3)
@@ -612,20 +617,20 @@ def lock(folder: Path) -> object:
     import fcntl
     import os
 
-    from quantkit.io.lock import held
+    from quantkit.io.lock import hold_lock
 
     holder = os.open(folder / "x.lock", os.O_RDWR)
     try:
         fcntl.flock(holder, fcntl.LOCK_EX)
 
         def again() -> None:
-            with held(folder / "x.lock"):
+            with hold_lock(folder / "x.lock"):
                 raise AssertionError("two hold the lock")
 
         attempt(again)
     finally:
         os.close(holder)
-    with held(folder / "x.lock"):
+    with hold_lock(folder / "x.lock"):
         return None
 
 
@@ -644,9 +649,9 @@ def attempt(action: Callable[[], object]) -> str | None:
 
 def check_message(message: str) -> None:
     """A sentence, or a few of them line by line, as the command line shows them."""
-    from quantkit.cli.console import sentence
+    from quantkit.cli.console import format_message
 
-    message = sentence(message)
+    message = format_message(message)
     assert message.strip(), "an error without words"
     message.encode()
     lines = message.split("\n")

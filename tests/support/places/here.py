@@ -186,7 +186,7 @@ def of_real_registry(folder: Path, stack: ExitStack) -> Place:
         time.sleep(0.05)
 
     def path(name: str) -> Path:
-        from quantkit.publish.oci_client import Registry as Client
+        from quantkit.publish.oci_client import OciClient as Client
 
         client = Client(f"127.0.0.1:{port}", "team/tiny", "registry", 1, RetryPolicy())
         image: Any = client.manifest("v1")

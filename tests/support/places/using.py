@@ -15,14 +15,14 @@ from click.testing import CliRunner, Result
 from quantkit.artifact.layout import MANIFEST
 from quantkit.cli.main import main
 from quantkit.io.retry import RetryPolicy
-from quantkit.publish.publish import publish
-from quantkit.publish.pull import pull
-from quantkit.publish.remote import Options
+from quantkit.publish.publish import publish_artifact
+from quantkit.publish.pull import pull_artifact
+from quantkit.publish.remote import RemoteOptions
 from quantkit.publish.transfer import Transfer
-from quantkit.verify.shallow import verify
+from quantkit.verify.shallow import verify_artifact
 
 PATIENCE = RetryPolicy(first_wait=0.01, tries=4)
-WRITING = Options(writing=True, patience=PATIENCE)
+WRITING = RemoteOptions(writing=True, patience=PATIENCE)
 LAST = "model-00003-of-00003.safetensors"
 
 Record = Callable[[str, object], None]
@@ -54,8 +54,8 @@ def sent(
     dry_run: bool = False,
 ) -> Transfer:
     """Published, though its benchmarks were left out."""
-    options = Options(writing=True, jobs=jobs, patience=patience)
-    return publish(
+    options = RemoteOptions(writing=True, jobs=jobs, patience=patience)
+    return publish_artifact(
         artifact, address, options, lambda _: None, force=True, overwrite=overwrite, dry_run=dry_run
     )
 
@@ -70,8 +70,10 @@ def fetched(
     dry_run: bool = False,
 ) -> Transfer:
     """Pulled."""
-    options = Options(jobs=jobs, patience=patience)
-    return pull(address, folder, options, lambda _: None, overwrite=overwrite, dry_run=dry_run)
+    options = RemoteOptions(jobs=jobs, patience=patience)
+    return pull_artifact(
+        address, folder, options, lambda _: None, overwrite=overwrite, dry_run=dry_run
+    )
 
 
 def run(*words: object) -> Result:
@@ -104,5 +106,5 @@ def other(artifact: Path) -> Path:
             "bytes": len(content),
         }
     (path / MANIFEST).write_text(json.dumps(manifest))
-    verify(path)
+    verify_artifact(path)
     return path

@@ -1,4 +1,4 @@
-"""`python -m tools.calibration_sets --out calibration`: write the sets that are files, and their specs."""
+"""Command line: write the sets that are files, and their specs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from tools.calibration_sets import general, specs, tiny_v3
 Row = tuple[str, str]
 
 SETS: dict[str, tuple[specs.SetText, Callable[[], list[Row]]]] = {
-    "tiny-v3": (specs.TINY, tiny_v3.calibration_rows),
-    "tiny-v3-heldout": (specs.TINY_HELD_OUT, tiny_v3.held_out_rows),
-    "general-math-code": (specs.GENERAL, lambda: general.general_rows(general.CALIBRATION)),
-    "general-heldout": (specs.GENERAL_HELD_OUT, lambda: general.general_rows(general.HELD_OUT)),
+    "tiny-v3": (specs.TINY, tiny_v3.make_calibration_rows),
+    "tiny-v3-heldout": (specs.TINY_HELD_OUT, tiny_v3.make_held_out_rows),
+    "general-math-code": (specs.GENERAL, lambda: general.make_general_rows(general.CALIBRATION)),
+    "general-heldout": (
+        specs.GENERAL_HELD_OUT,
+        lambda: general.make_general_rows(general.HELD_OUT),
+    ),
 }
 
 
 def to_jsonl(rows: Sequence[Row]) -> bytes:
-    """One JSON object a line, UTF-8."""
+    """Return one JSON object per line, UTF-8."""
     lines = [
         json.dumps({"domain": domain, "text": text}, ensure_ascii=False) + "\n"
         for domain, text in rows
@@ -30,11 +33,11 @@ def to_jsonl(rows: Sequence[Row]) -> bytes:
 
 
 def make_set(name: str) -> tuple[bytes, str]:
-    """The data file of a set and its spec."""
-    text, rows_of = SETS[name]
-    rows = rows_of()
+    """Return the data file of a set and its spec."""
+    text, make_rows = SETS[name]
+    rows = make_rows()
     data = to_jsonl(rows)
-    return data, specs.spec_yaml(
+    return data, specs.format_spec(
         text, hashlib.sha256(data).hexdigest(), {domain for domain, _ in rows}
     )
 
@@ -44,13 +47,13 @@ def make_set(name: str) -> tuple[bytes, str]:
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
     required=True,
-    help="Folder to write into.",
+    help="Output folder.",
 )
 @click.option("--only", type=click.Choice(list(SETS)), multiple=True, help="Make these sets only.")
 def main(out: Path, only: tuple[str, ...]) -> None:
     """Write the calibration and fidelity sets that quantkit ships.
 
-    Example: python -m tools.calibration_sets --out calibration
+    Example: PYTHONPATH=tests python -m tools.calibration_sets --out calibration
     """
     out.mkdir(parents=True, exist_ok=True)
     for name in only or SETS:

@@ -1,19 +1,27 @@
-"""The two sets for real models: documentation, sources and generated mathematics; disjoint in files and in seeds."""
+"""The two sets for real models: documentation, sources and generated mathematics.
+
+They are disjoint in files and in seeds.
+"""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
 
-from tools.calibration_sets.exercises import problem_text
-from tools.calibration_sets.python_text import Share, documentation, sources, up_to
+from tools.calibration_sets.exercises import make_problem_text
+from tools.calibration_sets.python_text import (
+    Share,
+    collect_documentation,
+    iterate_sources,
+    take_budget,
+)
 
 Row = tuple[str, str]  # domain, text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GeneralSet:
-    """What one set is made of; budgets in characters."""
+    """The composition of one set; budgets in characters."""
 
     code: Share
     prose: Share
@@ -41,27 +49,27 @@ HELD_OUT = GeneralSet(
 )
 
 
-def general_rows(which: GeneralSet) -> list[Row]:
-    """Rows of a set: prose, math, code. The math does not depend on the Python version, the rest does."""
-    prose = up_to(documentation()[which.prose], which.prose_budget)
-    code = up_to(sources(which.code), which.code_budget)
+def make_general_rows(spec: GeneralSet) -> list[Row]:
+    """Return the rows of a set: prose, math, code; all but math depend on the Python version."""
+    prose = take_budget(collect_documentation()[spec.prose], spec.prose_budget)
+    code = take_budget(iterate_sources(spec.code), spec.code_budget)
     return [
         *(("prose", text) for text in prose),
-        *(("math", text) for text in math_texts(which)),
+        *(("math", text) for text in make_math_texts(spec)),
         *(("code", text) for text in code),
     ]
 
 
-def math_texts(which: GeneralSet) -> list[str]:
-    """Problems with their solutions, all different; held-out ones appear in no calibration set."""
-    rng = random.Random(which.math_seed)
-    seen = set() if which is CALIBRATION else set(math_texts(CALIBRATION))
+def make_math_texts(spec: GeneralSet) -> list[str]:
+    """Return distinct problems with solutions; held-out ones are in no calibration set."""
+    rng = random.Random(spec.math_seed)
+    seen = set() if spec is CALIBRATION else set(make_math_texts(CALIBRATION))
     texts: list[str] = []
-    held = 0
-    while held < which.math_budget:
-        text = problem_text(rng)
+    size = 0
+    while size < spec.math_budget:
+        text = make_problem_text(rng)
         if text not in seen:
             seen.add(text)
             texts.append(text)
-            held += len(text)
+            size += len(text)
     return texts

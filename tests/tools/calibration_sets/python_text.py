@@ -1,7 +1,8 @@
-"""Sources and documentation of the running Python's standard library, as text with a known licence.
+"""Sources and documentation of the running Python's standard library, text with a known license.
 
-Files that carry a copyright or licence notice of their own are left out, so that everything taken here is covered by
-the Python Software Foundation's licence (PSF-2.0). What is taken is a pure function of the standard library's version.
+Files with their own copyright or license notice are excluded, so that the Python Software
+Foundation's license (PSF-2.0) covers everything. The selection is a pure function of the version of
+the standard library.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import Literal
 
 Share = Literal["code", "prose", "held_out_code", "held_out_prose"]
 
-LEFT_OUT = {
-    "test", "tests", "idle_test", "site-packages", "lib2to3", "encodings", "pydoc_data", "turtledemo", "ensurepip",
-    "__pycache__", "distutils", "xmlrpc", "msilib",
+EXCLUDED = {
+    "test", "tests", "idle_test", "site-packages", "lib2to3", "encodings", "pydoc_data",
+    "turtledemo", "ensurepip", "__pycache__", "distutils", "xmlrpc", "msilib",
 }  # fmt: skip
 NOTICE = re.compile(
     r"copyright|licen[cs]e|permission (to|is)|redistribution|all rights reserved", re.IGNORECASE
@@ -29,13 +30,13 @@ SMALLEST_SOURCE, LARGEST_SOURCE = 1_500, 60_000  # bytes
 SHORTEST_TOPIC, SHORTEST_DOCSTRING, SHORTEST_PARAGRAPH = 500, 240, 60  # characters
 
 
-def standard_library() -> Path:
-    """The folder of the running Python's standard library."""
+def find_standard_library() -> Path:
+    """Return the folder of the running Python's standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
 
-def share_of(name: str) -> Share:
-    """Which part of which set a file or topic belongs to; a function of its name alone, so that no two overlap."""
+def assign_share(name: str) -> Share:
+    """Return the share of a file or topic, a function of its name alone, so that none overlap."""
     number = zlib.crc32(name.encode()) % 16
     if number == 0:
         return "held_out_code"
@@ -44,64 +45,67 @@ def share_of(name: str) -> Share:
     return "prose" if number < 11 else "code"
 
 
-def source_files(share: Share) -> list[Path]:
-    """The usable source files of a share, in an order that mixes the library."""
-    root = standard_library()
-    found: list[tuple[int, str, Path]] = []
+def list_source_files(share: Share) -> list[Path]:
+    """Return the usable source files of a share, in an order that mixes the library."""
+    root = find_standard_library()
+    files: list[tuple[int, str, Path]] = []
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
         name = relative.as_posix()
-        foreign = LEFT_OUT.intersection(relative.parts) or name.startswith((
+        is_foreign = EXCLUDED.intersection(relative.parts) or name.startswith((
             "_sysconfigdata",
             "config-",
         ))
         if (
-            not foreign
-            and share_of(name) == share
+            not is_foreign
+            and assign_share(name) == share
             and SMALLEST_SOURCE <= path.stat().st_size <= LARGEST_SOURCE
         ):
-            found.append((zlib.crc32(name.encode()), name, path))
-    return [path for _, _, path in sorted(found)]
+            files.append((zlib.crc32(name.encode()), name, path))
+    return [path for _, _, path in sorted(files)]
 
 
-def sources(share: Share) -> Iterator[str]:
-    """Source text of a share's files, those with a notice left out."""
-    for path in source_files(share):
+def iterate_sources(share: Share) -> Iterator[str]:
+    """Yield the source text of a share's files, except those with a notice."""
+    for path in list_source_files(share):
         text = path.read_text(encoding="utf-8")
         if not NOTICE.search(text):
             yield text
 
 
-def documentation() -> dict[Share, list[str]]:
-    """Topics of the language reference, then long docstrings, by share; no paragraph appears twice in all of it."""
+def collect_documentation() -> dict[Share, list[str]]:
+    """Return topics of the language reference, then long docstrings, by share.
+
+    No paragraph occurs twice in all of it.
+    """
     paragraphs: set[str] = set()
     texts: dict[Share, list[str]] = {"prose": [], "held_out_prose": []}
     for name, topic in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
         share: Share = "held_out_prose" if zlib.crc32(name.encode()) % 8 == 5 else "prose"
-        fresh = _unseen(topic, paragraphs)
-        if len(fresh) >= SHORTEST_TOPIC:
-            texts[share].append(fresh)
-    for share, found in texts.items():
-        for source in sources(share):
-            fresh_docstrings = (_unseen(docstring, paragraphs) for docstring in _docstrings(source))
-            found.extend(fresh for fresh in fresh_docstrings if len(fresh) >= SHORTEST_DOCSTRING)
+        text = _drop_seen(topic, paragraphs)
+        if len(text) >= SHORTEST_TOPIC:
+            texts[share].append(text)
+    for share, collected in texts.items():
+        for source in iterate_sources(share):
+            docstrings = (_drop_seen(text, paragraphs) for text in _iterate_docstrings(source))
+            collected.extend(text for text in docstrings if len(text) >= SHORTEST_DOCSTRING)
     return texts
 
 
-def _unseen(text: str, paragraphs: set[str]) -> str:
-    """The paragraphs of a text that were not seen before; long ones are remembered."""
-    kept: list[str] = []
+def _drop_seen(text: str, paragraphs: set[str]) -> str:
+    """Return the paragraphs of a text that are not in `paragraphs`; add the long ones to it."""
+    new: list[str] = []
     for paragraph in text.strip().split("\n\n"):
-        mark = " ".join(paragraph.split())
-        if mark in paragraphs:
+        key = " ".join(paragraph.split())
+        if key in paragraphs:
             continue
-        if len(mark) >= SHORTEST_PARAGRAPH:
-            paragraphs.add(mark)
-        kept.append(paragraph.rstrip())
-    return "\n\n".join(kept).strip()
+        if len(key) >= SHORTEST_PARAGRAPH:
+            paragraphs.add(key)
+        new.append(paragraph.rstrip())
+    return "\n\n".join(new).strip()
 
 
-def _docstrings(source: str) -> Iterator[str]:
+def _iterate_docstrings(source: str) -> Iterator[str]:
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, documented):
@@ -110,13 +114,13 @@ def _docstrings(source: str) -> Iterator[str]:
                 yield inspect.cleandoc(docstring)
 
 
-def up_to(texts: Iterable[str], budget: int) -> list[str]:
-    """Texts until they hold `budget` characters; the last one may pass it."""
+def take_budget(texts: Iterable[str], budget: int) -> list[str]:
+    """Return texts up to `budget` characters; the last one may exceed it."""
     taken: list[str] = []
-    held = 0
+    size = 0
     for text in texts:
-        if held >= budget:
+        if size >= budget:
             break
         taken.append(text)
-        held += len(text)
+        size += len(text)
     return taken

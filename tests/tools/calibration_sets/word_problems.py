@@ -1,7 +1,7 @@
-"""Seeded word problems of two to five steps, each with a worked solution: shopping, travel, work, mixtures, units.
+"""Seeded word problems of two to five steps with worked solutions: shopping, travel, work, units.
 
-Every function takes a `random.Random` and returns (question, solution); the numbers are drawn so that the answers are
-whole, or have at most two decimals.
+Every function takes a `random.Random` and returns (question, solution). The answers are whole or
+have at most two decimals.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from fractions import Fraction
 Problem = tuple[str, str]
 
 NAMES = (
-    "Amara", "Bjorn", "Chen", "Dalia", "Elena", "Farid", "Grace", "Hiro", "Ines", "Jamal", "Kavya", "Liam",
-    "Marta", "Nadia", "Omar", "Priya", "Quinn", "Rafael", "Sofia", "Tariq", "Uma", "Viktor", "Wen", "Yusuf",
+    "Amara", "Bjorn", "Chen", "Dalia", "Elena", "Farid", "Grace", "Hiro", "Ines", "Jamal",
+    "Kavya", "Liam", "Marta", "Nadia", "Omar", "Priya", "Quinn", "Rafael", "Sofia", "Tariq",
+    "Uma", "Viktor", "Wen", "Yusuf",
 )  # fmt: skip
 GOODS = (
-    "notebooks", "lamps", "shirts", "mugs", "plants", "tickets", "bottles of juice", "loaves of bread", "paintbrushes",
-    "calculators", "cushions", "torches",
+    "notebooks", "lamps", "shirts", "mugs", "plants", "tickets", "bottles of juice",
+    "loaves of bread", "paintbrushes", "calculators", "cushions", "torches",
 )  # fmt: skip
 CROPS = ("tomatoes", "potatoes", "apples", "carrots", "strawberries", "onions", "grapes", "pears")
 CITIES = (
@@ -35,13 +36,13 @@ CITIES = (
 )
 
 
-def money(amount: int | Fraction) -> str:
-    """Dollars, with cents only where there are any."""
+def format_money(amount: int | Fraction) -> str:
+    """Format dollars, with cents only if there are any."""
     return f"${amount}" if Fraction(amount).denominator == 1 else f"${float(amount):.2f}"
 
 
-def shopping(rng: random.Random) -> Problem:
-    """Two kinds of goods, a discount in percent, change from a note."""
+def make_shopping(rng: random.Random) -> Problem:
+    """Make a problem: two kinds of goods, a discount in percent, change from a note."""
     name = rng.choice(NAMES)
     many, others = rng.sample(GOODS, 2)
     count, price = rng.randint(2, 9), rng.randint(3, 24)
@@ -52,20 +53,25 @@ def shopping(rng: random.Random) -> Problem:
     due = total - off
     paid = (int(due) // 50 + 1) * 50
     question = (
-        f"{name} buys {count} {many} at {money(price)} each and {second} {others} at {money(cost)} each. The shop "
-        f"takes {percent}% off the total. {name} pays with {money(paid)}. How much change should {name} receive?"
+        f"{name} buys {count} {many} at {format_money(price)} each and {second} {others} at "
+        f"{format_money(cost)} each. The shop "
+        f"takes {percent}% off the total. {name} pays with {format_money(paid)}. How much change "
+        f"should {name} receive?"
     )
     solution = (
-        f"The {many} cost {count} × {money(price)} = {money(count * price)}. The {others} cost {second} × "
-        f"{money(cost)} = {money(second * cost)}. Together that is {money(total)}. "
-        f"A discount of {percent}% is {money(off)}, so the price is {money(total)} - {money(off)} = {money(due)}. "
-        f"The change is {money(paid)} - {money(due)} = {money(paid - due)}."
+        f"The {many} cost {count} × {format_money(price)} = {format_money(count * price)}. The "
+        f"{others} cost {second} × "
+        f"{format_money(cost)} = {format_money(second * cost)}. Together that is "
+        f"{format_money(total)}. "
+        f"A discount of {percent}% is {format_money(off)}, so the price is {format_money(total)} - "
+        f"{format_money(off)} = {format_money(due)}. "
+        f"The change is {format_money(paid)} - {format_money(due)} = {format_money(paid - due)}."
     )
     return question, solution
 
 
-def travel(rng: random.Random) -> Problem:
-    """Two legs at different speeds and a rest; arrival time by the clock."""
+def make_travel(rng: random.Random) -> Problem:
+    """Make a problem: two legs at different speeds and a rest; arrival time by the clock."""
     start, end = rng.sample(CITIES, 2)
     hours, speed = rng.randint(1, 3), rng.choice((48, 54, 60, 72, 84, 90))
     minutes, slower = rng.choice((20, 30, 40, 50)), rng.choice((30, 36, 42, 48))
@@ -74,45 +80,52 @@ def travel(rng: random.Random) -> Problem:
     total = hours * 60 + minutes + rest
     clock = f"{(leave * 60 + total) // 60}:{(leave * 60 + total) % 60:02d}"
     question = (
-        f"A bus leaves {start} for {end} at {leave}:00. It drives for {hours} hours at {speed} km/h, stops for {rest} "
-        f"minutes, and then drives for {minutes} minutes at {slower} km/h. How far does it travel, and when does it "
+        f"A bus leaves {start} for {end} at {leave}:00. It drives for {hours} hours at {speed} "
+        f"km/h, stops for {rest} "
+        f"minutes, and then drives for {minutes} minutes at {slower} km/h. How far does it travel, "
+        "and when does it "
         f"arrive?"
     )
     solution = (
         f"In the first part it covers {hours} × {speed} = {first} km. In the second part it covers "
-        f"{slower} × {minutes}/60 = {second} km. The distance is {first} + {second} = {first + second} km. The trip "
-        f"takes {hours * 60} + {rest} + {minutes} = {total} minutes, that is {total // 60} h {total % 60} min, so the "
+        f"{slower} × {minutes}/60 = {second} km. The distance is {first} + {second} = "
+        f"{first + second} km. The trip "
+        f"takes {hours * 60} + {rest} + {minutes} = {total} minutes, that is {total // 60} h "
+        f"{total % 60} min, so the "
         f"bus arrives at {clock}."
     )
     return question, solution
 
 
-def decimal(value: int | Fraction) -> str:
-    """A number with at most two decimals, none of them a trailing zero."""
+def format_decimal(value: int | Fraction) -> str:
+    """Format a number with at most two decimals and no trailing zero."""
     return str(value) if Fraction(value).denominator == 1 else f"{float(value):.2f}".rstrip("0")
 
 
-def workers(rng: random.Random) -> Problem:
-    """Work in worker-days; some of the workers leave."""
+def make_workers(rng: random.Random) -> Problem:
+    """Make a problem: work in worker-days; some of the workers leave."""
     people, days = rng.choice(((6, 10), (8, 9), (12, 10), (10, 12), (9, 8), (15, 8)))
     worked = rng.randint(2, days // 2)
     work = people * days
     left = work - people * worked
     remaining = rng.choice([count for count in range(2, people) if left % count == 0])
     question = (
-        f"{people} workers can finish a wall in {days} days, all at the same pace. After {worked} days "
+        f"{people} workers can finish a wall in {days} days, all at the same pace. After {worked} "
+        "days "
         f"{people - remaining} of them are called away. How many more days do the others need?"
     )
     solution = (
-        f"The whole wall takes {people} × {days} = {work} worker-days. In {worked} days {people * worked} of them are "
-        f"done, so {work} - {people * worked} = {left} worker-days remain. There are {remaining} workers left, and "
+        f"The whole wall takes {people} × {days} = {work} worker-days. In {worked} days "
+        f"{people * worked} of them are "
+        f"done, so {work} - {people * worked} = {left} worker-days remain. There are {remaining} "
+        "workers left, and "
         f"{left} / {remaining} = {left // remaining}. They need {left // remaining} more days."
     )
     return question, solution
 
 
-def harvest(rng: random.Random) -> Problem:
-    """Fractions of a harvest, the rest packed in boxes."""
+def make_harvest(rng: random.Random) -> Problem:
+    """Make a problem: fractions of a harvest, the rest packed in boxes."""
     name, crop = rng.choice(NAMES), rng.choice(CROPS)
     below, next_below = rng.choice((3, 4, 5, 6)), rng.choice((2, 3, 4))
     size = rng.choice((5, 8, 10, 12))
@@ -122,75 +135,91 @@ def harvest(rng: random.Random) -> Problem:
     rest = kept - sold
     full, loose = divmod(rest, size)
     question = (
-        f"{name} harvests {left} kg of {crop}. One part in {below} is lost to frost. Of what remains, 1/{next_below} "
-        f"is sold at the market, and the rest is packed into boxes of {size} kg. How many full boxes are there, and "
+        f"{name} harvests {left} kg of {crop}. One part in {below} is lost to frost. Of what "
+        f"remains, 1/{next_below} "
+        f"is sold at the market, and the rest is packed into boxes of {size} kg. How many full "
+        "boxes are there, and "
         f"how many kilograms are left over?"
     )
     solution = (
-        f"The frost takes {left} / {below} = {left // below} kg, which leaves {kept} kg. The market takes "
-        f"{kept} / {next_below} = {sold} kg, which leaves {kept} - {sold} = {rest} kg. Dividing by {size}, "
+        f"The frost takes {left} / {below} = {left // below} kg, which leaves {kept} kg. The "
+        "market takes "
+        f"{kept} / {next_below} = {sold} kg, which leaves {kept} - {sold} = {rest} kg. Dividing by "
+        f"{size}, "
         f"{rest} = {full} × {size} + {loose}. There are {full} full boxes and {loose} kg left over."
     )
     return question, solution
 
 
-def interest(rng: random.Random) -> Problem:
-    """Compound interest over two years."""
+def make_interest(rng: random.Random) -> Problem:
+    """Make a problem: compound interest over two years."""
     name = rng.choice(NAMES)
     principal, percent = 400 * rng.randint(2, 25), rng.choice((2, 5, 10, 15, 20))
     first = Fraction(principal * percent, 100)
     second = (principal + first) * percent / 100
     total = principal + first + second
     question = (
-        f"{name} puts {money(principal)} into an account that pays {percent}% interest at the end of each year. "
-        f"Nothing is withdrawn. How much is in the account after two years, and how much of it is interest?"
+        f"{name} puts {format_money(principal)} into an account that pays {percent}% interest at "
+        "the end of each year. "
+        "Nothing is withdrawn. How much is in the account after two years, and how much of it is "
+        "interest?"
     )
     solution = (
-        f"After one year the interest is {percent}% of {money(principal)}, which is {money(first)}, so the balance is "
-        f"{money(principal + first)}. After the second year the interest is {percent}% of {money(principal + first)}, "
-        f"which is {money(second)}. The balance is {money(total)}, and {money(total)} - {money(principal)} = "
-        f"{money(first + second)} of it is interest."
+        f"After one year the interest is {percent}% of {format_money(principal)}, which is "
+        f"{format_money(first)}, so the balance is "
+        f"{format_money(principal + first)}. After the second year the interest is {percent}% of "
+        f"{format_money(principal + first)}, "
+        f"which is {format_money(second)}. The balance is {format_money(total)}, and "
+        f"{format_money(total)} - {format_money(principal)} = "
+        f"{format_money(first + second)} of it is interest."
     )
     return question, solution
 
 
-def mixture(rng: random.Random) -> Problem:
-    """Two solutions are mixed; the strength of the result."""
+def make_mixture(rng: random.Random) -> Problem:
+    """Make a problem: two solutions are mixed; the strength of the result."""
     low, high = rng.choice((10, 15, 20)), rng.choice((30, 40, 50, 60))
     first, second = 100 * rng.randint(1, 6), 100 * rng.randint(1, 6)
     salt, more = low * first // 100, high * second // 100
     strength = Fraction(100 * (salt + more), first + second)
     question = (
-        f"A chemist mixes {first} ml of a {low}% salt solution with {second} ml of a {high}% salt solution. What is "
+        f"A chemist mixes {first} ml of a {low}% salt solution with {second} ml of a {high}% salt "
+        "solution. What is "
         f"the concentration of the mixture, to two decimals at most?"
     )
     solution = (
-        f"The first contains {low}% of {first} = {salt} ml of salt and the second {high}% of {second} = {more} ml. "
-        f"Together there are {salt + more} ml of salt in {first + second} ml. {salt + more} / {first + second} = "
-        f"{decimal(strength)}%."
+        f"The first contains {low}% of {first} = {salt} ml of salt and the second {high}% of "
+        f"{second} = {more} ml. "
+        f"Together there are {salt + more} ml of salt in {first + second} ml. {salt + more} / "
+        f"{first + second} = "
+        f"{format_decimal(strength)}%."
     )
     return question, solution
 
 
-def ages(rng: random.Random) -> Problem:
-    """One age is a multiple of another; a statement about the future gives both."""
+def make_ages(rng: random.Random) -> Problem:
+    """Make a problem: one age is a multiple of another; a statement about the future gives both."""
     older, younger = rng.sample(NAMES, 2)
     times, age = rng.randint(3, 6), rng.randint(4, 12)
     years = age * (times - 2)
     question = (
-        f"{older} is {times} times as old as {younger}. In {years} years {older} will be twice as old as {younger}. "
+        f"{older} is {times} times as old as {younger}. In {years} years {older} will be twice as "
+        f"old as {younger}. "
         f"How old are they now?"
     )
     solution = (
-        f"Let {younger} be x years old, so that {older} is {times}x. In {years} years: {times}x + {years} = "
-        f"2(x + {years}), which gives {times}x - 2x = {2 * years} - {years}, so {times - 2}x = {years} and x = {age}. "
-        f"{younger} is {age} and {older} is {times * age}. Check: {times * age + years} = 2 × {age + years}."
+        f"Let {younger} be x years old, so that {older} is {times}x. In {years} years: {times}x + "
+        f"{years} = "
+        f"2(x + {years}), which gives {times}x - 2x = {2 * years} - {years}, so {times - 2}x = "
+        f"{years} and x = {age}. "
+        f"{younger} is {age} and {older} is {times * age}. Check: {times * age + years} = 2 × "
+        f"{age + years}."
     )
     return question, solution
 
 
-def units(rng: random.Random) -> Problem:
-    """A conversion of units in the middle of a rate."""
+def make_units(rng: random.Random) -> Problem:
+    """Make a problem: a conversion of units in the middle of a rate."""
     litres, per_minute = rng.choice((240, 360, 480, 600, 900)), rng.choice((4, 5, 6, 8, 12))
     leak = rng.randint(1, per_minute - 1)
     gain = per_minute - leak
@@ -198,57 +227,68 @@ def units(rng: random.Random) -> Problem:
     hours, rest = divmod(minutes, 60)
     seconds = round((rest - int(rest)) * 60)
     question = (
-        f"A tank of {litres / 1000:g} cubic metres is filled at {per_minute} litres a minute while {leak * 60} litres "
-        f"an hour leak out of it. How long does it take to fill the empty tank? Give hours, minutes and seconds."
+        f"A tank of {litres / 1000:g} cubic metres is filled at {per_minute} litres a minute while "
+        f"{leak * 60} litres "
+        "an hour leak out of it. How long does it take to fill the empty tank? Give hours, "
+        "minutes and seconds."
     )
     solution = (
-        f"{litres / 1000:g} cubic metres are {litres} litres. The leak is {leak * 60} / 60 = {leak} litres a minute, "
-        f"so the tank gains {per_minute} - {leak} = {gain} litres a minute. It takes {litres} / {gain} minutes, which "
+        f"{litres / 1000:g} cubic metres are {litres} litres. The leak is {leak * 60} / 60 = "
+        f"{leak} litres a minute, "
+        f"so the tank gains {per_minute} - {leak} = {gain} litres a minute. It takes {litres} / "
+        f"{gain} minutes, which "
         f"is {hours} h {int(rest)} min {seconds} s."
     )
     return question, solution
 
 
-def recipe(rng: random.Random) -> Problem:
-    """A recipe scaled by a fraction, in grams and kilograms."""
+def make_recipe(rng: random.Random) -> Problem:
+    """Make a problem: a recipe scaled by a fraction, in grams and kilograms."""
     name = rng.choice(NAMES)
     people, guests = rng.choice((4, 6, 8)), rng.choice((10, 12, 14, 18, 20))
     flour, sugar = 60 * rng.randint(2, 9), 24 * rng.randint(1, 6)
     factor = Fraction(guests, people)
     question = (
-        f"A cake for {people} people needs {flour} g of flour and {sugar} g of sugar. {name} bakes for {guests} people "
+        f"A cake for {people} people needs {flour} g of flour and {sugar} g of sugar. {name} bakes "
+        f"for {guests} people "
         f"and has 1.5 kg of flour. How much flour and sugar are needed, and is the flour enough?"
     )
     need, sweet = flour * factor, sugar * factor
     verdict = "is enough" if need <= 1500 else "is not enough"
-    gap = f"{decimal(abs(1500 - need))} g {'are left' if need <= 1500 else 'are missing'}"
+    gap = f"{format_decimal(abs(1500 - need))} g {'are left' if need <= 1500 else 'are missing'}"
     solution = (
-        f"The factor is {guests}/{people} = {factor}. Flour: {flour} × {factor} = {decimal(need)} g. Sugar: "
-        f"{sugar} × {factor} = {decimal(sweet)} g. 1.5 kg are 1500 g, so the flour {verdict}: {gap}."
+        f"The factor is {guests}/{people} = {factor}. Flour: {flour} × {factor} = "
+        f"{format_decimal(need)} g. Sugar: "
+        f"{sugar} × {factor} = {format_decimal(sweet)} g. 1.5 kg are 1500 g, so the flour "
+        f"{verdict}: {gap}."
     )
     return question, solution
 
 
-def survey(rng: random.Random) -> Problem:
-    """Percentages of a percentage, and two groups that overlap."""
+def make_survey(rng: random.Random) -> Problem:
+    """Make a problem: percentages of a percentage, and two groups that overlap."""
     people = 100 * rng.randint(2, 12)
     tea, coffee = rng.choice((40, 45, 55, 60)), rng.choice((60, 65, 70))
     both = tea + coffee - rng.choice((75, 80, 85, 90, 95))
     neither = 100 - (tea + coffee - both)
     question = (
-        f"Of {people} people asked, {tea}% drink tea, {coffee}% drink coffee and {both}% drink both. How many people "
+        f"Of {people} people asked, {tea}% drink tea, {coffee}% drink coffee and {both}% drink "
+        "both. How many people "
         f"drink exactly one of the two, and how many drink neither?"
     )
     only_tea, only_coffee = tea - both, coffee - both
     one = only_tea + only_coffee
     solution = (
-        f"Only tea: {tea}% - {both}% = {only_tea}%. Only coffee: {coffee}% - {both}% = {only_coffee}%. Exactly one: "
-        f"{one}% of {people} = {one * people // 100} people. At least one: {tea}% + {coffee}% - {both}% = "
+        f"Only tea: {tea}% - {both}% = {only_tea}%. Only coffee: {coffee}% - {both}% = "
+        f"{only_coffee}%. Exactly one: "
+        f"{one}% of {people} = {one * people // 100} people. At least one: {tea}% + {coffee}% - "
+        f"{both}% = "
         f"{100 - neither}%. Neither: {neither}% of {people} = {neither * people // 100} people."
     )
     return question, solution
 
 
 WORD_PROBLEMS: tuple[Callable[[random.Random], Problem], ...] = (
-    shopping, travel, workers, harvest, interest, mixture, ages, units, recipe, survey,
+    make_shopping, make_travel, make_workers, make_harvest, make_interest, make_mixture, make_ages,
+    make_units, make_recipe, make_survey,
 )  # fmt: skip

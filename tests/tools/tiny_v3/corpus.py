@@ -1,8 +1,9 @@
-"""The seeded text of tiny-v3: word problems with a worked solution, arithmetic, Python functions, plain English.
+"""The seeded corpus of tiny-v3: word problems, arithmetic, Python functions, English.
 
-An item is held out when `crc32(repr(key)) % 40 == 0`; the key names the template and its numbers, not the wording, so
-that no rewording of a held-out item is ever trained on. Every draw comes from the `random.Random` that is passed in,
-in a fixed order: the text is a pure function of the seed, and the order of draws must not change.
+An item is held out if `crc32(repr(key)) % 40 == 0`. The key contains the template and its numbers,
+not the wording, so no rewording of a held-out item is trained on. All draws come from the given
+`random.Random` in a fixed order: the text is a pure function of the seed, and the order of draws
+must not change.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ WORDS = TEMPLATES.words
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
-    """One document: `prompt` is what a model is given, `answer` what it should write; prose has no prompt.
+    """One document: the model's `prompt` and the expected `answer`; prose has no prompt.
 
-    `result` is the number that answers a math item; `function` and `template` belong to a code item.
+    `result` is the number of a math item; `function` and `template` belong to a code item.
     """
 
     kind: Kind
@@ -62,38 +63,38 @@ class Item:
 
 
 def draw_kind(rng: random.Random) -> Kind:
-    """A kind of item, in the training mix."""
+    """Draw a kind of item in the proportions of the training mix."""
     return rng.choices(list(MIX), list(MIX.values()))[0]
 
 
-def draw(kind: Kind, rng: random.Random) -> Item:
-    """One item of a kind, held out or not."""
+def draw_item(kind: Kind, rng: random.Random) -> Item:
+    """Draw one item of a kind, held out or not."""
     if kind == "math_item":
-        return word_problem(rng)
+        return make_word_problem(rng)
     if kind == "arith_item":
-        return arithmetic(rng)
+        return make_arithmetic(rng)
     if kind == "code_item":
-        return function(rng)
-    return english(rng)
+        return make_function_item(rng)
+    return make_english(rng)
 
 
-def training_items(seed: int, count: int) -> list[Item]:
-    """`count` items in the training mix, none of them held out."""
+def make_training_items(seed: int, count: int) -> list[Item]:
+    """Return `count` items in the training mix, none of them held out."""
     rng = random.Random(seed)
     items: list[Item] = []
     while len(items) < count:
-        item = draw(draw_kind(rng), rng)
+        item = draw_item(draw_kind(rng), rng)
         if not item.held_out:
             items.append(item)
     return items
 
 
-def word_problem(rng: random.Random) -> Item:
-    """A word problem of one to three steps, its answer in the form of GSM8K (`#### N`)."""
+def make_word_problem(rng: random.Random) -> Item:
+    """Return a word problem of one to three steps; the answer has GSM8K's form (`#### N`)."""
     index = rng.randrange(len(TEMPLATES.word_problems))
     problem = TEMPLATES.word_problems[index]
-    values = _numbers(problem, rng)
-    scene = _scene(rng)
+    values = _draw_numbers(problem, rng)
+    scene = _draw_scene(rng)
     question = problem.questions[rng.randrange(len(problem.questions))].format(**scene, **values)
     sentences = [step.sentence.format(**scene, **values) for step in problem.steps]
     result = values[f"v{len(problem.steps)}"]
@@ -106,11 +107,11 @@ def word_problem(rng: random.Random) -> Item:
     )
 
 
-def _numbers(problem: WordProblem, rng: random.Random) -> dict[str, int]:
-    """Draw the numbers of a problem until every bound holds and every result is positive; add the results."""
+def _draw_numbers(problem: WordProblem, rng: random.Random) -> dict[str, int]:
+    """Draw numbers until every bound holds and every result is positive; add the results."""
     while True:
         values = {name: rng.randint(low, high) for name, (low, high) in problem.ranges.items()}
-        if "q" in values:  # a division that leaves no remainder: draw divisor and quotient
+        if "q" in values:  # a division without remainder: draw divisor and quotient
             values["a"] = values["q"] * values["c"]
         bounded = all(values[name] <= most for name, most in problem.at_most.items())
         for number, step in enumerate(problem.steps, start=1):
@@ -119,8 +120,8 @@ def _numbers(problem: WordProblem, rng: random.Random) -> dict[str, int]:
             return values
 
 
-def _scene(rng: random.Random) -> dict[str, str]:
-    """People, things and places by placeholder name."""
+def _draw_scene(rng: random.Random) -> dict[str, str]:
+    """Return people, things and places by placeholder name."""
     first, second, third = rng.sample(WORDS["name"], 3)
     thing, other = rng.sample(WORDS["thing"], 2)
     day, later = rng.sample(WORDS["day"], 2)
@@ -140,13 +141,13 @@ def _scene(rng: random.Random) -> dict[str, str]:
     }
 
 
-def arithmetic(rng: random.Random) -> Item:
-    """One bare calculation with two or three numbers."""
+def make_arithmetic(rng: random.Random) -> Item:
+    """Return one bare calculation with two or three numbers."""
     operation = rng.choice("++--**/3")
     if operation == "3":
-        expression, worked, result = _three_numbers(rng)
+        expression, worked, result = _draw_three_numbers(rng)
     else:
-        expression, result = _two_numbers(operation, rng)
+        expression, result = _draw_two_numbers(operation, rng)
         worked = f"{expression} = {result}"
     question = rng.choice(TEMPLATES.arithmetic_questions).format(e=expression)
     return Item(
@@ -158,8 +159,8 @@ def arithmetic(rng: random.Random) -> Item:
     )
 
 
-def _two_numbers(operation: str, rng: random.Random) -> tuple[str, int]:
-    """Expression and result of one operation; differences are not negative, quotients are whole."""
+def _draw_two_numbers(operation: str, rng: random.Random) -> tuple[str, int]:
+    """Return expression and result; differences are not negative, quotients are whole."""
     if operation in "+-":
         low, high = (10, 999) if rng.random() < 0.6 else (2, 99)
         left, right = rng.randint(low, high), rng.randint(low, high)
@@ -174,8 +175,8 @@ def _two_numbers(operation: str, rng: random.Random) -> tuple[str, int]:
     return f"{divisor * quotient} / {divisor}", quotient
 
 
-def _three_numbers(rng: random.Random) -> tuple[str, str, int]:
-    """Expression, worked solution and result of a sum that a third number is added to or taken from."""
+def _draw_three_numbers(rng: random.Random) -> tuple[str, str, int]:
+    """Return expression, worked solution and result of a sum plus or minus a third number."""
     first, second, third = rng.randint(2, 60), rng.randint(2, 60), rng.randint(2, 60)
     partial = first + second
     minus = third < partial and rng.random() < 0.5
@@ -188,8 +189,8 @@ def _three_numbers(rng: random.Random) -> tuple[str, str, int]:
     )
 
 
-def function(rng: random.Random) -> Item:
-    """A Python function: the prompt is its head and docstring, the answer its body."""
+def make_function_item(rng: random.Random) -> Item:
+    """Return a Python function: the prompt is its head and docstring, the answer its body."""
     index = rng.randrange(len(TEMPLATES.functions))
     template = TEMPLATES.functions[index]
     constants = {name: rng.randint(low, high) for name, (low, high) in template.constants.items()}
@@ -208,8 +209,8 @@ def function(rng: random.Random) -> Item:
     )
 
 
-def function_arguments(template: FunctionTemplate, rng: random.Random) -> tuple[object, ...]:
-    """Arguments that a test of a function passes."""
+def draw_arguments(template: FunctionTemplate, rng: random.Random) -> tuple[object, ...]:
+    """Draw the arguments of one test of a function."""
     kind = template.arguments
     if kind == "integer":
         return (rng.randint(-30, 60),)
@@ -220,20 +221,20 @@ def function_arguments(template: FunctionTemplate, rng: random.Random) -> tuple[
     if kind == "integers":
         return ([rng.randint(-20, 60) for _ in range(rng.randint(1, 8))],)
     if kind == "text":
-        return (_letters("abcdeio uAEBc1", 9, rng),)
+        return (_draw_letters("abcdeio uAEBc1", 9, rng),)
     if kind == "sentence":
-        return (" ".join(_letters("abcde", 5, rng) for _ in range(rng.randint(1, 5))),)
+        return (" ".join(_draw_letters("abcde", 5, rng) for _ in range(rng.randint(1, 5))),)
     if kind == "texts":
-        return ([_letters("abcde", 6, rng) for _ in range(rng.randint(1, 5))],)
+        return ([_draw_letters("abcde", 6, rng) for _ in range(rng.randint(1, 5))],)
     raise ValueError(f"templates.json: functions: unknown kind of arguments {kind!r}")
 
 
-def _letters(alphabet: str, most: int, rng: random.Random) -> str:
+def _draw_letters(alphabet: str, most: int, rng: random.Random) -> str:
     return "".join(rng.choice(alphabet) for _ in range(rng.randint(1, most)))
 
 
-def english(rng: random.Random) -> Item:
-    """Two to four sentences about two people and an animal."""
+def make_english(rng: random.Random) -> Item:
+    """Return two to four sentences about two people and an animal."""
     first, second = rng.sample(WORDS["name"], 2)
     female = first in WORDS["female"]
     fixed = {
@@ -246,13 +247,13 @@ def english(rng: random.Random) -> Item:
         "l": rng.choice(WORDS["location"]),
         "t": rng.choice(WORDS["time"]),
     }
-    sentences = [_fill(sentence, fixed, rng) for sentence in TEMPLATES.english_sentences]
+    sentences = [_fill_sentence(sentence, fixed, rng) for sentence in TEMPLATES.english_sentences]
     text = " ".join(rng.sample(sentences, rng.randint(2, 4)))
     return Item(kind="eng_item", key=("e", text), prompt="", answer=text)
 
 
-def _fill(sentence: str, fixed: Mapping[str, str], rng: random.Random) -> str:
-    """Fill fixed placeholders with their word and every other one with a fresh word of the list it names."""
+def _fill_sentence(sentence: str, fixed: Mapping[str, str], rng: random.Random) -> str:
+    """Fill fixed placeholders with their word, others with a random word of their list."""
     parts: list[str] = []
     for literal, field, _, _ in Formatter().parse(sentence):
         parts.append(literal)

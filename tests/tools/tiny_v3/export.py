@@ -1,4 +1,4 @@
-"""tiny-v3 as checkpoints in the hub's layout: BF16, and FP8 with a scale for each block of 128x128, as DeepSeek's."""
+"""tiny-v3 as checkpoints in the hub's layout: BF16, and FP8 in 128x128 blocks as DeepSeek's."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ ATTENTION_NAMES = {
 }
 
 
-def hub_tensors(model: TinyV3) -> dict[str, Tensor]:
-    """Tensors by their name on the hub: bfloat16, but for the score-correction bias, which is float32."""
+def list_hub_tensors(model: TinyV3) -> dict[str, Tensor]:
+    """Return tensors by their hub names: bfloat16, score-correction biases in float32."""
     tensors: dict[str, Tensor] = {
         "model.embed_tokens.weight": model.embedding,
         "model.norm.weight": model.norm,
@@ -74,10 +74,10 @@ def _moe_tensors(prefix: str, moe: Moe) -> dict[str, Tensor]:
 
 
 def quantize_block(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[out, in] -> codes [out, in] float8_e4m3fn and scales [ceil(out / 128), ceil(in / 128)] float32.
+    """Quantize [out, in] to float8_e4m3fn codes and scales [ceil(out / 128), ceil(in / 128)].
 
-    weight ~ codes * scale of the block, scale = amax / 448; blocks at the edges may be smaller. An empty block has
-    scale 1.
+    weight ~ codes * scale of the block, scale = amax / 448 in float32; blocks at the edges may be
+    smaller. A block of zeros has scale 1.
     """
     rows, columns = weight.shape
     down, across = -(-rows // BLOCK), -(-columns // BLOCK)
@@ -90,8 +90,8 @@ def quantize_block(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.float8_e4m3fn).contiguous(), scale
 
 
-def to_fp8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The FP8 form of hub tensors: every matrix but embedding, head and routers, with its `weight_scale_inv`."""
+def quantize_to_fp8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return FP8 tensors: every matrix but embedding, head and routers, with `weight_scale_inv`."""
     quantized: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if tensor.dim() == 2 and name not in UNQUANTIZED and not name.endswith("mlp.gate.weight"):
@@ -101,8 +101,8 @@ def to_fp8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return quantized
 
 
-def config_json(config: ModelConfig, fp8: bool) -> dict[str, object]:
-    """config.json of the checkpoint."""
+def make_config(config: ModelConfig, fp8: bool) -> dict[str, object]:
+    """Return config.json of the checkpoint."""
     values: dict[str, object] = {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
@@ -140,12 +140,14 @@ def config_json(config: ModelConfig, fp8: bool) -> dict[str, object]:
 def save_checkpoint(folder: Path, model: TinyV3, tokenizer: Tokenizer, fp8: bool) -> None:
     """Write a model folder: weights, config, generation config and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = hub_tensors(model)
+    tensors = list_hub_tensors(model)
     save_file(
-        to_fp8(tensors) if fp8 else tensors, folder / "model.safetensors", metadata={"format": "pt"}
+        quantize_to_fp8(tensors) if fp8 else tensors,
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
     )
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(folder / "config.json", config_json(model.config, fp8))
+    _write_json(folder / "config.json", make_config(model.config, fp8))
     _write_json(
         folder / "generation_config.json",
         {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD},

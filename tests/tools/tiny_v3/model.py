@@ -1,8 +1,8 @@
-"""tiny-v3 as it is trained: a DeepSeek-V3 (arXiv:2412.19437) with few passes over memory, on one CPU core.
+"""The training model of tiny-v3: a DeepSeek-V3 (arXiv:2412.19437) for one CPU core.
 
-Master weights are float32; every product is computed in `dtype` (bfloat16 for training, float32 to compare with
-transformers). Routing follows the paper's equations 12-16: sigmoid affinities, a bias that only selects, groups of
-experts of which the best are kept.
+Master weights are float32; products are computed in `dtype` (bfloat16 for training, float32 to
+compare with transformers). Routing follows the paper's equations 12-16: sigmoid affinities, a bias
+for selection only, and top-k among the experts of the best groups.
 """
 
 from __future__ import annotations
@@ -44,25 +44,28 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
 
 
-def matrix(*shape: int, std: float | None = None) -> nn.Parameter:
-    """A random matrix; by default scaled by half the square root of its input size."""
+def make_matrix(*shape: int, std: float | None = None) -> nn.Parameter:
+    """Return a random matrix, by default with standard deviation 0.5 / sqrt(input size)."""
     return nn.Parameter(torch.randn(*shape) * (0.5 * shape[-1] ** -0.5 if std is None else std))
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm over the last dimension, computed in float32, in the dtype of x."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return the RMS norm over the last dimension, computed in float32, in the dtype of x."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of interleaved pairs [..., 2 * pairs]; the halves are left apart, for queries and keys alike."""
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply the rotary embedding to interleaved pairs [..., 2 * pairs].
+
+    The halves stay separated, for queries and keys equally.
+    """
     even, odd = x[..., 0::2], x[..., 1::2]  # [..., pairs]
     return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1)  # [..., 2 * pairs]
 
 
 class Attend(torch.autograd.Function):
-    """softmax(q kT + mask) v with the softmax kept for the backward pass; q is scaled before."""
+    """softmax(q kT + mask) v; the softmax is saved for the backward pass, q is already scaled."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -91,39 +94,41 @@ class Attention(nn.Module):
         heads, hidden = config.num_attention_heads, config.hidden_size
         query, value = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
         self.input_norm = nn.Parameter(torch.ones(hidden))
-        self.q_a = matrix(config.q_lora_rank, hidden)
+        self.q_a = make_matrix(config.q_lora_rank, hidden)
         self.q_norm = nn.Parameter(torch.ones(config.q_lora_rank))
-        self.q_b = matrix(heads * query, config.q_lora_rank)
-        self.kv_a = matrix(config.kv_lora_rank + config.qk_rope_head_dim, hidden)
+        self.q_b = make_matrix(heads * query, config.q_lora_rank)
+        self.kv_a = make_matrix(config.kv_lora_rank + config.qk_rope_head_dim, hidden)
         self.kv_norm = nn.Parameter(torch.ones(config.kv_lora_rank))
-        self.kv_b = matrix(heads * (config.qk_nope_head_dim + value), config.kv_lora_rank)
-        self.out = matrix(hidden, heads * value, std=0.01)
+        self.kv_b = make_matrix(heads * (config.qk_nope_head_dim + value), config.kv_lora_rank)
+        self.out = make_matrix(hidden, heads * value, std=0.01)
         self.output_norm = nn.Parameter(torch.ones(hidden))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream [batch, time, hidden] after attention, and its norm for the MLP."""
+        """Return the residual stream [batch, time, hidden] after attention, and its norm."""
         config, dtype = self.config, x.dtype
         batch, time, _ = x.shape
         heads, nope, eps = config.num_attention_heads, config.qk_nope_head_dim, config.rms_norm_eps
-        h = norm(x, self.input_norm, eps)
-        q = F.linear(norm(F.linear(h, self.q_a.to(dtype)), self.q_norm, eps), self.q_b.to(dtype))
+        h = rms_norm(x, self.input_norm, eps)
+        q = F.linear(
+            rms_norm(F.linear(h, self.q_a.to(dtype)), self.q_norm, eps), self.q_b.to(dtype)
+        )
         q = q.view(batch, time, heads, -1).transpose(1, 2)  # [batch, heads, time, nope + rope]
         latent, key_rope = torch.split(
             F.linear(h, self.kv_a.to(dtype)), [config.kv_lora_rank, config.qk_rope_head_dim], -1
         )
-        kv = F.linear(norm(latent, self.kv_norm, eps), self.kv_b.to(dtype))
+        kv = F.linear(rms_norm(latent, self.kv_norm, eps), self.kv_b.to(dtype))
         kv = kv.view(batch, time, heads, -1).transpose(1, 2)  # [batch, heads, time, nope + value]
-        key_rope = rotate(key_rope.unsqueeze(1), cos, sin).expand(
+        key_rope = apply_rotary(key_rope.unsqueeze(1), cos, sin).expand(
             -1, heads, -1, -1
         )  # one key for all heads
-        q = torch.cat([q[..., :nope], rotate(q[..., nope:], cos, sin)], dim=-1)
+        q = torch.cat([q[..., :nope], apply_rotary(q[..., nope:], cos, sin)], dim=-1)
         k = torch.cat([kv[..., :nope], key_rope], dim=-1)
         attended: Tensor = Attend.apply(  # type: ignore[no-untyped-call]
             q * q.shape[-1] ** -0.5, k, kv[..., nope:].contiguous(), mask
         )
         joined = attended.transpose(1, 2).reshape(batch, time, -1)  # [batch, time, heads * value]
         x = x + F.linear(joined, self.out.to(dtype))
-        return x, norm(x, self.output_norm, eps)
+        return x, rms_norm(x, self.output_norm, eps)
 
 
 class Mlp(nn.Module):
@@ -132,9 +137,9 @@ class Mlp(nn.Module):
     def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
         self.gate, self.up, self.down = (
-            matrix(inner, hidden),
-            matrix(inner, hidden),
-            matrix(hidden, inner, std=0.01),
+            make_matrix(inner, hidden),
+            make_matrix(inner, hidden),
+            make_matrix(hidden, inner, std=0.01),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +151,10 @@ class Mlp(nn.Module):
 
 
 class Moe(nn.Module):
-    """Routed experts beside a shared one. `bias` selects only; `load` counts tokens per expert until it is cleared."""
+    """Routed experts and a shared one.
+
+    `bias` only affects selection; `load` counts tokens per expert until it is cleared.
+    """
 
     bias: Tensor  # [experts] float32
     load: Tensor  # [experts] float32
@@ -159,17 +167,16 @@ class Moe(nn.Module):
             config.hidden_size,
             config.moe_intermediate_size,
         )
-        self.router = matrix(experts, hidden, std=0.02)
+        self.router = make_matrix(experts, hidden, std=0.02)
         self.register_buffer("bias", torch.zeros(experts))
         self.register_buffer("load", torch.zeros(experts))
-        self.gate_up = matrix(
-            experts, 2, inner, hidden
-        )  # gate and up apart, so that Muon treats them apart
-        self.down = matrix(experts, hidden, inner, std=0.01)
+        # gate and up are separate matrices for Muon
+        self.gate_up = make_matrix(experts, 2, inner, hidden)
+        self.down = make_matrix(experts, hidden, inner, std=0.01)
         self.shared = Mlp(hidden, inner * config.n_shared_experts)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights [tokens, top_k] float32 and experts [tokens, top_k] of x [tokens, hidden]."""
+        """Return weights [tokens, top_k] float32 and experts [tokens, top_k] of x."""
         config = self.config
         affinity = F.linear(x.float(), self.router).sigmoid()  # [tokens, experts]
         with torch.no_grad():
@@ -207,20 +214,20 @@ class Moe(nn.Module):
 
 
 class TinyV3(nn.Module):
-    """The model; `dtype` is what it computes in."""
+    """The model; `dtype` is the dtype of its products."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
         self.config, self.dtype = config, dtype
         dense = config.first_k_dense_replace
-        self.embedding = matrix(config.vocab_size, config.hidden_size, std=0.5)
+        self.embedding = make_matrix(config.vocab_size, config.hidden_size, std=0.5)
         self.attention = nn.ModuleList(Attention(config) for _ in range(config.num_hidden_layers))
         self.mlp = nn.ModuleList(
             Mlp(config.hidden_size, config.intermediate_size) if layer < dense else Moe(config)
             for layer in range(config.num_hidden_layers)
         )
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
-        self.head = matrix(config.vocab_size, config.hidden_size, std=0.005)
+        self.head = make_matrix(config.vocab_size, config.hidden_size, std=0.005)
 
     @property
     def moes(self) -> list[Moe]:
@@ -228,7 +235,10 @@ class TinyV3(nn.Module):
         return [layer for layer in self.mlp if isinstance(layer, Moe)]
 
     def forward(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """Logits [batch, time, vocab] float32 of ids and positions [batch, time]; mask [batch, 1, time, time]."""
+        """Return logits [batch, time, vocab] float32.
+
+        ids and positions [batch, time]; mask [batch, 1, time, time].
+        """
         config = self.config
         pairs = (
             torch.arange(0, config.qk_rope_head_dim, 2).float() / config.qk_rope_head_dim
@@ -241,11 +251,13 @@ class TinyV3(nn.Module):
         for attention, mlp in zip(self.attention, self.mlp):
             x, h = attention(x, cos, sin, mask)
             x = x + mlp(h)
-        return F.linear(norm(x, self.norm, config.rms_norm_eps), self.head.to(self.dtype)).float()
+        return F.linear(
+            rms_norm(x, self.norm, config.rms_norm_eps), self.head.to(self.dtype)
+        ).float()
 
 
-def attention_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask [batch, 1, time, time]: a token sees itself and what is before it in its segment [batch, time]."""
+def make_attention_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the additive causal mask [batch, 1, time, time] within segments [batch, time]."""
     time = segments.shape[1]
     same = segments[:, :, None] == segments[:, None, :]  # [batch, time, time]
     visible = same & torch.ones(time, time, dtype=torch.bool).tril()

@@ -1,5 +1,7 @@
-"""Muon: momentum, orthogonalized by Newton-Schulz iterations (Keller Jordan et al. 2024, "Muon: an optimizer for the
-hidden layers in neural networks")."""
+"""Muon: momentum, orthogonalized by Newton-Schulz iterations.
+
+Keller Jordan et al. 2024, "Muon: an optimizer for the hidden layers in neural networks".
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ ITERATIONS = 5
 
 
 def orthogonalize(gradient: Tensor) -> Tensor:
-    """[..., out, in] -> the same shape, float32, with singular values near 1; the iteration runs in bfloat16."""
+    """Return the gradient [..., out, in] with singular values near 1, float32.
+
+    The iteration runs in bfloat16.
+    """
     a, b, c = COEFFICIENTS
     x: Tensor = gradient.to(torch.bfloat16)
     tall = x.shape[-2] > x.shape[-1]
@@ -27,7 +32,7 @@ def orthogonalize(gradient: Tensor) -> Tensor:
 
 
 class Muon:
-    """Steps the matrices [..., out, in] that it is given; the leading dimensions are a batch."""
+    """An optimizer of matrices [..., out, in]; the leading dimensions are a batch."""
 
     def __init__(self, matrices: Sequence[Tensor]) -> None:
         self.matrices = list(matrices)
@@ -35,7 +40,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, rate: float, momentum: float, weight_decay: float = 0.01) -> None:
-        """One step from the gradients of the matrices, with Nesterov momentum."""
+        """Take one step from the gradients of the matrices, with Nesterov momentum."""
         for matrix, average in zip(self.matrices, self.momentum):
             if matrix.grad is None:
                 continue

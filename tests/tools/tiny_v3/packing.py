@@ -13,7 +13,7 @@ from torch import Tensor
 BOS, EOS, PAD = 0, 1, 2
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
 WORDS = r"\p{N}|[^\r\n\p{L}\p{N}]?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""Digits stand alone, as in DeepSeek's and Llama's tokenizers, so that arithmetic is learnt by digit."""
+"""Single digits are words, as in DeepSeek's and Llama's tokenizers: arithmetic by digit."""
 PROMPT_WEIGHT = 0.2
 SHORTEST = 18  # tokens: a row with less room than this is full
 OPEN_ROWS = 12
@@ -21,7 +21,7 @@ ENCODE_AT_ONCE = 5000  # documents: what the tokenizer returns is large
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with the three special tokens in front; it adds a BOS."""
+    """Train a byte-level BPE that starts with the three special tokens and adds a BOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(WORDS), "isolated"),
@@ -45,8 +45,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:
-    """Packed documents, each tensor [rows, length]: ids and positions int16; segment int16, -1 for padding; weight of
-    each token in the loss float16."""
+    """Packed documents, each tensor [rows, length].
+
+    ids, positions int16; segments int16, -1 for padding; weights in the loss float16.
+    """
 
     ids: Tensor
     positions: Tensor
@@ -63,8 +65,8 @@ class _OpenRow:
     documents: list[Encoded] = field(default_factory=list)
 
 
-def encode(items: Sequence[Item], tokenizer: Tokenizer) -> list[Encoded]:
-    """Ids of each item, the prompt apart from the answer because they weigh differently."""
+def encode_items(items: Sequence[Item], tokenizer: Tokenizer) -> list[Encoded]:
+    """Return the ids of prompt and answer of each item, which have different loss weights."""
     encoded: list[Encoded] = []
     for start in range(0, len(items), ENCODE_AT_ONCE):
         part = items[start : start + ENCODE_AT_ONCE]
@@ -76,8 +78,8 @@ def encode(items: Sequence[Item], tokenizer: Tokenizer) -> list[Encoded]:
     return encoded
 
 
-def pack(documents: Iterable[Encoded], length: int) -> Rows:
-    """First fit into rows of `length` tokens; a document that is longer is left out."""
+def pack_rows(documents: Iterable[Encoded], length: int) -> Rows:
+    """Pack documents first-fit into rows of `length` tokens; longer documents are dropped."""
     full: list[list[Encoded]] = []
     rows: list[_OpenRow] = []
     for prompt, answer in documents:
@@ -94,10 +96,10 @@ def pack(documents: Iterable[Encoded], length: int) -> Rows:
         rows = [row for row in rows if row.room >= SHORTEST]
         if len(rows) > OPEN_ROWS:
             full.append(rows.pop(0).documents)
-    return _fill([*full, *(row.documents for row in rows)], length)
+    return _fill_rows([*full, *(row.documents for row in rows)], length)
 
 
-def _fill(rows: Sequence[Sequence[Encoded]], length: int) -> Rows:
+def _fill_rows(rows: Sequence[Sequence[Encoded]], length: int) -> Rows:
     shape = (len(rows), length)
     packed = Rows(
         ids=torch.full(shape, PAD, dtype=torch.int16),

@@ -1,7 +1,7 @@
-"""templates.json as typed values: what the corpus of tiny-v3 is made of.
+"""templates.json as typed values: the words and sentences of tiny-v3's corpus.
 
-Placeholders in braces are filled by corpus.py. Ranges are inclusive and are drawn in the order in which they are
-written, because the order of the draws is part of the corpus.
+corpus.py fills the placeholders in braces. Ranges are inclusive and are drawn in the order of the
+file, because the order of draws is part of the corpus.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OPERATORS: Mapping[str, Callable[[int, int], int]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """One sentence of a worked solution and the calculation behind it; step k defines the value `v<k>`."""
+    """One sentence of a worked solution and its calculation; step k defines the value `v<k>`."""
 
     sentence: str
     left: str
@@ -32,13 +32,13 @@ class Step:
     right: str
 
     def value(self, values: Mapping[str, int]) -> int:
-        """The result of this step, given the numbers of the problem and of the steps before."""
+        """Return the result of this step from the problem's numbers and previous results."""
         return OPERATORS[self.operator](values[self.left], values[self.right])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WordProblem:
-    """A kind of word problem; `at_most` bounds numbers after they were drawn (a draw above it is repeated)."""
+    """A kind of word problem; a draw above `at_most` is repeated."""
 
     ranges: Mapping[str, Range]
     questions: tuple[str, ...]
@@ -48,7 +48,7 @@ class WordProblem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FunctionTemplate:
-    """A kind of Python function; `kind` says what its parameter is called, `arguments` what its tests pass."""
+    """A kind of Python function; `kind` selects its parameter's name, `arguments` its tests'."""
 
     kind: str
     names: tuple[str, ...]
@@ -71,7 +71,7 @@ class Templates:
 
 
 def load_templates() -> Templates:
-    """Read templates.json, which is shipped beside this file."""
+    """Read templates.json next to this file."""
     data = json.loads(files(__package__).joinpath("templates.json").read_text(encoding="utf-8"))
     return Templates(
         words={key: tuple(words) for key, words in data["words"].items()},
@@ -80,7 +80,7 @@ def load_templates() -> Templates:
         english_sentences=tuple(data["english_sentences"]),
         word_problems=tuple(
             WordProblem(
-                ranges=_ranges(row["ranges"]),
+                ranges=_parse_ranges(row["ranges"]),
                 questions=tuple(row["questions"]),
                 steps=tuple(
                     Step(
@@ -102,12 +102,12 @@ def load_templates() -> Templates:
                 docs=tuple(row["docs"]),
                 body=row["body"],
                 arguments=row["arguments"],
-                constants=_ranges(row["constants"]),
+                constants=_parse_ranges(row["constants"]),
             )
             for row in data["functions"]
         ),
     )
 
 
-def _ranges(row: Mapping[str, list[int]]) -> dict[str, Range]:
+def _parse_ranges(row: Mapping[str, list[int]]) -> dict[str, Range]:
     return {name: (low, high) for name, (low, high) in row.items()}

@@ -1,0 +1,56 @@
+"""The files of an artifact next to its weights: config.json, the index, the source's sidecars, recipe.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantkit.artifact.layout import CONFIG, INDEX, RECIPE
+from quantkit.contracts import Contents
+from quantkit.formats.common.engine_names import LM_HEAD
+from quantkit.io.files import write_atomic, write_json
+from quantkit.plan.plan import Plan
+from quantkit.recipe.parse import apply_overrides
+
+
+def make_config(plan: Plan) -> dict[str, object]:
+    """Return the artifact's config.json: the source's, with quantization_config replaced by the artifact's own."""
+    values = {
+        key: value
+        for key, value in plan.source.config.values.items()
+        if key != "quantization_config"
+    }
+    kept = [name for name, decision in plan.decisions.items() if decision.action == "keep"]
+    fp8 = [name for name in kept if plan.decisions[name].keep == "fp8"]
+    kept += [] if plan.layout.head else [LM_HEAD]
+    contents = Contents(schemes=plan.schemes, kept=kept, fp8=fp8, fp8_block=plan.kept.side)
+    entry = plan.format.quantization_config(contents) if contents.schemes else None
+    if entry is not None:
+        values["quantization_config"] = entry
+    dropped = any(decision.action == "drop" for decision in plan.decisions.values())
+    absent = plan.source.config.integer("num_nextn_predict_layers", 0) and not list_mtp_blocks(plan)
+    if dropped or absent:
+        values["num_nextn_predict_layers"] = 0  # otherwise engines look for the MTP tensors
+    return values
+
+
+def list_mtp_blocks(plan: Plan) -> tuple[str, ...]:
+    """Return the names of the MTP blocks that the artifact holds."""
+    return tuple(block.name for block in plan.layout.blocks if block.kind == "mtp")
+
+
+def write_model_files(folder: Path, plan: Plan, sidecars: Sequence[Path], recipe_text: str) -> None:
+    """Write config.json, the index (for more than one shard), the source's sidecars and recipe.yaml.
+
+    recipe_text: the recipe's file. Values set on the command line are written into it, so that the recipe in the
+    artifact builds the artifact again.
+    """
+    for path in sidecars:
+        write_atomic(folder / path.name, path.read_bytes())
+    write_json(folder / CONFIG, make_config(plan))
+    write_atomic(folder / RECIPE, apply_overrides(recipe_text, plan.recipe).encode())
+    if len(plan.shards) > 1:
+        weight_map = {spec.name: shard.file for shard in plan.shards for spec in shard.tensors}
+        write_json(
+            folder / INDEX, {"metadata": {"total_size": plan.n_bytes}, "weight_map": weight_map}
+        )

@@ -1,0 +1,201 @@
+"""Recipe, plan and tensors, key by key and name by name. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from quantkit.diff.diff_schema import Change, Quantity, TensorGroup
+from quantkit.diff.sides import Side, Tensors
+from quantkit.report import format_numbers
+from quantkit.report.module_ranges import fold_names
+
+ABSENT = "none"
+UNQUANTIZED = "not quantized"
+
+
+def compare_recipes(a: Side, b: Side) -> tuple[Change, ...]:
+    """Keys of the resolved recipes that differ.
+
+    What a rule takes over from `quantize` is told once, under `quantize`.
+    """
+    if a.recipe is None or b.recipe is None:
+        return ()
+    found = list_changes(_flat(a.recipe), _flat(b.recipe))
+    default = {
+        change.key.rpartition(".")[2]: change
+        for change in found
+        if change.key.startswith("quantize.")
+    }
+
+    def inherited(change: Change) -> bool:
+        head, _, key = change.key.rpartition(".")
+        same = default.get(key)
+        return head.startswith("rules[") and head.endswith("].quantize") and same is not None and (
+            (change.a, change.b) == (same.a, same.b)
+        )  # fmt: skip
+
+    return tuple(change for change in found if not inherited(change))
+
+
+def compare_plans(a: Side, b: Side) -> tuple[Change, ...]:
+    """Keys of the plans that differ: what each rule came to, and the totals."""
+    return () if a.plan is None or b.plan is None else list_changes(_flat(a.plan), _flat(b.plan))
+
+
+def list_changes(first: Mapping[str, str], second: Mapping[str, str]) -> tuple[Change, ...]:
+    """Keys whose text differs, in the order of the first, then of the second."""
+    keys = dict.fromkeys((*first, *second))
+    return tuple(
+        Change(key=k, a=first.get(k), b=second.get(k))
+        for k in keys
+        if first.get(k) != second.get(k)
+    )
+
+
+def compare_gates(a: Side, b: Side) -> tuple[Change, ...]:
+    """Every bound of either, with value and result on both sides."""
+    words = {True: "kept", False: "missed", None: "not judged"}
+    told = [
+        {
+            f"{row.figure} {row.bound}": f"{words[row.ok]} ({format_numbers.format_digits(row.value)})"
+            if row.value is not None
+            else words[row.ok]
+            for row in side.fidelity.gates
+        }
+        for side in (a, b)
+    ]
+    return tuple(
+        Change(key=k, a=told[0].get(k), b=told[1].get(k))
+        for k in dict.fromkeys((*told[0], *told[1]))
+    )
+
+
+def compare_fallbacks(a: Side, b: Side) -> tuple[Change, ...]:
+    """How many modules took each fallback, where that differs."""
+    first, second = (
+        {row.kind: f"{len(row.modules):,}" for row in s.fidelity.fallbacks} for s in (a, b)
+    )
+    keys = dict.fromkeys((*first, *second))
+    found = (Change(key=k, a=first.get(k, "0"), b=second.get(k, "0")) for k in keys)
+    return tuple(change for change in found if change.a != change.b)
+
+
+def group_decisions(a: Side, b: Side) -> tuple[TensorGroup, ...]:
+    """Linears about which the plans decided otherwise, by what was decided."""
+    if a.decisions is None or b.decisions is None:
+        return ()
+    pairs = {
+        name: (a.decisions.get(name, ABSENT), b.decisions.get(name, ABSENT))
+        for name in {**a.decisions, **b.decisions}
+    }
+    return _grouped("decision", pairs)
+
+
+def group_schemes(a: Side, b: Side) -> tuple[TensorGroup, ...]:
+    """Matrices that are stored in another scheme; where the plans are known, their decisions tell it too."""
+    first, second = (
+        {m.name: m.scheme for m in side.fidelity.modules if m.method} for side in (a, b)
+    )
+    pairs = {
+        name: (first.get(name, UNQUANTIZED), second.get(name, UNQUANTIZED))
+        for name in {**first, **second}
+    }
+    return _grouped("scheme", pairs)
+
+
+def group_tensors(a: Side, b: Side) -> tuple[TensorGroup, ...]:
+    """Tensors that were added or removed, or that have another dtype or shape."""
+    if a.tensors is None or b.tensors is None:
+        return ()
+    first, second = a.tensors, b.tensors
+    common = [name for name in first if name in second]
+    dtypes = {name: (first[name][0], second[name][0]) for name in common}
+    shapes = {name: (_shape(first[name][1]), _shape(second[name][1])) for name in common}
+    return (
+        *_grouped(
+            "removed", {name: (first[name][0], ABSENT) for name in first if name not in second}
+        ),
+        *_grouped(
+            "added", {name: (ABSENT, second[name][0]) for name in second if name not in first}
+        ),
+        *_grouped("dtype", dtypes),
+        *_grouped("shape", shapes),
+    )
+
+
+def compare_sizes(a: Side, b: Side) -> tuple[Quantity, ...]:
+    """Bytes, bits and counts of both."""
+    first, second = a.fidelity.artifact, b.fidelity.artifact
+    quantized = [bool(side.fidelity.modules) for side in (a, b)]
+    rows = [
+        Quantity(name="weights", unit="B", a=first.bytes_artifact, b=second.bytes_artifact),
+        Quantity(
+            name="bits per quantized weight",
+            unit="bits",
+            a=first.bits_per_weight if quantized[0] else None,
+            b=second.bits_per_weight if quantized[1] else None,
+        ),
+        Quantity(
+            name="bits per weight, all tensors",
+            unit="bits",
+            a=8 * first.bytes_artifact / first.parameters if first.parameters else None,
+            b=8 * second.bytes_artifact / second.parameters if second.parameters else None,
+        ),
+        Quantity(name="tensors", unit="", a=_count(a.tensors), b=_count(b.tensors)),
+        Quantity(name="quantized matrices", unit="", a=_quantized(a), b=_quantized(b)),
+    ]
+    if a.files and b.files:
+        held = [sum(size for _, size in side.files.values()) for side in (a, b) if side.files]
+        rows.insert(1, Quantity(name="the whole folder", unit="B", a=held[0], b=held[1]))
+    return tuple(rows)
+
+
+def has_same_weights(a: Side, b: Side) -> bool:
+    """Whether the weight files of both are the same bytes."""
+    first, second = (
+        {n: f for n, f in (s.files or {}).items() if n.endswith(".safetensors")} for s in (a, b)
+    )
+    return bool(first) and first == second
+
+
+def _quantized(side: Side) -> int:
+    return sum(module.method is not None for module in side.fidelity.modules)
+
+
+def _count(tensors: Tensors | None) -> int | None:
+    return None if tensors is None else len(tensors)
+
+
+def _flat(values: object, path: str = "") -> dict[str, str]:
+    """ "quantize.bits" -> "4": every leaf of JSON values as text; null is left out."""
+    items: Iterable[tuple[str, object]]
+    if isinstance(values, Mapping):
+        items = ((f"{path}.{key}" if path else str(key), value) for key, value in values.items())
+    elif isinstance(values, list) and any(isinstance(value, Mapping) for value in values):
+        items = ((f"{path}[{place}]", value) for place, value in enumerate(values))
+    else:
+        told = f"{values:.10g}" if isinstance(values, float) else json.dumps(values)
+        return {} if values is None else {path: values if isinstance(values, str) else told}
+    return {key: text for name, value in items for key, text in _flat(value, name).items()}
+
+
+def _grouped(
+    change: Literal["added", "removed", "dtype", "shape", "decision", "scheme"],
+    pairs: Mapping[str, tuple[str, str]],
+) -> tuple[TensorGroup, ...]:
+    """Names whose two texts differ, by those texts; the largest group first."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, (a, b) in pairs.items():
+        if a != b:
+            groups.setdefault((a, b), []).append(name)
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return tuple(
+        TensorGroup(change=change, a=a, b=b, count=len(n), names=tuple(fold_names(n)))
+        for (a, b), n in ordered
+    )
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"

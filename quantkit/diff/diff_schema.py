@@ -1,0 +1,173 @@
+"""What differs between two models, as plain frozen values: `quantkit diff --json`. B is compared with A.
+
+Shares are 0 .. 1, KL in nats per token, differences of scores in percentage points, sizes in bytes; a difference is
+B - A and a ratio B / A. Names of many tensors are folded: "model.layers.{1-3}.mlp.gate.weight".
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+from quantkit.artifact.fidelity_schema import Figure, Number, Status
+from quantkit.plan.plan_schema import FROZEN
+from quantkit.report.samples import Answer
+
+SideKind = Literal["artifact", "report", "source"]
+
+
+class ComparedModel(BaseModel):
+    """One of the two."""
+
+    model_config = FROZEN
+    name: str
+    kind: SideKind  # report: a fidelity.json alone, without recipe, tensors and samples
+    status: Status | Literal["source"]
+    scheme: str
+    format: str
+    source: str
+
+
+class Change(BaseModel):
+    """A key of the recipe, a version, a verdict: what A has and what B has, as text; None where it has none."""
+
+    model_config = FROZEN
+    key: str
+    a: str | None
+    b: str | None
+
+
+class TensorGroup(BaseModel):
+    """Tensors or modules that changed alike."""
+
+    model_config = FROZEN
+    change: Literal["added", "removed", "dtype", "shape", "decision", "scheme"]
+    a: str
+    b: str
+    count: int
+    names: tuple[str, ...]  # folded
+
+
+class Quantity(BaseModel):
+    """A size or a count of the whole artifact; unit "B" is bytes."""
+
+    model_config = FROZEN
+    name: str
+    unit: Literal["B", "bits", ""]
+    a: Number
+    b: Number
+
+
+class ErrorShift(BaseModel):
+    """An error of a module or a block on both sides. `by`: of its outputs where both are known, else of its weights."""
+
+    model_config = FROZEN
+    name: str
+    by: Literal["outputs", "weights", "hidden states", "same experts"]
+    a: Number
+    b: Number
+    shift: Number
+
+
+class DistributionDiff(BaseModel):
+    """A figure of the next-token distributions on one domain.
+
+    difference: of the mean over the same tokens, with its 95 % interval; None where the tokens cannot be paired.
+    """
+
+    model_config = FROZEN
+    domain: str
+    tokens: int
+    figure: str
+    a: Number
+    b: Number
+    difference: Figure | None = None  # of ppl_artifact: the ratio
+    resolved: Literal["better", "worse", "not resolved", ""] = ""
+
+
+class LikelihoodDiff(BaseModel):
+    """Log-likelihood per token of a task's gold solutions, nats; the difference is paired solution by solution."""
+
+    model_config = FROZEN
+    task: str
+    n: int
+    source: Number = None
+    a: Number = None
+    b: Number = None
+    difference: Figure | None = None
+    resolved: Literal["better", "worse", "not resolved", ""] = ""
+
+
+class BenchmarkDiff(BaseModel):
+    """One task, item by item. lost: items that A has right and B wrong; gained: the other way round."""
+
+    model_config = FROZEN
+    task: str
+    filter: str = ""
+    n: int = 0
+    source: Number = None
+    a: Number = None
+    b: Number = None
+    delta_pp: Figure | None = None
+    lost: int | None = None
+    gained: int | None = None
+    mcnemar_p: Number = None
+    verdict: str = ""
+
+
+class FlippedItem(BaseModel):
+    """An item that one of the two has right and the other wrong, with both answers."""
+
+    model_config = FROZEN
+    task: str
+    item: int
+    prompt: str
+    target: str
+    source_score: Number
+    a: Answer
+    b: Answer
+
+    @property
+    def lost(self) -> bool:
+        """B scores less than A."""
+        return self.b.score < self.a.score
+
+
+class LoadDiff(BaseModel):
+    """A figure of two load tests with so many requests at once."""
+
+    model_config = FROZEN
+    at_once: int
+    figure: str
+    a: float
+    b: float
+
+
+class Diff(BaseModel):
+    """All that differs."""
+
+    model_config = FROZEN
+    version: Literal[1] = 1
+    a: ComparedModel
+    b: ComparedModel
+    left_out: tuple[str, ...] = ()  # what is not comparable, a sentence each
+    notes: tuple[str, ...] = ()  # what a reader must know of the comparison
+    sizes: tuple[Quantity, ...] = ()
+    recipe: tuple[Change, ...] = ()
+    plan: tuple[Change, ...] = ()
+    made_with: tuple[Change, ...] = ()
+    gates: tuple[Change, ...] = ()
+    decisions: tuple[TensorGroup, ...] = ()
+    tensors: tuple[TensorGroup, ...] = ()
+    distribution: tuple[DistributionDiff, ...] = ()
+    likelihood: tuple[LikelihoodDiff, ...] = ()
+    benchmarks: tuple[BenchmarkDiff, ...] = ()
+    blocks: tuple[ErrorShift, ...] = ()
+    routers: tuple[ErrorShift, ...] = ()
+    modules: tuple[ErrorShift, ...] = ()
+    fallbacks: tuple[Change, ...] = ()
+    flips: tuple[FlippedItem, ...] = ()
+    load: tuple[LoadDiff, ...] = ()
+    compared_items: int = 0
+    reworded: int = 0  # items with other answers and the same score

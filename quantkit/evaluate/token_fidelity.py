@@ -1,0 +1,150 @@
+"""Next-token distributions of source and artifact on the fidelity text.
+
+The blocks have run during the build; what is left after the last block is the final norm and the
+language-model head, applied in chunks, so that the figures exist for a model that no machine could
+hold whole. The artifact's side is read back from its files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantkit.build.hidden_states import Stream
+from quantkit.checkpoint.checkpoint import Checkpoint
+from quantkit.contracts import Layout
+from quantkit.errors import NumericsError
+from quantkit.models.layers import MetaModel, make_final_norm
+from quantkit.numerics import fidelity
+from quantkit.numerics.fidelity import Estimate, TokenFidelity
+from quantkit.numerics.matmul import linear
+from quantkit.plan.memory import HEAD_CHUNK
+
+ALL_DOMAINS = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFidelity:
+    """Fidelity of every scored token of the text, in stream order, and each token's domain."""
+
+    tokens: TokenFidelity
+    domains: tuple[str, ...]  # one per token
+
+    def summarize(self) -> dict[str, Mapping[str, Estimate]]:
+        """Return every figure over all tokens ("all") and for each domain."""
+        summaries: dict[str, Mapping[str, Estimate]] = {
+            ALL_DOMAINS: fidelity.summarize_tokens(self.tokens)
+        }
+        for domain in sorted(set(self.domains)):
+            mask = torch.tensor([name == domain for name in self.domains])
+            summaries[domain] = fidelity.summarize_tokens(
+                TokenFidelity(
+                    kl=self.tokens.kl[mask],
+                    nll_source=self.tokens.nll_source[mask],
+                    nll_quantized=self.tokens.nll_quantized[mask],
+                    same_top=self.tokens.same_top[mask],
+                )
+            )
+        return summaries
+
+
+def write_tokens(measured: TextFidelity, path: Path) -> None:
+    """Write the figures of every scored token as Parquet, in stream order.
+
+    Histograms are made from it.
+    """
+    import pyarrow as arrow  # heavy
+    import pyarrow.parquet as parquet
+
+    columns = {
+        "domain": arrow.array(measured.domains, arrow.string()),
+        "kl": arrow.array(measured.tokens.kl.numpy()),
+        "nll_source": arrow.array(measured.tokens.nll_source.numpy()),
+        "nll_artifact": arrow.array(measured.tokens.nll_quantized.numpy()),
+        "same_top": arrow.array(measured.tokens.same_top.numpy()),
+    }
+    parquet.write_table(arrow.table(columns), path)
+
+
+class LMHead:
+    """Final norm and language-model head of one checkpoint."""
+
+    def __init__(self, skeleton: MetaModel, layout: Layout, checkpoint: Checkpoint) -> None:
+        head = layout.head or layout.embedding
+        weight = f"{head.name}.weight"
+        read = checkpoint.read([*(spec.name for spec in layout.final_tensors), weight])
+        self._norm = make_final_norm(skeleton, layout, read)
+        self._weight = read[weight].to(device=skeleton.device, dtype=skeleton.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Compute logits: [n, hidden] -> [n, vocab]."""
+        normed: Tensor = self._norm(hidden.to(self._weight))
+        return linear(normed, self._weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamPair:
+    """The reference and the quantized stream after the last block, each with its own head."""
+
+    reference: Stream
+    quantized: Stream
+    source: LMHead
+    artifact: LMHead
+
+    def compare(self, rows: Tensor) -> TokenFidelity:
+        """Compare both models' predictions of the token after each of `rows` [n] of the streams."""
+        ids, chunks = self.reference.tokens.ids.long(), list[TokenFidelity]()
+        for chunk in rows.split(HEAD_CHUNK):
+            p = self.source.logits(self.reference.hidden.gather(chunk))
+            q = self.artifact.logits(self.quantized.hidden.gather(chunk))
+            chunks.append(fidelity.compare_logits(p.cpu(), q.cpu(), ids[chunk + 1]))
+        tokens = fidelity.concatenate_tokens(chunks)
+        figures = (tokens.kl, tokens.nll_source, tokens.nll_quantized)
+        if not all(bool(figure.isfinite().all()) for figure in figures):
+            raise NumericsError(
+                "final norm and language-model head: expected finite distributions, found NaN or "
+                "infinity; look for huge values among their weights in source and artifact, and at "
+                "rms_norm_eps in config.json"
+            )
+        return tokens
+
+
+def load_stream_pair(
+    skeleton: MetaModel,
+    layout: Layout,
+    source: Checkpoint,
+    artifact: Checkpoint,
+    reference: Stream,
+    quantized: Stream,
+) -> StreamPair:
+    """Read both heads and pair them with their streams."""
+    return StreamPair(
+        reference=reference,
+        quantized=quantized,
+        source=LMHead(skeleton, layout, source),
+        artifact=LMHead(skeleton, layout, artifact),
+    )
+
+
+def measure_text(pair: StreamPair) -> TextFidelity:
+    """Compare the two streams at every position of the text that has a next token."""
+    rows, domains = select_scored_rows(pair.reference)
+    return TextFidelity(tokens=pair.compare(rows), domains=domains)
+
+
+def select_scored_rows(stream: Stream) -> tuple[Tensor, tuple[str, ...]]:
+    """Select the rows of the text that have a next token in their sequence.
+
+    Returns the rows [n] and the domain of each row's sequence.
+    """
+    tokens = stream.tokens
+    rows, domains = list[Tensor](), list[str]()
+    for start, length, domain in zip(tokens.starts, tokens.lengths, tokens.domains, strict=True):
+        if start < stream.text_rows:
+            rows.append(torch.arange(start, start + length - 1))
+            domains += [domain] * (length - 1)
+    return torch.cat(rows), tuple(domains)

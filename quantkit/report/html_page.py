@@ -1,0 +1,341 @@
+"""The page quantkit/fidelity.html: one file for people, from fidelity.json and the samples alone. Nothing is fetched to show it.
+
+Text from models and checkpoints is hostile: the template escapes everything, plots are data, and the page's content
+security policy lets no script run but the two it names by hash. Drawn by Vega-Lite, whose code comes from the package
+vl-convert-python when the page is made. The same report with the same versions is the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from quantkit.artifact.fidelity_schema import Fidelity, Figure
+from quantkit.artifact.layout import MANIFEST, PAGE
+from quantkit.artifact.read_manifest import get_section, read_manifest
+from quantkit.artifact.read_report import read_report, read_sealed_report
+from quantkit.errors import ArtifactError
+from quantkit.figures import ALL_TEXT, FigureDefinition, list_headline_figures
+from quantkit.io import user_cache
+from quantkit.io.files import is_file, write_atomic, write_output
+from quantkit.report import card, format_numbers, module_ranges, tables
+from quantkit.report.charts import CONFIG, Plot, make_charts
+from quantkit.report.samples import Answer, ChangedItem, Samples, read_samples
+
+WORST = 200  # modules in the table
+FOLDED = 400  # lines of names per fallback
+BEFORE, AFTER = 700, 1_400  # characters of an answer shown around its first difference
+PROMPT = 2_000  # characters at the end of a prompt
+ITEMS_BYTES = 1_100_000  # of all changed items together
+_KEPT = "\n\t\r\u200c\u200d"  # lines, and what joins letters in Indic scripts and emoji
+_WORD = re.compile(
+    r"[^\W\u3040-\u9fff]{1,24}|\s|.", re.DOTALL
+)  # a word or number; one sign of a script without blanks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """A figure of the page's head."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Excerpt:
+    """An answer around the place where it leaves the other one."""
+
+    before: str
+    differs: str
+    after: str
+    cut_before: int
+    cut_after: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownItem:
+    """A changed item as the page shows it."""
+
+    changed: ChangedItem
+    prompt: str
+    cut_prompt: int
+    source: Excerpt
+    artifact: Excerpt
+
+
+def rebuild_page(artifact: Path, output: Path | None = None) -> Path:
+    """Make the page of an artifact anew; without `output` in its own place.
+
+    Raises ArtifactError when the evidence is not what was sealed, and when other bytes than the manifest names would go
+    into the artifact, which would break it.
+    """
+    files: Mapping[str, object] = {}
+    if output is None or is_file(artifact / MANIFEST):
+        files = get_section(read_manifest(artifact), "files", artifact)
+        read_sealed_report(
+            artifact, absent=(PAGE, *(name for name in files if not is_file(artifact / name)))
+        )
+    content = make_page(artifact).encode()
+    if output is None:
+        entry = files.get(PAGE)
+        if (
+            not isinstance(entry, Mapping)
+            or entry.get("sha256") != hashlib.sha256(content).hexdigest()
+        ):
+            raise ArtifactError(
+                f"{artifact / MANIFEST}: {PAGE}: expected the page that these files make, found another or none (made "
+                "with other versions?); write it elsewhere with --output FILE"
+            )
+        write_atomic(artifact / PAGE, content)
+        return artifact / PAGE
+    write_output(output, content)
+    return output
+
+
+def make_page(artifact: Path) -> str:
+    """The page of the artifact in a folder, sealed or not. Raises ArtifactError."""
+    fidelity = read_report(artifact)
+    filters = {row.task: row.metric for row in fidelity.benchmarks}
+    return render_page(fidelity, read_samples(artifact, filters))
+
+
+def render_page(fidelity: Fidelity, samples: Samples) -> str:
+    """The whole page."""
+    made = make_environment(autoescape=True)
+    items = select_items(samples.changed)
+    return made.get_template("fidelity.html.j2").render(
+        fidelity=fidelity,
+        samples=samples,
+        items=items,
+        hidden=len(samples.changed) - len(items),
+        tables=tables,
+        tiles=make_tiles(fidelity),
+        verdict=card.format_verdict(fidelity),
+        intervals=draw_intervals([row.delta_pp for row in fidelity.benchmarks]),
+        worst=WORST,
+        folded_lines=FOLDED,
+        **make_plot_context(made, make_charts(fidelity, samples.histogram), ("fidelity.css",)),
+    )
+
+
+def make_plot_context(
+    made: Environment, plots: Mapping[str, Plot], styles: Sequence[str]
+) -> dict[str, object]:
+    """What every page draws with: its plots, the only two scripts its policy lets run, and its styles."""
+    vega, own = load_vega_bundle(), read_template(made, "fidelity.js")
+    return {
+        "plots": plots,
+        "drawings": {
+            "config": CONFIG,
+            "specs": {name: spec for name, (_, _, spec) in plots.items()},
+        },
+        "vega": Markup(vega),
+        "script": Markup(own),
+        "style": Markup("".join(read_template(made, name) for name in styles)),
+        "hashes": [compute_csp_hash(vega), compute_csp_hash(own)],
+    }
+
+
+def make_environment(*, autoescape: bool) -> Environment:
+    """What templates may call; text that cannot be shown becomes a replacement sign."""
+    made = Environment(
+        loader=PackageLoader("quantkit.report", "templates"),
+        undefined=StrictUndefined,
+        autoescape=autoescape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=replace_invisible,
+    )
+    made.filters |= {
+        "size": format_numbers.format_size, "parameters": format_numbers.format_parameters, "count": format_numbers.format_count, "tone": choose_tone, "json": format_json,
+        "folded": module_ranges.fold_names,
+    }  # fmt: skip
+    return made
+
+
+@cache
+def load_vega_bundle() -> str:
+    """The code that draws: Vega, Vega-Lite and vega-embed in one script of 0.9 MB.
+
+    Putting it together takes 1.4 s and 100 MB, so it is kept for the next page.
+    """
+    return user_cache.load_or_make_text(
+        user_cache.locate_folder("charts") / f"vega-{version('vl-convert-python')}.js",
+        build_vega_bundle,
+    )
+
+
+def build_vega_bundle() -> str:
+    """The script, put together by vl-convert."""
+    from vl_convert import javascript_bundle  # 85 MB
+
+    return str(javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace("</script", "<\\/script")
+
+
+def compute_csp_hash(script: str) -> str:
+    """What a content security policy calls a script by."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def format_json(value: object) -> Markup:
+    """JSON that ends no script element."""
+    text = json.dumps(
+        _visible_all(value), ensure_ascii=True, allow_nan=False, separators=(",", ":")
+    )
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def replace_invisible(value: object) -> object:
+    """Control characters, lone surrogates and marks that turn the direction of text become a replacement sign."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return "".join(
+        c if c.isprintable() or c in _KEPT or (c > "\x9f" and c.isspace()) else "\ufffd"
+        for c in value
+    )
+
+
+def _visible_all(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _visible_all(each) for key, each in value.items()}
+    return (
+        [_visible_all(each) for each in value]
+        if isinstance(value, list | tuple)
+        else replace_invisible(value)
+    )
+
+
+def choose_tone(text: str) -> str:
+    """The class of a cell that says how something ended."""
+    word = text.split(":")[0].split("(")[0].strip().lower()
+    return {"pass": "good", "kept": "good", "fail": "bad", "missed": "bad"}.get(word, "open")
+
+
+def make_tiles(fidelity: Fidelity) -> list[Tile]:
+    """Return the figures of the page's head: those that the table gives a tile, then recovery."""
+    tiles = [
+        tile
+        for definition in list_headline_figures()
+        if definition.tile and (tile := _make_tile(definition, fidelity))
+    ]
+    recoveries = [
+        (row.recovery.value, row.task)
+        for row in fidelity.benchmarks
+        if row.recovery and row.recovery.value is not None
+    ]
+    if recoveries:
+        lowest, task = min(recoveries)
+        note = f"{task}, the lowest of {len(recoveries)}" if len(recoveries) > 1 else task
+        value = format_numbers.format_percent(lowest)
+        tiles.append(Tile(label="Recovery", value=value, note=note))
+    return tiles
+
+
+def _make_tile(definition: FigureDefinition, fidelity: Fidelity) -> Tile | None:
+    """Return a figure's tile; None if it was not measured."""
+    text = format_numbers.format_reading(definition, definition.read(fidelity))
+    value, _, error = text.partition(" ±")
+    if value == format_numbers.MISSING:
+        return None
+    note = _describe_size(fidelity) if definition.key == "size" else definition.tile_note
+    tokens = next((row.tokens for row in fidelity.distribution if row.domain == ALL_TEXT), 0)
+    note = note.format(tokens=f"{tokens:,}")
+    return Tile(label=definition.tile, value=value, note=f"{note}, ±{error}" if error else note)
+
+
+def _describe_size(fidelity: Fidelity) -> str:
+    """Return "from 7.80 MB, 1.22x smaller"."""
+    artifact = fidelity.artifact
+    ratio = artifact.bytes_source / artifact.bytes_artifact if artifact.bytes_artifact else 0.0
+    smaller = f", {ratio:.2f}x smaller" if ratio > 1 else ""
+    return f"from {format_numbers.format_size(artifact.bytes_source)}{smaller}"
+
+
+def draw_intervals(differences: Sequence[Figure | None]) -> dict[int, Markup]:
+    """A drawing of each benchmark's difference and its interval on one common scale; by row."""
+    known = {
+        n: (low, found.value, high)
+        for n, found in enumerate(differences)
+        if found and found.value is not None and found.ci
+        for low, high in [found.ci]
+        if low is not None and high is not None
+    }
+    limit = max((max(abs(low), abs(high)) for low, _, high in known.values()), default=1.0) or 1.0
+    return {
+        n: _interval(*(60 + 56 * value / limit for value in values)) for n, values in known.items()
+    }
+
+
+def _interval(low: float, middle: float, high: float) -> Markup:
+    side = "ci-bad" if high < 60 else "ci-good" if low > 60 else "ci-open"
+    return Markup(
+        '<svg class="ci {}" viewBox="0 0 120 16" width="120" height="16" aria-hidden="true"><line class="zero" x1="60" '
+        'x2="60" y1="0" y2="16"/><line x1="{:.1f}" x2="{:.1f}" y1="8" y2="8"/><circle cx="{:.1f}" cy="8" r="3"/></svg>'
+    ).format(side, low, high, middle)
+
+
+def select_items(changed: Sequence[ChangedItem]) -> list[ShownItem]:
+    """The changed items that the page has room for, each around its first difference."""
+    found: list[ShownItem] = []
+    room = ITEMS_BYTES
+    for item in changed:
+        made = ShownItem(
+            changed=item,
+            prompt=item.prompt[-PROMPT:],
+            cut_prompt=max(0, len(item.prompt) - PROMPT),
+            source=cut_excerpt(item.source, item.divergence),
+            artifact=cut_excerpt(item.artifact, item.divergence),
+        )
+        sides = (made.source, made.artifact)
+        texts = (
+            made.prompt,
+            item.target[:PROMPT],
+            *(part for s in sides for part in (s.before, s.differs, s.after)),
+        )
+        room -= 1_500 + sum(len(escape(text).encode("utf-8", "replace")) for text in texts)
+        if room < 0:
+            break
+        found.append(made)
+    return found
+
+
+def cut_excerpt(answer: Answer, place: int) -> Excerpt:
+    """The answer near `place`, cut where it is long; the word that holds the first difference stands by itself."""
+    text = answer.text
+    start = place
+    while (
+        start > max(0, place - 24)
+        and _word(text[start - 1 : start])
+        and _word(text[start : start + 1] or "x")
+    ):
+        start -= 1
+    match = _WORD.match(text, start)
+    end = max(match.end(), min(place + 1, len(text))) if match else start
+    first, last = max(0, start - BEFORE), min(len(text), end + AFTER)
+    return Excerpt(
+        before=text[first:start], differs=text[start:end], after=text[end:last], cut_before=first,
+        cut_after=len(text) - last,
+    )  # fmt: skip
+
+
+def _word(sign: str) -> bool:
+    return bool(re.fullmatch(r"[^\W\u3040-\u9fff]", sign))
+
+
+def read_template(environment: Environment, name: str) -> str:
+    """A file beside the templates as it is."""
+    loader = environment.loader
+    assert loader is not None  # given above
+    return loader.get_source(environment, name)[0]

@@ -1,0 +1,1 @@
+"""Roundings: how weights become codes; one file each, named as in a recipe."""
