@@ -1,12 +1,13 @@
-"""The words every other module may use: frozen values, and the contracts a plug-in fills in.
+"""Contracts: frozen values that every module may use, and the plug-in interfaces.
 
     Method        how codes are chosen        methods/<name>.py        METHOD
     Rounding      how weights become codes    roundings/<name>.py      ROUNDING
     Format        how codes are stored        formats/<name>.py        FORMAT
-    Architecture  what a model consists of    architectures/<type>.py  ARCHITECTURE
-    InputStats    the one statistic           gram, mean |x|, tokens
+    Architecture  layout of a model family    architectures/<type>.py  ARCHITECTURE
+    InputStats    calibration statistics      gram, mean |x|, tokens
 
-Methods make `Quantized`, formats store it, neither knows the other. torch, slow to start, is imported for types only.
+Methods return `Quantized`, formats store it; neither imports the other. torch, which is slow to
+import, is imported for types only.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ Role = Literal[
     "mtp_projection",
 ]
 PROTECTED_ROLES: frozenset[Role] = frozenset({"router", "embedding", "head", "mtp_projection"})
-"""Roles that a rule quantizes only when its pattern names them (recipe.Rule.names)."""
+"""Roles that a rule quantizes only if its pattern names them (recipe.schema.Rule)."""
 
 ScaleDtype = Literal["bfloat16", "float16", "float32"]
 
 
-# ---------------------------------------------------------------------------------------------- tensors and models
+# ------------------------------------------------------------------------------- tensors and models
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,22 +56,24 @@ class TensorSpec:
 
     @property
     def n_elements(self) -> int:
+        """Number of elements."""
         return prod(self.shape)
 
     @property
     def n_bytes(self) -> int:
+        """Number of bytes."""
         return self.n_elements * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """The source's config.json with typed access: a missing or mistyped key is one clear error."""
+    """The source's config.json with typed access; a wrong key raises CheckpointError."""
 
     values: Mapping[str, object]
     where: str = "config.json"
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """The integer under `key`, not negative and below 2**31; `default` when the key is absent."""
+        """Return the integer of `key`, from 0 to 2**31 - 1; `default` if the key is absent."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default
@@ -82,7 +85,7 @@ class Config:
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """The boolean under `key`; `default` when the key is absent or null."""
+        """Return the boolean of `key`; `default` if the key is absent or null."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -93,7 +96,7 @@ class Config:
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
-        """The string under `key`; `default` when the key is absent."""
+        """Return the string of `key`; `default` if the key is absent."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default
@@ -103,7 +106,7 @@ class Config:
         return value
 
     def has(self, key: str) -> bool:
-        """Whether `key` is present and not null."""
+        """Return whether `key` is present and not null."""
         return self.values.get(key) is not None
 
 
@@ -119,14 +122,16 @@ class Linear:
 
     @property
     def n_parameters(self) -> int:
+        """Number of weights, without the bias."""
         return self.out_features * self.in_features
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadRows:
-    """Which row of an attention projection feeds which input channel of o_proj.
+    """The row of an attention projection that feeds each input channel of o_proj.
 
-    Channel `head * width + d` of o_proj is made by row `(head // (heads // kv_heads)) * stride + offset + d`.
+    Channel `head * width + d` of o_proj comes from row
+    `(head // (heads // kv_heads)) * stride + offset + d`.
     """
 
     heads: int
@@ -136,7 +141,7 @@ class HeadRows:
     offset: int  # first value row within a head
 
     def index(self) -> list[int]:
-        """[in_features of o_proj] row numbers of the absorbing matrix."""
+        """Return [in_features of o_proj] row numbers of the absorbing matrix."""
         repeat = self.heads // self.kv_heads
         first = [head // repeat * self.stride + self.offset for head in range(self.heads)]
         return [row + d for row in first for d in range(self.width)]
@@ -144,9 +149,10 @@ class HeadRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Absorber:
-    """The earlier tensor that takes the inverse of a group's scale.
+    """The earlier tensor that is divided by a group's scale.
 
-    A norm weight [in] is divided channel by channel, a linear row by row: row c for channel c, or as `rows` says.
+    A norm weight [in] is divided channel by channel, a linear row by row: row c for channel c, or
+    the row that `rows` gives.
     """
 
     module: str
@@ -155,12 +161,13 @@ class Absorber:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearGroup:
-    """Linears that read the same input, and the earlier tensor that may absorb their scale.
+    """Linears with the same input, and the earlier tensor that may absorb their scale.
 
-    `readers` lists every module that reads the input, the router included: whoever is forgotten here would silently
-    read a rescaled input. The first reader is where the input is observed. With `routed_experts`, gate and up of
-    every routed expert of the block read it too. `adds_to` is the norm whose input, the residual stream, the readers'
-    output is added to as it is; None where something lies between.
+    `readers` lists every module that reads the input, including the router: a missing reader would
+    silently read a rescaled input. The input is observed at the first reader. With
+    `routed_experts`, gate and up of every routed expert of the block read it too. `adds_to` is the
+    norm whose input, the residual stream, the readers' output is added to unchanged; None if an
+    operation lies between.
     """
 
     name: str
@@ -174,7 +181,7 @@ class LinearGroup:
 class Experts:
     """The routed experts of a block: `count` gated MLPs down(act(gate x) * up x).
 
-    The down projection's input scale is absorbed by the rows of the same expert's up projection.
+    The rows of an expert's up projection absorb the input scale of its down projection.
     """
 
     module: str  # "model.layers.3.mlp.experts"; expert e is module.e
@@ -188,18 +195,19 @@ class Experts:
     down: str = "down_proj"
 
     def linear(self, expert: int, projection: str) -> str:
-        """Full module name of one projection of one expert."""
+        """Return the full module name of one projection of one expert."""
         return f"{self.module}.{expert}.{projection}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """One repeated block of the model: what is read, calibrated, solved and written together.
+    """One repeated block of the model: the unit that is read, calibrated, quantized and written.
 
-    `linears` holds every matrix, the experts' included (experts last, expert by expert); `others` every further
-    tensor (norms, biases of routers); `fused` the sets an engine merges at load, which must share one decision.
-    kind "mtp" is a multi-token-prediction block that transformers does not run. `renames`: modules of the block that
-    transformers calls otherwise than the checkpoint, ("block_sparse_moe", "mlp").
+    `linears` holds every matrix, the experts' included (experts last, expert by expert); `others`
+    all further tensors (norms, biases of routers); `fused` the sets that an engine fuses at load,
+    which must share one decision. kind "mtp" is a multi-token-prediction block that transformers
+    does not run. `renames`: modules of the block with another name in transformers,
+    ("block_sparse_moe", "mlp").
     """
 
     name: str  # "model.layers.3"
@@ -214,7 +222,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Every tensor of a model in checkpoint order: what comes before the blocks, the blocks, what comes after."""
+    """Every tensor of a model in checkpoint order: embedding, blocks, final norm, head."""
 
     embedding: Linear
     blocks: tuple[Block, ...]
@@ -224,43 +232,43 @@ class Layout:
 
     @property
     def final_tensors(self) -> tuple[TensorSpec, ...]:
-        """Weight and, where it has one, bias of the final norm."""
+        """Weight and, if it has one, bias of the final norm."""
         return (self.final_norm, *((self.final_norm_bias,) if self.final_norm_bias else ()))
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         """Every matrix of the model."""
-        inner = (linear for block in self.blocks for linear in block.linears)
-        return (self.embedding, *inner, *((self.head,) if self.head else ()))
+        in_blocks = (linear for block in self.blocks for linear in block.linears)
+        return (self.embedding, *in_blocks, *((self.head,) if self.head else ()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What quantkit must know of a model family; file name = `model_type`."""
+    """Layout and options of a model family; the file name is its `model_type`."""
 
     layout: Callable[[Config], Layout]
     tiny: Mapping[str, object]  # a config.json small enough for contract tests
     experts_only: bool = False  # default rules: quantize routed experts only
-    published: Mapping[str, str] | None = (
-        None  # hub id -> file in architectures/published/ for offline plans
-    )
+    # hub id -> file in architectures/published/ for offline plans
+    published: Mapping[str, str] | None = None
     serving_notes: tuple[str, ...] = ()  # flags an operator must know, for the model card
-    dropped: tuple[
-        str, ...
-    ] = ()  # globs of checkpoint tensors that no engine reads; the plan lists what it drops
+    # globs of checkpoint tensors that no engine reads; the plan lists the tensors it drops
+    dropped: tuple[str, ...] = ()
     derived: str | None = (
-        None  # of a family without a table: what the layout was derived from and proven by
+        None  # of a family without a table: how the layout was derived and checked
     )
 
 
-# ------------------------------------------------------------------------------------------------- quantization
+# ------------------------------------------------------------------------------------- quantization
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scheme:
-    """How a matrix is quantized. Groups run along the input dimension; group_size -1 is one group per row.
+    """Quantization parameters of a matrix.
 
-    nf4 only: `double_quant`, the format stores the scales in 8 bits; `source_dtype`, what the weight was before.
+    Groups run along the input dimension; group_size -1 is one group per row. nf4 only:
+    `double_quant`, the format stores the scales in 8 bits; `source_dtype`, the weight's dtype in
+    the source.
     """
 
     bits: int
@@ -272,17 +280,18 @@ class Scheme:
     source_dtype: ScaleDtype | None = None
 
     def groups(self, in_features: int) -> int:
-        """Number of groups in a row of `in_features` weights."""
+        """Return the number of groups in a row of `in_features` weights."""
         return 1 if self.group_size == -1 else in_features // self.group_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputStats:
-    """What calibration knows of one group input x, in sums over tokens; float32, batched with [experts] in front.
+    """Calibration statistics of one group's input x: sums over tokens, float32.
 
-    gram: x xT, [in, in]; mean_abs: mean |x|, [in]; n_tokens: a number per gram. Where the original model ran beside,
-    with input o and residual stream s, r being the stream that the readers' output is added to: cross: (o - x) xT,
-    [in, in]; residual: (s - r) xT, [out, in].
+    gram: x xT, [in, in]; mean_abs: mean |x|, [in]; n_tokens: one number per gram. If the original
+    model ran too, with input o and residual stream s, and r is the stream that the readers' output
+    is added to: cross: (o - x) xT, [in, in]; residual: (s - r) xT, [out, in]. Batches have
+    [experts] in front.
     """
 
     gram: Tensor
@@ -294,10 +303,11 @@ class InputStats:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quantized:
-    """What a method makes and a format stores: w ~ (codes - zero) * scale; of kind nf4 it is codebook[codes] * scale.
+    """A quantized weight, from a method to a format.
 
-    codes [..., out, in] uint8 in 0 .. 2**bits - 1; scale [..., out, n_groups] in scheme.scale_dtype, rounded before
-    the codes were chosen; zero [..., out, n_groups] uint8, None for symmetric (the middle code).
+    w ~ (codes - zero) * scale; of kind nf4 w ~ codebook[codes] * scale. codes [..., out, in] uint8
+    in 0 .. 2**bits - 1; scale [..., out, n_groups] in scheme.scale_dtype, rounded before the codes
+    were chosen; zero [..., out, n_groups] uint8, None for symmetric (the middle code).
     """
 
     codes: Tensor
@@ -306,12 +316,12 @@ class Quantized:
 
 
 Solve: TypeAlias = "Callable[[Tensor, InputStats | None, Scheme], Quantized]"
-"""A method's `solve`: weight [..., out, in] float32, statistics of its input or None, scheme -> codes, batched."""
+"""A method's `solve`: weight [..., out, in] float32, statistics or None, scheme -> Quantized."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundedWeight:
-    """Codes of a weight, and the named fallbacks that the rounding took (build.quantize_linear.FALLBACKS)."""
+    """A quantized weight, and the fallbacks of its rounding (build.quantize_linear.FALLBACKS)."""
 
     quantized: Quantized
     fallbacks: tuple[str, ...] = ()
@@ -322,9 +332,9 @@ class Rescale:
     """AWQ-like input scaling, split so that a group's error can be summed over waves of experts.
 
     candidates(mean_abs [in]) -> [n, in] float32, the first row all ones;
-    error(weight [..., out, in], gram [..., in, in], candidate [in] or [..., in], scheme or None) -> [...] float64,
-    the error under the gram after scaling, rounding and unscaling; scheme None is a matrix that stays in the source
-    dtype (its rounding counts too).
+    error(weight [..., out, in], gram [..., in, in], candidate [in] or [..., in], scheme or None)
+    -> [...] float64, the error under the gram after scaling, rounding and unscaling. Scheme None is
+    a matrix that stays in the source dtype (its rounding counts too).
     """
 
     candidates: Callable[[Tensor], Tensor]
@@ -333,7 +343,10 @@ class Rescale:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How codes are chosen. solve(weight [..., out, in] float32, stats or None, scheme) -> Quantized, batched."""
+    """How codes are chosen.
+
+    solve(weight [..., out, in] float32, stats or None, scheme) -> Quantized, batched.
+    """
 
     solve: Solve
     rescale: Rescale | None = None
@@ -344,8 +357,8 @@ class Method:
 class Rounding:
     """How weights become codes after the method's input scaling.
 
-    round_weight(weight [..., out, in] float32, stats or None, scheme, solve of the recipe's method) -> RoundedWeight,
-    batched. A rounding that chooses the codes itself does not call `solve`.
+    round_weight(weight [..., out, in] float32, stats or None, scheme, solve of the recipe's method)
+    -> RoundedWeight, batched. A rounding that chooses the codes itself does not call `solve`.
     """
 
     round_weight: Callable[[Tensor, InputStats | None, Scheme, Solve], RoundedWeight]
@@ -353,14 +366,15 @@ class Rounding:
 
 
 FALLBACK_ROUNDING = "nearest"
-"""The rounding that needs no statistics: a recipe's default, and in use where calibration knows nothing of an input."""
+"""The rounding without statistics: a recipe's default, and the fallback for unseen inputs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contents:
-    """What an artifact holds, for the format's entry in config.json.
+    """Contents of an artifact, for the format's entry in config.json.
 
-    schemes: of each quantized linear; kept: the others; fp8: those of `kept` in FP8 blocks, `fp8_block` by `fp8_block`.
+    schemes: of each quantized linear; kept: the others; fp8: those of `kept` in FP8 blocks of
+    `fp8_block` by `fp8_block`.
     """
 
     schemes: Mapping[str, Scheme]
@@ -373,14 +387,20 @@ class Contents:
 class Format:
     """How codes are stored, and which engines read them.
 
-    accepts: None, or one sentence why this linear cannot be stored so (naming the engines that would fail);
+    accepts: None, or one sentence why the format cannot store this linear (with the engines that
+    would fail);
     layout: the tensors that store one linear, before any data exists; full names;
-    pack: Quantized of one linear [out, in] -> tensors by local name ("qweight"); dequantize: back to [out, in] float32;
+    pack: Quantized of one linear [out, in] -> tensors by local name ("qweight");
+    dequantize: back to [out, in] float32;
     quantization_config: the entry for config.json, or None for an ordinary unquantized checkpoint;
-    fp8_scale: local name of the block scales of a kept FP8 `weight`; None: the format holds none, it becomes BF16;
-    accepts_fp8: None, or why this linear of a block that transformers runs cannot stay in FP8 blocks of that side;
-    holds_codes: `dequantize` gives (codes - zero) * scale in float32: equal codes are equal weights in such formats;
-    limits: of a model type, quantized linears and kept ones (but MTP), engines that cannot load them, and why.
+    fp8_scale: local name of the block scales of a kept FP8 `weight`; None: a kept FP8 weight
+    becomes BF16;
+    accepts_fp8: None, or why this linear of a block that transformers runs cannot stay in FP8
+    blocks of that side;
+    holds_codes: whether `dequantize` gives (codes - zero) * scale in float32: equal codes are equal
+    weights in such formats;
+    limits: for a model type, its quantized and its kept linears (without MTP): the engines that
+    cannot load them, and why.
     """
 
     accepts: Callable[[Scheme, Linear], str | None]
@@ -389,13 +409,12 @@ class Format:
     dequantize: Callable[[Mapping[str, Tensor], Scheme], Tensor]
     quantization_config: Callable[[Contents], dict[str, object] | None]
     one_scheme: bool  # the config has room for one bits/group_size only
-    engines: Mapping[
-        str, str
-    ]  # engine -> the exact command that serves the artifact, "{path}" for its folder
+    # engine -> the exact command that serves the artifact, "{path}" for its folder
+    engines: Mapping[str, str]
     fp8_scale: str | None = None
     accepts_fp8: Callable[[Linear, int], str | None] | None = None
     holds_codes: bool = True
-    ordinary: bool = False  # stores plain weights, which engines may merge however they were made
+    ordinary: bool = False  # stores plain weights, which engines may fuse in any case
     limits: Callable[[str, Mapping[Linear, Scheme], Sequence[Linear]], Mapping[str, str]] | None = (
         None
     )

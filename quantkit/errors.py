@@ -1,21 +1,21 @@
-"""Every error quantkit raises on purpose, with the exit code the command line turns it into.
+"""The errors that quantkit raises, with the exit code that the command line gives them.
 
-    QuantkitError                1   something went wrong while doing what was asked
-    ├── UsageError               2   the command line or the environment was used wrongly
-    │   └── RecipeError          2   a recipe cannot be read, or its plan is refused; lists every fault
-    ├── CheckpointError          1   the source checkpoint is missing, damaged or not what it claims
-    │   └── HubUnreachable       1   the hub did not answer; whether the model is good is not known
+    QuantkitError                1   a step failed
+    ├── UsageError               2   wrong use of the command line or the environment
+    │   └── RecipeError          2   a recipe cannot be read or planned; lists every fault
+    ├── CheckpointError          1   the source checkpoint is missing, damaged or inconsistent
+    │   └── HubUnreachable       1   the hub did not answer; the model was not checked
     ├── CalibrationError         1   calibration or evaluation text cannot be used
-    ├── NumericsError            1   a computation left the range in which its result can be trusted
+    ├── NumericsError            1   a computation left the range of a reliable result
     ├── EvaluationError          1   a benchmark could not be run
-    │   └── UnsuitedError        1   a task that this model cannot be asked; others may be
-    ├── ArtifactError            1   an artifact is missing, damaged or does not match its manifest
+    │   └── UnsuitedError        1   a task that does not suit this model; others may
+    ├── ArtifactError            1   an artifact is missing, damaged or differs from its manifest
     ├── TransferError            1   an artifact could not be published or pulled
-    ├── NotComparable            1   two artifacts were measured on other sources, texts or prompts
+    ├── NotComparable            1   two artifacts have different sources, texts or prompts
     └── GateMissed               3   the artifact is complete but misses a gate of its recipe
 
-A message says where (file, key, tensor), what was expected, what was found and what to do. Faults that can be found
-together are collected and raised once.
+A message names the place (file, key, tensor), the expected and the actual value, and the remedy.
+Faults that one pass can find together are collected and raised once.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from collections.abc import Sequence
 
 
 class QuantkitError(Exception):
-    """Root of the tree; `cli` turns it into one message and an exit code."""
+    """Base class; `cli` turns it into one message and an exit code."""
 
     exit_code = 1
 
 
 class UsageError(QuantkitError):
-    """The command line or the environment was used wrongly."""
+    """Wrong use of the command line or the environment."""
 
     exit_code = 2
 
 
 class RecipeError(UsageError):
-    """A recipe that cannot be read or planned; `faults` holds one sentence each."""
+    """A recipe cannot be read or planned; `faults` has one sentence per fault."""
 
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults = tuple(faults)
@@ -44,11 +44,11 @@ class RecipeError(UsageError):
 
 
 class CheckpointError(QuantkitError):
-    """The source checkpoint is missing, damaged or not what it claims to be."""
+    """The source checkpoint is missing, damaged or inconsistent."""
 
 
 class HubUnreachable(CheckpointError):
-    """The hub did not answer: whether the model is good is not known, so a plan may go by the published config."""
+    """The hub did not answer: the model was not checked; a plan may use the published config."""
 
 
 class CalibrationError(QuantkitError):
@@ -56,7 +56,7 @@ class CalibrationError(QuantkitError):
 
 
 class NumericsError(QuantkitError):
-    """A computation left the range in which its result can be trusted."""
+    """A computation left the range in which its result is reliable."""
 
 
 class EvaluationError(QuantkitError):
@@ -64,22 +64,22 @@ class EvaluationError(QuantkitError):
 
 
 class UnsuitedError(EvaluationError):
-    """A task that this model, or this way of asking it, cannot answer; others may be asked."""
+    """A task does not suit this model or this backend; other tasks may."""
 
 
 class ArtifactError(QuantkitError):
-    """An artifact is missing, damaged or does not match its manifest."""
+    """An artifact is missing, damaged or differs from its manifest."""
 
 
 class TransferError(QuantkitError):
-    """An artifact could not be published or pulled: the place, the way there, or what lies there."""
+    """An artifact could not be published or pulled: remote, network, or files on the remote."""
 
 
 class NotComparable(QuantkitError):
-    """Two artifacts were measured on other sources, texts or prompts: their figures say nothing about each other."""
+    """Two artifacts have different sources, texts or prompts: figures are not comparable."""
 
 
 class GateMissed(QuantkitError):
-    """The artifact is complete but misses a gate, or has no figure for one that it is to be judged by."""
+    """The artifact is complete but misses a gate, or has no figure for one of its gates."""
 
     exit_code = 3

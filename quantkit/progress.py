@@ -1,4 +1,4 @@
-"""How far a long step is, as builds, benchmarks and transfers tell it and the command line shows it."""
+"""Progress of a long step, reported by builds, benchmarks and transfers to the command line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a long step is: `done` of `total` units of `stage`."""
+    """`done` of `total` units of `stage`, with an optional note."""
 
     stage: str
     done: float
@@ -17,4 +17,4 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
-"""Who hears of it."""
+"""Receives every `Progress` of a step."""

@@ -1,7 +1,8 @@
-"""What can be named in a recipe: the methods, roundings, formats and architectures that quantkit carries.
+"""Registry of plug-ins: the methods, roundings, formats and architectures a recipe can name.
 
-The file name is the registration: `methods/awq.py` holds `METHOD`, and is found because it is there. Nothing is
-imported until it is asked for, so that `--help` stays fast and a broken optional dependency hurts its own plug-in only.
+The file name is the registration: `methods/awq.py` sets `METHOD`, and the name is `awq`. A plug-in
+is imported on first use, so that `--help` stays fast and a broken optional dependency affects only
+its own plug-in.
 """
 
 from __future__ import annotations
@@ -31,38 +32,41 @@ _PACKAGES = {
 
 
 def list_names(kind: Kind) -> tuple[str, ...]:
-    """Every name of a kind, sorted; imports none of them."""
+    """Return every name of a kind, sorted, without importing a plug-in."""
     modules = pkgutil.iter_modules(_PACKAGES[kind].__path__)
     return tuple(sorted(module.name for module in modules if not module.ispkg))
 
 
 def get_method(name: str) -> Method:
-    """The method in methods/<name>.py; UsageError when there is none."""
+    """Return the method of methods/<name>.py; raises UsageError if there is none."""
     return _load_plugin("methods", name, "METHOD", Method)
 
 
 def get_rounding(name: str) -> Rounding:
-    """The rounding in roundings/<name>.py; UsageError when there is none."""
+    """Return the rounding of roundings/<name>.py; raises UsageError if there is none."""
     return _load_plugin("roundings", name, "ROUNDING", Rounding)
 
 
 def get_format(name: str) -> Format:
-    """The format in formats/<name>.py; UsageError when there is none."""
+    """Return the format of formats/<name>.py; raises UsageError if there is none."""
     return _load_plugin("formats", name, "FORMAT", Format)
 
 
 def get_checks(format_name: str) -> FormatChecks:
-    """What `quantkit verify` must know of the format in formats/<name>.py; UsageError when there is none."""
+    """Return the checks of formats/<name>.py for `verify`; raises UsageError if there are none."""
     return _load_plugin("formats", format_name, "CHECKS", FormatChecks)
 
 
 def get_architecture(model_type: str) -> Architecture:
-    """The architecture in architectures/<model_type>.py; UsageError when there is none."""
+    """Return the architecture of architectures/<model_type>.py; raises UsageError without one."""
     return _load_plugin("architectures", model_type, "ARCHITECTURE", Architecture)
 
 
 def check_packages(format_name: str) -> None:
-    """UsageError when a format computes with a package that is not installed: before any weight is read."""
+    """Check that the packages a format computes with are installed; raises UsageError.
+
+    Builds call it before they read a weight.
+    """
     missing = [
         package for package in get_format(format_name).packages if find_spec(package) is None
     ]
@@ -81,8 +85,8 @@ def _load_plugin(kind: Kind, name: str, attribute: str, expected: type[Plugin]) 
     if not isinstance(plugin, expected):
         found = "nothing" if plugin is None else f"a {type(plugin).__name__}"
         raise QuantkitError(
-            f"quantkit/{kind}/{name}.py: {attribute}: expected a {expected.__name__}, found {found}; "
-            f"a file in quantkit/{kind}/ must set {attribute}"
+            f"quantkit/{kind}/{name}.py: {attribute}: expected a {expected.__name__}, "
+            f"found {found}; a file in quantkit/{kind}/ must set {attribute}"
         )
     return plugin
 
@@ -92,8 +96,8 @@ def _import_module(kind: Kind, name: str) -> ModuleType:
         return importlib.import_module(f"quantkit.{kind}.{name}")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "quantkit":
-            raise  # a mistake in our own imports: aloud
+            raise  # a wrong import of quantkit itself is a bug
         raise UsageError(
-            f"{kind.removesuffix('s')} {name!r} needs the package {error.name!r}, which is not installed; "
-            "install it, or choose another"
+            f"{kind.removesuffix('s')} {name!r} needs the package {error.name!r}, which is not "
+            "installed; install it, or choose another"
         ) from error

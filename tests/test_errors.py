@@ -1,4 +1,4 @@
-"""The tree drawn in errors.py is the tree there is."""
+"""The tree in the docstring of errors.py equals the classes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LINE = re.compile(
 
 
 def drawn() -> dict[str, tuple[str | None, int]]:
-    """Class -> (base, exit code) as the docstring draws it."""
+    """Return class -> (base, exit code) from the docstring."""
     found: dict[str, tuple[str | None, int]] = {}
     above: list[str] = []
     for line in (errors.__doc__ or "").splitlines():
@@ -28,14 +28,14 @@ def drawn() -> dict[str, tuple[str | None, int]]:
 def real(
     root: type[QuantkitError] = QuantkitError, base: str | None = None
 ) -> dict[str, tuple[str | None, int]]:
-    """Class -> (base, exit code), from the root down."""
+    """Return class -> (base, exit code) of the classes, from the root."""
     found = {root.__name__: (base, root.exit_code)}
     for child in root.__subclasses__():
         found |= real(child, root.__name__)
     return found
 
 
-def test_the_drawn_tree_is_the_real_one() -> None:
+def test_docstring_tree_equals_classes() -> None:
     assert drawn() == real()
     assert list(drawn()) == list(real())
     defined = {
@@ -46,12 +46,12 @@ def test_the_drawn_tree_is_the_real_one() -> None:
     assert set(drawn()) == defined
 
 
-def test_exit_codes_say_what_the_command_line_promises() -> None:
-    """0 is success; nothing else is free for a caller to misread."""
+def test_exit_codes_equal_those_of_the_command_line() -> None:
+    """0 is success and no error's code."""
     assert {code for _, code in real().values()} == {1, 2, 3}
 
 
-def test_a_recipe_error_holds_every_fault() -> None:
+def test_recipe_error_lists_every_fault() -> None:
     error = errors.RecipeError(["a.yaml:1: one", "a.yaml:2: two"])
     assert error.faults == ("a.yaml:1: one", "a.yaml:2: two")
     assert str(error) == "a.yaml:1: one\na.yaml:2: two"

@@ -1,4 +1,4 @@
-"""The registry finds plug-ins by file name, and says what it did not find."""
+"""The registry finds plug-ins by file name and names what is missing."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from quantkit.errors import QuantkitError, UsageError
 KINDS: tuple[registry.Kind, ...] = ("methods", "roundings", "formats", "architectures")
 
 
-def planted(
+def plant(
     monkeypatch: pytest.MonkeyPatch, kind: registry.Kind, name: str, attributes: dict[str, object]
 ) -> None:
-    """Pretend that quantkit/<kind>/<name>.py exists."""
+    """Plant a module quantkit/<kind>/<name>.py."""
     module = ModuleType(f"quantkit.{kind}.{name}")
     for key, value in attributes.items():
         setattr(module, key, value)
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(registry, "list_names", lambda asked: (name,) if asked == kind else ())
+    monkeypatch.setattr(
+        registry, "list_names", lambda requested: (name,) if requested == kind else ()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_are_the_files_of_the_folder(kind: registry.Kind) -> None:
-    found = registry.list_names(kind)
-    assert found == tuple(sorted(found))
-    assert not any(name.startswith("_") for name in found)
+    names = registry.list_names(kind)
+    assert names == tuple(sorted(names))
+    assert not any(name.startswith("_") for name in names)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_name_loads(kind: registry.Kind) -> None:
+def test_every_plugin_loads(kind: registry.Kind) -> None:
     get = {
         "methods": registry.get_method,
         "roundings": registry.get_rounding,
@@ -49,7 +51,7 @@ def test_every_name_loads(kind: registry.Kind) -> None:
         assert isinstance(get(name), expected)
 
 
-def test_an_unknown_name_is_answered_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_name_suggests_the_closest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "list_names", lambda kind: ("gptq", "rtn"))
     with pytest.raises(UsageError) as caught:
         registry.get_method("gtpq")
@@ -59,8 +61,8 @@ def test_an_unknown_name_is_answered_with_the_nearest(monkeypatch: pytest.Monkey
     assert str(caught.value) == "no format named 'zzz'. Known: gptq, rtn."
 
 
-def test_a_module_without_its_attribute_fails_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
-    planted(monkeypatch, "methods", "hollow", {})
+def test_plugin_without_its_attribute_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, "methods", "hollow", {})
     with pytest.raises(QuantkitError) as caught:
         registry.get_method("hollow")
     assert str(caught.value) == (
@@ -69,13 +71,13 @@ def test_a_module_without_its_attribute_fails_aloud(monkeypatch: pytest.MonkeyPa
     )
 
 
-def test_an_attribute_of_the_wrong_kind_fails_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
-    planted(monkeypatch, "formats", "odd", {"FORMAT": 3})
+def test_attribute_of_wrong_type_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, "formats", "odd", {"FORMAT": 3})
     with pytest.raises(QuantkitError, match="FORMAT: expected a Format, found a int"):
         registry.get_format("odd")
 
 
-def test_a_missing_optional_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_optional_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> ModuleType:
         raise ModuleNotFoundError(f"No module named {name!r}", name="bitsandbytes.functional")
 
@@ -87,7 +89,7 @@ def test_a_missing_optional_package_is_named(monkeypatch: pytest.MonkeyPatch) ->
         registry.get_method("nf4")
 
 
-def test_a_mistake_in_our_own_imports_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_import_inside_quantkit_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> ModuleType:
         raise ModuleNotFoundError("No module named 'quantkit.nowhere'", name="quantkit.nowhere")
 
@@ -97,13 +99,14 @@ def test_a_mistake_in_our_own_imports_is_not_hidden(monkeypatch: pytest.MonkeyPa
         registry.get_method("awq")
 
 
-def test_looking_up_names_imports_no_plugin() -> None:
-    """In a fresh interpreter, because other tests import plug-ins."""
+def test_listing_names_imports_no_plugin() -> None:
+    """In a new interpreter, because other tests import plug-ins."""
     import subprocess
 
     program = (
         f"import sys; from quantkit import registry; kinds = {KINDS}; "
-        "plugins = {f'quantkit.{kind}.{name}' for kind in kinds for name in registry.names(kind)}; "
+        "names = [(kind, name) for kind in kinds for name in registry.list_names(kind)]; "
+        "plugins = {f'quantkit.{kind}.{name}' for kind, name in names}; "
         "print([m for m in sys.modules if m in plugins or m.startswith('torch')], len(plugins) > 9)"
     )
     done = subprocess.run(

@@ -4,30 +4,26 @@ blocks (which transformers does not run). Checkpoints are FP8 (formats/README.md
 from __future__ import annotations
 
 from quantkit.architectures.components import decoder, moe
-from quantkit.architectures.components.decoder import BlockPart
 from quantkit.contracts import Architecture, Block, Config, Layout
 
 
-def make_moe_mlp(config: Config, name: str) -> BlockPart:
+def make_moe_mlp(config: Config, name: str) -> decoder.BlockPart:
     """Return the MLP of the blocks from `first_k_dense_replace`."""
     return moe.make_deepseek_moe(config, name, correction=True)
 
 
 def make_block(config: Config, layer: int) -> Block:
     """Return block `layer`: dense below `first_k_dense_replace`, MoE above and in MTP blocks."""
-    name = f"model.layers.{layer}"
-    dense = layer < config.integer("first_k_dense_replace")
-    mlp = decoder.make_dense_mlp(config, name) if dense else make_moe_mlp(config, name)
-    return decoder.make_decoder_block(
-        config, name, decoder.make_latent_attention(config, name), mlp
-    )
+    name, is_dense = f"model.layers.{layer}", layer < config.integer("first_k_dense_replace")
+    attention = decoder.make_latent_attention(config, name)
+    mlp = decoder.make_dense_mlp(config, name) if is_dense else make_moe_mlp(config, name)
+    return decoder.make_decoder_block(config, name, attention, mlp)
 
 
 def make_layout(config: Config) -> Layout:
     """Return every tensor of a DeepSeek-V3 checkpoint, the MTP blocks included."""
-    return decoder.make_layout(
-        config, make_block, predictions=config.integer("num_nextn_predict_layers", 0)
-    )
+    mtp_blocks = config.integer("num_nextn_predict_layers", 0)
+    return decoder.make_layout(config, make_block, predictions=mtp_blocks)
 
 
 TINY = {

@@ -40,7 +40,7 @@ from quantkit.formats.common.engine_names import (
     make_patterns,
 )
 from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES
-from quantkit.numerics.runs import count_codes_per_run
+from quantkit.numerics.bitpack import count_codes_per_run
 
 if TYPE_CHECKING:
     from torch import Tensor

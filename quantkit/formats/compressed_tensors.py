@@ -47,7 +47,7 @@ from quantkit.formats.common.checks import (
 )
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, make_patterns
 from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, check_zero_points
-from quantkit.numerics.runs import count_codes_per_run
+from quantkit.numerics.bitpack import count_codes_per_run
 
 if TYPE_CHECKING:
     from torch import Tensor

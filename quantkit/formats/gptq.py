@@ -15,7 +15,7 @@ from quantkit.errors import UsageError
 from quantkit.formats.common import gptq_tensors
 from quantkit.formats.common.engine_names import SERVERS
 from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS
-from quantkit.numerics.runs import count_codes_per_run
+from quantkit.numerics.bitpack import count_codes_per_run
 
 if TYPE_CHECKING:
     from torch import Tensor

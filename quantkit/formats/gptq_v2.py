@@ -14,7 +14,7 @@ from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quanti
 from quantkit.formats.common import gptq_tensors
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS
 from quantkit.formats.common.packed import SCALE_DTYPES, SERVED_BITS, check_zero_points
-from quantkit.numerics.runs import count_codes_per_run
+from quantkit.numerics.bitpack import count_codes_per_run
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -91,12 +91,14 @@ class YamlDocument:
         return replace(self, values=values, lines={**self.lines, path: 0})
 
 
-def parse_document(text: str, name: str, kind: str = "recipe") -> YamlDocument:
+def parse_document(
+    text: str, name: str, kind: str = "recipe", first_key: str = "version: 1"
+) -> YamlDocument:
     """The mapping that `text` holds; RecipeError with every fault otherwise.
 
     Messages call the file `name` and say that a `kind` holds no such thing.
     """
-    reader = _Reader(name=name, kind=kind, lines={}, faults=[])
+    reader = _Reader(name=name, kind=kind, first_key=first_key, lines={}, faults=[])
     try:
         if len(text) > MAX_CHARACTERS:
             raise RecipeError([
@@ -185,6 +187,7 @@ class _Reader:
 
     name: str
     kind: str
+    first_key: str
     lines: dict[KeyPath, int]
     faults: list[str]
 
@@ -206,11 +209,12 @@ class _Reader:
                     "a list" if isinstance(event, SequenceStartEvent) else self.scalar_found(event)
                 )
                 raise RecipeError([
-                    f"{self.at(event)}: expected a mapping of keys (version: 1, ...), found {found}"
+                    f"{self.at(event)}: expected a mapping of keys ({self.first_key}, ...), "
+                    f"found {found}"
                 ])
             elif not isinstance(event, StreamStartEvent) and values is None:
                 raise RecipeError([
-                    f"{self.name}: the {self.kind} is empty; it starts with 'version: 1'"
+                    f"{self.name}: the {self.kind} is empty; it starts with '{self.first_key}'"
                 ])
         return values or {}
 

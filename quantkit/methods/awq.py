@@ -1,4 +1,4 @@
-"""AWQ (arXiv 2306.00978): scale input channels so that those that matter are rounded finely, then clip ranges.
+"""AWQ (arXiv 2306.00978): scale important input channels up, then clip ranges.
 
 Both searches run on the Gram matrix of the input alone. Rounding is to the nearest code.
 """
@@ -15,37 +15,35 @@ if TYPE_CHECKING:
 
 
 def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized:
-    """Clip the range of each group to what loses least under the gram, then round to the nearest code.
+    """Clip each group's range to the least error under the gram, then round to the nearest code.
 
-    weight [..., out, in] float32, already scaled; stats of the input it reads, gram [..., in, in]. The error under the
-    gram is never above RTN's; an input that was never seen (a gram of zeros) gives RTN. Raises NumericsError without
-    statistics.
+    weight [..., out, in] float32, already scaled; stats of its input, gram [..., in, in]. The error
+    under the gram is never above RTN's; an input that was never seen (a gram of zeros) gives RTN.
+    Raises NumericsError without statistics.
     """
-    from quantkit.numerics import (
-        affine,
-        range_search,
-    )  # torch starts when there is something to round
+    from quantkit.numerics import affine, range_search  # torch is imported with the first weight
 
     if stats is None:
         raise NumericsError(
-            "awq chooses ranges by calibration statistics, found none; use method rtn for this linear"
+            "awq chooses ranges by calibration statistics, found none; "
+            "use method rtn for this linear"
         )
     scale, zero = range_search.search_ranges(weight, stats.gram, scheme)
     return affine.quantize(weight, scale, zero, scheme)
 
 
-def candidates(mean_abs: Tensor) -> Tensor:
-    """Input scales to try: mean_abs [in] -> [n, in] float32, the first all ones (numerics.rescale)."""
+def compute_candidates(mean_abs: Tensor) -> Tensor:
+    """Return the input scales to try: mean_abs [in] -> [n, in] float32, the first all ones."""
     from quantkit.numerics import awq_scales
 
     return awq_scales.compute_scale_candidates(mean_abs)
 
 
-def error(weight: Tensor, gram: Tensor, candidate: Tensor, scheme: Scheme | None) -> Tensor:
-    """Error under the gram after scaling, rounding and unscaling: [...] float64 (numerics.rescale)."""
+def compute_error(weight: Tensor, gram: Tensor, candidate: Tensor, scheme: Scheme | None) -> Tensor:
+    """Return the error under the gram after scaling, rounding and unscaling: [...] float64."""
     from quantkit.numerics import awq_scales
 
     return awq_scales.compute_scaling_error(weight, gram, candidate, scheme)
 
 
-METHOD = Method(solve=solve, rescale=Rescale(candidates=candidates, error=error))
+METHOD = Method(solve=solve, rescale=Rescale(candidates=compute_candidates, error=compute_error))

@@ -1,4 +1,4 @@
-"""GPTQ (arXiv 2210.17323): range search, GPTQ rounding, then coordinate descent on codes and scales."""
+"""GPTQ (arXiv 2210.17323): range search, GPTQ rounding, then coordinate descent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized:
     """Quantize weight [..., out, in] float32 with `numerics.gptq.quantize_gptq`."""
-    from quantkit.numerics import gptq  # torch is imported when there is a weight to round
+    from quantkit.numerics import gptq  # torch is imported with the first weight
 
     return gptq.quantize_gptq(weight, stats, scheme).quantized
 

@@ -1,4 +1,7 @@
-"""NF4: each block of 64 weights takes the nearest of 16 values made for normal distributions. It needs no data."""
+"""NF4 (arXiv 2305.14314): the nearest of 16 values per block of 64 weights; needs no data.
+
+The values are made for normal distributions.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,13 @@ if TYPE_CHECKING:
 
 
 def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized:
-    """NF4 codes of weight [..., out, in] float32, with absmax per block as scale; statistics are not looked at.
+    """Return NF4 codes of weight [..., out, in] float32, the absmax of each block as scale.
 
-    The codes are bitsandbytes' to the bit (numerics.codebook). Raises NumericsError for a weight that is not finite, a
-    row that is no whole number of blocks, or a scheme that is not NF4.
+    Statistics are not used. The codes equal bitsandbytes' bit for bit (numerics.nf4). Raises
+    NumericsError if a weight is not finite, a row is not a whole number of blocks, or the scheme is
+    not NF4.
     """
-    from quantkit.numerics import nf4  # torch starts when there is something to round
+    from quantkit.numerics import nf4  # torch is imported with the first weight
 
     if scheme.kind != "nf4":
         raise NumericsError(

@@ -1,4 +1,4 @@
-"""RTN: every weight goes to the nearest code of its group's min/max range. The baseline that others must beat."""
+"""RTN: round every weight to the nearest code of its group's min/max range; the baseline."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ if TYPE_CHECKING:
 
 
 def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized:
-    """Round weight [..., out, in] float32 to the nearest codes; statistics are not looked at.
+    """Round weight [..., out, in] float32 to the nearest codes; statistics are not used.
 
-    Raises NumericsError for a weight that is not finite, or a group size that does not divide `in`.
+    Raises NumericsError if a weight is not finite or the group size does not divide `in`.
     """
-    from quantkit.numerics import (
-        affine,
-    )  # torch starts when there is something to round, not when a recipe is planned
+    from quantkit.numerics import affine  # torch is imported with the first weight
 
-    scale, zero = affine.compute_qparams(*affine.compute_min_max(weight, scheme.group_size), scheme)
-    return affine.quantize(weight, scale, zero, scheme)
+    return affine.quantize_rtn(weight, scheme)
 
 
 METHOD = Method(solve=solve, needs_stats=False)

@@ -1,6 +1,6 @@
-"""RTN with shrunk ranges: each group's range is the one whose nearest codes lose least in plain squared error.
+"""RTN with clipped ranges: each group takes the range whose nearest codes have the least MSE.
 
-Data-free, as RTN is: what a few large weights give up is less than what all others gain from finer steps (the MSE
+Data-free, like RTN: a few large weights lose less than all others gain from finer steps (the MSE
 observer of quantization toolkits; arXiv 1810.05723, section 3.1, on a grid and for weights).
 """
 
@@ -15,19 +15,15 @@ if TYPE_CHECKING:
 
 
 def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized:
-    """Round weight [..., out, in] float32 to nearest in the best range of a grid; statistics are not looked at.
+    """Round weight [..., out, in] float32 to nearest in the best range of a grid.
 
-    No group's squared error is above that of its min/max range. Raises NumericsError for a weight that is not finite,
-    or a group size that does not divide `in`.
+    Statistics are not used. No group's squared error is above that of its min/max range. Raises
+    NumericsError if a weight is not finite or the group size does not divide `in`.
     """
-    from quantkit.numerics import (
-        affine,
-        range_search,
-    )  # torch starts when there is something to round
+    from quantkit.numerics import affine, range_search  # torch is imported with the first weight
 
-    scale, zero = range_search.search_ranges_by_diagonal(
-        weight, weight.new_ones(weight.shape[-1]), scheme
-    )
+    importance = weight.new_ones(weight.shape[-1])
+    scale, zero = range_search.search_ranges_by_diagonal(weight, importance, scheme)
     return affine.quantize(weight, scale, zero, scheme)
 
 

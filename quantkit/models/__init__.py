@@ -1,1 +1,1 @@
-"""Models as transformers runs them: their layers, scales folded into them, and families that are proven, not tabled."""
+"""transformers' layers and models: run block by block, scaled, and derived without a table."""

@@ -1,7 +1,8 @@
-"""Families without a table: the layout is read off transformers' modules and proven on a small random instance.
+"""Families without a table: derive the layout from transformers, check it on a small instance.
 
-Slower than a table by seconds and narrower: dense blocks of `nn.Linear` with rotary position embeddings. Whatever
-cannot be proven is refused in one sentence. What was proven is told by the plan, plan.json and the model card.
+Slower than a table by seconds, and limited to dense blocks of `nn.Linear` with rotary position
+embeddings. A layout that fails a check is rejected in one sentence. The plan, plan.json and the
+model card say what was checked.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ from quantkit.models.inspect import inspect_layout, make_refusal
 from quantkit.models.layers import MetaModel, make_meta_model
 
 UNSUPPORTED: Mapping[str, str] = {
-    "gpt_oss": "its experts are stored in MXFP4 with biases, gate and up interleaved and clamped, which no reader here "
-    "knows, and at 4.25 bits a weight there is nothing to gain from 4 bits; serve the release as it is",
+    "gpt_oss": "its experts are stored in MXFP4 with biases, gate and up interleaved and clamped, "
+    "which no reader here knows, and at 4.25 bits a weight there is nothing to gain from 4 bits; "
+    "serve the release as it is",
 }
-"""Model types that transformers knows and that will not work, with what to do."""
+"""Model types that transformers supports and quantkit does not, with the reason and the remedy."""
 
 
 def derive_architecture(config: Config) -> Architecture:
-    """What can be proven of a model type without a table; UsageError when transformers does not know it either.
+    """Derive the architecture of a model type without a table.
 
-    Raises CheckpointError with the first thing that cannot be proven.
+    Raises UsageError if transformers does not know the type either, CheckpointError with the first
+    check that fails.
     """
     model_type = config.text("model_type")
     if model_type in UNSUPPORTED:
@@ -43,42 +46,44 @@ def derive_architecture(config: Config) -> Architecture:
             if config.has("auto_map")
             else ""
         )
+        known = registry.list_names("architectures")
+        unknown = format_unknown_name("architecture", model_type, known)
         raise UsageError(
-            f"{format_unknown_name('architecture', model_type, registry.list_names('architectures'))} transformers "
-            f"{transformers.__version__} has no language model of that type to derive one from{own}"
+            f"{unknown} transformers {transformers.__version__} has no language model of that type "
+            f"to derive one from{own}"
         )
     layout = derive_layout(config)
-    told = describe_layout(model_type, layout)
+    description = describe_layout(model_type, layout)
     return Architecture(
         layout=lambda _config: layout,
         tiny={},
-        serving_notes=(f"{told} Whether an engine serves this family was not checked.",),
+        serving_notes=(f"{description} Whether an engine serves this family was not checked.",),
         dropped=("*.rotary_emb.inv_freq",),  # a buffer that old uploads carry; engines recompute it
-        derived=told,
+        derived=description,
     )
 
 
 def derive_layout(config: Config) -> Layout:
-    """The layout of the real model with what the small instance proved."""
-    bones = make_checked_model(config, config)
-    layout = inspect_layout(config, bones)
-    small_config = layout_checks.reduce_config(config, bones.config)
-    small_bones = make_checked_model(config, small_config)
-    small = inspect_layout(config, small_bones)
+    """Return the layout of the real model with the groups found on the small instance."""
+    meta_model = make_checked_model(config, config)
+    layout = inspect_layout(config, meta_model)
+    small_config = layout_checks.reduce_config(config, meta_model.config)
+    small_model = make_checked_model(config, small_config)
+    small = inspect_layout(config, small_model)
     if list_tensor_names(small) != list_tensor_names(layout):
         raise make_refusal(config, "a small instance of it has other tensors")
-    tensors = layout_checks.make_random_tensors(small_bones)
-    layout_checks.check_logits(config, small_bones, small, tensors)
-    readings = layout_checks.find_readings(config, small_bones, small, tensors)
+    tensors = layout_checks.make_random_tensors(small_model)
+    layout_checks.check_logits(config, small_model, small, tensors)
+    readings = layout_checks.find_readings(config, small_model, small, tensors)
     blocks = tuple(
-        replace(block, groups=layout_checks.make_groups(block, found, bones.config))
-        for block, found in zip(layout.blocks, readings, strict=True)
+        replace(block, groups=layout_checks.make_groups(block, block_readings, meta_model.config))
+        for block, block_readings in zip(layout.blocks, readings, strict=True)
     )
     return replace(layout, blocks=blocks)
 
 
 def make_checked_model(config: Config, values: Config) -> MetaModel:
-    """The model of `values` without weights; transformers' complaint as a reason to refuse."""
+    """Make the model of `values` without weights; transformers' error becomes the refusal."""
     try:
         return make_meta_model(values, torch.device("cpu"), torch.float32)
     except CheckpointError as fault:
@@ -86,22 +91,23 @@ def make_checked_model(config: Config, values: Config) -> MetaModel:
 
 
 def list_tensor_names(layout: Layout) -> list[str]:
-    """Every module and tensor of a layout."""
-    inside = [spec.name for block in layout.blocks for spec in block.others]
+    """Return the name of every module and tensor of a layout."""
+    others = [spec.name for block in layout.blocks for spec in block.others]
     return [
         *(linear.name for linear in layout.linears),
-        *inside,
+        *others,
         *(spec.name for spec in layout.final_tensors),
     ]
 
 
 def describe_layout(model_type: str, layout: Layout) -> str:
-    """One sentence of what was found and proven."""
+    """Return one sentence about the layout and its checks."""
     groups = [group for block in layout.blocks for group in block.groups]
     linears = sum(len(block.linears) for block in layout.blocks)
     scaled = sum(group.absorber is not None for group in groups)
     return (
-        f"generic: model_type {model_type} has no table; found {linears} linears in {len(layout.blocks)} blocks of "
-        f"transformers' own, reading {len(groups)} inputs, of which {scaled} can be scaled; proven on a small random "
-        "instance, whose logits block by block equal transformers' own."
+        f"generic: model_type {model_type} has no table; found {linears} linears in "
+        f"{len(layout.blocks)} blocks of transformers' own, reading {len(groups)} inputs, of which "
+        f"{scaled} can be scaled; proven on a small random instance, whose logits block by block "
+        "equal transformers' own."
     )

@@ -1,7 +1,7 @@
-"""A whole model in memory, from source or artifact files, as an ordinary transformers model of plain weights.
+"""Full models in memory: transformers models with the dequantized weights of source or artifact.
 
-For benchmarks on models that fit, and for tests: every quantized linear is unpacked from the tensors on disk, so what
-answers is what ships.
+For benchmarks on models that fit, and for tests. Every quantized linear is unpacked from the
+tensors on disk, so the evaluated weights are those that ship.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from quantkit.contracts import Block, Layout, Scheme
 from quantkit.models.layers import MetaModel, get_layer_name, load_tensors
 
 TensorReader = Callable[[str], Tensor]
-"""Full name of a logical tensor ("model.layers.0.mlp.up_proj.weight") -> its values, unpacked."""
+"""Full name of a logical tensor ("model.layers.0.mlp.up_proj.weight") -> its values."""
 
 
 def make_reader(
     checkpoint: Checkpoint, format_name: str | None = None, schemes: dict[str, Scheme] | None = None
 ) -> TensorReader:
-    """Reads logical tensors of a source, or of an artifact whose `schemes` say what is packed in which format."""
+    """Return a reader of logical tensors of a source, or of an artifact.
+
+    `schemes` gives the scheme of each packed module of an artifact.
+    """
     packed = schemes or {}
     parts: dict[str, list[str]] = {}
     for name in checkpoint.specs:
@@ -48,7 +51,7 @@ def make_reader(
 
 
 def count_parameters(layout: Layout) -> int:
-    """Weights of the model that transformers runs."""
+    """Count the weights of the model that transformers runs: all but MTP blocks."""
     skipped = sum(
         linear.n_parameters
         for block in layout.blocks
@@ -58,50 +61,56 @@ def count_parameters(layout: Layout) -> int:
     return sum(linear.n_parameters for linear in layout.linears) - skipped
 
 
-def make_model(skeleton: MetaModel, layout: Layout, read: TensorReader) -> Any:
-    """The model with its weights, in the skeleton's dtype and on its device."""
+def make_model(meta_model: MetaModel, layout: Layout, read: TensorReader) -> Any:
+    """Make the model with its weights, in the meta model's dtype and on its device."""
     return fill_model(
-        make_empty_model(skeleton), skeleton, layout, iterate_state_dict(layout, read)
+        make_empty_model(meta_model), meta_model, layout, iterate_state_dict(layout, read)
     )
 
 
-def make_empty_model(skeleton: MetaModel) -> Any:
-    """The model without weights."""
-    whole = copy.deepcopy(skeleton.model)
-    whole.base_model.rotary_emb = skeleton.rotary
-    return whole
+def make_empty_model(meta_model: MetaModel) -> Any:
+    """Make the model without weights."""
+    model = copy.deepcopy(meta_model.model)
+    model.base_model.rotary_emb = meta_model.rotary
+    return model
 
 
 def fill_model(
-    whole: Any,
-    skeleton: MetaModel,
+    model: Any,
+    meta_model: MetaModel,
     layout: Layout,
     tensors: Iterable[tuple[str, Tensor]],
-    beside: Mapping[str, Tensor] = {},
+    uncast: Mapping[str, Tensor] = {},
 ) -> Any:
-    """An `empty` model with its weights, ready to run: `tensors` are cast, those `beside` them taken as they are."""
+    """Load weights into an empty model and return it ready to run.
+
+    `tensors` are cast; tensors of `uncast` are loaded unchanged.
+    """
     load_tensors(
-        whole, {**cast_tensors(whole, skeleton, layout, tensors), **beside}, "the whole model"
+        model, {**cast_tensors(model, meta_model, layout, tensors), **uncast}, "the whole model"
     )
-    return whole.eval()
+    return model.eval()
 
 
 def cast_tensors(
-    whole: Any, skeleton: MetaModel, layout: Layout, tensors: Iterable[tuple[str, Tensor]]
+    model: Any, meta_model: MetaModel, layout: Layout, tensors: Iterable[tuple[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Tensors in the skeleton's dtype and on its device, buffers in float32; a head that is tied is the embedding."""
-    buffers = {name for name, _ in whole.named_buffers()}
+    """Cast tensors to the meta model's dtype and device, buffers to float32.
+
+    A tied head is the embedding.
+    """
+    buffers = {name for name, _ in model.named_buffers()}
     state = {
         name: tensor.to(
-            device=skeleton.device, dtype=torch.float32 if name in buffers else skeleton.dtype
+            device=meta_model.device, dtype=torch.float32 if name in buffers else meta_model.dtype
         )
         for name, tensor in tensors
     }
     if layout.head is None:
         head = next(
             name
-            for name, module in whole.named_modules()
-            if module is whole.get_output_embeddings()
+            for name, module in model.named_modules()
+            if module is model.get_output_embeddings()
         )
         state[f"{head}.weight"] = state[f"{layout.embedding.name}.weight"]
     return state
@@ -110,9 +119,9 @@ def cast_tensors(
 def iterate_state_dict(
     layout: Layout, read: TensorReader, without: Collection[str] = ()
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under the name transformers gives it: the experts of a block are stacked.
+    """Yield every tensor under transformers' name; the experts of a block are stacked.
 
-    But for the weights of the linears in `without`: all routed experts of a block, or none.
+    Weights of the linears in `without` are left out: all routed experts of a block, or none.
     """
     yield f"{layout.embedding.name}.weight", read(f"{layout.embedding.name}.weight")
     for block in layout.blocks:
@@ -127,7 +136,10 @@ def iterate_state_dict(
 def iterate_block_state(
     block: Block, read: TensorReader, without: Collection[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """A block's tensors as transformers names them; gate and up of all experts are one [experts, 2 * width, hidden]."""
+    """Yield a block's tensors under transformers' names.
+
+    Gate and up of all experts are one tensor [experts, 2 * intermediate, hidden].
+    """
     names = [spec.name for spec in block.others]
     plain = [
         linear
@@ -142,15 +154,16 @@ def iterate_block_state(
     if experts is None or experts.linear(0, experts.gate) in without:
         return
 
-    def weight(e: int, projection: str) -> Tensor:
+    def read_weight(e: int, projection: str) -> Tensor:
         return read(f"{experts.linear(e, projection)}.weight")
 
-    both = [
-        torch.cat([weight(e, experts.gate), weight(e, experts.up)]) for e in range(experts.count)
+    gate_up = [
+        torch.cat([read_weight(e, experts.gate), read_weight(e, experts.up)])
+        for e in range(experts.count)
     ]
-    called = f"{block.name}.{get_layer_name(block, experts.module)}"
-    yield f"{called}.gate_up_proj", torch.stack(both)  # [experts, 2 * intermediate, hidden]
+    module = f"{block.name}.{get_layer_name(block, experts.module)}"
+    yield f"{module}.gate_up_proj", torch.stack(gate_up)  # [experts, 2 * intermediate, hidden]
     yield (
-        f"{called}.down_proj",
-        torch.stack([weight(e, experts.down) for e in range(experts.count)]),
+        f"{module}.down_proj",
+        torch.stack([read_weight(e, experts.down) for e in range(experts.count)]),
     )

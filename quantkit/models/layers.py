@@ -1,9 +1,10 @@
-"""Decoder layers that run without their model: transformers' own modules, our tensors, experts replaced by a tap.
+"""Decoder layers that run without their model: transformers' modules, the checkpoint's tensors.
 
-quantkit never holds a model. The skeleton lives on the meta device; one layer at a time is given its tensors. Where
-routed experts would run, `ExpertTap` notes what they were asked and answers zero, so that a layer runs in the memory
-of its dense part and the experts can follow in waves: their output is added to the layer's, because every supported
-family adds it to the residual (the contract tests compare the sum with transformers' own forward).
+quantkit never holds a model. `MetaModel` lives on the meta device; one layer at a time receives its
+tensors. In place of routed experts, `ExpertTap` records the router's output and returns zeros, so
+that a layer runs in the memory of its dense part and the experts can follow in waves. Their output
+is added to the layer's, because every supported family adds it to the residual (the contract tests
+compare the sum with transformers' own forward).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from quantkit.numerics import matmul
 
 @dataclass(frozen=True, kw_only=True)
 class MetaModel:
-    """A model without weights and what its layers need to run; made by `skeleton`."""
+    """A model without weights, and what its layers need to run; see `make_meta_model`."""
 
     config: Any  # transformers PretrainedConfig
     model: Any  # transformers' causal language model on the meta device
@@ -39,7 +40,7 @@ class MetaModel:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterOutput:
-    """What a router asked of the experts: inputs [tokens, hidden], experts [tokens, k], weights [tokens, k]."""
+    """A router's selection: inputs [tokens, hidden], experts [tokens, k], weights [tokens, k]."""
 
     hidden: Tensor
     index: Tensor
@@ -47,36 +48,41 @@ class RouterOutput:
 
 
 class ExpertTap(nn.Module):
-    """Stands where routed experts stand: keeps the last request and answers zero."""
+    """Placeholder of routed experts: keeps the last router output and returns zeros."""
 
     def __init__(self) -> None:
         super().__init__()
         self.last: RouterOutput | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[tokens, hidden] -> zeros of the same shape."""
+        """Return zeros [tokens, hidden]."""
         self.last = RouterOutput(hidden=hidden_states, index=top_k_index, weight=top_k_weights)
         return torch.zeros_like(hidden_states)
 
 
 class MatmulLinear(nn.Module):
-    """A linear layer that numerics.products computes: in float32 on a CPU up to twice as fast as torch."""
+    """A linear layer on `numerics.matmul`: in float32 on a CPU up to twice as fast as torch."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
+        """Return x W^T + b: [..., in] -> [..., out]."""
         return matmul.linear(x, self.weight, self.bias)
 
 
 def make_meta_model(config: Config, device: torch.device, dtype: torch.dtype) -> MetaModel:
-    """The model of `config` on the meta device, computing in `dtype` on `device`. No code of the checkpoint runs."""
+    """Make the model of `config` on the meta device, to compute in `dtype` on `device`.
+
+    No code of the checkpoint runs. Raises CheckpointError if transformers does not accept the
+    config.
+    """
     model_type = config.text("model_type")
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(
-            f"{config.where}: model_type {model_type!r} is not part of this transformers release; upgrade transformers"
+            f"{config.where}: model_type {model_type!r} is not part of this transformers release; "
+            "upgrade transformers"
         )
     values = {
         key: value
@@ -103,24 +109,25 @@ def make_meta_model(config: Config, device: torch.device, dtype: torch.dtype) ->
 
 
 def get_rotary_class(model: Any) -> type[nn.Module]:
-    """The module that makes the rotary position embeddings; CheckpointError for a model whose layers get none."""
-    found = getattr(model.base_model, "rotary_emb", None)
-    if not isinstance(found, nn.Module):
+    """Return the class of rotary position embeddings; raises CheckpointError if there is none."""
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    if not isinstance(rotary, nn.Module):
         raise CheckpointError(
-            f"expected layers that are given rotary position embeddings, found {type(model).__name__} without; only "
-            "such layers can be run one by one"
+            f"expected layers that are given rotary position embeddings, found "
+            f"{type(model).__name__} without; only such layers can be run one by one"
         )
-    return type(found)
+    return type(rotary)
 
 
 def make_decoder_layer(
-    skeleton: MetaModel, block: Block, tensors: Mapping[str, Tensor]
+    meta_model: MetaModel, block: Block, tensors: Mapping[str, Tensor]
 ) -> tuple[nn.Module, ExpertTap | None]:
-    """One decoder layer with `tensors` (full names, routed experts left out) and the tap in place of its experts.
+    """Make one decoder layer from `tensors`, with a tap in place of its experts.
 
-    Floating tensors are cast to the skeleton's dtype, but for buffers the family keeps in float32.
+    tensors: full names, without routed experts. Floating tensors are cast to the model's dtype,
+    except buffers, which the family keeps in float32.
     """
-    layer: nn.Module = copy.deepcopy(skeleton.model.get_submodule(block.name))
+    layer: nn.Module = copy.deepcopy(meta_model.model.get_submodule(block.name))
     tap = None
     if block.experts:
         parent, _, leaf = get_layer_name(block, block.experts.module).rpartition(".")
@@ -132,8 +139,8 @@ def make_decoder_layer(
     buffers = {name for name, _ in layer.named_buffers()}
     state = {
         get_layer_name(block, name): tensor.to(
-            device=skeleton.device,
-            dtype=torch.float32 if get_layer_name(block, name) in buffers else skeleton.dtype,
+            device=meta_model.device,
+            dtype=torch.float32 if get_layer_name(block, name) in buffers else meta_model.dtype,
         )
         for name, tensor in tensors.items()
     }
@@ -142,68 +149,73 @@ def make_decoder_layer(
 
 
 def load_tensors(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Assign a whole state dict; what is missing or left over names itself."""
+    """Assign a whole state dict; raises CheckpointError with missing and unexpected names."""
     result = module.load_state_dict(state, strict=False, assign=True)
     if result.missing_keys or result.unexpected_keys:
         raise CheckpointError(
-            f"{where}: transformers' layer wants other tensors than the architecture table: "
+            f"{where}: transformers' layer expects other tensors than the architecture table: "
             f"missing {result.missing_keys}, unexpected {result.unexpected_keys}"
         )
     module.requires_grad_(False)
 
 
 def get_layer_name(block: Block, name: str) -> str:
-    """A full tensor or module name as transformers' layer calls it."""
-    inner = name.removeprefix(f"{block.name}.")
-    for stored, called in block.renames:
-        if inner.startswith(f"{stored}."):
-            inner = called + inner.removeprefix(stored)
-    return inner
+    """Return the name that transformers' layer uses for a full tensor or module name."""
+    local = name.removeprefix(f"{block.name}.")
+    for stored, renamed in block.renames:
+        if local.startswith(f"{stored}."):
+            local = renamed + local.removeprefix(stored)
+    return local
 
 
 @contextmanager
 def observe_inputs(layer: nn.Module, modules: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
-    """A dict that holds, after every forward of `layer`, the first input of each module (key -> module path)."""
-    seen: dict[str, Tensor] = {}
+    """Yield a dict with the first input of each module after every forward of `layer`.
 
-    def remember(key: str) -> Any:
+    modules: key of the dict -> module path.
+    """
+    inputs: dict[str, Tensor] = {}
+
+    def make_hook(key: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[key] = args[0].detach()
+            inputs[key] = args[0].detach()
 
         return hook
 
     handles = [
-        layer.get_submodule(path).register_forward_pre_hook(remember(key))
+        layer.get_submodule(path).register_forward_pre_hook(make_hook(key))
         for key, path in modules.items()
     ]
     try:
-        yield seen
+        yield inputs
     finally:
         for handle in handles:
             handle.remove()
 
 
 def run_layer(
-    skeleton: MetaModel, layer: nn.Module, rows: Tensor, lengths: Sequence[int]
+    meta_model: MetaModel, layer: nn.Module, rows: Tensor, lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Run a layer over sequences that lie one behind the other.
+    """Run a layer over concatenated sequences.
 
-    rows [tokens, hidden] -> (output [tokens, hidden], valid [sequences * longest] bool: which padded position is a
-    token). Sequences are padded on the right: under causal attention no token sees the padding.
+    rows [tokens, hidden] -> (output [tokens, hidden], valid [sequences * longest] bool: the padded
+    positions that are tokens). Sequences are padded on the right: under causal attention no token
+    sees the padding.
     """
-    valid = make_padding_mask(lengths, skeleton.device)  # [sequences, longest]
-    hidden = torch.zeros(*valid.shape, rows.shape[-1], dtype=skeleton.dtype, device=skeleton.device)
-    hidden[valid] = rows.to(
-        device=skeleton.device, dtype=skeleton.dtype
-    )  # [tokens, h] -> [sequences, longest, h]
-    positions = torch.arange(valid.shape[1], device=skeleton.device)[None]  # [1, longest]
+    valid = make_padding_mask(lengths, meta_model.device)  # [sequences, longest]
+    hidden = torch.zeros(
+        *valid.shape, rows.shape[-1], dtype=meta_model.dtype, device=meta_model.device
+    )
+    # [tokens, h] -> [sequences, longest, h]
+    hidden[valid] = rows.to(device=meta_model.device, dtype=meta_model.dtype)
+    positions = torch.arange(valid.shape[1], device=meta_model.device)[None]  # [1, longest]
     make_mask = (
         create_sliding_window_causal_mask
-        if has_sliding_window(skeleton, layer)
+        if has_sliding_window(meta_model, layer)
         else create_causal_mask
     )
     mask = make_mask(
-        config=skeleton.config,
+        config=meta_model.config,
         inputs_embeds=hidden,
         attention_mask=None,
         past_key_values=None,
@@ -214,7 +226,7 @@ def run_layer(
             hidden,
             attention_mask=mask,
             position_ids=positions,
-            position_embeddings=skeleton.rotary(hidden, positions),
+            position_embeddings=meta_model.rotary(hidden, positions),
             past_key_values=None,
             use_cache=False,
         )
@@ -222,47 +234,48 @@ def run_layer(
 
 
 def check_attention_patterns(hf_config: Any, where: str) -> None:
-    """CheckpointError for a layer that attends in another pattern than `run` has a mask for."""
+    """Check that `run_layer` has a mask for every layer; raises CheckpointError."""
     patterns = (
         hf_config.layer_types if "layer_types" in type(hf_config).__dataclass_fields__ else None
     )
     for number, pattern in enumerate(patterns or ()):
         if pattern not in {"full_attention", "sliding_attention"}:
             raise CheckpointError(
-                f"{where}: layer_types[{number}]: expected full_attention or sliding_attention, found {pattern!r}; "
-                "no other attention pattern can be run block by block"
+                f"{where}: layer_types[{number}]: expected full_attention or sliding_attention, "
+                f"found {pattern!r}; no other attention pattern can be run block by block"
             )
 
 
-def has_sliding_window(skeleton: MetaModel, layer: nn.Module) -> bool:
-    """Whether the layer sees only the last `sliding_window` tokens.
+def has_sliding_window(meta_model: MetaModel, layer: nn.Module) -> bool:
+    """Return whether the layer sees only the last `sliding_window` tokens.
 
-    A family whose config class has no field for layer types or for a window ignores both, whatever config.json says.
+    A family whose config class has no field for layer types or for a window ignores both, whatever
+    config.json holds.
     """
-    config, known = skeleton.config, type(skeleton.config).__dataclass_fields__
-    if "layer_types" in known:
+    config, fields = meta_model.config, type(meta_model.config).__dataclass_fields__
+    if "layer_types" in fields:
         attention: Any = layer.get_submodule("self_attn")
         return bool(config.layer_types[attention.layer_idx] == "sliding_attention")
-    return "sliding_window" in known and config.sliding_window is not None
+    return "sliding_window" in fields and config.sliding_window is not None
 
 
 def make_padding_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """[sequences, longest] bool, true where a token stands."""
+    """Return [sequences, longest] bool, true for tokens, false for padding."""
     count = torch.tensor(lengths, device=device)
     return torch.arange(max(lengths), device=device)[None] < count[:, None]
 
 
 def make_final_norm(
-    skeleton: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
+    meta_model: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
 ) -> nn.Module:
-    """The norm behind the last block, with its tensors by full name."""
+    """Make the norm after the last block from its tensors by full name."""
     module = layout.final_norm.name.rpartition(".")[0]
-    norm: nn.Module = copy.deepcopy(skeleton.model.get_submodule(module))
+    norm: nn.Module = copy.deepcopy(meta_model.model.get_submodule(module))
     state = {
         spec.name.removeprefix(f"{module}."): tensors[spec.name] for spec in layout.final_tensors
     }
     cast = {
-        name: tensor.to(device=skeleton.device, dtype=skeleton.dtype)
+        name: tensor.to(device=meta_model.device, dtype=meta_model.dtype)
         for name, tensor in state.items()
     }
     load_tensors(norm, cast, "final norm")
@@ -270,7 +283,10 @@ def make_final_norm(
 
 
 def select_expert_tokens(index: Tensor, weight: Tensor, expert: int) -> tuple[Tensor, Tensor]:
-    """Rows routed to `expert`, and their router weights: [n], [n]; index, weight: [tokens, k]."""
-    hit = index == expert  # [tokens, k]
-    token = hit.any(-1).nonzero(as_tuple=True)[0]  # [n]
-    return token, (weight * hit).sum(-1)[token]
+    """Return the tokens routed to `expert` and their router weights: [n], [n].
+
+    index, weight: [tokens, k].
+    """
+    is_routed = index == expert  # [tokens, k]
+    token = is_routed.any(-1).nonzero(as_tuple=True)[0]  # [n]
+    return token, (weight * is_routed).sum(-1)[token]

@@ -1,8 +1,9 @@
-"""Input scaling of linear groups: choose a scale on the gram, fold its inverse into the tensor that makes the input.
+"""Input scaling of linear groups: search scales on the gram, absorb them in earlier tensors.
 
-For a group of linears that read x, W x = (W s)(x / s) for any positive s [in]. The readers are multiplied by s, the
-absorber (a norm, or the rows of an earlier linear) is divided by it; every reader must follow, the router and whatever
-stays unquantized included. AWQ (arXiv 2306.00978, section 3.2) chooses s so that rounding W s costs less.
+For a group of linears that read x, W x = (W s)(x / s) for any positive s [in]. The readers are
+multiplied by s; the absorber (a norm, or the rows of an earlier linear) is divided by it. Every
+reader must follow, including the router and unquantized linears. AWQ (arXiv 2306.00978, section
+3.2) chooses s so that rounding W s costs less.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from quantkit.numerics.awq_scales import round_to_powers_of_two
 FLOAT32_TOLERANCE = 1e-3
 BFLOAT16_TOLERANCE = 3e-2
 ROUTING_TOLERANCE = 2e-2
-"""Relative change of a block's output, and of its routing weights, that rounding in the compute dtype explains. A
-token whose two best experts tie may go to the other one, so routing is given more; a router that was forgotten moves
-it by the order of one."""
+"""Relative change of a block's output, and of its routing weights, that rounding in the compute
+dtype explains. Routing has more tolerance, because a token whose two best experts tie may switch;
+an unscaled router changes the routing weights by the order of one."""
 
 SEARCH_STRIDE = 4
-"""Distance of the candidates that are tried first."""
+"""Distance between the candidates that are tried first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleChoice:
-    """What the search found for one group: candidate 0 is "no scaling"."""
+    """The scale that the search chose for one group: candidate 0 is "no scaling"."""
 
     group: str
     candidate: int
@@ -40,44 +41,50 @@ class ScaleChoice:
 
     @property
     def rescaled(self) -> bool:
+        """Whether the input is scaled."""
         return self.candidate != 0
 
 
 def compute_group_candidates(
     rescale: Rescale, mean_abs: Tensor, absorber: Absorber, into_norm: bool
 ) -> Tensor:
-    """[n, in] scales to try.
+    """Return the scales to try, [n, in].
 
-    What a norm absorbs is rounded to powers of two: norm, router and every other kept reader then change exponents
-    alone, and the fold costs nothing where nothing is quantized. Where one row of a linear makes several channels,
-    those share their scale.
+    Scales that a norm absorbs are rounded to powers of two: norm, router and every other kept
+    reader then change exponents only, and scaling costs nothing where nothing is quantized.
+    Channels that one row of a linear produces share their scale.
     """
     if into_norm:
         return round_to_powers_of_two(rescale.candidates(mean_abs))
     if absorber.rows is None:
         return rescale.candidates(mean_abs)
     index = torch.tensor(absorber.rows.index(), device=mean_abs.device)
-    made, channel = torch.unique(index, return_inverse=True)  # [rows], [in]
-    total = torch.zeros(len(made), device=mean_abs.device).index_add(
-        0, channel, mean_abs
-    )  # [in] -> [rows]
-    repeats = torch.bincount(channel, minlength=len(made))
+    rows, channel = torch.unique(index, return_inverse=True)  # [rows], [in]
+    zeros = torch.zeros(len(rows), device=mean_abs.device)
+    total = zeros.index_add(0, channel, mean_abs)  # [in] -> [rows]
+    repeats = torch.bincount(channel, minlength=len(rows))
     return rescale.candidates(total / repeats)[:, channel]  # [n, rows] -> [n, in]
 
 
 def check_input(where: str, mean_abs: Tensor, gram: Tensor) -> None:
-    """NumericsError unless what a linear reads is finite, and its products are: mean_abs [in], gram [in, in]."""
+    """Check that a linear's input and its gram are finite: mean_abs [in], gram [in, in].
+
+    Raises NumericsError.
+    """
     if not bool(mean_abs.isfinite().all() & gram.diagonal().isfinite().all()):
         raise NumericsError(
-            f"{where}: expected inputs of a size that float32 can square and sum, found NaN or infinity; look for huge "
-            "values among the weights up to there"
+            f"{where}: expected inputs of a size that float32 can square and sum, found NaN or "
+            "infinity; look for huge values among the weights up to there"
         )
 
 
 def compute_scale_errors(
     rescale: Rescale, weight: Tensor, gram: Tensor, scales: Tensor, scheme: Scheme | None
 ) -> Tensor:
-    """Error of a matrix, or of each of a batch, under its gram per candidate: scales [n, in] -> [n, ...] float64."""
+    """Return the error under the gram per candidate, of a matrix or of each of a batch.
+
+    scales [n, in] -> [n, ...] float64.
+    """
     return torch.stack([rescale.error(weight, gram, scale, scheme) for scale in scales])
 
 
@@ -89,28 +96,35 @@ def search_scales(
     rescale: Rescale,
     scales: Tensor,
 ) -> ScaleChoice:
-    """The best of the scales [n, in] for readers of one input: every STRIDE-th, then closer around the best.
+    """Search the best of the scales [n, in] for readers of one input.
 
-    The error over AWQ's ratios has one valley, so that 9 of 20 scales find it. batches: weights [..., out, in] with
-    their scheme; added [n] float64 is what other readers lose. Candidate 0 unless another is better.
+    Every SEARCH_STRIDE-th scale is tried first, then scales closer around the best: the error over
+    AWQ's ratios has one valley, so 9 of 20 scales are enough. batches: weights [..., out, in] with
+    their scheme; added [n] float64 is the error of other readers. Candidate 0 wins ties.
     """
-    found: dict[int, float] = {}
+    error_by_candidate: dict[int, float] = {}
     tried, stride = list(range(0, len(scales), SEARCH_STRIDE)), SEARCH_STRIDE
     while tried:
         for n in tried:
-            lost = [
+            errors = [
                 rescale.error(weights, gram, scales[n], scheme).sum() for weights, scheme in batches
             ]
-            found[n] = float(added[n]) + sum(map(float, lost))
-        best, stride = min(found, key=lambda n: (found[n], n)), stride // 2
+            error_by_candidate[n] = float(added[n]) + sum(map(float, errors))
+        best = min(error_by_candidate, key=lambda n: (error_by_candidate[n], n))
+        stride //= 2
         tried = [n for n in (best - stride, best + stride) if stride and 0 <= n < len(scales)]
-    return ScaleChoice(group=group, candidate=best, error_plain=found[0], error_chosen=found[best])
+    return ScaleChoice(
+        group=group,
+        candidate=best,
+        error_plain=error_by_candidate[0],
+        error_chosen=error_by_candidate[best],
+    )
 
 
 def divide_absorber(tensors: dict[str, Tensor], absorber: Absorber, scale: Tensor) -> None:
-    """Divide the absorber by `scale` [in]: tensors (float32, full names) is changed.
+    """Divide the absorber by `scale` [in], in `tensors` (float32, full names).
 
-    A norm loses nothing when it is stored in its own dtype, because its scales are powers of two.
+    A norm stays exact in its own dtype, because its scales are powers of two.
     """
     name = f"{absorber.module}.weight"
     weight = tensors[name]
@@ -131,16 +145,15 @@ def divide_absorber(tensors: dict[str, Tensor], absorber: Absorber, scale: Tenso
 
 
 def multiply_readers(tensors: dict[str, Tensor], group: LinearGroup, scale: Tensor) -> None:
-    """Multiply the input channels of every reader of the group: tensors is changed."""
+    """Multiply the input channels of every reader of the group by `scale`, in `tensors`."""
     for reader in group.readers:
         tensors[f"{reader}.weight"] = tensors[f"{reader}.weight"] * scale  # [out, in] * [in]
 
 
 def rescale_stats(stats: InputStats, scale: Tensor) -> InputStats:
-    """Statistics of x / scale [in] or [..., in]. The gram is divided in place: nobody else needs the old one."""
-    gram = stats.gram.div_(scale.unsqueeze(-1)).div_(
-        scale.unsqueeze(-2)
-    )  # [..., in, 1], [..., 1, in]
+    """Return the statistics of x / scale [in] or [..., in]; the gram is divided in place."""
+    # by [..., in, 1] and [..., 1, in]
+    gram = stats.gram.div_(scale.unsqueeze(-1)).div_(scale.unsqueeze(-2))
     cross, residual = stats.cross, stats.residual
     if cross is not None:
         cross = cross.div_(scale.unsqueeze(-1)).div_(scale.unsqueeze(-2))
@@ -155,24 +168,26 @@ def rescale_stats(stats: InputStats, scale: Tensor) -> InputStats:
 def check_unchanged(
     where: str, what: str, before: Tensor, after: Tensor, tolerance: float
 ) -> float:
-    """Relative change ||after - before|| / ||before||; NumericsError when rounding cannot explain it."""
+    """Return ||after - before|| / ||before||; raises NumericsError above the tolerance."""
     before = before.to(after.device, torch.float32)
     change = float((after.float() - before).norm() / before.norm().clamp(min=1e-30))
     if not isfinite(change):
         raise NumericsError(
-            f"{where}: expected {what} to be finite, found NaN or infinity; look for huge values among the weights up "
-            "to this block, and at rms_norm_eps, rope_theta and rope_scaling in config.json"
+            f"{where}: expected {what} to be finite, found NaN or infinity; look for huge values "
+            "among the weights up to this block, and at rms_norm_eps, rope_theta and rope_scaling "
+            "in config.json"
         )
     if change > tolerance:
         raise NumericsError(
-            f"{where}: folding the scales changed {what} by {change:.2e} (allowed {tolerance:.0e}): a tensor that "
-            "reads the rescaled input was not rescaled; the architecture table lacks a reader"
+            f"{where}: folding the scales changed {what} by {change:.2e} "
+            f"(allowed {tolerance:.0e}): a tensor that reads the rescaled input was not "
+            "rescaled; the architecture table lacks a reader"
         )
     return change
 
 
 def make_routing_matrix(index: Tensor, weight: Tensor, count: int) -> Tensor:
-    """Routing weights as [tokens, experts], comparable whatever the order of the top k."""
+    """Return routing weights as [tokens, experts], independent of the order of the top k."""
     return torch.zeros(len(index), count, dtype=weight.dtype, device=weight.device).scatter(
         1, index, weight
     )

@@ -1,7 +1,8 @@
-"""How far a quantized model's next-token distribution is from its source's: per token, and summed up.
+"""Fidelity figures: how far a quantized model's next-token distribution is from its source's.
 
-p is the source, q the quantized model; both are teacher-forced on the same text. The figures are those of llama.cpp's
-`--kl-divergence`, over the full vocabulary, each with a standard error where one is defined.
+p is the source's distribution, q the quantized model's; both are teacher-forced on the same text.
+The figures are those of llama.cpp's `--kl-divergence`, over the full vocabulary, each with a
+standard error where one is defined.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ class TokenFidelity:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """A figure with its standard error (None where it has none, as for a maximum) and its number of samples."""
+    """A figure with its standard error and its number of samples.
+
+    The error is None for a figure without one, such as a maximum.
+    """
 
     value: float
     error: float | None
@@ -45,9 +49,10 @@ class Estimate:
 def compare_logits(source: Tensor, quantized: Tensor, targets: Tensor) -> TokenFidelity:
     """Compare logits [n, vocab] of both models, any float dtype, at true next tokens [n] int64.
 
-    KL and log-probabilities are taken in float64: at 8 bits the mean KL is near float32's rounding noise.
+    KL and log-probabilities are computed in float64: at 8 bits the mean KL is close to float32's
+    rounding noise.
     """
-    kl, first, second, same = [], [], [], []
+    kl, nll_source, nll_quantized, same_top = [], [], [], []
     for p_rows, q_rows, true in zip(
         source.split(CHUNK_TOKENS),
         quantized.split(CHUNK_TOKENS),
@@ -56,18 +61,18 @@ def compare_logits(source: Tensor, quantized: Tensor, targets: Tensor) -> TokenF
     ):
         log_p = torch.log_softmax(p_rows.double(), dim=-1)
         log_q = torch.log_softmax(q_rows.double(), dim=-1)
-        # a token that p excludes (-inf) adds nothing, whatever q thinks of it
+        # a token that p excludes (-inf) adds nothing, whatever q gives it
         terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))
         kl.append(terms.sum(dim=-1).clamp(min=0))  # [n, vocab] -> [n]
         index = true.unsqueeze(-1)  # [n] -> [n, 1]
-        first.append(-log_p.gather(-1, index).squeeze(-1))
-        second.append(-log_q.gather(-1, index).squeeze(-1))
-        same.append(p_rows.argmax(dim=-1) == q_rows.argmax(dim=-1))
+        nll_source.append(-log_p.gather(-1, index).squeeze(-1))
+        nll_quantized.append(-log_q.gather(-1, index).squeeze(-1))
+        same_top.append(p_rows.argmax(dim=-1) == q_rows.argmax(dim=-1))
     return TokenFidelity(
         kl=torch.cat(kl),
-        nll_source=torch.cat(first),
-        nll_quantized=torch.cat(second),
-        same_top=torch.cat(same),
+        nll_source=torch.cat(nll_source),
+        nll_quantized=torch.cat(nll_quantized),
+        same_top=torch.cat(same_top),
     )
 
 
@@ -82,18 +87,18 @@ def concatenate_tokens(parts: list[TokenFidelity]) -> TokenFidelity:
 
 
 def estimate_mean(values: Tensor) -> Estimate:
-    """Mean of values [n] with its standard error sd / sqrt(n)."""
+    """Estimate the mean of values [n]; its standard error is sd / sqrt(n)."""
     n = values.numel()
     error = float(values.double().std()) / sqrt(n) if n > 1 else None
     return Estimate(value=float(values.double().mean()), error=error, n=n)
 
 
 def estimate_quantile(values: Tensor, share: float) -> Estimate:
-    """The value that `share` of values [n] do not exceed (linear between ranks).
+    """Estimate the quantile of values [n] at `share` (linear between ranks).
 
-    Its standard error is half the distance between the order statistics one binomial standard deviation below and above
-    the rank, which needs no assumption on the distribution; None when the sample cannot tell those ranks apart or does
-    not reach them.
+    Its standard error is half the distance between the order statistics one binomial standard
+    deviation below and above the rank, which needs no assumption on the distribution. It is None if
+    the sample is too small to separate or to contain those ranks.
     """
     ordered = values.double().sort().values
     n = ordered.numel()
@@ -101,52 +106,47 @@ def estimate_quantile(values: Tensor, share: float) -> Estimate:
     below = int(rank)
     value = torch.lerp(ordered[below], ordered[min(below + 1, n - 1)], rank - below)
     lower, upper = round(rank - spread), round(rank + spread)
-    inside = 0 <= lower < upper < n
-    return Estimate(
-        value=float(value),
-        error=float(ordered[upper] - ordered[lower]) / 2 if inside else None,
-        n=n,
-    )
+    is_inside = 0 <= lower < upper < n
+    error = float(ordered[upper] - ordered[lower]) / 2 if is_inside else None
+    return Estimate(value=float(value), error=error, n=n)
 
 
 def estimate_maximum(values: Tensor) -> Estimate:
-    """The largest of values [n]; a maximum has no standard error."""
+    """Return the largest of values [n]; a maximum has no standard error."""
     return Estimate(value=float(values.double().max()), error=None, n=values.numel())
 
 
 def estimate_rms(values: Tensor) -> Estimate:
-    """Root mean square of values [n], with the delta method's standard error."""
+    """Estimate the root mean square of values [n], with the delta method's standard error."""
     square = estimate_mean(values.double().square())
     root = sqrt(square.value)
-    return Estimate(
-        value=root,
-        error=None if square.error is None or root == 0 else square.error / (2 * root),
-        n=square.n,
-    )
+    error = None if square.error is None or root == 0 else square.error / (2 * root)
+    return Estimate(value=root, error=error, n=square.n)
 
 
 def estimate_proportion(hits: Tensor) -> Estimate:
-    """Share of true values in hits [n] bool, with its binomial standard error."""
+    """Estimate the share of true values in hits [n] bool, with its binomial standard error."""
     n, share = hits.numel(), float(hits.double().mean())
     return Estimate(value=share, error=sqrt(share * (1 - share) / n), n=n)
 
 
 def estimate_perplexity(nll: Tensor) -> Estimate:
-    """exp(mean nll) of per-token nll [n] in nats, with the delta method's standard error."""
+    """Estimate exp(mean nll) of nll [n] in nats, with the delta method's standard error."""
     log = estimate_mean(nll)
     value = exp(log.value)
     return Estimate(value=value, error=None if log.error is None else value * log.error, n=log.n)
 
 
 def summarize_tokens(tokens: TokenFidelity) -> dict[str, Estimate]:
-    """Every figure of the report for a set of tokens, under the names the report uses.
+    """Return every figure of the report for a set of tokens, by the report's key.
 
-    The perplexity ratio's standard error comes from paired differences: both models see the same tokens. Raises
-    NumericsError for a set without tokens.
+    The perplexity ratio's standard error comes from paired differences: both models see the same
+    tokens. Raises NumericsError for a set without tokens.
     """
     if not tokens.kl.numel():
         raise NumericsError(
-            "no token to compare two models on; the text must have at least one token with a successor"
+            "no token to compare two models on; the text must have at least one token with a "
+            "successor"
         )
     return {
         "kl_mean": estimate_mean(tokens.kl),
@@ -164,6 +164,9 @@ def summarize_tokens(tokens: TokenFidelity) -> dict[str, Estimate]:
 
 
 def compute_router_agreement(source: Tensor, quantized: Tensor) -> Tensor:
-    """Share of a token's top-k experts that both models pick: indices [n, k] each -> [n] float64, order ignored."""
+    """Return the share of a token's top-k experts that both models select: [n] float64.
+
+    source, quantized: expert indices [n, k] each; their order is ignored.
+    """
     hits = source.unsqueeze(-1) == quantized.unsqueeze(-2)  # [n, k, 1] == [n, 1, k] -> [n, k, k]
     return hits.any(dim=-1).double().mean(dim=-1)  # [n, k, k] -> [n]

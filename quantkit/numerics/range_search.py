@@ -1,13 +1,13 @@
-"""Ranges that lose least under the Gram matrix: the clip search of AWQ (arXiv 2306.00978, section 4), done on G alone.
+"""Range search under the gram: AWQ's clip search (arXiv 2306.00978, section 4) without activations.
 
-Each group's scale is tried smaller (and a little larger) than min/max gives it, its zero point one code to either side,
-and what lowers the row's output error d G d^T is kept. With d_k the error of group k and the other groups held, the
-part that group k decides is
+Each group's scale is tried smaller (and slightly larger) than its min/max scale, its zero point
+one code to either side, and a candidate that lowers the row's output error d G d^T is kept. With
+d_k the error of group k and the other groups fixed, the part of the error that group k decides is
 
     d_k G_kk d_k^T + 2 d_k (sum over j != k of G_kj d_j^T)
 
-so groups are visited in turn (Gauss-Seidel), twice. Every accepted step lowers the error of the whole row, which hence
-never ends above the error of the unclipped ranges.
+so groups are visited in turn (Gauss-Seidel), twice. Every accepted step lowers the error of the
+whole row, which therefore never ends above the error of the unclipped ranges.
 """
 
 from __future__ import annotations
@@ -21,44 +21,49 @@ from quantkit.contracts import Scheme
 from quantkit.numerics import affine
 
 COARSE_RATIOS = tuple(1 - 0.05 * step for step in range(11))
-"""Shares of the min/max scale: 1, 0.95 ... 0.5."""
+"""Ratios to the min/max scale: 1, 0.95 ... 0.5."""
+
 FINE_RATIOS = tuple(1 + 0.01 * step for step in range(-4, 5))
-"""Shares of the best scale so far: 0.96 ... 1.04. bfloat16 resolves 0.4 %."""
+"""Ratios to the best scale so far: 0.96 ... 1.04. bfloat16 resolves 0.4 %."""
+
 ZERO_SHIFTS = (0, -1, 1)
-"""Zero points tried around the current one."""
+"""Zero points tried, relative to the current one."""
+
 WIDE_RATIOS = (1, 0.92, 0.85, 0.78, 0.71, 0.64, 0.57)
 HALVING_STEPS = (0.035, 0.018, 0.01)
-"""The search by the diagonal: shares of the min/max scale, then steps to both sides. Its error is 0.7 % above that of
-COARSE, FINE and FINE with all zero points, a third of which it tries."""
+"""Search by the diagonal: ratios to the min/max scale, then steps to both sides of the best. Its
+error is 0.7 % above that of COARSE_RATIOS, FINE_RATIOS and FINE_RATIOS with all zero points, of
+which it tries a third."""
+
 CACHED_WEIGHTS = 1 << 17
 """Weights that are searched at once: with their temporaries they stay in a core's cache."""
+
 SWEEPS = 2
-"""Visits of every group. On tiny-v3 the second lowers the error by 4 %, a third by another 0.9 %."""
+"""Visits of every group. On tiny-v3 the second lowers the error by 4 %, a third by 0.9 % more."""
 
 
 def search_ranges(weight: Tensor, gram: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of each group, chosen to lower tr(D G D^T).
+    """Search the scale and zero point of each group that lower tr(D G D^T).
 
-    weight [..., out, in] float32, gram [..., in, in] float32 of the input it reads -> scale [..., out, n_groups] in
-    scheme.scale_dtype, zero uint8 of that shape or None.
+    weight [..., out, in] float32, gram [..., in, in] float32 of its input -> scale
+    [..., out, n_groups] in scheme.scale_dtype, zero uint8 of that shape or None.
     """
-    groups = affine.split_groups(weight, scheme.group_size)
+    size = scheme.group_size
+    groups = affine.split_groups(weight, size)
     width = groups.shape[-1]
-    scale, zero = affine.compute_qparams(*affine.compute_min_max(weight, scheme.group_size), scheme)
-    delta = affine.fake_quantize(groups, scale, zero, scheme).sub_(
-        groups
-    )  # [..., out, n_groups, group]
+    scale, zero = affine.compute_qparams(*affine.compute_min_max(weight, size), scheme)
+    delta = affine.fake_quantize(groups, scale, zero, scheme)
+    delta.sub_(groups)  # [..., out, n_groups, group]
     for sweep in range(SWEEPS):
         for index in range(groups.shape[-2]):
             columns = slice(index * width, (index + 1) * width)
             delta[..., index, :] = 0
-            pull = (
-                delta.flatten(-2) @ gram[..., columns]
-            )  # [..., out, in] @ [..., in, group] -> [..., out, group]
+            # [..., out, in] @ [..., in, group] -> [..., out, group]
+            pull = delta.flatten(-2) @ gram[..., columns]
             target, block = groups[..., index, :], gram[..., columns, columns]
             best = (scale[..., index], None if zero is None else zero[..., index])
-            for shares in (COARSE_RATIOS, FINE_RATIOS) if sweep == 0 else (FINE_RATIOS,):
-                best = search_group(target, block, pull, best, shares, scheme)
+            for ratios in (COARSE_RATIOS, FINE_RATIOS) if sweep == 0 else (FINE_RATIOS,):
+                best = search_group(target, block, pull, best, ratios, scheme)
             scale[..., index] = best[0]
             if zero is not None and best[1] is not None:
                 zero[..., index] = best[1]
@@ -67,37 +72,34 @@ def search_ranges(weight: Tensor, gram: Tensor, scheme: Scheme) -> tuple[Tensor,
 
 
 def search_ranges_by_diagonal(
-    weight: Tensor, columns: Tensor, scheme: Scheme
+    weight: Tensor, importance: Tensor, scheme: Scheme
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of each group by the squared error of its weights, each column's times what it counts.
+    """Search the scale and zero point of each group by weighted squared error.
 
-    weight [..., out, in] and columns [..., in] float32, none negative (the gram's diagonal); result as in `search`. For
-    rounding with error feedback, which settles by itself what columns do to one another: on tiny-v3 its error under the
-    gram ends below that with the ranges of `search`.
+    weight [..., out, in] and importance [..., in] float32, not negative (the gram's diagonal): the
+    factor of each column's squared error. Result as in `search_ranges`. For rounding with error
+    feedback, which handles the interaction of columns itself: on tiny-v3 its error under the gram
+    ends below that with the ranges of `search_ranges`.
     """
-    columns = columns.contiguous().unsqueeze(
-        -2
-    )  # [..., in] -> [..., 1, in]; a gram's diagonal lies far apart
-    diagonal = affine.split_groups(
-        columns, scheme.group_size
-    )  # [..., in] -> [..., 1, n_groups, group]
+    size = scheme.group_size
+    # a gram's diagonal is strided: copied once; [..., in] -> [..., 1, in]
+    importance = importance.contiguous().unsqueeze(-2)
+    diagonal = affine.split_groups(importance, size)  # [..., in] -> [..., 1, n_groups, group]
     scales, zeros = list[Tensor](), list[Tensor]()
     for rows in split_for_cache(weight):
-        scale, zero = search_rows_by_diagonal(
-            rows,
-            diagonal,
-            affine.compute_qparams(*affine.compute_min_max(rows, scheme.group_size), scheme),
-            scheme,
-        )
+        start = affine.compute_qparams(*affine.compute_min_max(rows, size), scheme)
+        scale, zero = search_rows_by_diagonal(rows, diagonal, start, scheme)
         scales.append(scale)
         zeros += [] if zero is None else [zero]
-    return torch.cat(scales, dim=-2), torch.cat(
-        zeros, dim=-2
-    ) if zeros else None  # -> [..., out, n_groups]
+    # -> [..., out, n_groups]
+    return torch.cat(scales, dim=-2), torch.cat(zeros, dim=-2) if zeros else None
 
 
 def split_for_cache(weight: Tensor) -> tuple[Tensor, ...]:
-    """The rows of weight [..., out, in] in parts of at most IN_CACHE values, one row at least."""
+    """Split the rows of weight [..., out, in] into parts of at most CACHED_WEIGHTS values.
+
+    A part has at least one row.
+    """
     per_row = weight.numel() // max(weight.shape[-2], 1)
     parts: tuple[Tensor, ...] = weight.split(max(1, CACHED_WEIGHTS // max(per_row, 1)), dim=-2)
     return parts
@@ -106,21 +108,19 @@ def split_for_cache(weight: Tensor) -> tuple[Tensor, ...]:
 def search_rows_by_diagonal(
     weight: Tensor, diagonal: Tensor, start: tuple[Tensor, Tensor | None], scheme: Scheme
 ) -> tuple[Tensor, Tensor | None]:
-    """Ranges of weight [..., out, in] by squared errors weighted with diagonal [..., 1, n_groups, group].
+    """Search ranges of weight [..., out, in] by squared errors times diagonal.
 
-    start and result are scale and zero [..., out, n_groups]. WIDE shares with every zero point, then steps around the
-    best that halve.
+    diagonal [..., 1, n_groups, group]; start and result are scale and zero [..., out, n_groups].
+    First WIDE_RATIOS with every zero point, then halving steps around the best.
     """
-    groups, none = (
-        affine.split_groups(weight, scheme.group_size),
-        torch.full_like(start[0], torch.inf, dtype=torch.float32),
-    )
-    best, least = select_scales_and_zeros(
-        groups, diagonal, (start, none), WIDE_RATIOS, ZERO_SHIFTS, scheme
+    groups = affine.split_groups(weight, scheme.group_size)
+    errors = torch.full_like(start[0], torch.inf, dtype=torch.float32)
+    best, errors = select_scales_and_zeros(
+        groups, diagonal, (start, errors), WIDE_RATIOS, ZERO_SHIFTS, scheme
     )
     for step in HALVING_STEPS:
-        best, least = select_scales_and_zeros(
-            groups, diagonal, (best, least), (1 - step, 1 + step), (0,), scheme
+        best, errors = select_scales_and_zeros(
+            groups, diagonal, (best, errors), (1 - step, 1 + step), (0,), scheme
         )
     return best
 
@@ -129,48 +129,48 @@ def select_scales_and_zeros(
     groups: Tensor,
     diagonal: Tensor,
     start: tuple[tuple[Tensor, Tensor | None], Tensor],
-    shares: Sequence[float],
+    ratios: Sequence[float],
     shifts: Sequence[int],
     scheme: Scheme,
 ) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
-    """The best of scale * share and zero + shift for all groups at once, each by itself.
+    """Select the best of scale * ratio and zero + shift, for each group independently.
 
-    groups [..., out, n_groups, group]; diagonal [..., 1, n_groups, group]; start and result are (scale, zero) and what
-    they lose, [..., out, n_groups] each.
+    groups [..., out, n_groups, group]; diagonal [..., 1, n_groups, group]; start and result are
+    (scale, zero) and their error, [..., out, n_groups] each.
     """
     (scale, zero), least = start
-    best_scale, best_zero, most = scale, zero, 2**scheme.bits - 1
-    lost = torch.empty_like(
-        groups
-    )  # written again for each zero point: fresh memory costs as much as the arithmetic
-    for share in shares:
-        tried = affine.round_scale(scale.float() * share, scheme)
-        step = tried.float()
-        exact = groups / step.unsqueeze(
-            -1
-        )  # the code less its zero point, had it room for fractions
+    best_scale, best_zero, top = scale, zero, 2**scheme.bits - 1
+    # written again for each zero point: fresh memory costs as much as the arithmetic
+    error = torch.empty_like(groups)
+    for ratio in ratios:
+        stored = affine.round_scale(scale.float() * ratio, scheme)
+        step = stored.float()
+        exact = groups / step.unsqueeze(-1)  # unrounded code minus its zero point
         whole = torch.round(exact)
         for shift in (0,) if zero is None else shifts:
-            moved = None if zero is None else (zero.short() + shift).clamp_(0, most).to(torch.uint8)
-            clamp_codes(whole, -affine.expand_zero_point(moved, scheme), most, lost).sub_(
-                exact
-            ).square_().mul_(diagonal)
-            value = lost.sum(dim=-1).mul_(
-                step.square()
-            )  # [..., n_groups, group] -> [..., n_groups]
+            moved = shift_zero_point(zero, shift, top)
+            clamp_codes(whole, -affine.expand_zero_point(moved, scheme), top, error)
+            error.sub_(exact).square_().mul_(diagonal)
+            # [..., n_groups, group] -> [..., n_groups]
+            value = error.sum(dim=-1).mul_(step.square())
             better = value < least
             least = torch.where(better, value, least)
-            best_scale = torch.where(better, tried, best_scale)
-            best_zero = (
-                None
-                if moved is None or best_zero is None
-                else torch.where(better, moved, best_zero)
-            )
+            best_scale = torch.where(better, stored, best_scale)
+            if moved is not None and best_zero is not None:
+                best_zero = torch.where(better, moved, best_zero)
     return (best_scale, best_zero), least
 
 
+def shift_zero_point(zero: Tensor | None, shift: int, top: int) -> Tensor | None:
+    """Return zero + shift as uint8, clamped to codes 0 .. top; None for a symmetric scheme."""
+    return None if zero is None else (zero.short() + shift).clamp_(0, top).to(torch.uint8)
+
+
 def clamp_codes(whole: Tensor, low: Tensor | float, steps: int, out: Tensor) -> Tensor:
-    """Whole numbers [..., group] held within low .. low + steps, low [..., 1] or one number; in the place of `out`."""
+    """Clamp whole numbers [..., group] to low .. low + steps, written to `out`.
+
+    low [..., 1] or one number.
+    """
     if isinstance(low, Tensor):  # torch's clamp by tensors takes four times as long
         return torch.minimum(torch.maximum(whole, low, out=out), low + steps, out=out)
     return torch.clamp(whole, low, low + steps, out=out)
@@ -181,35 +181,29 @@ def search_group(
     block: Tensor,
     pull: Tensor | None,
     start: tuple[Tensor, Tensor | None],
-    shares: Sequence[float],
+    ratios: Sequence[float],
     scheme: Scheme,
     shifts: Sequence[int] = ZERO_SHIFTS,
 ) -> tuple[Tensor, Tensor | None]:
-    """The best of scale * share and zero + shift around `start`, which is kept where nothing is better.
+    """Select the best of scale * ratio and zero + shift of one group, `start` on a tie.
 
-    target [..., out, group]; block [..., group, group]; pull [..., out, group], what the other groups' errors weigh on
-    this one, or None; start and result are scale and zero, [..., out] each.
+    target [..., out, group]; block [..., group, group]; pull [..., out, group], the other groups'
+    errors times the gram's columns of this group, or None; start and result are scale and zero,
+    [..., out] each.
     """
     scale, zero = start
     best_scale, best_zero = start
     least = compute_group_error(target, block, pull, start, scheme)
-    for share in shares:
-        tried = affine.round_scale(scale.float() * share, scheme)
+    for ratio in ratios:
+        stored = affine.round_scale(scale.float() * ratio, scheme)
         for shift in (0,) if zero is None else shifts:
-            moved = (
-                None
-                if zero is None
-                else (zero.short() + shift).clamp_(0, 2**scheme.bits - 1).to(torch.uint8)
-            )
-            value = compute_group_error(target, block, pull, (tried, moved), scheme)
+            moved = shift_zero_point(zero, shift, 2**scheme.bits - 1)
+            value = compute_group_error(target, block, pull, (stored, moved), scheme)
             better = value < least
             least = torch.where(better, value, least)
-            best_scale = torch.where(better, tried, best_scale)
-            best_zero = (
-                None
-                if moved is None or best_zero is None
-                else torch.where(better, moved, best_zero)
-            )
+            best_scale = torch.where(better, stored, best_scale)
+            if moved is not None and best_zero is not None:
+                best_zero = torch.where(better, moved, best_zero)
     return best_scale, best_zero
 
 
@@ -217,12 +211,15 @@ def compute_group_error(
     target: Tensor,
     block: Tensor,
     pull: Tensor | None,
-    chosen: tuple[Tensor, Tensor | None],
+    ranges: tuple[Tensor, Tensor | None],
     scheme: Scheme,
 ) -> Tensor:
-    """What one group adds to its row's output error: target [..., out, group] -> [..., out] float32."""
-    delta = affine.fake_quantize(target, *chosen, scheme).sub_(target)
-    seen = delta @ block
+    """Return one group's part of its row's output error: [..., out] float32.
+
+    target [..., out, group]; ranges are scale and zero [..., out].
+    """
+    delta = affine.fake_quantize(target, *ranges, scheme).sub_(target)
+    projected = delta @ block
     if pull is not None:
-        seen.add_(pull, alpha=2)
-    return seen.mul_(delta).sum(dim=-1)  # [..., out, group] -> [..., out]
+        projected.add_(pull, alpha=2)
+    return projected.mul_(delta).sum(dim=-1)  # [..., out, group] -> [..., out]

@@ -126,11 +126,11 @@ class OciClient:
             self._patiently(store)
         return digest
 
-    def put_file(self, item: UploadFile, arrived: BytesCallback) -> None:
+    def put_file(self, item: UploadFile, report_bytes: BytesCallback) -> None:
         """Store a file as a blob: one upload, gone on with after a cut where the registry kept what had arrived."""
         place, sent = self._begun(item)
         if sent < item.n_bytes:
-            place = self._patch(place, item, sent, arrived)
+            place = self._patch(place, item, sent, report_bytes)
         del self._uploads[item.sha256]  # whatever the registry says now, this upload is over
         self._call(
             "PUT",
@@ -173,7 +173,7 @@ class OciClient:
         found = self._call("POST", "blobs/uploads/", headers={"Content-Length": "0"})
         return self._location(found)
 
-    def _patch(self, place: str, item: UploadFile, first: int, arrived: BytesCallback) -> str:
+    def _patch(self, place: str, item: UploadFile, first: int, report_bytes: BytesCallback) -> str:
         """Send a file from `first` on; where the upload goes on. The whole file is hashed on the way."""
 
         def body() -> Iterator[bytes]:
@@ -182,7 +182,7 @@ class OciClient:
                     rest = piece[max(0, first - (pieces.sent - len(piece))) :]
                     if rest:
                         yield rest
-                    arrived(pieces.sent)
+                    report_bytes(pieces.sent)
 
         headers = {
             "Content-Type": "application/octet-stream",

@@ -44,7 +44,9 @@ def publish_artifact(
                 "gates of its recipe, or pass --force"
             )
         items, manifest = list_upload_files(artifact)
-        found = retry(lambda: remote.look(items, MANIFEST), remote.where, options.patience)
+        found = retry(
+            lambda: remote.list_remote(items, MANIFEST), remote.where, options.retry_policy
+        )
         gone = find_replaced_files(found, items, manifest, remote.where, overwrite)
         new = [item for item in items if item.name not in found.there]
         whole = (
@@ -56,16 +58,18 @@ def publish_artifact(
         moved = sum(item.n_bytes for item in (*new, manifest)) if names else 0
         place = remote.where
         if names and not dry_run:
-            retry(lambda: remote.begin(gone), remote.where, options.patience)
+            retry(lambda: remote.begin_upload(gone), remote.where, options.retry_policy)
             tally = TransferProgress("publish", moved, tell)
             run_in_parallel(
                 new,
-                lambda item: send_file(remote, item, tally, options.patience),
+                lambda item: send_file(remote, item, tally, options.retry_policy),
                 options.jobs,
                 tally.stop,
             )
-            place = retry(lambda: remote.seal(items, manifest), remote.where, options.patience)
-            tally.arrived(MANIFEST, manifest.n_bytes)
+            place = retry(
+                lambda: remote.finalize(items, manifest), remote.where, options.retry_policy
+            )
+            tally.report_bytes(MANIFEST, manifest.n_bytes)
     total = sum(item.n_bytes for item in (*items, manifest))
     return Transfer(
         place=place, status=status, files=names, n_bytes=moved, there=len(items) + 1 - len(names),
@@ -138,13 +142,13 @@ def send_file(
     """Send one file, again while anything of it arrives."""
     best = 0
 
-    def arrived(n_bytes: int) -> None:
+    def report_bytes(n_bytes: int) -> None:
         nonlocal best
         best = max(best, n_bytes)
-        tally.arrived(item.name, n_bytes)
+        tally.report_bytes(item.name, n_bytes)
 
     retry(
-        lambda: remote.send(item, arrived),
+        lambda: remote.send(item, report_bytes),
         f"{remote.where}: {item.name}",
         patience,
         lambda: best,

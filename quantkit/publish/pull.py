@@ -52,13 +52,13 @@ def pull_artifact(
     """
     path = path.expanduser().absolute()
     with note_resume(), closing(open_remote(src, options)) as remote:
-        content = retry(lambda: remote.fetch_manifest(MANIFEST), remote.where, options.patience)
+        content = retry(lambda: remote.fetch_manifest(MANIFEST), remote.where, options.retry_policy)
         if content is None:
             raise TransferError(
                 f"{remote.where}: no {MANIFEST}: not an artifact of quantkit, or its publication did not finish; "
                 "publish it again"
             )
-        wanted, status = list_expected_files(remote, content, options.patience)
+        wanted, status = list_expected_files(remote, content, options.retry_policy)
         total = sum(entry.n_bytes for entry in wanted) + len(content)
         done = Transfer(
             place=remote.where, status=status, files=(*(entry.name for entry in wanted), MANIFEST), n_bytes=total,
@@ -80,7 +80,7 @@ def pull_artifact(
                 raise TransferError(
                     f"{remote.where}: what arrived is not what its manifest says; it lies in {place.folder}: {fault}"
                 ) from fault
-            place.give_name()
+            place.rename_into_place()
     new, before = (
         tuple(name for name in done.files if name not in there.whole),
         sum(there.n_bytes.values()),
@@ -168,7 +168,7 @@ def fetch_files(
     tally = TransferProgress("pull", sum(entry.n_bytes for entry in new), tell)
     run_in_parallel(
         new,
-        lambda entry: fetch_file(remote, place, entry, tally, options.patience),
+        lambda entry: fetch_file(remote, place, entry, tally, options.retry_policy),
         options.jobs,
         tally.stop,
     )
@@ -183,14 +183,14 @@ def fetch_file(
     patience: RetryPolicy,
 ) -> None:
     """One file behind what is there of it; once more from its start when it is not what the manifest says."""
-    with closing(place.arrival(wanted)) as file:
+    with closing(place.open_download(wanted)) as file:
 
         def rest() -> None:
             if file.have < wanted.n_bytes:
                 with closing(remote.read(wanted.name, file.have)) as pieces:
                     for piece in pieces:
                         file.write(piece)
-                        tally.arrived(wanted.name, file.have)
+                        tally.report_bytes(wanted.name, file.have)
                         if file.have > wanted.n_bytes:
                             return
             if file.have < wanted.n_bytes:

@@ -66,19 +66,19 @@ class Remote(Protocol):
     where: str
     """How it is called in messages, without credentials."""
 
-    def look(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
+    def list_remote(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
         """What is there already; `manifest` is the name of the artifact's manifest, which is no item."""
         ...
 
-    def begin(self, gone: Sequence[str]) -> None:
+    def begin_upload(self, gone: Sequence[str]) -> None:
         """Get ready to send; from now on what is there is no artifact. `gone`: files of the one it replaces."""
         ...
 
-    def send(self, item: UploadFile, arrived: BytesCallback) -> None:
+    def send(self, item: UploadFile, report_bytes: BytesCallback) -> None:
         """Make the bytes of a file arrive; goes on with what an earlier try has left where the place keeps that."""
         ...
 
-    def seal(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
+    def finalize(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
         """Make it an artifact, with the manifest as the last act; `items` are all of its files. Where it is now."""
         ...
 
@@ -107,7 +107,7 @@ class RemoteOptions:
     revision: str | None = None
     private: bool = False
     jobs: int = 4
-    patience: RetryPolicy = RetryPolicy()
+    retry_policy: RetryPolicy = RetryPolicy()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +143,7 @@ def open_remote(text: str, options: RemoteOptions) -> Remote:
             f"{scheme}:// needs the package {kind.package}, which is not installed; "
             f"pip install 'quantkit[{kind.extra}]', or choose another place"
         )
-    return retry(lambda: kind.open(rest, text, options), remove_secrets(text), options.patience)
+    return retry(lambda: kind.open(rest, text, options), remove_secrets(text), options.retry_policy)
 
 
 def parse_address(text: str) -> tuple[str, str]:

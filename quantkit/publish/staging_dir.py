@@ -135,7 +135,7 @@ class StagingDir:
             whole=frozenset(whole), n_bytes=n_bytes | {name: files[name].n_bytes for name in whole}
         )
 
-    def arrival(self, wanted: ExpectedFile) -> PartialDownload:
+    def open_download(self, wanted: ExpectedFile) -> PartialDownload:
         """A file, to be written."""
         return PartialDownload(self.folder / wanted.name, wanted)
 
@@ -144,7 +144,7 @@ class StagingDir:
         make_folder((self.folder / name).parent)
         write_atomic(self.folder / name, content)
 
-    def give_name(self) -> None:
+    def rename_into_place(self) -> None:
         """Rename the folder; what lies there is replaced as a whole."""
         try:
             remove_owned_dir(self.replaced)

@@ -62,7 +62,7 @@ class TransferProgress:
         None  # what was there when the first byte arrived: it came at no rate of this run
     )
 
-    def arrived(self, name: str, n_bytes: int) -> None:
+    def report_bytes(self, name: str, n_bytes: int) -> None:
         """So much of a file is there; raises to end the thread when the transfer is over."""
         if self.stop.is_set():
             raise Cancelled

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 def round_weight(
     weight: Tensor, stats: InputStats | None, scheme: Scheme, solve: Solve
 ) -> RoundedWeight:
-    """Return the codes of `numerics.gptq.quantize_gptq`, which replace those of the method's `solve`."""
-    from quantkit.numerics import gptq  # torch is imported when there is a weight to round
+    """Return the codes of `numerics.gptq.quantize_gptq`; the method's `solve` is not called."""
+    from quantkit.numerics import gptq  # torch is imported with the first weight
 
     return gptq.quantize_gptq(weight, stats, scheme)
 

@@ -1,4 +1,4 @@
-"""GPTQ rounding (arXiv 2210.17323) alone: one pass over the columns, without coordinate descent after it."""
+"""GPTQ rounding (arXiv 2210.17323) alone, without coordinate descent after it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 def round_weight(
     weight: Tensor, stats: InputStats | None, scheme: Scheme, solve: Solve
 ) -> RoundedWeight:
-    """Return the codes of `numerics.gptq.quantize_gptq` before refinement, instead of those of `solve`."""
-    from quantkit.numerics import gptq  # torch is imported when there is a weight to round
+    """Return the codes of `quantize_gptq` before refinement; the method's `solve` is not called."""
+    from quantkit.numerics import gptq  # torch is imported with the first weight
 
     return gptq.quantize_gptq(weight, stats, scheme, refine=False)
 

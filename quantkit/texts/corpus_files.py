@@ -131,8 +131,8 @@ def _parse_row(line: bytes, domains: tuple[str, ...]) -> TextDocument | str:
     domain, text = row["domain"], row["text"]
     if domain not in domains:
         return (
-            f"domain: expected {' or '.join(domains)}, found {shorten_repr(domain)}. Correct it, or "
-            "`domains` in the spec"
+            f"domain: expected {' or '.join(domains)}, found {shorten_repr(domain)}. Correct it, "
+            "or `domains` in the spec"
         )
     if not isinstance(text, str) or not text.strip():
         return f"text: expected text, found {shorten_repr(text)}"

@@ -89,6 +89,6 @@ def make_temporary_folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def write_text(path: Path, text: str) -> None:
+def save_text(path: Path, text: str) -> None:
     """Write a text file into a temporary folder."""
     path.write_text(text, encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from dataclasses import replace
 
@@ -115,11 +116,12 @@ def test_load_tasks_reports_every_fault(tmp_path):
         tasks.load_tasks([str(path)])
     text = str(caught.value)
     for part in (
-        "quantkit.domian: no such key; did you mean domain?",
+        "quantkit.domian: unknown key. Did you mean 'domain'?",
         "none.jsonl not found in",
-        "quantkit.code.cut: expected one of none, first_unindented_line, found 'half'",
-        "quantkit.code.tests: expected",
-        "quantkit.code.seconds: expected",
+        "quantkit.code.cut: expected none or first_unindented_line, found 'half'",
+        "quantkit.code.tests: missing",
+        "quantkit.local.test.rows: expected [from, to] with 0 <= from < to, found [5, 2]",
+        "mine.yaml:4: quantkit.code.seconds: expected at least 1, found 0",
         "task: expected 'mine' like the file, found 'other'",
         "output_type: expected generate_until",
     ):
@@ -139,11 +141,21 @@ def test_load_tasks_rejects_invalid_split_names(tmp_path, split):
         tasks.load_tasks([str(path)], tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "- a list", "a: [", "quantkit: 3\ntask: mine", "\x00"])
-def test_load_tasks_rejects_other_files(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "mine.yaml: the task is empty; it starts with 'task: NAME'"),
+        ("- a list", "mine.yaml:1: expected a mapping of keys (task: NAME, ...), found a list"),
+        ("a: [", "mine.yaml:1: not valid YAML: expected"),
+        ("quantkit: 3\ntask: mine", "mine.yaml:1: quantkit: expected a mapping of keys, found 3"),
+        ("\x00", "mine.yaml: not valid YAML"),
+        ("a: .inf", "mine.yaml: expected finite numbers"),
+    ],
+)
+def test_load_tasks_rejects_other_files(tmp_path, text, message):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    with pytest.raises(EvaluationError, match="expected"):
+    with pytest.raises(EvaluationError, match=re.escape(message)):
         tasks.load_tasks([str(path)])
 
 

@@ -161,7 +161,7 @@ def test_the_second_version_of_gptq_stores_zeros_as_they_are() -> None:
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_nf4_is_read_as_its_description_says(nested: bool) -> None:
-    """FORMATS.md's example: the first element in the high nibble; a scale of a scale where scales are quantized too."""
+    """quantkit/formats/README.md: the first code in the high nibble; nested scales if quantized."""
     state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [1, 64]}
     scale = {"weight.absmax": torch.tensor([2.0])}
     if nested:

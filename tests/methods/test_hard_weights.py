@@ -1,7 +1,8 @@
-"""Weights and inputs at the edge of what numbers can be: each has one outcome for every method, and it is recorded.
+"""Extreme weights and inputs: one recorded outcome for every method.
 
-Refused: NaN and infinity, whatever the method, in one sentence that names the tensor. Right: constant groups, values
-beyond FP16 under BF16 scales. A named fallback: groups of zeros, scales outside their dtype, experts nobody is sent to.
+Rejected: NaN and infinity, in one sentence that names the tensor. Correct: constant groups, values
+beyond FP16 under BF16 scales. A named fallback: groups of zeros, scales outside their dtype,
+experts without tokens.
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ FEW = "{set: tiny-v3, sequences: 4, length: 32, min_expert_tokens: 4}"
 TEXT = "{set: tiny-v3-heldout, windows: 2, length: 32}"
 LAYER = "model.layers.0"
 ZERO, CONSTANT, TINY, HUGE, EMPTY = (
-    f"{LAYER}.self_attn.q_proj", f"{LAYER}.self_attn.k_proj", f"{LAYER}.mlp.gate_proj", f"{LAYER}.self_attn.v_proj",
+    f"{LAYER}.self_attn.q_proj", f"{LAYER}.self_attn.k_proj", f"{LAYER}.mlp.gate_proj",
+    f"{LAYER}.self_attn.v_proj",
     "model.layers.1.mlp.down_proj",
 )  # fmt: skip
 
 
 def changed(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
-    """A checkpoint with changed tensors."""
+    """Change the tensors of a checkpoint."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(
@@ -56,7 +58,7 @@ def changed(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path
 
 
 def harden(tensors: dict[str, Tensor]) -> None:
-    """One hard thing per matrix, all in the first 64 columns; and a matrix of zeros."""
+    """Put one extreme into the first 64 columns of each matrix; one matrix becomes zeros."""
     tensors[f"{ZERO}.weight"][:, :64] = 0
     tensors[f"{CONSTANT}.weight"][:, :64] = 0.5
     tensors[f"{TINY}.weight"][:, :64] = 1e-39  # a subnormal number in BF16 and in float32
@@ -66,7 +68,7 @@ def harden(tensors: dict[str, Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A llama in BF16 with hard weights."""
+    """Write a BF16 llama with extreme weights."""
     return changed(
         write_checkpoint(tmp_path_factory.mktemp("hard") / "source", make_tiny_config("llama")),
         harden,
@@ -74,12 +76,12 @@ def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def modules(artifact: Path) -> dict[str, Any]:
-    """What the manifest says of each."""
+    """Return the manifest's modules."""
     return dict(json.loads((artifact / "quantkit/manifest.json").read_text())["modules"])
 
 
 def weights(artifact: Path) -> dict[str, Tensor]:
-    """Every weight of the artifact, unpacked to float32."""
+    """Return every weight of the artifact, unpacked to float32."""
     model = load_model(artifact)
     found = {}
     for name, module in model.named_modules():
@@ -99,8 +101,10 @@ def weights(artifact: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_hard_weights(method: str, hard: Path, tmp_path: Path, record_property: Record) -> None:
-    """A sound artifact of finite numbers, the fallbacks named module by module, each hard group right to a step."""
+def test_extreme_weights_give_finite_artifact_with_named_fallbacks(
+    method: str, hard: Path, tmp_path: Path, record_property: Record
+) -> None:
+    """Finite numbers, fallbacks per module, every extreme group correct to a step."""
     out = build(
         hard,
         tmp_path / "out",
@@ -142,10 +146,10 @@ def test_hard_weights(method: str, hard: Path, tmp_path: Path, record_property: 
 
 
 @pytest.mark.parametrize("method", ["awq", "awq+gptq", "gptq", "rtn", "rtn_mse"])
-def test_values_beyond_fp16_under_fp16_scales(
+def test_values_beyond_fp16_clamp_fp16_scales(
     method: str, hard: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    """The largest scale there is, said so; a message where a format cannot hold the weight itself."""
+    """The scale is the largest of its dtype, with the fallback named."""
     keys = {
         **METHODS[method],
         "quantize": METHODS[method]["quantize"].replace("}", ", scale_dtype: float16}"),
@@ -162,10 +166,10 @@ def test_values_beyond_fp16_under_fp16_scales(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_not_finite_is_refused(
+def test_weight_that_is_not_finite_is_rejected(
     method: str, value: float, tmp_path: Path, record_property: Record
 ) -> None:
-    """Before the artifact has its name, with the tensor's."""
+    """The error names the tensor, and no artifact is left."""
     folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama", num_hidden_layers=1))
     changed(folder, lambda tensors: tensors[f"{LAYER}.mlp.up_proj.weight"][3, 5].fill_(value))
     with pytest.raises(
@@ -195,10 +199,10 @@ BEYOND: Mapping[str, Callable[[dict[str, Tensor]], object]] = {
 
 @pytest.mark.parametrize("method", ["rtn", "awq", "awq+gptq", "gptq"])
 @pytest.mark.parametrize("name", BEYOND)
-def test_finite_weights_that_overflow(
+def test_overflowing_weights_are_rejected(
     name: str, method: str, tmp_path: Path, record_property: Record
 ) -> None:
-    """What they make of the text is NaN or infinite: one sentence that says where, and no artifact."""
+    """Hidden states become NaN or infinite: one sentence with the place, and no artifact."""
     folder = changed(write_checkpoint(tmp_path / "source", make_tiny_config("llama")), BEYOND[name])
     with pytest.raises(NumericsError, match=r"^(model\.layers\.0|final norm)\S*.*: .*(NaN|infin)"):
         build(
@@ -214,7 +218,7 @@ def test_finite_weights_that_overflow(
 
 
 @pytest.mark.parametrize("values", [{"rms_norm_eps": -1.0}, {"rope_theta": 0.0}], ids=str)
-def test_a_config_that_overflows(values: dict[str, object], tmp_path: Path) -> None:
+def test_overflowing_config_is_rejected(values: dict[str, object], tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama", **values))
     with pytest.raises(
         NumericsError, match=r"model\.layers\.0: expected finite hidden states.*reference stream"
@@ -223,10 +227,8 @@ def test_a_config_that_overflows(values: dict[str, object], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("method", ["rtn", "rtn_mse"])
-def test_weights_too_small_to_be_stored_are_lost_and_said_to_be(
-    method: str, tmp_path: Path
-) -> None:
-    """Their squares are 0 in float32: the error that is recorded was 0, too."""
+def test_weights_too_small_to_store_have_recorded_error(method: str, tmp_path: Path) -> None:
+    """Their squares are 0 in float32; the recorded error must not be 0."""
     folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama", num_hidden_layers=1))
     changed(folder, lambda tensors: tensors[f"{LAYER}.mlp.up_proj.weight"].fill_(1e-40))
     changed(folder, lambda tensors: tensors[f"{LAYER}.mlp.gate_proj.weight"].mul_(1e-38))
@@ -247,8 +249,8 @@ def test_weights_too_small_to_be_stored_are_lost_and_said_to_be(
         assert told[name]["relative_error"] > 0.4
 
 
-def test_errors_of_any_magnitude() -> None:
-    """A power of two in all weights changes no figure, and no figure of ordinary weights changed."""
+def test_errors_do_not_depend_on_magnitude() -> None:
+    """A power of two as a factor of all weights changes no figure."""
     weight = torch.randn(3, 8, 128, generator=torch.Generator().manual_seed(0))
     near, inputs = (weight * 8).round() / 8, torch.eye(128)
     sqnr, lost = (
@@ -271,10 +273,10 @@ def test_errors_of_any_magnitude() -> None:
 
 @pytest.mark.parametrize("method", ["awq", "awq+gptq", "gptq"])
 @pytest.mark.parametrize("kind", ["one token", "rank 1"])
-def test_an_input_of_almost_nothing(
+def test_minimal_calibration_input_gives_valid_artifact(
     method: str, kind: str, tmp_path: Path, record_property: Record
 ) -> None:
-    """Two tokens are the least that a sequence has; and one token over and over, whose gram has rank 1."""
+    """Two tokens, the shortest sequence; and one repeated token, whose gram has rank 1."""
     folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama"))
     text = "{set: tiny-v3, sequences: 1, length: 2}"
     if (
@@ -309,10 +311,10 @@ def test_an_input_of_almost_nothing(
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["never routed to", "all tokens to one"])
-def test_a_router_that_is_no_router(
+def test_experts_without_tokens_use_the_shared_gram(
     method: str, kind: str, tmp_path: Path, record_property: Record
 ) -> None:
-    """Experts without a token of their own learn from those of the layer, which manifest and report name."""
+    """Experts without tokens use the layer's statistics; manifest and report name it."""
     folder = write_checkpoint(
         tmp_path / "source", make_tiny_config("deepseek_v3", num_nextn_predict_layers=0)
     )

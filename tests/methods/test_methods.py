@@ -1,4 +1,4 @@
-"""What every method promises, over whatever methods there are; and what AWQ adds."""
+"""The contract of every registered method, and properties of AWQ."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def scheme(
 
 
 def problem(*shape: int, seed: int = 0) -> tuple[Tensor, InputStats]:
-    """Weights [..., out, in] and the statistics of 200 tokens with a few large channels."""
+    """Return weights [..., out, in] and statistics of 200 tokens with a few large channels."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape[:-2], 200, shape[-1], generator=g)
     x[..., :3] *= 10
@@ -56,7 +56,7 @@ def method(request: pytest.FixtureRequest) -> Method:
 @pytest.mark.parametrize(
     ("bits", "group", "symmetric"), [(4, 32, False), (3, -1, True), (8, 64, False), (2, 32, True)]
 )
-def test_solve_keeps_its_word(
+def test_solve_returns_contract_shapes_and_keeps_inputs(
     method: Method, bits: int, group: int, symmetric: bool, dtype: ScaleDtype
 ) -> None:
     weight, stats = problem(2, 10, 64)
@@ -80,7 +80,7 @@ def test_solve_keeps_its_word(
     assert same(found, method.solve(weight, stats, chosen)), "not deterministic"
 
 
-def test_solve_of_a_batch_is_its_matrices(method: Method) -> None:
+def test_solve_of_batch_equals_its_matrices(method: Method) -> None:
     weight, stats = problem(3, 8, 64)
     found = method.solve(weight, stats, scheme())
     for e in range(3):
@@ -93,7 +93,7 @@ def test_solve_of_a_batch_is_its_matrices(method: Method) -> None:
 @pytest.mark.parametrize(
     "name", [name for name in METHODS if registry.get_method(name).needs_stats]
 )
-def test_what_learns_is_never_worse_than_rtn(name: str) -> None:
+def test_calibrated_method_is_never_worse_than_rtn(name: str) -> None:
     weight, stats = problem(4, 32, 128, seed=1)
     for bits in (3, 4):
         chosen = scheme(bits, 64)
@@ -106,7 +106,7 @@ def test_what_learns_is_never_worse_than_rtn(name: str) -> None:
         assert bool((ours <= 1.001 * theirs).all())
 
 
-def test_methods_without_statistics(method: Method) -> None:
+def test_solve_without_statistics_raises_or_succeeds(method: Method) -> None:
     weight, _ = problem(8, 64)
     if method.needs_stats:
         with pytest.raises(NumericsError, match="use method rtn"):
@@ -116,7 +116,7 @@ def test_methods_without_statistics(method: Method) -> None:
 
 
 def group_errors(found: Quantized, weight: Tensor, chosen: Scheme) -> Tensor:
-    """Squared error of each group in float64: [..., out, n_groups]."""
+    """Return the squared error of each group in float64: [..., out, n_groups]."""
     delta = (affine.dequantize(found, chosen) - weight).double()
     return affine.split_groups(delta, chosen.group_size).square().sum(-1)
 
@@ -128,7 +128,7 @@ def group_errors(found: Quantized, weight: Tensor, chosen: Scheme) -> Tensor:
 def test_rtn_mse_is_never_worse_than_rtn(
     bits: int, group: int, symmetric: bool, dtype: ScaleDtype
 ) -> None:
-    """In the squared error of any group, on bell-shaped, heavy-tailed, one-sided and empty ones."""
+    """In the squared error of bell-shaped, heavy-tailed, one-sided and empty groups."""
     weight, _ = problem(4, 24, 128, seed=5)
     weight[1], weight[2], weight[3, :12] = weight[1] ** 3, weight[2].abs(), 0
     chosen = scheme(bits, group, symmetric, dtype)
@@ -142,7 +142,7 @@ def test_rtn_mse_is_never_worse_than_rtn(
         assert float(after[0].sum()) < 0.99 * float(before[0].sum())
 
 
-def test_rtn_mse_lowers_the_error_by_a_fifth_where_one_weight_stands_out() -> None:
+def test_rtn_mse_lowers_error_by_a_fifth_with_one_outlier() -> None:
     weight, _ = problem(16, 128, seed=6)
     weight[:, 5] = 0.12  # six standard deviations
     chosen = scheme(3, 128, symmetric=True)
@@ -154,7 +154,7 @@ def test_rtn_mse_lowers_the_error_by_a_fifth_where_one_weight_stands_out() -> No
     )
 
 
-def test_awq_without_tokens_is_rtn() -> None:
+def test_awq_without_tokens_equals_rtn() -> None:
     weight, stats = problem(8, 64)
     blank = InputStats(
         gram=torch.zeros_like(stats.gram), mean_abs=torch.zeros(64), n_tokens=torch.tensor(0)
@@ -165,7 +165,7 @@ def test_awq_without_tokens_is_rtn() -> None:
     )
 
 
-def test_awq_lowers_the_error_by_a_third() -> None:
+def test_awq_lowers_error_by_a_third() -> None:
     weight, stats = problem(64, 256, seed=2)
     chosen = scheme(4, 128)
     ours, theirs = (
@@ -177,7 +177,7 @@ def test_awq_lowers_the_error_by_a_third() -> None:
     assert float(ours) < 0.67 * float(theirs)
 
 
-def test_awq_rescale_scores_no_scaling_first() -> None:
+def test_first_awq_candidate_is_no_scaling() -> None:
     assert awq.METHOD.rescale is not None
     weight, stats = problem(64, 256, seed=3)
     tried = awq.METHOD.rescale.candidates(stats.mean_abs)
@@ -194,9 +194,7 @@ def test_awq_rescale_scores_no_scaling_first() -> None:
     [(256, 1024, 128), (2048, 512, 128), (300, 512, -1), (2048, 1024, 32)],
 )
 @pytest.mark.parametrize("name", ["awq", "gptq", "rtn", "rtn_mse"])
-def test_no_method_holds_more_than_the_plan_counts(
-    name: str, out: int, width: int, group: int
-) -> None:
+def test_peak_memory_is_within_plan(name: str, out: int, width: int, group: int) -> None:
     method, (weight, stats) = registry.get_method(name), problem(out, width, seed=4)
     chosen = scheme(4, group)
     linear = Linear(name="l", in_features=width, out_features=out, role="mlp")

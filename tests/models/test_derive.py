@@ -1,4 +1,4 @@
-"""Families without a table: what can be proven of them is built, what cannot is refused with the reason."""
+"""Families without a table: derived if every check passes, else rejected with the reason."""
 
 from __future__ import annotations
 
@@ -48,25 +48,28 @@ def layout_of(config: dict[str, object]) -> Layout:
 
 
 def reason(config: dict[str, object]) -> str:
-    """Why a config is refused, one sentence."""
+    """Return the reason why a config is rejected."""
     with pytest.raises(CheckpointError) as caught:
         derived(config)
     text = str(caught.value)
-    start = f"config.json: model_type {config['model_type']!r} has no table in quantkit, and none can be derived: "
+    start = (
+        f"config.json: model_type {config['model_type']!r} has no table in quantkit, and none can "
+        "be derived: "
+    )
     assert text.startswith(start) and "\n" not in text and len(text) < 900
     assert "use a model of a family that has one (deepseek_v2, deepseek_v3, " in text
     return text.removeprefix(start).partition("; use a model of a family")[0]
 
 
 def ignore(_: Progress | Sequence[Plan]) -> None:
-    """Nobody watches."""
+    """Ignore progress."""
 
 
-# -------------------------------------------------------------------------------------------------- what is proven
+# ---------------------------------------------------------------------------------- derived layouts
 
 
 def told(block: Block) -> dict[frozenset[str], tuple[str, tuple[int, ...] | None] | None]:
-    """A block's groups without names and order: readers -> who absorbs, with the rows spelled out."""
+    """Return a block's groups without names and order: readers -> absorber with its rows."""
     widths = {linear.name: linear.in_features for linear in block.linears}
     found: dict[frozenset[str], tuple[str, tuple[int, ...] | None] | None] = {}
     for group in block.groups:
@@ -99,10 +102,8 @@ def told(block: Block) -> dict[frozenset[str], tuple[str, tuple[int, ...] | None
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
 )
-def test_what_is_derived_is_what_the_tables_say(
-    model_type: str, changes: dict[str, object]
-) -> None:
-    """The families that have a table are derived as well: same tensors, same readers, same absorbers."""
+def test_derived_layout_equals_table(model_type: str, changes: dict[str, object]) -> None:
+    """Families with a table, derived: same tensors, readers and absorbers."""
     config = make_tiny_config(model_type, **changes)
     table, found = (
         registry.get_architecture(model_type).layout(Config(values=config)),
@@ -121,7 +122,7 @@ def test_what_is_derived_is_what_the_tables_say(
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_who_can_be_scaled(model_type: str) -> None:
+def test_scalable_inputs_of_derived_layout(model_type: str) -> None:
     layout = layout_of(family(model_type))
     for block in layout.blocks:
         readers = [reader for group in block.groups for reader in group.readers]
@@ -135,7 +136,7 @@ def test_who_can_be_scaled(model_type: str) -> None:
 
 
 def trial(model_type: str) -> layout_checks.BlockTrial:
-    """The first block of a small instance."""
+    """Make a trial of the first block of a small instance."""
     config = Config(values=family(model_type))
     bones = make_meta_model(
         layout_checks.reduce_config(config, skeleton_of(config).config),
@@ -154,7 +155,7 @@ def trial(model_type: str) -> layout_checks.BlockTrial:
     block = layout.blocks[0]
     return layout_checks.BlockTrial(
         config=config,
-        bones=bones,
+        meta_model=bones,
         block=block,
         tensors=layout_checks.select_block_tensors(block, tensors),
         rows=rows,
@@ -165,13 +166,13 @@ def skeleton_of(config: Config) -> Any:
     return make_meta_model(config, torch.device("cpu"), torch.float32)
 
 
-def test_a_wrong_absorber_is_not_proven() -> None:
-    """gate_proj goes through the activation; a reader that is forgotten reads a scaled input."""
+def test_wrong_absorber_fails_the_check() -> None:
+    """gate_proj passes through the activation; a missing reader reads a scaled input."""
     case = trial("smollm3")
     readings = layout_checks.find_absorbers(case, case.readings())
     groups = {
         g.readers[0].rpartition(".")[2]: g
-        for g in layout_checks.make_groups(case.block, readings, case.bones.config)
+        for g in layout_checks.make_groups(case.block, readings, case.meta_model.config)
     }
     assert case.holds(tuple(groups.values()))
     mlp = f"{case.block.name}.mlp"
@@ -185,20 +186,20 @@ def test_a_wrong_absorber_is_not_proven() -> None:
     assert not case.holds((replace(groups["o_proj"], absorber=shifted),))
 
 
-def test_logits_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proof can fail: here the windows of the layers are forgotten."""
+def test_different_logits_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check can fail: here the layers lack their windows."""
     from quantkit.models import layers
 
     monkeypatch.setattr(layers, "has_sliding_window", lambda bones, layer: False)
     assert "gives other logits than transformers" in reason(family("phi3"))
 
 
-# ---------------------------------------------------------------------------------------------- from plan to artifact
+# ---------------------------------------------------------------------------- from plan to artifact
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_plan_build_verify(model_type: str, tmp_path: Path) -> None:
-    """A whole build of every linear, and what was proven is told in the plan and in the model card."""
+    """A full build of every linear; plan and model card describe the checks."""
     folder = write_model(tmp_path / "source", family(model_type))
     text = make_recipe_text(folder, tmp_path / "artifact", rules="all-linear")
     outcome = build(text)
@@ -220,7 +221,7 @@ def test_plan_build_verify(model_type: str, tmp_path: Path) -> None:
 
 
 def build(text: str) -> pipeline.BuildResult:
-    """A build without benchmarks."""
+    """Build without benchmarks."""
     recipe = parse_recipe(text, "test.yaml")
     [outcome] = pipeline.build_artifacts(
         recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
@@ -229,10 +230,10 @@ def build(text: str) -> pipeline.BuildResult:
 
 
 @pytest.mark.parametrize("model_type", ["phi3", "starcoder2"])
-def test_the_reported_divergence_is_that_of_two_models_of_transformers(
+def test_reported_kl_equals_that_of_two_transformers_models(
     model_type: str, tmp_path: Path
 ) -> None:
-    """The source, and the source with every weight of the artifact put in its place, run by transformers alone."""
+    """The source, and the source with the artifact's weights, run by transformers alone."""
     folder = write_model(tmp_path / "source", family(model_type))
     text = make_recipe_text(
         folder, tmp_path / "artifact", rules="all-linear", quantize="{method: awq, rounding: gptq}"
@@ -268,8 +269,8 @@ def test_the_reported_divergence_is_that_of_two_models_of_transformers(
     )
 
 
-def test_a_plan_needs_no_headers_and_tells_how_the_layout_was_found(tmp_path: Path) -> None:
-    """`quantkit plan` of a folder says it too, and knows q, k and v as what engines merge."""
+def test_plan_without_headers_describes_derived_layout(tmp_path: Path) -> None:
+    """`quantkit plan` of a folder warns about it, and fuses q, k and v as engines do."""
     folder = write_model(tmp_path / "source", family("olmo2"))
     path = tmp_path / "recipe.yaml"
     path.write_text(make_recipe_text(folder, tmp_path / "artifact"))
@@ -287,45 +288,80 @@ def test_a_plan_needs_no_headers_and_tells_how_the_layout_was_found(tmp_path: Pa
     assert done.exit_code == 2 and "vLLM and SGLang merge these linears when loading" in done.output
 
 
-# ---------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- rejected models
 
 
 @pytest.mark.parametrize(
     ("model_type", "changes", "words"),
     [
-        ("olmoe", {"num_experts": 4}, "model.layers.0.mlp.gate.weight [4, 128] is neither a norm's vector nor"),
-        ("gpt_oss", {}, "its experts are stored in MXFP4 with biases, gate and up interleaved and clamped"),
-        ("gpt_neox", {}, "transformers loads its tensors under other names than the checkpoint's (^embed_out"),
+        (
+            "olmoe",
+            {"num_experts": 4},
+            "model.layers.0.mlp.gate.weight [4, 128] is neither a norm's vector nor",
+        ),
+        (
+            "gpt_oss",
+            {},
+            "its experts are stored in MXFP4 with biases, gate and up interleaved and clamped",
+        ),
+        (
+            "gpt_neox",
+            {},
+            "transformers loads its tensors under other names than the checkpoint's (^embed_out",
+        ),
         ("gpt2", {}, "found GPT2LMHeadModel without; only such layers can be run one by one"),
-        ("gemma3_text", {}, "expected an embedding and a linear head, found Gemma3TextScaledWordEmbedding and Linear"),
-        ("gemma2", {}, "Gemma2ForCausalLM does not support an attention implementation through torch.nn.functional"),
+        (
+            "gemma3_text",
+            {},
+            "expected an embedding and a linear head, found Gemma3TextScaledWordEmbedding and "
+            "Linear",
+        ),
+        (
+            "gemma2",
+            {},
+            "Gemma2ForCausalLM does not support an attention implementation through "
+            "torch.nn.functional",
+        ),
         ("granite", {"embedding_multiplier": 12.0}, "gives other logits than transformers"),
         ("granite", {"logits_scaling": 8.0}, "gives other logits than transformers"),
-        ("cohere", {"logit_scale": 0.0625, "pad_token_id": 0}, "gives other logits than transformers"),
-        ("olmo", {}, "expected one norm behind the blocks, found nothing"),
+        (
+            "cohere",
+            {"logit_scale": 0.0625, "pad_token_id": 0},
+            "gives other logits than transformers",
+        ),
+        ("olmo", {}, "expected one norm after the blocks, found nothing"),
         ("phi", {}, "lm_head.bias [768] is outside the embedding, blocks, norm and head"),
-        ("olmo3", {"sliding_window": 16}, "its layers cannot be run one by one (TypeError: Olmo3RotaryEmbedding"),
-        ("qwen3_next", {}, "layer_types[0]: expected full_attention or sliding_attention, found 'linear_attention'"),
+        (
+            "olmo3",
+            {"sliding_window": 16},
+            "its layers cannot be run one by one (TypeError: Olmo3RotaryEmbedding",
+        ),
+        (
+            "qwen3_next",
+            {},
+            "layer_types[0]: expected full_attention or sliding_attention, found "
+            "'linear_attention'",
+        ),
         ("olmo2", {"hidden_act": "no_such"}, "found: KeyError: "),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )  # fmt: skip
-def test_what_cannot_be_proven_is_refused(
+def test_failed_check_is_rejected_with_reason(
     model_type: str, changes: dict[str, object], words: str
 ) -> None:
     assert words in reason(family(model_type, **changes))
 
 
-def test_a_multiplier_of_one_is_none() -> None:
-    """The switch is refused, not the family."""
+def test_multiplier_of_one_is_accepted() -> None:
+    """The option is rejected, not the family."""
     same = {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 0.5}
     assert len(layout_of(family("granite", **same)).linears) == 2 * 7 + 2
 
 
-def test_a_linear_that_is_not_called_once_is_refused() -> None:
-    """Experts that are linears of their own see some of the tokens only; here the layer skips its MLP."""
+def test_linear_that_is_not_called_once_is_rejected() -> None:
+    """Experts made of linears get some tokens only; here the layer skips its MLP."""
     case = trial("olmo2")
-    layer = case.bones.model.get_submodule(case.block.name)
+    layer = case.meta_model.model.get_submodule(case.block.name)
     layer.mlp.forward = lambda hidden: hidden
     with pytest.raises(
         CheckpointError, match=r"layers\.0\.mlp\.gate_proj was called 0 times for one block"
@@ -336,7 +372,7 @@ def test_a_linear_that_is_not_called_once_is_refused() -> None:
 @pytest.mark.parametrize(
     "own", [{}, {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}], ids=["", "own code"]
 )
-def test_a_type_that_transformers_does_not_know(own: dict[str, object]) -> None:
+def test_type_unknown_to_transformers_is_rejected(own: dict[str, object]) -> None:
     with pytest.raises(UsageError) as caught:
         derived({**TINY_COMMON, "model_type": "olmo9", **own})
     told = str(caught.value)
@@ -345,8 +381,8 @@ def test_a_type_that_transformers_does_not_know(own: dict[str, object]) -> None:
     assert ("the code of a checkpoint (auto_map) is never run" in told) == bool(own)
 
 
-def test_a_tensor_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
-    """Derived or not, a layout claims every tensor of the checkpoint."""
+def test_unclaimed_tensor_is_rejected(tmp_path: Path) -> None:
+    """A derived layout must claim every tensor of the checkpoint too."""
     folder = write_model(tmp_path / "source", family("olmo2", num_hidden_layers=3))
     (folder / "config.json").write_text(json.dumps(family("olmo2")))
     path = tmp_path / "recipe.yaml"
@@ -356,7 +392,7 @@ def test_a_tensor_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
     assert "not claimed by the architecture: model.layers.2." in done.output
 
 
-def test_settings_of_generation_that_transformers_refuses(tmp_path: Path) -> None:
+def test_generation_settings_that_transformers_rejects(tmp_path: Path) -> None:
     (tmp_path / "g.json").write_text('{"max_new_tokens": -3}')
     with pytest.raises(
         ArtifactError,

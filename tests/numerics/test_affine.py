@@ -1,4 +1,4 @@
-"""Affine quantization against the oracle, and at the edges where codes and scales leave their range."""
+"""Affine quantization against the oracle, and codes and scales at the limits of their range."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def scheme(
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_rounding_agrees_with_the_oracle(bits: int, symmetric: bool, dtype: str) -> None:
+def test_rtn_equals_oracle(bits: int, symmetric: bool, dtype: str) -> None:
     weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(bits)) * 0.1
     chosen = scheme(bits, 32, symmetric, dtype)
     found = METHOD.solve(weight, None, chosen)
@@ -44,8 +44,8 @@ def test_rounding_agrees_with_the_oracle(bits: int, symmetric: bool, dtype: str)
     bits=st.integers(2, 8),
     symmetric=st.booleans(),
 )
-def test_an_error_is_at_most_the_step(values: list[float], bits: int, symmetric: bool) -> None:
-    """Half a step from rounding, half from the rounded zero point or the missing top code; a little for the scale."""
+def test_error_is_at_most_one_step(values: list[float], bits: int, symmetric: bool) -> None:
+    """Half a step from rounding, half from the zero point or the top code, some for the scale."""
     weight, chosen = torch.tensor([values]), scheme(bits, -1, symmetric, "float32")
     found = METHOD.solve(weight, None, chosen)
     assert int(found.codes.max()) < 2**bits
@@ -54,16 +54,19 @@ def test_an_error_is_at_most_the_step(values: list[float], bits: int, symmetric:
         assert float(lost) <= 1.001 * float(found.scale)
 
 
-def test_zero_is_forced_into_the_range() -> None:
-    """FORMATS.md 1.3: without it the group 1, 1.5, 1.25, 2 becomes 1, 1, 1, 1."""
+def test_range_includes_zero() -> None:
+    """Without zero in the range the group 1, 1.5, 1.25, 2 becomes 1, 1, 1, 1."""
     weight, chosen = torch.tensor([[1.02, 1.5, 1.25, 2]]), scheme(group=4, dtype="float32")
     found = METHOD.solve(weight, None, chosen)
     assert found.codes.tolist() == [[8, 11, 9, 15]]
     assert torch.allclose(affine.dequantize(found, chosen), weight, atol=2 / 15 / 2 + 1e-6)
 
 
-def test_the_scale_is_rounded_before_codes_are_chosen() -> None:
-    """max / 15 = 0.0667.. is 0.06689 in bfloat16: 0.234 is code 4 under the exact scale and 3 under the stored one."""
+def test_scale_is_rounded_before_codes() -> None:
+    """max / 15 = 0.0667.. is 0.06689 in bfloat16.
+
+    0.234 is code 4 under the exact scale and 3 under the stored one.
+    """
     weight, chosen = torch.tensor([[0.2338, 1.0]]), scheme(group=2)
     found = METHOD.solve(weight, None, chosen)
     assert float(found.scale) == 0.06689453125
@@ -71,14 +74,14 @@ def test_the_scale_is_rounded_before_codes_are_chosen() -> None:
     assert round(0.2338 / (1 / 15)) == 4
 
 
-def test_codes_are_clamped_after_the_scale_was_rounded_down() -> None:
-    """A stored scale below max / 15 would ask for code 16, which in four bits is a corrupted neighbour."""
+def test_codes_are_clamped_after_scale_rounds_down() -> None:
+    """A stored scale below max / 15 gives code 16, which would corrupt its 4-bit neighbor."""
     for top in torch.linspace(0.5, 2, 200).tolist():
         found = METHOD.solve(torch.tensor([[-top, top]]), None, scheme(group=2))
         assert int(found.codes.max()) <= 15
 
 
-def test_a_group_of_zeros_is_exact_and_counted() -> None:
+def test_group_of_zeros_is_exact_and_counted() -> None:
     weight = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
     weight[1, 2, 32:] = 0
     for symmetric in (False, True):
@@ -96,7 +99,7 @@ def test_a_group_of_zeros_is_exact_and_counted() -> None:
     ("magnitude", "dtype", "limit"),
     [(1e-7, "float16", 2.0**-14), (1e7, "float16", 65504.0), (1e-38, "bfloat16", 2.0**-126)],
 )
-def test_a_scale_out_of_range_is_clamped_and_counted(
+def test_scale_out_of_range_is_clamped_and_counted(
     magnitude: float, dtype: str, limit: float
 ) -> None:
     chosen = scheme(dtype=dtype)
@@ -107,21 +110,21 @@ def test_a_scale_out_of_range_is_clamped_and_counted(
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_weight_that_is_not_finite_is_refused(bad: float) -> None:
+def test_ranges_reject_weight_that_is_not_finite(bad: float) -> None:
     weight = torch.ones(2, 32)
     weight[1, 7] = bad
     with pytest.raises(NumericsError, match="NaN or infinite"):
         METHOD.solve(weight, None, scheme())
 
 
-def test_what_cannot_be_quantized_is_refused() -> None:
+def test_invalid_scheme_is_rejected() -> None:
     with pytest.raises(NumericsError, match="group size 48 does not divide 64 input features"):
         METHOD.solve(torch.ones(1, 64), None, scheme(group=48))
     with pytest.raises(NumericsError, match="bits = 9: integer codes have 2 to 8 bits"):
         METHOD.solve(torch.ones(1, 64), None, scheme(bits=9))
 
 
-def test_a_batch_is_its_matrices() -> None:
+def test_batch_equals_its_matrices() -> None:
     weight = torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(1))
     whole = METHOD.solve(weight, None, scheme())
     for index, matrix in enumerate(weight):

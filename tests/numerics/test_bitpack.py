@@ -1,4 +1,4 @@
-"""Packing against FORMATS.md's golden words, and round trips."""
+"""Packing against the golden words of the format descriptions, and round trips."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from quantkit.errors import NumericsError
 from quantkit.numerics import bitpack
 
 MATRIX = torch.tensor([[(3 * (8 * k + n) + 1) % 16 for n in range(8)] for k in range(8)])
-"""The example matrix M [in, out] of FORMATS.md."""
+"""The example matrix M [in, out] of quantkit/formats/README.md."""
 
 
-def test_sequential_words_along_in_are_gptq_s() -> None:
-    """FORMATS.md 2.2."""
+def test_sequential_words_along_in_equal_gptq() -> None:
+    """The words of the `gptq` layout."""
     expected = [
         -1852730991,
         -993737532,
@@ -36,7 +36,7 @@ def test_sequential_words_along_in_are_gptq_s() -> None:
 
 
 def test_sequential_zero_points_of_gptq_v2() -> None:
-    """FORMATS.md 2.2: zeros 8 1 2 3 4 5 6 15 are 0xF6543218."""
+    """The words of the `gptq_v2` layout: zeros 8 1 2 3 4 5 6 15 are 0xF6543218."""
     assert (
         bitpack.pack(torch.tensor([[8, 1, 2, 3, 4, 5, 6, 15]]), 4, axis=1).item() & 0xFFFFFFFF
         == 0xF6543218
@@ -58,7 +58,7 @@ def test_unpack_inverts_pack(data: st.DataObject, bits: int, axis: int) -> None:
 
 
 def gptq_three_bits(codes: list[int]) -> list[int]:
-    """32 codes in three words as AutoGPTQ writes them, spelled out: ten, one across the end, ten, one across, ten."""
+    """Pack 32 codes in three words as AutoGPTQ does: ten, one across, ten, one across, ten."""
     first = sum(codes[i] << 3 * i for i in range(11)) & 0xFFFFFFFF
     second = codes[10] >> 2 | sum(codes[11 + i] << 3 * i + 1 for i in range(11)) & 0xFFFFFFFF
     third = codes[21] >> 1 | sum(codes[22 + i] << 3 * i + 2 for i in range(10))
@@ -66,7 +66,7 @@ def gptq_three_bits(codes: list[int]) -> list[int]:
 
 
 @given(st.lists(st.integers(0, 7), min_size=64, max_size=64))
-def test_three_bits_run_on_over_the_words(codes: list[int]) -> None:
+def test_three_bit_codes_cross_word_ends(codes: list[int]) -> None:
     packed = bitpack.pack(torch.tensor([codes]), 3, axis=1)
     assert [word & 0xFFFFFFFF for word in packed[0].tolist()] == gptq_three_bits(
         codes[:32]
@@ -76,8 +76,8 @@ def test_three_bits_run_on_over_the_words(codes: list[int]) -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_compressed_tensors_packs_any_width_alike(bits: int, axis: Literal[0, 1]) -> None:
-    """Its codes are signed, with the middle of the range taken off."""
+def test_pack_equals_compressed_tensors_at_any_width(bits: int, axis: Literal[0, 1]) -> None:
+    """Its codes are signed: the middle of the range is subtracted."""
     codes = torch.randint(0, 2**bits, (64, 96), generator=torch.Generator().manual_seed(bits))
     packed = bitpack.pack(codes, bits, axis)
     assert torch.equal(
@@ -86,7 +86,7 @@ def test_compressed_tensors_packs_any_width_alike(bits: int, axis: Literal[0, 1]
     assert torch.equal(bitpack.unpack(packed, bits, axis).long(), codes)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_pack_rejects_codes_that_do_not_fit() -> None:
     with pytest.raises(NumericsError, match="codes from 0 to 16 do not fit 4 bits"):
         bitpack.pack(torch.tensor([[0] * 7 + [16]]), 4, axis=1)
     with pytest.raises(NumericsError, match="codes from -1 to 0 do not fit"):

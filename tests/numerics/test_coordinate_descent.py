@@ -1,4 +1,4 @@
-"""Codes and scales improved in turn, against an oracle on activations that tries every code, and inequalities."""
+"""Coordinate descent against an oracle that tries every code on activations, and inequalities."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def nearest(weight: Tensor, chosen: Scheme) -> Quantized:
 
 
 def lost(weight: Tensor, quantized: Quantized, seen: Tensor, chosen: Scheme) -> Tensor:
-    return gptq.compute_row_errors(affine.dequantize(quantized, chosen) - weight, seen)
+    return gram.compute_row_errors(affine.dequantize(quantized, chosen) - weight, seen)
 
 
 def improved_by_trying(
     weight: Array, x: Array, start: tuple[Array, Array, Array], bits: int, group: int
 ) -> Array:
-    """One sweep in float64, row by row: each code is the best of all, each scale the least squares one, as stored."""
+    """Run one float64 sweep by rows: best code of all, least squares scale as it is stored."""
     codes, scale, zero = (values.copy() for values in start)
     result = np.empty_like(weight)
 
@@ -65,9 +65,7 @@ def improved_by_trying(
     ("bits", "group", "symmetric"), [(4, 32, False), (3, 64, True), (2, -1, False)]
 )
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_sweep_agrees_with_trying_every_code(
-    bits: int, group: int, symmetric: bool, seed: int
-) -> None:
+def test_sweep_equals_exhaustive_search(bits: int, group: int, symmetric: bool, seed: int) -> None:
     weight, x = correlated(6, 192, seed=seed)  # a group of more columns than are done at once
     chosen = scheme(bits, group, symmetric)
     start = nearest(weight, chosen)
@@ -107,7 +105,7 @@ def test_a_sweep_agrees_with_trying_every_code(
     size=st.sampled_from([1e-4, 1.0, 1e4]),
     seed=st.integers(0, 1000),
 )
-def test_no_sweep_raises_the_error_of_a_row(
+def test_sweep_never_raises_row_error(
     bits: int, symmetric: bool, tokens: int, group: int, size: float, seed: int
 ) -> None:
     weight, x = correlated(8, 64, tokens, seed)
@@ -119,13 +117,13 @@ def test_no_sweep_raises_the_error_of_a_row(
             coordinate_descent.refine_codes_and_scales(weight, seen, steps[-1], chosen, sweeps=1)
         )
     errors = [lost(weight, step, seen, chosen) for step in steps]
-    energy = gptq.compute_row_errors(weight, seen)
+    energy = gram.compute_row_errors(weight, seen)
     for before, after in zip(errors, errors[1:], strict=False):
         assert bool((after <= before * (1 + 1e-4) + 1e-6 * energy).all())
     assert int(steps[-1].codes.max()) < 2**bits and bool((steps[-1].scale > 0).all())
 
 
-def test_it_lowers_what_feedback_leaves() -> None:
+def test_refinement_lowers_error_after_gptq() -> None:
     weight, x = correlated(64, 256)
     chosen, seen = scheme(4, 64), x.T @ x
     factor = cholesky.factorize_gram(seen)
@@ -142,7 +140,7 @@ def test_it_lowers_what_feedback_leaves() -> None:
     assert after < 0.93 * before
 
 
-def test_scales_stay_as_they_are_stored() -> None:
+def test_scales_keep_their_stored_dtype_values() -> None:
     weight, x = correlated(8, 64)
     found = coordinate_descent.refine_codes_and_scales(
         weight,
@@ -154,8 +152,8 @@ def test_scales_stay_as_they_are_stored() -> None:
     assert not torch.equal(found.scale, nearest(weight, scheme()).scale)
 
 
-def test_what_is_exact_stays() -> None:
-    """Weights that lie on the grid, and groups of zeros, are left alone."""
+def test_exact_weights_do_not_change() -> None:
+    """Weights on the grid and groups of zeros."""
     weight, x = correlated(8, 64)
     weight[3, :32] = 0
     start = nearest(weight, scheme())
@@ -166,7 +164,7 @@ def test_what_is_exact_stays() -> None:
     assert torch.equal(found.codes, start.codes) and torch.equal(found.scale, start.scale)
 
 
-def test_a_batch_is_its_matrices_and_may_share_a_gram() -> None:
+def test_batch_equals_its_matrices_and_may_share_a_gram() -> None:
     _, x = correlated(8, 64)
     weight = torch.stack([correlated(8, 64, seed=s)[0] for s in (1, 2)])
     seen, start = coordinate_descent.add_damping(x.T @ x, DAMPING), nearest(weight, scheme())

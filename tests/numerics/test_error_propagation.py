@@ -1,4 +1,4 @@
-"""The correction for what earlier blocks did to the input, against least squares on activations."""
+"""Error propagation against least squares on activations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quantkit.numerics import affine, cholesky, error_propagation, gram
 
 
 def changed(x: Tensor, size: float = 0.1, seed: int = 5) -> Tensor:
-    """The inputs as quantized blocks would make them: every token off by something that goes with the others."""
+    """Return inputs as after quantized blocks: each token has an error correlated with others."""
     g = torch.Generator().manual_seed(seed)
     width = x.shape[1]
     return (
@@ -44,13 +44,13 @@ def stats_of(original: Tensor, x: Tensor) -> InputStats:
 
 
 def output_loss(weight: Tensor, original: Tensor, stored: Tensor, x: Tensor) -> float:
-    """Squared distance of the outputs from those of the original model, in float64."""
+    """Return the squared distance of outputs to those of the original model, in float64."""
     return float(
         (original.double() @ weight.double().T - x.double() @ stored.double().T).square().sum()
     )
 
 
-def test_cross_is_the_sum_over_tokens() -> None:
+def test_cross_equals_sum_over_tokens() -> None:
     _, original = correlated(4, 48)
     x = changed(original)
     o, q = original.double().numpy(), x.double().numpy()
@@ -62,7 +62,7 @@ def test_cross_is_the_sum_over_tokens() -> None:
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_it_is_ridge_regression_on_the_changed_inputs(share: float) -> None:
+def test_correction_equals_ridge_regression_on_changed_inputs(share: float) -> None:
     weight, original = correlated(8, 192)  # more columns than one lazy batch
     x = changed(original)
     stats = stats_of(original, x)
@@ -81,8 +81,8 @@ def test_it_is_ridge_regression_on_the_changed_inputs(share: float) -> None:
     )
 
 
-def test_what_the_stream_lacks_is_made_up_for() -> None:
-    """|W o + s - V x - r|^2 by least squares on the tokens, whatever the batches of the sums."""
+def test_residual_correction_equals_least_squares() -> None:
+    """|W o + s - V x - r|^2 by least squares on the tokens, for any batches of the sums."""
     weight, original = correlated(8, 192)
     x, g = changed(original), torch.Generator().manual_seed(9)
     gap = original @ torch.randn(192, 8, generator=g) * 0.05 + 0.1 * torch.randn(
@@ -106,7 +106,7 @@ def test_what_the_stream_lacks_is_made_up_for() -> None:
     assert scaled is not None and torch.allclose(scaled * scale, residual, rtol=1e-5)
 
 
-def test_inputs_that_did_not_change_and_inputs_never_seen_leave_the_weight() -> None:
+def test_unchanged_or_unseen_inputs_leave_the_weight_unchanged() -> None:
     weight, x = correlated(8, 64)
     stats = stats_of(x, x)
     assert stats.cross is not None
@@ -120,7 +120,7 @@ def test_inputs_that_did_not_change_and_inputs_never_seen_leave_the_weight() -> 
     )
 
 
-def test_a_batch_is_its_matrices_and_may_share_a_gram() -> None:
+def test_batch_equals_its_matrices_and_may_share_a_gram() -> None:
     _, original = correlated(8, 64)
     stats = stats_of(original, changed(original))
     assert stats.cross is not None
@@ -137,7 +137,7 @@ def test_a_batch_is_its_matrices_and_may_share_a_gram() -> None:
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-def test_gptq_with_the_cross_is_nearer_to_the_original_outputs(bits: int) -> None:
+def test_gptq_with_cross_is_closer_to_original_outputs(bits: int) -> None:
     weight, original = correlated(64, 128, tokens=1000)
     x, chosen = changed(original), scheme(bits, 64)
     stats = stats_of(original, x)
@@ -150,8 +150,8 @@ def test_gptq_with_the_cross_is_nearer_to_the_original_outputs(bits: int) -> Non
     )
 
 
-def test_scaling_the_input_and_correcting_go_in_any_order() -> None:
-    """But for the damping, which is a share of the diagonal that scaling changes."""
+def test_input_scaling_and_correction_commute() -> None:
+    """Except for the damping, a share of the diagonal, which scaling changes."""
     weight, original = correlated(8, 64, tokens=2000)
     x = changed(original)
     scale = torch.exp2(
@@ -174,7 +174,7 @@ def test_scaling_the_input_and_correcting_go_in_any_order() -> None:
     assert float(apart) < 0.01 * float(step)
 
 
-def test_threads_do_not_change_a_bit() -> None:
+def test_result_does_not_depend_on_threads() -> None:
     weight, original = correlated(256, 512, tokens=600)
     stats, before, found = stats_of(original, changed(original)), torch.get_num_threads(), []
     assert stats.cross is not None
@@ -191,8 +191,8 @@ def test_threads_do_not_change_a_bit() -> None:
     assert torch.equal(found[0], found[1])
 
 
-def test_tokens_of_massive_activations_do_not_decide_what_is_made_up_for() -> None:
-    """One of 200 tokens has 400 times the norm of the others and lacks 1 % of it: without it nothing else changes."""
+def test_massive_activations_do_not_dominate_residual_gap() -> None:
+    """One of 200 tokens has 400 times the norm of the others and a gap of 1 % of it."""
     g = torch.Generator().manual_seed(2)
     weight, x = torch.randn(24, 64, generator=g), torch.randn(200, 64, generator=g)
     stream = torch.randn(200, 24, generator=g)

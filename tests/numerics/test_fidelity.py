@@ -24,7 +24,7 @@ def logits(
     return p, q, torch.randint(0, vocabulary, (n,), generator=g)
 
 
-def test_kl_is_its_definition() -> None:
+def test_kl_equals_its_definition() -> None:
     p, q, true = logits(0)
     found = fidelity.compare_logits(p, q, true)
     expected = [
@@ -36,8 +36,8 @@ def test_kl_is_its_definition() -> None:
     )
 
 
-def test_kl_resolves_what_float32_does_not() -> None:
-    """A shift of one logit by 1e-5 over 50,000 tokens: KL 1e-15, below float32's noise; equal logits give exactly 0."""
+def test_kl_resolves_differences_below_float32_noise() -> None:
+    """One logit shifted by 1e-5 over 50,000 tokens: KL 1e-15; equal logits give exactly 0."""
     p = torch.zeros(1, 50_000, dtype=torch.float64)
     q = p.clone()
     q[0, 0] += 1e-3
@@ -48,13 +48,13 @@ def test_kl_resolves_what_float32_does_not() -> None:
     assert float(fidelity.compare_logits(p, p, torch.tensor([0])).kl) == 0
 
 
-def test_an_excluded_token_adds_nothing() -> None:
+def test_excluded_token_adds_nothing() -> None:
     p, q = torch.tensor([[0.0, 1.0, -torch.inf]]), torch.tensor([[0.0, 1.0, -3.0]])
     found = float(fidelity.compare_logits(p, q, torch.tensor([1])).kl)
     assert found == pytest.approx(log(1 + exp(-3) / (1 + exp(1))), rel=1e-6)
 
 
-def test_true_token_figures() -> None:
+def test_true_token_figures_equal_their_definitions() -> None:
     p, q, true = logits(1)
     found = fidelity.compare_logits(p, q, true)
     probability = torch.softmax(p.double(), -1)[torch.arange(40), true]
@@ -66,7 +66,7 @@ def test_true_token_figures() -> None:
     )
 
 
-def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     p, q, true = logits(2)
     whole = fidelity.compare_logits(p, q, true)
     monkeypatch.setattr(fidelity, "CHUNK_TOKENS", 7)
@@ -78,7 +78,7 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(getattr(whole, name), getattr(joined, name))
 
 
-def test_summary_figures() -> None:
+def test_summary_equals_scipy() -> None:
     tokens = fidelity.compare_logits(*logits(3, n=2000))
     found = fidelity.summarize_tokens(tokens)
     kl = tokens.kl.numpy()
@@ -103,8 +103,8 @@ def test_summary_figures() -> None:
     )
 
 
-def test_the_quantile_s_error_is_the_spread_of_samples() -> None:
-    """Over many samples the medians of 400 normal values scatter by sqrt(pi / 2) / 20; the estimate knows from one."""
+def test_quantile_error_equals_spread_of_samples() -> None:
+    """Medians of 400 normal values have sd sqrt(pi / 2) / 20; one sample estimates it."""
     values = torch.randn(300, 400, generator=torch.Generator().manual_seed(4))
     estimates = [fidelity.estimate_quantile(row, 0.5) for row in values]
     scatter = float(torch.tensor([e.value for e in estimates]).std())
@@ -114,11 +114,11 @@ def test_the_quantile_s_error_is_the_spread_of_samples() -> None:
     )
 
 
-def test_a_quantile_that_the_sample_cannot_resolve_has_no_error() -> None:
+def test_quantile_error_is_none_for_small_sample() -> None:
     assert fidelity.estimate_quantile(torch.arange(100.0), 0.999).error is None
 
 
-def test_one_token_has_no_error_and_no_token_is_refused() -> None:
+def test_one_token_has_no_error_and_zero_tokens_are_rejected() -> None:
     p, q, true = logits(5, n=1)
     assert fidelity.summarize_tokens(fidelity.compare_logits(p, q, true))["kl_mean"].error is None
     empty = torch.zeros(0)

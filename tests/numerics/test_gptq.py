@@ -1,4 +1,4 @@
-"""Rounding with error feedback against textbook GPTQ (arXiv 2210.17323, algorithm 1), and at its edges."""
+"""GPTQ rounding against textbook GPTQ (arXiv 2210.17323, algorithm 1), and edge cases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from quantkit.plan.memory import SOLVE_COPIES, estimate_solve_bytes
 def textbook(
     weight: Array, x: Array, scale: Array, zero: Array, bits: int, group: int, damping: float
 ) -> Array:
-    """GPTQ in float64 with an inverse Hessian, column by column, by falling diagonal; the dequantized weight."""
+    """Return the weight of float64 GPTQ with an inverse Hessian, column by column, act-order."""
     hessian = x.T @ x
     hessian += damping * np.mean(np.diag(hessian)) * np.eye(len(hessian))
     order = np.argsort(-np.diag(hessian), kind="stable")
@@ -42,7 +42,7 @@ def textbook(
     ("bits", "group", "symmetric"), [(4, 32, False), (3, 64, True), (2, -1, False)]
 )
 @pytest.mark.parametrize("seed", [0, 1])
-def test_feedback_is_textbook_gptq(bits: int, group: int, symmetric: bool, seed: int) -> None:
+def test_rounding_equals_textbook_gptq(bits: int, group: int, symmetric: bool, seed: int) -> None:
     weight, x = correlated(16, 192, seed=seed)  # more columns than one lazy batch
     chosen = scheme(bits, group, symmetric)
     scale, zero = affine.compute_qparams(*affine.compute_min_max(weight, group), chosen)
@@ -98,7 +98,7 @@ def test_gptq_is_never_worse_than_rtn(
     assert ours <= theirs * (1 + 1e-3) + 1e-9 * energy
 
 
-def test_gptq_has_less_than_half_of_the_error_of_the_range_search() -> None:
+def test_gptq_has_less_than_half_the_error_of_range_search() -> None:
     weight, x = correlated(64, 256)
     chosen = scheme(4, 128)
     seen = x.T @ x
@@ -112,8 +112,8 @@ def test_gptq_has_less_than_half_of_the_error_of_the_range_search() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_a_gram_of_few_tokens_has_a_factor(tokens: int) -> None:
-    """Rank 1 and rank 5 of 64: the damping makes them definite, and what they see is met almost exactly."""
+def test_gram_of_few_tokens_has_a_factor(tokens: int) -> None:
+    """Rank 1 and rank 5 of 64: damping makes them definite; outputs are almost exact."""
     weight, x = correlated(16, 64, tokens)
     ranges = affine.compute_qparams(*affine.compute_min_max(weight, 32), scheme())
     found = rounding.round_with_feedback(weight, cholesky.factorize_gram(x.T @ x), ranges, scheme())
@@ -124,7 +124,7 @@ def test_a_gram_of_few_tokens_has_a_factor(tokens: int) -> None:
     )
 
 
-def test_a_gram_of_zeros_rounds_to_nearest() -> None:
+def test_gram_of_zeros_rounds_to_nearest() -> None:
     weight, _ = correlated(16, 64)
     stats = InputStats(gram=torch.zeros(64, 64), mean_abs=torch.zeros(64), n_tokens=torch.tensor(0))
     assert torch.equal(
@@ -132,7 +132,7 @@ def test_a_gram_of_zeros_rounds_to_nearest() -> None:
     )
 
 
-def test_columns_that_were_never_used_round_to_nearest() -> None:
+def test_unused_columns_round_to_nearest() -> None:
     weight, x = correlated(16, 64)
     x[:, 10:20] = 0
     ranges = affine.compute_qparams(*affine.compute_min_max(weight, 32), scheme())
@@ -146,7 +146,7 @@ def test_columns_that_were_never_used_round_to_nearest() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gram_that_is_not_finite_is_refused(value: float) -> None:
+def test_gram_that_is_not_finite_is_rejected(value: float) -> None:
     weight, x = correlated(4, 64)
     seen = x.T @ x
     seen[3, 5] = value
@@ -154,8 +154,8 @@ def test_a_gram_that_is_not_finite_is_refused(value: float) -> None:
         cholesky.factorize_gram(seen)
 
 
-def test_damping_grows_for_the_matrix_that_needs_it() -> None:
-    """A gram pushed below zero by more than 1 % of its diagonal takes 10 %; its neighbour in the batch does not."""
+def test_damping_grows_only_for_the_matrix_that_needs_it() -> None:
+    """An indefinite gram takes 10 % damping; its neighbor in the batch keeps 1 %."""
     _, x = correlated(4, 32)
     sound = x.T @ x
     mean = sound.diagonal().mean()
@@ -165,12 +165,12 @@ def test_damping_grows_for_the_matrix_that_needs_it() -> None:
     assert damping.tolist() == pytest.approx([0.01, 0.1])
 
 
-def test_a_gram_far_from_definite_is_refused() -> None:
+def test_gram_far_from_definite_is_rejected() -> None:
     with pytest.raises(NumericsError, match="far from positive semi-definite"):
         cholesky.factorize_gram(torch.tensor([[1.0, 1e7], [1e7, 1.0]]))
 
 
-def test_one_gram_serves_a_batch() -> None:
+def test_batch_may_share_one_gram() -> None:
     _, x = correlated(8, 64)
     weight = torch.stack([correlated(8, 64, seed=s)[0] for s in (1, 2)])
     ranges = affine.compute_qparams(*affine.compute_min_max(weight, 32), scheme())
@@ -184,8 +184,8 @@ def test_one_gram_serves_a_batch() -> None:
 
 
 @pytest.mark.parametrize("tokens", [300, 20])
-def test_own_is_what_later_columns_cannot_make_up_for(tokens: int) -> None:
-    """Column by column: the damped energy of its input that no linear combination of later ones explains."""
+def test_own_equals_energy_unexplained_by_later_columns(tokens: int) -> None:
+    """Per column: the damped input energy that no linear combination of later columns explains."""
     _, x = correlated(4, 48, tokens)
     factor = cholesky.factorize_gram(x.T @ x)
     rows = x.double().numpy()
@@ -198,7 +198,7 @@ def test_own_is_what_later_columns_cannot_make_up_for(tokens: int) -> None:
         assert float(factor.own[column]) == pytest.approx(left, rel=1e-3)
 
 
-def test_threads_do_not_change_a_code() -> None:
+def test_codes_do_not_depend_on_threads() -> None:
     weight, x = correlated(256, 768, tokens=1000)
     seen, before, found = x.T @ x, torch.get_num_threads(), []
     try:
@@ -213,7 +213,7 @@ def test_threads_do_not_change_a_code() -> None:
 
 @pytest.mark.parametrize("crossed", [False, True])
 @pytest.mark.parametrize(("out", "width"), [(64, 1024), (1024, 512)])
-def test_working_memory_is_as_planned(out: int, width: int, crossed: bool) -> None:
+def test_working_memory_is_within_plan(out: int, width: int, crossed: bool) -> None:
     from support.method_cases import peak_bytes
 
     from quantkit.contracts import Linear

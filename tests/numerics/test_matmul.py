@@ -1,4 +1,4 @@
-"""Products by oneDNN: right, symmetric where half was computed, and the same bits with any number of threads."""
+"""oneDNN products: correct, symmetric from one half, the same bits for any number of threads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def random(seed: int, *shape: int) -> Tensor:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Puts the number of threads back."""
+    """Restore the number of threads."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -43,7 +43,7 @@ def test_leading_dimensions_broadcast(left: tuple[int, ...], right: tuple[int, .
     assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_slices_and_transposed_tensors_are_read_as_they_are() -> None:
+def test_slices_and_transposed_tensors_multiply_correctly() -> None:
     x, y = random(2, 40, 60), random(3, 60, 50)
     found = matmul.matmul_transposed(x[10:, ::2], y.T[5:, ::2])
     assert torch.allclose(
@@ -52,7 +52,7 @@ def test_slices_and_transposed_tensors_are_read_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("width", [16, matmul.TILE, matmul.TILE + 1, 3 * matmul.TILE - 5])
-def test_half_a_gram_and_its_mirror_are_the_whole(width: int) -> None:
+def test_half_gram_and_its_mirror_equal_the_full_gram(width: int) -> None:
     x = random(4, 300, width)
     total, absolute = torch.zeros(width, width), torch.zeros(width)
     for part in x.split(100):
@@ -72,8 +72,8 @@ def test_bfloat16_tokens_are_multiplied_exactly() -> None:
 
 
 @pytest.mark.usefixtures("threads")
-def test_the_number_of_threads_changes_no_bit() -> None:
-    """Float32 as used for grams and errors, bfloat16 as used by the layers of the calibration stream."""
+def test_products_do_not_depend_on_threads() -> None:
+    """Float32 of grams and errors, bfloat16 of the layers of the calibration stream."""
     found = []
     for n in (1, 2, 3):
         torch.set_num_threads(n)

@@ -1,4 +1,4 @@
-"""Gram, scale search and range search against oracles that work on activations, and inequalities they must keep."""
+"""Gram, AWQ scales and range search against oracles on activations, and inequalities."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def scheme(bits: int = 4, group: int = 32, symmetric: bool = False) -> Scheme:
 
 
 def tokens(seed: int, n: int, width: int, outliers: int = 3) -> Tensor:
-    """Activations with correlated channels, an offset and a few large channels, as hidden states have."""
+    """Return activations with correlated channels, an offset and a few large channels."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, width, generator=g) @ (
         torch.eye(width) + 0.3 * torch.randn(width, width, generator=g)
@@ -40,10 +40,10 @@ def stored(scale: Tensor, zero: Tensor | None, weight: Tensor, chosen: Scheme) -
     return affine.dequantize(affine.quantize(weight, scale, zero, chosen), chosen)
 
 
-# ------------------------------------------------------------------------------------------------------ gram
+# --------------------------------------------------------------------------------------------- gram
 
 
-def test_accumulate_in_parts_is_the_whole() -> None:
+def test_gram_accumulated_in_parts_equals_the_whole() -> None:
     x, weight = tokens(0, 50, 16), torch.rand(50, generator=torch.Generator().manual_seed(1))
     total, absolute = torch.zeros(16, 16), torch.zeros(16)
     for rows, part in zip(x.split(17), weight.split(17), strict=True):
@@ -55,7 +55,7 @@ def test_accumulate_in_parts_is_the_whole() -> None:
     assert np.allclose(absolute.numpy(), np.abs(x.double().numpy()).sum(0), rtol=1e-5)
 
 
-def test_error_is_the_error_of_the_outputs() -> None:
+def test_error_equals_output_error() -> None:
     x = torch.stack([tokens(seed, 80, 32) for seed in range(2)])
     delta = weights(0, 2, 600, 32)  # more rows than one chunk
     found = gram.compute_error(delta, x.mT @ x)
@@ -67,12 +67,12 @@ def test_error_is_the_error_of_the_outputs() -> None:
 
 
 def test_error_sums_in_float64() -> None:
-    """4096 x 1024 terms of one size: a float32 sum would be off in the fifth digit."""
+    """4096 x 1024 terms of one size: a float32 sum is wrong in the fifth digit."""
     found = gram.compute_error(torch.full((4096, 1024), 0.1), torch.eye(1024))
     assert float(found) == pytest.approx(4096 * 1024 * float(torch.tensor(0.1)) ** 2, rel=1e-7)
 
 
-def test_relative_error_and_sqnr() -> None:
+def test_relative_error_and_sqnr_equal_definitions() -> None:
     weight, x = weights(1, 8, 32), tokens(1, 60, 32)
     assert float(gram.compute_relative_error(weight, 0.9 * weight, gram_of(x))) == pytest.approx(
         0.01, rel=1e-3
@@ -81,7 +81,7 @@ def test_relative_error_and_sqnr() -> None:
     assert float(gram.compute_relative_error(weight, weight, torch.zeros(32, 32))) == 0
 
 
-def test_blocks_and_rescaled() -> None:
+def test_diagonal_blocks_and_rescaled_gram() -> None:
     g = gram_of(tokens(2, 60, 64))
     assert torch.equal(gram.extract_diagonal_blocks(g, 32), torch.stack([g[:32, :32], g[32:, 32:]]))
     assert torch.equal(gram.extract_diagonal_blocks(g, -1), g[None])
@@ -91,16 +91,16 @@ def test_blocks_and_rescaled() -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------- range search
+# ------------------------------------------------------------------------------------- range search
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (4, True), (3, False), (2, True)])
-def test_range_search_agrees_with_the_oracle(bits: int, symmetric: bool) -> None:
+def test_range_search_equals_oracle(bits: int, symmetric: bool) -> None:
     weight, x, chosen = weights(bits, 6, 96), tokens(bits, 120, 96), scheme(bits, 32, symmetric)
     found = stored(*range_search.search_ranges(weight, gram_of(x), chosen), weight, chosen)
     w, t = weight.double().numpy(), x.double().numpy()
     expected = oracle.clip_search(w, t, bits, 32, symmetric, "bfloat16")
-    # a tie in float32 may send one row to another optimum; nearly all weights and the error are the same
+    # a float32 tie may give one row another optimum; nearly all weights and the error agree
     assert np.isclose(found.numpy(), expected, rtol=1e-5, atol=1e-9).mean() > 0.9
     ours, theirs = (oracle.output_error(q - w, t) for q in (found.double().numpy(), expected))
     assert ours == pytest.approx(theirs, rel=0.02)
@@ -127,7 +127,7 @@ def test_range_search_is_never_worse_than_min_max(
 
 
 def counts(seed: int, width: int) -> Tensor:
-    """What a gram has on its diagonal: a few columns count a hundred times as much as others, one nothing."""
+    """Return a gram's diagonal: a few columns a hundred times the others, one 0."""
     diagonal = tokens(seed, 60, width).square().sum(0)
     diagonal[seed % width] = 0
     return diagonal
@@ -136,7 +136,7 @@ def counts(seed: int, width: int) -> Tensor:
 @pytest.mark.parametrize(
     ("bits", "symmetric"), [(4, False), (4, True), (3, False), (2, True), (8, False)]
 )
-def test_weighted_ranges_agree_with_the_oracle(bits: int, symmetric: bool) -> None:
+def test_diagonal_search_equals_oracle(bits: int, symmetric: bool) -> None:
     weight, columns, chosen = weights(bits, 24, 96), counts(bits, 96), scheme(bits, 32, symmetric)
     found = stored(*range_search.search_ranges_by_diagonal(weight, columns, chosen), weight, chosen)
     w, c = weight.double().numpy(), columns.double().numpy()
@@ -154,7 +154,7 @@ def test_weighted_ranges_agree_with_the_oracle(bits: int, symmetric: bool) -> No
     symmetric=st.booleans(),
     group=st.sampled_from([32, 64, -1]),
 )
-def test_weighted_ranges_are_never_worse_than_min_max(
+def test_diagonal_search_is_never_worse_than_min_max(
     seed: int, bits: int, symmetric: bool, group: int
 ) -> None:
     weight, columns, chosen = (
@@ -173,8 +173,8 @@ def test_weighted_ranges_are_never_worse_than_min_max(
     assert bool((after <= before * (1 + 1e-5)).all())
 
 
-def test_range_search_sees_other_groups() -> None:
-    """With two groups that read the same channels, errors can cancel: the blocks alone do not know it."""
+def test_range_search_uses_errors_of_other_groups() -> None:
+    """Errors of two groups with the same channels can cancel, which blocks alone do not show."""
     half = tokens(7, 200, 32)
     x, weight, chosen = torch.cat([half, half], dim=1), weights(7, 32, 64), scheme(3)
     g = gram_of(x)
@@ -188,7 +188,7 @@ def test_range_search_sees_other_groups() -> None:
     assert float(seen) < 0.9 * float(blind)
 
 
-def test_an_input_never_seen_keeps_the_min_max_ranges() -> None:
+def test_unseen_input_keeps_min_max_ranges() -> None:
     weight, chosen = weights(3, 4, 64), scheme()
     scale, zero = range_search.search_ranges(weight, torch.zeros(64, 64), chosen)
     plain_scale, plain_zero = affine.compute_qparams(*affine.compute_min_max(weight, 32), chosen)
@@ -196,7 +196,7 @@ def test_an_input_never_seen_keeps_the_min_max_ranges() -> None:
     assert torch.equal(scale, plain_scale) and torch.equal(zero, plain_zero)
 
 
-def test_groups_of_zeros_survive_the_search() -> None:
+def test_range_search_keeps_groups_of_zeros() -> None:
     weight, chosen = weights(4, 4, 64), scheme()
     weight[1, :32] = 0
     weight[2] = 0
@@ -206,10 +206,10 @@ def test_groups_of_zeros_survive_the_search() -> None:
     assert torch.equal(found[1, :32], torch.zeros(32)) and torch.equal(found[2], torch.zeros(64))
 
 
-# ---------------------------------------------------------------------------------------------- scale search
+# ------------------------------------------------------------------------------------- scale search
 
 
-def test_candidates_agree_with_the_oracle() -> None:
+def test_candidates_equal_oracle() -> None:
     mean_abs = tokens(5, 50, 64).abs().mean(0)
     found = awq_scales.compute_scale_candidates(mean_abs)
     assert found.shape == (20, 64) and torch.equal(found[0], torch.ones(64))
@@ -225,7 +225,7 @@ def test_candidates_are_positive_and_finite(values: list[float]) -> None:
     assert torch.equal(found[0], torch.ones(3))
 
 
-def test_powers_of_two_fold_without_rounding() -> None:
+def test_powers_of_two_scale_without_rounding() -> None:
     tried = awq_scales.compute_scale_candidates(tokens(5, 50, 64).abs().mean(0))
     exact = awq_scales.round_to_powers_of_two(tried)
     assert bool((torch.log2(exact / tried).abs() <= 0.5001).all()) and torch.equal(
@@ -244,7 +244,7 @@ def test_powers_of_two_fold_without_rounding() -> None:
         )
 
 
-def test_candidates_of_a_batch() -> None:
+def test_candidates_of_batch_equal_those_of_its_inputs() -> None:
     mean_abs = torch.stack([tokens(seed, 50, 64).abs().mean(0) for seed in range(3)])
     batch = awq_scales.compute_scale_candidates(mean_abs)
     assert torch.equal(
@@ -253,7 +253,7 @@ def test_candidates_of_a_batch() -> None:
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (3, True)])
-def test_scale_error_agrees_with_the_oracle(bits: int, symmetric: bool) -> None:
+def test_scaling_error_equals_oracle(bits: int, symmetric: bool) -> None:
     weight, x, chosen = weights(6, 5, 64), tokens(6, 90, 64), scheme(bits, 32, symmetric)
     tried = awq_scales.compute_scale_candidates(x.abs().mean(0))
     found = [
@@ -268,7 +268,7 @@ def test_scale_error_agrees_with_the_oracle(bits: int, symmetric: bool) -> None:
     assert np.argmin(found) == np.argmin(expected)
 
 
-def test_a_kept_matrix_counts_its_rounding() -> None:
+def test_kept_matrix_counts_its_rounding() -> None:
     weight, x = weights(8, 5, 64).bfloat16().float(), tokens(8, 90, 64)
     ones, other = awq_scales.compute_scale_candidates(x.abs().mean(0))[[0, 10]]
     assert float(awq_scales.compute_scaling_error(weight, gram_of(x), ones, None)) == 0
@@ -279,7 +279,7 @@ def test_a_kept_matrix_counts_its_rounding() -> None:
     ) == pytest.approx(expected, rel=1e-3)
 
 
-def test_scale_error_of_a_batch_with_one_or_many_scales() -> None:
+def test_scaling_error_of_batch_with_one_or_many_scales() -> None:
     weight, chosen = weights(9, 3, 300, 64), scheme()  # more rows than one chunk
     x = torch.stack([tokens(seed, 50, 64) for seed in range(3)])
     grams = x.mT @ x
@@ -296,8 +296,8 @@ def test_scale_error_of_a_batch_with_one_or_many_scales() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_awq_beats_rtn_where_channels_stand_out(seed: int) -> None:
-    """The scale search and the range search each lower the error that the other leaves."""
+def test_awq_beats_rtn_on_outlier_channels(seed: int) -> None:
+    """Scale search and range search each lower the error after the other."""
     weight, x, chosen = weights(seed, 64, 128), tokens(seed, 300, 128, outliers=6), scheme(4, 64)
     g = gram_of(x)
     tried = awq_scales.compute_scale_candidates(x.abs().mean(0))
@@ -325,7 +325,7 @@ def test_awq_beats_rtn_where_channels_stand_out(seed: int) -> None:
     assert both < 0.9 * clipped and both < 0.9 * scaled
 
 
-def test_the_result_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_does_not_depend_on_cache_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x, chosen = weights(10, 40, 64), tokens(10, 50, 64), scheme()
     candidate = awq_scales.compute_scale_candidates(x.abs().mean(0))[9]
     whole = awq_scales.compute_scaling_error(weight, gram_of(x), candidate, chosen)
@@ -335,7 +335,7 @@ def test_the_result_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch
     )
 
 
-def test_quantized_is_what_the_search_chose() -> None:
+def test_quantized_uses_the_searched_ranges() -> None:
     weight, chosen = weights(11, 4, 64), scheme()
     scale, zero = range_search.search_ranges(weight, gram_of(tokens(11, 50, 64)), chosen)
     found: Quantized = affine.quantize(weight, scale, zero, chosen)

@@ -66,7 +66,7 @@ def test_parts_of_an_upload_that_broke_off(
         remote = open_remote(address, RemoteOptions(writing=True))
         remote.send(item, lambda _: None)
         assert len(content) - parts < wire.carried < len(content) - parts + 300_000
-        assert remote.look([item], MANIFEST).there == {"big"}
+        assert remote.list_remote([item], MANIFEST).there == {"big"}
     head = client.head_object(Bucket=bucket, Key=key)
     assert head["Metadata"] == meta and head["ContentLength"] == len(content)
     assert there.read("big") == content
@@ -89,7 +89,7 @@ def test_an_upload_that_was_begun_for_another_content(
     remote = open_remote(there.address, RemoteOptions(writing=True))
     remote.send(item, lambda _: None)
     assert client.head_object(**begun)["Metadata"] == {"quantkit-sha256": item.sha256}
-    assert remote.look([item], MANIFEST).there == {"big"}
+    assert remote.list_remote([item], MANIFEST).there == {"big"}
 
 
 def test_an_object_without_metadata_is_read(make: Callable[[str], Place], tmp_path: Path) -> None:
@@ -101,14 +101,14 @@ def test_an_object_without_metadata_is_read(make: Callable[[str], Place], tmp_pa
     remote = open_remote(there.address, RemoteOptions(writing=True))
     for content, found in ((b"content", {"x"}), (b"contend", set())):
         there.write("x", content)
-        assert remote.look([item], MANIFEST).there == found
+        assert remote.list_remote([item], MANIFEST).there == found
 
 
 def test_branches_and_private_repositories(
     built: Path, tmp_path: Path, make: Callable[[str], Place]
 ) -> None:
     there = make("hf")
-    options = RemoteOptions(writing=True, revision="v2", private=True, patience=PATIENCE)
+    options = RemoteOptions(writing=True, revision="v2", private=True, retry_policy=PATIENCE)
     done = publish_artifact(built, there.address, options, lambda _: None, force=True)
     assert there.server.private == {"team/tiny": True}
     assert set(there.server.files("team/tiny")) == {".gitattributes"}

@@ -348,7 +348,7 @@ def test_a_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 )
 def test_any_scheme_is_answered_with_a_sentence(tmp_path: Path, scheme: str) -> None:
     """Whatever a library does without its package, its server or its login."""
-    options = RemoteOptions(patience=RetryPolicy(tries=1))
+    options = RemoteOptions(retry_policy=RetryPolicy(tries=1))
     with pytest.raises(QuantkitError) as caught:
         pull_artifact(f"{scheme}://127.0.0.1:1/x", tmp_path / "got", options, lambda _: None)
     assert "\n" not in str(caught.value)

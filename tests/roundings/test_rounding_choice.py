@@ -1,4 +1,4 @@
-"""`rounding: nearest | gptq | gptq_once`, a key of a recipe: what fits together, what is refused, what is recorded."""
+"""`rounding` in a recipe: valid and invalid combinations, the build's choice, the record."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def problem() -> tuple[torch.Tensor, InputStats]:
     return torch.randn(32, 64, generator=g), stats
 
 
-def test_what_fits_together() -> None:
+def test_valid_combinations() -> None:
     assert Quantize().rounding == "nearest"
     assert Quantize(method="awq", rounding="gptq").rounding == "gptq"
     assert Quantize(method="gptq").rounding == "gptq"
@@ -66,12 +66,13 @@ def test_what_fits_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "rounding", "told"),
+    ("method", "rounding", "message"),
     [
         (
             "rtn",
             "gptq",
-            "rounding gptq learns from calibration, and method rtn does without; set rounding: nearest",
+            "rounding gptq learns from calibration, and method rtn does without; set "
+            "rounding: nearest",
         ),
         (
             "rtn",
@@ -85,13 +86,13 @@ def test_what_fits_together() -> None:
         ),
     ],
 )
-def test_what_makes_no_sense_is_refused(method: str, rounding: str, told: str) -> None:
-    with pytest.raises(ValidationError, match=told):
+def test_invalid_combinations_are_rejected(method: str, rounding: str, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         Quantize.model_validate({"method": method, "rounding": rounding})
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])
-def test_solve_takes_the_rounding_of_the_decision(method: str) -> None:
+def test_build_uses_the_rounding_of_the_decision(method: str) -> None:
     weight, stats = problem()
     found = solved(decision(method, "gptq"), weight, stats)
     told = affine.dequantize(gptq.solve(weight, stats, SCHEME), SCHEME).bfloat16().float()
@@ -99,7 +100,7 @@ def test_solve_takes_the_rounding_of_the_decision(method: str) -> None:
     assert found.record.rounding == "gptq" and found.record.fallbacks == ()
 
 
-def test_without_statistics_codes_are_the_nearest_and_the_record_says_so() -> None:
+def test_missing_statistics_fall_back_to_nearest() -> None:
     weight, _ = problem()
     found = solved(decision("awq", "gptq"), weight, None, fallbacks=("mtp-rtn",))
     plain = solved(decision("rtn", "nearest"), weight, None)
@@ -113,8 +114,8 @@ def test_without_statistics_codes_are_the_nearest_and_the_record_says_so() -> No
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])
-def test_once_is_the_feedback_alone_between_nearest_and_both(method: str) -> None:
-    """Under the gram each loses no more than the one before; `once` gives what the feedback chose."""
+def test_gptq_once_is_gptq_without_refinement(method: str) -> None:
+    """Errors under the gram fall from nearest to gptq_once to gptq."""
     weight, stats = problem()
     roundings = ("nearest", "gptq_once", "gptq")
     found = {
@@ -136,8 +137,8 @@ def test_once_is_the_feedback_alone_between_nearest_and_both(method: str) -> Non
 
 
 @pytest.mark.parametrize("way", ["nearest", "gptq", "gptq_once"])
-def test_linears_that_read_one_input_are_solved_as_if_alone(way: str) -> None:
-    """Together or not, in any order, beside one of another scheme: the same codes."""
+def test_linears_of_one_input_get_the_same_codes_as_alone(way: str) -> None:
+    """Together or alone, in any order, with one of another scheme: the same codes."""
     weight, stats = problem()
     other = replace(decision("awq", way), scheme=replace(SCHEME, bits=3))
     chosen = [decision("awq", way), other, decision("awq", way)]

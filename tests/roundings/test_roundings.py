@@ -53,7 +53,7 @@ def make_scheme(bits: int = 4, group_size: int = 32, symmetric: bool = False) ->
 
 
 def make_problem(*shape: int, seed: int = 0) -> tuple[Tensor, InputStats]:
-    """Random weights [..., out, in] and the statistics of 200 tokens whose channels are correlated."""
+    """Return random weights [..., out, in] and statistics of 200 tokens, channels correlated."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape[:-2], 200, shape[-1], generator=g)
     x = x @ torch.randn(shape[-1], shape[-1], generator=g)

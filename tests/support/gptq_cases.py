@@ -13,7 +13,7 @@ def scheme(bits: int = 4, group: int = 32, symmetric: bool = False) -> Scheme:
 
 
 def correlated(out: int, width: int, tokens: int = 300, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Weights [out, in] and inputs [tokens, in] whose channels go together, a few of them large."""
+    """Return weights [out, in] and inputs [tokens, in] with correlated, a few large channels."""
     g = torch.Generator().manual_seed(seed)
     x = (
         torch.randn(tokens, width, generator=g)

@@ -6,7 +6,7 @@ import torch
 
 
 def peak_bytes(work: object) -> int:
-    """Largest sum of bytes that torch held at once while `work` ran, beyond what it held before."""
+    """Return the peak of bytes that torch allocated while `work` ran, beyond the start."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:

@@ -1,6 +1,6 @@
-"""Slow float64 references in numpy for quantkit's numerics; they share no code with it and no idea of speed.
+"""Slow float64 references in numpy for quantkit's numerics, which share no code with it.
 
-Errors are taken from activations, never from a gram: sum over tokens of |x (W - Q)^T|^2.
+Errors are computed from activations, never from a gram: sum over tokens of |x (W - Q)^T|^2.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ def bfloat16(values: Array) -> Array:
 
 
 def stored(scale: float, dtype: str) -> float:
-    """A positive scale as it is stored."""
+    """Return a positive scale as it is stored."""
     if dtype == "bfloat16":
         return float(bfloat16(np.array([scale]))[0])
     return float(np.dtype(dtype).type(scale))
 
 
 def range_of(weights: Array, symmetric: bool) -> tuple[float, float]:
-    """Range of one group, zero inside."""
+    """Return the range of one group, including zero."""
     low, high = min(0.0, float(weights.min())), max(0.0, float(weights.max()))
     return (-max(-low, high), max(-low, high)) if symmetric else (low, high)
 
 
 def scale_and_zero(weights: Array, bits: int, symmetric: bool, dtype: str) -> tuple[float, int]:
-    """Scale and zero point of one group from its range."""
+    """Return scale and zero point of one group from its range."""
     low, high = range_of(weights, symmetric)
     if low == high:
         return 1.0, 2 ** (bits - 1)
@@ -43,17 +43,17 @@ def scale_and_zero(weights: Array, bits: int, symmetric: bool, dtype: str) -> tu
 
 
 def codes(weights: Array, scale: float, zero: int, bits: int) -> Array:
-    """Nearest codes."""
+    """Return the nearest codes."""
     return np.clip(np.round(weights / scale) + zero, 0, 2**bits - 1)
 
 
 def back(weights: Array, scale: float, zero: int, bits: int) -> Array:
-    """Weights after rounding to codes and back."""
+    """Return weights after rounding to codes and back."""
     return (codes(weights, scale, zero, bits) - zero) * scale
 
 
 def rtn(weight: Array, bits: int, group: int, symmetric: bool, dtype: str) -> tuple[Array, Array]:
-    """Round-to-nearest of a matrix [out, in], group by group: codes, dequantized weight."""
+    """Round a matrix [out, in] to nearest by groups: codes, dequantized weight."""
     chosen, result = np.empty_like(weight), np.empty_like(weight)
     for row in range(weight.shape[0]):
         for start in range(0, weight.shape[1], group):
@@ -65,17 +65,18 @@ def rtn(weight: Array, bits: int, group: int, symmetric: bool, dtype: str) -> tu
 
 
 def output_error(delta: Array, x: Array) -> float:
-    """Summed squared change of the outputs of tokens x [n, in] for a weight error [out, in]."""
+    """Return the summed squared output change of tokens x [n, in] for a weight error [out, in]."""
     return float(np.square(x @ delta.T).sum())
 
 
 def clip_search(
     weight: Array, x: Array, bits: int, group: int, symmetric: bool, dtype: str
 ) -> Array:
-    """Range search by trying everything on the activations, row by row; the dequantized weight.
+    """Search ranges by trying every candidate on the activations, row by row.
 
-    First sweep: 11 shares of the scale from 1 to 0.5, then 9 around the best; second sweep: the 9 again. The zero point
-    moves by one code. Whatever lowers the error of the whole row is taken.
+    Returns the dequantized weight. First sweep: 11 ratios to the scale from 1 to 0.5, then 9 around
+    the best; second sweep: the 9 again. The zero point moves by one code. A candidate that lowers
+    the error of the whole row is accepted.
     """
     result = np.empty_like(weight)
     starts = range(0, weight.shape[1], group)
@@ -112,10 +113,10 @@ FINE = [1 + 0.01 * i for i in range(-4, 5)]
 def weighted_search(
     weight: Array, counts: Array, bits: int, group: int, symmetric: bool, dtype: str
 ) -> Array:
-    """Ranges by squared errors, column k counting counts[k], group by group; the dequantized weight.
+    """Search ranges by squared errors times counts[k] of column k, group by group.
 
-    7 shares of the min/max scale from 1 to 0.57 with the zero point moved by one code, then the best scale so far a
-    little smaller and larger, three times.
+    Returns the dequantized weight. 7 ratios to the min/max scale from 1 to 0.57 with the zero point
+    moved by one code, then three times the best scale so far slightly smaller and larger.
     """
     result = np.empty_like(weight)
     for row in range(weight.shape[0]):
@@ -145,7 +146,7 @@ def weighted_search(
 
 
 def awq_scales(mean_abs: Array) -> Array:
-    """AWQ's 20 candidates, from its definition: mean|x| ** ratio, over sqrt(max * min)."""
+    """Return AWQ's 20 candidates from their definition: mean|x| ** ratio, over sqrt(max * min)."""
     found = []
     for ratio in np.arange(20) / 20:
         scale = np.maximum(mean_abs / mean_abs.max(), 1e-4) ** ratio
@@ -156,7 +157,10 @@ def awq_scales(mean_abs: Array) -> Array:
 def awq_error(
     weight: Array, x: Array, scale: Array, bits: int, group: int, symmetric: bool, dtype: str
 ) -> float:
-    """Output error after scaling, rounding with each group's range shrunk by its inputs' energies, and unscaling."""
+    """Return the output error after scaling, rounding in clipped ranges, and unscaling.
+
+    Each group's range is clipped by the energies of its inputs.
+    """
     wide, result = weight * scale, np.empty_like(weight)
     for row in range(weight.shape[0]):
         for start in range(0, weight.shape[1], group):
@@ -172,7 +176,7 @@ def awq_error(
 
 
 def kl(p_logits: Array, q_logits: Array) -> float:
-    """KL(p || q) of one token, in nats, from its definition."""
+    """Return KL(p || q) of one token, in nats, from its definition."""
     p = np.exp(p_logits - p_logits.max())
     q = np.exp(q_logits - q_logits.max())
     p, q = p / p.sum(), q / q.sum()

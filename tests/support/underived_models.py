@@ -15,7 +15,7 @@ from quantkit.models import derive
 
 
 def write_model(folder: Path, config: dict[str, object]) -> Path:
-    """A random checkpoint as transformers itself saves it, with tiny-v3's tokenizer."""
+    """Write a random checkpoint as transformers saves it, with tiny-v3's tokenizer."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -39,13 +39,13 @@ def write_model(folder: Path, config: dict[str, object]) -> Path:
 
 
 def family(model_type: str, **changes: object) -> dict[str, object]:
-    """A small config.json of a model type without a table."""
+    """Return a small config.json of a model type without a table."""
     named = {"architectures": [type_of(model_type)], "model_type": model_type}
     return {**TINY_COMMON, **named, **FAMILIES.get(model_type, {}), **changes}
 
 
 FAMILIES: dict[str, dict[str, object]] = {
-    "olmo2": {},  # norms behind attention and MLP: their inputs have nobody who could absorb a scale
+    "olmo2": {},  # norms after attention and MLP: no tensor can absorb their inputs' scale
     "phi3": {
         "pad_token_id": 0,
         "sliding_window": 16,
@@ -67,5 +67,5 @@ FAMILIES: dict[str, dict[str, object]] = {
 
 
 def type_of(model_type: str) -> str:
-    """The class that transformers makes of a model type."""
+    """Return the class that transformers makes for a model type."""
     return derive.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-SLOTS = [0, 4, 1, 5, 2, 6, 3, 7]  # FORMATS.md 1.2: column j of a word lies in slot SLOTS[j]
+SLOTS = [0, 4, 1, 5, 2, 6, 3, 7]  # AWQ: column j of a word lies in slot SLOTS[j]
 
 
 def fp8_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """BF16 dequantization of an FP8 checkpoint, block by block."""
+    """Dequantize an FP8 checkpoint to BF16, block by block."""
     stored = load_file(folder / "model.safetensors")
     found = {}
     for name, value in stored.items():
@@ -31,7 +31,7 @@ def fp8_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def unpack(words: torch.Tensor) -> np.ndarray:
-    """int32 words [rows, columns / 8] -> nibbles [rows, columns] in AWQ's order."""
+    """Unpack int32 words [rows, columns / 8] to nibbles [rows, columns] in AWQ's order."""
     bits = words.numpy().astype(np.int64) & 0xFFFFFFFF
     slots = np.stack(
         [(bits >> (4 * slot)) & 15 for slot in range(8)], axis=-1
@@ -40,7 +40,7 @@ def unpack(words: torch.Tensor) -> np.ndarray:
 
 
 def awq_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every logical weight of an AWQ artifact: (q - z) * s, group by group."""
+    """Return every logical weight of an AWQ artifact: (q - z) * s, group by group."""
     stored = load_file(folder / "model.safetensors")
     group = json.loads((folder / "config.json").read_text())["quantization_config"]["group_size"]
     found = {}
@@ -58,7 +58,7 @@ def awq_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def whole_model(folder: Path, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """A transformers model in float32 with these weights, experts stacked by transformers' names."""
+    """Make a float32 transformers model with these weights, experts stacked by its names."""
     values = json.loads((folder / "config.json").read_text())
     values.pop("quantization_config")
     config = AutoConfig.for_model(**values)

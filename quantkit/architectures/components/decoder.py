@@ -59,7 +59,7 @@ class BlockPart:
     experts: Experts | None = None
 
 
-# ------------------------------------------------------------------------------------------------------ small parts
+# --- small parts
 
 
 def make_rms_norm(module: str, width: int, dtype: str = "BF16") -> TensorSpec:
@@ -84,7 +84,7 @@ def make_gated_mlp(
     )
 
 
-# -------------------------------------------------------------------------------------------------------- attention
+# --- attention
 
 
 def make_grouped_query_attention(
@@ -222,7 +222,7 @@ def make_latent_attention(config: Config, name: str) -> BlockPart:
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- MLP
+# --- MLP
 
 
 def make_dense_mlp(config: Config, name: str, bias: bool = False) -> BlockPart:
@@ -245,7 +245,7 @@ def make_dense_mlp(config: Config, name: str, bias: bool = False) -> BlockPart:
     )
 
 
-# ------------------------------------------------------------------------------------------------ blocks and models
+# --- blocks and models
 
 
 def make_decoder_block(config: Config, name: str, attention: BlockPart, mlp: BlockPart) -> Block:

@@ -45,7 +45,7 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
         revision=revision,
         private=private,
         jobs=jobs,
-        patience=RetryPolicy(tries=tries),
+        retry_policy=RetryPolicy(tries=tries),
         writing=True,
     )
     with ProgressBar(sys.stderr.isatty() and not json_out) as meter:

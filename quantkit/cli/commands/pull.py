@@ -42,7 +42,7 @@ def COMMAND(
     from quantkit.publish.remote import RemoteOptions
     from quantkit.publish.transfer import format_bytes
 
-    options = RemoteOptions(revision=revision, jobs=jobs, patience=RetryPolicy(tries=tries))
+    options = RemoteOptions(revision=revision, jobs=jobs, retry_policy=RetryPolicy(tries=tries))
     with ProgressBar(sys.stderr.isatty() and not json_out) as meter:
         done = pull_artifact(src, folder, options, meter.tell, overwrite=overwrite, dry_run=dry_run)
     if json_out:

@@ -101,7 +101,7 @@ class FormatChecks:
     module_lists: frozenset[str] = frozenset()
 
 
-# ------------------------------------------------------------------------------- lists of modules
+# --- lists of modules
 
 
 _PLAIN = re.compile(

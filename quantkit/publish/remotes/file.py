@@ -45,7 +45,7 @@ class FolderRemote:
         self._path, self._jobs = path, jobs
         self._open = ExitStack()
 
-    def look(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
+    def list_remote(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
         """Files of equal size are read and hashed; a place within the artifact is refused."""
         source = items[0].path.parents[items[0].name.count("/")].resolve()
         if source in self._path.resolve().parents:
@@ -69,7 +69,7 @@ class FolderRemote:
             others=tuple(sorted(others)),
         )
 
-    def begin(self, gone: Sequence[str]) -> None:
+    def begin_upload(self, gone: Sequence[str]) -> None:
         """Lock the folder, make it, or take what was there out of it."""
         beside = self._path.with_name(self._path.name + ".publishing.lock")
         self._open.enter_context(hold_lock(beside, "publication", "another folder"))
@@ -81,7 +81,7 @@ class FolderRemote:
         except OSError as fault:
             raise make_write_error(self._path, fault) from fault
 
-    def send(self, item: UploadFile, arrived: BytesCallback) -> None:
+    def send(self, item: UploadFile, report_bytes: BytesCallback) -> None:
         """Write beside and rename; a part that an earlier try left is compared with the file and gone on with."""
         target, part = self._path / item.name, self._path / (item.name + PART)
         make_folder(target.parent)
@@ -94,7 +94,7 @@ class FolderRemote:
                         file.seek(pieces.sent - len(piece))
                         file.truncate()
                         file.write(piece)
-                    arrived(pieces.sent)
+                    report_bytes(pieces.sent)
                 file.truncate(item.n_bytes)
                 file.flush()
                 os.fsync(file.fileno())
@@ -103,7 +103,7 @@ class FolderRemote:
         except OSError as fault:
             raise make_write_error(target, fault) from fault
 
-    def seal(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
+    def finalize(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
         """The manifest, after all files are found there."""
         present = self._present()
         for item in items:

@@ -56,7 +56,7 @@ class FsspecRemote:
         """Where a file lies, as the file system calls it."""
         return f"{self._root}/{name}"
 
-    def look(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
+    def list_remote(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
         """Files of equal size are compared by hash."""
         present = self._listing()
         there = {i.name for i in items if present.get(i.name) == i.n_bytes and self.holds(i)}
@@ -78,23 +78,23 @@ class FsspecRemote:
             digest.update(piece)
         return digest.hexdigest() == item.sha256
 
-    def begin(self, gone: Sequence[str]) -> None:
+    def begin_upload(self, gone: Sequence[str]) -> None:
         """Take what was there out of it, the manifest first."""
         for name in gone:
             with translate_errors(self.where):
                 if self.files.exists(self.place(name)):
                     self.files.rm_file(self.place(name))
 
-    def send(self, item: UploadFile, arrived: BytesCallback) -> None:
+    def send(self, item: UploadFile, report_bytes: BytesCallback) -> None:
         """One upload; stores show an object when it is complete."""
         with HashedReader(item) as pieces:  # hashed first: a store would take whatever is sent
             for _ in pieces:
                 pass
-        heard = Callback(hooks={"arrived": lambda _size, value: arrived(value)})
+        heard = Callback(hooks={"arrived": lambda _size, value: report_bytes(value)})
         with translate_errors(self.where):
             self.files.put_file(str(item.path), self.place(item.name), callback=heard)
 
-    def seal(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
+    def finalize(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
         """The manifest, after all files are found there."""
         check_sizes(self.where, items, self._listing())
         with translate_errors(self.where):

@@ -69,7 +69,7 @@ class HubRemote:
         self._there: frozenset[str] = frozenset()
         self._gone: tuple[str, ...] = ()
 
-    def look(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
+    def list_remote(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
         """Files by the hashes that the hub keeps: sha256 of large ones, git's own of small ones."""
         files = self._files()
         self._there = frozenset(
@@ -82,7 +82,7 @@ class HubRemote:
         )
         return RemoteState(there=self._there, manifest=found, others=tuple(others))
 
-    def begin(self, gone: Sequence[str]) -> None:
+    def begin_upload(self, gone: Sequence[str]) -> None:
         """Make repository and branch; what is there stays until the commit."""
         self._gone = tuple(gone)
         with self._answers():
@@ -91,7 +91,7 @@ class HubRemote:
             if self._commit is None and self._revision != _MAIN:
                 self._api.create_branch(self._repository, branch=self._revision, exist_ok=True)
 
-    def send(self, item: UploadFile, arrived: BytesCallback) -> None:
+    def send(self, item: UploadFile, report_bytes: BytesCallback) -> None:
         """Send a large file ahead; small ones travel in the commit."""
         operation = make_addition(item)
         with self._answers():
@@ -103,9 +103,9 @@ class HubRemote:
                 free_memory=False,
             )
         self._sent[item.name] = operation
-        arrived(item.n_bytes)
+        report_bytes(item.n_bytes)
 
-    def seal(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
+    def finalize(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
         """One commit on top of the one that `look` saw, and a look at what it made."""
         every = (*items, manifest)
         seen, files = self._commit, self._files()

@@ -46,7 +46,7 @@ class OciRemote:
         self._registry, self._reference = registry, reference
         self._blobs: Blobs | None = None
 
-    def look(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
+    def list_remote(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
         """Blobs by digest, whatever they belong to; another image under the tag is an other."""
         there = frozenset(
             item.name for item in items if self._registry.has(f"sha256:{item.sha256}")
@@ -58,14 +58,14 @@ class OciRemote:
         others = () if found is not None else (f"another image under the tag {self._reference}",)
         return RemoteState(there=there, manifest=found, others=others)
 
-    def begin(self, gone: Sequence[str]) -> None:
+    def begin_upload(self, gone: Sequence[str]) -> None:
         """Nothing: the tag keeps what it names until it names another."""
 
-    def send(self, item: UploadFile, arrived: BytesCallback) -> None:
+    def send(self, item: UploadFile, report_bytes: BytesCallback) -> None:
         """One blob."""
-        self._registry.put_file(item, arrived)
+        self._registry.put_file(item, report_bytes)
 
-    def seal(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
+    def finalize(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
         """The manifest as a blob, then the tag."""
         for item in items:
             if not self._registry.has(f"sha256:{item.sha256}"):
@@ -177,7 +177,7 @@ def open_oci(rest: str, text: str, options: RemoteOptions) -> OciRemote:
     where = f"oci://{match['host']}/{match['name']}:{tag}" + (
         f"@{match['digest']}" if match["digest"] else ""
     )
-    registry = OciClient(match["host"], match["name"], where, options.jobs, options.patience)
+    registry = OciClient(match["host"], match["name"], where, options.jobs, options.retry_policy)
     return OciRemote(registry, match["digest"] or tag)
 
 

@@ -48,7 +48,7 @@ class S3Remote:
         self._bucket, _, self._prefix = root.strip("/").partition("/")
         self._below = FsspecRemote(files, root, where)
 
-    def look(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
+    def list_remote(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
         """Objects of equal size are compared by the sha256 in their metadata, else read."""
         present = self._below.sizes()
         same = [item for item in items if present.get(item.name) == item.n_bytes]
@@ -59,11 +59,11 @@ class S3Remote:
         found = self.fetch_manifest(manifest) if manifest in present else None
         return RemoteState(there=there, manifest=found, others=tuple(others))
 
-    def begin(self, gone: Sequence[str]) -> None:
+    def begin_upload(self, gone: Sequence[str]) -> None:
         """Take what was there out of it, the manifest first."""
-        self._below.begin(gone)
+        self._below.begin_upload(gone)
 
-    def send(self, item: UploadFile, arrived: BytesCallback) -> None:
+    def send(self, item: UploadFile, report_bytes: BytesCallback) -> None:
         """Put an object, or its missing parts; the MD5 that the server returns must be that of what was sent."""
         size = choose_part_bytes(item.n_bytes)
         if item.n_bytes <= size:
@@ -73,16 +73,16 @@ class S3Remote:
                 "put_object", item.name, {"Body": body, "Metadata": {_SHA: item.sha256}}
             )
             check_etag(self.where, item.name, answer, body)
-            arrived(item.n_bytes)
+            report_bytes(item.n_bytes)
             return
         upload, parts = self._unfinished(item.name)
-        self._send_parts(item, upload, parts, arrived)
+        self._send_parts(item, upload, parts, report_bytes)
         if parts and not self._holds(
             item
         ):  # the upload was begun for another content with the same first part
             self._send_parts(item, None, {}, lambda _: None)
 
-    def seal(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
+    def finalize(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
         """The manifest, after all objects are found there."""
         check_sizes(self.where, items, self._below.sizes())
         self.send(manifest, lambda _: None)
@@ -116,7 +116,7 @@ class S3Remote:
         return told == item.sha256 and (etag is None or etag == compute_md5(item).hex())
 
     def _send_parts(
-        self, item: UploadFile, upload: str | None, parts: Parts, arrived: BytesCallback
+        self, item: UploadFile, upload: str | None, parts: Parts, report_bytes: BytesCallback
     ) -> None:
         name, size = item.name, choose_part_bytes(item.n_bytes)
         if upload is None:
@@ -137,7 +137,7 @@ class S3Remote:
         with HashedReader(item, size) as pieces, ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
             for batch in batch_pieces(pieces, _AT_ONCE):
                 etags += pool.map(one, range(len(etags) + 1, len(etags) + 1 + len(batch)), batch)
-                arrived(pieces.sent)
+                report_bytes(pieces.sent)
         listed = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
         whole = {"UploadId": upload, "MultipartUpload": {"Parts": listed}}
         self._call("complete_multipart_upload", name, whole)

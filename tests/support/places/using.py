@@ -22,7 +22,7 @@ from quantkit.publish.transfer import Transfer
 from quantkit.verify.shallow import verify_artifact
 
 PATIENCE = RetryPolicy(first_wait=0.01, tries=4)
-WRITING = RemoteOptions(writing=True, patience=PATIENCE)
+WRITING = RemoteOptions(writing=True, retry_policy=PATIENCE)
 LAST = "model-00003-of-00003.safetensors"
 
 Record = Callable[[str, object], None]
@@ -54,7 +54,7 @@ def sent(
     dry_run: bool = False,
 ) -> Transfer:
     """Published, though its benchmarks were left out."""
-    options = RemoteOptions(writing=True, jobs=jobs, patience=patience)
+    options = RemoteOptions(writing=True, jobs=jobs, retry_policy=patience)
     return publish_artifact(
         artifact, address, options, lambda _: None, force=True, overwrite=overwrite, dry_run=dry_run
     )
@@ -70,7 +70,7 @@ def fetched(
     dry_run: bool = False,
 ) -> Transfer:
     """Pulled."""
-    options = RemoteOptions(jobs=jobs, patience=patience)
+    options = RemoteOptions(jobs=jobs, retry_policy=patience)
     return pull_artifact(
         address, folder, options, lambda _: None, overwrite=overwrite, dry_run=dry_run
     )
