@@ -1,8 +1,10 @@
-"""The pipeline from a recipe to sealed artifacts: plan, build, measure, benchmark, report, apply gates, seal.
+"""The pipeline from a recipe to sealed artifacts: plan, build, measure, benchmark, report, apply
+gates, seal.
 
-A recipe with several formats gives one artifact artifact. Formats that hold the same codes share one solve and its figures;
-a format that stores something else (`dense` rounds once more) is built on its own. Callbacks receive the plans, progress and
-messages; nothing else leaves this module before its result.
+A recipe with several formats gives one artifact artifact. Formats that hold the same codes share
+one solve and its figures; a format that stores something else (`dense` rounds once more) is built
+on its own. Callbacks receive the plans, progress and messages; nothing else leaves this module
+before its result.
 """
 
 from __future__ import annotations
@@ -77,8 +79,8 @@ class TokenizedTexts:
     """The tokens of the streams, and their descriptions for the report."""
 
     tokens: Mapping[TextName, Tokens]
-    descriptions: Mapping[TextName, Text]
-    solutions: Solutions  # run after the fidelity text
+    descriptions: Mapping[TextName, TextSet]
+    solutions: GoldSolutions  # run after the fidelity text
 
     def stream_texts(self) -> StreamTexts:
         """Return the tokens that the build runs."""
@@ -118,7 +120,9 @@ class ArtifactInProgress:
 
 
 class Timings(BaseModel):
-    """Figures that depend on the clock and the machine's load: the one file that the manifest does not hash."""
+    """Figures that depend on the clock and the machine's load: the one file that the manifest does
+    not hash.
+    """
 
     seconds: dict[str, float]
     blocks: dict[str, float]
@@ -152,11 +156,13 @@ def build_artifacts(
     restart: bool = False,
     on_message: Callable[[str], None] = lambda _: None,
 ) -> tuple[BuildResult, ...]:
-    """Build the artifacts of `recipe` (`text` is its file), one per format, and seal them under their names.
+    """Build the artifacts of `recipe` (`text` is its file), one per format, and seal them under
+    their names.
 
-    `on_plan` receives the plans before the build, `on_progress` each step, `on_message` where a build resumes and what could
-    not be removed. A failure leaves the unfinished artifact in `<path>.building`, never under its final name, and adds
-    a note to the exception that says how to resume. The next run resumes, unless `restart` discards it. Raises QuantkitError.
+    `on_plan` receives the plans before the build, `on_progress` each step, `on_message` where a
+    build resumes and what could not be removed. A failure leaves the unfinished artifact in
+    `<path>.building`, never under its final name, and adds a note to the exception that says how to
+    resume. The next run resumes, unless `restart` discards it. Raises QuantkitError.
     """
     return_freed_memory()
     for format_name in recipe.format:
@@ -193,8 +199,10 @@ def build_artifacts(
                     )
                 for plan in group:
                     path = Path(plan.path)
-                    writer.rename_into_place(
-                        writer.staging(path), path, build.sealed_manifests(loop)[plan.format_name]
+                    rename_into_place(
+                        get_staging_path(path),
+                        path,
+                        build.sealed_manifests(loop)[plan.format_name],
                     )
             if message := build.remove_scratch():
                 on_message(message)
@@ -230,14 +238,14 @@ def build_group(
 ) -> None:
     """Build the artifacts of one solve and seal them; they get their names later.
 
-    Figures and benchmarks are measured on the first: the others store the same weights bit for bit, as `quantize_group`
-    has checked.
+    Figures and benchmarks are measured on the first: the others store the same weights bit for bit,
+    as `quantize_group` has checked.
     """
     progress = build.read_progress(loop)
     artifacts = [
         ArtifactInProgress(
             plan=plan,
-            folder=writer.prepare(plan, progress.stored(number)),
+            folder=prepare_staging(plan, progress.stored(number)),
             stored=progress.stored(number),
         )
         for number, plan in enumerate(session.group_by_solve(build.plans)[loop])
@@ -247,12 +255,20 @@ def build_group(
         artifacts, source, texts, text, on_progress, timer, build.prepare_states(loop), progress
     )
     compute, kept = sources.resolve_compute(plan.recipe), build.answers_folder(loop)
-    compared = compare(
-        plan, source, folder, compute, evaluate=evaluate, tell=on_progress, kept=kept
+    compared = compare_with_source(
+        plan,
+        source,
+        folder,
+        compute,
+        evaluate=evaluate,
+        on_progress=on_progress,
+        answers_folder=kept,
     )
     timer.lap("benchmarks")
-    license = evidence.parse_license(front_matter(source.folder))
-    likely = likelihood.rows(plan.recipe.evaluation.tasks, texts.solutions, figures.solutions)
+    license = evidence.parse_license(read_front_matter(source.folder))
+    likely = solution_likelihood.make_likelihood_rows(
+        plan.recipe.evaluation.tasks, texts.solutions, figures.solutions
+    )
     session.check_source(build.journal, source)
     sealed = dict[str, str]()
     for artifact, files in zip(artifacts, written, strict=True):
@@ -268,14 +284,14 @@ def build_group(
         report = gates.apply_gates(artifact.plan.recipe.gates, report)
         write_evidence(artifact.plan, artifact.folder, report, figures, compared)
         write_timings(artifact.folder, built, timer)
-        manifest = manifests.manifest(artifact.plan, source, report, built.blocks)
-        sealed[artifact.plan.format_name] = writer.seal(artifact.folder, manifest, files)
+        manifest = make_manifest(artifact.plan, source, report, built.blocks)
+        sealed[artifact.plan.format_name] = seal_artifact(artifact.folder, manifest, files)
     build.mark_sealed(loop, sealed)
 
 
 def tokenize(recipe: Recipe, folder: Path) -> TokenizedTexts:
     """Load the recipe's text sets and cut them into token sequences with the source's tokenizer."""
-    is_code_allowed = may_run(recipe.source.trust_remote_code, folder)
+    is_code_allowed = allows_remote_code(recipe.source.trust_remote_code, folder)
     tokenizer, sets = (
         corpora.load_tokenizer(folder, is_code_allowed),
         package_data.locate_folder("calibration"),
@@ -292,16 +308,18 @@ def tokenize(recipe: Recipe, folder: Path) -> TokenizedTexts:
         ))
     if fidelity := recipe.fidelity:
         selected.append(("fidelity", fidelity.set, fidelity.windows, fidelity.length, 0))
-    tokens, descriptions = dict[TextName, Tokens](), dict[TextName, Text]()
+    tokens, descriptions = dict[TextName, Tokens](), dict[TextName, TextSet]()
     for name, set_name, sequences, length, seed in selected:
         corpus = corpora.load_set(set_name, sets)
         tokens[name] = corpora.sample_sequences(corpus, tokenizer, sequences, length, seed)
         descriptions[name] = evidence.summarize_text(corpus, tokens[name], length, seed)
     nothing = corpora.pack_tokens([])
     tasks, items = recipe.evaluation.tasks, recipe.evaluation.likelihood
-    solutions = likelihood.none()
+    solutions = solution_likelihood.make_empty_solutions()
     if fidelity:
-        solutions = likelihood.tokenize(tasks, tokenizer, items=items, length=fidelity.length)
+        solutions = solution_likelihood.tokenize_solutions(
+            tasks, tokenizer, items=items, length=fidelity.length
+        )
     return TokenizedTexts(
         tokens={"calibration": nothing, "fidelity": nothing, **tokens},
         descriptions=descriptions,
@@ -318,11 +336,12 @@ def quantize_and_measure(
     timer: StepTimer,
     states: Path,
     progress: BuildProgress,
-) -> tuple[BuiltBlocks, list[dict[str, Written]], StreamFigures]:
-    """Build into every folder, then measure the streams after the last block, with the head of the first's files.
+) -> tuple[BuiltBlocks, list[dict[str, WrittenFile]], StreamFigures]:
+    """Build into every folder, then measure the streams after the last block, with the head of the
+    first's files.
 
     Hidden states are kept in `states`. Nothing is measured with `fidelity: none`.
-    """  # fmt: skip
+    """
     plans, folder = [artifact.plan for artifact in artifacts], artifacts[0].folder
     compute = sources.resolve_compute(plans[0].recipe)
     precision = BuildPrecision(
@@ -344,19 +363,20 @@ def quantize_and_measure(
         for each in writers:
             each.abandon()
     for artifact in artifacts:
-        writer.write_model_files(artifact.folder, artifact.plan, source.sidecars, text)
+        write_model_files(artifact.folder, artifact.plan, source.sidecars, text)
     timer.lap("quantize")
     figures, streams = StreamFigures(), built.streams
     if "reference" in streams:
         model, head = (
-            meta_model(plans[0].source.config, precision.device, precision.dtype),
+            make_meta_model(plans[0].source.config, precision.device, precision.dtype),
             Checkpoint.open(folder),
         )
-        both = sides(
+        both = load_stream_pair(
             model, plans[0].layout, source, head, streams["reference"], streams["quantized"]
         )
         figures = StreamFigures(
-            tokens=measure(both), solutions=likelihood.score(both, texts.solutions.items)
+            tokens=measure_text(both),
+            solutions=solution_likelihood.score_solutions(both, texts.solutions.items),
         )
     for stream in streams.values():
         stream.close()
@@ -365,9 +385,9 @@ def quantize_and_measure(
 
 
 def write_evidence(
-    plan: Plan, folder: Path, report: Fidelity, figures: StreamFigures, compared: Compared
+    plan: Plan, folder: Path, report: Fidelity, figures: StreamFigures, compared: SourceComparison
 ) -> None:
-    """Write fidelity.json, the model card, plan.json and the samples, and the page that is made of them."""
+    """Write fidelity.json, the model card, plan.json and the samples, and the page made of them."""
     if figures.tokens or compared.pairs:
         (folder / layout.SAMPLES_FOLDER).mkdir(exist_ok=True)
     write_atomic(folder / layout.FIDELITY, report.to_json().encode())

@@ -1,8 +1,8 @@
 """What a build does with each block, decided before it starts; pure and printable.
 
-The build loop follows a `BlockPlan` and decides nothing again: which groups are quantized together, whether their input
-is scaled, which fallbacks are known in advance, how routed experts are cut into slices and how often they are read, and
-the names of the tensors to read.
+The build loop follows a `BlockPlan` and decides nothing again: which groups are quantized together,
+whether their input is scaled, which fallbacks are known in advance, how routed experts are cut into
+slices and how often they are read, and the names of the tensors to read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from quantkit.plan.plan import Plan
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadRequest:
-    """Source tensors that are read together; `name` says which for people: "model.layers.3.mlp.experts.0:16"."""
+    """Source tensors that are read together; `name` says which for people:
+    "model.layers.3.mlp.experts.0:16".
+    """
 
     name: str
     tensors: tuple[str, ...]
@@ -50,8 +52,8 @@ class ExpertRange:
 class LinearPlan:
     """What happens to one linear.
 
-    `fallbacks` are those known before its weight is read; `stored_dtype` is that of a kept weight, None when it keeps its
-    values (FP8 blocks) or is quantized.
+    `fallbacks` are those known before its weight is read; `stored_dtype` is that of a kept weight,
+    None when it keeps its values (FP8 blocks) or is quantized.
     """
 
     decision: Decision
@@ -67,9 +69,9 @@ class LinearPlan:
 class GroupPlan:
     """Linears that read one input, of which at least one is quantized.
 
-    `readers` are the dense linears that are quantized, solved as one matrix per scheme, method and rounding; `others` the
-    dense linears that are kept; `scale_method` is the method that searches a scale for the input, None for an input that
-    keeps its scale.
+    `readers` are the dense linears that are quantized, solved as one matrix per scheme, method and
+    rounding; `others` the dense linears that are kept; `scale_method` is the method that searches a
+    scale for the input, None for an input that keeps its scale.
     """
 
     group: LinearGroup
@@ -87,10 +89,11 @@ class GroupPlan:
 class ExpertsPlan:
     """The routed experts of a block.
 
-    `scheme` is None when they are kept; `down_scale_method` is the method that searches a scale for the input of each down
-    projection; `needs_search` says that one scale for the input of all gate and up projections is searched, which takes
-    the statistics of every expert before any is quantized. `slices` do not depend on `memory:`; `slices_at_once` does:
-    it is how many are in memory at once (a wave), and changes no byte.
+    `scheme` is None when they are kept; `down_scale_method` is the method that searches a scale for
+    the input of each down projection; `needs_search` says that one scale for the input of all gate
+    and up projections is searched, which takes the statistics of every expert before any is
+    quantized. `slices` do not depend on `memory:`; `slices_at_once` does: it is how many are in
+    memory at once (a wave), and changes no byte.
     """
 
     experts: Experts
@@ -128,9 +131,10 @@ class ExpertsPlan:
 class BlockPlan:
     """What happens to one block.
 
-    `mode`: "drop" leaves it out; "store" quantizes or keeps its tensors without statistics, because no stream runs through
-    it; "run" moves the streams through it. `linears` has every linear of the block, routed experts included; `dense_reads`
-    are the requests for all tensors but those of routed experts.
+    `mode`: "drop" leaves it out; "store" quantizes or keeps its tensors without statistics, because
+    no stream runs through it; "run" moves the streams through it. `linears` has every linear of the
+    block, routed experts included; `dense_reads` are the requests for all tensors but those of
+    routed experts.
     """
 
     block: Block
@@ -143,7 +147,9 @@ class BlockPlan:
 
     @property
     def expert_group(self) -> GroupPlan | None:
-        """The group whose input the routed experts read; None when none of its readers is quantized."""
+        """The group whose input the routed experts read; None when none of its readers is
+        quantized.
+        """
         return next((group for group in self.groups.values() if group.group.routed_experts), None)
 
     def iterate_reads(self, searched: int = 0, quantized: int = 0) -> Iterator[ReadRequest]:
@@ -174,7 +180,8 @@ class BlockPlan:
             sizes, plan = [len(part) for part in self.experts.slices], self.experts
             passes = "twice" if plan.needs_search and not plan.is_one_wave else "once"
             lines.append(
-                f"  experts {plan.experts.module}: {sum(sizes)} in {len(sizes)} slices of {max(sizes)}, "
+                f"  experts {plan.experts.module}: {sum(sizes)} in {len(sizes)} slices of "
+                f"{max(sizes)}, "
                 f"{plan.slices_at_once} slices in memory at once, read {passes}"
             )
         for name, linear in self.linears.items():
@@ -189,7 +196,9 @@ def get_rescale(method: str | None) -> Rescale | None:
 
 
 def plan_blocks(plans: Sequence[Plan]) -> tuple[BlockPlan, ...]:
-    """Plan every block of a model for a build that the plans share; they differ in their format alone."""
+    """Plan every block of a model for a build that the plans share; they differ in their format
+    alone.
+    """
     dtypes = {spec.name: spec.dtype for shard in plans[0].shards for spec in shard.tensors}
     return tuple(plan_block(plans, block, dtypes) for block in plans[0].layout.blocks)
 
@@ -221,7 +230,9 @@ def plan_block(plans: Sequence[Plan], block: Block, dtypes: Mapping[str, str]) -
 
 
 def block_mode(plan: Plan, block: Block) -> Literal["drop", "store", "run"]:
-    """Return what happens to a block: no stream runs through an MTP block, nor any block of a recipe that neither calibrates nor measures."""
+    """Return what happens to a block: no stream runs through an MTP block, nor any block of a
+    recipe that neither calibrates nor measures.
+    """
     if plan.decisions[block.linears[0].name].action == "drop":
         return "drop"
     return "store" if block.kind == "mtp" or not plan.needs_forward else "run"
@@ -230,7 +241,9 @@ def block_mode(plan: Plan, block: Block) -> Literal["drop", "store", "run"]:
 def plan_group(
     block: Block, group: LinearGroup, decisions: Mapping[str, Decision], is_held: bool
 ) -> GroupPlan:
-    """Plan a group; `is_held`: some format keeps FP8 bits that a scale of its input would change."""
+    """Plan a group; `is_held`: some format keeps FP8 bits that a scale of its input would
+    change.
+    """
     readers = tuple(name for name in group.readers if decisions[name].action == "quantize")
     others = tuple(name for name in group.readers if name not in readers)
     method = None if is_held else find_scale_method(block, group, decisions)
@@ -240,7 +253,9 @@ def plan_group(
 def find_scale_method(
     block: Block, group: LinearGroup, decisions: Mapping[str, Decision]
 ) -> str | None:
-    """Return the one method of a group's quantized readers, experts included, if it searches scales."""
+    """Return the one method of a group's quantized readers, experts included, if it searches
+    scales.
+    """
     if find_rescale(block, group, decisions) is None:
         return None
     experts = block.experts
@@ -296,9 +311,11 @@ def known_fallbacks(block: Block, decision: Decision, held: frozenset[str]) -> t
 
 
 def dense_reads(block: Block, mode: str) -> tuple[ReadRequest, ...]:
-    """Return the requests for everything but routed experts: one, or one per tensor where nothing runs the block.
+    """Return the requests for everything but routed experts: one, or one per tensor where nothing
+    runs the block.
 
-    An MTP block carries an embedding and a head as large as the model's own, so its tensors come one by one.
+    An MTP block carries an embedding and a head as large as the model's own, so its tensors come
+    one by one.
     """
     linears = [linear for linear in block.linears if linear.role != "routed_expert"]
     weights = [f"{linear.name}.weight" for linear in linears]
@@ -316,7 +333,9 @@ def embedding_read(plan: Plan) -> ReadRequest:
 
 
 def final_read(plan: Plan) -> ReadRequest:
-    """Return the request for the final norm and the head, which the build reads after the blocks."""
+    """Return the request for the final norm and the head, which the build reads after the
+    blocks.
+    """
     head = (f"{plan.layout.head.name}.weight",) if plan.layout.head else ()
     norm = tuple(spec.name for spec in plan.layout.final_tensors)
     return ReadRequest(name=plan.layout.final_norm.name, tensors=(*norm, *head))

@@ -1,4 +1,6 @@
-"""What the steps of the build loop share: the build, the block in progress, and the state that changes on the way."""
+"""What the steps of the build loop share: the build, the block in progress, and the state that
+changes on the way.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ Reads = ScheduledReads[ReadRequest, dict[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class BuildContext:
-    """What stays the same for every block of a build; writers and reads are its only ties to the disk."""
+    """What stays the same for every block of a build; writers and reads are its only ties to the
+    disk.
+    """
 
     plan: Plan
     model: MetaModel
@@ -53,7 +57,9 @@ class BuildContext:
         return {name: x.to(self.device).float() for name, x in self.reads.take(request).items()}
 
     def write_kept(self, name: str, tensor: Tensor) -> Tensor:
-        """Store a tensor that is not quantized, in the dtype that each plan gives it; return what the first stored."""
+        """Store a tensor that is not quantized, in the dtype that each plan gives it; return what
+        the first stored.
+        """
         stored = []
         for writer, output in zip(self.writers, self.formats, strict=True):
             dtype = writer.spec(name).dtype
@@ -67,11 +73,14 @@ class BuildContext:
     def _copy_fp8_blocks(
         self, name: str, tensor: Tensor, writer: ArtifactWriter, output: Format
     ) -> Tensor:
-        """Copy the FP8 blocks of `name` bit for bit; NumericsError unless they hold the values of `tensor`."""
+        """Copy the FP8 blocks of `name` bit for bit; NumericsError unless they hold the values of
+        `tensor`.
+        """
         blocks = self.source.blocks(name)
         if not torch.equal(blocks.values.to(tensor), tensor):
             raise NumericsError(
-                f"{name}: expected the source's values, because its FP8 blocks are kept, found others: its input or "
+                f"{name}: expected the source's values, because its FP8 blocks are kept, found "
+                f"others: its input or "
                 "its rows were rescaled; decide.touches_fp8 lacks a group"
             )
         scale_name = f"{name.removesuffix('weight')}{output.fp8_scale}"
@@ -83,9 +92,10 @@ class BuildContext:
 class ExpertPassState:
     """How far the passes over a block's experts are: mutable, and what a wave checkpoint saves.
 
-    `searched`, `quantized`: experts that each pass has finished; `held`: slices and statistics that the search pass keeps
-    in memory for the quantize pass, when all fit; `errors`: [candidates, experts] of each candidate scale, a part per
-    slice; `sample`, `scaled_sample`: the sample's routed output [tokens, hidden] by original and by scaled weights.
+    `searched`, `quantized`: experts that each pass has finished; `held`: slices and statistics that
+    the search pass keeps in memory for the quantize pass, when all fit; `errors`: [candidates,
+    experts] of each candidate scale, a part per slice; `sample`, `scaled_sample`: the sample's
+    routed output [tokens, hidden] by original and by scaled weights.
     """
 
     searched: int = 0
@@ -100,9 +110,9 @@ class ExpertPassState:
 class BlockState:
     """What changes while a block is built: mutable.
 
-    `record` is filled in step by step. `targets` are the files of the hidden states after the block. Those in `saved` are
-    named by a wave checkpoint and must stay as they are: the next wave writes a new file, which replaces them in
-    `targets`.
+    `record` is filled in step by step. `targets` are the files of the hidden states after the
+    block. Those in `saved` are named by a wave checkpoint and must stay as they are: the next wave
+    writes a new file, which replaces them in `targets`.
     """
 
     record: BlockRecord

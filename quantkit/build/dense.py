@@ -1,4 +1,6 @@
-"""The dense part of a block, everything but its routed experts: calibrate, scale, check, quantize, move the streams."""
+"""The dense part of a block, everything but its routed experts: calibrate, scale, check, quantize,
+move the streams.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +33,18 @@ Tensors = Mapping[str, Tensor]
 
 
 SAMPLE_TOKENS = 512
-"""Calibration tokens that show whether scaling changed anything; a longer sequence is used whole."""
+"""Calibration tokens that show whether scaling changed anything; a longer sequence is used
+whole.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingCheckSample:
-    """The first calibration sequences at a block, run in the precision of the figures, not in that of calibration.
+    """The first calibration sequences at a block, run in the precision of the figures, not in that
+    of calibration.
 
-    rows [tokens, hidden] go in, `out` comes out without routed experts; `routed` is the router's output for them.
+    rows [tokens, hidden] go in, `out` comes out without routed experts; `routed` is the router's
+    output for them.
     """
 
     rows: Tensor
@@ -51,8 +57,8 @@ class ScalingCheckSample:
 class BlockCalibration:
     """Statistics and routing of the calibration stream at a block, before its experts run.
 
-    `original` is the routing of the same text in the original model, None where that does not run; `sample` is None where
-    nothing can be scaled.
+    `original` is the routing of the same text in the original model, None where that does not run;
+    `sample` is None where nothing can be scaled.
     """
 
     stats: Mapping[str, InputStats]  # by group name
@@ -64,10 +70,11 @@ class BlockCalibration:
 
 @dataclass(frozen=True, kw_only=True)
 class ScaledBlock:
-    """Dense tensors of a block (float32, full names) after scaling, with the statistics that go with them.
+    """Dense tensors of a block (float32, full names) after scaling, with the statistics that go
+    with them.
 
-    `rescaled` are the names of the scaled groups; `expert_scale` [hidden] multiplies gate and up of the routed experts;
-    `expert_inputs` [tokens, hidden] is the sample at the experts after scaling.
+    `rescaled` are the names of the scaled groups; `expert_scale` [hidden] multiplies gate and up of
+    the routed experts; `expert_inputs` [tokens, hidden] is the sample at the experts after scaling.
     """
 
     tensors: Tensors
@@ -80,8 +87,8 @@ class ScaledBlock:
 class GramAccumulator:
     """Mutable sums of the statistics of one group input, of `width` channels.
 
-    `crossed`: with the original model's inputs, for the cross statistics; `stream`: the channels of the stream that the
-    group's output is added to, for the residual statistics.
+    `crossed`: with the original model's inputs, for the cross statistics; `stream`: the channels of
+    the stream that the group's output is added to, for the residual statistics.
     """
 
     def __init__(
@@ -94,7 +101,9 @@ class GramAccumulator:
         self.tokens = 0
 
     def add(self, rows: Tensor, original: Tensor | None = None, gap: Tensor | None = None) -> None:
-        """Add tokens [n, in], the original model's inputs in their place [n, in], and the stream's gap [n, stream]."""
+        """Add tokens [n, in], the original model's inputs in their place [n, in], and the stream's
+        gap [n, stream].
+        """
         grams.accumulate_gram(self.gram, self.abs_sum, rows)
         if self.cross is not None and original is not None:
             grams.accumulate_cross(self.cross, rows, original)
@@ -112,7 +121,9 @@ class GramAccumulator:
 
 
 def run_reference(context: BlockContext, layer: nn.Module, tap: ExpertTap | None) -> Routing | None:
-    """Move the reference stream, if there is one, through the original dense part; return its routing."""
+    """Move the reference stream, if there is one, through the original dense part; return its
+    routing.
+    """
     stream = context.streams.get("reference")
     if stream is None:
         return None
@@ -123,19 +134,23 @@ def run_reference(context: BlockContext, layer: nn.Module, tap: ExpertTap | None
 def run_sample(
     context: BlockContext, layer: nn.Module, tap: ExpertTap | None
 ) -> ScalingCheckSample | None:
-    """Run the original dense part over the first calibration sequences; None where no scaling has to be checked."""
+    """Run the original dense part over the first calibration sequences; None where no scaling has
+    to be checked.
+    """
     if not context.plan.may_scale:
         return None
     stream = context.streams["calibration"]
     longest = stream.batches[0].lengths
     lengths = longest[: max(1, SAMPLE_TOKENS // longest[0])]
     rows = stream.hidden.read(0, sum(lengths))
-    out, valid = run(context.build.model, layer, rows, lengths)
+    out, valid = run_layer(context.build.model, layer, rows, lengths)
     return ScalingCheckSample(rows=rows, lengths=lengths, out=out, routed=router_output(tap, valid))
 
 
 def router_output(tap: ExpertTap | None, valid: Tensor) -> RouterOutput | None:
-    """Return the tap's last router output without padding; None where there are no routed experts."""
+    """Return the tap's last router output without padding; None where there are no routed
+    experts.
+    """
     if tap is None or tap.last is None:
         return None
     last = tap.last
@@ -149,23 +164,24 @@ def strip_padding(x: Tensor, valid: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])[valid]
 
 
-# -------------------------------------------------------------------------------------------------------- calibration
+# -------------------------------------------------------------------------------------- calibration
 
 
 def calibrate_dense(
     context: BlockContext, tensors: Tensors, sample: ScalingCheckSample | None
 ) -> BlockCalibration:
-    """Run the original dense part over the calibration stream and sum the grams of the groups to be quantized.
+    """Run the original dense part over the calibration stream and sum the grams of the groups to be
+    quantized.
 
     With `propagate: both` the same text in the original model runs next to it, batch by batch.
     """
     stream, original = context.streams["calibration"], context.streams.get("original")
     block, model = context.plan.block, context.build.calibration_model
     groups = {name: group.group for name, group in context.plan.groups.items()}
-    layer, tap = decoder_layer(model, block, tensors)
+    layer, tap = make_decoder_layer(model, block, tensors)
     sums = make_accumulators(context.plan, stream, model.device, original is not None)
     routings, original_routings = list[Routing](), list[Routing]()
-    with observing(layer, observed_modules(context.plan, original is not None)) as inputs:
+    with observe_inputs(layer, observed_modules(context.plan, original is not None)) as inputs:
         for batch in stream.batches:
             original_inputs: dict[str, Tensor] = {}
             if original is not None:
@@ -183,7 +199,9 @@ def calibrate_dense(
             for name, total in sums.items():
                 norm, gap = groups[name].adds_to, None
                 if norm and original_inputs:
-                    gap = residual_gap(original_inputs[norm], strip_padding(inputs[norm], valid))
+                    gap = compute_residual_gap(
+                        original_inputs[norm], strip_padding(inputs[norm], valid)
+                    )
                 total.add(strip_padding(inputs[name], valid), original_inputs.get(name), gap)
     count = block.experts.count if block.experts else 0
     joined = Routing.joined(routings)
@@ -213,20 +231,24 @@ def make_accumulators(
 
 
 def observed_modules(plan: BlockPlan, crossed: bool) -> dict[str, str]:
-    """Return the modules of the layer whose inputs are observed: of each group, and with `crossed` of norms after it."""
+    """Return the modules of the layer whose inputs are observed: of each group, and with `crossed`
+    of norms after it.
+    """
     groups = {name: group.group for name, group in plan.groups.items()}
-    modules = {name: relative(plan.block, group.readers[0]) for name, group in groups.items()}
+    modules = {name: get_layer_name(plan.block, group.readers[0]) for name, group in groups.items()}
     if crossed:
         norms = [group.adds_to for group in groups.values() if group.adds_to]
-        modules |= {norm: relative(plan.block, norm) for norm in norms}
+        modules |= {norm: get_layer_name(plan.block, norm) for norm in norms}
     return modules
 
 
-# ------------------------------------------------------------------------------------------------------------ scaling
+# ------------------------------------------------------------------------------------------ scaling
 
 
 def candidate_scales(group: GroupPlan, calibration: BlockCalibration, tensors: Tensors) -> Tensor:
-    """Return the candidate scales [candidates, in] of a group's input; the group has a scale search."""
+    """Return the candidate scales [candidates, in] of a group's input; the group has a scale
+    search.
+    """
     absorber, rescale, stats = group.group.absorber, group.rescale, calibration.stats
     assert absorber is not None and rescale is not None  # the caller has checked
     is_norm = tensors[f"{absorber.module}.weight"].dim() == 1
@@ -238,7 +260,9 @@ def candidate_scales(group: GroupPlan, calibration: BlockCalibration, tensors: T
 def batch_by_shape(
     context: BlockContext, group: LinearGroup, tensors: Tensors
 ) -> list[tuple[Tensor, Scheme | None]]:
-    """Stack the weights of a group's dense readers, kept ones included: those of one shape and scheme as one batch."""
+    """Stack the weights of a group's dense readers, kept ones included: those of one shape and
+    scheme as one batch.
+    """
     batches: dict[tuple[torch.Size, Scheme | None], list[Tensor]] = {}
     for reader in group.readers:
         weight = tensors[f"{reader}.weight"]
@@ -257,7 +281,8 @@ def scale_groups(
 ) -> ScaledBlock:
     """Choose a scale per group and fold it into the tensors.
 
-    `expert_errors` [candidates, experts]: the part of the routed experts in the error of each candidate.
+    `expert_errors` [candidates, experts]: the part of the routed experts in the error of each
+    candidate.
     """
     changed, stats, rescaled, expert_scale = (
         dict(tensors),
@@ -292,10 +317,12 @@ def scale_groups(
 def check_scaling(
     context: BlockContext, scaled: ScaledBlock, sample: ScalingCheckSample
 ) -> ScaledBlock:
-    """Check that the scaled dense part gives the original's output; add the experts' inputs of the sample."""
+    """Check that the scaled dense part gives the original's output; add the experts' inputs of the
+    sample.
+    """
     model, block, record = context.build.model, context.plan.block, context.state.record
-    layer, tap = decoder_layer(model, block, scaled.tensors)
-    out, valid = run(model, layer, sample.rows, sample.lengths)
+    layer, tap = make_decoder_layer(model, block, scaled.tensors)
+    out, valid = run_layer(model, layer, sample.rows, sample.lengths)
     part = "the block's output without its experts" if tap else "the block's output"
     change = scaling.check_unchanged(block.name, part, sample.out, out, context.tolerance)
     record.fold_change = max(record.fold_change, change)
@@ -312,11 +339,13 @@ def check_scaling(
     return replace(scaled, expert_inputs=routed.hidden)
 
 
-# ------------------------------------------------------------------------------------------------------- quantization
+# ------------------------------------------------------------------------------------- quantization
 
 
 def quantize_dense(context: BlockContext, scaled: ScaledBlock) -> dict[str, Tensor]:
-    """Quantize and write everything but the routed experts; return the weights as stored, float32, by full name."""
+    """Quantize and write everything but the routed experts; return the weights as stored, float32,
+    by full name.
+    """
     groups = {reader: group for group in context.plan.groups.values() for reader in group.readers}
     stored, waiting = dict[str, Tensor](), dict[str, QuantizedLinear]()
     for name, tensor in scaled.tensors.items():
@@ -336,7 +365,9 @@ def quantize_dense(context: BlockContext, scaled: ScaledBlock) -> dict[str, Tens
 def quantize_readers(
     context: BlockContext, scaled: ScaledBlock, linear: str, group: GroupPlan | None
 ) -> dict[str, QuantizedLinear]:
-    """Quantize a linear with the others of its group whose tensors are present; return them by the names of weights."""
+    """Quantize a linear with the others of its group whose tensors are present; return them by the
+    names of weights.
+    """
     name = group.group.name if group else ""
     stats = scaled.stats.get(name)
     readers = group.readers if group else (linear,)
@@ -368,7 +399,7 @@ def run_stored_block(context: BlockContext, stored: Tensors) -> dict[StreamName,
         models["calibration"] = context.build.calibration_model
     routings: dict[StreamName, Routing | None] = {}
     for name, model in models.items():
-        layer, tap = decoder_layer(model, context.plan.block, stored)
+        layer, tap = make_decoder_layer(model, context.plan.block, stored)
         stream, target = context.streams[name], context.state.targets[name]
         routings[name] = run_stream(model, layer, tap, stream, target, stream.expert_inputs)
     return routings

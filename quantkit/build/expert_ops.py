@@ -1,9 +1,9 @@
 """Routed experts in slices: pure functions of weights, statistics and tokens.
 
-Nothing here reads or writes a file of its own, keeps a journal or knows a model. A slice is a fixed range of experts
-(`plan.memory.slice_size`), so batched operations have the same shapes whatever the memory budget and the number of
-devices. Sums over tokens are formed chunk by chunk, sums over experts in ascending order: neither the budget nor the
-number of threads or workers changes a bit.
+Nothing here reads or writes a file of its own, keeps a journal or knows a model. A slice is a fixed
+range of experts (`plan.memory.slice_size`), so batched operations have the same shapes whatever the
+memory budget and the number of devices. Sums over tokens are formed chunk by chunk, sums over
+experts in ascending order: neither the budget nor the number of threads or workers changes a bit.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ Activation = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertSlice:
-    """Weights of experts first .. first + n - 1: gate and up [n, intermediate, hidden], down [n, hidden, intermediate].
-    """  # fmt: skip
+    """Weights of experts first .. first + n - 1: gate and up [n, intermediate, hidden], down [n,
+    hidden, intermediate].
+    """
 
     first: int
     gate: Tensor
@@ -50,7 +51,8 @@ class SliceStats:
 class RoutedTokens:
     """Consecutive tokens and the router's decision: hidden [n, hidden]; index, weight [n, k].
 
-    `first` is the row of the first token; `original` [n, hidden] is what the original model has in place of `hidden`.
+    `first` is the row of the first token; `original` [n, hidden] is what the original model has in
+    place of `hidden`.
     """
 
     first: int
@@ -66,7 +68,9 @@ class RoutedTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class RoutedStream:
-    """Iterable over the tokens of a stream, in chunks of fixed size; each iteration reads the file once more."""
+    """Iterable over the tokens of a stream, in chunks of fixed size; each iteration reads the file
+    once more.
+    """
 
     routing: Routing
     device: torch.device
@@ -84,19 +88,25 @@ class RoutedStream:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertOutput:
-    """What one expert adds to a chunk of tokens: `values` [n, hidden] at `rows` [n] of the chunk."""
+    """What one expert adds to a chunk of tokens: `values` [n, hidden] at `rows` [n] of the
+    chunk.
+    """
 
     rows: Tensor
     values: Tensor
 
 
 def expert_hidden(x: Tensor, experts: ExpertSlice, e: int, activation: Activation) -> Tensor:
-    """act(gate x) * up x of expert number `e` of the slice: [tokens, hidden] -> [tokens, intermediate]."""
+    """act(gate x) * up x of expert number `e` of the slice: [tokens, hidden] -> [tokens,
+    intermediate].
+    """
     return activation(x @ experts.gate[e].T) * (x @ experts.up[e].T)
 
 
 class _StatsAccumulator:
-    """Mutable sums of one slice's statistics. `common`: all its experts use all tokens, so their input has one gram."""
+    """Mutable sums of one slice's statistics. `common`: all its experts use all tokens, so their
+    input has one gram.
+    """
 
     def __init__(
         self, experts: ExpertSlice, all_tokens: frozenset[int], has_original: bool
@@ -173,12 +183,13 @@ def collect_stats(
     all_tokens: frozenset[int],
     has_original: bool = False,
 ) -> tuple[SliceStats, ...]:
-    """Return the statistics of each slice's inputs over the tokens that the router sends to its experts.
+    """Return the statistics of each slice's inputs over the tokens that the router sends to its
+    experts.
 
-    Slices do not depend on each other; they share one pass over the tokens to save reads. Experts in `all_tokens` use every
-    token; if that is every expert of a slice, `into` is batched [1, in, in]. With `has_original` the tokens carry the
-    original model's inputs, for the cross statistics: routed as here, so that an expert learns what its own tokens would
-    have been.
+    Slices do not depend on each other; they share one pass over the tokens to save reads. Experts
+    in `all_tokens` use every token; if that is every expert of a slice, `into` is batched [1, in,
+    in]. With `has_original` the tokens carry the original model's inputs, for the cross statistics:
+    routed as here, so that an expert learns what its own tokens would have been.
     """
     sums = [_StatsAccumulator(experts, all_tokens, has_original) for experts in slices]
     for chunk in tokens:
@@ -190,7 +201,9 @@ def collect_stats(
 def candidate_errors(
     experts: ExpertSlice, stats: SliceStats, scales: Tensor, rescale: Rescale, scheme: Scheme | None
 ) -> Tensor:
-    """Return the error [candidates, n] of gate and up for each candidate scale [candidates, hidden] of their input."""
+    """Return the error [candidates, n] of gate and up for each candidate scale [candidates, hidden]
+    of their input.
+    """
     gate = scaling.compute_scale_errors(rescale, experts.gate, stats.into.gram, scales, scheme)
     return gate + scaling.compute_scale_errors(rescale, experts.up, stats.into.gram, scales, scheme)
 
@@ -200,7 +213,8 @@ def expert_outputs(
 ) -> tuple[ExpertOutput, ...]:
     """Return the weighted outputs of a slice's experts for tokens, in ascending order of experts.
 
-    They are added one expert at a time: a sum over the slice would round differently with other slices.
+    They are added one expert at a time: a sum over the slice would round differently with other
+    slices.
     """
     outputs = []
     for e in range(len(experts)):

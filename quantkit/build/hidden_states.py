@@ -1,8 +1,8 @@
 """Streams: token sequences and their hidden states, on disk between blocks.
 
-Three streams run: `calibration` (for statistics), `reference` (original weights) and `quantized` (stored weights); with
-`propagate: both` also `original`, the calibration text under original weights. A stream is a flat array of tokens,
-sequence after sequence, without padding.
+Three streams run: `calibration` (for statistics), `reference` (original weights) and `quantized`
+(stored weights); with `propagate: both` also `original`, the calibration text under original
+weights. A stream is a flat array of tokens, sequence after sequence, without padding.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ class Routing:
 class Stream:
     """Tokens and the files of their hidden states [tokens, hidden].
 
-    `expert_inputs` are the inputs of the current block's routed experts; `calibration_inputs` are the same from the block's
-    original weights (calibration stream only): statistics need them after `expert_inputs` come from stored weights.
+    `expert_inputs` are the inputs of the current block's routed experts; `calibration_inputs` are
+    the same from the block's original weights (calibration stream only): statistics need them after
+    `expert_inputs` come from stored weights.
     """
 
     name: StreamName
@@ -93,7 +94,9 @@ class Stream:
 
 
 def cut_batches(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> tuple[Batch, ...]:
-    """Cut sequences, in order, into batches of at most `limit` padded tokens; a longer sequence is a batch of its own."""
+    """Cut sequences, in order, into batches of at most `limit` padded tokens; a longer sequence is
+    a batch of its own.
+    """
     cut: list[Batch] = []
     first, held = 0, list[int]()
     for length in lengths:
@@ -134,7 +137,8 @@ def open_stream(
     routed: bool,
     dtype: SpoolDtype,
 ) -> Stream:
-    """Embed a text's tokens with `embedding` [vocabulary, hidden], longest sequence first, then `solutions`.
+    """Embed a text's tokens with `embedding` [vocabulary, hidden], longest sequence first, then
+    `solutions`.
 
     Raises CheckpointError for a token that the embedding does not have.
     """
@@ -142,8 +146,10 @@ def open_stream(
     ids = tokens.ids
     if len(ids) and int(ids.max()) >= len(embedding):
         raise CheckpointError(
-            f"tokenizer: expected token ids below {len(embedding)}, the rows of the embedding, found {int(ids.max())}; "
-            "the tokenizer belongs to another model; copy this model's tokenizer files into the folder"
+            f"tokenizer: expected token ids below {len(embedding)}, the rows of the embedding, "
+            f"found {int(ids.max())}; "
+            "the tokenizer belongs to another model; copy this model's tokenizer files into the "
+            "folder"
         )
     hidden = Spool.create(folder / f"{name}.0", len(ids), width, dtype)
     for first, stop in iterate_chunks(len(ids)):
@@ -160,7 +166,9 @@ def reopen_stream(
     routed: bool,
     dtype: SpoolDtype,
 ) -> Stream:
-    """Return the stream of an interrupted build, with its states [tokens, width] in the file `path`."""
+    """Return the stream of an interrupted build, with its states [tokens, width] in the file
+    `path`.
+    """
     tokens = order_tokens(text, solutions)
     return make_stream(
         name, text, tokens, path.parent, Spool.open(path, len(tokens.ids), width, dtype), routed
@@ -177,7 +185,9 @@ def order_tokens(text: Tokens, solutions: Tokens | None) -> Tokens:
 def make_stream(
     name: StreamName, text: Tokens, tokens: Tokens, folder: Path, hidden: Spool, routed: bool
 ) -> Stream:
-    """Return a stream at `hidden`, with files for the inputs of routed experts if the model has some."""
+    """Return a stream at `hidden`, with files for the inputs of routed experts if the model has
+    some.
+    """
     names = ["seen", "learned"] if name == "calibration" else ["seen"]
     dtype = spool_dtype(hidden.dtype)
     spools = [
@@ -208,10 +218,10 @@ def run_batch(
 ) -> tuple[Tensor, Routing | None]:
     """Run a layer without its routed experts over one batch of a stream, into `target`.
 
-    Returns which padded positions [sequences * longest] are tokens, and the router's output; the inputs of the experts are
-    written to `expert_inputs`.
+    Returns which padded positions [sequences * longest] are tokens, and the router's output; the
+    inputs of the experts are written to `expert_inputs`.
     """
-    out, valid = run(model, layer, stream.hidden.read(batch.first, batch.stop), batch.lengths)
+    out, valid = run_layer(model, layer, stream.hidden.read(batch.first, batch.stop), batch.lengths)
     target.write(batch.first, out)
     if tap is None or tap.last is None or expert_inputs is None:
         return valid, None
@@ -231,7 +241,9 @@ def run_stream(
     target: Spool,
     expert_inputs: Spool | None,
 ) -> Routing | None:
-    """Run a layer without its routed experts over a whole stream, into `target`; return the routing."""
+    """Run a layer without its routed experts over a whole stream, into `target`; return the
+    routing.
+    """
     routings = [
         run_batch(model, layer, tap, stream, batch, target, expert_inputs)[1]
         for batch in stream.batches
@@ -240,7 +252,9 @@ def run_stream(
 
 
 def create_target(stream: Stream, block: str, mark: str = "") -> Spool:
-    """Create the file of a stream's states after a block; `mark` distinguishes files of the same block."""
+    """Create the file of a stream's states after a block; `mark` distinguishes files of the same
+    block.
+    """
     dtype = spool_dtype(stream.hidden.dtype)
     return Spool.create(
         stream.folder / f"{stream.name}.{block}{mark}", stream.rows, stream.hidden.width, dtype
@@ -253,5 +267,7 @@ def spool_dtype(dtype: torch.dtype) -> SpoolDtype:
 
 
 def move_stream(stream: Stream, target: Spool) -> Stream:
-    """Return the stream after the block; the states before it stay until the journal no longer needs them."""
+    """Return the stream after the block; the states before it stay until the journal no longer
+    needs them.
+    """
     return replace(stream, hidden=target)

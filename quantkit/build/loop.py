@@ -1,7 +1,8 @@
 """The build loop: block by block, a table of contents.
 
-For each block: run the original weights to gather statistics, choose and fold scales, quantize and write, and move the streams
-of hidden states through the weights as stored. The steps are in `dense` and `moe`, the plan of each block in `block_plan`.
+For each block: run the original weights to gather statistics, choose and fold scales, quantize and
+write, and move the streams of hidden states through the weights as stored. The steps are in `dense`
+and `moe`, the plan of each block in `block_plan`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ from quantkit.progress import Progress, ProgressCallback
 
 @dataclass(kw_only=True)
 class BuiltBlocks:
-    """The result of a build loop, which grows block by block: the streams after the last block, a record per block."""
+    """The result of a build loop, which grows block by block: the streams after the last block, a
+    record per block.
+    """
 
     streams: Streams
     blocks: list[BlockRecord] = field(default_factory=list)
@@ -52,7 +55,9 @@ class BuiltBlocks:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildPrecision:
-    """Where the build computes: `dtype` of the streams for figures, `calibration` of the calibration stream."""
+    """Where the build computes: `dtype` of the streams for figures, `calibration` of the
+    calibration stream.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -70,10 +75,12 @@ def build_blocks(
     progress: BuildProgress | None = None,
     executor: Executor | None = None,
 ) -> BuiltBlocks:
-    """Quantize a model into the writer of each plan, with hidden states in `folder`; return the streams for the figures.
+    """Quantize a model into the writer of each plan, with hidden states in `folder`; return the
+    streams for the figures.
 
-    The plans differ in their format alone. `progress` says what an interrupted build has finished, and records each further
-    step. Raises CheckpointError for weights that cannot be used and NumericsError when scaling changes a block's output.
+    The plans differ in their format alone. `progress` says what an interrupted build has finished,
+    and records each further step. Raises CheckpointError for weights that cannot be used and
+    NumericsError when scaling changes a block's output.
     """
     progress, block_plans = progress or BuildProgress(), plan_blocks(plans)
     total = len(block_plans)
@@ -118,7 +125,9 @@ def build_block(
 
 
 def quantize_block(context: BlockContext) -> None:
-    """Gather statistics, scale, quantize, and move the streams; continue after the last checkpoint of the block."""
+    """Gather statistics, scale, quantize, and move the streams; continue after the last checkpoint
+    of the block.
+    """
     plan, record = context.plan, context.state.record
     (request,) = plan.dense_reads
     tensors = context.build.read(request)
@@ -143,7 +152,9 @@ def quantize_block(context: BlockContext) -> None:
 
 
 def store_block(context: BlockContext) -> None:
-    """Quantize and write a block that no stream runs through; methods that need statistics give way to rounding."""
+    """Quantize and write a block that no stream runs through; methods that need statistics give way
+    to rounding.
+    """
     for request in context.plan.dense_reads:
         tensors = context.build.read(request)
         dense.quantize_dense(context, ScaledBlock(tensors=tensors, stats={}, rescaled=frozenset()))
@@ -190,7 +201,9 @@ def make_context(
 def schedule_reads(
     plan: Plan, blocks: Sequence[BlockPlan], progress: BuildProgress
 ) -> list[ReadRequest]:
-    """Return the expected order of reads after the finished steps. It decides what is read ahead, nothing else."""
+    """Return the expected order of reads after the finished steps. It decides what is read ahead,
+    nothing else.
+    """
     wave = progress.wave
     steps = [[embedding_read(plan)]]
     for block in blocks:

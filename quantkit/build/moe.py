@@ -1,12 +1,13 @@
 """The passes over the routed experts of a block, a wave of slices at a time.
 
-The quantize pass reads each slice, gathers its statistics, quantizes it and moves the streams on. Where one scale is searched
-for the input of all experts (AWQ), a search pass comes first, because the error of a candidate is summed over all of
-them: it gathers statistics and errors, and keeps the slices if all fit into memory; otherwise the quantize pass reads them
-once more. Either pass continues after the experts that an interrupted build has finished.
+The quantize pass reads each slice, gathers its statistics, quantizes it and moves the streams on.
+Where one scale is searched for the input of all experts (AWQ), a search pass comes first, because
+the error of a candidate is summed over all of them: it gathers statistics and errors, and keeps the
+slices if all fit into memory; otherwise the quantize pass reads them once more. Either pass
+continues after the experts that an interrupted build has finished.
 
-The pure functions of `expert_ops` and `quantize_experts` run on the executor. What is below reads, reduces their results
-in ascending order of experts, writes, and saves checkpoints.
+The pure functions of `expert_ops` and `quantize_experts` run on the executor. What is below reads,
+reduces their results in ascending order of experts, writes, and saves checkpoints.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def search_scales_pass(
     reference: Routing | None,
     state: ExpertPassState,
 ) -> None:
-    """Sum the errors of candidate scales over all experts, in `state`; nothing where no scale is searched."""
+    """Sum the errors of candidate scales over all experts, in `state`; nothing where no scale is
+    searched.
+    """
     plan = context.plan.experts
     if plan is None or not plan.needs_search:
         return
@@ -78,7 +81,9 @@ def quantize_pass(
     state: ExpertPassState,
     routings: Routings,
 ) -> None:
-    """Scale, quantize and write every expert, and move the streams through it; check that scaling changed nothing."""
+    """Scale, quantize and write every expert, and move the streams through it; check that scaling
+    changed nothing.
+    """
     plan = context.plan.experts
     if plan is None:
         return
@@ -119,7 +124,7 @@ def store_experts(context: BlockContext) -> None:
         context.report_share(wave[-1].stop / plan.experts.count)
 
 
-# ---------------------------------------------------------------------------------------------- the steps of a pass
+# ------------------------------------------------------------------------------ the steps of a pass
 
 
 def read_wave(context: BlockContext, wave: Sequence[ExpertRange]) -> list[ExpertSlice]:
@@ -152,7 +157,9 @@ def iterate_tasks(
     reference: Routing | None,
     state: ExpertPassState,
 ) -> Iterator[tuple[ExpertSlice, SliceStats | None]]:
-    """Yield the slices of a wave with their statistics, and let go of each: those held, or read and run first."""
+    """Yield the slices of a wave with their statistics, and let go of each: those held, or read and
+    run first.
+    """
     if state.held:
         tasks, state.held = state.held, []
     else:
@@ -172,7 +179,9 @@ def run_original_experts(
     reference: Routing | None,
     state: ExpertPassState,
 ) -> None:
-    """Move the streams that see original weights through slices, and the sample that shows what scaling changes."""
+    """Move the streams that see original weights through slices, and the sample that shows what
+    scaling changes.
+    """
     routings: dict[StreamName, Routing | None] = {"reference": reference} if reference else {}
     if calibration and calibration.original:
         routings["original"] = calibration.original
@@ -187,7 +196,9 @@ def run_original_experts(
 
 
 def sample_tokens(sample: ScalingCheckSample, hidden: Tensor | None = None) -> RouterOutput | None:
-    """Return the sample at the experts as the original router sent it, in float32, with `hidden` in its place if given."""
+    """Return the sample at the experts as the original router sent it, in float32, with `hidden` in
+    its place if given.
+    """
     if sample.routed is None:
         return None
     routed = sample.routed
@@ -198,7 +209,9 @@ def sample_tokens(sample: ScalingCheckSample, hidden: Tensor | None = None) -> R
 def collect_wave_stats(
     context: BlockContext, slices: Sequence[ExpertSlice], calibration: BlockCalibration | None
 ) -> list[SliceStats | None]:
-    """Gather the statistics of slices over the calibration stream; None each where there are none to gather."""
+    """Gather the statistics of slices over the calibration stream; None each where there are none
+    to gather.
+    """
     plan, executor = context.experts, context.build.executor
     if calibration is None or plan.scheme is None or calibration.routing is None:
         return [None] * len(slices)
@@ -236,7 +249,9 @@ def quantize_task(
 def write_result(
     context: BlockContext, result: ExpertResult, state: ExpertPassState | None = None
 ) -> ExpertSlice:
-    """Write a quantized slice, add its share to the sample's output, and return its weights as stored."""
+    """Write a quantized slice, add its share to the sample's output, and return its weights as
+    stored.
+    """
     for name, tensor in result.kept.items():
         context.write_kept(name, tensor)
     context.write(result.tensors, result.records)
@@ -249,7 +264,9 @@ def write_result(
 def add_expert_outputs(
     context: BlockContext, slices: Sequence[ExpertSlice], routings: Routings
 ) -> None:
-    """Add the outputs of slices to streams after the block; states that a checkpoint names stay as they are."""
+    """Add the outputs of slices to streams after the block; states that a checkpoint names stay as
+    they are.
+    """
     build, state = context.build, context.state
     for name, routing in routings.items():
         assert routing is not None  # only blocks with experts have slices
@@ -270,13 +287,15 @@ def add_expert_outputs(
             before.close()
 
 
-# ------------------------------------------------------------------------------------------- experts with few tokens
+# -------------------------------------------------------------------------- experts with few tokens
 
 
 def experts_using_all_tokens(
     context: BlockContext, calibration: BlockCalibration
 ) -> frozenset[int]:
-    """Return the experts whose grams are taken over all tokens: by recipe, or because the router sent too few."""
+    """Return the experts whose grams are taken over all tokens: by recipe, or because the router
+    sent too few.
+    """
     keys = context.build.plan.recipe.calibration
     if keys and keys.experts == "all":
         return frozenset(range(len(calibration.expert_tokens)))
@@ -285,7 +304,9 @@ def experts_using_all_tokens(
 
 
 def under_calibrated(context: BlockContext, calibration: BlockCalibration) -> frozenset[int]:
-    """Return the experts with fewer tokens than the recipe requires; none when every expert uses every token."""
+    """Return the experts with fewer tokens than the recipe requires; none when every expert uses
+    every token.
+    """
     keys = context.build.plan.recipe.calibration
     if keys is None or keys.experts == "all":
         return frozenset()

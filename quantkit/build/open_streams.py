@@ -1,4 +1,6 @@
-"""The start of a build: the embedding is stored, and the streams begin with it or continue from their files."""
+"""The start of a build: the embedding is stored, and the streams begin with it or continue from
+their files.
+"""
 
 from __future__ import annotations
 
@@ -74,8 +76,8 @@ def stored_dtypes(
 ) -> dict[StreamName, SpoolDtype]:
     """Return how each stream's states are stored.
 
-    In float32 with routed experts: slice after slice is added to the states, and rounding in between would make them depend
-    on how many slices share a pass.
+    In float32 with routed experts: slice after slice is added to the states, and rounding in
+    between would make them depend on how many slices share a pass.
     """
     if has_experts:
         return dict.fromkeys(texts, "float32")

@@ -1,8 +1,10 @@
-"""The progress of a build loop in the journal: finished steps, and finished waves of the block in progress.
+"""The progress of a build loop in the journal: finished steps, and finished waves of the block in
+progress.
 
-The steps are the embedding, each block, and the tensors after the last block. A step becomes one entry of the journal once
-its tensors and hidden states are synced; the states before it are removed afterwards. A long block adds an entry after a
-wave of its experts. An interrupted build continues after the last entry.
+The steps are the embedding, each block, and the tensors after the last block. A step becomes one
+entry of the journal once its tensors and hidden states are synced; the states before it are removed
+afterwards. A long block adds an entry after a wave of its experts. An interrupted build continues
+after the last entry.
 """
 
 from __future__ import annotations
@@ -23,9 +25,13 @@ from quantkit.io.journal import Entry, Journal
 STEP, WAVE = "step", "wave"
 
 MIN_SECONDS = 60.0
-"""Work that may be lost to an interruption; syncing gigabytes of states is not worth it for less."""
+"""Work that may be lost to an interruption; syncing gigabytes of states is not worth it for
+less.
+"""
 MIN_COST_RATIO = 20
-"""Seconds of work between two checkpoints, per second that the last one took: checkpoints cost 5 % at most."""
+"""Seconds of work between two checkpoints, per second that the last one took: checkpoints cost 5 %
+at most.
+"""
 
 
 @dataclass(kw_only=True)
@@ -61,9 +67,9 @@ class CompletedStep:
 class WaveCheckpoint:
     """A finished wave of the block after the first `steps` steps of a loop.
 
-    `searched`, `quantized`: experts that the two passes have finished; `states`: stream -> file, of the streams that the
-    passes have moved; `sums`: the file of the sums over experts; `modules`: the records of the quantized experts;
-    `stored`: what each writer added.
+    `searched`, `quantized`: experts that the two passes have finished; `states`: stream -> file, of
+    the streams that the passes have moved; `sums`: the file of the sums over experts; `modules`:
+    the records of the quantized experts; `stored`: what each writer added.
     """
 
     loop: int
@@ -86,7 +92,8 @@ _STEP, _WAVE = TypeAdapter(CompletedStep), TypeAdapter(WaveCheckpoint)
 
 @dataclass(frozen=True, kw_only=True)
 class BuildProgress:
-    """The finished steps and waves of one build loop, oldest first; the two lists grow as the build does.
+    """The finished steps and waves of one build loop, oldest first; the two lists grow as the build
+    does.
 
     Without a journal nothing outlives the process.
     """
@@ -171,14 +178,16 @@ class BuildProgress:
             self.journal.append(entry)
             self.steps.append(step)
             unused = (wave.files if wave else frozenset()) - frozenset(states.values())
-            remove(folder / name for name in unused)
+            remove_files(folder / name for name in unused)
         for hidden in old.values():
             hidden.delete()
 
     def record_wave(self, wave: WaveCheckpoint, folder: Path) -> None:
-        """Add a wave whose tensors and states are synced; remove the files that only the wave before it needs."""
+        """Add a wave whose tensors and states are synced; remove the files that only the wave
+        before it needs.
+        """
         before = self.files
         if self.journal is not None:
             self.journal.append({"kind": WAVE, "wave": _WAVE.dump_python(wave, mode="json")})
             self.waves.append(wave)
-            remove(folder / name for name in before - self.files)
+            remove_files(folder / name for name in before - self.files)

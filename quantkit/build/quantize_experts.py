@@ -29,9 +29,9 @@ UNDER_CALIBRATED = {"shared_gram": "shared-gram", "rtn": "rtn-too-few-tokens"}
 class ExpertSettings:
     """What holds for all experts of a block once its scales are chosen.
 
-    `input_scale` [hidden] multiplies the input channels of gate and up; `under_calibrated` are the experts with too few
-    tokens, which `policy` of the recipe decides over; `sample`: tokens whose routed output by scaled weights is returned,
-    to check the scaling.
+    `input_scale` [hidden] multiplies the input channels of gate and up; `under_calibrated` are the
+    experts with too few tokens, which `policy` of the recipe decides over; `sample`: tokens whose
+    routed output by scaled weights is returned, to check the scaling.
     """
 
     plan: ExpertsPlan
@@ -46,10 +46,12 @@ class ExpertSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertResult:
-    """A quantized slice: tensors by full name for each format, kept weights (float32), and the linears' figures.
+    """A quantized slice: tensors by full name for each format, kept weights (float32), and the
+    linears' figures.
 
-    `weights` are the values as stored, float32: `expert_outputs` computes the streams' next states from them, chunk by
-    chunk. `sample_output` [tokens, hidden] is the sample's routed output by scaled weights.
+    `weights` are the values as stored, float32: `expert_outputs` computes the streams' next states
+    from them, chunk by chunk. `sample_output` [tokens, hidden] is the sample's routed output by
+    scaled weights.
     """
 
     tensors: tuple[Mapping[str, Tensor], ...]
@@ -106,7 +108,9 @@ def quantize_experts(
 
 
 def share_scaled_input(stats: SliceStats | None, settings: ExpertSettings) -> InputStats | None:
-    """Return the scaled statistics of gate's and up's input where all experts of a slice share them."""
+    """Return the scaled statistics of gate's and up's input where all experts of a slice share
+    them.
+    """
     if stats is None or len(stats.into.gram) > 1:
         return None
     return scale_stats(select_expert_stats(stats.into, 0), settings.input_scale)
@@ -132,9 +136,11 @@ def scale_expert(
     e: int,
     settings: ExpertSettings,
 ) -> tuple[ExpertSlice, InputStats | None, InputStats | None, bool]:
-    """Return expert `e` of a slice after scaling, the statistics of its inputs, and whether down's input was scaled.
+    """Return expert `e` of a slice after scaling, the statistics of its inputs, and whether down's
+    input was scaled.
 
-    The rows of up absorb the scale of down's input. An expert with too few tokens under policy "rtn" chooses no scale.
+    The rows of up absorb the scale of down's input. An expert with too few tokens under policy
+    "rtn" chooses no scale.
     """
     gate, up, down = experts.gate[e], experts.up[e], experts.down[e]
     number, scale = experts.first + e, settings.input_scale
@@ -155,14 +161,18 @@ def scale_expert(
 
 
 def one_expert(number: int, gate: Tensor, up: Tensor, down: Tensor) -> ExpertSlice:
-    """Return a slice of one expert: gate, up [intermediate, hidden], down [hidden, intermediate]."""
+    """Return a slice of one expert: gate, up [intermediate, hidden], down [hidden,
+    intermediate].
+    """
     return ExpertSlice(first=number, gate=gate[None], up=up[None], down=down[None])
 
 
 def search_down_scale(
     experts: ExpertSlice, stats: SliceStats, e: int, settings: ExpertSettings
 ) -> Tensor | None:
-    """Return the best scale [intermediate] of the input of a down projection; None when none is better."""
+    """Return the best scale [intermediate] of the input of a down projection; None when none is
+    better.
+    """
     plan, rescale = settings.plan, settings.plan.down_rescale
     if rescale is None or plan.scheme is None:
         return None
@@ -184,7 +194,9 @@ def quantize_expert(
     settings: ExpertSettings,
     collected: _Collected,
 ) -> dict[str, Tensor]:
-    """Quantize or keep the projections of one expert; return their weights as stored, by projection."""
+    """Quantize or keep the projections of one expert; return their weights as stored, by
+    projection.
+    """
     names = settings.plan.experts
     pair = {names.gate: scaled.gate[0], names.up: scaled.up[0]}  # they read the same input
     is_scaled = settings.input_scale is not None
@@ -203,7 +215,8 @@ def quantize_projections(
     settings: ExpertSettings,
     collected: _Collected,
 ) -> dict[str, Tensor]:
-    """Quantize or keep projections of one expert that read the same input; return their weights as stored.
+    """Quantize or keep projections of one expert that read the same input; return their weights as
+    stored.
 
     With too few tokens the recipe's policy decides, and names the fallback.
     """

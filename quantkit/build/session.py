@@ -1,7 +1,7 @@
 """Resumable builds: check that recipe, source and environment are unchanged, then continue.
 
-Next to the staging folders `<path>.building` lies `<output.path>.building.scratch` with the journal and, while a build
-loop runs, the hidden states of its streams. The journal's entries, in order:
+Next to the staging folders `<path>.building` lies `<output.path>.building.scratch` with the journal
+and, while a build loop runs, the hidden states of its streams. The journal's entries, in order:
 
     began    what the build is of: recipe, source, texts, versions, machine kind, format of the journal
     step     a finished step of a build loop (`progress_log`)
@@ -70,17 +70,23 @@ class BuildSession:
         return self.scratch / f"answers-{loop}"
 
     def sealed_manifests(self, loop: int) -> Mapping[str, str]:
-        """Return the sha256 of the manifest of each artifact of a loop, by format; empty until all are sealed."""
+        """Return the sha256 of the manifest of each artifact of a loop, by format; empty until all
+        are sealed.
+        """
         return sealed_manifests(self.journal, loop)
 
     def mark_sealed(self, loop: int, manifests: Mapping[str, str]) -> None:
-        """Record that the artifacts of a loop only need their name, and remove its hidden states."""
+        """Record that the artifacts of a loop only need their name, and remove its hidden
+        states.
+        """
         self.journal.append({"kind": "ready", "loop": loop, "manifests": manifests})
         shutil.rmtree(self.scratch / f"states-{loop}", ignore_errors=True)
 
     def remove_scratch(self) -> str:
-        """Remove what only an unfinished build needs; return a sentence if some of it could not be removed."""
-        remove_ours(self.scratch)
+        """Remove what only an unfinished build needs; return a sentence if some of it could not be
+        removed.
+        """
+        remove_owned_dir(self.scratch)
         return (
             f"{self.scratch}: the build is done, this could not be removed; remove it"
             if self.scratch.exists()
@@ -103,20 +109,25 @@ class BuildSession:
         done, wave = len(progress.blocks), progress.wave
         more = f" and {wave.quantized} experts of the next" if wave and wave.quantized else ""
         return (
-            f"{writer.staging(Path(self.plans[0].path))}: {done} of {len(blocks)} blocks{more} are done and kept; "
+            f"{get_staging_path(Path(self.plans[0].path))}: {done} of {len(blocks)} blocks{more} "
+            f"are done and kept; "
             "the same command resumes from there, --restart starts over"
         )
 
 
 def scratch_folder(plans: Sequence[Plan]) -> Path:
-    """Return the folder of the journal; it does not depend on the recipe's formats and their order."""
-    staging = writer.staging(Path(plans[0].recipe.output.path))
+    """Return the folder of the journal; it does not depend on the recipe's formats and their
+    order.
+    """
+    staging = get_staging_path(Path(plans[0].recipe.output.path))
     return staging.with_name(f"{staging.name}.scratch")
 
 
 @contextmanager
 def exclusive_lock(plans: Sequence[Plan]) -> Iterator[None]:
-    """Lock the plans' folders against other builds. Raises UsageError if another build holds the lock."""
+    """Lock the plans' folders against other builds. Raises UsageError if another build holds the
+    lock.
+    """
     with ExitStack() as held:
         for path in sorted({plans[0].recipe.output.path, *(plan.path for plan in plans)}):
             staging = get_staging_path(Path(path))
@@ -127,10 +138,14 @@ def exclusive_lock(plans: Sequence[Plan]) -> Iterator[None]:
 def find_interrupted(plans: Sequence[Plan], *, overwrite: bool, restart: bool) -> Journal | None:
     """Return the journal of an interrupted build that has finished a step; None with `restart`.
 
-    Raises UsageError if an artifact exists at the output, or anything that no build made where this one works.
+    Raises UsageError if an artifact exists at the output, or anything that no build made where this
+    one works.
     """
-    for folder in (scratch_folder(plans), *(writer.staging(Path(plan.path)) for plan in plans)):
-        check_ours(folder)
+    for folder in (
+        scratch_folder(plans),
+        *(get_staging_path(Path(plan.path)) for plan in plans),
+    ):
+        check_owned_dir(folder)
     journal = None if restart else Journal.open(scratch_folder(plans) / JOURNAL)
     if journal is not None and not any(entry["kind"] == "step" for entry in journal.entries):
         journal = None  # it has finished nothing
@@ -138,9 +153,9 @@ def find_interrupted(plans: Sequence[Plan], *, overwrite: bool, restart: bool) -
         sealed = journal and sealed_manifests(journal, loop)
         for plan in together:
             if not sealed:  # a sealed build may be replacing it
-                writer.check_room(Path(plan.path))
-            if not (sealed and writer.is_sealed(Path(plan.path), sealed[plan.format_name])):
-                writer.check_free(Path(plan.path), overwrite)
+                check_replaced_free(Path(plan.path))
+            if not (sealed and is_sealed(Path(plan.path), sealed[plan.format_name])):
+                check_output_free(Path(plan.path), overwrite)
     return journal
 
 
@@ -151,7 +166,8 @@ def begin_session(
     texts: Mapping[str, str],
     tell: ProgressCallback,
 ) -> BuildSession:
-    """Resume the build of a journal, or begin a new one, which reads and hashes every file of the source.
+    """Resume the build of a journal, or begin a new one, which reads and hashes every file of the
+    source.
 
     Raises UsageError with the differences if the interrupted build was of something else.
     """
@@ -169,8 +185,8 @@ def begin_session(
 def discard_build(plans: Sequence[Plan]) -> None:
     """Remove what builds left next to the outputs of the plans."""
     for plan in plans:
-        remove_ours(writer.staging(Path(plan.path)))
-    remove_ours(scratch_folder(plans))
+        remove_owned_dir(get_staging_path(Path(plan.path)))
+    remove_owned_dir(scratch_folder(plans))
 
 
 def group_by_solve(plans: Sequence[Plan]) -> list[list[Plan]]:
@@ -183,19 +199,23 @@ def group_by_solve(plans: Sequence[Plan]) -> list[list[Plan]]:
 
 
 def sealed_manifests(journal: Journal, loop: int) -> Mapping[str, str]:
-    """Return the sha256 of each sealed artifact\'s manifest of a loop, by format; empty until all are sealed."""
+    """Return the sha256 of each sealed artifact\'s manifest of a loop, by format; empty until all
+    are sealed.
+    """
     return next(
         (e["manifests"] for e in journal.entries if e["kind"] == "ready" and e["loop"] == loop), {}
     )
 
 
-# ------------------------------------------------------------------------------------------------ the build's identity
+# ----------------------------------------------------------------------------- the build's identity
 
 
 def build_identity(
     plans: Sequence[Plan], source: Checkpoint, texts: Mapping[str, str]
 ) -> dict[str, object]:
-    """Return everything that decides the artifacts' bytes, as plain JSON: not their paths, not `memory:`."""
+    """Return everything that decides the artifacts' bytes, as plain JSON: not their paths, not
+    `memory:`.
+    """
     plan, used = plans[0], dict[str, str]()
     for each in plans:
         used |= read_versions(each)
@@ -237,7 +257,7 @@ def check_same(
     shown = [f"{key} {describe_change(before.get(key), now.get(key))}" for key in changed[:SHOWN]]
     rest = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
     raise UsageError(
-        f"{writer.staging(Path(plans[0].path))}: expected the interrupted build, found another: "
+        f"{get_staging_path(Path(plans[0].path))}: expected the interrupted build, found another: "
         f"{', '.join(shown)}{rest}; undo these changes to resume, or start over with --restart"
     )
 
@@ -251,7 +271,8 @@ def check_source(journal: Journal, source: Checkpoint) -> None:
     before = began["of"]["source"]
     if now.fingerprint() != before["other files"] or now.hashes() != before["files"]:
         raise CheckpointError(
-            f"{source.folder}: expected the files that the build began with, found changed ones; restore "
+            f"{source.folder}: expected the files that the build began with, found changed ones; "
+            f"restore "
             "them and resume, or start over with --restart"
         )
 

@@ -1,7 +1,9 @@
-"""Spools: hidden states in a file, read and written in ranges of rows; rows are tokens, columns are channels.
+"""Spools: hidden states in a file, read and written in ranges of rows; rows are tokens, columns are
+channels.
 
-The calibration stream of DeepSeek-V3 (a million tokens of 7168 floats) has 30 GB in float32; memory holds a range of
-its rows. Positioned reads and writes are used instead of a memory map, because mapped pages count as resident memory.
+The calibration stream of DeepSeek-V3 (a million tokens of 7168 floats) has 30 GB in float32; memory
+holds a range of its rows. Positioned reads and writes are used instead of a memory map, because
+mapped pages count as resident memory.
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ _GAP_BYTES = 64 << 10  # reading over a gap this small is cheaper than a second 
 
 
 class Spool:
-    """A file of `rows` x `width` numbers of one dtype, zero at first, without a header: the caller knows the shape.
+    """A file of `rows` x `width` numbers of one dtype, zero at first, without a header: the caller
+    knows the shape.
 
     `finite`: whether everything that this object wrote is finite.
 
-    Any thread may read; `write` and `add` need one thread at a time. Raises QuantkitError for errors of the disk,
-    ValueError for rows outside the file and tensors of another width (errors of the caller).
+    Any thread may read; `write` and `add` need one thread at a time. Raises QuantkitError for
+    errors of the disk, ValueError for rows outside the file and tensors of another width (errors of
+    the caller).
     """
 
     def __init__(
@@ -65,19 +69,23 @@ class Spool:
 
     @classmethod
     def open(cls, path: Path, rows: int, width: int, dtype: SpoolDtype) -> Self:
-        """Open the spool of an interrupted build. Raises QuantkitError if the file has another size."""
+        """Open the spool of an interrupted build. Raises QuantkitError if the file has another
+        size.
+        """
         expected = rows * width * _DTYPES[dtype].itemsize
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as fault:
             raise QuantkitError(
-                f"{path}: expected hidden states of an earlier run, found: {reason(fault)}; start over with --restart"
+                f"{path}: expected hidden states of an earlier run, found: "
+                f"{describe_os_error(fault)}; start over with --restart"
             ) from None
         found = os.fstat(descriptor).st_size
         if found != expected:
             os.close(descriptor)
             raise QuantkitError(
-                f"{path}: expected {expected} bytes of hidden states [{rows}, {width}] {dtype}, found {found}; "
+                f"{path}: expected {expected} bytes of hidden states [{rows}, {width}] {dtype}, "
+                f"found {found}; "
                 "start over with --restart"
             )
         return cls(path, rows, width, dtype, descriptor)
@@ -113,10 +121,13 @@ class Spool:
         return result
 
     def add(self, indices: Tensor, tensor: Tensor) -> None:
-        """Add row i of `tensor` [n, width] to row indices[i]; repeats add up. Sums in float32, rounds once."""
+        """Add row i of `tensor` [n, width] to row indices[i]; repeats add up. Sums in float32,
+        rounds once.
+        """
         if tensor.shape != (indices.numel(), self.width):
             raise ValueError(
-                f"{self.path}: expected [{indices.numel()}, {self.width}], found {list(tensor.shape)}"
+                f"{self.path}: expected [{indices.numel()}, {self.width}], found "
+                f"{list(tensor.shape)}"
             )
         rows, order = self._sorted(indices)
         for first, last in self._runs(rows):
@@ -161,11 +172,13 @@ class Spool:
             count = read_into(self._descriptor, view, start * self._row_bytes)
         except OSError as fault:
             raise QuantkitError(
-                f"{self.path}: cannot be read: {reason(fault)}; run the same command again"
+                f"{self.path}: cannot be read: {describe_os_error(fault)}; run the same command "
+                f"again"
             ) from fault
         if count != len(view):
             raise QuantkitError(
-                f"{self.path}: expected {len(view)} bytes, found {count}; run the same command again"
+                f"{self.path}: expected {len(view)} bytes, found {count}; run the same command "
+                f"again"
             )
 
     def _check_rows(self, start: int, stop: int) -> None:
@@ -175,7 +188,9 @@ class Spool:
             )
 
     def _sorted(self, indices: Tensor) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], Tensor]:
-        """Return the row numbers in ascending order [n] and their former positions [n]; the sort is stable."""
+        """Return the row numbers in ascending order [n] and their former positions [n]; the sort is
+        stable.
+        """
         flat = indices.reshape(-1).to(device="cpu", dtype=torch.int64)
         order = torch.argsort(flat, stable=True)
         rows = flat[order].numpy()
@@ -184,7 +199,9 @@ class Spool:
         return rows, order
 
     def _runs(self, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Iterator[tuple[int, int]]:
-        """Return positions [first, last) of sorted rows that are close together and span at most _SLICE_BYTES."""
+        """Return positions [first, last) of sorted rows that are close together and span at most
+        _SLICE_BYTES.
+        """
         gap = max(1, _GAP_BYTES // max(self._row_bytes, 1))
         span = max(1, _SLICE_BYTES // max(self._row_bytes, 1))
         breaks = np.flatnonzero(np.diff(rows) > gap) + 1

@@ -1,7 +1,9 @@
-"""Checkpoints within a block: after a wave of its experts, so that a long block need not be repeated.
+"""Checkpoints within a block: after a wave of its experts, so that a long block need not be
+repeated.
 
-A checkpoint holds what cannot be computed again quickly: the wave's tensors, the hidden states that it moved, and the sums
-over experts. The dense part runs again after an interruption: it gives the same bytes in a small share of the block's time.
+A checkpoint holds what cannot be computed again quickly: the wave's tensors, the hidden states that
+it moved, and the sums over experts. The dense part runs again after an interruption: it gives the
+same bytes in a small share of the block's time.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ from quantkit.io.files import sync_folder
 
 
 def load_wave_checkpoint(context: BlockContext) -> ExpertPassState:
-    """Return what an interrupted build knew of the routed experts of this block; an empty state without a checkpoint.
+    """Return what an interrupted build knew of the routed experts of this block; an empty state
+    without a checkpoint.
 
-    Restores the streams that the search pass moves. Those of the quantize pass are restored by `restore_streams`, because
-    the stored dense part overwrites them first.
+    Restores the streams that the search pass moves. Those of the quantize pass are restored by
+    `restore_streams`, because the stored dense part overwrites them first.
     """
     saved = context.build.progress.wave
     if saved is None:
@@ -46,7 +49,9 @@ def load_wave_checkpoint(context: BlockContext) -> ExpertPassState:
 
 
 def restore_streams(context: BlockContext) -> None:
-    """Continue the quantize pass where an interrupted build stopped: its streams, and the records of its experts."""
+    """Continue the quantize pass where an interrupted build stopped: its streams, and the records
+    of its experts.
+    """
     saved = context.build.progress.wave
     if saved is not None and saved.quantized:
         restore_targets(context, saved)
@@ -65,7 +70,9 @@ def restore_targets(context: BlockContext, saved: WaveCheckpoint) -> None:
 
 
 def checkpoint_if_due(context: BlockContext, state: ExpertPassState) -> None:
-    """Save a wave if a checkpoint is due and more waves follow; the last wave of a block is saved with the block."""
+    """Save a wave if a checkpoint is due and more waves follow; the last wave of a block is saved
+    with the block.
+    """
     progress, block = context.build.progress, context.state
     is_last = state.quantized == context.experts.experts.count or bool(state.held)
     if progress.journal is None or is_last or not block.interval.is_due():

@@ -15,9 +15,9 @@ Result = TypeVar("Result")
 class ReadAhead(Generic[Request, Result]):
     """Calls `load(request)` one request ahead of its taker.
 
-    At most two results exist at once, the one taken and the one announced: a memory plan counts both. An error of
-    the background read is raised by the `take` that asks for it. Use as a context manager; leaving it waits for the
-    read under way and drops its result.
+    At most two results exist at once, the one taken and the one announced: a memory plan counts
+    both. An error of the background read is raised by the `take` that asks for it. Use as a context
+    manager; leaving it waits for the read under way and drops its result.
     """
 
     def __init__(self, load: Callable[[Request], Result]) -> None:
@@ -26,7 +26,9 @@ class ReadAhead(Generic[Request, Result]):
         self._announced: tuple[Request, Future[Result]] | None = None
 
     def take(self, request: Request, following: Request | None = None) -> Result:
-        """load(request), from the background if it was announced; then starts on `following`. Errors are load's."""
+        """load(request), from the background if it was announced; then starts on `following`.
+        Errors are load's.
+        """
         announced, self._announced = self._announced, None
         if announced is not None and announced[0] == request:
             result = announced[1].result()
@@ -61,8 +63,9 @@ class ReadAhead(Generic[Request, Result]):
 class ScheduledReads(Generic[Request, Result]):
     """Reads by request, one ahead of the caller by a schedule.
 
-    `take` returns the result of exactly the request it is given. The schedule is the expected order: it decides only what
-    is read ahead, so that a wrong one costs time and nothing else. Memory is that of `ReadAhead`. Use as a context manager.
+    `take` returns the result of exactly the request it is given. The schedule is the expected
+    order: it decides only what is read ahead, so that a wrong one costs time and nothing else.
+    Memory is that of `ReadAhead`. Use as a context manager.
     """
 
     def __init__(self, load: Callable[[Request], Result], schedule: Iterable[Request]) -> None:

@@ -1,8 +1,8 @@
 """How much host memory and scratch disk a build takes, from shapes alone; pure.
 
-The budget decides one number, how many slices of a block's experts are held at once (a wave). Everything else is fixed
-by the model: the part of a block that is not experts, one batch of hidden states, the language-model head at the end.
-Nothing grows with the number of blocks.
+The budget decides one number, how many slices of a block's experts are held at once (a wave).
+Everything else is fixed by the model: the part of a block that is not experts, one batch of hidden
+states, the language-model head at the end. Nothing grows with the number of blocks.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from quantkit.contracts import Block, Experts, Layout, Linear
 from quantkit.plan.decisions import Decision, select_quantized_groups
 
 BASE_BYTES = 900_000_000
-"""Python, torch and transformers without a model: 620 MB measured on Linux x86-64 with torch 2.13, and a reserve."""
+"""Python, torch and transformers without a model: 620 MB measured on Linux x86-64 with torch 2.13,
+and a reserve.
+"""
 
 BATCH_TOKENS = 4096
-"""Tokens of one forward batch and of one chunk of a wave. Fixed, so that sums do not depend on the budget."""
+"""Tokens of one forward batch and of one chunk of a wave. Fixed, so that sums do not depend on the
+budget.
+"""
 
 COPIES_BYTES = 2 + 2 + 4 + 4
 """Per weight of what is held: BF16 as read, BF16 read ahead, float32 original, float32 stored."""
@@ -27,10 +31,14 @@ SLICE_EXPERTS = 16
 """Routed experts of a layer that are scaled and quantized as one unit, at most."""
 
 MIN_SLICES = 8
-"""Slices that a layer's experts are cut into, at least, so that small models can be spread over devices, too."""
+"""Slices that a layer's experts are cut into, at least, so that small models can be spread over
+devices, too.
+"""
 
 SOLVE_COPIES = 6
-"""float32 copies of the matrix at hand that scale search, range search and packing hold at the same time."""
+"""float32 copies of the matrix at hand that scale search, range search and packing hold at the same
+time.
+"""
 
 FEEDBACK_GRAMS = 3
 """float32 copies of a Gram matrix that rounding gptq holds beside it."""
@@ -64,14 +72,18 @@ class MemoryPlan:
 
 
 def slice_size(experts: int) -> int:
-    """Return how many of a layer's routed experts form a slice, whatever the budget and the number of devices."""
+    """Return how many of a layer's routed experts form a slice, whatever the budget and the number
+    of devices.
+    """
     return max(1, min(SLICE_EXPERTS, experts // MIN_SLICES))
 
 
 def solved_together(
     block: Block, decisions: Mapping[str, Decision]
 ) -> Iterator[tuple[Linear, ...]]:
-    """Quantized linears of one input, solved as one matrix: of a group, gate and up of an expert, or one alone."""
+    """Quantized linears of one input, solved as one matrix: of a group, gate and up of an expert,
+    or one alone.
+    """
     sized = {linear.name: linear for linear in block.linears}
     sets = [group.readers for group in block.groups]
     if block.experts:  # all are of one size, and mostly of one rule
@@ -84,16 +96,19 @@ def solved_together(
 
 
 def estimate_solve_bytes(linears: Sequence[Linear], feedback: bool) -> int:
-    """Working memory while matrices of one input are searched, rounded and packed; feedback factorizes their gram."""
+    """Working memory while matrices of one input are searched, rounded and packed; feedback
+    factorizes their gram.
+    """
     grams = FEEDBACK_GRAMS * 4 * linears[0].in_features ** 2 if feedback else 0
     return SOLVE_COPIES * 4 * sum(linear.n_parameters for linear in linears) + grams
 
 
 def dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: int) -> int:
-    """A block without its routed experts: BF16 as read, the next one read ahead, float32 twice, grams, solving.
+    """A block without its routed experts: BF16 as read, the next one read ahead, float32 twice,
+    grams, solving.
 
-    `grams` matrices are summed for each input: none, the gram, or with it the cross of two streams, which also needs a
-    batch of every input twice. The tensors of an MTP block come one by one.
+    `grams` matrices are summed for each input: none, the gram, or with it the cross of two streams,
+    which also needs a batch of every input twice. The tensors of an MTP block come one by one.
     """
     linears = [linear for linear in block.linears if linear.role != "routed_expert"]
     sizes = [COPIES_BYTES * linear.n_parameters for linear in linears]
@@ -119,7 +134,9 @@ def dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: int) -> 
 
 
 def scaled_expert_bytes(block: Block, decisions: Mapping[str, Decision], grams: int) -> int:
-    """Return the bytes of one expert's weights and grams after scaling, float32: a slice is scaled expert by expert."""
+    """Return the bytes of one expert's weights and grams after scaling, float32: a slice is scaled
+    expert by expert.
+    """
     experts = block.experts
     if not grams or experts is None or decisions[experts.linear(0, experts.gate)].scheme is None:
         return 0
@@ -128,7 +145,9 @@ def scaled_expert_bytes(block: Block, decisions: Mapping[str, Decision], grams: 
 
 
 def estimate_expert_bytes(experts: Experts, quantized: bool, grams: int) -> int:
-    """One expert of a wave: BF16 as read, the next one read ahead, float32 twice; its grams when it is quantized."""
+    """One expert of a wave: BF16 as read, the next one read ahead, float32 twice; its grams when it
+    is quantized.
+    """
     weights = COPIES_BYTES * 3 * experts.hidden * experts.intermediate
     if not (quantized and grams):
         return weights
@@ -155,9 +174,9 @@ def memory_plan(
 ) -> MemoryPlan:
     """Wave size and peaks for the heaviest decoder block of the model.
 
-    `grams` is how many matrices are summed for each input (`dense_bytes`), `tokens` are the lengths of the streams,
-    `hidden_bytes` the width of a stored hidden value. Two states of a stream
-    are on disk at a time, and in a block with experts also what the router saw.
+    `grams` is how many matrices are summed for each input (`dense_bytes`), `tokens` are the lengths
+    of the streams, `hidden_bytes` the width of a stored hidden value. Two states of a stream are on
+    disk at a time, and in a block with experts also what the router saw.
     """
     blocks = layout.blocks
     hidden = layout.embedding.in_features
@@ -194,4 +213,6 @@ def memory_plan(
 
 
 HEAD_CHUNK = 512
-"""Positions whose logits over the whole vocabulary are held at once, for source and artifact, in float64."""
+"""Positions whose logits over the whole vocabulary are held at once, for source and artifact, in
+float64.
+"""

@@ -1,4 +1,6 @@
-"""The plan of each block: modes, groups, fallbacks, slices, waves and reads, all known before a weight is read."""
+"""The plan of each block: modes, groups, fallbacks, slices, waves and reads, all known before a
+weight is read.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Executors run pure functions in order; experts are read and calibrated once where nothing is searched."""
+"""Executors run pure functions in order; experts are read and calibrated once where nothing is
+searched.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ def test_parallel_workers_and_waves_change_no_tensor(
 def test_experts_are_read_and_calibrated_once_without_a_search(
     source: Path, tmp_path: Path, quantize: str, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory holds half of the experts. AWQ sums errors over all of them first, so it needs a second pass."""
+    """Memory holds half of the experts. AWQ sums errors over all of them first, so it needs a
+    second pass.
+    """
     reads, calibrated = Counter[str](), Counter[int]()
     real_read, real_collect = Checkpoint.read, moe.collect_stats
 

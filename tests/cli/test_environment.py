@@ -207,7 +207,7 @@ def test_a_source_that_changes(
 
     with pytest.raises(CheckpointError, match="expected files that stay as they are"):
         pipeline.build_artifacts(
-            parse_recipe(text, "r.yaml"), text, overwrite=False, evaluate=False, planned=lambda _: None, tell=tell
+            parse_recipe(text, "r.yaml"), text, overwrite=False, evaluate=False, on_plan=lambda _: None, on_progress=tell
         )  # fmt: skip
     assert changed and not output.exists()
     record_property("fault", f"source changed, {name}, at {stage}")

@@ -110,7 +110,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             text = make_recipe_text(source, output, fidelity="none", output=cut, **keys)
             recipe = parse_recipe(text, "bad.yaml")
             pipeline.build_artifacts(
-                recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
+                recipe, text, overwrite=False, evaluate=False, on_plan=ignore, on_progress=ignore
             )
         return output
 

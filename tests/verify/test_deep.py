@@ -108,7 +108,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             text = make_recipe_text(source, output, fidelity="none", **few | keys)
             recipe = parse_recipe(text, "deep.yaml")
             pipeline.build_artifacts(
-                recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
+                recipe, text, overwrite=False, evaluate=False, on_plan=ignore, on_progress=ignore
             )
         return output
 

@@ -58,7 +58,7 @@ def COMMAND(
             text,
             overwrite=overwrite,
             evaluate=not skip_evaluation,
-            planned=lambda plans: (
+            on_plan=lambda plans: (
                 None if json_out else show(render_plans([summarize_plan(made) for made in plans]))
             ),
             on_progress=meter.tell,

@@ -33,7 +33,7 @@ def main() -> None:
     recipe = parse_recipe(text, file, json.loads(Path(changes).read_text(encoding="utf-8")))
     with measured(Path(report)):
         pipeline.build_artifacts(
-            recipe, text, overwrite=True, evaluate=False, planned=ignore, tell=ignore
+            recipe, text, overwrite=True, evaluate=False, on_plan=ignore, on_progress=ignore
         )
 
 
